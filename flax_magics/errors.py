@@ -1,0 +1,53 @@
+"""The one error type, how it is shown, and "did you mean".
+
+Nothing here imports IPython, JAX or Flax: an error must be cheap to raise and safe to render.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FlaxMagicsError(Exception):
+    """A mistake in using a command: what, why, and what to write instead.
+
+    The message is complete by itself, so a notebook shows it without a traceback. IPython asks an exception for
+    `_render_traceback_` before it formats frames, and the cell is still an error (Run All and nbclient stop).
+
+    Args:
+      message: one sentence that says what is wrong and why.
+      write: the line to write instead, shown on a line of its own.
+      hint: one more line, such as the nearest names.
+    """
+
+    def __init__(self, message: str, *, write: str | None = None, hint: str | None = None) -> None:
+        self.message = message
+        self.write = write
+        self.hint = hint
+        lines = [message]
+        if hint:
+            lines += [f"  {line}" for line in hint.splitlines()]
+        if write:
+            first, *rest = write.splitlines()
+            lines += [f"  write: {first}", *(f"         {line}" for line in rest)]
+        super().__init__("\n".join(lines))
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"{type(self).__name__}: {self}"]
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The names in `known` that a person may have meant by `name`, nearest first, at most `n`."""
+    choices = sorted(set(known))
+    folded = {choice.lower(): choice for choice in reversed(choices)}
+    found = difflib.get_close_matches(name.lower(), list(folded), n=n, cutoff=0.6)
+    return [folded[match] for match in found]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """`did you mean dropout?`, or None where nothing is near."""
+    found = nearest(name, known)
+    if not found:
+        return None
+    return f"did you mean {' or '.join(found)}?"

@@ -1,0 +1,125 @@
+"""The root key, its draws and their streams: pure functions over frozen records.
+
+One draw is the line of Flax's notebook *The Sharp Bits*::
+
+    root_key, params_key, dropout_key = jax.random.split(root_key, 3)
+
+The old root is never split again. Any further stream NAME is `jax.random.fold_in(old_root, stream_tag(NAME))`. With
+partitionable threefry `split(key, n)[i] == fold_in(key, i)`, so a tag always has its highest bit set: it can never meet
+one of the small integers that the split stands for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+SPLIT = ("params", "dropout")
+"""The streams that the split itself gives, in its order."""
+
+
+def stream_tag(name: str) -> int:
+    """The integer folded into the old root for stream `name`: 32 bits, the highest always set."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") | 1 << 31
+
+
+@lru_cache(maxsize=8)
+def _splitter(impl: str) -> Any:
+    """Splits key data of one PRNG implementation into the data of three keys, in one dispatch."""
+
+    def split(data: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.split(jax.random.wrap_key_data(data, impl=impl), 3))
+
+    return jax.jit(split)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw from the root key: its number under its seed, and the root that it splits (host data, uncommitted)."""
+
+    seed: int
+    number: int
+    root: bytes
+    impl: str
+
+    @cached_property
+    def _split(self) -> np.ndarray[Any, Any]:
+        return np.asarray(_splitter(self.impl)(_words(self.root)))
+
+    @property
+    def next_root(self) -> bytes:
+        """Key data of the root that the next draw splits."""
+        return self._split[0].tobytes()
+
+    def stream(self, name: str, *, taken: bool = False) -> jax.Array:
+        """The typed key of stream `name`, shape ().
+
+        Args:
+          name: any stream; `params` and `dropout` come from the split, every other is folded in under its own tag.
+          taken: the split's key of this name already went to something else in this draw (an init took `params`), so
+            the stream is folded in as well: no key is used twice.
+        """
+        if name in SPLIT and not taken:
+            return as_key(self._split[1 + SPLIT.index(name)].tobytes(), self.impl)
+        return jax.random.fold_in(as_key(self.root, self.impl), np.uint32(stream_tag(name)))
+
+
+@dataclass(frozen=True)
+class Root:
+    """The root key of a session: the seed it began with, how many draws it has given, and its data now."""
+
+    seed: int
+    draws: int
+    data: bytes
+    impl: str
+
+    @classmethod
+    def from_seed(cls, seed: int) -> Root:
+        """Draw 0 of `seed`, under the PRNG implementation that JAX is set to now."""
+        key = jax.random.key(seed)
+        return cls(seed, 0, np.asarray(jax.random.key_data(key)).tobytes(), str(jax.random.key_impl(key)))
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key that the next draw will split, shape ()."""
+        return as_key(self.data, self.impl)
+
+    def draw(self) -> Draw:
+        """The next draw. The root itself does not move: see `after`."""
+        return Draw(self.seed, self.draws + 1, self.data, self.impl)
+
+    def after(self, draw: Draw) -> Root:
+        """The root once `draw` has succeeded."""
+        return Root(self.seed, draw.number, draw.next_root, self.impl)
+
+
+def _words(data: bytes) -> np.ndarray[Any, Any]:
+    # Key data of one key is a vector of words in every implementation that JAX has.
+    return np.frombuffer(data, np.uint32)
+
+
+def as_key(data: bytes, impl: str) -> jax.Array:
+    """A typed key made of host key data."""
+    return jax.random.wrap_key_data(_words(data), impl=impl)
+
+
+def data_of(key: Any) -> bytes:
+    """Host key data of a typed or a legacy (uint32) key; waits for the device."""
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    return np.asarray(key).tobytes()
+
+
+def words(key: Any) -> str:
+    """The words of the key data in hex, 8 digits each: `375f238fcddb151d`."""
+    return "".join(f"{word:08x}" for word in np.frombuffer(data_of(key), np.uint32))
+
+
+def fingerprint(key: Any) -> str:
+    """The first word of the key data in hex: `375f238f`. A short name for eyes, not for comparing."""
+    return words(key)[:8]

@@ -1,0 +1,270 @@
+"""What a run was, as data: frozen, returned by `Session.apply`, kept in `Session.runs`, shown by the report."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sharp bit that was found: its kind (what `%config` can quiet), one line of text, and the line that mends it."""
+
+    kind: str
+    text: str
+    write: str | None = None
+
+
+@dataclass(frozen=True)
+class Steady:
+    """A run repeated with the same keys: every time in seconds, in the order they were taken."""
+
+    times: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return float(np.median(self.times))
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, seconds."""
+        low, high = np.percentile(self.times, [25, 75])
+        return float(high - low) / 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that each phase took; 0.0 for a phase that did not happen.
+
+    `run` begins once the inputs are ready (that wait is `wait`) and ends when the device has finished; it never includes
+    trace, lowering or compilation. `init` is the eager initialisation of variables, forward pass included.
+    """
+
+    trace: float = 0.0
+    lower: float = 0.0
+    compile: float = 0.0
+    run: float = 0.0
+    wait: float = 0.0
+    init: float = 0.0
+    steady: Steady | None = None
+
+    @property
+    def building(self) -> float:
+        """Trace, lower and compile together, seconds."""
+        return self.trace + self.lower + self.compile
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none."""
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    peak: int | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """Variables that this run initialised: how many parameters (array elements of `params`) and bytes of all."""
+
+    parameters: int
+    bytes: int
+    collections: tuple[str, ...]
+    added: bool = False
+    """True when they were added to variables that were there: a method needed what the first init did not make."""
+
+
+class Gone:
+    """Stands for an output that the session no longer holds."""
+
+    def __repr__(self) -> str:
+        return "<no longer held by the session>"
+
+
+GONE = Gone()
+
+
+@dataclass(eq=False)
+class Taken:
+    """What was read off the output once. Shared by the copies of one Run, so that it outlives the output."""
+
+    digest: str | None = None
+    shape: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run.
+
+    Attributes:
+      command: what drew: `apply`, `init` or `key`.
+      model: the registered name, None for a key.
+      mode: `train`, `eval` or `as written`; empty for an init or a key.
+      switch: the model's own switches and their values, such as `training=True`; empty if it has none.
+      call: the call as it was written, such as `net(x)`.
+      inputs: positional and keyword arguments as the model got them.
+      output: what the model returned (an init: the variables; a key: the key).
+      sown: collection → what the model sowed there in this run.
+      seed, draw: which draw of which seed; numbers count from 1 under each seed.
+      keys: stream → its typed key in this draw: `params` and `dropout` (an apply has both), and every further stream
+        that the model asked for. `params (folded)` is a run's own `params` stream where an init took the draw's.
+      used: stream → paths of the modules that consumed it, in order.
+      changed: collection that the model wrote → how many updates it has had.
+      device: such as `cpu:0`.
+      program: `compiled`, `reused`, `disk cache` or `eager`; empty for a key.
+      reason: why a program was compiled, in a few words; empty when it was not.
+      static: arguments that became part of the program, such as `n=3`.
+      timing, memory: see `Timing` and `Memory`; memory is None where no program ran.
+      cell: the cell's execution number, None outside a notebook.
+      started: seconds since the epoch.
+      notes: the sharp bits that were found.
+      made: the variables this run initialised, if any.
+      by_hand: the same run as plain Flax.
+      replayed: the keys were those of an earlier draw, and no new draw was made.
+      first: the first draw of this session.
+    """
+
+    command: str
+    model: str | None
+    mode: str
+    call: str
+    inputs: Any
+    output: Any
+    seed: int
+    draw: int
+    keys: Mapping[str, Any]
+    device: str
+    started: float
+    sown: Mapping[str, Any] = field(default_factory=dict)
+    used: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    changed: Mapping[str, int] = field(default_factory=dict)
+    program: str = ""
+    reason: str = ""
+    switch: str = ""
+    static: tuple[str, ...] = ()
+    timing: Timing = Timing()
+    memory: Memory | None = None
+    cell: int | None = None
+    notes: tuple[Note, ...] = ()
+    made: Made | None = None
+    by_hand: str = ""
+    replayed: bool = False
+    first: bool = False
+    _taken: Taken = field(default_factory=Taken, repr=False)
+
+    @property
+    def digest(self) -> str | None:
+        """`digest_of(output)`, taken when first asked for; None if the output was let go before."""
+        if self._taken.digest is None and self.output is not GONE:
+            self._taken.digest = digest_of(self.output)
+        return self._taken.digest
+
+    @property
+    def shape(self) -> str:
+        """The output's structure with dtypes and shapes: `float32[3,4,3]`."""
+        if self._taken.shape is None:
+            self._taken.shape = describe(self.output)
+        return self._taken.shape
+
+    def to_json(self) -> dict[str, Any]:
+        """The run as JSON data: what it was, without its arrays. Keys are given in full, their words in hex."""
+        from .keys import words
+
+        timing: dict[str, Any] = {
+            name: getattr(self.timing, name) for name in ("trace", "lower", "compile", "run", "wait", "init")
+        }
+        if self.timing.steady is not None:
+            timing["steady"] = list(self.timing.steady.times)
+        return {
+            "version": 1,
+            "command": self.command,
+            "model": self.model,
+            "mode": self.mode,
+            "switch": self.switch,
+            "call": self.call,
+            "output": self.shape,
+            "seed": self.seed,
+            "draw": self.draw,
+            "keys": {name: words(key) for name, key in self.keys.items()},
+            "used": {name: list(paths) for name, paths in self.used.items()},
+            "changed": dict(self.changed),
+            "made": None if self.made is None else asdict(self.made),
+            "device": self.device,
+            "program": self.program,
+            "reason": self.reason,
+            "static": list(self.static),
+            "timing": timing,
+            "memory": None if self.memory is None else asdict(self.memory),
+            "digest": self.digest,
+            "cell": self.cell,
+            "started": self.started,
+            "notes": [asdict(note) for note in self.notes],
+            "by_hand": self.by_hand,
+            "replayed": self.replayed,
+            "versions": {"jax": jax.__version__, "flax": _flax_version()},
+        }
+
+
+@lru_cache(maxsize=1)
+def _flax_version() -> str:
+    return importlib.metadata.version("flax")
+
+
+def digest_of(tree: Any) -> str:
+    """sha256, first 16 hex digits, over each leaf of `tree` in JAX's order.
+
+    Per leaf: its key path as `jax.tree_util.keystr` writes it, dtype and shape as text, each closed by a zero byte, then
+    its elements as little-endian bytes in C order (typed keys: their key data). A leaf that is no array is its `repr`.
+    """
+    hasher = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        hasher.update(jax.tree_util.keystr(path).encode() + b"\0")
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            hasher.update(repr(leaf).encode() + b"\0")
+            continue
+        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            hasher.update(str(leaf.dtype).encode())
+            leaf = jax.random.key_data(leaf)
+        array = np.ascontiguousarray(np.asarray(leaf))
+        hasher.update(f"{array.dtype.name}{list(array.shape)}".encode() + b"\0")
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("<"))
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def describe(tree: Any, limit: int = 60) -> str:
+    """The structure of `tree` with every array as `dtype[shape]`, cut to `limit` characters with `…`."""
+    text = _describe(tree)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _describe(tree: Any) -> str:
+    if hasattr(tree, "shape") and hasattr(tree, "dtype"):
+        return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{key}: {_describe(value)}" for key, value in tree.items()) + "}"
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        inner = ", ".join(f"{name}={_describe(value)}" for name, value in zip(tree._fields, tree, strict=True))
+        return f"{type(tree).__name__}({inner})"
+    if isinstance(tree, (tuple, list)):
+        inner = ", ".join(map(_describe, tree))
+        if isinstance(tree, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(tree) == 1 else f"({inner})"
+    if tree is None or isinstance(tree, (bool, int, float, complex, str)):
+        return repr(tree)
+    leaves = jax.tree_util.tree_leaves(tree)
+    if leaves and not (len(leaves) == 1 and leaves[0] is tree):
+        return f"{type(tree).__name__}({', '.join(map(_describe, leaves))})"
+    return type(tree).__name__
