@@ -1,0 +1,186 @@
+"""What a session needs of a model: one Protocol, answered once for linen (`linen.py`) and once, later, for NNX.
+
+A model is configured, traced and run; it never holds variables, keys or counts: those are the session's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..errors import FlaxMagicsError
+
+Path = tuple[str, ...]
+Variables = Mapping[str, Any]
+Forward = Callable[[Variables, Mapping[str, Any], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
+"""`forward(variables, keys, args, kwargs) -> (output, updates)`; pure; `updates` holds what was written or sown."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
+
+    kind: str
+    """`dropout` or `norm`."""
+    path: Path
+    training: bool
+    owner: str
+    """The class that made the layer, with its line where that is known: `MyModel (line 8)`."""
+    switch: str
+    """The layer's own argument as it stands, such as `deterministic=True`."""
+
+
+@dataclass
+class Record:
+    """What one trace saw. Filled while the model runs; read-only afterwards."""
+
+    asked: dict[str, list[Path]] = field(default_factory=dict)
+    """stream → paths of the modules that called `make_rng` for it."""
+    queried: set[str] = field(default_factory=set)
+    """Streams that `has_rng` was asked about."""
+    written: set[str] = field(default_factory=set)
+    """Collections that something was put into, sown ones included."""
+    sown: set[str] = field(default_factory=set)
+    """Collections that `sow` wrote."""
+    layers: list[Layer] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one run of a model is given besides its variables: streams it may draw from, collections it may write."""
+
+    streams: frozenset[str] = frozenset()
+    mutable: frozenset[str] = frozenset()
+
+
+class MissingVariables(Exception):
+    """The model needs variables that it was not given (a method that the first init did not reach)."""
+
+
+class Incomplete(Exception):
+    """The trace asked for more than it was given; its Record says for what. It must be done again."""
+
+
+class Model(Protocol):
+    """A module as a session sees it."""
+
+    @property
+    def module(self) -> Any:
+        """The user's own object."""
+
+    def describe(self) -> str:
+        """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
+
+    def methods(self) -> list[str]:
+        """Names that can be called as `net.NAME(…)`."""
+
+    def fields(self) -> list[str]:
+        """Names of the module's own fields."""
+
+    def signature(self, method: Path) -> inspect.Signature:
+        """The signature of a method (`()`: the call itself), without `self`. Raises FlaxMagicsError if there is none."""
+
+    def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
+        """A model whose own fields stand for training or not, and what was set, such as `training=True`.
+
+        Args:
+          fixed: switches that the call has as arguments; a field of the same name is left to the call.
+        """
+
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+        """A model to initialise with: as written, but a switch field that has no value stands for evaluation."""
+
+    def fields_as_written(self) -> tuple[str, ...]:
+        """The module's own switches as they stand."""
+
+    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fresh variables; `key` is the `params` key, the only one that an init gets."""
+
+    def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
+        """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
+
+    def by_hand(self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]) -> str:  # fmt: skip
+        """The run as a person would have written it in plain Flax."""
+
+
+def is_module(value: Any) -> bool:
+    """Whether `value` is an instance of a Flax module, of either API."""
+    from flax import linen, nnx
+
+    return isinstance(value, (linen.Module, nnx.Module))
+
+
+def is_module_class(value: Any) -> bool:
+    """Whether `value` is a class of Flax modules, of either API."""
+    from flax import linen, nnx
+
+    return isinstance(value, type) and issubclass(value, (linen.Module, nnx.Module))
+
+
+def adopt(module: Any, name: str) -> Model:
+    """The Model for a user's module.
+
+    Raises:
+      FlaxMagicsError: `module` is no Flax module, or is one that is already bound to variables.
+    """
+    from flax import linen, nnx
+
+    if isinstance(module, linen.Module):
+        from .linen import LinenModel
+
+        if module.scope is not None:
+            raise FlaxMagicsError(
+                f"`{name}` is bound to variables already, and a session keeps a model's variables itself.",
+                write=f"{name}, variables = {name}.unbind()",
+            )
+        return LinenModel(module)
+    if isinstance(module, nnx.Module):
+        raise FlaxMagicsError(
+            f"`{name}` is an NNX module. This version registers linen modules (flax.linen.Module); NNX comes next."
+        )
+    if is_module_class(module):
+        raise FlaxMagicsError(
+            f"`{name}` is the class {module.__name__}; a model is an instance of it.",
+            write=spell_construction(module),
+        )
+    raise FlaxMagicsError(f"`{name}` is {_kind(module)}, not a Flax module.")
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def needed_fields(cls: type) -> list[str]:
+    """Arguments that the class cannot be built without."""
+    try:
+        signature = inspect.signature(cls)
+    except (TypeError, ValueError):
+        return []
+    needed = []
+    for name, parameter in signature.parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty:
+            needed.append(name)
+    return needed
+
+
+def spell_construction(cls: type, command: str = "%%flaxmodel") -> str:
+    """The line that registers an instance of `cls`, its fields included: `%%flaxmodel my_model = MyModel(n=…)`."""
+    fields = ", ".join(f"{name}=…" for name in needed_fields(cls))
+    return f"{command} {variable_name(cls.__name__)} = {cls.__name__}({fields})"
+
+
+def variable_name(class_name: str) -> str:
+    """`MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`."""
+    out = ""
+    for i, letter in enumerate(class_name):
+        before = class_name[i - 1] if i else ""
+        after = class_name[i + 1] if i + 1 < len(class_name) else ""
+        if letter.isupper() and i and before != "_" and (before.islower() or before.isdigit() or after.islower()):
+            out += "_"
+        out += letter.lower()
+    return out if out != class_name else f"{out}_model"

@@ -1,0 +1,167 @@
+"""A linen module as a session sees it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flax import errors as flax_errors
+from flax import linen as nn
+
+from ..errors import FlaxMagicsError, did_you_mean
+from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables
+from .recorder import Recorder, sowing
+from .switch import read_fields, set_fields, set_unset_fields
+
+_MISSING = (
+    flax_errors.ScopeParamNotFoundError,
+    flax_errors.ScopeCollectionNotFound,
+    flax_errors.ScopeVariableNotFoundError,
+)
+
+
+@dataclass(frozen=True)
+class LinenModel:
+    """Wraps `flax.linen.Module`; holds no variables."""
+
+    module: nn.Module
+
+    def describe(self) -> str:
+        """The module's fields as they differ from their defaults, in one line."""
+        parts = []
+        for name, field in type(self.module).__dataclass_fields__.items():
+            value = getattr(self.module, name, None)
+            if name in ("parent", "name") or not field.init:
+                continue
+            if value is field.default or (isinstance(value, (bool, int, float, str)) and value == field.default):
+                continue
+            parts.append(f"{name}={_short(value)}")
+        return f"{type(self.module).__name__}({', '.join(parts)})"
+
+    def methods(self) -> list[str]:
+        """Public methods that the user's classes define, in order of definition."""
+        names: dict[str, None] = {}
+        for cls in type(self.module).__mro__:
+            if cls.__module__.partition(".")[0] in ("flax", "builtins"):
+                continue
+            for name, value in vars(cls).items():
+                if inspect.isfunction(value) and not name.startswith("_") and name != "setup":
+                    names.setdefault(name)
+        return list(names)
+
+    def fields(self) -> list[str]:
+        """The dataclass fields, without linen's own."""
+        return [name for name in type(self.module).__dataclass_fields__ if name not in ("parent", "name")]
+
+    def signature(self, method: Path) -> inspect.Signature:
+        """Without `self`. A submodule of `setup` is known only inside the model: its signature is `(*args, **kwargs)`."""
+        name = method[0] if method else "__call__"
+        function = getattr(type(self.module), name, None)
+        if len(method) > 1 or (function is None and (name in self.fields() or self._has_setup())):
+            return inspect.signature(lambda *args, **kwargs: None)
+        if not callable(function):
+            hint = did_you_mean(name, self.methods())
+            known = ", ".join(self.methods()) or "none but the call itself"
+            cls = type(self.module).__name__
+            what = f"{cls} has no method `{name}`" if method else f"{cls} defines no `__call__`"
+            raise FlaxMagicsError(f"{what}; its methods: {known}.", hint=hint)
+        signature = inspect.signature(function)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def _has_setup(self) -> bool:
+        return type(self.module).setup is not nn.Module.setup
+
+    def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
+        """See `Model`."""
+        module, done = set_fields(self.module, train, fixed)
+        return LinenModel(module), done
+
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+        """See `Model`."""
+        return LinenModel(set_unset_fields(self.module, fixed))
+
+    def fields_as_written(self) -> tuple[str, ...]:
+        """See `Model`."""
+        return read_fields(self.module)
+
+    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
+        with sowing() as sown:
+            variables = self.module.init(key, *args, method=self._method(method), **kwargs)
+        return {name: tree for name, tree in dict(variables).items() if name not in sown}
+
+    def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
+        """See `Model`. Raises MissingVariables for variables that are not there."""
+        target = self._method(method)
+        mutable = sorted(ask.mutable)
+
+        def run(
+            variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]]:
+            recorder = Recorder(ask, record, root_impl)
+            try:
+                with recorder.watching():
+                    output, updates = self.module.apply(
+                        variables, *args, rngs=dict(keys), method=target, mutable=mutable, **kwargs
+                    )
+            except _MISSING as error:
+                if recorder.incomplete:
+                    raise Incomplete from None
+                raise MissingVariables(str(error)) from error
+            except Exception:
+                if recorder.incomplete:
+                    raise Incomplete from None
+                raise
+            if recorder.incomplete:
+                raise Incomplete
+            return output, {name: tree for name, tree in dict(updates).items() if name in record.written}
+
+        return run
+
+    def _method(self, method: Path) -> str | Callable[..., Any] | None:
+        if not method:
+            return None
+        if len(method) == 1 and hasattr(type(self.module), method[0]):
+            return method[0]
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            target: Any = module
+            for name in method:
+                target = getattr(target, name)
+            return target(*args, **kwargs)
+
+        return call
+
+    def by_hand(
+        self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
+    ) -> str:
+        """`net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`"""
+        name, _, rest = call.partition("(")
+        arguments = rest.rpartition(")")[0].strip().rstrip(",")
+        name = name.partition(".")[0]
+        plain = [setting for setting in switch if "." not in setting.partition("=")[0]]
+        if switch:
+            name += f".clone({', '.join(plain) if len(plain) == len(switch) else ', '.join(switch)})"
+        parts = ["variables"]
+        if arguments:
+            parts.append(arguments)
+        if streams:
+            parts.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
+        if mutable:
+            parts.append(f"mutable={list(mutable)!r}")
+        if len(method) == 1:
+            parts.append(f"method='{method[0]}'")
+        elif method:
+            parts.append(f"method=lambda m, *a, **k: m.{'.'.join(method)}(*a, **k)")
+        return f"{name}.apply({', '.join(parts)})"
+
+
+def _short(value: Any, limit: int = 40) -> str:
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}(…)"
+    if callable(value) and hasattr(value, "__name__"):
+        return str(value.__name__)
+    text = " ".join(repr(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

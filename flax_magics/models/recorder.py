@@ -1,0 +1,152 @@
+"""Watches a linen model while it is traced: streams asked for, collections written, layers passed.
+
+Flax has no public hook for these. For the time of one trace, on the calling thread, four methods are replaced by ones
+that note the call and go on as before, with two differences, both only until the trace knows better: a stream that was
+not supplied gets a stand-in key instead of the silent fallback to `params`, and a write to a collection that was not
+made mutable is skipped. A trace in which either happened is `incomplete`: it is thrown away and done again with what it
+asked for, so no stand-in ever reaches a program that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core.scope import Scope
+
+from . import Ask, Layer, Record
+
+_lock = threading.RLock()
+
+
+class Recorder:
+    """Fills a Record. `incomplete` tells that the trace must be done again with all that the record asks for."""
+
+    def __init__(self, ask: Ask, record: Record, root_impl: str) -> None:
+        self.ask = ask
+        self.record = record
+        self.root_impl = root_impl
+        self.incomplete = False
+        self.asking = False
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Flax's `make_rng` calls `has_rng` itself: that is no question of the model's."""
+        self.asking = True
+        try:
+            yield
+        finally:
+            self.asking = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Replaces the four methods for the time of the block, for calls of this thread alone."""
+        thread = threading.get_ident()
+        make_rng, has_rng, put_variable, sow = Scope.make_rng, Scope.has_rng, Scope.put_variable, nn.Module.sow
+
+        def make(scope: Scope, name: str = "params") -> Any:
+            if threading.get_ident() != thread:
+                return make_rng(scope, name)
+            self.record.asked.setdefault(name, []).append(tuple(scope.path))
+            # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
+            if name in scope.rngs or name in self.ask.streams:
+                with self._inside():
+                    return make_rng(scope, name)
+            self.incomplete = True
+            return jax.random.key(0, impl=self.root_impl)
+
+        def has(scope: Scope, name: str) -> bool:
+            if threading.get_ident() == thread and not self.asking:
+                self.record.queried.add(name)
+            return has_rng(scope, name)
+
+        def put(scope: Scope, col: str, name: str, value: Any) -> None:
+            if threading.get_ident() == thread:
+                self.record.written.add(col)
+                if col not in self.ask.mutable and scope.has_variable(col, name):
+                    self.incomplete = True
+                    return
+            put_variable(scope, col, name, value)
+
+        def sow_(module: nn.Module, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                self.record.sown.add(col)
+                self.record.written.add(col)
+                self.incomplete |= col not in self.ask.mutable
+            return sow(module, col, name, *args, **kwargs)
+
+        with _lock:
+            Scope.make_rng, Scope.has_rng, Scope.put_variable = make, has, put  # type: ignore[method-assign]
+            nn.Module.sow = sow_  # type: ignore[method-assign, assignment]
+            try:
+                with nn.intercept_methods(self._layers):
+                    yield
+            finally:
+                Scope.make_rng, Scope.has_rng, Scope.put_variable = make_rng, has_rng, put_variable  # type: ignore[method-assign]
+                nn.Module.sow = sow  # type: ignore[method-assign]
+
+    def _layers(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name == "__call__" and module.scope is not None:
+            if isinstance(module, nn.Dropout) and module.rate != 0.0:
+                self._layer(module, "dropout", "deterministic", context, args, kwargs)
+            elif isinstance(module, nn.BatchNorm):
+                self._layer(module, "norm", "use_running_average", context, args, kwargs)
+        return call(*args, **kwargs)
+
+    def _layer(self, module: Any, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
+        value = getattr(module, switch)
+        try:
+            bound = inspect.signature(context.orig_method).bind(module, *args, **kwargs)
+        except TypeError:
+            return
+        if bound.arguments.get(switch) is not None:
+            value = bound.arguments[switch]
+        if isinstance(value, bool):
+            owner = _owner(module)
+            layer = Layer(kind, tuple(module.scope.path), not value, owner, f"{switch}={value}")
+            if layer not in self.record.layers:
+                self.record.layers.append(layer)
+
+
+@contextlib.contextmanager
+def sowing() -> Iterator[set[str]]:
+    """Gives the set of collections that are sown in the block. An init runs as Flax runs it, and is only listened to."""
+    thread = threading.get_ident()
+    sown: set[str] = set()
+    sow = nn.Module.sow
+
+    def sow_(module: nn.Module, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            sown.add(col)
+        return sow(module, col, name, *args, **kwargs)
+
+    with _lock:
+        nn.Module.sow = sow_  # type: ignore[method-assign, assignment]
+        try:
+            yield sown
+        finally:
+            nn.Module.sow = sow  # type: ignore[method-assign]
+
+
+def _owner(module: nn.Module) -> str:
+    """The class that made the layer, and the line of the layer's construction where the source can be read."""
+    parent = module.parent
+    if not isinstance(parent, nn.Module):
+        return type(module).__name__
+    cls = type(parent)
+    name = type(module).__name__
+    for method in ("__call__", "setup"):
+        try:
+            lines, start = inspect.getsourcelines(inspect.unwrap(getattr(cls, method)))
+        except (OSError, TypeError, AttributeError):
+            continue
+        found = [start + i for i, line in enumerate(lines) if f"{name}(" in line.partition("#")[0]]
+        if len(found) == 1:
+            return f"{cls.__name__} (line {found[0]})"
+    return cls.__name__

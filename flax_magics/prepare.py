@@ -1,0 +1,130 @@
+"""A call made ready for a model: arguments that fit its signature, and its switch between training and evaluation set."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import FlaxMagicsError, did_you_mean
+from .models import Model, Path
+from .models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is called, with what, and how a person wrote it."""
+
+    method: Path
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    text: str
+    cell: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model in its mode, and arguments that fit: `switch` says what was set, or how it stands as written."""
+
+    model: Model
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    signature: inspect.Signature
+    switch: tuple[str, ...]
+    mode: str
+
+
+def prepare(name: str, model: Model, call: Call, mode: str | None) -> Prepared:
+    """Sets the mode (`train`, `eval` or None: as written) and checks the arguments.
+
+    Raises:
+      FlaxMagicsError: the arguments do not fit, the mode contradicts one, or a switch has no value and no mode is given.
+    """
+    signature = model.signature(call.method)
+    written = written_in_call(signature, call.args, call.kwargs)
+    kwargs = dict(call.kwargs)
+    if mode is None:
+        switch = [f"{key}={value}" for key, value in written.items() if isinstance(value, bool)]
+        for key in call_switches(signature):
+            default = signature.parameters[key].default
+            if key not in written and isinstance(default, bool):
+                switch.append(f"{key}={default}")
+        switch += model.fields_as_written()
+    else:
+        train = mode == "train"
+        check_agreement(train, written)
+        switch = []
+        given = []
+        for key in call_switches(signature):
+            if key not in written:
+                parameter = signature.parameters[key]
+                # `merge_param`: a field that has a value forbids the argument of the same name.
+                if parameter.default is None and getattr(model.module, key, None) is not None:
+                    continue
+                kwargs[key] = value_of(key, train)
+            given.append(key)
+            switch.append(f"{key}={value_of(key, train)}")
+        model, fields = model.fields_in_mode(train, fixed=frozenset(given))
+        switch += fields
+    check_arguments(name, call, signature, kwargs)
+    return Prepared(model, call.args, kwargs, signature, tuple(switch), mode or "as written")
+
+
+def prepare_init(name: str, model: Model, call: Call) -> Prepared:
+    """For an init: the model as written, never in training; a switch without a value is initialised in evaluation."""
+    signature = model.signature(call.method)
+    written = written_in_call(signature, call.args, call.kwargs)
+    kwargs = dict(call.kwargs)
+    switches = call_switches(signature)
+    for key in switches:
+        default = signature.parameters[key].default
+        unset = default is None and getattr(model.module, key, None) is None
+        if key not in written and (unset or default is inspect.Parameter.empty):
+            kwargs[key] = value_of(key, train=False)
+    check_arguments(name, call, signature, kwargs)
+    model = model.fields_for_init(fixed=frozenset(switches))
+    return Prepared(model, call.args, kwargs, signature, (), "init")
+
+
+def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, Any]) -> None:
+    """Raises FlaxMagicsError where the arguments do not fit the signature: what is missing, or what is not known."""
+    try:
+        signature.bind(*call.args, **kwargs)
+        return
+    except TypeError as error:
+        problem = str(error)
+    function = ".".join((name, *call.method))
+    takes = f"it takes: {function}{_plain(signature)}"
+    parameters = signature.parameters
+    unknown = [key for key in kwargs if key not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        hint = did_you_mean(unknown[0], parameters)
+        raise FlaxMagicsError(f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes)
+    positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    missing = [
+        p.name
+        for i, p in enumerate(parameters.values())
+        if p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and p.name not in kwargs
+        and (p.kind is p.KEYWORD_ONLY or i >= len(call.args))
+    ]
+    if missing and all(key in WHEN_TRAINING for key in missing):
+        raise FlaxMagicsError(
+            f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
+            write=f"%flax_apply --train {call.text}\n%flax_apply --eval {call.text}",
+        )
+    if missing:
+        names = " and ".join(f"`{key}`" for key in missing)
+        raise FlaxMagicsError(f"{function}() needs {names}, which the call does not give.", hint=takes)
+    if len(call.args) > len(positional):
+        raise FlaxMagicsError(
+            f"{function}() takes {len(positional)} positional arguments, and the call gives {len(call.args)}.", hint=takes
+        )
+    raise FlaxMagicsError(f"{function}(): {problem}.", hint=takes)
+
+
+def _plain(signature: inspect.Signature) -> str:
+    """The signature without annotations, which may be long."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
