@@ -1,0 +1,119 @@
+"""What an edit of a model changed: its variables' shapes, and whether initialising would give other values."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from .models import Model, Path
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """How a model's variables were made: enough to ask what a later version of the model would make of it.
+
+    `args` and `kwargs` hold shapes in place of arrays. `program` is a digest of the initialisation as a program, forward
+    pass left out, None where it cannot be traced.
+    """
+
+    key: Any
+    method: Path
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: Any
+    program: str | None
+
+
+def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Initialised:
+    """Traces the initialisation by shapes; nothing is computed. `args`/`kwargs` may hold arrays or shapes."""
+    leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+    dynamic = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def init(key: Any, dynamic: list[Any]) -> Any:
+        given = iter(dynamic)
+        full = [next(given) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        args, kwargs = jax.tree_util.tree_unflatten(treedef, full)
+        return model.init(key, method, args, kwargs)
+
+    program: str | None
+    try:
+        jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(key, dynamic)
+        program = _digest(jaxpr)
+    except jax.errors.JAXTypeError:  # initialisation looks at values
+        program, shapes = None, None
+    return Initialised(key, method, _abstract(args), _abstract(kwargs), shapes, program)
+
+
+def _abstract(tree: Any) -> Any:
+    def one(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
+
+    return jax.tree_util.tree_map(one, tree)
+
+
+def _digest(closed: Any) -> str:
+    """A digest of what a jaxpr's outputs depend on: equations whose results nobody needs (the forward pass) left out."""
+    jaxpr = closed.jaxpr
+    needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
+    kept = []
+    for equation in reversed(jaxpr.eqns):
+        if needed.intersection(equation.outvars):
+            kept.append(equation)
+            needed.update(var for var in equation.invars if not hasattr(var, "val"))
+    pruned = jaxpr.replace(eqns=kept[::-1])
+    text = re.sub(r"0x[0-9a-f]+", "", str(pruned))  # functions are printed with their address
+    hasher = hashlib.sha256(text.encode())
+    for var, constant in zip(jaxpr.constvars, closed.consts, strict=True):
+        if var in needed and hasattr(constant, "dtype") and not jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key):
+            hasher.update(np.asarray(constant).tobytes())
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What became of a model's variables: the leaves that differ, whether they still fit, whether they are outdated."""
+
+    changes: tuple[str, ...]
+    fits: bool
+    outdated: bool
+
+
+def compare(before: Initialised, model: Model) -> tuple[Edit, Initialised | None]:
+    """What `model`, a later version, would initialise, held against how the variables that are there were made."""
+    try:
+        now = initialised(model, before.key, before.method, before.args, before.kwargs)
+    except Exception as error:  # the user's new code does not take the old call
+        return Edit((f"the last init's call fails now ({type(error).__name__})",), fits=False, outdated=True), None
+    if now.shapes is None or before.shapes is None:
+        return Edit((), fits=True, outdated=True), now
+    changes = differences(before.shapes, now.shapes)
+    return Edit(changes, not changes, now.program is None or now.program != before.program), now
+
+
+def differences(old: Any, new: Any) -> tuple[str, ...]:
+    """Leaf by leaf: `Dense_0/kernel [4,3]→[4,5]`, `Dense_1/bias added`. `params` needs no naming."""
+    before, after = _leaves(old), _leaves(new)
+    out = []
+    for name in dict.fromkeys([*before, *after]):
+        if name not in after:
+            out.append(f"{name} removed")
+        elif name not in before:
+            out.append(f"{name} added")
+        else:
+            a, b = before[name], after[name]
+            if tuple(a.shape) != tuple(b.shape):
+                out.append(f"{name} {list(a.shape)}→{list(b.shape)}".replace(", ", ","))
+            elif a.dtype != b.dtype:
+                out.append(f"{name} {a.dtype}→{b.dtype}")
+    return tuple(out)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+    return {name.removeprefix("params/"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}

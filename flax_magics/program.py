@@ -1,0 +1,284 @@
+"""Trace, lower, compile; and programs kept by what they compute.
+
+A program is looked up twice. First by what the call is made of (the model's fingerprint, mode, argument shapes, JAX's
+settings): a hit skips tracing, and is offered only for models whose whole source could be fingerprinted. Then by the
+lowered program's own text, so that an edit which computes the same thing is traced but not compiled again.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from .arguments import Arguments
+from .models import Ask, Forward, Incomplete, Model, Path, Record
+from .run import Memory
+
+KEPT = 256
+"""Programs kept at most, the least recently used dropped first."""
+
+_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_default_device",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_threefry_partitionable",
+    "jax_debug_nans",
+    "jax_debug_infs",
+    "jax_softmax_custom_jvp",
+    "jax_enable_custom_prng",
+    "jax_disable_most_optimizations",
+)
+
+
+def settings() -> tuple[Any, ...]:
+    """The settings of JAX that change what a trace gives, as they are on this thread now."""
+    return tuple(getattr(jax.config, name, None) for name in _SETTINGS)
+
+
+@dataclass(frozen=True)
+class Program:
+    """An executable and what its trace told about it."""
+
+    executable: Callable[..., Any]
+    ask: Ask
+    record: Record
+    device: str
+    memory: Memory | None
+    effects: bool
+
+    def __call__(self, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Any:
+        """`(output, updates)`, dispatched; the device may still be working."""
+        return self.executable(variables, keys, dynamic)
+
+    def wait(self, result: Any) -> None:
+        """Returns when the device has finished, host callbacks included."""
+        jax.block_until_ready(result)
+        if self.effects:
+            jax.effects_barrier()
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program, where it came from (`compiled`, `reused`), and seconds per phase (0.0: did not happen)."""
+
+    program: Program
+    origin: str
+    trace: float = 0.0
+    lower: float = 0.0
+    compile: float = 0.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a program is made for."""
+
+    name: str
+    model: Model
+    method: Path
+    arguments: Arguments
+    variables: Mapping[str, Any]
+    keys: Callable[[frozenset[str]], Mapping[str, Any]]
+    impl: str
+    mutable: frozenset[str] = frozenset()
+    training: bool = False
+    guess: Ask = Ask()
+
+
+def trace(request: Request) -> tuple[Any, Ask, Record]:
+    """Traces until the model has all that it asks for: `(jax.stages.Traced, what it was given, what was seen)`.
+
+    A stream or collection is given only if the model asked for it in a trace; a guess that gave too much is corrected.
+    """
+    ask = Ask(request.guess.streams, request.guess.mutable | request.mutable)
+    for _ in range(16):
+        record = Record()
+        forward = request.model.forward(request.method, ask, record, request.impl)
+
+        program = _named(request, forward)
+        try:
+            traced = jax.jit(program).trace(request.variables, request.keys(ask.streams), request.arguments.dynamic)
+        except Incomplete:
+            ask = Ask(ask.streams | set(record.asked), ask.mutable | record.written)
+            continue
+        needed = needs(record, request)
+        if needed == ask:
+            return traced, ask, record
+        ask = needed
+    raise RuntimeError(f"{request.name} asks for other streams in every trace")
+
+
+def _named(request: Request, forward: Forward) -> Callable[..., Any]:
+    """The function that is compiled. JAX's messages name it, where it is and its arguments: the user's words, not ours."""
+    rebuild = request.arguments.rebuild
+
+    def program(variables: Any, keys: Any, arguments: Any) -> Any:
+        args, kwargs = rebuild(arguments)
+        return forward(variables, keys, args, kwargs)
+
+    program.__name__ = program.__qualname__ = request.name
+    program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_name=request.name)
+    return program
+
+
+def needs(record: Record, request: Request) -> Ask:
+    """What a complete trace shows that the model needs.
+
+    `has_rng` alone is not asking, except that `--train` answers a model which uses `has_rng('dropout')` as its switch.
+    """
+    streams = set(record.asked)
+    if request.training and "dropout" in record.queried:
+        streams.add("dropout")
+    return Ask(frozenset(streams), frozenset(record.written) | request.mutable)
+
+
+@dataclass
+class Programs:
+    """Programs kept, and compilations under way. `clock` gives seconds."""
+
+    clock: Callable[[], float]
+    by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
+    by_text: OrderedDict[Hashable, tuple[Any, Any]] = field(default_factory=OrderedDict)
+    compiling: dict[Hashable, concurrent.futures.Future[Any]] = field(default_factory=dict)
+    parts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """model → what its last program was made for, as a person would say it."""
+
+    def __len__(self) -> int:
+        return len(self.by_text)
+
+    def find(self, key: Hashable | None) -> Program | None:
+        """The program made for exactly this call, if it is kept. None for a key of None."""
+        program = None if key is None else self.by_call.get(key)
+        if program is not None:
+            self.by_call.move_to_end(key)
+        return program
+
+    def build(self, key: Hashable | None, request: Request, phase: Callable[[str], None]) -> Built:
+        """Traces and lowers; compiles unless a program of the same text is kept.
+
+        `phase` is told the name of each phase as it begins. Compiling happens on another thread, so that an interrupt
+        returns at once; what it had begun is finished and used when it is asked for again.
+        """
+        phase("tracing")
+        start = self.clock()
+        traced, ask, record = trace(request)
+        seconds = [self.clock() - start]
+        phase("lowering")
+        start = self.clock()
+        lowered = traced.lower()
+        text = lowered.as_text()
+        seconds.append(self.clock() - start)
+
+        # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
+        shareable = "callback" not in text
+        origin, compile_seconds = "reused", 0.0
+        text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend())
+        known = self.by_text.get(text_key) if shareable else None
+        if known is not None and known[1] == (lowered.in_tree, lowered.out_tree):
+            executable = known[0]
+            self.by_text.move_to_end(text_key)
+        else:
+            phase("compiling")
+            start = self.clock()
+            executable = self._compile(lowered, text_key if shareable else object())
+            compile_seconds, origin = self.clock() - start, "compiled"
+            if shareable:
+                _keep(self.by_text, text_key, (executable, (lowered.in_tree, lowered.out_tree)))
+        program = Program(
+            executable, ask, record, device_of(executable), analysis(executable), bool(traced.jaxpr.effects)
+        )
+        if key is not None:
+            _keep(self.by_call, key, program)
+        return Built(program, origin, *seconds, compile_seconds)
+
+    def _compile(self, lowered: Any, text_key: Hashable) -> Any:
+        future = self.compiling.get(text_key)
+        if future is None:
+            future = concurrent.futures.Future()
+            self.compiling[text_key] = future
+            # Not a daemon: a compilation that is cut off when Python exits aborts the process.
+            threading.Thread(target=_compile_into, args=(future, lowered), name="flax_magics compile").start()
+        while not future.done():
+            concurrent.futures.wait([future], timeout=0.2)
+        del self.compiling[text_key]
+        return future.result()
+
+
+def _compile_into(future: concurrent.futures.Future[Any], lowered: Any) -> None:
+    try:
+        future.set_result(lowered.compile())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+
+
+def _digest(text: str, traced: Any) -> str:
+    hasher = hashlib.sha256(text.encode())
+    # The text holds constants in full unless JAX is set to pass them as arguments.
+    for constant in traced.jaxpr.consts:
+        if hasattr(constant, "dtype"):
+            data = jax.random.key_data(constant) if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key) else constant
+            hasher.update(np.asarray(data).tobytes())
+    return hasher.hexdigest()
+
+
+def device_of(executable: Any) -> str:
+    """Where a compiled program runs: `cpu:0`, `gpu:0-7`."""
+    shardings = jax.tree_util.tree_leaves((executable.input_shardings, executable.output_shardings))
+    devices = {device for sharding in shardings for device in sharding.device_set}
+    return name_devices(devices or {default_device()})
+
+
+def default_device() -> Any:
+    """The device that JAX would use now."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+
+
+def devices_of(tree: Any) -> str:
+    """Where the arrays of `tree` are."""
+    leaves = [leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array)]
+    return name_devices({device for leaf in leaves for device in leaf.devices()} or {default_device()})
+
+
+def name_devices(devices: Any) -> str:
+    """`cpu:0` for one device; `gpu:0-7` or `gpu:0,2` for several."""
+    ids = sorted(device.id for device in devices)
+    platform = next(iter(devices)).platform
+    if len(ids) > 2 and ids == list(range(ids[0], ids[-1] + 1)):
+        return f"{platform}:{ids[0]}-{ids[-1]}"
+    return f"{platform}:{','.join(map(str, ids))}"
+
+
+def analysis(executable: Any) -> Memory | None:
+    """Bytes as XLA counts them for this program, None where the backend does not say."""
+    try:
+        stats = executable.memory_analysis()
+    except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
+        return None
+    if stats is None:
+        return None
+    return Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )

@@ -1,0 +1,229 @@
+"""A model made ready to run: compiled, found among the kept programs, or eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+
+from .arguments import Arguments, signature_of
+from .fingerprint import fingerprint
+from .models import Ask, Incomplete, Path, Record
+from .prepare import Prepared
+from .program import Programs, Request, settings, trace
+from .run import Memory, describe
+
+TRACER_ERRORS = (
+    jax.errors.ConcretizationTypeError,  # and the conversions to bool and index, which are kinds of it
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+"""What JAX raises when traced code needs a value; a shape that is traced is a TypeError without a kind of its own."""
+
+
+def is_tracer_error(error: BaseException) -> bool:
+    """Whether the model looked at a value while it was traced."""
+    return isinstance(error, TRACER_ERRORS) or (isinstance(error, TypeError) and "concrete values" in str(error))
+
+
+Keys = Callable[[frozenset[str]], dict[str, Any]]
+
+
+@dataclass
+class Ready:
+    """What to run, and what it was found to need. An eager run may find out more while it runs."""
+
+    run: Callable[[], Any]
+    """Gives `(output, updates)` when the device has finished."""
+    variables: Mapping[str, Any]
+    arguments: Arguments
+    ask: Ask
+    record: Record
+    origin: str
+    reason: str = ""
+    trace: float = 0.0
+    lower: float = 0.0
+    compile: float = 0.0
+    memory: Memory | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run: a prepared call of a registered model with variables."""
+
+    name: str
+    edition: bytes | None
+    """Fingerprint of the model as it was registered."""
+    prepared: Prepared
+    method: Path
+    variables: Mapping[str, Any]
+    mutable: frozenset[str]
+    keys: Keys
+    impl: str
+    guess: Ask
+    forced: frozenset[str]
+    phase: Callable[[str], None] = field(repr=False)
+
+    def arguments(self, forced: frozenset[str]) -> Arguments:
+        """The arguments, with the ints of `forced` as part of the program."""
+        prepared = self.prepared
+        return Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced)
+
+    def request(self, arguments: Arguments) -> Request:
+        """What a program for this job is made for."""
+        return Request(
+            self.name,
+            self.prepared.model,
+            self.method,
+            arguments,
+            self.variables,
+            self.keys,
+            self.impl,
+            self.mutable,
+            self.prepared.mode == "train",
+            self.guess,
+        )
+
+
+def compiled(job: Job, programs: Programs) -> Ready:
+    """Finds the program or builds it. An int whose value the model needs is made static, one at a time, then all."""
+    arguments = job.arguments(job.forced)
+    try:
+        return _compiled(job, arguments, programs)
+    except Exception as error:
+        if not is_tracer_error(error):
+            raise
+        names = arguments.numbers
+        for more in [*({name} for name in names), *([set(names)] if len(names) > 1 else [])]:
+            try:
+                return _compiled(job, job.arguments(job.forced | more), programs)
+            except Exception as again:
+                if not is_tracer_error(again):
+                    raise
+        raise
+
+
+def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
+    key = _call_key(job, arguments)
+    program = programs.find(key)
+    parts = _parts(job, arguments)
+    if program is not None:
+        ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
+    else:
+        built = programs.build(key, job.request(arguments), job.phase)
+        program = built.program
+        stale = program.record.sown & set(job.variables)
+        if stale:  # a sown collection starts empty: Flax would append to what is there
+            programs.by_call.pop(key, None)
+            left = {name: tree for name, tree in job.variables.items() if name not in stale}
+            return _compiled(replace(job, variables=left), arguments, programs)
+        reason = _reason(programs.parts.get(job.name), parts) if built.origin == "compiled" else ""
+        ready = Ready(
+            lambda: None, job.variables, arguments, program.ask, program.record, built.origin, reason,
+            built.trace, built.lower, built.compile,
+        )  # fmt: skip
+    programs.parts[job.name] = parts
+    ready.memory, ready.device = program.memory, program.device
+    keys = job.keys(program.ask.streams)
+
+    def run() -> Any:
+        result = program(job.variables, keys, arguments.dynamic)
+        program.wait(result)
+        return result
+
+    ready.run = run
+    return ready
+
+
+def eager(job: Job) -> Ready:
+    """Runs op by op, as by hand. What the model asks for is found by shapes; if it cannot be traced, by running it."""
+    arguments = job.arguments(job.forced)
+    request = job.request(arguments)
+    try:
+        _, ask, record = trace(request)
+    except Exception as error:
+        if not is_tracer_error(error):
+            raise
+        ask, record = Ask(job.guess.streams | {"dropout"}, job.guess.mutable | job.mutable), Record()
+    ready = Ready(lambda: None, job.variables, arguments, ask, record, "eager")
+    args, kwargs = arguments.rebuild(arguments.dynamic)
+
+    def run() -> Any:
+        while True:
+            record = Record()
+            forward = job.prepared.model.forward(job.method, ready.ask, record, job.impl)
+            try:
+                result = forward(job.variables, job.keys(ready.ask.streams), args, kwargs)
+            except Incomplete:
+                ready.ask = Ask(ready.ask.streams | set(record.asked), ready.ask.mutable | record.written)
+                continue
+            jax.block_until_ready(result)
+            jax.effects_barrier()
+            ready.record = record
+            return result
+
+    ready.run = run
+    return ready
+
+
+def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
+    """Equal keys mean that tracing would give the same program; None if that cannot be told."""
+    model = fingerprint(job.prepared.model.module)
+    static = fingerprint(arguments.static)
+    if model is None or static is None:
+        return None
+    leaves, treedef = jax.tree_util.tree_flatten(job.variables)
+    key = (
+        job.name,
+        model,
+        job.method,
+        static,
+        arguments.treedef,
+        arguments.traced,
+        tuple(map(signature_of, arguments.dynamic.values())),
+        treedef,
+        tuple(map(signature_of, leaves)),
+        job.mutable,
+        job.prepared.mode == "train",
+        job.impl,
+        settings(),
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _parts(job: Job, arguments: Arguments) -> dict[str, str]:
+    """What a program was made for, by name, as a person would say it."""
+    parts = {"model": repr(job.edition), "mode": job.prepared.mode, "method": ".".join(job.method) or "the call"}
+    for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
+        if traced and not hasattr(leaf, "dtype"):
+            parts[name] = f"a Python {type(leaf).__name__}"
+        else:
+            parts[name] = describe(leaf)
+    parts["settings"] = repr(settings())
+    return parts
+
+
+def _reason(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
+    """Why a program is new, in a few words."""
+    if before is None:
+        return "first run of this program"
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name == "model":
+            return "what the model reads changed"
+        if name == "settings":
+            return "JAX's settings changed"
+        if old is None or new is None:
+            return f"{name}: {'not given before' if old is None else 'given before'}"
+        return f"{name}: {old} → {new}"
+    return "what the model reads changed"
