@@ -1,0 +1,51 @@
+"""Write a Flax module in a cell, run it, and every run says what it did.
+
+`%load_ext flax_magics` in a notebook; `flax_magics.Session` in a script.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import FlaxMagicsError
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .sessions import Session
+
+__version__ = "0.1.0"
+__all__ = ["FlaxMagicsError", "Run", "Session", "session", "load_ipython_extension", "unload_ipython_extension"]
+
+
+def session() -> Session:
+    """The Session of this process, made at first use: the one that the commands use."""
+    from .current import current
+
+    return current()
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext flax_magics`."""
+    from . import extension
+
+    extension.load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """`%unload_ext flax_magics`."""
+    from . import extension
+
+    extension.unload(shell)
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: loading the extension must not import JAX.
+    if name == "Session":
+        from .sessions import Session
+
+        return Session
+    if name == "Run":
+        from .run import Run
+
+        return Run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,356 @@
+"""One apply, from a call to its result. Reads the session's records and gives new ones; changes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from flax import errors as flax_errors
+
+from .edits import initialised
+from .errors import FlaxMagicsError, did_you_mean
+from .keys import SPLIT, Draw
+from .memory import is_out_of_memory, out_of_memory
+from .models import Ask, MissingVariables
+from .notes import SeenKeys, join, of_mode, of_streams, summary
+from .prepare import Call, Prepared, prepare, prepare_init
+from .program import Programs, devices_of
+from .ready import Job, Ready, compiled, eager
+from .registry import Entry, check_variables
+from .run import Made, Memory, Note, Steady, Timing
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one apply; see `Session.apply`."""
+
+    mode: str | None = None
+    mutable: tuple[str, ...] = ()
+    variables: Mapping[str, Any] | None = None
+    key: tuple[str, ...] = ()
+    draw: int | tuple[int, int] | None = None
+    repeat: int = 1
+    eager: bool = False
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What one apply did and found (see `Run` for the fields of the same name), and the entry as it is to be kept."""
+
+    entry: Entry
+    inputs: Any
+    output: Any
+    sown: Mapping[str, Any]
+    keys: Mapping[str, Any]
+    used: Mapping[str, tuple[str, ...]]
+    changed: Mapping[str, int]
+    device: str
+    program: str
+    reason: str
+    mode: str
+    switch: tuple[str, ...]
+    static: tuple[str, ...]
+    timing: Timing
+    memory: Memory | None
+    notes: tuple[Note, ...]
+    made: Made | None
+    by_hand: str
+    keys_in_call: tuple[bytes, ...]
+    """Data of keys that the user passed in the call."""
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Variables to run with, and how they came about in this draw."""
+
+    entry: Entry
+    variables: Mapping[str, Any]
+    made: Made | None = None
+    seconds: float = 0.0
+    taken: bool = False
+    """The draw's `params` key went into variables: the run's own `params` stream must be another."""
+
+
+def execute(
+    entry: Entry,
+    call: Call,
+    options: Options,
+    draw: Draw,
+    programs: Programs,
+    seen: SeenKeys,
+    on_phase: Callable[[str], None],
+    *,
+    params_taken: bool,
+) -> Execution:
+    """Initialises if need be, finds or builds the program, runs it and waits for the device.
+
+    Args:
+      params_taken: an init took this draw's `params` key already.
+
+    Raises:
+      FlaxMagicsError: a mistake in the call, or no memory. What the model raises is passed on.
+    """
+    if options.repeat < 1:
+        raise FlaxMagicsError(f"--repeat takes a number of runs, 1 or more, not {options.repeat}.")
+    call, argument_keys = _with_keys(entry, call, options, draw)
+    prepared = prepare(entry.name, entry.model, call, options.mode)
+    with plain_errors(call):
+        start = _start(entry, call, options, draw, programs, on_phase, params_taken)
+        while True:
+            try:
+                ready = _make_ready(start, prepared, call, options, draw, programs, on_phase)
+                wait = _wait(ready, programs)
+                on_phase(f"running {entry.name}")
+                (output, updates), times = _run(ready, options.repeat, programs, call)
+                break
+            except MissingVariables as error:
+                start = _with_added(start, call, options, draw, programs, error)
+    _check_clash(entry, options, ready)
+
+    record = ready.record
+    updates = dict(updates)
+    sown = {name: updates.pop(name) for name in list(updates) if name in record.sown}
+    if options.mutable:
+        both = {**updates, **sown}
+        output = (output, {name: both[name] for name in options.mutable if name in both})
+    keep = options.variables is None and options.draw is None
+    kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
+    keys = {**{name: draw.stream(name) for name in SPLIT}, **argument_keys}
+    for name in sorted(ready.ask.streams - set(SPLIT)):
+        keys[name] = draw.stream(name)
+    if start.taken and "params" in ready.ask.streams:
+        keys["params (folded)"] = draw.stream("params", taken=True)
+    in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
+    told = {name for ask in entry.guesses.values() for name in ask.streams}
+    return Execution(
+        entry=kept,
+        inputs=(prepared.args, prepared.kwargs),
+        output=output,
+        sown=sown,
+        keys=keys,
+        used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
+        changed={name: kept.updates[name] for name in sorted(updates)} if keep else {},
+        device=ready.device or devices_of((output, ready.variables)),
+        program=ready.origin,
+        reason=ready.reason,
+        mode=prepared.mode,
+        switch=prepared.switch,
+        static=tuple(f"{name}={value}" for name, value in ready.arguments.static if name in ready.arguments.forced),
+        timing=Timing(
+            trace=ready.trace,
+            lower=ready.lower,
+            compile=ready.compile,
+            run=times[0],
+            wait=wait,
+            init=start.seconds,
+            steady=Steady(tuple(times)) if options.repeat > 1 else None,
+        ),
+        memory=ready.memory,
+        notes=(*of_mode(prepared.mode, record), *of_streams(record, told), *seen.notes(in_call)),
+        made=start.made,
+        by_hand=entry.model.by_hand(
+            call.text,
+            call.method,
+            prepared.switch if options.mode else (),
+            tuple(sorted(ready.ask.streams)),
+            tuple(sorted({*updates, *sown, *options.mutable})),
+        ),
+        keys_in_call=tuple(in_call.values()),
+    )
+
+
+class plain_errors:  # noqa: N801 - reads as a statement
+    """Turns what no frame of the user's explains into one short message; everything else passes as it is."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, flax_errors.InvalidRngError):
+            raise _kept_out(error) from None
+        if error is not None and is_out_of_memory(error):
+            raise out_of_memory(error, self.call.text, None) from None
+
+
+def _kept_out(error: Exception) -> FlaxMagicsError:
+    """Every stream is fed, so a stream can be missing only inside a transform that keeps it out."""
+    first = str(error).split(" (https")[0].rstrip(".")
+    return FlaxMagicsError(
+        f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on.",
+        write="nn.scan(…, split_rngs={'params': …, 'dropout': True})",
+    )
+
+
+def _with_keys(entry: Entry, call: Call, options: Options, draw: Draw) -> tuple[Call, dict[str, Any]]:
+    """The call with the keys that `--key` adds, by argument name."""
+    if not options.key:
+        return call, {}
+    parameters = entry.model.signature(call.method).parameters
+    given = {}
+    for name in options.key:
+        if name in call.kwargs:
+            raise FlaxMagicsError(f"--key {name}: the call gives `{name}` already. Leave one of them out.")
+        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            known = ", ".join(parameters)
+            raise FlaxMagicsError(
+                f"--key {name}: {entry.name} has no argument `{name}`; it takes: {known}.",
+                hint=did_you_mean(name, parameters),
+            )
+        given[name] = draw.stream(name)
+    return replace(call, kwargs={**call.kwargs, **given}), given
+
+
+def _check_clash(entry: Entry, options: Options, ready: Ready) -> None:
+    both = sorted(set(options.key) & ready.ask.streams)
+    if both:
+        raise FlaxMagicsError(
+            f"{entry.name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
+            write=f"{both[0]} = %flax_key {both[0]}",
+        )
+
+
+def _keys(draw: Draw, taken: bool) -> Callable[[frozenset[str]], dict[str, Any]]:
+    def keys(streams: frozenset[str]) -> dict[str, Any]:
+        return {name: draw.stream(name, taken=taken and name == "params") for name in sorted(streams)}
+
+    return keys
+
+
+def _start(
+    entry: Entry,
+    call: Call,
+    options: Options,
+    draw: Draw,
+    programs: Programs,
+    on_phase: Callable[[str], None],
+    params_taken: bool,
+) -> _Start:
+    """The variables to run with: given, there, or initialised in this draw."""
+    if options.variables is not None:
+        check_variables(entry.name, options.variables)
+        return _Start(entry, options.variables, taken=params_taken)
+    if entry.variables is not None:
+        return _Start(entry, entry.variables, taken=params_taken or "params" in options.key)
+    if "params" in options.key:
+        raise FlaxMagicsError(
+            f"--key params: in this draw that key initialises `{entry.name}`.", write=f"%flax_init {call.text}"
+        )
+    on_phase(f"initialising {entry.name}")
+    prepared = prepare_init(entry.name, entry.model, call)
+    # An init that the session opened and whose variables were dropped since has used this key already.
+    key = draw.stream("params", taken=params_taken)
+    begin = programs.clock()
+    variables = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
+    jax.block_until_ready(variables)
+    seconds = programs.clock() - begin
+    made = initialised(prepared.model, key, call.method, prepared.args, prepared.kwargs)
+    entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
+    parameters, size = summary(variables)
+    return _Start(entry, variables, Made(parameters, size, tuple(variables)), seconds, taken=True)
+
+
+def _with_added(
+    start: _Start, call: Call, options: Options, draw: Draw, programs: Programs, error: MissingVariables
+) -> _Start:
+    """Adds the variables that a method needs and the first init did not make, from the first init's key."""
+    entry = start.entry
+    if options.variables is not None or (start.made is not None and start.made.added):
+        raise error.__cause__ or error
+    key = entry.made.key if entry.made is not None else draw.stream("params", taken=start.taken)
+    prepared = prepare_init(entry.name, entry.model, call)
+    begin = programs.clock()
+    fresh = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
+    jax.block_until_ready(fresh)
+    seconds = programs.clock() - begin
+    variables, added = _merged(start.variables, fresh)
+    if not jax.tree_util.tree_leaves(added):
+        raise error.__cause__ or error
+    parameters, size = summary(added)
+    made = Made(parameters, size, tuple(added), added=True)
+    return replace(
+        start, entry=replace(entry, variables=variables), variables=variables, made=made, seconds=seconds, taken=True
+    )
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`old` with what only `new` has, and that part alone. What is there is never replaced."""
+    merged, added = dict(old), {}
+    for name, item in new.items():
+        if name not in old:
+            merged[name] = added[name] = item
+        elif isinstance(item, Mapping) and isinstance(old[name], Mapping):
+            merged[name], inside = _merged(old[name], item)
+            if inside:
+                added[name] = inside
+    return merged, added
+
+
+def _make_ready(
+    start: _Start,
+    prepared: Prepared,
+    call: Call,
+    options: Options,
+    draw: Draw,
+    programs: Programs,
+    on_phase: Callable[[str], None],
+) -> Ready:
+    entry = start.entry
+    job = Job(
+        name=entry.name,
+        edition=entry.print,
+        prepared=prepared,
+        method=call.method,
+        variables=start.variables,
+        mutable=frozenset(options.mutable),
+        keys=_keys(draw, start.taken),
+        impl=draw.impl,
+        guess=entry.guesses.get((call.method, prepared.mode), Ask()),
+        forced=frozenset(name for method, name in entry.forced if method == call.method),
+        phase=lambda phase: on_phase(f"{phase} {entry.name}"),
+    )
+    if options.eager or jax.config.jax_disable_jit:
+        return eager(job)
+    return compiled(job, programs)
+
+
+def _wait(ready: Ready, programs: Programs) -> float:
+    """Seconds until the inputs were there: not part of the run."""
+    begin = programs.clock()
+    jax.block_until_ready((ready.variables, ready.arguments.dynamic))
+    return programs.clock() - begin
+
+
+def _run(ready: Ready, repeat: int, programs: Programs, call: Call) -> tuple[Any, list[float]]:
+    """The first result, and the seconds of each run until the device had finished."""
+    times = []
+    result: Any = None
+    for i in range(repeat):
+        begin = programs.clock()
+        try:
+            again = ready.run()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, call.text, ready.memory) from None
+            raise
+        times.append(programs.clock() - begin)
+        if i == 0:
+            result = again
+    return result, times
+
+
+def _kept(entry: Entry, updates: Mapping[str, Any], ready: Ready, call: Call, mode: str) -> Entry:
+    """The entry with what the run wrote, and with what was learned about the call."""
+    learned = replace(
+        entry,
+        guesses={**entry.guesses, (call.method, mode): ready.ask},
+        forced=entry.forced | {(call.method, name) for name in ready.arguments.forced},
+    )
+    if not updates or entry.variables is None:
+        return learned
+    counts = {**entry.updates, **{name: entry.updates.get(name, 0) + 1 for name in updates}}
+    return replace(learned, variables={**entry.variables, **updates}, updates=counts)

@@ -1,0 +1,89 @@
+"""Runs as a session keeps them: without keeping their arrays alive."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from typing import Any
+
+import jax
+
+from .run import GONE, Run
+
+
+class Kept:
+    """One run: its facts held, its arrays (inputs, output, what was sown) held weakly.
+
+    The Run in a user's hands holds its own arrays; as long as it lives, the session gives that very object.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = weakref.ref(run)
+        self._facts = dataclasses.replace(run, output=GONE, inputs=GONE, sown={})
+        self._output = _Weak(run.output)
+        self._inputs = _Weak(run.inputs)
+        self._sown = _Weak(dict(run.sown))
+
+    def run(self) -> Run:
+        """The run; an array that nobody holds any more makes its whole field `GONE`."""
+        run = self._run()
+        if run is not None:
+            return run
+        sown = self._sown.get()
+        return dataclasses.replace(
+            self._facts,
+            output=self._output.get(),
+            inputs=self._inputs.get(),
+            sown={} if sown is GONE else sown,
+        )
+
+
+class _Weak:
+    """A pytree whose arrays are held weakly; what is no array is held as it is."""
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self._treedef = jax.tree_util.tree_flatten(tree)
+        self._leaves = [_reference(leaf) for leaf in leaves]
+
+    def get(self) -> Any:
+        leaves = []
+        for weak, held in self._leaves:
+            leaf = held if weak is None else weak()
+            if leaf is None:
+                return GONE
+            leaves.append(leaf)
+        return jax.tree_util.tree_unflatten(self._treedef, leaves)
+
+
+def _reference(leaf: Any) -> tuple[weakref.ref[Any] | None, Any]:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        try:
+            return weakref.ref(leaf), None
+        except TypeError:  # a numpy scalar: a few bytes
+            pass
+    return None, leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Runs, newest first, as a linked list: adding one makes a new list and leaves the old as it was."""
+
+    kept: Kept
+    before: Chain | None
+    length: int
+
+    @staticmethod
+    def add(chain: Chain | None, run: Run) -> Chain:
+        """`chain` with one more run."""
+        return Chain(Kept(run), chain, 1 if chain is None else chain.length + 1)
+
+
+def newest(chain: Chain | None, n: int) -> list[Run]:
+    """The last `n` runs, oldest first."""
+    out = []
+    while chain is not None and len(out) < n:
+        out.append(chain.kept.run())
+        chain = chain.before
+    return out[::-1]
+
+

@@ -1,0 +1,111 @@
+"""The sharp bits that are looked for in every run, each one line and the line that mends it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from .arguments import Arguments
+from .errors import nearest
+from .keys import data_of
+from .models import Layer, Record
+from .run import Note
+
+KNOWN_STREAMS = ("params", "dropout", "default")
+
+OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new ones")
+
+
+def join(path: Iterable[str]) -> str:
+    """A module's path as Flax writes it; the model itself is `(the model)`."""
+    return "/".join(path) or "(the model)"
+
+
+def of_mode(mode: str, record: Record) -> Iterator[Note]:
+    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round."""
+    if mode not in ("train", "eval"):
+        return
+    training = mode == "train"
+    for kind in ("dropout", "norm"):
+        layers = [layer for layer in record.layers if layer.kind == kind]
+        if layers and all(layer.training is not training for layer in layers):
+            yield _wrong_mode(kind, layers, training)
+
+
+def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
+    option = "--train" if training else "--eval"
+    first = layers[0]
+    names = join(first.path) if len(layers) == 1 else f"{join(first.path)} and {len(layers) - 1} more"
+    verb = "is" if len(layers) == 1 else "are"
+    if kind == "dropout":
+        state = "off" if training else "on"
+        switch = "deterministic"
+    else:
+        state = "using running averages" if training else "using the batch's own statistics"
+        switch = "use_running_average"
+    text = f"{names} {verb} {state} although {option} was asked: {first.switch} is fixed in {first.owner}"
+    return Note(kind, text, f"{switch}=not self.training")
+
+
+def of_streams(record: Record, told: Container[str]) -> Iterator[Note]:
+    """Streams other than Flax's own, once each: a mistyped `rng_collection` must not pass in silence."""
+    for name, paths in record.asked.items():
+        if name in KNOWN_STREAMS or name in told:
+            continue
+        where = join(paths[0]) + (f" and {len(set(paths)) - 1} more" if len(set(paths)) > 1 else "")
+        close = nearest(name, KNOWN_STREAMS, 1)
+        if close:
+            text = f"the stream `{name}` is asked for by {where}: is `{close[0]}` meant?"
+        else:
+            text = f"the stream `{name}` is asked for by {where}: it gets a key of its own from the draw"
+        yield Note("stream", text)
+
+
+class SeenKeys:
+    """Keys that went into runs, and roots that the session has split or will split."""
+
+    def __init__(self) -> None:
+        self.roots: set[bytes] = set()
+        self.runs: dict[bytes, str] = {}
+
+    def find(self, arguments: Arguments) -> Iterator[tuple[str, bytes]]:
+        """Names and data of the arguments that are keys: typed ones, and legacy ones that are known as keys."""
+        for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
+            if not traced or not isinstance(leaf, jax.Array):
+                continue
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                if leaf.ndim == 0:
+                    yield name, data_of(leaf)
+            elif leaf.dtype == "uint32" and leaf.shape in ((2,), (4,)):
+                data = data_of(leaf)
+                if data in self.roots or data in self.runs:
+                    yield name, data
+
+    def notes(self, found: Mapping[str, bytes]) -> Iterator[Note]:
+        """What is to be said of the keys in a call."""
+        for name, data in found.items():
+            if data in self.roots:
+                yield Note(
+                    "root key",
+                    f"`{name}` is a root key that this session splits: its numbers meet the session's own",
+                    f"%flax_apply --key {name} …   or   {name} = %flax_key {name}",
+                )
+            elif data in self.runs:
+                yield Note(
+                    "key again",
+                    f"`{name}` went into {self.runs[data]} too: the same key gives the same numbers",
+                    f"{name} = %flax_key {name}",
+                )
+
+
+def summary(tree: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements of `params`, and bytes of everything; of arrays or of their shapes."""
+    parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", {})))
+    return parameters, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
+
+
+def _arrays(tree: Any) -> Iterator[Any]:
+    return (leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
