@@ -1,0 +1,66 @@
+"""Text, HTML and data of one thing under their MIME types, and how long a report should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import html, loop, registered, status, text
+from .facts import LEVELS, Level
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+RUN_JSON = "application/vnd.flax-magics.run+json"
+"""The run as data, so that a saved notebook can be verified later."""
+
+
+def level(run: Run, setting: str) -> Level:
+    """How long the report of `run` should be: `setting`, or for `auto` as long as its news."""
+    if setting in LEVELS:
+        return LEVELS[setting]
+    if run.command == "key":
+        return "normal" if run.first else "line"
+    made = run.made is not None or run.command == "init"
+    news = made or run.first or run.program == "compiled" or run.notes or run.timing.steady is not None
+    return "normal" if news else "line"
+
+
+def bundle(run: Run, level: Level, style: str) -> dict[str, Any]:
+    """The MIME bundle of a run.
+
+    Args:
+      run: what is shown.
+      level: see `level`; `off` gives the sharp bits alone, and an empty bundle where there are none.
+      style: `text` leaves the HTML out.
+    """
+    if level == "off" and not run.notes:
+        return {}
+    shown = _shown(text.report(run, level), lambda: html.report(run, level), style)
+    return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
+
+
+def loop_bundle(runs: loop.Loop, style: str) -> dict[str, Any]:
+    """The MIME bundle of a counting line."""
+    return _shown(loop.line(runs), lambda: html.loop(runs), style)
+
+
+def status_bundle(now: status.Status, style: str) -> dict[str, Any]:
+    """The MIME bundle of `%flax`."""
+    return _shown(status.status_text(now), lambda: html.status(now), style)
+
+
+def key_bundle(card: status.KeyCard, style: str) -> dict[str, Any]:
+    """The MIME bundle of a bare `%flax_key`."""
+    return _shown(status.key_text(card), lambda: html.key_card(card), style)
+
+
+def registered_bundle(models: Sequence[registered.Registered], style: str) -> dict[str, Any]:
+    """The MIME bundle of what `%%flaxmodel` registered; empty if that is nothing."""
+    if not models:
+        return {}
+    return _shown(registered.registered_text(models), lambda: html.registered(models), style)
+
+
+def _shown(plain: str, rich: Callable[[], str], style: str) -> dict[str, Any]:
+    return {"text/plain": plain} if style == "text" else {"text/plain": plain, "text/html": rich()}

@@ -1,0 +1,297 @@
+"""What there is to say about a run, in words, before anything is laid out: text and HTML are both made of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from .columns import clean, cut
+from .units import bytes_, plural, seconds
+
+FOLDED = "params (folded)"
+"""A run's own `params` stream, where an init took the draw's."""
+
+if TYPE_CHECKING:
+    from ..run import Run, Steady
+
+Level = Literal["off", "line", "normal", "details"]
+LEVELS: dict[str, Level] = {"off": "off", "line": "line", "normal": "normal", "details": "details"}
+
+WAIT = 1e-3
+"""Seconds; a shorter wait for the inputs is not worth a row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A label of at most six letters, and what stands beside it."""
+
+    label: str
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeyFact:
+    """One stream of a draw: the first word of its key (empty if it was not handed out), how it was made, its takers."""
+
+    stream: str
+    fingerprint: str
+    made_by: str
+    takers: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of what a run cost, in seconds."""
+
+    name: str
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """Such as `0.22 ms`."""
+        return seconds(self.seconds)
+
+
+def name_of(run: Run) -> str:
+    """The model's name; for a key, `key NAME`."""
+    if run.command == "key":
+        return clean(f"key {next(iter(run.keys), '')}")
+    return clean(run.model or "")
+
+
+def mode_of(run: Run) -> str:
+    """What stands in the place of the mode: `init` for an init, nothing for a key."""
+    return clean(run.mode) if run.command == "apply" else run.command if run.command != "key" else ""
+
+
+def switch_of(run: Run) -> str:
+    """The model's own switches, such as `training=True`."""
+    return clean(run.switch)
+
+
+def draw_of(run: Run, *, seed: bool) -> str:
+    """`draw 2`, `draw 2 of seed 0`; with `again` when it was replayed."""
+    return f"draw {run.draw}" + (f" of seed {run.seed}" if seed else "") + (" again" if run.replayed else "")
+
+
+def new_session(run: Run) -> str:
+    """What the first report of a kernel begins with, empty for every other."""
+    return f"new session, seed {run.seed}" if run.first else ""
+
+
+def brief(run: Run) -> tuple[str, ...]:
+    """The parts of the one-line form after name, mode and device."""
+    if run.command == "key":
+        return (draw_of(run, seed=True), fingerprint_of(next(iter(run.keys.values()), None)))
+    parts = [draw_of(run, seed=False)]
+    if run.made is not None:
+        parts.append(f"{'added ' if run.made.added else ''}{plural(run.made.parameters, 'parameter')}")
+    if run.command == "init":
+        parts.append(f"init {seconds(run.timing.init)}" if run.timing.init else "")
+    else:
+        parts.append(program_of(run))
+        if run.timing.wait >= WAIT:
+            parts.append(f"waited {seconds(run.timing.wait)}")
+        steady = run.timing.steady
+        parts.append(f"run median {seconds(steady.median)}" if steady else f"run {seconds(run.timing.run)}")
+    return (*parts, *changed_of(run))
+
+
+def program_of(run: Run) -> str:
+    """`reused`, `compiled in 0.41 s`, `eager`: a few words on where the program came from."""
+    if run.program == "compiled":
+        return f"compiled in {seconds(run.timing.building)}"
+    return clean(run.program)
+
+
+def rows(run: Run) -> tuple[Row, ...]:
+    """The rows of the normal form in their order, those with nothing to say left out."""
+    found = [
+        Row("out", (output_of(run),) if run.command == "apply" else ()),
+        Row("vars", vars_of(run)),
+        Row("sown", tuple(f"{clean(name)}: {_described(value)}" for name, value in run.sown.items())),
+        Row("keys", keys_of(run)),
+        Row("static", static_of(run)),
+        Row("init", (f"{seconds(run.timing.init)}, eager",) if run.timing.init else ()),
+        Row("jit", (jit_of(run),) if run.command == "apply" and run.program else ()),
+        Row("wait", wait_of(run)),
+        Row("run", (run_of(run),) if run.command == "apply" else ()),
+    ]
+    return tuple(row for row in found if row.items)
+
+
+def output_of(run: Run) -> str:
+    """Structure, dtypes and shapes of what the model returned."""
+    return cut(clean(run.shape), 72)
+
+
+def _described(value: Any) -> str:
+    from ..run import describe
+
+    return clean(describe(value))
+
+
+def vars_of(run: Run) -> tuple[str, ...]:
+    """Variables that were made, and collections that the model wrote."""
+    return (*_made(run), *changed_of(run))
+
+
+def _made(run: Run) -> Iterable[str]:
+    made = run.made
+    if made is not None:
+        names = ", ".join(map(clean, made.collections)) or "params"
+        amount = f"{plural(made.parameters, 'parameter')}, {bytes_(made.bytes)}"
+        yield f"{names}: {amount}" + (" added to those there were" if made.added else "")
+
+
+def changed_of(run: Run) -> tuple[str, ...]:
+    """`batch_stats: update 11` for each collection that the model wrote."""
+    return tuple(f"{clean(name)}: update {updates}" for name, updates in run.changed.items())
+
+
+def keys_of(run: Run) -> tuple[str, ...]:
+    """`dropout → Dropout_0` for each key that the run was given."""
+    if run.command == "key":  # its header says it all
+        return ()
+    return tuple(f"{clean(stream)} → {takers(run, stream)}" for stream in run.keys)
+
+
+def takers(run: Run, stream: str) -> str:
+    """Who consumed a stream's key: module paths, `new variables`, or `nobody`."""
+    if stream == "params" and FOLDED in run.keys:
+        return "new variables" if run.made is not None else "the variables"
+    paths = run.used.get("params" if stream == FOLDED else stream, ())
+    if stream == "params" and (run.command == "init" or run.made is not None):
+        return "new variables"
+    arguments = run.inputs[1] if isinstance(run.inputs, tuple) else {}
+    if not paths and stream in arguments and arguments[stream] is run.keys[stream]:
+        return f"argument {clean(stream)}"
+    return ", ".join(clean(path) or "the model itself" for path in paths) if paths else "nobody"
+
+
+def _went(run: Run) -> Iterable[str]:
+    """Where the keys went. That variables were there already, and needed no `params`, is no news."""
+    for stream in run.keys:
+        where = takers(run, stream)
+        if not (stream == "params" and where == "nobody"):
+            yield f"{clean(stream)} → {where}"
+
+
+def static_of(run: Run) -> tuple[str, ...]:
+    """Arguments that became part of the program."""
+    if not run.static:
+        return ()
+    return (f"{', '.join(map(clean, run.static))} (part of the program: another value compiles again)",)
+
+
+def jit_of(run: Run) -> str:
+    """Where the program came from, what it cost, and why."""
+    reason = f": {clean(run.reason)}" if run.reason else ""
+    if run.program == "compiled":
+        return f"compiled in {seconds(run.timing.building)}{reason}"
+    if run.program == "disk cache":
+        return f"from the disk cache in {seconds(run.timing.building)}{reason}"
+    if run.program == "eager":
+        return f"eager, nothing compiled{reason}"
+    return f"{clean(run.program)}{reason}"
+
+
+def wait_of(run: Run) -> tuple[str, ...]:
+    """The wait for inputs that were still being computed."""
+    if run.timing.wait < WAIT:
+        return ()
+    return (f"inputs were ready after {seconds(run.timing.wait)}",)
+
+
+def run_of(run: Run) -> str:
+    """Seconds on the device; of a repeated run, median, spread and the first."""
+    if run.timing.steady is None:
+        return seconds(run.timing.run)
+    return f"median {seconds(run.timing.steady.median)} {spread_of(run.timing.steady)}"
+
+
+def spread_of(steady: Steady) -> str:
+    """`± 0.01 ms of 20 (first 0.30 ms)`, in the unit of the median."""
+    spread = seconds(steady.spread, like=steady.median)
+    return f"± {spread} of {len(steady.times)} (first {seconds(steady.times[0])})"
+
+
+def fingerprint_of(key: Any) -> str:
+    """The first word of a key in hex; an array of keys adds how many; None gives nothing."""
+    from ..keys import fingerprint
+
+    if key is None:
+        return ""
+    shape: tuple[int, ...] = getattr(key, "shape", ())
+    legacy = shape[-1:] if str(getattr(key, "dtype", "")) == "uint32" else ()
+    many = shape[: len(shape) - len(legacy)]
+    word: str = fingerprint(key)
+    return word + (f" ×{'×'.join(map(str, many))}" if many else "")
+
+
+def key_facts(run: Run) -> tuple[KeyFact, ...]:
+    """Every key of the draw: those that were handed out, then those of the split that were not needed."""
+    from ..keys import SPLIT
+
+    given = [KeyFact(clean(s), fingerprint_of(key), _made_by(s), _where(run, s)) for s, key in run.keys.items()]
+    if run.command == "key":
+        return tuple(KeyFact(fact.stream, fact.fingerprint, fact.made_by, "you") for fact in given)
+    left = [KeyFact(s, "", _made_by(s), _not_needed(run, s)) for s in SPLIT if s not in run.keys]
+    return (*given, *left)
+
+
+def _where(run: Run, stream: str) -> str:
+    where = takers(run, stream)
+    return _not_needed(run, stream) if where == "nobody" else where
+
+
+def _made_by(stream: str) -> str:
+    from ..keys import SPLIT, stream_tag
+
+    if stream == FOLDED:
+        stream = "params"
+    elif stream in SPLIT:
+        return f"split(root, 3)[{1 + SPLIT.index(stream)}]"
+    return f"fold_in(root, {stream_tag(stream)})"
+
+
+def _not_needed(run: Run, stream: str) -> str:
+    if run.command == "init":
+        return "not needed: init takes params alone"
+    if stream == "params":
+        return "not needed: the variables were there"
+    return "not needed: no module asked for it"
+
+
+def phases(run: Run) -> tuple[Phase, ...]:
+    """What took time, in the order it happened; what did not happen is left out."""
+    timing = run.timing
+    found = [
+        Phase("init", timing.init),
+        Phase("trace", timing.trace),
+        Phase("lower", timing.lower),
+        Phase("XLA", timing.compile),
+        Phase("wait", timing.wait if timing.wait >= WAIT else 0.0),
+        Phase("run", timing.steady.median if timing.steady else timing.run),
+    ]
+    return tuple(phase for phase in found if phase.seconds > 0)
+
+
+def building(run: Run) -> tuple[Phase, ...]:
+    """The phases of making the program."""
+    return tuple(phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA"))
+
+
+def memory_facts(run: Run) -> tuple[tuple[str, str], ...]:
+    """What the program holds while it runs, as XLA says: label and bytes."""
+    memory = run.memory
+    if memory is None:
+        return ()
+    found = [
+        ("arguments", bytes_(memory.arguments)),
+        ("temporaries", bytes_(memory.temporaries)),
+        ("outputs", bytes_(memory.outputs)),
+        ("code", bytes_(memory.code)),
+    ]
+    return (*found, ("device peak", bytes_(memory.peak))) if memory.peak is not None else tuple(found)

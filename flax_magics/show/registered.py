@@ -1,0 +1,58 @@
+"""What `%%flaxmodel` says: what was registered, and after an edit what changed; as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .columns import clean, dotted, table
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One model that a cell registered.
+
+    Attributes:
+      name: its variable name.
+      module: how it is built, such as `Net(features=8)`.
+      state: how it compares with the model of that name before.
+      changes: what changed, such as `Dense_0/kernel [4,3]→[4,5]`.
+      variables: what became of the variables; `none` if there were none.
+      check: rows of label and value for `--check`.
+    """
+
+    name: str
+    module: str
+    state: Literal["new", "unchanged", "changed"] = "new"
+    changes: tuple[str, ...] = ()
+    variables: Literal["none", "kept", "dropped"] = "none"
+    check: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """What follows the name in the first part: nothing, `unchanged`, `changed`, `changed: a, b`."""
+        if self.state == "changed" and self.changes:
+            return "changed: " + ", ".join(map(clean, self.changes))
+        return "" if self.state == "new" else self.state
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What follows the first part."""
+        if self.state == "new":
+            return (clean(self.module), "registered")
+        if self.state == "unchanged":
+            return ("variables and programs kept" if self.variables == "kept" else "programs kept",)
+        if self.variables == "dropped":
+            return ("variables dropped", "next run initialises")
+        return ("variables kept",) if self.variables == "kept" else ("registered anew",)
+
+
+def registered_text(models: Sequence[Registered]) -> str:
+    """A line for each model, with the rows of its check beneath."""
+    lines: list[str] = []
+    for model in models:
+        name = clean(model.name)
+        lines += dotted((f"{name} {model.headline}" if model.headline else name, *model.parts))
+        lines += table([(clean(label), clean(value)) for label, value in model.check], indent="  ")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Runs with fixed numbers, made by hand, that the tests of `show` have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from flax_magics.keys import Root
+from flax_magics.run import Made, Memory, Note, Run, Steady, Timing
+
+DRAW = Root.from_seed(0).draw()
+BY_HAND = "net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})"
+MEMORY = Memory(arguments=204, outputs=144, temporaries=1200, code=3400)
+
+
+def keys(*streams: str) -> dict[str, Any]:
+    """The keys of the first draw of seed 0."""
+    return {stream: DRAW.stream(stream) for stream in streams}
+
+
+REUSED = Run(
+    command="apply",
+    model="net",
+    mode="train",
+    switch="training=True",
+    call="net(x)",
+    inputs=((), {}),
+    output=np.zeros((3, 4, 3), np.float32),
+    seed=0,
+    draw=2,
+    keys=keys("dropout"),
+    used={"dropout": ("Dropout_0",)},
+    device="cpu:0",
+    program="reused",
+    timing=Timing(run=0.00022),
+    memory=MEMORY,
+    started=0.0,
+    cell=3,
+    by_hand=BY_HAND,
+)
+COMPILED = replace(
+    REUSED,
+    draw=1,
+    keys=keys("params", "dropout"),
+    program="compiled",
+    reason="first run of this program",
+    timing=Timing(trace=0.021, lower=0.012, compile=0.377, run=0.00022),
+    made=Made(15, 60, ("params",)),
+)
+NOTE = Note(
+    "dropout",
+    "Dropout_0 is off although --train was asked: deterministic=True is fixed in MyModel (line 8)",
+    "deterministic=not self.training",
+)
+NOTED = replace(REUSED, draw=3, used={}, notes=(NOTE,))
+INIT = replace(
+    REUSED,
+    command="init",
+    mode="",
+    switch="",
+    draw=1,
+    output={"params": np.zeros(15, np.float32)},
+    keys=keys("params"),
+    used={},
+    program="eager",
+    timing=Timing(init=0.00052),
+    memory=None,
+    made=Made(15, 60, ("params",)),
+    by_hand="net.init(params_key, x)",
+)
+KEY = replace(
+    INIT,
+    command="key",
+    model=None,
+    call="",
+    device="",
+    draw=3,
+    keys=keys("latent"),
+    program="",
+    timing=Timing(),
+    made=None,
+)
+REPEATED = replace(REUSED, timing=Timing(run=0.0003, steady=Steady((0.0003, *[0.0002, 0.00021, 0.00021, 0.00022] * 5))))

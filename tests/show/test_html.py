@@ -1,0 +1,146 @@
+"""A run as HTML: the same facts, escaped, with nothing to fetch or to run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
+
+from flax_magics.run import Made, Note
+from flax_magics.show.html import details_html, figures, line_html, normal_html, report, segments
+
+EVIL = "<script>alert('&')</script>"
+VOID = {"br"}
+INLINE = {"span", "strong", "code"}
+
+
+class Reader(HTMLParser):
+    """Text as a reader sees it where styles are stripped; fails on tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.words: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in INLINE:
+            self.words.append(" ")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag not in INLINE:
+            self.words.append(" ")
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def test_without_styles_a_line_reads_as_in_the_terminal() -> None:
+    assert Reader(line_html(REUSED)).text == "net · train · cpu:0 · draw 2 · reused · run 0.22 ms"
+
+
+def test_without_styles_the_normal_form_reads_in_order() -> None:
+    text = Reader(normal_html(COMPILED)).text
+    assert text.startswith(
+        "net · train · cpu:0 · training=True · draw 1 of seed 0 "
+        "compile 0.41 s, first run of this program · run 0.22 ms "
+        "trace 21.0 ms · lower 12.0 ms · XLA 0.38 s · run 0.22 ms "
+        "out float32[3,4,3] vars params: 15 parameters, 60 B keys params → new variables · dropout → Dropout_0 "
+        "details Keys stream key made by went to params 375f238f split(root, 3)[1] new variables "
+    )
+    assert text.endswith(f"By hand {COMPILED.by_hand}")
+
+
+def test_sharp_bits_and_the_line_to_write_are_there_at_every_level() -> None:
+    note = NOTED.notes[0]
+    for level in ("off", "line", "normal", "details"):
+        assert f"! {note.text} write: {note.write}" in Reader(report(NOTED, level)).text  # type: ignore[arg-type]
+
+
+def test_details_are_closed_until_asked_for() -> None:
+    assert "<details>" in normal_html(REUSED)
+    assert "<details open>" in details_html(REUSED)
+    assert "<details" not in line_html(REUSED)
+
+
+def test_tables_have_header_cells() -> None:
+    html = details_html(REUSED)
+    assert '<th scope="col"' in html
+    assert '<th scope="row"' in html
+
+
+def test_the_largest_numerals_are_what_took_time() -> None:
+    shown = [(figure.label, figure.time, figure.words) for figure in figures(COMPILED)]
+    assert shown == [("compile", "0.41 s", "first run of this program"), ("run", "0.22 ms", "")]
+    assert [(f.label, f.time, f.words) for f in figures(REUSED)] == [("run", "0.22 ms", "reused")]
+    assert [(f.label, f.time, f.words) for f in figures(INIT)] == [("init", "0.52 ms", "eager")]
+    assert figures(REPEATED)[0].words == "± 0.005 ms of 21 (first 0.30 ms)"
+
+
+def test_the_bar_is_in_proportion() -> None:
+    shares = [(segment.phase.name, round(segment.share)) for segment in segments(COMPILED)]
+    assert shares == [("trace", 5), ("lower", 3), ("XLA", 92), ("run", 0)]
+    assert segments(REUSED) == ()
+
+
+@pytest.mark.parametrize("level", ["off", "line", "normal", "details"])
+def test_every_string_is_escaped_and_nothing_is_fetched_or_run(level: str) -> None:
+    run = replace(
+        COMPILED,
+        model=EVIL,
+        mode=EVIL,
+        switch=EVIL,
+        call=EVIL,
+        device=EVIL,
+        reason=EVIL,
+        output={EVIL: np.zeros(3)},
+        keys={EVIL: COMPILED.keys["dropout"]},
+        used={EVIL: (EVIL,)},
+        changed={EVIL: 1},
+        sown={EVIL: np.zeros(3)},
+        static=(EVIL,),
+        by_hand=EVIL,
+        made=Made(1, 4, (EVIL,)),
+        notes=(Note(EVIL, EVIL, EVIL), Note(EVIL, EVIL, f"{EVIL}\n{EVIL}")),
+        first=True,
+    )
+    for shown in (run, replace(run, command="init"), replace(run, command="key"), replace(run, program=EVIL)):
+        html = report(shown, level)  # type: ignore[arg-type]
+        assert "&lt;script&gt;" in html
+        for word in ("<script", "http", "src=", "href=", "url(", "@import", "javascript:"):
+            assert word not in html
+        assert Reader(html).tags <= {
+            *("div", "style", "span", "strong", "table", "caption", "thead", "tbody", "tr", "th", "td"),
+            *("details", "summary", "pre", "code", "br"),
+        }
+
+
+def test_it_brings_no_colour_of_its_own_and_no_rule_outside_its_class() -> None:
+    html = details_html(COMPILED)
+    style = html[html.index("<style>") + 7 : html.index("</style>")]
+    assert re.search(r"#[0-9a-fA-F]{3}|rgb|hsl", style) is None
+    colours = set(re.findall(r"(?<![-\w])color:([^;}]+)", style))
+    assert colours == {"inherit"}
+    rules = re.sub(r"@media\([^)]*\)\{((?:[^{}]*\{[^{}]*\})*)\}", r"\1", style)
+    for selectors in re.findall(r"([^{}]+)\{", rules):
+        assert all(selector.strip().startswith(".flax-magics") for selector in selectors.split(","))
+
+
+def test_a_key_is_a_line_at_every_level() -> None:
+    text = "key latent · draw 3 of seed 0 · 33b04f44"
+    assert {Reader(html).text for html in (line_html(KEY), normal_html(KEY), details_html(KEY))} == {text}

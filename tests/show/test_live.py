@@ -1,0 +1,161 @@
+"""The live line: nothing while things are quick, a ticking line when they are slow, nothing left behind."""
+
+from __future__ import annotations
+
+import contextvars
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flax_magics.show.live import Live
+
+CELL: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
+
+
+class Publisher:
+    """Keeps what is published: text, whether it updates, its display id, and the cell it was routed to."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, bool, str | None, str]] = []
+
+    def publish(self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, str], update: bool) -> None:
+        self.sent.append((data["text/plain"], update, transient.get("display_id"), CELL.get()))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def kernel() -> Any:
+    return SimpleNamespace(kernel=object(), display_pub=Publisher())
+
+
+def clock(*readings: float) -> Callable[[], float]:
+    """Gives the readings in turn, then the last one for ever."""
+    left = iter(readings)
+    return lambda: next(left, readings[-1])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for ten seconds"
+        time.sleep(0.002)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def test_quick_work_shows_nothing() -> None:
+    shell = kernel()
+    live = Live(shell)
+    with live.phase("compiling net"):
+        pass
+    assert shell.display_pub.sent == []
+    assert live.display_id is None
+
+
+def test_slow_work_ticks_in_one_display_and_the_report_replaces_it() -> None:
+    shell = kernel()
+    live = Live(shell, delay=0.001, interval=0.001, clock=clock(10.0, 13.2, 73.9))
+    with live.phase("compiling net"):
+        until(lambda: len(shell.display_pub.sent) >= 2)
+    known = live.display_id
+    assert known is not None
+    assert shell.display_pub.sent[:2] == [
+        ("compiling net · 3 s", False, known, "none"),
+        ("compiling net · 1 min 3 s", True, known, "none"),
+    ]
+    del shell.display_pub.sent[:]
+    live.show({"text/plain": "done"})
+    assert shell.display_pub.sent == [("done", True, known, "none")]
+    assert live.display_id is None
+
+
+def test_a_report_without_a_live_line_is_published_anew() -> None:
+    shell = kernel()
+    Live(shell).show({"text/plain": "done"})
+    assert shell.display_pub.sent == [("done", False, None, "none")]
+
+
+def test_clearing_blanks_what_was_shown_and_nothing_else() -> None:
+    shell = kernel()
+    live = Live(shell, delay=0.001)
+    live.clear()
+    assert shell.display_pub.sent == []
+    with live.phase("compiling net"):
+        until(lambda: bool(shell.display_pub.sent))
+    known = live.display_id
+    live.show({})
+    assert shell.display_pub.sent[-1] == ("", True, known, "none")
+    assert live.display_id is None
+
+
+def test_the_text_can_change_and_phases_nest() -> None:
+    shell = kernel()
+    live = Live(shell, delay=0.001, interval=0.001, clock=lambda: 0.0)
+
+    def shown(text: str) -> bool:
+        return bool(shell.display_pub.sent) and shell.display_pub.sent[-1][0] == text
+
+    with live.phase("tracing net") as phase:
+        until(lambda: shown("tracing net · 0 s"))
+        phase.doing("compiling net")
+        until(lambda: shown("compiling net · 0 s"))
+        with live.phase("waiting"):
+            until(lambda: shown("waiting · 0 s"))
+        until(lambda: shown("compiling net · 0 s"))
+    assert len({display for _, _, display, _ in shell.display_pub.sent}) == 1
+
+
+def test_output_goes_to_the_cell_that_asked() -> None:
+    shell = kernel()
+    token = CELL.set("cell 7")
+    try:
+        with Live(shell, delay=0.001).phase("compiling net"):
+            until(lambda: bool(shell.display_pub.sent))
+    finally:
+        CELL.reset(token)
+    assert shell.display_pub.sent[0][3] == "cell 7"
+
+
+def test_an_error_ends_the_ticking_and_passes_through() -> None:
+    with pytest.raises(KeyboardInterrupt), Live(kernel(), delay=0.001).phase("compiling net"):
+        raise KeyboardInterrupt
+
+
+def test_a_line_that_cannot_be_published_harms_nothing() -> None:
+    shell = SimpleNamespace(kernel=object(), display_pub=None)
+    with Live(shell, delay=0.001).phase("compiling net"):
+        time.sleep(0.02)
+
+
+def test_a_terminal_shows_one_line_and_wipes_it() -> None:
+    stream = Terminal()
+    live = Live(SimpleNamespace(display_pub=Publisher()), delay=0.001, clock=clock(0.0, 3.0), stream=stream)
+    with live.phase("compiling \x1b[31mnet"):
+        until(lambda: stream.getvalue() != "")
+    assert stream.getvalue() == "\r\x1b[Kcompiling \\x1b[31mnet · 3 s\r\x1b[K"
+    assert live.display_id is None
+
+
+def test_a_pipe_shows_nothing() -> None:
+    stream = io.StringIO()
+    with Live(None, delay=0.001, stream=stream).phase("compiling net"):
+        time.sleep(0.01)
+    assert stream.getvalue() == ""
+
+
+def test_a_script_prints_its_report(capsys: pytest.CaptureFixture[str]) -> None:
+    Live(None).show({"text/plain": "done"})
+    assert capsys.readouterr().out == "done\n"

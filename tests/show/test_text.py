@@ -1,0 +1,219 @@
+"""A run as text: the exact forms, and never more than 80 columns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from textwrap import dedent
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED, keys
+
+from flax_magics.run import Made, Note, Timing
+from flax_magics.show.columns import clean, cut
+from flax_magics.show.text import details, line, normal, report
+
+
+def exactly(text: str) -> str:
+    return dedent(text).strip("\n")
+
+
+def test_a_run_without_news_is_one_line() -> None:
+    assert line(REUSED) == "net · train · cpu:0 · draw 2 · reused · run 0.22 ms"
+
+
+def test_the_line_says_what_was_compiled_and_made() -> None:
+    assert line(COMPILED) == "net · train · cpu:0 · draw 1 · 15 parameters · compiled in 0.41 s · run 0.22 ms"
+
+
+def test_the_line_counts_updates_and_names_replays_and_waits() -> None:
+    run = replace(REUSED, replayed=True, changed={"batch_stats": 12}, timing=Timing(run=0.0123, wait=0.3))
+    assert line(run) == (
+        "net · train · cpu:0 · draw 2 again · reused · waited 0.30 s · run 12.3 ms ·\n    batch_stats: update 12"
+    )
+
+
+def test_a_key_is_one_line() -> None:
+    assert line(KEY) == normal(KEY) == "key latent · draw 3 of seed 0 · 33b04f44"
+
+
+def test_the_normal_form() -> None:
+    assert normal(COMPILED) == exactly("""
+        net · train (training=True) · cpu:0 · draw 1 of seed 0
+          out   float32[3,4,3]
+          vars  params: 15 parameters, 60 B
+          keys  params → new variables    dropout → Dropout_0
+          jit   compiled in 0.41 s: first run of this program
+          run   0.22 ms
+        """)
+
+
+def test_an_init() -> None:
+    assert normal(INIT) == exactly("""
+        net · init · cpu:0 · draw 1 of seed 0
+          vars  params: 15 parameters, 60 B
+          keys  params → new variables
+          init  0.52 ms, eager
+        """)
+
+
+def test_the_first_report_of_a_session_says_so() -> None:
+    first = replace(REUSED, first=True)
+    assert normal(first).splitlines()[:2] == [
+        "new session, seed 0",
+        "net · train (training=True) · cpu:0 · draw 2 of seed 0",
+    ]
+    assert report(first, "line") == "new session, seed 0\n" + line(first)
+
+
+def test_a_model_without_a_switch_shows_its_mode_alone() -> None:
+    plain = replace(REUSED, mode="as written", switch="")
+    assert normal(plain).splitlines()[0] == "net · as written · cpu:0 · draw 2 of seed 0"
+    switched = replace(plain, switch="training=False")
+    assert normal(switched).splitlines()[0] == "net · as written (training=False) · cpu:0 · draw 2 of seed 0"
+
+
+def test_a_sharp_bit_stands_beneath_with_the_line_that_mends_it() -> None:
+    assert normal(NOTED) == exactly("""
+        net · train (training=True) · cpu:0 · draw 3 of seed 0
+          out   float32[3,4,3]
+          keys  dropout → nobody
+          jit   reused
+          run   0.22 ms
+        ! Dropout_0 is off although --train was asked: deterministic=True is fixed in
+          MyModel (line 8)
+          write: deterministic=not self.training
+        """)
+
+
+def test_sharp_bits_are_said_at_every_level() -> None:
+    note = "\n".join(normal(NOTED).splitlines()[-3:])
+    assert report(NOTED, "off") == note
+    assert report(NOTED, "line") == line(NOTED) + "\n" + note
+    assert report(NOTED, "details").endswith(note)
+
+
+def test_everything_else_there_may_be_to_say() -> None:
+    run = replace(
+        REUSED,
+        keys=keys("dropout", "noise"),
+        used={"dropout": ("Dropout_0", "Dropout_1"), "noise": ("",)},
+        made=Made(6, 24, ("params",), added=True),
+        changed={"batch_stats": 11},
+        sown={"intermediates": {"h": (np.zeros((8, 32), np.float32),)}},
+        static=("n=3",),
+        program="disk cache",
+        reason="new process",
+        timing=Timing(compile=0.05, run=0.0002, wait=0.3),
+    )
+    assert normal(run) == exactly("""
+        net · train (training=True) · cpu:0 · draw 2 of seed 0
+          out     float32[3,4,3]
+          vars    params: 6 parameters, 24 B added to those there were
+                  batch_stats: update 11
+          sown    intermediates: {h: (float32[8,32],)}
+          keys    dropout → Dropout_0, Dropout_1    noise → the model itself
+          static  n=3 (part of the program: another value compiles again)
+          jit     from the disk cache in 50.0 ms: new process
+          wait    inputs were ready after 0.30 s
+          run     0.20 ms
+        """)
+
+
+def test_a_short_wait_is_not_told() -> None:
+    assert "wait" not in normal(replace(REUSED, timing=Timing(run=0.0002, wait=0.0009)))
+
+
+def test_a_repeated_run_shows_median_spread_and_first() -> None:
+    assert normal(REPEATED).splitlines()[-1] == "  run   median 0.21 ms ± 0.005 ms of 21 (first 0.30 ms)"
+    assert line(REPEATED).endswith(" · run median 0.21 ms")
+
+
+def test_details() -> None:
+    run = replace(COMPILED, keys=keys("params", "noise"), used={"noise": ("Noise_0",)})
+    assert details(run) == exactly(f"""
+        net · train (training=True) · cpu:0 · draw 1 of seed 0
+          call    net(x)
+          out     float32[3,4,3]
+          vars    params: 15 parameters, 60 B
+          keys    params   375f238f  split(root, 3)[1]          → new variables
+                  noise    ded1a5f8  fold_in(root, 4024608192)  → Noise_0
+                  dropout  -         split(root, 3)[2]          → not needed: no module
+                                                                asked for it
+          jit     compiled in 0.41 s: first run of this program
+                  trace 21.0 ms    lower 12.0 ms    XLA 0.38 s
+          run     0.22 ms
+          memory  arguments 204 B    temporaries 1.2 KB    outputs 144 B    code 3.4 KB
+          digest  {run.digest}
+          by hand
+            net.clone(training=True).apply(variables, x, rngs={{'dropout': dropout_key}})
+        """)
+
+
+def test_details_say_what_a_key_was_not_needed_for() -> None:
+    assert "params   -         split(root, 3)[1]  → not needed: the variables were" in details(REUSED)
+    assert "dropout  -         split(root, 3)[2]  → not needed: init takes params" in details(INIT)
+    assert "latent  33b04f44  fold_in(root, 3493097033)  → you" in details(KEY)
+
+
+def test_code_by_hand_keeps_its_lines_and_indentation() -> None:
+    run = replace(REUSED, by_hand="output = net.apply(\n    variables,\n    x,\n)\n")
+    assert details(run).endswith("  by hand\n    output = net.apply(\n        variables,\n        x,\n    )")
+
+
+def test_several_lines_to_write_stand_below_each_other() -> None:
+    run = replace(REUSED, notes=(Note("k", "two things:\none and two", "a = 1\nb = 2"),))
+    assert report(run, "off") == "! two things:\n  one and two\n  write: a = 1\n         b = 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\n\tb", "a b"), ("\x1b[31mred", "\\x1b[31mred"), ("a\u202eb", "a\\u202eb"), ("naïve 漢字", "naïve 漢字")],
+)
+def test_text_that_a_terminal_would_obey_is_shown_instead(text: str, shown: str) -> None:
+    assert clean(text) == shown
+
+
+def test_what_is_cut_says_so() -> None:
+    assert cut("float32[3,4,3]", 10) == "float32[3…"
+
+
+words = st.text(max_size=200)
+names = st.text(min_size=1, max_size=120)
+
+
+@settings(max_examples=150, deadline=None)
+@given(words, names, words, names, words, words, st.lists(names, max_size=4))
+def test_nothing_is_ever_wider_than_80_columns(
+    model: str, stream: str, call: str, path: str, note: str, write: str, static: list[str]
+) -> None:
+    run = replace(
+        COMPILED,
+        model=model,
+        mode=call,
+        switch=path,
+        call=call,
+        device=note,
+        keys={stream: COMPILED.keys["dropout"]},
+        used={stream: (path, path)},
+        changed={path: 3},
+        sown={path: np.zeros(3)},
+        static=tuple(static),
+        reason=note,
+        by_hand=write,
+        notes=(Note("k", note, write), NOTE),
+        made=Made(15, 60, (path, stream)),
+    )
+    for shown in (report(run, "line"), normal(run), details(run), report(replace(run, command="key"), "details")):
+        for row in shown.split("\n"):
+            assert cell_len(row) <= 80, row
+
+
+@settings(max_examples=100, deadline=None)
+@given(names)
+def test_no_message_is_ever_cut(message: str) -> None:
+    shown = report(replace(REUSED, notes=(Note("k", message),)), "off")
+    assert "".join(shown[1:].split()) == "".join("".join(map(clean, message.expandtabs(4).splitlines())).split())

@@ -1,0 +1,83 @@
+"""Seconds, bytes and counts read as people write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flax_magics.show.units import bytes_, count, elapsed, plural, seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0 s"),
+        (4e-7, "0.4 µs"),
+        (4.1e-6, "4.1 µs"),
+        (41e-6, "41 µs"),
+        (99.4e-6, "99 µs"),
+        (99.7e-6, "0.10 ms"),
+        (0.00022, "0.22 ms"),
+        (0.0022, "2.20 ms"),
+        (0.0123, "12.3 ms"),
+        (0.09994, "99.9 ms"),
+        (0.09996, "0.10 s"),
+        (0.41, "0.41 s"),
+        (12.3, "12.3 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min"),
+        (125.0, "2 min 5 s"),
+        (3599.7, "1 h"),
+        (3725.0, "1 h 2 min"),
+    ],
+)
+def test_seconds_choose_their_unit(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "like", "text"),
+    [(0.00001, 0.00021, "0.01 ms"), (0.000002, 0.00021, "0.002 ms"), (0.0, 0.00021, "0.00 ms"), (0.01, 1.5, "0.01 s")],
+)
+def test_a_spread_takes_the_unit_of_its_median(value: float, like: float, text: str) -> None:
+    assert seconds(value, like=like) == text
+
+
+@given(st.floats(1e-9, 1e6))
+def test_seconds_never_reach_the_next_unit(value: float) -> None:
+    number, unit = seconds(value).split(" ")[:2]
+    assert float(number) < {"µs": 100, "ms": 100, "s": 60, "min": 60, "h": 1000}[unit]
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_seconds_are_always_numbers_and_units(value: float, like: float) -> None:
+    pieces = seconds(value, like=like).split(" ")
+    assert len(pieces) % 2 == 0
+    assert all(float(number) >= 0 for number in pieces[::2])
+
+
+def test_a_ticking_clock_counts_whole_seconds() -> None:
+    assert [elapsed(value) for value in (0.9, 3.2, 59.9, 63.7)] == ["0 s", "3 s", "59 s", "1 min 3 s"]
+
+
+def test_bytes_go_in_thousands() -> None:
+    sizes = (0, 60, 999, 1_200, 34_500, 999_900, 3_400_000, 80_000_000_000)
+    assert [bytes_(size) for size in sizes] == [
+        "0 B",
+        "60 B",
+        "999 B",
+        "1.2 KB",
+        "34.5 KB",
+        "1.0 MB",
+        "3.4 MB",
+        "80.0 GB",
+    ]
+
+
+def test_counts_are_exact_below_ten_thousand() -> None:
+    assert [count(n) for n in (15, 1_234, 12_340, 1_240_000)] == ["15", "1,234", "12.3 k", "1.2 M"]
+
+
+def test_one_parameter_is_singular() -> None:
+    assert (plural(1, "parameter"), plural(15, "parameter")) == ("1 parameter", "15 parameters")
