@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .sessions import Session
 
 __version__ = "0.1.0"
-__all__ = ["FlaxMagicsError", "Run", "Session", "session", "load_ipython_extension", "unload_ipython_extension"]
+__all__ = ["FlaxMagicsError", "Run", "Session", "load_ipython_extension", "session", "unload_ipython_extension"]
 
 
 def session() -> Session:

@@ -76,7 +76,8 @@ def is_traced(leaf: Any) -> bool:
 
 def signature_of(leaf: Any) -> tuple[Any, ...]:
     """What a compiled program is specialised on, of one traced leaf: shape, dtype, weak type, and where it is if that
-    was chosen."""
+    was chosen.
+    """
     if isinstance(leaf, jax.Array):
         committed = getattr(leaf, "committed", None)
         if committed is None:

@@ -51,7 +51,9 @@ def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwa
 
 def _abstract(tree: Any) -> Any:
     def one(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
+        return (
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
+        )
 
     return jax.tree_util.tree_map(one, tree)
 
@@ -69,7 +71,11 @@ def _digest(closed: Any) -> str:
     text = re.sub(r"0x[0-9a-f]+", "", str(pruned))  # functions are printed with their address
     hasher = hashlib.sha256(text.encode())
     for var, constant in zip(jaxpr.constvars, closed.consts, strict=True):
-        if var in needed and hasattr(constant, "dtype") and not jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key):
+        if (
+            var in needed
+            and hasattr(constant, "dtype")
+            and not jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key)
+        ):
             hasher.update(np.asarray(constant).tobytes())
     return hasher.hexdigest()
 

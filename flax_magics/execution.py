@@ -161,7 +161,7 @@ def execute(
     )
 
 
-class plain_errors:  # noqa: N801 - reads as a statement
+class plain_errors:
     """Turns what no frame of the user's explains into one short message; everything else passes as it is."""
 
     def __init__(self, call: Call) -> None:
@@ -313,7 +313,7 @@ def _make_ready(
         forced=frozenset(name for method, name in entry.forced if method == call.method),
         phase=lambda phase: on_phase(f"{phase} {entry.name}"),
     )
-    if options.eager or jax.config.jax_disable_jit:
+    if options.eager or getattr(jax.config, "jax_disable_jit", False):
         return eager(job)
     return compiled(job, programs)
 

@@ -63,10 +63,34 @@ def _library_module(name: str | None) -> bool:
 
 # Class attributes that Python, dataclasses or Flax make from the rest of the class.
 _DERIVED = frozenset(
-    "__dict__ __weakref__ __doc__ __module__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ __qualname__ "
-    "__firstlineno__ __static_attributes__ __dataclass_params__ __match_args__ __abstractmethods__ _abc_impl "
-    "__type_params__ __orig_bases__ __parameters__ __hash__ __eq__ __repr__ __replace__ "
-    "_kw_only_dataclass_fields __slots__ _state _parent_ref".split()
+    [
+        "__dict__",
+        "__weakref__",
+        "__doc__",
+        "__module__",
+        "__annotations__",
+        "__annotate__",
+        "__annotate_func__",
+        "__annotations_cache__",
+        "__qualname__",
+        "__firstlineno__",
+        "__static_attributes__",
+        "__dataclass_params__",
+        "__match_args__",
+        "__abstractmethods__",
+        "_abc_impl",
+        "__type_params__",
+        "__orig_bases__",
+        "__parameters__",
+        "__hash__",
+        "__eq__",
+        "__repr__",
+        "__replace__",
+        "_kw_only_dataclass_fields",
+        "__slots__",
+        "_state",
+        "_parent_ref",
+    ]
 )
 
 
@@ -84,10 +108,9 @@ class _Walk:
             self.hasher.update(data)
 
     def visit(self, value: Any) -> None:
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-            if type(value).__module__ == "builtins":
-                self.tag(type(value).__name__, repr(value))
-                return
+        if value is None or type(value) in (bool, int, float, complex, str, bytes):
+            self.tag(type(value).__name__, repr(value))
+            return
         if value is ... or value is NotImplemented or value is dataclasses.MISSING:
             self.tag(repr(value))
             return
@@ -333,5 +356,3 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
     if _REFLECTION.intersection(names):
         raise NotPlain(", ".join(_REFLECTION.intersection(names)))
     return names
-
-

@@ -80,10 +80,8 @@ class Chain:
 
 def newest(chain: Chain | None, n: int) -> list[Run]:
     """The last `n` runs, oldest first."""
-    out = []
+    out: list[Run] = []
     while chain is not None and len(out) < n:
         out.append(chain.kept.run())
         chain = chain.before
     return out[::-1]
-
-

@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 SPLIT = ("params", "dropout")
@@ -54,7 +55,7 @@ class Draw:
     @property
     def next_root(self) -> bytes:
         """Key data of the root that the next draw splits."""
-        return self._split[0].tobytes()
+        return bytes(self._split[0].tobytes())
 
     def stream(self, name: str, *, taken: bool = False) -> jax.Array:
         """The typed key of stream `name`, shape ().
@@ -105,7 +106,8 @@ def _words(data: bytes) -> np.ndarray[Any, Any]:
 
 def as_key(data: bytes, impl: str) -> jax.Array:
     """A typed key made of host key data."""
-    return jax.random.wrap_key_data(_words(data), impl=impl)
+    key: jax.Array = jax.random.wrap_key_data(jnp.asarray(_words(data)), impl=impl)
+    return key
 
 
 def data_of(key: Any) -> bytes:

@@ -99,7 +99,9 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
     unknown = [key for key in kwargs if key not in parameters]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         hint = did_you_mean(unknown[0], parameters)
-        raise FlaxMagicsError(f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes)
+        raise FlaxMagicsError(
+            f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes
+        )
     positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     missing = [
         p.name
@@ -119,7 +121,8 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
         raise FlaxMagicsError(f"{function}() needs {names}, which the call does not give.", hint=takes)
     if len(call.args) > len(positional):
         raise FlaxMagicsError(
-            f"{function}() takes {len(positional)} positional arguments, and the call gives {len(call.args)}.", hint=takes
+            f"{function}() takes {len(positional)} positional arguments, and the call gives {len(call.args)}.",
+            hint=takes,
         )
     raise FlaxMagicsError(f"{function}(): {problem}.", hint=takes)
 

@@ -92,7 +92,7 @@ class Request:
     impl: str
     mutable: frozenset[str] = frozenset()
     training: bool = False
-    guess: Ask = Ask()
+    guess: Ask = field(default_factory=Ask)
 
 
 def trace(request: Request) -> tuple[Any, Ask, Record]:
@@ -172,12 +172,12 @@ class Programs:
         phase("tracing")
         start = self.clock()
         traced, ask, record = trace(request)
-        seconds = [self.clock() - start]
+        trace_seconds = self.clock() - start
         phase("lowering")
         start = self.clock()
         lowered = traced.lower()
         text = lowered.as_text()
-        seconds.append(self.clock() - start)
+        lower_seconds = self.clock() - start
 
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
         shareable = "callback" not in text
@@ -199,7 +199,7 @@ class Programs:
         )
         if key is not None:
             _keep(self.by_call, key, program)
-        return Built(program, origin, *seconds, compile_seconds)
+        return Built(program, origin, trace_seconds, lower_seconds, compile_seconds)
 
     def _compile(self, lowered: Any, text_key: Hashable) -> Any:
         future = self.compiling.get(text_key)
@@ -233,7 +233,11 @@ def _digest(text: str, traced: Any) -> str:
     # The text holds constants in full unless JAX is set to pass them as arguments.
     for constant in traced.jaxpr.consts:
         if hasattr(constant, "dtype"):
-            data = jax.random.key_data(constant) if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key) else constant
+            data = (
+                jax.random.key_data(constant)
+                if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key)
+                else constant
+            )
             hasher.update(np.asarray(data).tobytes())
     return hasher.hexdigest()
 
@@ -247,7 +251,7 @@ def device_of(executable: Any) -> str:
 
 def default_device() -> Any:
     """The device that JAX would use now."""
-    device = jax.config.jax_default_device
+    device: Any = getattr(jax.config, "jax_default_device", None)
     if device is None:
         return jax.local_devices()[0]
     return jax.local_devices(backend=device)[0] if isinstance(device, str) else device

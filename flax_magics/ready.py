@@ -220,7 +220,7 @@ def _reason(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
         if old == new:
             continue
         if name == "model":
-            return "what the model reads changed"
+            return "the model changed"
         if name == "settings":
             return "JAX's settings changed"
         if old is None or new is None:

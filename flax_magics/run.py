@@ -235,7 +235,7 @@ def digest_of(tree: Any) -> str:
         if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             hasher.update(str(leaf.dtype).encode())
             leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(np.asarray(leaf))
+        array = np.asarray(leaf, order="C")
         hasher.update(f"{array.dtype.name}{list(array.shape)}".encode() + b"\0")
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("<"))

@@ -181,7 +181,13 @@ class Session:
     # -- draws
 
     def init(
-        self, model: Any, /, *args: Any, method: str | None = None, draw: int | tuple[int, int] | None = None, **kwargs: Any
+        self,
+        model: Any,
+        /,
+        *args: Any,
+        method: str | None = None,
+        draw: int | tuple[int, int] | None = None,
+        **kwargs: Any,
     ) -> Mapping[str, Any]:
         """Initialises the variables of a model anew, and returns them: collections by name, as Flax's `init` gives them.
 
@@ -308,7 +314,9 @@ class Session:
         shares = replayed is None and opened is not None and opened[0] == name and entry.variables is not None
         now = replayed or (opened[1] if shares and opened else self._state.root.draw())
         started = time.time()
-        done: Execution = execute(entry, call, options, now, self.programs, self._seen, self.on_phase, params_taken=shares)
+        done: Execution = execute(
+            entry, call, options, now, self.programs, self._seen, self.on_phase, params_taken=shares
+        )
         notes = (*notes, *done.notes)
         if entry.outdated and done.made is None and options.variables is None:
             notes = (*notes, OUTDATED)
@@ -439,4 +447,3 @@ def _init_by_hand(call: Call) -> str:
 def _made(variables: Mapping[str, Any], *, added: bool = False) -> Made:
     parameters, size = summary(variables)
     return Made(parameters, size, tuple(variables), added)
-

@@ -5,12 +5,11 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from by_hand import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_magics.keys import Root, as_key, data_of, fingerprint, stream_tag
-
-from by_hand import bits
 
 
 def test_the_first_draw_has_the_keys_of_the_notebook():

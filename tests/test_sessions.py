@@ -10,12 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from by_hand import MyModel, Normed, bits, notebook_x
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.keys import data_of, stream_tag
 from flax_magics.run import GONE
-
-from by_hand import MyModel, Normed, bits, notebook_x
 
 
 @pytest.fixture
@@ -111,9 +110,7 @@ def test_batch_norm_keeps_the_statistics_of_three_training_runs(session):
     model = Normed()
     root_key, params_key, dropout_key = split(jax.random.key(0))
     variables = model.init(params_key, x, train=False)
-    apply = jax.jit(
-        lambda v, x, k: model.apply(v, x, train=True, rngs={"dropout": k}, mutable=["batch_stats"])
-    )
+    apply = jax.jit(lambda v, x, k: model.apply(v, x, train=True, rngs={"dropout": k}, mutable=["batch_stats"]))
     session.register("net", model)
     for i in range(3):
         run = session.apply("net", x + i, mode="train")
@@ -311,9 +308,9 @@ def test_mutable_gives_output_and_updates_as_in_flax(session):
     variables = model.init(params_key, x, train=False)
     session.register("net", model)
     run = session.apply("net", x, mode="train", mutable="batch_stats")
-    by_hand = jax.jit(
-        lambda v, x, k: model.apply(v, x, train=True, rngs={"dropout": k}, mutable=["batch_stats"])
-    )(variables, x, dropout_key)
+    by_hand = jax.jit(lambda v, x, k: model.apply(v, x, train=True, rngs={"dropout": k}, mutable=["batch_stats"]))(
+        variables, x, dropout_key
+    )
     assert bits(run.output) == bits(by_hand)
 
 
@@ -435,7 +432,13 @@ def test_an_int_whose_value_the_model_needs_becomes_static(session):
 
 def snapshot(session: Session) -> Any:
     models = {name: (model.module, model.variables) for name, model in session.models.items()}
-    return data_of(session.root_key), session.seed, session.draws, models, [(run.command, run.call, run.draw) for run in session.runs]
+    return (
+        data_of(session.root_key),
+        session.seed,
+        session.draws,
+        models,
+        [(run.command, run.call, run.draw) for run in session.runs],
+    )
 
 
 class Fails(nn.Module):

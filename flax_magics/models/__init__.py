@@ -101,7 +101,9 @@ class Model(Protocol):
     def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
 
-    def by_hand(self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]) -> str:  # fmt: skip
+    def by_hand(
+        self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
+    ) -> str:
         """The run as a person would have written it in plain Flax."""
 
 

@@ -81,14 +81,14 @@ class Recorder:
             return sow(module, col, name, *args, **kwargs)
 
         with _lock:
-            Scope.make_rng, Scope.has_rng, Scope.put_variable = make, has, put  # type: ignore[method-assign]
-            nn.Module.sow = sow_  # type: ignore[method-assign, assignment]
+            _replace(Scope, make_rng=make, has_rng=has, put_variable=put)
+            _replace(nn.Module, sow=sow_)
             try:
                 with nn.intercept_methods(self._layers):
                     yield
             finally:
-                Scope.make_rng, Scope.has_rng, Scope.put_variable = make_rng, has_rng, put_variable  # type: ignore[method-assign]
-                nn.Module.sow = sow  # type: ignore[method-assign]
+                _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)
+                _replace(nn.Module, sow=sow)
 
     def _layers(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -102,7 +102,7 @@ class Recorder:
     def _layer(self, module: Any, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
         value = getattr(module, switch)
         try:
-            bound = inspect.signature(context.orig_method).bind(module, *args, **kwargs)
+            bound = inspect.signature(context.orig_method).bind(*args, **kwargs)
         except TypeError:
             return
         if bound.arguments.get(switch) is not None:
@@ -112,6 +112,11 @@ class Recorder:
             layer = Layer(kind, tuple(module.scope.path), not value, owner, f"{switch}={value}")
             if layer not in self.record.layers:
                 self.record.layers.append(layer)
+
+
+def _replace(cls: Any, **methods: Any) -> None:
+    for name, method in methods.items():
+        setattr(cls, name, method)
 
 
 @contextlib.contextmanager
@@ -127,11 +132,11 @@ def sowing() -> Iterator[set[str]]:
         return sow(module, col, name, *args, **kwargs)
 
     with _lock:
-        nn.Module.sow = sow_  # type: ignore[method-assign, assignment]
+        _replace(nn.Module, sow=sow_)
         try:
             yield sown
         finally:
-            nn.Module.sow = sow  # type: ignore[method-assign]
+            _replace(nn.Module, sow=sow)
 
 
 def _owner(module: nn.Module) -> str:

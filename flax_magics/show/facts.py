@@ -151,10 +151,11 @@ def changed_of(run: Run) -> tuple[str, ...]:
 
 
 def keys_of(run: Run) -> tuple[str, ...]:
-    """`dropout → Dropout_0` for each key that the run was given."""
+    """`dropout → Dropout_0` for each key. That variables were there already, and needed no `params`, is no news."""
     if run.command == "key":  # its header says it all
         return ()
-    return tuple(f"{clean(stream)} → {takers(run, stream)}" for stream in run.keys)
+    where = {stream: takers(run, stream) for stream in run.keys}
+    return tuple(f"{clean(s)} → {taker}" for s, taker in where.items() if (s, taker) != ("params", "nobody"))
 
 
 def takers(run: Run, stream: str) -> str:
@@ -168,14 +169,6 @@ def takers(run: Run, stream: str) -> str:
     if not paths and stream in arguments and arguments[stream] is run.keys[stream]:
         return f"argument {clean(stream)}"
     return ", ".join(clean(path) or "the model itself" for path in paths) if paths else "nobody"
-
-
-def _went(run: Run) -> Iterable[str]:
-    """Where the keys went. That variables were there already, and needed no `params`, is no news."""
-    for stream in run.keys:
-        where = takers(run, stream)
-        if not (stream == "params" and where == "nobody"):
-            yield f"{clean(stream)} → {where}"
 
 
 def static_of(run: Run) -> tuple[str, ...]:

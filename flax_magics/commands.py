@@ -1,0 +1,109 @@
+"""The commands as data: usage, help, options, examples. What help, completion and `%flax` are made of."""
+
+from __future__ import annotations
+
+from .options import Command, Option
+
+QUIET = Option("--quiet", "show nothing but a sharp bit that was not said yet", short="-q")
+BIND = Option("--out", "bind the Run to NAME as well", metavar="NAME", short="-o", identifier=True)
+DRAW = Option(
+    "--draw",
+    "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run",
+    metavar="N",
+)
+
+FLAX = Command(
+    "%flax",
+    "%flax",
+    "The session at a glance: devices, the root key and its draws, models, last runs, memory and caches, and the list "
+    "of commands.",
+    examples=("%flax",),
+)
+
+FLAXMODEL = Command(
+    "%%flaxmodel",
+    "%%flaxmodel [options] [net = Net(fields…)]     on the first line of a cell\n"
+    "%flaxmodel [options] net [= Net(fields…)]      registers what is there already",
+    "Runs the cell as an ordinary cell, then registers the model(s) that it defined, so that %flax_init and %flax_apply "
+    "know them by name: the cell's own module instances, the assignment written on the line, or, with neither, the last "
+    "module class if it can be built from defaults.\n\n"
+    "Running an unchanged cell again keeps the model, its variables and its compiled programs. After an edit the "
+    "variables stay if the whole tree still fits; otherwise the next run initialises.",
+    (
+        Option(
+            "--check",
+            "check a call at once, by shapes alone: parameters, output, streams, switch",
+            metavar="CALL",
+            kind="quoted",
+        ),
+        Option("--quiet", "say nothing about what was registered", short="-q"),
+    ),
+    (
+        "%%flaxmodel net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(3)(x)",
+        "%flaxmodel net = Net()",
+        "%flaxmodel net",
+    ),
+)
+
+FLAX_INIT = Command(
+    "%flax_init",
+    "%flax_init [options] net(x)",
+    "Initialises the model's variables, or initialises them again, and gives them. It opens a draw and uses its params "
+    "key; if the next draw is this model's %flax_apply, that takes the same draw's other streams. The call is the one "
+    "that Flax's init gets.",
+    (DRAW, QUIET, BIND),
+    ("%flax_init net(x)", "variables = %flax_init net(x)"),
+)
+
+FLAX_APPLY = Command(
+    "%flax_apply",
+    "%flax_apply [options] net(x)          any method, any arguments: net.encode(x, mask=m)\n"
+    "%%flax_apply [options]                statements, the last of which is the call",
+    "One draw from the root key, one compiled forward pass, one report; gives what the model returns. Variables that are "
+    "not there yet are initialised first. With neither --train nor --eval the model runs as written.",
+    (
+        Option("--train", "set the model's own switch to training, and say which"),
+        Option("--eval", "set it to evaluation"),
+        Option("--mutable", "hand a collection back: gives (output, updates)", metavar="NAME", kind="many", short="-m"),
+        Option("--variables", "run with other variables, and keep nothing", metavar="EXPR"),
+        Option("--key", "pass the draw's stream ARG as that argument", metavar="ARG", kind="many", identifier=True),
+        DRAW,
+        Option("--repeat", "run N times with the same keys: median and spread", metavar="N", type=int),
+        Option("--eager", "run op by op, without compiling"),
+        BIND,
+        QUIET,
+    ),
+    (
+        "y = %flax_apply net(x)",
+        "%flax_apply --train net(x)",
+        "%flax_apply --repeat 20 -o run net(x)",
+        "%%flax_apply --train\nx2 = x * 2\ny = net(x2)",
+    ),
+)
+
+FLAX_KEY = Command(
+    "%flax_key",
+    "%flax_key                     shows the root key\n"
+    "%flax_key --seed N [--fresh]  starts it again at draw 1 of seed N\n"
+    "%flax_key NAME                draws a key and gives its stream NAME",
+    "The session holds one root key. Every draw splits it: root, params, dropout = jax.random.split(root, 3); the old "
+    "root is never used again. A key that this command gives is yours alone.",
+    (
+        Option("--seed", "start again from this seed", metavar="N", type=int, least=None),
+        Option("--fresh", "initialise every model anew at its next use: as first cell, Run All equals a restart"),
+        Option("--quiet", "say nothing", short="-q"),
+    ),
+    ("%flax_key", "latent = %flax_key latent", "%flax_key --seed 0 --fresh"),
+)
+
+COMMANDS = {command.name: command for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_KEY)}
+
+MEANINGS = (
+    ("%flax", "the session at a glance"),
+    ("%%flaxmodel [net = Net(…)]", "runs the cell, then registers the model(s) it defined"),
+    ("%flaxmodel net [= Net(…)]", "registers what is already there"),
+    ("%flax_init net(x)", "initialises, or initialises again; gives the variables"),
+    ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
+    ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
+)
+"""What `%flax` lists."""

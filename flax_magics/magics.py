@@ -1,0 +1,319 @@
+"""The commands: read the line, call the session, show what comes back.
+
+Nothing here imports JAX or Flax before a command is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
+from traitlets import Enum, Int, observe, validate
+
+from .call import ParsedCall, parse_assignment, parse_call
+from .cells import displayed_quietly, run_body, run_statements_with_call
+from .commands import COMMANDS, FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAXMODEL
+from .current import current, existing
+from .errors import FlaxMagicsError, did_you_mean
+from .options import Command, Read, read
+from .reporter import Reporter
+from .tracebacks import show_user_frames
+
+if TYPE_CHECKING:
+    from .complete import ModelNames
+    from .run import Run
+    from .sessions import Session
+
+Namespace = dict[str, Any]
+
+
+def command(spec: Command) -> Callable[[Any], Any]:
+    """Gives a command its help, and errors that a person can read."""
+
+    def decorate(function: Any) -> Any:
+        @wraps(function)
+        def run(self: FlaxMagics, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
+            try:
+                options = read(spec, line)
+                if options.help or (not line.strip() and cell is None and spec not in (FLAX, FLAX_KEY)):
+                    self.reporter.publish({"text/plain": spec.render_help()})
+                    return None
+                return function(self, line, options, cell, self.shell.user_ns if local_ns is None else local_ns)
+            except FlaxMagicsError:
+                raise
+            except Exception as error:
+                show_user_frames(error, self.shell, hint=_hints(error))
+                raise
+
+        del run.__wrapped__  # IPython 7 calls by the signature that it finds behind it
+        run.__doc__ = spec.render_help()
+        return run
+
+    return decorate
+
+
+def _hints(error: Exception) -> tuple[str, ...]:
+    """What to add to an error of the model's own."""
+    from .ready import is_tracer_error
+
+    if is_tracer_error(error):
+        return ("the model looks at a value while it is compiled; to run it op by op: %flax_apply --eager …",)
+    if isinstance(error, ValueError) and "must be passed to the constructor or at call time" in str(error):
+        return ("it is the model's switch: %flax_apply --train … or --eval … sets it",)
+    return ()
+
+
+@magics_class
+class FlaxMagics(Magics):
+    """Settings of flax_magics; `%config FlaxMagics.NAME = VALUE` sets one."""
+
+    shell: Any
+
+    seed = Int(0, help="The seed that the session's root key starts from.").tag(config=True)
+    report = Enum(
+        ["auto", "line", "normal", "details", "off"],
+        "auto",
+        help="How much a run reports: auto is as long as its news; off shows sharp bits alone.",
+    ).tag(config=True)
+    style = Enum(
+        ["auto", "text"],
+        "auto",
+        help="How reports are shown: auto is HTML where the host shows it; text is plain text everywhere.",
+    ).tag(config=True)
+
+    def __init__(self, shell: Any, **kwargs: Any) -> None:
+        self._ready = False
+        super().__init__(shell=shell, **kwargs)
+        self._ready = True
+        self.reporter = Reporter(shell)
+
+    # -- settings
+
+    @validate("seed")
+    def _check_seed(self, proposal: Any) -> int:
+        from .show.units import plural
+
+        session = existing()
+        seed: int = proposal["value"]
+        if self._ready and session is not None and session.draws and session.seed != seed:
+            raise FlaxMagicsError(
+                f"the session has made {plural(session.draws, 'draw')} from seed {session.seed}; `seed` is where it starts.",
+                write=f"%flax_key --seed {seed}",
+            )
+        return seed
+
+    @observe("seed")
+    def _start_from(self, change: Any) -> None:
+        session = existing()
+        if session is not None and not session.draws:
+            session.restart(change["new"])
+
+    # -- the session
+
+    @property
+    def session(self) -> Session:
+        """The session of this kernel, made at first use."""
+        return current(self.seed)
+
+    def model_names(self) -> dict[str, ModelNames]:
+        """What completion needs to know; makes no session."""
+        session = existing()
+        return {} if session is None else {name: model.names() for name, model in session.models.items()}
+
+    # -- commands
+
+    @line_magic
+    @no_var_expand
+    @command(FLAX)
+    def flax(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
+        """`%flax`"""
+        from .overview import status
+        from .show.bundle import status_bundle
+
+        if options.rest:
+            hint = did_you_mean(f"%flax_{options.rest.split()[0]}", COMMANDS)
+            raise FlaxMagicsError("%flax takes nothing after it.", hint=hint)
+        self.reporter.publish(status_bundle(status(self.session), self.style))
+
+    @line_cell_magic
+    @no_var_expand
+    @needs_local_scope
+    @command(FLAXMODEL)
+    def flaxmodel(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
+        """`%%flaxmodel [net = Net(…)]` and `%flaxmodel net [= Net(…)]`"""
+        from . import modelcell
+        from .show.bundle import registered_bundle
+
+        with self._working("registering") as live:
+            if cell is None:
+                found = modelcell.from_line(options.rest, self.shell.user_ns, local_ns)
+            else:
+                before = dict(self.shell.user_ns)
+                body = run_body(self.shell, cell, f"%%flaxmodel {line}")
+                found = modelcell.from_cell(options.rest, self.shell.user_ns, body.names, before)
+            rows = modelcell.check(found, options.options["check"], self.session, self.shell.user_ns, local_ns)
+            registered = modelcell.register(found, self.session, self.shell.user_ns, rows)
+        live.show({} if options.options["quiet"] else registered_bundle(registered, self.style))
+
+    @line_cell_magic
+    @no_var_expand
+    @needs_local_scope
+    @command(FLAX_INIT)
+    def flax_init(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
+        """`%flax_init net(x)`"""
+
+        def run(parsed: ParsedCall) -> Run:
+            name, call, module = self._read_call(parsed, local_ns)
+            return self.session.run_init(name, call, draw=self._draw(options, local_ns), module=module)
+
+        return self._call(FLAX_INIT, line, options, cell, run)
+
+    @line_cell_magic
+    @no_var_expand
+    @needs_local_scope
+    @command(FLAX_APPLY)
+    def flax_apply(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
+        """`%flax_apply net(x)`"""
+        from .execution import Options
+
+        given = options.options
+        if given["train"] and given["eval"]:
+            raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
+
+        def run(parsed: ParsedCall) -> Run:
+            name, call, module = self._read_call(parsed, local_ns)
+            variables = None
+            if given["variables"] is not None:
+                expression = parse_assignment(f"variables = {given['variables']}", "--variables").expression
+                assert expression is not None
+                variables = expression.evaluate(self.shell.user_ns, local_ns)
+            chosen = Options(
+                "train" if given["train"] else "eval" if given["eval"] else None,
+                given["mutable"],
+                variables,
+                given["key"],
+                self._draw(options, local_ns),
+                given["repeat"] or 1,
+                given["eager"],
+            )
+            return self.session.run_apply(name, call, chosen, module=module)
+
+        return self._call(FLAX_APPLY, line, options, cell, run)
+
+    @line_magic
+    @no_var_expand
+    @command(FLAX_KEY)
+    def flax_key(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
+        """`%flax_key [--seed N [--fresh] | NAME]`"""
+        from .overview import key_card, restarted
+        from .show.bundle import key_bundle
+
+        seed, fresh, quiet = (options.options[name] for name in ("seed", "fresh", "quiet"))
+        name = options.rest.rstrip("; ")
+        if seed is not None:
+            if name:
+                raise FlaxMagicsError(
+                    f"%flax_key restarts with --seed or draws `{name}`, not both in one line.",
+                    write=f"%flax_key --seed {seed}\n%flax_key {name}",
+                )
+            text = restarted(self.session.restart(seed, fresh=fresh))
+            self.reporter.publish({} if quiet else {"text/plain": text})
+            return None
+        if fresh:
+            raise FlaxMagicsError("--fresh goes with --seed.", write=f"%flax_key --seed {self.session.seed} --fresh")
+        if not name:
+            self.reporter.publish(key_bundle(key_card(self.session), self.style))
+            return None
+        with self._working("drawing") as live:
+            run = self.session.run_key(name, cell=self.shell.execution_count)
+        self.reporter.report(run, live, setting=self.report, style=self.style, quiet=quiet)
+        return None if displayed_quietly(self.shell, line) else run.output
+
+    # -- what they share
+
+    @contextlib.contextmanager
+    def _working(self, what: str) -> Iterator[Any]:
+        """A live line for as long as the block runs; blank again if it fails."""
+        live = self.reporter.live()
+        try:
+            with live.phase(what) as phase:
+                self.session.on_phase = phase.doing
+                yield live
+        except BaseException:
+            live.clear()
+            raise
+
+    def _call(self, spec: Command, line: str, options: Read, cell: str | None, run: Callable[[ParsedCall], Run]) -> Any:
+        """A command that takes a call, as a line or as a cell: runs it, reports it, gives its value."""
+        assign, silent = None, False
+        if cell is None:
+            parsed = parse_call(options.rest, spec.name)
+        elif options.rest:
+            raise FlaxMagicsError(
+                f"%{spec.name} takes its call from the cell's last line; `{options.rest}` stands on the first.",
+                write=f"{spec.name} {line.strip()}",
+            )
+        else:
+            body = run_statements_with_call(self.shell, cell, f"%{spec.name} {line}")
+            parsed, assign, silent = body.call, body.assign, body.call.quiet
+        with self._working("preparing") as live:
+            done = run(parsed)
+        name = options.options["out"]
+        if name:
+            self.shell.user_ns[name] = done
+        self.reporter.report(done, live, setting=self.report, style=self.style, quiet=options.options["quiet"])
+        if assign is not None:
+            assign(done.output)
+            return None
+        quiet = silent if cell is not None else displayed_quietly(self.shell, line)
+        return None if quiet else done.output
+
+    def _read_call(self, parsed: ParsedCall, local_ns: Namespace) -> tuple[str, Any, Any]:
+        """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
+        from .models import is_module
+        from .prepare import Call
+
+        names: Mapping[str, Any] = local_ns if parsed.target in local_ns else self.shell.user_ns
+        value = names.get(parsed.target)
+        if parsed.target not in self.session.models:
+            raise self._unknown(parsed, value)
+        args, kwargs = parsed.evaluate(self.shell.user_ns, local_ns)
+        call = Call(parsed.method, args, kwargs, parsed.call, self.shell.execution_count)
+        return parsed.target, call, value if is_module(value) else None
+
+    def _unknown(self, parsed: ParsedCall, value: Any) -> FlaxMagicsError:
+        from .models import is_module, is_module_class, spell_construction
+
+        name, known = parsed.target, self.session.models
+        if is_module(value):
+            return FlaxMagicsError(f"`{name}` is not registered yet.", write=f"%flaxmodel {name}")
+        if is_module_class(value):
+            write = spell_construction(value, "%flaxmodel")
+            return FlaxMagicsError(f"`{name}` is a class, and a model is an instance of it.", write=write)
+        listed = f"registered: {', '.join(known)}" if known else "no model is registered yet"
+        hint = did_you_mean(name, known)
+        if value is not None:
+            text = f"`{name}` is no model but {type(value).__name__}; {listed}."
+        else:
+            text = f"no model is called `{name}`; {listed}."
+        return FlaxMagicsError(text, hint=hint, write=None if known else f"%flaxmodel {name} = Net()")
+
+    def _draw(self, options: Read, local_ns: Namespace) -> int | tuple[int, int] | None:
+        """`--draw`: a number, `last`, `seed:N`, or the name of a Run."""
+        from .run import Run
+
+        text = options.options["draw"]
+        if text is None:
+            return None
+        seed, colon, number = text.rpartition(":")
+        if number.isdigit() and (not colon or seed.lstrip("-").isdigit()):
+            return (int(seed), int(number)) if colon else int(number)
+        if text == "last":
+            return self.session.draws
+        value = local_ns.get(text, self.shell.user_ns.get(text))
+        if isinstance(value, Run):
+            return value.seed, value.draw
+        raise FlaxMagicsError(f"--draw takes a number, last, seed:N or the name of a Run, not `{text}`.")

@@ -1,0 +1,128 @@
+"""What a `%%flaxmodel` cell or a `%flaxmodel` line registers."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .call import parse_assignment, parse_call
+from .errors import FlaxMagicsError, did_you_mean
+from .fingerprint import fingerprint
+from .models import adopt, is_module, is_module_class, needed_fields, spell_construction
+from .sessions import Session
+from .show.registered import Registered
+
+Namespace = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Modules to register by name; names to bind once that has worked; names that the cell bound anew, as they were."""
+
+    modules: Mapping[str, Any]
+    bind: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Any] = field(default_factory=dict)
+
+
+def from_line(text: str, user_ns: Namespace, local_ns: Namespace) -> Found:
+    """`net = Net(3)`, or `net` for what is in the namespace already."""
+    name, expression = parse_assignment(text)
+    if expression is not None:
+        value = expression.evaluate(user_ns, local_ns)
+        adopt(value, name)
+        return Found({name: value}, {name: value})
+    names = {**user_ns, **local_ns}
+    if name not in names:
+        modules = [key for key, value in names.items() if is_module(value) or is_module_class(value)]
+        raise FlaxMagicsError(
+            f"name '{name}' is not defined.", hint=did_you_mean(name, modules), write=f"%flaxmodel {name} = Net()"
+        )
+    value = names[name]
+    return Found({name: _from_defaults(value, "%flaxmodel") if is_module_class(value) else value})
+
+
+def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Mapping[str, Any]) -> Found:
+    """The cell's own instances, and the assignment on its line; with neither, the last module class of the cell.
+
+    Args:
+      text: what stands on the magic's line, options taken off.
+      assigned: names that the cell's body assigned at top level, in order.
+      before: the namespace as it was.
+    """
+    assigned = list(assigned)
+    values = {name: user_ns[name] for name in assigned if name in user_ns}
+    modules = {name: value for name, value in values.items() if is_module(value) and not name.startswith("_")}
+    bind = {}
+    if text:
+        name, expression = parse_assignment(text, "%%flaxmodel")
+        if expression is not None:
+            bind[name] = modules[name] = expression.evaluate(user_ns)
+        elif name in values and is_module_class(values[name]):
+            modules = {name: _from_defaults(values[name])}
+        elif name not in modules:
+            what = f"`{name}` is no module" if name in values else f"the cell defines no `{name}`"
+            raise FlaxMagicsError(f"{what}.", hint=did_you_mean(name, values), write=f"%%flaxmodel {name} = Net()")
+    if not modules:
+        classes = [name for name, value in values.items() if is_module_class(value)]
+        if not classes:
+            raise FlaxMagicsError(
+                "the cell defines no Flax module: neither an instance nor a class.",
+                write="%flaxmodel net     for one that is defined elsewhere",
+            )
+        modules = {classes[-1]: _from_defaults(values[classes[-1]])}
+    changed = {name: before[name] for name, value in values.items() if name in before and before[name] is not value}
+    return Found(modules, bind, changed)
+
+
+def _from_defaults(cls: Any, command: str = "%%flaxmodel") -> Any:
+    needed = needed_fields(cls)
+    if needed:
+        names = " and ".join([", ".join(needed[:-1]), needed[-1]] if len(needed) > 1 else needed)
+        raise FlaxMagicsError(f"{cls.__name__} needs {names}.", write=spell_construction(cls, command))
+    return cls()
+
+
+def check(
+    found: Found, call: str | None, session: Session, user_ns: Namespace, local_ns: Namespace
+) -> tuple[tuple[str, str], ...]:
+    """`--check`: the rows to show, for a call on one of the modules found. Nothing is computed or kept."""
+    if call is None:
+        return ()
+    from .checks import check_call
+    from .prepare import Call
+
+    parsed = parse_call(call, "--check")
+    if parsed.target not in found.modules:
+        known = ", ".join(found.modules)
+        raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")
+    args, kwargs = parsed.evaluate(user_ns, local_ns)
+    model = adopt(found.modules[parsed.target], parsed.target)
+    return check_call(parsed.target, model, Call(parsed.method, args, kwargs, parsed.call), session.root_key)
+
+
+def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
+    """Registers all that was found or nothing, binds names, and says what became of each model.
+
+    When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
+    """
+    changes = session.register_all(found.modules)
+    user_ns.update(found.bind)
+    if all(change.state == "unchanged" for change in changes):
+        for change in changes:
+            if is_module(user_ns.get(change.name)):
+                user_ns[change.name] = session.models[change.name].module
+        for name, old in found.before.items():
+            if isinstance(old, (type, types.FunctionType)) and type(old) is type(user_ns[name]):
+                print_ = fingerprint(old)
+                if print_ is not None and print_ == fingerprint(user_ns[name]):
+                    user_ns[name] = old
+    out = []
+    for i, change in enumerate(changes):
+        module = session.models[change.name].describe()
+        last = i == len(changes) - 1
+        out.append(
+            Registered(change.name, module, change.state, change.changes, change.variables, rows if last else ())
+        )
+    return out

@@ -1,0 +1,68 @@
+"""What `%flax` and `%flax_key` show of a session, gathered."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import jax
+
+from . import __version__
+from .commands import MEANINGS
+from .keys import fingerprint
+from .notes import summary
+from .sessions import Restart, Session
+from .show.status import Command, Device, KeyCard, Model, Status
+from .show.units import bytes_, plural
+
+
+def key_card(session: Session) -> KeyCard:
+    """The root key as it stands."""
+    key = session.root_key
+    return KeyCard(session.seed, session.draws, fingerprint(key), str(jax.random.key_impl(key)))
+
+
+def status(session: Session) -> Status:
+    """The session at a glance."""
+    models = []
+    for name, model in session.models.items():
+        text = "not initialised"
+        if model.variables is not None:
+            parameters, size = summary(model.variables)
+            text = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
+        models.append(Model(name, model.describe(), text))
+    devices = []
+    for device in jax.local_devices():
+        stats = device.memory_stats() or {}
+        kind = device.device_kind if device.device_kind.lower() != device.platform else ""
+        devices.append(
+            Device(f"{device.platform}:{device.id}", kind, stats.get("bytes_in_use"), stats.get("bytes_limit"))
+        )
+    held = sum(
+        array.nbytes for array in jax.live_arrays() if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    )
+    versions = [("flax_magics", __version__), ("jax", jax.__version__), ("flax", importlib.metadata.version("flax"))]
+    return Status(
+        devices=tuple(devices),
+        key=key_card(session),
+        models=tuple(models),
+        runs=tuple(session.last(5)),
+        caches=(("compiled programs kept", str(len(session.programs))),),
+        memory=(("arrays alive in this process", bytes_(held)),),
+        versions=tuple(versions),
+        commands=tuple(Command(write, meaning) for write, meaning in MEANINGS),
+    )
+
+
+def restarted(restart: Restart) -> str:
+    """What `%flax_key --seed N` answers."""
+    lines = [f"root key restarted: seed {restart.seed}, next is draw 1"]
+    if restart.fresh:
+        lines[0] += " · every model is initialised anew at its next use"
+        return lines[0]
+    if restart.keeping:
+        names = ", ".join(restart.keeping)
+        lines.append(f"! {names} keep{'s' if len(restart.keeping) == 1 else ''} the variables that were there")
+        lines.append(f"  write: %flax_key --seed {restart.seed} --fresh")
+    if restart.again:
+        lines.append(f"! seed {restart.seed} was used before in this session: its keys come again")
+    return "\n".join(lines)

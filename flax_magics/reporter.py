@@ -1,0 +1,93 @@
+"""Shows what commands did: one report a run, one counting line for further runs of a cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .show.live import Live
+    from .show.loop import Loop
+
+REFRESH = 0.2
+"""Seconds between two updates of a counting line."""
+
+
+class Reporter:
+    """What has been shown in the cell that is running, and which sharp bits were said in this kernel."""
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+        self._said: set[tuple[str, str]] = set()
+        self._runs = 0
+        self._loop: Loop | None = None
+        self._single: Mapping[str, Any] = {}
+        self._display_id: str | None = None
+        self._shown = 0.0
+        self._pending = False
+        self._style = "auto"
+
+    def begin_cell(self, *_: Any) -> None:
+        """`pre_run_cell`: the runs of a cell are counted anew."""
+        self._runs, self._loop, self._display_id, self._pending = 0, None, None, False
+
+    def end_cell(self, *_: Any) -> None:
+        """`post_run_cell`: the counting line as it is in the end."""
+        if self._pending:
+            self._show_loop()
+        self.begin_cell()
+
+    def live(self) -> Live:
+        """A live line for one command."""
+        from .show.live import Live
+
+        return Live(self._shell)
+
+    def publish(self, bundle: Mapping[str, Any]) -> None:
+        """Shows a MIME bundle; an empty one shows nothing."""
+        if bundle:
+            self._shell.display_pub.publish(data=dict(bundle), metadata={})
+
+    def report(self, run: Run, live: Live, *, setting: str, style: str, quiet: bool) -> None:
+        """Shows a run as long as its news, in place of its live line."""
+        from .show.bundle import bundle, level
+
+        unsaid = tuple(note for note in run.notes if (note.kind, note.text) not in self._said)
+        if quiet:
+            run, setting = dataclasses.replace(run, notes=unsaid), "off"
+        self._said.update((note.kind, note.text) for note in run.notes)
+        length = level(run, setting)
+        self._runs += run.command == "apply" and not quiet
+        if length == "line" and self._runs > 1 and run.command == "apply":
+            self._count(run, style)
+            live.clear()
+            return
+        live.show(bundle(run, length, style))
+
+    def _count(self, run: Run, style: str) -> None:
+        """Adds a run to the cell's counting line. A line that stands for one run alone is that run's own."""
+        from .show.bundle import bundle
+        from .show.loop import Loop
+
+        self._loop = (self._loop or Loop()).add(run)
+        self._style, self._pending = style, True
+        self._single = bundle(run, "line", style) if self._loop.runs == 1 else {}
+        # A terminal cannot take a line back: there it is printed once, when the cell ends.
+        if getattr(self._shell, "kernel", None) is not None and time.monotonic() - self._shown > REFRESH:
+            self._show_loop()
+
+    def _show_loop(self) -> None:
+        from .show.bundle import loop_bundle
+
+        if self._loop is None:
+            return
+        data = self._single if self._loop.runs == 1 else loop_bundle(self._loop, self._style)
+        update = self._display_id is not None
+        self._display_id = self._display_id or uuid.uuid4().hex
+        transient = {"display_id": self._display_id}
+        self._shell.display_pub.publish(data=dict(data), metadata={}, transient=transient, update=update)
+        self._shown, self._pending = time.monotonic(), False

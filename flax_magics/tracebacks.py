@@ -1,0 +1,189 @@
+"""An error inside the user's module, shown with the user's frames alone.
+
+IPython asks an exception for `_render_traceback_` before it formats frames (7.34, 9, and ipykernel through them). It
+still formats here, with the shell's own formatter, mode and colours: only frames and causes are chosen.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile, zip_longest
+from types import TracebackType
+from typing import Any
+
+PACKAGES = ("flax_magics", "flax", "jax", "jaxlib", "IPython", "ipykernel", "traitlets", "decorator")
+"""Whose frames are not the user's."""
+MACHINERY = ("contextlib", "functools", "threading", "concurrent.futures")
+"""Standard library that only carries a call on."""
+_DROPPED = ("JaxStackTraceBeforeTransformation", "UnfilteredStackTrace", "SimplifiedTraceback")
+"""Causes that JAX attaches to keep its own frames."""
+_Step = tuple[int, int]
+_JAX_NOTE = "For simplicity, JAX has removed its internal frames"
+
+
+def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ()) -> None:
+    """Has IPython show `exc` with the user's frames, its message, and `hint` as further lines.
+
+    An exception that renders itself (such as `FlaxMagicsError`), or that takes no attributes, stays as it is. A hint
+    given before stays too while the same error is still on its way up.
+
+    Args:
+      exc: the error that is being handled, to be raised again after this.
+      shell: an `InteractiveShell`, or None, which changes nothing.
+      hint: lines that stand below the message.
+    """
+    if shell is None or hasattr(type(exc), "_render_traceback_"):
+        return
+    before = getattr(exc, "__dict__", {}).get("_render_traceback_")
+    end = None
+    if isinstance(before, _Rendering):
+        # Raised anew after it was shown: Python keeps the old traceback below the new one.
+        hint, end = (hint, before.shown) if before.shown else (hint or before.hint, before.end)
+    with suppress(AttributeError):
+        exc._render_traceback_ = _Rendering(shell, hint, end)  # type: ignore[attr-defined]
+
+
+class _Rendering:
+    """What IPython calls for a traceback's lines. It holds no exception: that would be a cycle, which pins arrays.
+
+    Args:
+      end: the step where an earlier raise of the same exception begins, if there was one.
+    """
+
+    def __init__(self, shell: Any, hint: tuple[str, ...], end: _Step | None) -> None:
+        self.shell = shell
+        self.hint = hint
+        self.end = end
+        self.shown: _Step | None = None
+
+    def __call__(self) -> list[str]:
+        exc = self._exception()
+        if exc is None:
+            return list(self.hint)
+        self.shown = _identity(exc.__traceback__)
+        try:
+            lines = _rendered(exc, self.shell, self.end)
+        except Exception:
+            lines = [f"{type(exc).__name__}: {exc}"]
+        return [*lines, *self.hint]
+
+    def _exception(self) -> BaseException | None:
+        for exc in (sys.exc_info()[1], getattr(sys, "last_exc", None), getattr(sys, "last_value", None)):
+            if getattr(exc, "__dict__", {}).get("_render_traceback_") is self:
+                return exc
+        return None
+
+
+def _rendered(exc: BaseException, shell: Any, end: _Step | None) -> list[str]:
+    formatter = shell.InteractiveTB
+    with _users_view(exc, _inside(shell), end):
+        if any(link.__traceback__ is not None for link in _chain(exc)):
+            lines = formatter.structured_traceback(type(exc), exc, exc.__traceback__, tb_offset=0)
+        else:
+            lines = formatter.get_exception_only(type(exc), exc)
+    return [*lines[:-1], lines[-1].rstrip("\n")]
+
+
+@contextmanager
+def _users_view(exc: BaseException, inside: Any, end: _Step | None) -> Iterator[None]:
+    """The chain of `exc` with its frames and causes reduced to the user's, for as long as it is being formatted."""
+    saved: list[tuple[Any, ...]] = []
+    link: BaseException | None = exc
+    try:
+        while link is not None and not any(link is entry[0] for entry in saved):
+            notes = getattr(link, "__notes__", None)
+            saved.append((link, link.__traceback__, link.__cause__, link.__context__, link.__suppress_context__, notes))
+            cause, context = _next(link, inside)
+            link.__traceback__ = _of(_user_steps(link.__traceback__, inside, end))
+            link.__cause__, link.__context__, link.__suppress_context__ = cause, context, context is None
+            if isinstance(notes, list):
+                link.__notes__ = [note for note in notes if _JAX_NOTE not in str(note)]
+            link = cause or context
+        yield
+    finally:
+        for link, trace, cause, context, suppress, notes in saved:
+            link.__traceback__, link.__cause__, link.__context__ = trace, cause, context
+            link.__suppress_context__ = suppress
+            if notes is not None:
+                link.__notes__ = notes
+
+
+def _next(exc: BaseException, inside: Any) -> tuple[BaseException | None, BaseException | None]:
+    """The cause, or else the context, that the user's view of `exc` goes on with."""
+    seen = {id(exc)}
+    explicit = exc.__cause__ is not None
+    link = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        # A cause without any frame was made by hand, in `raise … from ValueError(…)`.
+        by_hand = link is exc.__cause__ and link.__traceback__ is None
+        if type(link).__name__ not in _DROPPED and (by_hand or _user_steps(link.__traceback__, inside)):
+            return (link, None) if explicit else (None, link)
+        explicit = explicit and link.__cause__ is not None
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None, None
+
+
+def _chain(exc: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = exc
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _steps(trace: TracebackType | None) -> Iterator[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
+
+
+def _user_steps(trace: TracebackType | None, inside: Any, end: _Step | None = None) -> list[TracebackType]:
+    """The steps in the user's code before the one that `end` identifies, without those that only start a magic."""
+    steps = list(takewhile(lambda step: end is None or _identity(step) != end, _steps(trace)))
+    return [step for step, following in zip_longest(steps, steps[1:]) if not inside(step, following)]
+
+
+def _identity(step: TracebackType | None) -> _Step | None:
+    """What tells a step from others without keeping it alive."""
+    return None if step is None else (id(step), id(step.tb_frame.f_code))
+
+
+def _of(steps: list[TracebackType]) -> TracebackType | None:
+    trace = None
+    for step in reversed(steps):
+        trace = TracebackType(trace, step.tb_frame, step.tb_lasti, step.tb_lineno)
+    return trace
+
+
+def _inside(shell: Any) -> Any:
+    """A predicate of a step and the step after it: whether the user has no interest in it."""
+    places = tuple(_places())
+
+    def inside(step: TracebackType, following: TracebackType | None) -> bool:
+        code = step.tb_frame.f_code
+        file = code.co_filename
+        if file.startswith(places) or file.startswith(("<frozen importlib", "<decorator-gen", "<flax_magics")):
+            return True
+        if file == "<string>" and code.co_name.startswith("__"):
+            return True  # what `dataclasses` makes: it has no text to show
+        if following is None or step.tb_frame.f_locals is not step.tb_frame.f_globals:
+            return False
+        return following.tb_frame.f_code.co_name in ("run_line_magic", "run_cell_magic")
+
+    return inside
+
+
+def _places() -> Iterator[str]:
+    """Where `PACKAGES` and `MACHINERY` lie. What was never imported has no frames, so nothing is imported to look."""
+    for name in (*PACKAGES, *MACHINERY):
+        module = sys.modules.get(name)
+        for folder in getattr(module, "__path__", ()):
+            yield folder + os.sep
+        file = getattr(module, "__file__", None)
+        if file and not hasattr(module, "__path__"):
+            yield file

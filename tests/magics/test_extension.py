@@ -1,0 +1,135 @@
+"""Loading into a shell, loading again, and leaving without a trace."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+
+def traces(shell: Any) -> Any:
+    """Everything of a shell that an extension can change."""
+    return {
+        "line": set(shell.magics_manager.magics["line"]),
+        "cell": set(shell.magics_manager.magics["cell"]),
+        "registry": set(shell.magics_manager.registry),
+        "configurables": list(map(id, shell.configurables)),
+        "cleanup": list(shell.input_transformers_cleanup),
+        "post": list(shell.input_transformers_post),
+        "events": {name: list(callbacks) for name, callbacks in shell.events.callbacks.items()},
+        "matchers": list(shell.Completer.custom_matchers),
+        "names": set(shell.user_ns) - {"exit", "quit", "_exit_code"} - {n for n in shell.user_ns if n.startswith("_")},
+        "hooks": {name: repr(getattr(shell.hooks, name)) for name in vars(shell.hooks)},
+        "custom_exceptions": shell.custom_exceptions,
+    }
+
+
+def run(shell: Any, cell: str) -> None:
+    result = shell.run_cell(cell, store_history=True)
+    result.raise_error()
+
+
+def test_load_prints_nothing_and_adds_nothing_to_the_namespace(shell, capsys):
+    names = traces(shell)["names"]
+    run(shell, "%load_ext flax_magics")
+    assert capsys.readouterr() == ("", "")
+    assert traces(shell)["names"] == names
+
+
+def test_unload_leaves_no_trace(shell, capsys):
+    run(shell, "%load_ext storemagic\n%unload_ext storemagic")  # IPython makes its own `%load_ext` at first use
+    capsys.readouterr()
+    before = traces(shell)
+    for _ in range(2):
+        run(shell, "%load_ext flax_magics")
+        assert traces(shell) != before
+        run(shell, "%unload_ext flax_magics")
+        assert traces(shell) == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_loading_twice_is_loading_once(shell):
+    import flax_magics
+
+    run(shell, "%load_ext flax_magics")
+    once = traces(shell)
+    flax_magics.load_ipython_extension(shell)
+    assert traces(shell) == once
+    flax_magics.unload_ipython_extension(shell)
+    flax_magics.unload_ipython_extension(shell)
+
+
+def test_reload_keeps_the_session_and_registers_nothing_twice(sharp_bits):
+    sharp_bits("%flax_apply my_model(x)")
+    session, before = sharp_bits.session, traces(sharp_bits.shell)
+    sharp_bits("%reload_ext flax_magics")
+    assert sharp_bits.session is session
+    after = traces(sharp_bits.shell)
+    assert [len(callbacks) for callbacks in after["events"].values()] == [
+        len(callbacks) for callbacks in before["events"].values()
+    ]
+    assert len(after["matchers"]) == len(before["matchers"])
+    assert sharp_bits("%flax_apply my_model(x);").startswith("my_model · as written · cpu:0 · draw 2 · reused · run")
+    import flax_magics
+
+    assert flax_magics.session() is session
+
+
+def test_another_extension_of_the_same_name_is_left_alone(shell):
+    run(shell, "%load_ext flax_magics")
+    shell.register_magic_function(lambda line: "mine", "line", "flax")
+    run(shell, "%unload_ext flax_magics")
+    assert shell.run_line_magic("flax", "") == "mine"
+    del shell.magics_manager.magics["line"]["flax"]
+
+
+def test_config_lists_the_settings_with_help(notebook):
+    assert notebook("%config FlaxMagics") == (
+        "FlaxMagics(Magics) options\n"
+        "------------------------\n"
+        "FlaxMagics.report=<Enum>\n"
+        "    How much a run reports: auto is as long as its news; off shows sharp bits\n"
+        "    alone.\n"
+        "    Choices: any of ['auto', 'line', 'normal', 'details', 'off']\n"
+        "    Current: 'auto'\n"
+        "FlaxMagics.seed=<Int>\n"
+        "    The seed that the session's root key starts from.\n"
+        "    Current: 0\n"
+        "FlaxMagics.style=<Enum>\n"
+        "    How reports are shown: auto is HTML where the host shows it; text is plain\n"
+        "    text everywhere.\n"
+        "    Choices: any of ['auto', 'text']\n"
+        "    Current: 'auto'"
+    )
+
+
+def test_the_seed_that_is_configured_is_where_the_session_starts(notebook, caplog):
+    notebook("%config FlaxMagics.seed = 7")
+    assert notebook("%flax_key").splitlines()[0].endswith("seed 7 · no draw so far · next is draw 1 · threefry2x32")
+    notebook("%config FlaxMagics.seed = 8")
+    assert notebook.session.seed == 8
+    notebook("k = %flax_key latent")
+    with caplog.at_level(logging.ERROR):  # `%config` logs what a setting refuses
+        notebook("%config FlaxMagics.seed = 9")
+    assert caplog.messages == [
+        "the session has made 1 draw from seed 8; `seed` is where it starts.\n  write: %flax_key --seed 9"
+    ]
+    assert notebook.session.seed == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "lines"),
+    [("line", 2), ("off", 0)],
+)
+def test_the_report_setting_says_how_long(sharp_bits, setting, lines):
+    sharp_bits(f"%config FlaxMagics.report = '{setting}'")
+    assert len(sharp_bits("%flax_apply my_model(x);").splitlines()) in (lines, lines + 1 if lines else 0)
+
+
+def test_details_show_fingerprints_and_the_run_by_hand(sharp_bits):
+    sharp_bits("%config FlaxMagics.report = 'details'")
+    out = sharp_bits("%flax_apply --train my_model(x);")
+    assert "375f238f  split(root, 3)[1]" in out
+    assert "f71f4ea9  split(root, 3)[2]" in out
+    assert "my_model.clone(training=True).apply(variables, x, rngs={'dropout':" in out

@@ -1,0 +1,192 @@
+"""Every mistake: one short message that says what to write, and a session as it was before."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flax_magics.keys import data_of
+
+LIBRARY = ("site-packages", "/flax_magics/", "<flax_magics", "/jax/", "/flax/")
+
+
+def state(notebook):
+    session = notebook.session
+    models = {name: (id(m.module), id(m.variables)) for name, m in session.models.items()}
+    return data_of(session.root_key), session.draws, len(session), models
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            "%flax_apply mymodel(x)",
+            "no model is called `mymodel`; registered: my_model.\n  did you mean my_model?",
+        ),
+        ("%flax_apply x(x)", "`x` is no model but ArrayImpl; registered: my_model."),
+        (
+            "%flax_apply my_model(x, 3)",
+            "my_model() takes 1 positional arguments, and the call gives 2.\n  it takes: my_model(x)",
+        ),
+        ("%flax_apply my_model()", "my_model() needs `x`, which the call does not give.\n  it takes: my_model(x)"),
+        (
+            "%flax_apply my_model(x, xs=1)",
+            "my_model() has no argument `xs`.\n  did you mean x?\n  it takes: my_model(x)",
+        ),
+        (
+            "%flax_apply my_model.encode(x)",
+            "MyModel has no method `encode`; its methods: none but the call itself.",
+        ),
+        (
+            "%flax_apply MyModel(3, True)(x)",
+            "`MyModel(3, True)` has no name: register it first.\n"
+            "  write: %flaxmodel my_model = MyModel(3, True)\n         %flax_apply my_model(x)",
+        ),
+        (
+            "%flax_apply --train --eval my_model(x)",
+            "--train and --eval contradict each other. Leave one of them out.",
+        ),
+        (
+            "%%flax_apply my_model(x)\ny = 1",
+            "%%flax_apply takes its call from the cell's last line; `my_model(x)` stands on the first.\n"
+            "  write: %flax_apply my_model(x)",
+        ),
+        ("%flax_key --fresh", "--fresh goes with --seed.\n  write: %flax_key --seed 0 --fresh"),
+        (
+            "%flax_key --seed 3 latent",
+            "%flax_key restarts with --seed or draws `latent`, not both in one line.\n"
+            "  write: %flax_key --seed 3\n         %flax_key latent",
+        ),
+        ("%flax_key two words", "`two words` is not a name for a stream.\n  write: %flax_key latent"),
+        ("%flax_apply --key rng my_model(x)", "--key rng: my_model has no argument `rng`; it takes: x."),
+        ("%flax_apply --draw 9 my_model(x)", "draw 9 of seed 0 was not made in this session: it has draws 1 to 1."),
+    ],
+)
+def test_a_mistake_is_one_short_message(sharp_bits, cell, message):
+    sharp_bits("%flax_apply my_model(x);")
+    before = state(sharp_bits)
+    assert sharp_bits.fails(cell) == f"FlaxMagicsError: {message}"
+    assert state(sharp_bits) == before
+
+
+def test_nothing_registered_yet(notebook):
+    notebook("net = nn.Dense(3)")
+    assert notebook.fails("%flax_apply net(x)") == (
+        "FlaxMagicsError: `net` is not registered yet.\n  write: %flaxmodel net"
+    )
+    assert notebook.fails("%flax_apply model(x)") == (
+        "FlaxMagicsError: no model is called `model`; no model is registered yet.\n  write: %flaxmodel model = Net()"
+    )
+
+
+SWITCHED = """\
+%%flaxmodel
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(2)(x))
+"""
+
+
+def test_a_switch_without_a_value_asks_for_one_of_the_two(notebook):
+    notebook(SWITCHED)
+    assert notebook.fails("%flax_apply Net(x)") == (
+        "FlaxMagicsError: Net(x) does not say whether it trains: `train` has no value.\n"
+        "  write: %flax_apply --train Net(x)\n         %flax_apply --eval Net(x)"
+    )
+    assert notebook.fails("%flax_apply --train Net(x, train=False)") == (
+        "FlaxMagicsError: --train contradicts train=False, written in the call. Leave one of them out."
+    )
+    notebook("%flax_apply --train Net(x, train=True);")
+
+
+def test_wrong_shapes_show_the_users_frames_and_flax_own_message(sharp_bits):
+    sharp_bits("%flax_apply my_model(x);")
+    before = state(sharp_bits)
+    out = sharp_bits.fails("%flax_apply my_model(x[..., :2])")
+    assert "x = nn.Dense(self.num_neurons)(x)" in out
+    assert 'For parameter "kernel" in "/Dense_0", the given initializer is expected to generate shape (2, 3)' in out
+    assert not any(place in out for place in LIBRARY)
+    assert state(sharp_bits) == before
+
+
+def test_an_error_in_init_shows_the_users_frames(notebook):
+    notebook(
+        "%%flaxmodel\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(2)(x) @ x\n"
+    )
+    out = notebook.fails("%flax_init Net(x)")
+    assert "return nn.Dense(2)(x) @ x" in out
+    assert re.search(r"> 5 +return nn.Dense\(2\)\(x\) @ x", out)
+    assert not any(place in out for place in LIBRARY)
+    assert notebook.session.draws == 0
+
+
+def test_a_tracer_error_ends_with_the_hint(notebook):
+    notebook(
+        "%%flaxmodel\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    if x.sum() > 0:\n      return x\n"
+        "    return -x\n"
+    )
+    out = notebook.fails("%flax_apply Net(x)")
+    assert "if x.sum() > 0:" in out
+    assert out.splitlines()[-1] == (
+        "the model looks at a value while it is compiled; to run it op by op: %flax_apply --eager …"
+    )
+    assert not any(place in out for place in LIBRARY if place != "<flax_magics")
+    notebook("%flax_apply --eager Net(x);")
+
+
+def test_a_stream_that_a_transform_keeps_out(notebook):
+    notebook(
+        """%%flaxmodel
+class Cell(nn.Module):
+  @nn.compact
+  def __call__(self, carry, x):
+    return nn.Dropout(0.5, deterministic=False)(carry + x), x
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.scan(Cell, variable_broadcast='params', split_rngs={'params': False})()(x[0], x)
+"""
+    )
+    notebook("x2 = x")
+    out = notebook.fails("%flax_apply Net(x)")
+    assert out.startswith("FlaxMagicsError: ")
+    assert 'needs PRNG for "dropout"' in out
+    assert "write: nn.scan(…, split_rngs={'params': …, 'dropout': True})" in out
+    assert notebook.session.draws == 0
+
+
+def test_out_of_memory_says_what_was_needed_and_what_to_try(notebook):
+    notebook(
+        "%%flaxmodel\nclass Net(nn.Module):\n  big: bool = False\n  @nn.compact\n  def __call__(self, x):\n"
+        "    x = nn.Dense(2)(x)\n    return jnp.broadcast_to(x[0, 0, 0], (1 << 45,)) if self.big else x\n"
+    )
+    notebook("%flax_init Net(x);")
+    notebook("Net = Net(big=True)")
+    before = state(notebook)
+    out = notebook.fails("%flax_apply Net(x)")
+    first, *rest = out.splitlines()
+    assert first == "FlaxMagicsError: out of memory on cpu:0 in Net(x)"
+    assert any(line.startswith("  needed: arguments") and "outputs 141 TB" in line for line in rest)
+    assert "  could not allocate 141 TB in one piece" in rest
+    assert any(line.startswith("  free on cpu:0: ") for line in rest)
+    assert (
+        rest[-1] == "  try: a smaller batch; bfloat16; nn.remat on the blocks; del what holds large arrays, and `Out`"
+    )
+    assert state(notebook) == before
+
+
+def test_the_users_own_errors_pass_with_their_frames(sharp_bits):
+    sharp_bits("def broken():\n  raise KeyError('mine')")
+    out = sharp_bits.fails("%flax_apply my_model(broken())")
+    assert "KeyError: 'mine'" in out
+    assert "raise KeyError('mine')" in out
+    assert not any(place in out for place in LIBRARY)
+
+
+def test_a_failing_cell_stops_and_leaves_the_assignment_unmade(sharp_bits):
+    sharp_bits.fails("y = %flax_apply my_model(nothing)\nz = 1")
+    assert "y" not in sharp_bits.shell.user_ns
+    assert "z" not in sharp_bits.shell.user_ns

@@ -1,0 +1,269 @@
+"""Programs: kept by what they compute, never a stale one, and why one is new."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from by_hand import MyModel, bits, notebook_x
+
+from flax_magics import Session
+
+
+@pytest.fixture
+def session():
+    return Session(seed=0)
+
+
+def model(source: str, **names: Any) -> Any:
+    """`Net()` of a cell's source, in a namespace of its own."""
+    namespace: dict[str, Any] = {"nn": nn, "jnp": jnp, "jax": jax, "__name__": "__main__", **names}
+    exec(compile(source, "<cell>", "exec"), namespace)
+    return namespace["Net"]()
+
+
+PLAIN = """
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    hidden = nn.Dense(WIDTH)(x)
+    return other(hidden) * scale[0]
+"""
+
+
+def plain(width: int = 3, other: Any = None, scale: Any = (2.0,)) -> Any:
+    return model(PLAIN, WIDTH=width, other=other or (lambda x: x), scale=scale)
+
+
+def test_a_warm_run_is_reused_and_another_shape_says_which(session):
+    session.register("net", plain())
+    assert session.apply("net", jnp.ones((2, 4))).reason == "first run of this program"
+    assert session.apply("net", jnp.ones((2, 4))).program == "reused"
+    run = session.apply("net", jnp.ones((5, 4)))
+    assert (run.program, run.reason) == ("compiled", "x: float32[2,4] → float32[5,4]")
+    run = session.apply("net", jnp.ones((5, 4), jnp.bfloat16))
+    assert run.reason == "x: float32[5,4] → bfloat16[5,4]"
+
+
+def test_a_renamed_local_is_traced_but_not_compiled(session):
+    session.register("net", plain())
+    session.apply("net", jnp.ones((2, 4)))
+    session.register("net", model(PLAIN.replace("hidden", "h"), WIDTH=3, other=lambda x: x, scale=(2.0,)))
+    run = session.apply("net", jnp.ones((2, 4)))
+    assert run.program == "reused"
+    assert run.timing.trace > 0
+    assert run.timing.compile == 0
+
+
+def test_a_global_that_changed_is_never_stale(session):
+    scale = [2.0]
+    net = model(PLAIN, WIDTH=3, other=lambda x: x, scale=scale)
+    session.register("net", net)
+    first = session.apply("net", jnp.ones((2, 4)))
+    scale[0] = 3.0
+    second = session.apply("net", jnp.ones((2, 4)))
+    assert second.program == "compiled"
+    assert bits(second.output) == bits(jax.jit(net.apply)(session.models["net"].variables, jnp.ones((2, 4))))
+    assert bits(second.output) != bits(first.output)
+
+
+def test_a_helper_that_is_not_plain_is_traced_each_time_and_never_stale(session):
+    class Stateful:
+        factor = 1.0
+
+        def __call__(self, x: Any) -> Any:
+            return x * self.factor
+
+    helper = Stateful()
+    net = plain(other=helper)
+    session.register("net", net)
+    session.apply("net", jnp.ones((2, 4)))
+    assert session.apply("net", jnp.ones((2, 4))).program == "reused"
+    helper.factor = 5.0
+    run = session.apply("net", jnp.ones((2, 4)))
+    assert run.program == "compiled"
+    assert bits(run.output) == bits(jax.jit(net.apply)(session.models["net"].variables, jnp.ones((2, 4))))
+
+
+def test_closed_over_arrays_count(session):
+    def closing(array: Any) -> Any:
+        return lambda x: x + array
+
+    x = jnp.ones((2, 4))
+    for value in (1.0, 2.0):
+        net = plain(other=closing(jnp.full((3,), value)))
+        session.register("net", net)
+        run = session.apply("net", x)
+        assert bits(run.output) == bits(jax.jit(net.apply)(session.models["net"].variables, x))
+        assert run.program == "compiled"
+
+
+def test_two_callbacks_with_the_same_program_text_are_two_programs(session):
+    heard: list[str] = []
+
+    def calling(name: str) -> Any:
+        def other(x: Any) -> Any:
+            jax.debug.callback(lambda: heard.append(name))
+            return x
+
+        return other
+
+    for name in ("one", "two"):
+        session.register("net", plain(other=calling(name)))
+        if name == "one":
+            session.init("net", jnp.ones((2, 4)))
+            heard.clear()  # an init runs the forward pass, as by hand
+        session.apply("net", jnp.ones((2, 4)))
+    assert heard == ["one", "two"]
+
+
+def test_a_run_ends_after_its_callbacks(session):
+    printed: list[float] = []
+
+    def other(x: Any) -> Any:
+        jax.debug.callback(lambda v: printed.append(float(v)), x.sum())
+        return x
+
+    session.register("net", plain(other=other))
+    session.init("net", jnp.ones((2, 4)))
+    printed.clear()
+    run = session.apply("net", jnp.ones((2, 4)))
+    assert len(printed) == 1
+    assert run.program == "compiled"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("jax_default_matmul_precision", "float32"), ("jax_enable_x64", True), ("jax_numpy_dtype_promotion", "strict")],
+)
+def test_a_setting_of_jax_that_changed_counts(session, name, value):
+    session.register("net", plain())
+    session.apply("net", jnp.ones((2, 4), jnp.float32))
+    old = getattr(jax.config, name)
+    try:
+        jax.config.update(name, value)
+        run = session.apply("net", jnp.ones((2, 4), jnp.float32), mode=None)
+    finally:
+        jax.config.update(name, old)
+    assert run.timing.trace > 0
+    assert session.apply("net", jnp.ones((2, 4), jnp.float32)).timing.trace == 0
+
+
+def test_disable_jit_runs_op_by_op(session):
+    session.register("net", MyModel(3, True))
+    with jax.disable_jit():
+        assert session.apply("net", notebook_x()).program == "eager"
+
+
+def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
+    import flax_magics.program as program
+
+    net = MyModel(3, True)
+    session.register("net", net)
+    session.init("net", notebook_x())
+    waits = []
+    real = program.concurrent.futures.wait
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        waits.append(args)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(program.concurrent.futures, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.apply("net", notebook_x())
+    (future,) = session.programs.compiling.values()
+    run = session.apply("net", notebook_x())
+    assert session.programs.compiling == {}
+    assert future.done()
+    assert (run.draw, run.program) == (1, "compiled")
+
+
+def test_no_thread_is_left_behind(session):
+    session.register("net", plain())
+    before = threading.active_count()
+    session.apply("net", jnp.ones((2, 4)))
+    assert threading.active_count() == before
+
+
+def test_programs_kept_are_bounded(session, monkeypatch):
+    import flax_magics.program as program
+
+    monkeypatch.setattr(program, "KEPT", 3)
+    session.register("net", plain())
+    for n in range(1, 6):
+        session.apply("net", jnp.ones((n, 4)))
+    assert len(session.programs) == 3
+    assert len(session.programs.by_call) == 3
+    assert session.apply("net", jnp.ones((5, 4))).program == "reused"
+    assert session.apply("net", jnp.ones((1, 4))).program == "compiled"
+
+
+class Structured(nn.Module):
+    @nn.compact
+    def __call__(self, batch: Any, flag: bool, how: str = "sum") -> Any:
+        x = nn.Dense(2)(batch["x"]) + batch["y"][0]
+        return {"out": x if flag else -x, "none": None, "how": (x.sum(), x.mean()) if how == "sum" else ()}
+
+
+def test_pytrees_bools_and_strings_as_arguments(session):
+    batch = {"x": jnp.ones((2, 4)), "y": [jnp.ones(2), 3]}
+    session.register("net", Structured())
+    run = session.apply("net", batch, True)
+    variables = session.models["net"].variables
+    by_hand = jax.jit(Structured().apply, static_argnums=(2, 3))
+    assert bits(run.output) == bits(by_hand(variables, batch, True))
+    assert run.shape == "{how: (float32[], float32[]), none: None, out: float32[2,2]}"
+    run = session.apply("net", batch, False, how="mean")
+    assert bits(run.output) == bits(by_hand(variables, batch, False, "mean"))
+    assert run.reason == "flag: True → False"
+
+
+def test_devices_are_named():
+    from flax_magics.program import name_devices
+
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, id: int) -> None:
+            self.id = id
+
+    assert name_devices({Device(0)}) == "gpu:0"
+    assert name_devices({Device(2), Device(0)}) == "gpu:0,2"
+    assert name_devices(map(Device, range(8)) and {Device(i) for i in range(8)}) == "gpu:0-7"
+
+
+def test_the_process_can_leave_while_something_compiles(tmp_path):
+    import subprocess
+    import sys
+
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "import jax, jax.numpy as jnp, flax.linen as nn\n"
+        "from flax_magics import Session\n"
+        "import flax_magics.program as program\n"
+        "class Net(nn.Module):\n"
+        "  @nn.compact\n"
+        "  def __call__(self, x):\n"
+        "    for i in range(40):\n"
+        "      x = nn.relu(nn.Dense(64 + i)(x))\n"
+        "    return x\n"
+        "s = Session(0)\n"
+        "s.register('net', Net())\n"
+        "def stop(*a, **k):\n"
+        "  raise KeyboardInterrupt\n"
+        "program.concurrent.futures.wait = stop\n"
+        "try:\n"
+        "  s.apply('net', jnp.ones((4, 64)))\n"
+        "except KeyboardInterrupt:\n"
+        "  print('interrupted')\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")

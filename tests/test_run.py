@@ -1,0 +1,98 @@
+"""The Run as data: digests, shapes, JSON."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import MyModel, notebook_x
+
+from flax_magics import Session
+from flax_magics.run import Steady, describe, digest_of
+
+
+def test_a_digest_is_what_its_documentation_says():
+    tree = {"b": np.arange(3, dtype=np.int32), "a": (np.float32(1.5),)}
+    hasher = hashlib.sha256()
+    hasher.update(b"['a'][0]\0" + b"float32[]\0" + np.float32(1.5).tobytes())
+    hasher.update(b"['b']\0" + b"int32[3]\0" + np.arange(3, dtype="<i4").tobytes())
+    assert digest_of(tree) == hasher.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (np.zeros(4), np.zeros((2, 2))),
+        (np.zeros(2, np.float32), np.zeros(2, np.int32)),
+        ([np.zeros(2)], {"0": np.zeros(2)}),
+        (np.array(0.0), np.array(-0.0)),
+        (np.zeros(()), np.zeros(1)),
+        (jax.random.key(0), jax.random.key(1)),
+        (jax.random.key(0), jax.random.PRNGKey(0)),
+        ("a", "b"),
+    ],
+)
+def test_other_bits_other_digest(one, other):
+    assert digest_of(one) != digest_of(other)
+
+
+def test_byte_order_and_memory_layout_do_not_count():
+    array = np.arange(6, dtype="<f4").reshape(2, 3)
+    assert digest_of(array.astype(">f4")) == digest_of(array)
+    assert digest_of(np.asfortranarray(array)) == digest_of(array)
+    assert digest_of(jnp.asarray(array)) == digest_of(array)
+
+
+Pair = collections.namedtuple("Pair", ["left", "right"])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Box:
+    inside: object
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        (jnp.ones((3, 4)), "float32[3,4]"),
+        (jnp.bfloat16(1), "bfloat16[]"),
+        ({"a": jnp.ones(2), "b": None}, "{a: float32[2], b: None}"),
+        ((jnp.ones(2),), "(float32[2],)"),
+        ([1, 2.5, "x"], "[1, 2.5, 'x']"),
+        (Pair(jnp.ones(1), 2), "Pair(left=float32[1], right=2)"),
+        (Box(jnp.ones(1)), "Box(float32[1])"),
+        (jax.random.key(0), "key<fry>[]"),
+        ({"k" * 30: jnp.ones(1), "l" * 30: jnp.ones(1)}, "{" + "k" * 30 + ": float32[1], " + "l" * 14 + "…"),
+        (object, "type"),
+    ],
+)
+def test_an_output_is_described_by_structure_dtype_and_shape(tree, text):
+    assert describe(tree) == text
+
+
+def test_a_run_as_json_says_everything_but_the_arrays():
+    session = Session(seed=0)
+    session.register("net", MyModel(3, True))
+    run = session.apply("net", notebook_x(), repeat=2)
+    data = json.loads(json.dumps(run.to_json()))
+    words = {name: "".join(f"{word:08x}" for word in jax.random.key_data(key)) for name, key in run.keys.items()}
+    assert data["keys"] == words
+    assert words["params"].startswith("375f238f")
+    assert data["used"] == {"dropout": ["Dropout_0"]}
+    assert data["made"] == {"parameters": 15, "bytes": 60, "collections": ["params"], "added": False}
+    assert data["digest"] == digest_of(run.output)
+    assert (data["output"], data["draw"], data["seed"], data["program"]) == ("float32[3,4,3]", 1, 0, "compiled")
+    assert len(data["timing"]["steady"]) == 2
+    assert data["versions"]["jax"] == jax.__version__
+
+
+def test_median_and_spread():
+    steady = Steady((3.0, 1.0, 2.0, 5.0, 4.0))
+    assert (steady.median, steady.spread) == (3.0, 1.0)
