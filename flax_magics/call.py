@@ -7,22 +7,16 @@ function. Only the call itself is left to the session.
 from __future__ import annotations
 
 import ast
-import builtins
 import keyword
-import linecache
 import re
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from types import CodeType, FunctionType
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
-from zlib import crc32
 
-from .errors import FlaxMagicsError, did_you_mean, nearest
-from .source import index_of, pieces, point_at
-
-_GATHER = "__flax_gather__"
+from .errors import FlaxMagicsError
+from .expression import Expression, end_of, gathering, named, segment, start_of
+from .source import pieces, point_at
 
 
 class Argument(NamedTuple):
@@ -30,107 +24,6 @@ class Argument(NamedTuple):
 
     name: str | None
     text: str
-
-
-@dataclass(frozen=True, eq=False)
-class Expression:
-    """One Python expression, with what is needed to evaluate it.
-
-    Attributes:
-      text: what was written, white space around it taken off; errors and tracebacks point into it.
-      tree: the expression; its positions are those in `text`.
-    """
-
-    text: str
-    tree: ast.expr
-    _code: dict[tuple[str, ...], CodeType] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def source(self) -> str:
-        """The expression's own text, as it was written."""
-        return _segment(self.text, self.tree)
-
-    @property
-    def is_call(self) -> bool:
-        """Whether it can be taken apart by `construct`."""
-        return isinstance(self.tree, ast.Call)
-
-    @cached_property
-    def filename(self) -> str:
-        """The name under which `text` stands in `linecache`, so that tracebacks show it."""
-        return f"<call {crc32(self.text.encode()):08x}>"
-
-    def evaluate(self, user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None = None) -> Any:
-        """The expression's value.
-
-        Args:
-          user_ns: the globals; a walrus binds here.
-          local_ns: names of the enclosing function, which lambdas and comprehensions see too.
-
-        Raises:
-          FlaxMagicsError: for a name that is not defined.
-          Exception: whatever the user's code raises, with `text` in its traceback.
-        """
-        return self._run(lambda: self.tree, None, user_ns, local_ns)
-
-    def construct(
-        self, user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None = None
-    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """`(function, args, kwargs)` of an expression that is a call, everything evaluated but the call itself."""
-
-        def gather(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-            return args[0], args[1:], kwargs
-
-        call = self.tree
-        assert isinstance(call, ast.Call)
-        result: tuple[Any, tuple[Any, ...], dict[str, Any]] = self._run(
-            lambda: _gathering(call, [call.func, *call.args]), _named(gather, call), user_ns, local_ns
-        )
-        return result
-
-    def _run(
-        self,
-        tree: Callable[[], ast.expr],
-        gather: Callable[..., Any] | None,
-        user_ns: dict[str, Any],
-        local_ns: Mapping[str, Any] | None,
-    ) -> Any:
-        local = {} if local_ns is None or local_ns is user_ns else local_ns
-        names = tuple(name for name in self._names if name in local) if local else ()
-        # Every time: linecache may have been cleared since the code was compiled.
-        linecache.cache[self.filename] = (len(self.text), None, self.text.splitlines(True), self.filename)
-        code = self._code.get(names)
-        if code is None:
-            code = self._code[names] = _compile(tree(), names, self.filename)
-        try:
-            return FunctionType(code, user_ns)(gather, *(local[name] for name in names))
-        except NameError as error:
-            short = self._undefined(error, [*user_ns, *local])
-            if short is None:
-                raise
-            raise short from None
-
-    @cached_property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(sorted({node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}))
-
-    def _undefined(self, error: NameError, known: list[str]) -> FlaxMagicsError | None:
-        """The short error for a name that `text` itself uses; None if it was other code that looked for it."""
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        name = error.name
-        if trace is None or not name or trace.tb_frame.f_code.co_filename != self.filename:
-            return None
-        hint = did_you_mean(name, (choice for choice in known if not choice.startswith("_")))
-        if hint is None:
-            near = nearest(name, (choice for choice in vars(builtins) if choice.islower()), 1)
-            hint = f"did you mean {near[0]}?" if near else "no cell that was run has made it"
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Name) and node.id == name:
-                hint = f"{point_at(self.text, _start(self.text, node))}\n{hint}"
-                break
-        return FlaxMagicsError(f"name '{name}' is not defined.", hint=hint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +63,7 @@ class ParsedCall(Expression):
         call = self.tree
         assert isinstance(call, ast.Call)
         result: tuple[tuple[Any, ...], dict[str, Any]] = self._run(
-            lambda: _gathering(call, call.args), _named(gather, call), user_ns, local_ns
+            lambda: gathering(call, call.args), named(gather, call), user_ns, local_ns
         )
         return result
 
@@ -180,53 +73,6 @@ class Assignment(NamedTuple):
 
     name: str
     expression: Expression | None
-
-
-def _gathering(call: ast.Call, args: list[ast.expr]) -> ast.expr:
-    """`call` with its arguments handed to the function named `_GATHER`."""
-    function = ast.copy_location(ast.Name(_GATHER, ast.Load()), call.func)
-    return ast.copy_location(ast.Call(function, args, call.keywords), call)
-
-
-def _named(gather: Callable[..., Any], call: ast.Call) -> Callable[..., Any]:
-    # Python names the function when it refuses a call: `net() got multiple values for keyword argument 'x'`.
-    gather.__qualname__ = ast.unparse(call.func)
-    gather.__module__ = "builtins"
-    return gather
-
-
-def _compile(tree: ast.expr, names: tuple[str, ...], filename: str) -> CodeType:
-    """Code of a function of (gather, *names) that returns `tree`.
-
-    A function, because `eval` with separate locals hides them from lambdas and comprehensions. `global`, because a
-    walrus at the top of a cell binds there; one on a name of the enclosing function cannot reach that function.
-    """
-    parameters = [ast.arg(name) for name in (_GATHER, *names)]
-    function = ast.FunctionDef(
-        "call", ast.arguments([], parameters, None, [], [], None, []), [ast.Return(tree)], [], None
-    )
-    function.type_params = []  # type: ignore[attr-defined]
-    bound = sorted(set(_walrus(tree)) - set(names))
-    if bound:
-        function.body.insert(0, ast.Global(bound))
-    for node in (function, *function.body):
-        ast.copy_location(node, tree)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # given once, when the text was read
-        module = compile(ast.fix_missing_locations(ast.Module([function], [])), filename, "exec")
-    code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
-    # Tracebacks then show the text without a function's name and arguments, as for any top-level line.
-    return code.replace(co_name="<module>", co_qualname="<module>")
-
-
-def _walrus(tree: ast.AST) -> list[str]:
-    """Names that `:=` binds in the scope that `tree` itself is in (comprehensions bind there, lambdas do not)."""
-    if isinstance(tree, ast.Lambda):
-        return [
-            name for default in (*tree.args.defaults, *tree.args.kw_defaults) if default for name in _walrus(default)
-        ]
-    own = [tree.target.id] if isinstance(tree, ast.NamedExpr) else []
-    return own + [name for child in ast.iter_child_nodes(tree) for name in _walrus(child)]
 
 
 @lru_cache(maxsize=256)
@@ -252,9 +98,9 @@ def parse_call(text: str, command: str = "%flax_apply") -> ParsedCall:
     target, method = _path(text, tree, command)
     _validate(tree, text, command)
     arguments = [
-        Argument("*" if isinstance(arg, ast.Starred) else None, _segment(text, _unstarred(arg))) for arg in tree.args
+        Argument("*" if isinstance(arg, ast.Starred) else None, segment(text, _unstarred(arg))) for arg in tree.args
     ]
-    arguments += [Argument(item.arg or "**", _segment(text, item.value)) for item in tree.keywords]
+    arguments += [Argument(item.arg or "**", segment(text, item.value)) for item in tree.keywords]
     return ParsedCall(
         text, tree, target=target, method=method, arguments=tuple(arguments), call=ast.unparse(tree), quiet=quiet
     )
@@ -290,7 +136,7 @@ def parse_assignment(text: str, command: str = "%flaxmodel") -> Assignment:
     except (SyntaxError, ValueError) as error:
         raise _bad_name(source, command) or _syntax(text, error, command) from None
     if len(body) > 1:
-        raise FlaxMagicsError("one model at a time.", write=_lines(command, (_segment(text, node) for node in body)))
+        raise FlaxMagicsError("one model at a time.", write=_lines(command, (segment(text, node) for node in body)))
     match body[0]:
         case ast.Expr(ast.Name(name)):
             return Assignment(name, None)
@@ -314,18 +160,6 @@ def _bare(text: str) -> tuple[str, str, bool]:
     if end is not None and quiet:
         source[end.end - 1] = " "
     return text, "".join(source).rstrip(), quiet
-
-
-def _start(text: str, node: ast.expr | ast.stmt) -> int:
-    return index_of(text, node.lineno, node.col_offset)
-
-
-def _end(text: str, node: ast.expr | ast.stmt) -> int:
-    return index_of(text, node.end_lineno or node.lineno, node.end_col_offset or node.col_offset)
-
-
-def _segment(text: str, node: ast.expr | ast.stmt) -> str:
-    return text[_start(text, node) : _end(text, node)]
 
 
 def _unstarred(node: ast.expr) -> ast.expr:
@@ -366,21 +200,21 @@ def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
     except (SyntaxError, ValueError):
         return None
     if len(body) > 1:
-        return FlaxMagicsError("one call at a time.", write=_lines(command, (_segment(text, node) for node in body)))
+        return FlaxMagicsError("one call at a time.", write=_lines(command, (segment(text, node) for node in body)))
     if isinstance(body[0], (ast.Assign, ast.AnnAssign)) and body[0].value is not None:
         value = body[0].value
-        target = text[: _start(text, value)]
-        write = f"{target}{command} {text[_start(text, value) : _end(text, value)]}"
+        target = text[: start_of(text, value)]
+        write = f"{target}{command} {text[start_of(text, value) : end_of(text, value)]}"
         return FlaxMagicsError(f"{command} takes the call alone, and gives its value.", write=write)
     return FlaxMagicsError(f"`{_short(text)}` is a statement, not a call.", write=f"{command} net(x)")
 
 
 def _no_call(text: str, tree: ast.expr, command: str) -> FlaxMagicsError:
     if isinstance(tree, (ast.Name, ast.Attribute)):
-        return FlaxMagicsError(f"`{_short(text)}` is not a call.", write=f"{command} {_segment(text, tree)}(x)")
+        return FlaxMagicsError(f"`{_short(text)}` is not a call.", write=f"{command} {segment(text, tree)}(x)")
     write = f"{command} net(x)"
     if isinstance(tree, ast.Await):
-        write = f"{command} {_segment(text, tree.value)}"
+        write = f"{command} {segment(text, tree.value)}"
     elif isinstance(tree, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Tuple, ast.List, ast.BoolOp)):
         calls = [
             node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(_root(node.func), ast.Name)
@@ -392,7 +226,7 @@ def _no_call(text: str, tree: ast.expr, command: str) -> FlaxMagicsError:
 
 def _value_first(text: str, call: ast.expr, command: str) -> str:
     """Two lines: one that runs `call`, one that goes on with its value."""
-    start, end = _start(text, call), _end(text, call)
+    start, end = start_of(text, call), end_of(text, call)
     return f"y = {command} {text[start:end]}\n{text[:start]}y{text[end:]}"
 
 
@@ -419,7 +253,7 @@ def _path(text: str, call: ast.Call, command: str) -> tuple[str, tuple[str, ...]
             message = f"`{_short(text)}` is more than the model's call."
             raise FlaxMagicsError(message, write=_value_first(text, root, command))
     name = _name_for(root, made)
-    start, end = _start(text, root), _end(text, root)
+    start, end = start_of(text, root), end_of(text, root)
     register = f"%flaxmodel {name} = {text[start:end]}"
     raise FlaxMagicsError(
         f"`{_short(text[start:end])}` has no name: register it first.",
@@ -455,24 +289,24 @@ def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
     match statement:
         case ast.Assign([_, _, *_] as targets, value):
-            names = [_segment(text, target) for target in targets]
-            write = _lines(command, (f"{name} = {_segment(text, value)}" for name in names))
+            names = [segment(text, target) for target in targets]
+            write = _lines(command, (f"{name} = {segment(text, value)}" for name in names))
             return FlaxMagicsError("one name at a time: `a = b = …` would give one model two names.", write=write)
         case ast.Assign([ast.Tuple() | ast.List()]):
             return FlaxMagicsError("one name at a time.", write=f"{command} net = Net()")
         case ast.Assign([target], value):
             name = _name_for(target, getattr(target, "attr", "").upper())
-            message = f"`{_short(_segment(text, target))}` is not a plain name."
-            return FlaxMagicsError(message, write=f"{command} {name} = {_segment(text, value)}")
+            message = f"`{_short(segment(text, target))}` is not a plain name."
+            return FlaxMagicsError(message, write=f"{command} {name} = {segment(text, value)}")
         case ast.Expr(ast.Tuple(elements)):
-            return FlaxMagicsError("one model at a time.", write=_lines(command, (_segment(text, e) for e in elements)))
+            return FlaxMagicsError("one model at a time.", write=_lines(command, (segment(text, e) for e in elements)))
         case ast.Expr(ast.Compare(ast.Name(name), [ast.Eq()], [value])):
-            return FlaxMagicsError("write `=`, not `==`.", write=f"{command} {name} = {_segment(text, value)}")
+            return FlaxMagicsError("write `=`, not `==`.", write=f"{command} {name} = {segment(text, value)}")
         case ast.Expr(value):
             made = ""
             if isinstance(value, ast.Call):
                 made = value.func.id if isinstance(value.func, ast.Name) else getattr(value.func, "attr", "")
-            write = f"{command} {_name_for(value, made)} = {_segment(text, value)}"
+            write = f"{command} {_name_for(value, made)} = {segment(text, value)}"
             return FlaxMagicsError(f"`{_short(text)}` has no name.", write=write)
         case _:
             return FlaxMagicsError(f"`{_short(text)}` is no name and no assignment.", write=f"{command} net = Net()")

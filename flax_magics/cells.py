@@ -270,7 +270,8 @@ def _target(source: str, statement: ast.stmt, value: ast.expr) -> str:
 
 def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Callable[[Any], None]:
     """A function that makes the assignment `statement`, given the value of its right side."""
-    assert isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and statement.value is not None
+    assert isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+    assert statement.value is not None
     value = ast.copy_location(ast.Name(_VALUE, ast.Load()), statement.value)
     made: ast.stmt
     if isinstance(statement, ast.Assign):

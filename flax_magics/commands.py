@@ -18,6 +18,7 @@ FLAX = Command(
     "The session at a glance: devices, the root key and its draws, models, last runs, memory and caches, and the list "
     "of commands.",
     examples=("%flax",),
+    takes="",
 )
 
 FLAXMODEL = Command(
@@ -43,6 +44,7 @@ FLAXMODEL = Command(
         "%flaxmodel net = Net()",
         "%flaxmodel net",
     ),
+    takes="assignment",
 )
 
 FLAX_INIT = Command(
@@ -94,6 +96,7 @@ FLAX_KEY = Command(
         Option("--quiet", "say nothing", short="-q"),
     ),
     ("%flax_key", "latent = %flax_key latent", "%flax_key --seed 0 --fresh"),
+    takes="stream",
 )
 
 COMMANDS = {command.name: command for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_KEY)}

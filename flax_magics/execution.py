@@ -12,7 +12,7 @@ from flax import errors as flax_errors
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .keys import SPLIT, Draw
-from .memory import is_out_of_memory, out_of_memory
+from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
 from .notes import SeenKeys, join, of_mode, of_streams, summary
 from .prepare import Call, Prepared, prepare, prepare_init
@@ -147,7 +147,7 @@ def execute(
             init=start.seconds,
             steady=Steady(tuple(times)) if options.repeat > 1 else None,
         ),
-        memory=ready.memory,
+        memory=with_peak(ready.memory),
         notes=(*of_mode(prepared.mode, record), *of_streams(record, told), *seen.notes(in_call)),
         made=start.made,
         by_hand=entry.model.by_hand(

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
 from traitlets import Enum, Int, observe, validate
 
-from .call import ParsedCall, parse_assignment, parse_call
+from .call import ParsedCall, parse_call, parse_expression
 from .cells import displayed_quietly, run_body, run_statements_with_call
 from .commands import COMMANDS, FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAXMODEL
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
 from .options import Command, Read, read
 from .reporter import Reporter
-from .tracebacks import show_user_frames
+from .tracebacks import show_user_frames, stopped
 
 if TYPE_CHECKING:
     from .complete import ModelNames
@@ -147,13 +147,13 @@ class FlaxMagics(Magics):
         from . import modelcell
         from .show.bundle import registered_bundle
 
+        if cell is None:
+            found = modelcell.from_line(options.rest, self.shell.user_ns, local_ns)
+        else:
+            before = dict(self.shell.user_ns)
+            body = run_body(self.shell, cell, line)
+            found = modelcell.from_cell(options.rest, self.shell.user_ns, body.names, before)
         with self._working("registering") as live:
-            if cell is None:
-                found = modelcell.from_line(options.rest, self.shell.user_ns, local_ns)
-            else:
-                before = dict(self.shell.user_ns)
-                body = run_body(self.shell, cell, f"%%flaxmodel {line}")
-                found = modelcell.from_cell(options.rest, self.shell.user_ns, body.names, before)
             rows = modelcell.check(found, options.options["check"], self.session, self.shell.user_ns, local_ns)
             registered = modelcell.register(found, self.session, self.shell.user_ns, rows)
         live.show({} if options.options["quiet"] else registered_bundle(registered, self.style))
@@ -187,8 +187,7 @@ class FlaxMagics(Magics):
             name, call, module = self._read_call(parsed, local_ns)
             variables = None
             if given["variables"] is not None:
-                expression = parse_assignment(f"variables = {given['variables']}", "--variables").expression
-                assert expression is not None
+                expression = parse_expression(given["variables"], "--variables")
                 variables = expression.evaluate(self.shell.user_ns, local_ns)
             chosen = Options(
                 "train" if given["train"] else "eval" if given["eval"] else None,
@@ -241,7 +240,11 @@ class FlaxMagics(Magics):
         try:
             with live.phase(what) as phase:
                 self.session.on_phase = phase.doing
-                yield live
+                try:
+                    yield live
+                except KeyboardInterrupt as error:
+                    stopped(error, phase.text)
+                    raise
         except BaseException:
             live.clear()
             raise
@@ -257,7 +260,7 @@ class FlaxMagics(Magics):
                 write=f"{spec.name} {line.strip()}",
             )
         else:
-            body = run_statements_with_call(self.shell, cell, f"%{spec.name} {line}")
+            body = run_statements_with_call(self.shell, cell, line, f"%{spec.name}")
             parsed, assign, silent = body.call, body.assign, body.call.quiet
         with self._working("preparing") as live:
             done = run(parsed)

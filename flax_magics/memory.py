@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 from .errors import FlaxMagicsError
@@ -33,6 +34,14 @@ def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> Fla
         rows.append(f"free on {device.platform}:{device.id}: {_size(free)}")
     rows.append("try: a smaller batch; bfloat16; nn.remat on the blocks; del what holds large arrays, and `Out`")
     return FlaxMagicsError(f"out of memory on {device.platform}:{device.id} in {call}", hint="\n".join(rows))
+
+
+def with_peak(memory: Memory | None) -> Memory | None:
+    """`memory` with the device's own count of its peak so far, where it keeps one."""
+    stats = default_device().memory_stats()
+    if memory is None or not stats or "peak_bytes_in_use" not in stats:
+        return memory
+    return replace(memory, peak=int(stats["peak_bytes_in_use"]))
 
 
 def free_bytes(device: Any) -> int | None:

@@ -10,9 +10,10 @@ from . import __version__
 from .commands import MEANINGS
 from .keys import fingerprint
 from .notes import summary
-from .sessions import Restart, Session
+from .sessions import Session
 from .show.status import Command, Device, KeyCard, Model, Status
 from .show.units import bytes_, plural
+from .state import Restart
 
 
 def key_card(session: Session) -> KeyCard:

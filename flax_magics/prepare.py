@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,3 +132,28 @@ def _plain(signature: inspect.Signature) -> str:
     """The signature without annotations, which may be long."""
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+
+
+def as_names(value: str | Iterable[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def method_path(method: str | None) -> tuple[str, ...]:
+    """`encoder.embed` → `('encoder', 'embed')`; None is the call itself."""
+    return tuple(method.split(".")) if method else ()
+
+
+def spell_call(name: str, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """A call that nobody wrote as text: arguments by place, keywords by name."""
+    parts = ["…"] * len(args) + [f"{key}=…" for key in kwargs]
+    return f"{name}{'.' + method if method else ''}({', '.join(parts)})"
+
+
+def init_by_hand(call: Call) -> str:
+    """The init as a person would have written it: `net.init(params_key, x)`."""
+    name, _, rest = call.text.partition("(")
+    arguments = rest.rpartition(")")[0].strip().rstrip(",")
+    method = f"method='{'.'.join(call.method)}'" if call.method else ""
+    inside = ", ".join(part for part in ("params_key", arguments, method) if part)
+    return f"{name.partition('.')[0]}.init({inside})"

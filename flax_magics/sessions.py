@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,33 +22,11 @@ from .execution import Execution, Options, execute, plain_errors
 from .keys import Draw, Root
 from .models import is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, summary
-from .prepare import Call, prepare_init
+from .prepare import Call, as_names, init_by_hand, method_path, prepare_init, spell_call
 from .program import Programs, devices_of
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Made, Note, Run, Timing
-
-
-@dataclass(frozen=True)
-class State:
-    """All that a command may change."""
-
-    root: Root
-    models: Mapping[str, Entry] = field(default_factory=dict)
-    opened: tuple[str, Draw] | None = None
-    """A draw whose `params` an init took, and the model whose next apply takes the rest of it."""
-    runs: history.Chain | None = None
-    seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
-    """seed → the last draw that was made under it, and the PRNG implementation."""
-
-
-@dataclass(frozen=True)
-class Restart:
-    """What restarting the root key means for what is there: models that keep variables, a seed that was used before."""
-
-    seed: int
-    fresh: bool
-    keeping: tuple[str, ...]
-    again: bool
+from .state import Restart, State
 
 
 class Session:
@@ -198,7 +176,7 @@ class Session:
           FlaxMagicsError: the model is unknown or the arguments do not fit. What the model raises is passed on.
         """
         name = self._entry(model).name
-        call = Call(_path(method), args, kwargs, _spell(name, method, args, kwargs))
+        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
         return self.run_init(name, call, draw=draw).output  # type: ignore[no-any-return]
 
     def apply(
@@ -236,8 +214,8 @@ class Session:
         if mode not in (None, "train", "eval"):
             raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
         name = self._entry(model).name
-        options = Options(mode, _names(mutable), variables, _names(key), draw, repeat, eager)
-        call = Call(_path(method), args, kwargs, _spell(name, method, args, kwargs))
+        options = Options(mode, as_names(mutable), variables, as_names(key), draw, repeat, eager)
+        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
         return self.run_apply(name, call, options)
 
     def key(self, name: str) -> jax.Array:
@@ -292,7 +270,7 @@ class Session:
             cell=call.cell,
             made=_made(variables),
             notes=notes,
-            by_hand=_init_by_hand(call),
+            by_hand=init_by_hand(call),
             replayed=draw is not None,
             first=self._state.runs is None,
         )
@@ -420,28 +398,6 @@ def _checked_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise FlaxMagicsError(f"a seed is an int, not {seed!r}.")
     return seed
-
-
-def _names(value: str | Iterable[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _path(method: str | None) -> tuple[str, ...]:
-    return tuple(method.split(".")) if method else ()
-
-
-def _spell(name: str, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """A call that nobody wrote as text: arguments by place, keywords by name."""
-    parts = ["…"] * len(args) + [f"{key}=…" for key in kwargs]
-    return f"{name}{'.' + method if method else ''}({', '.join(parts)})"
-
-
-def _init_by_hand(call: Call) -> str:
-    name, _, rest = call.text.partition("(")
-    arguments = rest.rpartition(")")[0].strip().rstrip(",")
-    method = f"method='{'.'.join(call.method)}'" if call.method else ""
-    inside = ", ".join(part for part in ("params_key", arguments, method) if part)
-    return f"{name.partition('.')[0]}.init({inside})"
 
 
 def _made(variables: Mapping[str, Any], *, added: bool = False) -> Made:

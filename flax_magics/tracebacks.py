@@ -46,6 +46,17 @@ def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ())
         exc._render_traceback_ = _Rendering(shell, hint, end)  # type: ignore[attr-defined]
 
 
+def stopped(error: KeyboardInterrupt, doing: str) -> None:
+    """Has IPython show an interrupt as one line: where in our code or XLA's it struck is nobody's concern.
+
+    Args:
+      error: the interrupt, to be raised again after this.
+      doing: what was being done, such as `compiling net`.
+    """
+    line = f"KeyboardInterrupt: stopped while {doing}; the session is as it was before"
+    error._render_traceback_ = lambda: [line]  # type: ignore[attr-defined]
+
+
 class _Rendering:
     """What IPython calls for a traceback's lines. It holds no exception: that would be a cycle, which pins arrays.
 

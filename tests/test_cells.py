@@ -247,7 +247,43 @@ global bh
 """
     )
     assert assigned_names(tree) == tuple(
-        "a b c h i k l o q s u v y aa ab ac ae ag ai ah aj al an ao ap au av ax ba bb bd bc be bf bg".split()
+        [
+            "a",
+            "b",
+            "c",
+            "h",
+            "i",
+            "k",
+            "l",
+            "o",
+            "q",
+            "s",
+            "u",
+            "v",
+            "y",
+            "aa",
+            "ab",
+            "ac",
+            "ae",
+            "ag",
+            "ai",
+            "ah",
+            "aj",
+            "al",
+            "an",
+            "ao",
+            "ap",
+            "au",
+            "av",
+            "ax",
+            "ba",
+            "bb",
+            "bd",
+            "bc",
+            "be",
+            "bf",
+            "bg",
+        ]
     )
 
 

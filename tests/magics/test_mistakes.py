@@ -190,3 +190,14 @@ def test_a_failing_cell_stops_and_leaves_the_assignment_unmade(sharp_bits):
     sharp_bits.fails("y = %flax_apply my_model(nothing)\nz = 1")
     assert "y" not in sharp_bits.shell.user_ns
     assert "z" not in sharp_bits.shell.user_ns
+
+
+def test_an_interrupt_is_one_line_and_changes_nothing(sharp_bits):
+    from unittest import mock
+
+    sharp_bits("%flax_init my_model(x);")
+    before = state(sharp_bits)
+    with mock.patch("flax_magics.program.concurrent.futures.wait", side_effect=KeyboardInterrupt):
+        out = sharp_bits.fails("%flax_apply my_model(x)")
+    assert out == "KeyboardInterrupt: stopped while compiling my_model; the session is as it was before"
+    assert state(sharp_bits) == before
