@@ -11,7 +11,7 @@ from flax import errors as flax_errors
 
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
-from .keys import SPLIT, Draw
+from .keys import SPLIT, Draw, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
 from .notes import SeenKeys, join, of_mode, of_streams, summary
@@ -94,7 +94,7 @@ def execute(
     """
     if options.repeat < 1:
         raise FlaxMagicsError(f"--repeat takes a number of runs, 1 or more, not {options.repeat}.")
-    call, argument_keys = _with_keys(entry, call, options, draw)
+    call = _with_keys(entry, call, options, draw)
     prepared = prepare(entry.name, entry.model, call, options.mode)
     with plain_errors(call):
         start = _start(entry, call, options, draw, programs, on_phase, params_taken)
@@ -117,19 +117,20 @@ def execute(
         output = (output, {name: both[name] for name in options.mutable if name in both})
     keep = options.variables is None and options.draw is None
     kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
-    keys = {**{name: draw.stream(name) for name in SPLIT}, **argument_keys}
-    for name in sorted(ready.ask.streams - set(SPLIT)):
-        keys[name] = draw.stream(name)
+    names = {name: (name, False) for name in (*SPLIT, *options.key, *sorted(ready.ask.streams))}
     if start.taken and "params" in ready.ask.streams:
-        keys["params (folded)"] = draw.stream("params", taken=True)
+        names["params (folded)"] = ("params", True)
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
     told = {name for ask in entry.guesses.values() for name in ask.streams}
+    notes = [*of_mode(prepared.mode, record), *of_streams(record, told)]
+    if options.draw is None:
+        notes += seen.notes(in_call)
     return Execution(
         entry=kept,
         inputs=(prepared.args, prepared.kwargs),
         output=output,
         sown=sown,
-        keys=keys,
+        keys=Streams(draw, names),
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
         changed={name: kept.updates[name] for name in sorted(updates)} if keep else {},
         device=ready.device or devices_of((output, ready.variables)),
@@ -148,7 +149,7 @@ def execute(
             steady=Steady(tuple(times)) if options.repeat > 1 else None,
         ),
         memory=with_peak(ready.memory),
-        notes=(*of_mode(prepared.mode, record), *of_streams(record, told), *seen.notes(in_call)),
+        notes=tuple(notes),
         made=start.made,
         by_hand=entry.model.by_hand(
             call.text,
@@ -186,10 +187,10 @@ def _kept_out(error: Exception) -> FlaxMagicsError:
     )
 
 
-def _with_keys(entry: Entry, call: Call, options: Options, draw: Draw) -> tuple[Call, dict[str, Any]]:
-    """The call with the keys that `--key` adds, by argument name."""
+def _with_keys(entry: Entry, call: Call, options: Options, draw: Draw) -> Call:
+    """The call with the keys that `--key` adds."""
     if not options.key:
-        return call, {}
+        return call
     parameters = entry.model.signature(call.method).parameters
     given = {}
     for name in options.key:
@@ -202,7 +203,7 @@ def _with_keys(entry: Entry, call: Call, options: Options, draw: Draw) -> tuple[
                 hint=did_you_mean(name, parameters),
             )
         given[name] = draw.stream(name)
-    return replace(call, kwargs={**call.kwargs, **given}), given
+    return replace(call, kwargs={**call.kwargs, **given})
 
 
 def _check_clash(entry: Entry, options: Options, ready: Ready) -> None:

@@ -12,6 +12,7 @@ one of the small integers that the split stands for.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -50,7 +51,8 @@ class Draw:
 
     @cached_property
     def _split(self) -> np.ndarray[Any, Any]:
-        return np.asarray(_splitter(self.impl)(_words(self.root)))
+        # A copy: on a CPU the view that `asarray` gives would hold the device array.
+        return np.array(_splitter(self.impl)(_words(self.root)))
 
     @property
     def next_root(self) -> bytes:
@@ -68,6 +70,34 @@ class Draw:
         if name in SPLIT and not taken:
             return as_key(self._split[1 + SPLIT.index(name)].tobytes(), self.impl)
         return jax.random.fold_in(as_key(self.root, self.impl), np.uint32(stream_tag(name)))
+
+
+@dataclass(frozen=True)
+class Streams(Mapping[str, jax.Array]):
+    """The keys of a run by name, made when they are looked at: a history of runs then holds no device memory for them.
+
+    Attributes:
+      draw: what they are drawn from.
+      names: how a key is called in the run → the stream that it is, and whether that was taken (see `Draw.stream`).
+    """
+
+    draw: Draw
+    names: Mapping[str, tuple[str, bool]]
+
+    @classmethod
+    def of(cls, draw: Draw, *names: str) -> Streams:
+        """Streams under their own names."""
+        return cls(draw, {name: (name, False) for name in names})
+
+    def __getitem__(self, name: str) -> jax.Array:
+        stream, taken = self.names[name]
+        return self.draw.stream(stream, taken=taken)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)

@@ -276,7 +276,7 @@ class FlaxMagics(Magics):
 
     def _read_call(self, parsed: ParsedCall, local_ns: Namespace) -> tuple[str, Any, Any]:
         """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
-        from .models import is_module
+        from .models import is_module, is_module_class, needed_fields
         from .prepare import Call
 
         names: Mapping[str, Any] = local_ns if parsed.target in local_ns else self.shell.user_ns
@@ -285,6 +285,11 @@ class FlaxMagics(Magics):
             raise self._unknown(parsed, value)
         args, kwargs = parsed.evaluate(self.shell.user_ns, local_ns)
         call = Call(parsed.method, args, kwargs, parsed.call, self.shell.execution_count)
+        registered = self.session.models[parsed.target].module
+        cls: Any = value if is_module_class(value) else None
+        if cls is not None and type(registered).__name__ == cls.__name__ and type(registered) is not cls:
+            # A class registered under its own name, and defined again in a cell without the magic.
+            value = None if needed_fields(cls) else cls()
         return parsed.target, call, value if is_module(value) else None
 
     def _unknown(self, parsed: ParsedCall, value: Any) -> FlaxMagicsError:

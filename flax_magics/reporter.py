@@ -62,7 +62,9 @@ class Reporter:
         self._said.update((note.kind, note.text) for note in run.notes)
         length = level(run, setting)
         self._runs += run.command == "apply" and not quiet
-        if length == "line" and self._runs > 1 and run.command == "apply":
+        # In a loop a sharp bit that was said is no news: the counting line carries it.
+        news = length if unsaid else level(dataclasses.replace(run, notes=()), setting)
+        if news == "line" and self._runs > 1 and run.command == "apply":
             self._count(run, style)
             live.clear()
             return

@@ -19,7 +19,7 @@ from . import history, registry
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
-from .keys import Draw, Root
+from .keys import Draw, Root, Streams
 from .models import is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, summary
 from .prepare import Call, as_names, init_by_hand, method_path, prepare_init, spell_call
@@ -262,7 +262,7 @@ class Session:
             output=variables,
             seed=now.seed,
             draw=now.number,
-            keys={"params": key},
+            keys=Streams.of(now, "params"),
             device=devices_of(variables),
             started=started,
             program="eager",
@@ -346,7 +346,7 @@ class Session:
             output=key,
             seed=now.seed,
             draw=now.number,
-            keys={name: key},
+            keys=Streams.of(now, name),
             device=devices_of(key),
             started=time.time(),
             cell=cell,

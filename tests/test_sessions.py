@@ -535,3 +535,27 @@ def test_each_phase_is_timed_apart_by_the_clock_that_was_given():
     assert (timing.trace, timing.lower, timing.compile, timing.run, timing.wait, timing.init) == (1, 1, 1, 1, 1, 1)
     timing = session.apply("net", notebook_x()).timing
     assert (timing.trace, timing.lower, timing.compile, timing.run, timing.wait, timing.init) == (0, 0, 0, 1, 1, 0)
+
+
+def test_a_history_holds_no_device_memory_and_can_be_long(session):
+    session.register("net", MyModel(3, True))
+    x = notebook_x()
+    session.apply("net", x)
+    session.apply("net", x)
+    gc.collect()
+    before = len(jax.live_arrays())
+    for _ in range(20):
+        session.apply("net", x)
+    gc.collect()
+    assert len(jax.live_arrays()) <= before + 2
+    assert len(session.runs) == 22
+
+
+def test_a_chain_of_many_runs_can_be_let_go(session):
+    from flax_magics.history import Chain
+
+    chain = None
+    for n in range(200_000):
+        chain = Chain(None, chain, n)
+    del chain
+    gc.collect()

@@ -166,9 +166,15 @@ def takers(run: Run, stream: str) -> str:
     if stream == "params" and (run.command == "init" or run.made is not None):
         return "new variables"
     arguments = run.inputs[1] if isinstance(run.inputs, tuple) else {}
-    if not paths and stream in arguments and arguments[stream] is run.keys[stream]:
+    if not paths and stream in arguments and _same_key(arguments[stream], run.keys[stream]):
         return f"argument {clean(stream)}"
     return ", ".join(clean(path) or "the model itself" for path in paths) if paths else "nobody"
+
+
+def _same_key(one: Any, other: Any) -> bool:
+    from ..keys import data_of
+
+    return getattr(one, "dtype", None) == other.dtype and data_of(one) == data_of(other)
 
 
 def static_of(run: Run) -> tuple[str, ...]:

@@ -231,3 +231,13 @@ def test_the_examples_of_the_help_run(sharp_bits):
             if "Net()" not in example:
                 sharp_bits(example)
     sharp_bits(COMMANDS["%%flaxmodel"].examples[0])
+
+
+def test_a_sharp_bit_in_a_loop_is_said_once_and_carried_by_the_counting_line(notebook):
+    notebook(
+        "%%flaxmodel\nclass Net(nn.Module):\n  training: bool = False\n  @nn.compact\n  def __call__(self, x):\n"
+        "    return nn.Dropout(0.5, deterministic=True)(nn.Dense(2)(x))\n"
+    )
+    out = notebook("for _ in range(50):\n  %flax_apply --train Net(x)")
+    assert out.count("Dropout_0 is off although --train was asked") == 2
+    assert "Net · train · cpu:0 · draws 2–50 · 49 runs · reused" in out

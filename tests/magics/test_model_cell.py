@@ -199,3 +199,12 @@ def test_a_check_that_fails_registers_nothing(notebook):
 @pytest.mark.parametrize("line", ["--quiet", "-q"])
 def test_quiet_says_nothing(notebook, line):
     assert notebook(MODEL_CELL.replace("%%flaxmodel", f"%%flaxmodel {line}")) == ""
+
+
+def test_a_class_defined_again_without_the_magic_is_run_as_it_stands(notebook):
+    cell = "class Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(WIDTH)(x)\n"
+    notebook("%%flaxmodel\n" + cell.replace("WIDTH", "2"))
+    notebook("y = %flax_apply Net(x)")
+    notebook(cell.replace("WIDTH", "6"))
+    assert "Net is another module now" in notebook("y = %flax_apply Net(x)")
+    assert notebook["y"].shape == (3, 4, 6)

@@ -1,0 +1,77 @@
+"""The example: it runs, what it compares agrees, and it is committed as a reader should get it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
+COMPARED = [
+    "the numbers are the keys, folded in two: True",
+    "the variables agree in every bit: True",
+    "y agrees in every bit: True",
+    "the first mask agrees in every bit: True",
+    "the second mask agrees in every bit: True",
+    "two cells agree with one, in every bit: True",
+    "the running statistics agree in every bit: True",
+    "two dropout keys, one mask: True",
+]
+
+
+@pytest.fixture(scope="module")
+def committed() -> Any:
+    return nbformat.read(EXAMPLE, 4)
+
+
+@pytest.fixture(scope="module")
+def executed(committed, home, tmp_path_factory) -> Any:
+    notebook = copy.deepcopy(committed)
+    for cell in code(notebook):
+        cell.outputs, cell.execution_count = [], None
+    folder = str(tmp_path_factory.mktemp("example"))
+    NotebookClient(notebook, timeout=180, resources={"metadata": {"path": folder}}).execute()
+    return notebook
+
+
+def code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def compared(notebook: Any) -> list[str]:
+    streams = (output.text for cell in code(notebook) for output in cell.outputs if output.output_type == "stream")
+    return re.findall(r"^.*: (?:True|False)$", "".join(streams), re.MULTILINE)
+
+
+def shown(notebook: Any) -> list[tuple[str, list[list[str]]]]:
+    """Each cell's id with the kinds of what it displayed."""
+    return [(c.id, [sorted(o.data) for o in c.outputs if o.output_type == "display_data"]) for c in code(notebook)]
+
+
+def test_it_runs_and_what_is_compared_agrees(executed):
+    assert compared(executed) == COMPARED
+
+
+def test_its_committed_outputs_are_those_that_a_run_gives(committed, executed):
+    assert compared(committed) == COMPARED
+    assert shown(committed) == shown(executed)
+    assert [cell.execution_count for cell in code(committed)] == [cell.execution_count for cell in code(executed)]
+
+
+def test_both_sharp_bits_are_found(committed):
+    text = {cell.id: "".join(o.data["text/plain"] for o in cell.outputs if "data" in o) for cell in code(committed)}
+    assert "! Dropout_0 is off although --train was asked" in text["sharp-fixed-run"]
+    assert "! the stream `droppout` is asked for by Dropout_0: is `dropout` meant?" in text["sharp-stream-run"]
+
+
+def test_it_names_no_machine_and_installs_nothing_when_it_is_executed(committed):
+    text = EXAMPLE.read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|tmp|Users|usr|work)/", text)
+    (install,) = (cell for cell in code(committed) if "pip install" in cell.source)
+    assert "skip-execution" in install.metadata.tags
+    assert install.execution_count is None

@@ -1,0 +1,210 @@
+"""The example in JupyterLab, in headless Chromium: Run All, and the reports in light, in dark and in a narrow window."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+MISSING = [name for name in ("jupyterlab", "playwright") if find_spec(name) is None] + (
+    [] if CHROMIUM else ["chromium"]
+)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"JupyterLab is driven in Chromium by Playwright; missing: {', '.join(MISSING)}"
+    ),
+]
+
+SETTINGS = {
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, seen or not
+}
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
+
+
+@pytest.fixture(scope="module")
+def address(home, tmp_path_factory) -> Iterator[str]:
+    """A JupyterLab server with the example in it, its outputs cleared: the address that opens it."""
+    folder = tmp_path_factory.mktemp("jupyterlab")
+    files = folder / "files"
+    files.mkdir()
+    example = nbformat.read(EXAMPLE, 4)
+    for cell in example.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(example, files / EXAMPLE.name)
+    for name, values in SETTINGS.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    environment = {
+        **os.environ,
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+    }
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={files}"]
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            found = running(home, server, folder / "log")
+            yield f"http://127.0.0.1:{found['port']}/lab/tree/{EXAMPLE.name}?token={found['token']}&reset"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def running(home: Path, server: subprocess.Popen[Any], log: Path) -> dict[str, Any]:
+    """What the server wrote of itself once it listens."""
+    path = home / "jupyter_runtime_dir" / f"jpserver-{server.pid}.json"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            return dict(json.loads(path.read_text()))
+        except (FileNotFoundError, json.JSONDecodeError):
+            time.sleep(0.1)
+    raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def page(address) -> Iterator[Any]:
+    """The example opened, and all of it run."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1280, "height": 1600})
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        menu(page, "Run", "Run All Cells")
+        page.wait_for_function(f"({STARTED})() && !({WAITING})()")
+        page.keyboard.press("Control+B")  # the side bar takes half of a narrow window
+        yield page
+        browser.close()
+
+
+CELLS = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell')]"
+PROMPTS = CELLS + ".map(cell => cell.querySelector('.jp-InputPrompt').textContent)"
+STARTED = f"() => {PROMPTS}.some(text => /\\d/.test(text))"
+WAITING = f"() => {PROMPTS}.some(text => text.includes('*'))"
+REPORTS = ".jp-OutputArea-output .flax-magics"
+LUMINANCE = """element => {
+  const [r, g, b] = getComputedStyle(element).color.match(/[\\d.]+/g).map(Number);
+  return (r + g + b) / 3;
+}"""
+WIDER = f"""() => [...document.querySelectorAll('{REPORTS}')]
+  .filter(report => report.scrollWidth > report.parentElement.clientWidth + 1).length"""
+
+
+def menu(page: Any, *names: str) -> None:
+    page.locator(".lm-MenuBar-itemLabel").get_by_text(names[0], exact=True).click()
+    for name in names[1:]:
+        page.locator(".lm-Menu-itemLabel").get_by_text(name, exact=True).click()
+
+
+def report(page: Any, source: str) -> Any:
+    """The last report of the cell whose source begins so."""
+    number = page.evaluate(
+        f"start => {CELLS}.findIndex(cell => cell.querySelector('.cm-content').innerText.startsWith(start))", source
+    )
+    assert number >= 0, f"no cell begins with {source!r}"
+    return page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator(".flax-magics").last
+
+
+def test_run_all_runs_every_cell_and_none_fails(page, tmp_path):
+    page.screenshot(path=tmp_path / "light.png", full_page=True)
+    prompts = page.evaluate(f"() => {PROMPTS}")
+    assert all(any(letter.isdigit() for letter in prompt) for prompt in prompts), prompts
+    assert (
+        page.locator(
+            '[data-mime-type="application/vnd.jupyter.error"], .jp-RenderedText[data-mime-type*=stderr]'
+        ).count()
+        == 0
+    )
+    assert page.locator(REPORTS).count() >= 12
+    assert page.locator(f"{REPORTS} script").count() == 0
+
+
+def test_a_report_has_its_name_chips_numerals_bar_and_rows(page):
+    train = report(page, "y_train = ")
+    assert train.locator(".fm-name").inner_text() == "my_model"
+    assert [chip.rstrip("0123456789") for chip in train.locator(".fm-chip").all_inner_texts()] == ["train", "cpu:"]
+    assert train.locator(".fm-figure").count() == 2
+    bar = train.locator(".fm-bar").bounding_box()
+    assert bar is not None
+    assert bar["width"] > 200
+    assert train.locator(".fm-bar .fm-part").count() == train.locator(".fm-legend .fm-swatch").count() >= 3
+    rows = train.locator("table").first.locator("tr").all_inner_texts()
+    assert any("dropout → Dropout_0" in row for row in rows)
+    sizes = train.evaluate(
+        "r => ['.fm-time', '.fm-name'].map(s => parseFloat(getComputedStyle(r.querySelector(s)).fontSize))"
+    )
+    assert sizes[0] > 1.5 * sizes[1]
+
+
+def test_details_are_closed_and_open_at_a_click_with_their_table_of_keys(page):
+    train = report(page, "y_train = ")
+    keys = train.locator(".fm-keys")
+    assert not keys.is_visible()
+    train.locator("summary").click()
+    assert keys.is_visible()
+    assert keys.locator("thead th").all_inner_texts() == ["stream", "key", "made by", "went to"]
+    assert "rngs={'dropout': dropout_key}" in train.locator("details pre").last.inner_text()
+    train.locator("summary").click()
+    assert not keys.is_visible()
+
+
+def test_a_run_without_news_is_one_line_high(page):
+    box = report(page, "y_again = ").bounding_box()
+    assert box is not None
+    assert box["height"] < 45
+
+
+def test_a_sharp_bit_stands_in_its_report(page):
+    note = report(page, "%flax_apply --train fixed(x)").locator(".fm-note").inner_text()
+    assert "Dropout_0 is off although --train was asked" in note
+    assert "deterministic=not self.training" in note
+
+
+def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
+    train = report(page, "y_train = ")
+    assert train.evaluate(LUMINANCE) < 100
+    menu(page, "Settings", "Theme", "JupyterLab Dark")
+    page.wait_for_selector('body[data-jp-theme-light="false"]', state="attached")
+    page.screenshot(path=tmp_path / "dark.png", full_page=True)
+    train.screenshot(path=tmp_path / "report.png")
+    assert train.evaluate(LUMINANCE) > 155
+    transparent = "r => getComputedStyle(r).backgroundColor === 'rgba(0, 0, 0, 0)'"
+    assert train.evaluate(transparent)
+    table = train.locator("table").first
+    assert table.evaluate(LUMINANCE) > 155
+
+
+@pytest.mark.parametrize("width", [1280, 700, 480])
+def test_no_report_is_wider_than_its_place(page, tmp_path, width):
+    page.set_viewport_size({"width": width, "height": 1600})
+    page.wait_for_timeout(500)
+    page.screenshot(path=tmp_path / f"{width}.png")
+    assert page.evaluate(WIDER) == 0
