@@ -66,7 +66,14 @@ FLAX_APPLY = Command(
     (
         Option("--train", "set the model's own switch to training, and say which"),
         Option("--eval", "set it to evaluation"),
-        Option("--mutable", "hand a collection back: gives (output, updates)", metavar="NAME", kind="many", short="-m"),
+        Option(
+            "--mutable",
+            "hand a collection back: gives (output, updates)",
+            metavar="NAME",
+            kind="many",
+            short="-m",
+            identifier=True,
+        ),
         Option("--variables", "run with other variables, and keep nothing", metavar="EXPR"),
         Option("--key", "pass the draw's stream ARG as that argument", metavar="ARG", kind="many", identifier=True),
         DRAW,

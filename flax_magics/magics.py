@@ -15,7 +15,7 @@ from traitlets import Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression
 from .cells import displayed_quietly, run_body, run_statements_with_call
-from .commands import COMMANDS, FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAXMODEL
+from .commands import FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAXMODEL
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
 from .options import Command, Read, read
@@ -37,7 +37,8 @@ def command(spec: Command) -> Callable[[Any], Any]:
         @wraps(function)
         def run(self: FlaxMagics, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
             try:
-                options = read(spec, line)
+                # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
+                options = read(spec, line if spec.takes == "call" else line.rstrip("; "))
                 if options.help or (not line.strip() and cell is None and spec not in (FLAX, FLAX_KEY)):
                     self.reporter.publish({"text/plain": spec.render_help()})
                     return None
@@ -134,8 +135,7 @@ class FlaxMagics(Magics):
         from .show.bundle import status_bundle
 
         if options.rest:
-            hint = did_you_mean(f"%flax_{options.rest.split()[0]}", COMMANDS)
-            raise FlaxMagicsError("%flax takes nothing after it.", hint=hint)
+            raise FlaxMagicsError(f"%flax takes nothing after it, and `{options.rest}` stands there.", write="%flax")
         self.reporter.publish(status_bundle(status(self.session), self.style))
 
     @line_cell_magic
@@ -150,6 +150,7 @@ class FlaxMagics(Magics):
         if cell is None:
             found = modelcell.from_line(options.rest, self.shell.user_ns, local_ns)
         else:
+            modelcell.read_line(options.rest)  # a mistake there is told before anything runs
             before = dict(self.shell.user_ns)
             body = run_body(self.shell, cell, line)
             found = modelcell.from_cell(options.rest, self.shell.user_ns, body.names, before)
@@ -211,7 +212,7 @@ class FlaxMagics(Magics):
         from .show.bundle import key_bundle
 
         seed, fresh, quiet = (options.options[name] for name in ("seed", "fresh", "quiet"))
-        name = options.rest.rstrip("; ")
+        name = options.rest
         if seed is not None:
             if name:
                 raise FlaxMagicsError(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .call import parse_assignment, parse_call
+from .call import Assignment, parse_assignment, parse_call
 from .errors import FlaxMagicsError, did_you_mean
 from .fingerprint import fingerprint
 from .models import adopt, is_module, is_module_class, needed_fields, spell_construction
@@ -43,6 +43,11 @@ def from_line(text: str, user_ns: Namespace, local_ns: Namespace) -> Found:
     return Found({name: _from_defaults(value, "%flaxmodel") if is_module_class(value) else value})
 
 
+def read_line(text: str) -> Assignment | None:
+    """What stands on the line of a `%%flaxmodel` cell; None for nothing. Raises FlaxMagicsError for anything else."""
+    return parse_assignment(text, "%%flaxmodel") if text else None
+
+
 def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Mapping[str, Any]) -> Found:
     """The cell's own instances, and the assignment on its line; with neither, the last module class of the cell.
 
@@ -55,8 +60,9 @@ def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Ma
     values = {name: user_ns[name] for name in assigned if name in user_ns}
     modules = {name: value for name, value in values.items() if is_module(value) and not name.startswith("_")}
     bind = {}
-    if text:
-        name, expression = parse_assignment(text, "%%flaxmodel")
+    line = read_line(text)
+    if line is not None:
+        name, expression = line
         if expression is not None:
             bind[name] = modules[name] = expression.evaluate(user_ns)
         elif name in values and is_module_class(values[name]):

@@ -127,7 +127,7 @@ def _named(request: Request, forward: Forward) -> Callable[..., Any]:
         return forward(variables, keys, args, kwargs)
 
     program.__name__ = program.__qualname__ = request.name
-    program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_name=request.name)
+    program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_firstlineno=1, co_name=request.name)
     return program
 
 

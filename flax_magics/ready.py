@@ -103,7 +103,7 @@ def compiled(job: Job, programs: Programs) -> Ready:
                 return _compiled(job, job.arguments(job.forced | more), programs)
             except Exception as again:
                 if not is_tracer_error(again):
-                    raise
+                    raise again from None
         raise
 
 

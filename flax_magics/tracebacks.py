@@ -14,7 +14,7 @@ from itertools import takewhile, zip_longest
 from types import TracebackType
 from typing import Any
 
-PACKAGES = ("flax_magics", "flax", "jax", "jaxlib", "IPython", "ipykernel", "traitlets", "decorator")
+PACKAGES = ("flax_magics", "flax", "jax", "jaxlib", "IPython", "ipykernel", "traitlets", "decorator", "numpy")
 """Whose frames are not the user's."""
 MACHINERY = ("contextlib", "functools", "threading", "concurrent.futures")
 """Standard library that only carries a call on."""

@@ -102,6 +102,8 @@ def program_of(run: Run) -> str:
     """`reused`, `compiled in 0.41 s`, `eager`: a few words on where the program came from."""
     if run.program == "compiled":
         return f"compiled in {seconds(run.timing.building)}"
+    if run.program == "reused" and run.timing.building:  # the model is not plain: only a trace could tell
+        return f"reused, traced in {seconds(run.timing.building)}"
     return clean(run.program)
 
 
@@ -192,8 +194,8 @@ def jit_of(run: Run) -> str:
     if run.program == "disk cache":
         return f"from the disk cache in {seconds(run.timing.building)}{reason}"
     if run.program == "eager":
-        return f"eager, nothing compiled{reason}"
-    return f"{clean(run.program)}{reason}"
+        return f"eager, op by op: no program, and JAX compiles each op at its first use{reason}"
+    return f"{program_of(run)}{reason}"
 
 
 def wait_of(run: Run) -> tuple[str, ...]:

@@ -241,3 +241,19 @@ def test_a_sharp_bit_in_a_loop_is_said_once_and_carried_by_the_counting_line(not
     out = notebook("for _ in range(50):\n  %flax_apply --train Net(x)")
     assert out.count("Dropout_0 is off although --train was asked") == 2
     assert "Net · train · cpu:0 · draws 2–50 · 49 runs · reused" in out
+
+
+def test_a_model_that_is_not_plain_is_traced_each_time_and_the_report_says_so(notebook):
+    notebook(
+        "class Scale:\n  by = 2.0\n  def __call__(self, x):\n    return x * self.by\nscale = Scale()\n",
+    )
+    notebook(
+        "%%flaxmodel\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return scale(nn.Dense(2)(x))\n"
+    )
+    notebook("%flax_apply Net(x);")
+    assert times(notebook("%flax_apply Net(x);")) == ("Net · as written · cpu:0 · draw 2 · reused, traced in … · run …")
+
+
+def test_eager_says_that_there_is_no_program(sharp_bits):
+    out = sharp_bits("%flax_apply --eager my_model(x);")
+    assert "  jit   eager, op by op: no program, and JAX compiles each op at its first use" in out

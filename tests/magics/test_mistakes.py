@@ -52,6 +52,14 @@ def state(notebook):
             "%%flax_apply takes its call from the cell's last line; `my_model(x)` stands on the first.\n"
             "  write: %flax_apply my_model(x)",
         ),
+        (
+            "%flax nothing",
+            "%flax takes nothing after it, and `nothing` stands there.\n  write: %flax",
+        ),
+        (
+            "%flax_apply --mutable my_model(x)",
+            "--mutable needs a Python name, not my_model(x).\n  write: %flax_apply --mutable NAME my_model(x)",
+        ),
         ("%flax_key --fresh", "--fresh goes with --seed.\n  write: %flax_key --seed 0 --fresh"),
         (
             "%flax_key --seed 3 latent",

@@ -177,6 +177,13 @@ def test_a_name_that_stands_for_another_module_now_is_run_as_it_stands(sharp_bit
     ]
 
 
+def test_a_mistake_on_the_line_is_told_before_anything_runs(notebook):
+    assert notebook.fails("%%flaxmodel net =\nran = True") == (
+        "FlaxMagicsError: `net =` needs a value.\n  write: %%flaxmodel net = Net()"
+    )
+    assert "ran" not in notebook.shell.user_ns
+
+
 def test_check_says_by_shapes_alone_what_a_call_would_do(notebook):
     out = notebook(f"%%flaxmodel --check 'net(x)' net = MyModel(3, training=True)\n{MODEL}")
     assert out.splitlines() == [

@@ -199,6 +199,23 @@ def test_run_all_in_a_living_kernel_equals_restart_and_run_all(open_notebook):
     assert open_notebook().run_all(cells)[-1].printed == restarted
 
 
+SLOW = """
+%%flaxmodel
+import pathlib, time
+
+class {name}(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    for i in range({layers}):
+      x = jnp.sin(nn.Dense(5)(x)) @ jnp.ones((5, 4)) + i
+    if self.has_variable('params', 'Dense_0') and not self.is_initializing():
+      pathlib.Path('{name}').touch()
+      time.sleep({sleep})
+    return x
+
+{lower} = {name}()
+"""
+
 WATCH = """
 shown = []
 publish = get_ipython().display_pub.publish
@@ -220,24 +237,6 @@ def test_what_is_slow_is_told_of_while_it_lasts_and_the_report_takes_its_place(n
     assert len(cell.outputs) == 1
     live = notebook.run("print(shown[0])").printed
     assert re.fullmatch(r"tracing slow · \d s\n", live)
-
-
-SLOW = """
-%%flaxmodel
-import pathlib, time
-
-class {name}(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    for i in range({layers}):
-      x = jnp.sin(nn.Dense(5)(x)) @ jnp.ones((5, 4)) + i
-    if self.has_variable('params', 'Dense_0') and not self.is_initializing():
-      pathlib.Path('{name}').touch()
-      time.sleep({sleep})
-    return x
-
-{lower} = {name}()
-"""
 
 
 @pytest.mark.parametrize(("name", "layers", "sleep"), [("Tracing", 1, 60), ("Compiling", 400, 0)])
