@@ -59,8 +59,8 @@ FLAX_INIT = Command(
 
 FLAX_APPLY = Command(
     "%flax_apply",
-    "%flax_apply [options] net(x)          any method, any arguments: net.encode(x, mask=m)\n"
-    "%%flax_apply [options]                statements, the last of which is the call",
+    "%flax_apply [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
+    "%%flax_apply [options]          statements, the last of which is the call",
     "One draw from the root key, one compiled forward pass, one report; gives what the model returns. Variables that are "
     "not there yet are initialised first. With neither --train nor --eval the model runs as written.",
     (

@@ -218,7 +218,7 @@ def test_a_bare_command_help_and_a_question_mark_all_help(notebook, command):
     bare = notebook(command)
     assert bare == notebook(f"{command} --help") == notebook(f"{command} -h")
     assert "examples:" in bare
-    assert all(len(line) <= 88 for line in bare.splitlines())
+    assert all(len(line) <= 80 for line in bare.splitlines())
 
 
 def test_the_examples_of_the_help_run(sharp_bits):
