@@ -14,7 +14,8 @@ from .errors import FlaxMagicsError, did_you_mean
 from .keys import SPLIT, Draw
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
-from .notes import SeenKeys, join, of_mode, of_streams, summary
+from .models.axes import inside
+from .notes import SeenKeys, join, of_mode, of_params, of_scalars, of_streams, of_unused, summary
 from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Programs, devices_of
 from .ready import Job, Ready, compiled, eager
@@ -136,7 +137,7 @@ def execute(
         program=ready.origin,
         reason=ready.reason,
         mode=prepared.mode,
-        switch=prepared.switch,
+        switch=(*prepared.switch, *(f"axis {name}=1 device" for name in sorted(ready.ask.axes))),
         static=tuple(f"{name}={value}" for name, value in ready.arguments.static if name in ready.arguments.forced),
         timing=Timing(
             trace=ready.trace,
@@ -148,14 +149,24 @@ def execute(
             steady=Steady(tuple(times)) if options.repeat > 1 else None,
         ),
         memory=with_peak(ready.memory),
-        notes=(*of_mode(prepared.mode, record), *of_streams(record, told), *seen.notes(in_call)),
+        notes=(
+            *of_mode(prepared.mode, record),
+            *of_streams(record, told),
+            *seen.notes(in_call),
+            *of_unused(prepared.switch, (*in_call, *argument_keys), record.unused),
+            *(of_params(start.variables) if start.made is not None else ()),
+            *of_scalars(ready.scalars),
+        ),
         made=start.made,
-        by_hand=entry.model.by_hand(
-            call.text,
-            call.method,
-            prepared.switch if options.mode else (),
-            tuple(sorted(ready.ask.streams)),
-            tuple(sorted({*updates, *sown, *options.mutable})),
+        by_hand=inside(
+            ready.ask.axes,
+            entry.model.by_hand(
+                call.text,
+                call.method,
+                prepared.switch if options.mode else (),
+                tuple(sorted(ready.ask.streams)),
+                tuple(sorted({*updates, *sown, *options.mutable})),
+            ),
         ),
         keys_in_call=tuple(in_call.values()),
     )
