@@ -14,7 +14,8 @@ from .errors import FlaxMagicsError, did_you_mean
 from .keys import SPLIT, Draw, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
-from .notes import SeenKeys, join, of_mode, of_streams, summary
+from .models.axes import inside
+from .notes import SeenKeys, join, of_mode, of_params, of_scalars, of_streams, of_unused, summary
 from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Programs, devices_of
 from .ready import Job, Ready, compiled, eager
@@ -123,8 +124,11 @@ def execute(
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
     told = {name for ask in entry.guesses.values() for name in ask.streams}
     notes = [*of_mode(prepared.mode, record), *of_streams(record, told)]
-    if options.draw is None:
+    if options.draw is None:  # a replay brings its keys again, and means to
         notes += seen.notes(in_call)
+    notes += of_unused(prepared.switch, (*in_call, *options.key), record.unused)
+    notes += of_params(start.variables) if start.made is not None else ()
+    notes += of_scalars(ready.scalars)
     return Execution(
         entry=kept,
         inputs=(prepared.args, prepared.kwargs),
@@ -137,7 +141,7 @@ def execute(
         program=ready.origin,
         reason=ready.reason,
         mode=prepared.mode,
-        switch=prepared.switch,
+        switch=(*prepared.switch, *(f"axis {name}=1 device" for name in sorted(ready.ask.axes))),
         static=tuple(f"{name}={value}" for name, value in ready.arguments.static if name in ready.arguments.forced),
         timing=Timing(
             trace=ready.trace,
@@ -151,12 +155,15 @@ def execute(
         memory=with_peak(ready.memory),
         notes=tuple(notes),
         made=start.made,
-        by_hand=entry.model.by_hand(
-            call.text,
-            call.method,
-            prepared.switch if options.mode else (),
-            tuple(sorted(ready.ask.streams)),
-            tuple(sorted({*updates, *sown, *options.mutable})),
+        by_hand=inside(
+            ready.ask.axes,
+            entry.model.by_hand(
+                call.text,
+                call.method,
+                prepared.switch if options.mode else (),
+                tuple(sorted(ready.ask.streams)),
+                tuple(sorted({*updates, *sown, *options.mutable})),
+            ),
         ),
         keys_in_call=tuple(in_call.values()),
     )

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
-from traitlets import Enum, Int, observe, validate
+from traitlets import Dict, Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression
 from .cells import displayed_quietly, run_body, run_statements_with_call
 from .commands import FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAXMODEL
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
+from .kinds import KINDS
 from .options import Command, Read, read
 from .reporter import Reporter
 from .tracebacks import show_user_frames, stopped
@@ -85,6 +87,10 @@ class FlaxMagics(Magics):
         help="How reports are shown: auto is HTML where the host shows it; text is plain text everywhere.",
     ).tag(config=True)
 
+    notes = Dict(
+        help="Sharp bits that are not to be said, by kind: {'stream': False}. The kinds are " + ", ".join(KINDS) + "."
+    ).tag(config=True)
+
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         self._ready = False
         super().__init__(shell=shell, **kwargs)
@@ -111,6 +117,23 @@ class FlaxMagics(Magics):
         session = existing()
         if session is not None and not session.draws:
             session.restart(change["new"])
+
+    @validate("notes")
+    def _check_notes(self, proposal: Any) -> dict[str, bool]:
+        notes: dict[str, bool] = proposal["value"]
+        for kind, said in notes.items():
+            if kind not in KINDS:
+                known = ", ".join(KINDS)
+                hint = did_you_mean(str(kind), KINDS)
+                raise FlaxMagicsError(f"no sharp bit is of the kind `{kind}`; the kinds: {known}.", hint=hint)
+            if not isinstance(said, bool):
+                raise FlaxMagicsError(f"`{kind}` is said (True) or not (False), not {said!r}.")
+        return notes
+
+    def _report(self, run: Run, live: Any, *, quiet: bool) -> None:
+        notes = tuple(note for note in run.notes if self.notes.get(note.kind, True))
+        shown = run if len(notes) == len(run.notes) else replace(run, notes=notes)
+        self.reporter.report(shown, live, setting=self.report, style=self.style, quiet=quiet)
 
     # -- the session
 
@@ -229,7 +252,7 @@ class FlaxMagics(Magics):
             return None
         with self._working("drawing") as live:
             run = self.session.run_key(name, cell=self.shell.execution_count)
-        self.reporter.report(run, live, setting=self.report, style=self.style, quiet=quiet)
+        self._report(run, live, quiet=quiet)
         return None if displayed_quietly(self.shell, line) else run.output
 
     # -- what they share
@@ -268,7 +291,7 @@ class FlaxMagics(Magics):
         name = options.options["out"]
         if name:
             self.shell.user_ns[name] = done
-        self.reporter.report(done, live, setting=self.report, style=self.style, quiet=options.options["quiet"])
+        self._report(done, live, quiet=options.options["quiet"])
         if assign is not None:
             assign(done.output)
             return None

@@ -7,11 +7,13 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from .arguments import Arguments
 from .errors import nearest
 from .keys import data_of
 from .models import Layer, Record
+from .models.switch import WHEN_TRAINING
 from .run import Note
 
 KNOWN_STREAMS = ("params", "dropout", "default")
@@ -64,6 +66,53 @@ def of_streams(record: Record, told: Container[str]) -> Iterator[Note]:
         yield Note("stream", text)
 
 
+def of_params(variables: Mapping[str, Any]) -> Iterator[Note]:
+    """Params, just initialised, that hold NaN, or that are zero throughout.
+
+    A layer may begin at zero, and so may a model that has nothing but biases: a weight of two dimensions or more has to
+    be among what is zero.
+    """
+    zero, weight = True, False
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get("params", {}))[0]:
+        if not isinstance(leaf, jax.Array) or not leaf.is_fully_addressable:
+            return
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
+            continue
+        # On a CPU NumPy reads the array where it is, and compiles nothing.
+        on_host = all(device.platform == "cpu" for device in leaf.devices())
+        values: Any = np.asarray(leaf) if on_host else leaf
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        if bool((values != values).any()):
+            text = f"{join(names)} holds NaN after init: look at its initializer"
+            yield Note("nan params", text, "kernel_init=nn.initializers.lecun_normal()")
+            return
+        zero = zero and not bool((values != 0).any())
+        weight = weight or values.ndim >= 2
+    if zero and weight:
+        text = "all params are zero after init: the layers compute the same, and get the same gradients"
+        yield Note("zero params", text, "kernel_init=nn.initializers.lecun_normal()")
+
+
+def of_scalars(names: Iterable[str]) -> Iterator[Note]:
+    """Python numbers where arrays were: each kind of argument has a program of its own."""
+    for name in names:
+        text = f"`{name}` is a Python number where an array was before: that is another program"
+        yield Note("scalar", text, f"jnp.asarray({name})")
+
+
+def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str]) -> Iterator[Note]:
+    """Keys in the call that the program does not read. In evaluation that is as it should be."""
+    for setting in switch:
+        path, _, value = setting.partition("=")
+        name = path.rpartition(".")[2]
+        if name in WHEN_TRAINING and value != str(WHEN_TRAINING[name]):
+            return
+    for name in given:
+        if name in unused:
+            text = f"the key `{name}` is passed, and nothing in the model uses it"
+            yield Note("unused key", text, f"leave `{name}` out, or use it: jax.random.normal({name}, …)")
+
+
 class SeenKeys:
     """Keys that went into runs, and roots that the session has split or will split."""
 
@@ -86,6 +135,12 @@ class SeenKeys:
 
     def notes(self, found: Mapping[str, bytes]) -> Iterator[Note]:
         """What is to be said of the keys in a call."""
+        first: dict[bytes, str] = {}
+        for name, data in found.items():
+            if data in first:
+                text = f"`{first[data]}` and `{name}` are given the same key: they get the same numbers"
+                yield Note("same key", text, "key_a, key_b = jax.random.split(key)")
+            first.setdefault(data, name)
         for name, data in found.items():
             if data in self.roots:
                 yield Note(

@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
 
     A stream or collection is given only if the model asked for it in a trace; a guess that gave too much is corrected.
     """
-    ask = Ask(request.guess.streams, request.guess.mutable | request.mutable)
+    ask = replace(request.guess, mutable=request.guess.mutable | request.mutable)
     for _ in range(16):
         record = Record()
         forward = request.model.forward(request.method, ask, record, request.impl)
@@ -109,10 +109,11 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
         try:
             traced = jax.jit(program).trace(request.variables, request.keys(ask.streams), request.arguments.dynamic)
         except Incomplete:
-            ask = Ask(ask.streams | set(record.asked), ask.mutable | record.written)
+            ask = ask.and_what(record)
             continue
         needed = needs(record, request)
         if needed == ask:
+            record.unused = unused(traced, request.arguments)
             return traced, ask, record
         ask = needed
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
@@ -131,6 +132,16 @@ def _named(request: Request, forward: Forward) -> Callable[..., Any]:
     return program
 
 
+def unused(traced: Any, arguments: Arguments) -> frozenset[str]:
+    """Names of the traced arguments that no equation of the program reads and that are not handed back."""
+    jaxpr = traced.jaxpr.jaxpr
+    names = sorted(arguments.dynamic)
+    read = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+    # The arguments come last, one leaf each, in the order in which JAX takes a dict apart.
+    last = jaxpr.invars[len(jaxpr.invars) - len(names) :]
+    return frozenset(name for name, var in zip(names, last, strict=True) if id(var) not in read)
+
+
 def needs(record: Record, request: Request) -> Ask:
     """What a complete trace shows that the model needs.
 
@@ -139,7 +150,7 @@ def needs(record: Record, request: Request) -> Ask:
     streams = set(record.asked)
     if request.training and "dropout" in record.queried:
         streams.add("dropout")
-    return Ask(frozenset(streams), frozenset(record.written) | request.mutable)
+    return Ask(frozenset(streams), frozenset(record.written) | request.mutable, frozenset(record.axes))
 
 
 @dataclass

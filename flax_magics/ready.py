@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,8 @@ def is_tracer_error(error: BaseException) -> bool:
     return isinstance(error, TRACER_ERRORS) or (isinstance(error, TypeError) and "concrete values" in str(error))
 
 
+_NUMBER = "a Python "
+
 Keys = Callable[[frozenset[str]], dict[str, Any]]
 
 
@@ -49,6 +52,8 @@ class Ready:
     compile: float = 0.0
     memory: Memory | None = None
     device: str | None = None
+    scalars: tuple[str, ...] = ()
+    """Arguments that are Python numbers, and were arrays in the model's run before."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,7 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
     key = _call_key(job, arguments)
     program = programs.find(key)
     parts = _parts(job, arguments)
+    scalars = _scalars(programs.parts.get(job.name), parts, arguments)
     if program is not None:
         ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
     else:
@@ -127,7 +133,7 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
             built.trace, built.lower, built.compile,
         )  # fmt: skip
     programs.parts[job.name] = parts
-    ready.memory, ready.device = program.memory, program.device
+    ready.memory, ready.device, ready.scalars = program.memory, program.device, scalars
     keys = job.keys(program.ask.streams)
 
     def run() -> Any:
@@ -159,7 +165,7 @@ def eager(job: Job) -> Ready:
             try:
                 result = forward(job.variables, job.keys(ready.ask.streams), args, kwargs)
             except Incomplete:
-                ready.ask = Ask(ready.ask.streams | set(record.asked), ready.ask.mutable | record.written)
+                ready.ask = ready.ask.and_what(record)
                 continue
             jax.block_until_ready(result)
             jax.effects_barrier()
@@ -204,11 +210,18 @@ def _parts(job: Job, arguments: Arguments) -> dict[str, str]:
     parts = {"model": repr(job.edition), "mode": job.prepared.mode, "method": ".".join(job.method) or "the call"}
     for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
         if traced and not hasattr(leaf, "dtype"):
-            parts[name] = f"a Python {type(leaf).__name__}"
+            parts[name] = f"{_NUMBER}{type(leaf).__name__}"
         else:
             parts[name] = describe(leaf)
     parts["settings"] = repr(settings())
     return parts
+
+
+def _scalars(before: Mapping[str, str] | None, now: Mapping[str, str], arguments: Arguments) -> tuple[str, ...]:
+    if before is None or before["method"] != now["method"]:
+        return ()
+    numbers = (name for name in arguments.names if now[name].startswith(_NUMBER))
+    return tuple(name for name in numbers if re.fullmatch(r"\w+\[[\d,]*\]", before.get(name, "")))
 
 
 def _reason(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:

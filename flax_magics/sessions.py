@@ -21,7 +21,7 @@ from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
 from .keys import Draw, Root, Streams
 from .models import is_module_class, spell_construction
-from .notes import OUTDATED, SeenKeys, summary
+from .notes import OUTDATED, SeenKeys, of_params, summary
 from .prepare import Call, as_names, init_by_hand, method_path, prepare_init, spell_call
 from .program import Programs, devices_of
 from .registry import Change, Entry, Models, RegisteredModel
@@ -269,7 +269,7 @@ class Session:
             timing=Timing(init=seconds),
             cell=call.cell,
             made=_made(variables),
-            notes=notes,
+            notes=(*notes, *of_params(variables)),
             by_hand=init_by_hand(call),
             replayed=draw is not None,
             first=self._state.runs is None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import flax.linen as nn
@@ -45,3 +46,36 @@ def bits(tree: Any) -> list[tuple[str, str, tuple[int, ...], bytes]]:
         array = np.asarray(leaf)
         out.append((jax.tree_util.keystr(path), str(array.dtype), array.shape, array.tobytes()))
     return out
+
+
+def keys_of(draw: int = 1, seed: int = 0) -> Any:
+    """`keys_of(2)("dropout", "noise")`: the keys of a draw's streams, worked out from the rule and from nothing of ours."""
+    old = root = jax.random.key(seed)
+    params = dropout = root
+    for _ in range(draw):
+        old = root
+        root, params, dropout = jax.random.split(root, 3)
+
+    def key(stream: str) -> jax.Array:
+        if stream in ("params", "dropout"):
+            return params if stream == "params" else dropout
+        tag = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "big") | 1 << 31
+        return jax.random.fold_in(old, np.uint32(tag))
+
+    return lambda *streams: {stream: key(stream) for stream in streams}
+
+
+def apply_by_hand(
+    module: Any, variables: Any, keys: Any, *args: Any, mutable: Any = False, method: Any = None, **kwargs: Any
+) -> Any:
+    """`jax.jit` of `apply`, with keys and every array and number among the arguments as arguments of the program."""
+    leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
+    traced = [isinstance(leaf, (jax.Array, np.ndarray, int, float)) and not isinstance(leaf, bool) for leaf in leaves]
+
+    def run(variables: Any, keys: Any, given: Any) -> Any:
+        given = iter(given)
+        filled = [next(given) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
+        args, kwargs = jax.tree_util.tree_unflatten(tree, filled)
+        return module.apply(variables, *args, rngs=keys, mutable=mutable, method=method, **kwargs)
+
+    return jax.jit(run)(variables, keys, [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced])

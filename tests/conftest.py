@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from traitlets.config import Config
 
+from flax_magics import current
+
 
 def _fresh_shell(shell_class: Any) -> Iterator[Any]:
     saved = {
@@ -50,3 +52,55 @@ def shell() -> Iterator[Any]:
     from IPython.core.interactiveshell import InteractiveShell
 
     yield from _fresh_shell(InteractiveShell)
+
+
+SETUP = """\
+import jax
+import jax.numpy as jnp
+import flax.linen as nn
+x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
+"""
+
+
+class Notebook:
+    """Runs cells as a notebook does, and says what they printed or raised."""
+
+    def __init__(self, shell: Any, capsys: Any) -> None:
+        self.shell = shell
+        self._capsys = capsys
+
+    def __getitem__(self, name: str) -> Any:
+        return self.shell.user_ns[name]
+
+    def __call__(self, cell: str) -> str:
+        """Runs a cell that must work; what it printed."""
+        self._capsys.readouterr()
+        result = self.shell.run_cell(cell, store_history=True)
+        out = self._capsys.readouterr().out
+        if result.error_before_exec or result.error_in_exec:
+            raise AssertionError(f"{cell}\n{out}") from (result.error_before_exec or result.error_in_exec)
+        return out.rstrip("\n")
+
+    def fails(self, cell: str) -> str:
+        """Runs a cell that must fail; what a person sees."""
+        self._capsys.readouterr()
+        result = self.shell.run_cell(cell, store_history=True)
+        assert result.error_in_exec is not None, cell
+        return self._capsys.readouterr().out.rstrip("\n")
+
+    @property
+    def session(self) -> Any:
+        return current.existing()
+
+
+@pytest.fixture
+def notebook(shell: Any, capsys: Any) -> Iterator[Notebook]:
+    """The extension loaded, JAX and Flax imported, `x` made, and a session of its own."""
+    current._session = None
+    running = Notebook(shell, capsys)
+    running("%load_ext flax_magics")
+    running(SETUP)
+    yield running
+    if "flax_magics" in shell.extension_manager.loaded:
+        running("%unload_ext flax_magics")
+    current._session = None

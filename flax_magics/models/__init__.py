@@ -45,14 +45,25 @@ class Record:
     sown: set[str] = field(default_factory=set)
     """Collections that `sow` wrote."""
     layers: list[Layer] = field(default_factory=list)
+    axes: set[str] = field(default_factory=set)
+    """Mapped axes that the model names and that nothing around it binds."""
+    unused: frozenset[str] = frozenset()
+    """Traced arguments that nothing in the program reads."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What one run of a model is given besides its variables: streams it may draw from, collections it may write."""
+    """What one run of a model is given besides its variables: streams it may draw from, collections it may write, and
+    mapped axes of size 1 that stand for this one device.
+    """
 
     streams: frozenset[str] = frozenset()
     mutable: frozenset[str] = frozenset()
+    axes: frozenset[str] = frozenset()
+
+    def and_what(self, record: Record) -> Ask:
+        """With what a trace that was incomplete asked for."""
+        return Ask(self.streams | set(record.asked), self.mutable | record.written, self.axes | record.axes)
 
 
 class MissingVariables(Exception):

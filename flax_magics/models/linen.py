@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from ..errors import FlaxMagicsError, did_you_mean
 from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables
+from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
 from .switch import read_fields, set_fields, set_unset_fields
 
@@ -103,19 +104,27 @@ class LinenModel:
             recorder = Recorder(ask, record, root_impl)
             try:
                 with recorder.watching():
-                    output, updates = self.module.apply(
-                        variables, *args, rngs=dict(keys), method=target, mutable=mutable, **kwargs
-                    )
+
+                    def apply() -> Any:
+                        return self.module.apply(
+                            variables, *args, rngs=dict(keys), method=target, mutable=mutable, **kwargs
+                        )
+
+                    output, updates = bound(apply, sorted(ask.axes))
             except _MISSING as error:
                 if recorder.incomplete:
                     raise Incomplete from None
                 raise MissingVariables(str(error)) from error
-            except Exception:
-                if recorder.incomplete:
-                    raise Incomplete from None
-                raise
+            except Exception as error:
+                axis = unbound_axis(error)
+                if axis is not None and axis not in ask.axes:
+                    record.axes.add(axis)
+                elif not recorder.incomplete:
+                    raise
+                raise Incomplete from None
             if recorder.incomplete:
                 raise Incomplete
+            record.axes |= ask.axes
             return output, {name: tree for name, tree in dict(updates).items() if name in record.written}
 
         return run

@@ -5,12 +5,16 @@ that note the call and go on as before, with two differences, both only until th
 not supplied gets a stand-in key instead of the silent fallback to `params`, and a write to a collection that was not
 made mutable is skipped. A trace in which either happened is `incomplete`: it is thrown away and done again with what it
 asked for, so no stand-in ever reaches a program that runs.
+
+`nn.jit` needs two more. Its inner trace is remembered by JAX and would hide from a later one what the model asks for:
+each trace that is watched has a cache key of its own. And it forks every stream that there is, which is no asking.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +22,12 @@ from typing import Any
 import jax
 from flax import linen as nn
 from flax.core.scope import Scope
+from flax.linen import transforms
 
 from . import Ask, Layer, Record
 
 _lock = threading.RLock()
+_traces = itertools.count(1)
 
 
 class Recorder:
@@ -33,6 +39,7 @@ class Recorder:
         self.root_impl = root_impl
         self.incomplete = False
         self.asking = False
+        self.forking = False
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -52,6 +59,9 @@ class Recorder:
         def make(scope: Scope, name: str = "params") -> Any:
             if threading.get_ident() != thread:
                 return make_rng(scope, name)
+            if self.forking:
+                with self._inside():
+                    return make_rng(scope, name)
             self.record.asked.setdefault(name, []).append(tuple(scope.path))
             # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
             if name in scope.rngs or name in self.ask.streams:
@@ -84,11 +94,42 @@ class Recorder:
             _replace(Scope, make_rng=make, has_rng=has, put_variable=put)
             _replace(nn.Module, sow=sow_)
             try:
-                with nn.intercept_methods(self._layers):
+                with self._jitted_anew(thread), nn.intercept_methods(self._layers):
                     yield
             finally:
                 _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)
                 _replace(nn.Module, sow=sow)
+
+    @contextlib.contextmanager
+    def _jitted_anew(self, thread: int) -> Iterator[None]:
+        """Inside the block, `nn.jit` traces what it wraps once more, and its forking of streams counts as nobody's."""
+        trace = next(_traces)
+        fork_rngs, proxy = transforms.fork_rngs, transforms._HashableProxy
+        from_module = proxy.__dict__["from_module"]
+
+        @contextlib.contextmanager
+        def fork(module: nn.Module) -> Iterator[None]:
+            with contextlib.ExitStack() as stack:
+                self.forking = threading.get_ident() == thread
+                try:
+                    stack.enter_context(fork_rngs(module))
+                finally:
+                    self.forking = False
+                yield
+
+        def of_this_trace(cls: Any, module: nn.Module) -> Any:
+            made = from_module.__get__(None, cls)(module)
+            if threading.get_ident() != thread:
+                return made
+            return cls(made.module_ref, hash((made.hash_key, trace)))
+
+        _replace(transforms, fork_rngs=fork)
+        _replace(proxy, from_module=classmethod(of_this_trace))
+        try:
+            yield
+        finally:
+            _replace(transforms, fork_rngs=fork_rngs)
+            _replace(proxy, from_module=from_module)
 
     def _layers(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -114,9 +155,9 @@ class Recorder:
                 self.record.layers.append(layer)
 
 
-def _replace(cls: Any, **methods: Any) -> None:
+def _replace(owner: Any, **methods: Any) -> None:
     for name, method in methods.items():
-        setattr(cls, name, method)
+        setattr(owner, name, method)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,16 @@
+"""The kinds of sharp bits, by the names under which `%config FlaxMagics.notes` quiets them. Imports nothing."""
+
+KINDS = {
+    "dropout": "every dropout is off in training, or on in evaluation",
+    "norm": "BatchNorm is in the other mode than was asked",
+    "stream": "a stream that is not Flax's own is asked for",
+    "root key": "a key that the session splits is passed to a run",
+    "key again": "a key that went into an earlier run is passed again",
+    "same key": "one key is given to two arguments of a call",
+    "unused key": "a key is passed that the model does not use",
+    "zero params": "all params are zero after init",
+    "nan params": "params hold NaN after init",
+    "scalar": "a Python number stands where an array was",
+    "outdated": "variables are from before an edit",
+    "rebound": "the name stands for another module than was registered",
+}

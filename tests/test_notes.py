@@ -1,0 +1,130 @@
+"""Sharp bits: each said once where it is one, in its own words, and not where there is none."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from by_hand import notebook_x
+
+from flax_magics import Session
+from flax_magics.kinds import KINDS
+
+
+@pytest.fixture
+def session():
+    return Session(seed=0)
+
+
+def notes(run):
+    return [(note.kind, note.text, note.write) for note in run.notes]
+
+
+class Takes(nn.Module):
+    @nn.compact
+    def __call__(self, x, noise=None, other=None, train=True):
+        x = nn.Dense(2)(x)
+        if noise is not None and train:
+            x = x + jax.random.uniform(noise, x.shape)
+        return x
+
+
+def test_a_key_that_nobody_uses(session):
+    session.register("net", Takes())
+    run = session.apply("net", notebook_x(), noise=jax.random.key(5), other=jax.random.key(6))
+    assert notes(run) == [
+        (
+            "unused key",
+            "the key `other` is passed, and nothing in the model uses it",
+            "leave `other` out, or use it: jax.random.normal(other, …)",
+        )
+    ]
+
+
+def test_a_key_of_the_draw_that_nobody_uses(session):
+    session.register("net", Takes())
+    assert [kind for kind, *_ in notes(session.apply("net", notebook_x(), key="other"))] == ["unused key"]
+
+
+def test_a_key_is_not_needed_in_evaluation(session):
+    session.register("net", Takes())
+    assert notes(session.apply("net", notebook_x(), noise=jax.random.key(5), mode="eval")) == []
+    assert notes(session.apply("net", notebook_x(), noise=jax.random.key(6), train=False)) == []
+
+
+def test_one_key_for_two_arguments(session):
+    session.register("net", Takes())
+    key = jax.random.key(5)
+    said = notes(session.apply("net", notebook_x(), noise=key, other=key))
+    assert said[0] == (
+        "same key",
+        "`noise` and `other` are given the same key: they get the same numbers",
+        "key_a, key_b = jax.random.split(key)",
+    )
+
+
+def test_params_that_are_zero_throughout(session):
+    zeros = nn.initializers.zeros
+    session.register("net", nn.Sequential([nn.Dense(3, kernel_init=zeros), nn.Dense(2, kernel_init=zeros)]))
+    text = "all params are zero after init: the layers compute the same, and get the same gradients"
+    expected = [("zero params", text, "kernel_init=nn.initializers.lecun_normal()")]
+    session.init("net", notebook_x())
+    assert notes(session.runs[-1]) == expected
+    assert notes(session.apply("net", notebook_x())) == []
+
+
+@pytest.mark.parametrize(
+    "net",
+    [nn.Sequential([nn.Dense(3), nn.Dense(2, kernel_init=nn.initializers.zeros)]), nn.BatchNorm(True, use_scale=False)],
+    ids=["one layer of two", "a bias alone"],
+)
+def test_layers_that_begin_at_zero_are_no_sharp_bit(session, net):
+    session.register("net", net)
+    assert notes(session.apply("net", notebook_x())) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_params_that_hold_nan(session, dtype):
+    net = nn.Sequential([nn.Dense(3), nn.Dense(2, kernel_init=nn.initializers.constant(jnp.nan), param_dtype=dtype)])
+    session.register("net", net)
+    run = session.apply("net", notebook_x())
+    text = "layers_1/kernel holds NaN after init: look at its initializer"
+    assert notes(run) == [("nan params", text, "kernel_init=nn.initializers.lecun_normal()")]
+
+
+class Scaled(nn.Module):
+    def __call__(self, x, scale):
+        return x * scale
+
+
+def test_a_python_number_where_an_array_was(session):
+    session.register("net", Scaled())
+    assert notes(session.apply("net", notebook_x(), 2.0)) == []
+    assert notes(session.apply("net", notebook_x(), jnp.float32(2.0))) == []
+    text = "`scale` is a Python number where an array was before: that is another program"
+    assert notes(session.apply("net", notebook_x(), 2.0)) == [("scalar", text, "jnp.asarray(scale)")]
+    assert notes(session.apply("net", notebook_x(), 3.0)) == []
+
+
+def test_every_kind_has_words_of_its_own():
+    assert len(set(KINDS.values())) == len(KINDS) == 12
+
+
+def test_a_kind_is_quieted_by_its_name(notebook):
+    notebook("%%flaxmodel net = Noisy()\nclass Noisy(nn.Module):\n  def __call__(self, x):\n"
+             "    return x + jax.random.uniform(self.make_rng('noise'), x.shape)")  # fmt: skip
+    notebook("%config FlaxMagics.notes = {'stream': False}")
+    assert "noise` is asked for" not in notebook("%flax_apply -o run net(x);")
+    assert [note.kind for note in notebook["run"].notes] == ["stream"]
+    notebook("%flaxmodel again = Noisy()")
+    notebook("%config FlaxMagics.notes = {}")
+    assert "noise` is asked for" in notebook("%flax_apply again(x);")
+
+
+def test_a_kind_that_there_is_not_is_refused(notebook, caplog):
+    notebook("%config FlaxMagics.notes = {'streams': False}")
+    assert caplog.messages[-1].startswith("no sharp bit is of the kind `streams`; the kinds: dropout, norm, stream,")
+    assert "did you mean" in caplog.messages[-1].lower()
+    notebook("%config FlaxMagics.notes = {'stream': 0}")
+    assert caplog.messages[-1] == "`stream` is said (True) or not (False), not 0."
