@@ -264,7 +264,7 @@ def _describe(tree: Any) -> str:
         return f"({inner},)" if len(tree) == 1 else f"({inner})"
     if tree is None or isinstance(tree, (bool, int, float, complex, str)):
         return repr(tree)
-    if callable(tree) and isinstance(getattr(tree, "__name__", None), str):
+    if callable(tree) and not isinstance(tree, type) and isinstance(getattr(tree, "__name__", None), str):
         return str(tree.__name__)
     leaves = jax.tree_util.tree_leaves(tree)
     if leaves and not (len(leaves) == 1 and leaves[0] is tree):

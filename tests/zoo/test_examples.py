@@ -28,7 +28,7 @@ def variables_of(notebook: Any, name: str) -> dict[str, Any]:
 def test_imagenet_resnet(notebook, model_cell):
     model_cell(
         "examples/imagenet/models.py",
-        "net = ResNet(stage_sizes=[1, 1], block_cls=ResNetBlock, num_classes=3, num_filters=4)",
+        "net = ResNet(stage_sizes=[1], block_cls=ResNetBlock, num_classes=3, num_filters=4)",
     )
     notebook("image = jax.random.uniform(jax.random.key(42), (2, 16, 16, 3))")
     net, image = notebook["net"], notebook["image"]
