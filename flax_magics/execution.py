@@ -14,7 +14,7 @@ from .errors import FlaxMagicsError, did_you_mean
 from .keys import SPLIT, Draw
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
-from .notes import SeenKeys, join, of_mode, of_streams, summary
+from .notes import SeenKeys, join, of_mode, of_rngs, of_streams, summary
 from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Programs, devices_of
 from .ready import Job, Ready, compiled, eager
@@ -59,6 +59,8 @@ class Execution:
     by_hand: str
     keys_in_call: tuple[bytes, ...]
     """Data of keys that the user passed in the call."""
+    write: Callable[[], None] | None = None
+    """Writes what the run changed into a model that holds its own variables."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,11 @@ def execute(
         both = {**updates, **sown}
         output = (output, {name: both[name] for name in options.mutable if name in both})
     keep = options.variables is None and options.draw is None
-    kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
+    commit = entry.model.commit(updates, record)
+    names = tuple(updates) if commit is None else commit.changed
+    kept = _kept(start.entry, updates if keep and commit is None else {}, ready, call, prepared.mode)
+    if commit is not None and keep:
+        kept = replace(kept, updates={**kept.updates, **{name: kept.updates.get(name, 0) + 1 for name in names}})
     keys = {**{name: draw.stream(name) for name in SPLIT}, **argument_keys}
     for name in sorted(ready.ask.streams - set(SPLIT)):
         keys[name] = draw.stream(name)
@@ -131,7 +137,7 @@ def execute(
         sown=sown,
         keys=keys,
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
-        changed={name: kept.updates[name] for name in sorted(updates)} if keep else {},
+        changed={name: kept.updates[name] for name in sorted(names)} if keep else {},
         device=ready.device or devices_of((output, ready.variables)),
         program=ready.origin,
         reason=ready.reason,
@@ -148,15 +154,21 @@ def execute(
             steady=Steady(tuple(times)) if options.repeat > 1 else None,
         ),
         memory=with_peak(ready.memory),
-        notes=(*of_mode(prepared.mode, record), *of_streams(record, told), *seen.notes(in_call)),
+        notes=(
+            *of_mode(prepared.mode, record),
+            *of_streams(record, told),
+            *seen.notes(in_call),
+            *of_rngs(prepared.own_rngs, record),
+        ),
         made=start.made,
-        by_hand=entry.model.by_hand(
+        by_hand=prepared.model.by_hand(
             call.text,
             call.method,
             prepared.switch if options.mode else (),
             tuple(sorted(ready.ask.streams)),
-            tuple(sorted({*updates, *sown, *options.mutable})),
+            tuple(sorted({*names, *sown, *options.mutable})),
         ),
+        write=commit.write if commit is not None and keep else None,
         keys_in_call=tuple(in_call.values()),
     )
 
@@ -231,6 +243,11 @@ def _start(
     params_taken: bool,
 ) -> _Start:
     """The variables to run with: given, there, or initialised in this draw."""
+    held = entry.model.take()
+    if held is not None:
+        if options.variables is not None:
+            held = entry.model.read_state(entry.name, options.variables)
+        return _Start(entry, held, taken=params_taken or "params" in options.key)
     if options.variables is not None:
         check_variables(entry.name, options.variables)
         return _Start(entry, options.variables, taken=params_taken)

@@ -64,6 +64,12 @@ def of_streams(record: Record, told: Container[str]) -> Iterator[Note]:
         yield Note("stream", text)
 
 
+def of_rngs(own: bool, record: Record) -> Iterator[Note]:
+    """The call has `rngs` of the user's, so that what the session drew is for the streams that the model holds, if any."""
+    if own and not record.asked:
+        yield Note("rngs", "rngs: yours, draw unused")
+
+
 class SeenKeys:
     """Keys that went into runs, and roots that the session has split or will split."""
 
@@ -102,8 +108,8 @@ class SeenKeys:
 
 
 def summary(tree: Mapping[str, Any]) -> tuple[int, int]:
-    """Elements of `params`, and bytes of everything; of arrays or of their shapes."""
-    parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", {})))
+    """Elements of `params` (of NNX's `Param`), and bytes of everything; of arrays or of their shapes."""
+    parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", tree.get("Param", {}))))
     return parameters, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
 
 
