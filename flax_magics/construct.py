@@ -72,6 +72,19 @@ def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, Any]:
     return {name: draw.stream(name, taken=taken and name == "params") for name in SPLIT}
 
 
+def constructor(cls: Any) -> inspect.Signature:
+    """The signature of a class's construction. Raises TypeError or ValueError where there is none.
+
+    NNX's metaclass takes anything and hands it to `__init__`, so that is where to look.
+    """
+    from flax import nnx
+
+    if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
+        return inspect.signature(cls)
+    signature = inspect.signature(cls.__init__)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 def takes_rngs(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `function` is an NNX module class whose constructor takes `rngs`, and the call gives none."""
     from flax import nnx
@@ -79,7 +92,7 @@ def takes_rngs(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     if not (isinstance(function, type) and issubclass(function, nnx.Module)):
         return False
     try:
-        signature = inspect.signature(function)
+        signature = constructor(function)
         return "rngs" in signature.parameters and "rngs" not in signature.bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
         return False

@@ -200,8 +200,10 @@ def _kind(value: Any) -> str:
 
 def needed_fields(cls: type) -> list[str]:
     """Arguments that the class cannot be built without."""
+    from ..construct import constructor
+
     try:
-        signature = inspect.signature(cls)
+        signature = constructor(cls)
     except (TypeError, ValueError):
         return []
     needed = []

@@ -20,6 +20,9 @@ from flax import nnx
 from ..errors import FlaxMagicsError
 from . import Path
 
+SIMPLE = (bool, int, float, complex, str, bytes)
+_DATA = (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, list, dict)
+
 Values = dict[str, dict[str, Any]]
 """Variable type → path → array: `{'Param': {'linear/kernel': …}}`. An array without a Variable is of type `Array`."""
 
@@ -139,6 +142,20 @@ class Layout:
     nodes: tuple[tuple[Path, Any], ...]
     """The graph's modules and containers, with what they held."""
     held: tuple[Any, ...]
+    switches: dict[bool | None, tuple[str, ...]] = field(default_factory=dict)
+    """How the switches between training and evaluation read, by mode."""
+
+    @cached_property
+    def static(self) -> tuple[Any, ...]:
+        """The classes of the graph, and its static values that may be read or changed behind the graphdef's back."""
+        values: dict[int, Any] = {}
+        for _, node in self.nodes:
+            for _, value in parts_of(node) or ():
+                if value is not None and not isinstance(value, (*SIMPLE, *_DATA)):
+                    values[id(value)] = value
+        classes = dict.fromkeys(type(node) for _, node in self.nodes)
+        kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
+        return (*classes, *kinds, *values.values())
 
     @classmethod
     def of(cls, module: Any) -> Layout:

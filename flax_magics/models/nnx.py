@@ -14,11 +14,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
 from ..fingerprint import fingerprint
 from . import Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables
 from .graph import (
     GRAPH,
+    SIMPLE,
     Kept,
     Layout,
     Rebuilt,
@@ -118,8 +120,7 @@ class NnxModel:
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """Every attribute of a switch's name, on every module of the copy that runs."""
-        found = Counter(setting for _, _, _, setting in _switches(self.layout.nodes, train))
-        return replace(self, mode=train), _compact(found)
+        return replace(self, mode=train), self._switches_read(train)
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
         """See `Model`; an NNX module is initialised where it is built."""
@@ -127,7 +128,14 @@ class NnxModel:
 
     def fields_as_written(self) -> tuple[str, ...]:
         """See `Model`."""
-        return _compact(Counter(setting for _, _, _, setting in _switches(self.layout.nodes, None)))
+        return self._switches_read(None)
+
+    def _switches_read(self, train: bool | None) -> tuple[str, ...]:
+        layout = self.layout
+        if train not in layout.switches:
+            found = Counter(setting for _, _, _, setting in _switches(layout.nodes, train))
+            layout.switches[train] = _compact(found)
+        return layout.switches[train]
 
     # -- what it holds
 
@@ -175,16 +183,11 @@ class NnxModel:
         return None if code is None else (code, self.layout.graphdef, self.mode, self.gives_rngs)
 
     def code(self) -> bytes | None:
-        """A digest of the classes and static values in the graph, None where something is not plain."""
-        static = []
-        for path, node in self.layout.nodes:
-            if isinstance(node, nnx.Pytree):
-                for name, value in parts_of(node) or ():
-                    if not isinstance(value, (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, list, dict, tuple)):
-                        static.append((spell(path), name, value))
-        classes = dict.fromkeys(type(node) for _, node in self.layout.nodes)
-        kinds = dict.fromkeys(type(slot.leaf) for slot in self.layout.slots if slot.holder is None)
-        return fingerprint((tuple(classes), tuple(kinds), tuple(static)))
+        """A digest of the classes in the graph, and of its static values that are more than numbers and text.
+
+        None where something is not plain. Where each value stands is the graphdef's to say.
+        """
+        return fingerprint(self.layout.static)
 
     def print(self) -> bytes | None:
         """The same with the graph's shape: what an unchanged cell makes again."""
@@ -192,7 +195,13 @@ class NnxModel:
         if code is None:
             return None
         shapes = [(slot.collection, slot.name, _shape(slot.read())) for slot in self.layout.slots if not slot.sown]
-        return hashlib.sha256(code + repr(shapes).encode()).digest()
+        values = [
+            (spell(path), name, value)
+            for path, node in self.layout.nodes
+            for name, value in parts_of(node) or ()
+            if value is None or isinstance(value, SIMPLE)
+        ]
+        return hashlib.sha256(code + repr((shapes, values)).encode()).digest()
 
     def sample(self) -> bytes:
         """A digest of the first elements of every variable but the streams' own: tells a new seed from the same one."""
@@ -342,7 +351,7 @@ def reseed(module: Any, keys: Mapping[str, Any]) -> None:
 
 def _parameters(cls: type) -> list[str]:
     try:
-        return list(inspect.signature(cls).parameters)
+        return list(constructor(cls).parameters)
     except (TypeError, ValueError):
         return []
 
