@@ -118,7 +118,7 @@ def execute(
         both = {**updates, **sown}
         output = (output, {name: both[name] for name in options.mutable if name in both})
     keep = options.variables is None and options.draw is None
-    commit = entry.model.commit(updates, record)
+    commit = prepared.model.commit(updates, record)
     names = tuple(updates) if commit is None else commit.changed
     kept = _kept(start.entry, updates if keep and commit is None else {}, ready, call, prepared.mode)
     if commit is not None and keep:

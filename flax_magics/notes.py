@@ -19,6 +19,11 @@ KNOWN_STREAMS = ("params", "dropout", "default")
 OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new ones")
 
 
+def outdated_own(name: str) -> Note:
+    """The same of an NNX module that the user's own code built."""
+    return Note("outdated", "variables from before the edit: its cell again after `del` gives new ones", f"del {name}")
+
+
 def join(path: Iterable[str]) -> str:
     """A module's path as Flax writes it; the model itself is `(the model)`."""
     return "/".join(path) or "(the model)"

@@ -22,7 +22,7 @@ from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
 from .keys import Draw, Root
 from .models import adopt, is_module_class, spell_construction
-from .notes import OUTDATED, SeenKeys, summary
+from .notes import OUTDATED, SeenKeys, outdated_own, summary
 from .prepare import Call, as_names, init_by_hand, method_path, prepare_init, spell_call
 from .program import Programs, devices_of
 from .registry import Change, Entry, Models, RegisteredModel
@@ -446,7 +446,7 @@ class Session:
 
         notes = (*notes, *done.notes)
         if entry.outdated and done.made is None and options.variables is None:
-            notes = (*notes, OUTDATED)
+            notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
         run = Run(
             command="apply",
             model=name,

@@ -155,6 +155,19 @@ def test_rngs_written_in_the_call_stand(session):
     assert run.used == {}
 
 
+def test_the_users_rngs_move_on_as_they_do_by_hand(session):
+    x, net, other = an_input(), Taking(nnx.Rngs(0)), Taking(nnx.Rngs(0))
+    mine, theirs = nnx.Rngs(dropout=7), nnx.Rngs(dropout=7)
+    session.register("net", net)
+    for _ in range(2):
+        y = nnx.jit(lambda net, x, rngs: net(x, rngs=rngs))(other, x, theirs)
+        assert bits(session.apply("net", x, rngs=mine).output) == bits(y)
+        assert bits(nnx.state(mine)) == bits(nnx.state(theirs))
+    state = bits(nnx.state(mine))
+    session.apply("net", x, rngs=mine, draw=1)
+    assert bits(nnx.state(mine)) == state
+
+
 class Noisy(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.rngs = rngs

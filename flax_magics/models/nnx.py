@@ -40,6 +40,8 @@ from .switch import WHEN_TRAINING, read_fields, set_fields, value_of
 
 STRUCTURE = "(structure)"
 """Where a run's result keeps the variables of a graph that the run changed."""
+ARGUMENTS = "(arguments)"
+"""Where a run's result keeps what it changed in NNX objects that the call passed, such as the counts of an Rngs."""
 SUPPLIED = ("params", "dropout")
 """Streams of the Rngs that the session makes."""
 
@@ -53,6 +55,8 @@ class NnxModel:
     """True: training is set on the copy that runs; None: as the module has it."""
     gives_rngs: bool = False
     """The call takes `rngs`, and the session makes them."""
+    passed: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    """Variables of the NNX objects in the call, in order."""
     written: str = ""
     """The construction, where the session made it: `Net(8, 3)`."""
     _kept: Kept = field(default_factory=Kept, repr=False, compare=False)
@@ -222,13 +226,15 @@ class NnxModel:
 
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
         """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some."""
+        passed = _variables((args, kwargs))
+        model = replace(self, passed=passed) if passed else self
         if "rngs" not in signature.parameters:
-            return self, False
+            return model, False
         try:
             written = "rngs" in signature.bind_partial(*args, **kwargs).arguments
         except TypeError:
             written = "rngs" in kwargs
-        return (self, True) if written else (replace(self, gives_rngs=True), False)
+        return (model, True) if written else (replace(model, gives_rngs=True), False)
 
     def supplies(self) -> tuple[str, ...]:
         """`rngs`, where the call takes some and has none."""
@@ -250,6 +256,8 @@ class NnxModel:
             mark(copy)
             held = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
             handed = None
+            passed = _variables((args, kwargs))
+            given = [raw(variable) for variable in passed]
             if self.gives_rngs:
                 own = layout.tags - set(SUPPLIED)
                 handed = nnx.Rngs(**{name: keys[name] for name in sorted(ask.streams - own)})
@@ -273,6 +281,13 @@ class NnxModel:
             sown = _pop_sown(copy, tuple(watcher.sown - {type(slot.leaf) for slot in layout.slots}))
             record.sown |= set(sown)
             updates: dict[str, Any] = dict(sown)
+            moved = {
+                str(i): raw(variable)
+                for i, (variable, old) in enumerate(zip(passed, given, strict=True))
+                if not same(old, raw(variable))
+            }
+            if moved:
+                updates[ARGUMENTS] = moved
             if any(_other(node, parts) for node, parts in held):
                 undo()
                 record.structure, updates[STRUCTURE] = _structure(copy, before)
@@ -292,7 +307,7 @@ class NnxModel:
         """See `Model`. What is written is the module's own objects."""
         layout, structure = self.layout, record.structure
         streams = {slot.collection for slot in layout.slots if isinstance(slot.leaf, nnx.RngState)}
-        changed = [name for name in updates if name != STRUCTURE and name not in streams]
+        changed = [name for name in updates if name not in (STRUCTURE, ARGUMENTS) and name not in streams]
         if structure is not None:
             changed += [name for name in structure.added if name not in changed and name not in streams]
 
@@ -301,6 +316,8 @@ class NnxModel:
                 structure.put_into(layout, updates[STRUCTURE])
             else:
                 layout.write(updates)
+            for i, value in updates.get(ARGUMENTS, {}).items():
+                set_raw(self.passed[int(i)], value)
 
         return Commit(tuple(changed), write)
 
@@ -332,6 +349,17 @@ class NnxModel:
             inside = call.rpartition(")")[0].rstrip(", ")
             call = f"{inside}{'' if inside.endswith('(') else ', '}rngs=nnx.Rngs({made}))"
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
+
+
+def _variables(tree: Any) -> tuple[Any, ...]:
+    """The variables of all NNX objects in a tree of arguments, in order."""
+    found = []
+    for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
+        if isinstance(leaf, nnx.Variable):
+            found.append(leaf)
+        elif isinstance(leaf, nnx.Pytree):
+            found += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
+    return tuple(found)
 
 
 def reseed(module: Any, keys: Mapping[str, Any]) -> None:
