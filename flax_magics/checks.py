@@ -30,16 +30,23 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
 
     first = prepare_init(name, model, call)
     prepared = prepare(name, model, Call(call.method, first.args, first.kwargs, call.text), None)
-    made = initialised(first.model, key, call.method, first.args, first.kwargs)
-    parameters, size = summary(made.shapes or {})
+    holding: Any = model
+    if model.holds_variables:
+        variables = prepared.model.take() or {}
+        shapes = holding.collections()
+    else:
+        shapes = variables = initialised(first.model, key, call.method, first.args, first.kwargs).shapes or {}
+    parameters, size = summary(shapes)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
     impl = str(jax.random.key_impl(key))
     request = Request(
-        name, prepared.model, call.method, arguments, made.shapes or {},
+        name, prepared.model, call.method, arguments, variables,
         lambda streams: {stream: jax.random.fold_in(key, stream_tag(stream) & 0xFFFF) for stream in streams}, impl,
     )  # fmt: skip
     traced, _, record = trace(request)
     output, updates = traced.out_info
+    if model.holds_variables:
+        updates = dict.fromkeys(holding.commit(updates, record).changed)
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]
     if updates:
         rows.append(("writes", ", ".join(sorted(updates))))

@@ -15,7 +15,7 @@ from .keys import SPLIT, Draw, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
 from .models.axes import inside
-from .notes import SeenKeys, join, of_mode, of_params, of_scalars, of_streams, of_unused, summary
+from .notes import SeenKeys, join, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused, summary
 from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Programs, devices_of
 from .ready import Job, Ready, compiled, eager
@@ -60,6 +60,8 @@ class Execution:
     by_hand: str
     keys_in_call: tuple[bytes, ...]
     """Data of keys that the user passed in the call."""
+    write: Callable[[], None] | None = None
+    """Writes what the run changed into a model that holds its own variables."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,11 @@ def execute(
         both = {**updates, **sown}
         output = (output, {name: both[name] for name in options.mutable if name in both})
     keep = options.variables is None and options.draw is None
-    kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
+    commit = prepared.model.commit(updates, record)
+    written = tuple(updates) if commit is None else commit.changed
+    kept = _kept(start.entry, updates if keep and commit is None else {}, ready, call, prepared.mode)
+    if commit is not None and keep:
+        kept = replace(kept, updates={**kept.updates, **{name: kept.updates.get(name, 0) + 1 for name in written}})
     names = {name: (name, False) for name in (*SPLIT, *options.key, *sorted(ready.ask.streams))}
     if start.taken and "params" in ready.ask.streams:
         names["params (folded)"] = ("params", True)
@@ -129,6 +135,7 @@ def execute(
     notes += of_unused(prepared.switch, (*in_call, *options.key), record.unused)
     notes += of_params(start.variables) if start.made is not None else ()
     notes += of_scalars(ready.scalars)
+    notes += of_rngs(prepared.own_rngs, record)
     return Execution(
         entry=kept,
         inputs=(prepared.args, prepared.kwargs),
@@ -136,7 +143,7 @@ def execute(
         sown=sown,
         keys=Streams(draw, names),
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
-        changed={name: kept.updates[name] for name in sorted(updates)} if keep else {},
+        changed={name: kept.updates[name] for name in sorted(written)} if keep else {},
         device=ready.device or devices_of((output, ready.variables)),
         program=ready.origin,
         reason=ready.reason,
@@ -157,14 +164,15 @@ def execute(
         made=start.made,
         by_hand=inside(
             ready.ask.axes,
-            entry.model.by_hand(
+            prepared.model.by_hand(
                 call.text,
                 call.method,
                 prepared.switch if options.mode else (),
                 tuple(sorted(ready.ask.streams)),
-                tuple(sorted({*updates, *sown, *options.mutable})),
+                tuple(sorted({*written, *sown, *options.mutable})),
             ),
         ),
+        write=commit.write if commit is not None and keep else None,
         keys_in_call=tuple(in_call.values()),
     )
 
@@ -239,6 +247,11 @@ def _start(
     params_taken: bool,
 ) -> _Start:
     """The variables to run with: given, there, or initialised in this draw."""
+    held = entry.model.take()
+    if held is not None:
+        if options.variables is not None:
+            held = entry.model.read_state(entry.name, options.variables)
+        return _Start(entry, held, taken=params_taken or "params" in options.key)
     if options.variables is not None:
         check_variables(entry.name, options.variables)
         return _Start(entry, options.variables, taken=params_taken)

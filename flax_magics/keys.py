@@ -40,6 +40,16 @@ def _splitter(impl: str) -> Any:
     return jax.jit(split)
 
 
+@lru_cache(maxsize=8)
+def _folder(impl: str) -> Any:
+    """Folds a tag into key data of one PRNG implementation, in one dispatch."""
+
+    def fold(data: jax.Array, tag: Any) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data, impl=impl), tag))
+
+    return jax.jit(fold)
+
+
 @dataclass(frozen=True)
 class Draw:
     """One draw from the root key: its number under its seed, and the root that it splits (host data, uncommitted)."""
@@ -69,7 +79,15 @@ class Draw:
         """
         if name in SPLIT and not taken:
             return as_key(self._split[1 + SPLIT.index(name)].tobytes(), self.impl)
-        return jax.random.fold_in(as_key(self.root, self.impl), np.uint32(stream_tag(name)))
+        if name not in self._folded:
+            self._folded[name] = np.asarray(
+                _folder(self.impl)(_words(self.root), np.uint32(stream_tag(name)))
+            ).tobytes()
+        return as_key(self._folded[name], self.impl)
+
+    @cached_property
+    def _folded(self) -> dict[str, bytes]:
+        return {}
 
 
 @dataclass(frozen=True)

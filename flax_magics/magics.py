@@ -6,6 +6,7 @@ Nothing here imports JAX or Flax before a command is used.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import wraps
@@ -66,6 +67,9 @@ def _hints(error: Exception) -> tuple[str, ...]:
         return ("the model looks at a value while it is compiled; to run it op by op: %flax_apply --eager …",)
     if isinstance(error, ValueError) and "must be passed to the constructor or at call time" in str(error):
         return ("it is the model's switch: %flax_apply --train … or --eval … sets it",)
+    lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
+    if lacking is not None:
+        return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
     return ()
 
 

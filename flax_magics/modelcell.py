@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .call import Assignment, parse_assignment, parse_call
+from .construct import Recipe, takes_rngs
 from .errors import FlaxMagicsError, did_you_mean
+from .expression import Expression
 from .fingerprint import fingerprint
 from .models import adopt, is_module, is_module_class, needed_fields, spell_construction
 from .sessions import Session
@@ -19,19 +22,24 @@ Namespace = dict[str, Any]
 
 @dataclass(frozen=True)
 class Found:
-    """Modules to register by name; names to bind once that has worked; names that the cell bound anew, as they were."""
+    """Modules to register by name; names to bind once that has worked; names that the cell bound anew, as they were.
+
+    A Recipe stands for an NNX module that the session is to build. `anew` are names that stood for nothing before.
+    """
 
     modules: Mapping[str, Any]
     bind: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, Any] = field(default_factory=dict)
+    anew: frozenset[str] = frozenset()
 
 
 def from_line(text: str, user_ns: Namespace, local_ns: Namespace) -> Found:
     """`net = Net(3)`, or `net` for what is in the namespace already."""
     name, expression = parse_assignment(text)
     if expression is not None:
-        value = expression.evaluate(user_ns, local_ns)
-        adopt(value, name)
+        value = build(expression, user_ns, local_ns)
+        if not isinstance(value, Recipe):
+            adopt(value, name)
         return Found({name: value}, {name: value})
     names = {**user_ns, **local_ns}
     if name not in names:
@@ -64,7 +72,7 @@ def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Ma
     if line is not None:
         name, expression = line
         if expression is not None:
-            bind[name] = modules[name] = expression.evaluate(user_ns)
+            bind[name] = modules[name] = build(expression, user_ns)
         elif name in values and is_module_class(values[name]):
             modules = {name: _from_defaults(values[name])}
         elif name not in modules:
@@ -79,11 +87,28 @@ def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Ma
             )
         modules = {classes[-1]: _from_defaults(values[classes[-1]])}
     changed = {name: before[name] for name, value in values.items() if name in before and before[name] is not value}
-    return Found(modules, bind, changed)
+    return Found(modules, bind, changed, frozenset(name for name in modules if name not in before))
+
+
+def build(expression: Expression, user_ns: Namespace, local_ns: Mapping[str, Any] | None = None) -> Any:
+    """The expression's value; of an NNX construction that gives no `rngs` the Recipe, for the session to build."""
+    call = expression.tree
+    if (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, (ast.Name, ast.Attribute))
+        and not any(keyword.arg == "rngs" for keyword in call.keywords)
+    ):
+        function = Expression(expression.text, call.func).evaluate(user_ns, local_ns)
+        if is_module_class(function) and takes_rngs(function, (), {}):
+            _, args, kwargs = expression.construct(user_ns, local_ns)
+            return Recipe.of(function, args, kwargs, ast.unparse(call)) or function(*args, **kwargs)
+    return expression.evaluate(user_ns, local_ns)
 
 
 def _from_defaults(cls: Any, command: str = "%%flaxmodel") -> Any:
     needed = needed_fields(cls)
+    if needed in ([], ["rngs"]) and takes_rngs(cls, (), {}):
+        return Recipe(cls, (), {}, f"{cls.__name__}()")
     if needed:
         names = " and ".join([", ".join(needed[:-1]), needed[-1]] if len(needed) > 1 else needed)
         raise FlaxMagicsError(f"{cls.__name__} needs {names}.", write=spell_construction(cls, command))
@@ -104,7 +129,8 @@ def check(
         known = ", ".join(found.modules)
         raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")
     args, kwargs = parsed.evaluate(user_ns, local_ns)
-    model = adopt(found.modules[parsed.target], parsed.target)
+    module = found.modules[parsed.target]
+    model = adopt(module.abstract() if isinstance(module, Recipe) else module, parsed.target)
     return check_call(parsed.target, model, Call(parsed.method, args, kwargs, parsed.call), session.root_key)
 
 
@@ -113,8 +139,13 @@ def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tup
 
     When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
     """
-    changes = session.register_all(found.modules)
-    user_ns.update(found.bind)
+    changes = session.register_all(found.modules, anew=found.anew)
+    user_ns.update(
+        {
+            name: session.models[name].module if isinstance(value, Recipe) else value
+            for name, value in found.bind.items()
+        }
+    )
     if all(change.state == "unchanged" for change in changes):
         for change in changes:
             if is_module(user_ns.get(change.name)):

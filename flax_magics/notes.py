@@ -21,6 +21,11 @@ KNOWN_STREAMS = ("params", "dropout", "default")
 OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new ones")
 
 
+def outdated_own(name: str) -> Note:
+    """The same of an NNX module that the user's own code built."""
+    return Note("outdated", "variables from before the edit: its cell again after `del` gives new ones", f"del {name}")
+
+
 def join(path: Iterable[str]) -> str:
     """A module's path as Flax writes it; the model itself is `(the model)`."""
     return "/".join(path) or "(the model)"
@@ -113,6 +118,12 @@ def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str
             yield Note("unused key", text, f"leave `{name}` out, or use it: jax.random.normal({name}, …)")
 
 
+def of_rngs(own: bool, record: Record) -> Iterator[Note]:
+    """The call has `rngs` of the user's, so that what the session drew is for the streams that the model holds, if any."""
+    if own and not record.asked:
+        yield Note("rngs", "rngs: yours, draw unused")
+
+
 class SeenKeys:
     """Keys that went into runs, and roots that the session has split or will split."""
 
@@ -157,8 +168,8 @@ class SeenKeys:
 
 
 def summary(tree: Mapping[str, Any]) -> tuple[int, int]:
-    """Elements of `params`, and bytes of everything; of arrays or of their shapes."""
-    parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", {})))
+    """Elements of `params` (of NNX's `Param`), and bytes of everything; of arrays or of their shapes."""
+    parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", tree.get("Param", {}))))
     return parameters, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
 
 

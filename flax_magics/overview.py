@@ -27,8 +27,9 @@ def status(session: Session) -> Status:
     models = []
     for name, model in session.models.items():
         text = "not initialised"
-        if model.variables is not None:
-            parameters, size = summary(model.variables)
+        collections = model.collections()
+        if collections is not None:
+            parameters, size = summary(collections)
             text = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
         models.append(Model(name, model.describe(), text))
     devices = []
@@ -59,7 +60,11 @@ def restarted(restart: Restart) -> str:
     lines = [f"root key restarted: seed {restart.seed}, next is draw 1"]
     if restart.fresh:
         lines[0] += " · every model is initialised anew at its next use"
-        return lines[0]
+        if restart.keeping:
+            names = ", ".join(restart.keeping)
+            verb = "keeps its" if len(restart.keeping) == 1 else "keep their"
+            lines.append(f"! {names} {verb} variables until the cell that built {names} is run again")
+        return "\n".join(lines)
     if restart.keeping:
         names = ", ".join(restart.keeping)
         lines.append(f"! {names} keep{'s' if len(restart.keeping) == 1 else ''} the variables that were there")

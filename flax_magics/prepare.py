@@ -33,6 +33,8 @@ class Prepared:
     signature: inspect.Signature
     switch: tuple[str, ...]
     mode: str
+    own_rngs: bool = False
+    """The call has `rngs` of the user's, where the session would have given some."""
 
 
 def prepare(name: str, model: Model, call: Call, mode: str | None) -> Prepared:
@@ -67,8 +69,10 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> Prepared:
             switch.append(f"{key}={value_of(key, train)}")
         model, fields = model.fields_in_mode(train, fixed=frozenset(given))
         switch += fields
-    check_arguments(name, call, signature, kwargs)
-    return Prepared(model, call.args, kwargs, signature, tuple(switch), mode or "as written")
+    model, own_rngs = model.given(signature, call.args, kwargs)
+    supplied = model.supplies()
+    check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(supplied)})
+    return Prepared(model, call.args, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
 
 
 def prepare_init(name: str, model: Model, call: Call) -> Prepared:

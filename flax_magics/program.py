@@ -100,7 +100,11 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
 
     A stream or collection is given only if the model asked for it in a trace; a guess that gave too much is corrected.
     """
-    ask = replace(request.guess, mutable=request.guess.mutable | request.mutable)
+    ask = replace(
+        request.guess,
+        streams=request.guess.streams | request.model.streams(),
+        mutable=request.guess.mutable | request.mutable,
+    )
     for _ in range(16):
         record = Record()
         forward = request.model.forward(request.method, ask, record, request.impl)
@@ -147,7 +151,7 @@ def needs(record: Record, request: Request) -> Ask:
 
     `has_rng` alone is not asking, except that `--train` answers a model which uses `has_rng('dropout')` as its switch.
     """
-    streams = set(record.asked)
+    streams = set(record.asked) | record.held
     if request.training and "dropout" in record.queried:
         streams.add("dropout")
     return Ask(frozenset(streams), frozenset(record.written) | request.mutable, frozenset(record.axes))

@@ -154,7 +154,8 @@ def eager(job: Job) -> Ready:
     except Exception as error:
         if not is_tracer_error(error):
             raise
-        ask, record = Ask(job.guess.streams | {"dropout"}, job.guess.mutable | job.mutable), Record()
+        streams = job.guess.streams | {"dropout"} | job.prepared.model.streams()
+        ask, record = Ask(streams, job.guess.mutable | job.mutable), Record()
     ready = Ready(lambda: None, job.variables, arguments, ask, record, "eager")
     args, kwargs = arguments.rebuild(arguments.dynamic)
 
@@ -178,7 +179,7 @@ def eager(job: Job) -> Ready:
 
 def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
     """Equal keys mean that tracing would give the same program; None if that cannot be told."""
-    model = fingerprint(job.prepared.model.module)
+    model = job.prepared.model.key()
     static = fingerprint(arguments.static)
     if model is None or static is None:
         return None

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
-from .edits import Edit, Initialised, compare
+from .construct import Built
+from .edits import Edit, Initialised, compare, differences
 from .errors import FlaxMagicsError
-from .fingerprint import fingerprint
 from .models import Ask, Model, adopt
 
 if TYPE_CHECKING:
@@ -41,6 +41,17 @@ class Entry:
     guesses: Mapping[Any, Ask] = field(default_factory=dict)
     forced: frozenset[tuple[Any, str]] = frozenset()
     """Int arguments, by method, whose value the model needs."""
+    built: Built | None = None
+    """How the session built the module (NNX), None where the user did."""
+    stale: bool = False
+    """A module that holds its variables is to be built anew at its next use."""
+    first: bytes | None = None
+    """A digest of such a module's variables as they were when it was registered."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are variables."""
+        return self.variables is not None or self.model.holds_variables
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,9 @@ class Change:
     name: str
     state: Literal["new", "unchanged", "changed"]
     changes: tuple[str, ...] = ()
-    variables: Literal["none", "kept", "dropped"] = "none"
+    variables: Literal["none", "kept", "dropped", "own"] = "none"
+    write: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    """Carries the variables over into a module that holds its own."""
 
 
 def register(old: Entry | None, name: str, module: Any) -> tuple[Entry, Change]:
@@ -62,20 +75,59 @@ def register(old: Entry | None, name: str, module: Any) -> tuple[Entry, Change]:
     if not name.isidentifier():
         raise FlaxMagicsError(f"`{name}` is not a name that a model can have.")
     if old is not None and module is old.model.module:
-        print_ = fingerprint(module)
+        print_ = old.model.print()
         if print_ is not None and print_ == old.print:
-            return old, _unchanged(old)
+            return old, unchanged(old)
     model = adopt(module, name)
-    print_ = fingerprint(module)
+    if model.holds_variables:
+        return register_holding(old, name, model)
+    print_ = model.print()
+    if old is not None and old.model.holds_variables:
+        return Entry(name, model, print_), Change(name, "changed")
     if old is None:
         return Entry(name, model, print_), Change(name, "new")
     if print_ is not None and print_ == old.print:
-        return old, _unchanged(old)
+        return old, unchanged(old)
     return _edited(old, model, print_)
 
 
-def _unchanged(old: Entry) -> Change:
-    return Change(old.name, "unchanged", variables="none" if old.variables is None else "kept")
+def unchanged(old: Entry) -> Change:
+    """What registering the same again says."""
+    return Change(old.name, "unchanged", variables="kept" if old.ready else "none")
+
+
+def register_holding(old: Entry | None, name: str, model: Any, built: Built | None = None) -> tuple[Entry, Change]:
+    """`register` for a module that holds its own variables (NNX).
+
+    One that an unchanged cell made again gives way to the one that is there. After an edit the old variables go into the
+    new module if they all fit; otherwise, and where nothing but the initial values differs, its own stand.
+    """
+    print_, first = model.print(), model.sample()
+    entry = Entry(name, model, print_, built=built, first=first)
+    if old is None:
+        return entry, Change(name, "new")
+    if not old.model.holds_variables:
+        return entry, Change(name, "changed", variables="own")
+    before: Any = old.model
+    if model.module is before.module:
+        return replace(old, model=model, print=print_), Change(name, "changed", variables="kept")
+    if old.stale:
+        return entry, Change(name, "changed", variables="own")
+    if print_ is not None and print_ == old.print:
+        if first == old.first:
+            return old, unchanged(old)
+        return entry, Change(name, "changed", ("initial values",), "own")
+    changes = differences(_shapes(before), _shapes(model))
+    if changes:
+        return entry, Change(name, "changed", changes, "own")
+    values = before.collections()
+    entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.first)
+    return entry, Change(name, "changed", variables="kept", write=lambda: model.assign(values))
+
+
+def _shapes(model: Any) -> dict[str, Any]:
+    variables = {name: value for tree in model.collections().values() for name, value in tree.items()}
+    return jax.eval_shape(lambda: variables)  # type: ignore[no-any-return]
 
 
 def _edited(old: Entry, model: Model, print_: bytes | None) -> tuple[Entry, Change]:
@@ -111,12 +163,20 @@ class RegisteredModel:
 
     @property
     def variables(self) -> Mapping[str, Any] | None:
-        """Collections by name, as `init` gives them; None before the first init."""
-        return self._entry().variables
+        """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
+        entry = self._entry()
+        model: Any = entry.model
+        return model.state() if model.holds_variables else entry.variables
 
     @variables.setter
     def variables(self, value: Mapping[str, Any] | None) -> None:
-        self._session._assign(self.name, check_variables(self.name, value))
+        self._session._assign(self.name, value)
+
+    def collections(self) -> Mapping[str, Any] | None:
+        """The variables by collection (of an NNX module: by type, random streams left out); None before the first init."""
+        entry = self._entry()
+        model: Any = entry.model
+        return model.collections() if model.holds_variables else entry.variables
 
     def names(self) -> ModelNames:
         """What tab completion offers: methods with their arguments, fields, streams seen so far."""
@@ -142,10 +202,10 @@ class RegisteredModel:
         from .show.units import bytes_, plural
 
         entry = self._entry()
-        if entry.variables is None:
+        if not entry.ready:
             state = "not initialised"
         else:
-            parameters, size = summary(entry.variables)
+            parameters, size = summary(self.collections() or {})
             state = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
         return f"<{self.name}: {entry.model.describe()}, {state}>"
 

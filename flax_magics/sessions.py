@@ -9,24 +9,26 @@ is interrupted anywhere has changed nothing: same root key, same variables, same
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 
 from . import history, registry
+from .construct import Built, Recipe, keys_of
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
 from .keys import Draw, Root, Streams
-from .models import is_module_class, spell_construction
-from .notes import OUTDATED, SeenKeys, of_params, summary
+from .models import adopt, is_module_class, spell_construction
+from .notes import OUTDATED, SeenKeys, of_params, outdated_own, summary
 from .prepare import Call, as_names, init_by_hand, method_path, prepare_init, spell_call
 from .program import Programs, devices_of
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Made, Note, Run, Timing
 from .state import Restart, State
+from .uninterrupted import uninterrupted
 
 
 class Session:
@@ -110,18 +112,128 @@ class Session:
         self.register_all({name: module})
         return RegisteredModel(self, name)
 
-    def register_all(self, modules: Mapping[str, Any]) -> list[Change]:
-        """Registers several modules, all or none; says what became of each."""
-        models = dict(self._state.models)
-        opened = self._state.opened
-        changes = []
+    def register_all(self, modules: Mapping[str, Any], *, anew: Container[str] = ()) -> list[Change]:
+        """Registers several modules, all or none; says what became of each.
+
+        Args:
+          modules: name → module, or the Recipe of an NNX module that the session is to build: a draw for each.
+          anew: names that stand for nothing any more: a module of the user's own is a new one there.
+        """
+        state = self._state
+        changes: list[Change] = []
         for name, module in modules.items():
-            models[name], change = registry.register(models.get(name), name, module)
+            if isinstance(module, Recipe):
+                state, change = self._build(state, name, module)
+            else:
+                old = state.models.get(name)
+                if old is not None and name in anew and old.model.holds_variables and old.built is None:
+                    old = None
+                entry, change = registry.register(old, name, module)
+                state = replace(state, models={**state.models, name: entry})
             changes.append(change)
-            if change.variables == "dropped" and opened is not None and opened[0] == name:
-                opened = None  # its `params` went into variables that are no more
-        self._state = replace(self._state, models=models, opened=opened)
+            gone = change.variables in ("dropped", "own") and not isinstance(module, Recipe)
+            if gone and state.opened is not None and state.opened[0] == name:
+                state = replace(state, opened=None)  # its `params` went into variables that are no more
+        with uninterrupted():
+            for change in changes:
+                if change.write is not None:
+                    change.write()
+            self._seen.roots.add(state.root.data)
+            self._state = state
         return changes
+
+    def _build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change]:
+        """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one."""
+        old = state.models.get(name)
+        if old is not None and old.built is not None and not old.stale:
+            print_ = recipe.print()
+            if print_ is not None and print_ == old.built.print:
+                return state, registry.unchanged(old)
+            # An edit: what the old keys give now is held against what is there.
+            module = recipe.build(old.built.keys)
+            built = Built.of(recipe, old.built.keys)
+            entry, change = registry.register_holding(old, name, _adopted(module, name, recipe), built)
+            if change.state == "unchanged":
+                return replace(state, models={**state.models, name: replace(entry, built=built)}), change
+            if change.variables == "kept":
+                return replace(state, models={**state.models, name: entry}), change
+            changes = change.changes
+        else:
+            changes = ()
+        now = state.root.draw()
+        started, start = time.time(), self.clock()
+        keys = keys_of(now)
+        self.on_phase(f"building {name}")
+        model = _adopted(recipe.build(keys), name, recipe)
+        run = self._built_run(name, recipe, model, now, keys, started, start, state.runs is None)
+        entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
+        if old is not None:
+            change = Change(name, "changed", changes, "own")
+        return self._after(state, run, now, entry, (name, now)), change
+
+    def _built_run(
+        self,
+        name: str,
+        recipe: Recipe,
+        model: Any,
+        draw: Draw,
+        keys: Mapping[str, Any],
+        started: float,
+        start: float,
+        first: bool,
+        call: Call | None = None,
+        replayed: bool = False,
+    ) -> Run:
+        collections = model.collections()
+        jax.block_until_ready(collections)
+        state = model.state()
+        return Run(
+            command="init",
+            model=name,
+            mode="",
+            call=recipe.text if call is None else call.text,
+            inputs=(recipe.args, dict(recipe.kwargs)) if call is None else (call.args, call.kwargs),
+            output=state,
+            seed=draw.seed,
+            draw=draw.number,
+            keys=keys,
+            device=devices_of(state),
+            started=started,
+            program="eager",
+            timing=Timing(init=self.clock() - start),
+            cell=None if call is None else call.cell,
+            made=_made(collections),
+            by_hand=recipe.by_hand(name),
+            replayed=replayed,
+            first=first,
+        )
+
+    def _rebuild(self, entry: Entry, call: Call, draw: Any) -> Run:
+        """`init` of a model that holds its variables: the same construction again, into the same object."""
+        name = entry.name
+        if entry.built is None:
+            cls = type(entry.model.module).__name__
+            raise FlaxMagicsError(
+                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew.",
+                write=f"del {name}     and run its cell again\n%flaxmodel {name} = {cls}(…)     without rngs: then the"
+                " session builds it",
+            )
+        recipe = entry.built.recipe
+        now = self._find_draw(draw) or self._state.root.draw()
+        self.on_phase(f"building {name}")
+        started, start = time.time(), self.clock()
+        keys = keys_of(now)
+        with plain_errors(call):
+            model = _adopted(recipe.build(keys), name, recipe)
+        first = self._state.runs is None
+        run = self._built_run(name, recipe, model, now, keys, started, start, first, call, draw is not None)
+        own: Any = entry.model
+        entry = replace(
+            entry, built=Built.of(recipe, keys), updates={}, outdated=False, stale=False, first=model.sample()
+        )
+        opened = None if draw is not None else (name, now)
+        self._commit(run, now, entry, opened, write=lambda: own.become(model))
+        return run
 
     def _entry(self, model: Any) -> Entry:
         models = self._state.models
@@ -146,15 +258,27 @@ class Session:
         entry = self._entry(name)
         if module is None or module is entry.model.module:
             return entry, ()
+        if entry.model.holds_variables:
+            # The object in the namespace is the one truth.
+            entry, change = registry.register(None, name, module)
+            text = f"{name} is another module now, {entry.model.describe()}: registered with what it holds"
+            return entry, (Note("rebound", text),)
         entry, change = registry.register(entry, name, module)
         if change.state == "unchanged":
             return entry, ()
-        became = {"none": "", "kept": ", variables kept", "dropped": ", variables dropped"}[change.variables]
+        became = {"own": "", "none": "", "kept": ", variables kept", "dropped": ", variables dropped"}[change.variables]
         return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
 
     def _assign(self, name: str, variables: Mapping[str, Any] | None) -> None:
-        entry = replace(self._entry(name), variables=variables, made=None, updates={}, outdated=False)
-        self._state = replace(self._state, models={**self._state.models, name: entry})
+        entry = self._entry(name)
+        model: Any = entry.model
+        values = model.read_state(name, variables) if model.holds_variables else None
+        kept = registry.check_variables(name, variables) if values is None else None
+        entry = replace(entry, variables=kept, made=None, updates={}, outdated=False)
+        with uninterrupted():
+            if values is not None:
+                model.assign(values)
+            self._state = replace(self._state, models={**self._state.models, name: entry})
 
     # -- draws
 
@@ -227,10 +351,14 @@ class Session:
         models = self._state.models
         if fresh:
             models = {
-                name: replace(entry, variables=None, made=None, updates={}, outdated=False)
+                name: replace(
+                    entry, variables=None, made=None, updates={}, outdated=False, stale=entry.model.holds_variables
+                )
                 for name, entry in models.items()
             }
-        keeping = tuple(name for name, entry in models.items() if entry.variables is not None)
+        keeping = tuple(
+            name for name, entry in models.items() if entry.ready and not (entry.stale and entry.built is not None)
+        )
         again = seed in self._state.seeds
         root = Root.from_seed(_checked_seed(seed))
         self._state = replace(self._state, root=root, models=models, opened=None)
@@ -243,6 +371,8 @@ class Session:
     def run_init(self, name: str, call: Call, *, draw: Any = None, module: Any = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
         entry, notes = self._entry_now(name, module)
+        if entry.model.holds_variables:
+            return self._rebuild(entry, call, draw)
         prepared = prepare_init(name, entry.model, call)
         now = self._find_draw(draw) or self._state.root.draw()
         key = now.stream("params")
@@ -289,15 +419,34 @@ class Session:
         replayed = self._find_draw(options.draw)
         opened = self._state.opened
         # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
-        shares = replayed is None and opened is not None and opened[0] == name and entry.variables is not None
+        shares = replayed is None and opened is not None and opened[0] == name and entry.ready
         now = replayed or (opened[1] if shares and opened else self._state.root.draw())
         started = time.time()
+        renewed = None
+        own: Any = entry.model
+        if entry.stale and entry.built is not None and replayed is None and options.variables is None:
+            keys = keys_of(now, taken=shares)
+            renewed = _adopted(entry.built.recipe.build(keys), name, entry.built.recipe)
+            entry = replace(
+                entry, model=renewed, built=Built.of(entry.built.recipe, keys), stale=False, first=renewed.sample()
+            )
+            shares = True
+        made = None if renewed is None else _made(renewed.collections())
         done: Execution = execute(
             entry, call, options, now, self.programs, self._seen, self.on_phase, params_taken=shares
         )
+        kept, write = done.entry, done.write
+        if renewed is not None:
+            kept = replace(kept, model=own)
+
+            def write() -> None:
+                if done.write is not None:
+                    done.write()
+                own.become(renewed)
+
         notes = (*notes, *done.notes)
         if entry.outdated and done.made is None and options.variables is None:
-            notes = (*notes, OUTDATED)
+            notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
         run = Run(
             command="apply",
             model=name,
@@ -321,12 +470,12 @@ class Session:
             memory=done.memory,
             cell=call.cell,
             notes=notes,
-            made=done.made,
+            made=done.made or made,
             by_hand=done.by_hand,
             replayed=replayed is not None,
             first=self._state.runs is None,
         )
-        self._commit(run, now, done.entry)
+        self._commit(run, now, kept, write=write)
         for data in done.keys_in_call:
             self._seen.runs.setdefault(data, f"draw {now.number}")
         return run
@@ -356,8 +505,26 @@ class Session:
         self._commit(run, now, None)
         return run
 
-    def _commit(self, run: Run, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None = None) -> None:
-        state = self._state
+    def _commit(
+        self,
+        run: Run,
+        draw: Draw,
+        entry: Entry | None,
+        opened: tuple[str, Draw] | None = None,
+        write: Callable[[], None] | None = None,
+    ) -> None:
+        """Makes the run part of the session, and `write` what it left behind in the user's own object: one step."""
+        new = self._after(self._state, run, draw, entry, opened)
+        self._seen.roots.add(new.root.data)
+        if write is None:
+            self._state = new  # the one assignment
+            return
+        with uninterrupted():
+            write()
+            self._state = new
+
+    @staticmethod
+    def _after(state: State, run: Run, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
         root, seeds = state.root, state.seeds
         if run.replayed:
             opened = state.opened
@@ -365,9 +532,7 @@ class Session:
             root = root.after(draw)
             seeds = {**seeds, draw.seed: (max(draw.number, seeds.get(draw.seed, (0, ""))[0]), draw.impl)}
         models = state.models if entry is None else {**state.models, entry.name: entry}
-        new = State(root, models, opened, history.Chain.add(state.runs, run), seeds)
-        self._seen.roots.add(root.data)
-        self._state = new  # the one assignment
+        return State(root, models, opened, history.Chain.add(state.runs, run), seeds)
 
     def _find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
         if wanted is None:
@@ -388,6 +553,10 @@ def _nothing() -> Any:
     import contextlib
 
     return contextlib.nullcontext()
+
+
+def _adopted(module: Any, name: str, recipe: Recipe) -> Any:
+    return replace(adopt(module, name), written=recipe.text)  # type: ignore[type-var]
 
 
 def _ignore(phase: str) -> None:

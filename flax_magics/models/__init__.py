@@ -1,6 +1,7 @@
-"""What a session needs of a model: one Protocol, answered once for linen (`linen.py`) and once, later, for NNX.
+"""What a session needs of a model: one Protocol, answered once for linen (`linen.py`) and once for NNX (`nnx.py`).
 
-A model is configured, traced and run; it never holds variables, keys or counts: those are the session's.
+A model is configured, traced and run. A linen model holds no variables, keys or counts: those are the session's. An NNX
+module holds its own, so a session asks it for them in every run, and writes back what the run changed.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class Record:
     """Mapped axes that the model names and that nothing around it binds."""
     unused: frozenset[str] = frozenset()
     """Traced arguments that nothing in the program reads."""
+    held: set[str] = field(default_factory=set)
+    """Streams that the model is given whether or not it consumes them: those that an NNX module holds."""
+    structure: Any = None
+    """How the run changed the model's graph (NNX), None if it did not."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,16 @@ class Ask:
         return Ask(self.streams | set(record.asked), self.mutable | record.written, self.axes | record.axes)
 
 
+@dataclass(frozen=True)
+class Commit:
+    """What a run leaves behind in a model that holds its own variables."""
+
+    changed: tuple[str, ...]
+    """Types of the variables that the run wrote, random streams left out."""
+    write: Callable[[], None]
+    """Writes them. Plain assignments, in one go."""
+
+
 class MissingVariables(Exception):
     """The model needs variables that it was not given (a method that the first init did not reach)."""
 
@@ -80,6 +95,10 @@ class Model(Protocol):
     @property
     def module(self) -> Any:
         """The user's own object."""
+
+    @property
+    def holds_variables(self) -> bool:
+        """Whether the variables are the module's own (NNX), not the session's (linen)."""
 
     def describe(self) -> str:
         """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
@@ -108,6 +127,30 @@ class Model(Protocol):
 
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Fresh variables; `key` is the `params` key, the only one that an init gets."""
+
+    def streams(self) -> frozenset[str]:
+        """Streams that every run is given, whether or not it consumes them."""
+
+    def take(self) -> Mapping[str, Any] | None:
+        """The variables that the model itself holds, as they are now; None if the session holds them."""
+
+    def read_state(self, name: str, value: Any) -> Mapping[str, Any]:
+        """What `take` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
+
+    def key(self) -> Any:
+        """What tells this model's programs from another's; None where that cannot be told."""
+
+    def print(self) -> bytes | None:
+        """A digest of what the model computes: equal for what an unchanged cell makes again. None: cannot be told."""
+
+    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+        """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
+
+    def supplies(self) -> tuple[str, ...]:
+        """Names of the arguments that the model adds to the call itself."""
+
+    def commit(self, updates: Mapping[str, Any], record: Record) -> Commit | None:
+        """How to write a run's updates into the model; None if the session holds them."""
 
     def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
@@ -150,9 +193,9 @@ def adopt(module: Any, name: str) -> Model:
             )
         return LinenModel(module)
     if isinstance(module, nnx.Module):
-        raise FlaxMagicsError(
-            f"`{name}` is an NNX module. This version registers linen modules (flax.linen.Module); NNX comes next."
-        )
+        from .nnx import NnxModel
+
+        return NnxModel(module)
     if is_module_class(module):
         raise FlaxMagicsError(
             f"`{name}` is the class {module.__name__}; a model is an instance of it.",
@@ -168,8 +211,10 @@ def _kind(value: Any) -> str:
 
 def needed_fields(cls: type) -> list[str]:
     """Arguments that the class cannot be built without."""
+    from ..construct import constructor
+
     try:
-        signature = inspect.signature(cls)
+        signature = constructor(cls)
     except (TypeError, ValueError):
         return []
     needed = []
@@ -182,8 +227,14 @@ def needed_fields(cls: type) -> list[str]:
 
 
 def spell_construction(cls: type, command: str = "%%flaxmodel") -> str:
-    """The line that registers an instance of `cls`, its fields included: `%%flaxmodel my_model = MyModel(n=…)`."""
-    fields = ", ".join(f"{name}=…" for name in needed_fields(cls))
+    """The line that registers an instance of `cls`, its fields included: `%%flaxmodel my_model = MyModel(n=…)`.
+
+    NNX's `rngs` are left to the session.
+    """
+    from ..construct import takes_rngs
+
+    supplied = takes_rngs(cls, (), {})
+    fields = ", ".join(f"{name}=…" for name in needed_fields(cls) if name != "rngs" or not supplied)
     return f"{command} {variable_name(cls.__name__)} = {cls.__name__}({fields})"
 
 

@@ -11,6 +11,7 @@ from flax import errors as flax_errors
 from flax import linen as nn
 
 from ..errors import FlaxMagicsError, did_you_mean
+from ..fingerprint import fingerprint
 from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
@@ -28,6 +29,11 @@ class LinenModel:
     """Wraps `flax.linen.Module`; holds no variables."""
 
     module: nn.Module
+
+    @property
+    def holds_variables(self) -> bool:
+        """See `Model`."""
+        return False
 
     def describe(self) -> str:
         """The module's fields as they differ from their defaults, in one line."""
@@ -92,6 +98,36 @@ class LinenModel:
         with sowing() as sown:
             variables = self.module.init(key, *args, method=self._method(method), **kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
+
+    def streams(self) -> frozenset[str]:
+        """None: a stream is given because a trace asked for it."""
+        return frozenset()
+
+    def take(self) -> None:
+        """None: the session holds them."""
+
+    def read_state(self, name: str, value: Any) -> Variables:
+        """Never asked: the session holds them."""
+        raise NotImplementedError
+
+    def key(self) -> bytes | None:
+        """See `Model`."""
+        return fingerprint(self.module)
+
+    def print(self) -> bytes | None:
+        """See `Model`."""
+        return fingerprint(self.module)
+
+    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+        """Nothing is added: linen's streams are no arguments."""
+        return self, False
+
+    def supplies(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def commit(self, updates: Variables, record: Record) -> None:
+        """None: the session holds them."""
 
     def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
         """See `Model`. Raises MissingVariables for variables that are not there."""

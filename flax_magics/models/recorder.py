@@ -181,13 +181,16 @@ def sowing() -> Iterator[set[str]]:
 
 
 def _owner(module: nn.Module) -> str:
-    """The class that made the layer, and the line of the layer's construction where the source can be read."""
     parent = module.parent
-    if not isinstance(parent, nn.Module):
-        return type(module).__name__
-    cls = type(parent)
-    name = type(module).__name__
-    for method in ("__call__", "setup"):
+    return constructed_in(type(parent) if isinstance(parent, nn.Module) else None, type(module))
+
+
+def constructed_in(cls: type | None, layer: type, methods: tuple[str, ...] = ("__call__", "setup")) -> str:
+    """The class that made a layer, and the line of the layer's construction where the source can be read."""
+    name = layer.__name__
+    if cls is None:
+        return name
+    for method in methods:
         try:
             lines, start = inspect.getsourcelines(inspect.unwrap(getattr(cls, method)))
         except (OSError, TypeError, AttributeError):

@@ -18,7 +18,7 @@ class Registered:
       module: how it is built, such as `Net(features=8)`.
       state: how it compares with the model of that name before.
       changes: what changed, such as `Dense_0/kernel [4,3]→[4,5]`.
-      variables: what became of the variables; `none` if there were none.
+      variables: what became of the variables; `none` if there were none, `own` if the module holds new ones.
       check: rows of label and value for `--check`.
     """
 
@@ -26,7 +26,7 @@ class Registered:
     module: str
     state: Literal["new", "unchanged", "changed"] = "new"
     changes: tuple[str, ...] = ()
-    variables: Literal["none", "kept", "dropped"] = "none"
+    variables: Literal["none", "kept", "dropped", "own"] = "none"
     check: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -45,6 +45,8 @@ class Registered:
             return ("variables and programs kept" if self.variables == "kept" else "programs kept",)
         if self.variables == "dropped":
             return ("variables dropped", "next run initialises")
+        if self.variables == "own":
+            return ("with variables of its own",)
         return ("variables kept",) if self.variables == "kept" else ("registered anew",)
 
 

@@ -71,17 +71,6 @@ def test_a_cell_without_a_module_says_so(notebook):
     assert notebook["a"] == 1
 
 
-def test_an_nnx_module_is_answered_for_now(notebook):
-    out = notebook.fails(
-        "%%flaxmodel\nfrom flax import nnx\nclass Net(nnx.Module):\n  def __init__(self, rngs):\n    pass\n"
-        "net = Net(nnx.Rngs(0))"
-    )
-    assert out == (
-        "FlaxMagicsError: `net` is an NNX module. This version registers linen modules (flax.linen.Module); NNX comes "
-        "next."
-    )
-
-
 @pytest.mark.filterwarnings("ignore:os.fork")  # JAX warns of the fork that `!command` is
 def test_the_body_is_a_real_cell(notebook, tmp_path):
     out = notebook(

@@ -1,0 +1,317 @@
+"""An NNX module taken apart, put together again inside a program, and written back in one step.
+
+`nnx.split` is done once and kept for as long as no module of the graph has another attribute than before; a run then
+reads the variables' arrays from the objects, and its commit writes those that changed back onto the same objects.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ..errors import FlaxMagicsError
+from . import Path
+
+SIMPLE = (bool, int, float, complex, str, bytes)
+_DATA = (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, list, dict)
+
+Values = dict[str, dict[str, Any]]
+"""Variable type → path → array: `{'Param': {'linear/kernel': …}}`. An array without a Variable is of type `Array`."""
+
+_RAW = "raw_value" if "raw_value" in nnx.Variable.__slots__ else "_raw_value"
+# Graph mode, where this version has another: models may share modules.
+GRAPH: dict[str, Any] = {"graph": True} if "graph" in inspect.signature(nnx.split).parameters else {}
+_PRIVATE = ("_pytree__state", "_pytree__nodes")
+"""What NNX itself keeps on an object: when it was made, and which attributes hold data."""
+
+
+def raw(variable: Any) -> Any:
+    """The value that a Variable holds, without its hooks."""
+    return object.__getattribute__(variable, _RAW)
+
+
+def set_raw(variable: Any, value: Any) -> None:
+    """Puts a value into a Variable, without its hooks, as `nnx.update` does."""
+    object.__setattr__(variable, _RAW, value)
+
+
+def walk(module: Any) -> Iterator[tuple[Path, Any]]:
+    """Paths and parts of the graph, each part once: modules, variables, containers, and what is static."""
+    return nnx.iter_graph(module, **GRAPH)  # type: ignore[return-value]
+
+
+def flat_state(state: Any) -> list[tuple[Path, Any]]:
+    """Paths and variables (or bare arrays) of an `nnx.State`."""
+    return list(nnx.to_flat_state(state))  # type: ignore[arg-type]
+
+
+def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
+    """Names and values of what a node holds, None for what cannot be changed in place."""
+    if isinstance(node, nnx.Pytree):
+        return tuple((name, value) for name, value in vars(node).items() if name not in _PRIVATE)
+    if isinstance(node, dict):
+        return tuple(node.items())
+    if isinstance(node, list):
+        return tuple(enumerate(node))
+    return None
+
+
+def is_sown(part: Any, kinds: tuple[type, ...] = ()) -> bool:
+    """Whether a part is an intermediate value (or of the given kinds): handed back, never kept."""
+    if isinstance(part, nnx.Perturbation):  # held for its gradient
+        return False
+    return isinstance(part, (nnx.Intermediate, *kinds))
+
+
+def spell(path: Path) -> str:
+    """`('layers', 0, 'kernel')` → `layers/0/kernel`."""
+    return "/".join(map(str, path))
+
+
+class Same:
+    """A graphdef as part of a key: compared for equality, which is quick for the very same one; hashed once."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Same) and bool(self.value == other.value))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One variable (or bare array): where it is, and the object that holds it."""
+
+    collection: str
+    name: str
+    path: Path
+    leaf: Any
+    holder: Any
+    """What a bare array is an attribute or item of; None for a Variable."""
+
+    @cached_property
+    def sown(self) -> bool:
+        """Whether it is what an earlier call by hand sowed: a run starts without it."""
+        return is_sown(self.leaf)
+
+    def read(self) -> Any:
+        """Its value now."""
+        return raw(self.leaf) if self.holder is None else _get(self.holder, self.path[-1])
+
+    def write(self, value: Any) -> None:
+        """Replaces its value."""
+        if self.holder is None:
+            set_raw(self.leaf, value)
+        else:
+            _put(self.holder, self.path[-1], value)
+
+
+def _get(holder: Any, key: Any) -> Any:
+    return vars(holder)[key if key in vars(holder) else str(key)] if isinstance(holder, nnx.Pytree) else holder[key]
+
+
+def _put(holder: Any, key: Any, value: Any) -> None:
+    if isinstance(holder, nnx.Pytree):
+        vars(holder)[key if key in vars(holder) else str(key)] = value
+    else:
+        holder[key] = value
+
+
+@dataclass
+class Layout:
+    """A module as it was when it was taken apart."""
+
+    module: Any
+    graphdef: Same
+    slots: tuple[Slot, ...]
+    nodes: tuple[tuple[Path, Any], ...]
+    """The graph's modules and containers, with what they held."""
+    held: tuple[Any, ...]
+    switches: dict[bool | None, tuple[str, ...]] = field(default_factory=dict)
+    """How the switches between training and evaluation read, by mode."""
+
+    @cached_property
+    def static(self) -> tuple[Any, ...]:
+        """The classes of the graph, and its static values that may be read or changed behind the graphdef's back."""
+        values: dict[int, Any] = {}
+        for _, node in self.nodes:
+            for _, value in parts_of(node) or ():
+                if value is not None and not isinstance(value, (*SIMPLE, *_DATA)):
+                    values[id(value)] = value
+        classes = dict.fromkeys(type(node) for _, node in self.nodes)
+        kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
+        return (*classes, *kinds, *values.values())
+
+    @classmethod
+    def of(cls, module: Any) -> Layout:
+        """Takes `module` apart.
+
+        Raises:
+          FlaxMagicsError: it holds references that a program would change in place.
+        """
+        graphdef, state = nnx.split(module, **GRAPH)
+        parts = dict(walk(module))
+        slots: list[Slot] = []
+        for path, leaf in flat_state(state):
+            variable = isinstance(leaf, nnx.Variable)
+            if "Ref" in type(raw(leaf) if variable else leaf).__name__:
+                raise FlaxMagicsError(
+                    f"`{spell(path)}` holds a reference, which a run would change even where it fails.",
+                    write="net = nnx.to_arrays(net)",
+                )
+            collection = type(leaf).__name__ if variable else "Array"
+            slots.append(Slot(collection, spell(path), path, leaf, None if variable else parts.get(path[:-1])))
+        nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
+        return cls(module, Same(graphdef), tuple(slots), nodes, tuple(parts_of(node) for _, node in nodes))
+
+    def is_current(self) -> bool:
+        """Whether every module and container holds the very objects that it held."""
+        for (_, node), held in zip(self.nodes, self.held, strict=True):
+            now = parts_of(node)
+            if now is None or len(now) != len(held):
+                return False
+            for (name, value), (old_name, old) in zip(now, held, strict=True):
+                if value is not old or name != old_name:
+                    return False
+        return True
+
+    def values(self) -> Values:
+        """The arrays as they are now, those that an earlier call sowed left out."""
+        out: Values = {}
+        for slot in self.slots:
+            if slot.sown:
+                continue
+            value = slot.read()
+            if isinstance(value, np.ndarray):
+                value = value.copy()  # a run op by op could change it in place
+            out.setdefault(slot.collection, {})[slot.name] = value
+        return out
+
+    def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
+        """A copy of the module that holds `values`, all of its variables its own."""
+        flat = []
+        for slot in self.slots:
+            value = slot.read() if slot.sown else values[slot.collection][slot.name]
+            if slot.holder is None:
+                structure = jax.tree_util.tree_structure(slot.leaf)
+                value = jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value))
+            flat.append((slot.path, value))
+        return nnx.merge(self.graphdef.value, nnx.from_flat_state(flat))
+
+    @cached_property
+    def tags(self) -> frozenset[str]:
+        """Tags of the streams that the graph holds."""
+        return frozenset(str(part.key.tag) for _, part in walk(self.module) if isinstance(part, nnx.RngStream))
+
+    def write(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Puts `values` (of all or of some variables) into the module's own objects."""
+        for slot in self.slots:
+            if slot.name in values.get(slot.collection, {}):
+                slot.write(values[slot.collection][slot.name])
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether two values hold the very same arrays."""
+    if old is new:
+        return True
+    before: tuple[list[Any], Any] = jax.tree_util.tree_flatten(old)
+    after: tuple[list[Any], Any] = jax.tree_util.tree_flatten(new)
+    return bool(before[1] == after[1]) and all(a is b for a, b in zip(before[0], after[0], strict=True))
+
+
+@dataclass
+class Rebuilt:
+    """What a run left behind that is more than other values: attributes that were set, taken away or replaced."""
+
+    graphdef: Any
+    skeleton: tuple[tuple[Path, Any], ...]
+    """Paths of the variables, and the tree structure of each."""
+    matches: Mapping[Path, Path]
+    """Path in the graph as it is now → path before, of every part that was there before."""
+    added: tuple[str, ...]
+    """Types of variables that are new."""
+
+    def put_into(self, layout: Layout, values: list[Any]) -> None:
+        """Gives the module's own objects the attributes that the run's copy has."""
+        flat = [
+            (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
+            for (path, structure), value in zip(self.skeleton, values, strict=True)
+        ]
+        copy = nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+        before, now = dict(walk(layout.module)), dict(walk(copy))
+        own = {id(now[path]): before[old] for path, old in self.matches.items() if path in now and old in before}
+        transplant(own, now)
+
+
+def transplant(own: Mapping[int, Any], now: Mapping[Path, Any]) -> None:
+    """Gives each object of `own` (id of its copy → the object) what the copy in `now` holds.
+
+    A part of a copy that stands for an object of `own` becomes that object; what is new is taken over as it is.
+    """
+    writes: list[Callable[[], None]] = []
+
+    def swap(value: Any) -> Any:
+        if id(value) in own:
+            return own[id(value)]
+        if type(value) in (list, tuple):
+            return type(value)(map(swap, value))
+        if type(value) is dict:
+            return {key: swap(item) for key, item in value.items()}
+        return value
+
+    def write_to(target: Any, copy: Any) -> Callable[[], None]:
+        if isinstance(target, nnx.Variable):
+            metadata = dict(copy._var_metadata)
+
+            def write() -> None:
+                set_raw(target, raw(copy))
+                object.__setattr__(target, "_var_metadata", metadata)
+        else:
+            attributes = {name: swap(value) for name, value in vars(copy).items() if name != "_pytree__state"}
+
+            def write() -> None:
+                for name, value in list(vars(target).items()):
+                    if name not in attributes and name != "_pytree__state" and not is_sown(value):
+                        del vars(target)[name]
+                vars(target).update(attributes)
+
+        return write
+
+    for copy in now.values():
+        target = own.get(id(copy))
+        if isinstance(target, (nnx.Variable, nnx.Pytree)):
+            writes.append(write_to(target, copy))
+        elif target is None and isinstance(copy, nnx.Pytree):
+            writes.append(write_to(copy, copy))
+    for write in writes:
+        write()
+
+
+@dataclass
+class Kept:
+    """A module's layout, kept until the module is another."""
+
+    layout: Layout | None = None
+    lock: Any = field(default_factory=threading.Lock)
+
+    def of(self, module: Any) -> Layout:
+        """The layout of `module` as it is now."""
+        with self.lock:
+            if self.layout is None or self.layout.module is not module or not self.layout.is_current():
+                self.layout = Layout.of(module)
+            return self.layout

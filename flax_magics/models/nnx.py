@@ -1,0 +1,504 @@
+"""An NNX module as a session sees it: the object in the namespace is the one truth, and runs work on a copy of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ..construct import constructor
+from ..errors import FlaxMagicsError, did_you_mean
+from ..fingerprint import fingerprint
+from . import Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables
+from .graph import (
+    GRAPH,
+    SIMPLE,
+    Kept,
+    Layout,
+    Rebuilt,
+    Values,
+    flat_state,
+    is_sown,
+    parts_of,
+    raw,
+    same,
+    set_raw,
+    spell,
+    transplant,
+    walk,
+)
+from .streams import Watcher, mark, unmark
+from .switch import WHEN_TRAINING, read_fields, set_fields, value_of
+
+STRUCTURE = "(structure)"
+"""Where a run's result keeps the variables of a graph that the run changed."""
+ARGUMENTS = "(arguments)"
+"""Where a run's result keeps what it changed in NNX objects that the call passed, such as the counts of an Rngs."""
+SUPPLIED = ("params", "dropout")
+"""Streams of the Rngs that the session makes."""
+
+
+@dataclass(frozen=True)
+class NnxModel:
+    """Wraps `flax.nnx.Module`; its variables are the module's own."""
+
+    module: Any
+    mode: bool | None = None
+    """True: training is set on the copy that runs; None: as the module has it."""
+    gives_rngs: bool = False
+    """The call takes `rngs`, and the session makes them."""
+    passed: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    """Variables of the NNX objects in the call, in order."""
+    written: str = ""
+    """The construction, where the session made it: `Net(8, 3)`."""
+    _kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+
+    @property
+    def layout(self) -> Layout:
+        """The module taken apart, as it is now."""
+        return self._kept.of(self.module)
+
+    @property
+    def holds_variables(self) -> bool:
+        """See `Model`."""
+        return True
+
+    # -- what it is
+
+    def describe(self) -> str:
+        """The construction as it was written, or the arguments that are kept as attributes of their names."""
+        if self.written:
+            return self.written
+        cls = type(self.module)
+        parts = []
+        for name in _parameters(cls):
+            value = vars(self.module).get(name)
+            if isinstance(value, (bool, int, float, str)):
+                parts.append(f"{name}={value!r}")
+        return f"{cls.__name__}({', '.join(parts)})"
+
+    def methods(self) -> list[str]:
+        """Public methods that the user's classes define, in order of definition."""
+        names: dict[str, None] = {}
+        for cls in type(self.module).__mro__:
+            if cls.__module__.partition(".")[0] in ("flax", "builtins"):
+                continue
+            for name, value in vars(cls).items():
+                if inspect.isfunction(value) and not name.startswith("_") and name != "set_view":
+                    names.setdefault(name)
+        return list(names)
+
+    def fields(self) -> list[str]:
+        """The module's own attributes."""
+        return [str(name) for name, _ in parts_of(self.module) or ()]
+
+    def signature(self, method: Path) -> inspect.Signature:
+        """See `Model`."""
+        cls = type(self.module).__name__
+        target: Any = self.module
+        for i, name in enumerate(method):
+            if not hasattr(target, name):
+                known = ", ".join(self.methods()) or "none but the call itself"
+                where = ".".join((cls, *method[:i]))
+                hint = did_you_mean(name, self.methods()) if not i else None
+                raise FlaxMagicsError(f"{where} has no method `{name}`; its methods: {known}.", hint=hint)
+            target = getattr(target, name)
+        if not callable(target):
+            known = ", ".join(self.methods()) or "none"
+            what = f"`{'.'.join(method)}` is no method of {cls}" if method else f"{cls} defines no `__call__`"
+            raise FlaxMagicsError(f"{what}; its methods: {known}.")
+        try:
+            return inspect.signature(target)
+        except (TypeError, ValueError):
+            return inspect.signature(lambda *args, **kwargs: None)
+
+    # -- its switch
+
+    def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
+        """Every attribute of a switch's name, on every module of the copy that runs."""
+        return replace(self, mode=train), self._switches_read(train)
+
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+        """See `Model`; an NNX module is initialised where it is built."""
+        return self
+
+    def fields_as_written(self) -> tuple[str, ...]:
+        """See `Model`."""
+        return self._switches_read(None)
+
+    def _switches_read(self, train: bool | None) -> tuple[str, ...]:
+        layout = self.layout
+        if train not in layout.switches:
+            found = Counter(setting for _, _, _, setting in _switches(layout.nodes, train))
+            layout.switches[train] = _compact(found)
+        return layout.switches[train]
+
+    # -- what it holds
+
+    def streams(self) -> frozenset[str]:
+        """Tags of the streams that are replaced in every run, and the names in the Rngs that the session makes."""
+        return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
+
+    def take(self) -> Values:
+        """The module's variables as they are now, by type."""
+        return self.layout.values()
+
+    def collections(self) -> dict[str, dict[str, Any]]:
+        """The same without the random streams' own."""
+        kinds = {slot.collection for slot in self.layout.slots if isinstance(slot.leaf, nnx.RngState)}
+        return {name: tree for name, tree in self.take().items() if name not in kinds}
+
+    def state(self) -> Any:
+        """`nnx.state` of the module, its variables copies: later runs do not change them."""
+        return jax.tree_util.tree_map(lambda leaf: leaf, nnx.state(self.module, **GRAPH))
+
+    def read_state(self, name: str, value: Any) -> Values:
+        """The module's variables with those of `value`, an `nnx.State` (or a mapping like one), in their places.
+
+        Raises:
+          FlaxMagicsError: `value` is something else, or has a variable that the module has not.
+        """
+        if not isinstance(value, Mapping):
+            raise FlaxMagicsError(
+                f"variables of `{name}` are an nnx.State, not {type(value).__name__}.",
+                write=f"session().models['{name}'].variables = nnx.state({name})",
+            )
+        slots = {slot.path: slot for slot in self.layout.slots}
+        out = self.take()
+        for path, leaf in flat_state(value if isinstance(value, nnx.State) else nnx.State(dict(value))):
+            slot = slots.get(path)
+            if slot is None:
+                hint = did_you_mean(spell(path), [slot.name for slot in slots.values()])
+                raise FlaxMagicsError(f"`{name}` has no variable `{spell(path)}`.", hint=hint)
+            out.setdefault(slot.collection, {})[slot.name] = raw(leaf) if isinstance(leaf, nnx.Variable) else leaf
+        return out
+
+    def key(self) -> Any:
+        """See `Model`: the code of all classes in the graph, the graph itself with its static attributes, the mode."""
+        code = self.code()
+        return None if code is None else (code, self.layout.graphdef, self.mode, self.gives_rngs)
+
+    def code(self) -> bytes | None:
+        """A digest of the classes in the graph, and of its static values that are more than numbers and text.
+
+        None where something is not plain. Where each value stands is the graphdef's to say.
+        """
+        return fingerprint(self.layout.static)
+
+    def print(self) -> bytes | None:
+        """The same with the graph's shape: what an unchanged cell makes again."""
+        code = self.code()
+        if code is None:
+            return None
+        shapes = [(slot.collection, slot.name, _shape(slot.read())) for slot in self.layout.slots if not slot.sown]
+        values = [
+            (spell(path), name, value)
+            for path, node in self.layout.nodes
+            for name, value in parts_of(node) or ()
+            if value is None or isinstance(value, SIMPLE)
+        ]
+        return hashlib.sha256(code + repr((shapes, values)).encode()).digest()
+
+    def sample(self) -> bytes:
+        """A digest of the first elements of every variable but the streams' own: tells a new seed from the same one."""
+        hasher = hashlib.sha256()
+        for name, tree in sorted(self.collections().items()):
+            for path, value in sorted(tree.items()):
+                hasher.update(f"{name}/{path}".encode())
+                for leaf in jax.tree_util.tree_leaves(value):
+                    if not isinstance(leaf, jax.Array) or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                        hasher.update(np.asarray(leaf if np.ndim(leaf) == 0 else leaf.ravel()[:64]).tobytes())
+        return hasher.digest()
+
+    # -- running
+
+    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """See `Model`; never asked of an NNX module."""
+        raise NotImplementedError
+
+    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+        """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some."""
+        passed = _variables((args, kwargs))
+        model = replace(self, passed=passed) if passed else self
+        if "rngs" not in signature.parameters:
+            return model, False
+        try:
+            written = "rngs" in signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            written = "rngs" in kwargs
+        return (model, True) if written else (replace(model, gives_rngs=True), False)
+
+    def supplies(self) -> tuple[str, ...]:
+        """`rngs`, where the call takes some and has none."""
+        return ("rngs",) if self.gives_rngs else ()
+
+    def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
+        """See `Model`. The streams of the copy are those of `keys`, by tag, as `nnx.reseed` would set them."""
+        layout = self.layout
+
+        def run(
+            variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]]:
+            copy = layout.rebuild(variables)
+            before = dict(walk(copy))
+            values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
+            _pop_sown(copy, ())
+            undo = _set_mode(copy, self.mode)
+            reseed(copy, keys)
+            mark(copy)
+            held = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
+            handed = None
+            passed = _variables((args, kwargs))
+            given = [raw(variable) for variable in passed]
+            if self.gives_rngs:
+                own = layout.tags - set(SUPPLIED)
+                handed = nnx.Rngs(**{name: keys[name] for name in sorted(ask.streams - own)})
+                mark(handed, handed=True)
+                kwargs = {**kwargs, "rngs": handed}
+            record.held |= self.streams()
+            watcher = Watcher(copy, record, handed)
+            try:
+                with watcher.watching():
+                    target: Any = copy
+                    for name in method:
+                        target = getattr(target, name)
+                    output = target(*args, **kwargs)
+            except (AttributeError, KeyError):
+                if watcher.missing is None or watcher.missing in ask.streams:
+                    raise
+                record.asked.setdefault(watcher.missing, [])
+                raise Incomplete from None
+            finally:
+                unmark(copy)
+            sown = _pop_sown(copy, tuple(watcher.sown - {type(slot.leaf) for slot in layout.slots}))
+            record.sown |= set(sown)
+            updates: dict[str, Any] = dict(sown)
+            moved = {
+                str(i): raw(variable)
+                for i, (variable, old) in enumerate(zip(passed, given, strict=True))
+                if not same(old, raw(variable))
+            }
+            if moved:
+                updates[ARGUMENTS] = moved
+            if any(_other(node, parts) for node, parts in held):
+                undo()
+                record.structure, updates[STRUCTURE] = _structure(copy, before)
+            after = dict(walk(copy))
+            for slot in layout.slots:
+                part = after.get(slot.path)
+                if slot.sown or part is None:
+                    continue
+                value = raw(part) if isinstance(part, nnx.Variable) else part
+                if not same(values[slot.path], value):
+                    updates.setdefault(slot.collection, {})[slot.name] = value
+            return output, updates
+
+        return run
+
+    def commit(self, updates: Mapping[str, Any], record: Record) -> Commit:
+        """See `Model`. What is written is the module's own objects."""
+        layout, structure = self.layout, record.structure
+        streams = {slot.collection for slot in layout.slots if isinstance(slot.leaf, nnx.RngState)}
+        changed = [name for name in updates if name not in (STRUCTURE, ARGUMENTS) and name not in streams]
+        if structure is not None:
+            changed += [name for name in structure.added if name not in changed and name not in streams]
+
+        def write() -> None:
+            if structure is not None:
+                structure.put_into(layout, updates[STRUCTURE])
+            else:
+                layout.write(updates)
+            for i, value in updates.get(ARGUMENTS, {}).items():
+                set_raw(self.passed[int(i)], value)
+
+        return Commit(tuple(changed), write)
+
+    def assign(self, values: Values) -> None:
+        """Puts `values` into the module."""
+        self.layout.write(values)
+
+    def become(self, other: NnxModel) -> None:
+        """The module's own objects get the values of another, newly built one; where that one is built otherwise, all."""
+        if self.layout.graphdef == other.layout.graphdef:
+            self.layout.write(other.take())
+        else:
+            transplant({id(other.module): self.module}, dict(walk(other.module)))
+
+    def by_hand(
+        self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
+    ) -> str:
+        """`net.train(); nnx.reseed(net, policy='match_shape', dropout=dropout_key); nnx.jit(lambda net: net(x))(net)`"""
+        name = call.partition("(")[0].partition(".")[0]
+        parts = []
+        if self.mode is not None:
+            parts.append(f"{name}.{'train' if self.mode else 'eval'}()")
+        held = [stream for stream in streams if stream in self.layout.tags]
+        if held:
+            keys = ", ".join(f"{stream}={stream}_key" for stream in held)
+            parts.append(f"nnx.reseed({name}, policy='match_shape', {keys})")
+        if self.gives_rngs:
+            made = ", ".join(f"{stream}={stream}_key" for stream in streams if stream in SUPPLIED)
+            inside = call.rpartition(")")[0].rstrip(", ")
+            call = f"{inside}{'' if inside.endswith('(') else ', '}rngs=nnx.Rngs({made}))"
+        return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
+
+
+def _variables(tree: Any) -> tuple[Any, ...]:
+    """The variables of all NNX objects in a tree of arguments, in order."""
+    found = []
+    for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
+        if isinstance(leaf, nnx.Variable):
+            found.append(leaf)
+        elif isinstance(leaf, nnx.Pytree):
+            found += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
+    return tuple(found)
+
+
+def reseed(module: Any, keys: Mapping[str, Any]) -> None:
+    """`nnx.reseed(module, policy='match_shape', **keys)`: a key of its own for each stream of a tag, in graph order."""
+    drawn: Counter[str] = Counter()
+    for _, stream in walk(module):
+        if isinstance(stream, nnx.RngStream) and stream.key.tag in keys:
+            tag = stream.key.tag
+            key = jax.random.fold_in(keys[tag], np.uint32(drawn[tag]))
+            drawn[tag] += 1
+            shape = raw(stream.key).shape
+            if shape:
+                key = jax.random.split(key, shape)
+            set_raw(stream.key, key)
+            set_raw(stream.count, jax.numpy.zeros(key.shape, dtype=jax.numpy.uint32))
+
+
+def _parameters(cls: type) -> list[str]:
+    try:
+        return list(constructor(cls).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _shape(value: Any) -> str:
+    leaves = jax.tree_util.tree_leaves(value)
+    return str([(getattr(leaf, "shape", None), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves])
+
+
+def _switches(nodes: Any, train: bool | None) -> Iterator[tuple[Any, str, Any, str]]:
+    """Every switch of the graph: the module that has it, the attribute to set and its value, and how that reads.
+
+    A switch is an attribute of the module, of its class, or a field of a config dataclass that it holds.
+    """
+    for _, node in nodes:
+        if not isinstance(node, nnx.Pytree):
+            continue
+        for name, value in parts_of(node) or ():
+            if name in WHEN_TRAINING or isinstance(value, nnx.Pytree) or not dataclasses.is_dataclass(value):
+                continue
+            if train is None:
+                for setting in read_fields(value):
+                    yield node, name, value, setting.rpartition(".")[2]
+            else:
+                new, done = set_fields(value, train, frozenset())
+                for setting in done:
+                    yield node, name, new, setting.rpartition(".")[2]
+        for name in WHEN_TRAINING:
+            value = getattr(node, name, MISSING) if name in vars(node) or name in _class_names(type(node)) else MISSING
+            if value is None or isinstance(value, bool):
+                new = value if train is None else value_of(name, train)
+                if new is not None:
+                    yield node, name, new, f"{name}={new}"
+
+
+MISSING = object()
+
+
+def _class_names(cls: type) -> set[str]:
+    return {name for name in WHEN_TRAINING if isinstance(getattr(cls, name, None), bool)}
+
+
+def _compact(found: Counter[str]) -> tuple[str, ...]:
+    return tuple(setting if n == 1 else f"{setting} in {n} modules" for setting, n in sorted(found.items()))
+
+
+def _set_mode(module: Any, train: bool | None) -> Callable[[], None]:
+    """Sets every switch of `module`; gives what sets them back, where the model has not set them itself since."""
+    if train is None:
+        return lambda: None
+    done = []
+    nodes = [(path, node) for path, node in walk(module)]
+    for node, name, new, _ in list(_switches(nodes, train)):
+        done.append((node, name, vars(node).get(name, MISSING), new))
+        vars(node)[name] = new
+
+    def undo() -> None:
+        for node, name, old, new in reversed(done):
+            if vars(node).get(name, MISSING) is not new:
+                continue
+            if old is MISSING:
+                del vars(node)[name]
+            else:
+                vars(node)[name] = old
+
+    return undo
+
+
+def _pop_sown(module: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
+    """Takes intermediate values off the graph: type → nested by path."""
+    out: dict[str, Any] = {}
+    for path, node in list(walk(module)):
+        for name, part in parts_of(node) or ():
+            if not is_sown(part, kinds):
+                continue
+            inner = out.setdefault(type(part).__name__, {})
+            for step in path:
+                inner = inner.setdefault(str(step), {})
+            inner[str(name)] = raw(part)
+            if isinstance(node, nnx.Pytree):
+                del vars(node)[name]
+            elif isinstance(node, dict):
+                del node[name]
+    return out
+
+
+def _other(node: Any, held: Any) -> bool:
+    """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
+    now = parts_of(node)
+    if now is None or len(now) != len(held):
+        return True
+    for (name, value), (old_name, old) in zip(now, held, strict=True):
+        if name != old_name:
+            return True
+        if value is old or (_is_array(value) and _is_array(old)):
+            continue
+        if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):
+            return True
+        try:
+            if not bool(value == old):
+                return True
+        except Exception:
+            return True
+    return False
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _structure(module: Any, before: Mapping[Path, Any]) -> tuple[Rebuilt, list[Any]]:
+    """A graph that a run changed, and the values of its variables."""
+    was = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    now = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
+    added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
+    graphdef, state = nnx.split(module, **GRAPH)
+    skeleton, values = [], []
+    for path, leaf in flat_state(state):
+        skeleton.append((path, jax.tree_util.tree_structure(leaf)))
+        values.append(raw(leaf) if isinstance(leaf, nnx.Variable) else leaf)
+    return Rebuilt(graphdef, tuple(skeleton), matches, tuple(dict.fromkeys(added))), values

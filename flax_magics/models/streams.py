@@ -1,0 +1,157 @@
+"""Watches an NNX model while it is traced: streams consumed, layers passed, what was sown.
+
+For the time of one trace, on the calling thread, five methods are replaced by ones that note the call and go on as
+before. A part of the model is known by its path, which its variables carry as metadata for that time: NNX's transforms
+work on copies of their own, and metadata goes with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from flax import nnx
+
+from . import Layer, Path, Record
+from .graph import walk
+from .recorder import constructed_in
+
+MARK = "flax_magics_path"
+HANDED: Path = ("(rngs of the call)",)
+"""In place of a path: a stream that the session made for the call."""
+
+_lock = threading.RLock()
+
+
+def mark(module: Any, handed: bool = False) -> None:
+    """Every variable of the graph carries its path."""
+    for path, part in walk(module):
+        if isinstance(part, nnx.Variable):
+            where = HANDED if handed else path
+            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: where})
+
+
+def unmark(module: Any) -> None:
+    """Takes the paths off again."""
+    for _, part in walk(module):
+        if isinstance(part, nnx.Variable) and MARK in part._var_metadata:
+            metadata = {name: value for name, value in part._var_metadata.items() if name != MARK}
+            object.__setattr__(part, "_var_metadata", metadata)
+
+
+class Watcher:
+    """Fills a Record from one run of `module`, a copy whose variables are marked.
+
+    Args:
+      handed: the Rngs that the session made for the call, None if it made none.
+    """
+
+    def __init__(self, module: Any, record: Record, handed: Any) -> None:
+        self.record = record
+        self.handed = handed
+        self.missing: str | None = None
+        self.sown: set[type] = set()
+        self.parts = dict(walk(module))
+        self.paths = {id(part): path for path, part in self.parts.items() if isinstance(part, nnx.Pytree)}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Replaces the methods for the time of the block, for calls of this thread alone."""
+        thread = threading.get_ident()
+        draw, sow, dropout, norm = nnx.RngStream.__call__, nnx.Module.sow, nnx.Dropout.__call__, nnx.BatchNorm.__call__
+        lookup = nnx.Rngs._get_stream
+
+        def draw_(stream: Any) -> Any:
+            if threading.get_ident() == thread:
+                self._consumed(stream)
+            return draw(stream)
+
+        def lookup_(rngs: Any, name: str, error: Any) -> Any:
+            try:
+                return lookup(rngs, name, error)
+            except (AttributeError, KeyError):
+                if threading.get_ident() == thread and self.handed is not None and not name.startswith("_"):
+                    self.missing = name
+                raise
+
+        def sow_(module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                kind = nnx.variable_type_from_name(variable_type) if isinstance(variable_type, str) else variable_type
+                self.sown.add(kind)
+            return sow(module, variable_type, name, *args, **kwargs)
+
+        def dropout_(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread and module.rate != 0.0:
+                self._layer(module, "dropout", "deterministic", kwargs)
+            return dropout(module, *args, **kwargs)
+
+        def norm_(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                self._layer(module, "norm", "use_running_average", kwargs)
+            return norm(module, *args, **kwargs)
+
+        replaced: list[tuple[Any, str, Any, Any]] = [
+            (nnx.RngStream, "__call__", draw, draw_),
+            (nnx.Rngs, "_get_stream", lookup, lookup_),
+            (nnx.Module, "sow", sow, sow_),
+            (nnx.Dropout, "__call__", dropout, dropout_),
+            (nnx.BatchNorm, "__call__", norm, norm_),
+        ]
+        with _lock:
+            for cls, name, _, new in replaced:
+                setattr(cls, name, new)
+            try:
+                yield
+            finally:
+                for cls, name, old, _ in replaced:
+                    setattr(cls, name, old)
+
+    def _consumed(self, stream: Any) -> None:
+        path = stream.key._var_metadata.get(MARK)
+        if path is not None:  # otherwise it is one that the user passed, or one that the model made itself
+            consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
+            self.record.asked.setdefault(str(stream.key.tag), []).append(tuple(map(str, consumer)))
+
+    def _module_at(self, path: Path) -> Path:
+        """The nearest module around a part: a layer's stream is the layer's."""
+        while path and not isinstance(self.parts.get(path), nnx.Module):
+            path = path[:-1]
+        return path
+
+    def _caller(self) -> Path:
+        """The innermost module whose method is running: who consumes a stream that came as an argument."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            module = frame.f_locals.get("self", frame.f_locals.get("module"))
+            if isinstance(module, nnx.Module):
+                path = self._path(module)
+                if path is not None:
+                    return path
+            frame = frame.f_back
+        return ()
+
+    def _path(self, module: Any) -> Path | None:
+        if id(module) in self.paths and self.parts[self.paths[id(module)]] is module:
+            return self.paths[id(module)]
+        for part in vars(module).values():  # a transform's copy
+            variable = getattr(part, "key", None) if isinstance(part, nnx.RngStream) else part
+            if isinstance(variable, nnx.Variable) and MARK in variable._var_metadata:
+                return self._module_at(variable._var_metadata[MARK][:-1])
+        return None
+
+    def _layer(self, module: Any, kind: str, switch: str, given: Mapping[str, Any]) -> None:
+        value = given.get(switch)
+        value = getattr(module, switch) if value is None else value
+        path = self._path(module)
+        if path is None:
+            path = self._caller()
+        if isinstance(value, bool):
+            parent = self._module_at(path[:-1])
+            owner = constructed_in(type(self.parts[parent]) if path else None, type(module), ("__init__", "__call__"))
+            layer = Layer(kind, tuple(map(str, path)), not value, owner, f"{switch}={value}")
+            if layer not in self.record.layers:
+                self.record.layers.append(layer)

@@ -1,0 +1,475 @@
+"""NNX modules in a session against the same thing done by hand: equal bits, and nothing changed by what fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import bits
+from flax import nnx
+
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.construct import Recipe
+from flax_magics.keys import data_of, stream_tag
+
+List = getattr(nnx, "List", list)
+
+
+class Net(nnx.Module):
+    def __init__(self, features: int, out: int, rngs: nnx.Rngs):
+        self.first = nnx.Linear(4, features, rngs=rngs)
+        self.norm = nnx.BatchNorm(features, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(features, out, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+    def embed(self, x: Any, scale: Any = 1.0) -> Any:
+        return self.first(x) * scale
+
+
+@pytest.fixture
+def session():
+    return Session(seed=0)
+
+
+def an_input() -> jax.Array:
+    return jax.random.uniform(jax.random.key(42), (5, 4))
+
+
+def draw(root: Any, *names: str) -> tuple[Any, dict[str, Any]]:
+    new, params, dropout = jax.random.split(root, 3)
+    keys = {"params": params, "dropout": dropout}
+    return new, {name: keys.get(name, jax.random.fold_in(root, jnp.uint32(stream_tag(name)))) for name in names}
+
+
+def by_hand(net: Any, keys: dict[str, Any], *args: Any, call: Any = None) -> Any:
+    nnx.reseed(net, policy="match_shape", **keys)
+    output = nnx.jit(call or (lambda net, *args: net(*args)))(net, *args)
+    return output
+
+
+@pytest.mark.parametrize("rngs", [lambda: nnx.Rngs(0), lambda: nnx.Rngs(params=0, dropout=1)])
+def test_three_training_runs_have_output_and_state_of_the_code_by_hand(session, rngs):
+    x = an_input()
+    net, other = Net(8, 3, rngs()), Net(8, 3, rngs())
+    session.register("net", net)
+    tag = net.dropout.rngs.tag
+    root = jax.random.key(0)
+    other.train()
+    for i in range(3):
+        root, keys = draw(root, tag)
+        y = by_hand(other, keys, x + i)
+        run = session.apply("net", x + i, mode="train")
+        assert bits(run.output) == bits(y)
+        assert bits(nnx.state(net)) == bits(nnx.state(other))
+        assert run.changed == {"BatchStat": i + 1}
+        assert run.used == {tag: ("dropout",)}
+        assert data_of(run.keys[tag]) == data_of(keys[tag])
+    assert (run.mode, run.switch) == ("train", "deterministic=False, use_running_average=False")
+    assert run.program == "reused"
+
+
+def test_eval_leaves_statistics_and_the_objects_own_mode_alone(session):
+    x, net = an_input(), Net(8, 3, nnx.Rngs(0))
+    before = bits(nnx.state(net, nnx.Param)), bits(nnx.state(net, nnx.BatchStat))
+    session.register("net", net)
+    run = session.apply("net", x, mode="eval")
+    other = Net(8, 3, nnx.Rngs(0))
+    other.eval()
+    assert bits(run.output) == bits(nnx.jit(lambda net, x: net(x))(other, x))
+    assert (bits(nnx.state(net, nnx.Param)), bits(nnx.state(net, nnx.BatchStat))) == before
+    assert (net.dropout.deterministic, net.norm.use_running_average) == (False, False)
+    assert run.changed == {}
+    assert run.used == {}
+
+
+def test_eager_equals_eager_by_hand(session):
+    x, net, other = an_input(), Net(8, 3, nnx.Rngs(0)), Net(8, 3, nnx.Rngs(0))
+    session.register("net", net)
+    run = session.apply("net", x, eager=True)
+    nnx.reseed(other, default=draw(jax.random.key(0), "default")[1]["default"])
+    assert bits(run.output) == bits(other(x))
+    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    assert run.used == {"default": ("dropout",)}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_fails_leaves_the_object_as_it_was(session, eager):
+    class Failing(Net):
+        def __call__(self, x):
+            super().__call__(x)
+            self.extra = nnx.Variable(jnp.ones(2))
+            raise RuntimeError("no")
+
+    net = Failing(8, 3, nnx.Rngs(0))
+    session.register("net", net)
+    state, names = bits(nnx.state(net)), set(vars(net))
+    with pytest.raises(RuntimeError, match="no"):
+        session.apply("net", an_input(), mode="train", eager=eager)
+    assert bits(nnx.state(net)) == state
+    assert set(vars(net)) == names
+    assert session.runs == []
+    assert data_of(session.root_key) == data_of(jax.random.key(0))
+
+
+def test_other_methods_run_and_say_what_they_lack(session):
+    x, net = an_input(), Net(8, 3, nnx.Rngs(0))
+    session.register("net", net)
+    run = session.apply("net", x, method="embed", scale=2.0)
+    assert bits(run.output) == bits(nnx.jit(lambda net, x, s: net.embed(x, s))(net, x, 2.0))
+    assert bits(session.apply("net", x, method="first").output) == bits(nnx.jit(lambda net, x: net.first(x))(net, x))
+    with pytest.raises(FlaxMagicsError, match="Net has no method `embedd`; its methods: embed"):
+        session.apply("net", x, method="embedd")
+
+
+class Taking(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, x: Any, rngs: nnx.Rngs) -> Any:
+        return self.dropout(self.linear(x), rngs=rngs)
+
+
+def test_a_call_that_takes_rngs_gets_the_draws_streams(session):
+    x, net = an_input(), Taking(nnx.Rngs(0))
+    session.register("net", net)
+    run = session.apply("net", x)
+    keys = draw(jax.random.key(0), "params", "dropout")[1]
+    assert bits(run.output) == bits(nnx.jit(lambda net, x, rngs: net(x, rngs=rngs))(net, x, nnx.Rngs(**keys)))
+    assert run.used == {"dropout": ("dropout",)}
+    assert run.notes == ()
+
+
+def test_rngs_written_in_the_call_stand(session):
+    x, net = an_input(), Taking(nnx.Rngs(0))
+    session.register("net", net)
+    run = session.apply("net", x, rngs=nnx.Rngs(dropout=7))
+    assert bits(run.output) == bits(nnx.jit(lambda net, x, rngs: net(x, rngs=rngs))(net, x, nnx.Rngs(dropout=7)))
+    assert [(note.kind, note.text) for note in run.notes] == [("rngs", "rngs: yours, draw unused")]
+    assert run.used == {}
+
+
+def test_the_users_rngs_move_on_as_they_do_by_hand(session):
+    x, net, other = an_input(), Taking(nnx.Rngs(0)), Taking(nnx.Rngs(0))
+    mine, theirs = nnx.Rngs(dropout=7), nnx.Rngs(dropout=7)
+    session.register("net", net)
+    for _ in range(2):
+        y = nnx.jit(lambda net, x, rngs: net(x, rngs=rngs))(other, x, theirs)
+        assert bits(session.apply("net", x, rngs=mine).output) == bits(y)
+        assert bits(nnx.state(mine)) == bits(nnx.state(theirs))
+    state = bits(nnx.state(mine))
+    session.apply("net", x, rngs=mine, draw=1)
+    assert bits(nnx.state(mine)) == state
+
+
+class Noisy(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.rngs = rngs
+
+    def __call__(self, x: Any) -> Any:
+        return x + self.rngs.noise.normal(x.shape)
+
+
+def test_a_stream_of_any_name_is_the_draws_own_and_one_nobody_consumes_is_not_reported(session):
+    x, net, other = an_input(), Noisy(nnx.Rngs(noise=1, dropout=2)), Noisy(nnx.Rngs(noise=1, dropout=2))
+    session.register("net", net)
+    run = session.apply("net", x)
+    keys = draw(jax.random.key(0), "noise", "dropout")[1]
+    assert bits(run.output) == bits(by_hand(other, keys, x))
+    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    assert run.used == {"noise": ("(the model)",)}
+    assert [note.kind for note in run.notes] == ["stream"]
+    assert session.apply("net", x).notes == ()
+
+
+class Stacked(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs):
+            return Block(rngs)
+
+        self.blocks = make(rngs)
+
+    def __call__(self, x: Any) -> Any:
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def forward(block, x):
+            return block(x)
+
+        return forward(self.blocks, x)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.dropout(self.linear(x))
+
+
+def test_streams_of_scanned_layers_are_split_to_their_shape(session):
+    x, net, other = an_input(), Stacked(nnx.Rngs(0)), Stacked(nnx.Rngs(0))
+    session.register("net", net)
+    keys = draw(jax.random.key(0), "default")[1]
+    y = by_hand(other, keys, x)
+    run = session.apply("net", x)
+    assert bits(run.output) == bits(y)
+    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    assert run.used == {"default": ("blocks/dropout",)}
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Linear(4, 4, rngs=rngs)
+        self.layers = List([nnx.Linear(4, 4, rngs=rngs), self.embed])
+        self.steps = 0
+        self.seen = nnx.Variable(jnp.zeros(()))
+
+    def __call__(self, x: Any) -> Any:
+        self.seen.value = self.seen.value + x.sum()
+        for layer in self.layers:
+            x = layer(x)
+        return self.embed(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_shared_modules_lists_and_variables_of_any_type(session):
+    x, net, other = an_input(), Tied(nnx.Rngs(0)), Tied(nnx.Rngs(0))
+    session.register("net", net)
+    for i in range(2):
+        run = session.apply("net", x)
+        assert bits(run.output) == bits(nnx.jit(lambda net, x: net(x))(other, x))
+        assert run.changed == {"Variable": i + 1}
+    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    assert net.layers[1] is net.embed
+
+
+def test_a_new_attribute_makes_a_new_program(session):
+    x, net = an_input(), Net(8, 3, nnx.Rngs(0))
+    session.register("net", net)
+    first = session.apply("net", x, mode="eval")
+    net.last = nnx.Linear(8, 2, rngs=nnx.Rngs(5))
+    second = session.apply("net", x, mode="eval")
+    assert (first.shape, second.shape) == ("float32[5,3]", "float32[5,2]")
+    net.dropout.rate = 0.25
+    assert session.apply("net", x, mode="train").program == "compiled"
+
+
+def test_what_the_model_adds_to_itself_is_on_the_object_afterwards(session):
+    class Adding(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+            self.calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            if not hasattr(self, "mean"):
+                self.mean = nnx.BatchStat(x.mean())
+                self.alias = self.linear
+            return self.linear(x)
+
+    x, net, other = an_input(), Adding(nnx.Rngs(0)), Adding(nnx.Rngs(0))
+    linear, kernel = net.linear, net.linear.kernel
+    session.register("net", net)
+    for _ in range(2):
+        run = session.apply("net", x)
+        assert bits(run.output) == bits(nnx.jit(lambda net, x: net(x))(other, x))
+        assert bits(nnx.state(net)) == bits(nnx.state(other))
+    assert net.calls == 2
+    assert net.linear is linear
+    assert net.alias is linear
+    assert net.linear.kernel is kernel
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_intermediates_are_handed_back_and_never_kept(session):
+    class Sowing(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+        def __call__(self, x):
+            y = self.linear(x)
+            self.sow(nnx.Intermediate, "features", y)
+            return y
+
+    x, net = an_input(), Sowing(nnx.Rngs(0))
+    session.register("net", net)
+    for _ in range(2):
+        run = session.apply("net", x)
+        assert list(run.sown) == ["Intermediate"]
+        assert bits(run.sown["Intermediate"]["features"]) == bits((run.output,))
+        assert run.changed == {}
+    assert not hasattr(net, "features")
+
+
+def test_a_model_and_its_optimizer_in_one_module_train_in_a_method(session):
+    import optax
+
+    class Training(nnx.Module):
+        def __init__(self, rngs):
+            self.net = nnx.Linear(4, 1, rngs=rngs)
+            self.optimizer = nnx.Optimizer(self.net, optax.sgd(0.1), wrt=nnx.Param)
+
+        def step(self, x, y):
+            loss, grads = nnx.value_and_grad(lambda net: ((net(x) - y) ** 2).mean())(self.net)
+            self.optimizer.update(self.net, grads)
+            return loss
+
+    x, y = an_input(), jnp.ones((5, 1))
+    net, other = Training(nnx.Rngs(0)), Training(nnx.Rngs(0))
+    session.register("net", net)
+    for _ in range(3):
+        run = session.apply("net", x, y, method="step")
+        assert bits(run.output) == bits(nnx.jit(lambda net, x, y: net.step(x, y))(other, x, y))
+    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    assert run.changed["Param"] == 3
+
+
+def test_variables_are_the_state_and_can_be_assigned(session):
+    x, net, other = an_input(), Net(8, 3, nnx.Rngs(0)), Net(8, 3, nnx.Rngs(1))
+    session.register("net", net)
+    model = session.models["net"]
+    assert bits(model.variables) == bits(nnx.state(net))
+    kept = bits(nnx.state(net))
+    run = session.apply("net", x, mode="eval", variables=nnx.state(other))
+    other.eval()
+    assert bits(run.output) == bits(nnx.jit(lambda net, x: net(x))(other, x))
+    assert bits(nnx.state(net)) == kept
+    model.variables = nnx.state(other)
+    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    with pytest.raises(FlaxMagicsError, match="`net` has no variable `nowhere`"):
+        model.variables = nnx.State({"nowhere": nnx.Param(jnp.ones(1))})
+
+
+def recipe(*args: Any, cls: Any = Net) -> Recipe:
+    return Recipe(cls, args, {}, f"{cls.__name__}({', '.join(map(str, args))})")
+
+
+def test_a_construction_by_the_session_is_a_draw_that_the_next_apply_shares(session):
+    x = an_input()
+    session.register_all({"net": recipe(8, 3)})
+    net = session.models["net"].module
+    _, keys = draw(jax.random.key(0), "params", "dropout")
+    other = Net(8, 3, rngs=nnx.Rngs(**keys))
+    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    assert [(run.command, run.model, run.draw) for run in session.runs] == [("init", "net", 1)]
+    run = session.apply("net", x, mode="train")
+    other.train()
+    assert bits(run.output) == bits(by_hand(other, {"dropout": keys["dropout"]}, x))
+    assert run.draw == 1
+    assert session.apply("net", x).draw == 2
+
+
+def test_init_builds_anew_into_the_same_object(session):
+    session.register_all({"net": recipe(8, 3)})
+    net = session.models["net"].module
+    kernel = net.first.kernel
+    state = session.init("net", an_input())
+    root, _ = draw(jax.random.key(0))
+    other = Net(8, 3, rngs=nnx.Rngs(**draw(root, "params", "dropout")[1]))
+    assert bits(nnx.state(net)) == bits(nnx.state(other)) == bits(state)
+    assert net.first.kernel is kernel
+    assert session.models["net"].module is net
+
+
+def test_init_of_a_module_of_the_users_own_says_what_to_do(session):
+    session.register("net", Net(8, 3, nnx.Rngs(0)))
+    with pytest.raises(FlaxMagicsError, match="`net` was built by your own code") as error:
+        session.init("net", an_input())
+    assert "%flaxmodel net = Net(" in str(error.value)
+
+
+def test_a_fresh_restart_builds_anew_at_the_next_use(session):
+    x = an_input()
+    session.register_all({"net": recipe(8, 3)})
+    net = session.models["net"].module
+    first = session.apply("net", x, mode="train")
+    state = bits(nnx.state(net))
+    session.apply("net", x, mode="train")
+    restart = session.restart(0, fresh=True)
+    assert restart.keeping == ()
+    again = session.apply("net", x, mode="train")
+    assert bits(again.output) == bits(first.output)
+    assert bits(nnx.state(net)) == state
+    assert again.draw == 1
+    assert session.models["net"].module is net
+
+
+def test_an_unchanged_recipe_keeps_model_and_programs_and_an_edit_keeps_what_fits(session):
+    x = an_input()
+    session.register_all({"net": recipe(8, 3)})
+    session.apply("net", x, mode="train")
+    net, root = session.models["net"].module, data_of(session.root_key)
+    state = bits(nnx.state(net))
+    (change,) = session.register_all({"net": recipe(8, 3)})
+    assert (change.state, change.variables) == ("unchanged", "kept")
+    assert session.models["net"].module is net
+    assert session.apply("net", x, mode="train", draw=1).program == "reused"
+    assert data_of(session.root_key) == root
+
+    class Edited(Net):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    (change,) = session.register_all({"net": recipe(8, 3, cls=Edited)})
+    assert (change.state, change.variables) == ("changed", "kept")
+    new = session.models["net"].module
+    assert type(new) is Edited
+    params = nnx.filter_state(nnx.state(new), nnx.Any(nnx.Param, nnx.BatchStat))
+    old = nnx.filter_state(nnx.state(net), nnx.Any(nnx.Param, nnx.BatchStat))
+    assert bits(params) == bits(old)
+    assert bits(nnx.state(net)) == state
+    (change,) = session.register_all({"net": recipe(8, 2, cls=Edited)})
+    assert change.variables == "own"
+    assert change.changes == ("last/bias [3]→[2]", "last/kernel [8,3]→[8,2]")
+    assert session.runs[-1].command == "init"
+
+
+def test_a_layer_that_stays_off_in_training_is_said(session):
+    class Fixed(nnx.Module):
+        def __init__(self, rngs):
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(x, deterministic=True)
+
+    session.register("net", Fixed(nnx.Rngs(0)))
+    run = session.apply("net", an_input(), mode="train")
+    assert [note.kind for note in run.notes] == ["dropout"]
+    assert run.notes[0].text.startswith(
+        "dropout is off although --train was asked: deterministic=True is fixed in Fixed"
+    )
+
+
+def test_a_replay_changes_nothing_on_the_object(session):
+    x, net = an_input(), Noisy(nnx.Rngs(0))
+    session.register("net", net)
+    first = session.apply("net", x)
+    state = bits(nnx.state(net))
+    again = session.apply("net", x, draw=1)
+    assert bits(again.output) == bits(first.output)
+    assert bits(nnx.state(net)) == state
+
+
+def test_a_numpy_variable_is_not_changed_in_place_by_an_eager_run(session):
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.count = nnx.Variable(np.zeros(2))
+
+        def __call__(self, x):
+            count = self.count[...]
+            count += 1
+            raise RuntimeError("no")
+
+    net = Counting()
+    session.register("net", net)
+    with pytest.raises(RuntimeError, match="no"):
+        session.apply("net", an_input(), eager=True)
+    assert np.asarray(net.count[...]).tolist() == [0, 0]
