@@ -100,7 +100,6 @@ def page(address) -> Iterator[Any]:
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         menu(page, "Run", "Run All Cells")
         page.wait_for_function(f"({STARTED})() && !({WAITING})()")
-        page.keyboard.press("Control+B")  # the side bar takes half of a narrow window
         yield page
         browser.close()
 
@@ -205,6 +204,8 @@ def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
 @pytest.mark.parametrize("width", [1280, 700, 480])
 def test_no_report_is_wider_than_its_place(page, tmp_path, width):
     page.set_viewport_size({"width": width, "height": 1600})
+    if width < 600:
+        page.keyboard.press("Control+B")  # beside the side bar there would be no room for anything
     page.wait_for_timeout(500)
     page.screenshot(path=tmp_path / f"{width}.png")
     assert page.evaluate(WIDER) == 0

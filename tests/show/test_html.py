@@ -136,7 +136,7 @@ def test_it_brings_no_colour_of_its_own_and_no_rule_outside_its_class() -> None:
     assert re.search(r"#[0-9a-fA-F]{3}|rgb|hsl", style) is None
     colours = set(re.findall(r"(?<![-\w])color:([^;}]+)", style))
     assert colours == {"inherit"}
-    rules = re.sub(r"@media\([^)]*\)\{((?:[^{}]*\{[^{}]*\})*)\}", r"\1", style)
+    rules = re.sub(r"@container\([^)]*\)\{((?:[^{}]*\{[^{}]*\})*)\}", r"\1", style)
     for selectors in re.findall(r"([^{}]+)\{", rules):
         assert all(selector.strip().startswith(".flax-magics") for selector in selectors.split(","))
 
