@@ -236,7 +236,7 @@ class FlaxMagics(Magics):
     def flax_key(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
         """`%flax_key [--seed N [--fresh] | NAME]`"""
         from .overview import key_card, restarted
-        from .show.bundle import key_bundle
+        from .show.bundle import key_bundle, notice_bundle
 
         seed, fresh, quiet = (options.options[name] for name in ("seed", "fresh", "quiet"))
         name = options.rest
@@ -246,8 +246,8 @@ class FlaxMagics(Magics):
                     f"%flax_key restarts with --seed or draws `{name}`, not both in one line.",
                     write=f"%flax_key --seed {seed}\n%flax_key {name}",
                 )
-            text = restarted(self.session.restart(seed, fresh=fresh))
-            self.reporter.publish({} if quiet else {"text/plain": text})
+            notice = restarted(self.session.restart(seed, fresh=fresh))
+            self.reporter.publish({} if quiet else notice_bundle(notice, self.style))
             return None
         if fresh:
             raise FlaxMagicsError("--fresh goes with --seed.", write=f"%flax_key --seed {self.session.seed} --fresh")

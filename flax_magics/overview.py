@@ -10,7 +10,9 @@ from . import __version__
 from .commands import MEANINGS
 from .keys import fingerprint
 from .notes import summary
+from .run import Note
 from .sessions import Session
+from .show.notice import Notice
 from .show.status import Command, Device, KeyCard, Model, Status
 from .show.units import bytes_, plural
 from .state import Restart
@@ -55,20 +57,20 @@ def status(session: Session) -> Status:
     )
 
 
-def restarted(restart: Restart) -> str:
+def restarted(restart: Restart) -> Notice:
     """What `%flax_key --seed N` answers."""
-    lines = [f"root key restarted: seed {restart.seed}, next is draw 1"]
+    texts = ["restarted", f"seed {restart.seed}", "next is draw 1"]
+    notes = []
+    names = ", ".join(restart.keeping)
     if restart.fresh:
-        lines[0] += " · every model is initialised anew at its next use"
+        texts.append("models initialise anew")
         if restart.keeping:
-            names = ", ".join(restart.keeping)
             verb = "keeps its" if len(restart.keeping) == 1 else "keep their"
-            lines.append(f"! {names} {verb} variables until the cell that built {names} is run again")
-        return "\n".join(lines)
-    if restart.keeping:
-        names = ", ".join(restart.keeping)
-        lines.append(f"! {names} keep{'s' if len(restart.keeping) == 1 else ''} the variables that were there")
-        lines.append(f"  write: %flax_key --seed {restart.seed} --fresh")
-    if restart.again:
-        lines.append(f"! seed {restart.seed} was used before in this session: its keys come again")
-    return "\n".join(lines)
+            notes.append(Note("kept", f"{names} {verb} variables until the cell that built {names} is run again"))
+    elif restart.keeping:
+        verb = "keeps" if len(restart.keeping) == 1 else "keep"
+        write = f"%flax_key --seed {restart.seed} --fresh"
+        notes.append(Note("kept", f"{names} {verb} the variables that were there", write))
+    if restart.again and not restart.fresh:
+        notes.append(Note("seed again", f"seed {restart.seed} was used before in this session: its keys come again"))
+    return Notice("root key", tuple(texts), tuple(notes))

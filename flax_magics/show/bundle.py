@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import html, loop, registered, status, text
+from . import html, loop, notice, registered, status, text
 from .facts import LEVELS, Level
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ def status_bundle(now: status.Status, style: str) -> dict[str, Any]:
 def key_bundle(card: status.KeyCard, style: str) -> dict[str, Any]:
     """The MIME bundle of a bare `%flax_key`."""
     return _shown(status.key_text(card), lambda: html.key_card(card), style)
+
+
+def notice_bundle(found: notice.Notice, style: str) -> dict[str, Any]:
+    """The MIME bundle of a line of news."""
+    return _shown(notice.notice_text(found), lambda: html.notice(found), style)
 
 
 def registered_bundle(models: Sequence[registered.Registered], style: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..run import Run
     from .loop import Loop
+    from .notice import Notice
     from .registered import Registered
     from .status import KeyCard, Status
 
@@ -129,6 +130,16 @@ def loop(runs: Loop) -> str:
     return _render(
         "line.html",
         {"first": "", "name": runs.model, "mode": runs.mode, "device": runs.device, "texts": shown, "notes": notes},
+    )
+
+
+def notice(found: Notice) -> str:
+    """A line of news."""
+    notes = [(clean_lines(note.text), clean_lines(note.write or "")) for note in found.notes]
+    texts = [clean(text) for text in found.texts]
+    return _render(
+        "line.html",
+        {"first": "", "name": clean(found.name), "mode": "", "device": "", "texts": texts, "notes": notes},
     )
 
 

@@ -190,10 +190,10 @@ def test_a_key_is_drawn_under_a_name(sharp_bits):
 
 
 def test_a_restart_says_what_it_means(sharp_bits):
-    assert sharp_bits("%flax_key --seed 0") == "root key restarted: seed 0, next is draw 1"
+    assert sharp_bits("%flax_key --seed 0") == "root key · restarted · seed 0 · next is draw 1"
     sharp_bits("%flax_apply my_model(x);")
     assert sharp_bits("%flax_key --seed 0") == (
-        "root key restarted: seed 0, next is draw 1\n"
+        "root key · restarted · seed 0 · next is draw 1\n"
         "! my_model keeps the variables that were there\n"
         "  write: %flax_key --seed 0 --fresh\n"
         "! seed 0 was used before in this session: its keys come again"
@@ -257,3 +257,9 @@ def test_a_model_that_is_not_plain_is_traced_each_time_and_the_report_says_so(no
 def test_eager_says_that_there_is_no_program(sharp_bits):
     out = sharp_bits("%flax_apply --eager my_model(x);")
     assert "  jit   eager, op by op: no program, and JAX compiles each op at its first use" in out
+
+
+def test_a_fresh_restart_is_one_line_of_80_columns(sharp_bits):
+    assert sharp_bits("%flax_key --seed 0 --fresh") == (
+        "root key · restarted · seed 0 · next is draw 1 · models initialise anew"
+    )
