@@ -139,7 +139,9 @@ def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tup
 
     When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
     """
+    before = len(session)
     changes = session.register_all(found.modules, anew=found.anew)
+    draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - before)}
     user_ns.update(
         {
             name: session.models[name].module if isinstance(value, Recipe) else value
@@ -159,7 +161,7 @@ def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tup
     for i, change in enumerate(changes):
         module = session.models[change.name].describe()
         last = i == len(changes) - 1
-        out.append(
-            Registered(change.name, module, change.state, change.changes, change.variables, rows if last else ())
-        )
+        check_rows = rows if last else ()
+        draw = draws.get(change.name, "")
+        out.append(Registered(change.name, module, change.state, change.changes, change.variables, check_rows, draw))
     return out

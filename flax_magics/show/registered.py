@@ -20,6 +20,7 @@ class Registered:
       changes: what changed, such as `Dense_0/kernel [4,3]→[4,5]`.
       variables: what became of the variables; `none` if there were none, `own` if the module holds new ones.
       check: rows of label and value for `--check`.
+      draw: what a module that the session built was built with, such as `draw 1 of seed 0`.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Registered:
     changes: tuple[str, ...] = ()
     variables: Literal["none", "kept", "dropped", "own"] = "none"
     check: tuple[tuple[str, str], ...] = ()
+    draw: str = ""
 
     @property
     def headline(self) -> str:
@@ -39,6 +41,10 @@ class Registered:
     @property
     def parts(self) -> tuple[str, ...]:
         """What follows the first part."""
+        return (*self._parts, f"built with {self.draw}") if self.draw else self._parts
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
         if self.state == "new":
             return (clean(self.module), "registered")
         if self.state == "unchanged":

@@ -21,7 +21,7 @@ CELL = f"%%flaxmodel\n{NET}net = Net(8, 3, rngs=nnx.Rngs(0))\n"
 
 
 def test_the_sessions_rngs_build_what_the_line_says(notebook):
-    assert notebook(LINE) == "net · Net(8, 3) · registered"
+    assert notebook(LINE) == "net · Net(8, 3) · registered · built with draw 1 of seed 0"
     notebook("y = %flax_apply --train net(x)")
     assert [(run.command, run.draw) for run in notebook.session.runs] == [("init", 1), ("apply", 1)]
     keys = notebook.session.runs[0].keys
