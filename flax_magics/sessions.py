@@ -15,18 +15,18 @@ from typing import Any
 
 import jax
 
-from . import history, registry
+from . import history, records, registry
 from .construct import Built, Recipe, keys_of
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
-from .keys import Draw, Root, Streams
+from .keys import Draw, Root
 from .models import adopt, is_module_class, spell_construction
-from .notes import OUTDATED, SeenKeys, of_params, outdated_own, summary
-from .prepare import Call, as_names, init_by_hand, method_path, prepare_init, spell_call
-from .program import Programs, devices_of
+from .notes import OUTDATED, SeenKeys, outdated_own
+from .prepare import Call, as_names, method_path, prepare_init, spell_call
+from .program import Programs
 from .registry import Change, Entry, Models, RegisteredModel
-from .run import Made, Note, Run, Timing
+from .run import Note, Run
 from .state import Restart, State
 from .uninterrupted import uninterrupted
 
@@ -165,48 +165,13 @@ class Session:
         keys = keys_of(now)
         self.on_phase(f"building {name}")
         model = _adopted(recipe.build(keys), name, recipe)
-        run = self._built_run(name, recipe, model, now, keys, started, start, state.runs is None)
+        run = records.of_build(
+            name, recipe, model, now, keys, started, self._since(start, model), first=state.runs is None
+        )
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
         if old is not None:
             change = Change(name, "changed", changes, "own")
-        return self._after(state, run, now, entry, (name, now)), change
-
-    def _built_run(
-        self,
-        name: str,
-        recipe: Recipe,
-        model: Any,
-        draw: Draw,
-        keys: Mapping[str, Any],
-        started: float,
-        start: float,
-        first: bool,
-        call: Call | None = None,
-        replayed: bool = False,
-    ) -> Run:
-        collections = model.collections()
-        jax.block_until_ready(collections)
-        state = model.state()
-        return Run(
-            command="init",
-            model=name,
-            mode="",
-            call=recipe.text if call is None else call.text,
-            inputs=(recipe.args, dict(recipe.kwargs)) if call is None else (call.args, call.kwargs),
-            output=state,
-            seed=draw.seed,
-            draw=draw.number,
-            keys=keys,
-            device=devices_of(state),
-            started=started,
-            program="eager",
-            timing=Timing(init=self.clock() - start),
-            cell=None if call is None else call.cell,
-            made=_made(collections),
-            by_hand=recipe.by_hand(name),
-            replayed=replayed,
-            first=first,
-        )
+        return state.after(run, now, entry, (name, now)), change
 
     def _rebuild(self, entry: Entry, call: Call, draw: Any) -> Run:
         """`init` of a model that holds its variables: the same construction again, into the same object."""
@@ -219,14 +184,25 @@ class Session:
                 " session builds it",
             )
         recipe = entry.built.recipe
-        now = self._find_draw(draw) or self._state.root.draw()
+        now = self._state.find_draw(draw) or self._state.root.draw()
         self.on_phase(f"building {name}")
         started, start = time.time(), self.clock()
         keys = keys_of(now)
         with plain_errors(call):
             model = _adopted(recipe.build(keys), name, recipe)
         first = self._state.runs is None
-        run = self._built_run(name, recipe, model, now, keys, started, start, first, call, draw is not None)
+        run = records.of_build(
+            name,
+            recipe,
+            model,
+            now,
+            keys,
+            started,
+            self._since(start, model),
+            call,
+            replayed=draw is not None,
+            first=first,
+        )
         own: Any = entry.model
         entry = replace(
             entry, built=Built.of(recipe, keys), updates={}, outdated=False, stale=False, first=model.sample()
@@ -234,6 +210,11 @@ class Session:
         opened = None if draw is not None else (name, now)
         self._commit(run, now, entry, opened, write=lambda: own.become(model))
         return run
+
+    def _since(self, start: float, model: Any) -> float:
+        """Seconds since `start`, once what `model` holds is there."""
+        jax.block_until_ready(model.collections())
+        return self.clock() - start
 
     def _entry(self, model: Any) -> Entry:
         models = self._state.models
@@ -374,7 +355,7 @@ class Session:
         if entry.model.holds_variables:
             return self._rebuild(entry, call, draw)
         prepared = prepare_init(name, entry.model, call)
-        now = self._find_draw(draw) or self._state.root.draw()
+        now = self._state.find_draw(draw) or self._state.root.draw()
         key = now.stream("params")
         self.on_phase(f"initialising {name}")
         started, start = time.time(), self.clock()
@@ -383,26 +364,9 @@ class Session:
             jax.block_until_ready(variables)
         seconds = self.clock() - start
         made = initialised(prepared.model, key, call.method, prepared.args, prepared.kwargs)
-        run = Run(
-            command="init",
-            model=name,
-            mode="",
-            call=call.text,
-            inputs=(prepared.args, prepared.kwargs),
-            output=variables,
-            seed=now.seed,
-            draw=now.number,
-            keys=Streams.of(now, "params"),
-            device=devices_of(variables),
-            started=started,
-            program="eager",
-            timing=Timing(init=seconds),
-            cell=call.cell,
-            made=_made(variables),
-            notes=(*notes, *of_params(variables)),
-            by_hand=init_by_hand(call),
-            replayed=draw is not None,
-            first=self._state.runs is None,
+        inputs, first = (prepared.args, prepared.kwargs), self._state.runs is None
+        run = records.of_init(
+            name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
         )
         entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
         self._commit(run, now, entry, opened=None if draw is not None else (name, now))
@@ -416,7 +380,7 @@ class Session:
             registered in its place, once the run has succeeded.
         """
         entry, notes = self._entry_now(name, module)
-        replayed = self._find_draw(options.draw)
+        replayed = self._state.find_draw(options.draw)
         opened = self._state.opened
         # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
         shares = replayed is None and opened is not None and opened[0] == name and entry.ready
@@ -431,7 +395,7 @@ class Session:
                 entry, model=renewed, built=Built.of(entry.built.recipe, keys), stale=False, first=renewed.sample()
             )
             shares = True
-        made = None if renewed is None else _made(renewed.collections())
+        made = None if renewed is None else records.made_of(renewed.collections())
         done: Execution = execute(
             entry, call, options, now, self.programs, self._seen, self.on_phase, params_taken=shares
         )
@@ -447,33 +411,9 @@ class Session:
         notes = (*notes, *done.notes)
         if entry.outdated and done.made is None and options.variables is None:
             notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
-        run = Run(
-            command="apply",
-            model=name,
-            mode=done.mode,
-            call=call.text,
-            inputs=done.inputs,
-            output=done.output,
-            seed=now.seed,
-            draw=now.number,
-            keys=done.keys,
-            device=done.device,
-            started=started,
-            sown=done.sown,
-            used=done.used,
-            changed=done.changed,
-            program=done.program,
-            reason=done.reason,
-            switch=", ".join(done.switch),
-            static=done.static,
-            timing=done.timing,
-            memory=done.memory,
-            cell=call.cell,
-            notes=notes,
-            made=done.made or made,
-            by_hand=done.by_hand,
-            replayed=replayed is not None,
-            first=self._state.runs is None,
+        first = self._state.runs is None
+        run = records.of_apply(
+            name, call, done, now, started, notes, done.made or made, replayed=replayed is not None, first=first
         )
         self._commit(run, now, kept, write=write)
         for data in done.keys_in_call:
@@ -485,23 +425,7 @@ class Session:
         if not name.isidentifier():
             raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write="%flax_key latent")
         now = self._state.root.draw()
-        key = now.stream(name)
-        run = Run(
-            command="key",
-            model=None,
-            mode="",
-            call=name,
-            inputs=((), {}),
-            output=key,
-            seed=now.seed,
-            draw=now.number,
-            keys=Streams.of(now, name),
-            device=devices_of(key),
-            started=time.time(),
-            cell=cell,
-            by_hand="root_key, params_key, dropout_key = jax.random.split(root_key, 3)",
-            first=self._state.runs is None,
-        )
+        run = records.of_key(name, now, cell, first=self._state.runs is None)
         self._commit(run, now, None)
         return run
 
@@ -514,7 +438,7 @@ class Session:
         write: Callable[[], None] | None = None,
     ) -> None:
         """Makes the run part of the session, and `write` what it left behind in the user's own object: one step."""
-        new = self._after(self._state, run, draw, entry, opened)
+        new = self._state.after(run, draw, entry, opened)
         self._seen.roots.add(new.root.data)
         if write is None:
             self._state = new  # the one assignment
@@ -522,37 +446,6 @@ class Session:
         with uninterrupted():
             write()
             self._state = new
-
-    @staticmethod
-    def _after(state: State, run: Run, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
-        root, seeds = state.root, state.seeds
-        if run.replayed:
-            opened = state.opened
-        else:
-            root = root.after(draw)
-            seeds = {**seeds, draw.seed: (max(draw.number, seeds.get(draw.seed, (0, ""))[0]), draw.impl)}
-        models = state.models if entry is None else {**state.models, entry.name: entry}
-        return State(root, models, opened, history.Chain.add(state.runs, run), seeds)
-
-    def _find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
-        if wanted is None:
-            return None
-        seed, number = wanted if isinstance(wanted, tuple) else (self.seed, wanted)
-        last, impl = self._state.seeds.get(seed, (0, ""))
-        if not 1 <= number <= last:
-            drawn = f"draws 1 to {last}" if last else "no draw"
-            raise FlaxMagicsError(f"draw {number} of seed {seed} was not made in this session: it has {drawn}.")
-        with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else _nothing():
-            root = Root.from_seed(seed)
-        for _ in range(number - 1):
-            root = root.after(root.draw())
-        return root.draw()
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def _adopted(module: Any, name: str, recipe: Recipe) -> Any:
@@ -567,8 +460,3 @@ def _checked_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise FlaxMagicsError(f"a seed is an int, not {seed!r}.")
     return seed
-
-
-def _made(variables: Mapping[str, Any], *, added: bool = False) -> Made:
-    parameters, size = summary(variables)
-    return Made(parameters, size, tuple(variables), added)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import jax
+
 from . import history
+from .errors import FlaxMagicsError
 from .keys import Draw, Root
 from .registry import Entry
+from .run import Run
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,32 @@ class State:
     runs: history.Chain | None = None
     seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
     """seed → the last draw that was made under it, and the PRNG implementation."""
+
+    def after(self, run: Run, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
+        """The state once `run` has succeeded. A replay moves neither the root nor a draw that is open."""
+        root, seeds = self.root, self.seeds
+        if run.replayed:
+            opened = self.opened
+        else:
+            root = root.after(draw)
+            seeds = {**seeds, draw.seed: (max(draw.number, seeds.get(draw.seed, (0, ""))[0]), draw.impl)}
+        models = self.models if entry is None else {**self.models, entry.name: entry}
+        return State(root, models, opened, history.Chain.add(self.runs, run), seeds)
+
+    def find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
+        """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made."""
+        if wanted is None:
+            return None
+        seed, number = wanted if isinstance(wanted, tuple) else (self.root.seed, wanted)
+        last, impl = self.seeds.get(seed, (0, ""))
+        if not 1 <= number <= last:
+            drawn = f"draws 1 to {last}" if last else "no draw"
+            raise FlaxMagicsError(f"draw {number} of seed {seed} was not made in this session: it has {drawn}.")
+        with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else contextlib.nullcontext():
+            root = Root.from_seed(seed)
+        for _ in range(number - 1):
+            root = root.after(root.draw())
+        return root.draw()
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,18 @@ class Model(Protocol):
         """The run as a person would have written it in plain Flax."""
 
 
+def own_methods(cls: type, *, but: str) -> list[str]:
+    """Public methods that the user's classes define, in order of definition, without the hook of the name `but`."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("flax", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            if inspect.isfunction(value) and not name.startswith("_") and name != but:
+                names.setdefault(name)
+    return list(names)
+
+
 def is_module(value: Any) -> bool:
     """Whether `value` is an instance of a Flax module, of either API."""
     from flax import linen, nnx

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from ..errors import FlaxMagicsError, did_you_mean
 from ..fingerprint import fingerprint
-from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables
+from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables, own_methods
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
 from .switch import read_fields, set_fields, set_unset_fields
@@ -49,14 +49,7 @@ class LinenModel:
 
     def methods(self) -> list[str]:
         """Public methods that the user's classes define, in order of definition."""
-        names: dict[str, None] = {}
-        for cls in type(self.module).__mro__:
-            if cls.__module__.partition(".")[0] in ("flax", "builtins"):
-                continue
-            for name, value in vars(cls).items():
-                if inspect.isfunction(value) and not name.startswith("_") and name != "setup":
-                    names.setdefault(name)
-        return list(names)
+        return own_methods(type(self.module), but="setup")
 
     def fields(self) -> list[str]:
         """The dataclass fields, without linen's own."""

@@ -17,7 +17,7 @@ from flax import nnx
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
 from ..fingerprint import fingerprint
-from . import Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables
+from . import Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables, own_methods
 from .graph import (
     GRAPH,
     SIMPLE,
@@ -87,14 +87,7 @@ class NnxModel:
 
     def methods(self) -> list[str]:
         """Public methods that the user's classes define, in order of definition."""
-        names: dict[str, None] = {}
-        for cls in type(self.module).__mro__:
-            if cls.__module__.partition(".")[0] in ("flax", "builtins"):
-                continue
-            for name, value in vars(cls).items():
-                if inspect.isfunction(value) and not name.startswith("_") and name != "set_view":
-                    names.setdefault(name)
-        return list(names)
+        return own_methods(type(self.module), but="set_view")
 
     def fields(self) -> list[str]:
         """The module's own attributes."""
