@@ -15,7 +15,7 @@ from .keys import SPLIT, Draw, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
 from .models.axes import inside
-from .notes import SeenKeys, join, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused, summary
+from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Programs, devices_of
 from .ready import Job, Ready, compiled, eager
@@ -271,8 +271,7 @@ def _start(
     seconds = programs.clock() - begin
     made = initialised(prepared.model, key, call.method, prepared.args, prepared.kwargs)
     entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
-    parameters, size = summary(variables)
-    return _Start(entry, variables, Made(parameters, size, tuple(variables)), seconds, taken=True)
+    return _Start(entry, variables, made_of(variables), seconds, taken=True)
 
 
 def _with_added(
@@ -291,8 +290,7 @@ def _with_added(
     variables, added = _merged(start.variables, fresh)
     if not jax.tree_util.tree_leaves(added):
         raise error.__cause__ or error
-    parameters, size = summary(added)
-    made = Made(parameters, size, tuple(added), added=True)
+    made = made_of(added, added=True)
     return replace(
         start, entry=replace(entry, variables=variables), variables=variables, made=made, seconds=seconds, taken=True
     )

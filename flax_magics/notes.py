@@ -14,7 +14,7 @@ from .errors import nearest
 from .keys import data_of
 from .models import Layer, Record
 from .models.switch import WHEN_TRAINING
-from .run import Note
+from .run import Made, Note
 
 KNOWN_STREAMS = ("params", "dropout", "default")
 
@@ -171,6 +171,12 @@ def summary(tree: Mapping[str, Any]) -> tuple[int, int]:
     """Elements of `params` (of NNX's `Param`), and bytes of everything; of arrays or of their shapes."""
     parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", tree.get("Param", {}))))
     return parameters, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
+
+
+def made_of(variables: Mapping[str, Any], *, added: bool = False) -> Made:
+    """How much of variables was made, or was added to those that were there."""
+    parameters, size = summary(variables)
+    return Made(parameters, size, tuple(variables), added)
 
 
 def _arrays(tree: Any) -> Iterator[Any]:

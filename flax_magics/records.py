@@ -9,16 +9,10 @@ from typing import Any
 from .construct import Recipe
 from .execution import Execution
 from .keys import Draw, Streams
-from .notes import of_params, summary
+from .notes import made_of, of_params
 from .prepare import Call, init_by_hand
 from .program import devices_of
 from .run import Made, Note, Run, Timing
-
-
-def made_of(variables: Mapping[str, Any]) -> Made:
-    """How much of variables there is."""
-    parameters, size = summary(variables)
-    return Made(parameters, size, tuple(variables))
 
 
 def of_init(

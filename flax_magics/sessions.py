@@ -22,7 +22,7 @@ from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
 from .keys import Draw, Root
 from .models import adopt, is_module_class, spell_construction
-from .notes import OUTDATED, SeenKeys, outdated_own
+from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .prepare import Call, as_names, method_path, prepare_init, spell_call
 from .program import Programs
 from .registry import Change, Entry, Models, RegisteredModel
@@ -395,7 +395,7 @@ class Session:
                 entry, model=renewed, built=Built.of(entry.built.recipe, keys), stale=False, first=renewed.sample()
             )
             shares = True
-        made = None if renewed is None else records.made_of(renewed.collections())
+        made = None if renewed is None else made_of(renewed.collections())
         done: Execution = execute(
             entry, call, options, now, self.programs, self._seen, self.on_phase, params_taken=shares
         )
