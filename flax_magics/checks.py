@@ -8,7 +8,7 @@ import jax
 
 from .arguments import Arguments
 from .edits import initialised
-from .keys import stream_tag
+from .keys import Draw, data_of
 from .models import Model
 from .notes import join, summary
 from .prepare import Call, prepare, prepare_init
@@ -38,13 +38,10 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
         shapes = variables = initialised(first.model, key, call.method, first.args, first.kwargs).shapes or {}
     parameters, size = summary(shapes)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
-    impl = str(jax.random.key_impl(key))
-    request = Request(
-        name, prepared.model, call.method, arguments, variables,
-        lambda streams: {stream: jax.random.fold_in(key, stream_tag(stream) & 0xFFFF) for stream in streams}, impl,
-    )  # fmt: skip
+    draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
+    request = Request(name, prepared.model, call.method, arguments, variables, draw)
     traced, _, record = trace(request)
-    output, updates = traced.out_info
+    (output, updates), _ = traced.out_info
     if model.holds_variables:
         updates = dict.fromkeys(holding.commit(updates, record).changed)
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]

@@ -77,6 +77,7 @@ FLAX_APPLY = Command(
         Option("--variables", "run with other variables, and keep nothing", metavar="EXPR"),
         Option("--key", "pass the draw's stream ARG as that argument", metavar="ARG", kind="many", identifier=True),
         DRAW,
+        Option("--draws", "K draws at once, outputs stacked: Monte-Carlo dropout", metavar="K", type=int),
         Option("--repeat", "run N times with the same keys: median and spread", metavar="N", type=int),
         Option("--eager", "run op by op, without compiling"),
         BIND,
@@ -85,6 +86,7 @@ FLAX_APPLY = Command(
     (
         "y = %flax_apply net(x)",
         "%flax_apply --train net(x)",
+        "ys = %flax_apply --train --draws 8 net(x)",
         "%flax_apply --repeat 20 -o run net(x)",
         "%%flax_apply --train\nx2 = x * 2\ny = net(x2)",
     ),

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from flax import errors as flax_errors
 
+from .draws import by_hand, left_behind
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
-from .keys import SPLIT, Draw, Streams
+from .keys import SPLIT, Draw, Series, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, MissingVariables
 from .models.axes import inside
@@ -32,6 +34,7 @@ class Options:
     variables: Mapping[str, Any] | None = None
     key: tuple[str, ...] = ()
     draw: int | tuple[int, int] | None = None
+    draws: int | None = None
     repeat: int = 1
     eager: bool = False
 
@@ -80,7 +83,7 @@ def execute(
     entry: Entry,
     call: Call,
     options: Options,
-    draw: Draw,
+    draw: Draw | Series,
     programs: Programs,
     seen: SeenKeys,
     on_phase: Callable[[str], None],
@@ -107,6 +110,8 @@ def execute(
                 wait = _wait(ready, programs)
                 on_phase(f"running {entry.name}")
                 (output, updates), times = _run(ready, options.repeat, programs, call)
+                if ready.after is not None:
+                    draw.settle(np.asarray(ready.after).tobytes())
                 break
             except MissingVariables as error:
                 start = _with_added(start, call, options, draw, programs, error)
@@ -115,6 +120,8 @@ def execute(
     record = ready.record
     updates = dict(updates)
     sown = {name: updates.pop(name) for name in list(updates) if name in record.sown}
+    if draw.size is not None:
+        updates = left_behind(entry.name, call.text, prepared.mode, draw.size, prepared.model, updates, record)
     if options.mutable:
         both = {**updates, **sown}
         output = (output, {name: both[name] for name in options.mutable if name in both})
@@ -162,19 +169,21 @@ def execute(
         memory=with_peak(ready.memory),
         notes=tuple(notes),
         made=start.made,
-        by_hand=inside(
-            ready.ask.axes,
-            prepared.model.by_hand(
-                call.text,
-                call.method,
-                prepared.switch if options.mode else (),
-                tuple(sorted(ready.ask.streams)),
-                tuple(sorted({*written, *sown, *options.mutable})),
-            ),
-        ),
+        by_hand=_by_hand(prepared, call, options, ready, {*written, *sown, *options.mutable}),
         write=commit.write if commit is not None and keep else None,
         keys_in_call=tuple(in_call.values()),
     )
+
+
+def _by_hand(prepared: Prepared, call: Call, options: Options, ready: Ready, mutable: set[str]) -> str:
+    """The run as plain Flax."""
+    streams = tuple(sorted(ready.ask.streams))
+    switch = prepared.switch if options.mode else ()
+    code = prepared.model.by_hand(call.text, call.method, switch, streams, tuple(sorted(mutable)))
+    code = inside(ready.ask.axes, code)
+    if options.draws is None:
+        return code
+    return by_hand(code, (*options.key, *streams), prepared.model.holds_variables)
 
 
 class plain_errors:
@@ -202,7 +211,7 @@ def _kept_out(error: Exception) -> FlaxMagicsError:
     )
 
 
-def _with_keys(entry: Entry, call: Call, options: Options, draw: Draw) -> Call:
+def _with_keys(entry: Entry, call: Call, options: Options, draw: Draw | Series) -> Call:
     """The call with the keys that `--key` adds."""
     if not options.key:
         return call
@@ -230,18 +239,11 @@ def _check_clash(entry: Entry, options: Options, ready: Ready) -> None:
         )
 
 
-def _keys(draw: Draw, taken: bool) -> Callable[[frozenset[str]], dict[str, Any]]:
-    def keys(streams: frozenset[str]) -> dict[str, Any]:
-        return {name: draw.stream(name, taken=taken and name == "params") for name in sorted(streams)}
-
-    return keys
-
-
 def _start(
     entry: Entry,
     call: Call,
     options: Options,
-    draw: Draw,
+    draw: Draw | Series,
     programs: Programs,
     on_phase: Callable[[str], None],
     params_taken: bool,
@@ -264,7 +266,7 @@ def _start(
     on_phase(f"initialising {entry.name}")
     prepared = prepare_init(entry.name, entry.model, call)
     # An init that the session opened and whose variables were dropped since has used this key already.
-    key = draw.stream("params", taken=params_taken)
+    key = draw.first.stream("params", taken=params_taken)
     begin = programs.clock()
     variables = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
     jax.block_until_ready(variables)
@@ -275,13 +277,13 @@ def _start(
 
 
 def _with_added(
-    start: _Start, call: Call, options: Options, draw: Draw, programs: Programs, error: MissingVariables
+    start: _Start, call: Call, options: Options, draw: Draw | Series, programs: Programs, error: MissingVariables
 ) -> _Start:
     """Adds the variables that a method needs and the first init did not make, from the first init's key."""
     entry = start.entry
     if options.variables is not None or (start.made is not None and start.made.added):
         raise error.__cause__ or error
-    key = entry.made.key if entry.made is not None else draw.stream("params", taken=start.taken)
+    key = entry.made.key if entry.made is not None else draw.first.stream("params", taken=start.taken)
     prepared = prepare_init(entry.name, entry.model, call)
     begin = programs.clock()
     fresh = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
@@ -314,7 +316,7 @@ def _make_ready(
     prepared: Prepared,
     call: Call,
     options: Options,
-    draw: Draw,
+    draw: Draw | Series,
     programs: Programs,
     on_phase: Callable[[str], None],
 ) -> Ready:
@@ -326,8 +328,9 @@ def _make_ready(
         method=call.method,
         variables=start.variables,
         mutable=frozenset(options.mutable),
-        keys=_keys(draw, start.taken),
-        impl=draw.impl,
+        draw=draw,
+        taken=start.taken,
+        keyed=frozenset(options.key if draw.size is not None else ()),
         guess=entry.guesses.get((call.method, prepared.mode), Ask()),
         forced=frozenset(name for method, name in entry.forced if method == call.method),
         phase=lambda phase: on_phase(f"{phase} {entry.name}"),

@@ -12,7 +12,7 @@ one of the small integers that the split stands for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -50,6 +50,44 @@ def _folder(impl: str) -> Any:
     return jax.jit(fold)
 
 
+def split_inside(root: Any, impl: str, names: Iterable[str], *, taken: bool) -> tuple[Any, dict[str, Any]]:
+    """A draw made by the program that runs with it, in its one dispatch: the same bits as `Draw` gives on the host.
+
+    Args:
+      root: key data, traced, uint32 of shape (2,) or as wide as `impl` has it.
+      names: the streams that are wanted.
+      taken: see `Draw.stream`, of `params` alone.
+
+    Returns:
+      Key data of the root that the next draw splits, and typed keys of shape () by stream.
+    """
+    key = jax.random.wrap_key_data(root, impl=impl)
+    after, *split = jax.random.split(key, 3)
+    streams = {}
+    for name in names:
+        if name in SPLIT and not (taken and name == "params"):
+            streams[name] = split[SPLIT.index(name)]
+        else:
+            streams[name] = jax.random.fold_in(key, np.uint32(stream_tag(name)))
+    return jax.random.key_data(after), streams
+
+
+def split_series_inside(
+    root: Any, impl: str, names: Iterable[str], size: int, *, taken: bool
+) -> tuple[Any, dict[str, Any]]:
+    """`split_inside` for `size` draws, one after the other; keys of shape (size,). `taken` is said of the first draw."""
+    names = tuple(names)
+
+    def draw(root: Any, _: None) -> tuple[Any, dict[str, Any]]:
+        return split_inside(root, impl, names, taken=False)
+
+    after, streams = jax.lax.scan(draw, root, None, length=size)
+    if taken and "params" in names:
+        first = split_inside(root, impl, ("params",), taken=True)[1]["params"]
+        streams["params"] = streams["params"].at[0].set(first)
+    return after, streams
+
+
 @dataclass(frozen=True)
 class Draw:
     """One draw from the root key: its number under its seed, and the root that it splits (host data, uncommitted)."""
@@ -64,10 +102,43 @@ class Draw:
         # A copy: on a CPU the view that `asarray` gives would hold the device array.
         return np.array(_splitter(self.impl)(_words(self.root)))
 
-    @property
+    @cached_property
     def next_root(self) -> bytes:
         """Key data of the root that the next draw splits."""
         return bytes(self._split[0].tobytes())
+
+    @property
+    def words(self) -> np.ndarray[Any, Any]:
+        """Key data of the root, as `split_inside` takes it."""
+        return _words(self.root)
+
+    @property
+    def first(self) -> Draw:
+        """Itself: see `Series`."""
+        return self
+
+    @property
+    def last(self) -> Draw:
+        """Itself: see `Series`."""
+        return self
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """Itself alone: see `Series`."""
+        return (self,)
+
+    @property
+    def size(self) -> None:
+        """None: one draw, not a series of them."""
+        return None
+
+    def settle(self, next_root: bytes) -> None:
+        """Keeps what a program gave for `next_root`, so that it is not worked out again."""
+        self.__dict__["next_root"] = next_root
+
+    def next(self) -> Draw:
+        """The draw after this one, under the same seed."""
+        return Draw(self.seed, self.number + 1, self.next_root, self.impl)
 
     def stream(self, name: str, *, taken: bool = False) -> jax.Array:
         """The typed key of stream `name`, shape ().
@@ -91,6 +162,46 @@ class Draw:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Draws one after the other, for one run that takes them all: what a Draw gives, with an axis in front."""
+
+    first: Draw
+    size: int
+
+    @cached_property
+    def draws(self) -> tuple[Draw, ...]:
+        """The draws, in order."""
+        found = [self.first]
+        while len(found) < self.size:
+            found.append(found[-1].next())
+        return tuple(found)
+
+    @property
+    def last(self) -> Draw:
+        """The draw that the root moves on from."""
+        return self.draws[-1]
+
+    @property
+    def impl(self) -> str:
+        """The PRNG implementation."""
+        return self.first.impl
+
+    @property
+    def words(self) -> np.ndarray[Any, Any]:
+        """Key data of the root that the first draw splits."""
+        return self.first.words
+
+    def settle(self, next_root: bytes) -> None:
+        """See `Draw.settle`."""
+        self.last.settle(next_root)
+
+    def stream(self, name: str, *, taken: bool = False) -> jax.Array:
+        """The typed keys of stream `name`, shape (size,). `taken` is said of the first draw: see `Draw.stream`."""
+        keys = [draw.stream(name, taken=taken and draw is self.first) for draw in self.draws]
+        return as_key(b"".join(map(data_of, keys)), self.impl, len(keys))
+
+
+@dataclass(frozen=True)
 class Streams(Mapping[str, jax.Array]):
     """The keys of a run by name, made when they are looked at: a history of runs then holds no device memory for them.
 
@@ -99,11 +210,11 @@ class Streams(Mapping[str, jax.Array]):
       names: how a key is called in the run → the stream that it is, and whether that was taken (see `Draw.stream`).
     """
 
-    draw: Draw
+    draw: Draw | Series
     names: Mapping[str, tuple[str, bool]]
 
     @classmethod
-    def of(cls, draw: Draw, *names: str) -> Streams:
+    def of(cls, draw: Draw | Series, *names: str) -> Streams:
         """Streams under their own names."""
         return cls(draw, {name: (name, False) for name in names})
 
@@ -152,9 +263,10 @@ def _words(data: bytes) -> np.ndarray[Any, Any]:
     return np.frombuffer(data, np.uint32)
 
 
-def as_key(data: bytes, impl: str) -> jax.Array:
-    """A typed key made of host key data."""
-    key: jax.Array = jax.random.wrap_key_data(jnp.asarray(_words(data)), impl=impl)
+def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
+    """A typed key, shape (), made of host key data; with `size` so many, shape (size,)."""
+    words = _words(data) if size is None else _words(data).reshape(size, -1)
+    key: jax.Array = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
     return key
 
 

@@ -223,6 +223,7 @@ class FlaxMagics(Magics):
                 variables,
                 given["key"],
                 self._draw(options, local_ns),
+                given["draws"],
                 given["repeat"] or 1,
                 given["eager"],
             )

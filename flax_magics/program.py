@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from .arguments import Arguments
-from .models import Ask, Forward, Incomplete, Model, Path, Record
+from .keys import Draw, Series, split_inside, split_series_inside
+from .models import Ask, Incomplete, Model, Path, Record
 from .run import Memory
 
 KEPT = 256
@@ -57,9 +58,9 @@ class Program:
     memory: Memory | None
     effects: bool
 
-    def __call__(self, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Any:
-        """`(output, updates)`, dispatched; the device may still be working."""
-        return self.executable(variables, keys, dynamic)
+    def __call__(self, variables: Mapping[str, Any], root: Any, dynamic: Mapping[str, Any]) -> Any:
+        """`((output, updates), next root)`, dispatched; the device may still be working. Roots are key data."""
+        return self.executable(variables, root, dynamic)
 
     def wait(self, result: Any) -> None:
         """Returns when the device has finished, host callbacks included."""
@@ -88,8 +89,11 @@ class Request:
     method: Path
     arguments: Arguments
     variables: Mapping[str, Any]
-    keys: Callable[[frozenset[str]], Mapping[str, Any]]
-    impl: str
+    draw: Draw | Series
+    taken: bool = False
+    """The first draw's `params` key went into variables."""
+    keyed: frozenset[str] = frozenset()
+    """Arguments that have a key of the draw; of a series of draws, one key each."""
     mutable: frozenset[str] = frozenset()
     training: bool = False
     guess: Ask = field(default_factory=Ask)
@@ -107,11 +111,9 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
     )
     for _ in range(16):
         record = Record()
-        forward = request.model.forward(request.method, ask, record, request.impl)
-
-        program = _named(request, forward)
+        program = _named(request, ask, record)
         try:
-            traced = jax.jit(program).trace(request.variables, request.keys(ask.streams), request.arguments.dynamic)
+            traced = jax.jit(program).trace(request.variables, request.draw.words, request.arguments.dynamic)
         except Incomplete:
             ask = ask.and_what(record)
             continue
@@ -123,17 +125,45 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
 
 
-def _named(request: Request, forward: Forward) -> Callable[..., Any]:
+def _named(request: Request, ask: Ask, record: Record) -> Callable[..., Any]:
     """The function that is compiled. JAX's messages name it, where it is and its arguments: the user's words, not ours."""
-    rebuild = request.arguments.rebuild
+    draw, names = request.draw, sorted(ask.streams)
+    run = running(request, ask, record)
 
-    def program(variables: Any, keys: Any, arguments: Any) -> Any:
-        args, kwargs = rebuild(arguments)
-        return forward(variables, keys, args, kwargs)
+    def program(variables: Any, root: Any, arguments: Any) -> Any:
+        if draw.size is None:
+            after, keys = split_inside(root, draw.impl, names, taken=request.taken)
+        else:
+            after, keys = split_series_inside(root, draw.impl, names, draw.size, taken=request.taken)
+        return run(variables, keys, arguments), after
 
     program.__name__ = program.__qualname__ = request.name
     program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_firstlineno=1, co_name=request.name)
     return program
+
+
+def running(request: Request, ask: Ask, record: Record) -> Callable[..., Any]:
+    """`run(variables, keys, arguments) -> (output, updates)`; of a series of draws, all with an axis in front."""
+    forward = request.model.forward(request.method, ask, record, request.draw.impl)
+    rebuild, size = request.arguments.rebuild, request.draw.size
+
+    def one(variables: Any, keys: Any, arguments: Any) -> Any:
+        args, kwargs = rebuild(arguments)
+        return forward(variables, keys, args, kwargs)
+
+    def many(variables: Any, keys: Any, arguments: Any) -> Any:
+        shared = {name: value for name, value in arguments.items() if name not in request.keyed}
+        own = {name: value for name, value in arguments.items() if name in request.keyed}
+
+        def draw(keys: Any, own: Any) -> Any:
+            return one(variables, keys, {**shared, **own})
+
+        if request.draw.impl == "threefry2x32":
+            return jax.vmap(draw, axis_size=size)(keys, own)
+        # Mapped over keys, JAX's other generators give other bits than one by one.
+        return jax.lax.scan(lambda _, each: (None, draw(*each)), None, (keys, own), length=size)[1]
+
+    return one if size is None else many
 
 
 def unused(traced: Any, arguments: Arguments) -> frozenset[str]:
@@ -171,12 +201,19 @@ class Programs:
     def __len__(self) -> int:
         return len(self.by_text)
 
-    def find(self, key: Hashable | None) -> Program | None:
-        """The program made for exactly this call, if it is kept. None for a key of None."""
-        program = None if key is None else self.by_call.get(key)
-        if program is not None:
-            self.by_call.move_to_end(key)
-        return program
+    def find(self, key: Hashable | None, taken: bool) -> Program | None:
+        """The program made for exactly this call, if it is kept. None for a key of None. For `taken` see `Request`."""
+        for full in ((key, None), (key, taken)):
+            program = None if key is None else self.by_call.get(full)
+            if program is not None:
+                self.by_call.move_to_end(full)
+                return program
+        return None
+
+    def forget(self, program: Program) -> None:
+        """Offers `program` to no call any more."""
+        for key in [key for key, kept in self.by_call.items() if kept is program]:
+            del self.by_call[key]
 
     def build(self, key: Hashable | None, request: Request, phase: Callable[[str], None]) -> Built:
         """Traces and lowers; compiles unless a program of the same text is kept.
@@ -213,7 +250,7 @@ class Programs:
             executable, ask, record, device_of(executable), analysis(executable), bool(traced.jaxpr.effects)
         )
         if key is not None:
-            _keep(self.by_call, key, program)
+            _keep(self.by_call, (key, request.taken if "params" in ask.streams else None), program)
         return Built(program, origin, trace_seconds, lower_seconds, compile_seconds)
 
     def _compile(self, lowered: Any, text_key: Hashable) -> Any:

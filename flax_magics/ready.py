@@ -11,9 +11,10 @@ import jax
 
 from .arguments import Arguments, signature_of
 from .fingerprint import fingerprint
+from .keys import Draw, Series
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
-from .program import Programs, Request, settings, trace
+from .program import Programs, Request, running, settings, trace
 from .run import Memory, describe
 
 TRACER_ERRORS = (
@@ -32,15 +33,13 @@ def is_tracer_error(error: BaseException) -> bool:
 
 _NUMBER = "a Python "
 
-Keys = Callable[[frozenset[str]], dict[str, Any]]
-
 
 @dataclass
 class Ready:
     """What to run, and what it was found to need. An eager run may find out more while it runs."""
 
     run: Callable[[], Any]
-    """Gives `(output, updates)` when the device has finished."""
+    """Gives `(output, updates)` when the device has finished, and sets `after`."""
     variables: Mapping[str, Any]
     arguments: Arguments
     ask: Ask
@@ -52,6 +51,8 @@ class Ready:
     compile: float = 0.0
     memory: Memory | None = None
     device: str | None = None
+    after: Any = None
+    """Key data of the root that the next draw splits, where the program worked it out."""
     scalars: tuple[str, ...] = ()
     """Arguments that are Python numbers, and were arrays in the model's run before."""
 
@@ -67,8 +68,11 @@ class Job:
     method: Path
     variables: Mapping[str, Any]
     mutable: frozenset[str]
-    keys: Keys
-    impl: str
+    draw: Draw | Series
+    taken: bool
+    """The first draw's `params` key went into variables."""
+    keyed: frozenset[str]
+    """Arguments that have a key of the draw."""
     guess: Ask
     forced: frozenset[str]
     phase: Callable[[str], None] = field(repr=False)
@@ -86,8 +90,9 @@ class Job:
             self.method,
             arguments,
             self.variables,
-            self.keys,
-            self.impl,
+            self.draw,
+            self.taken,
+            self.keyed,
             self.mutable,
             self.prepared.mode == "train",
             self.guess,
@@ -114,7 +119,7 @@ def compiled(job: Job, programs: Programs) -> Ready:
 
 def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
     key = _call_key(job, arguments)
-    program = programs.find(key)
+    program = programs.find(key, job.taken)
     parts = _parts(job, arguments)
     scalars = _scalars(programs.parts.get(job.name), parts, arguments)
     if program is not None:
@@ -124,7 +129,7 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
         program = built.program
         stale = program.record.sown & set(job.variables)
         if stale:  # a sown collection starts empty: Flax would append to what is there
-            programs.by_call.pop(key, None)
+            programs.forget(program)
             left = {name: tree for name, tree in job.variables.items() if name not in stale}
             return _compiled(replace(job, variables=left), arguments, programs)
         reason = _reason(programs.parts.get(job.name), parts) if built.origin == "compiled" else ""
@@ -134,11 +139,11 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
         )  # fmt: skip
     programs.parts[job.name] = parts
     ready.memory, ready.device, ready.scalars = program.memory, program.device, scalars
-    keys = job.keys(program.ask.streams)
+    root = job.draw.words
 
     def run() -> Any:
-        result = program(job.variables, keys, arguments.dynamic)
-        program.wait(result)
+        result, ready.after = program(job.variables, root, arguments.dynamic)
+        program.wait((result, ready.after))
         return result
 
     ready.run = run
@@ -157,14 +162,14 @@ def eager(job: Job) -> Ready:
         streams = job.guess.streams | {"dropout"} | job.prepared.model.streams()
         ask, record = Ask(streams, job.guess.mutable | job.mutable), Record()
     ready = Ready(lambda: None, job.variables, arguments, ask, record, "eager")
-    args, kwargs = arguments.rebuild(arguments.dynamic)
 
     def run() -> Any:
         while True:
             record = Record()
-            forward = job.prepared.model.forward(job.method, ready.ask, record, job.impl)
+            taken = {"params": job.taken}
+            keys = {name: job.draw.stream(name, taken=taken.get(name, False)) for name in sorted(ready.ask.streams)}
             try:
-                result = forward(job.variables, job.keys(ready.ask.streams), args, kwargs)
+                result = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
             except Incomplete:
                 ready.ask = ready.ask.and_what(record)
                 continue
@@ -196,7 +201,9 @@ def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
         tuple(map(signature_of, leaves)),
         job.mutable,
         job.prepared.mode == "train",
-        job.impl,
+        job.draw.impl,
+        job.draw.size,
+        job.keyed,
         settings(),
     )
     try:
@@ -214,6 +221,7 @@ def _parts(job: Job, arguments: Arguments) -> dict[str, str]:
             parts[name] = f"{_NUMBER}{type(leaf).__name__}"
         else:
             parts[name] = describe(leaf)
+    parts["draws"] = "1" if job.draw.size is None else f"{job.draw.size} at once"
     parts["settings"] = repr(settings())
     return parts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .construct import Recipe
 from .execution import Execution
-from .keys import Draw, Streams
+from .keys import Draw, Series, Streams
 from .notes import made_of, of_params
 from .prepare import Call, init_by_hand
 from .program import devices_of
@@ -93,7 +93,7 @@ def of_apply(
     name: str,
     call: Call,
     done: Execution,
-    draw: Draw,
+    draw: Draw | Series,
     started: float,
     notes: tuple[Note, ...],
     made: Made | None,
@@ -109,8 +109,9 @@ def of_apply(
         call=call.text,
         inputs=done.inputs,
         output=done.output,
-        seed=draw.seed,
-        draw=draw.number,
+        seed=draw.first.seed,
+        draw=draw.first.number,
+        draws=draw.size,
         keys=done.keys,
         device=done.device,
         started=started,

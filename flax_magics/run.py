@@ -7,10 +7,13 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    from .draws import Spread
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Taken:
 
     digest: str | None = None
     shape: str | None = None
+    spread: tuple[Spread, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +120,8 @@ class Run:
       output: what the model returned (an init: the variables; a key: the key).
       sown: collection → what the model sowed there in this run.
       seed, draw: which draw of which seed; numbers count from 1 under each seed.
+      draws: how many draws were taken at once, from `draw` on; arrays of the output and the keys then have an axis of
+        that size in front. None for one draw as it is.
       keys: stream → its typed key in this draw: `params` and `dropout` (an apply has both), and every further stream
         that the model asked for. `params (folded)` is a run's own `params` stream where an init took the draw's.
       used: stream → paths of the modules that consumed it, in order.
@@ -160,6 +166,7 @@ class Run:
     by_hand: str = ""
     replayed: bool = False
     first: bool = False
+    draws: int | None = None
     _taken: Taken = field(default_factory=Taken, repr=False)
 
     @property
@@ -175,6 +182,20 @@ class Run:
         if self._taken.shape is None:
             self._taken.shape = describe(self.output)
         return self._taken.shape
+
+    @property
+    def spread(self) -> tuple[Spread, ...]:
+        """How each array of the output differs between the draws of this run, worked out when first asked for.
+
+        Empty for one draw, and where the output was let go before.
+        """
+        if self.draws is None:
+            return ()
+        if self._taken.spread is None and self.output is not GONE:
+            from .draws import spread_of
+
+            self._taken.spread = spread_of(self.output)
+        return self._taken.spread or ()
 
     def to_json(self) -> dict[str, Any]:
         """The run as JSON data: what it was, without its arrays. Keys are given in full, their words in hex."""
@@ -195,6 +216,7 @@ class Run:
             "output": self.shape,
             "seed": self.seed,
             "draw": self.draw,
+            "draws": self.draws,
             "keys": {name: words(key) for name, key in self.keys.items()},
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
@@ -206,6 +228,7 @@ class Run:
             "timing": timing,
             "memory": None if self.memory is None else asdict(self.memory),
             "digest": self.digest,
+            "spread": [asdict(spread) for spread in self.spread],
             "cell": self.cell,
             "started": self.started,
             "notes": [asdict(note) for note in self.notes],

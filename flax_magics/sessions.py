@@ -20,7 +20,7 @@ from .construct import Built, Recipe, keys_of
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
-from .keys import Draw, Root
+from .keys import Draw, Root, Series
 from .models import adopt, is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .prepare import Call, as_names, method_path, prepare_init, spell_call
@@ -295,6 +295,7 @@ class Session:
         variables: Mapping[str, Any] | None = None,
         key: str | Iterable[str] = (),
         draw: int | tuple[int, int] | None = None,
+        draws: int | None = None,
         repeat: int = 1,
         eager: bool = False,
         **kwargs: Any,
@@ -310,6 +311,8 @@ class Session:
           variables: run with these and keep nothing.
           key: arguments that are given the draw's stream of their name.
           draw: use the keys of an earlier draw: its number, or `(seed, number)`. No new draw is made.
+          draws: so many draws at once, the model mapped over their keys; every array of the output has an axis of that
+            size in front.
           repeat: run so often with the same keys; `timing.steady` has every time.
           eager: run without compiling.
 
@@ -319,7 +322,7 @@ class Session:
         if mode not in (None, "train", "eval"):
             raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
         name = self._entry(model).name
-        options = Options(mode, as_names(mutable), variables, as_names(key), draw, repeat, eager)
+        options = Options(mode, as_names(mutable), variables, as_names(key), draw, draws, repeat, eager)
         call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
         return self.run_apply(name, call, options)
 
@@ -384,12 +387,13 @@ class Session:
         opened = self._state.opened
         # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
         shares = replayed is None and opened is not None and opened[0] == name and entry.ready
-        now = replayed or (opened[1] if shares and opened else self._state.root.draw())
+        begin = replayed or (opened[1] if shares and opened else self._state.root.draw())
+        now = begin if options.draws is None else self._series(begin, options)
         started = time.time()
         renewed = None
         own: Any = entry.model
         if entry.stale and entry.built is not None and replayed is None and options.variables is None:
-            keys = keys_of(now, taken=shares)
+            keys = keys_of(begin, taken=shares)
             renewed = _adopted(entry.built.recipe.build(keys), name, entry.built.recipe)
             entry = replace(
                 entry, model=renewed, built=Built.of(entry.built.recipe, keys), stale=False, first=renewed.sample()
@@ -417,8 +421,17 @@ class Session:
         )
         self._commit(run, now, kept, write=write)
         for data in done.keys_in_call:
-            self._seen.runs.setdefault(data, f"draw {now.number}")
+            self._seen.runs.setdefault(data, f"draw {begin.number}")
         return run
+
+    def _series(self, begin: Draw, options: Options) -> Series:
+        """The draws of a run that takes many, from `begin` on. A replay may go no further than what was drawn."""
+        size = options.draws
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise FlaxMagicsError(f"--draws takes a number of draws, 1 or more, not {size!r}.")
+        if options.draw is not None:
+            self._state.find_draw((begin.seed, begin.number + size - 1))
+        return Series(begin, size)
 
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
         """`key`, as a Run whose output is the key."""
@@ -432,14 +445,14 @@ class Session:
     def _commit(
         self,
         run: Run,
-        draw: Draw,
+        draw: Draw | Series,
         entry: Entry | None,
         opened: tuple[str, Draw] | None = None,
         write: Callable[[], None] | None = None,
     ) -> None:
         """Makes the run part of the session, and `write` what it left behind in the user's own object: one step."""
-        new = self._state.after(run, draw, entry, opened)
-        self._seen.roots.add(new.root.data)
+        new = self._state.after(run, draw.last, entry, opened)
+        self._seen.roots.update(one.next_root for one in draw.draws)
         if write is None:
             self._state = new  # the one assignment
             return

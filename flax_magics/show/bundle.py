@@ -23,6 +23,7 @@ def level(run: Run, setting: str) -> Level:
         return "normal" if run.first else "line"
     made = run.made is not None or run.command == "init"
     news = made or run.first or run.program == "compiled" or run.notes or run.timing.steady is not None
+    news = news or run.draws is not None
     return "normal" if news else "line"
 
 

@@ -71,8 +71,14 @@ def switch_of(run: Run) -> str:
 
 
 def draw_of(run: Run, *, seed: bool) -> str:
-    """`draw 2`, `draw 2 of seed 0`; with `again` when it was replayed."""
-    return f"draw {run.draw}" + (f" of seed {run.seed}" if seed else "") + (" again" if run.replayed else "")
+    """`draw 2`, `draws 3–10`, `draw 2 of seed 0`; with `again` when it was replayed."""
+    numbers = f"draw {run.draw}" if last_draw(run) == run.draw else f"draws {run.draw}–{last_draw(run)}"
+    return numbers + (f" of seed {run.seed}" if seed else "") + (" again" if run.replayed else "")
+
+
+def last_draw(run: Run) -> int:
+    """The number of the last draw that a run took."""
+    return run.draw + (run.draws or 1) - 1
 
 
 def new_session(run: Run) -> str:
@@ -95,7 +101,7 @@ def brief(run: Run) -> tuple[str, ...]:
             parts.append(f"waited {seconds(run.timing.wait)}")
         steady = run.timing.steady
         parts.append(f"run median {seconds(steady.median)}" if steady else f"run {seconds(run.timing.run)}")
-    return (*parts, *changed_of(run))
+    return (*parts, *(f"mean {_number(s.mean)} ± {_number(s.deviation)}" for s in run.spread[:1]), *changed_of(run))
 
 
 def program_of(run: Run) -> str:
@@ -111,6 +117,7 @@ def rows(run: Run) -> tuple[Row, ...]:
     """The rows of the normal form in their order, those with nothing to say left out."""
     found = [
         Row("out", (output_of(run),) if run.command == "apply" else ()),
+        Row("draws", draws_of(run)),
         Row("vars", vars_of(run)),
         Row("sown", tuple(f"{clean(name)}: {_described(value)}" for name, value in run.sown.items())),
         Row("keys", keys_of(run)),
@@ -126,6 +133,25 @@ def rows(run: Run) -> tuple[Row, ...]:
 def output_of(run: Run) -> str:
     """Structure, dtypes and shapes of what the model returned."""
     return cut(clean(run.shape), 72)
+
+
+def draws_of(run: Run) -> tuple[str, ...]:
+    """Mean and spread of each array of the output over the draws of one run; of many arrays, the first four."""
+    shown = [
+        f"{clean(spread.path) + ': ' if spread.path else ''}mean {_number(spread.mean)}"
+        + (f", spread ± {_number(spread.deviation)}" if (run.draws or 1) > 1 else "")
+        for spread in run.spread[:4]
+    ]
+    more = len(run.spread) - len(shown)
+    if more:
+        shown.append(f"and {more} more")
+    if shown and (run.draws or 1) > 1:
+        shown.append("(each element's standard deviation over the draws, averaged)")
+    return tuple(shown)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _described(value: Any) -> str:

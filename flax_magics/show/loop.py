@@ -53,12 +53,13 @@ class Loop:
             times = times if len(times) == timed else times[:timed]
             times.append(run.timing.steady.median if run.timing.steady else run.timing.run)
             timed += 1
-        low, high = self.draws if self.runs else (run.draw, run.draw)
+        last = facts.last_draw(run)
+        low, high = self.draws if self.runs else (run.draw, last)
         return Loop(
             model=_joined(self.model, facts.name_of(run)),
             mode=_joined(self.mode, facts.mode_of(run)),
             device=_joined(self.device, clean(run.device)),
-            draws=(min(low, run.draw), max(high, run.draw)),
+            draws=(min(low, run.draw), max(high, last)),
             runs=self.runs + 1,
             programs=programs,
             building=self.building + run.timing.building,

@@ -1,0 +1,292 @@
+"""Many draws in one run: each the single run of that draw, and the root where so many single runs leave it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.show import html, text
+
+X = jnp.linspace(-1.0, 1.0, 20).reshape(5, 4)
+
+
+class Net(nn.Module):
+    """Dropout, BatchNorm, and a stream of its own."""
+
+    @nn.compact
+    def __call__(self, x, training: bool = True):
+        x = nn.Dense(8)(x)
+        x = nn.BatchNorm(use_running_average=not training)(x)
+        x = nn.Dropout(0.5, deterministic=False)(x)
+        x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense(3)(x)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(8)(x))
+
+
+class Own(nnx.Module):
+    def __init__(self, *, rngs):
+        self.dense = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.dense(x)))
+
+
+class Handed(nnx.Module):
+    def __init__(self, *, rngs):
+        self.dense = nnx.Linear(4, 8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, x, *, rngs):
+        return self.dropout(self.dense(x), rngs=rngs)
+
+
+def bits(one, other):
+    for a, b in zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_each_draw_is_the_single_run_of_that_draw():
+    many, single = Session(0), Session(0)
+    for session in (many, single):
+        session.register("net", Plain())
+    run = many.apply("net", X, draws=4)
+    outputs = [single.apply("net", X).output for _ in range(4)]
+    bits(run.output, jnp.stack(outputs))
+    assert (run.draw, run.draws) == (1, 4)
+    assert many.draws == single.draws == 4
+    bits(jax.random.key_data(many.root_key), jax.random.key_data(single.root_key))
+    bits(many.apply("net", X).output, single.apply("net", X).output)
+
+
+def test_batchnorm_in_evaluation_and_an_extra_stream():
+    many, single = Session(3), Session(3)
+    for session in (many, single):
+        session.register("net", Net())
+        session.init("net", X)
+    run = many.apply("net", X, mode="eval", draws=3)
+    runs = [single.apply("net", X, mode="eval") for _ in range(3)]
+    np.testing.assert_allclose(run.output, jnp.stack([r.output for r in runs]), rtol=1e-5, atol=1e-6)
+    for name in ("params", "dropout", "noise"):
+        bits(jax.random.key_data(run.keys[name]), jnp.stack([jax.random.key_data(r.keys[name]) for r in runs]))
+    bits(jax.random.key_data(many.root_key), jax.random.key_data(single.root_key))
+    assert run.used == runs[0].used
+    bits(many.models["net"].variables, single.models["net"].variables)
+
+
+def test_by_hand_is_a_vmap_over_the_keys():
+    session = Session(0)
+    session.register("net", Plain())
+    run = session.apply("net", X, draws=5)
+    variables = session.models["net"].variables
+    hand = jax.vmap(lambda variables, x, key: Plain().apply(variables, x, rngs={"dropout": key}), (None, None, 0))
+    bits(run.output, jax.jit(hand)(variables, X, run.keys["dropout"]))
+    assert (
+        run.by_hand
+        == "jax.vmap(lambda dropout_key: net.apply(variables, …, rngs={'dropout': dropout_key}))(dropout_keys)"
+    )
+
+
+def test_an_opened_draw_is_the_first_of_them():
+    many, single = Session(0), Session(0)
+    for session in (many, single):
+        session.register("net", Plain())
+        session.init("net", X)
+    run = many.apply("net", X, draws=2)
+    outputs = [single.apply("net", X).output for _ in range(2)]
+    bits(run.output, jnp.stack(outputs))
+    assert (run.draw, many.draws) == (1, 2)
+
+
+def test_eager_and_other_generators():
+    session = Session(0)
+    session.register("net", Plain())
+    session.init("net", X)
+    compiled = session.apply("net", X, draws=3)
+    eager = session.apply("net", X, draw=1, draws=3, eager=True)
+    np.testing.assert_allclose(compiled.output, eager.output, rtol=1e-6)
+    assert eager.replayed
+    with jax.default_prng_impl("rbg"):
+        many, single = Session(0), Session(0)
+    for session in (many, single):
+        session.register("net", Plain())
+        session.init("net", X)
+    run = many.apply("net", X, draws=3)
+    bits(run.output, jnp.stack([single.apply("net", X).output for _ in range(3)]))
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_nnx(draws):
+    many, single = Session(1), Session(1)
+    for session in (many, single):
+        session.register("net", Own(rngs=nnx.Rngs(0)))
+    run = many.apply("net", X, mode="eval", draws=draws)
+    outputs = [single.apply("net", X, mode="eval").output for _ in range(draws)]
+    bits(run.output, jnp.stack(outputs))
+    one, other = many.models["net"].module, single.models["net"].module
+    bits(jax.random.key_data(one.dropout.rngs.key[...]), jax.random.key_data(other.dropout.rngs.key[...]))
+    bits(one.dropout.rngs.count[...], other.dropout.rngs.count[...])
+    bits(jax.random.key_data(many.root_key), jax.random.key_data(single.root_key))
+
+
+def test_nnx_dropout_on_and_rngs_of_the_call():
+    class Masked(nnx.Module):
+        def __init__(self, *, rngs):
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(x)
+
+    for module, count in ((Masked, 1), (Handed, 0)):
+        many, single = Session(1), Session(1)
+        for session in (many, single):
+            session.register("net", module(rngs=nnx.Rngs(0)))
+        run = many.apply("net", X, mode="train", draws=4)
+        outputs = [single.apply("net", X, mode="train").output for _ in range(4)]
+        np.testing.assert_allclose(run.output, jnp.stack(outputs), rtol=1e-6)
+        assert len({np.asarray(mask).tobytes() for mask in run.output == 0}) == 4
+        if count:
+            bits(run.output, jnp.stack(outputs))
+            one, other = many.models["net"].module, single.models["net"].module
+            bits(one.dropout.rngs.count[...], other.dropout.rngs.count[...])
+            bits(jax.random.key_data(one.dropout.rngs.key[...]), jax.random.key_data(other.dropout.rngs.key[...]))
+
+
+def test_keys_as_arguments():
+    class Sampler(nn.Module):
+        @nn.compact
+        def __call__(self, x, z_rng):
+            return nn.Dense(2)(x) + jax.random.normal(z_rng, (2,))
+
+    many, single = Session(0), Session(0)
+    for session in (many, single):
+        session.register("net", Sampler())
+        session.init("net", X, jax.random.key(7))
+    run = many.apply("net", X, key="z_rng", draws=3)
+    bits(run.output, jnp.stack([single.apply("net", X, key="z_rng").output for _ in range(3)]))
+    assert run.by_hand.startswith("jax.vmap(lambda z_rng_key: ")
+
+
+def test_sown_values_are_stacked():
+    class Sower(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5, deterministic=False)(x)
+            self.sow("intermediates", "h", x)
+            return x.sum()
+
+    session = Session(0)
+    session.register("net", Sower())
+    run = session.apply("net", X, draws=2)
+    assert run.sown["intermediates"]["h"][0].shape == (2, 5, 4)
+    assert session.models["net"].variables == {}
+
+
+def test_a_model_that_asks_for_nothing_gives_the_same_every_time():
+    class Still(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(x)
+
+    session = Session(0)
+    session.register("net", Still())
+    run = session.apply("net", X, draws=3)
+    assert run.output.shape == (3, 5, 2)
+    assert run.spread[0].deviation == 0.0
+    assert run.by_hand == "net.apply(variables, …)"
+
+
+def test_what_single_runs_would_hand_on_is_refused():
+    session = Session(0)
+    session.register("net", Net())
+    session.init("net", X)
+    with pytest.raises(FlaxMagicsError) as caught:
+        session.apply("net", X, mode="train", draws=8)
+    assert str(caught.value) == (
+        "net writes `batch_stats` in this run: 8 draws at once would all start from the same, where run by run each hands "
+        "it on to the next.\n  write: %flax_apply --eval --draws 8 net(…)"
+    )
+    assert session.draws == 1  # the init's
+    session.register("own", Own(rngs=nnx.Rngs(0)))
+    before = np.asarray(session.models["own"].module.norm.mean[...])
+    with pytest.raises(FlaxMagicsError, match="own writes `BatchStat` in this run: 2 draws at once"):
+        session.apply("own", X, mode="train", draws=2)
+    bits(session.models["own"].module.norm.mean[...], before)
+    session.register("handed", Handed(rngs=nnx.Rngs(0)))
+    with pytest.raises(FlaxMagicsError, match="passes rngs of its own: they would give all 2 draws the same keys"):
+        session.apply("handed", X, rngs=nnx.Rngs(5), draws=2)
+    assert session.draws == 1
+
+
+@pytest.mark.parametrize("draws", [0, -1, True, 1.5])
+def test_a_number_that_is_none(draws):
+    session = Session(0)
+    session.register("net", Plain())
+    with pytest.raises(FlaxMagicsError, match="--draws takes a number of draws, 1 or more"):
+        session.apply("net", X, draws=draws)
+
+
+def test_a_replay_goes_no_further_than_what_was_drawn():
+    session = Session(0)
+    session.register("net", Plain())
+    first = session.apply("net", X, draws=3)
+    bits(session.apply("net", X, draw=2, draws=2).output, first.output[1:])
+    with pytest.raises(FlaxMagicsError, match="draw 4 of seed 0 was not made in this session"):
+        session.apply("net", X, draw=2, draws=3)
+    assert session.draws == 3
+
+
+def test_spread():
+    session = Session(0)
+    session.register("net", Plain())
+    run = session.apply("net", X, draws=6)
+    (spread,) = run.spread
+    values = np.asarray(run.output, np.float64)
+    assert spread.mean == values.mean()
+    assert spread.deviation == values.std(axis=0, ddof=1).mean()
+    assert run.to_json()["spread"] == [{"path": "", "mean": spread.mean, "deviation": spread.deviation}]
+    assert session.apply("net", X).spread == ()
+
+
+def test_the_report_says_which_draws_and_how_they_differ():
+    session = Session(0)
+    session.register("net", Plain())
+    session.apply("net", X)
+    run = session.apply("net", X, draws=6)
+    (spread,) = run.spread
+    normal = text.normal(run).splitlines()
+    assert normal[0] == "net · as written · cpu:0 · draws 2–7 of seed 0"
+    assert normal[1] == "  out    float32[6,5,8]"
+    assert normal[2] == f"  draws  mean {spread.mean:.3g}, spread ± {spread.deviation:.3g}"
+    assert normal[3] == "         (each element's standard deviation over the draws, averaged)"
+    assert "  jit    compiled in" in "\n".join(normal)
+    assert "draws: 1 → 6 at once" in "\n".join(normal)
+    assert f"mean {spread.mean:.3g} ± {spread.deviation:.3g}" in text.line(run)
+    assert f"mean {spread.mean:.3g}, spread ± {spread.deviation:.3g}" in html.normal_html(run)
+    assert session.apply("net", X).draw == 8
+
+
+def test_the_command(notebook):
+    notebook(
+        "%%flaxmodel -q net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n"
+        "    return nn.Dropout(0.5, deterministic=False)(x)"
+    )
+    notebook("ys = %flax_apply -q --draws 4 -o run net(x)")
+    assert notebook["ys"].shape == (4, 3, 4, 4)
+    assert notebook["run"].draws == 4
+    out = notebook("for _ in range(2):\n  %flax_apply --draws 2 net(x);")
+    assert "draws 5–6 of seed 0" in out
+    assert "draws 7–8 of seed 0" in out
+    assert "--draws needs a positive whole number, not 0." in notebook.fails("%flax_apply --draws 0 net(x)")
