@@ -107,7 +107,7 @@ def displayed_quietly(shell: Any, line: str) -> bool:
     `output_can_be_silenced` (IPython ≥ 8.9) takes the value from an assignment too. So this looks at what the calling
     code does next: code of a displayed expression prints the value at once.
     """
-    if not ends_quietly(line):
+    if ";" not in line or not ends_quietly(line):
         return False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals is not shell.user_global_ns:

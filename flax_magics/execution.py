@@ -15,7 +15,7 @@ from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .keys import SPLIT, Draw, Series, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
-from .models import Ask, MissingVariables
+from .models import Ask, MissingVariables, Record
 from .models.axes import inside
 from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, prepare_init
@@ -37,6 +37,18 @@ class Options:
     draws: int | None = None
     repeat: int = 1
     eager: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one compiled run of the next draw with the model's own variables."""
+        return (
+            self.variables is None
+            and not self.key
+            and self.draw is None
+            and self.draws is None
+            and self.repeat == 1
+            and not self.eager
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,12 @@ class Execution:
     by_hand: str
     keys_in_call: tuple[bytes, ...]
     """Data of keys that the user passed in the call."""
+    ready: Ready
+    prepared: Prepared
+    names: Mapping[str, tuple[str, bool]]
+    """See `Streams`."""
+    steady: tuple[Note, ...]
+    """Notes that every run of this kind has."""
     write: Callable[[], None] | None = None
     """Writes what the run changed into a model that holds its own variables."""
 
@@ -119,12 +137,10 @@ def execute(
 
     record = ready.record
     updates = dict(updates)
-    sown = {name: updates.pop(name) for name in list(updates) if name in record.sown}
     if draw.size is not None:
-        updates = left_behind(entry.name, call.text, prepared.mode, draw.size, prepared.model, updates, record)
-    if options.mutable:
-        both = {**updates, **sown}
-        output = (output, {name: both[name] for name in options.mutable if name in both})
+        kept_back = {name: tree for name, tree in updates.items() if name not in record.sown}
+        updates |= left_behind(entry.name, call.text, prepared.mode, draw.size, prepared.model, kept_back, record)
+    output, updates, sown = hand_back(output, updates, record, options.mutable)
     keep = options.variables is None and options.draw is None
     commit = prepared.model.commit(updates, record)
     written = tuple(updates) if commit is None else commit.changed
@@ -136,7 +152,8 @@ def execute(
         names["params (folded)"] = ("params", True)
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
     told = {name for ask in entry.guesses.values() for name in ask.streams}
-    notes = [*of_mode(prepared.mode, record), *of_streams(record, told)]
+    steady = tuple(of_mode(prepared.mode, record))
+    notes = [*steady, *of_streams(record, told)]
     if options.draw is None:  # a replay brings its keys again, and means to
         notes += seen.notes(in_call)
     notes += of_unused(prepared.switch, (*in_call, *options.key), record.unused)
@@ -172,7 +189,25 @@ def execute(
         by_hand=_by_hand(prepared, call, options, ready, {*written, *sown, *options.mutable}),
         write=commit.write if commit is not None and keep else None,
         keys_in_call=tuple(in_call.values()),
+        ready=ready,
+        prepared=prepared,
+        names=names,
+        steady=steady,
     )
+
+
+def hand_back(
+    output: Any, updates: Mapping[str, Any], record: Record, mutable: tuple[str, ...]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The output as it is given back, what the run wrote, and what it sowed."""
+    updates, sown = dict(updates), {}
+    for name in record.sown:
+        if name in updates:
+            sown[name] = updates.pop(name)
+    if mutable:
+        both = {**updates, **sown}
+        output = (output, {name: both[name] for name in mutable if name in both})
+    return output, updates, sown
 
 
 def _by_hand(prepared: Prepared, call: Call, options: Options, ready: Ready, mutable: set[str]) -> str:

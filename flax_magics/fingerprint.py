@@ -24,6 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from .guards import Guards
+
 
 class NotPlain(Exception):
     """Something was reached whose value cannot be told from the outside."""
@@ -31,12 +33,32 @@ class NotPlain(Exception):
 
 def fingerprint(value: Any) -> bytes | None:
     """The digest of `value` and of everything it reaches, None where something is not plain."""
+    return guarded(value)[0]
+
+
+def guarded(value: Any) -> tuple[bytes | None, Guards]:
+    """`fingerprint(value)`, and what tells whether it would still be the same."""
     walk = _Walk()
     try:
         walk.visit(value)
     except (NotPlain, RecursionError):
-        return None
-    return walk.hasher.digest()
+        return None, Guards(open=True)
+    return walk.hasher.digest(), walk.guards
+
+
+@dataclasses.dataclass
+class Print:
+    """The fingerprint of one value, taken when it is asked for and again when something it was read from has changed."""
+
+    value: Any
+    _digest: bytes | None = None
+    _guards: Guards = dataclasses.field(default_factory=lambda: Guards(open=True))
+
+    def digest(self) -> bytes | None:
+        """`fingerprint(value)`."""
+        if not self._guards.hold():
+            self._digest, self._guards = guarded(self.value)
+        return self._digest
 
 
 _PATHS = sysconfig.get_paths()
@@ -97,6 +119,7 @@ _DERIVED = frozenset(
 class _Walk:
     def __init__(self) -> None:
         self.hasher = hashlib.sha256()
+        self.guards = Guards()
         # id → order of first visit; the objects are kept so that no id is used again during the walk.
         self.seen: dict[int, int] = {}
         self.kept: list[Any] = []
@@ -137,6 +160,8 @@ class _Walk:
             self.tag(type(value).__qualname__, len(value))
             if type(value) not in (tuple, list):
                 self.visit(type(value))
+            if isinstance(value, list):
+                self.guards.items(value)
             for item in value:
                 self.visit(item)
         elif isinstance(value, Mapping):
@@ -148,6 +173,10 @@ class _Walk:
                 if inner is None:
                     raise NotPlain(repr(item))
                 parts.append(inner)
+            if not all(type(item) in (bool, int, float, complex, str, bytes) for item in value):
+                self.guards.open = True  # its members may change where they are
+            elif isinstance(value, set):
+                self.guards.members(value)
             self.tag("set", *sorted(parts))
         elif isinstance(value, np.dtype):
             self.tag("dtype", value.str, value.name)
@@ -196,6 +225,7 @@ class _Walk:
         if type(value).__module__.partition(".")[0] not in ("builtins", "collections", "types", "flax"):
             raise NotPlain(repr(type(value)))
         self.tag(type(value).__qualname__, len(value))
+        self.guards.whole(getattr(value, "_dict", value))  # Flax's frozen one wraps what it gives anew each time
         for key, item in value.items():
             self.visit(key)
             self.visit(item)
@@ -211,6 +241,8 @@ class _Walk:
             raise NotPlain("object array")
         self.tag("array", type(value).__name__, array.dtype.str, array.dtype.name, array.shape)
         self.tag(getattr(value, "weak_type", False))
+        if isinstance(value, np.ndarray):
+            self.guards.array(value)
         self.hasher.update(np.ascontiguousarray(array).tobytes())
 
     def _dataclass(self, value: Any) -> None:
@@ -222,8 +254,14 @@ class _Walk:
             if field.name == "parent":  # linen: where the module is bound, None for a model
                 continue
             self.tag(field.name)
+            self.guards.attribute(value, field.name)
             self.visit(getattr(value, field.name, dataclasses.MISSING))
-        for name, item in getattr(value, "__dict__", {}).items():
+        own = getattr(value, "__dict__", {})
+        for name in own:
+            if name not in names:
+                self.guards.name(own, name)
+        self.guards.size(own)
+        for name, item in own.items():
             if name not in names and not (name.startswith("_") or name in ("scope", "parent", "name")):
                 self.tag(name)
                 self.visit(item)
@@ -233,6 +271,8 @@ class _Walk:
             self.tag("library class", cls.__module__, cls.__qualname__, id(cls))
             return
         self.tag("class", cls.__qualname__)
+        self.guards.whole(vars(cls))
+        self.guards.attribute(cls, "__bases__")
         self.visit(type(cls))
         for base in cls.__bases__:
             self.visit(base)
@@ -266,6 +306,7 @@ class _Walk:
 
     def _function(self, function: types.FunctionType) -> None:
         library = _library_file(function.__code__.co_filename)
+        self.guards.function(function)
         if library and function.__closure__ is None and not hasattr(function, "__wrapped__"):
             self.tag("library function", function.__module__, function.__qualname__, id(function.__code__))
             return
@@ -286,6 +327,7 @@ class _Walk:
                 self.tag("empty")
                 continue
             self.visit(contents)
+        self.guards.whole(vars(function))
         for name, item in vars(function).items():
             if name != "__wrapped__" or not library:
                 self.tag(name)
@@ -312,6 +354,7 @@ class _Walk:
             return
         done.add(id(code))
         for name in _global_names(code):
+            self.guards.name(namespace, name)
             if name in namespace:
                 value = namespace[name]
                 self.tag("global", name)
@@ -329,6 +372,7 @@ class _Walk:
         # Which attributes are read from it is not known exactly: every name in the code that it has is visited.
         self.tag("user module", module.__name__)
         for name in code.co_names:
+            self.guards.name(vars(module), name)
             if name in vars(module):
                 value = vars(module)[name]
                 self.tag(name)

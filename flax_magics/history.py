@@ -19,23 +19,21 @@ class Kept:
 
     def __init__(self, run: Run) -> None:
         self._run = weakref.ref(run)
-        self._facts = dataclasses.replace(run, output=GONE, inputs=GONE, sown={})
+        self._facts = {**run.__dict__, "output": GONE, "inputs": GONE, "sown": {}}
         self._output = _Weak(run.output)
         self._inputs = _Weak(run.inputs)
-        self._sown = _Weak(dict(run.sown))
+        self._sown = _Weak(dict(run.sown)) if run.sown else None
 
     def run(self) -> Run:
         """The run; an array that nobody holds any more makes its whole field `GONE`."""
         run = self._run()
         if run is not None:
             return run
-        sown = self._sown.get()
-        return dataclasses.replace(
-            self._facts,
-            output=self._output.get(),
-            inputs=self._inputs.get(),
-            sown={} if sown is GONE else sown,
-        )
+        sown = GONE if self._sown is None else self._sown.get()
+        run = object.__new__(Run)
+        run.__dict__.update(self._facts)
+        run.__dict__.update(output=self._output.get(), inputs=self._inputs.get(), sown={} if sown is GONE else sown)
+        return run
 
 
 class _Weak:

@@ -5,9 +5,8 @@ Nothing here imports JAX or Flax before a command is used.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from .complete import ModelNames
     from .run import Run
     from .sessions import Session
+    from .show.live import Live
 
 Namespace = dict[str, Any]
 
@@ -71,6 +71,27 @@ def _hints(error: Exception) -> tuple[str, ...]:
     if lacking is not None:
         return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
     return ()
+
+
+class _Working:
+    """A command at work: its live line, which is blank again if it fails, and what an interrupt says it stopped."""
+
+    def __init__(self, session: Session, live: Live, what: str) -> None:
+        self._session = session
+        self._live = live
+        self._line = live.phase(what)
+
+    def __enter__(self) -> Live:
+        self._phase = self._line.__enter__()
+        self._session.on_phase = self._phase.doing
+        return self._live
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            stopped(error, self._phase.text)
+        self._line.__exit__()
+        if error is not None:
+            self._live.clear()
 
 
 @magics_class
@@ -135,8 +156,10 @@ class FlaxMagics(Magics):
         return notes
 
     def _report(self, run: Run, live: Any, *, quiet: bool) -> None:
-        notes = tuple(note for note in run.notes if self.notes.get(note.kind, True))
-        shown = run if len(notes) == len(run.notes) else replace(run, notes=notes)
+        shown = run
+        if run.notes:
+            notes = tuple(note for note in run.notes if self.notes.get(note.kind, True))
+            shown = run if len(notes) == len(run.notes) else replace(run, notes=notes)
         self.reporter.report(shown, live, setting=self.report, style=self.style, quiet=quiet)
 
     # -- the session
@@ -144,7 +167,7 @@ class FlaxMagics(Magics):
     @property
     def session(self) -> Session:
         """The session of this kernel, made at first use."""
-        return current(self.seed)
+        return existing() or current(self.seed)
 
     def model_names(self) -> dict[str, ModelNames]:
         """What completion needs to know; makes no session."""
@@ -262,21 +285,9 @@ class FlaxMagics(Magics):
 
     # -- what they share
 
-    @contextlib.contextmanager
-    def _working(self, what: str) -> Iterator[Any]:
+    def _working(self, what: str) -> _Working:
         """A live line for as long as the block runs; blank again if it fails."""
-        live = self.reporter.live()
-        try:
-            with live.phase(what) as phase:
-                self.session.on_phase = phase.doing
-                try:
-                    yield live
-                except KeyboardInterrupt as error:
-                    stopped(error, phase.text)
-                    raise
-        except BaseException:
-            live.clear()
-            raise
+        return _Working(self.session, self.reporter.live(), what)
 
     def _call(self, spec: Command, line: str, options: Read, cell: str | None, run: Callable[[ParsedCall], Run]) -> Any:
         """A command that takes a call, as a line or as a cell: runs it, reports it, gives its value."""
@@ -305,16 +316,19 @@ class FlaxMagics(Magics):
 
     def _read_call(self, parsed: ParsedCall, local_ns: Namespace) -> tuple[str, Any, Any]:
         """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
-        from .models import is_module, is_module_class, needed_fields
         from .prepare import Call
 
         names: Mapping[str, Any] = local_ns if parsed.target in local_ns else self.shell.user_ns
         value = names.get(parsed.target)
-        if parsed.target not in self.session.models:
+        registered = self.session.module(parsed.target)
+        if registered is None:
             raise self._unknown(parsed, value)
         args, kwargs = parsed.evaluate(self.shell.user_ns, local_ns)
         call = Call(parsed.method, args, kwargs, parsed.call, self.shell.execution_count)
-        registered = self.session.models[parsed.target].module
+        if value is registered:
+            return parsed.target, call, None
+        from .models import is_module, is_module_class, needed_fields
+
         cls: Any = value if is_module_class(value) else None
         if cls is not None and type(registered).__name__ == cls.__name__ and type(registered) is not cls:
             # A class registered under its own name, and defined again in a cell without the magic.

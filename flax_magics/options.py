@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import textwrap
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -134,8 +135,25 @@ class Read(NamedTuple):
     help: bool = False
 
 
+_READ: OrderedDict[tuple[str, str], Read] = OrderedDict()
+"""Lines that were read, the last ones: a loop runs one line many times."""
+
+
 def read(command: Command, line: str) -> Read:
-    """The options at the beginning of `line`, and what follows them.
+    """The options at the beginning of `line`, and what follows them. Not to be changed: the next call may get the same.
+
+    See `_read` for what it raises.
+    """
+    known = _READ.get((command.name, line))
+    if known is None:
+        known = _READ[command.name, line] = _read(command, line)
+        if len(_READ) > 256:
+            _READ.popitem(last=False)
+    return known
+
+
+def _read(command: Command, line: str) -> Read:
+    """Reads a line.
 
     A value is one token: text up to white space that is in no string and no bracket. `--` ends the options.
 

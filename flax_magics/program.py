@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -42,9 +43,13 @@ _SETTINGS = (
 )
 
 
+_read_settings = operator.attrgetter(*(name for name in _SETTINGS if hasattr(jax.config, name)))
+
+
 def settings() -> tuple[Any, ...]:
     """The settings of JAX that change what a trace gives, as they are on this thread now."""
-    return tuple(getattr(jax.config, name, None) for name in _SETTINGS)
+    found: tuple[Any, ...] = _read_settings(jax.config)
+    return found
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .fingerprint import fingerprint
 from .keys import Draw, Series
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
-from .program import Programs, Request, running, settings, trace
+from .program import Program, Programs, Request, running, settings, trace
 from .run import Memory, describe
 
 TRACER_ERRORS = (
@@ -51,6 +51,8 @@ class Ready:
     compile: float = 0.0
     memory: Memory | None = None
     device: str | None = None
+    program: Program | None = None
+    """The program, where the next run of the same call would find it again."""
     after: Any = None
     """Key data of the root that the next draw splits, where the program worked it out."""
     scalars: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
         )  # fmt: skip
     programs.parts[job.name] = parts
     ready.memory, ready.device, ready.scalars = program.memory, program.device, scalars
+    ready.program = program if key is not None else None
     root = job.draw.words
 
     def run() -> Any:

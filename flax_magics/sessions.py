@@ -24,11 +24,12 @@ from .keys import Draw, Root, Series
 from .models import adopt, is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .prepare import Call, as_names, method_path, prepare_init, spell_call
-from .program import Programs
+from .program import KEPT, Programs
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Note, Run
 from .state import Restart, State
 from .uninterrupted import uninterrupted
+from .warm import Warm, remember
 
 
 class Session:
@@ -53,6 +54,7 @@ class Session:
         self._seen = SeenKeys()
         self._seen.roots.add(self._state.root.data)
         self.programs = Programs(clock)
+        self._warm: dict[Any, Warm] = {}
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
         """Told what a command is doing, as it begins: `compiling net`."""
@@ -78,6 +80,11 @@ class Session:
     def models(self) -> Mapping[str, RegisteredModel]:
         """Registered models by name."""
         return Models(self, lambda: self._state.models)
+
+    def module(self, name: str) -> Any:
+        """The module that is registered as `name`, None if there is none."""
+        entry = self._state.models.get(name)
+        return None if entry is None else entry.model.module
 
     @property
     def runs(self) -> list[Run]:
@@ -140,7 +147,14 @@ class Session:
                     change.write()
             self._seen.roots.add(state.root.data)
             self._state = state
+        for change in changes:
+            if change.state != "unchanged":
+                self._forget(change.name)
         return changes
+
+    def _forget(self, name: str) -> None:
+        for place in [place for place in self._warm if place[0] == name]:
+            del self._warm[place]
 
     def _build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change]:
         """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one."""
@@ -382,7 +396,16 @@ class Session:
           module: what the name stands for now, if it may be another module than was registered: then that one is
             registered in its place, once the run has succeeded.
         """
-        entry, notes = self._entry_now(name, module)
+        entry = self._entry(name)
+        if module is None or module is entry.model.module:
+            with entry.model.steady:
+                return self._again(entry, call, options) or self._run(entry, (), call, options)
+        return self._run(*self._entry_now(name, module), call, options)
+
+    def _run(self, entry: Entry, notes: tuple[Note, ...], call: Call, options: Options) -> Run:
+        """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
+        name = entry.name
+        before = entry
         replayed = self._state.find_draw(options.draw)
         opened = self._state.opened
         # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
@@ -412,6 +435,7 @@ class Session:
                     done.write()
                 own.become(renewed)
 
+        notes_of_entry = notes
         notes = (*notes, *done.notes)
         if entry.outdated and done.made is None and options.variables is None:
             notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
@@ -420,9 +444,36 @@ class Session:
             name, call, done, now, started, notes, done.made or made, replayed=replayed is not None, first=first
         )
         self._commit(run, now, kept, write=write)
+        if notes_of_entry:
+            self._forget(name)
+        elif renewed is None:
+            self._remember(before, call, options, done, run)
         for data in done.keys_in_call:
             self._seen.runs.setdefault(data, f"draw {begin.number}")
         return run
+
+    def _again(self, entry: Entry, call: Call, options: Options) -> Run | None:
+        """The run of a line that ran before, where nothing it depends on has changed; None: find everything out."""
+        warm = self._warm.get((entry.name, call.text, options.mode, options.mutable)) if options.plain else None
+        state = self._state
+        if warm is None or (state.opened is not None and state.opened[0] == entry.name):
+            return None
+        draw = state.root.draw()
+        self.on_phase(f"running {entry.name}")
+        done = warm.again(entry, call, draw, self.programs, time.time(), first=state.runs is None)
+        if done is None:
+            return None
+        self._commit(done.run, draw, done.entry, write=done.write)
+        return done.run
+
+    def _remember(self, entry: Entry, call: Call, options: Options, done: Execution, run: Run) -> None:
+        place = (entry.name, call.text, options.mode, options.mutable)
+        self._warm.pop(place, None)
+        warm = remember(entry, call, options, done, run, self.programs)
+        if warm is not None:
+            self._warm[place] = warm
+            if len(self._warm) > KEPT:
+                del self._warm[next(iter(self._warm))]
 
     def _series(self, begin: Draw, options: Options) -> Series:
         """The draws of a run that takes many, from `begin` on. A replay may go no further than what was drawn."""

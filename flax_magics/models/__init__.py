@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,6 +96,10 @@ class Model(Protocol):
     @property
     def module(self) -> Any:
         """The user's own object."""
+
+    @property
+    def steady(self) -> AbstractContextManager[None]:
+        """A block in which nobody changes the module, so that it is looked at once."""
 
     @property
     def holds_variables(self) -> bool:

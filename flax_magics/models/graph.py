@@ -18,6 +18,8 @@ import numpy as np
 from flax import nnx
 
 from ..errors import FlaxMagicsError
+from ..fingerprint import Print
+from ..guards import Guards
 from . import Path
 
 SIMPLE = (bool, int, float, complex, str, bytes)
@@ -141,7 +143,7 @@ class Layout:
     slots: tuple[Slot, ...]
     nodes: tuple[tuple[Path, Any], ...]
     """The graph's modules and containers, with what they held."""
-    held: tuple[Any, ...]
+    held: Guards
     switches: dict[bool | None, tuple[str, ...]] = field(default_factory=dict)
     """How the switches between training and evaluation read, by mode."""
 
@@ -156,6 +158,11 @@ class Layout:
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
         return (*classes, *kinds, *values.values())
+
+    @cached_property
+    def print(self) -> Print:
+        """The fingerprint of `static`."""
+        return Print(self.static)
 
     @classmethod
     def of(cls, module: Any) -> Layout:
@@ -177,18 +184,17 @@ class Layout:
             collection = type(leaf).__name__ if variable else "Array"
             slots.append(Slot(collection, spell(path), path, leaf, None if variable else parts.get(path[:-1])))
         nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
-        return cls(module, Same(graphdef), tuple(slots), nodes, tuple(parts_of(node) for _, node in nodes))
+        held = Guards()
+        for _, node in nodes:
+            if isinstance(node, list):
+                held.items(node)
+            else:
+                held.whole(node if isinstance(node, dict) else vars(node))
+        return cls(module, Same(graphdef), tuple(slots), nodes, held)
 
     def is_current(self) -> bool:
         """Whether every module and container holds the very objects that it held."""
-        for (_, node), held in zip(self.nodes, self.held, strict=True):
-            now = parts_of(node)
-            if now is None or len(now) != len(held):
-                return False
-            for (name, value), (old_name, old) in zip(now, held, strict=True):
-                if value is not old or name != old_name:
-                    return False
-        return True
+        return self.held.hold()
 
     def values(self) -> Values:
         """The arrays as they are now, those that an earlier call sowed left out."""
@@ -308,9 +314,21 @@ class Kept:
 
     layout: Layout | None = None
     lock: Any = field(default_factory=threading.Lock)
+    steady: int = 0
+
+    def __enter__(self) -> None:
+        """Begins a time in which nobody changes the module: it is looked at once."""
+        self.layout = None if self.layout is None or not self.layout.is_current() else self.layout
+        self.steady += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.steady -= 1
 
     def of(self, module: Any) -> Layout:
         """The layout of `module` as it is now."""
+        layout = self.layout
+        if self.steady and layout is not None and layout.module is module:
+            return layout
         with self.lock:
             if self.layout is None or self.layout.module is not module or not self.layout.is_current():
                 self.layout = Layout.of(module)

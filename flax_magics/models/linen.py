@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from flax import errors as flax_errors
 from flax import linen as nn
 
 from ..errors import FlaxMagicsError, did_you_mean
-from ..fingerprint import fingerprint
+from ..fingerprint import Print
 from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables, own_methods
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
@@ -24,11 +25,29 @@ _MISSING = (
 )
 
 
+_STEADY = nullcontext()
+
+
+@dataclass
+class _Kept:
+    """What was worked out about a module, for as long as nothing it was read from has changed."""
+
+    print: Print | None = None
+    digest: bytes | None = None
+    modes: dict[Any, tuple[Model, tuple[str, ...]]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class LinenModel:
     """Wraps `flax.linen.Module`; holds no variables."""
 
     module: nn.Module
+    _kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
+
+    @property
+    def steady(self) -> AbstractContextManager[None]:
+        """See `Model`."""
+        return _STEADY
 
     @property
     def holds_variables(self) -> bool:
@@ -38,11 +57,11 @@ class LinenModel:
     def describe(self) -> str:
         """The module's fields as they differ from their defaults, in one line."""
         parts = []
-        for name, field in type(self.module).__dataclass_fields__.items():
+        for name, own in type(self.module).__dataclass_fields__.items():
             value = getattr(self.module, name, None)
-            if name in ("parent", "name") or not field.init:
+            if name in ("parent", "name") or not own.init:
                 continue
-            if value is field.default or (isinstance(value, (bool, int, float, str)) and value == field.default):
+            if value is own.default or (isinstance(value, (bool, int, float, str)) and value == own.default):
                 continue
             parts.append(f"{name}={_short(value)}")
         return f"{type(self.module).__name__}({', '.join(parts)})"
@@ -75,8 +94,17 @@ class LinenModel:
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """See `Model`."""
-        module, done = set_fields(self.module, train, fixed)
-        return LinenModel(module), done
+        digest = self.print()
+        if digest is None:  # fields may change where they are
+            module, done = set_fields(self.module, train, fixed)
+            return LinenModel(module), done
+        kept = self._kept
+        if digest != kept.digest:
+            kept.digest, kept.modes = digest, {}
+        if (train, fixed) not in kept.modes:
+            module, done = set_fields(self.module, train, fixed)
+            kept.modes[train, fixed] = (LinenModel(module), done)
+        return kept.modes[train, fixed]
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
         """See `Model`."""
@@ -105,11 +133,13 @@ class LinenModel:
 
     def key(self) -> bytes | None:
         """See `Model`."""
-        return fingerprint(self.module)
+        return self.print()
 
     def print(self) -> bytes | None:
         """See `Model`."""
-        return fingerprint(self.module)
+        if self._kept.print is None:
+            self._kept.print = Print(self.module)
+        return self._kept.print.digest()
 
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
         """Nothing is added: linen's streams are no arguments."""

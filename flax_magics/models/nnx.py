@@ -7,6 +7,7 @@ import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from flax import nnx
 
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
-from ..fingerprint import fingerprint
 from . import Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables, own_methods
 from .graph import (
     GRAPH,
@@ -65,6 +65,11 @@ class NnxModel:
     def layout(self) -> Layout:
         """The module taken apart, as it is now."""
         return self._kept.of(self.module)
+
+    @property
+    def steady(self) -> AbstractContextManager[None]:
+        """See `Model`."""
+        return self._kept
 
     @property
     def holds_variables(self) -> bool:
@@ -184,7 +189,7 @@ class NnxModel:
 
         None where something is not plain. Where each value stands is the graphdef's to say.
         """
-        return fingerprint(self.layout.static)
+        return self.layout.print.digest()
 
     def print(self) -> bytes | None:
         """The same with the graph's shape: what an unchanged cell makes again."""

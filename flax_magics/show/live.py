@@ -1,21 +1,19 @@
 """The live line: `compiling net · 3 s` while something is slow, gone or replaced by the report when it is done.
 
-A thread ticks, because the calling thread is inside XLA, which releases the GIL. In a notebook the line is a display
-with an id, so that the report takes its place; in a terminal it is the last line of stderr, wiped afterwards.
+A thread ticks (`ticker.py`), because the calling thread is inside XLA, which releases the GIL. In a notebook the line is
+a display with an id, so that the report takes its place; in a terminal it is the last line of stderr, wiped afterwards.
 """
 
 from __future__ import annotations
 
-import contextvars
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from .columns import WIDTH, clean, cut
+from .ticker import Job, ticker
 from .units import elapsed
 
 _ERASE = "\r\x1b[K"
@@ -31,6 +29,30 @@ class Phase:
     def doing(self, text: str) -> None:
         """Changes the text; the clock goes on."""
         self.text = text
+
+
+class Working:
+    """A block of work that a live line tells of."""
+
+    def __init__(self, live: Live, text: str) -> None:
+        self._live = live
+        self._text = text
+        self._outer: str | None = None
+
+    def __enter__(self) -> Phase:
+        live = self._live
+        if live._phase is None:
+            return live._begin(self._text)
+        self._outer = live._phase.text
+        live._phase.doing(self._text)
+        return live._phase
+
+    def __exit__(self, *_: object) -> None:
+        live = self._live
+        if self._outer is None:
+            live._end()
+        elif live._phase is not None:
+            live._phase.doing(self._outer)
 
 
 class Live:
@@ -63,42 +85,31 @@ class Live:
         self._on_terminal = False
         self._phase: Phase | None = None
 
-    @contextmanager
-    def phase(self, text: str) -> Iterator[Phase]:
+    def phase(self, text: str) -> Working:
         """Shows `text` and the elapsed time for as long as the block runs, once it has run for `delay` seconds.
 
-        A phase inside a phase changes the text and gives it back. No thread is left behind, whatever the block raises.
+        A phase inside a phase changes the text and gives it back. Nothing is drawn after the block, whatever it raises.
         """
-        if self._phase is not None:
-            outer = self._phase.text
-            self._phase.doing(text)
-            try:
-                yield self._phase
-            finally:
-                self._phase.doing(outer)
-            return
+        return Working(self, text)
+
+    def _begin(self, text: str) -> Phase:
         phase = Phase(text, self._clock())
-        if not self._visible():
-            yield phase
+        if self._visible():
+            self._phase = phase
+            shown = self.display_id is not None
+            ticker.begin(Job(self._tick, self._interval if shown else self._delay, self._interval))
+        return phase
+
+    def _end(self) -> None:
+        if self._phase is None:
             return
-        done = threading.Event()
-        # The context carries the cell that output belongs to, in ipykernel 7 and after.
-        target = contextvars.copy_context().run
-        ticker = threading.Thread(target=target, args=(self._tick, phase, done), name="flax_magics live", daemon=True)
-        self._phase = phase
+        self._phase = None
         try:
-            ticker.start()
-            yield phase
-        finally:
-            done.set()
-            self._phase = None
-            try:
-                if ticker.ident is not None:
-                    ticker.join()
-            finally:  # a second interrupt may end the join, and still the terminal's line is ours to wipe
-                if self._on_terminal:
-                    self._write(_ERASE)
-                    self._on_terminal = False
+            ticker.end()
+        finally:  # an interrupt may end the wait, and still the terminal's line is ours to wipe
+            if self._on_terminal:
+                self._write(_ERASE)
+                self._on_terminal = False
 
     def show(self, bundle: Mapping[str, Any]) -> None:
         """Publishes a MIME bundle in place of the line, or anew where no line was shown. An empty one clears."""
@@ -125,20 +136,11 @@ class Live:
         except (AttributeError, ValueError):  # None under pythonw, or closed
             return False
 
-    def _tick(self, phase: Phase, done: threading.Event) -> None:
-        shown = self.display_id is not None
-        pause = self._interval if shown else self._delay
-        while not done.wait(pause):
-            try:
-                self._draw(f"{phase.text} · {elapsed(self._clock() - phase.started)}", done)
-            except Exception:  # a line that cannot be drawn must never harm the work it tells of
-                return
-            pause = self._interval
-
-    def _draw(self, line: str, done: threading.Event) -> None:
-        if done.is_set():
+    def _tick(self) -> None:
+        phase = self._phase
+        if phase is None:
             return
-        text = cut(clean(line), WIDTH - 1)
+        text = cut(clean(f"{phase.text} · {elapsed(self._clock() - phase.started)}"), WIDTH - 1)
         if not self._in_kernel:
             self._on_terminal = True
             self._write(_ERASE + text)

@@ -1,0 +1,250 @@
+"""A run like an earlier one, which needs nothing found out anew: the same call of the same model, unchanged.
+
+A run that went through leaves a `Warm` behind where all that it depended on can be looked at cheaply: the model's
+guards, JAX's settings, the signatures of arguments and variables. The next run of the same line holds these against what
+is there now. Where anything differs it is `execute` that runs, as if there had been no Warm.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from .arguments import signature_of
+from .execution import Execution, Options, hand_back
+from .keys import Draw, Streams
+from .models import Model, Record
+from .prepare import Call
+from .program import Program, Programs, settings
+from .registry import Entry
+from .run import GONE, Run, Timing, like
+
+SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+_KEY_SHAPES = ((2,), (4,))
+
+
+@dataclass(frozen=True)
+class Again:
+    """A run that is done: the Run, the entry as it is to be kept (None: as it is), and what writes into the model."""
+
+    run: Run
+    entry: Entry | None
+    write: Callable[[], None] | None
+
+
+@dataclass
+class Warm:
+    """What a run depended on, and what it found.
+
+    Attributes:
+      given: the registered model, whose guards tell of an edit; `model`: the one that ran, in its mode.
+      prints: the keys of both.
+      leaves: for each leaf of the arguments its name, whether it is traced, and its signature or else its value.
+      treedef: how the arguments are put together.
+      added: keyword arguments that the mode added to the call's.
+      variables: signatures of the variables' leaves; `known`: leaves that were looked at, held weakly.
+      names: the keys of the Run: see `Streams`.
+      parts: what the program was made for, as `Programs` keeps it to say why a program is new.
+      numbers: some arguments are Python numbers, which is worth a note where arrays were before.
+      template: the Run, as far as it does not change.
+    """
+
+    given: Model
+    model: Model
+    prints: tuple[Any, Any]
+    settings: tuple[Any, ...]
+    leaves: tuple[tuple[str, bool, Any], ...]
+    treedef: Any
+    added: Mapping[str, Any]
+    program: Program
+    record: Record
+    variables: tuple[Any, list[Any]]
+    known: list[Callable[[], Any]]
+    names: Mapping[str, tuple[str, bool]]
+    mutable: tuple[str, ...]
+    parts: dict[str, str]
+    numbers: bool
+    template: Run = field(repr=False)
+
+    def again(
+        self, entry: Entry, call: Call, draw: Draw, programs: Programs, started: float, first: bool
+    ) -> Again | None:
+        """The run once more, with the keys of `draw`; None where something differs, and then nothing has happened."""
+        given, model = entry.model, self.model
+        if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
+            return None
+        if (given.key(), model.key()) != self.prints:
+            return None
+        if self.numbers and programs.parts.get(entry.name) is not self.parts:
+            return None
+        kwargs = {**call.kwargs, **self.added} if self.added else call.kwargs
+        dynamic = self._dynamic(call.args, kwargs)
+        variables = entry.variables if entry.variables is not None else given.take()
+        if dynamic is None or variables is None:
+            return None
+        fresh = self._fresh(variables)
+        if fresh is None:
+            return None
+        clock = programs.clock
+        before = clock()
+        jax.block_until_ready((fresh, dynamic))
+        begin = clock()
+        try:
+            result, after = self.program(variables, draw.words, dynamic)
+            jax.block_until_ready((result, after))
+        except Exception:  # the long way finds out what it is, and says so
+            return None
+        timing = Timing(run=clock() - begin, wait=begin - before)
+        draw.settle(np.asarray(after).tobytes())
+        programs.parts[entry.name] = self.parts
+
+        output, updates = result
+        output, updates, sown = hand_back(output, updates, self.record, self.mutable)
+        kept, changed, write = None, {}, None
+        if updates:
+            commit = model.commit(updates, self.record)
+            written = tuple(updates) if commit is None else commit.changed
+            changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(written)}
+            if changed:
+                kept = replace(entry, updates={**entry.updates, **changed})
+            if commit is None:
+                kept = replace(kept or entry, variables={**variables, **updates})
+            else:
+                write = commit.write
+        run = like(
+            self.template,
+            call=call.text,
+            inputs=(call.args, kwargs),
+            output=output,
+            seed=draw.seed,
+            draw=draw.number,
+            keys=Streams(draw, self.names),
+            started=started,
+            sown=sown,
+            changed=changed,
+            timing=timing,
+            cell=call.cell,
+            first=first,
+        )
+        return Again(run, kept, write)
+
+    def _dynamic(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The traced leaves by name, None where the arguments are others."""
+        leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+        if treedef != self.treedef:
+            return None
+        dynamic = {}
+        for (name, traced, was), leaf in zip(self.leaves, leaves, strict=True):
+            if traced:
+                if signature_of(leaf) != was:
+                    return None
+                dynamic[name] = leaf
+            elif type(leaf) is not type(was) or leaf != was:
+                return None
+        return dynamic
+
+    def _fresh(self, variables: Any) -> list[Any] | None:
+        """The leaves of the variables that are others than they were, None where one of them is of another kind."""
+        leaves, treedef = jax.tree_util.tree_flatten(variables)
+        if treedef != self.variables[0]:
+            return None
+        fresh = []
+        for i, leaf in enumerate(leaves):
+            if self.known[i]() is not leaf:
+                if signature_of(leaf) != self.variables[1][i]:
+                    return None
+                fresh.append(leaf)
+                self.known[i] = _weakly(leaf)
+        return fresh
+
+
+def _weakly(leaf: Any) -> Callable[[], Any]:
+    return weakref.ref(leaf) if isinstance(leaf, jax.Array) else _nothing
+
+
+def _nothing() -> None:
+    """In place of a reference to what may change where it is: it is looked at every time."""
+
+
+def remember(entry: Entry, call: Call, options: Options, done: Execution, run: Run, programs: Programs) -> Warm | None:
+    """What `run` leaves behind for the next of its kind; None where only the long way can tell whether it is the same.
+
+    Args:
+      entry: the model as it was before the run.
+    """
+    ready, prepared = done.ready, done.prepared
+    program, arguments = ready.program, ready.arguments
+    model = entry.model
+    prints = (model.key(), prepared.model.key())
+    if (
+        not options.plain
+        or program is None
+        or program.effects
+        or None in prints
+        or entry.outdated
+        or done.keys_in_call
+        or prepared.own_rngs
+        or ready.record.structure is not None
+        or ("params" in ready.ask.streams and any(taken for _, taken in done.names.values()))
+    ):
+        return None
+    leaves = []
+    for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
+        if traced and _may_be_a_key(leaf):
+            return None
+        if not traced and type(leaf) not in SIMPLE:
+            return None
+        leaves.append((name, traced, signature_of(leaf) if traced else leaf))
+    if done.entry.variables is None and not model.holds_variables:
+        return None
+    values, treedef = jax.tree_util.tree_flatten(ready.variables)
+    structure: Any
+    after, structure = jax.tree_util.tree_flatten(
+        ready.variables if done.entry.variables is None else done.entry.variables
+    )
+    signatures = list(map(signature_of, values))
+    if structure != treedef or list(map(signature_of, after)) != signatures:
+        return None
+    template = like(
+        run,
+        inputs=GONE,
+        output=GONE,
+        sown={},
+        program="reused",
+        reason="",
+        timing=Timing(),
+        made=None,
+        notes=done.steady,
+    )
+    return Warm(
+        given=model,
+        model=prepared.model,
+        prints=prints,
+        settings=settings(),
+        leaves=tuple(leaves),
+        treedef=arguments.treedef,
+        added={name: value for name, value in prepared.kwargs.items() if name not in call.kwargs},
+        program=program,
+        record=ready.record,
+        variables=(treedef, signatures),
+        known=list(map(_weakly, after)),
+        names={name: pair for name, pair in done.names.items() if not pair[1]},
+        mutable=options.mutable,
+        parts=programs.parts[entry.name],
+        numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
+        template=template,
+    )
+
+
+def _may_be_a_key(leaf: Any) -> bool:
+    """Keys in a call are looked up among those that were seen: that is the long way's."""
+    if not isinstance(leaf, jax.Array):
+        return False
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or (
+        leaf.dtype == "uint32" and leaf.shape in _KEY_SHAPES
+    )
