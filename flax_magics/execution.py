@@ -15,7 +15,7 @@ from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .keys import SPLIT, Draw, Series, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
-from .models import Ask, MissingVariables, Record
+from .models import Ask, Commit, MissingVariables, Record
 from .models.axes import inside
 from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, prepare_init
@@ -75,14 +75,16 @@ class Execution:
     by_hand: str
     keys_in_call: tuple[bytes, ...]
     """Data of keys that the user passed in the call."""
+    updates: Mapping[str, Any]
+    """What the run wrote."""
     ready: Ready
     prepared: Prepared
     names: Mapping[str, tuple[str, bool]]
     """See `Streams`."""
     steady: tuple[Note, ...]
     """Notes that every run of this kind has."""
-    write: Callable[[], None] | None = None
-    """Writes what the run changed into a model that holds its own variables."""
+    commit: Commit | None
+    """What the run changed in a model that holds its own variables, None if nothing is to be kept."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,9 @@ def execute(
         notes=tuple(notes),
         made=start.made,
         by_hand=_by_hand(prepared, call, options, ready, {*written, *sown, *options.mutable}),
-        write=commit.write if commit is not None and keep else None,
+        commit=commit if keep else None,
         keys_in_call=tuple(in_call.values()),
+        updates=updates,
         ready=ready,
         prepared=prepared,
         names=names,

@@ -21,14 +21,14 @@ from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
 from .keys import Draw, Root, Series
-from .models import adopt, is_module_class, spell_construction
+from .models import Commit, adopt, is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .prepare import Call, as_names, method_path, prepare_init, spell_call
 from .program import KEPT, Programs
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Note, Run
 from .state import Restart, State
-from .uninterrupted import uninterrupted
+from .uninterrupted import at_once, uninterrupted
 from .warm import Warm, remember
 
 
@@ -426,13 +426,13 @@ class Session:
         done: Execution = execute(
             entry, call, options, now, self.programs, self._seen, self.on_phase, params_taken=shares
         )
-        kept, write = done.entry, done.write
+        kept, write = done.entry, None
         if renewed is not None:
             kept = replace(kept, model=own)
 
             def write() -> None:
-                if done.write is not None:
-                    done.write()
+                if done.commit is not None:
+                    done.commit.make()
                 own.become(renewed)
 
         notes_of_entry = notes
@@ -443,7 +443,7 @@ class Session:
         run = records.of_apply(
             name, call, done, now, started, notes, done.made or made, replayed=replayed is not None, first=first
         )
-        self._commit(run, now, kept, write=write)
+        self._commit(run, now, kept, write=write, commit=done.commit)
         if notes_of_entry:
             self._forget(name)
         elif renewed is None:
@@ -463,7 +463,7 @@ class Session:
         done = warm.again(entry, call, draw, self.programs, time.time(), first=state.runs is None)
         if done is None:
             return None
-        self._commit(done.run, draw, done.entry, write=done.write)
+        self._commit(done.run, draw, done.entry, commit=done.commit)
         return done.run
 
     def _remember(self, entry: Entry, call: Call, options: Options, done: Execution, run: Run) -> None:
@@ -500,12 +500,15 @@ class Session:
         entry: Entry | None,
         opened: tuple[str, Draw] | None = None,
         write: Callable[[], None] | None = None,
+        commit: Commit | None = None,
     ) -> None:
-        """Makes the run part of the session, and `write` what it left behind in the user's own object: one step."""
+        """Makes the run part of the session, with what it left behind in the user's own object: one step."""
         new = self._state.after(run, draw.last, entry, opened)
         self._seen.roots.update(one.next_root for one in draw.draws)
+        write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
-            self._state = new  # the one assignment
+            into = () if commit is None else commit.assignments
+            at_once((*into, (object.__setattr__, self, "_state", new)))
             return
         with uninterrupted():
             write()

@@ -1,12 +1,27 @@
-"""A few assignments that an interrupt cannot part."""
+"""A few assignments that an interrupt cannot part.
+
+Python looks for signals between bytecodes. Assignments that one call of C makes have none between them; work that needs
+Python holds the signal back, which costs more.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import starmap
+from operator import call
 from typing import Any
+
+Assignment = tuple[Any, ...]
+"""A function of C and its arguments: `(object.__setattr__, owner, name, value)`, `(operator.setitem, items, key, value)`."""
+
+
+def at_once(assignments: Iterable[Assignment]) -> None:
+    """Makes them all, with no bytecode between one and the next."""
+    collections.deque(starmap(call, tuple(assignments)), maxlen=0)
 
 
 @contextlib.contextmanager

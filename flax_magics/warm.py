@@ -18,7 +18,7 @@ import numpy as np
 from .arguments import signature_of
 from .execution import Execution, Options, hand_back
 from .keys import Draw, Streams
-from .models import Model, Record
+from .models import Commit, Model, Record
 from .prepare import Call
 from .program import Program, Programs, settings
 from .registry import Entry
@@ -30,11 +30,11 @@ _KEY_SHAPES = ((2,), (4,))
 
 @dataclass(frozen=True)
 class Again:
-    """A run that is done: the Run, the entry as it is to be kept (None: as it is), and what writes into the model."""
+    """A run that is done: the Run, the entry as it is to be kept (None: as it is), and what to write into the model."""
 
     run: Run
     entry: Entry | None
-    write: Callable[[], None] | None
+    commit: Commit | None
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Warm:
       treedef: how the arguments are put together.
       added: keyword arguments that the mode added to the call's.
       variables: signatures of the variables' leaves; `known`: leaves that were looked at, held weakly.
+      written: for each leaf that a run writes which of the variables it is, None for a stream's own.
       names: the keys of the Run: see `Streams`.
       parts: what the program was made for, as `Programs` keeps it to say why a program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
@@ -65,6 +66,7 @@ class Warm:
     record: Record
     variables: tuple[Any, list[Any]]
     known: list[Callable[[], Any]]
+    written: tuple[int | None, ...]
     names: Mapping[str, tuple[str, bool]]
     mutable: tuple[str, ...]
     parts: dict[str, str]
@@ -105,7 +107,7 @@ class Warm:
 
         output, updates = result
         output, updates, sown = hand_back(output, updates, self.record, self.mutable)
-        kept, changed, write = None, {}, None
+        kept, changed, commit = None, {}, None
         if updates:
             commit = model.commit(updates, self.record)
             written = tuple(updates) if commit is None else commit.changed
@@ -114,8 +116,7 @@ class Warm:
                 kept = replace(entry, updates={**entry.updates, **changed})
             if commit is None:
                 kept = replace(kept or entry, variables={**variables, **updates})
-            else:
-                write = commit.write
+            self._know(updates)
         run = like(
             self.template,
             call=call.text,
@@ -131,7 +132,13 @@ class Warm:
             cell=call.cell,
             first=first,
         )
-        return Again(run, kept, write)
+        return Again(run, kept, commit)
+
+    def _know(self, updates: Mapping[str, Any]) -> None:
+        """What the run itself wrote need not be looked at by the next: the same program gave it, and it is there."""
+        for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
+            if i is not None:
+                self.known[i] = _weakly(leaf)
 
     def _dynamic(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The traced leaves by name, None where the arguments are others."""
@@ -233,12 +240,19 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         record=ready.record,
         variables=(treedef, signatures),
         known=list(map(_weakly, after)),
+        written=_places(ready.variables, done.updates),
         names={name: pair for name, pair in done.names.items() if not pair[1]},
         mutable=options.mutable,
         parts=programs.parts[entry.name],
         numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
         template=template,
     )
+
+
+def _places(variables: Any, updates: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """For each leaf of `updates` the number of the variables' leaf in its place; None: it is no leaf of theirs."""
+    paths = {path: i for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(variables)[0])}
+    return tuple(paths.get(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0])
 
 
 def _may_be_a_key(leaf: Any) -> bool:

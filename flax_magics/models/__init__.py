@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import FlaxMagicsError
+from ..uninterrupted import Assignment, at_once
 
 Path = tuple[str, ...]
 Variables = Mapping[str, Any]
@@ -78,8 +79,16 @@ class Commit:
 
     changed: tuple[str, ...]
     """Types of the variables that the run wrote, random streams left out."""
-    write: Callable[[], None]
-    """Writes them. Plain assignments, in one go."""
+    assignments: tuple[Assignment, ...]
+    """What writes them."""
+    write: Callable[[], None] | None = None
+    """Writes a graph that was changed, which takes more than assignments."""
+
+    def make(self) -> None:
+        """Writes all of it."""
+        if self.write is not None:
+            self.write()
+        at_once(self.assignments)
 
 
 class MissingVariables(Exception):

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import setitem
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 from ..errors import FlaxMagicsError
 from ..fingerprint import Print
 from ..guards import Guards
+from ..uninterrupted import Assignment, at_once
 from . import Path
 
 SIMPLE = (bool, int, float, complex, str, bytes)
@@ -43,6 +45,11 @@ def raw(variable: Any) -> Any:
 def set_raw(variable: Any, value: Any) -> None:
     """Puts a value into a Variable, without its hooks, as `nnx.update` does."""
     object.__setattr__(variable, _RAW, value)
+
+
+def assignment(variable: Any, value: Any) -> Assignment:
+    """`set_raw` as an assignment that is still to be made."""
+    return (object.__setattr__, variable, _RAW, value)
 
 
 def walk(module: Any) -> Iterator[tuple[Path, Any]]:
@@ -105,6 +112,8 @@ class Slot:
     leaf: Any
     holder: Any
     """What a bare array is an attribute or item of; None for a Variable."""
+    drawn: bool = False
+    """Whether it is a stream's key or count: every run begins with those of its draw, whatever stands there."""
 
     @cached_property
     def sown(self) -> bool:
@@ -115,23 +124,18 @@ class Slot:
         """Its value now."""
         return raw(self.leaf) if self.holder is None else _get(self.holder, self.path[-1])
 
-    def write(self, value: Any) -> None:
-        """Replaces its value."""
+    def assignment(self, value: Any) -> Assignment:
+        """What replaces its value."""
         if self.holder is None:
-            set_raw(self.leaf, value)
-        else:
-            _put(self.holder, self.path[-1], value)
+            return assignment(self.leaf, value)
+        if isinstance(self.holder, nnx.Pytree):
+            key, own = self.path[-1], vars(self.holder)
+            return (setitem, own, key if key in own else str(key), value)
+        return (setitem, self.holder, self.path[-1], value)
 
 
 def _get(holder: Any, key: Any) -> Any:
     return vars(holder)[key if key in vars(holder) else str(key)] if isinstance(holder, nnx.Pytree) else holder[key]
-
-
-def _put(holder: Any, key: Any, value: Any) -> None:
-    if isinstance(holder, nnx.Pytree):
-        vars(holder)[key if key in vars(holder) else str(key)] = value
-    else:
-        holder[key] = value
 
 
 @dataclass
@@ -182,7 +186,9 @@ class Layout:
                     write="net = nnx.to_arrays(net)",
                 )
             collection = type(leaf).__name__ if variable else "Array"
-            slots.append(Slot(collection, spell(path), path, leaf, None if variable else parts.get(path[:-1])))
+            holder = parts.get(path[:-1])
+            drawn = isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream)
+            slots.append(Slot(collection, spell(path), path, leaf, None if variable else holder, drawn))
         nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
         held = Guards()
         for _, node in nodes:
@@ -208,11 +214,39 @@ class Layout:
             out.setdefault(slot.collection, {})[slot.name] = value
         return out
 
+    def given(self) -> Values:
+        """The same without the streams' own: what a program is given."""
+        out: Values = {}
+        for slot in self._given:
+            value = slot.read()
+            if isinstance(value, np.ndarray):
+                value = value.copy()
+            out.setdefault(slot.collection, {})[slot.name] = value
+        return out
+
+    @cached_property
+    def _given(self) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if not slot.sown and not slot.drawn)
+
+    def streams(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the streams' keys: () for one key, otherwise as many as NNX's `fork` made."""
+        return tuple(slot.read().shape for slot in self._drawn)
+
+    @cached_property
+    def _drawn(self) -> tuple[Slot, ...]:
+        return tuple(slot for slot in self.slots if slot.drawn and isinstance(slot.leaf, nnx.RngKey))
+
+    @cached_property
+    def random(self) -> frozenset[str]:
+        """Types of the variables that are a random stream's."""
+        return frozenset(slot.collection for slot in self.slots if isinstance(slot.leaf, nnx.RngState))
+
     def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
         """A copy of the module that holds `values`, all of its variables its own."""
         flat = []
         for slot in self.slots:
-            value = slot.read() if slot.sown else values[slot.collection][slot.name]
+            given = values.get(slot.collection, {})
+            value = given[slot.name] if slot.name in given else slot.read()
             if slot.holder is None:
                 structure = jax.tree_util.tree_structure(slot.leaf)
                 value = jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value))
@@ -224,11 +258,17 @@ class Layout:
         """Tags of the streams that the graph holds."""
         return frozenset(str(part.key.tag) for _, part in walk(self.module) if isinstance(part, nnx.RngStream))
 
+    def assignments(self, values: Mapping[str, Mapping[str, Any]]) -> list[Assignment]:
+        """What puts `values` (of all or of some variables) into the module's own objects."""
+        return [
+            slot.assignment(values[slot.collection][slot.name])
+            for slot in self.slots
+            if slot.name in values.get(slot.collection, ())
+        ]
+
     def write(self, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """Puts `values` (of all or of some variables) into the module's own objects."""
-        for slot in self.slots:
-            if slot.name in values.get(slot.collection, {}):
-                slot.write(values[slot.collection][slot.name])
+        """Makes these assignments."""
+        at_once(self.assignments(values))
 
 
 def same(old: Any, new: Any) -> bool:

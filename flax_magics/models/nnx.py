@@ -17,6 +17,7 @@ from flax import nnx
 
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
+from ..uninterrupted import Assignment
 from . import Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables, own_methods
 from .graph import (
     GRAPH,
@@ -25,6 +26,7 @@ from .graph import (
     Layout,
     Rebuilt,
     Values,
+    assignment,
     flat_state,
     is_sown,
     parts_of,
@@ -146,13 +148,13 @@ class NnxModel:
         return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
 
     def take(self) -> Values:
-        """The module's variables as they are now, by type."""
-        return self.layout.values()
+        """The module's variables as they are now, by type; the keys and counts of its streams are the draw's to give."""
+        return self.layout.given()
 
     def collections(self) -> dict[str, dict[str, Any]]:
-        """The same without the random streams' own."""
-        kinds = {slot.collection for slot in self.layout.slots if isinstance(slot.leaf, nnx.RngState)}
-        return {name: tree for name, tree in self.take().items() if name not in kinds}
+        """The same without all that is random streams' own."""
+        layout = self.layout
+        return {name: tree for name, tree in layout.given().items() if name not in layout.random}
 
     def state(self) -> Any:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
@@ -182,7 +184,8 @@ class NnxModel:
     def key(self) -> Any:
         """See `Model`: the code of all classes in the graph, the graph itself with its static attributes, the mode."""
         code = self.code()
-        return None if code is None else (code, self.layout.graphdef, self.mode, self.gives_rngs)
+        layout = self.layout
+        return None if code is None else (code, layout.graphdef, layout.streams(), self.mode, self.gives_rngs)
 
     def code(self) -> bytes | None:
         """A digest of the classes in the graph, and of its static values that are more than numbers and text.
@@ -304,20 +307,18 @@ class NnxModel:
     def commit(self, updates: Mapping[str, Any], record: Record) -> Commit:
         """See `Model`. What is written is the module's own objects."""
         layout, structure = self.layout, record.structure
-        streams = {slot.collection for slot in layout.slots if isinstance(slot.leaf, nnx.RngState)}
-        changed = [name for name in updates if name not in (STRUCTURE, ARGUMENTS) and name not in streams]
-        if structure is not None:
-            changed += [name for name in structure.added if name not in changed and name not in streams]
+        changed = [name for name in updates if name not in (STRUCTURE, ARGUMENTS) and name not in layout.random]
+        passed: list[Assignment] = [
+            assignment(self.passed[int(i)], value) for i, value in updates.get(ARGUMENTS, {}).items()
+        ]
+        if structure is None:
+            return Commit(tuple(changed), (*layout.assignments(updates), *passed))
+        changed += [name for name in structure.added if name not in changed and name not in layout.random]
 
         def write() -> None:
-            if structure is not None:
-                structure.put_into(layout, updates[STRUCTURE])
-            else:
-                layout.write(updates)
-            for i, value in updates.get(ARGUMENTS, {}).items():
-                set_raw(self.passed[int(i)], value)
+            structure.put_into(layout, updates[STRUCTURE])
 
-        return Commit(tuple(changed), write)
+        return Commit(tuple(changed), tuple(passed), write)
 
     def assign(self, values: Values) -> None:
         """Puts `values` into the module."""
@@ -326,7 +327,7 @@ class NnxModel:
     def become(self, other: NnxModel) -> None:
         """The module's own objects get the values of another, newly built one; where that one is built otherwise, all."""
         if self.layout.graphdef == other.layout.graphdef:
-            self.layout.write(other.take())
+            self.layout.write(other.layout.values())
         else:
             transplant({id(other.module): self.module}, dict(walk(other.module)))
 
