@@ -11,7 +11,7 @@ import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from .errors import FlaxMagicsError
@@ -56,6 +56,10 @@ class ParsedCall(Expression):
 
         See `Expression.evaluate` for arguments and errors.
         """
+        if self._plain is not None:
+            given = _look_up(*self._plain, user_ns, user_ns if local_ns is None else local_ns)
+            if given is not None:
+                return given
 
         def gather(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return args, kwargs
@@ -66,6 +70,19 @@ class ParsedCall(Expression):
             lambda: gathering(call, call.args), named(gather, call), user_ns, local_ns
         )
         return result
+
+    @cached_property
+    def _plain(self) -> tuple[list[ast.Name | ast.Constant], dict[str, ast.Name | ast.Constant]] | None:
+        """The arguments where every one is a name or a constant, as most are: these need no code to be run."""
+        assert isinstance(self.tree, ast.Call)
+        args = [arg for arg in self.tree.args if isinstance(arg, (ast.Name, ast.Constant))]
+        kwargs = {
+            item.arg: item.value
+            for item in self.tree.keywords
+            if item.arg is not None and isinstance(item.value, (ast.Name, ast.Constant))
+        }
+        whole = len(args) == len(self.tree.args) and len(kwargs) == len(self.tree.keywords)
+        return (args, kwargs) if whole else None
 
 
 class Assignment(NamedTuple):
@@ -145,6 +162,26 @@ def parse_assignment(text: str, command: str = "%flaxmodel") -> Assignment:
             return Assignment(name, Expression(text, value))
         case statement:
             raise _no_assignment(text, statement, command)
+
+
+def _look_up(
+    args: list[ast.Name | ast.Constant],
+    kwargs: dict[str, ast.Name | ast.Constant],
+    user_ns: Mapping[str, Any],
+    local_ns: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The values of names and constants; None where a name is in neither namespace (a builtin, or a mistake)."""
+    values = []
+    for node in (*args, *kwargs.values()):
+        if isinstance(node, ast.Constant):
+            values.append(node.value)
+        elif node.id in local_ns:
+            values.append(local_ns[node.id])
+        elif node.id in user_ns:
+            values.append(user_ns[node.id])
+        else:
+            return None
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
 
 
 def _bare(text: str) -> tuple[str, str, bool]:

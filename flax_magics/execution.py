@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 from flax import errors as flax_errors
 
 from .draws import by_hand, left_behind
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
-from .keys import SPLIT, Draw, Series, Streams
+from .keys import SPLIT, Draw, Series, Streams, host_bytes
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, Commit, MissingVariables, Record
 from .models.axes import inside
@@ -38,7 +38,7 @@ class Options:
     repeat: int = 1
     eager: bool = False
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether it is one compiled run of the next draw with the model's own variables."""
         return (
@@ -131,7 +131,7 @@ def execute(
                 on_phase(f"running {entry.name}")
                 (output, updates), times = _run(ready, options.repeat, programs, call)
                 if ready.after is not None:
-                    draw.settle(np.asarray(ready.after).tobytes())
+                    draw.settle(host_bytes(ready.after))
                 break
             except MissingVariables as error:
                 start = _with_added(start, call, options, draw, programs, error)

@@ -250,17 +250,15 @@ class _Walk:
         self.visit(type(value))
         fields = dataclasses.fields(value)
         names = {field.name for field in fields}
+        own = getattr(value, "__dict__", {})
+        self.guards.whole(own)
         for field in fields:
             if field.name == "parent":  # linen: where the module is bound, None for a model
                 continue
             self.tag(field.name)
-            self.guards.attribute(value, field.name)
+            if field.name not in own:  # in a slot, or the class's default
+                self.guards.attribute(value, field.name)
             self.visit(getattr(value, field.name, dataclasses.MISSING))
-        own = getattr(value, "__dict__", {})
-        for name in own:
-            if name not in names:
-                self.guards.name(own, name)
-        self.guards.size(own)
         for name, item in own.items():
             if name not in names and not (name.startswith("_") or name in ("scope", "parent", "name")):
                 self.tag(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import is_
 from types import CellType, FunctionType
 from typing import Any
 
@@ -26,10 +27,7 @@ class Guards:
     open: bool = False
     _names: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
     _attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
-    _wholes: list[tuple[Mapping[Any, Any], tuple[Any, ...], tuple[Any, ...], tuple[int, ...]]] = field(
-        default_factory=list
-    )
-    _sizes: list[tuple[Mapping[Any, Any], int]] = field(default_factory=list)
+    _wholes: list[tuple[Mapping[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
     _lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
     _sets: list[tuple[set[Any], frozenset[Any]]] = field(default_factory=list)
     _functions: list[tuple[FunctionType, Any, Any, Any]] = field(default_factory=list)
@@ -46,12 +44,7 @@ class Guards:
 
     def whole(self, mapping: Mapping[Any, Any]) -> None:
         """All keys and values, in order."""
-        values = tuple(mapping.values())
-        self._wholes.append((mapping, tuple(mapping), values, tuple(map(id, values))))
-
-    def size(self, mapping: Mapping[Any, Any]) -> None:
-        """How many there are."""
-        self._sizes.append((mapping, len(mapping)))
+        self._wholes.append((mapping, tuple(mapping), tuple(mapping.values())))
 
     def items(self, value: list[Any]) -> None:
         """The items of a list."""
@@ -81,8 +74,8 @@ class Guards:
         for namespace, name, old in self._names:
             if namespace.get(name, _MISSING) is not old:
                 return False
-        for mapping, keys, _, ids in self._wholes:
-            if tuple(map(id, mapping.values())) != ids or tuple(mapping) != keys:
+        for mapping, keys, values in self._wholes:
+            if len(mapping) != len(keys) or not all(map(is_, mapping.values(), values)) or tuple(mapping) != keys:
                 return False
         for function, code, defaults, kwdefaults in self._functions:
             if (
@@ -97,11 +90,8 @@ class Guards:
         for owner, name, old in self._attributes:
             if getattr(owner, name, _MISSING) is not old:
                 return False
-        for mapping, size in self._sizes:
-            if len(mapping) != size:
-                return False
         for value, kept in self._lists:
-            if len(value) != len(kept) or any(a is not b for a, b in zip(value, kept, strict=True)):
+            if len(value) != len(kept) or not all(map(is_, value, kept)):
                 return False
         for members, before in self._sets:
             if members != before:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,40 +16,45 @@ class Kept:
     The Run in a user's hands holds its own arrays; as long as it lives, the session gives that very object.
     """
 
+    __slots__ = ("_facts", "_inputs", "_output", "_run", "_sown")
+
     def __init__(self, run: Run) -> None:
         self._run = weakref.ref(run)
         self._facts = {**run.__dict__, "output": GONE, "inputs": GONE, "sown": {}}
-        self._output = _Weak(run.output)
-        self._inputs = _Weak(run.inputs)
-        self._sown = _Weak(dict(run.sown)) if run.sown else None
+        self._output = _weakly(run.output)
+        self._inputs = _weakly(run.inputs)
+        self._sown = _weakly(dict(run.sown)) if run.sown else None
 
     def run(self) -> Run:
         """The run; an array that nobody holds any more makes its whole field `GONE`."""
         run = self._run()
         if run is not None:
             return run
-        sown = GONE if self._sown is None else self._sown.get()
+        sown = GONE if self._sown is None else _held(self._sown)
         run = object.__new__(Run)
         run.__dict__.update(self._facts)
-        run.__dict__.update(output=self._output.get(), inputs=self._inputs.get(), sown={} if sown is GONE else sown)
+        run.__dict__.update(output=_held(self._output), inputs=_held(self._inputs), sown={} if sown is GONE else sown)
         return run
 
 
-class _Weak:
-    """A pytree whose arrays are held weakly; what is no array is held as it is."""
+_Weak = tuple[Any, list[tuple[Any, Any]]]
+"""A pytree taken apart: each leaf as a weak reference, or (where it is no array) as it is."""
 
-    def __init__(self, tree: Any) -> None:
-        leaves, self._treedef = jax.tree_util.tree_flatten(tree)
-        self._leaves = [_reference(leaf) for leaf in leaves]
 
-    def get(self) -> Any:
-        leaves = []
-        for weak, held in self._leaves:
-            leaf = held if weak is None else weak()
-            if leaf is None:
-                return GONE
-            leaves.append(leaf)
-        return jax.tree_util.tree_unflatten(self._treedef, leaves)
+def _weakly(tree: Any) -> _Weak:
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    return treedef, [_reference(leaf) for leaf in leaves]
+
+
+def _held(weak: _Weak) -> Any:
+    """The pytree, `GONE` where one of its arrays is no more."""
+    leaves = []
+    for reference, held in weak[1]:
+        leaf = held if reference is None else reference()
+        if leaf is None:
+            return GONE
+        leaves.append(leaf)
+    return jax.tree_util.tree_unflatten(weak[0], leaves)
 
 
 def _reference(leaf: Any) -> tuple[weakref.ref[Any] | None, Any]:
@@ -62,8 +66,7 @@ def _reference(leaf: Any) -> tuple[weakref.ref[Any] | None, Any]:
     return None, leaf
 
 
-@dataclasses.dataclass(frozen=True)
-class Chain:
+class Chain(NamedTuple):
     """Runs, newest first, as a linked list: adding one makes a new list and leaves the old as it was."""
 
     kept: Kept

@@ -270,6 +270,14 @@ def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
     return key
 
 
+def host_bytes(words: jax.Array) -> bytes:
+    """The bytes of key data on a device; waits for it."""
+    try:
+        return memoryview(words).tobytes()
+    except (BufferError, TypeError):  # only a CPU's memory can be read where it is
+        return np.asarray(words).tobytes()
+
+
 def data_of(key: Any) -> bytes:
     """Host key data of a typed or a legacy (uint32) key; waits for the device."""
     if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -6,9 +6,9 @@ Nothing here imports JAX or Flax before a command is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
@@ -79,17 +79,17 @@ class _Working:
     def __init__(self, session: Session, live: Live, what: str) -> None:
         self._session = session
         self._live = live
-        self._line = live.phase(what)
+        self._what = what
 
     def __enter__(self) -> Live:
-        self._phase = self._line.__enter__()
+        self._phase = self._live.begin(self._what)
         self._session.on_phase = self._phase.doing
         return self._live
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
             stopped(error, self._phase.text)
-        self._line.__exit__()
+        self._live.end()
         if error is not None:
             self._live.clear()
 
@@ -169,6 +169,13 @@ class FlaxMagics(Magics):
         """The session of this kernel, made at first use."""
         return existing() or current(self.seed)
 
+    @cached_property
+    def _asked(self) -> Any:
+        """What lines ask for, read by a module that imports JAX and Flax."""
+        from . import asked
+
+        return asked
+
     def model_names(self) -> dict[str, ModelNames]:
         """What completion needs to know; makes no session."""
         session = existing()
@@ -228,28 +235,23 @@ class FlaxMagics(Magics):
     @command(FLAX_APPLY)
     def flax_apply(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
         """`%flax_apply net(x)`"""
-        from .execution import Options
-
         given = options.options
-        if given["train"] and given["eval"]:
-            raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
+        mode = self._asked.mode_of(given)
 
         def run(parsed: ParsedCall) -> Run:
             name, call, module = self._read_call(parsed, local_ns)
-            variables = None
-            if given["variables"] is not None:
-                expression = parse_expression(given["variables"], "--variables")
-                variables = expression.evaluate(self.shell.user_ns, local_ns)
-            chosen = Options(
-                "train" if given["train"] else "eval" if given["eval"] else None,
+            chosen = self._asked.options(
+                mode,
                 given["mutable"],
-                variables,
                 given["key"],
                 self._draw(options, local_ns),
                 given["draws"],
                 given["repeat"] or 1,
                 given["eager"],
             )
+            if given["variables"] is not None:
+                expression = parse_expression(given["variables"], "--variables")
+                chosen = replace(chosen, variables=expression.evaluate(self.shell.user_ns, local_ns))
             return self.session.run_apply(name, call, chosen, module=module)
 
         return self._call(FLAX_APPLY, line, options, cell, run)
@@ -316,55 +318,13 @@ class FlaxMagics(Magics):
 
     def _read_call(self, parsed: ParsedCall, local_ns: Namespace) -> tuple[str, Any, Any]:
         """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
-        from .prepare import Call
-
-        names: Mapping[str, Any] = local_ns if parsed.target in local_ns else self.shell.user_ns
-        value = names.get(parsed.target)
-        registered = self.session.module(parsed.target)
-        if registered is None:
-            raise self._unknown(parsed, value)
-        args, kwargs = parsed.evaluate(self.shell.user_ns, local_ns)
-        call = Call(parsed.method, args, kwargs, parsed.call, self.shell.execution_count)
-        if value is registered:
-            return parsed.target, call, None
-        from .models import is_module, is_module_class, needed_fields
-
-        cls: Any = value if is_module_class(value) else None
-        if cls is not None and type(registered).__name__ == cls.__name__ and type(registered) is not cls:
-            # A class registered under its own name, and defined again in a cell without the magic.
-            value = None if needed_fields(cls) else cls()
-        return parsed.target, call, value if is_module(value) else None
-
-    def _unknown(self, parsed: ParsedCall, value: Any) -> FlaxMagicsError:
-        from .models import is_module, is_module_class, spell_construction
-
-        name, known = parsed.target, self.session.models
-        if is_module(value):
-            return FlaxMagicsError(f"`{name}` is not registered yet.", write=f"%flaxmodel {name}")
-        if is_module_class(value):
-            write = spell_construction(value, "%flaxmodel")
-            return FlaxMagicsError(f"`{name}` is a class, and a model is an instance of it.", write=write)
-        listed = f"registered: {', '.join(known)}" if known else "no model is registered yet"
-        hint = did_you_mean(name, known)
-        if value is not None:
-            text = f"`{name}` is no model but {type(value).__name__}; {listed}."
-        else:
-            text = f"no model is called `{name}`; {listed}."
-        return FlaxMagicsError(text, hint=hint, write=None if known else f"%flaxmodel {name} = Net()")
+        shell = self.shell
+        call: tuple[str, Any, Any] = self._asked.read_call(
+            parsed, self.session, shell.user_ns, local_ns, shell.execution_count
+        )
+        return call
 
     def _draw(self, options: Read, local_ns: Namespace) -> int | tuple[int, int] | None:
         """`--draw`: a number, `last`, `seed:N`, or the name of a Run."""
-        from .run import Run
-
         text = options.options["draw"]
-        if text is None:
-            return None
-        seed, colon, number = text.rpartition(":")
-        if number.isdigit() and (not colon or seed.lstrip("-").isdigit()):
-            return (int(seed), int(number)) if colon else int(number)
-        if text == "last":
-            return self.session.draws
-        value = local_ns.get(text, self.shell.user_ns.get(text))
-        if isinstance(value, Run):
-            return value.seed, value.draw
-        raise FlaxMagicsError(f"--draw takes a number, last, seed:N or the name of a Run, not `{text}`.")
+        return None if text is None else self._asked.draw_of(text, self.session, self.shell.user_ns, local_ns)

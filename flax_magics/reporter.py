@@ -30,6 +30,7 @@ class Reporter:
         self._shown = 0.0
         self._pending = False
         self._style = "auto"
+        self._live: Live | None = None
 
     def begin_cell(self, *_: Any) -> None:
         """`pre_run_cell`: the runs of a cell are counted anew."""
@@ -42,10 +43,12 @@ class Reporter:
         self.begin_cell()
 
     def live(self) -> Live:
-        """A live line for one command."""
-        from .show.live import Live
+        """A live line for one command; the one before serves again once nothing of it is shown."""
+        if self._live is None or self._live.in_use:
+            from .show.live import Live
 
-        return Live(self._shell)
+            self._live = Live(self._shell)
+        return self._live
 
     def publish(self, bundle: Mapping[str, Any]) -> None:
         """Shows a MIME bundle; an empty one shows nothing."""

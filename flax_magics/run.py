@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from .frozen import altered
+
 if TYPE_CHECKING:
     from .draws import Spread
 
@@ -239,12 +241,8 @@ class Run:
 
 
 def like(run: Run, **changes: Any) -> Run:
-    """`dataclasses.replace(run, **changes)` without its cost, and with nothing of the output read yet."""
-    new = object.__new__(Run)
-    new.__dict__.update(run.__dict__)
-    new.__dict__.update(changes)
-    new.__dict__["_taken"] = Taken()
-    return new
+    """The run with a few fields changed, and with nothing of its output read yet."""
+    return altered(run, _taken=Taken(), **changes)
 
 
 @lru_cache(maxsize=1)

@@ -357,9 +357,9 @@ class Session:
         keeping = tuple(
             name for name, entry in models.items() if entry.ready and not (entry.stale and entry.built is not None)
         )
-        again = seed in self._state.seeds
+        again = self._state.has_drawn(seed)
         root = Root.from_seed(_checked_seed(seed))
-        self._state = replace(self._state, root=root, models=models, opened=None)
+        self._state = self._state.restarted(root, models)
         self._seen = SeenKeys()
         self._seen.roots.add(root.data)
         return Restart(seed, fresh, keeping, again)
@@ -396,10 +396,11 @@ class Session:
           module: what the name stands for now, if it may be another module than was registered: then that one is
             registered in its place, once the run has succeeded.
         """
-        entry = self._entry(name)
+        entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
             with entry.model.steady:
-                return self._again(entry, call, options) or self._run(entry, (), call, options)
+                again = self._again(entry, call, options) if options.plain else None
+                return again or self._run(entry, (), call, options)
         return self._run(*self._entry_now(name, module), call, options)
 
     def _run(self, entry: Entry, notes: tuple[Note, ...], call: Call, options: Options) -> Run:
@@ -454,7 +455,7 @@ class Session:
 
     def _again(self, entry: Entry, call: Call, options: Options) -> Run | None:
         """The run of a line that ran before, where nothing it depends on has changed; None: find everything out."""
-        warm = self._warm.get((entry.name, call.text, options.mode, options.mutable)) if options.plain else None
+        warm = self._warm.get((entry.name, call.text, options.mode, options.mutable))
         state = self._state
         if warm is None or (state.opened is not None and state.opened[0] == entry.name):
             return None
@@ -504,7 +505,8 @@ class Session:
     ) -> None:
         """Makes the run part of the session, with what it left behind in the user's own object: one step."""
         new = self._state.after(run, draw.last, entry, opened)
-        self._seen.roots.update(one.next_root for one in draw.draws)
+        for one in draw.draws:
+            self._seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
             into = () if commit is None else commit.assignments

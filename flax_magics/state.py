@@ -25,25 +25,35 @@ class State:
     """A draw whose `params` an init took, and the model whose next apply takes the rest of it."""
     runs: history.Chain | None = None
     seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
-    """seed → the last draw that was made under it, and the PRNG implementation."""
+    """seed → the last draw that was made under it before it was started again, and the PRNG implementation."""
 
     def after(self, run: Run, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
         """The state once `run` has succeeded. A replay moves neither the root nor a draw that is open."""
-        root, seeds = self.root, self.seeds
-        if run.replayed:
-            opened = self.opened
-        else:
-            root = root.after(draw)
-            seeds = {**seeds, draw.seed: (max(draw.number, seeds.get(draw.seed, (0, ""))[0]), draw.impl)}
+        root, opened = (self.root, self.opened) if run.replayed else (self.root.after(draw), opened)
         models = self.models if entry is None else {**self.models, entry.name: entry}
-        return State(root, models, opened, history.Chain.add(self.runs, run), seeds)
+        return State(root, models, opened, history.Chain.add(self.runs, run), self.seeds)
+
+    def restarted(self, root: Root, models: Mapping[str, Entry]) -> State:
+        """The state with another root key, nothing open; what was drawn under the old seed can still be found."""
+        return State(root, models, None, self.runs, {**self.seeds, self.root.seed: self._last(self.root.seed)})
+
+    def _last(self, seed: int) -> tuple[int, str]:
+        """The last draw that was made under `seed`, 0 for none, and its PRNG implementation."""
+        last = self.seeds.get(seed, (0, ""))
+        if seed != self.root.seed or not self.root.draws:
+            return last
+        return max(last[0], self.root.draws), self.root.impl
+
+    def has_drawn(self, seed: int) -> bool:
+        """Whether a draw was made under `seed`."""
+        return self._last(seed)[0] > 0
 
     def find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
         """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made."""
         if wanted is None:
             return None
         seed, number = wanted if isinstance(wanted, tuple) else (self.root.seed, wanted)
-        last, impl = self.seeds.get(seed, (0, ""))
+        last, impl = self._last(seed)
         if not 1 <= number <= last:
             drawn = f"draws 1 to {last}" if last else "no draw"
             raise FlaxMagicsError(f"draw {number} of seed {seed} was not made in this session: it has {drawn}.")

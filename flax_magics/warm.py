@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
 from .arguments import signature_of
 from .execution import Execution, Options, hand_back
-from .keys import Draw, Streams
+from .frozen import altered
+from .keys import Draw, Streams, host_bytes
 from .models import Commit, Model, Record
 from .prepare import Call
 from .program import Program, Programs, settings
@@ -42,22 +42,25 @@ class Warm:
     """What a run depended on, and what it found.
 
     Attributes:
-      given: the registered model, whose guards tell of an edit; `model`: the one that ran, in its mode.
-      prints: the keys of both.
+      given: the registered model, whose guards tell of an edit; `model`: the one that ran, which was made of it by
+        setting its mode, and is nobody else's.
+      print: the key of the registered one.
       leaves: for each leaf of the arguments its name, whether it is traced, and its signature or else its value.
       treedef: how the arguments are put together.
       added: keyword arguments that the mode added to the call's.
-      variables: signatures of the variables' leaves; `known`: leaves that were looked at, held weakly.
+      variables: signatures of the variables' leaves.
+      known, passed: leaves of the variables and of the arguments that were looked at, held weakly.
       written: for each leaf that a run writes which of the variables it is, None for a stream's own.
       names: the keys of the Run: see `Streams`.
       parts: what the program was made for, as `Programs` keeps it to say why a program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       template: the Run, as far as it does not change.
+      root: the root that the last run left, and the same as it lies on the device.
     """
 
     given: Model
     model: Model
-    prints: tuple[Any, Any]
+    print: Any
     settings: tuple[Any, ...]
     leaves: tuple[tuple[str, bool, Any], ...]
     treedef: Any
@@ -66,12 +69,14 @@ class Warm:
     record: Record
     variables: tuple[Any, list[Any]]
     known: list[Callable[[], Any]]
+    passed: list[Callable[[], Any]]
     written: tuple[int | None, ...]
     names: Mapping[str, tuple[str, bool]]
     mutable: tuple[str, ...]
     parts: dict[str, str]
     numbers: bool
     template: Run = field(repr=False)
+    root: tuple[bytes, Any] = (b"", None)
 
     def again(
         self, entry: Entry, call: Call, draw: Draw, programs: Programs, started: float, first: bool
@@ -80,7 +85,7 @@ class Warm:
         given, model = entry.model, self.model
         if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
             return None
-        if (given.key(), model.key()) != self.prints:
+        if given.key() != self.print:
             return None
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
@@ -94,15 +99,17 @@ class Warm:
             return None
         clock = programs.clock
         before = clock()
-        jax.block_until_ready((fresh, dynamic))
+        if not all(map(_is_there, (*fresh, *dynamic.values()))):
+            jax.block_until_ready((fresh, dynamic))
         begin = clock()
         try:
-            result, after = self.program(variables, draw.words, dynamic)
+            result, after = self.program(variables, self._words(draw), dynamic)
             jax.block_until_ready((result, after))
         except Exception:  # the long way finds out what it is, and says so
             return None
         timing = Timing(run=clock() - begin, wait=begin - before)
-        draw.settle(np.asarray(after).tobytes())
+        draw.settle(host_bytes(after))
+        self.root = draw.next_root, after
         programs.parts[entry.name] = self.parts
 
         output, updates = result
@@ -113,9 +120,9 @@ class Warm:
             written = tuple(updates) if commit is None else commit.changed
             changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(written)}
             if changed:
-                kept = replace(entry, updates={**entry.updates, **changed})
+                kept = altered(entry, updates={**entry.updates, **changed})
             if commit is None:
-                kept = replace(kept or entry, variables={**variables, **updates})
+                kept = altered(kept or entry, variables={**variables, **updates})
             self._know(updates)
         run = like(
             self.template,
@@ -134,6 +141,11 @@ class Warm:
         )
         return Again(run, kept, commit)
 
+    def _words(self, draw: Draw) -> Any:
+        """Key data of the draw's root: what the run before left on the device, if no other draw came in between."""
+        known, words = self.root
+        return words if known == draw.root and not words.committed else draw.words
+
     def _know(self, updates: Mapping[str, Any]) -> None:
         """What the run itself wrote need not be looked at by the next: the same program gave it, and it is there."""
         for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
@@ -146,10 +158,12 @@ class Warm:
         if treedef != self.treedef:
             return None
         dynamic = {}
-        for (name, traced, was), leaf in zip(self.leaves, leaves, strict=True):
+        for i, ((name, traced, was), leaf) in enumerate(zip(self.leaves, leaves, strict=True)):
             if traced:
-                if signature_of(leaf) != was:
-                    return None
+                if self.passed[i]() is not leaf:
+                    if signature_of(leaf) != was:
+                        return None
+                    self.passed[i] = _weakly(leaf)
                 dynamic[name] = leaf
             elif type(leaf) is not type(was) or leaf != was:
                 return None
@@ -161,13 +175,19 @@ class Warm:
         if treedef != self.variables[0]:
             return None
         fresh = []
-        for i, leaf in enumerate(leaves):
-            if self.known[i]() is not leaf:
+        for i, (known, leaf) in enumerate(zip(self.known, leaves, strict=True)):
+            if known() is not leaf:
                 if signature_of(leaf) != self.variables[1][i]:
                     return None
                 fresh.append(leaf)
                 self.known[i] = _weakly(leaf)
         return fresh
+
+
+def _is_there(leaf: Any) -> bool:
+    """Whether it is known that nobody has to wait for an array. Not every kind of array tells."""
+    ask = getattr(leaf, "is_ready", None)
+    return bool(ask()) if ask is not None else not isinstance(leaf, jax.Array)
 
 
 def _weakly(leaf: Any) -> Callable[[], Any]:
@@ -187,12 +207,13 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
     ready, prepared = done.ready, done.prepared
     program, arguments = ready.program, ready.arguments
     model = entry.model
-    prints = (model.key(), prepared.model.key())
+    print_ = model.key()
     if (
         not options.plain
         or program is None
         or program.effects
-        or None in prints
+        or print_ is None
+        or prepared.model.key() is None
         or entry.outdated
         or done.keys_in_call
         or prepared.own_rngs
@@ -231,7 +252,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
     return Warm(
         given=model,
         model=prepared.model,
-        prints=prints,
+        print=print_,
         settings=settings(),
         leaves=tuple(leaves),
         treedef=arguments.treedef,
@@ -240,6 +261,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         record=ready.record,
         variables=(treedef, signatures),
         known=list(map(_weakly, after)),
+        passed=[_nothing] * len(leaves),
         written=_places(ready.variables, done.updates),
         names={name: pair for name, pair in done.names.items() if not pair[1]},
         mutable=options.mutable,

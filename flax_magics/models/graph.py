@@ -260,11 +260,17 @@ class Layout:
 
     def assignments(self, values: Mapping[str, Mapping[str, Any]]) -> list[Assignment]:
         """What puts `values` (of all or of some variables) into the module's own objects."""
+        slots = self._by_name
         return [
-            slot.assignment(values[slot.collection][slot.name])
-            for slot in self.slots
-            if slot.name in values.get(slot.collection, ())
+            slots[collection, name].assignment(value)
+            for collection, tree in values.items()
+            for name, value in tree.items()
+            if (collection, name) in slots
         ]
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str], Slot]:
+        return {(slot.collection, slot.name): slot for slot in self.slots}
 
     def write(self, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Makes these assignments."""

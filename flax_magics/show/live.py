@@ -42,7 +42,7 @@ class Working:
     def __enter__(self) -> Phase:
         live = self._live
         if live._phase is None:
-            return live._begin(self._text)
+            return live.begin(self._text)
         self._outer = live._phase.text
         live._phase.doing(self._text)
         return live._phase
@@ -50,7 +50,7 @@ class Working:
     def __exit__(self, *_: object) -> None:
         live = self._live
         if self._outer is None:
-            live._end()
+            live.end()
         elif live._phase is not None:
             live._phase.doing(self._outer)
 
@@ -85,6 +85,11 @@ class Live:
         self._on_terminal = False
         self._phase: Phase | None = None
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a block is running, or its line still waits for what takes its place."""
+        return self._phase is not None or self.display_id is not None
+
     def phase(self, text: str) -> Working:
         """Shows `text` and the elapsed time for as long as the block runs, once it has run for `delay` seconds.
 
@@ -92,7 +97,8 @@ class Live:
         """
         return Working(self, text)
 
-    def _begin(self, text: str) -> Phase:
+    def begin(self, text: str) -> Phase:
+        """The beginning of such a block, for those that `end` it themselves, whatever happens."""
         phase = Phase(text, self._clock())
         if self._visible():
             self._phase = phase
@@ -100,7 +106,8 @@ class Live:
             ticker.begin(Job(self._tick, self._interval if shown else self._delay, self._interval))
         return phase
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Nothing is drawn once this has returned."""
         if self._phase is None:
             return
         self._phase = None
