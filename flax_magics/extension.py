@@ -7,6 +7,7 @@ from typing import Any
 
 from .cells import line_magic_transformer
 from .complete import Matcher, install, uninstall
+from .library import library
 from .magics import FlaxMagics
 
 _loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher]] = weakref.WeakKeyDictionary()
@@ -21,8 +22,9 @@ def load(shell: Any) -> None:
     shell.input_transformers_cleanup.append(line_magic_transformer)
     matcher = Matcher(shell, magics.model_names)
     install(shell, matcher)
-    shell.events.register("pre_run_cell", magics.reporter.begin_cell)
+    shell.events.register("pre_run_cell", magics.begin_cell)
     shell.events.register("post_run_cell", magics.reporter.end_cell)
+    library.in_cells(True)
     _loaded[shell] = magics, matcher
 
 
@@ -31,7 +33,8 @@ def unload(shell: Any) -> None:
     if shell not in _loaded:
         return
     magics, matcher = _loaded.pop(shell)
-    shell.events.unregister("pre_run_cell", magics.reporter.begin_cell)
+    shell.events.unregister("pre_run_cell", magics.begin_cell)
+    library.in_cells(False)
     shell.events.unregister("post_run_cell", magics.reporter.end_cell)
     uninstall(shell, matcher)
     transformers = shell.input_transformers_cleanup

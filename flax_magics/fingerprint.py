@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from .guards import Guards
+from .outside import imported, is_outside, is_outside_module, reads_outside
 
 
 class NotPlain(Exception):
@@ -153,7 +154,7 @@ class _Walk:
         elif isinstance(value, types.CodeType):
             self._code(value)
         elif isinstance(value, types.ModuleType):
-            if not _library_module(value.__name__):
+            if not _library_module(value.__name__) or is_outside(value):
                 raise NotPlain(value.__name__)  # its attributes are visited where they are read
             self.tag("module", value.__name__)
         elif isinstance(value, (tuple, list)):
@@ -211,6 +212,8 @@ class _Walk:
 
     def _of_library(self, value: Any) -> bool:
         """Builtins, ufuncs, jitted library functions: things with a name in an installed module, found there again."""
+        if is_outside(value):
+            raise NotPlain(repr(value))
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if not isinstance(module, str) or not isinstance(name, str):
             return False
@@ -305,6 +308,8 @@ class _Walk:
     def _function(self, function: types.FunctionType) -> None:
         library = _library_file(function.__code__.co_filename)
         self.guards.function(function)
+        if library and is_outside(function):
+            raise NotPlain(function.__qualname__)
         if library and function.__closure__ is None and not hasattr(function, "__wrapped__"):
             self.tag("library function", function.__module__, function.__qualname__, id(function.__code__))
             return
@@ -351,11 +356,16 @@ class _Walk:
         if id(code) in done:
             return
         done.add(id(code))
+        for name in imported(code):
+            if is_outside_module(name) or not _library_module(name):
+                raise NotPlain(name)
         for name in _global_names(code):
             self.guards.name(namespace, name)
             if name in namespace:
                 value = namespace[name]
                 self.tag("global", name)
+                if isinstance(value, types.ModuleType) and reads_outside(name, value, code):
+                    raise NotPlain(name)
                 if isinstance(value, types.ModuleType) and not _library_module(value.__name__):
                     self._user_module(value, code)
                 else:

@@ -20,6 +20,7 @@ from .commands import FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAXMODEL
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
 from .kinds import KINDS
+from .library import library
 from .options import Command, Read, read
 from .reporter import Reporter
 from .tracebacks import show_user_frames, stopped
@@ -163,6 +164,11 @@ class FlaxMagics(Magics):
         self.reporter.report(shown, live, setting=self.report, style=self.style, quiet=quiet)
 
     # -- the session
+
+    def begin_cell(self, *_: Any) -> None:
+        """`pre_run_cell`: runs are counted anew, and what the cell before did to Flax's own code may count."""
+        self.reporter.begin_cell()
+        library.new_cell()
 
     @property
     def session(self) -> Session:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .arguments import Arguments
+from .arguments import Arguments, signature_of
 from .keys import Draw, Series, split_inside, split_series_inside
 from .models import Ask, Incomplete, Model, Path, Record
 from .run import Memory
@@ -239,7 +239,7 @@ class Programs:
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
         shareable = "callback" not in text
         origin, compile_seconds = "reused", 0.0
-        text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend())
+        text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend(), placed(request))
         known = self.by_text.get(text_key) if shareable else None
         if known is not None and known[1] == (lowered.in_tree, lowered.out_tree):
             executable = known[0]
@@ -297,6 +297,12 @@ def _digest(text: str, traced: Any) -> str:
             )
             hasher.update(np.asarray(data).tobytes())
     return hasher.hexdigest()
+
+
+def placed(request: Request) -> tuple[Any, ...]:
+    """Where the arguments are, those that may not be moved: the text of a program does not say for which device it is."""
+    leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
+    return tuple(signature_of(leaf)[-1] for leaf in leaves)
 
 
 def device_of(executable: Any) -> str:

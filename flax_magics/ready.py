@@ -12,6 +12,7 @@ import jax
 from .arguments import Arguments, signature_of
 from .fingerprint import fingerprint
 from .keys import Draw, Series
+from .library import library
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
 from .program import Program, Programs, Request, running, settings, trace
@@ -208,6 +209,7 @@ def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
         job.draw.size,
         job.keyed,
         settings(),
+        library.edition,
     )
     try:
         hash(key)

@@ -21,6 +21,7 @@ from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
 from .keys import Draw, Root, Series
+from .library import library
 from .models import Commit, adopt, is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .prepare import Call, as_names, method_path, prepare_init, spell_call
@@ -396,6 +397,7 @@ class Session:
           module: what the name stands for now, if it may be another module than was registered: then that one is
             registered in its place, once the run has succeeded.
         """
+        library.look()
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
             with entry.model.steady:

@@ -18,6 +18,7 @@ from .arguments import signature_of
 from .execution import Execution, Options, hand_back
 from .frozen import altered
 from .keys import Draw, Streams, host_bytes
+from .library import library
 from .models import Commit, Model, Record
 from .prepare import Call
 from .program import Program, Programs, settings
@@ -45,6 +46,7 @@ class Warm:
       given: the registered model, whose guards tell of an edit; `model`: the one that ran, which was made of it by
         setting its mode, and is nobody else's.
       print: the key of the registered one.
+      library: the edition of Flax's own code.
       leaves: for each leaf of the arguments its name, whether it is traced, and its signature or else its value.
       treedef: how the arguments are put together.
       added: keyword arguments that the mode added to the call's.
@@ -62,6 +64,7 @@ class Warm:
     model: Model
     print: Any
     settings: tuple[Any, ...]
+    library: int
     leaves: tuple[tuple[str, bool, Any], ...]
     treedef: Any
     added: Mapping[str, Any]
@@ -85,7 +88,7 @@ class Warm:
         given, model = entry.model, self.model
         if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
             return None
-        if given.key() != self.print:
+        if given.key() != self.print or library.edition != self.library:
             return None
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
@@ -99,8 +102,7 @@ class Warm:
             return None
         clock = programs.clock
         before = clock()
-        if not all(map(_is_there, (*fresh, *dynamic.values()))):
-            jax.block_until_ready((fresh, dynamic))
+        jax.block_until_ready((fresh, dynamic))
         begin = clock()
         try:
             result, after = self.program(variables, self._words(draw), dynamic)
@@ -184,12 +186,6 @@ class Warm:
         return fresh
 
 
-def _is_there(leaf: Any) -> bool:
-    """Whether it is known that nobody has to wait for an array. Not every kind of array tells."""
-    ask = getattr(leaf, "is_ready", None)
-    return bool(ask()) if ask is not None else not isinstance(leaf, jax.Array)
-
-
 def _weakly(leaf: Any) -> Callable[[], Any]:
     return weakref.ref(leaf) if isinstance(leaf, jax.Array) else _nothing
 
@@ -254,6 +250,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         model=prepared.model,
         print=print_,
         settings=settings(),
+        library=library.edition,
         leaves=tuple(leaves),
         treedef=arguments.treedef,
         added={name: value for name, value in prepared.kwargs.items() if name not in call.kwargs},

@@ -1,0 +1,279 @@
+"""Whatever is changed behind a model's back between two runs, the next run gives what a fresh run by hand gives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import apply_by_hand, bits, keys_of
+from flax import nnx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flax_magics import Session
+
+SOURCE = """
+import dataclasses, os
+import user_module
+
+SCALE = 2.0
+OPTIONS = {"gain": 1.5, "steps": [1, 2]}
+TABLE = np.arange(4.0, dtype=np.float32)
+
+@dataclasses.dataclass
+class Config:
+  power: float = 1.0
+
+config = Config()
+
+def helper(x, by=1.0):
+  return jnp.tanh(x) * by
+
+def closing_over(array):
+  def add(x):
+    return x + array
+  def put(new):
+    nonlocal array
+    array = new
+  return add, put
+
+add, put = closing_over(jnp.ones(4))
+
+class Base(nn.Module):
+  rate: float = 0.5
+  offset = 0.25
+
+  def shift(self, x):
+    return x + self.offset
+
+class Net(Base):
+  depth: int = 1
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    for _ in range(self.depth):
+      x = nn.relu(nn.Dense(4)(x))
+    x = nn.Dropout(self.rate, deterministic=not train)(x)
+    for step in OPTIONS["steps"]:
+      x = x * step
+    x = add(helper(self.shift(x))) * SCALE * OPTIONS["gain"] + TABLE
+    return x ** config.power * user_module.factor()
+
+class Asking(Net):
+  def shift(self, x):
+    return x * float(os.environ.get("FLAX_MAGICS_TEST_FLAG", "1"))
+"""
+
+
+@pytest.fixture
+def world() -> Iterator[dict[str, Any]]:
+    """A namespace like a notebook's, with a module of the user's beside it."""
+    module = types.ModuleType("user_module")
+    exec("POWER = 2.0\ndef factor():\n  return POWER", vars(module))
+    sys.modules["user_module"] = module
+    namespace: dict[str, Any] = {"nn": nn, "jnp": jnp, "jax": jax, "np": np, "__name__": "__main__"}
+    exec(compile(SOURCE, "<cell>", "exec"), namespace)
+    with contextlib.ExitStack() as undo:
+        namespace["undo"] = undo
+        yield namespace
+    del sys.modules["user_module"]
+
+
+def _patch(world: dict[str, Any], owner: Any, name: str, value: Any) -> None:
+    world["undo"].callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _dense(by: float) -> Callable[..., Any]:
+    dense = nn.Dense.__call__
+    return lambda self, x: dense(self, x) * by
+
+
+Change = Callable[[dict[str, Any], float], None]
+
+CHANGES: dict[str, Change] = {
+    "a global": lambda w, v: w.update(SCALE=v),
+    "a global of another type": lambda w, v: w.update(SCALE=int(v)),
+    "a function in another cell": lambda w, v: exec(f"def helper(x):\n  return jnp.sin(x) + {v}", w),
+    "a function's default": lambda w, v: setattr(w["helper"], "__defaults__", (v,)),
+    "an item of a dict": lambda w, v: w["OPTIONS"].update(gain=v),
+    "an item of a list": lambda w, v: w["OPTIONS"]["steps"].append(v),
+    "an array in place": lambda w, v: w["TABLE"].__setitem__(1, v),
+    "a config object": lambda w, v: setattr(w["config"], "power", v),
+    "what a closure holds": lambda w, v: w["put"](jnp.full(4, v)),
+    "an attribute of a base class": lambda w, v: setattr(w["Base"], "offset", v),
+    "a method of a base class": lambda w, v: setattr(w["Base"], "shift", lambda self, x: x * v),
+    "a global of a user's module": lambda w, v: setattr(sys.modules["user_module"], "POWER", v),
+    "a function of a user's module": lambda w, v: setattr(sys.modules["user_module"], "factor", lambda: v),
+    "a layer of Flax": lambda w, v: _patch(w, nn.Dense, "__call__", _dense(v)),
+    "a function of Flax": lambda w, v: _patch(w, nn, "relu", lambda x: x * v),
+    "a function of JAX": lambda w, v: _patch(w, jnp, "tanh", lambda x: x * v),
+    "the environment": lambda w, v: os.environ.update(FLAX_MAGICS_TEST_FLAG=str(v)),
+    "a module in place of another": lambda w, v: w.update(net=w[type(w["net"]).__name__](rate=min(v / 10, 0.9))),
+}
+
+SETTINGS = st.sampled_from(
+    [
+        ("jax_default_matmul_precision", "bfloat16"),
+        ("jax_default_matmul_precision", "float32"),
+        ("jax_default_matmul_precision", None),
+        ("jax_enable_x64", True),
+        ("jax_enable_x64", False),
+        ("jax_numpy_rank_promotion", "warn"),
+        ("jax_numpy_rank_promotion", "allow"),
+    ]
+)
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(sorted(CHANGES)), st.sampled_from([0.5, 2.0, 3.0, 7.0])),
+    st.tuples(st.just("a setting of JAX"), SETTINGS),
+    st.tuples(st.just("nothing"), st.none()),
+)
+
+X = jax.random.uniform(jax.random.key(42), (3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:Following NumPy automatic rank promotion")
+@given(cls=st.sampled_from(["Net", "Asking"]), train=st.booleans(), steps=st.lists(STEPS, min_size=2, max_size=6))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_run_is_what_a_fresh_one_by_hand_is(world, cls, train, steps):
+    with contextlib.ExitStack() as undo:
+        for name in ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_rank_promotion"):
+            undo.callback(jax.config.update, name, getattr(jax.config, name))
+        undo.callback(os.environ.pop, "FLAX_MAGICS_TEST_FLAG", None)
+        exec(compile(SOURCE, "<cell>", "exec"), world)
+        undo.enter_context(world["undo"].pop_all())
+        world["undo"] = undo
+        world["net"] = world[cls]()
+        session = Session(seed=0)
+        session.register("net", world["net"])
+        session.init("net", X)
+        for draw, (what, value) in enumerate([("nothing", None), *steps], 1):
+            if what == "a setting of JAX":
+                jax.config.update(*value)
+            elif what != "nothing":
+                CHANGES[what](world, value)
+            if session.module("net") is not world["net"]:
+                session.register("net", world["net"])
+            variables = session.models["net"].variables
+            run = session.apply("net", X, mode="train" if train else "eval")
+            keys = keys_of(draw)("dropout") if train else {}
+            assert bits(run.output) == bits(apply_by_hand(world["net"], variables, keys, X, train=train)), (what, value)
+
+
+@pytest.mark.parametrize("what", sorted(CHANGES))
+def test_each_change_counts_at_once_and_so_does_taking_it_back(world, what):
+    world["net"] = world["Asking" if what == "the environment" else "Net"]()
+    world["undo"].callback(os.environ.pop, "FLAX_MAGICS_TEST_FLAG", None)
+    session = Session(seed=0)
+    session.register("net", world["net"])
+    outputs = []
+    for change in (None, 3.0, 5.0):
+        if change is not None:
+            CHANGES[what](world, change)
+        if session.module("net") is not world["net"]:
+            session.register("net", world["net"])
+        for _ in range(2):  # the second is a warm one
+            run = session.apply("net", X)
+            by_hand = apply_by_hand(world["net"], session.models["net"].variables, {}, X)
+            assert bits(run.output) == bits(by_hand)
+        outputs.append(bits(run.output))
+    if what != "a module in place of another":  # its dropout is off: only the program is another
+        assert len(set(map(str, outputs))) > 1
+
+
+NNX_SOURCE = """
+GAIN = 2.0
+class Inner(nnx.Module):
+  def __init__(self, *, rngs):
+    self.linear = nnx.Linear(4, 4, rngs=rngs)
+    self.sizes = [1.0, 2.0]
+  def __call__(self, x):
+    return self.linear(x) * self.sizes[0]
+class Net(nnx.Module):
+  bias = 0.5
+  def __init__(self, *, rngs):
+    self.inner = Inner(rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.gain = 1.0
+  def __call__(self, x):
+    return self.dropout(self.inner(x)) * GAIN * self.gain + self.bias
+"""
+
+NNX_CHANGES: dict[str, Callable[[Any, dict[str, Any]], None]] = {
+    "a global": lambda net, w: w.update(GAIN=3.0),
+    "a class attribute": lambda net, w: setattr(w["Net"], "bias", 2.0),
+    "a static attribute": lambda net, w: setattr(net, "gain", 5.0),
+    "a submodule": lambda net, w: setattr(net.inner, "linear", nnx.Linear(4, 4, rngs=nnx.Rngs(7))),
+    "a variable": lambda net, w: setattr(net.inner.linear, "bias", nnx.Param(jnp.ones(4))),
+    "a method": lambda net, w: setattr(w["Inner"], "__call__", lambda self, x: self.linear(x) - 1),
+    "the rate of a layer": lambda net, w: setattr(net.dropout, "rate", 0.25),
+    "a layer of Flax": lambda net, w: _patch(w, nnx.Linear, "__call__", lambda self, x: x * 3),
+}
+
+
+@pytest.mark.parametrize("what", sorted(NNX_CHANGES))
+def test_a_change_of_an_nnx_module_counts_at_once(world, what):
+    exec(compile(NNX_SOURCE, "<cell>", "exec"), world | {"nnx": nnx})
+    names = {**world, "nnx": nnx}
+    exec(compile(NNX_SOURCE, "<cell>", "exec"), names)
+    net = names["Net"](rngs=nnx.Rngs(0))
+    session = Session(seed=0)
+    session.register("net", net)
+    outputs = []
+    for change in (False, True):
+        if change:
+            NNX_CHANGES[what](net, names)
+        for _ in range(2):
+            run = session.apply("net", X)
+            copy = nnx.clone(net)
+            nnx.reseed(copy, policy="match_shape", default=keys_of(session.draws)("default")["default"])
+            assert bits(run.output) == bits(nnx.jit(lambda copy: copy(X))(copy))
+        outputs.append(bits(run.output))
+    assert outputs[0] != outputs[1]
+
+
+def test_another_device_and_a_sharded_input_run_where_they_are():
+    script = """
+        import jax, jax.numpy as jnp, numpy as np
+        import flax.linen as nn
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+        import flax_magics
+
+        class Net(nn.Module):
+          @nn.compact
+          def __call__(self, x):
+            return nn.Dropout(0.5, deterministic=False)(nn.Dense(3)(x))
+
+        session = flax_magics.Session()
+        session.register("net", Net())
+        x = jax.random.normal(jax.random.key(1), (4, 4))
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        sharded = NamedSharding(mesh, PartitionSpec("data"))
+        root = jax.random.key(0)
+        for where in (None, jax.devices()[1], None, sharded, jax.devices()[0], sharded):
+            given = x if where is None else jax.device_put(x, where)
+            run = session.apply("net", given)
+            root, _, key = jax.random.split(root, 3)
+            variables = session.models["net"].variables
+            by_hand = jax.jit(lambda v, x, k: Net().apply(v, x, rngs={"dropout": k}))(variables, given, key)
+            assert np.asarray(run.output).tobytes() == np.asarray(by_hand).tobytes(), where
+            assert run.output.sharding == by_hand.sharding, (run.output.sharding, by_hand.sharding)
+            print(run.device)
+    """
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cpu:0", "cpu:1", "cpu:0", "cpu:0,1", "cpu:0", "cpu:0,1"]

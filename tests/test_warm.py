@@ -1,0 +1,175 @@
+"""A run like the one before takes the short way, and what it reports is what the long way would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import MyModel, Normed, apply_by_hand, bits, keys_of, notebook_x
+from flax import nnx
+
+from flax_magics import Session
+from flax_magics.warm import Warm
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every run that a Warm was asked for: whether it took the short way."""
+    taken: list[bool] = []
+    again = Warm.again
+
+    def watched(self: Warm, *args: Any, **kwargs: Any) -> Any:
+        done = again(self, *args, **kwargs)
+        taken.append(done is not None)
+        return done
+
+    monkeypatch.setattr(Warm, "again", watched)
+    return taken
+
+
+def session_of(net: Any) -> Session:
+    session = Session(seed=0)
+    session.register("net", net)
+    return session
+
+
+FIELDS = (
+    "model",
+    "mode",
+    "switch",
+    "call",
+    "seed",
+    "program",
+    "reason",
+    "static",
+    "by_hand",
+    "replayed",
+    "notes",
+    "used",
+)
+
+
+def test_the_short_way_gives_what_the_long_way_gives(ways):
+    x = notebook_x()
+    session = session_of(MyModel(3, False))
+    runs = [session.apply("net", x, mode="train") for _ in range(4)]
+    assert ways == [True] * 3  # the first has none before it
+    assert [run.draw for run in runs] == [1, 2, 3, 4]
+    variables = session.models["net"].variables
+    for run in runs[1:]:
+        assert bits(run.output) == bits(apply_by_hand(MyModel(3, True), variables, keys_of(run.draw)("dropout"), x))
+        assert {name: getattr(run, name) for name in FIELDS} == {name: getattr(runs[1], name) for name in FIELDS}
+        assert bits(dict(run.keys)) == bits(keys_of(run.draw)("params", "dropout"))
+    assert runs[-1].timing.building == 0
+
+
+def test_state_moves_on(ways):
+    x = jax.random.normal(jax.random.key(1), (8, 3))
+    session = session_of(Normed())
+    variables = None
+    for update in range(1, 5):
+        run = session.apply("net", x + update, mode="train")
+        if variables is None:
+            variables = Normed().init(keys_of(1)("params")["params"], x + update, train=False)
+        output, updates = apply_by_hand(
+            Normed(), variables, keys_of(update)("dropout"), x + update, train=True, mutable=["batch_stats"]
+        )
+        variables = {**variables, **updates}
+        assert bits(run.output) == bits(output)
+        assert run.changed == {"batch_stats": update}
+    assert bits(dict(session.models["net"].variables)) == bits(variables)
+    assert ways[-1]
+
+
+def test_a_draw_in_between_is_no_root_used_twice(ways):
+    x = notebook_x()
+    session = session_of(MyModel(3, True))
+    for _ in range(3):
+        session.apply("net", x)
+    key = session.key("latent")
+    assert bits(key) == bits(keys_of(4)("latent")["latent"])
+    run = session.apply("net", x)
+    assert ways == [True] * 3
+    by_hand = apply_by_hand(MyModel(3, True), session.models["net"].variables, keys_of(5)("dropout"), x)
+    assert bits(run.output) == bits(by_hand)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda s: jnp.ones((5, 4, 4)), id="another shape"),
+        pytest.param(lambda s: jnp.ones((3, 4, 4), jnp.bfloat16), id="another dtype"),
+        pytest.param(lambda s: s.register("net", MyModel(3, False)) and notebook_x(), id="another module"),
+        pytest.param(lambda s: s.restart(0, fresh=True) and notebook_x(), id="to be initialised anew"),
+    ],
+)
+def test_what_differs_takes_the_long_way(ways, change):
+    session = session_of(MyModel(3, True))
+    for _ in range(3):
+        session.apply("net", notebook_x())
+    del ways[:]
+    x = change(session)
+    session.apply("net", x)
+    assert not any(ways)
+
+
+def test_an_input_in_place_of_another_is_looked_at(ways):
+    session = session_of(MyModel(3, False))
+    for scale in range(4):
+        x = np.full((3, 4, 4), scale, np.float32)
+        run = session.apply("net", x)
+        assert bits(run.output) == bits(apply_by_hand(MyModel(3, False), session.models["net"].variables, {}, x))
+    x[:] = 7  # where it is
+    run = session.apply("net", x)
+    assert bits(run.output) == bits(apply_by_hand(MyModel(3, False), session.models["net"].variables, {}, x))
+    assert ways == [True] * 4
+
+
+def test_a_run_that_fails_on_the_device_changes_nothing(ways):
+    session = session_of(nn.Dense(3))
+    x = jnp.ones((2, 4))
+    for _ in range(3):
+        session.apply("net", x)
+    state = session._state
+    x.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        session.apply("net", x)
+    assert session._state is state
+
+
+class Streams(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.dropout(self.norm(self.linear(x)))
+
+
+def test_an_nnx_module_moves_on_as_by_hand(ways):
+    net, copy = Streams(nnx.Rngs(0)), Streams(nnx.Rngs(0))
+    session = session_of(net)
+    x = jax.random.normal(jax.random.key(1), (6, 4))
+    for draw in range(1, 5):
+        run = session.apply("net", x)
+        nnx.reseed(copy, policy="match_shape", **keys_of(draw)("default"))
+        assert bits(run.output) == bits(nnx.jit(lambda copy, x: copy(x))(copy, x))
+        assert bits(nnx.to_pure_dict(nnx.state(net))) == bits(nnx.to_pure_dict(nnx.state(copy)))
+    assert ways[-2:] == [True, True]
+
+
+def test_a_variable_that_the_user_writes_is_looked_at(ways):
+    net = Streams(nnx.Rngs(0))
+    net.eval()
+    session = session_of(net)
+    x = jax.random.normal(jax.random.key(1), (6, 4))
+    for scale in (1.0, 2.0, 3.0):
+        net.linear.kernel[...] = jnp.full((4, 4), scale, jnp.float32)
+        run = session.apply("net", x)
+        assert bits(run.output) == bits(nnx.jit(lambda net: net(x))(nnx.clone(net)))
+    assert ways[-1]
