@@ -39,8 +39,6 @@ class Piece:
 
     jaxpr: Any
     equations: list[Any]
-    marks: Counter[int]
-    """Mark of a call → how many of the equations were traced in it."""
     back: frozenset[Any]
     """Inputs of the jaxpr that count as handed back as they are: linen's `apply` does that with what it may write."""
 
@@ -158,9 +156,7 @@ def _collect(
             owners[None] = None
         for path in owners:
             if path not in around:
-                piece = here.setdefault(path, Piece(jaxpr, [], Counter(), back))
-                piece.equations.append(equation)
-                piece.marks.update(marks)
+                here.setdefault(path, Piece(jaxpr, [], back)).equations.append(equation)
         for inner in _inner(equation):
             same = len(inner.invars) == len(equation.invars)
             pairs = zip(inner.invars, equation.invars, strict=True) if same else ()
@@ -168,6 +164,16 @@ def _collect(
             _collect(inner, paths, below, around | set(owners), found)
     for path, piece in here.items():
         found.setdefault(path, []).append(piece)
+
+
+def marks_in(jaxpr: Any) -> Counter[int]:
+    """Mark of a call → how many equations were traced in it, at any depth."""
+    found: Counter[int] = Counter()
+    for equation in jaxpr.eqns:
+        found.update(marks_of(equation))
+        for inner in _inner(equation):
+            found.update(marks_in(inner))
+    return found
 
 
 def _inner(equation: Any) -> Iterator[Any]:

@@ -381,7 +381,14 @@ class Session:
         entry, _ = self._entry_now(name, module)
         if call is None:
             return summary.of_variables(entry)
-        return summary.of_call(entry, call, mode, self.root_key, backward=backward, phase=self.on_phase)
+        # The next draw is looked at, and not made.
+        return summary.of_call(entry, call, mode, self._state.root.draw(), backward=backward, phase=self.on_phase)
+
+    def variables(self, name: str, module: Any = None) -> Any:
+        """The variables of a model as `models[name].variables` gives them; see `run_apply` for `module`."""
+        entry, _ = self._entry_now(name, module)
+        model: Any = entry.model
+        return model.state() if model.holds_variables else entry.variables
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,14 @@ from .arguments import Arguments
 from .edits import shapes_of_init
 from .errors import FlaxMagicsError
 from .execution import merged, plain_errors
-from .flops import Costs, Flops, loops, pieces
-from .keys import Draw, data_of
+from .flops import Costs, Flops, loops, marks_in, pieces
+from .keys import Draw
 from .models import Ask, MissingVariables, Model, Record
-from .models.calls import Called, Calls, Path
+from .models.calls import LONGEST, Called, Calls, Path
 from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Request, trace
 from .ready import is_tracer_error, static_choices
+from .run import describe
 
 if TYPE_CHECKING:
     from .registry import Entry
@@ -99,6 +99,8 @@ class Summary:
       initialised: whether the variables are there; if not, these are those that an init would make.
       modules: in the order of their first calls, each before its submodules; the model itself comes first.
       flops, vjp_flops: of the whole call; see `Module`.
+      written: collections that the call writes, such as `batch_stats`.
+      sown: collection → what the model sows there, as `dtype[shape]`.
       notes: what has to be known to read the figures.
     """
 
@@ -111,6 +113,8 @@ class Summary:
     modules: tuple[Module, ...]
     flops: int | None = None
     vjp_flops: int | None = None
+    written: tuple[str, ...] = ()
+    sown: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -180,7 +184,7 @@ def of_call(
     entry: Entry,
     call: Call,
     mode: str | None,
-    key: Any,
+    draw: Draw,
     *,
     backward: bool = False,
     phase: Callable[[str], None] = lambda phase: None,
@@ -189,7 +193,7 @@ def of_call(
 
     Args:
       mode: `train`, `eval` or None: as written.
-      key: any typed key; only its kind matters.
+      draw: any; only the kind of its keys matters.
       backward: count the backward pass too.
       phase: told what is being done.
 
@@ -203,7 +207,7 @@ def of_call(
         raise FlaxMagicsError(error.message, hint=error.hint, write=write) from None
     with plain_errors(call):
         phase(f"tracing {entry.name}")
-        traced, record, variables = _trace(entry, prepared, call, key)
+        traced, record, variables = _trace(entry, prepared, call, draw)
         phase(f"counting {entry.name}")
         calls, program = record.calls or Calls(), traced.jaxpr.jaxpr
         back = _handed_back(prepared.model, traced, variables)
@@ -211,8 +215,9 @@ def of_call(
         costs = Costs(backward)
         flops = {path: costs.count(found) for path, found in parts.items()}
     whole = flops.get(None, Flops(0, 0 if backward else None))
-    made = sum((piece.marks for piece in parts.get(None, ())), Counter[int]())
-    modules = _modules(prepared.model, variables, _by_path(calls, made), record.asked, flops, backward)
+    updates = _updates(prepared.model, traced, record)
+    called = _by_path(calls, marks_in(program))
+    modules = _modules(prepared.model, variables, called, record.asked, flops, backward)
     return Summary(
         entry.name,
         entry.model.describe(),
@@ -223,23 +228,25 @@ def of_call(
         modules,
         whole.forward,
         whole.both,
+        tuple(name for name in updates if name not in record.sown),
+        {name: describe(updates[name], LONGEST) for name in updates if name in record.sown},
         tuple(note for note, said in ((LOOP, loops(program)), (NO_COUNT, whole.forward is None)) if said),
     )
 
 
-def _trace(entry: Entry, prepared: Prepared, call: Call, key: Any) -> tuple[Any, Record, Mapping[str, Any]]:
+def _trace(entry: Entry, prepared: Prepared, call: Call, draw: Draw) -> tuple[Any, Record, Mapping[str, Any]]:
     """The program of the call with its modules' calls noted, and the variables that it was given."""
     forced = frozenset(name for method, name in entry.forced if method == call.method)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced)
     try:
-        return _trace_with(entry, prepared, call, key, arguments)
+        return _trace_with(entry, prepared, call, draw, arguments)
     except Exception as error:
         if not is_tracer_error(error):
             raise
         for more in static_choices(arguments):
             arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced | more)
             try:
-                return _trace_with(entry, prepared, call, key, arguments)
+                return _trace_with(entry, prepared, call, draw, arguments)
             except Exception as again:
                 if not is_tracer_error(again):
                     raise again from None
@@ -247,10 +254,9 @@ def _trace(entry: Entry, prepared: Prepared, call: Call, key: Any) -> tuple[Any,
 
 
 def _trace_with(
-    entry: Entry, prepared: Prepared, call: Call, key: Any, arguments: Arguments
+    entry: Entry, prepared: Prepared, call: Call, draw: Draw, arguments: Arguments
 ) -> tuple[Any, Record, Mapping[str, Any]]:
-    draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
-    variables, complete = _variables(entry, call, key), False
+    variables, complete = _variables(entry, call, draw), False
     while True:
         request = Request(
             entry.name,
@@ -269,12 +275,20 @@ def _trace_with(
             if complete or entry.model.holds_variables:
                 raise error.__cause__ or error from None
             # A method needs what the first init did not make.
-            variables, complete = merged(variables, _fresh(entry, call, key))[0], True
+            variables, complete = merged(variables, _fresh(entry, call, draw))[0], True
             continue
         sown = record.sown & set(variables)
         if not sown:
             return traced, record, variables
         variables = {name: tree for name, tree in variables.items() if name not in sown}
+
+
+def _updates(model: Model, traced: Any, record: Record) -> dict[str, Any]:
+    """Collection → shapes of what the call writes there."""
+    (_, updates), _ = traced.out_info
+    commit = model.commit(updates, record)
+    names = updates if commit is None else commit.changed
+    return {name: updates[name] for name in sorted(names) if name in updates}
 
 
 def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> frozenset[Any]:
@@ -294,16 +308,17 @@ def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> fro
     )
 
 
-def _variables(entry: Entry, call: Call, key: Any) -> Mapping[str, Any]:
+def _variables(entry: Entry, call: Call, draw: Draw) -> Mapping[str, Any]:
     held = entry.model.take()
     if held is not None:
         return held
-    return entry.variables if entry.variables is not None else _fresh(entry, call, key)
+    return entry.variables if entry.variables is not None else _fresh(entry, call, draw)
 
 
-def _fresh(entry: Entry, call: Call, key: Any) -> Mapping[str, Any]:
+def _fresh(entry: Entry, call: Call, draw: Draw) -> Mapping[str, Any]:
     """The shapes of what an init would make."""
     first = prepare_init(entry.name, entry.model, call)
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=draw.impl))
     shapes: Mapping[str, Any] | None = shapes_of_init(first.model, key, call.method, first.args, first.kwargs)
     if shapes is None:
         raise FlaxMagicsError(
@@ -326,8 +341,12 @@ def _by_path(calls: Calls, made: Mapping[int, int]) -> dict[Path, tuple[Called, 
             found.setdefault(called.path, []).append(called)
     out = {}
     for path, several in found.items():
-        most = max(made.get(called.mark, 0) for called in several)
-        out[path] = (several[0], sum(2 * made.get(called.mark, 0) > most for called in several) or 1)
+        most: dict[tuple[str, str], int] = {}
+        for one in several:
+            kind = (one.method, one.inputs)
+            most[kind] = max(most.get(kind, 0), made.get(one.mark, 0))
+        kept = sum(0 < most[one.method, one.inputs] < 2 * made.get(one.mark, 0) for one in several)
+        out[path] = (several[0], max(kept, 1))
     return out
 
 
