@@ -167,7 +167,7 @@ def registered(models: Sequence[Registered]) -> str:
 
 
 def summary(found: Summary, depth: int | None = None) -> str:
-    """What `%flax_summary` shows: each row folds, those deeper than the text shows are closed at first."""
+    """What `%flax_summary` shows: each row folds. At first those with others inside are open, as deep as the text goes."""
     from . import summary as rows
 
     root = rows.tree(found)
@@ -180,8 +180,7 @@ def summary(found: Summary, depth: int | None = None) -> str:
             "cells": rows.cells(found, row),
             "said": rows.details(found, row),
             "rows": [node(part, level + 1) for part in row.rows],
-            "level": level,
-            "open": level < deep,
+            "open": bool(row.rows) and level < deep,
         }
 
     context: dict[str, object] = {
