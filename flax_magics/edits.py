@@ -43,12 +43,9 @@ def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwa
 
 
 def shapes_of_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The variables that an init would make, as shapes; None if it looks at values. Nothing is computed."""
+    """The variables that an init would make, as shapes. Nothing is computed; an init that looks at values raises."""
     init, dynamic = _init(model, method, args, kwargs)
-    try:
-        return jax.eval_shape(init, key, dynamic)
-    except jax.errors.JAXTypeError:
-        return None
+    return jax.eval_shape(init, key, dynamic)
 
 
 def _init(

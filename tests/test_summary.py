@@ -326,6 +326,27 @@ def test_the_mode_is_set_as_in_an_apply():
         summarise(Strict(), X, mode="test")
 
 
+def test_a_mapped_axis_that_nothing_binds_stands_for_one_device():
+    class Synced(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, axis_name="batch")(nn.Dense(3)(x))
+
+    assert [m.path for m in summarise(Synced(), X).modules] == [(), ("Dense_0",), ("BatchNorm_0",)]
+
+
+def test_outputs_and_inputs_that_have_no_gradient_are_no_hindrance_to_the_backward_pass():
+    class Labels(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, act):
+            logits = act(nn.Embed(10, 4)(tokens))
+            return {"logits": logits, "labels": jnp.argmax(logits, -1), "none": None}
+
+    summary = summarise(Labels(), jnp.ones((2, 3), int), nn.relu, backward=True)
+    assert of(summary).inputs == "int32[2,3], relu"
+    assert (summary.flops, summary.vjp_flops) == (246, 196)  # a gradient needs no labels
+
+
 def test_legacy_keys_and_python_numbers_as_arguments():
     class Sampled(nn.Module):
         @nn.compact

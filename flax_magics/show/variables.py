@@ -6,6 +6,9 @@ it is asked for, and nothing is set for the rest of the notebook.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import treescope  # type: ignore[import-untyped]
@@ -22,11 +25,20 @@ def check(name: str, variables: Any) -> None:
 
 def tree_text(variables: Any) -> str:
     """The tree as text."""
-    return "\n".join(clean_lines(treescope.render_to_text(variables, ignore_exceptions=True)))
+    with _unwarned():
+        return "\n".join(clean_lines(treescope.render_to_text(variables, ignore_exceptions=True)))
 
 
 def tree_html(variables: Any) -> str:
     """The tree as HTML. A part that cannot be rendered is named, and the rest stands."""
-    with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
+    with _unwarned(), treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
         html: str = treescope.render_to_html(variables, ignore_exceptions=True)
     return html
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """To know things by their names treescope looks at all that NumPy has, and NumPy warns of what it will drop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield

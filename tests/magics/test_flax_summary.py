@@ -134,6 +134,16 @@ def test_an_error_of_the_model_shows_the_users_frames(sharp_bits):
     assert "flax_magics/summary.py" not in out
 
 
+def test_a_model_that_looks_at_values_has_its_line_shown(notebook):
+    notebook(
+        "%%flaxmodel net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n"
+        "    if x.sum() > 0:\n      x = -x\n    return nn.Dense(3)(x)"
+    )
+    out = notebook.fails("%flax_summary net(x)")
+    assert "if x.sum() > 0:" in out
+    assert "the model looks at a value while it is compiled" in out
+
+
 def test_the_examples_of_the_help_run(sharp_bits):
     from flax_magics.commands import FLAX_SUMMARY
 
