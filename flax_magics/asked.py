@@ -58,13 +58,6 @@ def _unknown(name: str, value: Any, session: Session) -> FlaxMagicsError:
     return FlaxMagicsError(text, hint=hint, write=None if known else f"%flaxmodel {name} = Net()")
 
 
-def mode_of(given: Mapping[str, Any]) -> str | None:
-    """`train`, `eval`, or None for a model as it is written."""
-    if given["train"] and given["eval"]:
-        raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
-    return "train" if given["train"] else "eval" if given["eval"] else None
-
-
 @lru_cache(maxsize=256)
 def options(
     mode: str | None,

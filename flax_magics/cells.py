@@ -107,8 +107,11 @@ def displayed_quietly(shell: Any, line: str) -> bool:
     `output_can_be_silenced` (IPython ≥ 8.9) takes the value from an assignment too. So this looks at what the calling
     code does next: code of a displayed expression prints the value at once.
     """
-    if ";" not in line or not ends_quietly(line):
-        return False
+    return ";" in line and ends_quietly(line) and displayed(shell)
+
+
+def displayed(shell: Any) -> bool:
+    """Whether the value of the line magic that is running will be displayed, and nothing else be done with it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals is not shell.user_global_ns:
         frame = frame.f_back

@@ -92,6 +92,37 @@ FLAX_APPLY = Command(
     ),
 )
 
+FLAX_SUMMARY = Command(
+    "%flax_summary",
+    "%flax_summary [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
+    "%flax_summary [options] net       the variables alone, where there are some\n"
+    "%%flax_summary [options]          statements, the last of which is the call",
+    "The modules of a call with their shapes, dtypes, parameters, bytes, FLOPs and random streams; gives them as a "
+    "Summary. Nothing is computed, compiled, drawn or initialised: shapes are enough, and no rngs are needed. Equal "
+    "modules that follow each other are one row, `50 × Block`, with the numbers of one of them.\n\n"
+    "FLOPs are those of XLA's cost analysis before it optimises, as nn.tabulate gives them. A loop (nn.scan, "
+    "jax.lax.scan) counts as one turn of it.",
+    (
+        Option("--train", "set the model's own switch to training, and say which"),
+        Option("--eval", "set it to evaluation"),
+        Option("--backward", "count forward and backward together too: the vjp of variables and floating inputs"),
+        Option("--depth", "show so many levels of submodules; the rest is counted in", metavar="N", type=int, least=0),
+        Option(
+            "--tree",
+            "show the variables as well, as treescope's tree with pictures of the arrays: reads their values, and its "
+            "HTML needs scripts",
+        ),
+        Option("--quiet", "show nothing; the Summary is the value", short="-q"),
+    ),
+    (
+        "%flax_summary net(x)",
+        "%flax_summary --train --backward net(x)",
+        "%flax_summary --depth 1 net(x)",
+        "summary = %flax_summary -q net(x)",
+        "summary.flops, summary.parameters, summary.totals, summary.modules[0]",
+    ),
+)
+
 FLAX_KEY = Command(
     "%flax_key",
     "%flax_key                     shows the root key\n"
@@ -108,7 +139,7 @@ FLAX_KEY = Command(
     takes="stream",
 )
 
-COMMANDS = {command.name: command for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_KEY)}
+COMMANDS = {command.name: command for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_SUMMARY, FLAX_KEY)}
 
 MEANINGS = (
     ("%flax", "the session at a glance"),
@@ -116,6 +147,7 @@ MEANINGS = (
     ("%flaxmodel net [= Net(…)]", "registers what is already there"),
     ("%flax_init net(x)", "initialises, or initialises again; gives the variables"),
     ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
+    ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
 )
 """What `%flax` lists."""

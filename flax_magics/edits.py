@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,26 @@ class Initialised:
 
 def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Initialised:
     """Traces the initialisation by shapes; nothing is computed. `args`/`kwargs` may hold arrays or shapes."""
+    init, dynamic = _init(model, method, args, kwargs)
+    program: str | None
+    try:
+        jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(key, dynamic)
+        program = _digest(jaxpr)
+    except jax.errors.JAXTypeError:  # initialisation looks at values
+        program, shapes = None, None
+    return Initialised(key, method, _abstract(args), _abstract(kwargs), shapes, program)
+
+
+def shapes_of_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The variables that an init would make, as shapes. Nothing is computed; an init that looks at values raises."""
+    init, dynamic = _init(model, method, args, kwargs)
+    return jax.eval_shape(init, key, dynamic)
+
+
+def _init(
+    model: Model, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[[Any, list[Any]], Any], list[Any]]:
+    """The initialisation as a function of the key and of the arrays in the call, and these arrays."""
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
 
@@ -40,13 +61,7 @@ def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwa
         args, kwargs = jax.tree_util.tree_unflatten(treedef, full)
         return model.init(key, method, args, kwargs)
 
-    program: str | None
-    try:
-        jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(key, dynamic)
-        program = _digest(jaxpr)
-    except jax.errors.JAXTypeError:  # initialisation looks at values
-        program, shapes = None, None
-    return Initialised(key, method, _abstract(args), _abstract(kwargs), shapes, program)
+    return init, dynamic
 
 
 def _abstract(tree: Any) -> Any:

@@ -327,7 +327,7 @@ def _with_added(
     fresh = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
     jax.block_until_ready(fresh)
     seconds = programs.clock() - begin
-    variables, added = _merged(start.variables, fresh)
+    variables, added = merged(start.variables, fresh)
     if not jax.tree_util.tree_leaves(added):
         raise error.__cause__ or error
     made = made_of(added, added=True)
@@ -336,17 +336,17 @@ def _with_added(
     )
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """`old` with what only `new` has, and that part alone. What is there is never replaced."""
-    merged, added = dict(old), {}
+    both, added = dict(old), {}
     for name, item in new.items():
         if name not in old:
-            merged[name] = added[name] = item
+            both[name] = added[name] = item
         elif isinstance(item, Mapping) and isinstance(old[name], Mapping):
-            merged[name], inside = _merged(old[name], item)
+            both[name], inside = merged(old[name], item)
             if inside:
                 added[name] = inside
-    return merged, added
+    return both, added
 
 
 def _make_ready(

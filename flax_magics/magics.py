@@ -15,8 +15,8 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from traitlets import Dict, Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression
-from .cells import displayed_quietly, run_body, run_statements_with_call
-from .commands import FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAXMODEL
+from .cells import displayed, displayed_quietly, run_body, run_statements_with_call
+from .commands import FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAX_SUMMARY, FLAXMODEL
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
 from .kinds import KINDS
@@ -72,6 +72,14 @@ def _hints(error: Exception) -> tuple[str, ...]:
     if lacking is not None:
         return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
     return ()
+
+
+def _mode(options: Read) -> str | None:
+    """What `--train` and `--eval` ask for."""
+    train, evaluation = options.options["train"], options.options["eval"]
+    if train and evaluation:
+        raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
+    return "train" if train else "eval" if evaluation else None
 
 
 class _Working:
@@ -242,7 +250,7 @@ class FlaxMagics(Magics):
     def flax_apply(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
         """`%flax_apply net(x)`"""
         given = options.options
-        mode = self._asked.mode_of(given)
+        mode = _mode(options)
 
         def run(parsed: ParsedCall) -> Run:
             name, call, module = self._read_call(parsed, local_ns)
@@ -261,6 +269,34 @@ class FlaxMagics(Magics):
             return self.session.run_apply(name, call, chosen, module=module)
 
         return self._call(FLAX_APPLY, line, options, cell, run)
+
+    @line_cell_magic
+    @no_var_expand
+    @needs_local_scope
+    @command(FLAX_SUMMARY)
+    def flax_summary(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
+        """`%flax_summary net(x)`"""
+        from .show.bundle import summary_bundle, tree_bundle
+
+        given, mode = options.options, _mode(options)
+        bare = options.rest.rstrip("; ") if cell is None and options.rest.rstrip("; ").isidentifier() else None
+        parsed, assign = (
+            self._parsed(FLAX_SUMMARY, line, options, cell) if bare is None else (parse_call(f"{bare}()"), None)
+        )
+        name, call, module = self._read_call(parsed, local_ns)
+        with self._working("summarising") as live:
+            summary = self.session.run_summary(
+                name, call if bare is None else None, mode, backward=given["backward"], module=module
+            )
+            tree = tree_bundle(name, self.session.variables(name, module), self.style) if given["tree"] else {}
+        quiet = given["quiet"]
+        live.show({} if quiet else summary_bundle(summary, given["depth"], self.style))
+        self.reporter.publish({} if quiet else tree)
+        if assign is not None:
+            assign(summary)
+            return None
+        shown = not quiet and (cell is not None or displayed(self.shell))  # once is enough
+        return None if shown or parsed.quiet or displayed_quietly(self.shell, line) else summary
 
     @line_magic
     @no_var_expand
@@ -299,17 +335,7 @@ class FlaxMagics(Magics):
 
     def _call(self, spec: Command, line: str, options: Read, cell: str | None, run: Callable[[ParsedCall], Run]) -> Any:
         """A command that takes a call, as a line or as a cell: runs it, reports it, gives its value."""
-        assign, silent = None, False
-        if cell is None:
-            parsed = parse_call(options.rest, spec.name)
-        elif options.rest:
-            raise FlaxMagicsError(
-                f"%{spec.name} takes its call from the cell's last line; `{options.rest}` stands on the first.",
-                write=f"{spec.name} {line.strip()}",
-            )
-        else:
-            body = run_statements_with_call(self.shell, cell, line, f"%{spec.name}")
-            parsed, assign, silent = body.call, body.assign, body.call.quiet
+        parsed, assign = self._parsed(spec, line, options, cell)
         with self._working("preparing") as live:
             done = run(parsed)
         name = options.options["out"]
@@ -319,8 +345,22 @@ class FlaxMagics(Magics):
         if assign is not None:
             assign(done.output)
             return None
-        quiet = silent if cell is not None else displayed_quietly(self.shell, line)
+        quiet = parsed.quiet if cell is not None else displayed_quietly(self.shell, line)
         return None if quiet else done.output
+
+    def _parsed(
+        self, spec: Command, line: str, options: Read, cell: str | None
+    ) -> tuple[ParsedCall, Callable[[Any], None] | None]:
+        """The call of a line or of a cell, whose other statements are run; and what binds its value, in a cell."""
+        if cell is None:
+            return parse_call(options.rest, spec.name), None
+        if options.rest:
+            raise FlaxMagicsError(
+                f"%{spec.name} takes its call from the cell's last line; `{options.rest}` stands on the first.",
+                write=f"{spec.name} {line.strip()}",
+            )
+        body = run_statements_with_call(self.shell, cell, line, f"%{spec.name}")
+        return body.call, body.assign
 
     def _read_call(self, parsed: ParsedCall, local_ns: Namespace) -> tuple[str, Any, Any]:
         """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""

@@ -22,6 +22,7 @@ import numpy as np
 from .arguments import Arguments, signature_of
 from .keys import Draw, Series, split_inside, split_series_inside
 from .models import Ask, Incomplete, Model, Path, Record
+from .models.calls import Calls
 from .run import Memory
 
 KEPT = 256
@@ -102,6 +103,8 @@ class Request:
     mutable: frozenset[str] = frozenset()
     training: bool = False
     guess: Ask = field(default_factory=Ask)
+    noted: bool = False
+    """The record notes the calls of modules."""
 
 
 def trace(request: Request) -> tuple[Any, Ask, Record]:
@@ -115,7 +118,7 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
         mutable=request.guess.mutable | request.mutable,
     )
     for _ in range(16):
-        record = Record()
+        record = Record(calls=Calls() if request.noted else None)
         program = _named(request, ask, record)
         try:
             traced = jax.jit(program).trace(request.variables, request.draw.words, request.arguments.dynamic)

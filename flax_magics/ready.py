@@ -110,14 +110,19 @@ def compiled(job: Job, programs: Programs) -> Ready:
     except Exception as error:
         if not is_tracer_error(error):
             raise
-        names = arguments.numbers
-        for more in [*({name} for name in names), *([set(names)] if len(names) > 1 else [])]:
+        for more in static_choices(arguments):
             try:
                 return _compiled(job, job.arguments(job.forced | more), programs)
             except Exception as again:
                 if not is_tracer_error(again):
                     raise again from None
         raise
+
+
+def static_choices(arguments: Arguments) -> list[set[str]]:
+    """The ints that a model may need the value of: one at a time, then all."""
+    names = arguments.numbers
+    return [*({name} for name in names), *([set(names)] if len(names) > 1 else [])]
 
 
 def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from . import history, records, registry
+from . import history, records, registry, summary
 from .construct import Built, Recipe, keys_of
 from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
@@ -29,6 +29,7 @@ from .program import KEPT, Programs
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Note, Run
 from .state import Restart, State
+from .summary import Summary
 from .uninterrupted import at_once, uninterrupted
 from .warm import Warm, remember
 
@@ -344,6 +345,51 @@ class Session:
     def key(self, name: str) -> jax.Array:
         """Draws a key and returns its stream `name`: a typed key, shape (). The session never splits it."""
         return self.run_key(name).output  # type: ignore[no-any-return]
+
+    def summary(
+        self,
+        model: Any,
+        /,
+        *args: Any,
+        method: str | None = None,
+        mode: str | None = None,
+        backward: bool = False,
+        **kwargs: Any,
+    ) -> Summary:
+        """Modules, shapes, variables, FLOPs and streams of a call, by shapes alone: nothing is computed, drawn or kept.
+
+        Without arguments and `method` it is of the variables alone, where there are some; `method="__call__"` is the
+        call of a model without inputs. See `apply` for the other arguments.
+
+        Args:
+          backward: count the FLOPs of the backward pass too, which takes about three times as long.
+
+        Raises:
+          FlaxMagicsError: a mistake in the call. What the model raises is passed on.
+        """
+        if mode not in (None, "train", "eval"):
+            raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
+        name = self._entry(model).name
+        if not args and not kwargs and method is None:
+            return self.run_summary(name, None, mode, backward=backward)
+        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
+        return self.run_summary(name, call, mode, backward=backward)
+
+    def run_summary(
+        self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: Any = None
+    ) -> Summary:
+        """`summary` with the call as it was written, None for none; see `run_apply` for `module`."""
+        entry, _ = self._entry_now(name, module)
+        if call is None:
+            return summary.of_variables(entry)
+        # The next draw is looked at, and not made.
+        return summary.of_call(entry, call, mode, self._state.root.draw(), backward=backward, phase=self.on_phase)
+
+    def variables(self, name: str, module: Any = None) -> Any:
+        """The variables of a model as `models[name].variables` gives them; see `run_apply` for `module`."""
+        entry, _ = self._entry_now(name, module)
+        model: Any = entry.model
+        return model.state() if model.holds_variables else entry.variables
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""

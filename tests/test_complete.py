@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flax_magics.commands import COMMANDS as COMMANDS_THERE_ARE
 from flax_magics.complete import Matcher, ModelNames, completions, install, uninstall
 from flax_magics.options import Command, Option
 
@@ -109,6 +110,20 @@ def offered(shell: Any, cell: str) -> list[str]:
 
     with provisionalcompleter():
         return [cell[: found.start] + found.text for found in shell.Completer.completions(cell, len(cell))]
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "expected"),
+    [
+        ("%flax_summary n", "n", ["net", "net2"]),
+        ("%flax_summary --d", "--d", ["--depth"]),
+        ("s = %flax_summary --b", "--b", ["--backward"]),
+        ("%flax_summary --train net.en", "net.en", ["net.encode"]),
+        ("%flax_summary net(x, t", "t", ["train="]),
+    ],
+)
+def test_a_summary_is_offered_what_an_apply_is(line: str, text: str, expected: list[str]) -> None:
+    assert completions(line, text, COMMANDS_THERE_ARE, MODELS) == expected
 
 
 class TestInTheShell:

@@ -7,15 +7,16 @@ module holds its own, so a session asks it for them in every run, and writes bac
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import FlaxMagicsError
 from ..uninterrupted import Assignment, at_once
+from .calls import Calls
+from .calls import Path as Path
 
-Path = tuple[str, ...]
 Variables = Mapping[str, Any]
 Forward = Callable[[Variables, Mapping[str, Any], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
 """`forward(variables, keys, args, kwargs) -> (output, updates)`; pure; `updates` holds what was written or sown."""
@@ -56,6 +57,8 @@ class Record:
     """Streams that the model is given whether or not it consumes them: those that an NNX module holds."""
     structure: Any = None
     """How the run changed the model's graph (NNX), None if it did not."""
+    calls: Calls | None = None
+    """Where the calls of modules are noted, None where nobody asks for them."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,15 @@ class Model(Protocol):
 
     def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
+
+    def parts(self) -> Mapping[Path, str]:
+        """Classes of the modules, by path, that are known without a call."""
+
+    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+        """Collection, path, value and metadata (such as `names=(None, 'mlp')`) of every array of `variables`.
+
+        The keys and counts of random streams that a module holds are one collection, `RngState`.
+        """
 
     def by_hand(
         self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from flax import errors as flax_errors
 from flax import linen as nn
+from flax.core import meta
 
 from ..errors import FlaxMagicsError, did_you_mean
 from ..fingerprint import Print
@@ -202,6 +204,19 @@ class LinenModel:
 
         return call
 
+    def parts(self) -> dict[Path, str]:
+        """The model itself: its submodules are made in a call."""
+        return {(): type(self.module).__name__}
+
+    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+        """See `Model`."""
+        for name, tree in variables.items():
+            for keys, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_boxed)[0]:
+                path = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+                about = f"names={box.names}" if isinstance(box, meta.Partitioned) else ""
+                for leaf in jax.tree_util.tree_leaves(box):
+                    yield name, path, leaf, about
+
     def by_hand(
         self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
     ) -> str:
@@ -224,6 +239,10 @@ class LinenModel:
         elif method:
             parts.append(f"method=lambda m, *a, **k: m.{'.'.join(method)}(*a, **k)")
         return f"{name}.apply({', '.join(parts)})"
+
+
+def _boxed(value: Any) -> bool:
+    return isinstance(value, meta.AxisMetadata)
 
 
 def _short(value: Any, limit: int = 40) -> str:

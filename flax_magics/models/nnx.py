@@ -254,7 +254,7 @@ class NnxModel:
             _pop_sown(copy, ())
             undo = _set_mode(copy, self.mode)
             reseed(copy, keys)
-            mark(copy)
+            mark(copy, anew=record.calls is not None)
             held = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
             handed = None
             passed = _variables((args, kwargs))
@@ -320,6 +320,24 @@ class NnxModel:
 
         return Commit(tuple(changed), tuple(passed), write)
 
+    def parts(self) -> dict[Path, str]:
+        """The modules of the graph."""
+        return {
+            tuple(map(str, path)): type(node).__name__
+            for path, node in self.layout.nodes
+            if isinstance(node, nnx.Module)
+        }
+
+    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+        """See `Model`; what earlier calls sowed is left out."""
+        for slot in self.layout.slots:
+            if slot.sown:
+                continue
+            name = "RngState" if isinstance(slot.leaf, nnx.RngState) else slot.collection
+            value = variables.get(slot.collection, {}).get(slot.name)
+            for leaf in jax.tree_util.tree_leaves(slot.read() if value is None else value):
+                yield name, tuple(map(str, slot.path)), leaf, _about(slot.leaf)
+
     def assign(self, values: Values) -> None:
         """Puts `values` into the module."""
         self.layout.write(values)
@@ -359,6 +377,17 @@ def _variables(tree: Any) -> tuple[Any, ...]:
         elif isinstance(leaf, nnx.Pytree):
             found += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
     return tuple(found)
+
+
+def _about(variable: Any) -> str:
+    """What a Variable says of itself besides its value: `sharding_names=(None, 'mlp')`."""
+    if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
+        return ""
+    usual = getattr(type(variable), "required_metadata", ())
+    told = {name: value for name, value in variable._var_metadata.items() if name not in usual}
+    return ", ".join(
+        f"{name}={value}" for name, value in told.items() if not (value in (None, True, False, ()) or callable(value))
+    )
 
 
 def reseed(module: Any, keys: Mapping[str, Any]) -> None:

@@ -138,7 +138,11 @@ class Recorder:
                 self._layer(module, "dropout", "deterministic", context, args, kwargs)
             elif isinstance(module, nn.BatchNorm):
                 self._layer(module, "norm", "use_running_average", context, args, kwargs)
-        return call(*args, **kwargs)
+        name, calls = context.method_name, self.record.calls
+        # A transformed class has a method without a name around the module's own.
+        if calls is None or module.scope is None or name == "setup" or not hasattr(type(module), name):
+            return call(*args, **kwargs)
+        return calls.note(tuple(module.scope.path), type(module).__name__, name, call, args, kwargs)
 
     def _layer(self, module: Any, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
         value = getattr(module, switch)

@@ -1,13 +1,17 @@
-"""Watches an NNX model while it is traced: streams consumed, layers passed, what was sown.
+"""Watches an NNX model while it is traced: streams consumed, layers passed, what was sown, and which modules were called.
 
 For the time of one trace, on the calling thread, five methods are replaced by ones that note the call and go on as
-before. A part of the model is known by its path, which its variables carry as metadata for that time: NNX's transforms
-work on copies of their own, and metadata goes with them.
+before; where the Record has a place for calls, so are the public methods of every module class in the graph. A part of
+the model is known by its path, which its variables carry as metadata for that time: NNX's transforms work on copies of
+their own, and metadata goes with them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,25 +25,29 @@ from .graph import walk
 from .recorder import constructed_in
 
 MARK = "flax_magics_path"
+ANEW = "flax_magics_trace"
+"""Metadata of a trace that notes calls: NNX's transforms remember what they traced, and would not run it again."""
 HANDED: Path = ("(rngs of the call)",)
 """In place of a path: a stream that the session made for the call."""
 
 _lock = threading.RLock()
+_traces = itertools.count(1)
 
 
-def mark(module: Any, handed: bool = False) -> None:
-    """Every variable of the graph carries its path."""
+def mark(module: Any, handed: bool = False, anew: bool = False) -> None:
+    """Every variable of the graph carries its path; with `anew` a number as well that no trace before had."""
+    more = {ANEW: next(_traces)} if anew else {}
     for path, part in walk(module):
         if isinstance(part, nnx.Variable):
             where = HANDED if handed else path
-            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: where})
+            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: where, **more})
 
 
 def unmark(module: Any) -> None:
     """Takes the paths off again."""
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and MARK in part._var_metadata:
-            metadata = {name: value for name, value in part._var_metadata.items() if name != MARK}
+            metadata = {name: value for name, value in part._var_metadata.items() if name not in (MARK, ANEW)}
             object.__setattr__(part, "_var_metadata", metadata)
 
 
@@ -105,10 +113,43 @@ class Watcher:
             for cls, name, _, new in replaced:
                 setattr(cls, name, new)
             try:
-                yield
+                with self._noting(thread):
+                    yield
             finally:
                 for cls, name, old, _ in replaced:
                     setattr(cls, name, old)
+
+    @contextlib.contextmanager
+    def _noting(self, thread: int) -> Iterator[None]:
+        """Inside the block, calls of the public methods of the graph's modules are noted, if the record has a place."""
+        calls = self.record.calls
+        replaced: list[tuple[type, str, Any]] = []
+        try:
+            modules = [part for part in self.parts.values() if isinstance(part, nnx.Module)]
+            for cls in dict.fromkeys(map(type, modules)) if calls is not None else ():
+                for name, method in _public(cls):
+                    own = vars(cls).get(name)
+                    replaced.append((cls, name, own))
+                    setattr(cls, name, self._noted(name, method, thread))
+            yield
+        finally:
+            for cls, name, own in reversed(replaced):
+                if own is None:
+                    delattr(cls, name)
+                else:
+                    setattr(cls, name, own)
+
+    def _noted(self, name: str, method: Any, thread: int) -> Any:
+        @functools.wraps(method)
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls = self.record.calls
+            path = self._path(module) if threading.get_ident() == thread else None
+            if calls is None or path is None:
+                return method(module, *args, **kwargs)
+            run = functools.partial(method, module)
+            return calls.note(tuple(map(str, path)), type(module).__name__, name, run, args, kwargs)
+
+        return call
 
     def _consumed(self, stream: Any) -> None:
         path = stream.key._var_metadata.get(MARK)
@@ -155,3 +196,12 @@ class Watcher:
             layer = Layer(kind, tuple(map(str, path)), not value, owner, f"{switch}={value}")
             if layer not in self.record.layers:
                 self.record.layers.append(layer)
+
+
+def _public(cls: type) -> list[tuple[str, Any]]:
+    """The call and the public methods of a module class, without those that every module has."""
+    return [
+        (name, method)
+        for name, method in inspect.getmembers(cls, inspect.isfunction)
+        if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
+    ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import html, loop, notice, registered, status, text
+from . import html, loop, notice, registered, status, summary, text
 from .facts import LEVELS, Level
 
 if TYPE_CHECKING:
     from ..run import Run
+    from ..summary import Summary
 
 RUN_JSON = "application/vnd.flax-magics.run+json"
 """The run as data, so that a saved notebook can be verified later."""
@@ -66,6 +67,23 @@ def registered_bundle(models: Sequence[registered.Registered], style: str) -> di
     if not models:
         return {}
     return _shown(registered.registered_text(models), lambda: html.registered(models), style)
+
+
+def summary_bundle(found: Summary, depth: int | None, style: str) -> dict[str, Any]:
+    """The MIME bundle of a summary; for `depth` see `summary.summary_text`."""
+    return _shown(summary.summary_text(found, depth), lambda: html.summary(found, depth), style)
+
+
+def tree_bundle(name: str, variables: Any, style: str) -> dict[str, Any]:
+    """The MIME bundle of a model's variables as a tree. It has scripts, as treescope makes it.
+
+    Raises:
+      FlaxMagicsError: there are none.
+    """
+    from . import variables as tree
+
+    tree.check(name, variables)
+    return _shown(tree.tree_text(variables), lambda: tree.tree_html(variables), style)
 
 
 def _shown(plain: str, rich: Callable[[], str], style: str) -> dict[str, Any]:

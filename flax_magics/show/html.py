@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import jinja2
 
     from ..run import Run
+    from ..summary import Summary
     from .loop import Loop
     from .notice import Notice
     from .registered import Registered
@@ -163,6 +164,32 @@ def key_card(card: KeyCard) -> str:
 def registered(models: Sequence[Registered]) -> str:
     """What `%%flaxmodel` registered."""
     return _render("registered.html", {"models": models})
+
+
+def summary(found: Summary, depth: int | None = None) -> str:
+    """What `%flax_summary` shows: each row folds. At first those with others inside are open, as deep as the text goes."""
+    from . import summary as rows
+
+    root = rows.tree(found)
+    deep = rows.shown_depth(root, depth)
+
+    def node(row: rows.Row, level: int) -> dict[str, object]:
+        return {
+            "name": row.name,
+            "cls": row.cls,
+            "cells": rows.cells(found, row),
+            "said": rows.details(found, row),
+            "rows": [node(part, level + 1) for part in row.rows],
+            "open": bool(row.rows) and level < deep,
+        }
+
+    context: dict[str, object] = {
+        "heading": [part for part in rows.heading(found) if part],
+        "labels": rows.labels(found),
+        "root": node(root, 0),
+        "facts": rows.facts(found),
+    }
+    return _render("summary.html", context)
 
 
 @lru_cache(maxsize=1)

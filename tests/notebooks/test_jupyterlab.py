@@ -42,6 +42,29 @@ QUIET = [
 ]
 
 
+SUMMARY = (
+    """%%flaxmodel
+class Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    h = nn.Dropout(0.5, deterministic=not train)(nn.Dense(4)(nn.LayerNorm()(x)))
+    return x + h
+
+class Stack(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    for _ in range(50):
+      x = Block()(x, train)
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    return nn.Dense(2)(x)
+
+stack = Stack()""",
+    "%flax_summary --train --backward stack(x)",
+    "%flax_summary --tree my_model",
+)
+"""Cells that are added to the example: a deep model, summarised."""
+
+
 @pytest.fixture(scope="module")
 def address(home, tmp_path_factory) -> Iterator[str]:
     """A JupyterLab server with the example in it, its outputs cleared: the address that opens it."""
@@ -52,6 +75,7 @@ def address(home, tmp_path_factory) -> Iterator[str]:
     for cell in example.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+    example.cells += [nbformat.v4.new_code_cell(source) for source in SUMMARY]
     nbformat.write(example, files / EXAMPLE.name)
     for name, values in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -187,6 +211,32 @@ def test_a_sharp_bit_stands_in_its_report(page):
     assert "deterministic=not self.training" in note
 
 
+def test_a_summary_has_a_row_for_fifty_equal_blocks_and_its_rows_fold(page, tmp_path):
+    summary = report(page, "%flax_summary --train")
+    rows = summary.locator(".fm-module > summary:visible")
+    assert [row.split()[0] for row in rows.all_inner_texts()] == [
+        *("stack", "Block_0", "LayerNorm_0", "Dense_0", "Dropout_0", "BatchNorm_0", "Dense_0")
+    ]
+    assert "50 × Block" in rows.nth(1).inner_text()
+    rights = "r => [...r.querySelectorAll('.fm-numbers')].map(n => Math.round(n.getBoundingClientRect().right))"
+    assert len(set(summary.evaluate(rights))) == 1
+    said = summary.get_by_text("params: bias float32[2], kernel float32[4,2]")
+    assert not said.is_visible()
+    rows.last.click()
+    assert said.is_visible()
+    rows.nth(1).click()
+    assert rows.count() == 4
+    rows.nth(1).click()
+    summary.screenshot(path=tmp_path / "summary.png")
+
+
+def test_the_tree_of_the_variables_has_pictures(page):
+    number = page.evaluate(f"() => {CELLS}.findIndex(c => c.innerText.includes('--tree my_model'))")
+    cell = page.locator(".jp-Notebook .jp-CodeCell").nth(number)
+    cell.get_by_text("'kernel'").first.wait_for()
+    assert cell.locator("treescope-container, .treescope_root").count() >= 1
+
+
 def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     train = report(page, "y_train = ")
     assert train.evaluate(LUMINANCE) < 100
@@ -199,6 +249,9 @@ def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     assert train.evaluate(transparent)
     table = train.locator("table").first
     assert table.evaluate(LUMINANCE) > 155
+    summary = report(page, "%flax_summary --train")
+    summary.screenshot(path=tmp_path / "summary.png")
+    assert summary.locator(".fm-number").first.evaluate(LUMINANCE) > 155
 
 
 @pytest.mark.parametrize("width", [1280, 700, 480])

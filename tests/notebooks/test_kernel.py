@@ -124,6 +124,16 @@ def test_flax_key_draws_a_key_that_the_code_by_hand_has_too(notebook):
     assert "next is draw 2" in notebook.run("%flax_key").report
 
 
+def test_flax_summary_shows_once_draws_nothing_and_gives_what_it_shows(notebook):
+    cell = notebook.run("%flax_summary --train my_model(x)")
+    (shown,) = cell.displays
+    assert shown["text/plain"].startswith("my_model · MyModel(num_neurons=3, training=False) · train (training=True) ·")
+    assert "<details" in shown["text/html"]
+    assert (cell.result, cell.printed) == ("", "")
+    assert notebook.run("summary = %flax_summary -q my_model(x)").outputs == []
+    assert notebook.run("print(summary.flops, summary.parameters, session.draws)").printed == "324 15 0\n"
+
+
 def test_flax_lists_devices_models_runs_and_commands(notebook):
     notebook.run("y = %flax_apply my_model(x)")
     cell = notebook.run("%flax")
@@ -133,7 +143,7 @@ def test_flax_lists_devices_models_runs_and_commands(notebook):
 
 
 @pytest.mark.parametrize(
-    "command", ["%flaxmodel", "%flax_init", "%flax_apply", "%flax_apply --help", "%flax_key --help"]
+    "command", ["%flaxmodel", "%flax_init", "%flax_apply", "%flax_summary", "%flax_apply --help", "%flax_key --help"]
 )
 def test_a_bare_command_and_help_both_help(notebook, command):
     name = command.split()[0]

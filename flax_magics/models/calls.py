@@ -1,0 +1,78 @@
+"""The calls of a model's modules, noted while it is traced: which module, with what, giving what.
+
+Each call runs under a name scope of its own, so that the equations that it traced can be told from all others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ..run import describe
+
+Path = tuple[str, ...]
+
+LONGEST = 400
+"""Characters of what is told of a call's inputs or outputs."""
+
+_numbers = itertools.count(1)
+_MARK = re.compile(r"flax_magics_call_(\d+)\b")
+
+
+@dataclass(frozen=True)
+class Called:
+    """One call: the module's path and class, the method, its inputs and outputs as `dtype[shape]`."""
+
+    path: Path
+    cls: str
+    method: str
+    inputs: str
+    outputs: str
+    mark: int
+    """The number in the name scope of its equations; never used again in this process."""
+    inside: bool
+    """It was made by another method of the same module."""
+
+
+@dataclass
+class Calls:
+    """The calls of one trace, in the order in which they began."""
+
+    made: dict[int, Called] = field(default_factory=dict)
+    _running: list[Path] = field(default_factory=list)
+
+    def note(
+        self, path: Path, cls: str, method: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Makes the call, and gives what it gives."""
+        mark = next(_numbers)
+        inputs, inside = spell_inputs(args, kwargs), path in self._running
+        self.made[mark] = Called(path, cls, method, inputs, "", mark, inside)
+        self._running.append(path)
+        try:
+            with jax.named_scope(f"flax_magics_call_{mark}"):
+                output = call(*args, **kwargs)
+        finally:
+            self._running.pop()
+        self.made[mark] = Called(path, cls, method, inputs, _spell(output), mark, inside)
+        return output
+
+
+def spell_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """`float32[4,8], train=True`"""
+    return ", ".join([*map(_spell, args), *(f"{name}={_spell(value)}" for name, value in kwargs.items())])
+
+
+def _spell(value: Any) -> str:
+    return f"{type(value).__name__}(…)" if isinstance(value, nnx.Pytree) else describe(value, LONGEST)
+
+
+def marks_of(equation: Any) -> list[int]:
+    """The marks of the calls, outermost first, that an equation of a jaxpr was traced in."""
+    return [int(mark) for mark in _MARK.findall(str(equation.source_info.name_stack))]

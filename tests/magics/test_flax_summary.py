@@ -1,0 +1,155 @@
+"""`%flax_summary` as a person writes it."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+SUMMARY = """\
+my_model · MyModel(num_neurons=3, training=False) ·
+    as written (training=False) · my_model(x)
+  module                                                    params  bytes  FLOPs
+  my_model  MyModel                                             15   60 B    324
+    float32[3,4,4] → float32[3,4,3]
+    Dense_0  Dense                                              15   60 B    324
+      float32[3,4,4] → float32[3,4,3] · params: bias float32[3], kernel
+        float32[4,3]
+    Dropout_0  Dropout                                                         0
+      float32[3,4,3] → float32[3,4,3]
+  total  params 15, 60 B
+  FLOPs  forward 324"""
+NOTE = "\n  note   not initialised: variables are those that an init would make"
+
+
+def test_a_call_is_summarised_once_and_leaves_the_session_as_it_was(sharp_bits):
+    assert sharp_bits("%flax_summary my_model(x)") == SUMMARY + NOTE
+    assert sharp_bits.session.draws == 0
+    assert sharp_bits.session.runs == []
+    assert sharp_bits.session.models["my_model"].variables is None
+    sharp_bits("y = %flax_apply my_model(x)")
+    assert sharp_bits("%flax_summary my_model(x)") == SUMMARY
+
+
+def test_the_value_is_the_summary(sharp_bits):
+    assert sharp_bits("s = %flax_summary my_model(x)") == SUMMARY + NOTE
+    assert sharp_bits("s2 = %flax_summary -q my_model(x)") == ""
+    assert sharp_bits["s"] == sharp_bits["s2"]
+    assert (sharp_bits["s"].flops, sharp_bits["s"].parameters) == (324, 15)
+    out = sharp_bits("%flax_summary -q my_model(x)")
+    assert out.endswith("<Summary of my_model(x): 3 modules, 15 parameters, 324 FLOPs>")
+    assert sharp_bits("%flax_summary -q my_model(x);") == ""
+
+
+def test_train_and_backward(sharp_bits):
+    out = sharp_bits("%flax_summary --train --backward my_model(x)")
+    assert "my_model · MyModel(num_neurons=3, training=False) · train (training=True) ·" in out
+    assert "  keys   dropout → Dropout_0" in out
+    assert "vjp FLOPs" in out
+    assert sharp_bits.fails("%flax_summary --train --eval my_model(x)") == (
+        "FlaxMagicsError: --train and --eval contradict each other. Leave one of them out."
+    )
+
+
+def test_depth(sharp_bits):
+    assert "2 rows inside" in sharp_bits("%flax_summary --depth 0 my_model(x)")
+
+
+def test_a_cell_of_statements(sharp_bits):
+    assert sharp_bits("%%flax_summary -q\nx2 = x[:1]\ns = my_model(x2)") == ""
+    assert sharp_bits["s"].call == "my_model(x2)"
+    assert "my_model(x2)" in sharp_bits("%%flax_summary\nmy_model(x2)")
+
+
+def test_in_a_loop_each_is_shown(sharp_bits):
+    out = sharp_bits("for n in (1, 2):\n  %flax_summary my_model(x[:n])")
+    assert out.count("total  params 15, 60 B") == 2
+
+
+def test_a_bare_name_shows_the_variables(sharp_bits):
+    assert sharp_bits.fails("%flax_summary my_model") == (
+        "FlaxMagicsError: `my_model` has no variables yet, and without a call nobody knows which it will have.\n"
+        "  write: %flax_summary my_model(x)"
+    )
+    sharp_bits("%flax_init my_model(x);")
+    assert sharp_bits("%flax_summary my_model") == (
+        "my_model · MyModel(num_neurons=3, training=False) · training=False\n"
+        "  module                                                           params  bytes\n"
+        "  my_model  MyModel                                                    15   60 B\n"
+        "    Dense_0                                                            15   60 B\n"
+        "      params: bias float32[3], kernel float32[4,3]\n"
+        "  total  params 15, 60 B"
+    )
+
+
+def test_the_tree_shows_the_variables_as_they_are(sharp_bits):
+    assert sharp_bits.fails("%flax_summary --tree my_model(x)") == (
+        "FlaxMagicsError: `my_model` has no variables yet that a tree could show.\n  write: %flax_init my_model(x)"
+    )
+    sharp_bits("%flax_init my_model(x);")
+    out = sharp_bits("%flax_summary --tree my_model(x)")
+    assert out.startswith(SUMMARY)
+    assert "'kernel': # jax.Array float32(4, 3)" in out
+
+
+def test_an_nnx_module(notebook):
+    notebook(
+        "from flax import nnx\nclass Net(nnx.Module):\n  def __init__(self, *, rngs):\n"
+        "    self.out = nnx.Linear(4, 3, rngs=rngs)\n  def __call__(self, x):\n    return self.out(x)"
+    )
+    notebook("%flaxmodel net = Net()")
+    out = notebook("%flax_summary net(x)")
+    assert "    out  Linear                                                 15   60 B    324" in out
+    assert "Param(" in notebook("%flax_summary --tree net")
+    assert notebook.session.draws == 1  # the one that built it
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("%flax_summary my_mode(x)", "no model is called `my_mode`; registered: my_model.\n  did you mean my_model?"),
+        (
+            "%flax_summary MyModel(3, True)(x)",
+            "`MyModel(3, True)` has no name: register it first.\n"
+            "  write: %flaxmodel my_model = MyModel(3, True)\n         %flax_summary my_model(x)",
+        ),
+        (
+            "%flax_summary my_model(x, 1)",
+            "my_model() takes 1 positional arguments, and the call gives 2.\n  it takes: my_model(x)",
+        ),
+        ("%flax_summary --depth -1 my_model(x)", "--depth needs a whole number from 0 on, not -1."),
+        ("%flax_summary my_model(x) --train", "options come first: --train stands after `my_model(x)`."),
+    ],
+)
+def test_mistakes(sharp_bits, cell, message):
+    assert sharp_bits.fails(cell).startswith(f"FlaxMagicsError: {message}")
+    assert sharp_bits.session.draws == 0
+
+
+def test_an_error_of_the_model_shows_the_users_frames(sharp_bits):
+    out = sharp_bits.fails("%flax_summary my_model(jax.numpy.ones((2, 3)).reshape(7))")
+    assert "reshape" in out
+    sharp_bits("%flax_init my_model(x);")
+    out = sharp_bits.fails("%flax_summary my_model(x[..., :2])")
+    assert "x = nn.Dense(self.num_neurons)(x)" in out
+    assert "flax_magics/summary.py" not in out
+
+
+def test_a_model_that_looks_at_values_has_its_line_shown(notebook):
+    notebook(
+        "%%flaxmodel net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n"
+        "    if x.sum() > 0:\n      x = -x\n    return nn.Dense(3)(x)"
+    )
+    out = notebook.fails("%flax_summary net(x)")
+    assert "if x.sum() > 0:" in out
+    assert "the model looks at a value while it is compiled" in out
+
+
+def test_the_examples_of_the_help_run(sharp_bits):
+    from flax_magics.commands import FLAX_SUMMARY
+
+    sharp_bits("%%flaxmodel net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x, train=False):\n"
+               "    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))")  # fmt: skip
+    for example in FLAX_SUMMARY.examples:
+        sharp_bits(example)
+    assert sharp_bits("%flax_summary") == sharp_bits("%flax_summary --help") == FLAX_SUMMARY.render_help()
+    assert jax.tree_util.tree_leaves(sharp_bits["summary"].totals)
