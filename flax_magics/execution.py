@@ -22,7 +22,7 @@ from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Programs, devices_of
 from .ready import Job, Ready, compiled, eager
 from .registry import Entry, check_variables
-from .run import Made, Memory, Note, Steady, Timing
+from .run import Cause, Made, Memory, Note, Steady, Timing
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Execution:
     device: str
     program: str
     reason: str
+    causes: tuple[Cause, ...]
     mode: str
     switch: tuple[str, ...]
     static: tuple[str, ...]
@@ -173,6 +174,7 @@ def execute(
         device=ready.device or devices_of((output, ready.variables)),
         program=ready.origin,
         reason=ready.reason,
+        causes=ready.causes,
         mode=prepared.mode,
         switch=(*prepared.switch, *(f"axis {name}=1 device" for name in sorted(ready.ask.axes))),
         static=tuple(f"{name}={value}" for name, value in ready.arguments.static if name in ready.arguments.forced),
@@ -361,7 +363,6 @@ def _make_ready(
     entry = start.entry
     job = Job(
         name=entry.name,
-        edition=entry.print,
         prepared=prepared,
         method=call.method,
         variables=start.variables,

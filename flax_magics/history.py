@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from .run import GONE, Run
+from .run import GONE, Cause, Run
 
 
 class Kept:
@@ -19,7 +19,7 @@ class Kept:
 
     def __init__(self, run: Run) -> None:
         self._run = weakref.ref(run)
-        self._facts = {**run.__dict__, "output": GONE, "inputs": GONE, "sown": {}}
+        self.facts = {**run.__dict__, "output": GONE, "inputs": GONE, "sown": {}}
         self._output = _Weak(run.output)
         self._inputs = _Weak(run.inputs)
         self._sown = _Weak(dict(run.sown)) if run.sown else None
@@ -31,7 +31,7 @@ class Kept:
             return run
         sown = GONE if self._sown is None else self._sown.get()
         run = object.__new__(Run)
-        run.__dict__.update(self._facts)
+        run.__dict__.update(self.facts)
         run.__dict__.update(output=self._output.get(), inputs=self._inputs.get(), sown={} if sown is GONE else sown)
         return run
 
@@ -83,3 +83,18 @@ def newest(chain: Chain | None, n: int) -> list[Run]:
         out.append(chain.kept.run())
         chain = chain.before
     return out[::-1]
+
+
+def causes_of(chain: Chain | None, model: str, n: int, reach: int = 500) -> list[tuple[str, tuple[Cause, ...]]]:
+    """Of the last `n` runs of `model`, newest first: where the program came from, and why it was new.
+
+    Args:
+      reach: runs of any model that are looked at.
+    """
+    out: list[tuple[str, tuple[Cause, ...]]] = []
+    while chain is not None and len(out) < n and reach > 0:
+        facts = chain.kept.facts
+        if facts["command"] == "apply" and facts["model"] == model:
+            out.append((facts["program"], facts["causes"]))
+        chain, reach = chain.before, reach - 1
+    return out

@@ -11,18 +11,21 @@ import concurrent.futures
 import hashlib
 import operator
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from .arguments import Arguments
+from .arguments import Arguments, signature_of
 from .keys import Draw, Series, split_inside, split_series_inside
 from .models import Ask, Incomplete, Model, Path, Record
 from .run import Memory
+
+if TYPE_CHECKING:
+    from .reasons import Purpose, Ran
 
 KEPT = 256
 """Programs kept at most, the least recently used dropped first."""
@@ -43,7 +46,10 @@ _SETTINGS = (
 )
 
 
-_read_settings = operator.attrgetter(*(name for name in _SETTINGS if hasattr(jax.config, name)))
+SETTINGS = tuple(name for name in _SETTINGS if hasattr(jax.config, name))
+"""Names of what `settings` gives, in its order."""
+
+_read_settings = operator.attrgetter(*SETTINGS)
 
 
 def settings() -> tuple[Any, ...]:
@@ -200,8 +206,10 @@ class Programs:
     by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
     by_text: OrderedDict[Hashable, tuple[Any, Any]] = field(default_factory=OrderedDict)
     compiling: dict[Hashable, concurrent.futures.Future[Any]] = field(default_factory=dict)
-    parts: dict[str, dict[str, str]] = field(default_factory=dict)
-    """model → what its last program was made for, as a person would say it."""
+    parts: dict[str, Ran] = field(default_factory=dict)
+    """model → its last run."""
+    purposes: dict[str, deque[Purpose]] = field(default_factory=dict)
+    """model → what its last programs were made for, newest last."""
 
     def __len__(self) -> int:
         return len(self.by_text)
@@ -239,7 +247,7 @@ class Programs:
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
         shareable = "callback" not in text
         origin, compile_seconds = "reused", 0.0
-        text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend())
+        text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend(), _placed(request))
         known = self.by_text.get(text_key) if shareable else None
         if known is not None and known[1] == (lowered.in_tree, lowered.out_tree):
             executable = known[0]
@@ -283,6 +291,14 @@ def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
     kept.move_to_end(key)
     while len(kept) > KEPT:
         kept.popitem(last=False)
+
+
+def _placed(request: Request) -> tuple[Any, ...] | None:
+    """Where the inputs were placed, which the text does not say; None: where JAX would have put them anyway."""
+    leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
+    places = tuple(signature_of(leaf)[-1] for leaf in leaves)
+    here = {default_device()}
+    return None if all(place is None or place.device_set == here for place in places) else places
 
 
 def _digest(text: str, traced: Any) -> str:

@@ -120,6 +120,7 @@ def of_apply(
         changed=done.changed,
         program=done.program,
         reason=done.reason,
+        causes=done.causes,
         switch=", ".join(done.switch),
         static=done.static,
         timing=done.timing,

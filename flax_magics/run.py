@@ -26,6 +26,25 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """One thing that made a program new.
+
+    Attributes:
+      kind: of an argument `shape`, `dtype`, `weak`, `number` (a Python number and an array), `static`, `given`,
+        `placed` or `structure`; or `method`, `mode`, `model`, `variables`, `option`, `setting`, `keys`.
+      name: of the argument, option or setting; empty where the kind says it.
+      text: what was, and what is: `x: float32[128,784] → float32[64,784]`.
+      shapes, dtypes: of an array, before and now.
+    """
+
+    kind: str
+    name: str
+    text: str
+    shapes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Steady:
     """A run repeated with the same keys: every time in seconds, in the order they were taken."""
 
@@ -128,7 +147,7 @@ class Run:
       changed: collection that the model wrote → how many updates it has had.
       device: such as `cpu:0`.
       program: `compiled`, `reused`, `disk cache` or `eager`; empty for a key.
-      reason: why a program was compiled, in a few words; empty when it was not.
+      reason: why a program was compiled, in a few words; empty when it was not. `causes` has it in parts.
       static: arguments that became part of the program, such as `n=3`.
       timing, memory: see `Timing` and `Memory`; memory is None where no program ran.
       cell: the cell's execution number, None outside a notebook.
@@ -156,6 +175,7 @@ class Run:
     changed: Mapping[str, int] = field(default_factory=dict)
     program: str = ""
     reason: str = ""
+    causes: tuple[Cause, ...] = ()
     switch: str = ""
     static: tuple[str, ...] = ()
     timing: Timing = Timing()

@@ -25,6 +25,7 @@ from .models import Commit, adopt, is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .prepare import Call, as_names, method_path, prepare_init, spell_call
 from .program import KEPT, Programs
+from .recompiling import WINDOW, of_programs
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Note, Run
 from .state import Restart, State
@@ -439,6 +440,9 @@ class Session:
         notes = (*notes, *done.notes)
         if entry.outdated and done.made is None and options.variables is None:
             notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+        if done.causes:
+            earlier = history.causes_of(self._state.runs, name, WINDOW)
+            notes = (*notes, *of_programs(name, done.causes, earlier, done.ready.arguments.leaf))
         first = self._state.runs is None
         run = records.of_apply(
             name, call, done, now, started, notes, done.made or made, replayed=replayed is not None, first=first

@@ -21,6 +21,7 @@ from .keys import Draw, Streams
 from .models import Commit, Model, Record
 from .prepare import Call
 from .program import Program, Programs, settings
+from .reasons import Ran
 from .registry import Entry
 from .run import GONE, Run, Timing, like
 
@@ -50,7 +51,7 @@ class Warm:
       variables: signatures of the variables' leaves; `known`: leaves that were looked at, held weakly.
       written: for each leaf that a run writes which of the variables it is, None for a stream's own.
       names: the keys of the Run: see `Streams`.
-      parts: what the program was made for, as `Programs` keeps it to say why a program is new.
+      parts: the run as `Programs` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       template: the Run, as far as it does not change.
     """
@@ -69,7 +70,7 @@ class Warm:
     written: tuple[int | None, ...]
     names: Mapping[str, tuple[str, bool]]
     mutable: tuple[str, ...]
-    parts: dict[str, str]
+    parts: Ran
     numbers: bool
     template: Run = field(repr=False)
 
@@ -224,6 +225,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         sown={},
         program="reused",
         reason="",
+        causes=(),
         timing=Timing(),
         made=None,
         notes=done.steady,

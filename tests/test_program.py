@@ -224,7 +224,7 @@ def test_pytrees_bools_and_strings_as_arguments(session):
     assert run.shape == "{how: (float32[], float32[]), none: None, out: float32[2,2]}"
     run = session.apply("net", batch, False, how="mean")
     assert bits(run.output) == bits(by_hand(variables, batch, False, "mean"))
-    assert run.reason == "flag: True → False"
+    assert run.reason == "flag: True → False; how: not given before"
 
 
 def test_devices_are_named():
