@@ -128,7 +128,7 @@ def execute(
         while True:
             try:
                 ready = _make_ready(start, prepared, call, options, draw, programs, on_phase)
-                wait = _wait(ready, programs)
+                wait, busy = _wait(entry.name, ready, programs, on_phase)
                 on_phase(f"running {entry.name}")
                 (output, updates), times = _run(ready, options.repeat, programs, call)
                 if ready.after is not None:
@@ -184,6 +184,7 @@ def execute(
             compile=ready.compile,
             run=times[0],
             wait=wait,
+            busy=busy,
             init=start.seconds,
             steady=Steady(tuple(times)) if options.repeat > 1 else None,
         ),
@@ -375,15 +376,20 @@ def _make_ready(
         phase=lambda phase: on_phase(f"{phase} {entry.name}"),
     )
     if options.eager or getattr(jax.config, "jax_disable_jit", False):
-        return eager(job)
+        return eager(job, programs)
     return compiled(job, programs)
 
 
-def _wait(ready: Ready, programs: Programs) -> float:
-    """Seconds until the inputs were there: not part of the run."""
+def _wait(name: str, ready: Ready, programs: Programs, on_phase: Callable[[str], None]) -> tuple[float, float]:
+    """Seconds until the inputs were there, and until an interrupted run had left the device: not part of the run."""
     begin = programs.clock()
+    if programs.unfinished.wait is not None:
+        on_phase(f"waiting for the interrupted run, then {name}")
+        programs.unfinished.finish()
+    free = programs.clock()
+    on_phase(f"waiting for the inputs of {name}")
     jax.block_until_ready((ready.variables, ready.arguments.dynamic))
-    return programs.clock() - begin
+    return programs.clock() - free, free - begin
 
 
 def _run(ready: Ready, repeat: int, programs: Programs, call: Call) -> tuple[Any, list[float]]:

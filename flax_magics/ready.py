@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,9 @@ TRACER_ERRORS = (
     jax.errors.NonConcreteBooleanIndexError,
 )
 """What JAX raises when traced code needs a value; a shape that is traced is a TypeError without a kind of its own."""
+
+
+RESUMED = "begun by the run that was interrupted"
 
 
 def is_tracer_error(error: BaseException) -> bool:
@@ -137,7 +141,7 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
         if built.origin == "compiled":
             known = programs.purposes.get(job.name)
             ready.causes = reasons.compare(known, last, purpose) if known else ()
-            ready.reason = reasons.sentence(ready.causes)
+            ready.reason = reasons.sentence(ready.causes) + ("; " + RESUMED if built.resumed else "")
         reasons.remember(programs.purposes, job.name, purpose)
     programs.parts[job.name] = now
     ready.memory, ready.device, ready.scalars = program.memory, program.device, reasons.scalars(last, now)
@@ -145,15 +149,14 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
     root = job.draw.words
 
     def run() -> Any:
-        result, ready.after = program(job.variables, root, arguments.dynamic)
-        program.wait((result, ready.after))
+        result, ready.after = programs.run(program, job.variables, root, arguments.dynamic)
         return result
 
     ready.run = run
     return ready
 
 
-def eager(job: Job) -> Ready:
+def eager(job: Job, programs: Programs) -> Ready:
     """Runs op by op, as by hand. What the model asks for is found by shapes; if it cannot be traced, by running it."""
     arguments = job.arguments(job.forced)
     request = job.request(arguments)
@@ -176,8 +179,10 @@ def eager(job: Job) -> Ready:
             except Incomplete:
                 ready.ask = ready.ask.and_what(record)
                 continue
+            programs.unfinished.wait = functools.partial(jax.block_until_ready, result)
             jax.block_until_ready(result)
             jax.effects_barrier()
+            programs.unfinished.wait = None
             ready.record = record
             return result
 

@@ -66,7 +66,8 @@ class Steady:
 class Timing:
     """Seconds that each phase took; 0.0 for a phase that did not happen.
 
-    `run` begins once the inputs are ready (that wait is `wait`) and ends when the device has finished; it never includes
+    `run` begins once the inputs are ready (that wait is `wait`), and a run that was interrupted before has left the device
+    (that wait is `busy`), and ends when the device has finished; it never includes
     trace, lowering or compilation. `init` is the eager initialisation of variables, forward pass included.
     """
 
@@ -75,6 +76,7 @@ class Timing:
     compile: float = 0.0
     run: float = 0.0
     wait: float = 0.0
+    busy: float = 0.0
     init: float = 0.0
     steady: Steady | None = None
 
@@ -222,7 +224,7 @@ class Run:
         from .keys import words
 
         timing: dict[str, Any] = {
-            name: getattr(self.timing, name) for name in ("trace", "lower", "compile", "run", "wait", "init")
+            name: getattr(self.timing, name) for name in ("trace", "lower", "compile", "run", "wait", "busy", "init")
         }
         if self.timing.steady is not None:
             timing["steady"] = list(self.timing.steady.times)

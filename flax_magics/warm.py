@@ -79,6 +79,8 @@ class Warm:
     ) -> Again | None:
         """The run once more, with the keys of `draw`; None where something differs, and then nothing has happened."""
         given, model = entry.model, self.model
+        if programs.unfinished.wait is not None:
+            return None
         if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
             return None
         if (given.key(), model.key()) != self.prints:
@@ -98,8 +100,7 @@ class Warm:
         jax.block_until_ready((fresh, dynamic))
         begin = clock()
         try:
-            result, after = self.program(variables, draw.words, dynamic)
-            jax.block_until_ready((result, after))
+            result, after = programs.run(self.program, variables, draw.words, dynamic)
         except Exception:  # the long way finds out what it is, and says so
             return None
         timing = Timing(run=clock() - begin, wait=begin - before)

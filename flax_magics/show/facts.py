@@ -97,8 +97,8 @@ def brief(run: Run) -> tuple[str, ...]:
         parts.append(f"init {seconds(run.timing.init)}" if run.timing.init else "")
     else:
         parts.append(program_of(run))
-        if run.timing.wait >= WAIT:
-            parts.append(f"waited {seconds(run.timing.wait)}")
+        if run.timing.wait + run.timing.busy >= WAIT:
+            parts.append(f"waited {seconds(run.timing.wait + run.timing.busy)}")
         steady = run.timing.steady
         parts.append(f"run median {seconds(steady.median)}" if steady else f"run {seconds(run.timing.run)}")
     return (*parts, *(f"mean {_number(s.mean)} ± {_number(s.deviation)}" for s in run.spread[:1]), *changed_of(run))
@@ -225,10 +225,13 @@ def jit_of(run: Run) -> str:
 
 
 def wait_of(run: Run) -> tuple[str, ...]:
-    """The wait for inputs that were still being computed."""
-    if run.timing.wait < WAIT:
-        return ()
-    return (f"inputs were ready after {seconds(run.timing.wait)}",)
+    """The wait for a run that was interrupted and went on, and for inputs that were still being computed."""
+    found = []
+    if run.timing.busy >= WAIT:
+        found.append(f"the interrupted run had the device for {seconds(run.timing.busy)} more")
+    if run.timing.wait >= WAIT:
+        found.append(f"inputs were ready after {seconds(run.timing.wait)}")
+    return tuple(found)
 
 
 def run_of(run: Run) -> str:
@@ -299,7 +302,7 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
         Phase("XLA", timing.compile),
-        Phase("wait", timing.wait if timing.wait >= WAIT else 0.0),
+        Phase("wait", timing.wait + timing.busy if timing.wait + timing.busy >= WAIT else 0.0),
         Phase("run", timing.steady.median if timing.steady else timing.run),
     ]
     return tuple(phase for phase in found if phase.seconds > 0)
