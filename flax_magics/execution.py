@@ -19,10 +19,14 @@ from .models import Ask, Commit, MissingVariables, Record
 from .models.axes import inside
 from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, prepare_init
-from .program import Programs, devices_of
+from .program import Programs, devices_of, name_devices
 from .ready import Job, Ready, compiled, eager
 from .registry import Entry, check_variables
-from .run import Cause, Made, Memory, Note, Steady, Timing
+from .roofline import devices_in, dtype_of, limits
+from .run import Cause, Cost, Limits, Made, Memory, Note, Steady, Timing
+
+REPEAT = 20
+"""Runs of `--roofline` by itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Options:
     draws: int | None = None
     repeat: int = 1
     eager: bool = False
+    roofline: bool = False
+    """Also measure what the machine reaches; without `repeat` the run is repeated `REPEAT` times."""
+
+    @property
+    def runs(self) -> int:
+        """How often the program runs."""
+        return REPEAT if self.roofline and self.repeat == 1 else self.repeat
 
     @property
     def plain(self) -> bool:
@@ -48,6 +59,7 @@ class Options:
             and self.draws is None
             and self.repeat == 1
             and not self.eager
+            and not self.roofline
         )
 
 
@@ -71,6 +83,8 @@ class Execution:
     static: tuple[str, ...]
     timing: Timing
     memory: Memory | None
+    cost: Cost | None
+    limits: Limits | None
     notes: tuple[Note, ...]
     made: Made | None
     by_hand: str
@@ -121,6 +135,11 @@ def execute(
     """
     if options.repeat < 1:
         raise FlaxMagicsError(f"--repeat takes a number of runs, 1 or more, not {options.repeat}.")
+    if options.roofline and options.eager:
+        raise FlaxMagicsError(
+            "--roofline holds a compiled program against the machine; --eager compiles none.",
+            write=f"%flax_apply --roofline {call.text}",
+        )
     call = _with_keys(entry, call, options, draw)
     prepared = prepare(entry.name, entry.model, call, options.mode)
     with plain_errors(call):
@@ -130,13 +149,15 @@ def execute(
                 ready = _make_ready(start, prepared, call, options, draw, programs, on_phase)
                 wait, busy = _wait(entry.name, ready, programs, on_phase)
                 on_phase(f"running {entry.name}")
-                (output, updates), times = _run(ready, options.repeat, programs, call)
+                (output, updates), times = _run(ready, options.runs, programs, call)
                 if ready.after is not None:
                     draw.settle(np.asarray(ready.after).tobytes())
                 break
             except MissingVariables as error:
                 start = _with_added(start, call, options, draw, programs, error)
     _check_clash(entry, options, ready)
+    devices = devices_in((output, updates))
+    limits = _limits(devices, ready, programs, on_phase) if options.roofline else None
 
     record = ready.record
     updates = dict(updates)
@@ -186,9 +207,11 @@ def execute(
             wait=wait,
             busy=busy,
             init=start.seconds,
-            steady=Steady(tuple(times)) if options.repeat > 1 else None,
+            steady=Steady(tuple(times)) if options.runs > 1 else None,
         ),
-        memory=with_peak(ready.memory),
+        memory=with_peak(ready.memory, devices),
+        cost=ready.cost() if options.runs > 1 else None,
+        limits=limits,
         notes=tuple(notes),
         made=start.made,
         by_hand=_by_hand(prepared, call, options, ready, {*written, *sown, *options.mutable}),
@@ -408,6 +431,13 @@ def _run(ready: Ready, repeat: int, programs: Programs, call: Call) -> tuple[Any
         if i == 0:
             result = again
     return result, times
+
+
+def _limits(devices: set[Any], ready: Ready, programs: Programs, on_phase: Callable[[str], None]) -> Limits:
+    """What one of the devices reaches, in the dtype that most of the variables have."""
+    device = min(devices, key=lambda device: device.id)
+    on_phase(f"measuring what {name_devices({device})} reaches")
+    return limits(device, dtype_of(ready.variables, ready.arguments.dynamic), programs.clock)
 
 
 def _kept(entry: Entry, updates: Mapping[str, Any], ready: Ready, call: Call, mode: str) -> Entry:

@@ -249,6 +249,7 @@ class FlaxMagics(Magics):
                 given["draws"],
                 given["repeat"] or 1,
                 given["eager"],
+                given["roofline"],
             )
             return self.session.run_apply(name, call, chosen, module=module)
 

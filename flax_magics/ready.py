@@ -16,7 +16,8 @@ from .keys import Draw, Series
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
 from .program import Program, Programs, Request, running, settings, trace
-from .run import Cause, Memory
+from .roofline import cost_of
+from .run import Cause, Cost, Memory
 
 TRACER_ERRORS = (
     jax.errors.ConcretizationTypeError,  # and the conversions to bool and index, which are kinds of it
@@ -55,6 +56,8 @@ class Ready:
     device: str | None = None
     program: Program | None = None
     """The program, where the next run of the same call would find it again."""
+    cost: Callable[[], Cost | None] = field(default=lambda: None, repr=False)
+    """What XLA counts in the program."""
     after: Any = None
     """Key data of the root that the next draw splits, where the program worked it out."""
     scalars: tuple[str, ...] = ()
@@ -145,6 +148,7 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
         reasons.remember(programs.purposes, job.name, purpose)
     programs.parts[job.name] = now
     ready.memory, ready.device, ready.scalars = program.memory, program.device, reasons.scalars(last, now)
+    ready.cost = functools.partial(cost_of, program.executable)
     ready.program = program if key is not None else None
     root = job.draw.words
 

@@ -125,6 +125,8 @@ def of_apply(
         static=done.static,
         timing=done.timing,
         memory=done.memory,
+        cost=done.cost,
+        limits=done.limits,
         cell=call.cell,
         notes=notes,
         made=made,

@@ -61,6 +61,50 @@ class Steady:
         low, high = np.percentile(self.times, [25, 75])
         return float(high - low) / 2
 
+    @property
+    def outliers(self) -> tuple[int, ...]:
+        """Indices of the runs that were slow, in order.
+
+        Slow is beyond the upper quartile by more than 1.5 times the distance between the quartiles, and by more than a
+        tenth: where all runs agree to a part in a thousand, none of them is worth a word. Fewer than five tell nothing.
+        """
+        if len(self.times) < LEAST:
+            return ()
+        low, high = (float(quartile) for quartile in np.percentile(self.times, [25, 75]))
+        limit = max(high + 1.5 * (high - low), 1.1 * high)
+        return tuple(i for i, time in enumerate(self.times) if time > limit)
+
+
+LEAST = 5
+"""Runs from which a slow one can be told."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What XLA counts in one run of a program, on each of its devices.
+
+    Attributes:
+      flops: floating-point operations.
+      bytes: bytes that are read and written, after fusion.
+      loops: the program has loops over numbers, and XLA counts the body of a loop once: it is more than that.
+    """
+
+    flops: float
+    bytes: float
+    loops: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one device was measured to reach: FLOP/s in a large matmul of `dtype`, bytes/s in a large copy (read and
+    written).
+    """
+
+    device: str
+    dtype: str
+    flops: float
+    bytes: float
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -88,13 +132,21 @@ class Timing:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none."""
+    """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none.
+
+    The device counts from the start of the process, whatever ran in it.
+    """
 
     arguments: int
     outputs: int
     temporaries: int
     code: int
     peak: int | None = None
+
+    @property
+    def analysed(self) -> int:
+        """Arguments, outputs and temporaries together: what the program needs at most, as XLA has it."""
+        return self.arguments + self.outputs + self.temporaries
 
 
 @dataclass(frozen=True)
@@ -152,6 +204,7 @@ class Run:
       reason: why a program was compiled, in a few words; empty when it was not. `causes` has it in parts.
       static: arguments that became part of the program, such as `n=3`.
       timing, memory: see `Timing` and `Memory`; memory is None where no program ran.
+      cost, limits: of a repeated run, what XLA counts in the program, and what the machine reaches if that was asked for.
       cell: the cell's execution number, None outside a notebook.
       started: seconds since the epoch.
       notes: the sharp bits that were found.
@@ -182,6 +235,8 @@ class Run:
     static: tuple[str, ...] = ()
     timing: Timing = Timing()
     memory: Memory | None = None
+    cost: Cost | None = None
+    limits: Limits | None = None
     cell: int | None = None
     notes: tuple[Note, ...] = ()
     made: Made | None = None
@@ -249,6 +304,8 @@ class Run:
             "static": list(self.static),
             "timing": timing,
             "memory": None if self.memory is None else asdict(self.memory),
+            "cost": None if self.cost is None else asdict(self.cost),
+            "limits": None if self.limits is None else asdict(self.limits),
             "digest": self.digest,
             "spread": [asdict(spread) for spread in self.spread],
             "cell": self.cell,

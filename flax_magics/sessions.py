@@ -313,6 +313,7 @@ class Session:
         draws: int | None = None,
         repeat: int = 1,
         eager: bool = False,
+        roofline: bool = False,
         **kwargs: Any,
     ) -> Run:
         """One draw, one compiled forward pass; the Run says what it was.
@@ -330,6 +331,7 @@ class Session:
             size in front.
           repeat: run so often with the same keys; `timing.steady` has every time.
           eager: run without compiling.
+          roofline: `limits` has what the machine reaches, measured once; without `repeat` there are 20 runs.
 
         Raises:
           FlaxMagicsError: a mistake in the call. What the model raises is passed on. Either way nothing has changed.
@@ -337,7 +339,7 @@ class Session:
         if mode not in (None, "train", "eval"):
             raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
         name = self._entry(model).name
-        options = Options(mode, as_names(mutable), variables, as_names(key), draw, draws, repeat, eager)
+        options = Options(mode, as_names(mutable), variables, as_names(key), draw, draws, repeat, eager, roofline)
         call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
         return self.run_apply(name, call, options)
 

@@ -18,6 +18,7 @@ import numpy as np
 from .arguments import signature_of
 from .execution import Execution, Options, hand_back
 from .keys import Draw, Streams
+from .memory import with_peak
 from .models import Commit, Model, Record
 from .prepare import Call
 from .program import Program, Programs, settings
@@ -104,6 +105,9 @@ class Warm:
         except Exception:  # the long way finds out what it is, and says so
             return None
         timing = Timing(run=clock() - begin, wait=begin - before)
+        memory = self.template.memory
+        if memory is not None and memory.peak is not None:
+            memory = with_peak(memory, after.devices())
         draw.settle(np.asarray(after).tobytes())
         programs.parts[entry.name] = self.parts
 
@@ -131,6 +135,7 @@ class Warm:
             sown=sown,
             changed=changed,
             timing=timing,
+            memory=memory,
             cell=call.cell,
             first=first,
         )
