@@ -53,6 +53,10 @@ class Arguments:
         rows = zip(self.names, self.leaves, self.traced, strict=True)
         return tuple((name, leaf) for name, leaf, traced in rows if not traced)
 
+    def leaf(self, name: str) -> Any:
+        """The leaf of that name, None where there is none."""
+        return dict(zip(self.names, self.leaves, strict=True)).get(name)
+
     @property
     def numbers(self) -> tuple[str, ...]:
         """Names of the traced leaves that are Python ints."""

@@ -78,7 +78,16 @@ FLAX_APPLY = Command(
         Option("--key", "pass the draw's stream ARG as that argument", metavar="ARG", kind="many", identifier=True),
         DRAW,
         Option("--draws", "K draws at once, outputs stacked: Monte-Carlo dropout", metavar="K", type=int),
-        Option("--repeat", "run N times with the same keys: median and spread", metavar="N", type=int),
+        Option(
+            "--repeat",
+            "run N times with the same keys: median, spread and the first outlier; FLOP/s and bytes/s",
+            metavar="N",
+            type=int,
+        ),
+        Option(
+            "--roofline",
+            "hold those against what this machine reaches in a large matmul and a large copy; without --repeat, 20 runs",
+        ),
         Option("--eager", "run op by op, without compiling"),
         BIND,
         QUIET,
@@ -88,6 +97,7 @@ FLAX_APPLY = Command(
         "%flax_apply --train net(x)",
         "ys = %flax_apply --train --draws 8 net(x)",
         "%flax_apply --repeat 20 -o run net(x)",
+        "%flax_apply --roofline net(x)",
         "%%flax_apply --train\nx2 = x * 2\ny = net(x2)",
     ),
 )

@@ -19,10 +19,14 @@ from .models import Ask, Commit, MissingVariables, Record
 from .models.axes import inside
 from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, prepare_init
-from .program import Programs, devices_of
+from .program import Programs, devices_of, name_devices
 from .ready import Job, Ready, compiled, eager
 from .registry import Entry, check_variables
-from .run import Made, Memory, Note, Steady, Timing
+from .roofline import devices_in, dtype_of, limits
+from .run import Cause, Cost, Limits, Made, Memory, Note, Steady, Timing
+
+REPEAT = 20
+"""Runs of `--roofline` by itself."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Options:
     draws: int | None = None
     repeat: int = 1
     eager: bool = False
+    roofline: bool = False
+    """Also measure what the machine reaches; without `repeat` the run is repeated `REPEAT` times."""
+
+    @property
+    def runs(self) -> int:
+        """How often the program runs."""
+        return REPEAT if self.roofline and self.repeat == 1 else self.repeat
 
     @cached_property
     def plain(self) -> bool:
@@ -48,6 +59,7 @@ class Options:
             and self.draws is None
             and self.repeat == 1
             and not self.eager
+            and not self.roofline
         )
 
 
@@ -65,11 +77,14 @@ class Execution:
     device: str
     program: str
     reason: str
+    causes: tuple[Cause, ...]
     mode: str
     switch: tuple[str, ...]
     static: tuple[str, ...]
     timing: Timing
     memory: Memory | None
+    cost: Cost | None
+    limits: Limits | None
     notes: tuple[Note, ...]
     made: Made | None
     by_hand: str
@@ -120,6 +135,11 @@ def execute(
     """
     if options.repeat < 1:
         raise FlaxMagicsError(f"--repeat takes a number of runs, 1 or more, not {options.repeat}.")
+    if options.roofline and options.eager:
+        raise FlaxMagicsError(
+            "--roofline holds a compiled program against the machine; --eager compiles none.",
+            write=f"%flax_apply --roofline {call.text}",
+        )
     call = _with_keys(entry, call, options, draw)
     prepared = prepare(entry.name, entry.model, call, options.mode)
     with plain_errors(call):
@@ -127,15 +147,17 @@ def execute(
         while True:
             try:
                 ready = _make_ready(start, prepared, call, options, draw, programs, on_phase)
-                wait = _wait(ready, programs)
+                wait, busy = _wait(entry.name, ready, programs, on_phase)
                 on_phase(f"running {entry.name}")
-                (output, updates), times = _run(ready, options.repeat, programs, call)
+                (output, updates), times = _run(ready, options.runs, programs, call)
                 if ready.after is not None:
                     draw.settle(host_bytes(ready.after))
                 break
             except MissingVariables as error:
                 start = _with_added(start, call, options, draw, programs, error)
     _check_clash(entry, options, ready)
+    devices = devices_in((output, updates))
+    limits = _limits(devices, ready, programs, on_phase) if options.roofline else None
 
     record = ready.record
     updates = dict(updates)
@@ -173,6 +195,7 @@ def execute(
         device=ready.device or devices_of((output, ready.variables)),
         program=ready.origin,
         reason=ready.reason,
+        causes=ready.causes,
         mode=prepared.mode,
         switch=(*prepared.switch, *(f"axis {name}=1 device" for name in sorted(ready.ask.axes))),
         static=tuple(f"{name}={value}" for name, value in ready.arguments.static if name in ready.arguments.forced),
@@ -182,10 +205,13 @@ def execute(
             compile=ready.compile,
             run=times[0],
             wait=wait,
+            busy=busy,
             init=start.seconds,
-            steady=Steady(tuple(times)) if options.repeat > 1 else None,
+            steady=Steady(tuple(times)) if options.runs > 1 else None,
         ),
-        memory=with_peak(ready.memory),
+        memory=with_peak(ready.memory, devices),
+        cost=ready.cost() if options.runs > 1 else None,
+        limits=limits,
         notes=tuple(notes),
         made=start.made,
         by_hand=_by_hand(prepared, call, options, ready, {*written, *sown, *options.mutable}),
@@ -361,7 +387,6 @@ def _make_ready(
     entry = start.entry
     job = Job(
         name=entry.name,
-        edition=entry.print,
         prepared=prepared,
         method=call.method,
         variables=start.variables,
@@ -374,15 +399,20 @@ def _make_ready(
         phase=lambda phase: on_phase(f"{phase} {entry.name}"),
     )
     if options.eager or getattr(jax.config, "jax_disable_jit", False):
-        return eager(job)
+        return eager(job, programs)
     return compiled(job, programs)
 
 
-def _wait(ready: Ready, programs: Programs) -> float:
-    """Seconds until the inputs were there: not part of the run."""
+def _wait(name: str, ready: Ready, programs: Programs, on_phase: Callable[[str], None]) -> tuple[float, float]:
+    """Seconds until the inputs were there, and until an interrupted run had left the device: not part of the run."""
     begin = programs.clock()
+    if programs.unfinished.wait is not None:
+        on_phase(f"waiting for the interrupted run, then {name}")
+        programs.unfinished.finish()
+    free = programs.clock()
+    on_phase(f"waiting for the inputs of {name}")
     jax.block_until_ready((ready.variables, ready.arguments.dynamic))
-    return programs.clock() - begin
+    return programs.clock() - free, free - begin
 
 
 def _run(ready: Ready, repeat: int, programs: Programs, call: Call) -> tuple[Any, list[float]]:
@@ -401,6 +431,13 @@ def _run(ready: Ready, repeat: int, programs: Programs, call: Call) -> tuple[Any
         if i == 0:
             result = again
     return result, times
+
+
+def _limits(devices: set[Any], ready: Ready, programs: Programs, on_phase: Callable[[str], None]) -> Limits:
+    """What one of the devices reaches, in the dtype that most of the variables have."""
+    device = min(devices, key=lambda device: device.id)
+    on_phase(f"measuring what {name_devices({device})} reaches")
+    return limits(device, dtype_of(ready.variables, ready.arguments.dynamic), programs.clock)
 
 
 def _kept(entry: Entry, updates: Mapping[str, Any], ready: Ready, call: Call, mode: str) -> Entry:

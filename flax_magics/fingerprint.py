@@ -10,6 +10,7 @@ Comments, layout, docstrings, annotations and line numbers do not count.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import dis
 import enum
@@ -47,6 +48,14 @@ def guarded(value: Any) -> tuple[bytes | None, Guards]:
     return walk.hasher.digest(), walk.guards
 
 
+def code_print(function: types.FunctionType) -> bytes:
+    """A digest of a function's own code, nothing that it reaches included; equal for another layout or docstring."""
+    walk = _Walk()
+    with contextlib.suppress(NotPlain):  # a constant that is not plain: it stands where it stood
+        walk._code(function.__code__, function.__doc__)
+    return walk.hasher.digest()
+
+
 @dataclasses.dataclass
 class Print:
     """The fingerprint of one value, taken when it is asked for and again when something it was read from has changed."""
@@ -67,11 +76,12 @@ _LIBRARY_ROOTS = tuple({_PATHS[name] for name in ("stdlib", "platstdlib", "purel
 
 
 @functools.lru_cache(maxsize=4096)
-def _library_file(filename: str) -> bool:
+def library_file(filename: str) -> bool:
+    """Whether code of this file was installed, not written by the user."""
     return filename.startswith(_LIBRARY_ROOTS) or filename.startswith("<frozen ")
 
 
-def _library_module(name: str | None) -> bool:
+def library_module(name: str | None) -> bool:
     """Whether `name` is a module that was installed, not one that the user writes."""
     if name is None or name == "__main__":
         return False
@@ -81,11 +91,11 @@ def _library_module(name: str | None) -> bool:
     file = getattr(module, "__file__", None)
     if file is None:  # built in, or a namespace package
         return name.partition(".")[0] in sys.builtin_module_names or hasattr(module, "__path__")
-    return _library_file(file)
+    return library_file(file)
 
 
 # Class attributes that Python, dataclasses or Flax make from the rest of the class.
-_DERIVED = frozenset(
+DERIVED = frozenset(
     [
         "__dict__",
         "__weakref__",
@@ -154,7 +164,7 @@ class _Walk:
         elif isinstance(value, types.CodeType):
             self._code(value)
         elif isinstance(value, types.ModuleType):
-            if not _library_module(value.__name__) or is_outside(value):
+            if not library_module(value.__name__) or is_outside(value):
                 raise NotPlain(value.__name__)  # its attributes are visited where they are read
             self.tag("module", value.__name__)
         elif isinstance(value, (tuple, list)):
@@ -217,13 +227,13 @@ class _Walk:
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if not isinstance(module, str) or not isinstance(name, str):
             return False
-        return _library_module(module) and callable(value) and not isinstance(value, types.FunctionType)
+        return library_module(module) and callable(value) and not isinstance(value, types.FunctionType)
 
     def _of_library_type(self, value: Any) -> bool:
-        return _library_module(type(value).__module__)
+        return library_module(type(value).__module__)
 
     def _mapping(self, value: Mapping[Any, Any]) -> None:
-        if not (_library_module(type(value).__module__) or type(value) is dict):
+        if not (library_module(type(value).__module__) or type(value) is dict):
             raise NotPlain(repr(type(value)))
         if type(value).__module__.partition(".")[0] not in ("builtins", "collections", "types", "flax"):
             raise NotPlain(repr(type(value)))
@@ -268,7 +278,7 @@ class _Walk:
                 self.visit(item)
 
     def _class(self, cls: type) -> None:
-        if _library_module(cls.__module__):
+        if library_module(cls.__module__):
             self.tag("library class", cls.__module__, cls.__qualname__, id(cls))
             return
         self.tag("class", cls.__qualname__)
@@ -286,7 +296,7 @@ class _Walk:
                 self.visit(field.default)
                 self.visit(field.default_factory)
         for name, item in vars(cls).items():
-            if name in _DERIVED or name == "__dataclass_fields__":
+            if name in DERIVED or name == "__dataclass_fields__":
                 continue
             if isinstance(item, types.FunctionType) and self._generated(item):
                 continue
@@ -306,7 +316,7 @@ class _Walk:
         return inner.__code__.co_filename == "<string>"
 
     def _function(self, function: types.FunctionType) -> None:
-        library = _library_file(function.__code__.co_filename)
+        library = library_file(function.__code__.co_filename)
         self.guards.function(function)
         if library and is_outside(function):
             raise NotPlain(function.__qualname__)
@@ -357,16 +367,16 @@ class _Walk:
             return
         done.add(id(code))
         for name in imported(code):
-            if is_outside_module(name) or not _library_module(name):
+            if is_outside_module(name) or not library_module(name):
                 raise NotPlain(name)
-        for name in _global_names(code):
+        for name in global_names(code):
             self.guards.name(namespace, name)
             if name in namespace:
                 value = namespace[name]
                 self.tag("global", name)
                 if isinstance(value, types.ModuleType) and reads_outside(name, value, code):
                     raise NotPlain(name)
-                if isinstance(value, types.ModuleType) and not _library_module(value.__name__):
+                if isinstance(value, types.ModuleType) and not library_module(value.__name__):
                     self._user_module(value, code)
                 else:
                     self.visit(value)
@@ -384,7 +394,7 @@ class _Walk:
             if name in vars(module):
                 value = vars(module)[name]
                 self.tag(name)
-                if isinstance(value, types.ModuleType) and not _library_module(value.__name__):
+                if isinstance(value, types.ModuleType) and not library_module(value.__name__):
                     if id(value) not in self.seen:
                         self.seen[id(value)] = len(self.seen)
                         self._user_module(value, code)
@@ -397,7 +407,8 @@ _REFLECTION = frozenset({"globals", "locals", "vars", "eval", "exec", "open", "n
 
 
 @functools.lru_cache(maxsize=4096)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
+def global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that `code` itself loads from its module. Raises NotPlain where it reads names by a string."""
     names = tuple(
         dict.fromkeys(
             instruction.argval

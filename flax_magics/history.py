@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .run import GONE, Run
+from .run import GONE, Cause, Run
 
 
 class Kept:
@@ -16,11 +16,11 @@ class Kept:
     The Run in a user's hands holds its own arrays; as long as it lives, the session gives that very object.
     """
 
-    __slots__ = ("_facts", "_inputs", "_output", "_run", "_sown")
+    __slots__ = ("_inputs", "_output", "_run", "_sown", "facts")
 
     def __init__(self, run: Run) -> None:
         self._run = weakref.ref(run)
-        self._facts = {**run.__dict__, "output": GONE, "inputs": GONE, "sown": {}}
+        self.facts = {**run.__dict__, "output": GONE, "inputs": GONE, "sown": {}}
         self._output = _weakly(run.output)
         self._inputs = _weakly(run.inputs)
         self._sown = _weakly(dict(run.sown)) if run.sown else None
@@ -32,7 +32,7 @@ class Kept:
             return run
         sown = GONE if self._sown is None else _held(self._sown)
         run = object.__new__(Run)
-        run.__dict__.update(self._facts)
+        run.__dict__.update(self.facts)
         run.__dict__.update(output=_held(self._output), inputs=_held(self._inputs), sown={} if sown is GONE else sown)
         return run
 
@@ -86,3 +86,18 @@ def newest(chain: Chain | None, n: int) -> list[Run]:
         out.append(chain.kept.run())
         chain = chain.before
     return out[::-1]
+
+
+def causes_of(chain: Chain | None, model: str, n: int, reach: int = 500) -> list[tuple[str, tuple[Cause, ...]]]:
+    """Of the last `n` runs of `model`, newest first: where the program came from, and why it was new.
+
+    Args:
+      reach: runs of any model that are looked at.
+    """
+    out: list[tuple[str, tuple[Cause, ...]]] = []
+    while chain is not None and len(out) < n and reach > 0:
+        facts = chain.kept.facts
+        if facts["command"] == "apply" and facts["model"] == model:
+            out.append((facts["program"], facts["causes"]))
+        chain, reach = chain.before, reach - 1
+    return out

@@ -11,6 +11,7 @@ KINDS = {
     "zero params": "all params are zero after init",
     "nan params": "params hold NaN after init",
     "scalar": "a Python number stands where an array was",
+    "programs": "new programs keep being compiled for other shapes, dtypes or values of an argument",
     "outdated": "variables are from before an edit",
     "rebound": "the name stands for another module than was registered",
 }

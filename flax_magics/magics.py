@@ -262,6 +262,7 @@ class FlaxMagics(Magics):
                 given["draws"],
                 given["repeat"] or 1,
                 given["eager"],
+                given["roofline"],
             )
             if given["variables"] is not None:
                 expression = parse_expression(given["variables"], "--variables")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -36,12 +37,13 @@ def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> Fla
     return FlaxMagicsError(f"out of memory on {device.platform}:{device.id} in {call}", hint="\n".join(rows))
 
 
-def with_peak(memory: Memory | None) -> Memory | None:
-    """`memory` with the device's own count of its peak so far, where it keeps one."""
-    stats = default_device().memory_stats()
-    if memory is None or not stats or "peak_bytes_in_use" not in stats:
-        return memory
-    return replace(memory, peak=int(stats["peak_bytes_in_use"]))
+def with_peak(memory: Memory | None, devices: Iterable[Any]) -> Memory | None:
+    """`memory` with the devices' own count of their peak so far, where they keep one; of several the highest."""
+    if memory is None:
+        return None
+    counts = [device.memory_stats() or {} for device in devices]
+    peaks = [int(stats["peak_bytes_in_use"]) for stats in counts if "peak_bytes_in_use" in stats]
+    return replace(memory, peak=max(peaks)) if peaks else memory
 
 
 def free_bytes(device: Any) -> int | None:

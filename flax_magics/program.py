@@ -11,10 +11,10 @@ import concurrent.futures
 import hashlib
 import operator
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -24,9 +24,17 @@ from .keys import Draw, Series, split_inside, split_series_inside
 from .models import Ask, Incomplete, Model, Path, Record
 from .models.calls import Calls
 from .run import Memory
+from .unfinished import Unfinished, elsewhere
+from .uninterrupted import uninterrupted
+
+if TYPE_CHECKING:
+    from .reasons import Purpose, Ran
 
 KEPT = 256
 """Programs kept at most, the least recently used dropped first."""
+
+LEFT = 4
+"""Programs kept at most whose compilation was interrupted, once it is done."""
 
 _SETTINGS = (
     "jax_enable_x64",
@@ -44,7 +52,10 @@ _SETTINGS = (
 )
 
 
-_read_settings = operator.attrgetter(*(name for name in _SETTINGS if hasattr(jax.config, name)))
+SETTINGS = tuple(name for name in _SETTINGS if hasattr(jax.config, name))
+"""Names of what `settings` gives, in its order."""
+
+_read_settings = operator.attrgetter(*SETTINGS)
 
 
 def settings() -> tuple[Any, ...]:
@@ -63,6 +74,7 @@ class Program:
     device: str
     memory: Memory | None
     effects: bool
+    """It calls back into Python, or has other effects: such a program holds an interrupt for as long as it runs."""
 
     def __call__(self, variables: Mapping[str, Any], root: Any, dynamic: Mapping[str, Any]) -> Any:
         """`((output, updates), next root)`, dispatched; the device may still be working. Roots are key data."""
@@ -77,13 +89,17 @@ class Program:
 
 @dataclass(frozen=True)
 class Built:
-    """A program, where it came from (`compiled`, `reused`), and seconds per phase (0.0: did not happen)."""
+    """A program, where it came from (`compiled`, `reused`), and seconds per phase (0.0: did not happen).
+
+    `resumed`: an interrupted run had begun to compile it, and `compile` is what was left to wait.
+    """
 
     program: Program
     origin: str
     trace: float = 0.0
     lower: float = 0.0
     compile: float = 0.0
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,8 +219,11 @@ class Programs:
     by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
     by_text: OrderedDict[Hashable, tuple[Any, Any]] = field(default_factory=OrderedDict)
     compiling: dict[Hashable, concurrent.futures.Future[Any]] = field(default_factory=dict)
-    parts: dict[str, dict[str, str]] = field(default_factory=dict)
-    """model → what its last program was made for, as a person would say it."""
+    parts: dict[str, Ran] = field(default_factory=dict)
+    """model → its last run."""
+    purposes: dict[str, deque[Purpose]] = field(default_factory=dict)
+    """model → what its last programs were made for, newest last."""
+    unfinished: Unfinished = field(default_factory=Unfinished)
 
     def __len__(self) -> int:
         return len(self.by_text)
@@ -217,6 +236,22 @@ class Programs:
                 self.by_call.move_to_end(full)
                 return program
         return None
+
+    def run(self, program: Program, variables: Mapping[str, Any], root: Any, dynamic: Mapping[str, Any]) -> Any:
+        """`((output, updates), next root)` once the device has finished. An interrupt returns at once; the run goes on."""
+        if program.effects:
+
+            def whole(*arguments: Any) -> Any:
+                result = program(*arguments)
+                program.wait(result)
+                return result
+
+            return elsewhere(whole, (variables, root, dynamic), self.unfinished, settings)
+        result = program(variables, root, dynamic)
+        self.unfinished.wait = result[1].block_until_ready  # the smallest of what it gives, ready when all is
+        jax.block_until_ready(result)
+        self.unfinished.wait = None
+        return result
 
     def forget(self, program: Program) -> None:
         """Offers `program` to no call any more."""
@@ -241,7 +276,7 @@ class Programs:
 
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
         shareable = "callback" not in text
-        origin, compile_seconds = "reused", 0.0
+        origin, compile_seconds, resumed = "reused", 0.0, False
         text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend(), placed(request))
         known = self.by_text.get(text_key) if shareable else None
         if known is not None and known[1] == (lowered.in_tree, lowered.out_tree):
@@ -250,28 +285,40 @@ class Programs:
         else:
             phase("compiling")
             start = self.clock()
-            executable = self._compile(lowered, text_key if shareable else object())
+            begun_as = text_key if shareable else (key, request.taken)
+            resumed = begun_as in self.compiling
+            executable = self._compile(lowered, begun_as if shareable or key is not None else object())
             compile_seconds, origin = self.clock() - start, "compiled"
             if shareable:
                 _keep(self.by_text, text_key, (executable, (lowered.in_tree, lowered.out_tree)))
         program = Program(
-            executable, ask, record, device_of(executable), analysis(executable), bool(traced.jaxpr.effects)
-        )
+            executable, ask, record, device_of(executable), analysis(executable),
+            bool(traced.jaxpr.effects) or not shareable,
+        )  # fmt: skip
         if key is not None:
             _keep(self.by_call, (key, request.taken if "params" in ask.streams else None), program)
-        return Built(program, origin, trace_seconds, lower_seconds, compile_seconds)
+        return Built(program, origin, trace_seconds, lower_seconds, compile_seconds, resumed)
 
     def _compile(self, lowered: Any, text_key: Hashable) -> Any:
         future = self.compiling.get(text_key)
         if future is None:
+            self._let_go()
             future = concurrent.futures.Future()
-            self.compiling[text_key] = future
             # Not a daemon: a compilation that is cut off when Python exits aborts the process.
-            threading.Thread(target=_compile_into, args=(future, lowered), name="flax_magics compile").start()
+            thread = threading.Thread(target=_compile_into, args=(future, lowered), name="flax_magics compile")
+            with uninterrupted():  # a future that no thread will fill would be waited for forever
+                self.compiling[text_key] = future
+                thread.start()
         while not future.done():
             concurrent.futures.wait([future], timeout=0.2)
         del self.compiling[text_key]
         return future.result()
+
+    def _let_go(self) -> None:
+        """Forgets compilations that were interrupted, are done, and that nobody came back for, but for the last few."""
+        done = [key for key, future in self.compiling.items() if future.done()]
+        for key in done[:-LEFT]:
+            del self.compiling[key]
 
 
 def _compile_into(future: concurrent.futures.Future[Any], lowered: Any) -> None:
@@ -303,7 +350,9 @@ def _digest(text: str, traced: Any) -> str:
 
 
 def placed(request: Request) -> tuple[Any, ...]:
-    """Where the arguments are, those that may not be moved: the text of a program does not say for which device it is."""
+    """Where the arguments are, those that were put there: the text does not say for which device a program is, nor
+    whether its results stay there.
+    """
     leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
+from . import reasons
 from .arguments import Arguments, signature_of
 from .fingerprint import fingerprint
 from .keys import Draw, Series
@@ -16,7 +17,8 @@ from .library import library
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
 from .program import Program, Programs, Request, running, settings, trace
-from .run import Memory, describe
+from .roofline import cost_of
+from .run import Cause, Cost, Memory
 
 TRACER_ERRORS = (
     jax.errors.ConcretizationTypeError,  # and the conversions to bool and index, which are kinds of it
@@ -27,12 +29,12 @@ TRACER_ERRORS = (
 """What JAX raises when traced code needs a value; a shape that is traced is a TypeError without a kind of its own."""
 
 
+RESUMED = "begun by the run that was interrupted"
+
+
 def is_tracer_error(error: BaseException) -> bool:
     """Whether the model looked at a value while it was traced."""
     return isinstance(error, TRACER_ERRORS) or (isinstance(error, TypeError) and "concrete values" in str(error))
-
-
-_NUMBER = "a Python "
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Ready:
     record: Record
     origin: str
     reason: str = ""
+    causes: tuple[Cause, ...] = ()
     trace: float = 0.0
     lower: float = 0.0
     compile: float = 0.0
@@ -54,6 +57,8 @@ class Ready:
     device: str | None = None
     program: Program | None = None
     """The program, where the next run of the same call would find it again."""
+    cost: Callable[[], Cost | None] = field(default=lambda: None, repr=False)
+    """What XLA counts in the program."""
     after: Any = None
     """Key data of the root that the next draw splits, where the program worked it out."""
     scalars: tuple[str, ...] = ()
@@ -65,8 +70,6 @@ class Job:
     """What is to be run: a prepared call of a registered model with variables."""
 
     name: str
-    edition: bytes | None
-    """Fingerprint of the model as it was registered."""
     prepared: Prepared
     method: Path
     variables: Mapping[str, Any]
@@ -128,8 +131,7 @@ def static_choices(arguments: Arguments) -> list[set[str]]:
 def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
     key = _call_key(job, arguments)
     program = programs.find(key, job.taken)
-    parts = _parts(job, arguments)
-    scalars = _scalars(programs.parts.get(job.name), parts, arguments)
+    last, now = programs.parts.get(job.name), reasons.ran(job.method, arguments, key)
     if program is not None:
         ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
     else:
@@ -140,26 +142,31 @@ def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
             programs.forget(program)
             left = {name: tree for name, tree in job.variables.items() if name not in stale}
             return _compiled(replace(job, variables=left), arguments, programs)
-        reason = _reason(programs.parts.get(job.name), parts) if built.origin == "compiled" else ""
         ready = Ready(
-            lambda: None, job.variables, arguments, program.ask, program.record, built.origin, reason,
-            built.trace, built.lower, built.compile,
+            lambda: None, job.variables, arguments, program.ask, program.record, built.origin,
+            trace=built.trace, lower=built.lower, compile=built.compile,
         )  # fmt: skip
-    programs.parts[job.name] = parts
-    ready.memory, ready.device, ready.scalars = program.memory, program.device, scalars
+        purpose = _purpose(job, arguments, key, program.ask)
+        if built.origin == "compiled":
+            known = programs.purposes.get(job.name)
+            ready.causes = reasons.compare(known, last, purpose) if known else ()
+            ready.reason = reasons.sentence(ready.causes) + ("; " + RESUMED if built.resumed else "")
+        reasons.remember(programs.purposes, job.name, purpose)
+    programs.parts[job.name] = now
+    ready.memory, ready.device, ready.scalars = program.memory, program.device, reasons.scalars(last, now)
+    ready.cost = functools.partial(cost_of, program.executable)
     ready.program = program if key is not None else None
     root = job.draw.words
 
     def run() -> Any:
-        result, ready.after = program(job.variables, root, arguments.dynamic)
-        program.wait((result, ready.after))
+        result, ready.after = programs.run(program, job.variables, root, arguments.dynamic)
         return result
 
     ready.run = run
     return ready
 
 
-def eager(job: Job) -> Ready:
+def eager(job: Job, programs: Programs) -> Ready:
     """Runs op by op, as by hand. What the model asks for is found by shapes; if it cannot be traced, by running it."""
     arguments = job.arguments(job.forced)
     request = job.request(arguments)
@@ -182,8 +189,10 @@ def eager(job: Job) -> Ready:
             except Incomplete:
                 ready.ask = ready.ask.and_what(record)
                 continue
+            programs.unfinished.wait = functools.partial(jax.block_until_ready, result)
             jax.block_until_ready(result)
             jax.effects_barrier()
+            programs.unfinished.wait = None
             ready.record = record
             return result
 
@@ -223,39 +232,17 @@ def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
     return key
 
 
-def _parts(job: Job, arguments: Arguments) -> dict[str, str]:
-    """What a program was made for, by name, as a person would say it."""
-    parts = {"model": repr(job.edition), "mode": job.prepared.mode, "method": ".".join(job.method) or "the call"}
-    for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
-        if traced and not hasattr(leaf, "dtype"):
-            parts[name] = f"{_NUMBER}{type(leaf).__name__}"
-        else:
-            parts[name] = describe(leaf)
-    parts["draws"] = "1" if job.draw.size is None else f"{job.draw.size} at once"
-    parts["settings"] = repr(settings())
-    return parts
-
-
-def _scalars(before: Mapping[str, str] | None, now: Mapping[str, str], arguments: Arguments) -> tuple[str, ...]:
-    if before is None or before["method"] != now["method"]:
-        return ()
-    numbers = (name for name in arguments.names if now[name].startswith(_NUMBER))
-    return tuple(name for name in numbers if re.fullmatch(r"\w+\[[\d,]*\]", before.get(name, "")))
-
-
-def _reason(before: Mapping[str, str] | None, now: Mapping[str, str]) -> str:
-    """Why a program is new, in a few words."""
-    if before is None:
-        return "first run of this program"
-    for name in dict.fromkeys([*before, *now]):
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if name == "model":
-            return "the model changed"
-        if name == "settings":
-            return "JAX's settings changed"
-        if old is None or new is None:
-            return f"{name}: {'not given before' if old is None else 'given before'}"
-        return f"{name}: {old} → {new}"
-    return "what the model reads changed"
+def _purpose(job: Job, arguments: Arguments, key: Hashable | None, ask: Ask) -> reasons.Purpose:
+    """What the program is made for."""
+    options = {}
+    if job.mutable:
+        options["--mutable"] = ", ".join(sorted(job.mutable))
+    if job.draw.size is not None:
+        options["--draws"] = str(job.draw.size)
+    if job.keyed:
+        options["--key"] = ", ".join(sorted(job.keyed))
+    keys = job.draw.impl
+    if "params" in ask.streams:  # of two kinds: see `Draw.stream`
+        keys += ", params folded in" if job.taken else ", params split"
+    model, mode = job.prepared.model, job.prepared.mode
+    return reasons.purpose(key, job.method, mode, model.print(), model.module, arguments, job.variables, options, keys)

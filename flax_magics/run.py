@@ -28,6 +28,25 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """One thing that made a program new.
+
+    Attributes:
+      kind: of an argument `shape`, `dtype`, `weak`, `number` (a Python number and an array), `static`, `given`,
+        `placed` or `structure`; or `method`, `mode`, `model`, `variables`, `option`, `setting`, `keys`.
+      name: of the argument, option or setting; empty where the kind says it.
+      text: what was, and what is: `x: float32[128,784] → float32[64,784]`.
+      shapes, dtypes: of an array, before and now.
+    """
+
+    kind: str
+    name: str
+    text: str
+    shapes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Steady:
     """A run repeated with the same keys: every time in seconds, in the order they were taken."""
 
@@ -44,12 +63,57 @@ class Steady:
         low, high = np.percentile(self.times, [25, 75])
         return float(high - low) / 2
 
+    @property
+    def outliers(self) -> tuple[int, ...]:
+        """Indices of the runs that were slow, in order.
+
+        Slow is beyond the upper quartile by more than 1.5 times the distance between the quartiles, and by more than a
+        tenth: where all runs agree to a part in a thousand, none of them is worth a word. Fewer than five tell nothing.
+        """
+        if len(self.times) < LEAST:
+            return ()
+        low, high = (float(quartile) for quartile in np.percentile(self.times, [25, 75]))
+        limit = max(high + 1.5 * (high - low), 1.1 * high)
+        return tuple(i for i, time in enumerate(self.times) if time > limit)
+
+
+LEAST = 5
+"""Runs from which a slow one can be told."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What XLA counts in one run of a program, on each of its devices.
+
+    Attributes:
+      flops: floating-point operations.
+      bytes: bytes that are read and written, after fusion.
+      loops: the program has loops over numbers, and XLA counts the body of a loop once: it is more than that.
+    """
+
+    flops: float
+    bytes: float
+    loops: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one device was measured to reach: FLOP/s in a large matmul of `dtype`, bytes/s in a large copy (read and
+    written).
+    """
+
+    device: str
+    dtype: str
+    flops: float
+    bytes: float
+
 
 @dataclass(frozen=True)
 class Timing:
     """Seconds that each phase took; 0.0 for a phase that did not happen.
 
-    `run` begins once the inputs are ready (that wait is `wait`) and ends when the device has finished; it never includes
+    `run` begins once the inputs are ready (that wait is `wait`), and a run that was interrupted before has left the device
+    (that wait is `busy`), and ends when the device has finished; it never includes
     trace, lowering or compilation. `init` is the eager initialisation of variables, forward pass included.
     """
 
@@ -58,6 +122,7 @@ class Timing:
     compile: float = 0.0
     run: float = 0.0
     wait: float = 0.0
+    busy: float = 0.0
     init: float = 0.0
     steady: Steady | None = None
 
@@ -69,13 +134,21 @@ class Timing:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none."""
+    """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none.
+
+    The device counts from the start of the process, whatever ran in it.
+    """
 
     arguments: int
     outputs: int
     temporaries: int
     code: int
     peak: int | None = None
+
+    @property
+    def analysed(self) -> int:
+        """Arguments, outputs and temporaries together: what the program needs at most, as XLA has it."""
+        return self.arguments + self.outputs + self.temporaries
 
 
 @dataclass(frozen=True)
@@ -130,9 +203,10 @@ class Run:
       changed: collection that the model wrote → how many updates it has had.
       device: such as `cpu:0`.
       program: `compiled`, `reused`, `disk cache` or `eager`; empty for a key.
-      reason: why a program was compiled, in a few words; empty when it was not.
+      reason: why a program was compiled, in a few words; empty when it was not. `causes` has it in parts.
       static: arguments that became part of the program, such as `n=3`.
       timing, memory: see `Timing` and `Memory`; memory is None where no program ran.
+      cost, limits: of a repeated run, what XLA counts in the program, and what the machine reaches if that was asked for.
       cell: the cell's execution number, None outside a notebook.
       started: seconds since the epoch.
       notes: the sharp bits that were found.
@@ -158,10 +232,13 @@ class Run:
     changed: Mapping[str, int] = field(default_factory=dict)
     program: str = ""
     reason: str = ""
+    causes: tuple[Cause, ...] = ()
     switch: str = ""
     static: tuple[str, ...] = ()
     timing: Timing = Timing()
     memory: Memory | None = None
+    cost: Cost | None = None
+    limits: Limits | None = None
     cell: int | None = None
     notes: tuple[Note, ...] = ()
     made: Made | None = None
@@ -204,7 +281,7 @@ class Run:
         from .keys import words
 
         timing: dict[str, Any] = {
-            name: getattr(self.timing, name) for name in ("trace", "lower", "compile", "run", "wait", "init")
+            name: getattr(self.timing, name) for name in ("trace", "lower", "compile", "run", "wait", "busy", "init")
         }
         if self.timing.steady is not None:
             timing["steady"] = list(self.timing.steady.times)
@@ -229,6 +306,8 @@ class Run:
             "static": list(self.static),
             "timing": timing,
             "memory": None if self.memory is None else asdict(self.memory),
+            "cost": None if self.cost is None else asdict(self.cost),
+            "limits": None if self.limits is None else asdict(self.limits),
             "digest": self.digest,
             "spread": [asdict(spread) for spread in self.spread],
             "cell": self.cell,

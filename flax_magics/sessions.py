@@ -26,6 +26,7 @@ from .models import Commit, adopt, is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .prepare import Call, as_names, method_path, prepare_init, spell_call
 from .program import KEPT, Programs
+from .recompiling import WINDOW, of_programs
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Note, Run
 from .state import Restart, State
@@ -314,6 +315,7 @@ class Session:
         draws: int | None = None,
         repeat: int = 1,
         eager: bool = False,
+        roofline: bool = False,
         **kwargs: Any,
     ) -> Run:
         """One draw, one compiled forward pass; the Run says what it was.
@@ -331,6 +333,7 @@ class Session:
             size in front.
           repeat: run so often with the same keys; `timing.steady` has every time.
           eager: run without compiling.
+          roofline: `limits` has what the machine reaches, measured once; without `repeat` there are 20 runs.
 
         Raises:
           FlaxMagicsError: a mistake in the call. What the model raises is passed on. Either way nothing has changed.
@@ -338,7 +341,7 @@ class Session:
         if mode not in (None, "train", "eval"):
             raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
         name = self._entry(model).name
-        options = Options(mode, as_names(mutable), variables, as_names(key), draw, draws, repeat, eager)
+        options = Options(mode, as_names(mutable), variables, as_names(key), draw, draws, repeat, eager, roofline)
         call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
         return self.run_apply(name, call, options)
 
@@ -488,6 +491,9 @@ class Session:
         notes = (*notes, *done.notes)
         if entry.outdated and done.made is None and options.variables is None:
             notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+        if done.causes:
+            earlier = history.causes_of(self._state.runs, name, WINDOW)
+            notes = (*notes, *of_programs(name, done.causes, earlier, done.ready.arguments.leaf))
         first = self._state.runs is None
         run = records.of_apply(
             name, call, done, now, started, notes, done.made or made, replayed=replayed is not None, first=first

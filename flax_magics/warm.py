@@ -19,9 +19,11 @@ from .execution import Execution, Options, hand_back
 from .frozen import altered
 from .keys import Draw, Streams, host_bytes
 from .library import library
+from .memory import with_peak
 from .models import Commit, Model, Record
 from .prepare import Call
 from .program import Program, Programs, settings
+from .reasons import Ran
 from .registry import Entry
 from .run import GONE, Run, Timing, like
 
@@ -54,7 +56,7 @@ class Warm:
       known, passed: leaves of the variables and of the arguments that were looked at, held weakly.
       written: for each leaf that a run writes which of the variables it is, None for a stream's own.
       names: the keys of the Run: see `Streams`.
-      parts: what the program was made for, as `Programs` keeps it to say why a program is new.
+      parts: the run as `Programs` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       template: the Run, as far as it does not change.
       root: the root that the last run left, and the same as it lies on the device.
@@ -76,7 +78,7 @@ class Warm:
     written: tuple[int | None, ...]
     names: Mapping[str, tuple[str, bool]]
     mutable: tuple[str, ...]
-    parts: dict[str, str]
+    parts: Ran
     numbers: bool
     template: Run = field(repr=False)
     root: tuple[bytes, Any] = (b"", None)
@@ -86,6 +88,8 @@ class Warm:
     ) -> Again | None:
         """The run once more, with the keys of `draw`; None where something differs, and then nothing has happened."""
         given, model = entry.model, self.model
+        if programs.unfinished.wait is not None:
+            return None
         if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
             return None
         if given.key() != self.print or library.edition != self.library:
@@ -105,11 +109,13 @@ class Warm:
         jax.block_until_ready((fresh, dynamic))
         begin = clock()
         try:
-            result, after = self.program(variables, self._words(draw), dynamic)
-            jax.block_until_ready((result, after))
+            result, after = programs.run(self.program, variables, self._words(draw), dynamic)
         except Exception:  # the long way finds out what it is, and says so
             return None
         timing = Timing(run=clock() - begin, wait=begin - before)
+        memory = self.template.memory
+        if memory is not None and memory.peak is not None:
+            memory = with_peak(memory, after.devices())
         draw.settle(host_bytes(after))
         self.root = draw.next_root, after
         programs.parts[entry.name] = self.parts
@@ -138,6 +144,7 @@ class Warm:
             sown=sown,
             changed=changed,
             timing=timing,
+            memory=memory,
             cell=call.cell,
             first=first,
         )
@@ -241,6 +248,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         sown={},
         program="reused",
         reason="",
+        causes=(),
         timing=Timing(),
         made=None,
         notes=done.steady,

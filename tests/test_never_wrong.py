@@ -269,6 +269,7 @@ def test_another_device_and_a_sharded_input_run_where_they_are():
             by_hand = jax.jit(lambda v, x, k: Net().apply(v, x, rngs={"dropout": k}))(variables, given, key)
             assert np.asarray(run.output).tobytes() == np.asarray(by_hand).tobytes(), where
             assert run.output.sharding == by_hand.sharding, (run.output.sharding, by_hand.sharding)
+            assert run.output.committed == by_hand.committed, where
             print(run.device)
     """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}

@@ -183,13 +183,34 @@ def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
     assert session.programs.compiling == {}
     assert future.done()
     assert (run.draw, run.program) == (1, "compiled")
+    assert run.reason == "first run of this program; begun by the run that was interrupted"
+
+
+def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session, monkeypatch):
+    import flax_magics.program as program
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    session.register("net", plain())
+    session.init("net", jnp.ones((2, 4)))
+    for rows in range(1, 9):
+        with monkeypatch.context() as patch:
+            patch.setattr(program.concurrent.futures, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.apply("net", jnp.ones((rows, 4)))
+        futures = list(session.programs.compiling.values())
+        program.concurrent.futures.wait(futures, timeout=60)
+    assert len(session.programs.compiling) == program.LEFT + 1
 
 
 def test_no_thread_is_left_behind(session):
     session.register("net", plain())
-    before = threading.active_count()
+    before = set(threading.enumerate())
     session.apply("net", jnp.ones((2, 4)))
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert set(threading.enumerate()) <= before
 
 
 def test_programs_kept_are_bounded(session, monkeypatch):
@@ -222,7 +243,7 @@ def test_pytrees_bools_and_strings_as_arguments(session):
     assert run.shape == "{how: (float32[], float32[]), none: None, out: float32[2,2]}"
     run = session.apply("net", batch, False, how="mean")
     assert bits(run.output) == bits(by_hand(variables, batch, False, "mean"))
-    assert run.reason == "flag: True → False"
+    assert run.reason == "flag: True → False; how: not given before"
 
 
 def test_devices_are_named():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .columns import clean, cut
-from .units import bytes_, plural, seconds
+from .units import bytes_, flops, plural, seconds, share
 
 FOLDED = "params (folded)"
 """A run's own `params` stream, where an init took the draw's."""
@@ -97,8 +97,8 @@ def brief(run: Run) -> tuple[str, ...]:
         parts.append(f"init {seconds(run.timing.init)}" if run.timing.init else "")
     else:
         parts.append(program_of(run))
-        if run.timing.wait >= WAIT:
-            parts.append(f"waited {seconds(run.timing.wait)}")
+        if run.timing.wait + run.timing.busy >= WAIT:
+            parts.append(f"waited {seconds(run.timing.wait + run.timing.busy)}")
         steady = run.timing.steady
         parts.append(f"run median {seconds(steady.median)}" if steady else f"run {seconds(run.timing.run)}")
     return (*parts, *(f"mean {_number(s.mean)} ± {_number(s.deviation)}" for s in run.spread[:1]), *changed_of(run))
@@ -126,6 +126,8 @@ def rows(run: Run) -> tuple[Row, ...]:
         Row("jit", (jit_of(run),) if run.command == "apply" and run.program else ()),
         Row("wait", wait_of(run)),
         Row("run", (run_of(run),) if run.command == "apply" else ()),
+        Row("rate", rate_of(run)),
+        Row("memory", memory_of(run) if run.timing.steady else ()),
     ]
     return tuple(row for row in found if row.items)
 
@@ -225,23 +227,67 @@ def jit_of(run: Run) -> str:
 
 
 def wait_of(run: Run) -> tuple[str, ...]:
-    """The wait for inputs that were still being computed."""
-    if run.timing.wait < WAIT:
-        return ()
-    return (f"inputs were ready after {seconds(run.timing.wait)}",)
+    """The wait for a run that was interrupted and went on, and for inputs that were still being computed."""
+    found = []
+    if run.timing.busy >= WAIT:
+        found.append(f"the interrupted run had the device for {seconds(run.timing.busy)} more")
+    if run.timing.wait >= WAIT:
+        found.append(f"inputs were ready after {seconds(run.timing.wait)}")
+    return tuple(found)
 
 
 def run_of(run: Run) -> str:
-    """Seconds on the device; of a repeated run, median, spread and the first."""
+    """Seconds on the device; of a repeated run, median, spread and the first outlier."""
     if run.timing.steady is None:
         return seconds(run.timing.run)
     return f"median {seconds(run.timing.steady.median)} {spread_of(run.timing.steady)}"
 
 
 def spread_of(steady: Steady) -> str:
-    """`± 0.01 ms of 20 (first 0.30 ms)`, in the unit of the median."""
-    spread = seconds(steady.spread, like=steady.median)
-    return f"± {spread} of {len(steady.times)} (first {seconds(steady.times[0])})"
+    """`± 0.01 ms of 20 (first outlier: run 4, 0.30 ms; 2 in all)`, the spread in the unit of the median."""
+    spread = f"± {seconds(steady.spread, like=steady.median)} of {len(steady.times)}"
+    slow = steady.outliers
+    if not slow:
+        return spread
+    first = "the first run" if slow[0] == 0 else f"run {slow[0] + 1}"
+    more = f"; {len(slow)} in all" if len(slow) > 1 else ""
+    return f"{spread} (first outlier: {first}, {seconds(steady.times[slow[0]])}{more})"
+
+
+def rate_of(run: Run) -> tuple[str, ...]:
+    """Operations and bytes a second of a repeated run, beside what the machine reaches, and what they are made of."""
+    cost, limits, steady = run.cost, run.limits, run.timing.steady
+    if cost is None or steady is None or steady.median <= 0:
+        return ()
+    least = "at least " if cost.loops else ""
+    found, counted = [], []
+    for amount, unit, limit, what in (
+        (cost.flops, flops, limits.flops if limits else 0, f"{limits.dtype if limits else ''} matmul"),
+        (cost.bytes, bytes_, limits.bytes if limits else 0, "copy"),
+    ):
+        if amount <= 0:
+            continue
+        reached = amount / steady.median
+        beside = f", {share(reached / limit)} of a large {clean(what)}'s {unit(round(limit))}/s" if limit else ""
+        found.append(f"{least}{unit(round(reached))}/s{beside}")
+        counted.append(unit(round(amount)))
+    each = f" on each of {clean(run.device)}" if _many(run.device) else ""
+    loops = ", which counts the body of a loop once" if cost.loops else ""
+    return (*found, f"({' and '.join(counted)} a run{each} by XLA's count{loops})")
+
+
+def _many(device: str) -> bool:
+    return any(sign in device.partition(":")[2] for sign in ",-")
+
+
+def memory_of(run: Run) -> tuple[str, ...]:
+    """The device's own count of its peak; where it keeps none, what XLA's analysis of the program says."""
+    memory = run.memory
+    if memory is None:
+        return ()
+    if memory.peak is not None:
+        return (f"peak {bytes_(memory.peak)}, as {clean(run.device)} counts since the process began",)
+    return (f"{bytes_(memory.analysed)} by XLA's analysis: arguments, temporaries and outputs",)
 
 
 def fingerprint_of(key: Any) -> str:
@@ -299,7 +345,7 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
         Phase("XLA", timing.compile),
-        Phase("wait", timing.wait if timing.wait >= WAIT else 0.0),
+        Phase("wait", timing.wait + timing.busy if timing.wait + timing.busy >= WAIT else 0.0),
         Phase("run", timing.steady.median if timing.steady else timing.run),
     ]
     return tuple(phase for phase in found if phase.seconds > 0)
@@ -311,7 +357,7 @@ def building(run: Run) -> tuple[Phase, ...]:
 
 
 def memory_facts(run: Run) -> tuple[tuple[str, str], ...]:
-    """What the program holds while it runs, as XLA says: label and bytes."""
+    """What the program holds while it runs, by XLA's analysis, and the device's own count: label and bytes."""
     memory = run.memory
     if memory is None:
         return ()
@@ -321,4 +367,4 @@ def memory_facts(run: Run) -> tuple[tuple[str, str], ...]:
         ("outputs", bytes_(memory.outputs)),
         ("code", bytes_(memory.code)),
     ]
-    return (*found, ("device peak", bytes_(memory.peak))) if memory.peak is not None else tuple(found)
+    return (*found, ("device peak so far", bytes_(memory.peak))) if memory.peak is not None else tuple(found)

@@ -32,11 +32,12 @@ def details(run: Run) -> str:
         "keys": Row("keys", tuple(table(keys, width=WIDTH - 10))),
     }
     found = [Row("call", (clean(run.call),))] if run.call else []
-    for row in facts.rows(run):
+    for row in (row for row in facts.rows(run) if row.label != "memory"):
         found += [row, extra["jit"]] if row.label == "jit" else [extra["keys"] if row.label == "keys" else row]
     if "keys" not in {row.label for row in found}:
         found.append(extra["keys"])
-    found.append(Row("memory", tuple(f"{name} {amount}" for name, amount in facts.memory_facts(run))))
+    memory = tuple(f"{name} {amount}" for name, amount in facts.memory_facts(run))
+    found.append(Row("memory", (*memory, "(by XLA's analysis)") if memory else ()))
     found.append(Row("digest", (run.digest,) if run.digest else ()))
     return "\n".join([*head(run), *columns(found, tables=("keys",)), *by_hand(run), *notes(run.notes)])
 

@@ -53,26 +53,27 @@ class Ticker:
 
     def end(self) -> None:
         """Gives the job up, after a drawing that is under way."""
+        self._job = None  # before the wait, which an interrupt may cut short
         with self._changed:
-            self._job = None
+            pass
 
     def _run(self) -> None:
         with self._changed:
             last = time.monotonic()
             while True:
-                now = time.monotonic()
-                if self._job is not None:
+                now, job = time.monotonic(), self._job
+                if job is not None:
                     last = now
-                    if now >= self._job.due:
-                        self._job.draw()
-                    self._wakes = self._job.due
+                    if now >= job.due:
+                        job.draw()
+                    # A line that cannot be drawn is never due: its end is still to be noticed.
+                    self._wakes = min(job.due, last + self._idle)
                 elif now - last >= self._idle:
                     self._thread = None
                     return
                 else:
                     self._wakes = last + self._idle
-                pause = self._wakes - time.monotonic()
-                self._changed.wait(None if pause == float("inf") else max(pause, 0.0))
+                self._changed.wait(max(self._wakes - time.monotonic(), 0.0))
 
 
 ticker = Ticker()

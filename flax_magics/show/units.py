@@ -6,6 +6,7 @@ _SECONDS = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"))
 # A tenth of the next unit is where that unit takes over: 0.22 ms reads better than 220 µs.
 _TAKES_OVER = (1e-4, 1e-1, 60.0)
 _BYTES = ("B", "KB", "MB", "GB", "TB", "PB")
+_FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 _COUNTS = ("", "k", "M", "G", "T")
 
 
@@ -59,6 +60,17 @@ def _long(value: float) -> str:
 def bytes_(value: int) -> str:
     """`60 B`, `1.2 KB`, `3.4 MB`: steps of 1000."""
     return _scaled(value, _BYTES, exact=1_000)
+
+
+def flops(value: int) -> str:
+    """`800 FLOP`, `1.2 MFLOP`: floating-point operations, in steps of 1000."""
+    return _scaled(value, _FLOPS, exact=1_000)
+
+
+def share(value: float) -> str:
+    """A part of a whole: `0.3 %`, `41 %`, `120 %`."""
+    percent = 100 * value
+    return f"{percent:.1g} %" if percent < 0.95 else f"{percent:,.0f} %"
 
 
 def count(value: int) -> str:

@@ -153,8 +153,31 @@ def test_a_mistyped_stream_does_not_pass_in_silence(notebook):
 
 def test_repeat_shows_median_and_spread(sharp_bits):
     out = sharp_bits("%flax_apply --repeat 7 my_model(x);")
-    assert times(out).splitlines()[-1] == "  run   median … ± … of 7 (first …)"
+    *_, run, rate, rest, memory = times(out).splitlines()
+    assert run.startswith("  run     median … ± … of 7")
+    assert rate.startswith("  rate    ")
+    assert (rate + rest).endswith(" a run by XLA's count)")
+    assert memory.endswith(" by XLA's analysis: arguments, temporaries and outputs")
     assert sharp_bits.session.draws == 1
+
+
+def test_roofline_holds_it_against_the_machine(sharp_bits):
+    out = sharp_bits("%flax_apply --roofline --repeat 5 -o run my_model(x);")
+    assert "of a large float32 matmul's " in " ".join(out.split())
+    assert "of a large copy's " in " ".join(out.split())
+    assert len(sharp_bits["run"].timing.steady.times) == 5
+    limits = sharp_bits["run"].limits
+    assert (limits.device, limits.dtype) == ("cpu:0", "float32")
+    sharp_bits("%flax_apply --roofline -o again my_model(x);")
+    assert sharp_bits["again"].limits is limits
+    assert len(sharp_bits["again"].timing.steady.times) == 20
+
+
+def test_roofline_needs_a_program(sharp_bits):
+    assert sharp_bits.fails("%flax_apply --roofline --eager my_model(x)") == (
+        "FlaxMagicsError: --roofline holds a compiled program against the machine; --eager compiles none.\n"
+        "  write: %flax_apply --roofline my_model(x)"
+    )
 
 
 def test_mutable_and_variables_and_out(notebook):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
-from flax_magics.run import Made, Note
+from flax_magics.run import Cost, Limits, Made, Note
 from flax_magics.show.html import details_html, figures, line_html, normal_html, report, segments
 
 EVIL = "<script>alert('&')</script>"
@@ -89,7 +89,7 @@ def test_the_largest_numerals_are_what_took_time() -> None:
     assert shown == [("compile", "0.41 s", "first run of this program"), ("run", "0.22 ms", "")]
     assert [(f.label, f.time, f.words) for f in figures(REUSED)] == [("run", "0.22 ms", "reused")]
     assert [(f.label, f.time, f.words) for f in figures(INIT)] == [("init", "0.52 ms", "eager")]
-    assert figures(REPEATED)[0].words == "± 0.005 ms of 21 (first 0.30 ms)"
+    assert figures(REPEATED)[0].words == "± 0.005 ms of 21 (first outlier: the first run, 0.30 ms)"
 
 
 def test_the_bar_is_in_proportion() -> None:
@@ -144,3 +144,16 @@ def test_it_brings_no_colour_of_its_own_and_no_rule_outside_its_class() -> None:
 def test_a_key_is_a_line_at_every_level() -> None:
     text = "key latent · draw 3 of seed 0 · 33b04f44"
     assert {Reader(html).text for html in (line_html(KEY), normal_html(KEY), details_html(KEY))} == {text}
+
+
+def test_the_rates_and_the_memory_of_a_repeated_run_are_rows() -> None:
+    run = replace(REPEATED, cost=Cost(2e6, 4e3), limits=Limits("cpu:0", "float32", 2e10, 2e9))
+    html = normal_html(run)
+    for item in (
+        "9.5 GFLOP/s, 48 % of a large float32 matmul&#39;s 20.0 GFLOP/s",
+        "19.0 MB/s, 1 % of a large copy&#39;s 2.0 GB/s",
+        "(2.0 MFLOP and 4.0 KB a run by XLA&#39;s count)",
+        "1.5 KB by XLA&#39;s analysis: arguments, temporaries and outputs",
+    ):
+        assert f'<span class="fm-item">{item}</span>' in html
+    assert "<caption>Memory, by XLA's analysis</caption>" in html

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED, keys
 
-from flax_magics.run import Made, Note, Timing
+from flax_magics.run import Cost, Limits, Made, Note, Steady, Timing
 from flax_magics.show.columns import clean, cut
+from flax_magics.show.facts import rate_of, run_of
 from flax_magics.show.text import details, line, normal, report
 
 
@@ -127,9 +128,62 @@ def test_a_short_wait_is_not_told() -> None:
     assert "wait" not in normal(replace(REUSED, timing=Timing(run=0.0002, wait=0.0009)))
 
 
-def test_a_repeated_run_shows_median_spread_and_first() -> None:
-    assert normal(REPEATED).splitlines()[-1] == "  run   median 0.21 ms ± 0.005 ms of 21 (first 0.30 ms)"
+def test_a_repeated_run_shows_median_spread_and_first_outlier() -> None:
+    assert normal(REPEATED).splitlines()[-3:] == [
+        "  run     median 0.21 ms ± 0.005 ms of 21 (first outlier: the first run, 0.30",
+        "          ms)",
+        "  memory  1.5 KB by XLA's analysis: arguments, temporaries and outputs",
+    ]
     assert line(REPEATED).endswith(" · run median 0.21 ms")
+
+
+@pytest.mark.parametrize(
+    ("times", "says"),
+    [
+        ((2e-4,) * 20, "median 0.20 ms ± 0.00 ms of 20"),
+        ((2e-4, 9e-4, 2e-4, 2e-4), "median 0.20 ms ± 0.09 ms of 4"),
+        ((*[2e-4] * 3, 9e-4, *[2e-4] * 6), "median 0.20 ms ± 0.00 ms of 10 (first outlier: run 4, 0.90 ms)"),
+        (
+            (*[2e-4] * 3, 9e-4, *[2e-4] * 9, 5e-4),
+            "median 0.20 ms ± 0.00 ms of 14 (first outlier: run 4, 0.90 ms; 2 in all)",
+        ),
+        ((2.00e-4, 2.01e-4) * 8 + (2.1e-4,), "median 0.20 ms ± 0.0005 ms of 17"),
+    ],
+)
+def test_the_first_outlier_is_named_where_there_is_one(times, says) -> None:
+    assert run_of(replace(REUSED, timing=Timing(steady=Steady(times)))) == says
+
+
+def test_rates_stand_beside_what_the_machine_reaches() -> None:
+    steady = Timing(run=2e-3, steady=Steady((2e-3,) * 20))
+    run = replace(REUSED, timing=steady, cost=Cost(268_435_456, 4_194_304))
+    assert normal(run) == exactly("""
+        net · train (training=True) · cpu:0 · draw 2 of seed 0
+          out     float32[3,4,3]
+          keys    dropout → Dropout_0
+          jit     reused
+          run     median 2.00 ms ± 0.00 ms of 20
+          rate    134 GFLOP/s    2.1 GB/s    (268 MFLOP and 4.2 MB a run by XLA's count)
+          memory  1.5 KB by XLA's analysis: arguments, temporaries and outputs
+        """)
+    limits = Limits("gpu:0", "bfloat16", 9.12e14, 1.3e12)
+    memory = replace(REUSED.memory, peak=3_400_000_000)
+    run = replace(run, device="gpu:0", cost=Cost(268_435_456, 4_194_304, loops=True), limits=limits, memory=memory)
+    assert normal(run).splitlines()[-5:] == [
+        "  rate    at least 134 GFLOP/s, 0.01 % of a large bfloat16 matmul's 912 TFLOP/s",
+        "          at least 2.1 GB/s, 0.2 % of a large copy's 1.3 TB/s",
+        "          (268 MFLOP and 4.2 MB a run by XLA's count, which counts the body of a",
+        "          loop once)",
+        "  memory  peak 3.4 GB, as gpu:0 counts since the process began",
+    ]
+    assert "(268 MFLOP and 4.2 MB a run on each of gpu:0-7 by" in normal(replace(run, device="gpu:0-7"))
+
+
+def test_a_rate_of_what_was_not_counted_is_not_shown() -> None:
+    steady = Timing(run=2e-3, steady=Steady((2e-3,) * 20))
+    assert rate_of(replace(REUSED, timing=steady)) == ()
+    assert rate_of(replace(REUSED, cost=Cost(10.0, 10.0))) == ()
+    assert rate_of(replace(REUSED, timing=steady, cost=Cost(0.0, 4e6))) == ("2.0 GB/s", "(4.0 MB a run by XLA's count)")
 
 
 def test_details() -> None:
@@ -147,6 +201,7 @@ def test_details() -> None:
                   trace 21.0 ms    lower 12.0 ms    XLA 0.38 s
           run     0.22 ms
           memory  arguments 204 B    temporaries 1.2 KB    outputs 144 B    code 3.4 KB
+                  (by XLA's analysis)
           digest  {run.digest}
           by hand
             net.clone(training=True).apply(variables, x, rngs={{'dropout': dropout_key}})

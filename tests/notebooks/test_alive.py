@@ -1,0 +1,307 @@
+"""A kernel stays alive while something is slow: it tells of it, it can be interrupted, and it can leave.
+
+No time is measured. That an interrupt returned at once is shown by what is still going on behind it.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jupyter_client.manager import KernelManager
+from kernels import RUN_JSON
+from sharp_bits import LOAD, SETUP
+
+MODELS = """
+%%flaxmodel
+import pathlib, time
+import flax_magics
+
+def touch(name):
+  pathlib.Path(name).touch()
+
+def until(name):
+  while not pathlib.Path(name).exists():
+    time.sleep(0.01)
+
+class Big(nn.Module):  # XLA takes 20 s for it on a slow machine
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4)(x)
+    for i in range(1 if self.is_initializing() else 600):
+      x = jnp.sin(x @ jnp.full((4, 4), 0.1 * i)) + i
+    return x
+
+class Traced(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4)(x)
+    if not self.is_initializing() and not pathlib.Path('free').exists():
+      touch('tracing')
+      until('free')
+    return x
+
+class Deep(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    for i in range(10_000):
+      x = nn.Dense(64 + i % 7)(x)
+      if i == 20:
+        touch('initialising')
+    return x
+
+class Long(nn.Module):  # 20 s on a slow machine
+  @nn.compact
+  def __call__(self, x):
+    w = nn.Dense(1000)(jnp.ones((1000, 1000)))
+    turns = jnp.where(x.sum() > 0, 200, 1)
+    return jax.lax.fori_loop(0, turns, lambda i, w: jnp.sin(w @ w), w)
+
+class Calls(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    def hold(v):
+      touch('called')
+      until('go')
+      return v
+    x = nn.Dense(4)(x)
+    return x if self.is_initializing() else jax.pure_callback(hold, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+big, traced, deep, long, calls = Big(), Traced(), Deep(), Long(), Calls()
+x = jnp.ones((3, 4))
+session = flax_magics.session()
+"""
+
+STATE = """
+leaves = {name: jax.tree_util.tree_leaves(model.variables) for name, model in session.models.items()}
+print(session.draws, len(session.runs), session._state.root.data.hex(),
+      {name: [leaf.unsafe_buffer_pointer() for leaf in found if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+       for name, found in leaves.items()})
+"""
+"""All of the session, read without asking the device for anything: it may be busy."""
+
+
+class Kernel:
+    """A real kernel, driven by jupyter_client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manager = KernelManager(kernel_name="python3")
+        self.manager.start_kernel(cwd=str(folder))
+        provisioner = getattr(self.manager, "provisioner", None)
+        self.process: Any = self.manager.kernel if provisioner is None else provisioner.process
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=120)
+
+    def send(self, source: str) -> str:
+        """Begins to run a cell."""
+        message: str = self.client.execute(source.strip("\n"))
+        return message
+
+    def outputs(self, message: str, interrupt: Callable[[], bool] | None = None) -> list[dict[str, Any]]:
+        """Everything that a cell published until it was done, in order; it is interrupted when `interrupt` says so."""
+        found = []
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            if interrupt is not None and interrupt():
+                self.manager.interrupt_kernel()
+                interrupt = None
+            try:
+                got = self.client.get_iopub_msg(timeout=0.02)
+            except queue.Empty:
+                continue
+            if got["parent_header"].get("msg_id") != message:
+                continue
+            if got["msg_type"] == "status" and got["content"]["execution_state"] == "idle":
+                return found
+            found.append({"type": got["msg_type"], **got["content"]})
+        raise AssertionError(f"the kernel does not answer; so far: {found}")
+
+    def run(self, source: str) -> list[dict[str, Any]]:
+        """Runs a cell that must work."""
+        found = self.outputs(self.send(source))
+        errors = [item for item in found if item["type"] == "error"]
+        assert not errors, "\n".join(errors[0]["traceback"])
+        return found
+
+    def prints(self, source: str) -> str:
+        return "".join(item["text"] for item in self.run(source) if item["type"] == "stream")
+
+    def interrupted(self, source: str, when: Callable[[], bool]) -> list[dict[str, Any]]:
+        """Runs a cell and interrupts it when `when` says so; gives what it published before the error."""
+        *found, error = self.outputs(self.send(source), when)
+        assert (error["type"], error.get("ename")) == ("error", "KeyboardInterrupt")
+        return found
+
+    def appeared(self, name: str) -> Callable[[], bool]:
+        return (self.folder / name).exists
+
+    def close(self) -> None:
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+        self.manager.context.destroy()
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, home: Path) -> Iterator[Kernel]:
+    kernel = Kernel(tmp_path)
+    try:
+        kernel.run(LOAD)
+        kernel.run(SETUP)
+        kernel.run(MODELS)
+        yield kernel
+    finally:
+        kernel.close()
+
+
+def texts(outputs: list[dict[str, Any]]) -> list[str]:
+    """What displays said, updates of them included."""
+    shown = [item for item in outputs if item["type"] in ("display_data", "update_display_data")]
+    return [item["data"]["text/plain"] for item in shown]
+
+
+def report(outputs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The Run that was shown last."""
+    return [item["data"][RUN_JSON] for item in outputs if RUN_JSON in item.get("data", {})][-1]
+
+
+COMPILING = """
+import threading
+def tell():
+  while not session.programs.compiling:
+    time.sleep(0.01)
+  touch('compiling')
+threading.Thread(target=tell, daemon=True).start()
+"""
+RUNNING = COMPILING.replace("not session.programs.compiling", "session.programs.unfinished.wait is None").replace(
+    "'compiling'", "'running'"
+)
+
+
+def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it(kernel):
+    kernel.run("%flax_init -q big(x);")
+    before = kernel.prints(STATE)
+    kernel.run(COMPILING)
+    shown = kernel.interrupted("y = %flax_apply big(x)", kernel.appeared("compiling"))
+    assert kernel.prints("(future,) = session.programs.compiling.values(); print(future.done())") == "False\n"
+    assert kernel.prints(STATE) == before
+    assert texts(shown)[-1:] in ([], [""])  # the live line, if there was time for one, is gone
+
+    again = kernel.run("y = %flax_apply big(x)")
+    *live, last = texts(again)
+    assert all(re.fullmatch(r"(tracing|lowering|compiling|running) big · \d+ s", text) for text in live)
+    assert any(text.startswith("compiling big · ") for text in live)
+    assert "first run of this program; begun by the run that was" in last
+    run = report(again)
+    assert (run["program"], run["draw"]) == ("compiled", 1)
+    assert run["reason"] == "first run of this program; begun by the run that was interrupted"
+    assert kernel.prints("print(future.done(), len(session.programs), session.programs.compiling)") == "True 1 {}\n"
+    assert report(kernel.run("y = %flax_apply big(x)"))["program"] == "reused"
+
+
+def test_the_live_line_and_the_report_are_one_display(kernel):
+    kernel.run("%flax_init -q big(x);")
+    outputs = kernel.run("y = %flax_apply big(x)")
+    displays = [item for item in outputs if item["type"] in ("display_data", "update_display_data")]
+    assert [item["type"] for item in displays[:2]] == ["display_data", "update_display_data"]
+    assert len({item["transient"]["display_id"] for item in displays}) == 1
+    assert RUN_JSON in displays[-1]["data"]
+
+
+def test_a_trace_that_is_interrupted(kernel):
+    kernel.run("%flax_init -q traced(x);")
+    before = kernel.prints(STATE)
+    kernel.interrupted("y = %flax_apply traced(x)", kernel.appeared("tracing"))
+    assert kernel.prints(STATE) == before
+    kernel.run("touch('free')")
+    assert report(kernel.run("y = %flax_apply traced(x)"))["draw"] == 1
+
+
+@pytest.mark.parametrize("command", ["%flax_init deep(x);", "%flax_apply deep(x);"])
+def test_an_initialisation_that_is_interrupted(kernel, command):
+    before = kernel.prints(STATE)
+    kernel.interrupted(command, kernel.appeared("initialising"))
+    assert kernel.prints(STATE) == before
+    assert kernel.prints("print(session.models['deep'].variables)") == "None\n"
+
+
+def test_a_run_that_is_interrupted_goes_on_and_the_next_one_waits_and_says_so(kernel):
+    kernel.run("%flax_apply -q long(-x);")
+    before = kernel.prints(STATE)
+    kernel.run(RUNNING)
+    kernel.interrupted("y = %flax_apply long(x)", kernel.appeared("running"))
+    busy = "print(session.programs.unfinished.wait.__self__.is_ready())"
+    assert kernel.prints(busy) == "False\n"
+    assert kernel.prints(STATE) == before
+    again = kernel.run("%config FlaxMagics.report = 'normal'\ny = %flax_apply long(-x)")
+    assert report(again)["draw"] == 2
+    assert report(again)["timing"]["busy"] > report(again)["timing"]["run"]
+    assert re.search(r"\n  wait  the interrupted run had the device for [\d.]+ m?s more\n", texts(again)[-1])
+    assert kernel.prints("print(session.programs.unfinished.wait)") == "None\n"
+    assert report(kernel.run("y = %flax_apply long(-x)"))["timing"]["busy"] == 0
+
+
+def test_inputs_that_are_not_there_yet(kernel):
+    kernel.run("touch('free')\ny = %flax_apply -q traced(x)")
+    before = kernel.prints(STATE)
+    kernel.run(
+        "def turn(i, w): return jnp.sin(w @ w)\n"
+        "slow = jax.jit(lambda w: jax.lax.fori_loop(0, 200, turn, w)[:3, :4])\n"
+        "compiled = slow.lower(jnp.ones((1000, 1000))).compile()"
+    )
+    kernel.interrupted(
+        "later = compiled(jnp.ones((1000, 1000)))\ntouch('waiting')\ny = %flax_apply traced(later)",
+        kernel.appeared("waiting"),
+    )
+    assert kernel.prints("print(later.is_ready())") == "False\n"
+    assert kernel.prints(STATE) == before
+
+
+def test_a_program_with_callbacks_is_interrupted_while_it_runs(kernel):
+    kernel.run("%flax_init -q calls(x);")
+    before = kernel.prints(STATE)
+    kernel.interrupted("y = %flax_apply calls(x)", kernel.appeared("called"))
+    assert kernel.prints(STATE) == before  # and the callback waits for a file that is not there
+    kernel.run("touch('go')")
+    again = kernel.run("y = %flax_apply calls(x)\nassert y.shape == (3, 4)")
+    assert report(again)["draw"] == 1
+
+
+def test_an_nnx_module_is_as_it_was(kernel):
+    kernel.run(
+        "%%flaxmodel net = Net()\n"
+        "from flax import nnx\n"
+        "class Net(nnx.Module):\n"
+        "  def __init__(self, *, rngs):\n"
+        "    self.norm = nnx.BatchNorm(4, rngs=rngs)\n"
+        "    self.dropout = nnx.Dropout(0.5, rngs=rngs)\n"
+        "  def __call__(self, x):\n"
+        "    def hold(v):\n"
+        "      touch('called')\n"
+        "      until('go')\n"
+        "      return v\n"
+        "    x = self.dropout(self.norm(x))\n"
+        "    return jax.pure_callback(hold, jax.ShapeDtypeStruct(x.shape, x.dtype), x)\n"
+    )
+    look = "print([str(leaf) for leaf in jax.tree_util.tree_leaves(nnx.state(net))])"
+    before = kernel.prints(STATE), kernel.prints(look)
+    kernel.interrupted("y = %flax_apply --train net(x + jnp.arange(3.0)[:, None])", kernel.appeared("called"))
+    assert (kernel.prints(STATE), kernel.prints(look)) == before
+    kernel.run("touch('go')")
+    kernel.run("y = %flax_apply --train net(x + jnp.arange(3.0)[:, None])")
+    assert kernel.prints(look) != before[1]
+
+
+def test_the_kernel_can_be_shut_down_while_something_compiles_behind_an_interrupt(kernel):
+    kernel.run("%flax_init -q big(x);")
+    kernel.run(COMPILING)
+    kernel.interrupted("y = %flax_apply big(x)", kernel.appeared("compiling"))
+    assert kernel.prints("(future,) = session.programs.compiling.values(); print(future.done())") == "False\n"
+    kernel.client.shutdown()
+    assert kernel.process.wait(timeout=180) == 0

@@ -1,0 +1,535 @@
+"""Why a program is new: one sentence, of what differs from the most similar program, in exact words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from by_hand import MyModel, notebook_x
+from flax import nnx
+
+from flax_magics import Session
+
+
+@pytest.fixture
+def session():
+    return Session(seed=0)
+
+
+class Namespace(dict):
+    """A notebook's namespace, in which cells are run."""
+
+    def __init__(self) -> None:
+        super().__init__(nn=nn, nnx=nnx, jnp=jnp, jax=jax, __name__="__main__")
+
+    def cell(self, source: str) -> Namespace:
+        exec(compile(source, "<cell>", "exec"), self)
+        return self
+
+
+def why(run: Any) -> str:
+    assert run.program == "compiled"
+    return run.reason
+
+
+X = jnp.ones((2, 4))
+
+
+# -- an argument
+
+
+class Takes(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale=1.0, n=1, mask=None, how="relu"):
+        x = nn.Dense(3)(x) if x.ndim == 2 else x
+        for _ in range(n):
+            x = getattr(nn, how)(x)
+        return x * scale if mask is None else x * scale * mask
+
+
+def test_another_shape_or_dtype(session):
+    session.register("net", Takes())
+    assert why(session.apply("net", X)) == "first run of this program"
+    assert why(session.apply("net", jnp.ones((5, 4)))) == "x: float32[2,4] → float32[5,4]"
+    assert why(session.apply("net", jnp.ones((5, 4), jnp.bfloat16))) == "x: float32[5,4] → bfloat16[5,4]"
+
+
+def test_it_is_held_against_the_most_similar_program_not_the_last(session):
+    session.register("net", Takes())
+    session.apply("net", X, 2.0)
+    session.apply("net", jnp.ones((7, 4), jnp.bfloat16), jnp.float32(2.0))
+    assert why(session.apply("net", jnp.ones((3, 4)), 2.0)) == "x: float32[2,4] → float32[3,4]"
+
+
+def test_of_equally_similar_ones_it_is_the_one_that_ran_last(session):
+    session.register("net", Takes())
+    for rows in (2, 3, 4):
+        session.apply("net", jnp.ones((rows, 4)))
+    assert session.apply("net", jnp.ones((3, 4))).program == "reused"
+    assert why(session.apply("net", jnp.ones((9, 4)))) == "x: float32[3,4] → float32[9,4]"
+
+
+def test_two_changes_are_named_and_more_are_counted(session):
+    session.register("net", Takes())
+    session.apply("net", X, jnp.ones(3))
+    run = session.apply("net", jnp.ones((5, 4)), jnp.ones((1, 3)))
+    assert why(run) == "x: float32[2,4] → float32[5,4]; scale: float32[3] → float32[1,3]"
+    run = session.apply("net", jnp.ones((6, 4), jnp.bfloat16), jnp.ones((6, 3)), how="tanh", mask=jnp.ones(3))
+    assert why(run) == "x: float32[5,4] → bfloat16[6,4]; scale: float32[1,3] → float32[6,3]; and 2 more"
+
+
+def test_a_weak_type(session):
+    session.register("net", Takes())
+    half = X.astype(jnp.bfloat16)
+    session.apply("net", half[0], jnp.float32(2.0))
+    run = session.apply("net", half[0], jnp.asarray(2.0))
+    assert why(run) == "scale: float32[] → float32[] (weak type)"
+
+
+def test_a_python_number_in_place_of_an_array(session):
+    session.register("net", Takes())
+    session.apply("net", X, jnp.float32(2.0))
+    assert why(session.apply("net", X, 2.0)) == "scale: float32[] → a Python float"
+    assert session.apply("net", X, 3.0).program == "reused"
+    assert why(session.apply("net", X, 3)) == "scale: a Python float → a Python int"
+
+
+def test_a_static_value(session):
+    session.register("net", Takes())
+    session.apply("net", X, n=3)
+    assert why(session.apply("net", X, n=4)) == "n: 3 → 4"
+    assert why(session.apply("net", X, n=4, how="tanh")) == "how: not given before"
+    assert why(session.apply("net", X, n=4, how="gelu")) == "how: 'tanh' → 'gelu'"
+
+
+def test_an_argument_more_or_less(session):
+    session.register("net", Takes())
+    session.apply("net", X, how="tanh")
+    assert why(session.apply("net", X, how="tanh", mask=jnp.ones(3))) == "mask: not given before"
+    assert why(session.apply("net", X)) == "how: given before"
+
+
+class Sums(nn.Module):
+    def __call__(self, parts):
+        return sum(parts) if isinstance(parts, tuple) else parts[0] - parts[1]
+
+
+def test_arguments_in_another_container(session):
+    session.register("net", Sums())
+    session.apply("net", (X, X))
+    assert why(session.apply("net", [X, X])) == "the arguments are put together in another way"
+
+
+# -- the model
+
+
+FIELDS = """
+class Net(nn.Module):
+  features: int = 3
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.features)(x)
+"""
+
+
+def test_another_value_of_a_field(session):
+    cells = Namespace().cell(FIELDS)
+    session.register("net", cells["Net"]())
+    session.apply("net", X)
+    session.register("net", cells["Net"](features=5))
+    assert why(session.apply("net", X)) == "features: 3 → 5"
+
+
+def test_a_changed_default_in_a_cell_that_is_run_again(session):
+    session.register("net", Namespace().cell(FIELDS)["Net"]())
+    session.apply("net", X)
+    session.register("net", Namespace().cell(FIELDS.replace("= 3", "= 5"))["Net"]())
+    assert why(session.apply("net", X)) == "features: 3 → 5"
+
+
+def test_edited_code_and_the_leaf_that_it_changes(session):
+    session.register("net", Namespace().cell(FIELDS)["Net"]())
+    session.apply("net", X)
+    session.register("net", Namespace().cell(FIELDS.replace("self.features", "5"))["Net"]())
+    assert why(session.apply("net", X)) == "Net.__call__ was edited: Dense_0/bias [3]→[5] and 1 more"
+    session.register(
+        "net", Namespace().cell(FIELDS.replace("(x)\n", "(x) + 1\n").replace("self.features", "5"))["Net"]()
+    )
+    assert why(session.apply("net", X)) == "Net.__call__ was edited"
+
+
+READS = """
+WIDTH = 128
+TABLE = jnp.arange(3.0)
+config = {"scale": 2.0, "inner": [1, 2]}
+def deep(x, by=1.0):
+  return x * by * config["scale"]
+def helper(x):
+  return deep(x) + WIDTH + TABLE.sum()
+class Base(nn.Module):
+  factor = 2.0
+  def scaled(self, x):
+    return x * self.factor
+class Net(Base):
+  @nn.compact
+  def __call__(self, x):
+    return self.scaled(helper(nn.Dense(3)(x)))
+net = Net()
+"""
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        ("WIDTH = 256", "WIDTH: 128 → 256"),
+        ("TABLE = jnp.arange(3.0) + 1", "TABLE: other values"),
+        ("TABLE = jnp.arange(4.0)", "TABLE: float32[3] → float32[4]"),
+        ("config['scale'] = 3.0", "config['scale']: 2.0 → 3.0"),
+        ("def helper(x):\n  return deep(x) - WIDTH - TABLE.sum()", "helper() was redefined"),
+        ("def deep(x, by=1.0):\n  return x * by / config['scale']", "deep() was redefined"),
+        ("deep.__defaults__ = (7.0,)", "by of deep: 1.0 → 7.0"),
+        ("Base.factor = 4.0", "Base.factor: 2.0 → 4.0"),
+        ("Base.scaled = lambda self, x: x - self.factor", "Base.scaled was edited"),
+        ("def helper(x):\n  return x - 7", "helper() was redefined"),
+    ],
+)
+def test_what_the_model_reads(session, edit, sentence):
+    cells = Namespace().cell(READS)
+    session.register("net", cells["net"])
+    session.apply("net", X)
+    cells.cell(edit)
+    assert why(session.apply("net", X)) == sentence
+
+
+def test_a_closure(session):
+    cells = Namespace().cell(
+        "def make(offset):\n"
+        "  class Net(nn.Module):\n"
+        "    def __call__(self, x):\n"
+        "      return x + offset\n"
+        "  return Net()\n"
+    )
+    session.register("net", cells["make"](1.0))
+    session.apply("net", X)
+    session.register("net", cells["make"](2.5))
+    assert why(session.apply("net", X)) == "offset: 1.0 → 2.5"
+
+
+def test_a_config_object_that_was_changed_where_it_is(session):
+    cells = Namespace().cell(
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Config:\n"
+        "  width: int = 3\n"
+        "class Net(nn.Module):\n"
+        "  config: Config\n"
+        "  @nn.compact\n"
+        "  def __call__(self, x):\n"
+        "    return x * self.config.width\n"
+    )
+    config = cells["Config"]()
+    session.register("net", cells["Net"](config))
+    session.apply("net", X)
+    config.width = 5
+    assert why(session.apply("net", X)) == "config.width: 3 → 5"
+
+
+def test_layers_in_a_field(session):
+    session.register("net", nn.Sequential([nn.Dense(3), nn.relu]))
+    session.apply("net", X)
+    session.register("net", nn.Sequential([nn.Dense(5), nn.relu]))
+    assert why(session.apply("net", X)) == "layers[0].features: 3 → 5"
+    session.register("net", nn.Sequential([nn.Dense(5), nn.tanh]))
+    assert why(session.apply("net", X)) == "layers[1]: relu → tanh"
+    session.register("net", nn.Sequential([nn.Dense(5), nn.tanh, nn.Dense(2)]))
+    assert why(session.apply("net", X)) == "layers: 2 items → 3 items"
+
+
+def test_another_class_under_the_name(session):
+    session.register("net", Takes())
+    session.apply("net", X)
+    session.register("net", MyModel(3, True))
+    assert why(session.apply("net", X)).startswith("the model: Takes → MyModel")
+
+
+def test_state_of_an_object_that_is_not_plain(session):
+    cells = Namespace().cell(
+        "class Scale:\n"
+        "  factor = 1.0\n"
+        "  def __call__(self, x):\n"
+        "    return x * self.factor\n"
+        "scale = Scale()\n"
+        "class Net(nn.Module):\n"
+        "  def __call__(self, x):\n"
+        "    return scale(x)\n"
+    )
+    session.register("net", cells["Net"]())
+    session.apply("net", X)
+    cells["scale"].factor = 5.0
+    assert why(session.apply("net", X)) == "scale.factor: not there before"
+    cells["scale"].factor = 6.0
+    assert why(session.apply("net", X)) == "scale.factor: 5.0 → 6.0"
+
+
+NNX = """
+class Net(nnx.Module):
+  def __init__(self, features, *, rngs):
+    self.features = features
+    self.hidden = nnx.Linear(4, features, rngs=rngs)
+  def __call__(self, x):
+    return nnx.relu(self.hidden(x))
+"""
+
+
+def test_nnx_says_the_field_the_code_or_the_leaf(session):
+    cells = Namespace().cell(NNX)
+    session.register("net", cells["Net"](3, rngs=nnx.Rngs(0)))
+    session.apply("net", X)
+    session.register("net", cells["Net"](5, rngs=nnx.Rngs(0)))
+    assert why(session.apply("net", X)) == "features: 3 → 5"
+    cells.cell(NNX.replace("relu", "tanh"))
+    session.register("net", cells["Net"](5, rngs=nnx.Rngs(0)))
+    assert why(session.apply("net", X)) == "Net.__call__ was edited"
+    session.models["net"].module.hidden = nnx.Linear(4, 7, rngs=nnx.Rngs(0))
+    assert why(session.apply("net", X)) == "the model changed: hidden/bias [5]→[7] and 1 more"
+
+
+# -- mode, method, options, settings, variables
+
+
+class Both(nn.Module):
+    def setup(self):
+        self.dense = nn.Dense(4)
+        self.drop = nn.Dropout(0.5)
+
+    def encode(self, x):
+        self.sow("intermediates", "z", x)
+        return self.dense(x)
+
+    def __call__(self, x, deterministic=True):
+        return self.drop(self.encode(x) * 2, deterministic=deterministic)
+
+
+def test_another_mode_or_method(session):
+    session.register("net", Both())
+    session.apply("net", X)
+    assert why(session.apply("net", X, mode="train")) == "mode: as written → train"
+    assert why(session.apply("net", X, method="encode")) == "method: the call → encode"
+    assert why(session.apply("net", jnp.ones((5, 4)), mode="train")) == "x: float32[2,4] → float32[5,4]"
+
+
+def test_a_mode_that_is_a_field_is_said_as_the_mode(session):
+    session.register("net", MyModel(3, False))
+    session.apply("net", notebook_x())
+    assert why(session.apply("net", notebook_x(), mode="train")) == "mode: as written → train"
+
+
+class Asks(nn.Module):
+    def __call__(self, x):
+        return x + 1 if self.is_mutable_collection("cache") else x
+
+
+def test_options(session):
+    session.register("net", Asks())
+    session.apply("net", X)
+    assert why(session.apply("net", X, mutable="cache")) == "--mutable: none → cache"
+    assert why(session.apply("net", X, draws=3)) == "--draws: none → 3"
+    assert why(session.apply("net", X, draws=4)) == "--draws: 3 → 4"
+
+
+def test_a_setting_of_jax_by_name_and_value(session):
+    session.register("net", Takes())
+    session.apply("net", X)
+    with jax.default_matmul_precision("float32"):
+        run = session.apply("net", X)
+    assert why(run) == "jax_default_matmul_precision: None → float32"
+
+
+def test_variables_of_another_dtype(session):
+    session.register("net", nn.Dense(3))
+    session.apply("net", X)
+    half = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), session.models["net"].variables)
+    run = session.apply("net", X, variables=half)
+    assert why(run) == "the variables changed: bias float32→bfloat16 and 1 more"
+
+
+def test_arrays_that_were_placed(session):
+    session.register("net", Takes())
+    session.apply("net", X)
+    run = session.apply("net", jax.device_put(X, jax.devices()[0]))
+    if run.program == "compiled":  # JAX lowers a committed array as one that is not, where there is one device
+        assert run.reason == "x: float32[2,4] → float32[2,4] on cpu:0"
+
+
+def test_another_device(tmp_path):
+    """With two devices, which takes a process of its own."""
+    import os
+    import subprocess
+    import sys
+
+    script = tmp_path / "devices.py"
+    script.write_text(
+        "import jax, jax.numpy as jnp, flax.linen as nn\n"
+        "from flax_magics import Session\n"
+        "class Net(nn.Module):\n"
+        "  def __call__(self, x):\n"
+        "    return x + 1\n"
+        "s = Session(0)\n"
+        "s.register('net', Net())\n"
+        "one, two = jax.devices()\n"
+        "s.apply('net', jax.device_put(jnp.ones((4, 2)), one))\n"
+        "print(s.apply('net', jax.device_put(jnp.ones((4, 2)), two)).reason)\n"
+        "mesh = jax.sharding.Mesh(jax.devices(), ('data',))\n"
+        "rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))\n"
+        "print(s.apply('net', jax.device_put(jnp.ones((4, 2)), rows)).reason)\n"
+    )
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "x: float32[4,2] on cpu:0 → float32[4,2] on cpu:1\n"
+        "x: float32[4,2] on cpu:1 → float32[4,2] on cpu:0,1 as P('data',)\n"
+    )
+
+
+# -- and where there is nothing to say
+
+
+def test_no_reason_where_nothing_was_compiled(session):
+    session.register("net", Takes())
+    session.apply("net", X)
+    run = session.apply("net", X)
+    assert (run.program, run.reason, run.causes) == ("reused", "", ())
+    run = session.apply("net", X, eager=True)
+    assert (run.program, run.reason, run.causes) == ("eager", "", ())
+
+
+def test_a_program_that_was_dropped(session, monkeypatch):
+    import flax_magics.program as program
+
+    monkeypatch.setattr(program, "KEPT", 1)
+    session.register("net", Takes())
+    session.apply("net", X)
+    session.apply("net", jnp.ones((3, 4)))
+    assert why(session.apply("net", X)) == "made before, and dropped since: the last 256 programs are kept"
+
+
+def test_two_models_have_reasons_of_their_own(session):
+    session.register("one", Takes())
+    session.register("two", Sums())
+    session.apply("one", X)
+    assert why(session.apply("two", [X, X])) == "first run of this program"
+
+
+# -- the note on what to do about it
+
+
+def advice(run: Any) -> list[tuple[str, str | None]]:
+    return [(note.text, note.write) for note in run.notes if note.kind == "programs"]
+
+
+def test_a_batch_size_that_varies(session):
+    session.register("net", Takes())
+    said = [advice(session.apply("net", jnp.ones((rows, 4)))) for rows in (128, 64, 64, 32)]
+    assert said[:3] == [[], [], []]
+    assert said[3] == [
+        (
+            "3 of the last 4 runs of net compiled: the batch size of `x` varies (32, 64, 128), and each size is a program"
+            " of its own",
+            "x = jnp.pad(x, [(0, 128 - len(x)), (0, 0)])\nor leave out the last batch, which is smaller",
+        )
+    ]
+
+
+def test_another_axis_that_varies(session):
+    session.register("net", Takes())
+    for length in (4, 5):
+        session.apply("net", jnp.ones((2, 2, length)))
+    assert advice(session.apply("net", jnp.ones((2, 2, 9)))) == [
+        (
+            "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own",
+            "x = jnp.pad(x, [(0, 0), (0, 0), (0, 9 - x.shape[2])])     with a mask for what is padding",
+        )
+    ]
+
+
+def test_a_static_number_that_varies(session):
+    session.register("net", Takes())
+    said = [advice(session.apply("net", X, n=n)) for n in (1, 2, 3)]
+    assert said == [
+        [],
+        [],
+        [
+            (
+                "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of"
+                " its own",
+                "n = jnp.asarray(n)     and in the model jax.lax.fori_loop or jnp.where, which take an array",
+            )
+        ],
+    ]
+
+
+def test_a_weak_type_and_a_dtype_that_vary(session):
+    session.register("net", Takes())
+    half = X[0].astype(jnp.bfloat16)
+    session.apply("net", half, jnp.float32(2.0))
+    session.apply("net", half, jnp.float16(2.0))
+    assert advice(session.apply("net", half, jnp.asarray(2.0))) == [
+        (
+            "3 of the last 3 runs of net compiled: the dtype of `scale` varies (float16, float32, weak types too), and each"
+            " is a program of its own",
+            "scale = jnp.asarray(scale, jnp.float32)",
+        )
+    ]
+
+
+def test_numbers_of_python_that_vary_in_kind(session):
+    session.register("net", Takes())
+    session.apply("net", X, jnp.float32(2.0))
+    session.apply("net", X, 2.0)
+    assert advice(session.apply("net", X, 2)) == [
+        (
+            "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
+            " kind is a program of its own",
+            "scale = jnp.asarray(scale, jnp.float32)",
+        )
+    ]
+
+
+def test_modes_that_alternate_and_edits_are_no_cause(session):
+    for features in (3, 4, 5, 6):
+        session.register("net", Namespace().cell(FIELDS)["Net"](features=features))
+        assert advice(session.apply("net", X)) == []
+    session.register("both", Both())
+    for mode in (None, "train", "eval", "train", "eval"):
+        assert advice(session.apply("both", X, mode=mode)) == []
+    assert advice(session.apply("both", X, method="encode")) == []
+    assert advice(session.apply("both", jnp.ones((3, 4)), mode="train")) == []
+
+
+def test_only_the_last_ten_runs_of_the_model_count(session):
+    session.register("net", Takes())
+    session.register("other", Sums())
+    for rows in (2, 3):
+        session.apply("net", jnp.ones((rows, 4)))
+    for _ in range(8):
+        session.apply("net", X)
+        session.apply("other", (X, X))
+    assert advice(session.apply("net", jnp.ones((5, 4)))) == []  # the first program is eleven runs ago
+    assert len(advice(session.apply("net", jnp.ones((6, 4))))) == 0
+    assert len(advice(session.apply("net", jnp.ones((7, 4))))) == 1
+
+
+def test_the_note_is_quieted_by_its_kind(notebook):
+    notebook("%%flaxmodel net = Net()\nclass Net(nn.Module):\n  def __call__(self, x):\n    return x + 1")
+    notebook("%config FlaxMagics.notes = {'programs': False}")
+    shown = [notebook(f"%flax_apply -o run net(jnp.ones({n}));") for n in (2, 3, 4)]
+    assert [note.kind for note in notebook["run"].notes] == ["programs"]
+    assert not any("compiled: the batch size" in text for text in shown)
+    notebook("%config FlaxMagics.notes = {}")
+    assert "the batch size" in notebook("%flax_apply net(jnp.ones(5));")

@@ -1,0 +1,147 @@
+"""What goes on behind an interrupt: waited for by the next run, and never part of its time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import bits
+
+from flax_magics import Session
+from flax_magics.unfinished import Unfinished, elsewhere
+
+
+class Ticks:
+    """A clock that moves by one second at each look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_elsewhere_is_another_thread_with_the_arguments_as_arrays():
+    unfinished = Unfinished()
+
+    def function(x: Any, tree: Any) -> Any:
+        return threading.current_thread().name, x, tree
+
+    name, x, tree = elsewhere(function, (2.0, {"a": np.float32(1)}), unfinished, lambda: ())
+    assert name == "flax_magics run"
+    assert (x.dtype, x.weak_type) == ("float32", True)
+    assert (tree["a"].dtype, tree["a"].weak_type) == ("float32", False)
+    assert unfinished.wait is None
+
+
+def test_what_it_raises_is_passed_on():
+    def function() -> None:
+        raise KeyError("of the user's")
+
+    with pytest.raises(KeyError, match="of the user's"):
+        elsewhere(function, (), Unfinished(), lambda: ())
+
+
+def test_settings_of_this_thread_alone_keep_it_here():
+    from flax_magics.program import settings
+
+    def function() -> str:
+        return threading.current_thread().name
+
+    assert elsewhere(function, (), Unfinished(), settings) == "flax_magics run"
+    with jax.default_matmul_precision("float32"):
+        assert elsewhere(function, (), Unfinished(), settings) == threading.current_thread().name
+
+
+def test_an_interrupt_leaves_the_rest_to_be_waited_for(monkeypatch):
+    import flax_magics.unfinished as module
+
+    unfinished, go_on, done = Unfinished(), threading.Event(), []
+
+    def function() -> None:
+        go_on.wait(10)
+        done.append(1)
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.concurrent.futures, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            elsewhere(function, (), unfinished, lambda: ())
+    assert (done, unfinished.wait is None) == ([], False)
+    threading.Timer(0.05, go_on.set).start()
+    unfinished.finish()
+    assert (done, unfinished.wait) == ([1], None)
+
+
+def test_an_error_of_a_run_that_was_given_up_is_nobodys():
+    def fail() -> None:
+        raise ValueError
+
+    unfinished = Unfinished(fail)
+    unfinished.finish()
+    assert unfinished.wait is None
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x)
+
+
+def test_the_next_run_waits_before_its_clock_starts_and_says_so():
+    from flax_magics.show.text import normal
+
+    clock = Ticks()
+    session = Session(seed=0, clock=clock)
+    session.register("net", Net())
+    session.apply("net", jnp.ones((2, 4)))
+    heard: list[str] = []
+    session.on_phase = heard.append
+
+    def wait() -> None:
+        clock.now += 40.0
+
+    session.programs.unfinished.wait = wait
+    run = session.apply("net", jnp.ones((2, 4)))
+    assert (run.timing.busy, run.timing.wait, run.timing.run) == (41.0, 1.0, 1.0)
+    assert heard[1:] == ["waiting for the interrupted run, then net", "waiting for the inputs of net", "running net"]
+    assert "  wait  the interrupted run had the device for 41.0 s more\n        inputs were ready after" in normal(run)
+    assert session.apply("net", jnp.ones((2, 4))).timing.busy == 0.0
+
+
+class Calls(nn.Module):
+    @nn.compact
+    def __call__(self, x, scale):
+        def name(v: Any) -> Any:
+            heard.append(threading.current_thread().name)
+            return v * 2
+
+        return (
+            jax.pure_callback(name, jax.ShapeDtypeStruct(x.shape, x.dtype), nn.Dense(3)(x)[:, :4].repeat(2, 1)[:, :4])
+            * scale
+        )
+
+
+heard: list[str] = []
+
+
+def test_a_program_that_calls_back_gives_the_bits_by_hand_run_after_run():
+    session = Session(seed=0)
+    session.register("net", Calls())
+    x = jnp.ones((2, 4))
+    for scale in (2.0, 3.0):
+        run = session.apply("net", x, scale)
+        variables = session.models["net"].variables
+        assert bits(run.output) == bits(jax.jit(Calls().apply)(variables, x, scale))
+    assert session.programs.unfinished.wait is None
+    with jax.default_matmul_precision("float32"):
+        run = session.apply("net", x, 3.0)
+        assert bits(run.output) == bits(jax.jit(Calls().apply)(variables, x, 3.0))
