@@ -8,48 +8,24 @@ lowered program's own text, so that an edit which computes the same thing is tra
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
-import operator
-import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from .arguments import Arguments
+from .compiling import Compiled, Compiler, digest_of, settings
 from .keys import Draw, Series, split_inside, split_series_inside
 from .models import Ask, Incomplete, Model, Path, Record
 from .run import Memory
+from .units import Units
+from .workers import wait_for
 
 KEPT = 256
 """Programs kept at most, the least recently used dropped first."""
-
-_SETTINGS = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_default_device",
-    "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion",
-    "jax_threefry_partitionable",
-    "jax_debug_nans",
-    "jax_debug_infs",
-    "jax_softmax_custom_jvp",
-    "jax_enable_custom_prng",
-    "jax_disable_most_optimizations",
-)
-
-
-_read_settings = operator.attrgetter(*(name for name in _SETTINGS if hasattr(jax.config, name)))
-
-
-def settings() -> tuple[Any, ...]:
-    """The settings of JAX that change what a trace gives, as they are on this thread now."""
-    found: tuple[Any, ...] = _read_settings(jax.config)
-    return found
 
 
 @dataclass(frozen=True)
@@ -76,13 +52,35 @@ class Program:
 
 @dataclass(frozen=True)
 class Built:
-    """A program, where it came from (`compiled`, `reused`), and seconds per phase (0.0: did not happen)."""
+    """A program, where it came from (`compiled`, `disk cache`, `reused`), and seconds per phase (0.0: did not happen).
+
+    `beside` is the part of `compile` that nobody waited for.
+    """
 
     program: Program
     origin: str
     trace: float = 0.0
     lower: float = 0.0
     compile: float = 0.0
+    beside: float = 0.0
+
+
+@dataclass(frozen=True)
+class Building:
+    """A program that has been traced and lowered, and is being compiled."""
+
+    key: Hashable | None
+    request: Request
+    traced: Any
+    trees: tuple[Any, Any]
+    ask: Ask
+    record: Record
+    text_key: Hashable
+    shareable: bool
+    executable: Any
+    """None where it is still being compiled."""
+    trace: float
+    lower: float
 
 
 @dataclass(frozen=True)
@@ -203,6 +201,10 @@ class Programs:
     parts: dict[str, dict[str, str]] = field(default_factory=dict)
     """model → what its last program was made for, as a person would say it."""
 
+    def __post_init__(self) -> None:
+        self.compiler = Compiler()
+        self.units = Units(self.compiler)
+
     def __len__(self) -> int:
         return len(self.by_text)
 
@@ -220,62 +222,73 @@ class Programs:
         for key in [key for key, kept in self.by_call.items() if kept is program]:
             del self.by_call[key]
 
-    def build(self, key: Hashable | None, request: Request, phase: Callable[[str], None]) -> Built:
-        """Traces and lowers; compiles unless a program of the same text is kept.
+    def start(
+        self, key: Hashable | None, request: Request, phase: Callable[[str], None], since: float | None = None
+    ) -> Building:
+        """Traces and lowers, and begins to compile unless a program of the same text is kept.
 
-        `phase` is told the name of each phase as it begins. Compiling happens on another thread, so that an interrupt
-        returns at once; what it had begun is finished and used when it is asked for again.
+        `phase` is told the name of each phase as it begins; `since` is when tracing began, if that was before.
+        Compiling happens on another thread, so that an interrupt returns at once; what it had begun is finished and used
+        when it is asked for again.
         """
         phase("tracing")
-        start = self.clock()
+        start = self.clock() if since is None else since
         traced, ask, record = trace(request)
         trace_seconds = self.clock() - start
         phase("lowering")
         start = self.clock()
         lowered = traced.lower()
-        text = lowered.as_text()
+        digest = digest_of(traced, lowered)
         lower_seconds = self.clock() - start
 
-        # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
-        shareable = "callback" not in text
-        origin, compile_seconds = "reused", 0.0
-        text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend())
-        known = self.by_text.get(text_key) if shareable else None
-        if known is not None and known[1] == (lowered.in_tree, lowered.out_tree):
+        text_key = (digest, settings(), str(lowered.out_tree), jax.default_backend()) if digest else object()
+        trees = (lowered.in_tree, lowered.out_tree)
+        known = self.by_text.get(text_key)
+        executable = None
+        if known is not None and known[1] == trees:
             executable = known[0]
             self.by_text.move_to_end(text_key)
-        else:
+        elif text_key not in self.compiling:
+            self.compiling[text_key] = self.compiler.start(lowered, digest)
+        return Building(
+            key, request, traced, trees, ask, record, text_key, digest is not None, executable, trace_seconds,
+            lower_seconds,
+        )  # fmt: skip
+
+    def finish(self, building: Building, phase: Callable[[str], None]) -> Built:
+        """Waits until `building` is compiled, and keeps it."""
+        origin, compile_seconds, waited = "reused", 0.0, 0.0
+        executable, text_key = building.executable, building.text_key
+        if executable is None:
             phase("compiling")
             start = self.clock()
-            executable = self._compile(lowered, text_key if shareable else object())
-            compile_seconds, origin = self.clock() - start, "compiled"
-            if shareable:
-                _keep(self.by_text, text_key, (executable, (lowered.in_tree, lowered.out_tree)))
+            try:
+                compiled: Compiled = wait_for(self.compiling[text_key])
+            except Exception:  # an interrupt leaves it there
+                del self.compiling[text_key]
+                raise
+            waited = self.clock() - start
+            del self.compiling[text_key]
+            executable, origin, compile_seconds = compiled.executable, compiled.origin, compiled.seconds
+            if building.shareable:
+                _keep(self.by_text, text_key, (executable, building.trees))
         program = Program(
-            executable, ask, record, device_of(executable), analysis(executable), bool(traced.jaxpr.effects)
+            executable,
+            building.ask,
+            building.record,
+            device_of(executable),
+            analysis(executable),
+            bool(building.traced.jaxpr.effects),
         )
-        if key is not None:
-            _keep(self.by_call, (key, request.taken if "params" in ask.streams else None), program)
-        return Built(program, origin, trace_seconds, lower_seconds, compile_seconds)
-
-    def _compile(self, lowered: Any, text_key: Hashable) -> Any:
-        future = self.compiling.get(text_key)
-        if future is None:
-            future = concurrent.futures.Future()
-            self.compiling[text_key] = future
-            # Not a daemon: a compilation that is cut off when Python exits aborts the process.
-            threading.Thread(target=_compile_into, args=(future, lowered), name="flax_magics compile").start()
-        while not future.done():
-            concurrent.futures.wait([future], timeout=0.2)
-        del self.compiling[text_key]
-        return future.result()
-
-
-def _compile_into(future: concurrent.futures.Future[Any], lowered: Any) -> None:
-    try:
-        future.set_result(lowered.compile())
-    except BaseException as error:
-        future.set_exception(error)
+        if building.key is not None:
+            _keep(
+                self.by_call,
+                (building.key, building.request.taken if "params" in building.ask.streams else None),
+                program,
+            )
+        # The threads go by the machine's clock, which cannot be held against another.
+        beside = max(0.0, compile_seconds - waited) if self.clock is time.perf_counter else 0.0
+        return Built(program, origin, building.trace, building.lower, waited + beside, beside)
 
 
 def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
@@ -283,20 +296,6 @@ def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
     kept.move_to_end(key)
     while len(kept) > KEPT:
         kept.popitem(last=False)
-
-
-def _digest(text: str, traced: Any) -> str:
-    hasher = hashlib.sha256(text.encode())
-    # The text holds constants in full unless JAX is set to pass them as arguments.
-    for constant in traced.jaxpr.consts:
-        if hasattr(constant, "dtype"):
-            data = (
-                jax.random.key_data(constant)
-                if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key)
-                else constant
-            )
-            hasher.update(np.asarray(data).tobytes())
-    return hasher.hexdigest()
 
 
 def device_of(executable: Any) -> str:

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 
 from .arguments import Arguments, signature_of
+from .compiling import settings
 from .fingerprint import fingerprint
 from .keys import Draw, Series
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
-from .program import Program, Programs, Request, running, settings, trace
+from .program import Building, Program, Programs, Request, running, trace
 from .run import Memory, describe
 
 TRACER_ERRORS = (
@@ -49,6 +50,7 @@ class Ready:
     trace: float = 0.0
     lower: float = 0.0
     compile: float = 0.0
+    beside: float = 0.0
     memory: Memory | None = None
     device: str | None = None
     program: Program | None = None
@@ -101,51 +103,82 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A program for a job: found, or traced and lowered and being compiled."""
+
+    job: Job
+    arguments: Arguments
+    parts: dict[str, str]
+    scalars: tuple[str, ...]
+    key: Hashable | None
+    program: Program | None
+    building: Building | None
+
+
 def compiled(job: Job, programs: Programs) -> Ready:
     """Finds the program or builds it. An int whose value the model needs is made static, one at a time, then all."""
+    return finish(begin(job, programs), programs)
+
+
+def begin(job: Job, programs: Programs, since: float | None = None) -> Begun:
+    """`compiled`, up to where the compilation has to be waited for. The variables of the job may be shapes.
+
+    `since`: when the tracing began, on the clock of the programs, if that was before.
+    """
     arguments = job.arguments(job.forced)
     try:
-        return _compiled(job, arguments, programs)
+        return _begin(job, arguments, programs, since)
     except Exception as error:
         if not is_tracer_error(error):
             raise
         names = arguments.numbers
         for more in [*({name} for name in names), *([set(names)] if len(names) > 1 else [])]:
             try:
-                return _compiled(job, job.arguments(job.forced | more), programs)
+                return _begin(job, job.arguments(job.forced | more), programs, since)
             except Exception as again:
                 if not is_tracer_error(again):
                     raise again from None
         raise
 
 
-def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
+def _begin(job: Job, arguments: Arguments, programs: Programs, since: float | None) -> Begun:
     key = _call_key(job, arguments)
     program = programs.find(key, job.taken)
     parts = _parts(job, arguments)
     scalars = _scalars(programs.parts.get(job.name), parts, arguments)
-    if program is not None:
-        ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
-    else:
-        built = programs.build(key, job.request(arguments), job.phase)
-        program = built.program
-        stale = program.record.sown & set(job.variables)
+    building = None
+    if program is None:
+        building = programs.start(key, job.request(arguments), job.phase, since)
+        stale = building.record.sown & set(job.variables)
         if stale:  # a sown collection starts empty: Flax would append to what is there
-            programs.forget(program)
             left = {name: tree for name, tree in job.variables.items() if name not in stale}
-            return _compiled(replace(job, variables=left), arguments, programs)
-        reason = _reason(programs.parts.get(job.name), parts) if built.origin == "compiled" else ""
+            return _begin(replace(job, variables=left), arguments, programs, since)
+    return Begun(job, arguments, parts, scalars, key, program, building)
+
+
+def finish(begun: Begun, programs: Programs, variables: Mapping[str, Any] | None = None) -> Ready:
+    """Waits for what was begun. `variables`: those to run with, where the job had shapes."""
+    job, arguments, program = begun.job, begun.arguments, begun.program
+    variables = job.variables if variables is None else variables
+    if program is not None:
+        ready = Ready(lambda: None, variables, arguments, program.ask, program.record, "reused")
+    else:
+        assert begun.building is not None
+        built = programs.finish(begun.building, job.phase)
+        program = built.program
+        reason = _reason(programs.parts.get(job.name), begun.parts) if built.origin == "compiled" else ""
         ready = Ready(
-            lambda: None, job.variables, arguments, program.ask, program.record, built.origin, reason,
-            built.trace, built.lower, built.compile,
+            lambda: None, variables, arguments, program.ask, program.record, built.origin, reason,
+            built.trace, built.lower, built.compile, built.beside,
         )  # fmt: skip
-    programs.parts[job.name] = parts
-    ready.memory, ready.device, ready.scalars = program.memory, program.device, scalars
-    ready.program = program if key is not None else None
+    programs.parts[job.name] = begun.parts
+    ready.memory, ready.device, ready.scalars = program.memory, program.device, begun.scalars
+    ready.program = program if begun.key is not None else None
     root = job.draw.words
 
     def run() -> Any:
-        result, ready.after = program(job.variables, root, arguments.dynamic)
+        result, ready.after = program(variables, root, arguments.dynamic)
         program.wait((result, ready.after))
         return result
 

@@ -17,9 +17,9 @@ import jax
 
 from . import history, records, registry
 from .construct import Built, Recipe, keys_of
-from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
+from .initialising import Initialising
 from .keys import Draw, Root, Series
 from .models import Commit, adopt, is_module_class, spell_construction
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
@@ -373,14 +373,11 @@ class Session:
             return self._rebuild(entry, call, draw)
         prepared = prepare_init(name, entry.model, call)
         now = self._state.find_draw(draw) or self._state.root.draw()
-        key = now.stream("params")
         self.on_phase(f"initialising {name}")
         started, start = time.time(), self.clock()
         with plain_errors(call):
-            variables = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
-            jax.block_until_ready(variables)
+            variables, made = Initialising(prepared, call.method, now, self.programs.units).finish()
         seconds = self.clock() - start
-        made = initialised(prepared.model, key, call.method, prepared.args, prepared.kwargs)
         inputs, first = (prepared.args, prepared.kwargs), self._state.runs is None
         run = records.of_init(
             name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first

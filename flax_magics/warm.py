@@ -16,11 +16,12 @@ import jax
 import numpy as np
 
 from .arguments import signature_of
+from .compiling import settings
 from .execution import Execution, Options, hand_back
 from .keys import Draw, Streams
 from .models import Commit, Model, Record
 from .prepare import Call
-from .program import Program, Programs, settings
+from .program import Program, Programs
 from .registry import Entry
 from .run import GONE, Run, Timing, like
 
