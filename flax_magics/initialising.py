@@ -104,16 +104,12 @@ class Running:
         return variables
 
     def _evaluate(self, i: int, equation: Any, arguments: list[Any]) -> list[Any]:
-        unit = self._units.get(i)
-        results: Any
         if i in self._on_host:
             key, constant = arguments
             words = threefry.fold_in(np.frombuffer(data_of(key), np.uint32), int(constant))
             return [as_key(words.tobytes(), _KEYS)]
-        if unit is None:
-            results = equation.primitive.bind(*arguments, **equation.params)
-        else:
-            results = run(unit, *arguments)
+        unit = self._units[i]
+        results: Any = equation.primitive.bind(*arguments, **equation.params) if unit is None else run(unit, *arguments)
         return list(results) if equation.primitive.multiple_results else [results]
 
 

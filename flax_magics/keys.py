@@ -18,7 +18,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import threefry
@@ -279,7 +278,8 @@ def _words(data: bytes) -> np.ndarray[Any, Any]:
 def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
     """A typed key, shape (), made of host key data; with `size` so many, shape (size,)."""
     words = _words(data) if size is None else _words(data).reshape(size, -1)
-    key: jax.Array = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
+    # `jnp.asarray` would compile a program for it.
+    key: jax.Array = jax.random.wrap_key_data(jax.device_put(words), impl=impl)
     return key
 
 

@@ -24,6 +24,12 @@ class Workers:
         self._waiting: deque[tuple[Future, Callable[[], Any]]] = deque()
         self._running = 0
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is being done, or waits to be."""
+        with self._lock:
+            return self._running > 0
+
     def submit(self, work: Callable[[], Any]) -> Future:
         """A future of what `work()` gives."""
         future: Future = concurrent.futures.Future()

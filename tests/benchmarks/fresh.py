@@ -22,7 +22,7 @@ def seconds_of(work: dict[str, Any], cache: str | None = None) -> list[float]:
         # As a user's kernel has it: bytecode is kept, and no cache of JAX's own is set.
         unset = ("JAX_COMPILATION", "PYTHONDONTWRITEBYTECODE")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(unset)}
-        environment |= {"XDG_CACHE_HOME": cache or empty, "FLAX_MAGICS_CACHE": cache or empty}
+        environment |= {"XDG_CACHE_HOME": cache or empty}
         done = subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.child"],
             input=json.dumps(work),
