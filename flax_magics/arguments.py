@@ -90,6 +90,8 @@ def signature_of(leaf: Any) -> tuple[Any, ...]:
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding if committed else None
     if isinstance(leaf, (np.ndarray, np.generic)):
         return leaf.shape, leaf.dtype, False, None
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # an array that is yet to be computed
+        return leaf.shape, leaf.dtype, leaf.weak_type, None
     return (), type(leaf), True, None
 
 

@@ -77,9 +77,9 @@ def constructor(cls: Any) -> inspect.Signature:
 
     NNX's metaclass takes anything and hands it to `__init__`, so that is where to look.
     """
-    from flax import nnx
+    from .models import nnx_modules
 
-    if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
+    if not (isinstance(cls, type) and issubclass(cls, nnx_modules())):
         return inspect.signature(cls)
     signature = inspect.signature(cls.__init__)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -87,9 +87,9 @@ def constructor(cls: Any) -> inspect.Signature:
 
 def takes_rngs(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `function` is an NNX module class whose constructor takes `rngs`, and the call gives none."""
-    from flax import nnx
+    from .models import nnx_modules
 
-    if not (isinstance(function, type) and issubclass(function, nnx.Module)):
+    if not (isinstance(function, type) and issubclass(function, nnx_modules())):
         return False
     try:
         signature = constructor(function)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from .models import Model, Path
+from .tracedinit import TracedInit, trace_init
 
 
 @dataclass(frozen=True)
@@ -32,36 +29,25 @@ class Initialised:
 
 def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Initialised:
     """Traces the initialisation by shapes; nothing is computed. `args`/`kwargs` may hold arrays or shapes."""
-    init, dynamic = _init(model, method, args, kwargs)
-    program: str | None
+    traced: TracedInit | None
     try:
-        jaxpr, shapes = jax.make_jaxpr(init, return_shape=True)(key, dynamic)
-        program = _digest(jaxpr)
+        traced = trace_init(model, key, method, args, kwargs)
     except jax.errors.JAXTypeError:  # initialisation looks at values
-        program, shapes = None, None
-    return Initialised(key, method, _abstract(args), _abstract(kwargs), shapes, program)
+        traced = None
+    return record(traced, key, method, args, kwargs)
 
 
 def shapes_of_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The variables that an init would make, as shapes. Nothing is computed; an init that looks at values raises."""
-    init, dynamic = _init(model, method, args, kwargs)
-    return jax.eval_shape(init, key, dynamic)
+    return trace_init(model, key, method, args, kwargs).shapes
 
 
-def _init(
-    model: Model, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Callable[[Any, list[Any]], Any], list[Any]]:
-    """The initialisation as a function of the key and of the arrays in the call, and these arrays."""
-    leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
-    dynamic = [leaf for leaf in leaves if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-    def init(key: Any, dynamic: list[Any]) -> Any:
-        given = iter(dynamic)
-        full = [next(given) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf for leaf in leaves]
-        args, kwargs = jax.tree_util.tree_unflatten(treedef, full)
-        return model.init(key, method, args, kwargs)
-
-    return init, dynamic
+def record(
+    traced: TracedInit | None, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Initialised:
+    """How variables were made that `traced` is the program of; None where it cannot be traced."""
+    shapes, program = (None, None) if traced is None else (traced.shapes, traced.digest)
+    return Initialised(key, method, _abstract(args), _abstract(kwargs), shapes, program)
 
 
 def _abstract(tree: Any) -> Any:
@@ -71,28 +57,6 @@ def _abstract(tree: Any) -> Any:
         )
 
     return jax.tree_util.tree_map(one, tree)
-
-
-def _digest(closed: Any) -> str:
-    """A digest of what a jaxpr's outputs depend on: equations whose results nobody needs (the forward pass) left out."""
-    jaxpr = closed.jaxpr
-    needed = {var for var in jaxpr.outvars if not hasattr(var, "val")}
-    kept = []
-    for equation in reversed(jaxpr.eqns):
-        if needed.intersection(equation.outvars):
-            kept.append(equation)
-            needed.update(var for var in equation.invars if not hasattr(var, "val"))
-    pruned = jaxpr.replace(eqns=kept[::-1])
-    text = re.sub(r"0x[0-9a-f]+", "", str(pruned))  # functions are printed with their address
-    hasher = hashlib.sha256(text.encode())
-    for var, constant in zip(jaxpr.constvars, closed.consts, strict=True):
-        if (
-            var in needed
-            and hasattr(constant, "dtype")
-            and not jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key)
-        ):
-            hasher.update(np.asarray(constant).tobytes())
-    return hasher.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,8 +12,8 @@ import jax
 from flax import errors as flax_errors
 
 from .draws import by_hand, left_behind
-from .edits import initialised
 from .errors import FlaxMagicsError, did_you_mean
+from .initialising import Initialising
 from .keys import SPLIT, Draw, Series, Streams, host_bytes
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import Ask, Commit, MissingVariables, Record
@@ -20,7 +21,7 @@ from .models.axes import inside
 from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Programs, devices_of, name_devices
-from .ready import Job, Ready, compiled, eager
+from .ready import Job, Ready, begin, compiled, eager, finish
 from .registry import Entry, check_variables
 from .roofline import devices_in, dtype_of, limits
 from .run import Cause, Cost, Limits, Made, Memory, Note, Steady, Timing
@@ -112,6 +113,10 @@ class _Start:
     seconds: float = 0.0
     taken: bool = False
     """The draw's `params` key went into variables: the run's own `params` stream must be another."""
+    making: Initialising | None = None
+    """Variables that are being made; until they are, `variables` is empty."""
+    since: float = 0.0
+    """When that began, on the clock of the programs."""
 
 
 def execute(
@@ -144,9 +149,13 @@ def execute(
     prepared = prepare(entry.name, entry.model, call, options.mode)
     with plain_errors(call):
         start = _start(entry, call, options, draw, programs, on_phase, params_taken)
+        ready: Ready | None = None
+        if start.making is not None:
+            start, ready = _make_both(start, start.making, prepared, call, options, draw, programs, on_phase)
         while True:
             try:
-                ready = _make_ready(start, prepared, call, options, draw, programs, on_phase)
+                if ready is None:
+                    ready = _make_ready(start, prepared, call, options, draw, programs, on_phase)
                 wait, busy = _wait(entry.name, ready, programs, on_phase)
                 on_phase(f"running {entry.name}")
                 (output, updates), times = _run(ready, options.runs, programs, call)
@@ -154,7 +163,7 @@ def execute(
                     draw.settle(host_bytes(ready.after))
                 break
             except MissingVariables as error:
-                start = _with_added(start, call, options, draw, programs, error)
+                start, ready = _with_added(start, call, options, draw, programs, error), None
     _check_clash(entry, options, ready)
     devices = devices_in((output, updates))
     limits = _limits(devices, ready, programs, on_phase) if options.roofline else None
@@ -207,6 +216,7 @@ def execute(
             wait=wait,
             busy=busy,
             init=start.seconds,
+            beside=ready.beside,
             steady=Steady(tuple(times)) if options.runs > 1 else None,
         ),
         memory=with_peak(ready.memory, devices),
@@ -329,15 +339,40 @@ def _start(
         )
     on_phase(f"initialising {entry.name}")
     prepared = prepare_init(entry.name, entry.model, call)
+    since = programs.clock()
     # An init that the session opened and whose variables were dropped since has used this key already.
-    key = draw.first.stream("params", taken=params_taken)
-    begin = programs.clock()
-    variables = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
-    jax.block_until_ready(variables)
-    seconds = programs.clock() - begin
-    made = initialised(prepared.model, key, call.method, prepared.args, prepared.kwargs)
-    entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
-    return _Start(entry, variables, made_of(variables), seconds, taken=True)
+    making = Initialising(prepared, call.method, draw.first, programs.units, taken=params_taken)
+    return _Start(entry, {}, taken=True, making=making, since=since)
+
+
+def _make_both(
+    start: _Start,
+    making: Initialising,
+    prepared: Prepared,
+    call: Call,
+    options: Options,
+    draw: Draw | Series,
+    programs: Programs,
+    on_phase: Callable[[str], None],
+) -> tuple[_Start, Ready | None]:
+    """Makes the variables while the program is compiled, for which their shapes are enough.
+
+    The program is None where it has to be made once the variables are there: they do not tell their shapes before, or
+    are not all that the call needs. Of the time until then, tracing both counts as trace, the rest as init.
+    """
+    begun, since = None, start.since
+    if making.expected is not None and not _op_by_op(options):
+        job = _job(start, making.expected, prepared, call, options, draw, on_phase)
+        with contextlib.suppress(MissingVariables):
+            begun = begin(job, programs, since)
+        if begun is not None and begun.building is not None:
+            since = programs.clock()
+        on_phase(f"initialising {start.entry.name}")
+    variables, made = making.finish()
+    seconds = programs.clock() - since
+    entry = replace(start.entry, variables=variables, made=made, updates={}, outdated=False)
+    start = _Start(entry, variables, made_of(variables), seconds, taken=True)
+    return start, None if begun is None else finish(begun, programs, variables)
 
 
 def _with_added(
@@ -384,12 +419,29 @@ def _make_ready(
     programs: Programs,
     on_phase: Callable[[str], None],
 ) -> Ready:
+    job = _job(start, start.variables, prepared, call, options, draw, on_phase)
+    return eager(job, programs) if _op_by_op(options) else compiled(job, programs)
+
+
+def _op_by_op(options: Options) -> bool:
+    return options.eager or bool(getattr(jax.config, "jax_disable_jit", False))
+
+
+def _job(
+    start: _Start,
+    variables: Mapping[str, Any],
+    prepared: Prepared,
+    call: Call,
+    options: Options,
+    draw: Draw | Series,
+    on_phase: Callable[[str], None],
+) -> Job:
     entry = start.entry
-    job = Job(
+    return Job(
         name=entry.name,
         prepared=prepared,
         method=call.method,
-        variables=start.variables,
+        variables=variables,
         mutable=frozenset(options.mutable),
         draw=draw,
         taken=start.taken,
@@ -398,9 +450,6 @@ def _make_ready(
         forced=frozenset(name for method, name in entry.forced if method == call.method),
         phase=lambda phase: on_phase(f"{phase} {entry.name}"),
     )
-    if options.eager or getattr(jax.config, "jax_disable_jit", False):
-        return eager(job, programs)
-    return compiled(job, programs)
 
 
 def _wait(name: str, ready: Ready, programs: Programs, on_phase: Callable[[str], None]) -> tuple[float, float]:

@@ -18,8 +18,9 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from . import threefry
 
 SPLIT = ("params", "dropout")
 """The streams that the split itself gives, in its order."""
@@ -99,6 +100,8 @@ class Draw:
 
     @cached_property
     def _split(self) -> np.ndarray[Any, Any]:
+        if threefry.is_in_force(self.impl):
+            return threefry.split(self.words, 3)
         # A copy: on a CPU the view that `asarray` gives would hold the device array.
         return np.array(_splitter(self.impl)(_words(self.root)))
 
@@ -133,7 +136,14 @@ class Draw:
         return None
 
     def settle(self, next_root: bytes) -> None:
-        """Keeps what a program gave for `next_root`, so that it is not worked out again."""
+        """Keeps what a program gave for `next_root`, so that it is not worked out again.
+
+        Raises:
+          RuntimeError: the keys of this draw were made, and are not what the program makes of its root.
+        """
+        made = self.__dict__.get("_split")
+        if made is not None and made[0].tobytes() != next_root:
+            raise RuntimeError("JAX splits keys in another way than flax_magics knows; nothing was kept of this run.")
         self.__dict__["next_root"] = next_root
 
     def next(self) -> Draw:
@@ -151,9 +161,11 @@ class Draw:
         if name in SPLIT and not taken:
             return as_key(self._split[1 + SPLIT.index(name)].tobytes(), self.impl)
         if name not in self._folded:
-            self._folded[name] = np.asarray(
-                _folder(self.impl)(_words(self.root), np.uint32(stream_tag(name)))
-            ).tobytes()
+            tag = stream_tag(name)
+            if threefry.is_in_force(self.impl):
+                self._folded[name] = threefry.fold_in(self.words, tag).tobytes()
+            else:
+                self._folded[name] = np.asarray(_folder(self.impl)(_words(self.root), np.uint32(tag))).tobytes()
         return as_key(self._folded[name], self.impl)
 
     @cached_property
@@ -266,7 +278,8 @@ def _words(data: bytes) -> np.ndarray[Any, Any]:
 def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
     """A typed key, shape (), made of host key data; with `size` so many, shape (size,)."""
     words = _words(data) if size is None else _words(data).reshape(size, -1)
-    key: jax.Array = jax.random.wrap_key_data(jnp.asarray(words), impl=impl)
+    # `jnp.asarray` would compile a program for it.
+    key: jax.Array = jax.random.wrap_key_data(jax.device_put(words), impl=impl)
     return key
 
 

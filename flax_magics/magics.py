@@ -12,7 +12,7 @@ from functools import cached_property, wraps
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
-from traitlets import Dict, Enum, Int, observe, validate
+from traitlets import Bool, Dict, Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression
 from .cells import displayed, displayed_quietly, run_body, run_statements_with_call
@@ -125,6 +125,10 @@ class FlaxMagics(Magics):
         help="Sharp bits that are not to be said, by kind: {'stream': False}. The kinds are " + ", ".join(KINDS) + "."
     ).tag(config=True)
 
+    disk_cache = Bool(
+        True, help="Whether compiled programs are kept on disk, so that a restarted kernel does not compile them again."
+    ).tag(config=True)
+
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         self._ready = False
         super().__init__(shell=shell, **kwargs)
@@ -151,6 +155,12 @@ class FlaxMagics(Magics):
         session = existing()
         if session is not None and not session.draws:
             session.restart(change["new"])
+
+    @observe("disk_cache")
+    def _keep_on_disk(self, change: Any) -> None:
+        session = existing()
+        if session is not None:
+            session.keep_on_disk(change["new"])
 
     @validate("notes")
     def _check_notes(self, proposal: Any) -> dict[str, bool]:
@@ -181,7 +191,11 @@ class FlaxMagics(Magics):
     @property
     def session(self) -> Session:
         """The session of this kernel, made at first use."""
-        return existing() or current(self.seed)
+        session = existing()
+        if session is None:
+            session = current(self.seed)
+            session.keep_on_disk(self.disk_cache)
+        return session
 
     @cached_property
     def _asked(self) -> Any:

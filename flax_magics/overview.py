@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 
 import jax
 
 from . import __version__
 from .commands import MEANINGS
+from .compiling import users_cache
 from .keys import fingerprint
 from .notes import summary
 from .run import Note
@@ -50,11 +52,25 @@ def status(session: Session) -> Status:
         key=key_card(session),
         models=tuple(models),
         runs=tuple(session.last(5)),
-        caches=(("compiled programs kept", str(len(session.programs))),),
+        caches=(("compiled programs kept", str(len(session.programs))), ("on disk", _on_disk(session))),
         memory=(("arrays alive in this process", bytes_(held)),),
         versions=tuple(versions),
         commands=tuple(Command(write, meaning) for write, meaning in MEANINGS),
     )
+
+
+def _on_disk(session: Session) -> str:
+    """Where programs are kept for the next kernel, and how much there is."""
+    disk, theirs = session.programs.compiler.disk, users_cache()
+    if theirs is not None:
+        return f"in JAX's own cache, as you set it: {theirs}"
+    if disk is None:
+        return "off"
+    folder = str(disk.folder)
+    home = os.path.expanduser("~")
+    if folder.startswith(home + os.sep):
+        folder = "~" + folder[len(home) :]
+    return f"{bytes_(disk.size)} in {folder}"
 
 
 def restarted(restart: Restart) -> Notice:

@@ -8,24 +8,23 @@ lowered program's own text, so that an edit which computes the same thing is tra
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
-import operator
-import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from .arguments import Arguments, signature_of
+from .compiling import Compiled, Compiler, digest_of, settings
 from .keys import Draw, Series, split_inside, split_series_inside
 from .models import Ask, Incomplete, Model, Path, Record
 from .models.calls import Calls
 from .run import Memory
 from .unfinished import Unfinished, elsewhere
-from .uninterrupted import uninterrupted
+from .units import Units
+from .workers import wait_for
 
 if TYPE_CHECKING:
     from .reasons import Purpose, Ran
@@ -35,33 +34,6 @@ KEPT = 256
 
 LEFT = 4
 """Programs kept at most whose compilation was interrupted, once it is done."""
-
-_SETTINGS = (
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-    "jax_default_device",
-    "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion",
-    "jax_threefry_partitionable",
-    "jax_debug_nans",
-    "jax_debug_infs",
-    "jax_softmax_custom_jvp",
-    "jax_enable_custom_prng",
-    "jax_disable_most_optimizations",
-)
-
-
-SETTINGS = tuple(name for name in _SETTINGS if hasattr(jax.config, name))
-"""Names of what `settings` gives, in its order."""
-
-_read_settings = operator.attrgetter(*SETTINGS)
-
-
-def settings() -> tuple[Any, ...]:
-    """The settings of JAX that change what a trace gives, as they are on this thread now."""
-    found: tuple[Any, ...] = _read_settings(jax.config)
-    return found
 
 
 @dataclass(frozen=True)
@@ -89,9 +61,10 @@ class Program:
 
 @dataclass(frozen=True)
 class Built:
-    """A program, where it came from (`compiled`, `reused`), and seconds per phase (0.0: did not happen).
+    """A program, where it came from (`compiled`, `disk cache`, `reused`), and seconds per phase (0.0: did not happen).
 
-    `resumed`: an interrupted run had begun to compile it, and `compile` is what was left to wait.
+    `beside` is the part of `compile` that nobody waited for. `resumed`: an interrupted run had begun to compile it, and
+    `compile` is what was left to wait.
     """
 
     program: Program
@@ -99,7 +72,27 @@ class Built:
     trace: float = 0.0
     lower: float = 0.0
     compile: float = 0.0
+    beside: float = 0.0
     resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Building:
+    """A program that has been traced and lowered, and is being compiled."""
+
+    key: Hashable | None
+    request: Request
+    traced: Any
+    trees: tuple[Any, Any]
+    ask: Ask
+    record: Record
+    text_key: Hashable
+    shareable: bool
+    executable: Any
+    """None where it is still being compiled."""
+    trace: float
+    lower: float
+    resumed: bool
 
 
 @dataclass(frozen=True)
@@ -225,6 +218,10 @@ class Programs:
     """model → what its last programs were made for, newest last."""
     unfinished: Unfinished = field(default_factory=Unfinished)
 
+    def __post_init__(self) -> None:
+        self.compiler = Compiler()
+        self.units = Units(self.compiler)
+
     def __len__(self) -> int:
         return len(self.by_text)
 
@@ -258,61 +255,76 @@ class Programs:
         for key in [key for key, kept in self.by_call.items() if kept is program]:
             del self.by_call[key]
 
-    def build(self, key: Hashable | None, request: Request, phase: Callable[[str], None]) -> Built:
-        """Traces and lowers; compiles unless a program of the same text is kept.
+    def start(
+        self, key: Hashable | None, request: Request, phase: Callable[[str], None], since: float | None = None
+    ) -> Building:
+        """Traces and lowers, and begins to compile unless a program of the same text is kept.
 
-        `phase` is told the name of each phase as it begins. Compiling happens on another thread, so that an interrupt
-        returns at once; what it had begun is finished and used when it is asked for again.
+        `phase` is told the name of each phase as it begins; `since` is when tracing began, if that was before.
+        Compiling happens on another thread, so that an interrupt returns at once; what it had begun is finished and used
+        when it is asked for again.
         """
         phase("tracing")
-        start = self.clock()
+        start = self.clock() if since is None else since
         traced, ask, record = trace(request)
         trace_seconds = self.clock() - start
         phase("lowering")
         start = self.clock()
         lowered = traced.lower()
-        text = lowered.as_text()
+        digest = digest_of(traced, lowered)
         lower_seconds = self.clock() - start
 
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
-        shareable = "callback" not in text
-        origin, compile_seconds, resumed = "reused", 0.0, False
-        text_key = (_digest(text, traced), settings(), str(lowered.out_tree), jax.default_backend(), placed(request))
-        known = self.by_text.get(text_key) if shareable else None
-        if known is not None and known[1] == (lowered.in_tree, lowered.out_tree):
+        text_key: Hashable = object() if key is None else (key, request.taken)
+        places = placed(request)
+        if digest is not None:
+            text_key = (digest, settings(), str(lowered.out_tree), jax.default_backend(), places)
+        trees = (lowered.in_tree, lowered.out_tree)
+        known = self.by_text.get(text_key)
+        executable, resumed = None, text_key in self.compiling
+        if known is not None and known[1] == trees:
             executable = known[0]
             self.by_text.move_to_end(text_key)
-        else:
+        elif text_key not in self.compiling:
+            self._let_go()
+            self.compiling[text_key] = self.compiler.start(lowered, digest and f"{digest} {places}")
+        return Building(
+            key, request, traced, trees, ask, record, text_key, digest is not None, executable, trace_seconds,
+            lower_seconds, resumed,
+        )  # fmt: skip
+
+    def finish(self, building: Building, phase: Callable[[str], None]) -> Built:
+        """Waits until `building` is compiled, and keeps it."""
+        origin, compile_seconds, waited = "reused", 0.0, 0.0
+        executable, text_key = building.executable, building.text_key
+        if executable is None:
             phase("compiling")
             start = self.clock()
-            begun_as = text_key if shareable else (key, request.taken)
-            resumed = begun_as in self.compiling
-            executable = self._compile(lowered, begun_as if shareable or key is not None else object())
-            compile_seconds, origin = self.clock() - start, "compiled"
-            if shareable:
-                _keep(self.by_text, text_key, (executable, (lowered.in_tree, lowered.out_tree)))
+            try:
+                compiled: Compiled = wait_for(self.compiling[text_key])
+            except Exception:  # an interrupt leaves it there
+                del self.compiling[text_key]
+                raise
+            waited = self.clock() - start
+            del self.compiling[text_key]
+            executable, origin, compile_seconds = compiled.executable, compiled.origin, compiled.seconds
+            if building.shareable:
+                _keep(self.by_text, text_key, (executable, building.trees))
         program = Program(
-            executable, ask, record, device_of(executable), analysis(executable),
-            bool(traced.jaxpr.effects) or not shareable,
-        )  # fmt: skip
-        if key is not None:
-            _keep(self.by_call, (key, request.taken if "params" in ask.streams else None), program)
-        return Built(program, origin, trace_seconds, lower_seconds, compile_seconds, resumed)
-
-    def _compile(self, lowered: Any, text_key: Hashable) -> Any:
-        future = self.compiling.get(text_key)
-        if future is None:
-            self._let_go()
-            future = concurrent.futures.Future()
-            # Not a daemon: a compilation that is cut off when Python exits aborts the process.
-            thread = threading.Thread(target=_compile_into, args=(future, lowered), name="flax_magics compile")
-            with uninterrupted():  # a future that no thread will fill would be waited for forever
-                self.compiling[text_key] = future
-                thread.start()
-        while not future.done():
-            concurrent.futures.wait([future], timeout=0.2)
-        del self.compiling[text_key]
-        return future.result()
+            executable,
+            building.ask,
+            building.record,
+            device_of(executable),
+            analysis(executable),
+            bool(building.traced.jaxpr.effects) or not building.shareable,
+        )
+        if building.key is not None:
+            taken = building.request.taken if "params" in building.ask.streams else None
+            _keep(self.by_call, (building.key, taken), program)
+        # The threads go by the machine's clock, which cannot be held against another.
+        timed = self.clock is time.perf_counter and not building.resumed
+        beside = max(0.0, compile_seconds - waited) if timed else 0.0
+        return Built(program, origin, building.trace, building.lower, waited + beside, beside, building.resumed)
 
     def _let_go(self) -> None:
         """Forgets compilations that were interrupted, are done, and that nobody came back for, but for the last few."""
@@ -321,32 +333,11 @@ class Programs:
             del self.compiling[key]
 
 
-def _compile_into(future: concurrent.futures.Future[Any], lowered: Any) -> None:
-    try:
-        future.set_result(lowered.compile())
-    except BaseException as error:
-        future.set_exception(error)
-
-
 def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
     kept[key] = value
     kept.move_to_end(key)
     while len(kept) > KEPT:
         kept.popitem(last=False)
-
-
-def _digest(text: str, traced: Any) -> str:
-    hasher = hashlib.sha256(text.encode())
-    # The text holds constants in full unless JAX is set to pass them as arguments.
-    for constant in traced.jaxpr.consts:
-        if hasattr(constant, "dtype"):
-            data = (
-                jax.random.key_data(constant)
-                if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key)
-                else constant
-            )
-            hasher.update(np.asarray(data).tobytes())
-    return hasher.hexdigest()
 
 
 def placed(request: Request) -> tuple[Any, ...]:

@@ -11,12 +11,13 @@ import jax
 
 from . import reasons
 from .arguments import Arguments, signature_of
+from .compiling import settings
 from .fingerprint import fingerprint
 from .keys import Draw, Series
 from .library import library
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
-from .program import Program, Programs, Request, running, settings, trace
+from .program import Building, Program, Programs, Request, running, trace
 from .roofline import cost_of
 from .run import Cause, Cost, Memory
 
@@ -53,6 +54,7 @@ class Ready:
     trace: float = 0.0
     lower: float = 0.0
     compile: float = 0.0
+    beside: float = 0.0
     memory: Memory | None = None
     device: str | None = None
     program: Program | None = None
@@ -105,17 +107,36 @@ class Job:
         )
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A program for a job: found, or traced and lowered and being compiled."""
+
+    job: Job
+    arguments: Arguments
+    key: Hashable | None
+    program: Program | None
+    building: Building | None
+
+
 def compiled(job: Job, programs: Programs) -> Ready:
     """Finds the program or builds it. An int whose value the model needs is made static, one at a time, then all."""
+    return finish(begin(job, programs), programs)
+
+
+def begin(job: Job, programs: Programs, since: float | None = None) -> Begun:
+    """`compiled`, up to where the compilation has to be waited for. The variables of the job may be shapes.
+
+    `since`: when the tracing began, on the clock of the programs, if that was before.
+    """
     arguments = job.arguments(job.forced)
     try:
-        return _compiled(job, arguments, programs)
+        return _begin(job, arguments, programs, since)
     except Exception as error:
         if not is_tracer_error(error):
             raise
         for more in static_choices(arguments):
             try:
-                return _compiled(job, job.arguments(job.forced | more), programs)
+                return _begin(job, job.arguments(job.forced | more), programs, since)
             except Exception as again:
                 if not is_tracer_error(again):
                     raise again from None
@@ -128,23 +149,33 @@ def static_choices(arguments: Arguments) -> list[set[str]]:
     return [*({name} for name in names), *([set(names)] if len(names) > 1 else [])]
 
 
-def _compiled(job: Job, arguments: Arguments, programs: Programs) -> Ready:
+def _begin(job: Job, arguments: Arguments, programs: Programs, since: float | None) -> Begun:
     key = _call_key(job, arguments)
     program = programs.find(key, job.taken)
+    building = None
+    if program is None:
+        building = programs.start(key, job.request(arguments), job.phase, since)
+        stale = building.record.sown & set(job.variables)
+        if stale:  # a sown collection starts empty: Flax would append to what is there
+            left = {name: tree for name, tree in job.variables.items() if name not in stale}
+            return _begin(replace(job, variables=left), arguments, programs, since)
+    return Begun(job, arguments, key, program, building)
+
+
+def finish(begun: Begun, programs: Programs, variables: Mapping[str, Any] | None = None) -> Ready:
+    """Waits for what was begun. `variables`: those to run with, where the job had shapes."""
+    job = begun.job if variables is None else replace(begun.job, variables=variables)
+    arguments, key, program = begun.arguments, begun.key, begun.program
     last, now = programs.parts.get(job.name), reasons.ran(job.method, arguments, key)
     if program is not None:
         ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
     else:
-        built = programs.build(key, job.request(arguments), job.phase)
+        assert begun.building is not None
+        built = programs.finish(begun.building, job.phase)
         program = built.program
-        stale = program.record.sown & set(job.variables)
-        if stale:  # a sown collection starts empty: Flax would append to what is there
-            programs.forget(program)
-            left = {name: tree for name, tree in job.variables.items() if name not in stale}
-            return _compiled(replace(job, variables=left), arguments, programs)
         ready = Ready(
             lambda: None, job.variables, arguments, program.ask, program.record, built.origin,
-            trace=built.trace, lower=built.lower, compile=built.compile,
+            trace=built.trace, lower=built.lower, compile=built.compile, beside=built.beside,
         )  # fmt: skip
         purpose = _purpose(job, arguments, key, program.ask)
         if built.origin == "compiled":

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from .arguments import Arguments
+from .compiling import SETTINGS, settings
 from .inventory import Inventory, changes, inventory
 from .models.switch import WHEN_TRAINING
-from .program import KEPT, SETTINGS, name_devices, settings
+from .program import KEPT, name_devices
 from .run import Cause, describe
 
 REMEMBERED = 16

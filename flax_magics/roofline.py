@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from .compiling import settings
 from .memory import is_out_of_memory
-from .program import default_device, name_devices, settings
+from .program import default_device, name_devices
 from .run import Cost, Limits
 
 SIDES = {"cpu": 1024}

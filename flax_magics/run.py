@@ -112,9 +112,11 @@ class Limits:
 class Timing:
     """Seconds that each phase took; 0.0 for a phase that did not happen.
 
-    `run` begins once the inputs are ready (that wait is `wait`), and a run that was interrupted before has left the device
-    (that wait is `busy`), and ends when the device has finished; it never includes
-    trace, lowering or compilation. `init` is the eager initialisation of variables, forward pass included.
+    `run` begins once the inputs are ready (that wait is `wait`) and a run that was interrupted before has left the device
+    (that wait is `busy`), and ends when the device has finished; it never includes trace, lowering or compilation.
+    `compile` is all that the compilation took, and `beside` the part of it that went on beside other work and that nobody
+    waited for: the phases without `beside` add up to the time that passed. `init` is the initialisation of variables; in a
+    run that initialises and compiles, its tracing is part of `trace`.
     """
 
     trace: float = 0.0
@@ -124,6 +126,7 @@ class Timing:
     wait: float = 0.0
     busy: float = 0.0
     init: float = 0.0
+    beside: float = 0.0
     steady: Steady | None = None
 
     @property
@@ -281,7 +284,8 @@ class Run:
         from .keys import words
 
         timing: dict[str, Any] = {
-            name: getattr(self.timing, name) for name in ("trace", "lower", "compile", "run", "wait", "busy", "init")
+            name: getattr(self.timing, name)
+            for name in ("trace", "lower", "compile", "beside", "run", "wait", "busy", "init")
         }
         if self.timing.steady is not None:
             timing["steady"] = list(self.timing.steady.times)

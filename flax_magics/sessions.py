@@ -8,18 +8,21 @@ is interrupted anywhere has changed nothing: same root key, same variables, same
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from . import history, records, registry, summary
 from .construct import Built, Recipe, keys_of
-from .edits import initialised
+from .diskcache import DiskCache
 from .errors import FlaxMagicsError, did_you_mean
 from .execution import Execution, Options, execute, plain_errors
+from .initialising import Initialising
 from .keys import Draw, Root, Series
 from .library import library
 from .models import Commit, adopt, is_module_class, spell_construction
@@ -43,6 +46,8 @@ class Session:
     Args:
       seed: what the root key starts from.
       clock: gives seconds; for tests that own time.
+      disk_cache: keep compiled programs on disk, in the user's cache directory or in a folder of that name, and use what
+        is there; see `DiskCache` for what that trusts. The commands of a notebook do, a script does if it asks for it.
 
     Example::
 
@@ -52,15 +57,27 @@ class Session:
         run.output, run.keys, run.timing
     """
 
-    def __init__(self, seed: int = 0, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        disk_cache: bool | str | os.PathLike[str] = False,
+    ) -> None:
         self._state = State(Root.from_seed(_checked_seed(seed)))
         self._seen = SeenKeys()
         self._seen.roots.add(self._state.root.data)
         self.programs = Programs(clock)
+        self.keep_on_disk(disk_cache)
         self._warm: dict[Any, Warm] = {}
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
         """Told what a command is doing, as it begins: `compiling net`."""
+
+    def keep_on_disk(self, where: bool | str | os.PathLike[str]) -> None:
+        """Turns the disk cache on or off: see `disk_cache` of the class."""
+        folder = None if isinstance(where, bool) else Path(where)
+        self.programs.compiler.disk = None if where is False else DiskCache(folder)
 
     # -- what there is
 
@@ -423,14 +440,11 @@ class Session:
             return self._rebuild(entry, call, draw)
         prepared = prepare_init(name, entry.model, call)
         now = self._state.find_draw(draw) or self._state.root.draw()
-        key = now.stream("params")
         self.on_phase(f"initialising {name}")
         started, start = time.time(), self.clock()
         with plain_errors(call):
-            variables = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
-            jax.block_until_ready(variables)
+            variables, made = Initialising(prepared, call.method, now, self.programs.units).finish()
         seconds = self.clock() - start
-        made = initialised(prepared.model, key, call.method, prepared.args, prepared.kwargs)
         inputs, first = (prepared.args, prepared.kwargs), self._state.runs is None
         run = records.of_init(
             name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from .arguments import signature_of
+from .compiling import settings
 from .execution import Execution, Options, hand_back
 from .frozen import altered
 from .keys import Draw, Streams, host_bytes
@@ -22,7 +23,7 @@ from .library import library
 from .memory import with_peak
 from .models import Commit, Model, Record
 from .prepare import Call
-from .program import Program, Programs, settings
+from .program import Program, Programs
 from .reasons import Ran
 from .registry import Entry
 from .run import GONE, Run, Timing, like

@@ -6,12 +6,29 @@ import atexit
 import builtins
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from traitlets.config import Config
 
 from flax_magics import current
+
+
+@pytest.fixture(autouse=True)
+def cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache directory, for this test and for what it starts: not the real one, and not another test's."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_directory_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The same for kernels that several tests share, which start before any one of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def _fresh_shell(shell_class: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ module holds its own, so a session asks it for them in every run, and writes bac
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -199,18 +200,24 @@ def own_methods(cls: type, *, but: str) -> list[str]:
     return list(names)
 
 
+def nnx_modules() -> tuple[type, ...]:
+    """NNX's Module, as a tuple; empty where nobody has imported NNX, which takes longer than many a run."""
+    nnx = sys.modules.get("flax.nnx")
+    return () if nnx is None else (nnx.Module,)
+
+
 def is_module(value: Any) -> bool:
     """Whether `value` is an instance of a Flax module, of either API."""
-    from flax import linen, nnx
+    from flax import linen
 
-    return isinstance(value, (linen.Module, nnx.Module))
+    return isinstance(value, (linen.Module, *nnx_modules()))
 
 
 def is_module_class(value: Any) -> bool:
     """Whether `value` is a class of Flax modules, of either API."""
-    from flax import linen, nnx
+    from flax import linen
 
-    return isinstance(value, type) and issubclass(value, (linen.Module, nnx.Module))
+    return isinstance(value, type) and issubclass(value, (linen.Module, *nnx_modules()))
 
 
 def adopt(module: Any, name: str) -> Model:
@@ -219,7 +226,7 @@ def adopt(module: Any, name: str) -> Model:
     Raises:
       FlaxMagicsError: `module` is no Flax module, or is one that is already bound to variables.
     """
-    from flax import linen, nnx
+    from flax import linen
 
     if isinstance(module, linen.Module):
         from .linen import LinenModel
@@ -230,7 +237,7 @@ def adopt(module: Any, name: str) -> Model:
                 write=f"{name}, variables = {name}.unbind()",
             )
         return LinenModel(module)
-    if isinstance(module, nnx.Module):
+    if isinstance(module, nnx_modules()):
         from .nnx import NnxModel
 
         return NnxModel(module)

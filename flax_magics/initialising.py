@@ -1,0 +1,164 @@
+"""The initialisation of a linen model, faster than op by op and with the same bits.
+
+By hand, `module.init` runs op by op, and every op of the forward pass is compiled and run with it. Here the same code is
+traced by shapes. What the variables do not depend on is left out, and what is left runs as JAX's op-by-op execution would
+run it, unit by unit (see `Units`): the bits are those of `module.init`. Where that could not be said (the model looks at
+values, it has side effects or callbacks, its functions run differently in a trace) it is `module.init` that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import threefry
+from .edits import Initialised, record
+from .keys import Draw, as_key, data_of
+from .models import Path
+from .prepare import Prepared
+from .tracedinit import COMPUTED, TracedInit, read_by, trace_init
+from .units import Units, run
+from .workers import Future
+
+
+class Initialising:
+    """Variables that are being made: `finish` gives them. The units of their program are compiled meanwhile.
+
+    Args:
+      prepared: the call, made ready for an init.
+      draw: what its `params` key is drawn from.
+      taken: see `Draw.stream`.
+    """
+
+    def __init__(self, prepared: Prepared, method: Path, draw: Draw, units: Units, *, taken: bool = False) -> None:
+        self._prepared, self._method = prepared, method
+        self._draw, self._taken = draw, taken
+        self._traced: TracedInit | None = None
+        self._running: Running | None = None
+        key = jax.eval_shape(lambda words: jax.random.wrap_key_data(words, impl=draw.impl), draw.words)
+        try:
+            self._traced = trace_init(prepared.model, key, method, prepared.args, prepared.kwargs)
+        except Exception:  # `module.init` raises it, or does without a trace
+            return
+        if can_run(self._traced):
+            self._running = Running(self._traced, units)
+
+    @property
+    def expected(self) -> Mapping[str, Any] | None:
+        """The variables, shapes in place of arrays that are to be computed; None where only running can tell."""
+        return None if self._running is None or self._traced is None else self._traced.variables
+
+    def finish(self) -> tuple[dict[str, Any], Initialised]:
+        """The variables, once the device has them, and how they were made."""
+        key = self._draw.stream("params", taken=self._taken)
+        prepared = self._prepared
+        if self._running is not None:
+            variables = self._running.finish(key)
+        else:
+            variables = prepared.model.init(key, self._method, prepared.args, prepared.kwargs)
+        jax.block_until_ready(variables)
+        return variables, record(self._traced, key, self._method, prepared.args, prepared.kwargs)
+
+
+class Running:
+    """An initialisation as its units, which are being compiled."""
+
+    def __init__(self, traced: TracedInit, units: Units) -> None:
+        self.traced = traced
+        # Those that take long first: they are functions, and the others are single ops.
+        order = sorted(range(len(traced.needed)), key=lambda i: "jaxpr" not in traced.needed[i].params)
+        self._on_host = {i for i in order if _folds_a_constant(traced.needed[i])}
+        self._units: dict[int, Future | None] = {
+            i: units.of_equation(traced.needed[i]) for i in order if i not in self._on_host
+        }
+
+    def finish(self, key: Any) -> dict[str, Any]:
+        """The variables, computed. What is not needed any more is let go of on the way."""
+        traced = self.traced
+        jaxpr = traced.closed.jaxpr
+        last = {
+            var: i for i, equation in enumerate(traced.needed) for var in equation.invars if not hasattr(var, "val")
+        }
+        last.update(dict.fromkeys((var for var in jaxpr.outvars if not hasattr(var, "val")), len(traced.needed)))
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, traced.closed.consts, strict=True))
+        values.update(zip(jaxpr.invars, (key, *traced.inputs), strict=True))
+
+        def read(atom: Any) -> Any:
+            return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else values[atom]
+
+        for i, equation in enumerate(traced.needed):
+            arguments = list(map(read, equation.invars))
+            results = self._evaluate(i, equation, arguments)
+            values.update(
+                (var, value) for var, value in zip(equation.outvars, results, strict=True) if last.get(var, -1) >= i
+            )
+            for atom in equation.invars:
+                if not hasattr(atom, "val") and last[atom] == i:
+                    values.pop(atom, None)
+        computed = map(read, jaxpr.outvars)
+        leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in traced.leaves]
+        variables: dict[str, Any] = jax.tree_util.tree_unflatten(traced.treedef, leaves)
+        return variables
+
+    def _evaluate(self, i: int, equation: Any, arguments: list[Any]) -> list[Any]:
+        if i in self._on_host:
+            key, constant = arguments
+            words = threefry.fold_in(np.frombuffer(data_of(key), np.uint32), int(constant))
+            return [as_key(words.tobytes(), _KEYS)]
+        unit = self._units[i]
+        results: Any = equation.primitive.bind(*arguments, **equation.params) if unit is None else run(unit, *arguments)
+        return list(results) if equation.primitive.multiple_results else [results]
+
+
+_KEYS = "threefry2x32"
+
+
+def _folds_a_constant(equation: Any) -> bool:
+    """Whether a module's name is folded into a key, as every `make_rng` does, which needs no program."""
+    if equation.primitive.name != "random_fold_in":
+        return False
+    key, constant = equation.invars
+    return (
+        key.aval.shape == ()
+        and str(key.aval.dtype._impl.name) == _KEYS
+        and threefry.is_in_force(_KEYS)
+        and hasattr(constant, "val")
+        and constant.aval.dtype == np.uint32
+    )
+
+
+def can_run(traced: TracedInit) -> bool:
+    """Whether its equations give what `module.init` gives."""
+    if not traced.whole or traced.closed.effects or _special_settings():
+        return False
+    read = read_by(traced.needed)
+    inputs = dict(zip(traced.closed.jaxpr.invars[1:], traced.inputs, strict=True))
+    if any(var in read and getattr(leaf, "committed", False) for var, leaf in inputs.items()):
+        return False  # where the arguments are decides where the variables are
+    return all(map(_same_in_a_trace, traced.needed))
+
+
+def _special_settings() -> bool:
+    """Whether JAX is set to run op by op in its own way: looking for NaN, without jit, or over a mesh."""
+    config = jax.config
+    special = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
+    if any(getattr(config, name, False) for name in special):
+        return True
+    from jax._src import mesh
+
+    return not (mesh.get_abstract_mesh().empty and mesh.thread_resources.env.physical_mesh.empty)
+
+
+def _same_in_a_trace(equation: Any) -> bool:
+    """Whether op-by-op execution runs what the equation says: not Python functions, which it runs op by op in their turn."""
+    name = equation.primitive.name
+    return not (
+        equation.primitive.call_primitive
+        or getattr(equation.primitive, "map_primitive", False)
+        or name.startswith("custom_")
+        or "callback" in name
+        or name in ("closed_call", "sharding_constraint", "run_state", "remat", "checkpoint")
+    )

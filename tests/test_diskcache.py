@@ -1,0 +1,254 @@
+"""Programs on disk: hit by a second process, bits equal, never in the way of a user's own cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from by_hand import MyModel, bits, notebook_x
+
+from flax_magics import Session
+from flax_magics.diskcache import DiskCache, default_folder
+
+SCRIPT = """
+import hashlib, json, sys
+import jax, numpy as np
+sys.path.insert(0, TESTS)
+from by_hand import MyModel, bits, notebook_x
+from flax_magics import Session
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **more: compiled.append(more) if event.endswith('backend_compile_duration') else None)
+x = notebook_x()
+session = Session(seed=0, disk_cache=True)
+session.register('net', MyModel(3, True))
+compiled.clear()
+run = session.apply('net', x)
+here = len(compiled)
+import threading
+for thread in threading.enumerate():
+    if thread.name == 'flax_magics compile':
+        thread.join()
+everything = bits((run.output, session.models['net'].variables))
+digest = hashlib.sha256(repr(everything).encode()).hexdigest()
+print(json.dumps({'program': run.program, 'compilations': here, 'bits': digest}))
+"""
+
+
+def start(environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    script = SCRIPT.replace("TESTS", repr(str(Path(__file__).parent)))
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **(environment or {})},
+    )
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def ran(environment: dict[str, str] | None = None) -> dict[str, Any]:
+    return result(start(environment))
+
+
+def programs(folder: Path) -> list[Path]:
+    return sorted((folder / "flax_magics" / "programs").glob("*"))
+
+
+def settle(session: Session) -> None:
+    """Waits until what was compiled is on disk."""
+    session.programs.compiler.workers.submit(lambda: None).result()
+    while session.programs.compiler.workers.busy:
+        pass
+
+
+def test_a_second_process_compiles_nothing_and_has_the_same_bits(cache_directory):
+    first = ran()
+    assert first["program"] == "compiled"
+    assert programs(cache_directory)
+    second = ran()
+    assert (second["program"], second["compilations"]) == ("disk cache", 0)
+    assert second["bits"] == first["bits"]
+
+
+def test_damaged_files_are_ignored_and_replaced(cache_directory):
+    first = ran()
+    files = programs(cache_directory)
+    whole = {file: file.read_bytes() for file in files}
+    for i, file in enumerate(files):
+        file.write_bytes((b"", b"nonsense", whole[file][:-1], whole[file][:-1] + b"?")[i % 4])
+    again = ran()
+    assert (again["program"], again["bits"]) == ("compiled", first["bits"])
+    assert programs(cache_directory) == files
+    assert ran()["program"] == "disk cache"
+
+
+def test_two_processes_at_once(cache_directory):
+    found = [result(process) for process in [start(), start()]]
+    assert found[0]["bits"] == found[1]["bits"]
+    assert not [file for file in programs(cache_directory) if file.name.startswith("new-")]
+    assert ran()["program"] == "disk cache"
+
+
+def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
+    import flax_magics.diskcache as diskcache
+
+    cache = DiskCache()
+    key = cache.key("text", "trees", "settings")
+    assert cache.key("text", "trees", "settings") == key
+    assert cache.key("other", "trees", "settings") != key
+    assert cache.key("text", "other", "settings") != key
+    assert cache.key("text", "trees", "other") != key
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert cache.key("text", "trees", "settings") != key
+    monkeypatch.delenv("XLA_FLAGS")
+    for change in ("_processor", "__version__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(diskcache, change, (lambda: "another") if change == "_processor" else "another")
+            diskcache._surroundings.cache_clear()
+            assert cache.key("text", "trees", "settings") != key
+    diskcache._surroundings.cache_clear()
+
+
+def test_a_script_keeps_nothing_unless_it_asks(cache_directory):
+    Session(seed=0).register("net", MyModel(3, True))
+    session = Session(seed=0)
+    session.register("net", MyModel(3, True))
+    session.apply("net", notebook_x())
+    settle(session)
+    assert programs(cache_directory) == []
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    for program in ("compiled", "disk cache"):
+        session = Session(seed=0, disk_cache=tmp_path / "mine")
+        session.register("net", MyModel(3, True))
+        run = session.apply("net", notebook_x())
+        assert run.program == program
+        assert run.reason == ("first run of this program" if program == "compiled" else "")
+        settle(session)
+    assert list((tmp_path / "mine").iterdir())
+
+
+def test_a_notebook_keeps_programs_until_it_is_told_not_to(sharp_bits_notebook, cache_directory):
+    notebook = sharp_bits_notebook
+    notebook("%flax_apply -q my_model(x);")
+    settle(notebook.session)
+    assert programs(cache_directory)
+    (line,) = [line for line in notebook("%flax").splitlines() if line.startswith("  on disk")]
+    assert " KB in " in line
+    assert "/flax_magics/programs" in "".join(part.strip() for part in notebook("%flax").splitlines())
+    notebook("%config FlaxMagics.disk_cache = False")
+    before = programs(cache_directory)
+    notebook("%flax_apply -q my_model(x[:2]);")
+    settle(notebook.session)
+    assert programs(cache_directory) == before
+    assert "  on disk                        off" in notebook("%flax")
+
+
+@pytest.fixture
+def sharp_bits_notebook(notebook):
+    notebook(
+        "%%flaxmodel\nclass MyModel(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(3)(x)\n\n"
+        "my_model = MyModel()"
+    )
+    return notebook
+
+
+def test_a_users_own_cache_is_used_and_ours_stands_aside(cache_directory, tmp_path):
+    theirs = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "theirs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    first = ran(theirs)
+    assert first["program"] == "compiled"
+    assert programs(cache_directory) == []
+    assert list((tmp_path / "theirs").iterdir())
+    second = ran(theirs)
+    assert (second["program"], second["bits"]) == ("disk cache", first["bits"])
+
+
+def test_jaxs_own_setting_is_left_alone(tmp_path):
+    before = (jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)
+    session = Session(seed=0, disk_cache=tmp_path)
+    session.register("net", MyModel(3, True))
+    session.apply("net", notebook_x())
+    settle(session)
+    assert (jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache) == before
+
+
+def test_programs_with_callbacks_are_not_kept(tmp_path):
+    import flax.linen as nn
+
+    heard: list[str] = []
+
+    class Calling(nn.Module):
+        word: str
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            jax.debug.callback(lambda: heard.append(self.word))
+            return x + 1
+
+    for word in ("one", "two"):
+        session = Session(seed=0, disk_cache=tmp_path / "own")
+        session.register("net", Calling(word))
+        session.init("net", jnp.ones(2))
+        heard.clear()
+        assert session.apply("net", jnp.ones(2)).program == "compiled"
+        assert heard == [word]
+        settle(session)
+    assert not (tmp_path / "own").exists()
+
+
+def test_what_was_used_longest_ago_is_dropped(tmp_path):
+    executables = [jax.jit(lambda x, n=n: x + n).lower(jnp.ones(2)).compile() for n in range(3)]
+    cache = DiskCache(tmp_path)
+    trees = executables[0].in_tree, executables[0].out_tree
+    for i, name in enumerate("ab"):
+        cache.store(name, executables[i])
+        os.utime(tmp_path / name, (i, i))
+    cache.limit = cache.size
+    assert bits(cache.load("a", *trees)(jnp.ones(2))) == bits(jnp.ones(2))
+    cache.store("c", executables[2])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "c"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such rights")
+def test_a_folder_that_others_may_write_is_not_used(tmp_path):
+    executable = jax.jit(lambda x: x + 1).lower(jnp.ones(2)).compile()
+    cache = DiskCache(tmp_path / "programs")
+    cache.store("a", executable)
+    assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "programs").chmod(0o777)
+    assert cache.load("a", executable.in_tree, executable.out_tree) is None
+    cache.store("b", executable)
+    assert [file.name for file in (tmp_path / "programs").iterdir()] == ["a"]
+
+
+def test_a_place_that_cannot_be_written_fails_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    session = Session(seed=0, disk_cache=tmp_path / "file" / "below")
+    session.register("net", MyModel(3, True))
+    assert session.apply("net", notebook_x()).program == "compiled"
+    settle(session)
+
+
+def test_the_folder_is_where_the_system_has_caches(monkeypatch, cache_directory):
+    assert default_folder() == cache_directory / "flax_magics" / "programs"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert default_folder() == Path("/home/me/.cache/flax_magics/programs")
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert default_folder() == Path("/home/me/Library/Caches/flax_magics/programs")
