@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+
+from .uninterrupted import uninterrupted
 
 
 @dataclass
@@ -47,8 +50,12 @@ def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinish
         except BaseException as error:
             future.set_exception(error)
 
-    unfinished.wait = future.result
-    threading.Thread(target=work, name="flax_magics run").start()
+    # The context carries the cell that output belongs to, in ipykernel 7 and after.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(work,), name="flax_magics run")
+    with uninterrupted():  # a future that no thread will fill would be waited for forever
+        unfinished.wait = future.result
+        thread.start()
     while not future.done():
         concurrent.futures.wait([future], timeout=0.2)
     unfinished.wait = None

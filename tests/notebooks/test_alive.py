@@ -273,6 +273,22 @@ def test_a_program_with_callbacks_is_interrupted_while_it_runs(kernel):
     assert report(again)["draw"] == 1
 
 
+def test_what_a_model_prints_while_it_runs_is_in_its_own_cell(kernel):
+    kernel.run(
+        "%%flaxmodel loud = Loud()\n"
+        "class Loud(nn.Module):\n"
+        "  def __call__(self, x):\n"
+        "    jax.debug.print('sum {}', x.sum())\n"
+        "    def say(v):\n"
+        "      print('called')\n"
+        "      return v\n"
+        "    return jax.pure_callback(say, jax.ShapeDtypeStruct(x.shape, x.dtype), x)\n"
+    )
+    kernel.run("%flax_init -q loud(x);")
+    for _ in range(2):
+        assert sorted(kernel.prints("y = %flax_apply -q loud(x)").split("\n")) == ["", "called", "sum 12.0"]
+
+
 def test_an_nnx_module_is_as_it_was(kernel):
     kernel.run(
         "%%flaxmodel net = Net()\n"
