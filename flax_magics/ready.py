@@ -14,7 +14,7 @@ from .fingerprint import fingerprint
 from .keys import Draw, Series
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
-from .program import Program, Programs, Request, running, settings, trace
+from .program import Program, Programs, Request, leave_out, running, settings, trace
 from .run import Memory, describe
 
 TRACER_ERRORS = (
@@ -165,6 +165,7 @@ def eager(job: Job) -> Ready:
         streams = job.guess.streams | {"dropout"} | job.prepared.model.streams()
         ask, record = Ask(streams, job.guess.mutable | job.mutable), Record()
     ready = Ready(lambda: None, job.variables, arguments, ask, record, "eager")
+    traced = record
 
     def run() -> Any:
         while True:
@@ -172,13 +173,14 @@ def eager(job: Job) -> Ready:
             taken = {"params": job.taken}
             keys = {name: job.draw.stream(name, taken=taken.get(name, False)) for name in sorted(ready.ask.streams)}
             try:
-                result = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
+                output, updates = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
             except Incomplete:
                 ready.ask = ready.ask.and_what(record)
                 continue
+            result = output, leave_out(updates, traced.unchanged)
             jax.block_until_ready(result)
             jax.effects_barrier()
-            ready.record = record
+            ready.record = record.with_what(traced)
             return result
 
     ready.run = run

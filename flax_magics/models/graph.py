@@ -73,11 +73,9 @@ def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
     return None
 
 
-def is_sown(part: Any, kinds: tuple[type, ...] = ()) -> bool:
-    """Whether a part is an intermediate value (or of the given kinds): handed back, never kept."""
-    if isinstance(part, nnx.Perturbation):  # held for its gradient
-        return False
-    return isinstance(part, (nnx.Intermediate, *kinds))
+def is_sown(part: Any) -> bool:
+    """Whether a part is an intermediate value: handed back, never kept."""
+    return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)  # held for its gradient
 
 
 def spell(path: Path) -> str:
