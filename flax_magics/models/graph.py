@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ..arguments import is_traced
 from ..errors import FlaxMagicsError
 from ..fingerprint import Print
 from ..guards import Guards
@@ -78,6 +79,11 @@ def is_sown(part: Any) -> bool:
     return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)  # held for its gradient
 
 
+def is_fixed(leaf: Any) -> bool:
+    """Whether a leaf of the graph is no data, such as a function in the place of a layer."""
+    return not isinstance(leaf, (nnx.Variable, bool)) and not is_traced(leaf)
+
+
 def spell(path: Path) -> str:
     """`('layers', 0, 'kernel')` → `layers/0/kernel`."""
     return "/".join(map(str, path))
@@ -112,6 +118,8 @@ class Slot:
     """What a bare array is an attribute or item of; None for a Variable."""
     drawn: bool = False
     """Whether it is a stream's key or count: every run begins with those of its draw, whatever stands there."""
+    fixed: bool = False
+    """Whether it is no data at all, such as a function in the place of a layer: part of what the program is made for."""
 
     @cached_property
     def sown(self) -> bool:
@@ -159,7 +167,8 @@ class Layout:
                     values[id(value)] = value
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
-        return (*classes, *kinds, *values.values())
+        fixed = [slot.leaf for slot in self.slots if slot.fixed]
+        return (*classes, *kinds, *values.values(), *fixed)
 
     @cached_property
     def print(self) -> Print:
@@ -186,7 +195,8 @@ class Layout:
             collection = type(leaf).__name__ if variable else "Array"
             holder = parts.get(path[:-1])
             drawn = isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream)
-            slots.append(Slot(collection, spell(path), path, leaf, None if variable else holder, drawn))
+            fixed = not variable and is_fixed(leaf)
+            slots.append(Slot(collection, spell(path), path, leaf, None if variable else holder, drawn, fixed))
         nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
         held = Guards()
         for _, node in nodes:
@@ -204,7 +214,7 @@ class Layout:
         """The arrays as they are now, those that an earlier call sowed left out."""
         out: Values = {}
         for slot in self.slots:
-            if slot.sown:
+            if slot.sown or slot.fixed:
                 continue
             value = slot.read()
             if isinstance(value, np.ndarray):
@@ -224,7 +234,7 @@ class Layout:
 
     @cached_property
     def _given(self) -> tuple[Slot, ...]:
-        return tuple(slot for slot in self.slots if not slot.sown and not slot.drawn)
+        return tuple(slot for slot in self.slots if not slot.sown and not slot.drawn and not slot.fixed)
 
     def streams(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the streams' keys: () for one key, otherwise as many as NNX's `fork` made."""
@@ -285,6 +295,8 @@ class Rebuilt:
     graphdef: Any
     skeleton: tuple[tuple[Path, Any], ...]
     """Paths of the variables, and the tree structure of each."""
+    fixed: tuple[tuple[Path, Any], ...]
+    """Paths of what is no data, and what it is."""
     matches: Mapping[Path, Path]
     """Path in the graph as it is now → path before, of every part that was there before."""
     added: tuple[str, ...]
@@ -296,7 +308,7 @@ class Rebuilt:
             (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
             for (path, structure), value in zip(self.skeleton, values, strict=True)
         ]
-        copy = nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+        copy = nnx.merge(self.graphdef, nnx.from_flat_state([*flat, *self.fixed]))
         before, now = dict(walk(layout.module)), dict(walk(copy))
         own = {id(now[path]): before[old] for path, old in self.matches.items() if path in now and old in before}
         transplant(own, now)

@@ -28,6 +28,7 @@ from .graph import (
     Values,
     assignment,
     flat_state,
+    is_fixed,
     is_sown,
     parts_of,
     raw,
@@ -313,7 +314,7 @@ class NnxModel:
             after = dict(walk(copy))
             for slot in layout.slots:
                 part = after.get(slot.path)
-                if slot.sown or part is None:
+                if slot.sown or slot.fixed or part is None:
                     continue
                 value = raw(part) if isinstance(part, nnx.Variable) else part
                 if not same(values[slot.path], value):
@@ -530,8 +531,11 @@ def _structure(module: Any, before: Mapping[Path, Any]) -> tuple[Rebuilt, list[A
     matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
     added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
     graphdef, state = nnx.split(module, **GRAPH)
-    skeleton, values = [], []
+    skeleton, values, fixed = [], [], []
     for path, leaf in flat_state(state):
+        if is_fixed(leaf):
+            fixed.append((path, leaf))
+            continue
         skeleton.append((path, jax.tree_util.tree_structure(leaf)))
         values.append(raw(leaf) if isinstance(leaf, nnx.Variable) else leaf)
-    return Rebuilt(graphdef, tuple(skeleton), matches, tuple(dict.fromkeys(added))), values
+    return Rebuilt(graphdef, tuple(skeleton), tuple(fixed), matches, tuple(dict.fromkeys(added))), values

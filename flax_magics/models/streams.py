@@ -8,6 +8,7 @@ work on copies of their own, and metadata goes with them. What is sown carries a
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -124,8 +125,9 @@ class Watcher:
             (nnx.BatchNorm, "__call__", norm, norm_),
         ]
         with _lock:
-            for cls, name, _, new in replaced:
-                setattr(cls, name, new)
+            for cls, name, old, new in replaced:
+                # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some.
+                setattr(cls, name, functools.wraps(old)(new))
             try:
                 yield
             finally:
