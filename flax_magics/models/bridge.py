@@ -34,7 +34,8 @@ def _current() -> Any:
 def watching(recorder: Recorder) -> Iterator[None]:
     """Tells `recorder` of the streams that are looked up inside `ToLinen` modules, and of what these write."""
     thread = threading.get_ident()
-    streams_of, lookup, update = wrappers.linen_rngs_dict, nnx.Rngs._get_stream, wrappers.ToLinen._update_variables
+    streams_of, lookup = wrappers.linen_rngs_dict, nnx.Rngs._get_stream
+    update: Any = wrappers.ToLinen._update_variables
 
     def streams_of_(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:

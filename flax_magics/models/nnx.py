@@ -114,10 +114,7 @@ class NnxModel:
             known = ", ".join(self.methods()) or "none"
             what = f"`{'.'.join(method)}` is no method of {cls}" if method else f"{cls} defines no `__call__`"
             raise FlaxMagicsError(f"{what}; its methods: {known}.")
-        try:
-            return inspect.signature(target)
-        except (TypeError, ValueError):
-            return inspect.signature(lambda *args, **kwargs: None)
+        return _signature(target)
 
     # -- its switch
 
@@ -240,10 +237,11 @@ class NnxModel:
         """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some."""
         passed = _variables((args, kwargs))
         model = replace(self, passed=passed) if passed else self
-        if "rngs" not in signature.parameters or self._falls_back():
+        takes = "rngs" in signature.parameters or _hands_rngs_on(self.module)
+        if not takes or self._falls_back():
             return model, False
         try:
-            written = "rngs" in signature.bind_partial(*args, **kwargs).arguments
+            written = "rngs" in {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
         except TypeError:
             written = "rngs" in kwargs
         return (model, True) if written else (replace(model, gives_rngs=True), False)
@@ -372,6 +370,21 @@ class NnxModel:
             inside = call.rpartition(")")[0].rstrip(", ")
             call = f"{inside}{'' if inside.endswith('(') else ', '}rngs=nnx.Rngs({made}))"
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
+
+
+def _hands_rngs_on(module: Any) -> bool:
+    """Whether it is an `nnx.Sequential` with a layer that takes `rngs`: the newest take any keyword and hand it on."""
+    if not isinstance(module, nnx.Sequential):
+        return False
+    return any("rngs" in _signature(layer).parameters for layer in module.layers if callable(layer))
+
+
+def _signature(function: Any) -> inspect.Signature:
+    """The signature, one that takes anything where there is none to read."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **kwargs: None)
 
 
 def _variables(tree: Any) -> tuple[Any, ...]:

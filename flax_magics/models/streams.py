@@ -90,7 +90,9 @@ class Watcher:
 
         def lookup_(rngs: Any, name: str, error: Any) -> Any:
             if threading.get_ident() == thread and self._lacks(rngs, name):
-                self.missing = name  # with a `default` NNX would fall back on that: in each draw a stream has its own key
+                self.missing = (
+                    name  # with a `default` NNX would fall back on that: in each draw a stream has its own key
+                )
                 raise error(f"No RngStream named '{name}' found in Rngs.")
             try:
                 return lookup(rngs, name, error)

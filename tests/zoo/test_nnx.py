@@ -55,7 +55,8 @@ def check(notebook: Any, name: str, call: str = "", mode: str | None = None, met
                 setattr(part, switch, value if mode == "train" else not value)
     args, kwargs = notebook.shell.ev(f"(lambda *args, **kwargs: (args, kwargs))({call})")
     tags = {str(part.key.tag) for _, part in nnx.iter_graph(twin) if isinstance(part, nnx.RngStream)}
-    takes_rngs = "rngs" in inspect.signature(getattr(net, method or "__call__")).parameters and "rngs" not in kwargs
+    parameters = inspect.signature(getattr(net, method or "__call__")).parameters
+    takes_rngs = "rngs" in parameters or (isinstance(net, nnx.Sequential) and not tags)
     takes_rngs = takes_rngs and not type(net).__module__.startswith("flax.nnx.bridge")
 
     @nnx.jit
@@ -136,8 +137,12 @@ def test_surgery(notebook, docs):
     notebook("import numpy as np\nfrom flax import nnx")
     run("class TwoLayerMLP(", "")
     run("# Monkey-patching.")
-    notebook("%flax_apply -q -o run model(x)")  # a function as a layer, which nnx.jit itself takes in some versions only
-    assert bits(notebook["run"].output) == bits(nnx.jit(lambda net, x: net(x))(notebook["model"].linear1, notebook["x"]))
+    notebook(
+        "%flax_apply -q -o run model(x)"
+    )  # a function as a layer, which nnx.jit itself takes in some versions only
+    assert bits(notebook["run"].output) == bits(
+        nnx.jit(lambda net, x: net(x))(notebook["model"].linear1, notebook["x"])
+    )
     notebook("model.linear2 = model.linear1; model.linear1.kernel = nnx.Param(model.linear2.kernel[...] * 2)")
     check(notebook, "model", "x")
     notebook("%flaxmodel lora = nnx.LoRALinear(4, 4, lora_rank=3)")
@@ -194,8 +199,9 @@ def test_bridge_to_nnx(notebook, docs):
     assert check(notebook, "model", "x").used == {"dropout": ("(the model)",)}
     run("class NNXVmapped(")
     check(notebook, "model", "x")
-    run("class LinenMultiCollections(")
-    assert check(notebook, "model", "x, mutable=True").changed["counter"] == 2
+    if hasattr(nnx, "List"):  # older versions cannot read back what they sowed there, in a second call
+        run("class LinenMultiCollections(")
+        assert check(notebook, "model", "x, mutable=True").changed["counter"] == 2
 
 
 def test_bridge_to_linen(notebook, docs):
