@@ -550,6 +550,50 @@ def test_keys_in_variables_typed_and_legacy(session):
     runs_as_by_hand(session, Keyed, an_input())
 
 
+def with_refs(net: Any) -> Any:
+    return nnx.to_refs(net) if hasattr(nnx, "to_refs") else nnx.with_vars(net, ref=True)
+
+
+def contents(net: Any) -> list[Any]:
+    """What the variables hold, references read."""
+    return [bits(part[...]) for _, part in nnx.iter_graph(net) if isinstance(part, nnx.Variable)]
+
+
+def references(net: Any) -> list[int]:
+    return [id(part.raw_value) for _, part in nnx.iter_graph(net) if isinstance(part, nnx.Variable)]
+
+
+class Adds(Remembered):
+    """Says whether it fails, and gets an attribute more with every run."""
+
+    def __call__(self, x: Any, fails: bool = False) -> Any:
+        setattr(self, f"mean_{len(vars(self))}", nnx.Variable(x.mean()))
+        x = self.dropout(self.norm(x))
+        if fails:
+            raise RuntimeError("no")
+        return x
+
+
+@pytest.mark.parametrize(("cls", "eager"), [(Remembered, False), (Adds, False), (Adds, True)])
+def test_references_keep_their_identity_and_hold_what_they_hold_by_hand(session, cls, eager):
+    net, other = with_refs(cls(nnx.Rngs(0))), with_refs(cls(nnx.Rngs(0)))
+    other.train()
+    session.register("net", net)
+    before = references(net)
+    by_hand = (lambda net, x: net(x)) if eager else nnx.jit(lambda net, x: net(x))
+    for draw in (1, 2):
+        nnx.reseed(other, policy="match_shape", **keys_of(draw)("default"))
+        output = by_hand(other, an_input())
+        assert bits(session.apply("net", an_input(), mode="train", eager=eager).output) == bits(output)
+        assert contents(net) == contents(other)
+    assert [each for each in references(net) if each in before] == before
+    if cls is Adds:
+        held = contents(net)
+        with pytest.raises(RuntimeError, match="no"):
+            session.apply("net", an_input(), fails=True, mode="train", eager=eager)
+        assert contents(net) == held
+
+
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "legacy"])
 def test_keys_as_arguments(session, make):
     class Sampler(nnx.Module):

@@ -17,7 +17,7 @@ from flax import nnx
 
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
-from ..uninterrupted import Assignment
+from ..uninterrupted import Assignment, at_once
 from . import ARGUMENTS, CONVERTED, SOWN, Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables, own_methods
 from .graph import (
     GRAPH,
@@ -29,6 +29,7 @@ from .graph import (
     assignment,
     flat_state,
     is_fixed,
+    is_ref,
     is_sown,
     parts_of,
     raw,
@@ -154,7 +155,7 @@ class NnxModel:
 
     def state(self) -> Any:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
-        return jax.tree_util.tree_map(lambda leaf: leaf, nnx.state(self.module, **GRAPH))
+        return jax.tree_util.tree_map(lambda leaf: leaf[...] if is_ref(leaf) else leaf, nnx.state(self.module, **GRAPH))
 
     def read_state(self, name: str, value: Any) -> Values:
         """The module's variables with those of `value`, an `nnx.State` (or a mapping like one), in their places.
@@ -174,7 +175,8 @@ class NnxModel:
             if slot is None:
                 hint = did_you_mean(spell(path), [slot.name for slot in slots.values()])
                 raise FlaxMagicsError(f"`{name}` has no variable `{spell(path)}`.", hint=hint)
-            out.setdefault(slot.collection, {})[slot.name] = raw(leaf) if isinstance(leaf, nnx.Variable) else leaf
+            new = raw(leaf) if isinstance(leaf, nnx.Variable) else leaf
+            out.setdefault(slot.collection, {})[slot.name] = new[...] if is_ref(new) else new
         return out
 
     def key(self) -> Any:
@@ -333,7 +335,10 @@ class NnxModel:
         ]
         if structure is None:
             converted = layout.assignments(updates[CONVERTED]) if CONVERTED in updates else ()
-            return Commit(tuple(changed), (*layout.assignments(updates), *converted, *passed))
+            assignments = (*layout.assignments(updates), *converted, *passed)
+            if layout.has_refs:
+                return Commit(tuple(changed), (), lambda: at_once(assignments))
+            return Commit(tuple(changed), assignments)
         changed += [name for name in structure.added if name not in changed and name not in layout.random]
 
         def write() -> None:
