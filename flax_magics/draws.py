@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .errors import FlaxMagicsError
-from .models import Model, Record
+from .models import ARGUMENTS, Model, Record
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def left_behind(
             " each hands it on to the next.",
             write=write,
         )
-    if any(collection.startswith("(") for collection in updates):  # variables of an object in the call
+    if ARGUMENTS in updates:
         raise FlaxMagicsError(
             f"{text} passes rngs of its own: they would give all {size} draws the same keys.",
             write=f"leave them out: then each draw has its own keys\nfor _ in range({size}):\n    %flax_apply {text}",

@@ -16,7 +16,7 @@ from .errors import FlaxMagicsError, did_you_mean
 from .initialising import Initialising
 from .keys import SPLIT, Draw, Series, Streams, host_bytes
 from .memory import is_out_of_memory, out_of_memory, with_peak
-from .models import Ask, Commit, MissingVariables, Record
+from .models import SOWN, Ask, Commit, MissingVariables, Record
 from .models.axes import inside
 from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, prepare_init
@@ -239,7 +239,8 @@ def hand_back(
     output: Any, updates: Mapping[str, Any], record: Record, mutable: tuple[str, ...]
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The output as it is given back, what the run wrote, and what it sowed."""
-    updates, sown = dict(updates), {}
+    updates = dict(updates)
+    sown: dict[str, Any] = dict(updates.pop(SOWN, {}))
     for name in record.sown:
         if name in updates:
             sown[name] = updates.pop(name)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.extend.core
 
 from .arguments import Arguments, signature_of
 from .compiling import Compiled, Compiler, digest_of, settings
+from .forwarded import forwarded
 from .keys import Draw, Series, split_inside, split_series_inside
 from .models import Ask, Incomplete, Model, Path, Record
 from .models.calls import Calls
@@ -137,9 +139,55 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
         needed = needs(record, request)
         if needed == ask:
             record.unused = unused(traced, request.arguments)
-            return traced, ask, record
+            record.unchanged = unchanged(traced, request)
+            return _without(traced, request, record.unchanged), ask, record
         ask = needed
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
+
+
+def unchanged(traced: Any, request: Request) -> frozenset[tuple[str, str]]:
+    """Variables (type and path) that the program gives as written, and that are what went in: their writer only had them.
+
+    Of models that hold their variables themselves.
+    """
+    if not request.model.holds_variables:
+        return frozenset()
+    inputs, _ = jax.tree_util.tree_flatten_with_path((request.variables, request.draw.words, request.arguments.dynamic))
+    outputs, _ = jax.tree_util.tree_flatten_with_path(traced.out_info)
+    origins = forwarded(traced.jaxpr.jaxpr, repeated=request.draw.size is not None)
+    same: dict[tuple[str, str], bool] = {}
+    for (path, _), origin in zip(outputs, origins, strict=True):
+        if path[0].idx == 0 and path[1].idx == 1 and path[2].key in request.variables:
+            # `((output, updates), root)` there, `(variables, root, arguments)` here.
+            variable = (path[2].key, path[3].key)
+            is_input = origin is not None and inputs[origin][0] == (path[0], *path[2:])
+            same[variable] = same.get(variable, True) and is_input
+    return frozenset(variable for variable, is_same in same.items() if is_same)
+
+
+def leave_out(updates: Mapping[str, Any], variables: Container[tuple[str, str]]) -> dict[str, Any]:
+    """`updates` without `variables`, and without the types of which nothing is left."""
+    kept = {}
+    for name, tree in updates.items():
+        inner = {path: value for path, value in tree.items() if (name, path) not in variables} if variables else tree
+        if inner or not tree:
+            kept[name] = inner
+    return kept
+
+
+def _without(traced: Any, request: Request, variables: frozenset[tuple[str, str]]) -> Any:
+    """The traced program without some of the variables that it writes."""
+    if not variables:
+        return traced
+    run = jax.extend.core.jaxpr_as_fun(traced.jaxpr)
+    tree = jax.tree_util.tree_structure(traced.out_info)
+
+    def program(*inputs: Any) -> Any:
+        (output, updates), after = jax.tree_util.tree_unflatten(tree, run(*jax.tree_util.tree_leaves(inputs)))
+        return (output, leave_out(updates, variables)), after
+
+    program.__name__ = program.__qualname__ = request.name
+    return jax.jit(program).trace(request.variables, request.draw.words, request.arguments.dynamic)
 
 
 def _named(request: Request, ask: Ask, record: Record) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from .keys import Draw, Series
 from .library import library
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
-from .program import Building, Program, Programs, Request, running, trace
+from .program import Building, Program, Programs, Request, leave_out, running, trace
 from .roofline import cost_of
 from .run import Cause, Cost, Memory
 
@@ -209,6 +209,7 @@ def eager(job: Job, programs: Programs) -> Ready:
         streams = job.guess.streams | {"dropout"} | job.prepared.model.streams()
         ask, record = Ask(streams, job.guess.mutable | job.mutable), Record()
     ready = Ready(lambda: None, job.variables, arguments, ask, record, "eager")
+    traced = record
 
     def run() -> Any:
         while True:
@@ -216,15 +217,16 @@ def eager(job: Job, programs: Programs) -> Ready:
             taken = {"params": job.taken}
             keys = {name: job.draw.stream(name, taken=taken.get(name, False)) for name in sorted(ready.ask.streams)}
             try:
-                result = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
+                output, updates = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
             except Incomplete:
                 ready.ask = ready.ask.and_what(record)
                 continue
+            result = output, leave_out(updates, traced.unchanged)
             programs.unfinished.wait = functools.partial(jax.block_until_ready, result)
             jax.block_until_ready(result)
             jax.effects_barrier()
             programs.unfinished.wait = None
-            ready.record = record
+            ready.record = record.with_what(traced)
             return result
 
     ready.run = run

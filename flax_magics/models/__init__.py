@@ -10,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..errors import FlaxMagicsError
@@ -21,6 +21,13 @@ from .calls import Path as Path
 Variables = Mapping[str, Any]
 Forward = Callable[[Variables, Mapping[str, Any], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
 """`forward(variables, keys, args, kwargs) -> (output, updates)`; pure; `updates` holds what was written or sown."""
+
+ARGUMENTS = "(arguments)"
+"""Where a run's updates keep what it changed in NNX objects that the call passed, such as the counts of an Rngs."""
+CONVERTED = "(converted)"
+"""Where they keep Python numbers and 64-bit arrays of NumPy that a variable held, unchanged: JAX hands back its own."""
+SOWN = "(sown)"
+"""Where they keep what NNX sowed, by type: a type may be that of variables which stay, too."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,26 @@ class Record:
     written: set[str] = field(default_factory=set)
     """Collections that something was put into, sown ones included."""
     sown: set[str] = field(default_factory=set)
-    """Collections that `sow` wrote."""
+    """Collections that `sow` wrote; of NNX `SOWN`."""
     layers: list[Layer] = field(default_factory=list)
     axes: set[str] = field(default_factory=set)
     """Mapped axes that the model names and that nothing around it binds."""
     unused: frozenset[str] = frozenset()
     """Traced arguments that nothing in the program reads."""
+    unchanged: frozenset[tuple[str, str]] = frozenset()
+    """Variables (type and path) that were handed back by a transform inside the model as they were (NNX)."""
     held: set[str] = field(default_factory=set)
     """Streams that the model is given whether or not it consumes them: those that an NNX module holds."""
     structure: Any = None
     """How the run changed the model's graph (NNX), None if it did not."""
     calls: Calls | None = None
     """Where the calls of modules are noted, None where nobody asks for them."""
+
+    def with_what(self, traced: Record) -> Record:
+        """With the streams and layers that a trace saw and this run did not: inside a jitted function of the model's own."""
+        asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
+        layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
+        return replace(self, asked=asked, layers=layers)
 
 
 @dataclass(frozen=True)

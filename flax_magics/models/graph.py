@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.nnx import variablelib
 
+from ..arguments import is_traced
 from ..errors import FlaxMagicsError
 from ..fingerprint import Print
 from ..guards import Guards
@@ -52,6 +54,20 @@ def assignment(variable: Any, value: Any) -> Assignment:
     return (object.__setattr__, variable, _RAW, value)
 
 
+def is_ref(value: Any) -> bool:
+    """Whether a value is a reference of JAX's, which programs change where it is."""
+    return variablelib.is_array_ref(value)
+
+
+def _on_arrays(module: Any) -> Any:
+    """A copy that holds arrays where the module holds references; the module itself if it holds none."""
+    if not any(isinstance(part, nnx.Variable) and is_ref(raw(part)) for _, part in walk(module)):
+        return module
+    if hasattr(nnx, "to_arrays"):
+        return nnx.to_arrays(module)
+    return nnx.with_vars(module, ref=False, allow_duplicates=True)
+
+
 def walk(module: Any) -> Iterator[tuple[Path, Any]]:
     """Paths and parts of the graph, each part once: modules, variables, containers, and what is static."""
     return nnx.iter_graph(module, **GRAPH)  # type: ignore[return-value]
@@ -73,11 +89,14 @@ def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
     return None
 
 
-def is_sown(part: Any, kinds: tuple[type, ...] = ()) -> bool:
-    """Whether a part is an intermediate value (or of the given kinds): handed back, never kept."""
-    if isinstance(part, nnx.Perturbation):  # held for its gradient
-        return False
-    return isinstance(part, (nnx.Intermediate, *kinds))
+def is_sown(part: Any) -> bool:
+    """Whether a part is an intermediate value: handed back, never kept."""
+    return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)  # held for its gradient
+
+
+def is_fixed(leaf: Any) -> bool:
+    """Whether a leaf of the graph is no data, such as a function in the place of a layer."""
+    return not isinstance(leaf, (nnx.Variable, bool)) and not is_traced(leaf)
 
 
 def spell(path: Path) -> str:
@@ -114,6 +133,12 @@ class Slot:
     """What a bare array is an attribute or item of; None for a Variable."""
     drawn: bool = False
     """Whether it is a stream's key or count: every run begins with those of its draw, whatever stands there."""
+    fixed: bool = False
+    """Whether it is no data at all, such as a function in the place of a layer: part of what the program is made for."""
+    structure: Any = None
+    """Of a Variable: what it is apart from its value."""
+    ref: bool = False
+    """Whether the Variable holds a reference: runs work on what is in there, and it is written back into it."""
 
     @cached_property
     def sown(self) -> bool:
@@ -122,10 +147,15 @@ class Slot:
 
     def read(self) -> Any:
         """Its value now."""
+        if self.ref:
+            with jax.ensure_compile_time_eval():  # a program that is being made must not read it when it runs
+                return raw(self.leaf)[...]
         return raw(self.leaf) if self.holder is None else _get(self.holder, self.path[-1])
 
     def assignment(self, value: Any) -> Assignment:
         """What replaces its value."""
+        if self.ref:
+            return (setitem, raw(self.leaf), ..., value)
         if self.holder is None:
             return assignment(self.leaf, value)
         if isinstance(self.holder, nnx.Pytree):
@@ -161,7 +191,8 @@ class Layout:
                     values[id(value)] = value
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
-        return (*classes, *kinds, *values.values())
+        fixed = [slot.leaf for slot in self.slots if slot.fixed]
+        return (*classes, *kinds, *values.values(), *fixed)
 
     @cached_property
     def print(self) -> Print:
@@ -175,20 +206,26 @@ class Layout:
         Raises:
           FlaxMagicsError: it holds references that a program would change in place.
         """
-        graphdef, state = nnx.split(module, **GRAPH)
+        graphdef, state = nnx.split(_on_arrays(module), **GRAPH)
         parts = dict(walk(module))
         slots: list[Slot] = []
         for path, leaf in flat_state(state):
             variable = isinstance(leaf, nnx.Variable)
-            if "Ref" in type(raw(leaf) if variable else leaf).__name__:
+            if not variable and is_ref(leaf):
                 raise FlaxMagicsError(
-                    f"`{spell(path)}` holds a reference, which a run would change even where it fails.",
-                    write="net = nnx.to_arrays(net)",
+                    f"`{spell(path)}` is a reference without a Variable, which a run would change even where it fails.",
+                    write=f"net.{'.'.join(map(str, path))} = nnx.Variable(…)",
                 )
             collection = type(leaf).__name__ if variable else "Array"
             holder = parts.get(path[:-1])
             drawn = isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream)
-            slots.append(Slot(collection, spell(path), path, leaf, None if variable else holder, drawn))
+            fixed = not variable and is_fixed(leaf)
+            structure = jax.tree_util.tree_structure(leaf) if variable else None
+            own = parts.get(path, leaf) if variable else leaf
+            ref = variable and is_ref(raw(own))
+            slots.append(
+                Slot(collection, spell(path), path, own, None if variable else holder, drawn, fixed, structure, ref)
+            )
         nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
         held = Guards()
         for _, node in nodes:
@@ -206,7 +243,7 @@ class Layout:
         """The arrays as they are now, those that an earlier call sowed left out."""
         out: Values = {}
         for slot in self.slots:
-            if slot.sown:
+            if slot.sown or slot.fixed:
                 continue
             value = slot.read()
             if isinstance(value, np.ndarray):
@@ -226,7 +263,7 @@ class Layout:
 
     @cached_property
     def _given(self) -> tuple[Slot, ...]:
-        return tuple(slot for slot in self.slots if not slot.sown and not slot.drawn)
+        return tuple(slot for slot in self.slots if not slot.sown and not slot.drawn and not slot.fixed)
 
     def streams(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the streams' keys: () for one key, otherwise as many as NNX's `fork` made."""
@@ -247,11 +284,15 @@ class Layout:
         for slot in self.slots:
             given = values.get(slot.collection, {})
             value = given[slot.name] if slot.name in given else slot.read()
-            if slot.holder is None:
-                structure = jax.tree_util.tree_structure(slot.leaf)
-                value = jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value))
+            if slot.structure is not None:
+                value = jax.tree_util.tree_unflatten(slot.structure, jax.tree_util.tree_leaves(value))
             flat.append((slot.path, value))
         return nnx.merge(self.graphdef.value, nnx.from_flat_state(flat))
+
+    @cached_property
+    def has_refs(self) -> bool:
+        """Whether any variable is a reference, which takes more than an assignment to be written."""
+        return any(slot.ref for slot in self.slots)
 
     @cached_property
     def tags(self) -> frozenset[str]:
@@ -293,6 +334,8 @@ class Rebuilt:
     graphdef: Any
     skeleton: tuple[tuple[Path, Any], ...]
     """Paths of the variables, and the tree structure of each."""
+    fixed: tuple[tuple[Path, Any], ...]
+    """Paths of what is no data, and what it is."""
     matches: Mapping[Path, Path]
     """Path in the graph as it is now → path before, of every part that was there before."""
     added: tuple[str, ...]
@@ -304,7 +347,7 @@ class Rebuilt:
             (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
             for (path, structure), value in zip(self.skeleton, values, strict=True)
         ]
-        copy = nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+        copy = nnx.merge(self.graphdef, nnx.from_flat_state([*flat, *self.fixed]))
         before, now = dict(walk(layout.module)), dict(walk(copy))
         own = {id(now[path]): before[old] for path, old in self.matches.items() if path in now and old in before}
         transplant(own, now)
@@ -329,9 +372,14 @@ def transplant(own: Mapping[int, Any], now: Mapping[Path, Any]) -> None:
     def write_to(target: Any, copy: Any) -> Callable[[], None]:
         if isinstance(target, nnx.Variable):
             metadata = dict(copy._var_metadata)
+            if is_ref(raw(target)) and "ref" in metadata:  # the copy holds an array, and says so
+                metadata["ref"] = True
 
             def write() -> None:
-                set_raw(target, raw(copy))
+                if is_ref(raw(target)):
+                    raw(target)[...] = raw(copy)
+                else:
+                    set_raw(target, raw(copy))
                 object.__setattr__(target, "_var_metadata", metadata)
         else:
             attributes = {name: swap(value) for name, value in vars(copy).items() if name != "_pytree__state"}

@@ -17,8 +17,8 @@ from flax import nnx
 
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
-from ..uninterrupted import Assignment
-from . import Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables, own_methods
+from ..uninterrupted import Assignment, at_once
+from . import ARGUMENTS, CONVERTED, SOWN, Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables, own_methods
 from .graph import (
     GRAPH,
     SIMPLE,
@@ -28,6 +28,8 @@ from .graph import (
     Values,
     assignment,
     flat_state,
+    is_fixed,
+    is_ref,
     is_sown,
     parts_of,
     raw,
@@ -37,13 +39,11 @@ from .graph import (
     transplant,
     walk,
 )
-from .streams import Watcher, mark, unmark
+from .streams import Watcher, mark, unmark, was_sown
 from .switch import WHEN_TRAINING, read_fields, set_fields, value_of
 
 STRUCTURE = "(structure)"
 """Where a run's result keeps the variables of a graph that the run changed."""
-ARGUMENTS = "(arguments)"
-"""Where a run's result keeps what it changed in NNX objects that the call passed, such as the counts of an Rngs."""
 SUPPLIED = ("params", "dropout")
 """Streams of the Rngs that the session makes."""
 
@@ -115,10 +115,7 @@ class NnxModel:
             known = ", ".join(self.methods()) or "none"
             what = f"`{'.'.join(method)}` is no method of {cls}" if method else f"{cls} defines no `__call__`"
             raise FlaxMagicsError(f"{what}; its methods: {known}.")
-        try:
-            return inspect.signature(target)
-        except (TypeError, ValueError):
-            return inspect.signature(lambda *args, **kwargs: None)
+        return _signature(target)
 
     # -- its switch
 
@@ -158,7 +155,7 @@ class NnxModel:
 
     def state(self) -> Any:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
-        return jax.tree_util.tree_map(lambda leaf: leaf, nnx.state(self.module, **GRAPH))
+        return jax.tree_util.tree_map(lambda leaf: leaf[...] if is_ref(leaf) else leaf, nnx.state(self.module, **GRAPH))
 
     def read_state(self, name: str, value: Any) -> Values:
         """The module's variables with those of `value`, an `nnx.State` (or a mapping like one), in their places.
@@ -178,7 +175,8 @@ class NnxModel:
             if slot is None:
                 hint = did_you_mean(spell(path), [slot.name for slot in slots.values()])
                 raise FlaxMagicsError(f"`{name}` has no variable `{spell(path)}`.", hint=hint)
-            out.setdefault(slot.collection, {})[slot.name] = raw(leaf) if isinstance(leaf, nnx.Variable) else leaf
+            new = raw(leaf) if isinstance(leaf, nnx.Variable) else leaf
+            out.setdefault(slot.collection, {})[slot.name] = new[...] if is_ref(new) else new
         return out
 
     def key(self) -> Any:
@@ -209,14 +207,26 @@ class NnxModel:
         return hashlib.sha256(code + repr((shapes, values)).encode()).digest()
 
     def sample(self) -> bytes:
-        """A digest of the first elements of every variable but the streams' own: tells a new seed from the same one."""
+        """A digest of the first elements of every variable but the streams' own: tells a new seed from the same one.
+
+        Raises:
+          FlaxMagicsError: the module holds shapes in place of arrays.
+        """
         hasher = hashlib.sha256()
         for name, tree in sorted(self.collections().items()):
             for path, value in sorted(tree.items()):
                 hasher.update(f"{name}/{path}".encode())
                 for leaf in jax.tree_util.tree_leaves(value):
-                    if not isinstance(leaf, jax.Array) or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                        hasher.update(np.asarray(leaf if np.ndim(leaf) == 0 else leaf.ravel()[:64]).tobytes())
+                    if isinstance(leaf, jax.Array):
+                        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                            continue
+                        leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
+                    elif isinstance(leaf, jax.ShapeDtypeStruct):
+                        raise FlaxMagicsError(
+                            f"`{path}` is a shape without values: the module was made by nnx.eval_shape.",
+                            write="nnx.update(net, state)     the values, from a checkpoint or another module",
+                        )
+                    hasher.update(np.asarray(leaf if np.ndim(leaf) == 0 else leaf.ravel()[:64]).tobytes())
         return hasher.digest()
 
     # -- running
@@ -229,13 +239,18 @@ class NnxModel:
         """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some."""
         passed = _variables((args, kwargs))
         model = replace(self, passed=passed) if passed else self
-        if "rngs" not in signature.parameters:
+        takes = "rngs" in signature.parameters or _hands_rngs_on(self.module)
+        if not takes or self._falls_back():
             return model, False
         try:
-            written = "rngs" in signature.bind_partial(*args, **kwargs).arguments
+            written = "rngs" in {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
         except TypeError:
             written = "rngs" in kwargs
         return (model, True) if written else (replace(model, gives_rngs=True), False)
+
+    def _falls_back(self) -> bool:
+        """Whether it is a layer of Flax's own that holds streams: without `rngs` it uses those, the draw's."""
+        return type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
 
     def supplies(self) -> tuple[str, ...]:
         """`rngs`, where the call takes some and has none."""
@@ -251,10 +266,11 @@ class NnxModel:
             copy = layout.rebuild(variables)
             before = dict(walk(copy))
             values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
-            _pop_sown(copy, ())
+            _pop(copy, is_sown)
             undo = _set_mode(copy, self.mode)
             reseed(copy, keys)
-            mark(copy, anew=record.calls is not None)
+            trace = object() if _is_traced(variables, keys, args, kwargs) else None
+            mark(copy, trace)
             held = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
             handed = None
             passed = _variables((args, kwargs))
@@ -262,7 +278,7 @@ class NnxModel:
             if self.gives_rngs:
                 own = layout.tags - set(SUPPLIED)
                 handed = nnx.Rngs(**{name: keys[name] for name in sorted(ask.streams - own)})
-                mark(handed, handed=True)
+                mark(handed, trace, handed=True)
                 kwargs = {**kwargs, "rngs": handed}
             record.held |= self.streams()
             watcher = Watcher(copy, record, handed)
@@ -275,13 +291,16 @@ class NnxModel:
             except (AttributeError, KeyError):
                 if watcher.missing is None or watcher.missing in ask.streams:
                     raise
-                record.asked.setdefault(watcher.missing, [])
-                raise Incomplete from None
             finally:
                 unmark(copy)
-            sown = _pop_sown(copy, tuple(watcher.sown - {type(slot.leaf) for slot in layout.slots}))
-            record.sown |= set(sown)
-            updates: dict[str, Any] = dict(sown)
+            if watcher.missing is not None and watcher.missing not in ask.streams:
+                record.asked.setdefault(watcher.missing, [])
+                raise Incomplete
+            sown = _pop(copy, lambda part: is_sown(part) or was_sown(part))
+            updates: dict[str, Any] = {}
+            if sown:
+                record.sown.add(SOWN)
+                updates[SOWN] = sown
             moved = {
                 str(i): raw(variable)
                 for i, (variable, old) in enumerate(zip(passed, given, strict=True))
@@ -295,11 +314,13 @@ class NnxModel:
             after = dict(walk(copy))
             for slot in layout.slots:
                 part = after.get(slot.path)
-                if slot.sown or part is None:
+                if slot.sown or slot.fixed or part is None:
                     continue
                 value = raw(part) if isinstance(part, nnx.Variable) else part
                 if not same(values[slot.path], value):
                     updates.setdefault(slot.collection, {})[slot.name] = value
+                elif trace is not None and _is_converted(slot.read(), value):
+                    updates.setdefault(CONVERTED, {}).setdefault(slot.collection, {})[slot.name] = value
             return output, updates
 
         return run
@@ -307,12 +328,17 @@ class NnxModel:
     def commit(self, updates: Mapping[str, Any], record: Record) -> Commit:
         """See `Model`. What is written is the module's own objects."""
         layout, structure = self.layout, record.structure
-        changed = [name for name in updates if name not in (STRUCTURE, ARGUMENTS) and name not in layout.random]
+        ours = (STRUCTURE, ARGUMENTS, CONVERTED)
+        changed = [name for name in updates if name not in ours and name not in layout.random]
         passed: list[Assignment] = [
             assignment(self.passed[int(i)], value) for i, value in updates.get(ARGUMENTS, {}).items()
         ]
         if structure is None:
-            return Commit(tuple(changed), (*layout.assignments(updates), *passed))
+            converted = layout.assignments(updates[CONVERTED]) if CONVERTED in updates else ()
+            assignments = (*layout.assignments(updates), *converted, *passed)
+            if layout.has_refs:
+                return Commit(tuple(changed), (), lambda: at_once(assignments))
+            return Commit(tuple(changed), assignments)
         changed += [name for name in structure.added if name not in changed and name not in layout.random]
 
         def write() -> None:
@@ -362,10 +388,26 @@ class NnxModel:
             keys = ", ".join(f"{stream}={stream}_key" for stream in held)
             parts.append(f"nnx.reseed({name}, policy='match_shape', {keys})")
         if self.gives_rngs:
-            made = ", ".join(f"{stream}={stream}_key" for stream in streams if stream in SUPPLIED)
+            own = self.layout.tags - set(SUPPLIED)
+            made = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in own)
             inside = call.rpartition(")")[0].rstrip(", ")
             call = f"{inside}{'' if inside.endswith('(') else ', '}rngs=nnx.Rngs({made}))"
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
+
+
+def _hands_rngs_on(module: Any) -> bool:
+    """Whether it is an `nnx.Sequential` with a layer that takes `rngs`: the newest take any keyword and hand it on."""
+    if not isinstance(module, nnx.Sequential):
+        return False
+    return any("rngs" in _signature(layer).parameters for layer in module.layers if callable(layer))
+
+
+def _signature(function: Any) -> inspect.Signature:
+    """The signature, one that takes anything where there is none to read."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return inspect.signature(lambda *args, **kwargs: None)
 
 
 def _variables(tree: Any) -> tuple[Any, ...]:
@@ -476,12 +518,23 @@ def _set_mode(module: Any, train: bool | None) -> Callable[[], None]:
     return undo
 
 
-def _pop_sown(module: Any, kinds: tuple[type, ...]) -> dict[str, Any]:
-    """Takes intermediate values off the graph: type → nested by path."""
+def _is_traced(*trees: Any) -> bool:
+    """Whether a program is being made, as opposed to a run op by op."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
+
+
+def _is_converted(held: Any, traced: Any) -> bool:
+    """Whether JAX has made another dtype of a value by taking it into a program."""
+    before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
+    return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
+
+
+def _pop(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Takes the parts that are `wanted` off the graph: type → nested by path."""
     out: dict[str, Any] = {}
     for path, node in list(walk(module)):
         for name, part in parts_of(node) or ():
-            if not is_sown(part, kinds):
+            if not wanted(part):
                 continue
             inner = out.setdefault(type(part).__name__, {})
             for step in path:
@@ -525,8 +578,11 @@ def _structure(module: Any, before: Mapping[Path, Any]) -> tuple[Rebuilt, list[A
     matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
     added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
     graphdef, state = nnx.split(module, **GRAPH)
-    skeleton, values = [], []
+    skeleton, values, fixed = [], [], []
     for path, leaf in flat_state(state):
+        if is_fixed(leaf):
+            fixed.append((path, leaf))
+            continue
         skeleton.append((path, jax.tree_util.tree_structure(leaf)))
         values.append(raw(leaf) if isinstance(leaf, nnx.Variable) else leaf)
-    return Rebuilt(graphdef, tuple(skeleton), matches, tuple(dict.fromkeys(added))), values
+    return Rebuilt(graphdef, tuple(skeleton), tuple(fixed), matches, tuple(dict.fromkeys(added))), values

@@ -3,7 +3,7 @@
 For the time of one trace, on the calling thread, five methods are replaced by ones that note the call and go on as
 before; where the Record has a place for calls, so are the public methods of every module class in the graph. A part of
 the model is known by its path, which its variables carry as metadata for that time: NNX's transforms work on copies of
-their own, and metadata goes with them.
+their own, and metadata goes with them. What is sown carries a mark of its own in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,29 +24,43 @@ from .graph import walk
 from .recorder import constructed_in
 
 MARK = "flax_magics_path"
-ANEW = "flax_magics_trace"
-"""Metadata of a trace that notes calls: NNX's transforms remember what they traced, and would not run it again."""
+SOWED = "flax_magics_sown"
 HANDED: Path = ("(rngs of the call)",)
 """In place of a path: a stream that the session made for the call."""
 
 _lock = threading.RLock()
-_traces = itertools.count(1)
 
 
-def mark(module: Any, handed: bool = False, anew: bool = False) -> None:
-    """Every variable of the graph carries its path; with `anew` a number as well that no trace before had."""
-    more = {ANEW: next(_traces)} if anew else {}
+def mark(module: Any, trace: object, handed: bool = False) -> None:
+    """Every variable of the graph carries its path.
+
+    Args:
+      trace: what tells this trace from every other. A function inside the model that is jitted by itself is then traced
+        in each, where JAX would answer from what it remembers, and the streams in there would go unseen.
+      handed: the graph is the Rngs that the session made for the call.
+    """
     for path, part in walk(module):
         if isinstance(part, nnx.Variable):
             where = HANDED if handed else path
-            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: where, **more})
+            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: (where, trace)})
+
+
+def path_of(variable: Any) -> Path | None:
+    """The path that a variable carries, None for one that the user passed or that the model made itself."""
+    found = variable._var_metadata.get(MARK)
+    return None if found is None else found[0]
+
+
+def was_sown(part: Any) -> bool:
+    """Whether a variable came to be by `sow` in this run."""
+    return isinstance(part, nnx.Variable) and SOWED in part._var_metadata
 
 
 def unmark(module: Any) -> None:
     """Takes the paths off again."""
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and MARK in part._var_metadata:
-            metadata = {name: value for name, value in part._var_metadata.items() if name not in (MARK, ANEW)}
+            metadata = {name: value for name, value in part._var_metadata.items() if name != MARK}
             object.__setattr__(part, "_var_metadata", metadata)
 
 
@@ -62,7 +75,6 @@ class Watcher:
         self.record = record
         self.handed = handed
         self.missing: str | None = None
-        self.sown: set[type] = set()
         self.parts = dict(walk(module))
         self.paths = {id(part): path for path, part in self.parts.items() if isinstance(part, nnx.Pytree)}
 
@@ -79,6 +91,11 @@ class Watcher:
             return draw(stream)
 
         def lookup_(rngs: Any, name: str, error: Any) -> Any:
+            if threading.get_ident() == thread and self._lacks(rngs, name):
+                self.missing = (
+                    name  # with a `default` NNX would fall back on that: in each draw a stream has its own key
+                )
+                raise error(f"No RngStream named '{name}' found in Rngs.")
             try:
                 return lookup(rngs, name, error)
             except (AttributeError, KeyError):
@@ -87,10 +104,12 @@ class Watcher:
                 raise
 
         def sow_(module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                kind = nnx.variable_type_from_name(variable_type) if isinstance(variable_type, str) else variable_type
-                self.sown.add(kind)
-            return sow(module, variable_type, name, *args, **kwargs)
+            new = threading.get_ident() == thread and not hasattr(module, name)
+            result = sow(module, variable_type, name, *args, **kwargs)
+            variable = vars(module).get(name)
+            if new and isinstance(variable, nnx.Variable):
+                object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
+            return result
 
         def dropout_(module: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == thread and module.rate != 0.0:
@@ -110,8 +129,9 @@ class Watcher:
             (nnx.BatchNorm, "__call__", norm, norm_),
         ]
         with _lock:
-            for cls, name, _, new in replaced:
-                setattr(cls, name, new)
+            for cls, name, old, new in replaced:
+                # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some.
+                setattr(cls, name, functools.wraps(old)(new))
             try:
                 with self._noting(thread):
                     yield
@@ -151,9 +171,16 @@ class Watcher:
 
         return call
 
+    def _lacks(self, rngs: Any, name: str) -> bool:
+        """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""
+        if self.handed is None or name.startswith("_") or name in vars(rngs):
+            return False
+        streams = [part for part in vars(rngs).values() if isinstance(part, nnx.RngStream)]
+        return rngs is self.handed or any(path_of(stream.key) == HANDED for stream in streams)
+
     def _consumed(self, stream: Any) -> None:
-        path = stream.key._var_metadata.get(MARK)
-        if path is not None:  # otherwise it is one that the user passed, or one that the model made itself
+        path = path_of(stream.key)
+        if path is not None:
             consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
             self.record.asked.setdefault(str(stream.key.tag), []).append(tuple(map(str, consumer)))
 
@@ -180,8 +207,9 @@ class Watcher:
             return self.paths[id(module)]
         for part in vars(module).values():  # a transform's copy
             variable = getattr(part, "key", None) if isinstance(part, nnx.RngStream) else part
-            if isinstance(variable, nnx.Variable) and MARK in variable._var_metadata:
-                return self._module_at(variable._var_metadata[MARK][:-1])
+            path = path_of(variable) if isinstance(variable, nnx.Variable) else None
+            if path is not None:
+                return self._module_at(path[:-1])
         return None
 
     def _layer(self, module: Any, kind: str, switch: str, given: Mapping[str, Any]) -> None:

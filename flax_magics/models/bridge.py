@@ -1,0 +1,113 @@
+"""Watches NNX modules inside linen ones (`nnx.bridge.to_linen`) while a linen model is traced or initialised.
+
+`ToLinen` builds its module anew in every call, with the streams that linen was given; one that linen was not given falls
+back in silence on a `default` of seed 0, and what the module writes to a collection that is not mutable is dropped in
+silence. Here both are asking, as in linen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+from flax.linen import module as linen_module
+from flax.nnx import variablelib
+from flax.nnx.bridge import wrappers
+
+from .graph import is_sown, walk
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+
+def _current() -> Any:
+    """The `ToLinen` whose call is running, None outside of one."""
+    stack = linen_module._context.module_stack
+    return stack[-1] if stack and isinstance(stack[-1], wrappers.ToLinen) else None
+
+
+@contextlib.contextmanager
+def watching(recorder: Recorder) -> Iterator[None]:
+    """Tells `recorder` of the streams that are looked up inside `ToLinen` modules, and of what these write."""
+    thread = threading.get_ident()
+    streams_of, lookup = wrappers.linen_rngs_dict, nnx.Rngs._get_stream
+    update: Any = wrappers.ToLinen._update_variables
+
+    def streams_of_(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return streams_of(*args, **kwargs)
+        recorder.forking, before = True, recorder.forking  # it takes a key of every stream there is: that is no asking
+        try:
+            return streams_of(*args, **kwargs)
+        finally:
+            recorder.forking = before
+
+    def lookup_(rngs: Any, name: str, error: Any) -> Any:
+        outer = _current() if threading.get_ident() == thread else None
+        # What `params` gives when the module is built anew is replaced by the variables.
+        if outer is not None and name != "params" and not name.startswith("_"):
+            recorder.record.asked.setdefault(name, []).append(tuple(outer.scope.path))
+            recorder.incomplete |= name not in recorder.ask.streams
+        return lookup(rngs, name, error)
+
+    def update_(outer: Any, module: Any) -> None:
+        if threading.get_ident() == thread:
+            for collection, sown in _written(outer, module):
+                recorder.record.written.add(collection)
+                if sown:
+                    recorder.record.sown.add(collection)
+                recorder.incomplete |= collection not in recorder.ask.mutable
+        update(outer, module)
+
+    with _replaced(streams_of_, lookup_, update_):
+        yield
+
+
+@contextlib.contextmanager
+def initialising() -> Iterator[None]:
+    """Inside the block, a stream that an init does not give falls back on `params`, as every other of linen's does."""
+    thread = threading.get_ident()
+    lookup = nnx.Rngs._get_stream
+
+    def lookup_(rngs: Any, name: str, error: Any) -> Any:
+        outer = _current() if threading.get_ident() == thread else None
+        if outer is not None and not name.startswith("_") and not {name, "default"} & set(vars(rngs)):
+            setattr(rngs, name, vars(nnx.Rngs(**{name: outer.make_rng(name)}))[name])
+        return lookup(rngs, name, error)
+
+    with _replaced(None, lookup_, None):
+        yield
+
+
+def _written(outer: Any, module: Any) -> Iterator[tuple[str, bool]]:
+    """Collections that the module holds other values of than its variables were, and whether they were sown."""
+    before = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
+    for _, part in walk(module):
+        if isinstance(part, nnx.Variable) and not isinstance(part, nnx.RngState):
+            if all(id(leaf) in before for leaf in jax.tree_util.tree_leaves(part)):
+                continue
+            yield variablelib.variable_name_from_type(type(part), allow_register=True), is_sown(part)
+
+
+@contextlib.contextmanager
+def _replaced(
+    streams_of: Callable[..., Any] | None, lookup: Callable[..., Any], update: Callable[..., Any] | None
+) -> Iterator[None]:
+    new: list[tuple[Any, str, Any]] = [
+        (wrappers, "linen_rngs_dict", streams_of),
+        (nnx.Rngs, "_get_stream", lookup),
+        (wrappers.ToLinen, "_update_variables", update),
+    ]
+    old = [(owner, name, owner.__dict__[name]) for owner, name, function in new if function is not None]
+    for owner, name, function in new:
+        if function is not None:
+            setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for owner, name, function in old:
+            setattr(owner, name, function)
