@@ -91,7 +91,7 @@ def test_config_lists_the_settings_with_help(notebook):
         "FlaxMagics.notes=<key-1>=<value-1>...\n"
         "    Sharp bits that are not to be said, by kind: {'stream': False}. The kinds\n"
         "    are dropout, norm, stream, root key, key again, same key, unused key, zero\n"
-        "    params, nan params, scalar, outdated, rebound.\n"
+        "    params, nan params, scalar, programs, outdated, rebound.\n"
         "    Current: {}\n"
         "FlaxMagics.report=<Enum>\n"
         "    How much a run reports: auto is as long as its news; off shows sharp bits\n"
