@@ -356,7 +356,7 @@ def _modules(
 ) -> tuple[Module, ...]:
     """The modules that were called or hold variables, each with what is its own."""
     classes = dict(model.parts())
-    leaves = list(model.leaves(variables))
+    leaves = sorted(model.leaves(variables), key=lambda leaf: (leaf[0], leaf[1]))
     if not called:
         classes = _around(leaves, classes)
     paths = {(), *called}
