@@ -594,6 +594,16 @@ def test_references_keep_their_identity_and_hold_what_they_hold_by_hand(session,
         assert contents(net) == held
 
 
+def test_references_in_the_call_are_refused(session):
+    class Counts(nnx.Module):
+        def __call__(self, x, metric):
+            metric.update(values=x)
+
+    session.register("net", Counts())
+    with pytest.raises(FlaxMagicsError, match="an object in the call holds references, which a run would change"):
+        session.apply("net", an_input(), with_refs(nnx.metrics.Average()))
+
+
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "legacy"])
 def test_keys_as_arguments(session, make):
     class Sampler(nnx.Module):

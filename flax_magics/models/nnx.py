@@ -236,8 +236,17 @@ class NnxModel:
         raise NotImplementedError
 
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
-        """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some."""
+        """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some.
+
+        Raises:
+          FlaxMagicsError: an object in the call holds references.
+        """
         passed = _variables((args, kwargs))
+        if any(is_ref(raw(variable)) for variable in passed):
+            raise FlaxMagicsError(
+                "an object in the call holds references, which a run would change even where it fails.",
+                hint="the registered module may hold some: make it part of that, or pass one that holds arrays",
+            )
         model = replace(self, passed=passed) if passed else self
         takes = "rngs" in signature.parameters or _hands_rngs_on(self.module)
         if not takes or self._falls_back():
