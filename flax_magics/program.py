@@ -24,8 +24,8 @@ from .run import Memory
 from .units import Units
 from .workers import wait_for
 
-KEPT = 256
-"""Programs kept at most, the least recently used dropped first."""
+KEPT = 128
+"""Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
 
 
 @dataclass(frozen=True)
