@@ -13,7 +13,10 @@ import pytest
 from by_hand import bits, keys_of
 
 from flax_magics import Session, threefry
+from flax_magics.initialising import Initialising
 from flax_magics.keys import Root
+from flax_magics.models import adopt
+from flax_magics.prepare import Call, prepare_init
 from flax_magics.tracedinit import trace_init
 
 
@@ -35,10 +38,38 @@ class Everything(nn.Module):
         self.param("remainder", lambda key: jnp.remainder(jax.random.normal(key, (7,)), 0.3) * 3 + jnp.hypot(2.0, 3.1))
         self.variable("state", "count", lambda: 0)
         self.variable("state", "table", lambda: np.arange(3.0))
-        self.variable("state", "mean", lambda: x.mean())
-        scan = nn.scan(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        del scan
         return nn.BatchNorm(use_running_average=True)(x)
+
+
+class Statistic(nn.Module):
+    """Variables that depend on the forward pass, one of them by a function that JAX runs op by op in its turn."""
+
+    activation: Any = None
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(64)(x)
+        x = x if self.activation is None else self.activation(x)
+        self.variable("state", "statistic", lambda: (x.mean() + jnp.var(x) * 0.3, jnp.sqrt(x * x + 1) / 3))
+        return x
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, carry: Any, x: Any) -> Any:
+        return nn.tanh(nn.Dense(4)(carry) + x), x
+
+
+class Lifted(nn.Module):
+    """Layers inside scan, remat, jit and vmap."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        scanned = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False})
+        x, _ = scanned()(x, jnp.ones((5, *x.shape)))
+        x = nn.remat(nn.Dense)(4)(x)
+        x = nn.jit(nn.Dense)(4)(x)
+        return nn.vmap(nn.Dense, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})(4)(x)
 
 
 class LooksAtValues(nn.Module):
@@ -52,12 +83,39 @@ class Heard(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        jax.debug.callback(lambda: self.heard.append(1))
+        jax.debug.callback(self.heard)
         return nn.Dense(3)(x)
 
 
 def of_hand(module: Any, *args: Any) -> Any:
     return dict(module.init(keys_of(1)("params")["params"], *args))
+
+
+def is_taken_apart(module: Any, *args: Any) -> bool:
+    """Whether it is units that run, not `module.init`."""
+    call = Call((), args, {}, "net(x)")
+    prepared = prepare_init("net", adopt(module, "net"), call)
+    units = Session(seed=0).programs.units
+    return Initialising(prepared, (), Root.from_seed(0).draw(), units).expected is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "apart"),
+    [
+        (Everything(), True),
+        (Statistic(), True),
+        (Statistic(nn.relu), False),
+        (Statistic(nn.gelu), True),
+        (Lifted(), True),
+        (LooksAtValues(), False),
+    ],
+)
+def test_what_is_taken_apart_has_the_bits_of_init_by_hand(module, apart):
+    x = jnp.linspace(0.0, 1.0, 12).reshape(3, 4)
+    assert is_taken_apart(module, x) is apart
+    session = Session(seed=0)
+    session.register("net", module)
+    assert bits(session.init("net", x)) == bits(of_hand(module, x))
 
 
 def test_every_bit_and_type_is_that_of_init_by_hand():
@@ -98,7 +156,7 @@ def test_a_model_that_looks_at_values_is_initialised_by_hand():
 def test_callbacks_are_called_once_as_by_hand():
     heard: list[int] = []
     session = Session(seed=0)
-    session.register("net", Heard(heard))
+    session.register("net", Heard(lambda: heard.append(1)))
     session.init("net", jnp.ones((2, 4)))
     jax.effects_barrier()
     assert heard == [1]
