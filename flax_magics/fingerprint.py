@@ -16,6 +16,7 @@ import dis
 import enum
 import functools
 import hashlib
+import inspect
 import sys
 import sysconfig
 import types
@@ -124,6 +125,12 @@ DERIVED = frozenset(
         "_state",
         "_parent_ref",
     ]
+)
+
+
+# Methods that `dataclass` writes. A user's own, in code that was executed from a string, has the same file name.
+_WRITTEN = frozenset(
+    ["__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__", "__delattr__"]
 )
 
 
@@ -298,7 +305,12 @@ class _Walk:
         for name, item in vars(cls).items():
             if name in DERIVED or name == "__dataclass_fields__":
                 continue
-            if isinstance(item, types.FunctionType) and self._generated(item):
+            if (
+                name in _WRITTEN
+                and fields is not None
+                and isinstance(item, types.FunctionType)
+                and self._generated(item)
+            ):
                 continue
             if isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
                 continue
@@ -348,7 +360,7 @@ class _Walk:
 
     def _code(self, code: types.CodeType, doc: str | None = None) -> None:
         self.tag(
-            "code", code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
+            "code", code.co_code, code.co_names, _arguments(code), code.co_freevars, code.co_cellvars, code.co_flags,
             code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_exceptiontable,
         )  # fmt: skip
         constants = list(code.co_consts)
@@ -400,6 +412,12 @@ class _Walk:
                         self._user_module(value, code)
                 else:
                     self.visit(value)
+
+
+def _arguments(code: types.CodeType) -> tuple[Any, ...]:
+    """Names of the arguments, which a call can use; other locals have a number and no name that code could read."""
+    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return (*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred], code.co_nlocals)
 
 
 # What a walk cannot follow: reading names by a string.

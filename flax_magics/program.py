@@ -31,8 +31,8 @@ from .workers import wait_for
 if TYPE_CHECKING:
     from .reasons import Purpose, Ran
 
-KEPT = 256
-"""Programs kept at most, the least recently used dropped first."""
+KEPT = 128
+"""Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
 
 LEFT = 4
 """Programs kept at most whose compilation was interrupted, once it is done."""

@@ -19,7 +19,7 @@ import jax
 from .compiling import Compiler, digest_of, settings
 from .workers import Future, wait_for
 
-KEPT = 256
+KEPT = 128
 """Units kept at most, the least recently used dropped first."""
 
 

@@ -50,14 +50,49 @@ def test_a_warm_run_is_reused_and_another_shape_says_which(session):
     assert run.reason == "x: float32[5,4] → bfloat16[5,4]"
 
 
-def test_a_renamed_local_is_traced_but_not_compiled(session):
+def test_a_renamed_local_is_no_change_and_a_refactored_helper_is_traced_but_not_compiled(session):
     session.register("net", plain())
     session.apply("net", jnp.ones((2, 4)))
     session.register("net", model(PLAIN.replace("hidden", "h"), WIDTH=3, other=lambda x: x, scale=(2.0,)))
     run = session.apply("net", jnp.ones((2, 4)))
+    assert (run.program, run.timing.building) == ("reused", 0)
+    refactored = PLAIN.replace("nn.Dense(WIDTH)(x)", "dense(x)")
+    helper = "def dense(x):\n  return nn.Dense(WIDTH)(x)\n"
+    session.register("net", model(helper + refactored, WIDTH=3, other=lambda x: x, scale=(2.0,)))
+    run = session.apply("net", jnp.ones((2, 4)))
     assert run.program == "reused"
     assert run.timing.trace > 0
     assert run.timing.compile == 0
+
+
+def test_a_class_executed_from_a_string_is_never_stale(session):
+    for scale in (2.0, 3.0):
+        namespace: dict[str, Any] = {"nn": nn, "__name__": "__main__"}
+        source = "class Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(2)(x) * SCALE"
+        exec(source.replace("SCALE", str(scale)), namespace)
+        net = namespace["Net"]()
+        session.register("net", net)
+        run = session.apply("net", jnp.ones((2, 4)))
+        assert run.program == "compiled"
+        assert bits(run.output) == bits(jax.jit(net.apply)(session.models["net"].variables, jnp.ones((2, 4))))
+
+
+def test_dropped_models_are_freed_and_their_arrays_with_them(session):
+    import gc
+    import weakref
+
+    classes = []
+    for i in range(6):
+        net = model(PLAIN, WIDTH=3 + i, other=lambda x: x, scale=(float(i),))
+        classes.append(weakref.ref(type(net)))
+        session.register("net", net)
+        session.apply("net", jnp.ones((2, 4)))
+        del net
+        gc.collect()
+        if i == 1:
+            before = len(jax.live_arrays())
+    assert [i for i, cls in enumerate(classes) if cls() is not None] == [5]
+    assert len(jax.live_arrays()) == before
 
 
 def test_a_global_that_changed_is_never_stale(session):

@@ -13,7 +13,7 @@ IMPORTS = """\
 import jax
 import jax.numpy as jnp
 import flax.linen as nn
-x = jax.random.uniform(jax.random.key(42), (32, 512))
+x = jax.random.uniform(jax.random.key(42), (8, 512))
 """
 LOAD = "%load_ext flax_magics"
 

@@ -1,0 +1,262 @@
+"""An initialisation that leaves the forward pass out has the bits of `module.init`, or is `module.init`."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from by_hand import bits, keys_of
+
+from flax_magics import Session, threefry
+from flax_magics.initialising import Initialising
+from flax_magics.keys import Root
+from flax_magics.models import adopt
+from flax_magics.prepare import Call, prepare_init
+from flax_magics.tracedinit import trace_init
+
+
+class Everything(nn.Module):
+    """Initialisers of many kinds, dtypes, a value of Python's and one of NumPy's among the variables."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for kind in (
+            nn.initializers.lecun_normal(),
+            nn.initializers.xavier_uniform(),
+            nn.initializers.orthogonal(),
+            nn.initializers.normal(0.02),
+            nn.initializers.variance_scaling(2.0, "fan_avg", "truncated_normal"),
+        ):
+            x = nn.relu(nn.Dense(8, kernel_init=kind)(x))
+        x = nn.Dense(8, param_dtype=jnp.bfloat16)(x)
+        self.param("mixed", lambda key: jnp.linspace(0.1, 0.7, 5) * jax.random.normal(key, (5,)) + 1 / 3)
+        self.param("remainder", lambda key: jnp.remainder(jax.random.normal(key, (7,)), 0.3) * 3 + jnp.hypot(2.0, 3.1))
+        self.variable("state", "count", lambda: 0)
+        self.variable("state", "table", lambda: np.arange(3.0))
+        return nn.BatchNorm(use_running_average=True)(x)
+
+
+class Statistic(nn.Module):
+    """Variables that depend on the forward pass, one of them by a function that JAX runs op by op in its turn."""
+
+    activation: Any = None
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(64)(x)
+        x = x if self.activation is None else self.activation(x)
+        self.variable("state", "statistic", lambda: (x.mean() + jnp.var(x) * 0.3, jnp.sqrt(x * x + 1) / 3))
+        return x
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, carry: Any, x: Any) -> Any:
+        return nn.tanh(nn.Dense(4)(carry) + x), x
+
+
+class Lifted(nn.Module):
+    """Layers inside scan, remat, jit and vmap."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        scanned = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False})
+        x, _ = scanned()(x, jnp.ones((5, *x.shape)))
+        x = nn.remat(nn.Dense)(4)(x)
+        x = nn.jit(nn.Dense)(4)(x)
+        return nn.vmap(nn.Dense, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})(4)(x)
+
+
+class LooksAtValues(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(3 if float(x.sum()) > 0 else 4)(x)
+
+
+class Heard(nn.Module):
+    heard: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        jax.debug.callback(self.heard)
+        return nn.Dense(3)(x)
+
+
+def of_hand(module: Any, *args: Any) -> Any:
+    return dict(module.init(keys_of(1)("params")["params"], *args))
+
+
+def is_taken_apart(module: Any, *args: Any) -> bool:
+    """Whether it is units that run, not `module.init`."""
+    call = Call((), args, {}, "net(x)")
+    prepared = prepare_init("net", adopt(module, "net"), call)
+    units = Session(seed=0).programs.units
+    return Initialising(prepared, (), Root.from_seed(0).draw(), units).expected is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "apart"),
+    [
+        (Everything(), True),
+        (Statistic(), True),
+        (Statistic(nn.relu), False),
+        (Statistic(nn.gelu), True),
+        (Lifted(), True),
+        (LooksAtValues(), False),
+    ],
+)
+def test_what_is_taken_apart_has_the_bits_of_init_by_hand(module, apart):
+    x = jnp.linspace(0.0, 1.0, 12).reshape(3, 4)
+    assert is_taken_apart(module, x) is apart
+    session = Session(seed=0)
+    session.register("net", module)
+    assert bits(session.init("net", x)) == bits(of_hand(module, x))
+
+
+def test_every_bit_and_type_is_that_of_init_by_hand():
+    session = Session(seed=0)
+    session.register("net", Everything())
+    x = jnp.linspace(0.0, 1.0, 12).reshape(3, 4)
+    run = session.apply("net", x)
+    made, expected = session.models["net"].variables, of_hand(Everything(), x)
+    assert bits(made) == bits(expected)
+    types = [[type(leaf) for leaf in jax.tree_util.tree_leaves(tree)] for tree in (made, expected)]
+    assert types[0] == types[1]
+    weak = [[getattr(leaf, "weak_type", None) for leaf in jax.tree_util.tree_leaves(tree)] for tree in (made, expected)]
+    assert weak[0] == weak[1]
+    again = Session(seed=0)
+    again.register("net", Everything())
+    assert bits(again.init("net", x)) == bits(made)
+    assert bits(run.output) == bits(jax.jit(Everything().apply)(expected, x))
+
+
+def test_the_forward_pass_is_left_out():
+    key = jax.random.key(0)
+
+    class Model:
+        def init(self, key: Any, method: Any, args: Any, kwargs: Any) -> Any:
+            return nn.Dense(4).init(key, *args)
+
+    traced = trace_init(Model(), key, (), (jnp.ones((2, 3)),), {})
+    assert "dot_general" in {equation.primitive.name for equation in traced.closed.jaxpr.eqns}
+    assert "dot_general" not in {equation.primitive.name for equation in traced.needed}
+
+
+def test_a_model_that_looks_at_values_is_initialised_by_hand():
+    session = Session(seed=0)
+    session.register("net", LooksAtValues())
+    assert bits(session.init("net", jnp.ones((2, 4)))) == bits(of_hand(LooksAtValues(), jnp.ones((2, 4))))
+
+
+def test_callbacks_are_called_once_as_by_hand():
+    heard: list[int] = []
+    session = Session(seed=0)
+    session.register("net", Heard(lambda: heard.append(1)))
+    session.init("net", jnp.ones((2, 4)))
+    jax.effects_barrier()
+    assert heard == [1]
+
+
+def test_a_value_by_the_arguments_is_computed_where_they_are():
+    class Mean(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return self.variable("state", "mean", lambda: x.mean()).value
+
+    x = jax.device_put(jnp.arange(4.0), jax.devices()[0])
+    session = Session(seed=0)
+    session.register("net", Mean())
+    assert bits(session.init("net", x)) == bits(of_hand(Mean(), x))
+
+
+def test_looking_for_nan_runs_all_of_it():
+    class Broken(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dense(3)(x) / (x.sum() * 0)
+
+    session = Session(seed=0)
+    session.register("net", Broken())
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        session.init("net", jnp.zeros((2, 4)))
+    assert session.draws == 0
+
+
+def test_what_the_model_raises_names_the_users_line():
+    class Failing(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            raise ValueError("this line")
+
+    session = Session(seed=0)
+    session.register("net", Failing())
+    with pytest.raises(ValueError, match="this line") as caught:
+        session.apply("net", jnp.ones(2))
+    assert caught.traceback[-1].name == "__call__"
+    assert (session.draws, session.models["net"].variables) == (0, None)
+
+
+def test_an_interrupted_init_changes_nothing_and_is_done_again(monkeypatch):
+    import flax_magics.initialising as initialising
+
+    session = Session(seed=0)
+    session.register("net", Everything())
+    x = jnp.ones((3, 4))
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(initialising, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.apply("net", x)
+    assert (session.draws, session.models["net"].variables, session.runs) == (0, None, [])
+    session.apply("net", x)
+    assert bits(session.models["net"].variables) == bits(of_hand(Everything(), x))
+
+
+def test_the_phases_add_up_to_what_passed():
+    import time
+
+    session = Session(seed=0)
+    session.register("net", Everything())
+    begin = time.perf_counter()
+    timing = session.apply("net", jnp.ones((3, 4))).timing
+    passed = time.perf_counter() - begin
+    waited = timing.trace + timing.lower + timing.init + timing.compile - timing.beside + timing.wait + timing.run
+    assert 0 < waited <= passed
+    assert 0 <= timing.beside <= timing.compile
+
+
+def test_no_thread_is_left_behind():
+    before = threading.active_count()
+    session = Session(seed=0)
+    session.register("net", Everything())
+    session.init("net", jnp.ones((3, 4)))
+    while session.programs.compiler.workers.busy:
+        pass
+    assert threading.active_count() <= before + 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
+def test_keys_made_on_the_host_are_jaxs(seed):
+    assert threefry.is_in_force("threefry2x32")
+    assert not threefry.is_in_force("rbg")
+    key = jax.random.key(seed)
+    words = np.asarray(jax.random.key_data(key))
+    assert bits(threefry.split(words, 3)) == bits(np.asarray(jax.random.key_data(jax.random.split(key, 3))))
+    for data in (0, 1, 7, 2**31, 2**32 - 1):
+        folded = jax.random.key_data(jax.random.fold_in(key, np.uint32(data)))
+        assert bits(threefry.fold_in(words, data)) == bits(np.asarray(folded))
+
+
+def test_keys_that_are_not_jaxs_are_found_out():
+    draw = Root.from_seed(0).draw()
+    draw.stream("params")
+    with pytest.raises(RuntimeError, match="JAX splits keys in another way than flax_magics knows"):
+        draw.settle(b"12345678")
