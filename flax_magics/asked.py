@@ -67,9 +67,10 @@ def options(
     draws: int | None,
     repeat: int,
     eager: bool,
+    roofline: bool,
 ) -> Options:
     """The options of an apply, but for variables. A loop asks for the same ones many times."""
-    return Options(mode, mutable, None, key, draw, draws, repeat, eager)
+    return Options(mode, mutable, None, key, draw, draws, repeat, eager, roofline)
 
 
 def draw_of(text: str | None, session: Session, user_ns: Namespace, local_ns: Namespace) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def altered(record: T, **changes: Any) -> T:
+def altered(record: T, changes: Mapping[str, Any]) -> T:
     """`dataclasses.replace(record, **changes)` at a tenth of its cost: no field is checked, and what was worked
     out of the old one and kept beside its fields is carried over.
     """

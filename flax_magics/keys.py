@@ -158,15 +158,19 @@ class Draw:
           taken: the split's key of this name already went to something else in this draw (an init took `params`), so
             the stream is folded in as well: no key is used twice.
         """
+        return as_key(self.data(name, taken=taken), self.impl)
+
+    def data(self, name: str, *, taken: bool = False) -> bytes:
+        """Its key data, for which no array has to be made."""
         if name in SPLIT and not taken:
-            return as_key(self._split[1 + SPLIT.index(name)].tobytes(), self.impl)
+            return bytes(self._split[1 + SPLIT.index(name)].tobytes())
         if name not in self._folded:
             tag = stream_tag(name)
             if threefry.is_in_force(self.impl):
                 self._folded[name] = threefry.fold_in(self.words, tag).tobytes()
             else:
                 self._folded[name] = np.asarray(_folder(self.impl)(_words(self.root), np.uint32(tag))).tobytes()
-        return as_key(self._folded[name], self.impl)
+        return self._folded[name]
 
     @cached_property
     def _folded(self) -> dict[str, bytes]:
@@ -209,8 +213,11 @@ class Series:
 
     def stream(self, name: str, *, taken: bool = False) -> jax.Array:
         """The typed keys of stream `name`, shape (size,). `taken` is said of the first draw: see `Draw.stream`."""
-        keys = [draw.stream(name, taken=taken and draw is self.first) for draw in self.draws]
-        return as_key(b"".join(map(data_of, keys)), self.impl, len(keys))
+        return as_key(self.data(name, taken=taken), self.impl, self.size)
+
+    def data(self, name: str, *, taken: bool = False) -> bytes:
+        """Their key data, one after the other."""
+        return b"".join(draw.data(name, taken=taken and draw is self.first) for draw in self.draws)
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,11 @@ class Streams(Mapping[str, jax.Array]):
     def __getitem__(self, name: str) -> jax.Array:
         stream, taken = self.names[name]
         return self.draw.stream(stream, taken=taken)
+
+    def data(self, name: str) -> bytes:
+        """Key data of a key, for which no array has to be made."""
+        stream, taken = self.names[name]
+        return self.draw.data(stream, taken=taken)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -300,7 +312,18 @@ def data_of(key: Any) -> bytes:
 
 def words(key: Any) -> str:
     """The words of the key data in hex, 8 digits each: `375f238fcddb151d`."""
-    return "".join(f"{word:08x}" for word in np.frombuffer(data_of(key), np.uint32))
+    return _hex(data_of(key))
+
+
+def all_words(keys: Mapping[str, Any]) -> dict[str, str]:
+    """`words` of each key; of those of a draw no array has to be made."""
+    if isinstance(keys, Streams):
+        return {name: _hex(keys.data(name)) for name in keys}
+    return {name: words(key) for name, key in keys.items()}
+
+
+def _hex(data: bytes) -> str:
+    return "".join(f"{word:08x}" for word in np.frombuffer(data, np.uint32))
 
 
 def fingerprint(key: Any) -> str:

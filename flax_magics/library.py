@@ -23,7 +23,7 @@ class Library:
 
     def __init__(self) -> None:
         self.edition = 0
-        self._places: list[tuple[Mapping[str, Any], tuple[str, ...], tuple[Any, ...]]] = []
+        self._places: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
         self._loaded = 0
         self._in_cells = False
         self._looked = False
@@ -49,8 +49,7 @@ class Library:
 
     def _same(self) -> bool:
         return all(
-            len(names) == len(place) and all(map(is_, place.values(), values)) and all(map(is_, place, names))
-            for place, names, values in self._places
+            len(values) == len(place) and all(map(is_, place.values(), values)) for place, values in self._places
         )
 
     def _take(self, keep: bool) -> None:
@@ -58,7 +57,7 @@ class Library:
         if not keep:
             self.edition += 1
         self._loaded = len(sys.modules)
-        self._places = [(place, tuple(place), tuple(place.values())) for place in _places()]
+        self._places = [(place, tuple(place.values())) for place in _places()]
 
 
 def _places() -> Iterator[Mapping[str, Any]]:

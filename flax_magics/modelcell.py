@@ -149,14 +149,20 @@ def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tup
         }
     )
     if all(change.state == "unchanged" for change in changes):
+        same = set()
         for change in changes:
             if is_module(user_ns.get(change.name)):
-                user_ns[change.name] = session.models[change.name].module
+                kept = session.models[change.name].module
+                same.add((type(kept), type(user_ns[change.name])))
+                user_ns[change.name] = kept
         for name, old in found.before.items():
-            if isinstance(old, (type, types.FunctionType)) and type(old) is type(user_ns[name]):
-                print_ = fingerprint(old)
-                if print_ is not None and print_ == fingerprint(user_ns[name]):
-                    user_ns[name] = old
+            new = user_ns[name]
+            if isinstance(old, (type, types.FunctionType)) and type(old) is type(new):
+                if (old, new) not in same:
+                    print_ = fingerprint(old)
+                    if print_ is None or print_ != fingerprint(new):
+                        continue
+                user_ns[name] = old
     out = []
     for i, change in enumerate(changes):
         module = session.models[change.name].describe()

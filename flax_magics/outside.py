@@ -19,6 +19,21 @@ _MODULES = frozenset(
 )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
+def _chains(code: CodeType) -> dict[str, set[tuple[str, ...]]]:
+    """Global names that `code` loads, each with the attributes that it reads one from another after it."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    name, attributes = None, []
+    for step in dis.get_instructions(code):
+        if name is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            attributes.append(step.argval)
+            continue
+        if name is not None:
+            found.setdefault(name, set()).add(tuple(attributes))
+        name, attributes = (step.argval, []) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else (None, [])
+    return found
+
+
 def is_outside_module(name: str) -> bool:
     """Whether the module of this name is one."""
     return name in _MODULES
@@ -42,15 +57,10 @@ def reads_outside(name: str, module: ModuleType, code: CodeType) -> bool:
     """Whether `code`, in which `name` is the library `module`, reaches one of them through it: `np.random.rand()`."""
     if is_outside(module):
         return True
-    instructions = list(dis.get_instructions(code))
-    for i, instruction in enumerate(instructions):
-        if instruction.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or instruction.argval != name:
-            continue
+    for attributes in _chains(code).get(name, ()):
         value: Any = module
-        for following in instructions[i + 1 :]:
-            if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                break
-            value = vars(value).get(following.argval)
+        for attribute in attributes:
+            value = vars(value).get(attribute)
             if is_outside(value):
                 return True
             if not isinstance(value, ModuleType):

@@ -281,7 +281,7 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """The run as JSON data: what it was, without its arrays. Keys are given in full, their words in hex."""
-        from .keys import words
+        from .keys import all_words
 
         timing: dict[str, Any] = {
             name: getattr(self.timing, name)
@@ -300,7 +300,7 @@ class Run:
             "seed": self.seed,
             "draw": self.draw,
             "draws": self.draws,
-            "keys": {name: words(key) for name, key in self.keys.items()},
+            "keys": all_words(self.keys),
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
             "made": None if self.made is None else asdict(self.made),
@@ -325,7 +325,8 @@ class Run:
 
 def like(run: Run, **changes: Any) -> Run:
     """The run with a few fields changed, and with nothing of its output read yet."""
-    return altered(run, _taken=Taken(), **changes)
+    changes["_taken"] = Taken()
+    return altered(run, changes)
 
 
 @lru_cache(maxsize=1)

@@ -129,9 +129,9 @@ class Warm:
             written = tuple(updates) if commit is None else commit.changed
             changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(written)}
             if changed:
-                kept = altered(entry, updates={**entry.updates, **changed})
+                kept = altered(entry, {"updates": {**entry.updates, **changed}})
             if commit is None:
-                kept = altered(kept or entry, variables={**variables, **updates})
+                kept = altered(kept or entry, {"variables": {**variables, **updates}})
             self._know(updates)
         run = like(
             self.template,
