@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import weakref
 from typing import Any
 
@@ -27,29 +25,7 @@ def load(shell: Any) -> None:
     shell.events.register("pre_run_cell", magics.begin_cell)
     shell.events.register("post_run_cell", magics.reporter.end_cell)
     library.in_cells(True)
-    shell.events.register("post_run_cell", _import_the_rest)
     _loaded[shell] = magics, matcher
-
-
-def _import_the_rest(*_: Any) -> None:
-    """Imports what a first command needs, at the end of the cell after which Flax is there: not in the way of that command.
-
-    Until somebody has imported Flax, nothing of it is wanted. What fails here fails again where it can be told.
-    """
-    if "flax" not in sys.modules:
-        return
-    with contextlib.suppress(Exception):
-        from . import modelcell  # noqa: F401 (and with it the session)
-        from .show import bundle, html  # noqa: F401
-
-        html.load_templates()
-    for shell in list(_loaded):
-        _forget_import(shell)
-
-
-def _forget_import(shell: Any) -> None:
-    with contextlib.suppress(ValueError):  # it has been done
-        shell.events.unregister("post_run_cell", _import_the_rest)
 
 
 def unload(shell: Any) -> None:
@@ -60,7 +36,6 @@ def unload(shell: Any) -> None:
     shell.events.unregister("pre_run_cell", magics.begin_cell)
     library.in_cells(False)
     shell.events.unregister("post_run_cell", magics.reporter.end_cell)
-    _forget_import(shell)
     uninstall(shell, matcher)
     transformers = shell.input_transformers_cleanup
     if line_magic_transformer in transformers:

@@ -228,7 +228,7 @@ def jit_of(run: Run) -> str:
 
 def _beside(run: Run) -> str:
     """What of the compilation nobody waited for: it went on beside the init."""
-    return f", {seconds(run.timing.beside)} of it beside the init" if run.timing.beside >= WAIT else ""
+    return f" ({seconds(run.timing.beside)} beside the init)" if run.timing.beside >= WAIT else ""
 
 
 def wait_of(run: Run) -> tuple[str, ...]:

@@ -208,11 +208,5 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def load_templates() -> None:
-    """Compiles the templates of a first report, which takes longer than filling them in."""
-    for name in ("parts.html", "style.html", "registered.html", "run.html", "notes.html"):
-        _environment().get_template(name)
-
-
 def _render(name: str, context: dict[str, object]) -> str:
     return _environment().get_template(name).render(context).strip()

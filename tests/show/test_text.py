@@ -52,6 +52,12 @@ def test_the_normal_form() -> None:
         """)
 
 
+def test_what_was_compiled_beside_the_init_is_told() -> None:
+    timing = Timing(init=0.2, trace=0.021, lower=0.012, compile=0.377, beside=0.19, run=0.00022)
+    said = normal(replace(COMPILED, timing=timing)).splitlines()
+    assert "  jit   compiled in 0.41 s (0.19 s beside the init): first run of this program" in said
+
+
 def test_an_init() -> None:
     assert normal(INIT) == exactly("""
         net · init · cpu:0 · draw 1 of seed 0
