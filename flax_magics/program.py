@@ -65,8 +65,7 @@ class Program:
 class Built:
     """A program, where it came from (`compiled`, `disk cache`, `reused`), and seconds per phase (0.0: did not happen).
 
-    `beside` is the part of `compile` that nobody waited for. `resumed`: an interrupted run had begun to compile it, and
-    `compile` is what was left to wait.
+    `beside` is the part of `compile` that nobody waited for. `resumed`: an interrupted run had begun to compile it.
     """
 
     program: Program
@@ -370,8 +369,7 @@ class Programs:
             taken = building.request.taken if "params" in building.ask.streams else None
             _keep(self.by_call, (building.key, taken), program)
         # The threads go by the machine's clock, which cannot be held against another.
-        timed = self.clock is time.perf_counter and not building.resumed
-        beside = max(0.0, compile_seconds - waited) if timed else 0.0
+        beside = max(0.0, compile_seconds - waited) if self.clock is time.perf_counter else 0.0
         return Built(program, origin, building.trace, building.lower, waited + beside, beside, building.resumed)
 
     def _let_go(self) -> None:

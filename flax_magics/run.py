@@ -131,8 +131,8 @@ class Timing:
 
     @property
     def building(self) -> float:
-        """Trace, lower and compile together, seconds."""
-        return self.trace + self.lower + self.compile
+        """What the program was waited for: trace, lower and compile together, without what ran beside; seconds."""
+        return self.trace + self.lower + self.compile - self.beside
 
 
 @dataclass(frozen=True)

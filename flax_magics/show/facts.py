@@ -218,17 +218,12 @@ def jit_of(run: Run) -> str:
     """Where the program came from, what it cost, and why."""
     reason = f": {clean(run.reason)}" if run.reason else ""
     if run.program == "compiled":
-        return f"compiled in {seconds(run.timing.building)}{_beside(run)}{reason}"
+        return f"compiled in {seconds(run.timing.building)}{reason}"
     if run.program == "disk cache":
-        return f"from the disk cache in {seconds(run.timing.building)}{_beside(run)}{reason}"
+        return f"from the disk cache in {seconds(run.timing.building)}{reason}"
     if run.program == "eager":
         return f"eager, op by op: no program, and JAX compiles each op at its first use{reason}"
     return f"{program_of(run)}{reason}"
-
-
-def _beside(run: Run) -> str:
-    """What of the compilation nobody waited for: it went on beside the init."""
-    return f" ({seconds(run.timing.beside)} beside the init)" if run.timing.beside >= WAIT else ""
 
 
 def wait_of(run: Run) -> tuple[str, ...]:
@@ -357,8 +352,11 @@ def phases(run: Run) -> tuple[Phase, ...]:
 
 
 def building(run: Run) -> tuple[Phase, ...]:
-    """The phases of making the program."""
-    return tuple(phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA"))
+    """The phases of making the program, what was not waited for last: it ran beside the init, or in an earlier run."""
+    found = [phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA")]
+    if run.timing.beside >= WAIT:
+        found.append(Phase("XLA beside the init" if run.timing.init else "XLA before this run", run.timing.beside))
+    return tuple(found)
 
 
 def memory_facts(run: Run) -> tuple[tuple[str, str], ...]:

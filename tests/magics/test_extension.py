@@ -88,6 +88,10 @@ def test_config_lists_the_settings_with_help(notebook):
     assert notebook("%config FlaxMagics") == (
         "FlaxMagics(Magics) options\n"
         "------------------------\n"
+        "FlaxMagics.disk_cache=<Bool>\n"
+        "    Whether compiled programs are kept on disk, so that a restarted kernel does\n"
+        "    not compile them again.\n"
+        "    Current: True\n"
         "FlaxMagics.notes=<key-1>=<value-1>...\n"
         "    Sharp bits that are not to be said, by kind: {'stream': False}. The kinds\n"
         "    are dropout, norm, stream, root key, key again, same key, unused key, zero\n"

@@ -52,10 +52,14 @@ def test_the_normal_form() -> None:
         """)
 
 
-def test_what_was_compiled_beside_the_init_is_told() -> None:
-    timing = Timing(init=0.2, trace=0.021, lower=0.012, compile=0.377, beside=0.19, run=0.00022)
-    said = normal(replace(COMPILED, timing=timing)).splitlines()
-    assert "  jit   compiled in 0.41 s (0.19 s beside the init): first run of this program" in said
+def test_a_compilation_beside_the_init_counts_as_far_as_it_was_waited_for() -> None:
+    timing = replace(COMPILED.timing, init=0.5, compile=0.677, beside=0.3)
+    run = replace(COMPILED, timing=timing)
+    assert "  jit   compiled in 0.41 s: first run of this program" in normal(run).splitlines()
+    apart = " ".join(details(run).split())
+    assert "trace 21.0 ms lower 12.0 ms XLA 0.38 s XLA beside the init 0.30 s" in apart
+    again = " ".join(details(replace(run, timing=replace(timing, init=0.0))).split())
+    assert "XLA 0.38 s XLA before this run 0.30 s" in again
 
 
 def test_an_init() -> None:
