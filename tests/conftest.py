@@ -23,9 +23,9 @@ def cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def cache_directory_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The same for kernels that several tests share, which start before any one of them."""
+    """The same for kernels that the tests of a file share, which start before any one of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
