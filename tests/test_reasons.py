@@ -416,7 +416,7 @@ def test_a_program_that_was_dropped(session, monkeypatch):
     session.register("net", Takes())
     session.apply("net", X)
     session.apply("net", jnp.ones((3, 4)))
-    assert why(session.apply("net", X)) == "made before, and dropped since: the last 256 programs are kept"
+    assert why(session.apply("net", X)) == "made before, and dropped since: the last 128 programs are kept"
 
 
 def test_two_models_have_reasons_of_their_own(session):
