@@ -32,7 +32,7 @@ def seconds_of(work: dict[str, Any], cache: str | None = None) -> list[float]:
             env=environment,
         )
     if done.returncode:
-        raise RuntimeError(f"the lap failed:\n{done.stdout}\n{done.stderr}")
+        raise RuntimeError(f"the lap failed with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return [float(value) for value in json.loads(done.stdout.splitlines()[-1])]
 
 
