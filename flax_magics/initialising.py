@@ -147,9 +147,12 @@ def _special_settings() -> bool:
     special = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
     if any(getattr(config, name, False) for name in special):
         return True
-    from jax._src import mesh
+    try:
+        from jax._src import mesh
 
-    return not (mesh.get_abstract_mesh().empty and mesh.thread_resources.env.physical_mesh.empty)
+        return not (mesh.get_abstract_mesh().empty and mesh.thread_resources.env.physical_mesh.empty)
+    except (ImportError, AttributeError):  # private names: where they are others, it cannot be told
+        return True
 
 
 def _same_in_a_trace(equation: Any) -> bool:
