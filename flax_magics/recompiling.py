@@ -27,20 +27,35 @@ def of_programs(
       leaf: gives an argument of this run by its name, None where there is no such.
     """
     now = [cause for cause in causes if cause.kind in AVOIDABLE]
-    if not now:
+    if not now or _of_another(causes):
         return
-    runs = [("compiled", causes), *earlier[: WINDOW - 1]]
+    runs = [("compiled", causes)]
+    for run in earlier[: WINDOW - 1]:
+        runs.append(run)
+        if _of_another(run[1]):
+            break
     compiled = [why for program, why in runs if program == "compiled"]
-    # The first program of all has no cause, and is one of the many.
-    counted = [why for why in compiled if not why or any(cause.kind in AVOIDABLE for cause in why)]
+    # The first program of a model has no cause, or the edit that made it, and is one of the many.
+    counted = [why for why in compiled if not why or _of_another(why) or any(cause.kind in AVOIDABLE for cause in why)]
     if len(counted) < NEW:
         return
     name_of, kind = now[0].name, now[0].kind
-    all_of = [cause for why in counted for cause in why if cause.name == name_of and cause.kind in AVOIDABLE]
+    all_of = [
+        cause
+        for why in counted
+        if not _of_another(why)
+        for cause in why
+        if cause.name == name_of and cause.kind in AVOIDABLE
+    ]
     advice = _advice(kind, name_of, all_of, leaf(name_of))
     if advice is not None:
         text, write = advice
         yield Note("programs", f"{len(counted)} of the last {len(runs)} runs of {name} compiled: {text}", write)
+
+
+def _of_another(why: tuple[Cause, ...]) -> bool:
+    """Whether the model had been edited, or its name stood for another: what was before says nothing on it."""
+    return any(cause.kind == "model" for cause in why)
 
 
 def _advice(kind: str, name: str, causes: list[Cause], leaf: Any) -> tuple[str, str] | None:

@@ -446,6 +446,20 @@ def test_a_batch_size_that_varies(session):
     ]
 
 
+def test_other_models_under_one_name_are_no_reason_for_a_note(session):
+    for features in (3, 4, 5, 6):
+        session.register("net", nn.Dense(features))
+        assert advice(session.apply("net", jnp.ones((2, features)))) == []
+    session.apply("net", jnp.ones((3, 6)))
+    assert advice(session.apply("net", jnp.ones((4, 6)))) == [
+        (
+            "3 of the last 3 runs of net compiled: the batch size of `inputs` varies (2, 3, 4), and each size is a program"
+            " of its own",
+            "inputs = jnp.pad(inputs, [(0, 4 - len(inputs)), (0, 0)])\nor leave out the last batch, which is smaller",
+        )
+    ]
+
+
 def test_another_axis_that_varies(session):
     session.register("net", Takes())
     for length in (4, 5):
