@@ -175,6 +175,9 @@ class FlaxMagics(Magics):
         return notes
 
     def _report(self, run: Run, live: Any, *, quiet: bool) -> None:
+        if quiet and not run.notes:
+            live.clear()
+            return
         shown = run
         if run.notes:
             notes = tuple(note for note in run.notes if self.notes.get(note.kind, True))

@@ -57,9 +57,6 @@ class Reporter:
 
     def report(self, run: Run, live: Live, *, setting: str, style: str, quiet: bool) -> None:
         """Shows a run as long as its news, in place of its live line."""
-        if quiet and not run.notes:
-            live.clear()
-            return
         from .show.bundle import bundle, level
 
         unsaid = tuple(note for note in run.notes if (note.kind, note.text) not in self._said)

@@ -113,7 +113,7 @@ class Warm:
             result, after = programs.run(self.program, variables, self._words(draw), dynamic)
         except Exception:  # the long way finds out what it is, and says so
             return None
-        timing = Timing(run=clock() - begin, wait=begin - before)
+        timing = altered(self.template.timing, {"run": clock() - begin, "wait": begin - before})
         memory = self.template.memory
         if memory is not None and memory.peak is not None:
             memory = with_peak(memory, after.devices())
