@@ -297,11 +297,6 @@ class Programs:
         self.unfinished.wait = None
         return result
 
-    def forget(self, program: Program) -> None:
-        """Offers `program` to no call any more."""
-        for key in [key for key, kept in self.by_call.items() if kept is program]:
-            del self.by_call[key]
-
     def start(
         self, key: Hashable | None, request: Request, phase: Callable[[str], None], since: float | None = None
     ) -> Building:
