@@ -51,7 +51,7 @@ class Warm:
       print: the key of the registered one.
       library: the edition of Flax's own code.
       leaves: for each leaf of the arguments its name, whether it is traced, and its signature or else its value.
-      treedef: how the arguments are put together.
+      treedef: how the arguments are put together; `flat`: each of them is one leaf, and none has a name.
       added: keyword arguments that the mode added to the call's.
       variables: signatures of the variables' leaves.
       known, passed: leaves of the variables and of the arguments that were looked at, held weakly.
@@ -70,6 +70,7 @@ class Warm:
     library: int
     leaves: tuple[tuple[str, bool, Any], ...]
     treedef: Any
+    flat: bool
     added: Mapping[str, Any]
     program: Program
     record: Record
@@ -98,7 +99,9 @@ class Warm:
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
         kwargs = {**call.kwargs, **self.added} if self.added else call.kwargs
-        dynamic = self._dynamic(call.args, kwargs)
+        dynamic = known = self._known(call.args, kwargs)
+        if dynamic is None:
+            dynamic = self._dynamic(call.args, kwargs)
         variables = entry.variables if entry.variables is not None else given.take()
         if dynamic is None or variables is None:
             return None
@@ -107,7 +110,8 @@ class Warm:
             return None
         clock = programs.clock
         before = clock()
-        jax.block_until_ready((fresh, dynamic))
+        if fresh or known is None:  # the others were there for the run before
+            jax.block_until_ready((fresh, dynamic))
         begin = clock()
         try:
             result, after = programs.run(self.program, variables, self._words(draw), dynamic)
@@ -161,6 +165,15 @@ class Warm:
         for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
             if i is not None:
                 self.known[i] = _weakly(leaf)
+
+    def _known(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The same for arguments that are the very arrays of the run before, as in a loop; None where they are not."""
+        if not self.flat or kwargs or len(args) != len(self.passed):
+            return None
+        for known, leaf in zip(self.passed, args, strict=True):
+            if leaf is None or known() is not leaf:
+                return None
+        return dict(zip([name for name, _, _ in self.leaves], args, strict=True))
 
     def _dynamic(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The traced leaves by name, None where the arguments are others."""
@@ -262,6 +275,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         library=library.edition,
         leaves=tuple(leaves),
         treedef=arguments.treedef,
+        flat=arguments.treedef == jax.tree_util.tree_structure(((0,) * len(leaves), {})),
         added={name: value for name, value in prepared.kwargs.items() if name not in call.kwargs},
         program=program,
         record=ready.record,

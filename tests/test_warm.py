@@ -129,6 +129,23 @@ def test_an_input_in_place_of_another_is_looked_at(ways):
     assert ways == [True] * 4
 
 
+class Takes(nn.Module):
+    @nn.compact
+    def __call__(self, given: Any) -> Any:
+        return nn.Dense(3)(given[0] if isinstance(given, list) else given)
+
+
+def test_an_array_by_itself_is_not_the_same_array_in_a_list(ways):
+    session = session_of(Takes())
+    x = jnp.ones((2, 2, 4))
+    for given in (x, x, x, [x], [x], x, x):
+        run = session.apply("net", given)
+        by_hand = apply_by_hand(Takes(), session.models["net"].variables, {}, given)
+        assert bits(run.output) == bits(by_hand)
+    # The list, and the array after it, are found to be others.
+    assert ways == [True, True, False, True, False, True]
+
+
 def test_a_run_that_fails_on_the_device_changes_nothing(ways):
     session = session_of(nn.Dense(3))
     x = jnp.ones((2, 4))

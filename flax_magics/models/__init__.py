@@ -215,6 +215,15 @@ def own_methods(cls: type, *, but: str) -> list[str]:
     return list(names)
 
 
+def nnx_bridge() -> Any:
+    """The room for NNX modules inside linen ones; None where nobody has imported what puts them there."""
+    if "flax.nnx.bridge" not in sys.modules:
+        return None
+    from . import bridge
+
+    return bridge
+
+
 def nnx_modules() -> tuple[type, ...]:
     """NNX's Module, as a tuple; empty where nobody has imported NNX, which takes longer than many a run."""
     nnx = sys.modules.get("flax.nnx")

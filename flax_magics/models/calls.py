@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-from flax import nnx
 
 from ..run import describe
 
@@ -70,7 +70,9 @@ def spell_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 
 
 def _spell(value: Any) -> str:
-    return f"{type(value).__name__}(…)" if isinstance(value, nnx.Pytree) else describe(value, LONGEST)
+    nnx = sys.modules.get("flax.nnx")  # without it nothing can be one of its objects
+    whole = nnx is not None and isinstance(value, nnx.Pytree)
+    return f"{type(value).__name__}(…)" if whole else describe(value, LONGEST)
 
 
 def marks_of(equation: Any) -> list[int]:

@@ -15,7 +15,7 @@ from flax.core import meta
 
 from ..errors import FlaxMagicsError, did_you_mean
 from ..fingerprint import Print
-from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables, bridge, own_methods
+from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables, nnx_bridge, own_methods
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
 from .switch import read_fields, set_fields, set_unset_fields
@@ -118,7 +118,8 @@ class LinenModel:
 
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
-        with sowing() as sown, bridge.initialising():
+        across = nnx_bridge()
+        with sowing() as sown, nullcontext() if across is None else across.initialising():
             variables = self.module.init(key, *args, method=self._method(method), **kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
 

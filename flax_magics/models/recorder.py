@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax.core.scope import Scope
 from flax.linen import transforms
 
-from . import Ask, Layer, Record, bridge
+from . import Ask, Layer, Record, nnx_bridge
 
 _lock = threading.RLock()
 _traces = itertools.count(1)
@@ -94,7 +94,9 @@ class Recorder:
             _replace(Scope, make_rng=make, has_rng=has, put_variable=put)
             _replace(nn.Module, sow=sow_)
             try:
-                with self._jitted_anew(thread), bridge.watching(self), nn.intercept_methods(self._layers):
+                across = nnx_bridge()
+                inside = contextlib.nullcontext() if across is None else across.watching(self)
+                with self._jitted_anew(thread), inside, nn.intercept_methods(self._layers):
                     yield
             finally:
                 _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)
