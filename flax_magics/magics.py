@@ -392,3 +392,9 @@ class FlaxMagics(Magics):
         """`--draw`: a number, `last`, `seed:N`, or the name of a Run."""
         text = options.options["draw"]
         return None if text is None else self._asked.draw_of(text, self.session, self.shell.user_ns, local_ns)
+
+
+for _names in FlaxMagics.magics.values():
+    for _name in set(_names.values()):
+        # IPython 7 puts a function around each that binds its signature in every call: as much as all that a line needs.
+        setattr(FlaxMagics, _name, getattr(vars(FlaxMagics)[_name], "__wrapped__", vars(FlaxMagics)[_name]))
