@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import call, is_
 from typing import Any
 
 import jax
@@ -197,6 +198,8 @@ class Warm:
         leaves, treedef = jax.tree_util.tree_flatten(variables)
         if treedef != self.variables[0]:
             return None
+        if all(map(is_, map(call, self.known), leaves)):
+            return []
         fresh = []
         for i, (known, leaf) in enumerate(zip(self.known, leaves, strict=True)):
             if known() is not leaf:

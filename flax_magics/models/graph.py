@@ -39,9 +39,24 @@ _PRIVATE = ("_pytree__state", "_pytree__nodes")
 """What NNX itself keeps on an object: when it was made, and which attributes hold data."""
 
 
+_SLOT: Any = vars(nnx.Variable)[_RAW]
+
+
 def raw(variable: Any) -> Any:
     """The value that a Variable holds, without its hooks."""
     return object.__getattribute__(variable, _RAW)
+
+
+_NO_NUMPY: set[type] = set()
+"""Types of values that were met and that nobody changes where they are."""
+
+
+def _own(value: Any) -> Any:
+    """The value, a copy of one of NumPy's: a run op by op could change it in place."""
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    _NO_NUMPY.add(type(value))
+    return value
 
 
 def set_raw(variable: Any, value: Any) -> None:
@@ -245,25 +260,36 @@ class Layout:
         for slot in self.slots:
             if slot.sown or slot.fixed:
                 continue
-            value = slot.read()
-            if isinstance(value, np.ndarray):
-                value = value.copy()  # a run op by op could change it in place
-            out.setdefault(slot.collection, {})[slot.name] = value
+            out.setdefault(slot.collection, {})[slot.name] = _own(slot.read())
         return out
 
     def given(self) -> Values:
         """The same without the streams' own: what a program is given."""
         out: Values = {}
-        for slot in self._given:
-            value = slot.read()
-            if isinstance(value, np.ndarray):
-                value = value.copy()
-            out.setdefault(slot.collection, {})[slot.name] = value
+        for collection, names, leaves in self._given[0]:
+            values = list(map(_SLOT.__get__, leaves))
+            if not _NO_NUMPY.issuperset(map(type, values)):
+                values = list(map(_own, values))
+            out[collection] = dict(zip(names, values, strict=True))
+        for slot in self._given[1]:
+            out.setdefault(slot.collection, {})[slot.name] = _own(slot.read())
         return out
 
     @cached_property
-    def _given(self) -> tuple[Slot, ...]:
-        return tuple(slot for slot in self.slots if not slot.sown and not slot.drawn and not slot.fixed)
+    def _given(self) -> tuple[list[tuple[str, list[str], list[Any]]], list[Slot]]:
+        """Variables by type, with names and objects, which are read in one go; and the slots that take more."""
+        variables: dict[str, tuple[list[str], list[Any]]] = {}
+        others = []
+        for slot in self.slots:
+            if slot.sown or slot.drawn or slot.fixed:
+                continue
+            if slot.holder is not None or slot.ref:
+                others.append(slot)
+                continue
+            names, leaves = variables.setdefault(slot.collection, ([], []))
+            names.append(slot.name)
+            leaves.append(slot.leaf)
+        return [(collection, names, leaves) for collection, (names, leaves) in variables.items()], others
 
     def streams(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the streams' keys: () for one key, otherwise as many as NNX's `fork` made."""
