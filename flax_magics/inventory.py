@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 from . import fingerprint as prints
+from .models import nnx_modules
 
 MOST = 2000
 """Pieces in an inventory; a model of more is described by these."""
@@ -247,23 +249,22 @@ class _Walk:
 
 def _is_variable(value: Any) -> bool:
     """Variables and random streams of NNX: not what the model is made of, but what it is run with."""
-    from flax import nnx
-
-    return isinstance(value, (nnx.Variable, nnx.RngStream, nnx.Rngs))
+    nnx = sys.modules.get("flax.nnx")  # without it nothing can be one
+    return nnx is not None and isinstance(value, (nnx.Variable, nnx.RngStream, nnx.Rngs))
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     """What an object holds, without what Flax keeps on it and without variables, which have places of their own."""
-    from flax import linen, nnx
+    from flax import linen
 
     fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     own = getattr(value, "__dict__", {})
     hidden = _FLAX if isinstance(value, linen.Module) else ()
     # What a library's NNX layer keeps follows from its variables' shapes and from how its owner built it.
-    follows = isinstance(value, nnx.Module) and prints.library_module(type(value).__module__)
+    follows = isinstance(value, nnx_modules()) and prints.library_module(type(value).__module__)
     for name in dict.fromkeys([*fields, *own]):
         if name in hidden or name.startswith("_") or not hasattr(value, name):
             continue
         item = getattr(value, name)
-        if not follows or isinstance(item, (nnx.Module, list, tuple, dict)) or callable(item):
+        if not follows or isinstance(item, (*nnx_modules(), list, tuple, dict)) or callable(item):
             yield name, item
