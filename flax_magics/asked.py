@@ -73,10 +73,8 @@ def options(
     return Options(mode, mutable, None, key, draw, draws, repeat, eager, roofline)
 
 
-def draw_of(text: str | None, session: Session, user_ns: Namespace, local_ns: Namespace) -> Any:
+def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace) -> Any:
     """`--draw`: a number, `last`, `seed:N`, or the name of a Run, as `Session.apply` takes it."""
-    if text is None:
-        return None
     seed, colon, number = text.rpartition(":")
     if number.isdigit() and (not colon or seed.lstrip("-").isdigit()):
         return (int(seed), int(number)) if colon else int(number)

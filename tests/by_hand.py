@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import nnx
 
 
 class MyModel(nn.Module):
@@ -79,3 +80,30 @@ def apply_by_hand(
         return module.apply(variables, *args, rngs=keys, mutable=mutable, method=method, **kwargs)
 
     return jax.jit(run)(variables, keys, [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced])
+
+
+class Ticks:
+    """A clock that moves by one second at each look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def sown_off(net: Any) -> list[Any]:
+    """Takes the intermediate values off an NNX model, where the session never leaves them, and gives them."""
+    found = []
+    for _, part in list(nnx.iter_graph(net)):
+        for name, value in list(vars(part).items()) if isinstance(part, nnx.Pytree) else ():
+            if isinstance(value, nnx.Intermediate) and not isinstance(value, nnx.Perturbation):
+                found.append(value)
+                delattr(part, name)
+    return found
+
+
+def values(tree: Any) -> list[bytes]:
+    """The bytes of every leaf, wherever it is."""
+    return sorted(row[-1] for row in bits(tree))

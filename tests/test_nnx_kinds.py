@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import bits, keys_of
+from by_hand import bits, keys_of, sown_off, values
 from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
@@ -80,25 +80,10 @@ def runs_as_by_hand(
         output = by_hand(other, given, passed)
         run = session.apply("net", *args, mode=mode, method=method, eager=eager, **kwargs)
         assert bits(run.output) == bits(output)
-        assert values(run.sown) == values(taken_off(other))
+        assert values(run.sown) == values(sown_off(other))
         assert bits(nnx.state(net)) == bits(nnx.state(other))
         assert {note.kind for note in run.notes} <= ({"stream"} if draw == 1 else {"key again"})
     return run
-
-
-def taken_off(net: Any) -> list[Any]:
-    """Intermediate values, which the session never leaves on a model."""
-    found = []
-    for _, part in list(nnx.iter_graph(net)):
-        for name, value in list(vars(part).items()) if isinstance(part, nnx.Pytree) else ():
-            if isinstance(value, nnx.Intermediate) and not isinstance(value, nnx.Perturbation):
-                found.append(value)
-                delattr(part, name)
-    return found
-
-
-def values(tree: Any) -> list[bytes]:
-    return sorted(row[-1] for row in bits(tree))
 
 
 class Noise(nnx.Module):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from by_hand import Ticks
 
 from flax_magics import Session, roofline
 from flax_magics.memory import with_peak
@@ -25,17 +26,6 @@ def small_and_forgotten(monkeypatch):
     monkeypatch.setattr(roofline, "_MEASURED", {})
     monkeypatch.setattr(roofline, "SIDES", {"cpu": 128})
     monkeypatch.setattr(roofline, "COPIED", {"cpu": 4096})
-
-
-class Ticks:
-    """A clock that moves by one second at each look."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
 
 
 def test_the_operations_of_a_matmul_are_counted_exactly():

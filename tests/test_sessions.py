@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from by_hand import MyModel, Normed, bits, notebook_x
+from by_hand import MyModel, Normed, Ticks, bits, notebook_x
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.keys import data_of, stream_tag
@@ -517,19 +517,8 @@ def test_a_run_is_immutable(session):
         run.draw = 5
 
 
-class Ticking:
-    """A clock that goes on by one second each time it is read."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
-
-
 def test_each_phase_is_timed_apart_by_the_clock_that_was_given():
-    session = Session(seed=0, clock=Ticking())
+    session = Session(seed=0, clock=Ticks())
     session.register("net", MyModel(3, True))
     timing = session.apply("net", notebook_x()).timing
     assert (timing.trace, timing.lower, timing.compile, timing.run, timing.wait, timing.init) == (1, 1, 1, 1, 1, 1)

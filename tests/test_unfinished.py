@@ -10,21 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import bits
+from by_hand import Ticks, bits
 
 from flax_magics import Session
 from flax_magics.unfinished import Unfinished, elsewhere
-
-
-class Ticks:
-    """A clock that moves by one second at each look."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
 
 
 def test_elsewhere_is_another_thread_with_the_arguments_as_arrays():

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import pytest
-from by_hand import bits, keys_of
+from by_hand import bits, keys_of, sown_off, values
 from flax import nnx
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -75,21 +75,6 @@ def check(notebook: Any, name: str, call: str = "", mode: str | None = None, met
         assert bits(nnx.state(net)) == bits(nnx.state(twin))
         assert [note for note in run.notes if note.kind != "stream"] == []
     return run
-
-
-def sown_off(net: Any) -> Any:
-    """Takes the intermediate values off, and gives them."""
-    found = []
-    for _, part in list(nnx.iter_graph(net)):
-        for name, value in list(vars(part).items()) if isinstance(part, nnx.Pytree) else ():
-            if isinstance(value, nnx.Intermediate) and not isinstance(value, nnx.Perturbation):
-                found.append(value)
-                delattr(part, name)
-    return found
-
-
-def values(tree: Any) -> list[bytes]:
-    return sorted(row[-1] for row in bits(tree))
 
 
 @pytest.fixture(autouse=True)
