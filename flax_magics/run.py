@@ -15,6 +15,7 @@ import numpy as np
 from .frozen import altered
 
 if TYPE_CHECKING:
+    from .agreement import Agreement
     from .draws import Spread
 
 
@@ -217,6 +218,7 @@ class Run:
       by_hand: the same run as plain Flax.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: the first draw of this session.
+      agreement: of a replay by `Session.replay`, how it compares with the run; None for every other.
     """
 
     command: str
@@ -249,6 +251,7 @@ class Run:
     replayed: bool = False
     first: bool = False
     draws: int | None = None
+    agreement: Agreement | None = None
     _taken: Taken = field(default_factory=Taken, repr=False)
 
     @property
@@ -257,6 +260,10 @@ class Run:
         if self._taken.digest is None and self.output is not GONE:
             self._taken.digest = digest_of(self.output)
         return self._taken.digest
+
+    def take_digest(self) -> None:
+        """Takes the digest while the output is there. It is kept beside the facts of the run, which outlive that."""
+        _ = self.digest
 
     @property
     def shape(self) -> str:
