@@ -142,6 +142,10 @@ class Session:
         self._keeping.limit = checked_limit(limit)
         self._keeping.settle()
 
+    def settle(self) -> None:
+        """Lets go at once of what is more than `replay_bytes`. A session does so by itself, some runs later."""
+        self._keeping.settle()
+
     @property
     def kept_bytes(self) -> int:
         """How many bytes only replays need now."""
