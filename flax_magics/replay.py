@@ -132,11 +132,14 @@ class Replaying:
             self.on_phase(f"waiting for the interrupted run, then {name}")
             programs.unfinished.finish()
         self.on_phase(f"running {name}")
+        draw = facts["keys"].draw
+        keys = {
+            stream: draw.words(stream, taken=how.taken and stream == "params") for stream in sorted(program.ask.streams)
+        }
         jax.block_until_ready((variables, given))
         begin = programs.clock()
-        result, _ = programs.run(program, variables, facts["keys"].draw.words, given)
+        output, updates = programs.run(program, variables, keys, given)
         seconds = programs.clock() - begin
-        output, updates = result
         output, _, sown = hand_back(output, updates, program.record, how.options.mutable)
         return Again(output, sown, "reused", Timing(run=seconds))
 

@@ -373,7 +373,9 @@ def test_a_replay_that_fails_changes_nothing(session):
 
 
 STEPS = st.lists(
-    st.sampled_from(["train", "eval", "quiet loop", "draws", "edit", "seed", "init", "key", "numpy", "again", "assign"]),
+    st.sampled_from(
+        ["train", "eval", "quiet loop", "draws", "edit", "seed", "init", "key", "numpy", "again", "assign"]
+    ),
     min_size=1,
     max_size=7,
 )
