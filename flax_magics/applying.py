@@ -39,6 +39,7 @@ class Applied:
       write: what writes a module that was built anew into the user's own object; None where none was.
       commit: what the run changed in a module that holds its own variables.
       kept: the run as the session keeps it.
+      how: what replays of its kind have in common.
     """
 
     run: Run
@@ -48,6 +49,7 @@ class Applied:
     write: Callable[[], None] | None
     commit: Commit | None
     kept: Kept
+    how: origins.Applied
 
 
 def apply(
@@ -110,7 +112,7 @@ def apply(
     )
     origin = of_apply(entry, options, done, call.method)
     assert isinstance(origin.how, origins.Applied)
-    return Applied(run, now, kept, done, write, done.commit, Kept(run, origin, origin.how.size))
+    return Applied(run, now, kept, done, write, done.commit, Kept(run, origin, origin.how.size), origin.how)
 
 
 def _of_masks(state: State, draw: Draw, done: Execution) -> Iterator[Note]:

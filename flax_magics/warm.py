@@ -248,8 +248,7 @@ def remember(entry: Entry, call: Call, options: Options, applied: Applied, progr
     Args:
       entry: the model as it was before the run.
     """
-    done, run, origin = applied.done, applied.run, applied.kept.origin
-    assert origin is not None
+    done, run = applied.done, applied.run
     ready, prepared = done.ready, done.prepared
     program, arguments = ready.program, ready.arguments
     model = entry.model
@@ -318,7 +317,7 @@ def remember(entry: Entry, call: Call, options: Options, applied: Applied, progr
         numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
         streams=tuple(sorted(program.ask.streams)),
         template=template,
-        how=origin.how,
+        how=applied.how,
     )
 
 

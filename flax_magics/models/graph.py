@@ -201,7 +201,8 @@ class Layout:
         """The classes of the graph, and its static values that may be read or changed behind the graphdef's back."""
         values: dict[int, Any] = {}
         for _, node in self.nodes:
-            for _, value in parts_of(node) or ():
+            # In the graphdef's order, not in that of the assignments: a copy is of the same code.
+            for _, value in sorted(parts_of(node) or (), key=lambda part: str(part[0])):
                 if value is not None and not isinstance(value, (*SIMPLE, *_DATA)):
                     values[id(value)] = value
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
