@@ -84,7 +84,7 @@ def replay_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespa
         return value
     if not len(session):
         raise FlaxMagicsError("nothing has been drawn in this session that could be run again.", write="%flax_history")
-    return draw_of(text, session, user_ns, local_ns, "%flax_replay")
+    return text if text == "last" else draw_of(text, session, user_ns, local_ns, "%flax_replay")
 
 
 def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace, command: str = "--draw") -> Any:

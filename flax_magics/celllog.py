@@ -9,6 +9,7 @@ Nothing here imports IPython.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -137,7 +138,8 @@ def _bound(text: str, transform: Callable[[str], str]) -> frozenset[str]:
         target, equals, _ = first.partition("=")
         if equals and first.startswith("%%flaxmodel"):
             names.add(target.split()[-1])
-        text = body
+        # What is in other cell magics may be no Python, or run elsewhere.
+        text = body if re.match(r"%%(flax|time\b|capture\b)", first) else ""
     try:
         return frozenset({*names, *assigned_names(ast.parse(transform(text)))})
     except (SyntaxError, ValueError):

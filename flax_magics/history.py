@@ -93,7 +93,10 @@ class Kept:
     def shapes(self) -> str:
         """Dtypes and shapes of the inputs, which outlive them: `float32[3,4,4], train=True`."""
         if self._shapes is None:
-            self._shapes = describe_inputs(self._inputs())
+            try:
+                self._shapes = describe_inputs(self._inputs())
+            except Exception:  # a type of the user's own that cannot be put together again
+                self._shapes = "…"
         return self._shapes
 
     def let_go(self) -> None:

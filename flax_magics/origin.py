@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from .compiling import settings
 from .construct import Recipe
 from .execution import Execution, Options
 from .fingerprint import fingerprint
@@ -29,10 +30,10 @@ class Applied:
       skeleton: such a module without its arrays (see `Layout.skeleton`), None for every other.
       options: without the variables of `--variables`, which are those that it ran with.
       taken: the draw's `params` key had gone into variables.
+      settings: JAX's, as they were.
       key: what told its program from every other, None where that could not be told.
       program: the executable and what it asked for, for as long as the session keeps it; None where there was none.
       names: the traced inputs by the names that the program knows them by, None in the place of one that is static.
-      forced: ints that were part of the program.
       structure: how the variables are put together.
       objects: a digest of the inputs that are neither arrays nor plain values, None where it cannot be told.
       moving: an input is an object that changes where it is.
@@ -44,6 +45,7 @@ class Applied:
     method: Path
     options: Options
     taken: bool
+    settings: tuple[Any, ...]
     key: Any
     program: weakref.ref[Program] | None
     names: tuple[str | None, ...]
@@ -119,6 +121,7 @@ def of_apply(entry: Entry, options: Options, done: Execution, method: Path) -> O
         method=method,
         options=replace(options, variables=None),
         taken=any(taken for _, taken in done.names.values()),
+        settings=settings(),
         key=prepared.model.key(),
         program=None if ready.program is None else weakref.ref(ready.program),
         names=tuple(name if traced else None for name, traced in zip(arguments.names, arguments.traced, strict=True)),

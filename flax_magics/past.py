@@ -168,7 +168,8 @@ def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[Kept]:
                 return [kept]
         wanted: tuple[int, int] = (draw.seed, draw.draw)
     elif draw == "last":
-        wanted = (state.root.seed, state.root.draws)
+        drawn = (kept.facts for kept in history.backwards(state.runs) if not kept.facts["replayed"])
+        wanted = next(((facts["seed"], facts["draw"]) for facts in drawn), (state.root.seed, 0))
     elif isinstance(draw, str):
         raise FlaxMagicsError(f"a draw is a number, (seed, number), 'last' or a Run, not {draw!r}.")
     else:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from .agreement import Agreement, with_digest, with_output
+from .compiling import settings
 from .errors import FlaxMagicsError
 from .execution import execute, hand_back, plain_errors
 from .fingerprint import fingerprint
@@ -119,6 +120,9 @@ class Replaying:
         said = (*self._edited(how), *_of_inputs(how, kept.inputs[1]))
         variables = jax.tree_util.tree_unflatten(how.structure, origin.leaves)
         program = None if how.program is None else how.program()
+        if how.settings != settings():
+            said = (*said, "JAX is set otherwise than it was: its precision, its devices or the like")
+            program = None  # it may not even take the same numbers
         if program is None:
             done = self._execute(how, variables, call, facts)
         else:

@@ -129,6 +129,16 @@ def test_what_the_model_reads_from_outside_is_as_it_was_while_the_program_is_the
     assert bits(run.output) == bits(session.runs[-1].output)
 
 
+def test_another_setting_of_jax_is_said(session):
+    session.register("net", MyModel(3, training=True))
+    run = session.apply("net", x)
+    with jax.default_matmul_precision("float32"):
+        assert session.replay(run).agreement.said == (
+            "JAX is set otherwise than it was: its precision, its devices or the like",
+        )
+    assert session.replay(run).agreement == IDENTICAL
+
+
 def test_without_its_output_it_is_held_against_the_digest_and_without_that_against_nothing(session):
     session.register("net", MyModel(3, training=True))
     session.apply("net", x).take_digest()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
+
 from .columns import WIDTH, clean, cut, dotted, wrap
 from .units import count, plural
 
@@ -75,7 +77,7 @@ def history_text(history: History, *, everything: bool = False) -> str:
     lines += [f"  {said}"] if said else []
     titles = ("draw", "what", "digest", "cell", "time")
     cells = [(row.draw, row.what, row.digest, row.cell, row.time) for row in shown]
-    wide = [max(len(title), *(len(cell[at]) for cell in cells)) for at, title in enumerate(titles)]
+    wide = [max(len(title), *(cell_len(cell[at]) for cell in cells)) for at, title in enumerate(titles)]
     wide[1] = min(wide[1], WIDTH - 2 - wide[0] - sum(wide[2:]) - 8)
     lines.append(_line(titles, wide))
     for row, cell in zip(shown, cells, strict=True):
@@ -90,7 +92,7 @@ def history_text(history: History, *, everything: bool = False) -> str:
 
 def _line(cells: Iterable[str], wide: list[int]) -> str:
     draw, *others = cells
-    padded = [cell.ljust(width) for cell, width in zip(others, wide[1:], strict=True)]
+    padded = [cell + " " * (width - cell_len(cell)) for cell, width in zip(others, wide[1:], strict=True)]
     return "  ".join(["", draw.rjust(wide[0]), *padded]).rstrip()
 
 

@@ -51,7 +51,7 @@ def test_the_draws_of_a_session(notebook):
 
 def test_a_part_of_them(notebook):
     notebook(NORMED)
-    notebook("for i in range(3): %flax_apply -q --train b(x)")
+    notebook("for i in range(3):\n  %flax_apply -q --train b(x)")
     notebook("%flax_key -q latent;")
     assert fixed(notebook("%flax_history --last 1")).splitlines()[:2] == [
         "history · 4 runs · seed 0 · day",
@@ -68,8 +68,8 @@ def test_a_session_without_a_draw(notebook):
 
 def test_a_loop_replays_identically_whatever_was_shown_of_it(notebook):
     notebook(NORMED)
-    notebook("for i in range(10): %flax_apply -q --train b(x + i)")
-    notebook("for i in range(10): %flax_apply --train b(x + i)")
+    notebook("for i in range(10):\n  %flax_apply -q --train b(x + i)")
+    notebook("for i in range(10):\n  %flax_apply --train b(x + i)")
     notebook(NORMED.replace("nn.Dense(4)(x)", "2 * nn.Dense(4)(x)"))
     notebook("%flax_key -q --seed 3")
     root = notebook("%flax_key")

@@ -61,7 +61,7 @@ class Stack(nn.Module):
 stack = Stack()""",
     "%flax_summary --train --backward stack(x)",
     "%flax_summary --tree my_model",
-    "for i in range(5): %flax_apply -q --train my_model(x)",
+    "for i in range(5):\n  %flax_apply -q --train my_model(x)",
     "%flax_replay 1",
     "%flax_history",
 )

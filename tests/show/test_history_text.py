@@ -68,7 +68,7 @@ def test_each_draw_is_two_lines() -> None:
 def test_alike_runs_of_one_cell_are_one_row_and_two_are_two() -> None:
     rows = [drawn(REUSED, draw=draw) for draw in range(2, 102)]
     text = history_text(history(*rows))
-    assert text.splitlines()[2] == " 2–101  apply net train  100 runs  [3]   09:30:00"
+    assert text.splitlines()[2] == "  2–101  apply net train  100 runs  [3]   09:30:00"
     assert len(history_text(history(*rows[:2])).splitlines()) == 6
     other = drawn(REUSED, draw=102, mode="eval")
     assert len(history_text(history(*rows, other)).splitlines()) == 6
