@@ -1,4 +1,4 @@
-"""What the bits of a run depend on beside its code and its keys: versions, the kind of device, the processor, its threads."""
+"""What the bits of a run depend on beside its code and keys: versions, kind of device, processor, threads."""
 
 from __future__ import annotations
 

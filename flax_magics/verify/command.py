@@ -53,7 +53,9 @@ under -q, or with reports turned off, leave no output to compare."""
 
 def parser() -> argparse.ArgumentParser:
     """The command line as argparse has it."""
-    top = argparse.ArgumentParser(prog="python -m flax_magics", description="Commands for notebooks that run Flax models.")
+    top = argparse.ArgumentParser(
+        prog="python -m flax_magics", description="Commands for notebooks that run Flax models."
+    )
     top.add_argument("--version", action="version", version=f"flax_magics {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     verify = commands.add_parser(
@@ -76,7 +78,12 @@ def parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
     verify.add_argument(
-        "-j", "--jobs", type=_jobs, default=1, metavar="N", help="so many notebooks at once, each in a kernel (default: 1)"
+        "-j",
+        "--jobs",
+        type=_jobs,
+        default=1,
+        metavar="N",
+        help="so many notebooks at once, each in a kernel (default: 1)",
     )
     verify.add_argument(
         "--timeout",
@@ -123,7 +130,7 @@ async def verify(
       jobs: kernels that run at once.
       timeout: seconds that one cell may take.
     """
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     task = asyncio.current_task()
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .stored import Cell, Further, Recorded
+from ..errors import FlaxMagicsError
+from .stored import Cell, Further, Recorded, unreadable
 
 Outcome = Literal["agrees", "within", "not comparable", "differs"]
 NAMES = {"device_kind": "device kind"}
@@ -55,9 +56,7 @@ def compare(stored: Iterable[Cell], now: Iterable[Cell], tolerance: Tolerance | 
     Raises:
       FlaxMagicsError: a stored run is not what it says it is.
     """
-    return [
-        verdict for one, other in zip(stored, now, strict=True) for verdict in _of_cell(one, other, tolerance)
-    ]
+    return [verdict for one, other in zip(stored, now, strict=True) for verdict in _of_cell(one, other, tolerance)]
 
 
 def _of_cell(stored: Cell, now: Cell, tolerance: Tolerance | None) -> Iterable[Verdict]:
@@ -69,10 +68,9 @@ def _of_cell(stored: Cell, now: Cell, tolerance: Tolerance | None) -> Iterable[V
         return
     for one, other in zip(stored.runs, now.runs, strict=False):
         yield _of_run(stored, one, other, tolerance)
-    one, other = stored.runs[-1:], now.runs[-1:]
     if stored.further or now.further:
-        changed = changed_environment(one[0], other[0]) if one and other else {}
-        yield _of_further(stored, now, changed)
+        both = stored.runs and now.runs
+        yield _of_further(stored, now, changed_environment(stored.runs[-1], now.runs[-1]) if both else {})
 
 
 def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | None) -> Verdict:
@@ -90,8 +88,11 @@ def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | 
         return verdict("agrees", "", "", "")
     from .values import distance, within  # numpy, where it is needed
 
-    apart = distance(stored, now)
-    close = None if tolerance is None else within(stored, now, tolerance.rtol, tolerance.atol)
+    try:
+        apart = distance(stored, now)
+        close = None if tolerance is None else within(stored, now, tolerance.rtol, tolerance.atol)
+    except FlaxMagicsError as error:
+        raise unreadable(cell.number, error) from None
     outcome: Outcome = "differs"
     if close:
         outcome = "within"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import IO, Any
 
 from ..errors import FlaxMagicsError
 from ..show.columns import clean, cut
-from .stored import brief, code_cells, first_line, is_run
+from .stored import brief, code_cells, first_line, is_run, tags_of
 
 STARTUP = 120
 """Seconds that a kernel may take to start."""
@@ -37,9 +36,9 @@ def check_installed() -> None:
 
 
 async def executed(
-    notebook: Any, folder: Path, timeout: float | None, on_cell: Callable[[], None]
+    notebook: Any, folder: Path, timeout: int | None, on_cell: Callable[[], None]
 ) -> tuple[Any, int, str | None]:
-    """A copy of the notebook with the outputs that it gives now.
+    """What the code cells of a notebook give now.
 
     Args:
       notebook: as nbformat has it; not changed.
@@ -48,13 +47,13 @@ async def executed(
       on_cell: told after each code cell.
 
     Returns:
-      The copy; how many of its code cells are done; and why it went no further, None where it ran to its end.
+      A notebook of the code cells with their outputs; how many of them are done; and why it went no further, None where
+      it ran to its end.
     """
     from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
 
-    notebook = copy.deepcopy(notebook)
-    for _, cell in code_cells(notebook):
-        cell.outputs, cell.execution_count = [], None
+    cells = [new_code_cell(cell.source, metadata={"tags": tags_of(cell)}) for _, cell in code_cells(notebook)]
     done = 0
 
     def counted() -> None:
@@ -65,7 +64,7 @@ async def executed(
     with tempfile.TemporaryFile() as said:
         manager = _manager()
         client = NotebookClient(
-            notebook,
+            new_notebook(cells=cells),
             km=manager,
             timeout=timeout,
             startup_timeout=STARTUP,
@@ -79,7 +78,7 @@ async def executed(
             gently = failed is None
         finally:
             await _stop(client, manager, gently)
-    return notebook, done, failed
+    return client.nb, done, failed
 
 
 def _manager() -> Any:
@@ -106,11 +105,8 @@ async def _run(client: Any, said: IO[bytes], on_cell: Callable[[], None]) -> str
         await client.async_start_new_kernel_client()
     except Exception as error:  # whatever a kernel may fail with: its own last words tell more
         return f"its kernel did not start: {_last_words(said) or brief(str(error)) or type(error).__name__}"
-    numbers = {id(cell): number for number, cell in code_cells(client.nb)}
     for index, cell in enumerate(client.nb.cells):
-        if cell.cell_type != "code":
-            continue
-        where = f"cell {numbers[id(cell)]} ({cut(first_line(cell), 40)})"
+        where = f"cell {index + 1} ({cut(first_line(cell), 40)})"
         try:
             if is_run(cell):
                 await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
@@ -123,6 +119,8 @@ async def _run(client: Any, said: IO[bytes], on_cell: Callable[[], None]) -> str
             if task is not None and task.cancelling():  # nbclient says so of a cell that was cancelled, too
                 raise asyncio.CancelledError from None
             return " ".join(filter(None, [f"{where}: the kernel died.", _last_words(said)]))
+        except Exception as error:  # a source that cannot be sent, an output that cannot be read
+            return f"{where} cannot be run: {type(error).__name__}: {brief(str(error))}"
         on_cell()
     return None
 

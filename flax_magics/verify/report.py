@@ -72,7 +72,7 @@ def text(result: Result) -> str:
         v for v in result.verdicts if v.outcome == "not comparable"
     ]
     if other:
-        rows = [("cell", "first line", "draw", "what", "how far"), *map(_row, other[:SHOWN])]
+        rows = [("cell", "first line", "draw", "what", "how far, in how many values"), *map(_row, other[:SHOWN])]
         lines += table(rows, indent="  ")
     if len(other) > SHOWN:
         lines.append(f"  … and {plural(sum(v.runs for v in other[SHOWN:]), 'run')} more")
@@ -92,23 +92,19 @@ def _summary(result: Result) -> str:
     if not result.verdicts:
         return "no flax_magics outputs: nothing to verify"
     runs = result.runs("agrees", "within", "not comparable", "differs")
-    bits, within, apart = (result.runs(outcome) for outcome in ("agrees", "within", "not comparable"))
+    bits, within, apart, differ = (result.runs(o) for o in ("agrees", "within", "not comparable", "differs"))
     if bits == runs:
         return f"agrees: {plural(runs, 'run')}, keys and every bit"
-    found = [f"{count(bits)} agree in every bit"] if bits else []
+    found = [f"keys and every bit in {count(bits)}"] if bits else []
     if within and result.tolerance is not None:
-        atol = f" and atol {result.tolerance.atol:g}" if result.tolerance.atol else ""
-        kept, of = _kept(v for v in result.verdicts if v.outcome == "within")
-        found.append(
-            f"{count(within)} within rtol {result.tolerance.rtol:g}{atol}, in {count(kept)} of {plural(of, 'value')}"
-        )
+        atol = f", atol {result.tolerance.atol:g}" if result.tolerance.atol else ""
+        kept, of = _kept(verdict for verdict in result.verdicts if verdict.outcome == "within")
+        values = f"{count(kept)} of their {plural(of, 'value')}"
+        found.append(f"keys and values within rtol {result.tolerance.rtol:g}{atol} in {count(within)} (by {values})")
     if apart:
-        found.append(f"of {count(apart)} the keys agree and the bits do not")
-    differ = result.runs("differs")
-    if differ:
-        head = f"differs: {count(differ)} of {plural(runs, 'run')}"
-        return head + (f" ({', '.join(found)})" if found else "")
-    return f"{result.status}: {plural(runs, 'run')}, {', '.join(found)}"
+        found.append(f"keys alone in {count(apart)}")
+    head = f"differs: {count(differ)} of {plural(runs, 'run')}" if differ else f"{result.status}: {plural(runs, 'run')}"
+    return ", ".join([head, *found])
 
 
 def _kept(verdicts: Iterable[Verdict]) -> tuple[int, int]:
@@ -138,18 +134,22 @@ def _draw(verdict: Verdict) -> str:
 
 
 def how_far(verdict: Verdict) -> str:
-    """`1 ulp, 5.96e-08: in 3 of 36 values`; keys, shapes and numbers of runs as they were and are."""
+    """`1 ulp, 5.96e-08 in 3 of 36`; keys, shapes and numbers of runs as they were and are."""
     distance = verdict.distance
     if distance is None:
         was, now = cut(clean(verdict.stored), 60), cut(clean(verdict.now), 60)
         return f"{was} → {now}" + (" (no values stored)" if verdict.what == "digest" else "")
-    stored = "values" if distance.values == distance.of else f"values stored, of {count(distance.of)}"
+    among = (
+        f"{count(distance.values)} stored, of {count(distance.of)}"
+        if distance.values < distance.of
+        else count(distance.of)
+    )
     if not distance.differ:
-        return f"in none of the {count(distance.values)} {stored}"
+        return f"in none of {among}"
     parts = [f"{distance.ulp:,} ulp"] if distance.ulp is not None else []
     parts.append("NaN" if math.isnan(distance.absolute) else f"{distance.absolute:.3g}")
     where = f" ({cut(clean(distance.array), 40)})" if distance.array else ""
-    return f"{', '.join(parts)}{where}: in {count(distance.differ)} of {count(distance.values)} {stored}"
+    return f"{', '.join(parts)}{where} in {count(distance.differ)} of {among}"
 
 
 def to_json(results: Sequence[Result]) -> dict[str, Any]:
@@ -175,9 +175,7 @@ def _notebook(result: Result) -> dict[str, Any]:
             "not_comparable": result.runs("not comparable"),
             "differ": result.runs("differs"),
         },
-        "environment": {
-            name: {"stored": was, "now": now} for name, (was, now) in _changed(result.verdicts).items()
-        },
+        "environment": {name: {"stored": was, "now": now} for name, (was, now) in _changed(result.verdicts).items()},
         "differences": [_difference(verdict) for verdict in found[:_GIVEN]],
     }
 

@@ -1,4 +1,4 @@
-"""The runs that a notebook's outputs hold. What stands there is anybody's: it is checked field by field before it is used."""
+"""The runs that a notebook's outputs hold. Whatever stands there is checked, field by field, before it is used."""
 
 from __future__ import annotations
 
@@ -109,9 +109,10 @@ def read(path: Path) -> Any:
       FlaxMagicsError: it cannot be read, or is no notebook.
     """
     import nbformat
+    from nbformat.v4.nbjson import JSONReader
 
     try:
-        with path.open("rb", opener=_opened) as file:
+        with open(path, "rb", opener=_opened) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise FlaxMagicsError("it is no file.")
@@ -127,8 +128,8 @@ def read(path: Path) -> Any:
             raise FlaxMagicsError("it is no notebook of format 4.", hint="open it in Jupyter and save it there")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
-            notebook = nbformat.from_dict(found)
-            nbformat.validate(notebook)
+            nbformat.validate(nbformat.from_dict(found))
+            notebook = JSONReader().to_notebook(found)
     except RecursionError:
         raise FlaxMagicsError("it is no notebook: it is nested too deeply.") from None
     except nbformat.ValidationError as error:
@@ -157,8 +158,13 @@ def code_cells(notebook: Any) -> list[tuple[int, Any]]:
 
 def is_run(cell: Any) -> bool:
     """Whether a code cell is run: it is not empty, and not tagged as one to skip."""
-    tags = cell.metadata.get("tags", [])
-    return bool(cell.source.strip()) and "skip-execution" not in tags
+    return bool(cell.source.strip()) and "skip-execution" not in tags_of(cell)
+
+
+def tags_of(cell: Any) -> list[str]:
+    """The tags of a cell."""
+    tags = cell.metadata.get("tags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 def first_line(cell: Any) -> str:
@@ -191,11 +197,14 @@ def runs_of_cell(number: int, cell: Any) -> Cell:
                 runs += rows
                 further = rest or further
     except FlaxMagicsError as error:
-        raise FlaxMagicsError(
-            f"cell {number} holds an output of flax_magics that cannot be read: {error.message}"
-        ) from None
+        raise unreadable(number, error) from None
     # A run that had news has a report of its own, and the others share one: only together they are in order.
     return Cell(number, first_line(cell), tuple(sorted(runs, key=lambda run: run.started)), further)
+
+
+def unreadable(number: int, error: FlaxMagicsError) -> FlaxMagicsError:
+    """`error`, said of the cell that holds what cannot be read."""
+    return FlaxMagicsError(f"cell {number} holds an output of flax_magics that cannot be read: {error.message}")
 
 
 def _rows(data: Mapping[str, Any]) -> tuple[list[Recorded], Further | None]:
