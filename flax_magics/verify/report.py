@@ -138,6 +138,8 @@ def how_far(verdict: Verdict) -> str:
     distance = verdict.distance
     if distance is None:
         was, now = cut(clean(verdict.stored), 60), cut(clean(verdict.now), 60)
+        if verdict.what == "keys" and was.partition(" ")[0] == now.partition(" ")[0]:
+            now = now.partition(" ")[2]  # the stream is named once
         return f"{was} → {now}" + (" (no values stored)" if verdict.what == "digest" else "")
     among = (
         f"{count(distance.values)} stored, of {count(distance.of)}"
