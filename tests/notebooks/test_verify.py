@@ -158,9 +158,9 @@ OTHER = [
 
 
 def test_runs_that_agree(folder, notebook):
-    notebook.cells.append(copy.deepcopy(notebook.cells[APPLY]))
-    notebook.cells[-1].source = "raise SystemError('it is skipped')"
-    notebook.cells[-1].metadata["tags"] = ["skip-execution"]
+    skipped = with_outputs_of(notebook, "raise SystemError('it is skipped')").cells[0]
+    skipped.metadata["tags"] = ["skip-execution"]
+    notebook.cells.append(skipped)
     file = folder.save(notebook)
     path = folder.path / file
     before = path.read_bytes(), path.stat().st_mtime_ns
@@ -222,7 +222,7 @@ def test_a_notebook_that_does_not_run_to_its_end_is_no_verified_one(folder, note
         "notebooks/a.ipynb: could not run: cell 1 (raise ValueError('\\x1b[31mno\\nmore'))",
         "  fails: ValueError: \\x1b[31mno",
         "notebooks/b.ipynb: could not run: cell 1 (%load_ext flax_magics) fails:",
-        "  FlaxMagicsError: %flax_key has no option --sed.",
+        "  FlaxMagicsError: %flax_key has no option --sed: did you mean --seed?",
         "notebooks/c.ipynb: could not run: cell 1 (import time) takes longer than 5 s:",
         "  --timeout SECONDS gives it more",
         "notebooks/d.ipynb: could not run: cell 1 (import os): the kernel died. the last",
