@@ -112,8 +112,10 @@ async def _run(client: Any, said: IO[bytes], on_cell: Callable[[], None]) -> str
                 await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
         except CellExecutionError as error:
             return f"{where} fails: {cut(clean(error.ename), 60)}: {brief(error.evalue)}"
-        except CellTimeoutError:
-            return f"{where} takes longer than {client.timeout:g} s: --timeout SECONDS gives it more"
+        except CellTimeoutError as error:
+            if "IOPub" in str(error):
+                return f"{where}: its outputs did not arrive"
+            return f"{where} takes longer than {client.timeout} s: --timeout SECONDS gives it more"
         except DeadKernelError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # nbclient says so of a cell that was cancelled, too
@@ -129,8 +131,9 @@ async def _stop(client: Any, manager: Any, gently: bool) -> None:
     """Ends the kernel, and what it started."""
     group = getattr(manager.provisioner, "pgid", None)
     try:
-        if manager.has_kernel:
-            await manager.shutdown_kernel(now=not gently)
+        with contextlib.suppress(Exception):  # whatever it did not end by is ended below
+            if manager.has_kernel:
+                await manager.shutdown_kernel(now=not gently)
     finally:
         if group is not None and hasattr(os, "killpg") and group != os.getpgrp():
             with contextlib.suppress(OSError):

@@ -17,12 +17,14 @@ from typing import Any
 import jax
 import nbformat
 import numpy as np
+import pexpect
 import pytest
 import yaml
 from kernels import RUN_JSON
 from nbclient import NotebookClient
 
 from flax_magics.keys import fingerprint, stream_tag
+from flax_magics.verify.stored import read, runs_of
 
 ROOT = Path(__file__).parents[2]
 RUNS_JSON = "application/vnd.flax-magics.runs+json"
@@ -350,6 +352,17 @@ def test_a_notebook_without_our_outputs_is_reported_and_not_run(folder, notebook
     assert not (folder.path / "notebooks" / "ran").exists()
 
 
+def test_a_terminal_shows_how_far_it_is(folder, notebook):
+    file = folder.save(with_outputs_of(notebook, "1"))
+    command = ["-m", "flax_magics", "verify", file]
+    child = pexpect.spawn(sys.executable, command, cwd=str(folder.path), timeout=120, encoding="utf-8")
+    child.expect(r"0%\|.*\| 0/1 ")
+    child.expect("differs: 1 of 1 run")  # which it does: the cell gives none
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 1
+
+
 WAITS = """
 import os, subprocess, time
 child = subprocess.Popen(['sleep', '600'])
@@ -401,7 +414,10 @@ def test_the_pre_commit_hook_is_the_command_on_notebooks():
 
 
 def test_the_examples_hold_all_that_is_compared():
-    example = nbformat.read(ROOT / "examples" / "the_sharp_bits.ipynb", 4)
-    runs = stored(example)
-    assert len(runs) == 12
-    assert all({"keys", "digest", "bits"} <= set(run) or "draw" in run for run in runs)
+    cells = runs_of(read(ROOT / "examples" / "the_sharp_bits.ipynb"))
+    runs = [run for cell in cells for run in cell.runs]
+    assert len(runs) == sum(cell.count for cell in cells) == 12
+    for run in runs:
+        assert run.digest is not None
+        assert run.leaves is not None
+        assert set(run.environment) == {"jax", "jaxlib", "flax", "device", "device_kind", "processor", "threads"}
