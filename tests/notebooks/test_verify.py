@@ -7,9 +7,11 @@ import contextlib
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from typing import Any
 import jax
 import nbformat
 import numpy as np
-import pexpect
 import pytest
 import yaml
 from kernels import RUN_JSON
@@ -150,11 +151,12 @@ def elsewhere(notebook: Any) -> None:
     for run in stored(notebook):
         if "versions" in run:
             run["versions"]["jax"] = "0.0.1\x1b[31m"
-            run.update(threads=1024, device_kind="another CPU")
+            run.update(threads=1024, device_kind="another CPU than this one")
 
 
 OTHER = [
-    f"  other than stored  jax 0.0.1\\x1b[31m → {jax.__version__}   device kind another CPU → cpu",
+    f"  other than stored  jax 0.0.1\\x1b[31m → {jax.__version__}",
+    "                     device kind another CPU than this one → cpu",
     f"                     threads 1024 → {len(os.sched_getaffinity(0))}",
 ]
 
@@ -353,14 +355,19 @@ def test_a_notebook_without_our_outputs_is_reported_and_not_run(folder, notebook
 
 
 def test_a_terminal_shows_how_far_it_is(folder, notebook):
-    file = folder.save(with_outputs_of(notebook, "1"))
-    command = ["-m", "flax_magics", "verify", file]
-    child = pexpect.spawn(sys.executable, command, cwd=str(folder.path), timeout=120, encoding="utf-8")
-    child.expect(r"0%\|.*\| 0/1 ")
-    child.expect("differs: 1 of 1 run")  # which it does: the cell gives none
-    child.expect(pexpect.EOF)
-    child.close()
-    assert child.exitstatus == 1
+    command = [sys.executable, "-m", "flax_magics", "verify", folder.save(with_outputs_of(notebook, "1"))]
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(end, (24, 80))
+    os.set_blocking(terminal, False)
+    with subprocess.Popen(command, cwd=folder.path, stdout=subprocess.PIPE, stderr=end, text=True) as running:
+        out = running.stdout.read()
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    os.close(end)
+    assert re.search(r"0%\|.*\| 0/1 \[", shown)
+    assert shown.rpartition("\r")[0].endswith(" ")  # and nothing is left of it
+    # The cell gives no run, and the outputs say that there was one.
+    assert (running.returncode, out.splitlines()[0]) == (1, "notebooks/net.ipynb: differs: 1 of 1 run")
 
 
 WAITS = """
