@@ -126,7 +126,7 @@ def write(
         digest = hashlib.sha256(_bytes_of(plain)).hexdigest()
         parts[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
         stored[name] = plain
-    text = _json({"parts": parts, "document": document})
+    text = json_of({"parts": parts, "document": document})
     metadata = {"flax_magics": str(VERSION), "sha256": hashlib.sha256(text.encode()).hexdigest(), "json": text}
     if 2 * len(text) > HEADER_LIMIT:
         raise FlaxMagicsError(f"`{path}` cannot be written: what is to stand in its header is too long.")
@@ -150,7 +150,8 @@ def write(
     return size
 
 
-def _json(value: Any) -> str:
+def json_of(value: Any) -> str:
+    """`value` as JSON text that `loads` reads. Raises FlaxMagicsError: it is nested too deeply."""
     try:
         return json.dumps(value, allow_nan=False, separators=(",", ":"))
     except RecursionError:

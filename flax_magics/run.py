@@ -217,6 +217,7 @@ class Run:
       by_hand: the same run as plain Flax.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: the first draw of this session.
+      versions: of JAX and Flax, where another process ran it; empty for those of this one.
     """
 
     command: str
@@ -249,6 +250,7 @@ class Run:
     replayed: bool = False
     first: bool = False
     draws: int | None = None
+    versions: tuple[tuple[str, str], ...] = ()
     _taken: Taken = field(default_factory=Taken, repr=False)
 
     @property
@@ -319,7 +321,7 @@ class Run:
             "notes": [asdict(note) for note in self.notes],
             "by_hand": self.by_hand,
             "replayed": self.replayed,
-            "versions": {"jax": jax.__version__, "flax": _flax_version()},
+            "versions": dict(self.versions) or {"jax": jax.__version__, "flax": _flax_version()},
         }
 
 

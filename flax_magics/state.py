@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -13,6 +14,9 @@ from .errors import FlaxMagicsError
 from .keys import Draw, Root
 from .registry import Entry
 from .run import Run
+
+if TYPE_CHECKING:
+    from .snapshot import SavedModel
 
 
 @dataclass(frozen=True)
@@ -26,16 +30,26 @@ class State:
     runs: history.Chain | None = None
     seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
     """seed → the last draw that was made under it before it was started again, and the PRNG implementation."""
+    waiting: Mapping[str, SavedModel] = field(default_factory=dict)
+    """Variables that were read from a file, by the name of the model that they wait for."""
 
     def after(self, run: Run, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
         """The state once `run` has succeeded. A replay moves neither the root nor a draw that is open."""
         root, opened = (self.root, self.opened) if run.replayed else (self.root.after(draw), opened)
         models = self.models if entry is None else {**self.models, entry.name: entry}
-        return State(root, models, opened, history.Chain.add(self.runs, run), self.seeds)
+        waiting = self.waiting and self._still_waiting(entry)
+        return State(root, models, opened, history.Chain.add(self.runs, run), self.seeds, waiting)
 
     def restarted(self, root: Root, models: Mapping[str, Entry]) -> State:
         """The state with another root key, nothing open; what was drawn under the old seed can still be found."""
-        return State(root, models, None, self.runs, {**self.seeds, self.root.seed: self._last(self.root.seed)})
+        seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
+        return State(root, models, None, self.runs, seeds, self.waiting)
+
+    def _still_waiting(self, entry: Entry | None) -> Mapping[str, SavedModel]:
+        """What waits once `entry` has variables: no older ones for the same model."""
+        if entry is None or not entry.ready:
+            return self.waiting
+        return {name: model for name, model in self.waiting.items() if name != entry.name}
 
     def _last(self, seed: int) -> tuple[int, str]:
         """The last draw that was made under `seed`, 0 for none, and its PRNG implementation."""

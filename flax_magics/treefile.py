@@ -1,0 +1,436 @@
+"""Trees of arrays as JSON and named arrays, and back again, without running any code of what the tree was made of.
+
+What is known by itself is put together again: dicts, FrozenDicts, lists, tuples, numbers, text, arrays of JAX's and of
+NumPy's, typed keys, and the boxes in which Flax keeps names of axes. Any other node (a dataclass, a named tuple, a box
+with a mesh) is written with its class's name and its children, and read as a `Foreign`: only a tree that the user's own
+code has made can say what to make of it (`graft`). A class that a file names is never looked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.core import FrozenDict
+
+from .container import Damaged, can_store, dtype_named, shape_of
+from .errors import FlaxMagicsError
+
+DEPTH = 200
+"""Nodes inside one another: deeper trees are neither written nor read."""
+
+Node = Any
+"""JSON data that stands for a tree."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A node of a class that is not ours to make: its name, and its children in JAX's order."""
+
+    cls: str
+    children: tuple[Any, ...]
+
+
+@dataclass
+class Writer:
+    """Turns trees into nodes, and gathers their arrays under names that tell where they are.
+
+    Attributes:
+      arrays: what was met so far, by name.
+      foreign: path and class of the first node that is read as a `Foreign`.
+    """
+
+    arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    foreign: tuple[str, str] | None = None
+
+    def tree(self, tree: Any, path: str, depth: int = 0) -> Node:
+        """The node of `tree`.
+
+        Args:
+          path: where it is, such as `net/params`; what its arrays are named after.
+
+        Raises:
+          FlaxMagicsError: a leaf is nothing that a file can hold.
+        """
+        if depth > DEPTH:
+            raise FlaxMagicsError(f"`{path[:60]}…` is nested too deeply to be saved.")
+        if type(tree) in (dict, FrozenDict):
+            pairs = [[self._key(key, path), self.tree(value, f"{path}/{key}", depth + 1)] for key, value in tree.items()]
+            return {"dict" if type(tree) is dict else "frozen": pairs}
+        if type(tree) in (list, tuple):
+            children = [self.tree(value, f"{path}/{i}", depth + 1) for i, value in enumerate(tree)]
+            return {"list" if type(tree) is list else "tuple": children}
+        if tree is None:
+            return None
+        if isinstance(tree, (bool, int, float, complex, str)):
+            return self._number(tree, path)
+        if isinstance(tree, jax.ShapeDtypeStruct):
+            return {"shape": list(tree.shape), **_dtype(tree.dtype, path)}
+        if isinstance(tree, (jax.Array, np.ndarray, np.generic)):
+            return self._array(tree, path)
+        if isinstance(tree, Foreign):  # read from a file, and still not made anything of
+            self.foreign = self.foreign or (path, tree.cls)
+            return {"other": [tree.cls, [self.tree(c, f"{path}/{i}", depth + 1) for i, c in enumerate(tree.children)]]}
+        box = _names_of(tree)
+        if box is not None:
+            kind = "logical" if type(tree) is nn.LogicallyPartitioned else "partitioned"
+            return {kind: [box, self.tree(tree.value, path, depth + 1)]}
+        children, treedef = _children(tree)
+        if treedef is None:
+            raise _cannot(path, f"it is of type {type(tree).__name__}")
+        self.foreign = self.foreign or (path, class_name(type(tree)))
+        return {"other": [class_name(type(tree)), [self.tree(c, f"{path}/{n}", depth + 1) for n, c in children]]}
+
+    def _key(self, key: Any, path: str) -> Node:
+        if key is None or type(key) in (str, int, bool):
+            return key
+        if type(key) is tuple:
+            return [self._key(part, path) for part in key]
+        raise _cannot(path, f"it has the key {key!r}, which is neither text nor a whole number")
+
+    def _number(self, value: Any, path: str) -> Node:
+        kind = next(kind for kind in (bool, int, float, complex, str) if isinstance(value, kind))
+        if type(value) is not kind:
+            raise _cannot(path, f"it is of type {type(value).__name__}")
+        if kind is float:
+            return {"float": value.hex()}
+        if kind is complex:
+            return {"complex": [value.real.hex(), value.imag.hex()]}
+        if kind is int:
+            return {"int": str(value)} if abs(value) < 1 << 200 else self._too_large(path)
+        return {kind.__name__: value}
+
+    def _too_large(self, path: str) -> Node:
+        raise _cannot(path, "it is a whole number of more than 200 bits")
+
+    def _array(self, array: Any, path: str) -> Node:
+        name = self._name(path)
+        if isinstance(array, jax.Array):
+            if not array.is_fully_addressable:
+                raise _cannot(path, "other processes hold parts of it")
+            if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+                self.arrays[name] = np.asarray(jax.random.key_data(array))
+                return {"key": [name, impl_of(array, path)]}
+            kind = "weak" if array.weak_type else "array"
+        elif type(array) is np.ndarray or isinstance(array, np.generic):
+            kind = "numpy" if isinstance(array, np.ndarray) else "scalar"
+        else:
+            raise _cannot(path, f"it is of type {type(array).__name__}")
+        if not can_store(array.dtype):
+            raise _cannot(path, f"it has the dtype {array.dtype}")
+        try:
+            self.arrays[name] = np.asarray(array)
+        except RuntimeError as error:  # given away to a jitted function, or deleted
+            raise _cannot(path, f"JAX says: {str(error).splitlines()[0]}") from error
+        return {kind: name}
+
+    def _name(self, path: str) -> str:
+        """`path` as the name of an array, told apart from others that read alike."""
+        plain = path.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+        name, n = plain, 1
+        while name in self.arrays:
+            n += 1
+            name = f"{plain}#{n}"
+        self.arrays[name] = np.empty(0)  # taken
+        return name
+
+
+def _cannot(path: str, why: str) -> FlaxMagicsError:
+    return FlaxMagicsError(f"`{path}` cannot be saved: {why}.")
+
+
+def impl_of(key: Any, path: str) -> str:
+    """The name of a typed key's PRNG implementation. Raises FlaxMagicsError: it has none that a file can give."""
+    name = str(jax.random.key_impl(key))
+    try:
+        known = jax.random.key(0, impl=name).dtype == key.dtype
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise _cannot(path, f"its PRNG implementation {name} is not known by that name")
+    return name
+
+
+def class_name(cls: type) -> str:
+    """The name by which a class is told from others: `my_module.State`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _dtype(dtype: Any, path: str) -> dict[str, str]:
+    """A dtype of JAX's, that of typed keys too, as data."""
+    if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return {"dtype": np.dtype(dtype).name}
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == dtype:  # type: ignore[misc]
+            return {"key": impl}
+    raise _cannot(path, f"it has the dtype {dtype}")
+
+
+def _names_of(tree: Any) -> list[Any] | None:
+    """The names of a box that has nothing else but its value, None for everything else."""
+    if type(tree) not in (nn.Partitioned, nn.LogicallyPartitioned):
+        return None
+    if tree.mesh is not None or getattr(tree, "rules", None) is not None or type(tree.names) is not tuple:
+        return None
+    names: list[Any] = []
+    for name in tree.names:
+        if name is None or type(name) is str:
+            names.append(name)
+        elif type(name) is tuple and all(type(part) is str for part in name):
+            names.append(list(name))
+        else:
+            return None
+    return names
+
+
+def _children(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The children of a node by name, and how it is put together of them; None in the place of that for a leaf."""
+    children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)
+    if jax.tree_util.treedef_is_leaf(treedef) and (not children or children[0][1] is tree):
+        return [], None
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), child) for path, child in children], treedef
+
+
+# -- back again
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns nodes into trees. Raises Damaged for what no Writer has written."""
+
+    arrays: Mapping[str, np.ndarray[Any, Any]]
+
+    def tree(self, node: Node, depth: int = 0) -> Any:
+        """The tree that `node` stands for."""
+        if depth > DEPTH:
+            raise Damaged("a tree in it is nested too deeply")
+        if node is None:
+            return None
+        if not isinstance(node, dict) or not node:
+            raise Damaged("a tree in it has a node that is none")
+        kind, value = next(iter(node.items()))
+        if kind == "shape" and node.keys() in ({"shape", "dtype"}, {"shape", "key"}):
+            return self._shape(node)
+        read = self._kinds.get(kind) if len(node) == 1 else None
+        if read is None:
+            raise Damaged("a tree in it has a node that is none")
+        return read(self, value, depth)
+
+    def _dict(self, value: Any, depth: int) -> dict[Any, Any]:
+        pairs = [_pair(pair) for pair in _list(value)]
+        found = {_key(key): self.tree(child, depth + 1) for key, child in pairs}
+        if len(found) != len(pairs):
+            raise Damaged("a dict in it has a key that stands twice")
+        return found
+
+    def _frozen(self, value: Any, depth: int) -> Any:
+        return FrozenDict(self._dict(value, depth))
+
+    def _items(self, value: Any, depth: int) -> list[Any]:
+        return [self.tree(child, depth + 1) for child in _list(value)]
+
+    def _tuple(self, value: Any, depth: int) -> tuple[Any, ...]:
+        return tuple(self._items(value, depth))
+
+    def _box(self, cls: Any) -> Callable[[Any, int], Any]:
+        def read(value: Any, depth: int) -> Any:
+            names, child = _pair(value)
+            return cls(self.tree(child, depth + 1), tuple(map(_axis, _list(names))))
+
+        return read
+
+    def _other(self, value: Any, depth: int) -> Foreign:
+        cls, children = _pair(value)
+        return Foreign(_text(cls), self._tuple(children, depth))
+
+    def _shape(self, node: dict[str, Any]) -> jax.ShapeDtypeStruct:
+        shape = shape_of("a tree in it", node["shape"])
+        if "key" in node:
+            return jax.ShapeDtypeStruct(shape, _key_type(_text(node["key"]))[0])
+        return jax.ShapeDtypeStruct(shape, dtype_named(_text(node["dtype"])))
+
+    def _plain(self, kind: type) -> Callable[[Any, int], Any]:
+        def read(value: Any, depth: int) -> Any:
+            if type(value) is not kind:
+                raise Damaged(f"a tree in it has a {kind.__name__} that is none")
+            return value
+
+        return read
+
+    def _int(self, value: Any, depth: int) -> int:
+        text = _text(value)
+        if len(text) > 70 or not text.removeprefix("-").isascii() or not text.removeprefix("-").isdigit():
+            raise Damaged("a tree in it has an int that is none")
+        return int(text)
+
+    def _float(self, value: Any, depth: int) -> float:
+        text = _text(value)
+        try:
+            if len(text) > 40:
+                raise ValueError
+            return float.fromhex(text)
+        except (ValueError, OverflowError):
+            raise Damaged("a tree in it has a float that is none") from None
+
+    def _complex(self, value: Any, depth: int) -> complex:
+        real, imaginary = _pair(value)
+        return complex(self._float(real, depth), self._float(imaginary, depth))
+
+    def stored(self, name: Any) -> np.ndarray[Any, Any]:
+        """The array of that name as it was stored."""
+        if not isinstance(name, str) or name not in self.arrays:
+            raise Damaged("a tree in it names an array that is not there")
+        return self.arrays[name]
+
+    def _numpy(self, value: Any, depth: int) -> np.ndarray[Any, Any]:
+        return self.stored(value).copy()  # two leaves that name one array are two
+
+    def _scalar(self, value: Any, depth: int) -> Any:
+        stored = self.stored(value)
+        if stored.shape:
+            raise Damaged("a number in it is an array")
+        return stored[()]
+
+    def _array(self, value: Any, depth: int) -> jax.Array:
+        stored = self.stored(value)
+        with jax.transfer_guard("allow"):
+            # A copy: on a CPU JAX may go on using NumPy's memory.
+            array = jax.device_put(stored.copy())
+        if array.dtype != stored.dtype:
+            raise Damaged(
+                f"it has arrays of {stored.dtype}, which JAX makes only after jax.config.update('jax_enable_x64', True)"
+            )
+        return array
+
+    def _weak(self, value: Any, depth: int) -> jax.Array:
+        """An array that takes the dtype of what it is combined with, as a Python number does."""
+        array = self._array(value, depth)
+        kind = {"f": 0.0, "i": 0, "c": 0j}.get(array.dtype.kind)
+        if kind is None:
+            return array
+        weak = jax.numpy.broadcast_to(jax.numpy.asarray(kind), array.shape).at[...].set(array)
+        return weak if weak.dtype == array.dtype else array
+
+    def _typed_key(self, value: Any, depth: int) -> jax.Array:
+        name, impl = _pair(value)
+        return key_of(self.stored(name), _text(impl))
+
+    _kinds = {
+        "dict": _dict,
+        "frozen": _frozen,
+        "list": _items,
+        "tuple": _tuple,
+        "partitioned": lambda self, value, depth: self._box(nn.Partitioned)(value, depth),
+        "logical": lambda self, value, depth: self._box(nn.LogicallyPartitioned)(value, depth),
+        "other": _other,
+        "bool": lambda self, value, depth: self._plain(bool)(value, depth),
+        "str": lambda self, value, depth: self._plain(str)(value, depth),
+        "int": _int,
+        "float": _float,
+        "complex": _complex,
+        "array": _array,
+        "weak": _weak,
+        "numpy": _numpy,
+        "scalar": _scalar,
+        "key": _typed_key,
+    }
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise Damaged("a tree in it has a list that is none")
+    return value
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise Damaged("a tree in it has a pair that is none")
+    return value[0], value[1]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise Damaged("a tree in it has a text that is none")
+    return value
+
+
+def _key(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, list) and depth < DEPTH:
+        return tuple(_key(part, depth + 1) for part in value)
+    if value is None or type(value) in (str, int, bool):
+        return value
+    raise Damaged("a dict in it has a key that is none")
+
+
+def _axis(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    return tuple(map(_text, _list(value)))
+
+
+def _key_type(impl: str) -> tuple[Any, tuple[int, ...]]:
+    """dtype of the keys of a PRNG implementation, and the shape of one's data. Raises Damaged: there is none."""
+    try:
+        key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+    except (ValueError, TypeError):
+        raise Damaged("it has keys of a PRNG implementation that this JAX does not know") from None
+    return key.dtype, data.shape
+
+
+def key_of(words: np.ndarray[Any, Any], impl: str) -> jax.Array:
+    """Typed keys of their data, words on the last axis. Raises Damaged: they cannot be that."""
+    _, shape = _key_type(impl)
+    if words.dtype != np.uint32 or words.shape[len(words.shape) - len(shape) :] != shape or words.ndim < len(shape):
+        raise Damaged(f"it has keys that are none of {impl}")
+    key: jax.Array = jax.random.wrap_key_data(jax.device_put(words.copy()), impl=impl)
+    return key
+
+
+def foreign_in(tree: Any, path: str = "") -> tuple[str, str] | None:
+    """Where in a tree the first Foreign is, and its class; None where there is none."""
+    for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, Foreign):
+            return path + jax.tree_util.keystr(place, simple=True, separator="/"), leaf.cls
+    return None
+
+
+class Differs(Exception):
+    """A tree has another node in the place of a Foreign: the text says where."""
+
+
+def graft(tree: Any, like: Any, path: str = "") -> Any:
+    """`tree` with every Foreign put together as the node of `like` that is in its place.
+
+    Raises:
+      Differs: there is no such node there, or one of another class or with other children.
+    """
+    if isinstance(tree, Foreign):
+        children, treedef = _children(like)
+        if treedef is None or class_name(type(like)) != tree.cls or len(children) != len(tree.children):
+            raise Differs(f"{path.removeprefix('/')} is a {tree.cls} in the file")
+        pairs = zip(tree.children, children, strict=True)
+        return treedef.unflatten([graft(child, inner, f"{path}/{name}") for child, (name, inner) in pairs])
+    if type(tree) is dict:
+        return {key: graft(value, _get(like, key), f"{path}/{key}") for key, value in tree.items()}
+    if type(tree) is FrozenDict:
+        return FrozenDict({key: graft(value, _get(like, key), f"{path}/{key}") for key, value in tree.items()})
+    if type(tree) in (list, tuple):
+        return type(tree)(graft(value, _get(like, i), f"{path}/{i}") for i, value in enumerate(tree))
+    if dataclasses.is_dataclass(tree) and _names_of(tree) is not None:
+        box: Any = tree
+        return box.replace(value=graft(box.value, getattr(like, "value", None), path))
+    return tree
+
+
+def _get(like: Any, key: Any) -> Any:
+    """The child of the other tree, None where there is none."""
+    try:
+        return like[key]
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return None
