@@ -92,7 +92,8 @@ def dtype_named(name: str) -> np.dtype[Any]:
     if name in _CODES or name in _RAW:
         found = getattr(ml_dtypes, name, None) or getattr(np, name, None)
         if found is not None:
-            return np.dtype(found)
+            dtype: np.dtype[Any] = np.dtype(found)
+            return dtype
         raise Damaged(f"the dtype {name} is not known to the installed ml_dtypes")
     raise Damaged(f"{_quoted(name)} is no dtype")
 
@@ -164,8 +165,8 @@ def _as_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return flat.reshape(*array.shape, array.dtype.itemsize)
 
 
-def _bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+def _bytes_of(array: np.ndarray[Any, Any]) -> Any:
+    return array.reshape(-1).view(np.uint8) if array.size else b""
 
 
 # -- reading
@@ -335,7 +336,9 @@ def _metadata(head: dict[str, Any], path: Path) -> str:
     if not isinstance(version, str) or not (version.isascii() and version.isdigit() and len(version) < 10):
         raise Damaged("the version of its format is no number")
     if int(version) > VERSION:
-        message = f"`{path}` was written by a newer flax_magics: its format is {int(version)}, this one reads {VERSION}."
+        message = (
+            f"`{path}` was written by a newer flax_magics: its format is {int(version)}, this one reads {VERSION}."
+        )
         raise FlaxMagicsError(message, write="%pip install -U flax_magics")
     if version != str(VERSION):
         raise Damaged(f"its format is {version}, and there is no such format")
@@ -372,7 +375,7 @@ def _arrays(file: IO[bytes], size: int, head: dict[str, Any], parts: Any) -> dic
         raise Damaged(f"its arrays should have {reached} bytes, and there are {size}: {which}")
     out = {}
     for begin, end, name, dtype, shape, digest in places:
-        data = np.empty(end - begin, np.uint8)
+        data: Any = np.empty(end - begin, np.uint8)
         _fill(file, memoryview(data))
         if hashlib.sha256(data).hexdigest() != digest:
             raise Damaged(f"{_quoted(name)} has not the checksum that it was written with")
@@ -414,9 +417,7 @@ def _place(name: str, entry: Any, code: str, shape: tuple[int, ...]) -> tuple[in
     return begin, end
 
 
-def _typed(
-    name: str, data: np.ndarray[Any, Any], dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> np.ndarray[Any, Any]:
+def _typed(name: str, data: np.ndarray[Any, Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     if dtype.name in _NARROW and data.size and not _fits(data, dtype):
         raise Damaged(f"{_quoted(name)} has bytes that are no {dtype.name}")
     little = dtype if sys.byteorder == "little" or dtype.itemsize == 1 else dtype.newbyteorder("<")

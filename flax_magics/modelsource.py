@@ -83,5 +83,3 @@ def _text(cls: type) -> str:
         return inspect.getsource(cls).strip("\n")
     except (OSError, TypeError, SyntaxError):
         return ""
-
-

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from .construct import Built, Recipe
 from .edits import Initialised, differences, initialised
 from .errors import FlaxMagicsError
 from .models import Model
@@ -151,11 +150,14 @@ def _into_module(saved: SavedModel, entry: Entry, model: Any) -> Matched:
         except Exception as error:  # a class that cannot be put together of these children
             changes.append(f"{name} cannot be put together ({type(error).__name__})")
             continue
-        if jax.tree_util.tree_structure(value) != jax.tree_util.tree_structure(there):
+        one: Any = jax.tree_util.tree_structure(value)
+        if one != jax.tree_util.tree_structure(there):
             changes.append(f"{name} is put together otherwise")
         changes += [_spell(line, name) for line in differences(_leaves_only(value), _leaves_only(there))]
         values[path] = value
-    changes += [f"{'/'.join(map(str, path))} added" for path in slots if path not in {row[1] for row in saved.variables}]
+    changes += [
+        f"{'/'.join(map(str, path))} added" for path in slots if path not in {row[1] for row in saved.variables}
+    ]
     if changes:
         raise Unfit(tuple(changes))
     assignments = [slots[path].assignment(value) for path, value in values.items()]
@@ -169,13 +171,6 @@ def _into_module(saved: SavedModel, entry: Entry, model: Any) -> Matched:
 def _spell(line: str, name: str) -> str:
     """A difference within one variable, with the variable's name before it."""
     return f"{name}/{line}" if not line.startswith(" ") else f"{name}{line}"
-
-
-def built_again(saved: SavedModel, recipe: Recipe) -> tuple[Any, Built] | None:
-    """The module that a session builds, of the keys that it was built with in the session that was saved."""
-    if saved.keys is None or not saved.holds_variables:
-        return None
-    return recipe.build(saved.keys), Built.of(recipe, saved.keys)
 
 
 def unfit(saved: Mapping[str, tuple[SavedModel, Unfit]], path: str) -> FlaxMagicsError:

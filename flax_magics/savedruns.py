@@ -133,8 +133,8 @@ def _memory(own: Fields) -> Memory | None:
     if own.get("memory") is None:
         return None
     inner = own.inner("memory", ("arguments", "outputs", "temporaries", "code", "peak"))
-    sizes = [inner.whole(name) for name in ("arguments", "outputs", "temporaries", "code")]
-    return Memory(*sizes, peak=inner.maybe_whole("peak"))
+    sizes = {name: inner.whole(name) for name in ("arguments", "outputs", "temporaries", "code")}
+    return Memory(**sizes, peak=inner.maybe_whole("peak"))
 
 
 def _cost(own: Fields) -> Cost | None:

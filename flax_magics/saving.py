@@ -6,19 +6,22 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import restoring, snapshot
 from .atomic import Ticket
+from .autosave import Autosave
 from .errors import FlaxMagicsError
-from .history import Chain
+from .history import Chain, newest
 from .notes import SeenKeys
 from .registry import Change, Entry
 from .restoring import Unfit
 from .run import Note
+from .show.units import plural
 from .snapshot import SavedModel, Snapshot
 from .state import State
 from .uninterrupted import uninterrupted
+from .warm import WarmRuns
 from .workers import Workers, wait_for
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ def save(session: Session, path: str | os.PathLike[str]) -> Saved:
     """Writes the session into a file. An interrupt returns at once, and leaves the old file or the whole new one."""
     target = path_of(path)
     state = session._state
-    now = snapshot.take(state)
+    now = snapshot.with_sources(snapshot.take(state), state)
     ticket = Ticket()
     work = _writers.submit(lambda: snapshot.write(target, now, None, ticket))
     try:
@@ -138,7 +141,7 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
             write()
         session._state = state
         session._seen = seen
-        session._warm.clear()
+        session._warm = WarmRuns()
     return Restored(
         os.fspath(target),
         found.root.seed,
@@ -153,18 +156,21 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
 
 
 def _lost(before: State) -> tuple[Note, ...]:
-    """What was in the session that the file replaced."""
-    if before.runs is None:
+    """What was in the session that the file replaced; that models were built or initialised is not worth a word."""
+    lost = sum(run.command != "init" for run in newest(before.runs, 0 if before.runs is None else before.runs.length))
+    if not lost:
         return ()
-    draws = f"{before.runs.length} run{'s' if before.runs.length > 1 else ''}"
-    return (Note("replaced", f"the session had made {draws}: root key and history are now those of the file"),)
+    runs = plural(lost, "run")
+    return (Note("replaced", f"the session had made {runs}: its root key and its history are now those of the file"),)
 
 
 def _other(found: Snapshot) -> tuple[Note, ...]:
     """What is other here than where the file was saved, if that may change bits."""
     now = {**snapshot.versions(), **snapshot.settings()}
     then = {**found.versions, **found.settings}
-    names = [name for name in ("jax", "jaxlib", "flax", *snapshot.settings()) if name in then and then[name] != now[name]]
+    names = [
+        name for name in ("jax", "jaxlib", "flax", *snapshot.settings()) if name in then and then[name] != now[name]
+    ]
     parts = [f"{name} {then[name]} → {now[name]}" for name in names]
     kind = snapshot.device()
     if found.device != kind:
@@ -200,7 +206,33 @@ def matched(waiting: Mapping[str, SavedModel], entry: Entry, change: Change) -> 
     return found.entry, replace(change, file=saved.file, variables="restored", write=write)
 
 
-def built_again(state: State, name: str, recipe: Any) -> Any:
-    """The module of a recipe and what it was built with, where a file says so; None where none does."""
-    saved = state.waiting.get(name)
-    return None if saved is None else restoring.built_again(saved, recipe)
+def rebound(waiting: Mapping[str, SavedModel], entry: Entry, notes: tuple[Note, ...]) -> tuple[Entry, tuple[Note, ...]]:
+    """`entry`, of a name that stands for another module now, with the variables that wait for it if they fit.
+
+    A module that holds its own keeps them: they are the user's to replace.
+    """
+    if entry.name not in waiting or entry.ready:
+        return entry, notes
+    found = matched(waiting, entry, Change(entry.name, "changed"))
+    if found is None:
+        return entry, notes
+    entry, change = found
+    if change.unfit:
+        text = f"the variables in {change.file} do not fit {entry.name}: {', '.join(change.unfit)}"
+    else:
+        text = f"{entry.name} has its variables from {change.file}"
+    return entry, (*notes, Note("file", text))
+
+
+def autosave(session: Session, path: str | os.PathLike[str] | None) -> Saved | None:
+    """Turns saving in the background on or off; on begins with a first time."""
+    if path is None:
+        old, session.autosaving = session.autosaving, None
+        if old is not None:
+            old.flush()
+        return None
+    saved = save(session, path)
+    old, session.autosaving = session.autosaving, Autosave(path_of(path), saved)
+    if old is not None:
+        old.flush()
+    return saved

@@ -11,7 +11,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,10 @@ class Snapshot:
 
 
 def take(state: State) -> Snapshot:
-    """What the session is now. Values that others may change where they are (NumPy's) are copied."""
+    """What the session is now, without the models' code: see `with_sources`.
+
+    Values that others may change where they are (NumPy's) are copied.
+    """
     models = [_taken(entry) for entry in state.models.values()]
     waiting = [model for name, model in state.waiting.items() if name not in state.models]
     return Snapshot(
@@ -137,7 +140,7 @@ def _taken(entry: Entry) -> SavedModel:
         entry.name,
         model.holds_variables,
         model.describe(),
-        source_of(model.module),
+        "",
         variables,
         dict(entry.updates),
         entry.outdated,
@@ -149,6 +152,25 @@ def _taken(entry: Entry) -> SavedModel:
         size,
         versions(),
     )
+
+
+def with_sources(snapshot: Snapshot, state: State, known: dict[str, tuple[Any, str]] | None = None) -> Snapshot:
+    """With the code of the models that are registered in `state`.
+
+    Args:
+      known: name → module and its code, as they were looked up before.
+    """
+    known = {} if known is None else known
+    models = []
+    for model in snapshot.models:
+        entry = state.models.get(model.name)
+        if entry is not None:
+            module = entry.model.module
+            if model.name not in known or known[model.name][0] is not module:
+                known[model.name] = module, source_of(module)
+            model = replace(model, source=known[model.name][1])
+        models.append(model)
+    return replace(snapshot, models=tuple(models))
 
 
 def _own(tree: Any) -> Any:
@@ -389,7 +411,9 @@ def _model_of(data: Any, reader: Reader, path: str) -> SavedModel:
             raise Damaged(f"`{name}` has a variable that stands twice")
     else:
         variables = reader.tree(own.get("variables"))
-        if variables is not None and not (isinstance(variables, Mapping) and all(type(key) is str for key in variables)):
+        if variables is not None and not (
+            isinstance(variables, Mapping) and all(type(key) is str for key in variables)
+        ):
             raise Damaged(f"the variables of `{name}` are no collections")
     keys = None
     if own.get("keys") is not None:

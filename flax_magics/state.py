@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -40,10 +40,32 @@ class State:
         waiting = self.waiting and self._still_waiting(entry)
         return State(root, models, opened, history.Chain.add(self.runs, run), self.seeds, waiting)
 
-    def restarted(self, root: Root, models: Mapping[str, Entry]) -> State:
-        """The state with another root key, nothing open; what was drawn under the old seed can still be found."""
+    def with_variables(self, entry: Entry) -> State:
+        """The state once the user has given a model other variables."""
+        waiting = self.waiting and self._still_waiting(entry)
+        return replace(self, models={**self.models, entry.name: entry}, waiting=waiting)
+
+    def restarted(self, root: Root, *, fresh: bool) -> tuple[State, Restart]:
+        """The state with another root key, nothing open; what was drawn under the old seed can still be found.
+
+        Args:
+          fresh: every model is to be initialised anew at its next use.
+        """
+        models = self.models
+        if fresh:
+            models = {
+                name: replace(
+                    entry, variables=None, made=None, updates={}, outdated=False, stale=entry.model.holds_variables
+                )
+                for name, entry in models.items()
+            }
+        keeping = tuple(
+            name for name, entry in models.items() if entry.ready and not (entry.stale and entry.built is not None)
+        )
+        restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
-        return State(root, models, None, self.runs, seeds, self.waiting)
+        waiting = {} if fresh else self.waiting
+        return State(root, models, None, self.runs, seeds, waiting), restart
 
     def _still_waiting(self, entry: Entry | None) -> Mapping[str, SavedModel]:
         """What waits once `entry` has variables: no older ones for the same model."""

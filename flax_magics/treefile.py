@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from flax import linen as nn
-from flax.core import FrozenDict
+from flax.core import FrozenDict, freeze
 
 from .container import Damaged, can_store, dtype_named, shape_of
 from .errors import FlaxMagicsError
@@ -60,7 +60,9 @@ class Writer:
         if depth > DEPTH:
             raise FlaxMagicsError(f"`{path[:60]}…` is nested too deeply to be saved.")
         if type(tree) in (dict, FrozenDict):
-            pairs = [[self._key(key, path), self.tree(value, f"{path}/{key}", depth + 1)] for key, value in tree.items()]
+            pairs = [
+                [self._key(key, path), self.tree(value, f"{path}/{key}", depth + 1)] for key, value in tree.items()
+            ]
             return {"dict" if type(tree) is dict else "frozen": pairs}
         if type(tree) in (list, tuple):
             children = [self.tree(value, f"{path}/{i}", depth + 1) for i, value in enumerate(tree)]
@@ -94,19 +96,16 @@ class Writer:
         raise _cannot(path, f"it has the key {key!r}, which is neither text nor a whole number")
 
     def _number(self, value: Any, path: str) -> Node:
-        kind = next(kind for kind in (bool, int, float, complex, str) if isinstance(value, kind))
-        if type(value) is not kind:
-            raise _cannot(path, f"it is of type {type(value).__name__}")
+        kind = type(value)
         if kind is float:
             return {"float": value.hex()}
         if kind is complex:
             return {"complex": [value.real.hex(), value.imag.hex()]}
-        if kind is int:
-            return {"int": str(value)} if abs(value) < 1 << 200 else self._too_large(path)
-        return {kind.__name__: value}
-
-    def _too_large(self, path: str) -> Node:
-        raise _cannot(path, "it is a whole number of more than 200 bits")
+        if kind is int and abs(value) < 1 << 200:
+            return {"int": str(value)}
+        if kind in (bool, str):
+            return {kind.__name__: value}
+        raise _cannot(path, "it is a whole number of more than 200 bits" if kind is int else f"it is a {kind.__name__}")
 
     def _array(self, array: Any, path: str) -> Node:
         name = self._name(path)
@@ -166,7 +165,7 @@ def _dtype(dtype: Any, path: str) -> dict[str, str]:
     if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return {"dtype": np.dtype(dtype).name}
     for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
-        if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == dtype:  # type: ignore[misc]
+        if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == dtype:
             return {"key": impl}
     raise _cannot(path, f"it has the dtype {dtype}")
 
@@ -229,7 +228,7 @@ class Reader:
         return found
 
     def _frozen(self, value: Any, depth: int) -> Any:
-        return FrozenDict(self._dict(value, depth))
+        return freeze(self._dict(value, depth))
 
     def _items(self, value: Any, depth: int) -> list[Any]:
         return [self.tree(child, depth + 1) for child in _list(value)]
@@ -300,7 +299,7 @@ class Reader:
         stored = self.stored(value)
         with jax.transfer_guard("allow"):
             # A copy: on a CPU JAX may go on using NumPy's memory.
-            array = jax.device_put(stored.copy())
+            array: jax.Array = jax.device_put(stored.copy())
         if array.dtype != stored.dtype:
             raise Damaged(
                 f"it has arrays of {stored.dtype}, which JAX makes only after jax.config.update('jax_enable_x64', True)"
@@ -314,13 +313,14 @@ class Reader:
         if kind is None:
             return array
         weak = jax.numpy.broadcast_to(jax.numpy.asarray(kind), array.shape).at[...].set(array)
-        return weak if weak.dtype == array.dtype else array
+        made: jax.Array = weak if weak.dtype == array.dtype else array
+        return made
 
     def _typed_key(self, value: Any, depth: int) -> jax.Array:
         name, impl = _pair(value)
         return key_of(self.stored(name), _text(impl))
 
-    _kinds = {
+    _kinds: ClassVar[dict[str, Callable[[Any, Any, int], Any]]] = {
         "dict": _dict,
         "frozen": _frozen,
         "list": _items,
@@ -374,7 +374,7 @@ def _axis(value: Any) -> Any:
 
 
 def _key_type(impl: str) -> tuple[Any, tuple[int, ...]]:
-    """dtype of the keys of a PRNG implementation, and the shape of one's data. Raises Damaged: there is none."""
+    """The dtype of the keys of a PRNG implementation, and the shape of one's data. Raises Damaged: there is none."""
     try:
         key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
         data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
@@ -419,7 +419,8 @@ def graft(tree: Any, like: Any, path: str = "") -> Any:
     if type(tree) is dict:
         return {key: graft(value, _get(like, key), f"{path}/{key}") for key, value in tree.items()}
     if type(tree) is FrozenDict:
-        return FrozenDict({key: graft(value, _get(like, key), f"{path}/{key}") for key, value in tree.items()})
+        frozen: Any = tree
+        return freeze({key: graft(value, _get(like, key), f"{path}/{key}") for key, value in frozen.items()})
     if type(tree) in (list, tuple):
         return type(tree)(graft(value, _get(like, i), f"{path}/{i}") for i, value in enumerate(tree))
     if dataclasses.is_dataclass(tree) and _names_of(tree) is not None:

@@ -24,7 +24,7 @@ from .library import library
 from .memory import with_peak
 from .models import Commit, Model, Record
 from .prepare import Call
-from .program import Program, Programs
+from .program import KEPT, Program, Programs
 from .reasons import Ran
 from .registry import Entry
 from .run import GONE, Run, Timing, like
@@ -307,3 +307,29 @@ def _may_be_a_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or (
         leaf.dtype == "uint32" and leaf.shape in _KEY_SHAPES
     )
+
+
+class WarmRuns:
+    """The last lines that ran, each with its Warm."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, str, str | None, tuple[str, ...]], Warm] = {}
+
+    def find(self, name: str, call: Call, options: Options) -> Warm | None:
+        """What a run of the same line left behind."""
+        return self._lines.get((name, call.text, options.mode, options.mutable))
+
+    def keep(self, entry: Entry, call: Call, options: Options, done: Execution, run: Run, programs: Programs) -> None:
+        """Keeps what `run` leaves behind (see `remember`); of many lines the oldest is let go."""
+        place = (entry.name, call.text, options.mode, options.mutable)
+        self._lines.pop(place, None)
+        warm = remember(entry, call, options, done, run, programs)
+        if warm is not None:
+            self._lines[place] = warm
+            if len(self._lines) > KEPT:
+                del self._lines[next(iter(self._lines))]
+
+    def forget(self, name: str) -> None:
+        """Lets go of every line of a model: it is another now."""
+        for place in [place for place in self._lines if place[0] == name]:
+            del self._lines[place]
