@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import snapshot
+from . import snapshot, snapshotwriter
 from .errors import FlaxMagicsError
 from .run import Run
 from .savedruns import History
@@ -104,7 +104,7 @@ class Autosave:
         from .saving import saved_of
 
         try:
-            size = snapshot.write(self.path, snapshot.with_sources(now, state, self._sources), self._history)
+            size = snapshotwriter.write(self.path, snapshot.with_sources(now, state, self._sources), self._history)
             self.last = saved_of(self.path, size, now, state)
             self.error = self._told = None
         except FlaxMagicsError as error:

@@ -14,10 +14,10 @@ import numpy as np
 
 from .edits import Initialised, differences, initialised
 from .errors import FlaxMagicsError
+from .foreign import Differs, foreign_in, graft
 from .models import Model
 from .registry import Entry
 from .snapshot import SavedModel, versions
-from .treefile import Differs, foreign_in, graft
 from .uninterrupted import at_once
 
 

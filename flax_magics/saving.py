@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import restoring, snapshot
+from . import restoring, snapshot, snapshotreader, snapshotwriter
 from .atomic import Ticket
 from .autosave import Autosave
 from .errors import FlaxMagicsError
@@ -88,7 +88,7 @@ def save(session: Session, path: str | os.PathLike[str]) -> Saved:
     state = session._state
     now = snapshot.with_sources(snapshot.take(state), state)
     ticket = Ticket()
-    work = _writers.submit(lambda: snapshot.write(target, now, None, ticket))
+    work = _writers.submit(lambda: snapshotwriter.write(target, now, None, ticket))
     try:
         size = wait_for(work)
     except KeyboardInterrupt:
@@ -107,7 +107,7 @@ def saved_of(target: Path, size: int, now: Snapshot, state: State) -> Saved:
 def load(session: Session, path: str | os.PathLike[str]) -> Restored:
     """Reads a session out of a file into this one: all of it, or nothing."""
     target = path_of(path)
-    found = snapshot.read(target)
+    found = snapshotreader.read(target)
     before = session._state
     models: dict[str, Entry] = dict(before.models)
     waiting: dict[str, SavedModel] = {}

@@ -1,8 +1,7 @@
 """A session as it is at one moment, as data: what `%flax_save` writes and `%flax_load` reads.
 
-`take` notes a session down, holding on to its arrays; `write` puts that into a file, and may do so on another thread,
-since nobody changes what was noted. `read` gives a Snapshot of which everything was checked, or one error; it runs
-nothing that the file says. What the file is: see `container`; how trees are kept: see `treefile`.
+`take` notes a session down, holding on to its arrays. What was noted may be written by another thread, since nobody
+changes it.
 """
 
 from __future__ import annotations
@@ -12,27 +11,20 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from . import __version__, container
-from .atomic import Ticket
-from .container import Damaged
+from . import __version__
 from .edits import Initialised
-from .errors import FlaxMagicsError
-from .fields import Fields, finite, from_hex
 from .history import Chain
 from .keys import Draw, Root
 from .modelsource import source_of
 from .notes import summary
 from .registry import Entry
 from .run import Run
-from .savedruns import History, run_of
 from .state import State
-from .treefile import Reader, Writer, foreign_in, key_of
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """Settings of JAX's that change the bits of a run."""
@@ -101,9 +93,6 @@ class Snapshot:
     def parameters(self) -> int:
         """Of all models together."""
         return sum(model.parameters for model in self.models)
-
-
-# -- from a session
 
 
 def take(state: State) -> Snapshot:
@@ -201,266 +190,3 @@ def device() -> str:
     """The first device: its platform and kind."""
     first = jax.devices()[0]
     return f"{first.platform} {first.device_kind}" if first.device_kind != first.platform else first.platform
-
-
-# -- to a file
-
-
-def write(path: Path, snapshot: Snapshot, history: History | None = None, ticket: Ticket | None = None) -> int:
-    """Writes a snapshot, whole or not at all; gives the size in bytes.
-
-    Args:
-      history: has noted down the runs of earlier snapshots.
-      ticket: calls it off.
-
-    Raises:
-      FlaxMagicsError: something in it cannot be saved, or the file cannot be written; the old one is as it was.
-    """
-    writer = Writer()
-    runs = container.json_of((history or History(digest=True)).of(snapshot.runs)).encode()
-    document = {
-        "saved": finite(snapshot.saved),
-        "versions": dict(snapshot.versions),
-        "settings": dict(snapshot.settings),
-        "device": snapshot.device,
-        "root": _root(snapshot.root),
-        "opened": None if snapshot.opened is None else {"model": snapshot.opened[0], **_draw(snapshot.opened[1])},
-        "seeds": [[str(seed), last, impl] for seed, (last, impl) in snapshot.seeds.items()],
-        "models": [_model(model, writer) for model in snapshot.models],
-    }
-    arrays = {**writer.arrays, "history": np.frombuffer(runs, np.uint8)}
-    return container.write(path, document, arrays, ticket)
-
-
-def _root(root: Root) -> dict[str, Any]:
-    return {"seed": str(root.seed), "draws": root.draws, "key": root.data.hex(), "impl": root.impl}
-
-
-def _draw(draw: Draw) -> dict[str, Any]:
-    return {"seed": str(draw.seed), "draws": draw.number - 1, "key": draw.root.hex(), "impl": draw.impl}
-
-
-def _model(model: SavedModel, writer: Writer) -> dict[str, Any]:
-    name = model.name
-    made = _made(model, writer)
-    if model.holds_variables:
-        variables: Any = [
-            [collection, [str(step) if not isinstance(step, int) else step for step in path], writer.tree(value, at)]
-            for collection, path, value in model.variables
-            for at in ["/".join((name, collection, *map(str, path)))]
-        ]
-    else:
-        own = Writer(writer.arrays)
-        variables = own.tree(model.variables, name)
-        if own.foreign is not None and made is None:
-            where, cls = own.foreign
-            raise FlaxMagicsError(
-                f"`{where}` cannot be saved: it is a {cls}, and no init of `{name}` is known here that would tell what"
-                " to make of it."
-            )
-    keys = None
-    if model.keys is not None:
-        keys = {stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()}
-    return {
-        "name": name,
-        "api": "nnx" if model.holds_variables else "linen",
-        "text": model.text,
-        "source": model.source,
-        "variables": variables,
-        "updates": dict(model.updates),
-        "outdated": model.outdated,
-        "stale": model.stale,
-        "made": made,
-        "assigned": model.assigned,
-        "keys": keys,
-        "parameters": model.parameters,
-        "bytes": model.bytes,
-        "versions": dict(model.versions),
-    }
-
-
-def _made(model: SavedModel, writer: Writer) -> Any:
-    """How the variables were made, as data; None where that cannot be said without code of the user's."""
-    made = model.made
-    if made is None:
-        return None
-    own = Writer()
-    try:
-        call = {
-            "key": own.tree(made.key, f"{model.name} initialised with/key"),
-            "args": own.tree(made.args, f"{model.name} initialised with/args"),
-            "kwargs": own.tree(made.kwargs, f"{model.name} initialised with/kwargs"),
-        }
-    except FlaxMagicsError:
-        return None
-    if own.foreign is not None or made.shapes is None:
-        return None
-    writer.arrays.update(own.arrays)
-    return {**call, "method": list(made.method), "program": made.program}
-
-
-# -- from a file
-
-
-def read(path: Path) -> Snapshot:
-    """What a file has. Raises FlaxMagicsError: it is no session, or not as it was written."""
-    found = container.read(path)
-    try:
-        return _snapshot(found.document, Reader(found.arrays), str(path))
-    except Damaged as error:
-        container.refuse(path, str(error))
-    except RecursionError:
-        container.refuse(path, "something in it is nested too deeply")
-
-
-def _snapshot(document: Any, reader: Reader, path: str) -> Snapshot:
-    names = ("saved", "versions", "settings", "device", "root", "opened", "seeds", "models")
-    own = Fields(document, "session", names)
-    root = _draw_of(own.inner("root", ("seed", "draws", "key", "impl")))
-    opened = None
-    if own.get("opened") is not None:
-        inner = own.inner("opened", ("model", "seed", "draws", "key", "impl"))
-        opened = inner.text("model"), _draw_of(inner)
-    models = tuple(_model_of(data, reader, path) for data in own.items("models"))
-    if len({model.name for model in models}) != len(models):
-        raise Damaged("two of its models have one name")
-    return Snapshot(
-        root=Root(root.seed, root.number - 1, root.root, root.impl),
-        opened=opened,
-        seeds=dict(_seed(row) for row in own.items("seeds")),
-        models=models,
-        written=_runs(reader),
-        versions=own.mapping("versions", Fields.text),
-        device=own.text("device"),
-        settings=own.mapping("settings", Fields.text),
-        saved=own.real("saved"),
-    )
-
-
-def _runs(reader: Reader) -> tuple[Run, ...]:
-    stored = reader.stored("history")
-    if stored.dtype != np.uint8 or stored.ndim != 1:
-        raise Damaged("its history is no text")
-    try:
-        text = stored.tobytes().decode()
-    except UnicodeDecodeError:
-        raise Damaged("its history is no text") from None
-    data = container.loads(text, "its history")
-    if not isinstance(data, list):
-        raise Damaged("its history is no list")
-    return tuple(run_of(one, f"history[{i}]", first=not i) for i, one in enumerate(data))
-
-
-def _whole(text: str, where: str) -> int:
-    digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 60:
-        raise Damaged(f"`{where}` is no whole number")
-    return int(text)
-
-
-def _draw_of(own: Fields) -> Draw:
-    """The draw that comes next from a root."""
-    seed, impl = _whole(own.text("seed"), f"{own.where}.seed"), own.text("impl")
-    data = from_hex(own.text("key"), f"{own.where}.key")
-    if len(data) % 4:
-        raise Damaged(f"`{own.where}.key` is no key")
-    key_of(np.frombuffer(data, np.uint32), impl)
-    return Draw(seed, own.whole("draws") + 1, data, impl)
-
-
-def _seed(row: Any) -> tuple[int, tuple[int, str]]:
-    if not isinstance(row, list) or len(row) != 3:
-        raise Damaged("`session.seeds` has a row that is none")
-    own = Fields({"seed": row[0], "last": row[1], "impl": row[2]}, "session.seeds")
-    impl = own.text("impl")
-    if impl:  # none where no draw was made
-        key_of(np.zeros(_words_of(impl), np.uint32), impl)
-    return _whole(own.text("seed"), "session.seeds"), (own.whole("last"), impl)
-
-
-def _words_of(impl: str) -> int:
-    return {"threefry2x32": 2}.get(impl, 4)
-
-
-_MODEL = (
-    "name",
-    "api",
-    "text",
-    "source",
-    "variables",
-    "updates",
-    "outdated",
-    "stale",
-    "made",
-    "assigned",
-    "keys",
-    "parameters",
-    "bytes",
-    "versions",
-)
-
-
-def _model_of(data: Any, reader: Reader, path: str) -> SavedModel:
-    own = Fields(data, "session.models", _MODEL)
-    name, api = own.text("name"), own.text("api")
-    if not name.isidentifier() or api not in ("linen", "nnx"):
-        raise Damaged("one of its models is none")
-    if api == "nnx":
-        variables: Any = tuple(_variable(row, name, reader) for row in own.items("variables"))
-        if len({path for _, path, _ in variables}) != len(variables):
-            raise Damaged(f"`{name}` has a variable that stands twice")
-    else:
-        variables = reader.tree(own.get("variables"))
-        if variables is not None and not (
-            isinstance(variables, Mapping) and all(type(key) is str for key in variables)
-        ):
-            raise Damaged(f"the variables of `{name}` are no collections")
-    keys = None
-    if own.get("keys") is not None:
-        keys = own.mapping("keys", lambda inner, stream: _key(reader.tree(inner.get(stream)), name))
-    return SavedModel(
-        name,
-        api == "nnx",
-        own.text("text"),
-        own.text("source"),
-        variables,
-        own.mapping("updates", Fields.whole),
-        own.flag("outdated"),
-        own.flag("stale"),
-        _made_of(own, reader),
-        own.flag("assigned"),
-        keys,
-        own.whole("parameters"),
-        own.whole("bytes"),
-        own.mapping("versions", Fields.text),
-        path,
-    )
-
-
-def _variable(row: Any, name: str, reader: Reader) -> tuple[str, tuple[Any, ...], Any]:
-    if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str) or not isinstance(row[1], list):
-        raise Damaged(f"`{name}` has a variable that is none")
-    if not all(type(step) in (str, int) for step in row[1]):
-        raise Damaged(f"`{name}` has a variable whose path is none")
-    return row[0], tuple(row[1]), reader.tree(row[2])
-
-
-def _key(value: Any, name: str) -> Any:
-    if not isinstance(value, jax.Array) or not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) or value.shape:
-        raise Damaged(f"what `{name}` was built with is no key")
-    return value
-
-
-def _made_of(own: Fields, reader: Reader) -> Initialised | None:
-    if own.get("made") is None:
-        return None
-    inner = own.inner("made", ("key", "args", "kwargs", "method", "program"))
-    args, kwargs = reader.tree(inner.get("args")), reader.tree(inner.get("kwargs"))
-    if type(args) is not tuple or type(kwargs) is not dict or not all(type(key) is str for key in kwargs):
-        raise Damaged(f"`{inner.where}` is no call")
-    if foreign_in((args, kwargs)) is not None:
-        raise Damaged(f"`{inner.where}` is no call")
-    key = reader.tree(inner.get("key"))
-    if not (hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise Damaged(f"`{inner.where}.key` is no key")
-    return Initialised(key, inner.texts("method"), args, kwargs, None, inner.maybe_text("program"))
