@@ -17,8 +17,9 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def read(path: Path) -> Contents:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+def _opened(path: Path) -> Iterator[tuple[RawIOBase, int]]:
     """The file and its size. A pipe would be waited for, so that what is no file is told before it is opened to read."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -61,19 +62,22 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], int]]:
             raise FlaxMagicsError(f"`{path}` is a folder, not a file.") from None
         why = getattr(error, "strerror", None) or str(error)
         raise FlaxMagicsError(f"`{path}` cannot be read: {why}.") from None
-    with open(handle, "rb", buffering=0) as file:
+    try:
         status = os.fstat(handle)
         if stat.S_ISDIR(status.st_mode):
             raise FlaxMagicsError(f"`{path}` is a folder, not a file.")
         if not stat.S_ISREG(status.st_mode):
             raise FlaxMagicsError(f"`{path}` is no regular file.")
-        yield file, status.st_size
+        with open(handle, "rb", buffering=0, closefd=False) as file:
+            yield file, status.st_size
+    finally:
+        os.close(handle)
 
 
 def _beside(path: Path) -> str | None:
-    """The files in the same folder that may have been meant."""
+    """What is in the same folder and may have been meant."""
     try:
-        names = [one.name for one in os.scandir(path.parent) if one.is_file() and not one.name.startswith(".")]
+        names = [name for name in os.listdir(path.parent) if not name.startswith(".")]
     except OSError:
         return None
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
@@ -119,7 +123,7 @@ def _strange(start: bytes, path: Path) -> None:
         raise FlaxMagicsError(message, hint="was the page saved in place of the file that it links to?")
 
 
-def _header(file: IO[bytes], size: int, path: Path) -> tuple[dict[str, Any], int]:
+def _header(file: RawIOBase, size: int, path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the arrays begin."""
     start = _exactly(file, min(size, 64))
     length = int.from_bytes(start[:8], "little")
@@ -137,17 +141,17 @@ def _header(file: IO[bytes], size: int, path: Path) -> tuple[dict[str, Any], int
     return head, 8 + length
 
 
-def _exactly(file: IO[bytes], length: int) -> bytes:
+def _exactly(file: RawIOBase, length: int) -> bytes:
     """So many bytes. Raises Damaged if they are not there: the file is shorter than it was a moment ago."""
     data = bytearray(length)
     _fill(file, memoryview(data))
     return bytes(data)
 
 
-def _fill(file: IO[bytes], place: memoryview) -> None:
+def _fill(file: RawIOBase, place: memoryview) -> None:
     done = 0
     while done < len(place):
-        got = file.readinto(place[done:])  # type: ignore[attr-defined]
+        got = file.readinto(place[done:])
         if not got:
             raise Damaged("it ends before it should")
         done += got
@@ -205,7 +209,7 @@ def _metadata(head: dict[str, Any], path: Path) -> str:
     return text
 
 
-def _arrays(file: IO[bytes], size: int, head: dict[str, Any], parts: Any) -> dict[str, np.ndarray[Any, Any]]:
+def _arrays(file: RawIOBase, size: int, head: dict[str, Any], parts: Any) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays, of `size` bytes together."""
     if not isinstance(parts, dict) or parts.keys() != head.keys():
         raise Damaged("its header and its JSON name other arrays")
