@@ -249,14 +249,17 @@ ALTERED = {
     ),
     "an array too few": (lambda p: p.head.pop("a"), "its header and its JSON name other arrays"),
     "overlapping": (
-        lambda p: (p.head["b"].update(data_offsets=[13, 16])),
+        lambda p: p.head["b"].update(data_offsets=[13, 16]),
         "`b` does not begin where the array before it ends",
     ),
     "backwards": (lambda p: p.head["b"].update(data_offsets=[19, 16]), "`b` ends before it begins"),
     "negative": (lambda p: p.head["b"].update(data_offsets=[-3, 0]), "the place of `b` is none"),
     "a place of text": (lambda p: p.head["b"].update(data_offsets=["16", "19"]), "the place of `b` is none"),
     "a place of floats": (lambda p: p.head["b"].update(data_offsets=[16.0, 19.0]), "the place of `b` is none"),
-    "far away": (lambda p: p.head["b"].update(data_offsets=[HUGE, HUGE + 3]), "`b` does not begin where the array before it ends"),
+    "far away": (
+        lambda p: p.head["b"].update(data_offsets=[HUGE, HUGE + 3]),
+        "`b` does not begin where the array before it ends",
+    ),
     "huge": (
         lambda p: both(p, "a", [1 << 50], [0, 1 << 52]),
         "`b` does not begin where the array before it ends",
@@ -301,7 +304,10 @@ ALTERED = {
         "its metadata are not those that it was written with",
     ),
     "no version": (lambda p: p.head["__metadata__"].update(flax_magics="x"), "the version of its format is no number"),
-    "version 0": (lambda p: p.head["__metadata__"].update(flax_magics="0"), "its format is 0, and there is no such format"),
+    "version 0": (
+        lambda p: p.head["__metadata__"].update(flax_magics="0"),
+        "its format is 0, and there is no such format",
+    ),
     "a list for its JSON": (lambda p: p.set_inner([1]), "its JSON has not the parts that it should have"),
     "no JSON": (lambda p: p.set_inner("{"), "its JSON is no JSON"),
     "NaN": (lambda p: p.set_inner('{"parts": NaN}'), "its JSON has the number NaN"),
@@ -312,7 +318,7 @@ ALTERED = {
         lambda p: p.set_inner(json.dumps({"\ud800": 1})),
         "its JSON has not the parts that it should have",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ALTERED)
