@@ -43,7 +43,7 @@ def names_of(tree: Any) -> list[Any] | None:
 def children_of(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """The children of a node by name, and how it is put together of them; None in the place of that for a leaf."""
     children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)
-    if jax.tree_util.treedef_is_leaf(treedef) and (not children or children[0][1] is tree):
+    if len(children) == 1 and children[0][1] is tree:
         return [], None
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), child) for path, child in children], treedef
 

@@ -79,7 +79,7 @@ def _held_against(saved: SavedModel, model: Model) -> tuple[Any, Initialised | N
     except Exception as error:  # the user's code does not take the old call
         raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
     if now.shapes is None:  # the init looks at values: only running it would tell
-        return _whole(variables), before, saved.outdated
+        return _whole(variables), now, saved.outdated
     try:
         variables = graft(variables, now.shapes)
     except Differs as error:
@@ -96,7 +96,7 @@ def _held_against(saved: SavedModel, model: Model) -> tuple[Any, Initialised | N
         raise Unfit(changes)
     # Another version may trace the same code to another program.
     outdated = saved.outdated or (saved.versions == versions() and now.program != before.program)
-    return variables, replace(before, shapes=now.shapes) if outdated else now, outdated
+    return variables, now, outdated
 
 
 def _whole(variables: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from .frozen import altered
 from .history import Chain
 from .keys import Streams, as_key
 from .run import GONE, Cost, Limits, Made, Memory, Note, Run, Steady, Taken, Timing
+from .treereader import key_type
 
 _TIMES = ("trace", "lower", "compile", "beside", "run", "wait", "busy", "init")
 
@@ -113,11 +115,12 @@ def run_of(data: Any, where: str, *, first: bool) -> Run:
 
 def _keys(own: Fields, draws: int | None) -> WrittenKeys:
     words, impl = own.mapping("keys", Fields.text), own.maybe_text("impl")
-    for name, text in words.items():
-        if not text or len(text) % (8 * (draws or 1)) or not all(digit in "0123456789abcdef" for digit in text):
-            raise Damaged(f"`{own.where}.keys.{name}` is no key")
     if words and impl is None:
         raise Damaged(f"`{own.where}.impl` is missing")
+    digits = 0 if impl is None else 8 * math.prod(key_type(impl)[1]) * (1 if draws is None else draws)
+    for name, text in words.items():
+        if len(text) != digits or not all(digit in "0123456789abcdef" for digit in text):
+            raise Damaged(f"`{own.where}.keys.{name}` is no key")
     return WrittenKeys(words, impl or "", draws)
 
 

@@ -20,6 +20,7 @@ from . import __version__
 from .edits import Initialised
 from .history import Chain
 from .keys import Draw, Root
+from .models import Path
 from .modelsource import source_of
 from .notes import summary
 from .registry import Entry
@@ -28,6 +29,17 @@ from .state import State
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """Settings of JAX's that change the bits of a run."""
+
+
+@dataclass(frozen=True)
+class SavedInit:
+    """How a linen model's variables came to be, as `Initialised` has it; `program` is a digest."""
+
+    key: Any
+    method: Path
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    program: str | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class SavedModel:
     updates: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
     stale: bool = False
-    made: Initialised | None = None
+    made: Initialised | SavedInit | None = None
     assigned: bool = False
     keys: Mapping[str, Any] | None = None
     parameters: int = 0

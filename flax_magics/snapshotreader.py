@@ -11,13 +11,12 @@ import numpy as np
 
 from . import unpacking
 from .container import Damaged
-from .edits import Initialised
 from .fields import Fields, from_hex
 from .foreign import foreign_in
 from .keys import Draw, Root
 from .run import Run
 from .savedruns import run_of
-from .snapshot import SavedModel, Snapshot
+from .snapshot import SavedInit, SavedModel, Snapshot
 from .treereader import Reader, key_of
 
 
@@ -170,7 +169,7 @@ def _key(value: Any, name: str) -> Any:
     return value
 
 
-def _made_of(own: Fields, reader: Reader) -> Initialised | None:
+def _made_of(own: Fields, reader: Reader) -> SavedInit | None:
     if own.get("made") is None:
         return None
     inner = own.inner("made", ("key", "args", "kwargs", "method", "program"))
@@ -182,4 +181,4 @@ def _made_of(own: Fields, reader: Reader) -> Initialised | None:
     key = reader.tree(inner.get("key"))
     if not (hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
         raise Damaged(f"`{inner.where}.key` is no key")
-    return Initialised(key, inner.texts("method"), args, kwargs, None, inner.maybe_text("program"))
+    return SavedInit(key, inner.texts("method"), args, kwargs, inner.maybe_text("program"))

@@ -66,7 +66,7 @@ def _model(model: SavedModel, writer: Writer) -> dict[str, Any]:
         if own.foreign is not None and made is None:
             where, cls = own.foreign
             raise FlaxMagicsError(
-                f"`{where}` cannot be saved: it is a {cls}, and no init of `{name}` is known here that would tell what"
+                f"`{where}` cannot be saved: it is of {cls}, and no init of `{name}` is known here that would tell what"
                 " to make of it."
             )
     keys = None
@@ -104,7 +104,7 @@ def _made(model: SavedModel, writer: Writer) -> Any:
         }
     except FlaxMagicsError:
         return None
-    if own.foreign is not None or made.shapes is None:
+    if own.foreign is not None or made.program is None:
         return None
     writer.arrays.update(own.arrays)
     return {**call, "method": list(made.method), "program": made.program}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import jax
@@ -35,7 +36,7 @@ class Reader:
         if not isinstance(node, dict) or not node:
             raise Damaged("a tree in it has a node that is none")
         kind, value = next(iter(node.items()))
-        if kind == "shape" and node.keys() in ({"shape", "dtype"}, {"shape", "key"}):
+        if kind == "shape" and node.keys() - {"weak"} in ({"shape", "dtype"}, {"shape", "key"}):
             return self._shape(node)
         read = self._kinds.get(kind) if len(node) == 1 else None
         if read is None:
@@ -72,8 +73,10 @@ class Reader:
     def _shape(self, node: dict[str, Any]) -> jax.ShapeDtypeStruct:
         shape = shape_of("a tree in it", node["shape"])
         if "key" in node:
-            return jax.ShapeDtypeStruct(shape, _key_type(_text(node["key"]))[0])
-        return jax.ShapeDtypeStruct(shape, dtype_named(_text(node["dtype"])))
+            return jax.ShapeDtypeStruct(shape, key_type(_text(node["key"]))[0])
+        if node.get("weak", True) is not True:
+            raise Damaged("a tree in it has a bool that is none")
+        return jax.ShapeDtypeStruct(shape, dtype_named(_text(node["dtype"])), weak_type="weak" in node)
 
     def _plain(self, kind: type) -> Callable[[Any, int], Any]:
         def read(value: Any, depth: int) -> Any:
@@ -195,7 +198,8 @@ def _axis(value: Any) -> Any:
     return tuple(map(_text, _list(value)))
 
 
-def _key_type(impl: str) -> tuple[Any, tuple[int, ...]]:
+@lru_cache(maxsize=16)
+def key_type(impl: str) -> tuple[Any, tuple[int, ...]]:
     """The dtype of the keys of a PRNG implementation, and the shape of one's data. Raises Damaged: there is none."""
     try:
         key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
@@ -207,7 +211,7 @@ def _key_type(impl: str) -> tuple[Any, tuple[int, ...]]:
 
 def key_of(words: np.ndarray[Any, Any], impl: str) -> jax.Array:
     """Typed keys of their data, words on the last axis. Raises Damaged: they cannot be that."""
-    _, shape = _key_type(impl)
+    _, shape = key_type(impl)
     if words.dtype != np.uint32 or words.shape[len(words.shape) - len(shape) :] != shape or words.ndim < len(shape):
         raise Damaged(f"it has keys that are none of {impl}")
     key: jax.Array = jax.random.wrap_key_data(jax.device_put(words.copy()), impl=impl)

@@ -62,7 +62,8 @@ class Writer:
         if isinstance(tree, (bool, int, float, complex, str)):
             return self._number(tree, path)
         if isinstance(tree, jax.ShapeDtypeStruct):
-            return {"shape": list(tree.shape), **_dtype(tree.dtype, path)}
+            weak = {"weak": True} if getattr(tree, "weak_type", False) else {}
+            return {"shape": list(tree.shape), **_dtype(tree.dtype, path), **weak}
         if isinstance(tree, (jax.Array, np.ndarray, np.generic)):
             return self._array(tree, path)
         if isinstance(tree, Foreign):  # read from a file, and still not made anything of

@@ -38,9 +38,7 @@ def alike(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, (dict, FrozenDict)):
         pairs = zip(one.items(), other.items(), strict=True)
-        return len(one) == len(other) and all(
-            a == b and type(a) is type(b) and alike(x, y) for (a, x), (b, y) in pairs
-        )
+        return len(one) == len(other) and all(a == b and type(a) is type(b) and alike(x, y) for (a, x), (b, y) in pairs)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(alike, one, other))
     if isinstance(one, (nn.Partitioned, nn.LogicallyPartitioned)):
@@ -64,9 +62,7 @@ odd_names = st.one_of(
     st.text(max_size=6),
     st.sampled_from(["", "/", "a/b", "a.b", "..", "é", "层", "\ud800", "\0", "a\nb", "#2", "params", "__metadata__"]),
 )
-keys = st.one_of(
-    odd_names, st.integers(-3, 3), st.booleans(), st.none(), st.tuples(odd_names, st.integers(0, 3))
-)
+keys = st.one_of(odd_names, st.integers(-3, 3), st.booleans(), st.none(), st.tuples(odd_names, st.integers(0, 3)))
 shapes = st.sampled_from([(), (1,), (3,), (0,), (2, 0, 3), (2, 3), (1, 1, 1, 2)])
 DTYPES = [np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name)) for name in (*CODES, *_RAW)]
 
@@ -75,7 +71,7 @@ DTYPES = [np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name)) for name
 def host_arrays(draw, dtypes=tuple(DTYPES)):
     dtype, shape = draw(st.sampled_from(dtypes)), draw(shapes)
     data = draw(arrays_of.arrays(np.uint8, (*shape, dtype.itemsize)))
-    if dtype == bool:
+    if dtype.name == "bool":
         return (data[..., 0] % 2).astype(bool)
     if dtype.itemsize == 1 and any(word in dtype.name for word in ("int2", "int4", "float4", "float6")):
         return (data[..., 0] % 7).astype(np.float32).astype(dtype)
@@ -95,9 +91,11 @@ weak_arrays = st.one_of(
     st.floats(width=32, allow_nan=False).map(lambda value: jnp.broadcast_to(jnp.asarray(value), (2, 3))),
 )
 typed_keys = st.tuples(st.sampled_from(["threefry2x32", "rbg", "unsafe_rbg"]), st.integers(0, 99), shapes).map(
-    lambda drawn: jax.random.split(jax.random.key(drawn[1], impl=drawn[0]), drawn[2])
-    if 0 not in drawn[2] and drawn[2]
-    else jax.random.key(drawn[1], impl=drawn[0])
+    lambda drawn: (
+        jax.random.split(jax.random.key(drawn[1], impl=drawn[0]), drawn[2])
+        if 0 not in drawn[2] and drawn[2]
+        else jax.random.key(drawn[1], impl=drawn[0])
+    )
 )
 numbers = st.one_of(
     st.booleans(), st.integers(-(2**190), 2**190), st.floats(), st.complex_numbers(), st.text(max_size=9), st.none()
@@ -194,9 +192,11 @@ def test_a_tree_of_the_users_own_code_tells_what_to_make_of_it():
     assert found["c"][0].name == "sgd"  # what is no array is the code's own
 
 
-@pytest.mark.parametrize("like", [{}, {"b": 1}, {"b": (0, 0)}, {"b": State(0, 0)}, {"c": Point(0, 0)}, [Point(0, 0)], None])
+@pytest.mark.parametrize(
+    "like", [{}, {"b": 1}, {"b": (0, 0)}, {"b": State(0, 0)}, {"c": Point(0, 0)}, [Point(0, 0)], None]
+)
 def test_without_such_a_node_nothing_is_made(like):
-    with pytest.raises(Differs, match="b is a .*Point in the file"):
+    with pytest.raises(Differs, match=r"b is a .*Point in the file"):
         graft(there_and_back({"b": Point(1, 2)}), like)
 
 
@@ -216,10 +216,9 @@ class Odd:
     ],
 )
 def test_what_cannot_be_saved_is_told_by_its_place(leaf, why):
-    place = "net/params" if isinstance(leaf, dict) else "net/params"
     with pytest.raises(FlaxMagicsError) as error:
         Writer().tree({"params": leaf}, "net")
-    assert str(error.value) == f"`{place}` cannot be saved: {why}."
+    assert str(error.value) == f"`net/params` cannot be saved: {why}."
 
 
 def test_an_array_that_was_given_away_is_told():
