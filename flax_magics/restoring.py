@@ -17,6 +17,7 @@ from .errors import FlaxMagicsError
 from .foreign import Differs, foreign_in, graft
 from .models import Model
 from .registry import Entry
+from .show.columns import clean
 from .snapshot import SavedModel, versions
 from .uninterrupted import at_once
 
@@ -25,8 +26,8 @@ class Unfit(Exception):
     """The variables do not fit the model."""
 
     def __init__(self, lines: tuple[str, ...]) -> None:
-        super().__init__(", ".join(lines))
-        self.lines = lines
+        self.lines = tuple(map(clean, lines))  # with names that stand in the file
+        super().__init__(", ".join(self.lines))
 
 
 @dataclass(frozen=True)

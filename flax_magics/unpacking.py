@@ -98,8 +98,10 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def refuse(path: Path, why: str) -> NoReturn:
-    """Raises the error for a file that is not as it was written."""
-    raise FlaxMagicsError(f"`{path}` cannot be loaded: {why}.") from None
+    """Raises the error for a file that is not as it was written; `why` may have names that stand in it."""
+    from .show.columns import clean
+
+    raise FlaxMagicsError(f"`{path}` cannot be loaded: {clean(why)}.") from None
 
 
 _KINDS = (
