@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ class Autosave:
     def __init__(self, path: Path, last: Saved, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
         self.last = last
-        """What was written last."""
+        """What was written last; its path is as it was given."""
         self.error: str | None = None
         """Why the last write failed, None if it did not."""
         self._told: str | None = None
@@ -61,7 +62,11 @@ class Autosave:
 
     def offer(self, state: State) -> None:
         """Notes the session down, to be written soon."""
-        now = snapshot.take(state)
+        try:
+            now = snapshot.take(state)
+        except Exception as error:  # the run has succeeded, whatever is the matter here
+            self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
+            return
         with uninterrupted():  # a snapshot that no thread takes would never be written
             with self._lock:
                 self._pending = now, state
@@ -105,7 +110,7 @@ class Autosave:
 
         try:
             size = snapshotwriter.write(self.path, snapshot.with_sources(now, state, self._sources), self._history)
-            self.last = saved_of(self.path, size, now, state)
+            self.last = replace(saved_of(self.path, size, now, state), path=self.last.path)
             self.error = self._told = None
         except FlaxMagicsError as error:
             self.error = str(error)

@@ -105,7 +105,7 @@ def autosave_ended(before: Autosave | None) -> Notice:
     """What `%flax_save --autosave off` answers."""
     if before is None:
         return Notice("autosave", ("was off",))
-    return Notice("autosave", ("off", f"{before.path} stays as it was saved last"))
+    return Notice("autosave", ("off", f"{before.last.path} stays as it was saved last"))
 
 
 def autosave_failed(error: str) -> Notice:

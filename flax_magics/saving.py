@@ -225,14 +225,14 @@ def rebound(waiting: Mapping[str, SavedModel], entry: Entry, notes: tuple[Note, 
 
 
 def autosave(session: Session, path: str | os.PathLike[str] | None) -> Saved | None:
-    """Turns saving in the background on or off; on begins with a first time."""
+    """Turns saving in the background on or off; on begins with a first time, and stays with the folder of that time."""
     if path is None:
         old, session.autosaving = session.autosaving, None
         if old is not None:
             old.flush()
         return None
     saved = save(session, path)
-    old, session.autosaving = session.autosaving, Autosave(path_of(path), saved)
+    old, session.autosaving = session.autosaving, Autosave(path_of(path).absolute(), saved)
     if old is not None:
         old.flush()
     return saved

@@ -151,6 +151,7 @@ class Session:
           anew: names that stand for nothing any more: a module of the user's own is a new one there.
         """
         state, building = self._state, Building(self.clock, self.on_phase)
+        before = state.runs
         changes: list[Change] = []
         for name, module in modules.items():
             if isinstance(module, Recipe):
@@ -174,6 +175,8 @@ class Session:
         for change in changes:
             if change.state != "unchanged":
                 self._warm.forget(change.name)
+        if state.runs is not before:  # something was built
+            self._autosave()
         return changes
 
     def _entry(self, model: Any) -> Entry:

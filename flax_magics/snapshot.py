@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -187,8 +188,9 @@ def _own(tree: Any) -> Any:
     return jax.tree_util.tree_map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, tree)
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Of what a run's bits depend on."""
+    """Of what a run's bits depend on. Not to be changed."""
     found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     return {"flax_magics": __version__, "python": platform.python_version(), **found}
 

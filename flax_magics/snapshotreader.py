@@ -17,7 +17,7 @@ from .keys import Draw, Root
 from .run import Run
 from .savedruns import run_of
 from .snapshot import SavedInit, SavedModel, Snapshot
-from .treereader import Reader, key_of
+from .treereader import Reader, key_of, key_type
 
 
 def read(path: Path) -> Snapshot:
@@ -92,12 +92,8 @@ def _seed(row: Any) -> tuple[int, tuple[int, str]]:
     own = Fields({"seed": row[0], "last": row[1], "impl": row[2]}, "session.seeds")
     impl = own.text("impl")
     if impl:  # none where no draw was made
-        key_of(np.zeros(_words_of(impl), np.uint32), impl)
+        key_type(impl)
     return _whole(own.text("seed"), "session.seeds"), (own.whole("last"), impl)
-
-
-def _words_of(impl: str) -> int:
-    return {"threefry2x32": 2}.get(impl, 4)
 
 
 _MODEL = (

@@ -1,4 +1,4 @@
-"""Every kind of NNX model, saved and loaded before each of its runs."""
+"""Every kind of NNX model, saved before each of its runs, and loaded where it is registered already."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import test_nnx_kinds as kinds
 from reborn import Reborn
 from test_nnx_kinds import *  # noqa: F403
 
+NO_RUN = ()
+"""None of theirs succeeds."""
+assert all(hasattr(kinds, name) for name in NO_RUN)
+pytestmark = kinds.pytestmark
 
-@pytest.fixture(params=[True, False], ids=["registered before", "registered after"])
+
+@pytest.fixture
 def session(request):
     session = Reborn(seed=0)
-    session.register_first = request.param
     yield session
-    assert session.times or request.node.originalname in FAIL
-
-
-FAIL = ()
-"""No run of theirs succeeds."""
-assert all(hasattr(kinds, name) for name in FAIL)
+    assert session.times or request.node.originalname in NO_RUN
