@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import snapshot, snapshotwriter
 from .errors import FlaxMagicsError
-from .run import Run
 from .savedruns import History
 from .snapshot import Snapshot
 from .state import State
@@ -55,9 +54,9 @@ class Autosave:
         self._running = False
         self._hurry = threading.Event()
 
-    def after(self, run: Run, state: State) -> None:
-        """Notes the session down if the run changed variables."""
-        if run.changed or run.made is not None:
+    def after(self, facts: Mapping[str, Any], state: State) -> None:
+        """Notes the session down if the run, of which `facts` are the fields, changed variables."""
+        if facts["changed"] or facts["made"] is not None:
             self.offer(state)
 
     def offer(self, state: State) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 
-from . import records, registry, saving
+from . import origin, records, registry, saving
 from .construct import Built, Recipe, keys_of
 from .errors import FlaxMagicsError
 from .execution import plain_errors
+from .history import Kept
 from .keys import Draw
 from .models import adopt
+from .origin import Origin, bytes_of
 from .prepare import Call
 from .registry import Change, Entry
 from .run import Run
@@ -31,8 +33,11 @@ class Building:
     clock: Callable[[], float]
     on_phase: Callable[[str], None]
 
-    def build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change]:
-        """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one."""
+    def build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change, Kept | None]:
+        """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one.
+
+        Also what became of the name, and the run, if it was built.
+        """
         old = state.models.get(name)
         saved = state.waiting.get(name)
         if saved is not None and saved.keys is not None:
@@ -42,15 +47,15 @@ class Building:
         if old is not None and old.built is not None and not old.stale:
             print_ = recipe.print()
             if print_ is not None and print_ == old.built.print:
-                return state, registry.unchanged(old)
+                return state, registry.unchanged(old), None
             # An edit: what the old keys give now is held against what is there.
             module = recipe.build(old.built.keys)
             built = Built.of(recipe, old.built.keys)
             entry, change = registry.register_holding(old, name, adopted(module, name, recipe), built)
             if change.state == "unchanged":
-                return replace(state, models={**state.models, name: replace(entry, built=built)}), change
+                return replace(state, models={**state.models, name: replace(entry, built=built)}), change, None
             if change.variables == "kept":
-                return replace(state, models={**state.models, name: entry}), change
+                return replace(state, models={**state.models, name: entry}), change, None
             changes = change.changes
         else:
             changes = ()
@@ -65,16 +70,17 @@ class Building:
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
         if old is not None:
             change = Change(name, "changed", changes, "own")
+        kept = _kept(name, recipe, run)
         found = saving.matched(state.waiting, entry, change)
         if found is None:
-            return state.after(run, now, entry, (name, now)), change
+            return state.after(kept, now, entry, (name, now)), change, kept
         entry, change = found
-        after = state.after(run, now, entry, (name, now))
-        return (replace(after, waiting=state.waiting) if change.unfit else after), change
+        after = state.after(kept, now, entry, (name, now))
+        return (replace(after, waiting=state.waiting) if change.unfit else after), change, kept
 
     def _restored(
         self, state: State, name: str, recipe: Recipe, keys: Mapping[str, Any]
-    ) -> tuple[State, Change] | None:
+    ) -> tuple[State, Change, None] | None:
         """With the module that a session which was saved had built, and its variables; None where they do not fit.
 
         No draw: it was made then, and its keys are those of that time.
@@ -82,7 +88,7 @@ class Building:
         model = adopted(recipe.build(keys), name, recipe)
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
         now, change = saving.registered(state, entry, change)
-        return None if change.unfit else (now, change)
+        return None if change.unfit else (now, change, None)
 
     def rebuild(self, state: State, entry: Entry, call: Call, draw: Any) -> Rebuilt:
         """`init` of a model that holds its variables: the same construction again, into the same object.
@@ -122,12 +128,18 @@ class Building:
         entry = replace(
             entry, built=Built.of(recipe, keys), updates={}, outdated=False, stale=False, first=model.sample()
         )
-        return Rebuilt(run, now, entry, lambda: own.become(model))
+        return Rebuilt(run, now, entry, lambda: own.become(model), _kept(name, recipe, run))
 
     def _since(self, start: float, model: Any) -> float:
         """Seconds since `start`, once what `model` holds is there."""
         jax.block_until_ready(model.collections())
         return self.clock() - start
+
+
+def _kept(name: str, recipe: Recipe, run: Run) -> Kept:
+    """A construction as the session keeps it."""
+    size = sum(map(bytes_of, jax.tree_util.tree_leaves(run.inputs)))
+    return Kept(run, Origin(origin.Built(name, recipe, recipe.print()), []), size)
 
 
 @dataclass(frozen=True)
@@ -138,6 +150,7 @@ class Rebuilt:
     draw: Draw
     entry: Entry
     write: Callable[[], None]
+    kept: Kept
 
 
 def renewed(entry: Entry, draw: Draw, *, taken: bool) -> Entry:

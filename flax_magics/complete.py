@@ -130,8 +130,10 @@ def files(start: str, text: str, most: int = 200) -> list[str]:
 
 def _targets(command: Command, start: str, models: Mapping[str, ModelNames]) -> list[str]:
     names: list[str] = []
-    if command.takes == "call":
+    if command.takes in ("call", "model"):
         names = list(models)
+    elif command.takes == "draw":
+        names = ["last"]
     elif command.takes == "stream":
         names = [*STREAMS, *(stream for model in models.values() for stream in model.streams)]
     return [name for name in dict.fromkeys(names) if name.startswith(start)]

@@ -10,6 +10,7 @@ import jax
 
 from . import __version__
 from .autosave import Autosave
+from .celllog import Rerun
 from .commands import MEANINGS
 from .compiling import users_cache
 from .keys import fingerprint
@@ -30,7 +31,7 @@ def key_card(session: Session) -> KeyCard:
     return KeyCard(session.seed, session.draws, fingerprint(key), str(jax.random.key_impl(key)))
 
 
-def status(session: Session) -> Status:
+def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
     """The session at a glance."""
     models = []
     for name, model in session.models.items():
@@ -58,7 +59,11 @@ def status(session: Session) -> Status:
         models=tuple(models),
         runs=tuple(session.last(5)),
         caches=(("compiled programs kept", str(len(session.programs))), ("on disk", _on_disk(session)), *saving),
-        memory=(("arrays alive in this process", bytes_(held)),),
+        memory=(
+            ("arrays alive in this process", bytes_(held)),
+            ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
+        ),
+        reruns=tuple(rerun.text for rerun in reruns),
         versions=tuple(versions),
         commands=tuple(Command(write, meaning) for write, meaning in MEANINGS),
     )

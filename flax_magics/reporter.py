@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .show.live import Live
     from .show.loop import Loop
 
+LATER_RUNS = 1000
+LATER_BYTES = 16_000_000
+"""Outputs that are held at most until a cell has ended."""
 REFRESH = 0.2
 """Seconds between two updates of a counting line."""
 
@@ -31,6 +34,8 @@ class Reporter:
         self._pending = False
         self._style = "auto"
         self._live: Live | None = None
+        self._later: list[Run] = []
+        self._later_bytes = 0
 
     def begin_cell(self, *_: Any) -> None:
         """`pre_run_cell`: the runs of a cell are counted anew."""
@@ -41,6 +46,19 @@ class Reporter:
         if self._pending:
             self._show_loop()
         self.begin_cell()
+        later, self._later, self._later_bytes = self._later, [], 0
+        for run in later:
+            run.take_digest()
+
+    def later(self, run: Run) -> None:
+        """Takes the digest of a run that shows none, once the cell has ended: so that a replay has something to go by.
+
+        Until then its output is held. Of a cell that runs very often, or gives very much, the first runs have one.
+        """
+        size = output_bytes(run)
+        if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
+            self._later.append(run)
+            self._later_bytes += size
 
     def live(self) -> Live:
         """A live line for one command; the one before serves again once nothing of it is shown."""
@@ -67,6 +85,8 @@ class Reporter:
         self._runs += run.command == "apply" and not quiet
         # In a loop a sharp bit that was said is no news: the counting line carries it.
         news = length if unsaid else level(dataclasses.replace(run, notes=()), setting)
+        if quiet or setting == "off":
+            self.later(run)
         if news == "line" and self._runs > 1 and run.command == "apply":
             self._count(run, style)
             live.clear()
@@ -78,6 +98,7 @@ class Reporter:
         from .show.bundle import bundle
         from .show.loop import Loop
 
+        self.later(run)
         self._loop = (self._loop or Loop()).add(run)
         self._style, self._pending = style, True
         self._single = bundle(run, "line", style) if self._loop.runs == 1 else {}
@@ -96,3 +117,12 @@ class Reporter:
         transient = {"display_id": self._display_id}
         self._shell.display_pub.publish(data=dict(data), metadata={}, transient=transient, update=update)
         self._shown, self._pending = time.monotonic(), False
+
+
+def output_bytes(run: Run) -> int:
+    """Bytes of what the run gave."""
+    if run.memory is not None:  # of the program: no array has to be looked at
+        return run.memory.outputs
+    import jax
+
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))

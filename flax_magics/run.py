@@ -15,6 +15,7 @@ import numpy as np
 from .frozen import altered
 
 if TYPE_CHECKING:
+    from .agreement import Agreement
     from .draws import Spread
 
 
@@ -218,6 +219,7 @@ class Run:
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: the first draw of this session.
       versions: of JAX and Flax, where another process ran it; empty for those of this one.
+      agreement: of a replay by `Session.replay`, how it compares with the run; None for every other.
     """
 
     command: str
@@ -251,6 +253,7 @@ class Run:
     first: bool = False
     draws: int | None = None
     versions: tuple[tuple[str, str], ...] = ()
+    agreement: Agreement | None = None
     _taken: Taken = field(default_factory=Taken, repr=False)
 
     @property
@@ -259,6 +262,10 @@ class Run:
         if self._taken.digest is None and self.output is not GONE:
             self._taken.digest = digest_of(self.output)
         return self._taken.digest
+
+    def take_digest(self) -> None:
+        """Takes the digest while the output is there. It is kept beside the facts of the run, which outlive that."""
+        _ = self.digest
 
     @property
     def shape(self) -> str:

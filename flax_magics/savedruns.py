@@ -14,7 +14,7 @@ from .container import Damaged
 from .draws import Spread
 from .fields import Fields, finite
 from .frozen import altered
-from .history import Chain
+from .history import Chain, Kept
 from .keys import Streams, as_key
 from .run import GONE, Cost, Limits, Made, Memory, Note, Run, Steady, Taken, Timing
 from .treereader import key_type
@@ -70,6 +70,15 @@ class WrittenKeys(Mapping[str, jax.Array]):
 
     def __len__(self) -> int:
         return len(self.words)
+
+
+def kept_of(data: Any, where: str, *, first: bool) -> Kept:
+    """The run of a history that was written. Raises Damaged: it is something else."""
+    own = Fields(data, where)
+    match own.items("replays"):
+        case [int(times), bool(differed)] if times >= 0:
+            return Kept.read(run_of(data, where, first=first), own.text("inputs"), (int(times), differed))
+    raise Damaged(f"`{where}.replays` is not what it should be")
 
 
 def run_of(data: Any, where: str, *, first: bool) -> Run:
@@ -184,7 +193,7 @@ class History:
     def __init__(self, *, digest: bool) -> None:
         self._digest = digest
         self._last: Chain | None = None
-        self._data: list[tuple[dict[str, Any], Taken]] = []
+        self._data: list[tuple[dict[str, Any], Kept]] = []
 
     def of(self, chain: Chain | None) -> list[dict[str, Any]]:
         """The data of every run, oldest first."""
@@ -197,10 +206,15 @@ class History:
             self._data = []
         for kept in reversed(new):
             run = kept.run()
-            self._data.append((data_of(run, digest=self._digest), run._taken))
+            more = {"inputs": kept.shapes, "replays": list(kept.replays)}
+            self._data.append(({**data_of(run, digest=self._digest), **more}, kept))
         self._last = chain
-        # What was read off an output after its run was noted down.
-        return [
-            {**data, "digest": taken.digest} if data["digest"] is None and taken.digest else data
-            for data, taken in self._data
-        ]
+        return [_now(data, kept) for data, kept in self._data]
+
+
+def _now(data: dict[str, Any], kept: Kept) -> dict[str, Any]:
+    """With what became of a run after it was noted down: its digest was taken, it was run again."""
+    digest = data["digest"] or kept.facts["_taken"].digest
+    if digest == data["digest"] and kept.replays == tuple(data["replays"]):
+        return data
+    return {**data, "digest": digest, "replays": list(kept.replays)}

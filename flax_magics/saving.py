@@ -129,8 +129,8 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
     if unfit:
         raise restoring.unfit(unfit, os.fspath(target))
     runs: Chain | None = None
-    for run in found.written:
-        runs = Chain.add(runs, run)
+    for kept in found.written:
+        runs = Chain.add(runs, kept)
     state = State(found.root, models, found.opened, runs, found.seeds, waiting)
     seen = SeenKeys()
     seen.roots.add(found.root.data)
@@ -142,6 +142,7 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
         session._state = state
         session._seen = seen
         session._warm = WarmRuns()
+        session._keeping = session._keeping.emptied()
     return Restored(
         os.fspath(target),
         found.root.seed,

@@ -19,13 +19,12 @@ import numpy as np
 
 from . import __version__
 from .edits import Initialised
-from .history import Chain
+from .history import Chain, Kept
 from .keys import Draw, Root
 from .models import Path
 from .modelsource import source_of
 from .notes import summary
 from .registry import Entry
-from .run import Run
 from .state import State
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
@@ -96,7 +95,7 @@ class Snapshot:
     seeds: Mapping[int, tuple[int, str]]
     models: tuple[SavedModel, ...]
     runs: Chain | None = None
-    written: tuple[Run, ...] = ()
+    written: tuple[Kept, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)

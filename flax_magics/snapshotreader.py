@@ -13,9 +13,9 @@ from . import unpacking
 from .container import Damaged
 from .fields import Fields, from_hex
 from .foreign import foreign_in
+from .history import Kept
 from .keys import Draw, Root
-from .run import Run
-from .savedruns import run_of
+from .savedruns import kept_of
 from .snapshot import SavedInit, SavedModel, Snapshot
 from .treereader import Reader, key_of, key_type
 
@@ -55,7 +55,7 @@ def _snapshot(document: Any, reader: Reader, path: str) -> Snapshot:
     )
 
 
-def _runs(reader: Reader) -> tuple[Run, ...]:
+def _runs(reader: Reader) -> tuple[Kept, ...]:
     stored = reader.stored("history")
     if stored.dtype != np.uint8 or stored.ndim != 1:
         raise Damaged("its history is no text")
@@ -66,7 +66,7 @@ def _runs(reader: Reader) -> tuple[Run, ...]:
     data = unpacking.loads(text, "its history")
     if not isinstance(data, list):
         raise Damaged("its history is no list")
-    return tuple(run_of(one, f"history[{i}]", first=not i) for i, one in enumerate(data))
+    return tuple(kept_of(one, f"history[{i}]", first=not i) for i, one in enumerate(data))
 
 
 def _whole(text: str, where: str) -> int:

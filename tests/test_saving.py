@@ -670,3 +670,26 @@ def test_home_is_written_as_a_tilde(path, monkeypatch):
     monkeypatch.setenv("HOME", str(path.parent))
     Session().save("~/file")
     assert (path.parent / "file").exists()
+
+
+def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(path):
+    x = notebook_x()
+    session = Session()
+    session.register("net", MyModel(3, True))
+    session.init("net", x)
+    held = session.apply("net", x)
+    session.replay(1)
+    session.save(path)
+    other = Session()
+    other.load(path)
+    other.register("net", MyModel(3, True))
+    before, now = session.history(), other.history()
+    assert [(row.inputs, row.digest, row.marks, row.keys) for row in now] == [
+        (row.inputs, row.digest, row.marks, row.keys) for row in before
+    ]
+    assert now[1].digest == held.digest
+    with pytest.raises(FlaxMagicsError, match="gone|no longer"):
+        other.replay(1)
+    run = other.apply("net", x)
+    assert other.replay(2).agreement.identical
+    assert (run.draw, len(other.history()), other.cells) == (2, 3, {})

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import html, loaded, loop, notice, registered, status, summary, text
+from . import history, html, loaded, loop, notice, registered, replayed, status, summary, text
 from .facts import LEVELS, Level
 
 if TYPE_CHECKING:
+    from ..past import History
     from ..run import Run
     from ..summary import Summary
 
@@ -55,6 +56,17 @@ def status_bundle(now: status.Status, style: str) -> dict[str, Any]:
 def key_bundle(card: status.KeyCard, style: str) -> dict[str, Any]:
     """The MIME bundle of a bare `%flax_key`."""
     return _shown(status.key_text(card), lambda: html.key_card(card), style)
+
+
+def history_bundle(found: History, everything: bool, style: str) -> dict[str, Any]:
+    """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
+    plain = history.history_text(found, everything=everything)
+    return _shown(plain, lambda: html.history(found, everything=everything), style)
+
+
+def replay_bundle(run: Run, style: str) -> dict[str, Any]:
+    """The MIME bundle of a replay."""
+    return notice_bundle(replayed.notice_of(run), style)
 
 
 def notice_bundle(found: notice.Notice, style: str) -> dict[str, Any]:
