@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from . import origin, records, registry, saving
+from . import origin, records, registry, restoring
 from .construct import Built, Recipe, keys_of
 from .errors import FlaxMagicsError
 from .execution import plain_errors
@@ -71,7 +71,7 @@ class Building:
         if old is not None:
             change = Change(name, "changed", changes, "own")
         kept = _kept(name, recipe, run)
-        found = saving.matched(state.waiting, entry, change)
+        found = restoring.matched(state.waiting, entry, change)
         if found is None:
             return state.after(kept, now, entry, (name, now)), change, kept
         entry, change = found
@@ -87,7 +87,7 @@ class Building:
         """
         model = adopted(recipe.build(keys), name, recipe)
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
-        now, change = saving.registered(state, entry, change)
+        now, change = restoring.registered(state, entry, change)
         return None if change.unfit else (now, change, None)
 
     def rebuild(self, state: State, entry: Entry, call: Call, draw: Any) -> Rebuilt:

@@ -16,9 +16,11 @@ from .edits import Initialised, differences, initialised
 from .errors import FlaxMagicsError
 from .foreign import Differs, foreign_in, graft
 from .models import Model
-from .registry import Entry
+from .registry import Change, Entry
+from .run import Note
 from .show.columns import clean
 from .snapshot import SavedModel, versions
+from .state import State
 from .uninterrupted import at_once
 
 
@@ -181,3 +183,46 @@ def unfit(saved: Mapping[str, tuple[SavedModel, Unfit]], path: str) -> FlaxMagic
     verb = "does" if len(saved) == 1 else "do"
     message = f"the variables in `{path}` do not fit: {names} as registered {verb} not have them. Nothing was loaded."
     return FlaxMagicsError(message, hint="\n".join(lines))
+
+
+def registered(state: State, entry: Entry, change: Change) -> tuple[State, Change]:
+    """The state in which `entry` is registered, with the variables that wait for it if they fit; and what to say."""
+    found = matched(state.waiting, entry, change)
+    if found is None:
+        return replace(state, models={**state.models, entry.name: entry}), change
+    entry, change = found
+    waiting = state.waiting
+    if not change.unfit:
+        waiting = {name: model for name, model in waiting.items() if name != entry.name}
+    return replace(state, models={**state.models, entry.name: entry}, waiting=waiting), change
+
+
+def matched(waiting: Mapping[str, SavedModel], entry: Entry, change: Change) -> tuple[Entry, Change] | None:
+    """An entry with the variables that wait for it, if they fit; None where none wait."""
+    saved = waiting.get(entry.name)
+    if saved is None or not saved.ready:
+        return None
+    try:
+        found = match(saved, entry)
+    except Unfit as error:
+        return entry, replace(change, file=saved.file, unfit=error.lines)
+    write = found.write or change.write
+    return found.entry, replace(change, file=saved.file, variables="restored", write=write)
+
+
+def rebound(waiting: Mapping[str, SavedModel], entry: Entry, notes: tuple[Note, ...]) -> tuple[Entry, tuple[Note, ...]]:
+    """`entry`, of a name that stands for another module now, with the variables that wait for it if they fit.
+
+    A module that holds its own keeps them: they are the user's to replace.
+    """
+    if entry.name not in waiting or entry.ready:
+        return entry, notes
+    found = matched(waiting, entry, Change(entry.name, "changed"))
+    if found is None:
+        return entry, notes
+    entry, change = found
+    if change.unfit:
+        text = f"the variables in {change.file} do not fit {entry.name}: {', '.join(change.unfit)}"
+    else:
+        text = f"{entry.name} has its variables from {change.file}"
+    return entry, (*notes, Note("file", text))

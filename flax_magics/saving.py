@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from .autosave import Autosave
 from .errors import FlaxMagicsError
 from .history import Chain, newest
 from .notes import SeenKeys
-from .registry import Change, Entry
+from .registry import Entry
 from .restoring import Unfit
 from .run import Note
 from .show.units import plural
@@ -180,49 +180,6 @@ def _other(found: Snapshot) -> tuple[Note, ...]:
         return ()
     text = f"saved with other versions or settings, so that runs may differ in their bits: {', '.join(parts)}"
     return (Note("versions", text),)
-
-
-def registered(state: State, entry: Entry, change: Change) -> tuple[State, Change]:
-    """The state in which `entry` is registered, with the variables that wait for it if they fit; and what to say."""
-    found = matched(state.waiting, entry, change)
-    if found is None:
-        return replace(state, models={**state.models, entry.name: entry}), change
-    entry, change = found
-    waiting = state.waiting
-    if not change.unfit:
-        waiting = {name: model for name, model in waiting.items() if name != entry.name}
-    return replace(state, models={**state.models, entry.name: entry}, waiting=waiting), change
-
-
-def matched(waiting: Mapping[str, SavedModel], entry: Entry, change: Change) -> tuple[Entry, Change] | None:
-    """An entry with the variables that wait for it, if they fit; None where none wait."""
-    saved = waiting.get(entry.name)
-    if saved is None or not saved.ready:
-        return None
-    try:
-        found = restoring.match(saved, entry)
-    except Unfit as error:
-        return entry, replace(change, file=saved.file, unfit=error.lines)
-    write = found.write or change.write
-    return found.entry, replace(change, file=saved.file, variables="restored", write=write)
-
-
-def rebound(waiting: Mapping[str, SavedModel], entry: Entry, notes: tuple[Note, ...]) -> tuple[Entry, tuple[Note, ...]]:
-    """`entry`, of a name that stands for another module now, with the variables that wait for it if they fit.
-
-    A module that holds its own keeps them: they are the user's to replace.
-    """
-    if entry.name not in waiting or entry.ready:
-        return entry, notes
-    found = matched(waiting, entry, Change(entry.name, "changed"))
-    if found is None:
-        return entry, notes
-    entry, change = found
-    if change.unfit:
-        text = f"the variables in {change.file} do not fit {entry.name}: {', '.join(change.unfit)}"
-    else:
-        text = f"{entry.name} has its variables from {change.file}"
-    return entry, (*notes, Note("file", text))
 
 
 def autosave(session: Session, path: str | os.PathLike[str] | None) -> Saved | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from . import applying, history, past, records, registry, saving, summary
+from . import applying, history, past, records, registry, restoring, saving, summary
 from .autosave import Autosave
 from .building import Building
 from .construct import Recipe
@@ -199,7 +199,7 @@ class Session:
                 if old is not None and name in anew and old.model.holds_variables and old.built is None:
                     old = None
                 entry, change = registry.register(old, name, module)
-                state, change = saving.registered(state, entry, change)
+                state, change = restoring.registered(state, entry, change)
             changes.append(change)
             gone = change.variables in ("dropped", "own") and not isinstance(module, Recipe)
             if (gone or change.unfit) and state.opened is not None and state.opened[0] == name:
@@ -224,7 +224,7 @@ class Session:
 
     def _entry_now(self, name: str, module: Any) -> tuple[Entry, tuple[Note, ...]]:
         entry, notes = entry_now(self._state.models, name, module)
-        return saving.rebound(self._state.waiting, entry, notes) if notes else (entry, notes)
+        return restoring.rebound(self._state.waiting, entry, notes) if notes else (entry, notes)
 
     def _assign(self, name: str, variables: Mapping[str, Any] | None) -> None:
         entry = self._entry(name)
