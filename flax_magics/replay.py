@@ -100,7 +100,7 @@ class Replaying:
         if facts["command"] == "key":
             return Again(facts["keys"][facts["call"]], {}, "", Timing())
         what = f"draw {facts['draw']} of seed {facts['seed']}"
-        if facts["versions"]:
+        if facts["elsewhere"] is not None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file.",
                 write=f"%flax_apply --draw {facts['seed']}:{facts['draw']} {facts['call']}     the same keys",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .recorded import Rows
     from .run import Run
     from .show.live import Live
     from .show.loop import Loop
@@ -28,6 +29,7 @@ class Reporter:
         self._said: set[tuple[str, str]] = set()
         self._runs = 0
         self._loop: Loop | None = None
+        self._rows: Rows | None = None
         self._single: Mapping[str, Any] = {}
         self._display_id: str | None = None
         self._shown = 0.0
@@ -39,12 +41,13 @@ class Reporter:
 
     def begin_cell(self, *_: Any) -> None:
         """`pre_run_cell`: the runs of a cell are counted anew."""
-        self._runs, self._loop, self._display_id, self._pending = 0, None, None, False
+        self._runs, self._loop, self._rows, self._display_id, self._pending = 0, None, None, None, False
 
     def end_cell(self, *_: Any) -> None:
-        """`post_run_cell`: the counting line as it is in the end."""
-        if self._pending:
-            self._show_loop()
+        """`post_run_cell`: the counting line as it is in the end, with its runs as data."""
+        many = self._loop is not None and self._loop.runs > 1
+        if self._pending or (many and self._rows is not None):
+            self._show_loop(self._rows)
         self.begin_cell()
         later, self._later, self._later_bytes = self._later, [], 0
         for run in later:
@@ -102,16 +105,26 @@ class Reporter:
         self._loop = (self._loop or Loop()).add(run)
         self._style, self._pending = style, True
         self._single = bundle(run, "line", style) if self._loop.runs == 1 else {}
-        # A terminal cannot take a line back: there it is printed once, when the cell ends.
-        if getattr(self._shell, "kernel", None) is not None and time.monotonic() - self._shown > REFRESH:
-            self._show_loop()
+        # A terminal cannot take a line back: there it is printed once, when the cell ends. Nor can one be saved.
+        if getattr(self._shell, "kernel", None) is not None:
+            self._record(run)
+            if time.monotonic() - self._shown > REFRESH:
+                self._show_loop()
 
-    def _show_loop(self) -> None:
+    def _record(self, run: Run) -> None:
+        """Keeps what a saved notebook is to have of a run, while its output is there."""
+        from .recorded import Rows
+
+        self._rows = self._rows or Rows()
+        self._rows.add(run)
+
+    def _show_loop(self, rows: Rows | None = None) -> None:
+        """Shows the counting line, with `rows` for the last time."""
         from .show.bundle import loop_bundle
 
         if self._loop is None:
             return
-        data = self._single if self._loop.runs == 1 else loop_bundle(self._loop, self._style)
+        data = self._single if self._loop.runs == 1 else loop_bundle(self._loop, self._style, rows)
         update = self._display_id is not None
         self._display_id = self._display_id or uuid.uuid4().hex
         transient = {"display_id": self._display_id}

@@ -117,7 +117,7 @@ def run_of(data: Any, where: str, *, first: bool) -> Run:
         by_hand=own.text("by_hand"),
         replayed=own.flag("replayed"),
         first=first,
-        versions=tuple(own.mapping("versions", Fields.text).items()),
+        elsewhere=_elsewhere(own),
         _taken=taken,
     )
 
@@ -131,6 +131,23 @@ def _keys(own: Fields, draws: int | None) -> WrittenKeys:
         if len(text) != digits or not all(digit in "0123456789abcdef" for digit in text):
             raise Damaged(f"`{own.where}.keys.{name}` is no key")
     return WrittenKeys(words, impl or "", draws)
+
+
+def _elsewhere(own: Fields) -> dict[str, Any]:
+    """What its bits depended on, and a few values of its output where they were kept."""
+    found: dict[str, Any] = {
+        "versions": own.mapping("versions", Fields.maybe_text),
+        "device_kind": own.maybe_text("device_kind"),
+        "processor": own.maybe_text("processor"),
+        "threads": own.maybe_whole("threads"),
+    }
+    if "leaves" in own.data:
+        leaves = [Fields(leaf, f"{own.where}.leaves", ("path", "array", "values")) for leaf in own.items("leaves")]
+        found["leaves"] = [
+            {"path": leaf.text("path"), "array": leaf.text("array"), "values": leaf.whole("values")} for leaf in leaves
+        ]
+        found["bits"] = own.text("bits")
+    return found
 
 
 def _timing(own: Fields) -> Timing:

@@ -131,7 +131,7 @@ class Session:
         """Numbers of this kernel's cells that drew → the calls that they made, as they were written."""
         found: dict[int, set[str]] = {}
         for kept in history.backwards(self._state.runs):
-            if kept.facts["cell"] is not None and not kept.facts["replayed"] and not kept.facts["versions"]:
+            if kept.facts["cell"] is not None and not kept.facts["replayed"] and kept.facts["elsewhere"] is None:
                 call = "" if kept.facts["command"] == "key" else kept.facts["call"]
                 found.setdefault(kept.facts["cell"], set()).add(call)
         return {number: tuple(calls) for number, calls in found.items()}

@@ -10,11 +10,14 @@ from .facts import LEVELS, Level
 
 if TYPE_CHECKING:
     from ..past import History
+    from ..recorded import Rows
     from ..run import Run
     from ..summary import Summary
 
 RUN_JSON = "application/vnd.flax-magics.run+json"
 """The run as data, so that a saved notebook can be verified later."""
+RUNS_JSON = "application/vnd.flax-magics.runs+json"
+"""The same for the runs of a counting line."""
 
 
 def level(run: Run, setting: str) -> Level:
@@ -43,9 +46,10 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, Any]:
     return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
 
 
-def loop_bundle(runs: loop.Loop, style: str) -> dict[str, Any]:
-    """The MIME bundle of a counting line."""
-    return _shown(loop.line(runs), lambda: html.loop(runs), style)
+def loop_bundle(runs: loop.Loop, style: str, rows: Rows | None = None) -> dict[str, Any]:
+    """The MIME bundle of a counting line; with `rows`, which it has once no more are to come, the runs are in it."""
+    shown = _shown(loop.line(runs), lambda: html.loop(runs), style)
+    return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 
 def status_bundle(now: status.Status, style: str) -> dict[str, Any]:
