@@ -19,7 +19,6 @@ class Reborn(Session):
     """Runs everything twice: here, and in a session that has read what this one was."""
 
     register_first = True
-    times = 0
 
     def apply(self, model: Any, /, *args: Any, **kwargs: Any) -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +43,6 @@ class Reborn(Session):
         assert bits(dict(again.sown)) == bits(dict(run.sown))
         assert bits(variables_of(other)) == bits(variables_of(self))
         assert (again.seed, again.draw, dict(again.changed)) == (run.seed, run.draw, dict(run.changed))
-        self.times += 1
         return run
 
 
