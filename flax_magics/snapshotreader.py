@@ -17,7 +17,7 @@ from .history import Kept
 from .keys import Draw, Root
 from .savedruns import kept_of
 from .snapshot import SavedInit, SavedModel, Snapshot
-from .treereader import Reader, key_of, key_type
+from .treereader import Reader, key_of, key_read, key_type
 
 
 def read(path: Path) -> Snapshot:
@@ -154,9 +154,7 @@ def _model_of(data: Any, reader: Reader, path: str) -> SavedModel:
 def _variable(row: Any, name: str, reader: Reader) -> tuple[str, tuple[Any, ...], Any]:
     if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str) or not isinstance(row[1], list):
         raise Damaged(f"`{name}` has a variable that is none")
-    if not all(type(step) in (str, int) for step in row[1]):
-        raise Damaged(f"`{name}` has a variable whose path is none")
-    return row[0], tuple(row[1]), reader.tree(row[2])
+    return row[0], tuple(map(key_read, row[1])), reader.tree(row[2])
 
 
 def _key(value: Any, name: str) -> Any:

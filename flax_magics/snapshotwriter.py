@@ -56,7 +56,7 @@ def _model(model: SavedModel, writer: Writer) -> dict[str, Any]:
     made = _made(model, writer)
     if model.holds_variables:
         variables: Any = [
-            [collection, [str(step) if not isinstance(step, int) else step for step in path], writer.tree(value, at)]
+            [collection, [writer.key(step, name) for step in path], writer.tree(value, at)]
             for collection, path, value in model.variables
             for at in ["/".join((name, collection, *map(str, path)))]
         ]

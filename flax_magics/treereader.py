@@ -45,7 +45,7 @@ class Reader:
 
     def _dict(self, value: Any, depth: int) -> dict[Any, Any]:
         pairs = [_pair(pair) for pair in _list(value)]
-        found = {_key(key): self.tree(child, depth + 1) for key, child in pairs}
+        found = {key_read(key): self.tree(child, depth + 1) for key, child in pairs}
         if len(found) != len(pairs):
             raise Damaged("a dict in it has a key that stands twice")
         return found
@@ -184,9 +184,10 @@ def _text(value: Any) -> str:
     return value
 
 
-def _key(value: Any, depth: int = 0) -> Any:
+def key_read(value: Any, depth: int = 0) -> Any:
+    """A key of a dict, or a step of a path. Raises Damaged: it is none."""
     if isinstance(value, list) and depth < DEPTH:
-        return tuple(_key(part, depth + 1) for part in value)
+        return tuple(key_read(part, depth + 1) for part in value)
     if value is None or type(value) in (str, int, bool):
         return value
     raise Damaged("a dict in it has a key that is none")

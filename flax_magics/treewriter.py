@@ -50,9 +50,7 @@ class Writer:
         if depth > DEPTH:
             raise FlaxMagicsError(f"`{path[:60]}…` is nested too deeply to be saved.")
         if type(tree) in (dict, FrozenDict):
-            pairs = [
-                [self._key(key, path), self.tree(value, f"{path}/{key}", depth + 1)] for key, value in tree.items()
-            ]
+            pairs = [[self.key(key, path), self.tree(value, f"{path}/{key}", depth + 1)] for key, value in tree.items()]
             return {"dict" if type(tree) is dict else "frozen": pairs}
         if type(tree) in (list, tuple):
             children = [self.tree(value, f"{path}/{i}", depth + 1) for i, value in enumerate(tree)]
@@ -79,11 +77,12 @@ class Writer:
         self.foreign = self.foreign or (path, class_name(type(tree)))
         return {"other": [class_name(type(tree)), [self.tree(c, f"{path}/{n}", depth + 1) for n, c in children]]}
 
-    def _key(self, key: Any, path: str) -> Node:
+    def key(self, key: Any, path: str) -> Node:
+        """A key of a dict, or a step of a path. Raises FlaxMagicsError: a file cannot hold it."""
         if key is None or type(key) in (str, int, bool):
             return key
         if type(key) is tuple:
-            return [self._key(part, path) for part in key]
+            return [self.key(part, path) for part in key]
         raise _cannot(path, f"it has the key {key!r}, which is neither text nor a whole number")
 
     def _number(self, value: Any, path: str) -> Node:
