@@ -6,13 +6,13 @@ Works on one State and gives another; what is to be written into the user's own 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
-from . import origin, records, registry
+from . import origin, records, registry, restoring
 from .construct import Built, Recipe, keys_of
 from .errors import FlaxMagicsError
 from .execution import plain_errors
@@ -39,6 +39,11 @@ class Building:
         Also what became of the name, and the run, if it was built.
         """
         old = state.models.get(name)
+        saved = state.waiting.get(name)
+        if saved is not None and saved.keys is not None:
+            restored = self._restored(state, name, recipe, saved.keys)
+            if restored is not None:
+                return restored
         if old is not None and old.built is not None and not old.stale:
             print_ = recipe.print()
             if print_ is not None and print_ == old.built.print:
@@ -66,7 +71,24 @@ class Building:
         if old is not None:
             change = Change(name, "changed", changes, "own")
         kept = _kept(name, recipe, run)
-        return state.after(kept, now, entry, (name, now)), change, kept
+        found = restoring.matched(state.waiting, entry, change)
+        if found is None:
+            return state.after(kept, now, entry, (name, now)), change, kept
+        entry, change = found
+        after = state.after(kept, now, entry, (name, now))
+        return (replace(after, waiting=state.waiting) if change.unfit else after), change, kept
+
+    def _restored(
+        self, state: State, name: str, recipe: Recipe, keys: Mapping[str, Any]
+    ) -> tuple[State, Change, None] | None:
+        """With the module that a session which was saved had built, and its variables; None where they do not fit.
+
+        No draw: it was made then, and its keys are those of that time.
+        """
+        model = adopted(recipe.build(keys), name, recipe)
+        entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
+        now, change = restoring.registered(state, entry, change)
+        return None if change.unfit else (now, change, None)
 
     def rebuild(self, state: State, entry: Entry, call: Call, draw: Any) -> Rebuilt:
         """`init` of a model that holds its variables: the same construction again, into the same object.

@@ -151,6 +151,39 @@ FLAX_KEY = Command(
     takes="stream",
 )
 
+FLAX_SAVE = Command(
+    "%flax_save",
+    "%flax_save FILE                    writes the session into FILE\n"
+    "%flax_save --autosave FILE         and again after whatever changes variables\n"
+    "%flax_save --autosave off          ends that",
+    "Models' variables, the root key and its draws, the history, the models' code and the versions, in one file: a "
+    "safetensors file, so that safetensors.numpy.load_file(FILE) gives the arrays by name. It is replaced whole or not "
+    "at all. %flax_load FILE in a fresh kernel goes on with the draw that would have come.\n\n"
+    "With --autosave a thread saves after each run that changed variables. It never holds up the kernel, and one that is "
+    "killed leaves the file whole.",
+    (
+        Option("--autosave", "from now on save there in the background, or off", metavar="FILE", kind="quoted"),
+        Option("--quiet", "say nothing", short="-q"),
+    ),
+    (
+        "%flax_save session.safetensors",
+        "%flax_save --autosave session.safetensors",
+        "%flax_save --autosave off",
+    ),
+    takes="file",
+)
+
+FLAX_LOAD = Command(
+    "%flax_load",
+    "%flax_load FILE",
+    "Restores what %flax_save wrote: root key, draws and history, and the variables of each model, for the model that is "
+    "registered under its name, now or later. The next draw is the one that would have come. No code in the file is run: "
+    "it is shown. Variables of another tree, shape or dtype than the model's are told leaf by leaf, and none is used.",
+    (Option("--quiet", "say nothing but what is other here than where it was saved", short="-q"),),
+    ("%flax_load session.safetensors",),
+    takes="file",
+)
+
 FLAX_HISTORY = Command(
     "%flax_history",
     "%flax_history [options] [MODEL]",
@@ -180,7 +213,18 @@ FLAX_REPLAY = Command(
 
 COMMANDS = {
     command.name: command
-    for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_SUMMARY, FLAX_KEY, FLAX_HISTORY, FLAX_REPLAY)
+    for command in (
+        FLAX,
+        FLAXMODEL,
+        FLAX_INIT,
+        FLAX_APPLY,
+        FLAX_SUMMARY,
+        FLAX_KEY,
+        FLAX_HISTORY,
+        FLAX_REPLAY,
+        FLAX_SAVE,
+        FLAX_LOAD,
+    )
 }
 
 MEANINGS = (
@@ -191,6 +235,8 @@ MEANINGS = (
     ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
     ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
+    ("%flax_save FILE", "the session into one file, once or kept up to date"),
+    ("%flax_load FILE", "goes on where that was saved"),
     ("%flax_history", "every draw so far: keys, inputs, digest, cell, time"),
     ("%flax_replay N", "runs a draw again, and says whether every bit is the same"),
 )

@@ -5,6 +5,7 @@ The names of the commands themselves are completed by IPython, as those of any m
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -51,8 +52,10 @@ def completions(line: str, text: str, commands: Mapping[str, Command], models: M
         return []
     given, position, waiting = _options_before(command, rest)
     if waiting is not None:
-        return []
+        return files(rest[position:], text) if waiting.metavar == "FILE" else []
     rest = rest[position:]
+    if command.takes == "file" and not rest.startswith("-"):
+        return [*files(rest, text), *(_options(command, "--", given) if not rest else ())]
     if rest.startswith("-"):
         return _options(command, rest, given)
     if not rest:
@@ -97,6 +100,32 @@ def _options(command: Command, start: str, given: set[str]) -> list[str]:
         for flag, option in command.flags.items()
         if flag.startswith(start) and (option.key not in given or option.key in repeated)
     ]
+
+
+def files(start: str, text: str, most: int = 200) -> list[str]:
+    """Folders and files whose name begins as `start` does, those that may be a saved session first.
+
+    Args:
+      text: the part of `start` that is replaced by what is found.
+    """
+    start, text = start.lstrip("'\""), text.lstrip("'\"")
+    folder, _, name = start.rpartition("/")
+    where = os.path.expanduser(folder + "/" if "/" in start else ".")
+    found = []
+    try:
+        with os.scandir(where) as entries:
+            for entry in entries:
+                if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
+                    found.append(entry.name + ("/" if entry.is_dir() else ""))
+    except OSError:
+        return []
+    found.sort(key=lambda one: (not one.endswith(".safetensors"), not one.endswith("/"), one))
+    over = len(name) - len(text)  # what is typed may be cut at a bracket, or have a folder before it
+    return (
+        [one[over:] if over > 0 else text[: len(text) - len(name)] + one for one in found[:most]]
+        if text
+        else found[:most]
+    )
 
 
 def _targets(command: Command, start: str, models: Mapping[str, ModelNames]) -> list[str]:

@@ -99,6 +99,13 @@ class Kept:
                 self._shapes = "…"
         return self._shapes
 
+    @classmethod
+    def read(cls, run: Run, shapes: str, replays: tuple[int, bool]) -> Kept:
+        """A run of another process: its inputs are gone, their shapes are known."""
+        kept = cls(run)
+        kept._shapes, kept.replays = shapes, replays
+        return kept
+
     def let_go(self) -> None:
         """Lets go of what a replay needs. Inputs that somebody else holds can still be read."""
         if self.inputs is not None:
@@ -205,10 +212,10 @@ def _shared(init: Any, apply: Any) -> bool:
     """Whether an apply went on with the draw that an init opened."""
     if (init["command"], apply["command"], init["model"]) != ("init", "apply", apply["model"]):
         return False
-    opened, taken = getattr(init["keys"], "draw", None), apply["keys"].draw.first
-    if opened is None:  # a module that was built holds its keys, not what they were drawn from
-        return bool((init["seed"], init["draw"]) == (taken.seed, taken.number))
-    return opened is taken
+    opened, taken = getattr(init["keys"], "draw", None), getattr(apply["keys"], "draw", None)
+    if opened is None or taken is None:  # keys of a module that was built, or of a file, not what they were drawn from
+        return bool((init["seed"], init["draw"]) == (apply["seed"], apply["draw"]))
+    return opened is taken.first
 
 
 def causes_of(chain: Chain | None, model: str, n: int, reach: int = 500) -> list[tuple[str, tuple[Cause, ...]]]:

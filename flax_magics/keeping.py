@@ -53,6 +53,10 @@ class Keeping:
         self._after: dict[int, list[Any]] = {}
         """id of a run → which of its variables the next run of the model had no more."""
 
+    def emptied(self) -> Keeping:
+        """The same for a session that has begun anew."""
+        return Keeping(self.limit, self._current)
+
     def look(self, size: int) -> None:
         """Makes room, if it may be needed: runs that take `size` bytes at most have been noted."""
         self._rough += size

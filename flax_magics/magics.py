@@ -17,12 +17,23 @@ from traitlets import Bool, Dict, Enum, Int, observe, validate
 from .call import ParsedCall, parse_call, parse_expression
 from .celllog import CellLog, Rerun
 from .cells import displayed, displayed_quietly, run_body, run_statements_with_call
-from .commands import FLAX, FLAX_APPLY, FLAX_HISTORY, FLAX_INIT, FLAX_KEY, FLAX_REPLAY, FLAX_SUMMARY, FLAXMODEL
+from .commands import (
+    FLAX,
+    FLAX_APPLY,
+    FLAX_HISTORY,
+    FLAX_INIT,
+    FLAX_KEY,
+    FLAX_LOAD,
+    FLAX_REPLAY,
+    FLAX_SAVE,
+    FLAX_SUMMARY,
+    FLAXMODEL,
+)
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
 from .kinds import KINDS
 from .library import library
-from .options import Command, Read, read
+from .options import Command, Read, file_name, read
 from .reporter import Reporter
 from .tracebacks import show_user_frames, stopped
 
@@ -47,7 +58,9 @@ def command(spec: Command) -> Callable[[Any], Any]:
                 if options.help or (not line.strip() and cell is None and spec not in (FLAX, FLAX_KEY, FLAX_HISTORY)):
                     self.reporter.publish({"text/plain": spec.render_help()})
                     return None
-                return function(self, line, options, cell, self.shell.user_ns if local_ns is None else local_ns)
+                value = function(self, line, options, cell, self.shell.user_ns if local_ns is None else local_ns)
+                self._tell_of_autosave()
+                return value
             except FlaxMagicsError:
                 raise
             except Exception as error:
@@ -421,7 +434,54 @@ class FlaxMagics(Magics):
         shown = not given["quiet"] and displayed(self.shell)  # once is enough
         return None if shown or displayed_quietly(self.shell, line) else runs[-1]
 
+    @line_magic
+    @no_var_expand
+    @command(FLAX_SAVE)
+    def flax_save(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
+        """`%flax_save [--autosave] FILE`"""
+        from .overview import autosave_ended, saved
+        from .show.bundle import notice_bundle
+
+        autosave, quiet = options.options["autosave"], options.options["quiet"]
+        if autosave is not None and options.rest:
+            raise FlaxMagicsError(
+                f"--autosave takes its own file, and `{options.rest}` stands after it.",
+                write=f"%flax_save {options.rest}\n%flax_save --autosave {autosave}",
+            )
+        with self._working("saving") as live:
+            if autosave is None:
+                notice = saved(self.session.save(file_name(options.rest, FLAX_SAVE)))
+            else:
+                before = self.session.autosaving
+                done = self.session.autosave(None if autosave == "off" else autosave)
+                notice = autosave_ended(before) if done is None else saved(done, autosaving=True)
+        live.show({} if quiet else notice_bundle(notice, self.style))
+
+    @line_magic
+    @no_var_expand
+    @command(FLAX_LOAD)
+    def flax_load(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
+        """`%flax_load FILE`"""
+        from .overview import loaded
+        from .show.bundle import loaded_bundle
+
+        with self._working("loading") as live:
+            found = loaded(self.session.load(file_name(options.rest, FLAX_LOAD)), quiet=options.options["quiet"])
+        live.show(loaded_bundle(found, self.style))
+
     # -- what they share
+
+    def _tell_of_autosave(self) -> None:
+        """Says, once, that saving in the background fails: at the first command after it did."""
+        session = existing()
+        if session is None or session.autosaving is None:
+            return
+        error = session.autosaving.news()
+        if error is not None:
+            from .overview import autosave_failed
+            from .show.bundle import notice_bundle
+
+            self.reporter.publish(notice_bundle(autosave_failed(error), self.style))
 
     def _reruns(self) -> tuple[Rerun, ...]:
         """Cells that drew and were run again."""

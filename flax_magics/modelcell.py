@@ -169,5 +169,17 @@ def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tup
         last = i == len(changes) - 1
         check_rows = rows if last else ()
         draw = draws.get(change.name, "")
-        out.append(Registered(change.name, module, change.state, change.changes, change.variables, check_rows, draw))
+        out.append(
+            Registered(
+                change.name,
+                module,
+                change.state,
+                change.changes,
+                change.variables,
+                check_rows,
+                draw,
+                change.file,
+                change.unfit,
+            )
+        )
     return out

@@ -256,6 +256,18 @@ def _unquoted(value: str) -> str:
     return value[len(quote) : -len(quote)].replace("\\" + quote, quote)
 
 
+def file_name(rest: str, command: Command) -> str:
+    """What stands after the options as the name of a file, which may be in quotes.
+
+    Raises:
+      FlaxMagicsError: nothing stands there.
+    """
+    name = _unquoted(rest).strip()
+    if not name:
+        raise FlaxMagicsError(f"{command.name} needs the name of a file.", write=command.examples[0])
+    return name
+
+
 def _unknown(command: Command, line: str, start: int, written: str) -> FlaxMagicsError:
     bare = written.lstrip(_DASHES)
     near = [flag for flag in command.flags if bare and flag.startswith(f"--{bare}")]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import time
 
 import jax
 
 from . import __version__
+from .autosave import Autosave
 from .celllog import Rerun
 from .commands import MEANINGS
 from .compiling import users_cache
 from .keys import fingerprint
 from .notes import summary
 from .run import Note
+from .saving import Restored, Saved
 from .sessions import Session
+from .show.loaded import Loaded, Waiting
 from .show.notice import Notice
 from .show.status import Command, Device, KeyCard, Model, Status
 from .show.units import bytes_, plural
@@ -48,12 +52,13 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         array.nbytes for array in jax.live_arrays() if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
     )
     versions = [("flax_magics", __version__), ("jax", jax.__version__), ("flax", importlib.metadata.version("flax"))]
+    saving = () if session.autosaving is None else (("autosave", _autosave(session.autosaving)),)
     return Status(
         devices=tuple(devices),
         key=key_card(session),
         models=tuple(models),
         runs=tuple(session.last(5)),
-        caches=(("compiled programs kept", str(len(session.programs))), ("on disk", _on_disk(session))),
+        caches=(("compiled programs kept", str(len(session.programs))), ("on disk", _on_disk(session)), *saving),
         memory=(
             ("arrays alive in this process", bytes_(held)),
             ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
@@ -76,6 +81,57 @@ def _on_disk(session: Session) -> str:
     if folder.startswith(home + os.sep):
         folder = "~" + folder[len(home) :]
     return f"{bytes_(disk.size)} in {folder}"
+
+
+def _autosave(autosaving: Autosave) -> str:
+    """Where the session is saved in the background, and what was saved last."""
+    if autosaving.error is not None:
+        return f"fails: {autosaving.error}"
+    last = autosaving.last
+    when = time.strftime("%H:%M:%S", time.localtime(last.when))
+    return f"{last.path}, last at {when} with {plural(last.draws, 'draw')} of seed {last.seed}, {bytes_(last.bytes)}"
+
+
+def saved(done: Saved, *, autosaving: bool = False) -> Notice:
+    """What `%flax_save` answers."""
+    what = plural(done.parameters, "parameter")
+    models = f"{', '.join(done.models)}: {what}" if done.models else "no model has variables yet"
+    texts = (
+        "autosave on, saved" if autosaving else "saved",
+        models,
+        plural(done.runs, "run"),
+        f"next is draw {done.draws + 1} of seed {done.seed}",
+        bytes_(done.bytes),
+    )
+    return Notice(done.path, texts)
+
+
+def autosave_ended(before: Autosave | None) -> Notice:
+    """What `%flax_save --autosave off` answers."""
+    if before is None:
+        return Notice("autosave", ("was off",))
+    return Notice("autosave", ("off", f"{before.last.path} stays as it was saved last"))
+
+
+def autosave_failed(error: str) -> Notice:
+    """What the first command says after saving in the background has failed."""
+    note = Note("autosave", error, "%flax_save --autosave off     or another file")
+    return Notice("autosave", ("the session is not saved any more; the file is the last that was written",), (note,))
+
+
+def loaded(done: Restored, *, quiet: bool) -> Loaded:
+    """What `%flax_load` answers."""
+    texts = [
+        "loaded",
+        f"{', '.join(done.models)} restored" if done.models else "",
+        f"{', '.join(model.name for model in done.waiting)} waiting to be registered" if done.waiting else "",
+        plural(done.parameters, "parameter") if done.parameters else "no model had variables",
+        plural(done.runs, "run"),
+        f"next is draw {done.draws + 1} of seed {done.seed}",
+    ]
+    notice = Notice(done.path, tuple(text for text in texts if text), done.notes)
+    waiting = tuple(Waiting(model.name, model.text, model.source, f"%flaxmodel {model.name}") for model in done.waiting)
+    return Loaded(notice, waiting, quiet)
 
 
 def restarted(restart: Restart) -> Notice:

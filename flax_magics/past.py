@@ -140,7 +140,8 @@ def _drawn(kept: Kept, cells: Mapping[int, tuple[str, ...]]) -> Drawn:
     marks = ["replayed"] if facts["replayed"] else []
     if times:
         marks.append("replayed, and it differed" if differs else "replayed")
-    marks += cells.get(facts["cell"], ())
+    if facts["elsewhere"] is None:  # the numbers of another process are those of other cells
+        marks += cells.get(facts["cell"], ())
     return Drawn(
         facts["seed"],
         facts["draw"],

@@ -35,7 +35,7 @@ def recorded(run: Run) -> dict[str, Any]:
         "device": run.device,
         "started": run.started,
         "replayed": run.replayed,
-        **environment(run.device),
+        **(environment(run.device) if run.elsewhere is None else run.elsewhere),
     }
 
 

@@ -47,6 +47,8 @@ class Entry:
     """A module that holds its variables is to be built anew at its next use."""
     first: bytes | None = None
     """A digest of such a module's variables as they were when it was registered."""
+    made_before: Initialised | None = None
+    """How the variables were made in whose place the user has put others: what the model's own look like."""
 
     @property
     def ready(self) -> bool:
@@ -61,7 +63,10 @@ class Change:
     name: str
     state: Literal["new", "unchanged", "changed"]
     changes: tuple[str, ...] = ()
-    variables: Literal["none", "kept", "dropped", "own"] = "none"
+    variables: Literal["none", "kept", "dropped", "own", "restored"] = "none"
+    file: str = ""
+    """Where variables wait for this model that were restored from there, or that do not fit it: see `unfit`."""
+    unfit: tuple[str, ...] = ()
     write: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     """Carries the variables over into a module that holds its own."""
 

@@ -100,6 +100,11 @@ class Replaying:
         if facts["command"] == "key":
             return Again(facts["keys"][facts["call"]], {}, "", Timing())
         what = f"draw {facts['draw']} of seed {facts['seed']}"
+        if facts["elsewhere"] is not None:
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file.",
+                write=f"%flax_apply --draw {facts['seed']}:{facts['draw']} {facts['call']}     the same keys",
+            )
         if origin is None or kept.inputs is None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"

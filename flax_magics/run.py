@@ -221,6 +221,8 @@ class Run:
       by_hand: the same run as plain Flax.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: the first draw of this session.
+      elsewhere: of a run that was read from a file, as JSON data: what its bits depended on (see `environment`) and a
+        few values of its output, if they were kept (see `sample_of`); None for every other.
       agreement: of a replay by `Session.replay`, how it compares with the run; None for every other.
     """
 
@@ -254,6 +256,7 @@ class Run:
     replayed: bool = False
     first: bool = False
     draws: int | None = None
+    elsewhere: Mapping[str, Any] | None = None
     agreement: Agreement | None = None
     _taken: Taken = field(default_factory=Taken, repr=False)
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from . import applying, history, past, records, registry, summary
+from . import applying, history, past, records, registry, restoring, saving, summary
+from .autosave import Autosave
 from .building import Building
 from .construct import Recipe
 from .diskcache import DiskCache
@@ -36,6 +37,7 @@ from .program import Programs
 from .registry import Change, Entry, Models, RegisteredModel
 from .replay import Replaying
 from .run import Note, Run
+from .saving import Restored, Saved
 from .state import Restart, State
 from .summary import Summary
 from .uninterrupted import at_once, uninterrupted
@@ -80,6 +82,8 @@ class Session:
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
         """Told what a command is doing, as it begins: `compiling net`."""
+        self.autosaving: Autosave | None = None
+        """What saves the session in the background, None where nothing does."""
 
     def keep_on_disk(self, where: bool | str | os.PathLike[str]) -> None:
         """Turns the disk cache on or off: see `disk_cache` of the class."""
@@ -124,10 +128,10 @@ class Session:
 
     @property
     def cells(self) -> dict[int, tuple[str, ...]]:
-        """Numbers of the cells that drew → the calls that they made, as they were written."""
+        """Numbers of this kernel's cells that drew → the calls that they made, as they were written."""
         found: dict[int, set[str]] = {}
         for kept in history.backwards(self._state.runs):
-            if kept.facts["cell"] is not None and not kept.facts["replayed"]:
+            if kept.facts["cell"] is not None and not kept.facts["replayed"] and kept.facts["elsewhere"] is None:
                 call = "" if kept.facts["command"] == "key" else kept.facts["call"]
                 found.setdefault(kept.facts["cell"], set()).add(call)
         return {number: tuple(calls) for number, calls in found.items()}
@@ -183,6 +187,7 @@ class Session:
           anew: names that stand for nothing any more: a module of the user's own is a new one there.
         """
         state, building = self._state, Building(self.clock, self.on_phase)
+        before = state.runs
         changes: list[Change] = []
         kept: list[Kept] = []
         for name, module in modules.items():
@@ -194,10 +199,10 @@ class Session:
                 if old is not None and name in anew and old.model.holds_variables and old.built is None:
                     old = None
                 entry, change = registry.register(old, name, module)
-                state = replace(state, models={**state.models, name: entry})
+                state, change = restoring.registered(state, entry, change)
             changes.append(change)
             gone = change.variables in ("dropped", "own") and not isinstance(module, Recipe)
-            if gone and state.opened is not None and state.opened[0] == name:
+            if (gone or change.unfit) and state.opened is not None and state.opened[0] == name:
                 state = replace(state, opened=None)  # its `params` went into variables that are no more
         with uninterrupted():
             for change in changes:
@@ -210,21 +215,29 @@ class Session:
         for change in changes:
             if change.state != "unchanged":
                 self._warm.forget(change.name)
+        if state.runs is not before:  # something was built
+            self._autosave()
         return changes
 
     def _entry(self, model: Any) -> Entry:
         return entry_of(self._state.models, model)
+
+    def _entry_now(self, name: str, module: Any) -> tuple[Entry, tuple[Note, ...]]:
+        entry, notes = entry_now(self._state.models, name, module)
+        return restoring.rebound(self._state.waiting, entry, notes) if notes else (entry, notes)
 
     def _assign(self, name: str, variables: Mapping[str, Any] | None) -> None:
         entry = self._entry(name)
         model: Any = entry.model
         values = model.read_state(name, variables) if model.holds_variables else None
         kept = registry.check_variables(name, variables) if values is None else None
-        entry = replace(entry, variables=kept, made=None, updates={}, outdated=False)
+        before = entry.made or entry.made_before
+        entry = replace(entry, variables=kept, made=None, made_before=before, updates={}, outdated=False)
         with uninterrupted():
             if values is not None:
                 model.assign(values)
-            self._state = replace(self._state, models={**self._state.models, name: entry})
+            self._state = self._state.with_variables(entry)
+        self._autosave()
 
     # -- draws
 
@@ -394,11 +407,49 @@ class Session:
         self._seen.roots.add(root.data)
         return restart
 
+    # -- files
+
+    def save(self, path: str | os.PathLike[str]) -> Saved:
+        """Writes models' variables, root key, history and model sources into one file, whole or not at all.
+
+        It is a safetensors file: `safetensors.numpy.load_file(path)` gives the arrays.
+
+        Raises:
+          FlaxMagicsError: something cannot be saved, or not there. The file that was there is as it was.
+        """
+        return saving.save(self, path)
+
+    def load(self, path: str | os.PathLike[str]) -> Restored:
+        """Restores what `save` wrote: the next draw is the one that would have come. Runs nothing that the file says.
+
+        Variables go to the models that are registered under their names, now or later; root key and history are those
+        of the file. Models that are not in it stay as they are.
+
+        Raises:
+          FlaxMagicsError: the file is none of ours or damaged, or a model that is registered does not have variables
+            like those in it, which is told leaf by leaf. Nothing has changed.
+        """
+        return saving.load(self, path)
+
+    def autosave(self, path: str | os.PathLike[str] | None) -> Saved | None:
+        """From now on, saves in the background after whatever changes variables; None ends that.
+
+        The first time is now, so that what cannot be saved is told at once. `autosaving` is what does it.
+
+        Raises:
+          FlaxMagicsError: see `save`. Nothing is saved in the background then.
+        """
+        return saving.autosave(self, path)
+
+    def _autosave(self) -> None:
+        if self.autosaving is not None:
+            self.autosaving.offer(self._state)
+
     # -- how: one Run each, committed at the end
 
     def run_init(self, name: str, call: Call, *, draw: Any = None, module: Any = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
-        entry, notes = entry_now(self._state.models, name, module)
+        entry, notes = self._entry_now(name, module)
         if entry.model.holds_variables:
             built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw)
             opened = None if draw is not None else (name, built.draw)
@@ -421,7 +472,7 @@ class Session:
             with entry.model.steady:
                 again = self._again(entry, call, options) if options.plain else None
                 return again or self._run(entry, (), call, options)
-        return self._run(*entry_now(self._state.models, name, module), call, options)
+        return self._run(*self._entry_now(name, module), call, options)
 
     def _run(self, entry: Entry, notes: tuple[Note, ...], call: Call, options: Options) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
@@ -483,6 +534,8 @@ class Session:
                 self._state = new
                 self._keeping.noted.append(kept)
         self._keeping.look(kept.size)
+        if self.autosaving is not None:
+            self.autosaving.after(kept.facts, new)
 
 
 def _ignore(phase: str) -> None:

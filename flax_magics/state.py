@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import jax
 
@@ -12,6 +13,9 @@ from . import history
 from .errors import FlaxMagicsError
 from .keys import Draw, Root
 from .registry import Entry
+
+if TYPE_CHECKING:
+    from .snapshot import SavedModel
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,20 @@ class State:
     runs: history.Chain | None = None
     seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
     """seed → the last draw that was made under it before it was started again, and the PRNG implementation."""
+    waiting: Mapping[str, SavedModel] = field(default_factory=dict)
+    """Variables that were read from a file, by the name of the model that they wait for."""
 
     def after(self, kept: history.Kept, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
         """The state once a run has succeeded. A replay moves neither the root nor a draw that is open."""
         root, opened = (self.root, self.opened) if kept.facts["replayed"] else (self.root.after(draw), opened)
         models = self.models if entry is None else {**self.models, entry.name: entry}
-        return State(root, models, opened, history.Chain.add(self.runs, kept), self.seeds)
+        waiting = self.waiting and self._still_waiting(entry)
+        return State(root, models, opened, history.Chain.add(self.runs, kept), self.seeds, waiting)
+
+    def with_variables(self, entry: Entry) -> State:
+        """The state once the user has given a model other variables."""
+        waiting = self.waiting and self._still_waiting(entry)
+        return replace(self, models={**self.models, entry.name: entry}, waiting=waiting)
 
     def restarted(self, root: Root, *, fresh: bool) -> tuple[State, Restart]:
         """The state with another root key, nothing open; what was drawn under the old seed can still be found.
@@ -51,7 +63,14 @@ class State:
         )
         restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
-        return State(root, models, None, self.runs, seeds), restart
+        waiting = {} if fresh else self.waiting
+        return State(root, models, None, self.runs, seeds, waiting), restart
+
+    def _still_waiting(self, entry: Entry | None) -> Mapping[str, SavedModel]:
+        """What waits once `entry` has variables: no older ones for the same model."""
+        if entry is None or not entry.ready:
+            return self.waiting
+        return {name: model for name, model in self.waiting.items() if name != entry.name}
 
     def _last(self, seed: int) -> tuple[int, str]:
         """The last draw that was made under `seed`, 0 for none, and its PRNG implementation."""

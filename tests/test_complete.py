@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,32 @@ def offered(shell: Any, cell: str) -> list[str]:
     ],
 )
 def test_a_summary_is_offered_what_an_apply_is(line: str, text: str, expected: list[str]) -> None:
+    assert completions(line, text, COMMANDS_THERE_ARE, MODELS) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "expected"),
+    [
+        ("%flax_load ", "", ["b.safetensors", "data/", "b.txt", "with space(1)", "--quiet", "--help"]),
+        ("%flax_load b", "b", ["b.safetensors", "b.txt"]),
+        ("%flax_load ./b.t", "./b.t", ["./b.txt"]),
+        ("%flax_load data/", "data/", ["data/inside"]),
+        ("%flax_load .h", ".h", [".hidden"]),
+        ("%flax_load none/", "none/", []),
+        ("%flax_load -", "-", ["-q", "--quiet", "-h", "--help"]),
+        ("%flax_save -q b.s", "b.s", ["b.safetensors"]),
+        ("%flax_save --autosave ", "", ["b.safetensors", "data/", "b.txt", "with space(1)"]),
+        ("%flax_save --autosave da", "da", ["data/"]),
+        ('%flax_load "b', "b", ["b.safetensors", "b.txt"]),
+    ],
+)
+def test_files_are_offered_saved_sessions_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, text: str, expected: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("b.txt", "b.safetensors", ".hidden", "data/inside", "with space(1)"):
+        (tmp_path / name).touch()
     assert completions(line, text, COMMANDS_THERE_ARE, MODELS) == expected
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import history, html, loop, notice, registered, replayed, status, summary, text
+from . import history, html, loaded, loop, notice, registered, replayed, status, summary, text
 from .facts import LEVELS, Level
 
 if TYPE_CHECKING:
@@ -76,6 +76,13 @@ def replay_bundle(run: Run, style: str) -> dict[str, Any]:
 def notice_bundle(found: notice.Notice, style: str) -> dict[str, Any]:
     """The MIME bundle of a line of news."""
     return _shown(notice.notice_text(found), lambda: html.notice(found), style)
+
+
+def loaded_bundle(found: loaded.Loaded, style: str) -> dict[str, Any]:
+    """The MIME bundle of a file that was loaded; quiet, of its sharp bits alone."""
+    if found.quiet:
+        return notice_bundle(found.notice, style) if found.notice.notes else {}
+    return _shown(loaded.loaded_text(found), lambda: html.loaded(found), style)
 
 
 def registered_bundle(models: Sequence[registered.Registered], style: str) -> dict[str, Any]:

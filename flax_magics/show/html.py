@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..past import History
     from ..run import Run
     from ..summary import Summary
+    from .loaded import Loaded
     from .loop import Loop
     from .notice import Notice
     from .registered import Registered
@@ -142,6 +143,15 @@ def notice(found: Notice) -> str:
     return _render(
         "line.html",
         {"first": "", "name": clean(found.name), "mode": "", "device": "", "texts": texts, "notes": notes},
+    )
+
+
+def loaded(found: Loaded) -> str:
+    """A file that was loaded, the code of each model that waits folded away."""
+    notes = [(clean_lines(note.text), clean_lines(note.write or "")) for note in found.notice.notes]
+    texts = [clean(text) for text in found.notice.texts]
+    return _render(
+        "loaded.html", {"name": clean(found.notice.name), "texts": texts, "notes": notes, "waiting": found.waiting}
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .columns import dotted
+from .columns import clean, dotted
 from .text import notes as note_lines
 
 if TYPE_CHECKING:
@@ -23,4 +23,4 @@ class Notice:
 
 def notice_text(notice: Notice) -> str:
     """One line in 80 columns, sharp bits beneath."""
-    return "\n".join([*dotted((notice.name, *notice.texts)), *note_lines(notice.notes)])
+    return "\n".join([*dotted(tuple(map(clean, (notice.name, *notice.texts)))), *note_lines(notice.notes)])

@@ -21,15 +21,19 @@ class Registered:
       variables: what became of the variables; `none` if there were none, `own` if the module holds new ones.
       check: rows of label and value for `--check`.
       draw: what a module that the session built was built with, such as `draw 1 of seed 0`.
+      file: where variables were that waited for this model.
+      unfit: why they were not used, leaf by leaf.
     """
 
     name: str
     module: str
     state: Literal["new", "unchanged", "changed"] = "new"
     changes: tuple[str, ...] = ()
-    variables: Literal["none", "kept", "dropped", "own"] = "none"
+    variables: Literal["none", "kept", "dropped", "own", "restored"] = "none"
     check: tuple[tuple[str, str], ...] = ()
     draw: str = ""
+    file: str = ""
+    unfit: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -41,7 +45,16 @@ class Registered:
     @property
     def parts(self) -> tuple[str, ...]:
         """What follows the first part."""
-        return (*self._parts, f"built with {self.draw}") if self.draw else self._parts
+        drawn = (f"built with {self.draw}",) if self.draw else ()
+        return (*self._parts, *drawn, *self._from_file)
+
+    @property
+    def _from_file(self) -> tuple[str, ...]:
+        """What became of the variables that waited for the model."""
+        if self.unfit:
+            leaves = ", ".join(map(clean, self.unfit))
+            return (f"the variables in {clean(self.file)} do not fit, and none is used: {leaves}",)
+        return (f"variables from {clean(self.file)}",) if self.variables == "restored" else ()
 
     @property
     def _parts(self) -> tuple[str, ...]:
@@ -53,6 +66,8 @@ class Registered:
             return ("variables dropped", "next run initialises")
         if self.variables == "own":
             return ("with variables of its own",)
+        if self.variables == "restored":
+            return ()
         return ("variables kept",) if self.variables == "kept" else ("registered anew",)
 
 

@@ -1,0 +1,188 @@
+"""`%flax_save` and `%flax_load` as a person writes them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from by_hand import bits
+
+from flax_magics import current
+
+NET = """\
+%%flaxmodel net = Net({})
+class Net(nn.Module):
+  features: int
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(self.features)(x))
+    return nn.Dropout(0.5, deterministic=not train)(x)
+"""
+CODE = """
+net = Net(features=3) · waits for %flaxmodel net · its code, which was not run
+    # %%flaxmodel net = Net(3)
+    class Net(nn.Module):
+      features: int
+      @nn.compact
+      def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(self.features)(x))
+        return nn.Dropout(0.5, deterministic=not train)(x)"""
+
+UNFIT = """\
+net · Net(features=4) · registered ·
+    the variables in a.safetensors do not fit, and none is used:
+    BatchNorm_0/bias [3]→[4], BatchNorm_0/scale [3]→[4], Dense_0/bias [3]→[4],
+    Dense_0/kernel [4,3]→[4,4]"""
+
+
+@pytest.fixture
+def here(notebook, tmp_path, monkeypatch):
+    """A notebook in a folder of its own, with a model that ran twice."""
+    monkeypatch.chdir(tmp_path)
+    notebook(NET.format(3))
+    notebook("for _ in range(2):\n  y = %flax_apply --train -q net(x)")
+    yield notebook
+    session = current.existing()
+    if session is not None:
+        session.autosave(None)
+
+
+def sizes(text):
+    return re.sub(r"\d[\d.]* (B|KB)", "… KB", text)
+
+
+def restart(notebook):
+    """As a fresh kernel has it: no session, no model."""
+    current._session = None
+    notebook("del net, Net")
+
+
+def test_one_line_says_what_was_saved_and_one_what_was_restored(here):
+    assert sizes(here("%flax_save a.safetensors")) == (
+        "a.safetensors · saved · net: 21 parameters · 2 runs · next is draw 3 of seed 0 ·\n    … KB"
+    )
+    y = here("y = %flax_apply --train -q net(x)") or here["y"]
+    restart(here)
+    assert here("%flax_load a.safetensors") == (
+        "a.safetensors · loaded · net waiting to be registered · 21 parameters · 2 runs ·\n"
+        "    next is draw 3 of seed 0\n" + CODE
+    )
+    assert here(NET.format(3)) == "net · Net(features=3) · registered · variables from a.safetensors"
+    here("y = %flax_apply --train -q net(x)")
+    assert bits(here["y"]) == bits(y)
+
+
+def test_a_model_that_is_there_is_restored_at_once(here):
+    here("%flax_save a.safetensors")
+    current._session = None
+    here("%flaxmodel net")
+    assert here("%flax_load a.safetensors") == (
+        "a.safetensors · loaded · net restored · 21 parameters · 2 runs ·\n    next is draw 3 of seed 0"
+    )
+    assert "draw 3" in here("y = %flax_apply --train net(x)")
+
+
+def test_what_does_not_fit_is_told_where_the_model_is_registered(here):
+    here("%flax_save a.safetensors")
+    restart(here)
+    here("%flax_load -q a.safetensors")
+    assert here(NET.format(4)) == UNFIT
+    assert here.fails("%flax_load a.safetensors") == (
+        "FlaxMagicsError: the variables in `a.safetensors` do not fit: `net` as registered does not have them."
+        " Nothing was loaded.\n"
+        "  net: BatchNorm_0/bias [3]→[4]\n"
+        "  net: BatchNorm_0/scale [3]→[4]\n"
+        "  net: Dense_0/bias [3]→[4]\n"
+        "  net: Dense_0/kernel [4,3]→[4,4]"
+    )
+    assert here(NET.format(3)).endswith("variables from a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("my file", "my file"), ("'quoted name'", "quoted name"), ('"ö"', "ö"), ("-- -odd", "-odd")]
+)
+def test_names_of_files_may_have_spaces_and_quotes(here, tmp_path, written, name):
+    here(f"%flax_save -q {written}")
+    assert (tmp_path / name).exists()
+    here(f"%flax_load -q {written}")
+
+
+def test_quiet_says_nothing_but_sharp_bits(here):
+    assert here("%flax_save -q a") == ""
+    assert here("%flax_load -q a") == (
+        "a · loaded · net restored · 21 parameters · 2 runs · next is draw 3 of seed 0\n"
+        "! the session had made 2 runs: its root key and its history are now those of the\n  file"
+    )
+
+
+def test_autosave_is_turned_on_and_off_and_shown(here):
+    assert sizes(here("%flax_save --autosave a")) == (
+        "a · autosave on, saved · net: 21 parameters · 2 runs ·\n    next is draw 3 of seed 0 · … KB"
+    )
+    here("y = %flax_apply --train -q net(x)")
+    here.session.autosaving.flush()
+    status = "".join(here("%flax").split())
+    assert re.search(r"autosavea,lastat\d\d:\d\d:\d\dwith3drawsofseed0,[\d.]+KB", status)
+    assert here("%flax_save --autosave off") == "autosave · off · a stays as it was saved last"
+    assert here("%flax_save --autosave off") == "autosave · was off"
+    assert "autosave " not in here("%flax").partition("commands")[0]
+
+
+def test_an_autosave_that_fails_is_said_once_at_the_next_command(here, tmp_path):
+    here("%flax_save -q --autosave a")
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").mkdir()
+    said = [here("y = %flax_apply --train -q net(x)")]  # that soon, if the thread is quick
+    here.session.autosaving.flush()
+    expected = (
+        "autosave ·   the session is not saved any more; the file is the last that was written\n"
+        "! `a` is a folder, not a file. write: %flax_save --autosave off or another file"
+    )
+    said += [here("y = %flax_apply -q net(x)") for _ in range(2)]
+    assert sorted(re.sub(r"! `/.*?/a` is", "! `a` is", text.replace("\n  ", " ")) for text in said) == [
+        "",
+        "",
+        expected,
+    ]
+    assert "autosave" in here("%flax")
+
+
+MISTAKES = [
+    ("%flax_save -q", "%flax_save needs the name of a file.\n  write: %flax_save session.safetensors"),
+    ("%flax_load ''", "%flax_load needs the name of a file.\n  write: %flax_load session.safetensors"),
+    (
+        "%flax_save --autosave a b",
+        "--autosave takes its own file, and `b` stands after it.\n"
+        "  write: %flax_save b\n         %flax_save --autosave a",
+    ),
+    ("%flax_load none", "there is no file `none`."),
+    ("%flax_save .", "`.` is a folder, not a file."),
+]
+
+
+@pytest.mark.parametrize(("line", "text"), MISTAKES)
+def test_a_mistake_is_one_message(here, line, text):
+    assert here.fails(line) == f"FlaxMagicsError: {text}"
+
+
+def test_code_of_the_file_is_shown_and_never_run(here, tmp_path, monkeypatch):
+    here(
+        "%%flaxmodel evil = Evil()\n"
+        "class Evil(nn.Module):\n"
+        "  text: str = '<script>alert(1)</script>\\x1b[2J'\n"
+        "  globals().setdefault('ran', []).append(1)\n"
+        "  def __call__(self, x):\n"
+        "    return x\n"
+    )
+    here("%flax_init -q evil(x)")
+    here("%flax_save -q a")
+    assert here["ran"] == [1]
+    restart(here)
+    published = []
+    monkeypatch.setattr(here.shell.display_pub, "publish", lambda data, *a, **k: published.append(data))
+    here("%flax_load a")
+    (shown,) = [data for data in published if data.get("text/plain")]
+    assert here["ran"] == [1]
+    assert "<script>" not in shown["text/html"].replace("<style>", "")
+    assert "&lt;script&gt;alert(1)" in shown["text/html"]
+    assert "\x1b" not in shown["text/plain"] + shown["text/html"]

@@ -1,0 +1,63 @@
+"""What `%flax_load` says, as text and as HTML."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from test_html import EVIL, Reader
+
+from flax_magics.run import Note
+from flax_magics.show import html
+from flax_magics.show.bundle import loaded_bundle
+from flax_magics.show.loaded import Loaded, Waiting, loaded_text
+from flax_magics.show.notice import Notice
+
+FOUND = Loaded(
+    Notice("a.safetensors", ("loaded", "net waiting to be registered", "2 runs")),
+    (
+        Waiting("net", "Net(3)", "class Net(nn.Module):\n  pass", "%flaxmodel net"),
+        Waiting("b", "B()", "", "%flaxmodel b"),
+    ),
+)
+
+
+def test_a_line_and_the_code_of_what_waits() -> None:
+    assert loaded_text(FOUND) == (
+        "a.safetensors · loaded · net waiting to be registered · 2 runs\n\n"
+        "net = Net(3) · waits for %flaxmodel net · its code, which was not run\n"
+        "    class Net(nn.Module):\n      pass\n\n"
+        "b = B() · waits for %flaxmodel b · its code is not in the file"
+    )
+
+
+def test_html_says_the_same_and_folds_the_code_away() -> None:
+    read = Reader(html.loaded(FOUND))
+    assert read.text == (
+        "a.safetensors · loaded · net waiting to be registered · 2 runs"
+        " net = Net(3) · waits for %flaxmodel net · its code, which was not run"
+        " code of net class Net(nn.Module): pass"
+        " b = B() · waits for %flaxmodel b · its code is not in the file"
+    )
+    assert "<details><summary>code of net</summary><pre>" in html.loaded(FOUND)
+
+
+def test_quiet_shows_sharp_bits_alone() -> None:
+    assert loaded_bundle(Loaded(FOUND.notice, FOUND.waiting, quiet=True), "auto") == {}
+    noted = Notice("a", ("loaded",), (Note("versions", "saved with other versions"),))
+    shown = loaded_bundle(Loaded(noted, FOUND.waiting, quiet=True), "text")
+    assert shown == {"text/plain": "a · loaded\n! saved with other versions"}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text() | st.just(EVIL))
+def test_whatever_stands_in_a_file_is_safe_to_show(text: str) -> None:
+    note = Note("versions", text or "-", text or None)
+    found = Loaded(Notice(text, (text, text), (note,)), (Waiting(text, text, text, text),))
+    plain, rich = loaded_text(found), html.loaded(found)
+    assert not any(unicodedata.category(character) in ("Cc", "Cf", "Cs") for character in plain.replace("\n", ""))
+    assert all(cell_len(line) <= 80 for line in loaded_text(Loaded(found.notice)).splitlines())
+    assert "<script" not in rich
+    Reader(rich)

@@ -1,0 +1,392 @@
+"""The file itself: any safetensors tool opens it, and what is not as it was written is told in one clear error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from flax_magics.container import _RAW, CODES, write
+from flax_magics.errors import FlaxMagicsError
+from flax_magics.unpacking import read
+
+
+def dtype(name):
+    return np.dtype(getattr(ml_dtypes, name, None) or getattr(np, name))
+
+
+def arrays():
+    values = {}
+    for name in (*CODES, *_RAW):
+        values[f"net/{name}"] = np.array([[0, 1, 1], [1, 0, 1]]).astype(dtype(name))
+        values[f"scalar of {name}"] = np.array(1).astype(dtype(name))
+        values[f"nothing of {name}"] = np.zeros((0, 3), dtype(name))
+    return values
+
+
+def same(one, other):
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def test_arrays_of_every_dtype_come_back_bit_by_bit(tmp_path):
+    values = arrays()
+    write(tmp_path / "file", {"a": [1, "text", None]}, values)
+    found = read(tmp_path / "file")
+    assert found.document == {"a": [1, "text", None]}
+    assert list(found.arrays) == list(values)
+    assert all(same(found.arrays[name], value) for name, value in values.items())
+
+
+def test_other_byte_orders_and_layouts_come_back_as_the_same_numbers(tmp_path):
+    values = {"big": np.arange(6, dtype=">f4").reshape(2, 3), "turned": np.arange(6.0).reshape(2, 3).T}
+    write(tmp_path / "file", {}, values)
+    found = read(tmp_path / "file").arrays
+    assert found["big"].dtype == np.float32
+    assert all((found[name] == value).all() for name, value in values.items())
+
+
+def test_any_safetensors_tool_opens_it(tmp_path):
+    values = arrays()
+    write(tmp_path / "file", {}, values)
+    found = load_file(tmp_path / "file")
+    assert found.keys() == values.keys()
+    assert all(same(found[name], values[name]) for name in values if values[name].dtype.name in CODES)
+    assert found["net/int4"].shape == (2, 3, 1)  # bytes, where the tools have no such dtype
+    with safe_open(tmp_path / "file", "numpy") as file:
+        metadata = file.metadata()
+    assert metadata["flax_magics"] == "1"
+    assert metadata["sha256"] == hashlib.sha256(metadata["json"].encode()).hexdigest()
+
+
+def test_a_full_disk_is_told_and_changes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write(path, {"a": 1}, {})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(FlaxMagicsError) as error:
+        write(path, {"a": 2}, {})
+    assert str(error.value) == f"`{path}` cannot be written: No space left on device."
+    assert read(path).document == {"a": 1}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# -- files that are none
+
+
+def told(path, data=None):
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(FlaxMagicsError) as error:
+        read(path)
+    assert error.value.__cause__ is None
+    return str(error.value).replace(str(path.parent), "…")
+
+
+def archive(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("data", "text")
+    return path.read_bytes()
+
+
+NONE_OF_OURS = {
+    "empty": (b"", "`…/file` is no file of %flax_save: it does not begin as one (0 bytes)."),
+    "short": (b"abc", "`…/file` is no file of %flax_save: it does not begin as one (3 bytes)."),
+    "text": (b"import jax\n" * 9, "`…/file` is no file of %flax_save: it does not begin as one (99 bytes)."),
+    "pickle": (
+        pickle.dumps({"weights": list(range(99))}),
+        "`…/file` is no file of %flax_save, but a pickle, which would run code when it is loaded.",
+    ),
+    "web page": (
+        b"\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>",
+        "`…/file` is no file of %flax_save, but a web page (HTML).\n"
+        "  was the page saved in place of the file that it links to?",
+    ),
+    "npy": (b"\x93NUMPY\x01\x00v\x00{'descr'", "`…/file` is no file of %flax_save, but a NumPy array."),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "`…/file` is no file of %flax_save, but a gzip archive."),
+    "hdf5": (b"\x89HDF\r\n\x1a\n\x00\x00", "`…/file` is no file of %flax_save, but an HDF5 file."),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "`…/file` is no file of %flax_save, but the pointer of a file that Git LFS has not fetched.",
+    ),
+    "zeros": (b"\0" * 999, "`…/file` is no file of %flax_save: it does not begin as one (999 bytes)."),
+}
+
+
+@pytest.mark.parametrize("kind", NONE_OF_OURS)
+def test_another_kind_of_file_is_told_by_its_name(tmp_path, kind):
+    data, text = NONE_OF_OURS[kind]
+    assert told(tmp_path / "file", data) == text
+
+
+def test_a_zip_archive_is_told(tmp_path):
+    expected = "`…/file` is no file of %flax_save, but a zip archive (as .npz files and PyTorch checkpoints are)."
+    assert told(tmp_path / "file", archive(tmp_path / "x")) == expected
+
+
+def test_weights_of_others_are_told_and_how_to_read_them(tmp_path):
+    save_file({"a": np.zeros(3)}, tmp_path / "file")
+    assert told(tmp_path / "file") == (
+        "`…/file` is a safetensors file, but none of %flax_save: there is no session in it.\n"
+        "  write: arrays = safetensors.numpy.load_file('…/file')"
+    )
+
+
+def test_a_newer_format_is_told(tmp_path):
+    save_file({}, tmp_path / "file", {"flax_magics": "2", "new": ""})
+    assert told(tmp_path / "file") == (
+        "`…/file` was written by a newer flax_magics: its format is 2, this one reads 1.\n"
+        "  write: %pip install -U flax_magics"
+    )
+
+
+def test_what_is_no_file_is_told(tmp_path):
+    (tmp_path / "session.safetensors").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert told(tmp_path / "folder") == "`…/folder` is a folder, not a file."
+    assert told(tmp_path / "session.safetensor") == (
+        "there is no file `…/session.safetensor`.\n  did you mean …/session.safetensors?"
+    )
+    assert told(tmp_path / "folder" / "none") == "there is no file `…/none`."
+    assert "cannot be read: Too many levels of symbolic links." in told(tmp_path / "loop")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert told(tmp_path / "pipe") == "`…/pipe` is no regular file."
+    assert told(Path("/dev/zero")) == "`…/zero` is no regular file."
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "file").chmod(0)
+    assert told(tmp_path / "file") == "`…/file` cannot be read: Permission denied."
+
+
+# -- files that are altered
+
+
+class Parts:
+    """A file taken apart, to be put together again with one thing changed."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "whole"
+        write(path, {"seed": 0}, {"a": np.arange(4, dtype=np.float32), "b": np.zeros(3, bool)})
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        self.head = json.loads(data[8 : 8 + length])
+        self.data = data[8 + length :]
+
+    @property
+    def inner(self):
+        return json.loads(self.head["__metadata__"]["json"])
+
+    def set_inner(self, inner):
+        text = inner if isinstance(inner, str) else json.dumps(inner)
+        self.head["__metadata__"]["json"] = text
+        self.head["__metadata__"]["sha256"] = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+    def part(self, name, **changes):
+        inner = self.inner
+        inner["parts"][name].update(changes)
+        self.set_inner(inner)
+
+    def bytes(self, head=None):
+        head = json.dumps(self.head) if head is None else head
+        head = head.encode() if isinstance(head, str) else head
+        return len(head).to_bytes(8, "little") + head + self.data
+
+
+HUGE = 10**30
+
+
+def nested(parts, depth=100_000):
+    parts.set_inner("[" * depth + "]" * depth)
+
+
+def both(parts, name, shape, offsets=None):
+    parts.part(name, shape=shape)
+    parts.head[name]["shape"] = shape
+    if offsets:
+        parts.head[name]["data_offsets"] = offsets
+
+
+ALTERED = {
+    "an array": (
+        lambda p: setattr(p, "data", b"\1" + p.data[1:]),
+        "`a` has not the checksum that it was written with",
+    ),
+    "its JSON": (
+        lambda p: p.head["__metadata__"].update(json=p.head["__metadata__"]["json"].replace("seed", "sead")),
+        "its JSON has not the checksum that it was written with",
+    ),
+    "cut short": (
+        lambda p: setattr(p, "data", p.data[:-1]),
+        "its arrays should have 19 bytes, and there are 18: it was cut short",
+    ),
+    "longer": (
+        lambda p: setattr(p, "data", p.data + b"\0"),
+        "its arrays should have 19 bytes, and there are 20: something stands after its end",
+    ),
+    "an array too many": (
+        lambda p: p.head.update(c=p.head["a"]),
+        "its header and its JSON name other arrays",
+    ),
+    "an array too few": (lambda p: p.head.pop("a"), "its header and its JSON name other arrays"),
+    "overlapping": (
+        lambda p: p.head["b"].update(data_offsets=[13, 16]),
+        "`b` does not begin where the array before it ends",
+    ),
+    "backwards": (lambda p: p.head["b"].update(data_offsets=[19, 16]), "`b` ends before it begins"),
+    "negative": (lambda p: p.head["b"].update(data_offsets=[-3, 0]), "the place of `b` is none"),
+    "a place of text": (lambda p: p.head["b"].update(data_offsets=["16", "19"]), "the place of `b` is none"),
+    "a place of floats": (lambda p: p.head["b"].update(data_offsets=[16.0, 19.0]), "the place of `b` is none"),
+    "far away": (
+        lambda p: p.head["b"].update(data_offsets=[HUGE, HUGE + 3]),
+        "`b` does not begin where the array before it ends",
+    ),
+    "huge": (
+        lambda p: both(p, "a", [1 << 50], [0, 1 << 52]),
+        "`b` does not begin where the array before it ends",
+    ),
+    "huger": (lambda p: both(p, "a", [HUGE], [0, 4 * HUGE]), "the shape of `a` is larger than any array"),
+    "a size of nothing": (lambda p: both(p, "a", [0, HUGE]), "the shape of `a` is larger than any array"),
+    "too many axes": (lambda p: both(p, "a", [1] * 40 + [4]), "the shape of `a` is none"),
+    "a negative size": (lambda p: both(p, "a", [-4]), "the shape of `a` is none"),
+    "a true size": (lambda p: both(p, "a", [True, 4]), "the shape of `a` is none"),
+    "a text for a shape": (lambda p: p.part("a", shape="4"), "the shape of `a` is none"),
+    "another shape": (
+        lambda p: p.head["a"].update(shape=[2, 2]),
+        "`a` has another dtype or shape in its header than in its JSON",
+    ),
+    "another dtype": (
+        lambda p: p.head["a"].update(dtype="I32"),
+        "`a` has another dtype or shape in its header than in its JSON",
+    ),
+    "no dtype": (lambda p: p.part("a", dtype="object"), "`object` is no dtype"),
+    "a dtype of escapes": (lambda p: p.part("a", dtype="\x1b[2J<b>"), "`\\x1b[2J<b>` is no dtype"),
+    "a number for a dtype": (lambda p: p.part("a", dtype=4), "the dtype of `a` is no text"),
+    "a smaller dtype": (
+        lambda p: (p.part("a", dtype="int16"), p.head["a"].update(dtype="I16")),
+        "`a` has another size than its shape",
+    ),
+    "no checksum": (lambda p: p.part("a", sha256=None), "the checksum of `a` is no text"),
+    "a field too many": (lambda p: p.part("a", more=1), "what it says of `a` is not what it should be"),
+    "an entry that is none": (lambda p: p.head.update(a=[1]), "its header's entry of `a` is not what it should be"),
+    "bytes that are no bool": (
+        lambda p: (
+            setattr(p, "data", p.data[:-1] + b"\2"),
+            p.part("b", sha256=hashlib.sha256(b"\0\0\2").hexdigest()),
+        ),
+        "`b` has bytes that are no bool",
+    ),
+    "no metadata field": (
+        lambda p: p.head["__metadata__"].pop("sha256"),
+        "its metadata are not those that it was written with",
+    ),
+    "a metadata field too many": (
+        lambda p: p.head["__metadata__"].update(more=""),
+        "its metadata are not those that it was written with",
+    ),
+    "no version": (lambda p: p.head["__metadata__"].update(flax_magics="x"), "the version of its format is no number"),
+    "version 0": (
+        lambda p: p.head["__metadata__"].update(flax_magics="0"),
+        "its format is 0, and there is no such format",
+    ),
+    "a list for its JSON": (lambda p: p.set_inner([1]), "its JSON has not the parts that it should have"),
+    "no JSON": (lambda p: p.set_inner("{"), "its JSON is no JSON"),
+    "NaN": (lambda p: p.set_inner('{"parts": NaN}'), "its JSON has the number NaN"),
+    "a number of many digits": (lambda p: p.set_inner('{"parts": ' + "9" * 9999 + "}"), "its JSON is no JSON"),
+    "a name twice": (lambda p: p.set_inner('{"parts": 1, "parts": 2}'), "its JSON has a name that stands twice"),
+    "deep nesting": (nested, "its JSON is nested too deeply"),
+    "half a character": (
+        lambda p: p.set_inner(json.dumps({"\ud800": 1})),
+        "its JSON has not the parts that it should have",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ALTERED)
+def test_an_altered_file_is_told(tmp_path, kind):
+    change, why = ALTERED[kind]
+    parts = Parts(tmp_path)
+    change(parts)
+    assert told(tmp_path / "file", parts.bytes()) == f"`…/file` cannot be loaded: {why}."
+
+
+HEADERS = {
+    "a name twice": (
+        lambda p: json.dumps(p.head)[:-1] + ', "a": 1}',
+        "its header has a name that stands twice",
+    ),
+    "no JSON": (lambda p: "{" + json.dumps(p.head), "its header is no JSON"),
+    "no object": (lambda p: '{"a"', "its header is no JSON"),
+    "no text": (lambda p: b'{"\xff\xfe": 1}', "its header is no text"),
+    "deep nesting": (lambda p: '{"a": ' + "[" * 99_999 + "]" * 99_999 + "}", "its header is nested too deeply"),
+    "infinity": (lambda p: '{"a": Infinity}', "its header has the number Infinity"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_an_altered_header_is_told(tmp_path, kind):
+    head, why = HEADERS[kind]
+    parts = Parts(tmp_path)
+    assert told(tmp_path / "file", parts.bytes(head(parts))) == f"`…/file` cannot be loaded: {why}."
+
+
+@pytest.mark.parametrize("length", [10**6, 2**31, 2**63 - 1, 2**64 - 1])
+def test_a_header_that_says_it_is_longer_than_the_file_is_not_believed(tmp_path, length):
+    data = Parts(tmp_path).bytes()
+    why = f"its header should have {length} bytes, and the file has {len(data)}: it was cut short or altered"
+    altered = length.to_bytes(8, "little") + data[8:]
+    assert told(tmp_path / "file", altered) == f"`…/file` cannot be loaded: {why}."
+
+
+def test_a_header_longer_than_any_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    with open(path, "wb") as file:  # a file of holes, which takes no room
+        file.write((200_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(300_000_000)
+    why = "its header has 200000000 bytes, more than the 100000000 that a header may have"
+    assert told(path) == f"`…/file` cannot be loaded: {why}."
+
+
+def test_every_truncation_is_told(tmp_path):
+    path = tmp_path / "file"
+    data = Parts(tmp_path).bytes()
+    for length in range(len(data)):
+        assert re.search(r"cannot be loaded|is no file of %flax_save", told(path, data[:length])), length
+
+
+def test_every_flipped_bit_is_told_or_changes_nothing(tmp_path):
+    path = tmp_path / "file"
+    whole = Parts(tmp_path).bytes()
+    path.write_bytes(whole)
+    before = read(path)
+    harmless = 0
+    for at in range(len(whole)):
+        for bit in (1, 32, 128):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            try:
+                found = read(path)
+            except FlaxMagicsError:
+                continue
+            harmless += 1
+            assert found.document == before.document
+            assert all(same(found.arrays[name], before.arrays[name]) for name in before.arrays)
+    assert harmless < 10  # white space between names
