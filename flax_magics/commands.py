@@ -149,7 +149,29 @@ FLAX_KEY = Command(
     takes="stream",
 )
 
-COMMANDS = {command.name: command for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_SUMMARY, FLAX_KEY)}
+FLAX_EXPORT = Command(
+    "%flax_export",
+    "%flax_export [options]         shows the session as a plain Flax script\n"
+    "%flax_export [options] FILE    writes it",
+    "The cells that ran, in the order in which they ran, with plain JAX and Flax in the place of each command: the split of "
+    "the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and prints for each "
+    "run the digest that the session had. Magics and shell lines become comments; what cannot be exported is said in its "
+    "place.\n\n"
+    "A file is replaced only if this command wrote it and nobody has changed it since.",
+    (
+        Option("--cell", "put it into the next cell"),
+        Option("--plain", "leave the digests out"),
+        Option("--force", "replace the file whatever it is", short="-f"),
+        Option("--quiet", "say nothing about the file that was written", short="-q"),
+    ),
+    ("%flax_export", "%flax_export --plain", "%flax_export --force session.py"),
+    takes="file",
+)
+
+COMMANDS = {
+    command.name: command
+    for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_SUMMARY, FLAX_KEY, FLAX_EXPORT)
+}
 
 MEANINGS = (
     ("%flax", "the session at a glance"),
@@ -159,5 +181,6 @@ MEANINGS = (
     ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
     ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
+    ("%flax_export [FILE]", "the session as a plain Flax script"),
 )
 """What `%flax` lists."""

@@ -23,7 +23,9 @@ def load(shell: Any) -> None:
     matcher = Matcher(shell, magics.model_names)
     install(shell, matcher)
     shell.events.register("pre_run_cell", magics.begin_cell)
+    shell.events.register("pre_run_cell", magics.journal.begin)
     shell.events.register("post_run_cell", magics.reporter.end_cell)
+    shell.events.register("post_run_cell", magics.journal.end)
     library.in_cells(True)
     _loaded[shell] = magics, matcher
 
@@ -35,6 +37,8 @@ def unload(shell: Any) -> None:
     magics, matcher = _loaded.pop(shell)
     shell.events.unregister("pre_run_cell", magics.begin_cell)
     library.in_cells(False)
+    shell.events.unregister("pre_run_cell", magics.journal.begin)
+    shell.events.unregister("post_run_cell", magics.journal.end)
     shell.events.unregister("post_run_cell", magics.reporter.end_cell)
     uninstall(shell, matcher)
     transformers = shell.input_transformers_cleanup

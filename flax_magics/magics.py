@@ -16,9 +16,10 @@ from traitlets import Bool, Dict, Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression
 from .cells import displayed, displayed_quietly, run_body, run_statements_with_call
-from .commands import FLAX, FLAX_APPLY, FLAX_INIT, FLAX_KEY, FLAX_SUMMARY, FLAXMODEL
+from .commands import FLAX, FLAX_APPLY, FLAX_EXPORT, FLAX_INIT, FLAX_KEY, FLAX_SUMMARY, FLAXMODEL
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
+from .journal import Journal
 from .kinds import KINDS
 from .library import library
 from .options import Command, Read, read
@@ -43,7 +44,7 @@ def command(spec: Command) -> Callable[[Any], Any]:
             try:
                 # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
                 options = read(spec, line if spec.takes == "call" else line.rstrip("; "))
-                if options.help or (not line.strip() and cell is None and spec not in (FLAX, FLAX_KEY)):
+                if options.help or (not line.strip() and cell is None and spec not in (FLAX, FLAX_KEY, FLAX_EXPORT)):
                     self.reporter.publish({"text/plain": spec.render_help()})
                     return None
                 return function(self, line, options, cell, self.shell.user_ns if local_ns is None else local_ns)
@@ -134,6 +135,7 @@ class FlaxMagics(Magics):
         super().__init__(shell=shell, **kwargs)
         self._ready = True
         self.reporter = Reporter(shell)
+        self.journal = Journal()
 
     # -- settings
 
@@ -245,6 +247,7 @@ class FlaxMagics(Magics):
         with self._working("registering") as live:
             rows = modelcell.check(found, options.options["check"], self.session, self.shell.user_ns, local_ns)
             registered = modelcell.register(found, self.session, self.shell.user_ns, rows)
+            self.journal.registered(registered)
         live.show({} if options.options["quiet"] else registered_bundle(registered, self.style))
 
     @line_cell_magic
@@ -333,6 +336,7 @@ class FlaxMagics(Magics):
                     write=f"%flax_key --seed {seed}\n%flax_key {name}",
                 )
             notice = restarted(self.session.restart(seed, fresh=fresh))
+            self.journal.restarted()
             self.reporter.publish({} if quiet else notice_bundle(notice, self.style))
             return None
         if fresh:
@@ -344,6 +348,36 @@ class FlaxMagics(Magics):
             run = self.session.run_key(name, cell=self.shell.execution_count)
         self._report(run, live, quiet=quiet)
         return None if displayed_quietly(self.shell, line) else run.output
+
+    @line_magic
+    @no_var_expand
+    @command(FLAX_EXPORT)
+    def flax_export(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
+        """`%flax_export [FILE]`"""
+        from .export import export_cells
+        from .export.file import read_name, write
+        from .show.bundle import notice_bundle, script_bundle
+        from .show.exported import exported
+
+        given, shell = options.options, self.shell
+        name = read_name(options.rest)
+        if name is not None and given["cell"]:
+            raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=f"%flax_export {name}")
+        script = export_cells(
+            self.session,
+            self.journal.cells(shell),
+            shell.transform_cell,
+            restarts=self.journal.restarts,
+            digests=not given["plain"],
+            seed=self.seed,
+        )
+        if name is not None:
+            path = write(name, script.text, force=given["force"])
+            self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path), self.style))
+        elif given["cell"]:
+            shell.set_next_input(script.text)
+        else:
+            self.reporter.publish(script_bundle(script.text, self.style))
 
     # -- what they share
 

@@ -16,6 +16,7 @@ from .frozen import altered
 
 if TYPE_CHECKING:
     from .draws import Spread
+    from .spelling import Spelling
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,8 @@ class Run:
     first: bool = False
     draws: int | None = None
     _taken: Taken = field(default_factory=Taken, repr=False)
+    spelling: Spelling | None = field(default=None, repr=False)
+    """Of an apply and an init: what it takes to write them as plain Flax."""
 
     @property
     def digest(self) -> str | None:

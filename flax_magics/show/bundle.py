@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,15 @@ def key_bundle(card: status.KeyCard, style: str) -> dict[str, Any]:
 def notice_bundle(found: notice.Notice, style: str) -> dict[str, Any]:
     """The MIME bundle of a line of news."""
     return _shown(notice.notice_text(found), lambda: html.notice(found), style)
+
+
+def script_bundle(code: str, style: str) -> dict[str, Any]:
+    """The MIME bundle of Python code: as Markdown, every notebook gives it the colours of its cells."""
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", code)), 3)
+    return {"text/plain": code} if style == "text" else {
+        "text/plain": code,
+        "text/markdown": f"{fence}python\n{code}{fence}\n",
+    }
 
 
 def registered_bundle(models: Sequence[registered.Registered], style: str) -> dict[str, Any]:

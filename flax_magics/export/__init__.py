@@ -1,0 +1,210 @@
+"""A session as a plain Flax script: `%flax_export`.
+
+The cells that ran, in the order in which they ran, each command replaced by the lines that a person would have written for
+what it did: the split of the root key, `init`, a jitted `apply` with its rngs, what is kept. What cannot be written is said
+in its place.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from ..journal import Executed
+from ..models import variable_name
+from ..run import Run
+from .commands import Model
+from .layout import Item, digest_function, import_lines, joined
+from .matching import match
+from .names import Free, binds, mentioned
+from .ours import Ours
+from .reading import Source, Transform, indent_of, read_cell, reread
+from .scribe import Scribe, label_of
+from .script import Script
+from .story import Story
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A script.
+
+    Attributes:
+      text: the whole of it.
+      cells, runs: how many executions of cells and how many runs it is made of.
+      unexported: what could not be exported, each with its reason.
+    """
+
+    text: str
+    cells: int
+    runs: int
+    unexported: tuple[str, ...] = ()
+
+
+def export_cells(
+    session: Any,
+    cells: Sequence[Executed],
+    transform: Transform,
+    *,
+    restarts: Sequence[int] = (),
+    digests: bool = True,
+    seed: int = 0,
+) -> Exported:
+    """The script of a notebook's session.
+
+    Args:
+      cells: as `Journal.cells` gives them; the last may be the one that asks for the export.
+      transform: makes Python of a cell: `shell.transform_cell`.
+      restarts: see `Journal`.
+      digests: print a digest for each run.
+      seed: what the root key started from, before any restart.
+    """
+    runs: list[Run] = session.runs
+    sources = [read_cell(cell.text, transform) for cell in cells]
+    everything = "\n".join(source.text for source in sources)
+    registered = session.models
+    trees = [source.tree for source in sources]
+    inits = _init_targets(sources, runs)
+    used = mentioned(trees) - set(inits.values())
+    free = Free(used | set(registered))
+    quotes = Counter(letter for letter in everything if letter in "'\"")
+    scribe = Scribe(free, indent_of(everything), "'" if quotes["'"] > quotes['"'] else '"', digests)
+    models = _models(registered, runs, free, inits)
+    ours = Ours()
+    for i, source in enumerate(sources):
+        if not source.opaque:
+            text = ours.replaced(source.text, source.tree, models, scribe.root)
+            sources[i] = source if text == source.text else reread(source, text)
+    executions = match([(cell, source) for cell, source in zip(cells, sources, strict=True)], runs)
+    _cut(executions)
+    story = Story.of(runs, executions, restarts)
+    script = Script(story, models, scribe, ours, seed)
+    script.ever = {name for e in executions for step in e.steps for name in binds(step.statement)}
+    for execution in executions:
+        script.execution(execution)
+    lines = _whole(script, used, trees)
+    return Exported("\n".join(lines) + "\n", len(executions), len(runs), tuple(script.unexported))
+
+
+def _cut(executions: Sequence[Any]) -> None:
+    """Takes off the command that asks for the export, and what follows it in its cell."""
+    if not executions:
+        return
+    steps = executions[-1].steps
+    asked = [i for i, step in enumerate(steps) if step.site is not None and step.site.name == "flax_export"]
+    if asked:
+        del steps[asked[-1] :]
+
+
+def _init_targets(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, str]:
+    """Models whose variables can have the name that the session's code gives them: nothing else is ever bound to it."""
+    targets: dict[str, set[str]] = {}
+    counts: Counter[str] = Counter()
+    every: Counter[str] = Counter()
+    for source in sources:
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
+                every[node.id] += 1
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                every[node.name] += 1
+            elif isinstance(node, ast.arg):
+                every[node.arg] += 1
+        for site in source.sites.values():
+            name = site.target.removesuffix("=").strip()
+            if site.name == "flax_init" and site.call is not None and name.isidentifier() and not site.path:
+                targets.setdefault(site.call.target, set()).add(name)
+                counts[name] += 1
+    changed = {run.model for run in runs if run.changed or (run.command == "apply" and run.made is not None)}
+    return {
+        model: min(names)
+        for model, names in targets.items()
+        if len(names) == 1 and counts[min(names)] == every[min(names)] and model not in changed
+    }
+
+
+def _models(
+    registered: Mapping[str, Any], runs: Sequence[Run], free: Free, inits: Mapping[str, str]
+) -> dict[str, Model]:
+    out: dict[str, Model] = {}
+    entries = {name: model._entry() for name, model in registered.items()}
+    linen = [name for name, entry in entries.items() if not entry.model.holds_variables]
+    for name, entry in entries.items():
+        module = entry.model.module
+        own = type(module).__name__ == name
+        instance = free.take(variable_name(name)) if own else name
+        if entry.model.holds_variables:
+            built = entry.built.recipe.text if entry.built is not None else ""
+            out[name] = Model(instance, module, True, "", built)
+            continue
+        variables = inits.get(name) if not own else None
+        if variables is None:
+            long = f"{instance}_variables"
+            variables = free.take(*(("variables", long) if len(linen) == 1 else (long,)))
+        free.used.add(variables)
+        added = any(run.model == name and run.made is not None and run.made.added for run in runs)
+        out[name] = Model(instance, module, False, variables, first_key=free.take(f"{instance}_init_key") if added else "")
+    return out
+
+
+_MODULES = {
+    "jax": "import jax",
+    "jnp": "import jax.numpy as jnp",
+    "nnx": "from flax import nnx",
+    "traverse_util": "from flax import traverse_util",
+    "dataclasses": "import dataclasses",
+    "functools": "import functools",
+}
+
+
+def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str]:
+    """The script from its first line to its last."""
+    scribe = script.scribe
+    ours = [_MODULES[name] for name in sorted(scribe.needs)]
+    head: list[Item] = []
+    if scribe.digests and script.story.runs:
+        ours += ["import hashlib", "import jax", "import numpy as np"]
+        width = max(len(label_of(run.call, run.mode)) for run in script.story.runs) + 2
+        width = min(max(width, 12), 48)
+        head.append(Item(digest_function(scribe.digest, scribe.unit, scribe.quote, width), apart=True))
+    body = joined(script.blocks)
+    text = "\n".join(body)
+    read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    read |= {node.value.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    mine = [ast.parse(line).body[0] for line in ours]
+    needed = [statement for statement in script.imports if _is_needed(statement, read, trees)]
+    at = script.first_jax
+    if at is None or at < 0:
+        imports = import_lines([*needed, *mine], scribe.unit)  # type: ignore[list-item]
+        blocks = [[Item(imports)], head, *script.blocks]
+    else:
+        imports = import_lines(needed, scribe.unit)
+        here = import_lines(mine, scribe.unit)  # type: ignore[arg-type]
+        blocks = [[Item(imports)], *script.blocks[: at + 1], [Item(here)], head, *script.blocks[at + 1 :]]
+    return [*_docstring(script), "", *joined([block for block in blocks if any(item.lines for item in block)])]
+
+
+def _is_needed(statement: ast.Import | ast.ImportFrom, read: set[str], trees: Sequence[ast.AST]) -> bool:
+    """Whether an import of the session's has a use in the script; one that never had one stays too."""
+    if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
+        return True
+    names = binds(statement)
+    if not names or names & read:
+        return True
+    return not any(
+        isinstance(node, ast.Name) and node.id in names for tree in trees for node in ast.walk(tree)
+    )
+
+
+def _docstring(script: Script) -> Iterator[str]:
+    versions = f"jax {jax.__version__} and flax {importlib.metadata.version('flax')}"
+    yield '"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.'
+    yield ""
+    yield f"Written by %flax_export, with {versions}."
+    if script.scribe.digests and script.story.runs:
+        yield f"On the same versions and the same machine {script.scribe.digest} prints the digests of the notebook's runs."
+    yield '"""'
