@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from .arguments import positional_names
 from .models.switch import read_fields, written_in_call
 from .prepare import Call, prepare_init
@@ -35,6 +37,7 @@ class Spelling:
       sown: whether something was sown.
       axes: mapped axes that are bound around the run.
       init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run.
+      returns: what the output has besides arrays: `keys`, `objects`.
     """
 
     parameters: tuple[str, ...] = ()
@@ -52,6 +55,7 @@ class Spelling:
     axes: tuple[str, ...] = ()
     init_arguments: Settings = ()
     init_fields: Settings = ()
+    returns: frozenset[str] = frozenset()
 
 
 def of_apply(call: Call, done: Execution) -> Spelling:
@@ -87,6 +91,7 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         axes=tuple(sorted(ask.axes)),
         init_arguments=init_arguments,
         init_fields=init_fields,
+        returns=_returns(done.output),
     )
 
 
@@ -100,6 +105,16 @@ def _of_init(call: Call, model: Any) -> tuple[Settings, Settings]:
     before, after = read_fields(model.module), read_fields(prepared.model.module)
     fields = tuple(map(_setting, after)) if before != after else ()
     return _added(prepared.kwargs, call.kwargs), fields
+
+
+def _returns(output: Any) -> frozenset[str]:
+    found = set()
+    for leaf in jax.tree_util.tree_leaves(output):
+        if not hasattr(leaf, "dtype"):
+            found |= set() if isinstance(leaf, (bool, int, float, complex)) else {"objects"}
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            found.add("keys")
+    return frozenset(found)
 
 
 def _added(now: Mapping[str, Any], written: Mapping[str, Any]) -> Settings:

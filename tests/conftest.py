@@ -121,3 +121,17 @@ def notebook(shell: Any, capsys: Any) -> Iterator[Notebook]:
     if "flax_magics" in shell.extension_manager.loaded:
         running("%unload_ext flax_magics")
     current._session = None
+
+
+@pytest.fixture
+def digests_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run's digest is taken while its output is there."""
+    from flax_magics.sessions import Session
+
+    commit = Session._commit
+
+    def taking(self: Session, run: Any, *args: Any, **kwargs: Any) -> None:
+        assert run.digest
+        commit(self, run, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "_commit", taking)

@@ -31,20 +31,7 @@ normed = Normed()
 """
 
 
-@pytest.fixture(autouse=True)
-def digests_are_taken(notebook):
-    """Every run's digest is taken while its output is there."""
-    from flax_magics.sessions import Session
-
-    commit = Session._commit
-
-    def taking(self, run, *args, **kwargs):
-        run.digest  # noqa: B018
-        return commit(self, run, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Session, "_commit", taking)
-        yield
+pytestmark = pytest.mark.usefixtures("digests_taken")
 
 
 def test_two_cells_share_a_draw(notebook, tmp_path):

@@ -170,7 +170,7 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str
         ours += ["import hashlib", "import jax", "import numpy as np"]
         width = max(len(label_of(run.call, run.mode)) for run in script.story.runs) + 2
         width = min(max(width, 12), 48)
-        head.append(Item(digest_function(scribe.digest, scribe.unit, scribe.quote, width), apart=True))
+        head.append(Item(digest_function(scribe, width, _leaves(script)), apart=True))
     body = joined(script.blocks)
     text = "\n".join(body)
     read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
@@ -186,6 +186,16 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str
         here = import_lines(mine, scribe.unit)  # type: ignore[arg-type]
         blocks = [[Item(imports)], *script.blocks[: at + 1], [Item(here)], head, *script.blocks[at + 1 :]]
     return [*_docstring(script), "", *joined([block for block in blocks if any(item.lines for item in block)])]
+
+
+def _leaves(script: Script) -> set[str]:
+    """What the results have besides arrays: see `digest_function`."""
+    found: set[str] = set()
+    for run in script.story.runs:
+        if run.command == "key" or (run.command == "init" and run.model in script.models and script.models[run.model].holds):
+            found.add("keys")
+        found |= run.spelling.returns if run.spelling is not None else set()
+    return found
 
 
 def _is_needed(statement: ast.Import | ast.ImportFrom, read: set[str], trees: Sequence[ast.AST]) -> bool:

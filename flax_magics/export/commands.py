@@ -267,14 +267,14 @@ class Commands:
         assert site.call is not None
         options = site.given.options
         given = options.get("variables")
-        arguments = {name: key(name) for name in options.get("key") or ()}
+        arguments = tuple(options.get("key") or ())
         return Called(
             model.name,
             model.module,
             site.call,
             spelling,
             given or model.variables,
-            {stream: key(stream) for stream in spelling.streams},
+            {stream: key(stream) for stream in (*spelling.streams, *arguments)},
             arguments,
             tuple(sorted({*spelling.mutable, *(options.get("mutable") or ())})),
         )
@@ -285,8 +285,7 @@ class Commands:
         spelling = _common(runs)
         lines, key, params = self._draw_of(site, indices, spelling)
         draws = options["draws"]
-        # Inside a function that is mapped a key has the name that one draw's has.
-        called = self._called(site, model, spelling, key if draws is None else scribe.key)
+        called = self._called(site, model, spelling, key)
         lines += self._made(site, model, called, runs, params)
         if options["eager"]:
             before, items = linen_lines.apply_items(
@@ -295,8 +294,7 @@ class Commands:
             value = Value(before, tuple(items), ")")
         else:
             wanted, passed = linen_lines.function(scribe, called, site.mode, self._several(), draws)
-            outer = {scribe.key(s): key(s) for s in (*spelling.streams, *options["key"])}
-            keys = [outer.get(name, name) for name in linen_lines.keys_in(called)]
+            keys = list(called.keys.values())
             if draws is not None:
                 scribe.needs.add("jnp")
                 keys = [f"jnp.stack({name})" for name in keys]
@@ -314,7 +312,7 @@ class Commands:
             return [*lines, *lines_of(scribe, site.target, label, value)]
         if asked and not kept and set(asked) == set(spelling.mutable):
             return [*lines, *lines_of(scribe, site.target, label, value)]
-        pair = scribe.variable("updates") if kept or asked else "_"
+        pair = scribe.variable("updates", "new_values") if kept or asked else "_"
         given = ""
         if asked:
             there = [name for name in asked if name in spelling.mutable]
@@ -367,8 +365,9 @@ class Commands:
                 raise CannotSay("its first run built the module anew, and the others did not")
             lines += self._rebuilt(model, with_rngs(model.construction, _RNGS), params, key("dropout"))
         draws = options["draws"]
-        keys = {s: scribe.key(s) if draws is not None else key(s) for s in (*spelling.streams, *options["key"])}
-        held = Held(model.name, site.call, spelling, keys, {name: keys[name] for name in options["key"]})
+        names = (*spelling.streams, *options["key"])
+        keys = {stream: key(stream) if draws is None else f"{stream}_key" for stream in names}
+        held = Held(model.name, site.call, spelling, keys, tuple(options["key"]))
         modes = nnx_lines.modes(spelling, model.name)
         keeps = options["variables"] is None and options["draw"] is None
         name = model.name
@@ -386,11 +385,11 @@ class Commands:
             return [*lines, *filter(None, modes[:1]), *self._held_series(site, held, name, key, draws)]
         lines += [*nnx_lines.reseeded(scribe, held, name), *filter(None, modes[:1])]
         rngs = nnx_lines.rngs(scribe, held)
-        extra = [*held.arguments.values(), *([rngs] if rngs else [])]
+        extra = [*(keys[name] for name in held.arguments), *([rngs] if rngs else [])]
         if options["eager"]:
             items = [*linen_lines.as_written(site.call.arguments)]
             items += [f"{argument}={value}" for argument, value in spelling.arguments]
-            items += [f"{argument}={value}" for argument, value in held.arguments.items()]
+            items += [f"{argument}={keys[argument]}" for argument in held.arguments]
             items += [f"rngs={rngs}"] if rngs else []
             value = Value(".".join((name, *site.call.method)) + "(", tuple(items), ")")
         else:

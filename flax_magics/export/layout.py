@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from .scribe import WIDTH
+from .scribe import WIDTH, Scribe
 
 
 @dataclass
@@ -77,28 +77,40 @@ def _section(module: str) -> int:
     return 0 if first == "__future__" else 1 if first in sys.stdlib_module_names else 2
 
 
-DIGEST = '''\
-def {name}(call, result):
-{unit}"""Prints a digest of the bits of a result, by which two runs can be compared."""
-{unit}hasher = hashlib.sha256()
-{unit}for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
-{unit}{unit}hasher.update(jax.tree_util.keystr(path).encode() + b"\\0")
-{unit}{unit}if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
-{unit}{unit}{unit}hasher.update(repr(leaf).encode() + b"\\0")
-{unit}{unit}{unit}continue
-{unit}{unit}if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-{unit}{unit}{unit}hasher.update(str(leaf.dtype).encode())
-{unit}{unit}{unit}leaf = jax.random.key_data(leaf)
-{unit}{unit}array = np.asarray(leaf, order="C")
-{unit}{unit}hasher.update(f"{{array.dtype.name}}{{list(array.shape)}}".encode() + b"\\0")
-{unit}{unit}hasher.update(array.tobytes())
-{unit}print(f"{{call:<{width}}}  {{hasher.hexdigest()[:16]}}")
-'''
+def digest_function(scribe: Scribe, width: int, has: Container[str]) -> list[str]:
+    """The function that prints the digest of one run: what `flax_magics.run.digest_of` states, on little-endian machines.
 
-
-def digest_function(name: str, unit: str, quote: str, width: int) -> list[str]:
-    """The function that prints the digest of one run: what `flax_magics.run.digest_of` states, for little-endian machines."""
-    text = DIGEST.format(name=name, unit=unit, width=width)
-    if quote == "'":
-        text = text.replace('"""', "\0").replace('"', "'").replace("\0", '"""')
-    return text.rstrip().splitlines()
+    Args:
+      width: of the column before the digest.
+      has: `keys` and `objects`, where some result has leaves that are such.
+    """
+    before, update = "", "hasher.update("
+    inner = ["path = jax.tree_util.keystr(path)"]
+    if "objects" in has:
+        inner += [
+            "if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):",
+            '\thasher.update(f"{path}\\0{leaf!r}\\0".encode())',
+            "\tcontinue",
+        ]
+    if "keys" in has:
+        inner += [
+            'key_type = ""',
+            "if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):",
+            "\tkey_type, leaf = str(leaf.dtype), jax.random.key_data(leaf)",
+        ]
+        before = "{key_type}"
+    inner += [
+        'array = np.asarray(leaf, order="C")',
+        f'{update}f"{{path}}\\0{before}{{array.dtype.name}}{{list(array.shape)}}\\0".encode() + array.tobytes())',
+    ]
+    lines = [
+        f"def {scribe.digest}(call, result):",
+        '\t"""Prints a digest of the bits of a result, by which two runs can be compared."""',
+        "\thasher = hashlib.sha256()",
+        "\tfor path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:",
+        *("\t\t" + line for line in inner),
+        f'\tprint(f"{{call:<{width}}}  {{hasher.hexdigest()[:16]}}")',
+    ]
+    if scribe.quote == "'":
+        lines = [line if '"""' in line else line.replace('"', "'") for line in lines]
+    return [line.replace("\t", scribe.unit) for line in lines]

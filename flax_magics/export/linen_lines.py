@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..call import ParsedCall
@@ -22,7 +22,7 @@ class Called:
       module: the module itself, as it is registered now.
       variables: the expression for the variables.
       keys: stream → the variable that holds its key.
-      arguments: argument → the variable whose key it is given (`--key`).
+      arguments: arguments that are given a key of the draw (`--key`), which `keys` has too.
       mutable: collections.
     """
 
@@ -32,7 +32,7 @@ class Called:
     spelling: Spelling
     variables: str
     keys: Mapping[str, str]
-    arguments: Mapping[str, str]
+    arguments: tuple[str, ...]
     mutable: tuple[str, ...]
 
 
@@ -40,7 +40,7 @@ def init_items(scribe: Scribe, called: Called, key: str) -> tuple[str, list[str]
     """`net.init(` and its arguments, for the init that is part of a run (or is the run)."""
     spelling = called.spelling
     extra = [f"{name}={value}" for name, value in spelling.init_arguments]
-    extra += [f"{name}={variable}" for name, variable in called.arguments.items()]
+    extra += [f"{name}={called.keys[name]}" for name in called.arguments]
     model = called.model + cloned(scribe, called.model, called.module, spelling.init_fields)
     items = [key, *as_written(called.call.arguments), *extra, *_method(scribe, called)]
     return f"{model}.init(", items
@@ -51,7 +51,7 @@ def apply_items(scribe: Scribe, called: Called, given: Sequence[str], variables:
     spelling = called.spelling
     model = called.model + cloned(scribe, called.model, called.module, spelling.fields)
     items = [variables, *given, *(f"{name}={value}" for name, value in spelling.arguments)]
-    items += [f"{name}={variable}" for name, variable in called.arguments.items()]
+    items += [f"{name}={called.keys[name]}" for name in called.arguments]
     if spelling.streams:
         rngs = ", ".join(f"{scribe.text(stream)}: {called.keys[stream]}" for stream in spelling.streams)
         items.append(f"rngs={{{rngs}}}")
@@ -67,7 +67,9 @@ def function(scribe: Scribe, called: Called, mode: str, several: bool, draws: in
       several: other models have functions too, so that this one's name says whose it is.
       draws: it is mapped over that many keys.
     """
-    keys = keys_in(called)
+    own = {stream: f"{stream}_key" for stream in called.keys}
+    called = replace(called, keys=own)
+    keys = list(own.values())
     variables = "variables"
     arguments = passed(called.call, called.spelling, (variables, *keys))
     before, items = apply_items(scribe, called, arguments.inside, variables)
@@ -87,19 +89,13 @@ def function(scribe: Scribe, called: Called, mode: str, several: bool, draws: in
     return Wanted(key, names, "jax.jit", parameters, arguments.static, tuple(body), reads), arguments
 
 
-def keys_in(called: Called) -> list[str]:
-    """The variables that hold keys of the run, in order."""
-    return list(dict.fromkeys([*(called.keys[s] for s in called.spelling.streams), *called.arguments.values()]))
-
-
 def _mapped(scribe: Scribe, before: str, items: list[str], keys: list[str], draws: int) -> list[str]:
     body = scribe.fit(f"return {before}", items, ")", 2)
     if not keys:
         line = f"{before}{', '.join(items)})"
         return scribe.fit("return jax.vmap(", [f"lambda: {line}", f"axis_size={draws}"], ")()", 1)
-    one = scribe.variable("one_draw")
-    inner = [f"def {one}({', '.join(keys)}):", *(scribe.unit + line for line in body)]
-    return [*inner, "", f"return jax.vmap({one})({', '.join(keys)})"]
+    inner = [f"def one_draw({', '.join(keys)}):", *(scribe.unit + line for line in body)]
+    return [*inner, "", f"return jax.vmap(one_draw)({', '.join(keys)})"]
 
 
 def _bound(scribe: Scribe, before: str, items: list[str], axes: Sequence[str]) -> list[str]:

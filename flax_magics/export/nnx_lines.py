@@ -23,7 +23,7 @@ class Held:
     call: ParsedCall
     spelling: Spelling
     keys: Mapping[str, str]
-    arguments: Mapping[str, str]
+    arguments: tuple[str, ...]
 
 
 def reseeded(scribe: Scribe, held: Held, model: str) -> list[str]:
@@ -69,13 +69,13 @@ def modes(spelling: Spelling, model: str) -> tuple[str, str] | None:
 
 def function(scribe: Scribe, held: Held, mode: str, several: bool) -> tuple[Wanted, Passed]:
     """The jitted function for a run, and what it is called with besides the module."""
-    used = [held.model, *held.arguments.values()]
+    used = [held.model, *(f"{name}_key" for name in held.arguments)]
     if held.spelling.handed:
         used.append("rngs")
     arguments = passed(held.call, held.spelling, used)
     items = [*arguments.inside, *(f"{name}={value}" for name, value in held.spelling.arguments)]
-    items += [f"{name}={variable}" for name, variable in held.arguments.items()]
-    parameters = [held.model, *arguments.parameters, *held.arguments.values()]
+    items += [f"{name}={name}_key" for name in held.arguments]
+    parameters = [held.model, *arguments.parameters, *(f"{name}_key" for name in held.arguments)]
     if held.spelling.handed:
         items.append("rngs=rngs")
         parameters.append("rngs")

@@ -66,10 +66,10 @@ class Scribe:
             return [before, joined, after]
         return [before, *(f"{self.unit}{item}," for item in items), after]
 
-    def variable(self, name: str) -> str:
-        """The variable of ours that is called so, if that name is free."""
+    def variable(self, name: str, other: str | None = None) -> str:
+        """The variable of ours that is called so, or `other` where that name is not free."""
         if name not in self.spare:
-            self.spare[name] = self.free.take(name, f"{name}_")
+            self.spare[name] = self.free.take(name, other or name)
         return self.spare[name]
 
     # -- keys

@@ -53,7 +53,7 @@ def lines_of(
     if not scribe.digests and not target:
         output = "_"
     else:
-        output = name if plain else scribe.variable("output")
+        output = name if plain else scribe.variable("output", "result")
     left = output if pair is None else f"{output}, {pair}"
     lines = [*scribe.fit(f"{left} = {value.before}", value.items, value.after), *after]
     if given:
@@ -68,7 +68,7 @@ def merged(scribe: Scribe, variables: str, kept: Sequence[str], mutable: Sequenc
     """The line that puts what a run wrote into the variables."""
     if not kept:
         return []
-    new = scribe.variable("updates")
+    new = scribe.variable("updates", "new_values")
     if set(kept) == set(mutable):
         return [f"{variables} = {{**{variables}, **{new}}}"]
     items = [f"{scribe.text(name)}: {new}[{scribe.text(name)}]" for name in kept]
