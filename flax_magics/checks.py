@@ -41,7 +41,7 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
     request = Request(name, prepared.model, call.method, arguments, variables, draw)
     traced, _, record = trace(request)
-    (output, updates), _ = traced.out_info
+    output, updates = traced.out_info
     if model.holds_variables:
         updates = dict.fromkeys(holding.commit(updates, record).changed)
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]

@@ -7,24 +7,35 @@ from typing import Any
 
 import jax
 
+from . import ahead
+from .frozen import altered
 from .models import Model, Path
-from .tracedinit import TracedInit, trace_init
+from .tracedinit import TracedInit, is_array, trace_init
 
 
 @dataclass(frozen=True)
 class Initialised:
     """How a model's variables were made: enough to ask what a later version of the model would make of it.
 
-    `args` and `kwargs` hold shapes in place of arrays. `program` is a digest of the initialisation as a program, forward
-    pass left out, None where it cannot be traced.
+    `args` and `kwargs` hold shapes in place of arrays. `traced` is the initialisation as a program, None where it cannot be
+    traced.
     """
 
     key: Any
     method: Path
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    shapes: Any
-    program: str | None
+    traced: TracedInit | None
+
+    @property
+    def shapes(self) -> Any:
+        """The variables, shapes in place of arrays; None where they cannot be told."""
+        return None if self.traced is None else self.traced.shapes
+
+    @property
+    def program(self) -> str | None:
+        """A digest of what the variables depend on, forward pass left out; None where that cannot be told."""
+        return None if self.traced is None else self.traced.digest
 
 
 def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Initialised:
@@ -46,14 +57,19 @@ def record(
     traced: TracedInit | None, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Initialised:
     """How variables were made that `traced` is the program of; None where it cannot be traced."""
-    shapes, program = (None, None) if traced is None else (traced.shapes, traced.digest)
-    return Initialised(key, method, _abstract(args), _abstract(kwargs), shapes, program)
+    if traced is not None:
+        traced = altered(traced, {"inputs": ()})  # they are the user's arrays
+        if traced.closed.consts or any(map(is_array, traced.leaves)):
+            _ = traced.digest  # of arrays as they are now: they may be let go of, or written into
+    return Initialised(key, method, _abstract(args), _abstract(kwargs), traced)
 
 
 def _abstract(tree: Any) -> Any:
     def one(leaf: Any) -> Any:
         return (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+            if is_array(leaf)
+            else leaf
         )
 
     return jax.tree_util.tree_map(one, tree)
@@ -72,6 +88,8 @@ def compare(before: Initialised, model: Model) -> tuple[Edit, Initialised | None
     """What `model`, a later version, would initialise, held against how the variables that are there were made."""
     try:
         now = initialised(model, before.key, before.method, before.args, before.kwargs)
+        if now.traced is not None:
+            ahead.keep(now.traced, model, before.key, before.method, before.args, before.kwargs)
     except Exception as error:  # the user's new code does not take the old call
         return Edit((f"the last init's call fails now ({type(error).__name__})",), fits=False, outdated=True), None
     if now.shapes is None or before.shapes is None:

@@ -14,7 +14,7 @@ from flax import errors as flax_errors
 from .draws import by_hand, left_behind
 from .errors import FlaxMagicsError, did_you_mean
 from .initialising import Initialising
-from .keys import SPLIT, Draw, Series, Streams, host_bytes
+from .keys import SPLIT, Draw, Series, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import SOWN, Ask, Commit, MissingVariables, Record
 from .models.axes import inside
@@ -159,8 +159,6 @@ def execute(
                 wait, busy = _wait(entry.name, ready, programs, on_phase)
                 on_phase(f"running {entry.name}")
                 (output, updates), times = _run(ready, options.runs, programs, call)
-                if ready.after is not None:
-                    draw.settle(host_bytes(ready.after))
                 break
             except MissingVariables as error:
                 start, ready = _with_added(start, call, options, draw, programs, error), None

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import threefry
+from . import ahead, threefry
 from .edits import Initialised, record
-from .keys import Draw, as_key, data_of
+from .keys import Draw, as_key, data_of, shape_of_key
 from .models import Path
 from .prepare import Prepared
 from .tracedinit import COMPUTED, TracedInit, read_by, trace_init
@@ -38,9 +38,9 @@ class Initialising:
         self._draw, self._taken = draw, taken
         self._traced: TracedInit | None = None
         self._running: Running | None = None
-        key = jax.eval_shape(lambda words: jax.random.wrap_key_data(words, impl=draw.impl), draw.words)
         try:
-            self._traced = trace_init(prepared.model, key, method, prepared.args, prepared.kwargs)
+            init = (prepared.model, shape_of_key(draw.impl), method, prepared.args, prepared.kwargs)
+            self._traced = ahead.take(*init) or trace_init(*init)
         except Exception:  # `module.init` raises it, or does without a trace
             return
         if can_run(self._traced):
@@ -106,8 +106,7 @@ class Running:
     def _evaluate(self, i: int, equation: Any, arguments: list[Any]) -> list[Any]:
         if i in self._on_host:
             key, constant = arguments
-            words = threefry.fold_in(np.frombuffer(data_of(key), np.uint32), int(constant))
-            return [as_key(words.tobytes(), _KEYS)]
+            return [as_key(threefry.hashes(data_of(key), (int(constant),))[0], _KEYS)]
         unit = self._units[i]
         results: Any = equation.primitive.bind(*arguments, **equation.params) if unit is None else run(unit, *arguments)
         return list(results) if equation.primitive.multiple_results else [results]

@@ -12,9 +12,9 @@ one of the small integers that the split stands for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import jax
@@ -26,12 +26,13 @@ SPLIT = ("params", "dropout")
 """The streams that the split itself gives, in its order."""
 
 
+@lru_cache(maxsize=1024)
 def stream_tag(name: str) -> int:
     """The integer folded into the old root for stream `name`: 32 bits, the highest always set."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") | 1 << 31
 
 
-@lru_cache(maxsize=8)
+@cache
 def _splitter(impl: str) -> Any:
     """Splits key data of one PRNG implementation into the data of three keys, in one dispatch."""
 
@@ -41,7 +42,7 @@ def _splitter(impl: str) -> Any:
     return jax.jit(split)
 
 
-@lru_cache(maxsize=8)
+@cache
 def _folder(impl: str) -> Any:
     """Folds a tag into key data of one PRNG implementation, in one dispatch."""
 
@@ -49,44 +50,6 @@ def _folder(impl: str) -> Any:
         return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data, impl=impl), tag))
 
     return jax.jit(fold)
-
-
-def split_inside(root: Any, impl: str, names: Iterable[str], *, taken: bool) -> tuple[Any, dict[str, Any]]:
-    """A draw made by the program that runs with it, in its one dispatch: the same bits as `Draw` gives on the host.
-
-    Args:
-      root: key data, traced, uint32 of shape (2,) or as wide as `impl` has it.
-      names: the streams that are wanted.
-      taken: see `Draw.stream`, of `params` alone.
-
-    Returns:
-      Key data of the root that the next draw splits, and typed keys of shape () by stream.
-    """
-    key = jax.random.wrap_key_data(root, impl=impl)
-    after, *split = jax.random.split(key, 3)
-    streams = {}
-    for name in names:
-        if name in SPLIT and not (taken and name == "params"):
-            streams[name] = split[SPLIT.index(name)]
-        else:
-            streams[name] = jax.random.fold_in(key, np.uint32(stream_tag(name)))
-    return jax.random.key_data(after), streams
-
-
-def split_series_inside(
-    root: Any, impl: str, names: Iterable[str], size: int, *, taken: bool
-) -> tuple[Any, dict[str, Any]]:
-    """`split_inside` for `size` draws, one after the other; keys of shape (size,). `taken` is said of the first draw."""
-    names = tuple(names)
-
-    def draw(root: Any, _: None) -> tuple[Any, dict[str, Any]]:
-        return split_inside(root, impl, names, taken=False)
-
-    after, streams = jax.lax.scan(draw, root, None, length=size)
-    if taken and "params" in names:
-        first = split_inside(root, impl, ("params",), taken=True)[1]["params"]
-        streams["params"] = streams["params"].at[0].set(first)
-    return after, streams
 
 
 @dataclass(frozen=True)
@@ -99,21 +62,15 @@ class Draw:
     impl: str
 
     @cached_property
-    def _split(self) -> np.ndarray[Any, Any]:
+    def _split(self) -> list[bytes]:
         if threefry.is_in_force(self.impl):
-            return threefry.split(self.words, 3)
-        # A copy: on a CPU the view that `asarray` gives would hold the device array.
-        return np.array(_splitter(self.impl)(_words(self.root)))
-
-    @cached_property
-    def next_root(self) -> bytes:
-        """Key data of the root that the next draw splits."""
-        return bytes(self._split[0].tobytes())
+            return threefry.hashes(self.root, (0, 1, 2))
+        return [key.tobytes() for key in np.asarray(_splitter(self.impl)(_words(self.root)))]
 
     @property
-    def words(self) -> np.ndarray[Any, Any]:
-        """Key data of the root, as `split_inside` takes it."""
-        return _words(self.root)
+    def next_root(self) -> bytes:
+        """Key data of the root that the next draw splits."""
+        return self._split[0]
 
     @property
     def first(self) -> Draw:
@@ -135,17 +92,6 @@ class Draw:
         """None: one draw, not a series of them."""
         return None
 
-    def settle(self, next_root: bytes) -> None:
-        """Keeps what a program gave for `next_root`, so that it is not worked out again.
-
-        Raises:
-          RuntimeError: the keys of this draw were made, and are not what the program makes of its root.
-        """
-        made = self.__dict__.get("_split")
-        if made is not None and made[0].tobytes() != next_root:
-            raise RuntimeError("JAX splits keys in another way than flax_magics knows; nothing was kept of this run.")
-        self.__dict__["next_root"] = next_root
-
     def next(self) -> Draw:
         """The draw after this one, under the same seed."""
         return Draw(self.seed, self.number + 1, self.next_root, self.impl)
@@ -160,14 +106,18 @@ class Draw:
         """
         return as_key(self.data(name, taken=taken), self.impl)
 
+    def words(self, name: str, *, taken: bool = False) -> np.ndarray[Any, Any]:
+        """Its key data as a program takes it: uint32 of shape (2,), or as wide as `impl` has it."""
+        return _words(self.data(name, taken=taken))
+
     def data(self, name: str, *, taken: bool = False) -> bytes:
         """Its key data, for which no array has to be made."""
         if name in SPLIT and not taken:
-            return bytes(self._split[1 + SPLIT.index(name)].tobytes())
+            return self._split[1 + SPLIT.index(name)]
         if name not in self._folded:
             tag = stream_tag(name)
             if threefry.is_in_force(self.impl):
-                self._folded[name] = threefry.fold_in(self.words, tag).tobytes()
+                self._folded[name] = threefry.hashes(self.root, (tag,))[0]
             else:
                 self._folded[name] = np.asarray(_folder(self.impl)(_words(self.root), np.uint32(tag))).tobytes()
         return self._folded[name]
@@ -202,18 +152,13 @@ class Series:
         """The PRNG implementation."""
         return self.first.impl
 
-    @property
-    def words(self) -> np.ndarray[Any, Any]:
-        """Key data of the root that the first draw splits."""
-        return self.first.words
-
-    def settle(self, next_root: bytes) -> None:
-        """See `Draw.settle`."""
-        self.last.settle(next_root)
-
     def stream(self, name: str, *, taken: bool = False) -> jax.Array:
         """The typed keys of stream `name`, shape (size,). `taken` is said of the first draw: see `Draw.stream`."""
         return as_key(self.data(name, taken=taken), self.impl, self.size)
+
+    def words(self, name: str, *, taken: bool = False) -> np.ndarray[Any, Any]:
+        """Their key data as a program takes it: what a Draw gives, with an axis of `size` in front."""
+        return _words(self.data(name, taken=taken)).reshape(self.size, -1)
 
     def data(self, name: str, *, taken: bool = False) -> bytes:
         """Their key data, one after the other."""
@@ -295,12 +240,11 @@ def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
     return key
 
 
-def host_bytes(words: jax.Array) -> bytes:
-    """The bytes of key data on a device; waits for it."""
-    try:
-        return memoryview(words).tobytes()
-    except (BufferError, TypeError):  # only a CPU's memory can be read where it is
-        return np.asarray(words).tobytes()
+@cache
+def shape_of_key(impl: str) -> jax.ShapeDtypeStruct:
+    """A typed key of shape () as a shape."""
+    shape: jax.ShapeDtypeStruct = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    return shape
 
 
 def data_of(key: Any) -> bytes:

@@ -84,17 +84,26 @@ def _mode(options: Read) -> str | None:
 
 
 class _Working:
-    """A command at work: its live line, which is blank again if it fails, and what an interrupt says it stopped."""
+    """A command at work: its live line, which is blank again if it fails, and what an interrupt says it stopped.
 
-    def __init__(self, session: Session, live: Live, what: str) -> None:
+    While XLA compiles there is nothing else to do here, so `meanwhile` is called.
+    """
+
+    def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None]) -> None:
         self._session = session
         self._live = live
         self._what = what
+        self._meanwhile = meanwhile
 
     def __enter__(self) -> Live:
         self._phase = self._live.begin(self._what)
-        self._session.on_phase = self._phase.doing
+        self._session.on_phase = self._doing
         return self._live
+
+    def _doing(self, phase: str) -> None:
+        self._phase.doing(phase)
+        if phase.startswith("compiling "):
+            self._meanwhile()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -383,7 +392,14 @@ class FlaxMagics(Magics):
 
     def _working(self, what: str) -> _Working:
         """A live line for as long as the block runs; blank again if it fails."""
-        return _Working(self.session, self.reporter.live(), what)
+        return _Working(self.session, self.reporter.live(), what, self._prepare)
+
+    def _prepare(self) -> None:
+        """Gets ready to show a run."""
+        if self.style != "text" and self.report != "off":
+            from .show.html import prepare
+
+            prepare()
 
     def _call(self, spec: Command, line: str, options: Read, cell: str | None, run: Callable[[ParsedCall], Run]) -> Any:
         """A command that takes a call, as a line or as a cell: runs it, reports it, gives its value."""

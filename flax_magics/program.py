@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,11 +21,11 @@ import jax.extend.core
 from .arguments import Arguments, signature_of
 from .compiling import Compiled, Compiler, digest_of, settings
 from .forwarded import forwarded
-from .keys import Draw, Series, split_inside, split_series_inside
+from .keys import Draw, Series
 from .models import Ask, Incomplete, Model, Path, Record
 from .models.calls import Calls
 from .run import Memory
-from .unfinished import Unfinished, elsewhere
+from .unfinished import Unfinished, elsewhere, smallest
 from .units import Units
 from .workers import wait_for
 
@@ -50,9 +51,9 @@ class Program:
     effects: bool
     """It calls back into Python, or has other effects: such a program holds an interrupt for as long as it runs."""
 
-    def __call__(self, variables: Mapping[str, Any], root: Any, dynamic: Mapping[str, Any]) -> Any:
-        """`((output, updates), next root)`, dispatched; the device may still be working. Roots are key data."""
-        return self.executable(variables, root, dynamic)
+    def __call__(self, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Any:
+        """`(output, updates)`, dispatched; the device may still be working. `keys` are key data by stream."""
+        return self.executable(variables, keys, dynamic)
 
     def wait(self, result: Any) -> None:
         """Returns when the device has finished, host callbacks included."""
@@ -106,8 +107,6 @@ class Request:
     arguments: Arguments
     variables: Mapping[str, Any]
     draw: Draw | Series
-    taken: bool = False
-    """The first draw's `params` key went into variables."""
     keyed: frozenset[str] = frozenset()
     """Arguments that have a key of the draw; of a series of draws, one key each."""
     mutable: frozenset[str] = frozenset()
@@ -131,35 +130,41 @@ def trace(request: Request) -> tuple[Any, Ask, Record]:
         record = Record(calls=Calls() if request.noted else None)
         program = _named(request, ask, record)
         try:
-            traced = jax.jit(program).trace(request.variables, request.draw.words, request.arguments.dynamic)
+            traced = jax.jit(program).trace(*inputs_of(request, ask))
         except Incomplete:
             ask = ask.and_what(record)
             continue
         needed = needs(record, request)
         if needed == ask:
             record.unused = unused(traced, request.arguments)
-            record.unchanged = unchanged(traced, request)
-            return _without(traced, request, record.unchanged), ask, record
+            record.unchanged = unchanged(traced, request, ask)
+            return _without(traced, request, ask, record.unchanged), ask, record
         ask = needed
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
 
 
-def unchanged(traced: Any, request: Request) -> frozenset[tuple[str, str]]:
+def inputs_of(request: Request, ask: Ask) -> tuple[Any, Any, Any]:
+    """What a program is traced for: variables, key data by stream, arguments. Which keys they are makes no difference."""
+    keys = {name: request.draw.words(name) for name in sorted(ask.streams)}
+    return request.variables, keys, request.arguments.dynamic
+
+
+def unchanged(traced: Any, request: Request, ask: Ask) -> frozenset[tuple[str, str]]:
     """Variables (type and path) that the program gives as written, and that are what went in: their writer only had them.
 
     Of models that hold their variables themselves.
     """
     if not request.model.holds_variables:
         return frozenset()
-    inputs, _ = jax.tree_util.tree_flatten_with_path((request.variables, request.draw.words, request.arguments.dynamic))
+    inputs, _ = jax.tree_util.tree_flatten_with_path(inputs_of(request, ask))
     outputs, _ = jax.tree_util.tree_flatten_with_path(traced.out_info)
     origins = forwarded(traced.jaxpr.jaxpr, repeated=request.draw.size is not None)
     same: dict[tuple[str, str], bool] = {}
     for (path, _), origin in zip(outputs, origins, strict=True):
-        if path[0].idx == 0 and path[1].idx == 1 and path[2].key in request.variables:
-            # `((output, updates), root)` there, `(variables, root, arguments)` here.
-            variable = (path[2].key, path[3].key)
-            is_input = origin is not None and inputs[origin][0] == (path[0], *path[2:])
+        if path[0].idx == 1 and path[1].key in request.variables:
+            # `(output, updates)` there, `(variables, keys, arguments)` here.
+            variable = (path[1].key, path[2].key)
+            is_input = origin is not None and inputs[origin][0] == (jax.tree_util.SequenceKey(0), *path[1:])
             same[variable] = same.get(variable, True) and is_input
     return frozenset(variable for variable, is_same in same.items() if is_same)
 
@@ -174,7 +179,7 @@ def leave_out(updates: Mapping[str, Any], variables: Container[tuple[str, str]])
     return kept
 
 
-def _without(traced: Any, request: Request, variables: frozenset[tuple[str, str]]) -> Any:
+def _without(traced: Any, request: Request, ask: Ask, variables: frozenset[tuple[str, str]]) -> Any:
     """The traced program without some of the variables that it writes."""
     if not variables:
         return traced
@@ -182,24 +187,21 @@ def _without(traced: Any, request: Request, variables: frozenset[tuple[str, str]
     tree = jax.tree_util.tree_structure(traced.out_info)
 
     def program(*inputs: Any) -> Any:
-        (output, updates), after = jax.tree_util.tree_unflatten(tree, run(*jax.tree_util.tree_leaves(inputs)))
-        return (output, leave_out(updates, variables)), after
+        output, updates = jax.tree_util.tree_unflatten(tree, run(*jax.tree_util.tree_leaves(inputs)))
+        return output, leave_out(updates, variables)
 
     program.__name__ = program.__qualname__ = request.name
-    return jax.jit(program).trace(request.variables, request.draw.words, request.arguments.dynamic)
+    return jax.jit(program).trace(*inputs_of(request, ask))
 
 
 def _named(request: Request, ask: Ask, record: Record) -> Callable[..., Any]:
     """The function that is compiled. JAX's messages name it, where it is and its arguments: the user's words, not ours."""
-    draw, names = request.draw, sorted(ask.streams)
+    impl = request.draw.impl
     run = running(request, ask, record)
 
-    def program(variables: Any, root: Any, arguments: Any) -> Any:
-        if draw.size is None:
-            after, keys = split_inside(root, draw.impl, names, taken=request.taken)
-        else:
-            after, keys = split_series_inside(root, draw.impl, names, draw.size, taken=request.taken)
-        return run(variables, keys, arguments), after
+    def program(variables: Any, keys: Any, arguments: Any) -> Any:
+        typed = {name: jax.random.wrap_key_data(words, impl=impl) for name, words in keys.items()}
+        return run(variables, typed, arguments)
 
     program.__name__ = program.__qualname__ = request.name
     program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_firstlineno=1, co_name=request.name)
@@ -272,17 +274,20 @@ class Programs:
     def __len__(self) -> int:
         return len(self.by_text)
 
-    def find(self, key: Hashable | None, taken: bool) -> Program | None:
-        """The program made for exactly this call, if it is kept. None for a key of None. For `taken` see `Request`."""
-        for full in ((key, None), (key, taken)):
-            program = None if key is None else self.by_call.get(full)
-            if program is not None:
-                self.by_call.move_to_end(full)
-                return program
-        return None
+    def find(self, key: Hashable | None) -> Program | None:
+        """The program made for exactly this call, if it is kept. None for a key of None."""
+        program = None if key is None else self.by_call.get(key)
+        if program is not None:
+            self.by_call.move_to_end(key)
+        return program
 
-    def run(self, program: Program, variables: Mapping[str, Any], root: Any, dynamic: Mapping[str, Any]) -> Any:
-        """`((output, updates), next root)` once the device has finished. An interrupt returns at once; the run goes on."""
+    def run(
+        self, program: Program, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]
+    ) -> Any:
+        """`(output, updates)` once the device has finished. An interrupt returns at once; the run goes on.
+
+        `keys`: key data by stream, as `Draw.words` gives it.
+        """
         if program.effects:
 
             def whole(*arguments: Any) -> Any:
@@ -290,10 +295,14 @@ class Programs:
                 program.wait(result)
                 return result
 
-            return elsewhere(whole, (variables, root, dynamic), self.unfinished, settings)
-        result = program(variables, root, dynamic)
-        self.unfinished.wait = result[1].block_until_ready  # the smallest of what it gives, ready when all is
-        jax.block_until_ready(result)
+            return elsewhere(whole, (variables, keys, dynamic), self.unfinished, settings)
+        result = program(variables, keys, dynamic)
+        self.unfinished.wait = partial(jax.block_until_ready, result)
+        try:
+            jax.block_until_ready(result)
+        except BaseException:
+            self.unfinished.wait = smallest(result)
+            raise
         self.unfinished.wait = None
         return result
 
@@ -317,7 +326,7 @@ class Programs:
         lower_seconds = self.clock() - start
 
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
-        text_key: Hashable = object() if key is None else (key, request.taken)
+        text_key: Hashable = object() if key is None else key
         places = placed(request)
         if digest is not None:
             text_key = (digest, settings(), str(lowered.out_tree), jax.default_backend(), places)
@@ -361,8 +370,7 @@ class Programs:
             bool(building.traced.jaxpr.effects) or not building.shareable,
         )
         if building.key is not None:
-            taken = building.request.taken if "params" in building.ask.streams else None
-            _keep(self.by_call, (building.key, taken), program)
+            _keep(self.by_call, building.key, program)
         # The threads go by the machine's clock, which cannot be held against another.
         beside = max(0.0, compile_seconds - waited) if self.clock is time.perf_counter else 0.0
         return Built(program, origin, building.trace, building.lower, waited + beside, beside, building.resumed)

@@ -43,7 +43,7 @@ class Ready:
     """What to run, and what it was found to need. An eager run may find out more while it runs."""
 
     run: Callable[[], Any]
-    """Gives `(output, updates)` when the device has finished, and sets `after`."""
+    """Gives `(output, updates)` when the device has finished."""
     variables: Mapping[str, Any]
     arguments: Arguments
     ask: Ask
@@ -61,8 +61,6 @@ class Ready:
     """The program, where the next run of the same call would find it again."""
     cost: Callable[[], Cost | None] = field(default=lambda: None, repr=False)
     """What XLA counts in the program."""
-    after: Any = None
-    """Key data of the root that the next draw splits, where the program worked it out."""
     scalars: tuple[str, ...] = ()
     """Arguments that are Python numbers, and were arrays in the model's run before."""
 
@@ -85,6 +83,10 @@ class Job:
     forced: frozenset[str]
     phase: Callable[[str], None] = field(repr=False)
 
+    def takes(self, name: str) -> bool:
+        """Whether a stream's key of the draw went to something else: see `Draw.stream`."""
+        return self.taken and name == "params"
+
     def arguments(self, forced: frozenset[str]) -> Arguments:
         """The arguments, with the ints of `forced` as part of the program."""
         prepared = self.prepared
@@ -99,7 +101,6 @@ class Job:
             arguments,
             self.variables,
             self.draw,
-            self.taken,
             self.keyed,
             self.mutable,
             self.prepared.mode == "train",
@@ -151,7 +152,7 @@ def static_choices(arguments: Arguments) -> list[set[str]]:
 
 def _begin(job: Job, arguments: Arguments, programs: Programs, since: float | None) -> Begun:
     key = _call_key(job, arguments)
-    program = programs.find(key, job.taken)
+    program = programs.find(key)
     building = None
     if program is None:
         building = programs.start(key, job.request(arguments), job.phase, since)
@@ -177,7 +178,7 @@ def finish(begun: Begun, programs: Programs, variables: Mapping[str, Any] | None
             lambda: None, job.variables, arguments, program.ask, program.record, built.origin,
             trace=built.trace, lower=built.lower, compile=built.compile, beside=built.beside,
         )  # fmt: skip
-        purpose = _purpose(job, arguments, key, program.ask)
+        purpose = _purpose(job, arguments, key)
         if built.origin == "compiled":
             known = programs.purposes.get(job.name)
             ready.causes = reasons.compare(known, last, purpose) if known else ()
@@ -187,11 +188,10 @@ def finish(begun: Begun, programs: Programs, variables: Mapping[str, Any] | None
     ready.memory, ready.device, ready.scalars = program.memory, program.device, reasons.scalars(last, now)
     ready.cost = functools.partial(cost_of, program.executable)
     ready.program = program if key is not None else None
-    root = job.draw.words
+    keys = {name: job.draw.words(name, taken=job.takes(name)) for name in sorted(program.ask.streams)}
 
     def run() -> Any:
-        result, ready.after = programs.run(program, job.variables, root, arguments.dynamic)
-        return result
+        return programs.run(program, job.variables, keys, arguments.dynamic)
 
     ready.run = run
     return ready
@@ -214,8 +214,7 @@ def eager(job: Job, programs: Programs) -> Ready:
     def run() -> Any:
         while True:
             record = Record()
-            taken = {"params": job.taken}
-            keys = {name: job.draw.stream(name, taken=taken.get(name, False)) for name in sorted(ready.ask.streams)}
+            keys = {name: job.draw.stream(name, taken=job.takes(name)) for name in sorted(ready.ask.streams)}
             try:
                 output, updates = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
             except Incomplete:
@@ -265,7 +264,7 @@ def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
     return key
 
 
-def _purpose(job: Job, arguments: Arguments, key: Hashable | None, ask: Ask) -> reasons.Purpose:
+def _purpose(job: Job, arguments: Arguments, key: Hashable | None) -> reasons.Purpose:
     """What the program is made for."""
     options = {}
     if job.mutable:
@@ -274,8 +273,5 @@ def _purpose(job: Job, arguments: Arguments, key: Hashable | None, ask: Ask) -> 
         options["--draws"] = str(job.draw.size)
     if job.keyed:
         options["--key"] = ", ".join(sorted(job.keyed))
-    keys = job.draw.impl
-    if "params" in ask.streams:  # of two kinds: see `Draw.stream`
-        keys += ", params folded in" if job.taken else ", params split"
-    model, mode = job.prepared.model, job.prepared.mode
+    model, mode, keys = job.prepared.model, job.prepared.mode, job.draw.impl
     return reasons.purpose(key, job.method, mode, model.print(), model.module, arguments, job.variables, options, keys)

@@ -17,25 +17,25 @@ from typing import Any
 
 import jax
 
-from . import history, records, registry, summary
-from .construct import Built, Recipe, keys_of
+from . import applying, history, records, registry, summary
+from .building import Building
+from .construct import Recipe
 from .diskcache import DiskCache
-from .errors import FlaxMagicsError, did_you_mean
-from .execution import Execution, Options, execute, plain_errors
-from .initialising import Initialising
+from .errors import FlaxMagicsError
+from .execution import Options
 from .keys import Draw, Root, Series
 from .library import library
-from .models import Commit, adopt, is_module_class, spell_construction
-from .notes import OUTDATED, SeenKeys, made_of, outdated_own
-from .prepare import Call, as_names, method_path, prepare_init, spell_call
-from .program import KEPT, Programs
-from .recompiling import WINDOW, of_programs
+from .lookup import entry_now, entry_of
+from .models import Commit
+from .notes import SeenKeys
+from .prepare import Call, as_names, method_path, spell_call
+from .program import Programs
 from .registry import Change, Entry, Models, RegisteredModel
 from .run import Note, Run
 from .state import Restart, State
 from .summary import Summary
 from .uninterrupted import at_once, uninterrupted
-from .warm import Warm, remember
+from .warm import WarmRuns
 
 
 class Session:
@@ -69,7 +69,7 @@ class Session:
         self._seen.roots.add(self._state.root.data)
         self.programs = Programs(clock)
         self.keep_on_disk(disk_cache)
-        self._warm: dict[Any, Warm] = {}
+        self._warm = WarmRuns()
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
         """Told what a command is doing, as it begins: `compiling net`."""
@@ -146,11 +146,11 @@ class Session:
           modules: name → module, or the Recipe of an NNX module that the session is to build: a draw for each.
           anew: names that stand for nothing any more: a module of the user's own is a new one there.
         """
-        state = self._state
+        state, building = self._state, Building(self.clock, self.on_phase)
         changes: list[Change] = []
         for name, module in modules.items():
             if isinstance(module, Recipe):
-                state, change = self._build(state, name, module)
+                state, change = building.build(state, name, module)
             else:
                 old = state.models.get(name)
                 if old is not None and name in anew and old.model.holds_variables and old.built is None:
@@ -169,120 +169,11 @@ class Session:
             self._state = state
         for change in changes:
             if change.state != "unchanged":
-                self._forget(change.name)
+                self._warm.forget(change.name)
         return changes
 
-    def _forget(self, name: str) -> None:
-        for place in [place for place in self._warm if place[0] == name]:
-            del self._warm[place]
-
-    def _build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change]:
-        """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one."""
-        old = state.models.get(name)
-        if old is not None and old.built is not None and not old.stale:
-            print_ = recipe.print()
-            if print_ is not None and print_ == old.built.print:
-                return state, registry.unchanged(old)
-            # An edit: what the old keys give now is held against what is there.
-            module = recipe.build(old.built.keys)
-            built = Built.of(recipe, old.built.keys)
-            entry, change = registry.register_holding(old, name, _adopted(module, name, recipe), built)
-            if change.state == "unchanged":
-                return replace(state, models={**state.models, name: replace(entry, built=built)}), change
-            if change.variables == "kept":
-                return replace(state, models={**state.models, name: entry}), change
-            changes = change.changes
-        else:
-            changes = ()
-        now = state.root.draw()
-        started, start = time.time(), self.clock()
-        keys = keys_of(now)
-        self.on_phase(f"building {name}")
-        model = _adopted(recipe.build(keys), name, recipe)
-        run = records.of_build(
-            name, recipe, model, now, keys, started, self._since(start, model), first=state.runs is None
-        )
-        entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
-        if old is not None:
-            change = Change(name, "changed", changes, "own")
-        return state.after(run, now, entry, (name, now)), change
-
-    def _rebuild(self, entry: Entry, call: Call, draw: Any) -> Run:
-        """`init` of a model that holds its variables: the same construction again, into the same object."""
-        name = entry.name
-        if entry.built is None:
-            cls = type(entry.model.module).__name__
-            raise FlaxMagicsError(
-                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew.",
-                write=f"del {name}     and run its cell again\n%flaxmodel {name} = {cls}(…)     without rngs: then the"
-                " session builds it",
-            )
-        recipe = entry.built.recipe
-        now = self._state.find_draw(draw) or self._state.root.draw()
-        self.on_phase(f"building {name}")
-        started, start = time.time(), self.clock()
-        keys = keys_of(now)
-        with plain_errors(call):
-            model = _adopted(recipe.build(keys), name, recipe)
-        first = self._state.runs is None
-        run = records.of_build(
-            name,
-            recipe,
-            model,
-            now,
-            keys,
-            started,
-            self._since(start, model),
-            call,
-            replayed=draw is not None,
-            first=first,
-        )
-        own: Any = entry.model
-        entry = replace(
-            entry, built=Built.of(recipe, keys), updates={}, outdated=False, stale=False, first=model.sample()
-        )
-        opened = None if draw is not None else (name, now)
-        self._commit(run, now, entry, opened, write=lambda: own.become(model))
-        return run
-
-    def _since(self, start: float, model: Any) -> float:
-        """Seconds since `start`, once what `model` holds is there."""
-        jax.block_until_ready(model.collections())
-        return self.clock() - start
-
     def _entry(self, model: Any) -> Entry:
-        models = self._state.models
-        if isinstance(model, RegisteredModel):
-            model = model.name
-        if isinstance(model, str):
-            if model in models:
-                return models[model]
-            known = ", ".join(models) or "none yet"
-            raise FlaxMagicsError(
-                f"no model is registered as `{model}`; registered: {known}.",
-                hint=did_you_mean(model, models),
-                write=f"%flaxmodel {model}" if not models else None,
-            )
-        for entry in models.values():
-            if entry.model.module is model:
-                return entry
-        write = spell_construction(model, "%flaxmodel") if is_module_class(model) else None
-        raise FlaxMagicsError("this model is not registered.", write=write or "session.register('net', model)")
-
-    def _entry_now(self, name: str, module: Any) -> tuple[Entry, tuple[Note, ...]]:
-        entry = self._entry(name)
-        if module is None or module is entry.model.module:
-            return entry, ()
-        if entry.model.holds_variables:
-            # The object in the namespace is the one truth.
-            entry, change = registry.register(None, name, module)
-            text = f"{name} is another module now, {entry.model.describe()}: registered with what it holds"
-            return entry, (Note("rebound", text),)
-        entry, change = registry.register(entry, name, module)
-        if change.state == "unchanged":
-            return entry, ()
-        became = {"own": "", "none": "", "kept": ", variables kept", "dropped": ", variables dropped"}[change.variables]
-        return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
+        return entry_of(self._state.models, model)
 
     def _assign(self, name: str, variables: Mapping[str, Any] | None) -> None:
         entry = self._entry(name)
@@ -399,7 +290,7 @@ class Session:
         self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: Any = None
     ) -> Summary:
         """`summary` with the call as it was written, None for none; see `run_apply` for `module`."""
-        entry, _ = self._entry_now(name, module)
+        entry, _ = entry_now(self._state.models, name, module)
         if call is None:
             return summary.of_variables(entry)
         # The next draw is looked at, and not made.
@@ -407,51 +298,31 @@ class Session:
 
     def variables(self, name: str, module: Any = None) -> Any:
         """The variables of a model as `models[name].variables` gives them; see `run_apply` for `module`."""
-        entry, _ = self._entry_now(name, module)
+        entry, _ = entry_now(self._state.models, name, module)
         model: Any = entry.model
         return model.state() if model.holds_variables else entry.variables
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""
-        models = self._state.models
-        if fresh:
-            models = {
-                name: replace(
-                    entry, variables=None, made=None, updates={}, outdated=False, stale=entry.model.holds_variables
-                )
-                for name, entry in models.items()
-            }
-        keeping = tuple(
-            name for name, entry in models.items() if entry.ready and not (entry.stale and entry.built is not None)
-        )
-        again = self._state.has_drawn(seed)
         root = Root.from_seed(_checked_seed(seed))
-        self._state = self._state.restarted(root, models)
+        self._state, restart = self._state.restarted(root, fresh=fresh)
         self._seen = SeenKeys()
         self._seen.roots.add(root.data)
-        return Restart(seed, fresh, keeping, again)
+        return restart
 
     # -- how: one Run each, committed at the end
 
     def run_init(self, name: str, call: Call, *, draw: Any = None, module: Any = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
-        entry, notes = self._entry_now(name, module)
+        entry, notes = entry_now(self._state.models, name, module)
         if entry.model.holds_variables:
-            return self._rebuild(entry, call, draw)
-        prepared = prepare_init(name, entry.model, call)
-        now = self._state.find_draw(draw) or self._state.root.draw()
-        self.on_phase(f"initialising {name}")
-        started, start = time.time(), self.clock()
-        with plain_errors(call):
-            variables, made = Initialising(prepared, call.method, now, self.programs.units).finish()
-        seconds = self.clock() - start
-        inputs, first = (prepared.args, prepared.kwargs), self._state.runs is None
-        run = records.of_init(
-            name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
-        )
-        entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
-        self._commit(run, now, entry, opened=None if draw is not None else (name, now))
-        return run
+            built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw)
+            opened = None if draw is not None else (name, built.draw)
+            self._commit(built.run, built.draw, built.entry, opened, write=built.write)
+            return built.run
+        done = applying.init(self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase)
+        self._commit(done.run, done.draw, done.entry, opened=None if draw is not None else (name, done.draw))
+        return done.run
 
     def run_apply(self, name: str, call: Call, options: Options, *, module: Any = None) -> Run:
         """`apply` with the call as it was written.
@@ -466,64 +337,23 @@ class Session:
             with entry.model.steady:
                 again = self._again(entry, call, options) if options.plain else None
                 return again or self._run(entry, (), call, options)
-        return self._run(*self._entry_now(name, module), call, options)
+        return self._run(*entry_now(self._state.models, name, module), call, options)
 
     def _run(self, entry: Entry, notes: tuple[Note, ...], call: Call, options: Options) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
-        name = entry.name
-        before = entry
-        replayed = self._state.find_draw(options.draw)
-        opened = self._state.opened
-        # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
-        shares = replayed is None and opened is not None and opened[0] == name and entry.ready
-        begin = replayed or (opened[1] if shares and opened else self._state.root.draw())
-        now = begin if options.draws is None else self._series(begin, options)
-        started = time.time()
-        renewed = None
-        own: Any = entry.model
-        if entry.stale and entry.built is not None and replayed is None and options.variables is None:
-            keys = keys_of(begin, taken=shares)
-            renewed = _adopted(entry.built.recipe.build(keys), name, entry.built.recipe)
-            entry = replace(
-                entry, model=renewed, built=Built.of(entry.built.recipe, keys), stale=False, first=renewed.sample()
-            )
-            shares = True
-        made = None if renewed is None else made_of(renewed.collections())
-        done: Execution = execute(
-            entry, call, options, now, self.programs, self._seen, self.on_phase, params_taken=shares
-        )
-        kept, write = done.entry, None
-        if renewed is not None:
-            kept = replace(kept, model=own)
-
-            def write() -> None:
-                if done.commit is not None:
-                    done.commit.make()
-                own.become(renewed)
-
-        notes_of_entry = notes
-        notes = (*notes, *done.notes)
-        if entry.outdated and done.made is None and options.variables is None:
-            notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
-        if done.causes:
-            earlier = history.causes_of(self._state.runs, name, WINDOW)
-            notes = (*notes, *of_programs(name, done.causes, earlier, done.ready.arguments.leaf))
-        first = self._state.runs is None
-        run = records.of_apply(
-            name, call, done, now, started, notes, done.made or made, replayed=replayed is not None, first=first
-        )
-        self._commit(run, now, kept, write=write, commit=done.commit)
-        if notes_of_entry:
-            self._forget(name)
-        elif renewed is None:
-            self._remember(before, call, options, done, run)
-        for data in done.keys_in_call:
-            self._seen.runs.setdefault(data, f"draw {begin.number}")
-        return run
+        done = applying.apply(self._state, entry, notes, call, options, self.programs, self._seen, self.on_phase)
+        self._commit(done.run, done.draw, done.entry, write=done.write, commit=done.commit)
+        if notes:
+            self._warm.forget(entry.name)
+        elif done.write is None:
+            self._warm.keep(entry, call, options, done.done, done.run, self.programs)
+        for data in done.done.keys_in_call:
+            self._seen.runs.setdefault(data, f"draw {done.draw.first.number}")
+        return done.run
 
     def _again(self, entry: Entry, call: Call, options: Options) -> Run | None:
         """The run of a line that ran before, where nothing it depends on has changed; None: find everything out."""
-        warm = self._warm.get((entry.name, call.text, options.mode, options.mutable))
+        warm = self._warm.find(entry.name, call, options)
         state = self._state
         if warm is None or (state.opened is not None and state.opened[0] == entry.name):
             return None
@@ -534,24 +364,6 @@ class Session:
             return None
         self._commit(done.run, draw, done.entry, commit=done.commit)
         return done.run
-
-    def _remember(self, entry: Entry, call: Call, options: Options, done: Execution, run: Run) -> None:
-        place = (entry.name, call.text, options.mode, options.mutable)
-        self._warm.pop(place, None)
-        warm = remember(entry, call, options, done, run, self.programs)
-        if warm is not None:
-            self._warm[place] = warm
-            if len(self._warm) > KEPT:
-                del self._warm[next(iter(self._warm))]
-
-    def _series(self, begin: Draw, options: Options) -> Series:
-        """The draws of a run that takes many, from `begin` on. A replay may go no further than what was drawn."""
-        size = options.draws
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise FlaxMagicsError(f"--draws takes a number of draws, 1 or more, not {size!r}.")
-        if options.draw is not None:
-            self._state.find_draw((begin.seed, begin.number + size - 1))
-        return Series(begin, size)
 
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
         """`key`, as a Run whose output is the key."""
@@ -583,10 +395,6 @@ class Session:
         with uninterrupted():
             write()
             self._state = new
-
-
-def _adopted(module: Any, name: str, recipe: Recipe) -> Any:
-    return replace(adopt(module, name), written=recipe.text)  # type: ignore[type-var]
 
 
 def _ignore(phase: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 
@@ -33,9 +33,26 @@ class State:
         models = self.models if entry is None else {**self.models, entry.name: entry}
         return State(root, models, opened, history.Chain.add(self.runs, run), self.seeds)
 
-    def restarted(self, root: Root, models: Mapping[str, Entry]) -> State:
-        """The state with another root key, nothing open; what was drawn under the old seed can still be found."""
-        return State(root, models, None, self.runs, {**self.seeds, self.root.seed: self._last(self.root.seed)})
+    def restarted(self, root: Root, *, fresh: bool) -> tuple[State, Restart]:
+        """The state with another root key, nothing open; what was drawn under the old seed can still be found.
+
+        Args:
+          fresh: every model is to be initialised anew at its next use.
+        """
+        models = self.models
+        if fresh:
+            models = {
+                name: replace(
+                    entry, variables=None, made=None, updates={}, outdated=False, stale=entry.model.holds_variables
+                )
+                for name, entry in models.items()
+            }
+        keeping = tuple(
+            name for name, entry in models.items() if entry.ready and not (entry.stale and entry.built is not None)
+        )
+        restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
+        seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
+        return State(root, models, None, self.runs, seeds), restart
 
     def _last(self, seed: int) -> tuple[int, str]:
         """The last draw that was made under `seed`, 0 for none, and its PRNG implementation."""

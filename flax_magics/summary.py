@@ -286,7 +286,7 @@ def _trace_with(
 
 def _updates(model: Model, traced: Any, record: Record) -> dict[str, Any]:
     """Collection → shapes of what the call writes there."""
-    (_, updates), _ = traced.out_info
+    _, updates = traced.out_info
     commit = model.commit(updates, record)
     names = updates if commit is None else commit.changed
     return {name: updates[name] for name in sorted(names) if name in updates}
@@ -300,7 +300,7 @@ def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> fro
     """
     if model.holds_variables:
         return frozenset()
-    (_, updates), _ = traced.out_info
+    _, updates = traced.out_info
     written = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]}
     leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
     given = traced.jaxpr.jaxpr.invars[: len(leaves)]

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ class TracedInit:
             self.treedef, [_shape(next(given)) if leaf is COMPUTED else leaf for leaf in self.leaves]
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """A digest of what the variables depend on, the forward pass left out."""
         jaxpr = self.closed.jaxpr
@@ -86,13 +87,13 @@ def trace_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwar
     What the model raises is passed on, and what JAX raises where it looks at values.
     """
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
-    dynamic = [leaf for leaf in leaves if _is_array(leaf)]
+    dynamic = [leaf for leaf in leaves if is_array(leaf)]
     made: list[Any] = []
     whole: list[bool] = []
 
     def init(key: Any, dynamic: list[Any]) -> list[Any]:
         given = iter(dynamic)
-        full = [next(given) if _is_array(leaf) else leaf for leaf in leaves]
+        full = [next(given) if is_array(leaf) else leaf for leaf in leaves]
         args, kwargs = jax.tree_util.tree_unflatten(treedef, full)
         with _units(key) as kept:
             variables = model.init(key, method, args, kwargs)
@@ -151,11 +152,12 @@ def read_by(equations: tuple[Any, ...]) -> set[Any]:
     return {var for equation in equations for var in equation.invars if not hasattr(var, "val")}
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or the shape of one: what an initialisation is traced over."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    if not _is_array(leaf):
+    if not is_array(leaf):
         leaf = jax.eval_shape(lambda: leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))

@@ -30,6 +30,13 @@ class Unfinished:
             self.wait = None
 
 
+def smallest(result: Any) -> Callable[[], Any] | None:
+    """Waits for all of a program's result, of which it holds the smallest array alone; None where there is none."""
+    arrays = [leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)]
+    least: Any = min(arrays, key=lambda array: array.nbytes, default=None)
+    return None if least is None else least.block_until_ready
+
+
 def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinished, settings: Callable[[], Any]) -> Any:
     """`function(*arguments)` on another thread, so that an interrupt returns at once where the call itself would hold it.
 

@@ -19,14 +19,15 @@ from .arguments import signature_of
 from .compiling import settings
 from .execution import Execution, Options, hand_back
 from .frozen import altered
-from .keys import Draw, Streams, host_bytes
+from .keys import Draw, Streams
 from .library import library
 from .memory import with_peak
 from .models import Commit, Model, Record
 from .prepare import Call
-from .program import Program, Programs
+from .program import KEPT, Program, Programs
 from .reasons import Ran
 from .registry import Entry
+from .roofline import devices_in
 from .run import GONE, Run, Timing, like
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
@@ -61,7 +62,7 @@ class Warm:
       parts: the run as `Programs` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       template: the Run, as far as it does not change.
-      root: the root that the last run left, and the same as it lies on the device.
+      streams: those that the program is given.
     """
 
     given: Model
@@ -83,8 +84,8 @@ class Warm:
     mutable: tuple[str, ...]
     parts: Ran
     numbers: bool
+    streams: tuple[str, ...]
     template: Run = field(repr=False)
-    root: tuple[bytes, Any] = (b"", None)
 
     def again(
         self, entry: Entry, call: Call, draw: Draw, programs: Programs, started: float, first: bool
@@ -109,21 +110,20 @@ class Warm:
         fresh = self._fresh(variables)
         if fresh is None:
             return None
+        keys = {name: draw.words(name) for name in self.streams}
         clock = programs.clock
         before = clock()
         if fresh or known is None:  # the others were there for the run before
             jax.block_until_ready((fresh, dynamic))
         begin = clock()
         try:
-            result, after = programs.run(self.program, variables, self._words(draw), dynamic)
+            result = programs.run(self.program, variables, keys, dynamic)
         except Exception:  # the long way finds out what it is, and says so
             return None
         timing = altered(self.template.timing, {"run": clock() - begin, "wait": begin - before})
         memory = self.template.memory
         if memory is not None and memory.peak is not None:
-            memory = with_peak(memory, after.devices())
-        draw.settle(host_bytes(after))
-        self.root = draw.next_root, after
+            memory = with_peak(memory, devices_in(result))
         programs.parts[entry.name] = self.parts
 
         output, updates = result
@@ -155,11 +155,6 @@ class Warm:
             first=first,
         )
         return Again(run, kept, commit)
-
-    def _words(self, draw: Draw) -> Any:
-        """Key data of the draw's root: what the run before left on the device, if no other draw came in between."""
-        known, words = self.root
-        return words if known == draw.root and not words.committed else draw.words
 
     def _know(self, updates: Mapping[str, Any]) -> None:
         """What the run itself wrote need not be looked at by the next: the same program gave it, and it is there."""
@@ -290,6 +285,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         mutable=options.mutable,
         parts=programs.parts[entry.name],
         numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
+        streams=tuple(sorted(program.ask.streams)),
         template=template,
     )
 
@@ -307,3 +303,29 @@ def _may_be_a_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or (
         leaf.dtype == "uint32" and leaf.shape in _KEY_SHAPES
     )
+
+
+class WarmRuns:
+    """The last lines that ran, each with its Warm."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, str, str | None, tuple[str, ...]], Warm] = {}
+
+    def find(self, name: str, call: Call, options: Options) -> Warm | None:
+        """What a run of the same line left behind."""
+        return self._lines.get((name, call.text, options.mode, options.mutable))
+
+    def keep(self, entry: Entry, call: Call, options: Options, done: Execution, run: Run, programs: Programs) -> None:
+        """Keeps what `run` leaves behind (see `remember`); of many lines the oldest is let go."""
+        place = (entry.name, call.text, options.mode, options.mutable)
+        self._lines.pop(place, None)
+        warm = remember(entry, call, options, done, run, programs)
+        if warm is not None:
+            self._lines[place] = warm
+            if len(self._lines) > KEPT:
+                del self._lines[next(iter(self._lines))]
+
+    def forget(self, name: str) -> None:
+        """Lets go of every line of a model: it is another now."""
+        for place in [place for place in self._lines if place[0] == name]:
+            del self._lines[place]

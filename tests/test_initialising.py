@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from by_hand import bits, keys_of
 
-from flax_magics import Session, threefry
+from flax_magics import Session
 from flax_magics.initialising import Initialising
 from flax_magics.keys import Root
 from flax_magics.models import adopt
@@ -241,22 +241,3 @@ def test_no_thread_is_left_behind():
     while session.programs.compiler.workers.busy:
         pass
     assert threading.active_count() <= before + 1
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
-def test_keys_made_on_the_host_are_jaxs(seed):
-    assert threefry.is_in_force("threefry2x32")
-    assert not threefry.is_in_force("rbg")
-    key = jax.random.key(seed)
-    words = np.asarray(jax.random.key_data(key))
-    assert bits(threefry.split(words, 3)) == bits(np.asarray(jax.random.key_data(jax.random.split(key, 3))))
-    for data in (0, 1, 7, 2**31, 2**32 - 1):
-        folded = jax.random.key_data(jax.random.fold_in(key, np.uint32(data)))
-        assert bits(threefry.fold_in(words, data)) == bits(np.asarray(folded))
-
-
-def test_keys_that_are_not_jaxs_are_found_out():
-    draw = Root.from_seed(0).draw()
-    draw.stream("params")
-    with pytest.raises(RuntimeError, match="JAX splits keys in another way than flax_magics knows"):
-        draw.settle(b"12345678")

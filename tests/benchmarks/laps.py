@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from .fresh import in_turn, seconds_of
@@ -30,21 +31,42 @@ class MLP(nn.Module):
 
 net = MLP()
 '''
-INIT_BY_HAND = """\
+DROPOUT = MODEL.replace("self, x)", "self, x, train=False)").replace(
+    "    return", "      x = nn.Dropout(0.1, deterministic=not train)(x)\n    return"
+)
+SPLIT_BY_HAND = "root, params_key, dropout_key = jax.random.split(root, 3)\n"
+INIT_BY_HAND = f"""\
 root = jax.random.key(0)
-root, params_key, dropout_key = jax.random.split(root, 3)
-variables = net.init(params_key, x)
+{SPLIT_BY_HAND}variables = net.init(params_key, x)
 """
-APPLY_BY_HAND = """\
-apply = jax.jit(net.apply)
-y = jax.block_until_ready(apply(variables, x))
-"""
-AGAIN_BY_HAND = f"root, params_key, dropout_key = jax.random.split(root, 3)\n{APPLY_BY_HAND}"
 CELL = "%%flaxmodel\n"
-APPLY = "y = %flax_apply net(x)"
 PROGRAM = "__import__('flax_magics').session().runs[-1].program"
 EDITS = 3
 """How often a process edits its cell."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model cell, and how the first result is got by hand and by us."""
+
+    cell: str
+    by_hand: str
+    ours: str
+
+
+TRAINED = Kind(
+    DROPOUT,
+    """\
+apply = jax.jit(net.apply, static_argnames="train")
+y = jax.block_until_ready(apply(variables, x, train=True, rngs={"dropout": dropout_key}))
+""",
+    "y = %flax_apply --train net(x)",
+)
+PLAIN = Kind(
+    MODEL,
+    "apply = jax.jit(net.apply)\ny = jax.block_until_ready(apply(variables, x))\n",
+    "y = %flax_apply net(x)",
+)
 
 
 def load(rounds: int) -> Measured:
@@ -54,28 +76,34 @@ def load(rounds: int) -> Measured:
     return Measured([seconds_of(work)[0] for _ in range(rounds)])
 
 
-def cold(rounds: int) -> Measured:
+def cold(kind: Kind) -> Callable[[int], Measured]:
     """The model cell and the first result."""
-    return in_turn(_first_by_hand, lambda: _first("compiled"), rounds)
+    return lambda rounds: in_turn(lambda: _first_by_hand(kind), lambda: _first(kind, "compiled"), rounds)
 
 
-def restart(rounds: int) -> Measured:
+def restart(kind: Kind) -> Callable[[int], Measured]:
     """The same in a second process, where the first has left its programs on disk; by hand has no cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        _first("compiled", cache)
-        return in_turn(_first_by_hand, lambda: _first("disk cache", cache), rounds)
+
+    def measure(rounds: int) -> Measured:
+        with tempfile.TemporaryDirectory() as cache:
+            _first(kind, "compiled", cache)
+            return in_turn(lambda: _first_by_hand(kind), lambda: _first(kind, "disk cache", cache), rounds)
+
+    return measure
 
 
-def _first_by_hand() -> list[float]:
-    return seconds_of({"setup": [IMPORTS], "timed": [[MODEL, INIT_BY_HAND + APPLY_BY_HAND]]})
+def _first_by_hand(kind: Kind) -> list[float]:
+    return seconds_of({"setup": [IMPORTS], "timed": [[kind.cell, INIT_BY_HAND + kind.by_hand]]})
 
 
-def _first(program: str, cache: str | None = None) -> list[float]:
+def _first(kind: Kind, program: str, cache: str | None = None) -> list[float]:
     expect = f"{PROGRAM} == '{program}'"
-    return seconds_of({"setup": [IMPORTS, LOAD], "timed": [[CELL + MODEL, APPLY]], "expect": expect}, cache)
+    return seconds_of({"setup": [IMPORTS, LOAD], "timed": [[CELL + kind.cell, kind.ours]], "expect": expect}, cache)
 
 
-def edited(edit: Callable[[int], str], program: str, *, anew: bool, drops: bool = False) -> Callable[[int], Measured]:
+def edited(
+    kind: Kind, edit: Callable[[str, int], str], program: str, *, anew: bool, drops: bool = False
+) -> Callable[[int], Measured]:
     """The model cell run again after an edit, then apply.
 
     Args:
@@ -84,71 +112,89 @@ def edited(edit: Callable[[int], str], program: str, *, anew: bool, drops: bool 
       anew: both initialise again.
       drops: the edit drops the variables by itself; otherwise `%flax_init` is what initialises.
     """
-    edits = [edit(i + 1) for i in range(EDITS)]
+    edits = [edit(kind.cell, i + 1) for i in range(EDITS)]
+    again = (INIT_BY_HAND if anew else SPLIT_BY_HAND) + kind.by_hand
     by_hand: dict[str, Any] = {
-        "setup": [IMPORTS, MODEL, INIT_BY_HAND + APPLY_BY_HAND],
-        "timed": [[source, (INIT_BY_HAND + APPLY_BY_HAND) if anew else AGAIN_BY_HAND] for source in edits],
+        "setup": [IMPORTS, kind.cell, INIT_BY_HAND + kind.by_hand],
+        "timed": [[source, again] for source in edits],
     }
     init = ["%flax_init net(x);"] if anew and not drops else []
     ours: dict[str, Any] = {
-        "setup": [IMPORTS, LOAD, CELL + MODEL, APPLY],
-        "timed": [[CELL + source, *init, APPLY] for source in edits],
+        "setup": [IMPORTS, LOAD, CELL + kind.cell, kind.ours],
+        "timed": [[CELL + source, *init, kind.ours] for source in edits],
         "expect": f"{PROGRAM} == '{program}'",
     }
     return lambda rounds: in_turn(lambda: seconds_of(by_hand), lambda: seconds_of(ours), rounds)
 
 
-def _comments(i: int) -> str:
-    return MODEL.replace("Eight layers", f"Eight layers, said for the {i}th time").replace(
+def _same(cell: str, i: int) -> str:
+    return cell
+
+
+def _comments(cell: str, i: int) -> str:
+    return cell.replace("Eight layers", f"Eight layers, said for the {i}th time").replace(
         "    for", f"    # {i}\n\n    for"
     )
 
 
-def _renamed(i: int) -> str:
+def _renamed(cell: str, i: int) -> str:
     return (
-        MODEL.replace("x = nn.relu(", f"h{i} = nn.relu(")
+        cell.replace("x = nn.", f"h{i} = nn.")
         .replace("(x)", f"(h{i})")
         .replace("return x", f"return h{i}")
         .replace("    for", f"    h{i} = x\n    for")
     )
 
 
-def _refactored(i: int) -> str:
+def _refactored(cell: str, i: int) -> str:
     helper = f"def layer{i}(x, width):\n  return nn.relu(nn.Dense(width)(x))\n\n"
-    return helper + MODEL.replace("nn.relu(nn.Dense(self.width)(x))", f"layer{i}(x, self.width)")
+    return helper + cell.replace("nn.relu(nn.Dense(self.width)(x))", f"layer{i}(x, self.width)")
 
 
-def _wider(i: int) -> str:
-    return MODEL.replace("int = 512", f"int = {512 + 16 * i}")
+def _wider(cell: str, i: int) -> str:
+    return cell.replace("int = 512", f"int = {512 + 16 * i}")
 
 
-def _activation(i: int) -> str:
-    return MODEL.replace("nn.relu", ("nn.tanh", "nn.silu", "nn.gelu")[(i - 1) % 3])
+def _activation(cell: str, i: int) -> str:
+    return cell.replace("nn.relu", ("nn.tanh", "nn.silu", "nn.gelu")[(i - 1) % 3])
+
+
+def _edits(kind: Kind) -> tuple[tuple[str, str, float, Callable[[int], Measured]], ...]:
+    """Key, title, goal and measurement of each lap of a model."""
+    return (
+        ("cold", "first result, cold kernel, no disk cache", 0.6, cold(kind)),
+        ("restart", "first result after a restart, by hand without a cache", 0.25, restart(kind)),
+        ("unchanged", "cell re-run unchanged, apply", 0.03, edited(kind, _same, "reused", anew=False)),
+        (
+            "comments",
+            "cell re-run with other comments, layout, docstring, apply",
+            0.03,
+            edited(kind, _comments, "reused", anew=False),
+        ),
+        ("renamed", "cell re-run with a local renamed, apply", 0.2, edited(kind, _renamed, "reused", anew=False)),
+        (
+            "refactored",
+            "cell re-run with a helper refactored, apply",
+            0.2,
+            edited(kind, _refactored, "reused", anew=False),
+        ),
+        (
+            "activation",
+            "cell re-run with another activation, init anew, apply",
+            0.8,
+            edited(kind, _activation, "compiled", anew=True),
+        ),
+        (
+            "wider",
+            "cell re-run with another width, init anew, apply",
+            0.8,
+            edited(kind, _wider, "compiled", anew=True, drops=True),
+        ),
+    )
 
 
 LAPS = (
     Lap("load", "%load_ext, nothing imported before", 30, load, "ms"),
-    Lap("cold", "first result, cold kernel, no disk cache", 0.6, cold),
-    Lap("restart", "first result after a restart, by hand without a cache", 0.25, restart),
-    Lap("unchanged", "cell re-run unchanged, apply", 0.03, edited(lambda i: MODEL, "reused", anew=False)),
-    Lap(
-        "comments",
-        "cell re-run with other comments, layout, docstring, apply",
-        0.03,
-        edited(_comments, "reused", anew=False),
-    ),
-    Lap("renamed", "cell re-run with a local renamed, apply", 0.2, edited(_renamed, "reused", anew=False)),
-    Lap("refactored", "cell re-run with a helper refactored, apply", 0.2, edited(_refactored, "reused", anew=False)),
-    Lap(
-        "activation",
-        "cell re-run with another activation, init anew, apply",
-        0.8,
-        edited(_activation, "compiled", anew=True),
-    ),
-    Lap(
-        "wider",
-        "cell re-run with another width, init anew, apply",
-        0.8,
-        edited(_wider, "compiled", anew=True, drops=True),
-    ),
+    *(Lap(key, title, goal, measure) for key, title, goal, measure in _edits(TRAINED)),
+    *(Lap(f"{key}-plain", f"without dropout: {title}", None, measure) for key, title, _, measure in _edits(PLAIN)),
 )

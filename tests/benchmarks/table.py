@@ -32,7 +32,7 @@ class Lap:
 
     Attributes:
       key: what it is chosen by.
-      goal: at most this ratio to by hand; with a unit, at most this amount.
+      goal: at most this ratio to by hand; with a unit, at most this amount. None: it is measured beside another lap.
       measure: takes the number of rounds.
       unit: `ratio`, or what the amount is in: `ms`, `µs`, `MB`. Amounts are what ours has over by hand, where both were
         measured.
@@ -40,7 +40,7 @@ class Lap:
 
     key: str
     title: str
-    goal: float
+    goal: float | None
     measure: Callable[[int], Measured]
     unit: str = "ratio"
 
@@ -64,8 +64,11 @@ def row(lap: Lap, found: Measured) -> tuple[str, ...]:
         amount = _seconds if lap.unit != "MB" else "{:.3g}".format
         shown = ("" if by_hand is None else amount(by_hand), amount(ours) if lap.unit != "MB" else "")
     spread = f"{text.format(min(values))} – {text.format(max(values))}" if len(values) > 1 else ""
-    goal = f"≤ {lap.goal:g}{'×' if lap.unit == 'ratio' else ' ' + lap.unit}"
-    return lap.title, *shown, text.format(value), spread, goal, "yes" if value <= lap.goal else "NO"
+    goal, met = "", ""
+    if lap.goal is not None:
+        goal = f"≤ {lap.goal:g}{'×' if lap.unit == 'ratio' else ' ' + lap.unit}"
+        met = "yes" if value <= lap.goal else "NO"
+    return lap.title, *shown, text.format(value), spread, goal, met
 
 
 HEADINGS = ("lap", "by hand", "ours", "median", "spread", "goal", "met")

@@ -42,11 +42,14 @@ def test_the_table():
     found = Measured([0.5, 0.7, 0.6], [1.0, 1.0, 1.5])
     amount = Lap("bare", "over the executable", 80, lambda rounds: Measured(()), "µs")
     over = Measured([1.1e-4, 1.2e-4, 1.3e-4], [3e-5, 2e-5, 1e-5])
+    beside = Lap("plain", "without dropout", None, lambda rounds: Measured(()))
     grown = Lap("memory", "grown", 100, lambda rounds: Measured(()), "MB")
-    assert table([row(lap, found), row(amount, over), row(grown, Measured([123_000_000]))]).splitlines() == [
+    rows = [row(lap, found), row(beside, found), row(amount, over), row(grown, Measured([123_000_000]))]
+    assert table(rows).splitlines() == [
         "lap                  by hand  ours    median  spread           goal      met",
         "────────────────────────────────────────────────────────────────────────────",
         "first result         1.00 s   600 ms  0.600×  0.400× – 0.700×  ≤ 0.6×    yes",
+        "without dropout      1.00 s   600 ms  0.600×  0.400× – 0.700×",
         "over the executable  20 µs    120 µs  100 µs  80 µs – 120 µs   ≤ 80 µs   NO",
         "grown                                 123 MB                   ≤ 100 MB  NO",
     ]

@@ -38,7 +38,7 @@ import numpy as np
 session = flax_magics.session()
 bare = next(reversed(session.programs.by_call.values())).executable
 variables = session.models['my_model'].variables
-words, arguments = np.zeros(2, np.uint32), {'x': x}
+keys, arguments = {'dropout': np.zeros(2, np.uint32)}, {'x': x}
 """
 NNX = """\
 from flax import nnx
@@ -99,7 +99,7 @@ def warm(rounds: int) -> Measured:
 def over_bare(rounds: int) -> Measured:
     """The same against calling and awaiting its executable."""
     setup = [SHARP_BITS, "%flaxmodel my_model", "%flax_apply -q my_model(x);", BARE]
-    by_hand = "y = jax.block_until_ready(bare(variables, words, arguments))"
+    by_hand = "y = jax.block_until_ready(bare(variables, keys, arguments))"
     return loops(setup, by_hand, "y = %flax_apply -q my_model(x)", 300, rounds)
 
 

@@ -1,0 +1,151 @@
+"""What an init or an apply does to a state, worked out: the run, and what is to be kept of it. Nothing is changed here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from . import history, records
+from .building import renewed
+from .errors import FlaxMagicsError
+from .execution import Execution, Options, execute, plain_errors
+from .initialising import Initialising
+from .keys import Draw, Series
+from .models import Commit
+from .notes import OUTDATED, SeenKeys, made_of, outdated_own
+from .prepare import Call, prepare_init
+from .program import Programs
+from .recompiling import WINDOW, of_programs
+from .registry import Entry
+from .run import Note, Run
+from .state import State
+
+
+@dataclass(frozen=True)
+class Applied:
+    """An apply that is done.
+
+    Attributes:
+      draw: what it took from the root key.
+      entry: the model as it is to be kept.
+      done: what the run found.
+      write: what writes a module that was built anew into the user's own object; None where none was.
+      commit: what the run changed in a module that holds its own variables.
+    """
+
+    run: Run
+    draw: Draw | Series
+    entry: Entry
+    done: Execution
+    write: Callable[[], None] | None
+    commit: Commit | None
+
+
+def apply(
+    state: State,
+    entry: Entry,
+    notes: tuple[Note, ...],
+    call: Call,
+    options: Options,
+    programs: Programs,
+    seen: SeenKeys,
+    on_phase: Callable[[str], None],
+) -> Applied:
+    """An apply where everything has to be found out; `notes` are on how the entry came to be.
+
+    Raises:
+      FlaxMagicsError: a mistake in the call. What the model raises is passed on.
+    """
+    name = entry.name
+    replayed = state.find_draw(options.draw)
+    opened = state.opened
+    # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
+    shares = replayed is None and opened is not None and opened[0] == name and entry.ready
+    begin = replayed or (opened[1] if shares and opened else state.root.draw())
+    now = begin if options.draws is None else _series(state, begin, options)
+    started = time.time()
+    own: Any = entry.model
+    anew = entry.stale and entry.built is not None and replayed is None and options.variables is None
+    if anew:
+        entry, shares = renewed(entry, begin, taken=shares), True
+    new: Any = entry.model
+    made = made_of(new.collections()) if anew else None
+    done = execute(entry, call, options, now, programs, seen, on_phase, params_taken=shares)
+    kept, write = done.entry, None
+    if anew:
+        kept = replace(kept, model=own)
+
+        def write() -> None:
+            if done.commit is not None:
+                done.commit.make()
+            own.become(new)
+
+    notes = (*notes, *done.notes)
+    if entry.outdated and done.made is None and options.variables is None:
+        notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+    if done.causes:
+        earlier = history.causes_of(state.runs, name, WINDOW)
+        notes = (*notes, *of_programs(name, done.causes, earlier, done.ready.arguments.leaf))
+    run = records.of_apply(
+        name,
+        call,
+        done,
+        now,
+        started,
+        notes,
+        done.made or made,
+        replayed=replayed is not None,
+        first=state.runs is None,
+    )
+    return Applied(run, now, kept, done, write, done.commit)
+
+
+def _series(state: State, begin: Draw, options: Options) -> Series:
+    """The draws of a run that takes many, from `begin` on. A replay may go no further than what was drawn."""
+    size = options.draws
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise FlaxMagicsError(f"--draws takes a number of draws, 1 or more, not {size!r}.")
+    if options.draw is not None:
+        state.find_draw((begin.seed, begin.number + size - 1))
+    return Series(begin, size)
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """An init that is done: the run, the draw that it opens, and the model with its variables."""
+
+    run: Run
+    draw: Draw
+    entry: Entry
+
+
+def init(
+    state: State,
+    entry: Entry,
+    notes: tuple[Note, ...],
+    call: Call,
+    draw: Any,
+    programs: Programs,
+    clock: Callable[[], float],
+    on_phase: Callable[[str], None],
+) -> Initialised:
+    """An init of a linen model; `draw`: an earlier one whose key it takes, None for the next.
+
+    Raises:
+      FlaxMagicsError: a mistake in the call. What the model raises is passed on.
+    """
+    name = entry.name
+    prepared = prepare_init(name, entry.model, call)
+    now = state.find_draw(draw) or state.root.draw()
+    on_phase(f"initialising {name}")
+    started, start = time.time(), clock()
+    with plain_errors(call):
+        variables, made = Initialising(prepared, call.method, now, programs.units).finish()
+    seconds = clock() - start
+    inputs, first = (prepared.args, prepared.kwargs), state.runs is None
+    run = records.of_init(
+        name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
+    )
+    return Initialised(run, now, replace(entry, variables=variables, made=made, updates={}, outdated=False))

@@ -1,0 +1,136 @@
+"""NNX modules that the session builds, as draws: on a magic's line, by `%flax_init`, and anew after `--fresh`.
+
+Works on one State and gives another; what is to be written into the user's own object comes back as a function.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from . import records, registry
+from .construct import Built, Recipe, keys_of
+from .errors import FlaxMagicsError
+from .execution import plain_errors
+from .keys import Draw
+from .models import adopt
+from .prepare import Call
+from .registry import Change, Entry
+from .run import Run
+from .state import State
+
+
+@dataclass(frozen=True)
+class Building:
+    """How modules are built: `clock` gives seconds, `on_phase` is told what begins."""
+
+    clock: Callable[[], float]
+    on_phase: Callable[[str], None]
+
+    def build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change]:
+        """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one."""
+        old = state.models.get(name)
+        if old is not None and old.built is not None and not old.stale:
+            print_ = recipe.print()
+            if print_ is not None and print_ == old.built.print:
+                return state, registry.unchanged(old)
+            # An edit: what the old keys give now is held against what is there.
+            module = recipe.build(old.built.keys)
+            built = Built.of(recipe, old.built.keys)
+            entry, change = registry.register_holding(old, name, adopted(module, name, recipe), built)
+            if change.state == "unchanged":
+                return replace(state, models={**state.models, name: replace(entry, built=built)}), change
+            if change.variables == "kept":
+                return replace(state, models={**state.models, name: entry}), change
+            changes = change.changes
+        else:
+            changes = ()
+        now = state.root.draw()
+        started, start = time.time(), self.clock()
+        keys = keys_of(now)
+        self.on_phase(f"building {name}")
+        model = adopted(recipe.build(keys), name, recipe)
+        run = records.of_build(
+            name, recipe, model, now, keys, started, self._since(start, model), first=state.runs is None
+        )
+        entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
+        if old is not None:
+            change = Change(name, "changed", changes, "own")
+        return state.after(run, now, entry, (name, now)), change
+
+    def rebuild(self, state: State, entry: Entry, call: Call, draw: Any) -> Rebuilt:
+        """`init` of a model that holds its variables: the same construction again, into the same object.
+
+        Raises:
+          FlaxMagicsError: the user's own code built the module.
+        """
+        name = entry.name
+        if entry.built is None:
+            cls = type(entry.model.module).__name__
+            raise FlaxMagicsError(
+                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew.",
+                write=f"del {name}     and run its cell again\n%flaxmodel {name} = {cls}(…)     without rngs: then the"
+                " session builds it",
+            )
+        recipe = entry.built.recipe
+        now = state.find_draw(draw) or state.root.draw()
+        self.on_phase(f"building {name}")
+        started, start = time.time(), self.clock()
+        keys = keys_of(now)
+        with plain_errors(call):
+            model = adopted(recipe.build(keys), name, recipe)
+        seconds = self._since(start, model)
+        run = records.of_build(
+            name,
+            recipe,
+            model,
+            now,
+            keys,
+            started,
+            seconds,
+            call,
+            replayed=draw is not None,
+            first=state.runs is None,
+        )
+        own: Any = entry.model
+        entry = replace(
+            entry, built=Built.of(recipe, keys), updates={}, outdated=False, stale=False, first=model.sample()
+        )
+        return Rebuilt(run, now, entry, lambda: own.become(model))
+
+    def _since(self, start: float, model: Any) -> float:
+        """Seconds since `start`, once what `model` holds is there."""
+        jax.block_until_ready(model.collections())
+        return self.clock() - start
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A module that was built anew: its run, the entry as it is to be kept, and what writes it into the user's object."""
+
+    run: Run
+    draw: Draw
+    entry: Entry
+    write: Callable[[], None]
+
+
+def renewed(entry: Entry, draw: Draw, *, taken: bool) -> Entry:
+    """The entry of a stale module with one that is built anew in `draw`; the user's own object is as it was.
+
+    Args:
+      taken: see `Draw.stream`, of `params` alone.
+    """
+    assert entry.built is not None
+    recipe = entry.built.recipe
+    keys = keys_of(draw, taken=taken)
+    model = adopted(recipe.build(keys), entry.name, recipe)
+    return replace(entry, model=model, built=Built.of(recipe, keys), stale=False, first=model.sample())
+
+
+def adopted(module: Any, name: str, recipe: Recipe) -> Any:
+    """The Model of a module that `recipe` built."""
+    return replace(adopt(module, name), written=recipe.text)  # type: ignore[type-var]
