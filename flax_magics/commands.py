@@ -151,8 +151,7 @@ FLAX_KEY = Command(
 
 FLAX_EXPORT = Command(
     "%flax_export",
-    "%flax_export [options]         shows the session as a plain Flax script\n"
-    "%flax_export [options] FILE    writes it",
+    "%flax_export [options]         shows the session as a plain Flax script\n%flax_export [options] FILE    writes it",
     "The cells that ran, in the order in which they ran, with plain JAX and Flax in the place of each command: the split of "
     "the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and prints for each "
     "run the digest that the session had. Magics and shell lines become comments; what cannot be exported is said in its "
@@ -169,8 +168,7 @@ FLAX_EXPORT = Command(
 )
 
 COMMANDS = {
-    command.name: command
-    for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_SUMMARY, FLAX_KEY, FLAX_EXPORT)
+    command.name: command for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_SUMMARY, FLAX_KEY, FLAX_EXPORT)
 }
 
 MEANINGS = (

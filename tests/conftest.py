@@ -126,12 +126,12 @@ def notebook(shell: Any, capsys: Any) -> Iterator[Notebook]:
 @pytest.fixture
 def digests_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run's digest is taken while its output is there."""
-    from flax_magics.sessions import Session
+    from flax_magics.history import Chain
 
-    commit = Session._commit
+    add = Chain.add
 
-    def taking(self: Session, run: Any, *args: Any, **kwargs: Any) -> None:
+    def taking(chain: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
         assert run.digest
-        commit(self, run, *args, **kwargs)
+        return add(chain, run, *args, **kwargs)
 
-    monkeypatch.setattr(Session, "_commit", taking)
+    monkeypatch.setattr(Chain, "add", staticmethod(taking))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from exporting import assert_same, exported, printed
+from exporting import assert_same
 
 MODEL = """\
 %%flaxmodel

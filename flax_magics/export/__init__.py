@@ -19,12 +19,14 @@ import jax
 from ..journal import Executed
 from ..models import variable_name
 from ..run import Run
-from .commands import Model
 from .layout import Item, digest_function, import_lines, joined
+from .ledger import Ledger
 from .matching import match
 from .names import Free, binds, mentioned
 from .ours import Ours
+from .page import Model
 from .reading import Source, Transform, indent_of, read_cell, reread
+from .scope import Scope
 from .scribe import Scribe, label_of
 from .script import Script
 from .story import Story
@@ -83,8 +85,12 @@ def export_cells(
     executions = match([(cell, source) for cell, source in zip(cells, sources, strict=True)], runs)
     _cut(executions)
     story = Story.of(runs, executions, restarts)
-    script = Script(story, models, scribe, ours, seed)
-    script.ever = {name for e in executions for step in e.steps for name in binds(step.statement)}
+    ever = {name for execution in executions for step in execution.steps for name in binds(step.statement)}
+    own = {scribe.root, *(name for model in models.values() for name in (model.name, model.variables))}
+    unexported: list[str] = []
+    script = Script(
+        story, models, scribe, ours, Scope(own, ever), Ledger(story, scribe, seed, unexported), unexported=unexported
+    )
     for execution in executions:
         script.execution(execution)
     lines = _whole(script, used, trees)
@@ -147,7 +153,9 @@ def _models(
             variables = free.take(*(("variables", long) if len(linen) == 1 else (long,)))
         free.used.add(variables)
         added = any(run.model == name and run.made is not None and run.made.added for run in runs)
-        out[name] = Model(instance, module, False, variables, first_key=free.take(f"{instance}_init_key") if added else "")
+        out[name] = Model(
+            instance, module, False, variables, first_key=free.take(f"{instance}_init_key") if added else ""
+        )
     return out
 
 
@@ -174,7 +182,11 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str
     body = joined(script.blocks)
     text = "\n".join(body)
     read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
-    read |= {node.value.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    read |= {
+        node.value.id
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
     mine = [ast.parse(line).body[0] for line in ours]
     needed = [statement for statement in script.imports if _is_needed(statement, read, trees)]
     at = script.first_jax
@@ -192,7 +204,8 @@ def _leaves(script: Script) -> set[str]:
     """What the results have besides arrays: see `digest_function`."""
     found: set[str] = set()
     for run in script.story.runs:
-        if run.command == "key" or (run.command == "init" and run.model in script.models and script.models[run.model].holds):
+        model = script.models.get(run.model or "")
+        if run.command == "key" or (run.command == "init" and model is not None and model.holds):
             found.add("keys")
         found |= run.spelling.returns if run.spelling is not None else set()
     return found
@@ -205,9 +218,7 @@ def _is_needed(statement: ast.Import | ast.ImportFrom, read: set[str], trees: Se
     names = binds(statement)
     if not names or names & read:
         return True
-    return not any(
-        isinstance(node, ast.Name) and node.id in names for tree in trees for node in ast.walk(tree)
-    )
+    return not any(isinstance(node, ast.Name) and node.id in names for tree in trees for node in ast.walk(tree))
 
 
 def _docstring(script: Script) -> Iterator[str]:

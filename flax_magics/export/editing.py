@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from .matching import begin
 from .names import binds, reads
 from .reading import Foreign, Site, Source, blocks
 from .scribe import indented
@@ -132,11 +133,6 @@ class Edit:
     def _indent(self, statement: ast.stmt) -> str:
         line = self.source.text.split("\n")[begin(statement) - 1]
         return line[: len(line) - len(line.lstrip())]
-
-
-def begin(statement: ast.stmt) -> int:
-    """The first line of a statement, its decorators included."""
-    return min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
 
 
 def _own(function: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[str]:

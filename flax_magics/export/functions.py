@@ -104,11 +104,13 @@ class Function:
     """A function of the script.
 
     Attributes:
-      versions: of the names that it depends on, when it was written.
+      versions: of the names that it was traced with; where one of them changes, it has to be written again.
+      every: the same with those whose change it sees by itself.
     """
 
     name: str
     versions: Mapping[str, int] = field(default_factory=dict)
+    every: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,10 @@ def cloned(scribe: Scribe, name: str, module: Any, fields: Settings) -> str:
             given.setdefault(first, []).append((rest, value))
         else:
             given[first] = value
-    items = [f"{first}={_inner(scribe, f'{name}.{first}', getattr(module, first, None), value)}" for first, value in given.items()]
+    items = [
+        f"{first}={_inner(scribe, f'{name}.{first}', getattr(module, first, None), value)}"
+        for first, value in given.items()
+    ]
     return f".clone({', '.join(items)})"
 
 
@@ -158,7 +161,10 @@ def _inner(scribe: Scribe, expression: str, held: Any, value: Any) -> str:
             nested.setdefault(first, []).append((rest, setting))
         else:
             nested[first] = setting
-    items = [f"{first}={_inner(scribe, f'{expression}.{first}', getattr(held, first, None), v)}" for first, v in nested.items()]
+    items = [
+        f"{first}={_inner(scribe, f'{expression}.{first}', getattr(held, first, None), v)}"
+        for first, v in nested.items()
+    ]
     return f"dataclasses.replace({', '.join([expression, *items])})"
 
 

@@ -49,13 +49,13 @@ def match(cells: Sequence[tuple[Executed, Source]], runs: Sequence[Run]) -> list
         ran = _as_far_as_it_ran(cell, source, steps)
         queue = list(range(cell.first, min(cell.end, len(runs))))
         for i, step in enumerate(ran):
-            later = [s.site for s in ran[i + 1 :] if s.site is not None and _single(s.site)]
+            later = [site for s in ran[i + 1 :] for site in _inside(source, s) if _single(site)]
             if step.failed:
                 continue
             if step.site is not None:
                 _take_one(step, step.site, queue, runs)
                 continue
-            inside = [s for s in source.sites.values() if step.statement in s.path]
+            inside = _inside(source, step)
             if not isinstance(step.statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 _take_many(step, [*inside, *reversed(functions)], later, queue, runs)
             functions += [s for s in inside if s.in_function is not None]
@@ -72,15 +72,16 @@ def _as_far_as_it_ran(cell: Executed, source: Source, steps: list[Step]) -> list
     if line < 1:  # the command of the cell's first line failed, once the body had run
         steps[-1].failed = True
         return steps
-    ran = [step for step in steps if _begin(step.statement) <= line]
+    ran = [step for step in steps if begin(step.statement) <= line]
     if ran:
         ran[-1].failed = True
     return ran
 
 
-def _begin(statement: ast.stmt) -> int:
-    decorators = getattr(statement, "decorator_list", [])
-    return min([statement.lineno, *(d.lineno for d in decorators)])
+def begin(statement: ast.stmt) -> int:
+    """The first line of a statement, its decorators included."""
+    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
 
 
 def _single(site: Site) -> bool:
@@ -103,12 +104,30 @@ def _take_one(step: Step, site: Site, queue: list[int], runs: Sequence[Run]) -> 
     del queue[: found + 1]
 
 
+def _inside(source: Source, step: Step) -> list[Site]:
+    """The places of commands in a statement, functions that it only defines left out."""
+    if step.site is not None:
+        return [step.site]
+    return [site for site in source.sites.values() if step.statement in site.path]
+
+
+def _repeats(site: Site) -> bool:
+    """Whether a place can make more than one run in one execution of its statement."""
+    return any(
+        isinstance(node, (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef)) for node in site.path
+    )
+
+
 def _take_many(step: Step, places: list[Site], later: list[Site], queue: list[int], runs: Sequence[Run]) -> None:
+    used: set[Site] = set()
     while queue:
         run = runs[queue[0]]
-        site = next((place for place in places if place.matches(run)), None)
-        if site is None:
+        fitting = [place for place in places if place.matches(run) and (place not in used or _repeats(place))]
+        if not fitting:
             return
+        # Where lines are alike, each of them has run before one has run again.
+        site = next((place for place in fitting if place not in used), fitting[0])
+        used.add(site)
         needed = sum(1 for other in later if other.matches(run))
         if needed and sum(1 for index in queue if site.matches(runs[index])) <= needed:
             return

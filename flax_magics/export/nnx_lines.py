@@ -91,6 +91,6 @@ def function(scribe: Scribe, held: Held, mode: str, several: bool) -> tuple[Want
     scribe.needs.add("nnx")
     # The mode is the module's own: a run in another one traces the function again.
     key = (held.model, names, tuple(parameters), arguments.static, tuple(body))
-    return Wanted(key, names, "nnx.jit", tuple(parameters), arguments.static, tuple(body), frozenset()), arguments
-
-
+    return Wanted(
+        key, names, "nnx.jit", tuple(parameters), arguments.static, tuple(body), frozenset({held.model})
+    ), arguments

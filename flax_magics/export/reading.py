@@ -169,7 +169,8 @@ def _opened(name: str, line: str, body: str, transform: Transform) -> Source:
     if name in AS_BODY:
         inner = read_cell(body, transform)
         names = line.split()[:1] if name == "capture" and not line.startswith("-") else []
-        gone = {ast.Pass(): Foreign(ast.Pass(), (), names=tuple(names))} if names else {}
+        nowhere: ast.stmt = ast.Pass()
+        gone = {nowhere: Foreign(nowhere, (), names=tuple(names))} if names else {}
         return Source(
             inner.text,
             inner.tree,

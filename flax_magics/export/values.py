@@ -50,10 +50,7 @@ def lines_of(
             return [line, *after]
     if not scribe.digests and target and pair is None and not given:
         return [*scribe.fit(f"{target} {value.before}", value.items, value.after), *after]
-    if not scribe.digests and not target:
-        output = "_"
-    else:
-        output = name if plain else scribe.variable("output", "result")
+    output = name if plain else scribe.variable("output", "result") if target or scribe.digests else "_"
     left = output if pair is None else f"{output}, {pair}"
     lines = [*scribe.fit(f"{left} = {value.before}", value.items, value.after), *after]
     if given:

@@ -66,10 +66,14 @@ def notice_bundle(found: notice.Notice, style: str) -> dict[str, Any]:
 def script_bundle(code: str, style: str) -> dict[str, Any]:
     """The MIME bundle of Python code: as Markdown, every notebook gives it the colours of its cells."""
     fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", code)), 3)
-    return {"text/plain": code} if style == "text" else {
-        "text/plain": code,
-        "text/markdown": f"{fence}python\n{code}{fence}\n",
-    }
+    return (
+        {"text/plain": code}
+        if style == "text"
+        else {
+            "text/plain": code,
+            "text/markdown": f"{fence}python\n{code}{fence}\n",
+        }
+    )
 
 
 def registered_bundle(models: Sequence[registered.Registered], style: str) -> dict[str, Any]:
