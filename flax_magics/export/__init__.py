@@ -187,10 +187,11 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
-    mine = [ast.parse(line).body[0] for line in ours]
+    apart = script.first_jax is not None and script.first_jax >= 0
+    mine = [ast.parse(line).body[0] for line in ours if not (apart and line in script.plain)]
     needed = [statement for statement in script.imports if _is_needed(statement, read, trees)]
-    at = script.first_jax
-    if at is None or at < 0:
+    at = script.first_jax or 0
+    if not apart:
         imports = import_lines([*needed, *mine], scribe.unit)  # type: ignore[list-item]
         blocks = [[Item(imports)], head, *script.blocks]
     else:

@@ -48,6 +48,9 @@ def lines(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
     return apply(page, site, model, indices)
 
 
+_ANY = "nnx.Rngs(params=0, dropout=1)"
+
+
 def _register(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
     """`%flaxmodel net = Net(8)`, and what a cell registers by itself."""
     scribe = page.scribe
@@ -55,9 +58,13 @@ def _register(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
     lines: list[str] = []
     for registered in page.states if name == MODELS else (name,):
         model = page.models.get(registered)
-        if model is not None and model.name != registered and not model.holds:
-            page.assigned.add(model.name)
+        if model is None or model.name == registered or (model.holds and indices):
+            continue
+        if not model.holds:
             lines.append(f"{model.name} = {registered}()")
+        elif page.states.get(registered) != "unchanged":
+            lines.append(f"{model.name} = {nnx_runs.with_rngs(f'{registered}()', _ANY)}")
+        page.assigned.add(model.name)
     for index in indices:
         run = page.story.runs[index]
         model = page.models[run.model or name]
@@ -78,6 +85,6 @@ def _register(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
             return []
         # An edit that kept the values: the keys do not matter, the streams do.
         scribe.needs.add("nnx")
-        written = nnx_runs.with_rngs(written, "nnx.Rngs(params=0, dropout=1)")
+        written = nnx_runs.with_rngs(written, _ANY)
     page.assigned.add(name)
     return [f"{name} = {written}"]

@@ -36,6 +36,10 @@ def passed(call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> Passed:
     outside: list[str] = []
     static: list[str] = []
     place = 0
+    if any(name in ("*", "**") for name, _ in call.arguments):
+        # Which of them come by `**`, only the call itself knows.
+        written = {name for name, _ in call.arguments}
+        static += [name for name in sorted(spelling.static - written) if name.isidentifier() and name not in spelling.parameters]
     for argument in call.arguments:
         name, text = argument.name, one_line(argument.text)
         if name in ("*", "**"):

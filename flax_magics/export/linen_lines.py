@@ -100,11 +100,12 @@ def _mapped(scribe: Scribe, before: str, items: list[str], keys: list[str], draw
 
 def _bound(scribe: Scribe, before: str, items: list[str], axes: Sequence[str]) -> list[str]:
     """Around a model that names a mapped axis: the axis with one element, which stands for this device."""
-    outputs = f"{before}{', '.join(items)})"
-    for name in sorted(axes):
-        outputs = f"jax.vmap(lambda: {outputs}, axis_name={scribe.text(name)}, axis_size=1)()"
-        outputs = f"jax.tree.map(lambda leaf: leaf[0], {outputs})" if name == sorted(axes)[-1] else outputs
-    return [f"return {outputs}"]
+    lines = ["def one_device():", *(scribe.unit + line for line in scribe.fit(f"return {before}", items, ")", 2)), ""]
+    mapped = "one_device"
+    for axis in sorted(axes):
+        mapped = f"jax.vmap({mapped}, axis_name={scribe.text(axis)}, axis_size=1)"
+    first = ", ".join("0" for _ in axes)
+    return [*lines, f"outputs = {mapped}()", f"return jax.tree.map(lambda leaf: leaf[{first}], outputs)"]
 
 
 def _names(called: Called, mode: str, several: bool, draws: int | None) -> tuple[str, ...]:

@@ -122,12 +122,12 @@ def _made(page: Page, site: Site, model: Model, called: Called, runs: Sequence[R
             raise CannotSay("its first run added variables to those that were there, and the others did not")
         page.assigned.add(model.variables)
         scribe.needs.add("traverse_util")
-        fresh = scribe.variable("more_variables")
+        flat = scribe.variable("flat_variables")
         first = replace(called, spelling=added[0].spelling or called.spelling)
         before, items = linen_lines.init_items(scribe, first, model.first_key or params)
-        old, new = (f"traverse_util.flatten_dict({name})" for name in (model.variables, fresh))
-        lines += scribe.fit(f"{fresh} = {before}", items, ")")
-        lines += [f"{model.variables} = traverse_util.unflatten_dict({{**{new}, **{old}}})"]
+        lines += scribe.fit(f"{flat} = traverse_util.flatten_dict({before}", items, "))")
+        lines.append(f"{flat}.update(traverse_util.flatten_dict({model.variables}))")
+        lines.append(f"{model.variables} = traverse_util.unflatten_dict({flat})")
     return lines
 
 

@@ -83,13 +83,14 @@ def function(scribe: Scribe, held: Held, mode: str, several: bool) -> tuple[Want
     parameters = [name for name in parameters if name not in starred] + starred
     path = ".".join((held.model, *held.call.method))
     body = scribe.fit(f"return {path}(", items, ")", 1)
+    # The mode is the module's own, unless the call has it as an argument.
+    mode = mode if held.spelling.arguments else "as written"
     verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
     if held.call.method:
         verb = held.call.method[-1] if mode == "as written" else f"{verb}_{held.call.method[-1]}"
     long = f"{verb}_{held.model}"
     names = (long,) if several else (verb, long)
     scribe.needs.add("nnx")
-    # The mode is the module's own: a run in another one traces the function again.
     key = (held.model, names, tuple(parameters), arguments.static, tuple(body))
     return Wanted(
         key, names, "nnx.jit", tuple(parameters), arguments.static, tuple(body), frozenset({held.model})

@@ -108,7 +108,8 @@ class Scribe:
         self.needs.add("jax")
         root = "_" if stay else self.root
         line = f"{root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"
-        return [*self.folds(streams, taken=taken), line]
+        ahead = ["# The first run below makes this draw; its other keys are for that."] if stay else []
+        return [*ahead, *self.folds(streams, taken=taken), line]
 
     def start(self, seed: int) -> str:
         """The root key at draw 1 of `seed`."""

@@ -36,6 +36,7 @@ class Script:
       unexported: what could not be exported, each with its reason.
       first_jax: the block that our own imports have to follow; -1 for none, where no setting came before JAX's import.
       functions: jitted functions, by `Wanted.key`; `of_site` has those of each place.
+      plain: the session's own `import` statements, one module each.
       written: texts of cells → versions of the names that they bound, once they had run.
     """
 
@@ -52,6 +53,7 @@ class Script:
     functions: dict[Any, Function] = field(default_factory=dict)
     of_site: dict[Site, Wanted] = field(default_factory=dict)
     written: dict[str, Mapping[str, int]] = field(default_factory=dict)
+    plain: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.page = Page(self.scribe, self.story, self.models, self._define)
@@ -172,9 +174,12 @@ class Script:
                 self.unexported.append(f"{_first(statement, source)}: {reason}")
         self.ledger.after(step)
         if code:
-            bound = binds(statement) if step.site is None else self._targets(step.site)
             lost = {name for _, names in edit.left_out for name in names}
-            self._bind(bound - lost, statement)
+            if step.site is None:
+                self._bind(binds(statement) - lost, statement)
+            else:
+                for made in ast.parse("\n".join(lines)).body:
+                    self._bind(self._targets(step.site) & binds(made), made)
         block += self._before
         if lines or gap:
             apart = code and isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
@@ -205,6 +210,8 @@ class Script:
         )
         if any(module.partition(".")[0] in ("jax", "flax") for module in modules) and self.first_jax is None:
             self.first_jax = len(self.blocks) - 1 if self._unsafe else -1
+        if isinstance(statement, ast.Import):
+            self.plain |= {ast.unparse(ast.Import([alias])) for alias in statement.names}
         ours = any(module.partition(".")[0] == "flax_magics" for module in modules)
         rebound = any(name in self.scope.versions for name in binds(statement) if name not in self.scope.imported)
         if ours or rebound or (self._unsafe and modules != ["__future__"]):
