@@ -366,6 +366,8 @@ def _make_both(
             begun = begin(job, programs, since)
         if begun is not None and begun.building is not None:
             since = programs.clock()
+        # What the program takes to compile is what has to be waited for, so it comes first.
+        making.begin()
         on_phase(f"initialising {start.entry.name}")
     variables, made = making.finish()
     seconds = programs.clock() - since

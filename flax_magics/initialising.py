@@ -25,7 +25,7 @@ from .workers import Future
 
 
 class Initialising:
-    """Variables that are being made: `finish` gives them. The units of their program are compiled meanwhile.
+    """Variables that are being made: `begin` has the units of their program compiled, `finish` gives them.
 
     Args:
       prepared: the call, made ready for an init.
@@ -38,21 +38,29 @@ class Initialising:
         self._draw, self._taken = draw, taken
         self._traced: TracedInit | None = None
         self._running: Running | None = None
+        self._units: Units | None = None
         try:
             init = (prepared.model, shape_of_key(draw.impl), method, prepared.args, prepared.kwargs)
             self._traced = ahead.take(*init) or trace_init(*init)
         except Exception:  # `module.init` raises it, or does without a trace
             return
         if can_run(self._traced):
-            self._running = Running(self._traced, units)
+            self._units = units
 
     @property
     def expected(self) -> Mapping[str, Any] | None:
         """The variables, shapes in place of arrays that are to be computed; None where only running can tell."""
-        return None if self._running is None or self._traced is None else self._traced.variables
+        return None if self._units is None or self._traced is None else self._traced.variables
+
+    def begin(self) -> None:
+        """Has what there is to compile compiled, on other threads."""
+        if self._units is not None and self._running is None:
+            assert self._traced is not None
+            self._running = Running(self._traced, self._units)
 
     def finish(self) -> tuple[dict[str, Any], Initialised]:
         """The variables, once the device has them, and how they were made."""
+        self.begin()
         key = self._draw.stream("params", taken=self._taken)
         prepared = self._prepared
         if self._running is not None:
