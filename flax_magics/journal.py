@@ -82,16 +82,18 @@ class Journal:
     def cells(self, shell: Any) -> list[Executed]:
         """All executions so far, the running one last; those from before this journal as the shell's history has them."""
         out = list(self.executed)
+        # The number that IPython shows: 7.34 counts after the cell, 9 before it.
+        number = shell.displayhook.prompt_count if self._open else shell.execution_count
         if self._open:
             text, first = self._open[0]
-            out.append(Executed(shell.execution_count, text, first, _runs(), None, None, tuple(self._registered)))
+            out.append(Executed(number, text, first, _runs(), None, None, tuple(self._registered)))
         known = {cell.number for cell in out}
         history = list(getattr(shell.history_manager, "input_hist_raw", ()))
         failed = getattr(shell.history_manager, "exceptions", {})  # IPython 9 keeps them
         earlier = [
             Executed(n, text, error=str(failed[n].get("ename", "an error")) if n in failed else None)
             for n, text in enumerate(history)
-            if n and n not in known and n < shell.execution_count
+            if n and n not in known and n < number
         ]
         # Stable: cells without a number stay where they are.
         return _in_order(earlier, out)

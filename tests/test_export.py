@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from exporting import assert_same
+from exporting import assert_same, printed
 
 MODEL = """\
 %%flaxmodel
@@ -202,3 +202,187 @@ def test_the_session_in_the_users_own_code(notebook, tmp_path):
     )
     notebook("y = %flax_apply my_model(x)")
     assert_same(notebook, tmp_path)
+
+
+SHARP_BITS = """\
+import hashlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def print_digest(call, result):
+  \"""Prints a digest of the bits of a result, by which two runs can be compared.\"""
+  hasher = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
+    path = jax.tree_util.keystr(path)
+    array = np.asarray(leaf, order="C")
+    header = f"{path}\\0{array.dtype.name}{list(array.shape)}\\0"
+    hasher.update(header.encode() + array.tobytes())
+  print(f"{call:<19}  {hasher.hexdigest()[:16]}")
+
+
+x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
+
+
+class MyModel(nn.Module):
+  num_neurons: int
+  training: bool
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(self.num_neurons)(x)
+    return nn.Dropout(rate=0.5, deterministic=not self.training)(x)
+
+
+my_model = MyModel(num_neurons=3, training=False)
+
+
+@jax.jit
+def apply(variables, x):
+  return my_model.apply(variables, x)
+
+
+@jax.jit
+def train(variables, x, dropout_key):
+  return my_model.clone(training=True).apply(variables, x, rngs={"dropout": dropout_key})
+
+
+root_key = jax.random.key(0)
+root_key, params_key, dropout_key = jax.random.split(root_key, 3)
+variables = my_model.init(params_key, x)
+y = apply(variables, x)
+print_digest("my_model(x)", y)
+
+# once more
+root_key, params_key, dropout_key = jax.random.split(root_key, 3)
+y_train = train(variables, x, dropout_key)
+print_digest("train my_model(x)", y_train)
+"""
+
+
+def test_the_notebook_of_the_sharp_bits_is_the_code_that_it_has_by_hand(notebook, tmp_path):
+    notebook(MODEL)
+    notebook("y = %flax_apply my_model(x)")
+    notebook("# once more\ny_train = %flax_apply --train my_model(x)\ny_train")
+    script = assert_same(notebook, tmp_path)
+    docstring, _, code = script.partition('"""\n\n')
+    assert code == SHARP_BITS
+    assert docstring.startswith('"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.\n')
+    assert max(map(len, script.splitlines())) <= 100
+
+
+def test_names_of_the_users_own_are_left_alone(notebook, tmp_path):
+    notebook(MODEL)
+    notebook("root_key, variables, apply, np, updates = 1, 2, 3, 4, 5")
+    notebook("y = %flax_apply my_model(x)")
+    notebook("print(root_key, variables, apply)")
+    script = assert_same(notebook, tmp_path)
+    assert "session_root_key, session_params_key, session_dropout_key = " in script
+    assert "my_model_variables = my_model.init(session_params_key, x)\n" in script
+
+
+def test_a_setting_before_jax_is_imported_stays_before_it(notebook, tmp_path):
+    notebook("%reset -f")
+    notebook("import os\nos.environ['A_SETTING'] = '1'\nimport jax, flax.linen as nn")
+    notebook("x = jax.random.uniform(jax.random.key(42), (3, 4))\nnet = nn.Dense(2)\n%flaxmodel net")
+    notebook("y = %flax_apply net(x)")
+    # The first cells of this notebook import JAX without a setting before.
+    script = assert_same(notebook, tmp_path)
+    assert script.index("import jax") < script.index("os.environ")
+
+
+def test_nested_models_of_several_cells_and_a_helper_that_changes(notebook, tmp_path):
+    block = """\
+%%flaxmodel
+class Block(nn.Module):
+  width: int = 4
+  @nn.compact
+  def __call__(self, x):
+    return nn.relu(nn.Dense(self.width)(x))
+"""
+    net = """\
+%%flaxmodel
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(2)(Block()(x)))
+"""
+    for cell in (block, net, "y = %flax_apply --train Net(x)", "y = %flax_apply Block(x)"):
+        notebook(cell)
+    for cell in (block.replace("relu", "tanh"), "y = %flax_apply --train Net(x)\ny = %flax_apply Block(x)"):
+        notebook(cell)
+    assert_same(notebook, tmp_path)
+
+
+def test_switches_in_a_config_mapped_axes_and_starred_arguments(notebook, tmp_path):
+    notebook("""\
+import dataclasses
+@dataclasses.dataclass(frozen=True)
+class Config:
+  width: int = 4
+  deterministic: bool = True
+""")
+    notebook("""\
+%%flaxmodel net = Net(Config())
+class Net(nn.Module):
+  config: Config
+  @nn.compact
+  def __call__(self, x, n=1, kind='a'):
+    x = nn.Dense(self.config.width)(x) * n if kind == 'a' else x
+    for _ in range(n):
+      x = nn.BatchNorm(use_running_average=self.config.deterministic, axis_name='batch')(x)
+    return nn.Dropout(0.5, deterministic=self.config.deterministic)(x)
+""")
+    notebook("y = %flax_apply --train net(x)\ny = %flax_apply --eval net(x, 2)")
+    notebook("args, given = (x,), {'n': 1}\ny = %flax_apply net(*args, **given)")
+    notebook("kind = 'a'\ny = %flax_apply net(x, kind=kind)")
+    script = assert_same(notebook, tmp_path)
+    assert "net.clone(config=dataclasses.replace(net.config, deterministic=False)).apply(" in script
+
+
+def test_branches_and_assignments_of_every_kind(notebook, tmp_path):
+    notebook(NORMED)
+    notebook("""\
+results = {}
+try:
+    if len(x) > 2:
+        results['a'] = %flax_apply --train normed(x)
+    else:
+        y = %flax_apply --train normed(x)
+finally:
+    first, *rest = %flax_apply --eval normed(x)
+    total: jax.Array = %flax_apply --eval normed(x)
+""")
+    notebook("for width in (3, 4):\n    m = nn.Dense(width)\n    %flaxmodel m\n    y = %flax_apply m(x)")
+    assert_same(notebook, tmp_path)
+
+
+def test_what_only_a_notebook_knows_is_left_out_with_its_reason(notebook, tmp_path):
+    notebook(MODEL)
+    notebook("y = %flax_apply -o run my_model(x)")
+    notebook("print(run.timing)\nprint(Out)\nawait_me = 1")
+    notebook("s = %flax_summary -q my_model(x)\nprint(s.flops)\nawait_me += 1")
+    script = assert_same(notebook, tmp_path)
+    for lines in (
+        "# Left out: `run` is not there (it is a Run of the session).\n# print(run.timing)\n",
+        "# Left out: `Out` is the notebook's own.\n# print(Out)\n",
+        "# Left out: its value is a report of %flax_summary.\n# s = %flax_summary -q my_model(x)\n",
+        "# Left out: `s` is not there (its value is a report of %flax_summary).\n# print(s.flops)\n",
+    ):
+        assert lines in script
+    assert script.endswith("await_me += 1\n")
+
+
+def test_without_digests_it_is_shorter_still(notebook, tmp_path):
+    notebook(NORMED)
+    notebook("y = %flax_apply --train normed(x)\n%flax_apply --eval normed(x);")
+    path = tmp_path / "plain.py"
+    notebook(f"%flax_export --plain {path}")
+    script = path.read_text()
+    assert "hashlib" not in script
+    assert "\ny, updates = train_normed(variables, x, dropout_key)\nvariables = {**variables, **updates}\n" in script
+    assert "\nevaluate(variables, x)\n" in script
+    assert printed(script, tmp_path) == []

@@ -38,7 +38,8 @@ class Exported:
 
     Attributes:
       text: the whole of it.
-      cells, runs: how many executions of cells and how many runs it is made of.
+      cells: how many executions of cells left something in it.
+      runs: how many there were.
       unexported: what could not be exported, each with its reason.
     """
 
@@ -74,7 +75,7 @@ def export_cells(
     inits = _init_targets(sources, runs)
     used = mentioned(trees) - set(inits.values())
     free = Free(used | set(registered))
-    quotes = Counter(letter for letter in everything if letter in "'\"")
+    quotes = Counter(letter for cell in cells for letter in cell.text if letter in "'\"")
     scribe = Scribe(free, indent_of(everything), "'" if quotes["'"] > quotes['"'] else '"', digests)
     models = _models(registered, runs, free, inits)
     ours = Ours()
@@ -94,7 +95,8 @@ def export_cells(
     for execution in executions:
         script.execution(execution)
     lines = _whole(script, used, trees)
-    return Exported("\n".join(lines) + "\n", len(executions), len(runs), tuple(script.unexported))
+    written = sum(any(item.lines for item in block) for block in script.blocks)
+    return Exported("\n".join(lines) + "\n", written, len(runs), tuple(script.unexported))
 
 
 def _cut(executions: Sequence[Any]) -> None:
@@ -175,10 +177,11 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str
     ours = [_MODULES[name] for name in sorted(scribe.needs)]
     head: list[Item] = []
     if scribe.digests and script.story.runs:
-        ours += ["import hashlib", "import jax", "import numpy as np"]
+        taken = "np" in used and not any(_binds_numpy(statement) for statement in script.imports)
+        ours += ["import hashlib", "import jax", "import numpy" if taken else "import numpy as np"]
         width = max(len(label_of(run.call, run.mode)) for run in script.story.runs) + 2
         width = min(max(width, 12), 48)
-        head.append(Item(digest_function(scribe, width, _leaves(script)), apart=True))
+        head.append(Item(digest_function(scribe, width, _leaves(script), "numpy" if taken else "np"), apart=True))
     body = joined(script.blocks)
     text = "\n".join(body)
     read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
@@ -199,6 +202,11 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str
         here = import_lines(mine, scribe.unit)  # type: ignore[arg-type]
         blocks = [[Item(imports)], *script.blocks[: at + 1], [Item(here)], head, *script.blocks[at + 1 :]]
     return [*_docstring(script), "", *joined([block for block in blocks if any(item.lines for item in block)])]
+
+
+def _binds_numpy(statement: ast.Import | ast.ImportFrom) -> bool:
+    names = statement.names if isinstance(statement, ast.Import) else []
+    return any((alias.name, alias.asname) == ("numpy", "np") for alias in names)
 
 
 def _leaves(script: Script) -> set[str]:

@@ -39,7 +39,8 @@ def passed(call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> Passed:
     if any(name in ("*", "**") for name, _ in call.arguments):
         # Which of them come by `**`, only the call itself knows.
         written = {name for name, _ in call.arguments}
-        static += [name for name in sorted(spelling.static - written) if name.isidentifier() and name not in spelling.parameters]
+        unknown = sorted(spelling.static - written - set(spelling.parameters))
+        static += [name for name in unknown if name.isidentifier()]
     for argument in call.arguments:
         name, text = argument.name, one_line(argument.text)
         if name in ("*", "**"):

@@ -77,18 +77,19 @@ def _section(module: str) -> int:
     return 0 if first == "__future__" else 1 if first in sys.stdlib_module_names else 2
 
 
-def digest_function(scribe: Scribe, width: int, has: Container[str]) -> list[str]:
+def digest_function(scribe: Scribe, width: int, has: Container[str], np: str = "np") -> list[str]:
     """The function that prints the digest of one run: what `flax_magics.run.digest_of` states, on little-endian machines.
 
     Args:
       width: of the column before the digest.
       has: `keys` and `objects`, where some result has leaves that are such.
+      np: what NumPy is called.
     """
-    before, update = "", "hasher.update("
+    before = ""
     inner = ["path = jax.tree_util.keystr(path)"]
     if "objects" in has:
         inner += [
-            "if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):",
+            f"if not isinstance(leaf, (jax.Array, {np}.ndarray, {np}.generic, bool, int, float, complex)):",
             '\thasher.update(f"{path}\\0{leaf!r}\\0".encode())',
             "\tcontinue",
         ]
@@ -100,8 +101,9 @@ def digest_function(scribe: Scribe, width: int, has: Container[str]) -> list[str
         ]
         before = "{key_type}"
     inner += [
-        'array = np.asarray(leaf, order="C")',
-        f'{update}f"{{path}}\\0{before}{{array.dtype.name}}{{list(array.shape)}}\\0".encode() + array.tobytes())',
+        f'array = {np}.asarray(leaf, order="C")',
+        f'header = f"{{path}}\\0{before}{{array.dtype.name}}{{list(array.shape)}}\\0"',
+        "hasher.update(header.encode() + array.tobytes())",
     ]
     lines = [
         f"def {scribe.digest}(call, result):",

@@ -114,7 +114,8 @@ def _inside(source: Source, step: Step) -> list[Site]:
 def _repeats(site: Site) -> bool:
     """Whether a place can make more than one run in one execution of its statement."""
     return any(
-        isinstance(node, (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef)) for node in site.path
+        isinstance(node, (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in site.path
     )
 
 

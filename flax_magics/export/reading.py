@@ -35,7 +35,7 @@ class Site:
       call: its call, where it takes one.
       target: what stands left of its value, with the sign: `y =`, `total +=`; empty if nothing does.
       path: the compound statements and functions that it is inside, outermost first.
-      quiet: its value was not to be shown.
+      line: what stands after the command's name.
     """
 
     statement: ast.stmt
@@ -44,7 +44,7 @@ class Site:
     call: ParsedCall | None
     target: str
     path: tuple[ast.stmt, ...]
-    quiet: bool = False
+    line: str = ""
 
     @property
     def draws(self) -> bool:
@@ -271,12 +271,12 @@ def _site(
     try:
         given = read(command, line if command.takes == "call" else line.rstrip("; "))
         if given.help or (not given.rest and name in ("flax_apply", "flax_init")):
-            return Site(statement, "help", given, None, target, path)
+            return Site(statement, "help", given, None, target, path, line)
         bare = name == "flax_summary" and given.rest.rstrip("; ").isidentifier()
         call = parse_call(given.rest, command.name) if command.takes == "call" and not bare else None
     except FlaxMagicsError:
         return None
-    return Site(statement, name, given, call, target, path, ends_quietly(line))
+    return Site(statement, name, given, call, target, path, line)
 
 
 def _magic(statement: ast.stmt, name: str, line: str, target: str) -> Foreign:

@@ -167,7 +167,7 @@ class Script:
         self._prepare(step)
         edit = Edit(source, self._command, self.scope.missing)
         self._declared = edit.declared
-        lines, code = edit.statement(statement)
+        lines, code = self._checked(*edit.statement(statement), edit, binds(statement))
         for reason, names in edit.left_out:
             self.scope.lose(names, reason or "a magic or the shell makes it")
             if reason:
@@ -186,6 +186,15 @@ class Script:
             if isinstance(statement, ast.Expr) and code and len(lines) >= 1:
                 lines[-1] = lines[-1].rstrip().rstrip(";")
             block.append(Item([*gap, *lines], apart, blank))
+
+    def _checked(self, lines: list[str], code: bool, edit: Edit, names: set[str]) -> tuple[list[str], bool]:
+        """The lines of a statement, as comments where they are no Python outside of a notebook: `await` at the top."""
+        try:
+            compile("\n".join(lines), "<script>", "exec", dont_inherit=True)
+        except SyntaxError as error:
+            edit.left_out.append((f"outside of a notebook it is no Python: {error.msg}", names))
+            return [f"# Left out: {edit.left_out[-1][0]}.", *commented(lines)], False
+        return lines, code
 
     def _bind(self, names: Iterable[str], statement: ast.stmt) -> None:
         self.scope.bind(names, statement, len(self.blocks) - 1, self.page.states)
@@ -239,13 +248,15 @@ class Script:
             lines = commands.lines(self.page, site, indices)
         except CannotSay as error:
             return self._cannot(site, str(error), indices)
+        if site.given.options.get("out"):
+            self.scope.lose([site.given.options["out"]], "it is a Run of the session")
         function = site.in_function
         if function is not None and lines:
             self._declared.setdefault(function, set()).update(self.page.assigned)
         return [*self._inline, *lines], bool(lines)
 
     def _cannot(self, site: Site, reason: str, indices: Sequence[int]) -> tuple[list[str], bool]:
-        line = f"{site.target} %{site.name} {site.given.rest}".strip()
+        line = f"{site.target} %{site.name} {site.line}".strip()
         shown = " ".join(line.split())
         self.scope.lose(binds(site.statement), f"{reason}")
         self.unexported.append(f"{shown}: {reason}")
