@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -73,7 +73,9 @@ def of_apply(call: Call, done: Execution) -> Spelling:
     init_arguments: Settings = ()
     init_fields: Settings = ()
     if done.made is not None and not holds:
-        init_arguments, init_fields = _of_init(call, done.entry.model)
+        # With the keys that `--key` adds, and without the switches of the run.
+        given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
+        init_arguments, init_fields = _of_init(replace(call, kwargs=given), done.entry.model)
     written = () if holds else tuple(sorted(done.updates))
     return Spelling(
         parameters=tuple(positional_names(prepared.signature, len(call.args))),
