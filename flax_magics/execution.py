@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,20 +10,21 @@ from typing import Any
 import jax
 from flax import errors as flax_errors
 
+from . import starting
 from .draws import by_hand, left_behind
 from .errors import FlaxMagicsError, did_you_mean
-from .initialising import Initialising
 from .keys import SPLIT, Draw, Series, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
-from .models import SOWN, Ask, Commit, MissingVariables, Record
+from .models import SOWN, Commit, MissingVariables, Record
 from .models.axes import inside
-from .notes import SeenKeys, join, made_of, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
-from .prepare import Call, Prepared, prepare, prepare_init
+from .notes import SeenKeys, join, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
+from .prepare import Call, Prepared, prepare
 from .program import Programs, devices_of, name_devices
-from .ready import Job, Ready, begin, compiled, eager, finish
-from .registry import Entry, check_variables
+from .ready import Ready
+from .registry import Entry
 from .roofline import devices_in, dtype_of, limits
 from .run import Cause, Cost, Limits, Made, Memory, Note, Steady, Timing
+from .starting import Wanted, make_both, make_ready, with_added
 
 REPEAT = 20
 """Runs of `--roofline` by itself."""
@@ -103,22 +103,6 @@ class Execution:
     """What the run changed in a model that holds its own variables, None if nothing is to be kept."""
 
 
-@dataclass(frozen=True)
-class _Start:
-    """Variables to run with, and how they came about in this draw."""
-
-    entry: Entry
-    variables: Mapping[str, Any]
-    made: Made | None = None
-    seconds: float = 0.0
-    taken: bool = False
-    """The draw's `params` key went into variables: the run's own `params` stream must be another."""
-    making: Initialising | None = None
-    """Variables that are being made; until they are, `variables` is empty."""
-    since: float = 0.0
-    """When that began, on the clock of the programs."""
-
-
 def execute(
     entry: Entry,
     call: Call,
@@ -147,21 +131,22 @@ def execute(
         )
     call = _with_keys(entry, call, options, draw)
     prepared = prepare(entry.name, entry.model, call, options.mode)
+    wanted = Wanted(call, prepared, options, draw, programs, on_phase)
     with plain_errors(call):
-        start = _start(entry, call, options, draw, programs, on_phase, params_taken)
+        start = starting.start(entry, wanted, params_taken=params_taken)
         ready: Ready | None = None
         if start.making is not None:
-            start, ready = _make_both(start, start.making, prepared, call, options, draw, programs, on_phase)
+            start, ready = make_both(start, start.making, wanted)
         while True:
             try:
                 if ready is None:
-                    ready = _make_ready(start, prepared, call, options, draw, programs, on_phase)
+                    ready = make_ready(start, wanted)
                 wait, busy = _wait(entry.name, ready, programs, on_phase)
                 on_phase(f"running {entry.name}")
                 (output, updates), times = _run(ready, options.runs, programs, call)
                 break
             except MissingVariables as error:
-                start, ready = _with_added(start, call, options, draw, programs, error), None
+                start, ready = with_added(start, wanted, error), None
     _check_clash(entry, options, ready)
     devices = devices_in((output, updates))
     limits = _limits(devices, ready, programs, on_phase) if options.roofline else None
@@ -310,147 +295,6 @@ def _check_clash(entry: Entry, options: Options, ready: Ready) -> None:
             f"{entry.name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
             write=f"{both[0]} = %flax_key {both[0]}",
         )
-
-
-def _start(
-    entry: Entry,
-    call: Call,
-    options: Options,
-    draw: Draw | Series,
-    programs: Programs,
-    on_phase: Callable[[str], None],
-    params_taken: bool,
-) -> _Start:
-    """The variables to run with: given, there, or initialised in this draw."""
-    held = entry.model.take()
-    if held is not None:
-        if options.variables is not None:
-            held = entry.model.read_state(entry.name, options.variables)
-        return _Start(entry, held, taken=params_taken or "params" in options.key)
-    if options.variables is not None:
-        check_variables(entry.name, options.variables)
-        return _Start(entry, options.variables, taken=params_taken)
-    if entry.variables is not None:
-        return _Start(entry, entry.variables, taken=params_taken or "params" in options.key)
-    if "params" in options.key:
-        raise FlaxMagicsError(
-            f"--key params: in this draw that key initialises `{entry.name}`.", write=f"%flax_init {call.text}"
-        )
-    on_phase(f"initialising {entry.name}")
-    prepared = prepare_init(entry.name, entry.model, call)
-    since = programs.clock()
-    # An init that the session opened and whose variables were dropped since has used this key already.
-    making = Initialising(prepared, call.method, draw.first, programs.units, taken=params_taken)
-    return _Start(entry, {}, taken=True, making=making, since=since)
-
-
-def _make_both(
-    start: _Start,
-    making: Initialising,
-    prepared: Prepared,
-    call: Call,
-    options: Options,
-    draw: Draw | Series,
-    programs: Programs,
-    on_phase: Callable[[str], None],
-) -> tuple[_Start, Ready | None]:
-    """Makes the variables while the program is compiled, for which their shapes are enough.
-
-    The program is None where it has to be made once the variables are there: they do not tell their shapes before, or
-    are not all that the call needs. Of the time until then, tracing both counts as trace, the rest as init.
-    """
-    begun, since = None, start.since
-    if making.expected is not None and not _op_by_op(options):
-        job = _job(start, making.expected, prepared, call, options, draw, on_phase)
-        with contextlib.suppress(MissingVariables):
-            begun = begin(job, programs, since)
-        if begun is not None and begun.building is not None:
-            since = programs.clock()
-        # What the program takes to compile is what has to be waited for, so it comes first.
-        making.begin()
-        on_phase(f"initialising {start.entry.name}")
-    variables, made = making.finish()
-    seconds = programs.clock() - since
-    entry = replace(start.entry, variables=variables, made=made, updates={}, outdated=False)
-    start = _Start(entry, variables, made_of(variables), seconds, taken=True)
-    return start, None if begun is None else finish(begun, programs, variables)
-
-
-def _with_added(
-    start: _Start, call: Call, options: Options, draw: Draw | Series, programs: Programs, error: MissingVariables
-) -> _Start:
-    """Adds the variables that a method needs and the first init did not make, from the first init's key."""
-    entry = start.entry
-    if options.variables is not None or (start.made is not None and start.made.added):
-        raise error.__cause__ or error
-    key = entry.made.key if entry.made is not None else draw.first.stream("params", taken=start.taken)
-    prepared = prepare_init(entry.name, entry.model, call)
-    begin = programs.clock()
-    fresh = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
-    jax.block_until_ready(fresh)
-    seconds = programs.clock() - begin
-    variables, added = merged(start.variables, fresh)
-    if not jax.tree_util.tree_leaves(added):
-        raise error.__cause__ or error
-    made = made_of(added, added=True)
-    return replace(
-        start, entry=replace(entry, variables=variables), variables=variables, made=made, seconds=seconds, taken=True
-    )
-
-
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`old` with what only `new` has, and that part alone. What is there is never replaced."""
-    both, added = dict(old), {}
-    for name, item in new.items():
-        if name not in old:
-            both[name] = added[name] = item
-        elif isinstance(item, Mapping) and isinstance(old[name], Mapping):
-            both[name], inside = merged(old[name], item)
-            if inside:
-                added[name] = inside
-    return both, added
-
-
-def _make_ready(
-    start: _Start,
-    prepared: Prepared,
-    call: Call,
-    options: Options,
-    draw: Draw | Series,
-    programs: Programs,
-    on_phase: Callable[[str], None],
-) -> Ready:
-    job = _job(start, start.variables, prepared, call, options, draw, on_phase)
-    return eager(job, programs) if _op_by_op(options) else compiled(job, programs)
-
-
-def _op_by_op(options: Options) -> bool:
-    return options.eager or bool(getattr(jax.config, "jax_disable_jit", False))
-
-
-def _job(
-    start: _Start,
-    variables: Mapping[str, Any],
-    prepared: Prepared,
-    call: Call,
-    options: Options,
-    draw: Draw | Series,
-    on_phase: Callable[[str], None],
-) -> Job:
-    entry = start.entry
-    return Job(
-        name=entry.name,
-        prepared=prepared,
-        method=call.method,
-        variables=variables,
-        mutable=frozenset(options.mutable),
-        draw=draw,
-        taken=start.taken,
-        keyed=frozenset(options.key if draw.size is not None else ()),
-        guess=entry.guesses.get((call.method, prepared.mode), Ask()),
-        forced=frozenset(name for method, name in entry.forced if method == call.method),
-        phase=lambda phase: on_phase(f"{phase} {entry.name}"),
-    )
 
 
 def _wait(name: str, ready: Ready, programs: Programs, on_phase: Callable[[str], None]) -> tuple[float, float]:

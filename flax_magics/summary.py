@@ -13,7 +13,7 @@ import jax
 from .arguments import Arguments
 from .edits import shapes_of_init
 from .errors import FlaxMagicsError
-from .execution import merged, plain_errors
+from .execution import plain_errors
 from .flops import Costs, Flops, loops, marks_in, pieces
 from .keys import Draw
 from .models import Ask, MissingVariables, Model, Record
@@ -22,6 +22,7 @@ from .prepare import Call, Prepared, prepare, prepare_init
 from .program import Request, trace
 from .ready import is_tracer_error, static_choices
 from .run import describe
+from .starting import merged
 
 if TYPE_CHECKING:
     from .registry import Entry
