@@ -7,6 +7,7 @@ from typing import Any
 
 from .cells import line_magic_transformer
 from .complete import Matcher, install, uninstall
+from .current import in_notebook
 from .library import library
 from .magics import FlaxMagics
 
@@ -27,6 +28,7 @@ def load(shell: Any) -> None:
     shell.events.register("post_run_cell", magics.reporter.end_cell)
     shell.events.register("post_run_cell", magics.journal.end)
     library.in_cells(True)
+    in_notebook(magics.executed)
     _loaded[shell] = magics, matcher
 
 
@@ -37,6 +39,7 @@ def unload(shell: Any) -> None:
     magics, matcher = _loaded.pop(shell)
     shell.events.unregister("pre_run_cell", magics.begin_cell)
     library.in_cells(False)
+    in_notebook(None)
     shell.events.unregister("pre_run_cell", magics.journal.begin)
     shell.events.unregister("post_run_cell", magics.journal.end)
     shell.events.unregister("post_run_cell", magics.reporter.end_cell)

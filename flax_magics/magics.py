@@ -211,6 +211,11 @@ class FlaxMagics(Magics):
             session.keep_on_disk(self.disk_cache)
         return session
 
+    def executed(self) -> tuple[Any, ...]:
+        """What an export is made of: the cells that ran, what makes Python of them, restarts, and the seed at first."""
+        shell = self.shell
+        return self.journal.cells(shell), shell.transform_cell, self.journal.restarts, self.seed
+
     @cached_property
     def _asked(self) -> Any:
         """What lines ask for, read by a module that imports JAX and Flax."""
@@ -372,14 +377,7 @@ class FlaxMagics(Magics):
         name = read_name(options.rest)
         if name is not None and given["cell"]:
             raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=f"%flax_export {name}")
-        script = export_cells(
-            self.session,
-            self.journal.cells(shell),
-            shell.transform_cell,
-            restarts=self.journal.restarts,
-            digests=not given["plain"],
-            seed=self.seed,
-        )
+        script = export_cells(self.session, *self.executed(), digests=not given["plain"])
         if name is not None:
             path = write(name, script.text, force=given["force"])
             self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path), self.style))

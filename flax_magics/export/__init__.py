@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from typing import Any
 
 import jax
 
+from .. import current
 from ..journal import Executed
 from ..models import variable_name
 from ..run import Run
+from .file import write
 from .layout import Item, digest_function, import_lines, joined
 from .ledger import Ledger
-from .matching import match
+from .matching import Execution, match
 from .names import Free, binds, mentioned
 from .ours import Ours
 from .page import Model
@@ -29,6 +32,7 @@ from .reading import Source, Transform, indent_of, read_cell, reread
 from .scope import Scope
 from .scribe import Scribe, label_of
 from .script import Script
+from .scripted import executions_of
 from .story import Story
 
 
@@ -53,10 +57,10 @@ def export_cells(
     session: Any,
     cells: Sequence[Executed],
     transform: Transform,
-    *,
     restarts: Sequence[int] = (),
-    digests: bool = True,
     seed: int = 0,
+    *,
+    digests: bool = True,
 ) -> Exported:
     """The script of a notebook's session.
 
@@ -67,36 +71,79 @@ def export_cells(
       digests: print a digest for each run.
       seed: what the root key started from, before any restart.
     """
-    runs: list[Run] = session.runs
     sources = [read_cell(cell.text, transform) for cell in cells]
-    everything = "\n".join(source.text for source in sources)
-    registered = session.models
-    trees = [source.tree for source in sources]
-    inits = _init_targets(sources, runs)
-    used = mentioned(trees) - set(inits.values())
-    free = Free(used | set(registered))
-    quotes = Counter(letter for cell in cells for letter in cell.text if letter in "'\"")
-    scribe = Scribe(free, indent_of(everything), "'" if quotes["'"] > quotes['"'] else '"', digests)
-    models = _models(registered, runs, free, inits)
-    ours = Ours()
-    for i, source in enumerate(sources):
-        if not source.opaque:
-            text = ours.replaced(source.text, source.tree, models, scribe.root)
-            sources[i] = source if text == source.text else reread(source, text)
-    executions = match([(cell, source) for cell, source in zip(cells, sources, strict=True)], runs)
+    begun = _Begun.of(session, sources, [cell.text for cell in cells], digests)
+    executions = match(list(zip(cells, map(begun.rewritten, sources), strict=True)), session.runs)
     _cut(executions)
-    story = Story.of(runs, executions, restarts)
-    ever = {name for execution in executions for step in execution.steps for name in binds(step.statement)}
-    own = {scribe.root, *(name for model in models.values() for name in (model.name, model.variables))}
-    unexported: list[str] = []
-    script = Script(
-        story, models, scribe, ours, Scope(own, ever), Ledger(story, scribe, seed, unexported), unexported=unexported
-    )
-    for execution in executions:
-        script.execution(execution)
-    lines = _whole(script, used, trees)
-    written = sum(any(item.lines for item in block) for block in script.blocks)
-    return Exported("\n".join(lines) + "\n", written, len(runs), tuple(script.unexported))
+    return begun.export(executions, restarts, seed)
+
+
+def export_script(session: Any, *, digests: bool = True) -> Exported:
+    """The script of a session that no cells made: see `executions_of`."""
+    executions = executions_of(session)
+    begun = _Begun.of(session, [e.source for e in executions], [executions[0].cell.text], digests)
+    begun.title = "The models and runs of a session"
+    return begun.export(executions, (), session.runs[0].seed if session.runs else session.seed)
+
+
+@dataclass(eq=False)
+class _Begun:
+    """What is known of a script before its first line: names and models."""
+
+    runs: Sequence[Run]
+    used: set[str]
+    trees: Sequence[ast.AST]
+    scribe: Scribe
+    models: Mapping[str, Model]
+    ours: Ours
+    title: str = "The cells of a notebook in the order in which they ran"
+
+    @classmethod
+    def of(cls, session: Any, sources: Sequence[Source], texts: Sequence[str], digests: bool) -> _Begun:
+        runs: list[Run] = session.runs
+        everything = "\n".join(source.text for source in sources)
+        trees = [source.tree for source in sources]
+        inits = _init_targets(sources, runs)
+        used = mentioned(trees) - set(inits.values())
+        free = Free(used | set(session.models))
+        quotes = Counter(letter for text in texts for letter in text if letter in "'\"")
+        scribe = Scribe(free, indent_of(everything), "'" if quotes["'"] > quotes['"'] else '"', digests)
+        return cls(runs, used, trees, scribe, _models(session.models, runs, free, inits), Ours())
+
+    def rewritten(self, source: Source) -> Source:
+        """A cell with what it asks of the session as the script has it."""
+        if source.opaque:
+            return source
+        text = self.ours.replaced(source.text, source.tree, self.models, self.scribe.root)
+        return source if text == source.text else reread(source, text)
+
+    def export(self, executions: Sequence[Execution], restarts: Sequence[int], seed: int) -> Exported:
+        """The script of these executions."""
+        story = Story.of(self.runs, executions, restarts)
+        ever = {name for execution in executions for step in execution.steps for name in binds(step.statement)}
+        own = {self.scribe.root, *(name for model in self.models.values() for name in (model.name, model.variables))}
+        left_out: list[str] = []
+        ledger = Ledger(story, self.scribe, seed, left_out)
+        script = Script(story, self.models, self.scribe, self.ours, Scope(own, ever), ledger, unexported=left_out)
+        for execution in executions:
+            script.execution(execution)
+        lines = _whole(script, self.used, self.trees, self.title)
+        written = sum(any(item.lines for item in block) for block in script.blocks)
+        return Exported("\n".join(lines) + "\n", written, len(self.runs), tuple(left_out))
+
+
+def of_session(
+    session: Any, file: str | os.PathLike[str] | None = None, *, plain: bool = False, force: bool = False
+) -> Exported:
+    """What `Session.export` gives: of the notebook's cells where `session` is that of a notebook."""
+    notebook = current.notebook_of(session)
+    if notebook is None:
+        script = export_script(session, digests=not plain)
+    else:
+        script = export_cells(session, *notebook(), digests=not plain)
+    if file is not None:
+        write(file, script.text, force=force)
+    return script
 
 
 def _cut(executions: Sequence[Any]) -> None:
@@ -171,7 +218,7 @@ _MODULES = {
 }
 
 
-def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str]:
+def _whole(script: Script, used: set[str], trees: Sequence[ast.AST], title: str) -> list[str]:
     """The script from its first line to its last."""
     scribe = script.scribe
     ours = [_MODULES[name] for name in sorted(scribe.needs)]
@@ -201,7 +248,7 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST]) -> list[str
         imports = import_lines(needed, scribe.unit)
         here = import_lines(mine, scribe.unit)  # type: ignore[arg-type]
         blocks = [[Item(imports)], *script.blocks[: at + 1], [Item(here)], head, *script.blocks[at + 1 :]]
-    return [*_docstring(script), "", *joined([block for block in blocks if any(item.lines for item in block)])]
+    return [*_docstring(script, title), "", *joined([block for block in blocks if any(item.lines for item in block)])]
 
 
 def _binds_numpy(statement: ast.Import | ast.ImportFrom) -> bool:
@@ -230,11 +277,11 @@ def _is_needed(statement: ast.Import | ast.ImportFrom, read: set[str], trees: Se
     return not any(isinstance(node, ast.Name) and node.id in names for tree in trees for node in ast.walk(tree))
 
 
-def _docstring(script: Script) -> Iterator[str]:
+def _docstring(script: Script, title: str) -> Iterator[str]:
     versions = f"jax {jax.__version__} and flax {importlib.metadata.version('flax')}"
-    yield '"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.'
+    yield f'"""{title}, as plain JAX and Flax.'
     yield ""
     yield f"Written by %flax_export, with {versions}."
     if script.scribe.digests and script.story.runs:
-        yield f"On the same versions and the same machine {script.scribe.digest} prints the digests of the notebook's runs."
+        yield f"On the same versions and the same machine {script.scribe.digest} prints the digests of the session's runs."
     yield '"""'
