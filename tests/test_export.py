@@ -383,6 +383,6 @@ def test_without_digests_it_is_shorter_still(notebook, tmp_path):
     notebook(f"%flax_export --plain {path}")
     script = path.read_text()
     assert "hashlib" not in script
-    assert "\ny, updates = train_normed(variables, x, dropout_key)\nvariables = {**variables, **updates}\n" in script
+    assert "\ny, updates = train(variables, x, dropout_key)\nvariables = {**variables, **updates}\n" in script
     assert "\nevaluate(variables, x)\n" in script
     assert printed(script, tmp_path) == []

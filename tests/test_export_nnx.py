@@ -34,7 +34,7 @@ def test_a_module_that_the_session_builds(notebook, tmp_path):
     notebook("y = %flax_apply net(x)\nh = %flax_apply net.embed(x)\ny = net(x)")
     script = assert_same(notebook, tmp_path)
     assert "net = Net(8, 3, rngs=nnx.Rngs(params=params_key, dropout=dropout_key))\n" in script
-    assert "nnx.reseed(net, policy='match_shape', dropout=dropout_key)\n" in script
+    assert 'nnx.reseed(net, policy="match_shape", dropout=dropout_key)\n' in script
 
 
 def test_a_module_of_the_users_own_in_a_loop(notebook, tmp_path):

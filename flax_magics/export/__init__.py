@@ -24,7 +24,7 @@ from ..run import Run
 from .file import write
 from .layout import Item, digest_function, import_lines, joined
 from .ledger import Ledger
-from .matching import Execution, match
+from .matching import Execution, Step, match
 from .names import Free, binds, mentioned
 from .ours import Ours
 from .page import Model
@@ -151,9 +151,13 @@ def _cut(executions: Sequence[Any]) -> None:
     if not executions:
         return
     steps = executions[-1].steps
-    asked = [i for i, step in enumerate(steps) if step.site is not None and step.site.name == "flax_export"]
+    asked = [i for i, step in enumerate(steps) if _asks(step)]
     if asked:
         del steps[asked[-1] :]
+
+
+def _asks(step: Step) -> bool:
+    return step.site.name == "flax_export" if step.site is not None else ".export(" in ast.unparse(step.statement)
 
 
 def _init_targets(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, str]:

@@ -51,21 +51,25 @@ def _starred(node: ast.stmt) -> set[str]:
 
 
 def mentioned(trees: Iterable[ast.AST]) -> set[str]:
-    """Every name that occurs in the code."""
-    out: set[str] = set()
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name):
-                out.add(node.id)
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                out.add(node.name)
-            elif isinstance(node, ast.arg):
-                out.add(node.arg)
-            elif isinstance(node, ast.alias):
-                out.add((node.asname or node.name).partition(".")[0])
-            elif isinstance(node, (ast.Global, ast.Nonlocal)):
-                out.update(node.names)
-    return out
+    """Every name that occurs in the code, but for those that only a class's methods have as their own."""
+    return {name for tree in trees for name in _mentioned(tree)}
+
+
+def _mentioned(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.alias):
+        yield (node.asname or node.name).partition(".")[0]
+    elif isinstance(node, (ast.Global, ast.Nonlocal)):
+        yield from node.names
+    for child in ast.iter_child_nodes(node):
+        method = isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+        own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))} if method else set()
+        yield from (name for name in _mentioned(child) if name not in own)
 
 
 def is_of_the_notebook(name: str) -> bool:
