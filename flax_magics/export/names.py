@@ -67,8 +67,9 @@ def _mentioned(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, (ast.Global, ast.Nonlocal)):
         yield from node.names
     for child in ast.iter_child_nodes(node):
-        method = isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
-        own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))} if method else set()
+        own: set[str] = set()
+        if isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))}
         yield from (name for name in _mentioned(child) if name not in own)
 
 
