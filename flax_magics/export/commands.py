@@ -23,6 +23,8 @@ def lines(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
     if site.name == "flaxmodel":
         return _register(page, site, indices)
     if not site.draws:
+        if site.name not in _LEAVING:
+            raise CannotSay("what it does has no lines in a script")
         if site.target:
             raise CannotSay(f"its value is a report of %{site.name}")
         return []
@@ -48,6 +50,18 @@ def lines(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
     return apply(page, site, model, indices)
 
 
+_LEAVING = (
+    "help",
+    "flax",
+    "flax_doctor",
+    "flax_export",
+    "flax_free",
+    "flax_history",
+    "flax_replay",
+    "flax_save",
+    "flax_summary",
+)
+"""Commands that leave the session as it was."""
 _ANY = "nnx.Rngs(params=0, dropout=1)"
 
 

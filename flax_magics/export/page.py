@@ -82,4 +82,7 @@ def common(runs: Sequence[Run]) -> Spelling:
     taken = {each.taken for each in spellings}
     if len(taken) > 1:
         raise CannotSay("its first run, which made the variables, had another `params` key than the others")
+    parts = sorted(name for name in last.static if not name.isidentifier() and name not in last.parameters)
+    if parts:
+        raise CannotSay(f"`{parts[0]}` is part of the program, and jax.jit takes no such part of an argument")
     return replace(last, streams=streams, mutable=mutable, kept=kept)
