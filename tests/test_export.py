@@ -118,6 +118,23 @@ def step(x, n):
     assert "    global root_key, variables\n" in script
 
 
+def test_a_function_defined_again_and_a_model_bound_anew(notebook, tmp_path):
+    step = "def step(x):\n    y = %flax_apply net(x)\n    return y"
+    for cell in (
+        "net = nn.Dense(2)\n%flaxmodel net",
+        step,
+        step,
+        "y = step(x)",
+        "y = step(x)",
+        "net = nn.Dense(3)",
+        "y = step(x)",
+        "net = nn.Dense(2)\n%flaxmodel net",
+        "y = step(x)\nfor _ in range(2): y = step(x)",
+    ):
+        notebook(cell)
+    assert assert_same(notebook, tmp_path).count("def step") == 1
+
+
 def test_options_of_one_run(notebook, tmp_path):
     notebook(MODEL)
     notebook("y = %flax_apply --train --draws 4 my_model(x)")

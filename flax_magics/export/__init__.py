@@ -73,7 +73,11 @@ def export_cells(
     """
     sources = [read_cell(cell.text, transform) for cell in cells]
     begun = _Begun.of(session, sources, [cell.text for cell in cells], digests)
-    executions = match(list(zip(cells, map(begun.rewritten, sources), strict=True)), session.runs)
+    rewritten: list[Source] = []
+    for source in sources:
+        same = next((known for known in rewritten if known.only_defines and known.raw == source.raw), None)
+        rewritten.append(same or begun.rewritten(source))
+    executions = match(list(zip(cells, rewritten, strict=True)), session.runs)
     _cut(executions)
     return begun.export(executions, restarts, seed)
 

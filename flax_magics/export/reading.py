@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..call import ParsedCall, parse_call
@@ -122,6 +122,7 @@ class Source:
       sites, foreign: where commands and the magics of others stand, by statement.
       above: lines of comment that stand for cell magics.
       opaque: it is no Python, and `above` is all that there is.
+      raw: the text as IPython made it of the cell, before anything of it was replaced.
       offset: how many lines of `text` less there were where the code that ran counts them (see `Executed.line`).
     """
 
@@ -132,6 +133,13 @@ class Source:
     above: tuple[str, ...] = ()
     opaque: bool = False
     offset: int = 0
+    raw: str = ""
+
+    @property
+    def only_defines(self) -> bool:
+        """Whether it is functions, classes and imports alone: run again it is the same once more."""
+        plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        return bool(self.tree.body) and all(isinstance(statement, plain) for statement in self.tree.body)
 
 
 def read_cell(raw: str, transform: Transform) -> Source:
@@ -254,14 +262,14 @@ def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> 
                 foreign[statement] = Foreign(
                     statement, _shown(f"{target} {ast.unparse(value)}"), names=_names(statement)
                 )
-    return Source(text, tree, sites, foreign, above, offset=offset)
+    return Source(text, tree, sites, foreign, above, offset=offset, raw=text)
 
 
 def reread(source: Source, text: str) -> Source:
     """The same cell with another text, of as many lines."""
     found = _found(text, ast.parse(text), source.above, source.offset)
     captured = {node: gone for node, gone in source.foreign.items() if not gone.shown and gone.names}
-    return Source(text, found.tree, found.sites, {**found.foreign, **captured}, source.above, False, source.offset)
+    return replace(source, text=text, tree=found.tree, sites=found.sites, foreign={**found.foreign, **captured})
 
 
 def _site(
