@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import history, records
+import jax
+
+from . import history, masks, records
+from . import origin as origins
 from .building import renewed
 from .errors import FlaxMagicsError
 from .execution import Execution, Options, execute, plain_errors
+from .history import Kept
 from .initialising import Initialising
 from .keys import Draw, Series
 from .models import Commit
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
+from .origin import Origin, bytes_of, of_apply, without_variables
 from .prepare import Call, prepare_init
 from .program import Programs
 from .recompiling import WINDOW, of_programs
@@ -29,18 +34,22 @@ class Applied:
 
     Attributes:
       draw: what it took from the root key.
-      entry: the model as it is to be kept.
+      after: the model as it is to be kept.
       done: what the run found.
       write: what writes a module that was built anew into the user's own object; None where none was.
       commit: what the run changed in a module that holds its own variables.
+      kept: the run as the session keeps it.
+      how: what replays of its kind have in common.
     """
 
     run: Run
     draw: Draw | Series
-    entry: Entry
+    after: Entry
     done: Execution
     write: Callable[[], None] | None
     commit: Commit | None
+    kept: Kept
+    how: origins.Applied
 
 
 def apply(
@@ -83,6 +92,8 @@ def apply(
             own.become(new)
 
     notes = (*notes, *done.notes)
+    if replayed is not None:
+        notes = (*notes, *_of_masks(state, replayed, done))
     if entry.outdated and done.made is None and options.variables is None:
         notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
     if done.causes:
@@ -99,7 +110,16 @@ def apply(
         replayed=replayed is not None,
         first=state.runs is None,
     )
-    return Applied(run, now, kept, done, write, done.commit)
+    origin = of_apply(entry, options, done, call.method)
+    assert isinstance(origin.how, origins.Applied)
+    return Applied(run, now, kept, done, write, done.commit, Kept(run, origin, origin.how.size), origin.how)
+
+
+def _of_masks(state: State, draw: Draw, done: Execution) -> Iterator[Note]:
+    """Where a run with an earlier draw's keys drew other numbers than that draw's own run."""
+    for kept in history.of_draw(state.runs, draw.seed, draw.number)[-1:]:
+        if kept.record is not None:
+            yield from masks.compare(draw.number, kept.record, done.ready.record)
 
 
 def _series(state: State, begin: Draw, options: Options) -> Series:
@@ -119,6 +139,7 @@ class Initialised:
     run: Run
     draw: Draw
     entry: Entry
+    kept: Kept
 
 
 def init(
@@ -148,4 +169,7 @@ def init(
     run = records.of_init(
         name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
     )
-    return Initialised(run, now, replace(entry, variables=variables, made=made, updates={}, outdated=False))
+    how = origins.Initialised(without_variables(entry), call.method)
+    size = sum(map(bytes_of, jax.tree_util.tree_leaves(inputs)))
+    entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
+    return Initialised(run, now, entry, Kept(run, Origin(how, []), size))

@@ -73,7 +73,21 @@ def options(
     return Options(mode, mutable, None, key, draw, draws, repeat, eager, roofline)
 
 
-def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace) -> Any:
+def replay_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace) -> Any:
+    """What `%flax_replay` is of, as `Session.replay` takes it: of the name of a Run it is that run itself.
+
+    Raises:
+      FlaxMagicsError: nothing has been drawn, or `text` is none of these.
+    """
+    value = local_ns.get(text, user_ns.get(text))
+    if text != "last" and isinstance(value, Run):
+        return value
+    if not len(session):
+        raise FlaxMagicsError("nothing has been drawn in this session that could be run again.", write="%flax_history")
+    return text if text == "last" else draw_of(text, session, user_ns, local_ns, "%flax_replay")
+
+
+def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace, command: str = "--draw") -> Any:
     """`--draw`: a number, `last`, `seed:N`, or the name of a Run, as `Session.apply` takes it."""
     seed, colon, number = text.rpartition(":")
     if number.isdigit() and (not colon or seed.lstrip("-").isdigit()):
@@ -83,4 +97,4 @@ def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace
     value = local_ns.get(text, user_ns.get(text))
     if isinstance(value, Run):
         return value.seed, value.draw
-    raise FlaxMagicsError(f"--draw takes a number, last, seed:N or the name of a Run, not `{text}`.")
+    raise FlaxMagicsError(f"{command} takes a number, last, seed:N or the name of a Run, not `{text}`.")

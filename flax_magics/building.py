@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 
-from . import records, registry
+from . import origin, records, registry
 from .construct import Built, Recipe, keys_of
 from .errors import FlaxMagicsError
 from .execution import plain_errors
+from .history import Kept
 from .keys import Draw
 from .models import adopt
+from .origin import Origin, bytes_of
 from .prepare import Call
 from .registry import Change, Entry
 from .run import Run
@@ -31,21 +33,24 @@ class Building:
     clock: Callable[[], float]
     on_phase: Callable[[str], None]
 
-    def build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change]:
-        """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one."""
+    def build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change, Kept | None]:
+        """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one.
+
+        Also what became of the name, and the run, if it was built.
+        """
         old = state.models.get(name)
         if old is not None and old.built is not None and not old.stale:
             print_ = recipe.print()
             if print_ is not None and print_ == old.built.print:
-                return state, registry.unchanged(old)
+                return state, registry.unchanged(old), None
             # An edit: what the old keys give now is held against what is there.
             module = recipe.build(old.built.keys)
             built = Built.of(recipe, old.built.keys)
             entry, change = registry.register_holding(old, name, adopted(module, name, recipe), built)
             if change.state == "unchanged":
-                return replace(state, models={**state.models, name: replace(entry, built=built)}), change
+                return replace(state, models={**state.models, name: replace(entry, built=built)}), change, None
             if change.variables == "kept":
-                return replace(state, models={**state.models, name: entry}), change
+                return replace(state, models={**state.models, name: entry}), change, None
             changes = change.changes
         else:
             changes = ()
@@ -60,7 +65,8 @@ class Building:
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
         if old is not None:
             change = Change(name, "changed", changes, "own")
-        return state.after(run, now, entry, (name, now)), change
+        kept = _kept(name, recipe, run)
+        return state.after(kept, now, entry, (name, now)), change, kept
 
     def rebuild(self, state: State, entry: Entry, call: Call, draw: Any) -> Rebuilt:
         """`init` of a model that holds its variables: the same construction again, into the same object.
@@ -100,12 +106,18 @@ class Building:
         entry = replace(
             entry, built=Built.of(recipe, keys), updates={}, outdated=False, stale=False, first=model.sample()
         )
-        return Rebuilt(run, now, entry, lambda: own.become(model))
+        return Rebuilt(run, now, entry, lambda: own.become(model), _kept(name, recipe, run))
 
     def _since(self, start: float, model: Any) -> float:
         """Seconds since `start`, once what `model` holds is there."""
         jax.block_until_ready(model.collections())
         return self.clock() - start
+
+
+def _kept(name: str, recipe: Recipe, run: Run) -> Kept:
+    """A construction as the session keeps it."""
+    size = sum(map(bytes_of, jax.tree_util.tree_leaves(run.inputs)))
+    return Kept(run, Origin(origin.Built(name, recipe, recipe.print()), []), size)
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,7 @@ class Rebuilt:
     draw: Draw
     entry: Entry
     write: Callable[[], None]
+    kept: Kept
 
 
 def renewed(entry: Entry, draw: Draw, *, taken: bool) -> Entry:

@@ -12,6 +12,8 @@ DRAW = Option(
     metavar="N",
 )
 
+QUIET_REPLAY = Option("--quiet", "show nothing; the Run is the value", short="-q")
+
 FLAX = Command(
     "%flax",
     "%flax",
@@ -167,8 +169,46 @@ FLAX_EXPORT = Command(
     takes="file",
 )
 
+FLAX_HISTORY = Command(
+    "%flax_history",
+    "%flax_history [options] [MODEL]",
+    "Every draw of the session, oldest first: what drew, the streams that were taken with the first word of their keys, "
+    "input shapes, the output's digest, cell and time. Runs of one cell that are alike are one row. Marked are draws that "
+    "were run again, and draws of cells that were run again or edited since. A command that failed drew nothing.",
+    (
+        Option("--last", "the last N runs alone", metavar="N", type=int),
+        Option("--all", "all rows, where there are more than 60"),
+    ),
+    ("%flax_history", "%flax_history --last 5"),
+    takes="model",
+)
+
+FLAX_REPLAY = Command(
+    "%flax_replay",
+    "%flax_replay [options] N     a draw's number, last, seed:N, or the name of a Run",
+    "Runs a draw again, with its keys, its variables and its inputs, and says whether every bit is the same: identical, or "
+    "which leaves differ and by how much. Moves nothing: the root key, variables, models and the draws stay as they are. "
+    "Gives the Run.\n\n"
+    "What it runs is the model as it was, also after an edit. Inputs and overwritten variables are kept up to "
+    "FlaxMagics.replay_bytes, the oldest let go first; what is gone is said.",
+    (BIND, QUIET_REPLAY),
+    ("%flax_replay 1", "run = %flax_replay last"),
+    takes="draw",
+)
+
 COMMANDS = {
-    command.name: command for command in (FLAX, FLAXMODEL, FLAX_INIT, FLAX_APPLY, FLAX_SUMMARY, FLAX_KEY, FLAX_EXPORT)
+    command.name: command
+    for command in (
+        FLAX,
+        FLAXMODEL,
+        FLAX_INIT,
+        FLAX_APPLY,
+        FLAX_SUMMARY,
+        FLAX_KEY,
+        FLAX_HISTORY,
+        FLAX_REPLAY,
+        FLAX_EXPORT,
+    )
 }
 
 MEANINGS = (
@@ -180,5 +220,7 @@ MEANINGS = (
     ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
     ("%flax_export [FILE]", "the session as a plain Flax script"),
+    ("%flax_history", "every draw so far: keys, inputs, digest, cell, time"),
+    ("%flax_replay N", "runs a draw again, and says whether every bit is the same"),
 )
 """What `%flax` lists."""

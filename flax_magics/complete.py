@@ -101,8 +101,10 @@ def _options(command: Command, start: str, given: set[str]) -> list[str]:
 
 def _targets(command: Command, start: str, models: Mapping[str, ModelNames]) -> list[str]:
     names: list[str] = []
-    if command.takes == "call":
+    if command.takes in ("call", "model"):
         names = list(models)
+    elif command.takes == "draw":
+        names = ["last"]
     elif command.takes == "stream":
         names = [*STREAMS, *(stream for model in models.values() for stream in model.streams)]
     return [name for name in dict.fromkeys(names) if name.startswith(start)]

@@ -1,29 +1,72 @@
-"""Runs as a session keeps them: without keeping their arrays alive."""
+"""Runs as a session keeps them: facts held, outputs weakly, and what a replay needs for as long as there is room for it."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from .run import GONE, Cause, Run
+from .models import Record
+from .origin import Origin
+from .run import GONE, Cause, Run, describe
 
 
 class Kept:
-    """One run: its facts held, its arrays (inputs, output, what was sown) held weakly.
+    """One run: its facts held, its output and what was sown held weakly.
+
+    Its inputs, and the variables that it ran with, are held until `let_go`: then weakly, and not at all. They are held as
+    leaves, so that a dict that is changed later is not what a replay gets; arrays of NumPy, which may be, are copied.
 
     The Run in a user's hands holds its own arrays; as long as it lives, the session gives that very object.
+
+    Args:
+      origin: what a replay needs besides keys and inputs, None for a key.
+      size: bytes that holding on to that and to the inputs may take, at most.
+      inputs: tree structure and leaves of the inputs, where they are those of an earlier run.
+
+    Attributes:
+      facts: the fields of the Run.
+      origin, inputs: see above; None once they were let go of.
+      record: what an apply was seen to ask for, None for every other run.
+      replays: how often it was run again, and whether any of these gave other bits.
     """
 
-    __slots__ = ("_inputs", "_output", "_run", "_sown", "facts")
+    __slots__ = (
+        "_output",
+        "_run",
+        "_shapes",
+        "_sown",
+        "_weak",
+        "facts",
+        "inputs",
+        "origin",
+        "record",
+        "replays",
+        "size",
+    )
 
-    def __init__(self, run: Run) -> None:
+    def __init__(
+        self, run: Run, origin: Origin | None = None, size: int = 0, inputs: tuple[Any, list[Any]] | None = None
+    ) -> None:
         self._run = weakref.ref(run)
         self.facts = {**run.__dict__, "output": GONE, "inputs": GONE, "sown": {}}
         self._output = _weakly(run.output)
-        self._inputs = _weakly(run.inputs)
         self._sown = _weakly(dict(run.sown)) if run.sown else None
+        self._shapes: str | None = None
+        self.replays = (0, False)
+        self.origin = origin
+        self.record: Record | None = None if origin is None else origin.record
+        self.size = size
+        self._weak: _Weak | None = None
+        self.inputs = inputs
+        if origin is None:
+            self._weak = _weakly(run.inputs)
+        elif inputs is None:
+            leaves, treedef = jax.tree_util.tree_flatten(run.inputs)
+            self.inputs = treedef, list(map(own, leaves))
 
     def run(self) -> Run:
         """The run; an array that nobody holds any more makes its whole field `GONE`."""
@@ -33,8 +76,49 @@ class Kept:
         sown = GONE if self._sown is None else _held(self._sown)
         run = object.__new__(Run)
         run.__dict__.update(self.facts)
-        run.__dict__.update(output=_held(self._output), inputs=_held(self._inputs), sown={} if sown is GONE else sown)
+        run.__dict__.update(output=self.output(), inputs=self._inputs(), sown={} if sown is GONE else sown)
         return run
+
+    def output(self) -> Any:
+        """What the run gave, `GONE` where nobody holds it any more."""
+        run = self._run()
+        return _held(self._output) if run is None else run.output
+
+    def _inputs(self) -> Any:
+        if self.inputs is not None:
+            return jax.tree_util.tree_unflatten(*self.inputs)
+        return GONE if self._weak is None else _held(self._weak)
+
+    @property
+    def shapes(self) -> str:
+        """Dtypes and shapes of the inputs, which outlive them: `float32[3,4,4], train=True`."""
+        if self._shapes is None:
+            try:
+                self._shapes = describe_inputs(self._inputs())
+            except Exception:  # a type of the user's own that cannot be put together again
+                self._shapes = "…"
+        return self._shapes
+
+    def let_go(self) -> None:
+        """Lets go of what a replay needs. Inputs that somebody else holds can still be read."""
+        if self.inputs is not None:
+            self._shapes = self.shapes
+            treedef, leaves = self.inputs
+            self._weak = treedef, list(map(_reference, leaves))
+        self.origin = self.inputs = None
+
+
+def describe_inputs(inputs: Any) -> str:
+    """Dtypes and shapes of `(args, kwargs)`; empty where they are gone."""
+    if inputs is GONE:
+        return ""
+    args, kwargs = inputs
+    return ", ".join([*map(describe, args), *(f"{name}={describe(value)}" for name, value in kwargs.items())])
+
+
+def own(leaf: Any) -> Any:
+    """The leaf, a copy of one that may be changed where it is."""
+    return leaf.copy() if type(leaf) is np.ndarray else leaf
 
 
 _Weak = tuple[Any, list[tuple[Any, Any]]]
@@ -74,9 +158,9 @@ class Chain(NamedTuple):
     length: int
 
     @staticmethod
-    def add(chain: Chain | None, run: Run) -> Chain:
+    def add(chain: Chain | None, kept: Kept) -> Chain:
         """`chain` with one more run."""
-        return Chain(Kept(run), chain, 1 if chain is None else chain.length + 1)
+        return Chain(kept, chain, 1 if chain is None else chain.length + 1)
 
 
 def newest(chain: Chain | None, n: int) -> list[Run]:
@@ -86,6 +170,40 @@ def newest(chain: Chain | None, n: int) -> list[Run]:
         out.append(chain.kept.run())
         chain = chain.before
     return out[::-1]
+
+
+def backwards(chain: Chain | None) -> Iterator[Kept]:
+    """Every run, newest first."""
+    while chain is not None:
+        yield chain.kept
+        chain = chain.before
+
+
+def of_draw(chain: Chain | None, seed: int, number: int) -> list[Kept]:
+    """The runs that took draw `number` of `seed`, in order: one, or an init and the apply that went on with its draw.
+
+    Where a seed was started again it is the last time that counts.
+    """
+    newest: Kept | None = None
+    for kept in backwards(chain):
+        facts = kept.facts
+        if facts["replayed"]:
+            continue
+        if newest is not None:
+            return [kept, newest] if _shared(facts, newest.facts) else [newest]
+        if facts["seed"] == seed and facts["draw"] <= number < facts["draw"] + (facts["draws"] or 1):
+            newest = kept
+    return [] if newest is None else [newest]
+
+
+def _shared(init: Any, apply: Any) -> bool:
+    """Whether an apply went on with the draw that an init opened."""
+    if (init["command"], apply["command"], init["model"]) != ("init", "apply", apply["model"]):
+        return False
+    opened, taken = getattr(init["keys"], "draw", None), apply["keys"].draw.first
+    if opened is None:  # a module that was built holds its keys, not what they were drawn from
+        return bool((init["seed"], init["draw"]) == (taken.seed, taken.number))
+    return opened is taken
 
 
 def causes_of(chain: Chain | None, model: str, n: int, reach: int = 500) -> list[tuple[str, tuple[Cause, ...]]]:

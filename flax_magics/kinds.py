@@ -12,6 +12,7 @@ KINDS = {
     "nan params": "params hold NaN after init",
     "scalar": "a Python number stands where an array was",
     "programs": "new programs keep being compiled for other shapes, dtypes or values of an argument",
+    "masks": "with the keys of an earlier draw, a layer drew other numbers than in that draw's run",
     "outdated": "variables are from before an edit",
     "rebound": "the name stands for another module than was registered",
 }

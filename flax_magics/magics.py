@@ -15,8 +15,19 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from traitlets import Bool, Dict, Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression
+from .celllog import CellLog, Rerun
 from .cells import displayed, displayed_quietly, run_body, run_statements_with_call
-from .commands import FLAX, FLAX_APPLY, FLAX_EXPORT, FLAX_INIT, FLAX_KEY, FLAX_SUMMARY, FLAXMODEL
+from .commands import (
+    FLAX,
+    FLAX_APPLY,
+    FLAX_EXPORT,
+    FLAX_HISTORY,
+    FLAX_INIT,
+    FLAX_KEY,
+    FLAX_REPLAY,
+    FLAX_SUMMARY,
+    FLAXMODEL,
+)
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
 from .journal import Journal
@@ -44,7 +55,8 @@ def command(spec: Command) -> Callable[[Any], Any]:
             try:
                 # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
                 options = read(spec, line if spec.takes == "call" else line.rstrip("; "))
-                if options.help or (not line.strip() and cell is None and spec not in (FLAX, FLAX_KEY, FLAX_EXPORT)):
+                bare = not line.strip() and cell is None
+                if options.help or (bare and spec not in (FLAX, FLAX_KEY, FLAX_HISTORY, FLAX_EXPORT)):
                     self.reporter.publish({"text/plain": spec.render_help()})
                     return None
                 return function(self, line, options, cell, self.shell.user_ns if local_ns is None else local_ns)
@@ -139,8 +151,15 @@ class FlaxMagics(Magics):
         True, help="Whether compiled programs are kept on disk, so that a restarted kernel does not compile them again."
     ).tag(config=True)
 
+    replay_bytes = Int(
+        256_000_000,
+        min=0,
+        help="How many bytes are kept of what only %flax_replay needs: inputs, and variables that later runs overwrote.",
+    ).tag(config=True)
+
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         self._ready = False
+        self.cells = CellLog()
         super().__init__(shell=shell, **kwargs)
         self._ready = True
         self.reporter = Reporter(shell)
@@ -173,6 +192,12 @@ class FlaxMagics(Magics):
         if session is not None:
             session.keep_on_disk(change["new"])
 
+    @observe("replay_bytes")
+    def _keep_for_replays(self, change: Any) -> None:
+        session = existing()
+        if session is not None:
+            session.replay_bytes = change["new"]
+
     @validate("notes")
     def _check_notes(self, proposal: Any) -> dict[str, bool]:
         notes: dict[str, bool] = proposal["value"]
@@ -187,6 +212,7 @@ class FlaxMagics(Magics):
 
     def _report(self, run: Run, live: Any, *, quiet: bool) -> None:
         if quiet and not run.notes:
+            self.reporter.later(run)
             live.clear()
             return
         shown = run
@@ -197,8 +223,10 @@ class FlaxMagics(Magics):
 
     # -- the session
 
-    def begin_cell(self, *_: Any) -> None:
+    def begin_cell(self, info: Any = None, *_: Any) -> None:
         """`pre_run_cell`: runs are counted anew, and what the cell before did to Flax's own code may count."""
+        if getattr(info, "store_history", False):
+            self.cells.begin(self._number, _cell_id(info, self.shell), info.raw_cell)
         self.reporter.begin_cell()
         library.new_cell()
 
@@ -209,12 +237,19 @@ class FlaxMagics(Magics):
         if session is None:
             session = current(self.seed)
             session.keep_on_disk(self.disk_cache)
+            session.replay_bytes = self.replay_bytes
         return session
 
     def executed(self) -> tuple[Any, ...]:
         """What an export is made of: the cells that ran, what makes Python of them, restarts, and the seed at first."""
         shell = self.shell
         return self.journal.cells(shell), shell.transform_cell, self.journal.restarts, self.seed
+
+    @property
+    def _number(self) -> int:
+        """The number in the prompt of the cell that is running. IPython 7.34 counts after the cell, 9 before it."""
+        number: int = self.shell.displayhook.prompt_count
+        return number
 
     @cached_property
     def _asked(self) -> Any:
@@ -240,7 +275,7 @@ class FlaxMagics(Magics):
 
         if options.rest:
             raise FlaxMagicsError(f"%flax takes nothing after it, and `{options.rest}` stands there.", write="%flax")
-        self.reporter.publish(status_bundle(status(self.session), self.style))
+        self.reporter.publish(status_bundle(status(self.session, self._reruns()), self.style))
 
     @line_cell_magic
     @no_var_expand
@@ -359,7 +394,7 @@ class FlaxMagics(Magics):
             self.reporter.publish(key_bundle(key_card(self.session), self.style))
             return None
         with self._working("drawing") as live:
-            run = self.session.run_key(name, cell=self.shell.execution_count)
+            run = self.session.run_key(name, cell=self._number)
         self._report(run, live, quiet=quiet)
         return None if displayed_quietly(self.shell, line) else run.output
 
@@ -386,7 +421,43 @@ class FlaxMagics(Magics):
         else:
             self.reporter.publish(script_bundle(script.text, self.style))
 
+    @line_magic
+    @no_var_expand
+    @command(FLAX_HISTORY)
+    def flax_history(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
+        """`%flax_history`"""
+        from .show.bundle import history_bundle
+
+        marks = dict(mark for rerun in self._reruns() for mark in rerun.marks())
+        given = options.options
+        found = self.session.history(last=given["last"], model=options.rest or None, cells=marks)
+        self.reporter.publish(history_bundle(found, given["all"], self.style))
+
+    @line_magic
+    @no_var_expand
+    @needs_local_scope
+    @command(FLAX_REPLAY)
+    def flax_replay(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
+        """`%flax_replay N`"""
+        from .show.bundle import replay_bundle
+
+        draw = self._asked.replay_of(options.rest, self.session, self.shell.user_ns, local_ns)
+        with self._working("preparing") as live:
+            runs = self.session.run_replay(draw)
+        given = options.options
+        if given["out"]:
+            self.shell.user_ns[given["out"]] = runs[-1]
+        live.show({} if given["quiet"] else replay_bundle(runs[0], self.style))
+        for run in runs[1:]:
+            self.reporter.publish({} if given["quiet"] else replay_bundle(run, self.style))
+        shown = not given["quiet"] and displayed(self.shell)  # once is enough
+        return None if shown or displayed_quietly(self.shell, line) else runs[-1]
+
     # -- what they share
+
+    def _reruns(self) -> tuple[Rerun, ...]:
+        """Cells that drew and were run again."""
+        return self.cells.reruns(self.session.cells, self.shell.transform_cell)
 
     def _working(self, what: str) -> _Working:
         """A live line for as long as the block runs; blank again if it fails."""
@@ -431,15 +502,23 @@ class FlaxMagics(Magics):
     def _read_call(self, parsed: ParsedCall, local_ns: Namespace) -> tuple[str, Any, Any]:
         """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
         shell = self.shell
-        call: tuple[str, Any, Any] = self._asked.read_call(
-            parsed, self.session, shell.user_ns, local_ns, shell.execution_count
-        )
+        call: tuple[str, Any, Any] = self._asked.read_call(parsed, self.session, shell.user_ns, local_ns, self._number)
         return call
 
     def _draw(self, options: Read, local_ns: Namespace) -> int | tuple[int, int] | None:
         """`--draw`: a number, `last`, `seed:N`, or the name of a Run."""
         text = options.options["draw"]
         return None if text is None else self._asked.draw_of(text, self.session, self.shell.user_ns, local_ns)
+
+
+def _cell_id(info: Any, shell: Any) -> str | None:
+    """The id of the cell that begins, None where the frontend sends none."""
+    found = getattr(info, "cell_id", None)
+    if found is None:  # older IPythons do not hand it on
+        parent = getattr(shell, "parent_header", None)
+        metadata = parent.get("metadata") if isinstance(parent, dict) else None
+        found = metadata.get("cellId") if isinstance(metadata, dict) else None
+    return found if isinstance(found, str) else None
 
 
 for _names in FlaxMagics.magics.values():

@@ -79,7 +79,7 @@ class Command(NamedTuple):
       help: paragraphs, parted by blank lines.
       options: in the order in which help lists them.
       examples: each runs as it stands, in this order.
-      takes: what follows the options, for completion: a `call`, a `stream`, or something else.
+      takes: what follows the options, for completion: a `call`, a `model`, a `stream`, a `draw`, or something else.
     """
 
     name: str

@@ -8,6 +8,7 @@ import os
 import jax
 
 from . import __version__
+from .celllog import Rerun
 from .commands import MEANINGS
 from .compiling import users_cache
 from .keys import fingerprint
@@ -26,7 +27,7 @@ def key_card(session: Session) -> KeyCard:
     return KeyCard(session.seed, session.draws, fingerprint(key), str(jax.random.key_impl(key)))
 
 
-def status(session: Session) -> Status:
+def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
     """The session at a glance."""
     models = []
     for name, model in session.models.items():
@@ -53,7 +54,11 @@ def status(session: Session) -> Status:
         models=tuple(models),
         runs=tuple(session.last(5)),
         caches=(("compiled programs kept", str(len(session.programs))), ("on disk", _on_disk(session))),
-        memory=(("arrays alive in this process", bytes_(held)),),
+        memory=(
+            ("arrays alive in this process", bytes_(held)),
+            ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
+        ),
+        reruns=tuple(rerun.text for rerun in reruns),
         versions=tuple(versions),
         commands=tuple(Command(write, meaning) for write, meaning in MEANINGS),
     )

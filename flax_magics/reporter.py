@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .recorded import Rows
     from .run import Run
     from .show.live import Live
     from .show.loop import Loop
 
+LATER_RUNS = 1000
+LATER_BYTES = 16_000_000
+"""Outputs that are held at most until a cell has ended."""
 REFRESH = 0.2
 """Seconds between two updates of a counting line."""
 
@@ -25,22 +29,39 @@ class Reporter:
         self._said: set[tuple[str, str]] = set()
         self._runs = 0
         self._loop: Loop | None = None
+        self._rows: Rows | None = None
         self._single: Mapping[str, Any] = {}
         self._display_id: str | None = None
         self._shown = 0.0
         self._pending = False
         self._style = "auto"
         self._live: Live | None = None
+        self._later: list[Run] = []
+        self._later_bytes = 0
 
     def begin_cell(self, *_: Any) -> None:
         """`pre_run_cell`: the runs of a cell are counted anew."""
-        self._runs, self._loop, self._display_id, self._pending = 0, None, None, False
+        self._runs, self._loop, self._rows, self._display_id, self._pending = 0, None, None, None, False
 
     def end_cell(self, *_: Any) -> None:
-        """`post_run_cell`: the counting line as it is in the end."""
-        if self._pending:
-            self._show_loop()
+        """`post_run_cell`: the counting line as it is in the end, with its runs as data."""
+        many = self._loop is not None and self._loop.runs > 1
+        if self._pending or (many and self._rows is not None):
+            self._show_loop(self._rows)
         self.begin_cell()
+        later, self._later, self._later_bytes = self._later, [], 0
+        for run in later:
+            run.take_digest()
+
+    def later(self, run: Run) -> None:
+        """Takes the digest of a run that shows none, once the cell has ended: so that a replay has something to go by.
+
+        Until then its output is held. Of a cell that runs very often, or gives very much, the first runs have one.
+        """
+        size = output_bytes(run)
+        if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
+            self._later.append(run)
+            self._later_bytes += size
 
     def live(self) -> Live:
         """A live line for one command; the one before serves again once nothing of it is shown."""
@@ -67,6 +88,8 @@ class Reporter:
         self._runs += run.command == "apply" and not quiet
         # In a loop a sharp bit that was said is no news: the counting line carries it.
         news = length if unsaid else level(dataclasses.replace(run, notes=()), setting)
+        if quiet or setting == "off":
+            self.later(run)
         if news == "line" and self._runs > 1 and run.command == "apply":
             self._count(run, style)
             live.clear()
@@ -78,21 +101,41 @@ class Reporter:
         from .show.bundle import bundle
         from .show.loop import Loop
 
+        self.later(run)
         self._loop = (self._loop or Loop()).add(run)
         self._style, self._pending = style, True
         self._single = bundle(run, "line", style) if self._loop.runs == 1 else {}
-        # A terminal cannot take a line back: there it is printed once, when the cell ends.
-        if getattr(self._shell, "kernel", None) is not None and time.monotonic() - self._shown > REFRESH:
-            self._show_loop()
+        # A terminal cannot take a line back: there it is printed once, when the cell ends. Nor can one be saved.
+        if getattr(self._shell, "kernel", None) is not None:
+            self._record(run)
+            if time.monotonic() - self._shown > REFRESH:
+                self._show_loop()
 
-    def _show_loop(self) -> None:
+    def _record(self, run: Run) -> None:
+        """Keeps what a saved notebook is to have of a run, while its output is there."""
+        from .recorded import Rows
+
+        self._rows = self._rows or Rows()
+        self._rows.add(run)
+
+    def _show_loop(self, rows: Rows | None = None) -> None:
+        """Shows the counting line, with `rows` for the last time."""
         from .show.bundle import loop_bundle
 
         if self._loop is None:
             return
-        data = self._single if self._loop.runs == 1 else loop_bundle(self._loop, self._style)
+        data = self._single if self._loop.runs == 1 else loop_bundle(self._loop, self._style, rows)
         update = self._display_id is not None
         self._display_id = self._display_id or uuid.uuid4().hex
         transient = {"display_id": self._display_id}
         self._shell.display_pub.publish(data=dict(data), metadata={}, transient=transient, update=update)
         self._shown, self._pending = time.monotonic(), False
+
+
+def output_bytes(run: Run) -> int:
+    """Bytes of what the run gave."""
+    if run.memory is not None:  # of the program: no array has to be looked at
+        return run.memory.outputs
+    import jax
+
+    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 from .frozen import altered
 
 if TYPE_CHECKING:
+    from .agreement import Agreement
     from .draws import Spread
     from .spelling import Spelling
 
@@ -218,6 +217,7 @@ class Run:
       by_hand: the same run as plain Flax.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: the first draw of this session.
+      agreement: of a replay by `Session.replay`, how it compares with the run; None for every other.
     """
 
     command: str
@@ -250,6 +250,7 @@ class Run:
     replayed: bool = False
     first: bool = False
     draws: int | None = None
+    agreement: Agreement | None = None
     _taken: Taken = field(default_factory=Taken, repr=False)
     spelling: Spelling | None = field(default=None, repr=False)
     """Of an apply and an init: what it takes to write them as plain Flax."""
@@ -260,6 +261,10 @@ class Run:
         if self._taken.digest is None and self.output is not GONE:
             self._taken.digest = digest_of(self.output)
         return self._taken.digest
+
+    def take_digest(self) -> None:
+        """Takes the digest while the output is there. It is kept beside the facts of the run, which outlive that."""
+        _ = self.digest
 
     @property
     def shape(self) -> str:
@@ -283,8 +288,10 @@ class Run:
         return self._taken.spread or ()
 
     def to_json(self) -> dict[str, Any]:
-        """The run as JSON data: what it was, without its arrays. Keys are given in full, their words in hex."""
-        from .keys import all_words
+        """The run as JSON data: what it was, with a few values of its output alone. Keys are given in full, their words in
+        hex.
+        """
+        from .recorded import recorded
 
         timing: dict[str, Any] = {
             name: getattr(self.timing, name)
@@ -294,20 +301,11 @@ class Run:
             timing["steady"] = list(self.timing.steady.times)
         return {
             "version": 1,
-            "command": self.command,
-            "model": self.model,
-            "mode": self.mode,
+            **recorded(self),
             "switch": self.switch,
-            "call": self.call,
-            "output": self.shape,
-            "seed": self.seed,
-            "draw": self.draw,
-            "draws": self.draws,
-            "keys": all_words(self.keys),
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
             "made": None if self.made is None else asdict(self.made),
-            "device": self.device,
             "program": self.program,
             "reason": self.reason,
             "static": list(self.static),
@@ -315,14 +313,10 @@ class Run:
             "memory": None if self.memory is None else asdict(self.memory),
             "cost": None if self.cost is None else asdict(self.cost),
             "limits": None if self.limits is None else asdict(self.limits),
-            "digest": self.digest,
             "spread": [asdict(spread) for spread in self.spread],
             "cell": self.cell,
-            "started": self.started,
             "notes": [asdict(note) for note in self.notes],
             "by_hand": self.by_hand,
-            "replayed": self.replayed,
-            "versions": {"jax": jax.__version__, "flax": _flax_version()},
         }
 
 
@@ -330,11 +324,6 @@ def like(run: Run, **changes: Any) -> Run:
     """The run with a few fields changed, and with nothing of its output read yet."""
     changes["_taken"] = Taken()
     return altered(run, changes)
-
-
-@lru_cache(maxsize=1)
-def _flax_version() -> str:
-    return importlib.metadata.version("flax")
 
 
 def digest_of(tree: Any) -> str:

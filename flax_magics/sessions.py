@@ -17,20 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import applying, history, records, registry, summary
+from . import applying, history, past, records, registry, summary
 from .building import Building
 from .construct import Recipe
 from .diskcache import DiskCache
 from .errors import FlaxMagicsError
 from .execution import Options
+from .history import Kept
+from .keeping import REPLAY_BYTES, Keeping, arrays_of, checked_limit
 from .keys import Draw, Root, Series
 from .library import library
 from .lookup import entry_now, entry_of
 from .models import Commit
 from .notes import SeenKeys
+from .past import History
 from .prepare import Call, as_names, method_path, spell_call
 from .program import Programs
 from .registry import Change, Entry, Models, RegisteredModel
+from .replay import Replaying
 from .run import Note, Run
 from .state import Restart, State
 from .summary import Summary
@@ -51,6 +55,7 @@ class Session:
       clock: gives seconds; for tests that own time.
       disk_cache: keep compiled programs on disk, in the user's cache directory or in a folder of that name, and use what
         is there; see `DiskCache` for what that trusts. The commands of a notebook do, a script does if it asks for it.
+      replay_bytes: how much is kept of what only replays need: inputs, and variables that later runs overwrote.
 
     Example::
 
@@ -66,6 +71,7 @@ class Session:
         *,
         clock: Callable[[], float] = time.perf_counter,
         disk_cache: bool | str | os.PathLike[str] = False,
+        replay_bytes: int = REPLAY_BYTES,
     ) -> None:
         self._state = State(Root.from_seed(_checked_seed(seed)))
         self._seen = SeenKeys()
@@ -73,6 +79,7 @@ class Session:
         self.programs = Programs(clock)
         self.keep_on_disk(disk_cache)
         self._warm = WarmRuns()
+        self._keeping = Keeping(replay_bytes, lambda: arrays_of(self._state.models))
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
         """Told what a command is doing, as it begins: `compiling net`."""
@@ -118,6 +125,35 @@ class Session:
         """The last `n` runs, newest last."""
         return history.newest(self._state.runs, n)
 
+    @property
+    def cells(self) -> dict[int, tuple[str, ...]]:
+        """Numbers of the cells that drew → the calls that they made, as they were written."""
+        found: dict[int, set[str]] = {}
+        for kept in history.backwards(self._state.runs):
+            if kept.facts["cell"] is not None and not kept.facts["replayed"]:
+                call = "" if kept.facts["command"] == "key" else kept.facts["call"]
+                found.setdefault(kept.facts["cell"], set()).add(call)
+        return {number: tuple(calls) for number, calls in found.items()}
+
+    @property
+    def replay_bytes(self) -> int:
+        """How many bytes are kept for replays at most; can be set."""
+        return self._keeping.limit
+
+    @replay_bytes.setter
+    def replay_bytes(self, limit: int) -> None:
+        self._keeping.limit = checked_limit(limit)
+        self._keeping.settle()
+
+    def settle(self) -> None:
+        """Lets go at once of what is more than `replay_bytes`. A session does so by itself, some runs later."""
+        self._keeping.settle()
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes only replays need now."""
+        return self._keeping.bytes
+
     def __len__(self) -> int:
         return 0 if self._state.runs is None else self._state.runs.length
 
@@ -151,9 +187,11 @@ class Session:
         """
         state, building = self._state, Building(self.clock, self.on_phase)
         changes: list[Change] = []
+        kept: list[Kept] = []
         for name, module in modules.items():
             if isinstance(module, Recipe):
-                state, change = building.build(state, name, module)
+                state, change, built = building.build(state, name, module)
+                kept += [] if built is None else [built]
             else:
                 old = state.models.get(name)
                 if old is not None and name in anew and old.model.holds_variables and old.built is None:
@@ -170,6 +208,8 @@ class Session:
                     change.write()
             self._seen.roots.add(state.root.data)
             self._state = state
+            self._keeping.noted += kept
+        self._keeping.look(sum(one.size for one in kept))
         for change in changes:
             if change.state != "unchanged":
                 self._warm.forget(change.name)
@@ -308,6 +348,50 @@ class Session:
         call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
         return self.run_summary(name, call, mode, backward=backward)
 
+    def history(
+        self, *, last: int | None = None, model: str | None = None, cells: Mapping[int, tuple[str, ...]] | None = None
+    ) -> History:
+        """Every draw of the session, oldest first: what drew, keys, input shapes, digest, cell and time, a record each.
+
+        A command that failed drew nothing and is not there. Digests are taken of outputs that are still there.
+
+        Args:
+          last: so many of the last draws alone.
+          model: those of one model alone.
+          cells: a cell's number → what became of that cell since.
+
+        Raises:
+          FlaxMagicsError: the model is unknown.
+        """
+        name = None if model is None else self._entry(model).name
+        return past.of_runs(self._state.runs, self._state.root, last, name, cells or {})
+
+    def replay(self, draw: int | tuple[int, int] | str | Run) -> Run:
+        """Runs a draw again, with its keys, its variables and its inputs. Moves nothing, and is no draw.
+
+        Args:
+          draw: its number, `(seed, number)`, `"last"`, or a Run, for which it is the run alone.
+
+        Returns:
+          A Run that is marked as replayed and whose `agreement` tells whether every bit is the same; of a draw that an
+          init and an apply shared, that of the apply.
+
+        Raises:
+          FlaxMagicsError: there is no such draw, or what the run needs was let go of. What the model raises is passed on.
+        """
+        return self.run_replay(draw)[-1]
+
+    def run_replay(self, draw: int | tuple[int, int] | str | Run) -> list[Run]:
+        """`replay`, giving every run of the draw: two where an init and an apply shared it."""
+        replaying = Replaying(self._state.models, self.programs, self.replay_bytes, self.on_phase)
+        runs = []
+        for kept in past.find(self._state, draw):
+            run = replaying.replay(kept)
+            differs = run.agreement is not None and run.agreement.identical is False
+            kept.replays = (kept.replays[0] + 1, kept.replays[1] or differs)
+            runs.append(run)
+        return runs
+
     def run_summary(
         self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: Any = None
     ) -> Summary:
@@ -340,10 +424,10 @@ class Session:
         if entry.model.holds_variables:
             built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw)
             opened = None if draw is not None else (name, built.draw)
-            self._commit(built.run, built.draw, built.entry, opened, write=built.write)
+            self._commit(built.kept, built.draw, built.entry, opened, write=built.write)
             return built.run
         done = applying.init(self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase)
-        self._commit(done.run, done.draw, done.entry, opened=None if draw is not None else (name, done.draw))
+        self._commit(done.kept, done.draw, done.entry, opened=None if draw is not None else (name, done.draw))
         return done.run
 
     def run_apply(self, name: str, call: Call, options: Options, *, module: Any = None) -> Run:
@@ -364,11 +448,11 @@ class Session:
     def _run(self, entry: Entry, notes: tuple[Note, ...], call: Call, options: Options) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
         done = applying.apply(self._state, entry, notes, call, options, self.programs, self._seen, self.on_phase)
-        self._commit(done.run, done.draw, done.entry, write=done.write, commit=done.commit)
+        self._commit(done.kept, done.draw, done.after, write=done.write, commit=done.commit)
         if notes:
             self._warm.forget(entry.name)
         elif done.write is None:
-            self._warm.keep(entry, call, options, done.done, done.run, self.programs)
+            self._warm.keep(entry, call, options, done, self.programs)
         for data in done.done.keys_in_call:
             self._seen.runs.setdefault(data, f"draw {done.draw.first.number}")
         return done.run
@@ -381,10 +465,12 @@ class Session:
             return None
         draw = state.root.draw()
         self.on_phase(f"running {entry.name}")
-        done = warm.again(entry, call, draw, self.programs, time.time(), first=state.runs is None)
+        done = warm.again(
+            entry, call, draw, self.programs, time.time(), None if state.runs is None else state.runs.kept
+        )
         if done is None:
             return None
-        self._commit(done.run, draw, done.entry, commit=done.commit)
+        self._commit(done.kept, draw, done.entry, commit=done.commit)
         return done.run
 
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
@@ -393,12 +479,12 @@ class Session:
             raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write="%flax_key latent")
         now = self._state.root.draw()
         run = records.of_key(name, now, cell, first=self._state.runs is None)
-        self._commit(run, now, None)
+        self._commit(Kept(run), now, None)
         return run
 
     def _commit(
         self,
-        run: Run,
+        kept: Kept,
         draw: Draw | Series,
         entry: Entry | None,
         opened: tuple[str, Draw] | None = None,
@@ -406,17 +492,19 @@ class Session:
         commit: Commit | None = None,
     ) -> None:
         """Makes the run part of the session, with what it left behind in the user's own object: one step."""
-        new = self._state.after(run, draw.last, entry, opened)
+        new = self._state.after(kept, draw.last, entry, opened)
         for one in draw.draws:
             self._seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
             into = () if commit is None else commit.assignments
-            at_once((*into, (object.__setattr__, self, "_state", new)))
-            return
-        with uninterrupted():
-            write()
-            self._state = new
+            at_once((*into, (object.__setattr__, self, "_state", new), (self._keeping.noted.append, kept)))
+        else:
+            with uninterrupted():
+                write()
+                self._state = new
+                self._keeping.noted.append(kept)
+        self._keeping.look(kept.size)
 
 
 def _ignore(phase: str) -> None:

@@ -12,7 +12,6 @@ from . import history
 from .errors import FlaxMagicsError
 from .keys import Draw, Root
 from .registry import Entry
-from .run import Run
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,11 @@ class State:
     seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
     """seed → the last draw that was made under it before it was started again, and the PRNG implementation."""
 
-    def after(self, run: Run, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
-        """The state once `run` has succeeded. A replay moves neither the root nor a draw that is open."""
-        root, opened = (self.root, self.opened) if run.replayed else (self.root.after(draw), opened)
+    def after(self, kept: history.Kept, draw: Draw, entry: Entry | None, opened: tuple[str, Draw] | None) -> State:
+        """The state once a run has succeeded. A replay moves neither the root nor a draw that is open."""
+        root, opened = (self.root, self.opened) if kept.facts["replayed"] else (self.root.after(draw), opened)
         models = self.models if entry is None else {**self.models, entry.name: entry}
-        return State(root, models, opened, history.Chain.add(self.runs, run), self.seeds)
+        return State(root, models, opened, history.Chain.add(self.runs, kept), self.seeds)
 
     def restarted(self, root: Root, *, fresh: bool) -> tuple[State, Restart]:
         """The state with another root key, nothing open; what was drawn under the old seed can still be found.
@@ -69,16 +68,22 @@ class State:
         """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made."""
         if wanted is None:
             return None
-        seed, number = wanted if isinstance(wanted, tuple) else (self.root.seed, wanted)
-        last, impl = self._last(seed)
-        if not 1 <= number <= last:
-            drawn = f"draws 1 to {last}" if last else "no draw"
-            raise FlaxMagicsError(f"draw {number} of seed {seed} was not made in this session: it has {drawn}.")
+        seed, number = self.check_draw(wanted)
+        impl = self._last(seed)[1]
         with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else contextlib.nullcontext():
             root = Root.from_seed(seed)
         for _ in range(number - 1):
             root = root.after(root.draw())
         return root.draw()
+
+    def check_draw(self, wanted: int | tuple[int, int]) -> tuple[int, int]:
+        """Seed and number of an earlier draw. Raises FlaxMagicsError if it was never made."""
+        seed, number = wanted if isinstance(wanted, tuple) else (self.root.seed, wanted)
+        last, _ = self._last(seed)
+        if not 1 <= number <= last:
+            drawn = f"draws 1 to {last}" if last else "no draw"
+            raise FlaxMagicsError(f"draw {number} of seed {seed} was not made in this session: it has {drawn}.")
+        return seed, number
 
 
 @dataclass(frozen=True)

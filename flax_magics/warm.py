@@ -15,14 +15,17 @@ from typing import Any
 
 import jax
 
+from .applying import Applied
 from .arguments import signature_of
 from .compiling import settings
-from .execution import Execution, Options, hand_back
+from .execution import Options, hand_back
 from .frozen import altered
+from .history import Kept, own
 from .keys import Draw, Streams
 from .library import library
 from .memory import with_peak
 from .models import Commit, Model, Record
+from .origin import Origin
 from .prepare import Call
 from .program import KEPT, Program, Programs
 from .reasons import Ran
@@ -36,9 +39,12 @@ _KEY_SHAPES = ((2,), (4,))
 
 @dataclass(frozen=True)
 class Again:
-    """A run that is done: the Run, the entry as it is to be kept (None: as it is), and what to write into the model."""
+    """A run that is done: the Run and how the session keeps it, the entry as it is to be kept (None: as it is), and what to
+    write into the model.
+    """
 
     run: Run
+    kept: Kept
     entry: Entry | None
     commit: Commit | None
 
@@ -63,6 +69,7 @@ class Warm:
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       template: the Run, as far as it does not change.
       streams: those that the program is given.
+      how: what replays of its runs have in common.
     """
 
     given: Model
@@ -86,11 +93,16 @@ class Warm:
     numbers: bool
     streams: tuple[str, ...]
     template: Run = field(repr=False)
+    how: Any = field(repr=False)
 
     def again(
-        self, entry: Entry, call: Call, draw: Draw, programs: Programs, started: float, first: bool
+        self, entry: Entry, call: Call, draw: Draw, programs: Programs, started: float, last: Kept | None
     ) -> Again | None:
-        """The run once more, with the keys of `draw`; None where something differs, and then nothing has happened."""
+        """The run once more, with the keys of `draw`; None where something differs, and then nothing has happened.
+
+        Args:
+          last: the session's last run, None if there was none.
+        """
         given, model = entry.model, self.model
         if programs.unfinished.wait is not None:
             return None
@@ -107,7 +119,8 @@ class Warm:
         variables = entry.variables if entry.variables is not None else given.take()
         if dynamic is None or variables is None:
             return None
-        fresh = self._fresh(variables)
+        leaves, treedef = jax.tree_util.tree_flatten(variables)
+        fresh = self._fresh(leaves, treedef)
         if fresh is None:
             return None
         keys = {name: draw.words(name) for name in self.streams}
@@ -152,9 +165,26 @@ class Warm:
             timing=timing,
             memory=memory,
             cell=call.cell,
-            first=first,
+            first=last is None,
         )
-        return Again(run, kept, commit)
+        return Again(run, self._kept(run, leaves, bool(fresh), known is not None, last), kept, commit)
+
+    def _kept(self, run: Run, leaves: list[Any], fresh: bool, known: bool, last: Kept | None) -> Kept:
+        """The run as the session keeps it. What is as it was in the run before is shared with that: a loop adds little.
+
+        Args:
+          leaves: the variables that it ran with; `fresh`: some are others than the run before left.
+          known: its arguments are the very arrays of the run before.
+        """
+        how: Any = self.how
+        origin, inputs = None, None
+        if last is not None and last.origin is not None and last.origin.how is self.how:
+            inputs = last.inputs if known else None
+            origin = None if fresh or how.written else last.origin
+        if origin is None:
+            # What is no array of JAX's may be changed where it is.
+            origin = Origin(how, list(map(own, leaves)) if fresh else leaves)
+        return Kept(run, origin, how.written + (0 if known else how.inputs) + (how.variables if fresh else 0), inputs)
 
     def _know(self, updates: Mapping[str, Any]) -> None:
         """What the run itself wrote need not be looked at by the next: the same program gave it, and it is there."""
@@ -188,9 +218,8 @@ class Warm:
                 return None
         return dynamic
 
-    def _fresh(self, variables: Any) -> list[Any] | None:
+    def _fresh(self, leaves: list[Any], treedef: Any) -> list[Any] | None:
         """The leaves of the variables that are others than they were, None where one of them is of another kind."""
-        leaves, treedef = jax.tree_util.tree_flatten(variables)
         if treedef != self.variables[0]:
             return None
         if all(map(is_, map(call, self.known), leaves)):
@@ -213,12 +242,13 @@ def _nothing() -> None:
     """In place of a reference to what may change where it is: it is looked at every time."""
 
 
-def remember(entry: Entry, call: Call, options: Options, done: Execution, run: Run, programs: Programs) -> Warm | None:
-    """What `run` leaves behind for the next of its kind; None where only the long way can tell whether it is the same.
+def remember(entry: Entry, call: Call, options: Options, applied: Applied, programs: Programs) -> Warm | None:
+    """What a run leaves behind for the next of its kind; None where only the long way can tell whether it is the same.
 
     Args:
       entry: the model as it was before the run.
     """
+    done, run = applied.done, applied.run
     ready, prepared = done.ready, done.prepared
     program, arguments = ready.program, ready.arguments
     model = entry.model
@@ -287,6 +317,7 @@ def remember(entry: Entry, call: Call, options: Options, done: Execution, run: R
         numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
         streams=tuple(sorted(program.ask.streams)),
         template=template,
+        how=applied.how,
     )
 
 
@@ -315,11 +346,11 @@ class WarmRuns:
         """What a run of the same line left behind."""
         return self._lines.get((name, call.text, options.mode, options.mutable))
 
-    def keep(self, entry: Entry, call: Call, options: Options, done: Execution, run: Run, programs: Programs) -> None:
-        """Keeps what `run` leaves behind (see `remember`); of many lines the oldest is let go."""
+    def keep(self, entry: Entry, call: Call, options: Options, applied: Applied, programs: Programs) -> None:
+        """Keeps what a run leaves behind (see `remember`); of many lines the oldest is let go."""
         place = (entry.name, call.text, options.mode, options.mutable)
         self._lines.pop(place, None)
-        warm = remember(entry, call, options, done, run, programs)
+        warm = remember(entry, call, options, applied, programs)
         if warm is not None:
             self._lines[place] = warm
             if len(self._lines) > KEPT:

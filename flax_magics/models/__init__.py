@@ -44,12 +44,30 @@ class Layer:
     """The layer's own argument as it stands, such as `deterministic=True`."""
 
 
+@dataclass(frozen=True)
+class Take:
+    """One key that a module took from a stream, and what it drew with it.
+
+    Attributes:
+      path: the module's.
+      source: what its key is made of, besides the stream's own: equal sources of one stream give equal keys.
+      drew: the shape of a dropout's mask and its rate; None where that is not known.
+    """
+
+    stream: str
+    path: Path
+    source: tuple[Any, ...]
+    drew: tuple[tuple[int, ...], float] | None = None
+
+
 @dataclass
 class Record:
     """What one trace saw. Filled while the model runs; read-only afterwards."""
 
     asked: dict[str, list[Path]] = field(default_factory=dict)
     """stream → paths of the modules that called `make_rng` for it."""
+    takes: list[Take] = field(default_factory=list)
+    """Keys that modules took, in order."""
     queried: set[str] = field(default_factory=set)
     """Streams that `has_rng` was asked about."""
     written: set[str] = field(default_factory=set)
@@ -74,7 +92,7 @@ class Record:
         """With the streams and layers that a trace saw and this run did not: inside a jitted function of the model's own."""
         asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
         layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
-        return replace(self, asked=asked, layers=layers)
+        return replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ class Layout:
         """The classes of the graph, and its static values that may be read or changed behind the graphdef's back."""
         values: dict[int, Any] = {}
         for _, node in self.nodes:
-            for _, value in parts_of(node) or ():
+            # In the graphdef's order, not in that of the assignments: a copy is of the same code.
+            for _, value in sorted(parts_of(node) or (), key=lambda part: str(part[0])):
                 if value is not None and not isinstance(value, (*SIMPLE, *_DATA)):
                     values[id(value)] = value
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
@@ -316,6 +317,17 @@ class Layout:
         return nnx.merge(self.graphdef.value, nnx.from_flat_state(flat))
 
     @cached_property
+    def skeleton(self) -> Skeleton:
+        """The module without its arrays."""
+        rows = []
+        for slot in self.slots:
+            value = slot.read() if slot.drawn or slot.fixed or slot.sown else None
+            if slot.sown:  # a run starts without it
+                value = jax.tree_util.tree_map(lambda leaf: 0.0, value)
+            rows.append((slot.collection, slot.name, slot.path, slot.structure, value))
+        return Skeleton(self.graphdef, tuple(rows))
+
+    @cached_property
     def has_refs(self) -> bool:
         """Whether any variable is a reference, which takes more than an assignment to be written."""
         return any(slot.ref for slot in self.slots)
@@ -342,6 +354,27 @@ class Layout:
     def write(self, values: Mapping[str, Mapping[str, Any]]) -> None:
         """Makes these assignments."""
         at_once(self.assignments(values))
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A module as it was, without its arrays: with other values it is another module, whatever became of the first.
+
+    `rows`: type, name, path and structure of each variable, and what stands for those that no program is given.
+    """
+
+    graphdef: Same
+    rows: tuple[tuple[str, str, Path, Any, Any], ...]
+
+    def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
+        """A module that holds `values`, all of its variables its own."""
+        flat = []
+        for collection, name, path, structure, stand_in in self.rows:
+            value = values.get(collection, {}).get(name, stand_in)
+            if structure is not None:
+                value = jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value))
+            flat.append((path, value))
+        return nnx.merge(self.graphdef.value, nnx.from_flat_state(flat))
 
 
 def same(old: Any, new: Any) -> bool:

@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax.core.scope import Scope
 from flax.linen import transforms
 
-from . import Ask, Layer, Record, nnx_bridge
+from . import Ask, Layer, Record, Take, nnx_bridge
 
 _lock = threading.RLock()
 _traces = itertools.count(1)
@@ -40,6 +40,7 @@ class Recorder:
         self.incomplete = False
         self.asking = False
         self.forking = False
+        self.drawing: tuple[tuple[int, ...], float] | None = None
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -49,6 +50,12 @@ class Recorder:
             yield
         finally:
             self.asking = False
+
+    def _takes(self, name: str, scope: Scope) -> None:
+        path = tuple(scope.path)
+        self.record.asked.setdefault(name, []).append(path)
+        # Flax folds the path, and how many keys this scope has made, into the stream's key.
+        self.record.takes.append(Take(name, path, (path, scope.rng_counters.get(name, 0)), self.drawing))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -62,7 +69,7 @@ class Recorder:
             if self.forking:
                 with self._inside():
                     return make_rng(scope, name)
-            self.record.asked.setdefault(name, []).append(tuple(scope.path))
+            self._takes(name, scope)
             # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
             if name in scope.rngs or name in self.ask.streams:
                 with self._inside():
@@ -140,7 +147,16 @@ class Recorder:
                 self._layer(module, "dropout", "deterministic", context, args, kwargs)
             elif isinstance(module, nn.BatchNorm):
                 self._layer(module, "norm", "use_running_average", context, args, kwargs)
-        name, calls = context.method_name, self.record.calls
+        if type(module) is nn.Dropout:
+            self.drawing = mask_of(module, args, kwargs)
+            try:
+                return self._noted(call, args, kwargs, context)
+            finally:
+                self.drawing = None
+        return self._noted(call, args, kwargs, context)
+
+    def _noted(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module, name, calls = context.module, context.method_name, self.record.calls
         # A transformed class has a method without a name around the module's own.
         if calls is None or module.scope is None or name == "setup" or not hasattr(type(module), name):
             return call(*args, **kwargs)
@@ -159,6 +175,18 @@ class Recorder:
             layer = Layer(kind, tuple(module.scope.path), not value, owner, f"{switch}={value}")
             if layer not in self.record.layers:
                 self.record.layers.append(layer)
+
+
+def mask_of(module: Any, args: Any, kwargs: Any) -> tuple[tuple[int, ...], float] | None:
+    """Shape and rate of the mask that a dropout draws, of linen or NNX, for the arguments of its call."""
+    inputs = args[0] if args else kwargs.get("inputs")
+    shape, rate = getattr(inputs, "shape", None), module.rate
+    if shape is None or not isinstance(rate, (int, float)):
+        return None
+    whole = list(shape)
+    for dim in module.broadcast_dims:
+        whole[dim] = 1
+    return tuple(whole), float(rate)
 
 
 def _replace(owner: Any, **methods: Any) -> None:

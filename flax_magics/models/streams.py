@@ -13,15 +13,16 @@ import functools
 import inspect
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from flax import nnx
 
-from . import Layer, Path, Record
+from . import Layer, Path, Record, Take
 from .graph import walk
-from .recorder import constructed_in
+from .recorder import constructed_in, mask_of
 
 MARK = "flax_magics_path"
 SOWED = "flax_magics_sown"
@@ -75,7 +76,10 @@ class Watcher:
         self.record = record
         self.handed = handed
         self.missing: str | None = None
+        self.drawing: tuple[tuple[int, ...], float] | None = None
+        self.drawn: Counter[tuple[Any, ...]] = Counter()
         self.parts = dict(walk(module))
+        self.places = _places(self.parts)
         self.paths = {id(part): path for path, part in self.parts.items() if isinstance(part, nnx.Pytree)}
 
     @contextlib.contextmanager
@@ -112,9 +116,15 @@ class Watcher:
             return result
 
         def dropout_(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread and module.rate != 0.0:
+            if threading.get_ident() != thread:
+                return dropout(module, *args, **kwargs)
+            if module.rate != 0.0:
                 self._layer(module, "dropout", "deterministic", kwargs)
-            return dropout(module, *args, **kwargs)
+            self.drawing = mask_of(module, args, kwargs)
+            try:
+                return dropout(module, *args, **kwargs)
+            finally:
+                self.drawing = None
 
         def norm_(module: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == thread:
@@ -182,7 +192,12 @@ class Watcher:
         path = path_of(stream.key)
         if path is not None:
             consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
-            self.record.asked.setdefault(str(stream.key.tag), []).append(tuple(map(str, consumer)))
+            tag, where = str(stream.key.tag), tuple(map(str, consumer))
+            self.record.asked.setdefault(tag, []).append(where)
+            # A stream's key is the draw's with its place among the streams of its tag folded in, and then its count.
+            place = (tag,) if path == HANDED else self.places.get(path[:-1], path)
+            self.record.takes.append(Take(tag, where, (place, self.drawn[place]), self.drawing))
+            self.drawn[place] += 1
 
     def _module_at(self, path: Path) -> Path:
         """The nearest module around a part: a layer's stream is the layer's."""
@@ -224,6 +239,18 @@ class Watcher:
             layer = Layer(kind, tuple(map(str, path)), not value, owner, f"{switch}={value}")
             if layer not in self.record.layers:
                 self.record.layers.append(layer)
+
+
+def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
+    """For each stream of a graph its tag, and which of the streams of that tag it is, as `reseed` goes through them."""
+    found: dict[Path, tuple[Any, ...]] = {}
+    numbers: Counter[str] = Counter()
+    for path, part in parts.items():
+        if isinstance(part, nnx.RngStream):
+            tag = str(part.key.tag)
+            found[path] = (tag, numbers[tag])
+            numbers[tag] += 1
+    return found
 
 
 def _public(cls: type) -> list[tuple[str, Any]]:

@@ -6,15 +6,19 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import html, loop, notice, registered, status, summary, text
+from . import history, html, loop, notice, registered, replayed, status, summary, text
 from .facts import LEVELS, Level
 
 if TYPE_CHECKING:
+    from ..past import History
+    from ..recorded import Rows
     from ..run import Run
     from ..summary import Summary
 
 RUN_JSON = "application/vnd.flax-magics.run+json"
 """The run as data, so that a saved notebook can be verified later."""
+RUNS_JSON = "application/vnd.flax-magics.runs+json"
+"""The same for the runs of a counting line."""
 
 
 def level(run: Run, setting: str) -> Level:
@@ -43,9 +47,10 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, Any]:
     return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
 
 
-def loop_bundle(runs: loop.Loop, style: str) -> dict[str, Any]:
-    """The MIME bundle of a counting line."""
-    return _shown(loop.line(runs), lambda: html.loop(runs), style)
+def loop_bundle(runs: loop.Loop, style: str, rows: Rows | None = None) -> dict[str, Any]:
+    """The MIME bundle of a counting line; with `rows`, which it has once no more are to come, the runs are in it."""
+    shown = _shown(loop.line(runs), lambda: html.loop(runs), style)
+    return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 
 def status_bundle(now: status.Status, style: str) -> dict[str, Any]:
@@ -56,6 +61,17 @@ def status_bundle(now: status.Status, style: str) -> dict[str, Any]:
 def key_bundle(card: status.KeyCard, style: str) -> dict[str, Any]:
     """The MIME bundle of a bare `%flax_key`."""
     return _shown(status.key_text(card), lambda: html.key_card(card), style)
+
+
+def history_bundle(found: History, everything: bool, style: str) -> dict[str, Any]:
+    """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
+    plain = history.history_text(found, everything=everything)
+    return _shown(plain, lambda: html.history(found, everything=everything), style)
+
+
+def replay_bundle(run: Run, style: str) -> dict[str, Any]:
+    """The MIME bundle of a replay."""
+    return notice_bundle(replayed.notice_of(run), style)
 
 
 def notice_bundle(found: notice.Notice, style: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .units import seconds
 if TYPE_CHECKING:
     import jinja2
 
+    from ..past import History
     from ..run import Run
     from ..summary import Summary
     from .loop import Loop
@@ -146,14 +147,30 @@ def notice(found: Notice) -> str:
 
 def status(now: Status) -> str:
     """What `%flax` shows."""
-    from .status import KEPT, NO_MODEL, NO_RUN, versions
+    from .status import KEPT, NO_MODEL, NO_RUN, ONLY_FRESH, RERUN, versions
 
     runs = [
         (facts.name_of(run), [part for part in (facts.mode_of(run), clean(run.device), *facts.brief(run)) if part])
         for run in now.runs[-KEPT:]
     ]
     context = {"status": now, "runs": runs, "versions": versions(now), "no_model": NO_MODEL, "no_run": NO_RUN}
+    context |= {"rerun": RERUN, "only_fresh": ONLY_FRESH}
     return _render("status.html", context)
+
+
+def history(found: History, *, everything: bool = False) -> str:
+    """What `%flax_history` shows."""
+    from . import history as rows
+
+    all_rows = rows.rows(found)
+    shown = all_rows if everything else all_rows[-rows.SHOWN :]
+    context: dict[str, object] = {
+        "heading": [part for part in rows.heading(found) if part],
+        "rows": shown,
+        "left_out": rows.left_out(found, () if everything else all_rows),
+        "none": rows.NONE,
+    }
+    return _render("history.html", context)
 
 
 def key_card(card: KeyCard) -> str:

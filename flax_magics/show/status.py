@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .columns import WIDTH, clean, dotted, table
+from .columns import WIDTH, clean, dotted, table, wrap
 from .text import line as run_line
 from .units import bytes_, count
 
@@ -84,6 +84,7 @@ class Status:
       runs: newest last; the last `KEPT` are shown.
       caches: rows of label and amount, such as `("programs kept", "3")`.
       memory: the same for what is held, such as `("kept for replay", "1.2 MB of 256 MB")`.
+      reruns: a line for each cell that drew and was run again.
       versions: package and version, such as `("flax_magics", "0.1.0")`, which comes first.
     """
 
@@ -95,6 +96,7 @@ class Status:
     memory: tuple[tuple[str, str], ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     commands: tuple[Command, ...] = ()
+    reruns: tuple[str, ...] = ()
 
 
 def key_text(card: KeyCard) -> str:
@@ -111,6 +113,9 @@ def status_text(status: Status) -> str:
     lines += ["", "root key", *("  " + line for line in dotted((clean(key.root), *key.parts), WIDTH - 2))]
     lines += _block("models", [(m.name, m.module, m.variables) for m in status.models] or [(NO_MODEL,)])
     lines += ["", "last runs", *("  " + part for text in run_lines(status) for part in text.splitlines())]
+    if status.reruns:
+        lines += ["", RERUN, *(line for text in status.reruns for line in wrap(clean(text), "  "))]
+        lines += wrap(ONLY_FRESH, "  ")
     lines += _block("memory and caches", [*status.memory, *status.caches])
     lines += _block("commands", [(c.write, c.meaning) for c in status.commands])
     return "\n".join(lines)
@@ -118,6 +123,8 @@ def status_text(status: Status) -> str:
 
 NO_MODEL = "none yet: begin a cell with %%flaxmodel, or write %flaxmodel net"
 NO_RUN = "none yet"
+RERUN = "cells that drew and were run again"
+ONLY_FRESH = "Run All draws once for each: whether it gives the same, only a fresh run can tell"
 
 
 def versions(status: Status) -> tuple[str, ...]:

@@ -61,8 +61,11 @@ class Stack(nn.Module):
 stack = Stack()""",
     "%flax_summary --train --backward stack(x)",
     "%flax_summary --tree my_model",
+    "for i in range(5):\n  %flax_apply -q --train my_model(x)",
+    "%flax_replay 1",
+    "%flax_history",
 )
-"""Cells that are added to the example: a deep model, summarised."""
+"""Cells that are added to the example: a deep model, summarised; its draws, listed."""
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +233,18 @@ def test_a_summary_has_a_row_for_fifty_equal_blocks_and_its_rows_fold(page, tmp_
     summary.screenshot(path=tmp_path / "summary.png")
 
 
+def test_the_history_is_a_table_of_all_draws(page, tmp_path):
+    history = report(page, "%flax_history")
+    assert history.locator("thead th").all_inner_texts() == ["draw", "what", "keys", "inputs", "digest", "cell", "time"]
+    rows = history.locator("tbody tr").all_inner_texts()
+    assert len(rows) >= 8
+    assert "5 runs" in rows[-1]
+    assert sum("replayed" in row for row in rows) == 2  # the init and the apply of draw 1, started again
+    assert "run again" not in history.inner_text()  # Run All in a fresh kernel ran each cell once
+    assert "identical" in report(page, "%flax_replay").inner_text()
+    history.screenshot(path=tmp_path / "history.png")
+
+
 def test_the_tree_of_the_variables_has_pictures(page):
     number = page.evaluate(f"() => {CELLS}.findIndex(c => c.innerText.includes('--tree my_model'))")
     cell = page.locator(".jp-Notebook .jp-CodeCell").nth(number)
@@ -252,6 +267,9 @@ def test_it_is_readable_in_dark_as_in_light(page, tmp_path):
     summary = report(page, "%flax_summary --train")
     summary.screenshot(path=tmp_path / "summary.png")
     assert summary.locator(".fm-number").first.evaluate(LUMINANCE) > 155
+    history = report(page, "%flax_history")
+    history.screenshot(path=tmp_path / "history.png")
+    assert history.locator("tbody td").first.evaluate(LUMINANCE) > 155
 
 
 @pytest.mark.parametrize("width", [1280, 700, 480])

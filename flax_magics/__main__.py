@@ -1,0 +1,10 @@
+"""`python -m flax_magics verify FILES…`."""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":
+    from .verify import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,182 @@
+"""How much a session keeps for replays: inputs, and variables that later runs overwrote, the oldest let go first.
+
+Every array counts once, however many runs it went into, and not at all while it is one of a model's variables. Runs are
+only noted as they come, with what they may take at most; what they do take is worked out when that could be too much,
+after some hundred runs, or when somebody asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
+from operator import is_not
+from typing import Any
+
+import numpy as np
+
+from .errors import FlaxMagicsError
+from .history import Kept
+from .origin import Applied, bytes_of
+from .uninterrupted import uninterrupted
+
+REPLAY_BYTES = 256_000_000
+"""What is kept where nobody says how much."""
+NOTED = 256
+"""Runs that are noted before they are looked at."""
+
+
+class Keeping:
+    """Runs that can be replayed, oldest first.
+
+    Args:
+      limit: bytes that they may hold together.
+      current: gives the arrays that the session holds anyway.
+    """
+
+    def __init__(self, limit: int, current: Callable[[], Iterable[Any]]) -> None:
+        self.limit = checked_limit(limit)
+        self._current = current
+        self.noted: list[Kept] = []
+        """Runs that were not looked at yet, oldest first: appended to in the step that commits a run."""
+        self._rough = 0
+        self._held: deque[Kept] = deque()
+        self._bytes = 0
+        self._known = 0
+        self._uses: dict[int, list[int]] = {}
+        """id of an array → its bytes, and how many inputs and stretches of runs with the same variables hold it."""
+        self._last: dict[str, Kept] = {}
+        """model → its newest run."""
+        self._after: dict[int, list[Any]] = {}
+        """id of a run → which of its variables the next run of the model had no more."""
+
+    def look(self, size: int) -> None:
+        """Makes room, if it may be needed: runs that take `size` bytes at most have been noted."""
+        self._rough += size
+        if self._rough + self._known > self.limit or len(self.noted) >= NOTED:
+            self.settle()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that are held now, what the session holds anyway left out."""
+        self.settle()
+        return self._known
+
+    def settle(self) -> None:
+        """Lets go of the oldest while there is too much, an eighth of the limit at a time."""
+        with uninterrupted():
+            self._settle()
+
+    def _settle(self) -> None:
+        self._take_in()
+        anyway = {id(array) for array in self._current()}
+        held = self._bytes - sum(self._uses[array][0] for array in anyway if array in self._uses)
+        if held > self.limit:
+            # Some room at once: otherwise every single run would have to look again.
+            enough = self.limit - self.limit // 8
+            while self._held and held > enough:
+                held -= self._let_go(self._held.popleft(), anyway)
+        self._known = held
+
+    def _take_in(self) -> None:
+        for kept in self.noted:
+            if kept.origin is None or kept.inputs is None:
+                continue
+            self._held.append(kept)
+            leaves, how = kept.origin.leaves, kept.origin.how
+            name = how.name if isinstance(how, Applied) else ""
+            before = self._last.get(name) if name else None
+            if before is None or before.origin is None or len(before.origin.leaves) != len(leaves):
+                self._use(leaves)
+                if before is not None and before.origin is not None:
+                    self._after[id(before)] = before.origin.leaves
+            else:
+                old = before.origin.leaves
+                changed = [] if leaves is old else _changed(leaves, old)
+                if any(changed):
+                    self._use(compress(leaves, changed))
+                    self._after[id(before)] = list(compress(old, changed))
+                else:
+                    kept.origin.leaves = old
+                    self._after[id(before)] = []
+            if before is not None and before.inputs is not None and len(before.inputs[1]) == len(kept.inputs[1]):
+                _share(kept.inputs[1], before.inputs[1])
+            self._use(kept.inputs[1])
+            if name:
+                self._last[name] = kept
+        self.noted, self._rough = [], 0
+
+    def _use(self, leaves: Iterable[Any]) -> None:
+        for leaf in leaves:
+            size = bytes_of(leaf)
+            if size:
+                known = self._uses.get(id(leaf))
+                if known is None:
+                    self._uses[id(leaf)] = [size, 1]
+                    self._bytes += size
+                else:
+                    known[1] += 1
+
+    def _let_go(self, kept: Kept, anyway: set[int]) -> int:
+        """Bytes that nobody holds any more, those of `anyway` left out."""
+        assert kept.origin is not None
+        assert kept.inputs is not None
+        leaves = self._after.pop(id(kept), None)
+        if leaves is None:
+            leaves = kept.origin.leaves
+            self._last = {name: last for name, last in self._last.items() if last is not kept}
+        freed = 0
+        for leaf in (*leaves, *kept.inputs[1]):
+            known = self._uses.get(id(leaf))
+            if known is None:
+                continue
+            known[1] -= 1
+            if not known[1]:
+                del self._uses[id(leaf)]
+                self._bytes -= known[0]
+                freed += 0 if id(leaf) in anyway else known[0]
+        kept.let_go()
+        return freed
+
+
+def _changed(leaves: list[Any], old: list[Any]) -> list[bool]:
+    """For each leaf whether it is another array than in the run before."""
+    _share(leaves, old)
+    return list(map(is_not, leaves, old))
+
+
+def _share(leaves: list[Any], old: list[Any]) -> None:
+    """Arrays of NumPy that are bit by bit what they were in the run before become the same array."""
+    for i, (leaf, was) in enumerate(zip(leaves, old, strict=True)):
+        if type(leaf) is np.ndarray and leaf is not was and type(was) is np.ndarray and _same(leaf, was):
+            leaves[i] = was
+
+
+def _same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    return (
+        one.dtype == other.dtype and one.shape == other.shape and one.nbytes == other.nbytes
+        and not one.dtype.hasobject and one.tobytes() == other.tobytes()
+    )  # fmt: skip
+
+
+def checked_limit(limit: Any) -> int:
+    """`limit` if it is a number of bytes.
+
+    Raises:
+      FlaxMagicsError: it is none.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise FlaxMagicsError(f"`replay_bytes` is a number of bytes, 0 or more, not {limit!r}.")
+    return limit
+
+
+def arrays_of(models: Mapping[str, Any]) -> Iterable[Any]:
+    """The variables of registered models, as the session or the module holds them."""
+    import jax
+
+    for entry in models.values():
+        held = entry.variables
+        with contextlib.suppress(Exception):  # a module that its owner has made one that no run would take
+            held = entry.model.take() if held is None else held
+        yield from jax.tree_util.tree_leaves(held)

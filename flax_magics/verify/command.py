@@ -1,0 +1,226 @@
+"""`python -m flax_magics verify FILES…`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import FlaxMagicsError
+from ..show.columns import clean_lines
+from .compare import Tolerance, compare
+from .kernels import check_installed, executed
+from .report import EXIT, Result, exit_status, text, to_json
+from .stored import code_cells, read, runs_of
+
+INTERRUPTED = 130
+
+_DESCRIPTION = """\
+Runs notebooks again, each from top to bottom in a fresh kernel of this Python
+and in its own folder, and compares the keys and the output digest of every run
+with those in the notebook's saved outputs. The notebooks are never written.
+What they hold is executed: verify only what you would run."""
+
+_EPILOG = """\
+exit status:
+  0  every run agrees: in its keys, and in every bit or within --rtol
+  1  a run differs
+  2  a notebook could not be read, or did not run to its end
+  3  no run differs, but some cannot be compared: their keys agree, their bits
+     do not, and versions, device, processor or thread count are others than
+     those stored
+  4  a notebook has no outputs of flax_magics; it is not run
+
+Of several notebooks it is that of the worst, in the order 2, 1, 4, 3. In CI, 3
+may pass where machines differ:
+  python -m flax_magics verify *.ipynb || [ $? -eq 3 ]
+
+Keys and shapes are compared in any case. How far two outputs are apart is told
+by the values that are stored with each run, 48 at most: what else an output has
+is known by its digest alone. Cells are counted as code cells, from 1. Those
+tagged skip-execution are left out, those tagged raises-exception may fail. Runs
+under -q, or with reports turned off, leave no output to compare."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line as argparse has it."""
+    top = argparse.ArgumentParser(
+        prog="python -m flax_magics", description="Commands for notebooks that run Flax models."
+    )
+    top.add_argument("--version", action="version", version=f"flax_magics {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    verify = commands.add_parser(
+        "verify",
+        help="run notebooks again and compare each run with the one that was saved",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("files", nargs="+", metavar="FILE", help="a notebook")
+    verify.add_argument(
+        "--rtol",
+        type=_tolerance,
+        metavar="R",
+        help="where bits differ, accept floating-point values that are within R of the stored ones, as numpy has it;"
+        " shapes, keys and integers must be equal",
+    )
+    verify.add_argument(
+        "--atol", type=_tolerance, metavar="A", help="with --rtol, accept a difference of A in any case (default: 0)"
+    )
+    verify.add_argument("--json", action="store_true", help="print the result as JSON")
+    verify.add_argument(
+        "-j",
+        "--jobs",
+        type=_jobs,
+        default=1,
+        metavar="N",
+        help="so many notebooks at once, each in a kernel (default: 1)",
+    )
+    verify.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=600,
+        metavar="SECONDS",
+        help="what one cell may take; 0 for as long as it likes (default: 600)",
+    )
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and gives its exit status. Argparse itself exits: with 2, where the line is wrong."""
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.atol is not None and options.rtol is None:
+        top.error("--atol goes with --rtol")
+    tolerance = None if options.rtol is None else Tolerance(options.rtol, options.atol or 0.0)
+    try:
+        check_installed()
+        results = asyncio.run(verify(options.files, tolerance, options.jobs, options.timeout or None))
+    except FlaxMagicsError as error:
+        print("\n".join(clean_lines(str(error))), file=sys.stderr)
+        return EXIT["could not run"]
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("interrupted: its kernels are ended", file=sys.stderr)
+        return INTERRUPTED
+    if options.json:
+        print(json.dumps(to_json(results), indent=2, allow_nan=False))
+    else:
+        _use_utf8()
+        print("\n".join(text(result) for result in results))
+    return exit_status(results)
+
+
+async def verify(
+    files: Sequence[str], tolerance: Tolerance | None = None, jobs: int = 1, timeout: int | None = None
+) -> list[Result]:
+    """A result for each notebook, in the order given.
+
+    Args:
+      files: their paths; one that is given twice is run once.
+      tolerance: accept values within it, None where every bit has to agree.
+      jobs: kernels that run at once.
+      timeout: seconds that one cell may take.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    task = asyncio.current_task()
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel if task else _ignore)
+    found = {file: _read(file) for file in files}
+    read_ones = {file: notebook for file, (notebook, _) in found.items() if notebook is not None}
+    cells = sum(len(code_cells(notebook)) for notebook in read_ones.values())
+    limit = asyncio.Semaphore(jobs)
+    with tqdm(total=cells, unit="cell", leave=False, disable=not _terminal(), file=sys.stderr) as bar:
+
+        def on_cell() -> None:
+            bar.update(1)
+
+        async def one(file: str) -> Result:
+            async with limit:
+                return await _verify(file, read_ones[file], tolerance, timeout, on_cell)
+
+        tasks = {file: asyncio.create_task(one(file)) for file in read_ones}
+        try:
+            if tasks:
+                await asyncio.gather(*tasks.values())
+        finally:
+            for running in tasks.values():
+                running.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+    return [tasks[file].result() if file in tasks else found[file][1] for file in found]
+
+
+def _read(file: str) -> tuple[Any, Result]:
+    """The notebook, None where it is not to be run; and then what is to be said of it."""
+    try:
+        notebook = read(Path(file))
+        stored = runs_of(notebook)
+    except FlaxMagicsError as error:
+        return None, Result(file, failed=_line(error))
+    return (notebook if any(cell.count for cell in stored) else None), Result(file)
+
+
+async def _verify(
+    file: str, notebook: Any, tolerance: Tolerance | None, timeout: int | None, on_cell: Callable[[], None]
+) -> Result:
+    started = time.monotonic()
+    folder = Path(file).absolute().parent
+    now, done, failed = await executed(notebook, folder, timeout, on_cell)
+    try:
+        verdicts = compare(runs_of(notebook)[:done], runs_of(now)[:done], tolerance)
+    except FlaxMagicsError as error:
+        return Result(file, failed=failed or _line(error), seconds=time.monotonic() - started, tolerance=tolerance)
+    return Result(file, verdicts, failed, time.monotonic() - started, tolerance)
+
+
+def _line(error: FlaxMagicsError) -> str:
+    return " ".join(clean_lines(str(error)))
+
+
+def _terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+def _use_utf8() -> None:
+    """A result has arrows and dots, which a pipe on some systems would fail at."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        with contextlib.suppress(ValueError, OSError):
+            reconfigure(errors="backslashreplace")
+
+
+def _ignore() -> None:
+    return None
+
+
+def _tolerance(value: str) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise argparse.ArgumentTypeError(f"{value!r} is no tolerance: it is 0 or more")
+    return number
+
+
+def _jobs(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of notebooks: it is 1 or more")
+    return number
+
+
+def _seconds(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{value!r} is no time: it is 0 or more")
+    return number

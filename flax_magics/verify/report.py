@@ -1,0 +1,210 @@
+"""What verifying notebooks found: frozen data, as text in 80 columns and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..show.columns import clean, cut, flow, table, wrap
+from ..show.units import count, plural
+from .compare import Outcome, Tolerance, Verdict
+
+Status = Literal["agrees", "differs", "could not run", "not comparable", "nothing to verify"]
+EXIT: dict[Status, int] = {
+    "agrees": 0,
+    "differs": 1,
+    "could not run": 2,
+    "not comparable": 3,
+    "nothing to verify": 4,
+}
+_WORST: tuple[Status, ...] = ("could not run", "differs", "nothing to verify", "not comparable", "agrees")
+SHOWN = 10
+"""Differences of one notebook that the text shows."""
+_GIVEN = 1000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one notebook.
+
+    Attributes:
+      file: as it was given.
+      verdicts: on each of its runs, as far as it ran.
+      failed: why it could not be read or did not run to its end, None where it did.
+      seconds: what running it took.
+      tolerance: within which values were allowed to differ, None where every bit has to agree.
+    """
+
+    file: str
+    verdicts: Sequence[Verdict] = ()
+    failed: str | None = None
+    seconds: float = 0.0
+    tolerance: Tolerance | None = None
+
+    @property
+    def status(self) -> Status:
+        """What is to be said first."""
+        if self.failed is not None:
+            return "could not run"
+        if not self.verdicts:
+            return "nothing to verify"
+        outcomes = {verdict.outcome for verdict in self.verdicts}
+        return "differs" if "differs" in outcomes else "not comparable" if "not comparable" in outcomes else "agrees"
+
+    def runs(self, *outcomes: Outcome) -> int:
+        """How many runs have one of these outcomes."""
+        return sum(verdict.runs for verdict in self.verdicts if verdict.outcome in outcomes)
+
+
+def exit_status(results: Iterable[Result]) -> int:
+    """That of the worst of them; none is as good as nothing to verify."""
+    found = {result.status for result in results} or {"nothing to verify"}
+    return EXIT[next(status for status in _WORST if status in found)]
+
+
+def text(result: Result) -> str:
+    """A line that says what became of the notebook, and beneath it what is not as it was."""
+    head = f"{clean(result.file)}: "
+    lines = wrap(head + _summary(result), rest="  ")
+    other = [v for v in result.verdicts if v.outcome == "differs"] or [
+        v for v in result.verdicts if v.outcome == "not comparable"
+    ]
+    if other:
+        rows = [("cell", "first line", "draw", "what", "how far, in how many values"), *map(_row, other[:SHOWN])]
+        lines += table(rows, indent="  ")
+    if len(other) > SHOWN:
+        lines.append(f"  … and {plural(sum(v.runs for v in other[SHOWN:]), 'run')} more")
+    changed = _changed(result.verdicts)
+    if changed:
+        parts = [f"{clean(name)} {clean(was)} → {clean(now)}" for name, (was, now) in changed.items()]
+        lines += flow(parts, "  other than stored  ", gap="   ")
+    if result.status == "not comparable":
+        lines.append("  write: --rtol 1e-5     to compare the values that are stored")
+    return "\n".join(lines)
+
+
+def _summary(result: Result) -> str:
+    if result.failed is not None:
+        before = result.runs("differs")
+        return f"could not run: {result.failed}" + (f" Before it, {plural(before, 'run')} differ." if before else "")
+    if not result.verdicts:
+        return "no flax_magics outputs: nothing to verify"
+    runs = result.runs("agrees", "within", "not comparable", "differs")
+    bits, within, apart, differ = (result.runs(o) for o in ("agrees", "within", "not comparable", "differs"))
+    if bits == runs:
+        return f"agrees: {plural(runs, 'run')}, keys and every bit"
+    found = [f"keys and every bit in {count(bits)}"] if bits else []
+    if within and result.tolerance is not None:
+        atol = f", atol {result.tolerance.atol:g}" if result.tolerance.atol else ""
+        kept, of = _kept(verdict for verdict in result.verdicts if verdict.outcome == "within")
+        values = f"{count(kept)} of their {plural(of, 'value')}"
+        found.append(f"keys and values within rtol {result.tolerance.rtol:g}{atol} in {count(within)} (by {values})")
+    if apart:
+        found.append(f"keys alone in {count(apart)}")
+    head = f"differs: {count(differ)} of {plural(runs, 'run')}" if differ else f"{result.status}: {plural(runs, 'run')}"
+    return ", ".join([head, *found])
+
+
+def _kept(verdicts: Iterable[Verdict]) -> tuple[int, int]:
+    """How many values were compared, and how many there are."""
+    apart = [verdict.distance for verdict in verdicts if verdict.distance is not None]
+    return sum(distance.values for distance in apart), sum(distance.of for distance in apart)
+
+
+def _changed(verdicts: Iterable[Verdict]) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
+    for verdict in verdicts:
+        found = {**(verdict.changed or {}), **found}
+    return found
+
+
+def _row(verdict: Verdict) -> tuple[str, ...]:
+    line = cut(clean(verdict.line), 24)
+    return (str(verdict.cell), line, _draw(verdict), verdict.what, how_far(verdict))
+
+
+def _draw(verdict: Verdict) -> str:
+    if verdict.run is None or verdict.what == "runs":
+        return "" if verdict.what == "runs" else "later ones"
+    first, many = verdict.run.draw, verdict.run.draws
+    number = f"{first}–{first + many - 1}" if many else str(first)
+    return cut(number if verdict.run.seed == 0 else f"{verdict.run.seed}:{number}", 20)
+
+
+def how_far(verdict: Verdict) -> str:
+    """`1 ulp, 5.96e-08 in 3 of 36`; keys, shapes and numbers of runs as they were and are."""
+    distance = verdict.distance
+    if distance is None:
+        was, now = cut(clean(verdict.stored), 60), cut(clean(verdict.now), 60)
+        if verdict.what == "keys" and was.partition(" ")[0] == now.partition(" ")[0]:
+            now = now.partition(" ")[2]  # the stream is named once
+        return f"{was} → {now}" + (" (no values stored)" if verdict.what == "digest" else "")
+    among = (
+        f"{count(distance.values)} stored, of {count(distance.of)}"
+        if distance.values < distance.of
+        else count(distance.of)
+    )
+    if not distance.differ:
+        return f"in none of {among}"
+    parts = [f"{distance.ulp:,} ulp"] if distance.ulp is not None else []
+    parts.append("NaN" if math.isnan(distance.absolute) else f"{distance.absolute:.3g}")
+    where = f" ({cut(clean(distance.array), 40)})" if distance.array else ""
+    return f"{', '.join(parts)}{where} in {count(distance.differ)} of {among}"
+
+
+def to_json(results: Sequence[Result]) -> dict[str, Any]:
+    """All of it as JSON data; a number that is not finite is null."""
+    return {
+        "version": 1,
+        "status": exit_status(results),
+        "notebooks": [_notebook(result) for result in results],
+    }
+
+
+def _notebook(result: Result) -> dict[str, Any]:
+    found = [verdict for verdict in result.verdicts if verdict.outcome != "agrees"]
+    return {
+        "file": result.file,
+        "status": result.status,
+        "message": result.failed,
+        "seconds": round(result.seconds, 3),
+        "runs": {
+            "all": result.runs("agrees", "within", "not comparable", "differs"),
+            "agree": result.runs("agrees"),
+            "within": result.runs("within"),
+            "not_comparable": result.runs("not comparable"),
+            "differ": result.runs("differs"),
+        },
+        "environment": {name: {"stored": was, "now": now} for name, (was, now) in _changed(result.verdicts).items()},
+        "differences": [_difference(verdict) for verdict in found[:_GIVEN]],
+    }
+
+
+def _difference(verdict: Verdict) -> dict[str, Any]:
+    run, distance = verdict.run, verdict.distance
+    return {
+        "cell": verdict.cell,
+        "line": verdict.line,
+        "outcome": verdict.outcome,
+        "what": verdict.what,
+        "command": run.command if run else None,
+        "model": run.model if run else None,
+        "call": run.call if run else None,
+        "seed": run.seed if run else None,
+        "draw": run.draw if run else None,
+        "draws": run.draws if run else None,
+        "stored": verdict.stored,
+        "now": verdict.now,
+        "values": None
+        if distance is None
+        else {
+            "compared": distance.values,
+            "of": distance.of,
+            "differ": distance.differ,
+            "ulp": distance.ulp,
+            "absolute": distance.absolute if math.isfinite(distance.absolute) else None,
+            "array": distance.array,
+        },
+    }

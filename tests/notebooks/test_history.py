@@ -1,0 +1,65 @@
+"""`%flax_history` and `%flax_replay` in a real kernel, and cells that the frontend names."""
+
+from __future__ import annotations
+
+from jupyter_core.utils import run_sync
+from kernels import Notebook
+from sharp_bits import SHARP_BITS
+
+NORMED = """\
+%%flaxmodel
+class Normed(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+    return nn.Dropout(0.5, deterministic=not train)(x)
+b = Normed()
+"""
+
+
+def by_id(notebook: Notebook, cell: str, source: str) -> None:
+    """Executes a cell as JupyterLab does, which says which one it is."""
+    client = notebook.client.kc
+    content = {"code": source, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
+    message = client.session.msg("execute_request", content, metadata={"cellId": cell})
+    client.shell_channel.send(message)
+    reply = run_sync(client.get_shell_msg)(timeout=60)
+    assert reply["parent_header"]["msg_id"] == message["header"]["msg_id"]
+    assert reply["content"]["status"] == "ok", reply["content"]
+
+
+def test_a_loop_of_moving_statistics_replays_draw_by_draw(open_notebook):
+    notebook = open_notebook()
+    notebook.run_all(SHARP_BITS)
+    notebook.run(NORMED)
+    notebook.run("%flax_key -q --seed 5")
+    notebook.run("for i in range(20):\n  %flax_apply -q --train b(x + i)")
+    for draw in (1, 7, 20):
+        cell = notebook.run(f"%flax_replay {draw}")
+        assert f"draw {draw} of seed 5 · replayed" in " ".join(cell.report.split())
+        assert "identical, by its digest: float32[3,4,4]" in cell.report
+        assert set(cell.displays[0]) == {"text/plain", "text/html"}
+    cell = notebook.run("%flax_history b")
+    assert "  8–19  apply b train  12 runs" in cell.report
+    assert "<table" in cell.displays[0]["text/html"]
+    assert notebook.run("run = %flax_replay -q last\nrun.agreement.identical").result == "True"
+
+
+def test_a_cell_that_the_frontend_names_is_known_when_it_is_run_again_or_edited(open_notebook):
+    notebook = open_notebook()
+    notebook.run_all(SHARP_BITS)
+    before = notebook.run("%flax")
+    assert "run again" not in before.report
+    number = notebook.client.nb.cells[-1].execution_count
+    by_id(notebook, "one", "%flax_apply -q my_model(x);")
+    by_id(notebook, "two", "%flax_apply -q my_model(x);")  # the same text, another cell
+    by_id(notebook, "three", "x = x + 1")
+    by_id(notebook, "one", "%flax_apply -q --train my_model(x);")
+    report = " ".join(notebook.run("%flax").report.split())
+    one, three, again = number + 1, number + 3, number + 4
+    said = f"cell [{one}] was edited and run again as [{again}]; x was rebound by [{three}] in between"
+    assert report.count("run again as") == 1
+    assert said in report
+    history = notebook.run("%flax_history").report
+    assert f"! cell edited since, as [{again}]" in history
+    assert f"! x was rebound by [{three}] since [{one}]" in history

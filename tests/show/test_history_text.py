@@ -1,0 +1,148 @@
+"""The draws and a replay as text and as HTML: complete, in 80 columns, every string of the user's cleaned and escaped."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+
+import numpy as np
+from rich.cells import cell_len
+from runs_to_show import DRAW, INIT, KEY, REUSED
+from test_html import EVIL, Reader
+
+from flax_magics.agreement import Agreement, Difference
+from flax_magics.history import Kept
+from flax_magics.keys import Streams
+from flax_magics.past import Drawn, History
+from flax_magics.run import Run
+from flax_magics.show import html
+from flax_magics.show.history import SHOWN, history_text
+from flax_magics.show.notice import notice_text
+from flax_magics.show.replayed import notice_of
+
+AT = time.mktime((2026, 11, 25, 9, 30, 0, 0, 0, -1))
+
+
+def drawn(run: Run, *marks: str, **changes: object) -> Drawn:
+    run = replace(run, started=AT, keys=Streams.of(DRAW, *run.keys), **changes)
+    name = run.call if run.command == "key" else run.model
+    return Drawn(
+        run.seed, run.draw, run.draws, run.command, name or "", run.mode, run.call, run.cell, AT, marks, held(run)
+    )
+
+
+def held(run: Run) -> Kept:
+    """The run as a session keeps it; it lives as long as this."""
+    KEPT.append(run)
+    return Kept(run)
+
+
+KEPT: list[Run] = []
+X = np.zeros((3, 4, 4), np.float32)
+
+
+def history(*rows: Drawn, earlier: int = 0) -> History:
+    return History(rows, earlier, 0)
+
+
+def test_each_draw_is_two_lines() -> None:
+    rows = [
+        drawn(INIT, inputs=((X,), {})),
+        drawn(REUSED, "replayed", "cell run again since, as [9]", inputs=((X,), {"mask": None})),
+        drawn(KEY, call="latent"),
+    ]
+    assert re.sub(r"[0-9a-f]{16}", "0123456789abcdef", history_text(history(*rows))) == (
+        "history · 3 runs · seed 0 · 2026-11-25\n"
+        "  draw  what             digest            cell  time\n"
+        "     1  init net         0123456789abcdef  [3]   09:30:00\n"
+        "        float32[3,4,4] · params 375f238f\n"
+        "     2  apply net train  0123456789abcdef  [3]   09:30:00\n"
+        "        float32[3,4,4], mask=None · dropout f71f4ea9 · replayed\n"
+        "        ! cell run again since, as [9]\n"
+        "     3  key latent       0123456789abcdef  [3]   09:30:00\n"
+        f"        latent {DRAW.data('latent')[:4][::-1].hex()}"
+    )
+
+
+def test_alike_runs_of_one_cell_are_one_row_and_two_are_two() -> None:
+    rows = [drawn(REUSED, draw=draw) for draw in range(2, 102)]
+    text = history_text(history(*rows))
+    assert text.splitlines()[2] == "  2–101  apply net train  100 runs  [3]   09:30:00"
+    assert len(history_text(history(*rows[:2])).splitlines()) == 6
+    other = drawn(REUSED, draw=102, mode="eval")
+    assert len(history_text(history(*rows, other)).splitlines()) == 6
+
+
+def test_thousands_of_cells_are_cut_to_the_last_and_that_is_said() -> None:
+    rows = [drawn(REUSED, draw=draw, cell=draw) for draw in range(1, 1001)]
+    lines = history_text(history(*rows)).splitlines()
+    assert lines[1] == "  940 earlier rows: %flax_history --all"
+    assert len(lines) == 3 + 2 * SHOWN
+    assert len(history_text(history(*rows), everything=True).splitlines()) == 2 + 2 * 1000
+    assert Reader(html.history(history(*rows))).text.count("apply net train") == SHOWN
+
+
+def test_two_seeds_are_told_apart() -> None:
+    text = history_text(history(drawn(REUSED), drawn(REUSED, seed=12, draw=1)))
+    assert text.splitlines()[0] == "history · 2 runs · seeds 0, 12 · 2026-11-25"
+    assert [line.split()[0] for line in text.splitlines()[2::2]] == ["0:2", "12:1"]
+
+
+def test_long_and_hostile_names_stay_in_their_place() -> None:
+    rows = [
+        drawn(REUSED, "cell edited since, as [12]", model="a_very_long_name_of_a_model_" * 4, inputs=((X,) * 20, {})),
+        drawn(REUSED, EVIL + "\x1b[31m", model=EVIL, mode=EVIL, used={EVIL: ()}),
+        drawn(KEY, call="電" * 40),
+    ]
+    text = history_text(history(*rows, earlier=2))
+    assert max(map(cell_len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+    page = html.history(history(*rows, earlier=2))
+    assert Reader(page).tags.isdisjoint({"script", "img", "a", "link", "iframe"})
+    assert "&lt;script&gt;" in page
+    assert "\x1b" not in page
+
+
+def test_html_says_what_the_text_says() -> None:
+    rows = [
+        drawn(INIT, inputs=((X,), {})),
+        drawn(REUSED, "replayed", "cell run again since, as [9]", inputs=((X,), {})),
+    ]
+    words = Reader(html.history(history(*rows))).text
+    for word in ("history · 2 runs · seed 0 · 2026-11-25", "float32[3,4,4]", "dropout f71f4ea9", "[3]", "09:30:00"):
+        assert word in words
+    assert "replayed ! cell run again since, as [9]" in words
+    assert "style=" not in re.sub(r'style="text-align:left"', "", html.history(history(*rows)))
+
+
+def replayed(agreement: Agreement) -> str:
+    return notice_text(notice_of(replace(REUSED, replayed=True, agreement=agreement)))
+
+
+def test_a_replay_says_identical_or_where_it_differs_and_by_how_much() -> None:
+    assert replayed(Agreement(True, "output")) == (
+        "net · train · draw 2 of seed 0 · replayed · identical: float32[3,4,3]"
+    )
+    assert replayed(Agreement(True, "digest")).endswith("identical, by its digest: float32[3,4,3]")
+    differences = (Difference("['a']", 3, 36, 1.1920929e-07, 1), Difference("['n']", 1, 3, 5.0))
+    assert replayed(Agreement(False, "output", differences)) == (
+        "net · train · draw 2 of seed 0 · replayed · differs\n"
+        "! ['a']: 3 of 36 elements, up to 1.19e-07 (1 ulp)\n"
+        "! ['n']: 1 of 3 elements, up to 5"
+    )
+    assert replayed(Agreement(False, "digest")) == (
+        "net · train · draw 2 of seed 0 · replayed · differs\n"
+        "! its output is gone, and a digest cannot tell where or by how much they differ"
+    )
+
+
+def test_of_many_leaves_some_are_named_and_nothing_to_compare_with_is_said() -> None:
+    many = tuple(Difference(f"['{n}']", 1, 3, 5.0) for n in range(8))
+    assert replayed(Agreement(False, "output", many)).splitlines()[-1] == "! and 2 more leaves"
+    assert replayed(Agreement(None)) == (
+        "net · train · draw 2 of seed 0 · replayed · nothing to compare with\n"
+        "! its output was let go of before a digest was taken: there is nothing to\n"
+        "  compare with\n"
+        "  write: %flax_apply -o run …"
+    )

@@ -1,0 +1,195 @@
+"""What a notebook holds is read field by field; what is not ours, or not true, is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from made import HERE, cell, notebook, run
+
+from flax_magics.errors import FlaxMagicsError
+from flax_magics.verify import stored
+from flax_magics.verify.stored import Further, Leaf, read, runs_of
+
+
+def test_a_run_is_read():
+    (found,) = runs_of(notebook(cell(run(draw=3, extra="of a later version"))))
+    (one,) = found.runs
+    assert (found.number, found.line, found.count) == (1, "y = %flax_apply net(x)", 1)
+    assert (one.command, one.model, one.call, one.seed, one.draw, one.draws) == ("apply", "net", "net(x)", 0, 3, None)
+    assert one.keys == {"params": "375f238f00000000", "dropout": "f71f4ea900000000"}
+    assert one.leaves == (Leaf("", "float32[2,3]", 6),)
+    assert one.environment == {
+        **HERE["versions"],
+        "device": "cpu:0",
+        "device_kind": "cpu",
+        "processor": "x86_64-A",
+        "threads": "2",
+    }
+
+
+def test_a_run_that_was_stored_before_values_were_is_read():
+    old = run(versions={"jax": "0.10.2", "flax": "0.12.8"})
+    for name in ("leaves", "bits", "device_kind", "processor", "threads"):
+        del old[name]
+    (one,) = runs_of(notebook(cell(old)))[0].runs
+    assert (one.leaves, one.bits) == (None, b"")
+    assert one.environment == {"jax": "0.10.2", "flax": "0.12.8", "device": "cpu:0"}
+
+
+def test_rows_of_a_loop_are_what_differs_from_the_row_before():
+    rows = [run(draw=2, started=11.0), {"draw": 3, "started": 12.0}, {"draw": 5, "digest": "f", "started": 14.0}]
+    loop = {"version": 1, "runs": rows, "further": {"runs": 7, "keys": "k", "digest": "d"}}
+    # Of the runs of a cell, those that had news have a report of their own, wherever it stands.
+    (found,) = runs_of(notebook(cell(run(draw=4, started=13.0), run(draw=1), loop=loop)))
+    assert [(one.draw, one.digest) for one in found.runs] == [
+        (1, "0123456789abcdef"),
+        (2, "0123456789abcdef"),
+        (3, "0123456789abcdef"),
+        (4, "0123456789abcdef"),
+        (5, "f"),
+    ]
+    assert found.further == Further(7, "k", "d")
+    assert found.count == 12
+
+
+def test_cells_are_counted_as_code_cells_and_skipped_ones_hold_nothing():
+    one, other = (nbformat.v4.new_markdown_cell("words") for _ in range(2))
+    cells = runs_of(notebook(one, cell(run(), tags=("skip-execution",)), other, cell(run(), source="\n\n  z = 1\n")))
+    assert [(one.number, one.line, one.count) for one in cells] == [(1, "y = %flax_apply net(x)", 0), (2, "z = 1", 1)]
+
+
+DEEP: Any = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 2}, "it was written by another version of flax_magics (its format is 2, not 1)."),
+        ({"version": None}, "`version` is no whole number."),
+        ({"version": True}, "`version` is no whole number."),
+        ({"draw": "1"}, "`draw` is no whole number."),
+        ({"draw": 10**60}, "`draw` is no whole number."),
+        ({"seed": 1.5}, "`seed` is no whole number."),
+        ({"draws": []}, "`draws` is no whole number."),
+        ({"keys": ["a"]}, "`keys` is no object."),
+        ({"keys": {"dropout\x1b[2J\u202e": 1}}, "`dropout\\x1b[2J\\u202e` is no text."),
+        ({"keys": DEEP}, "`keys` is no object."),
+        ({"digest": 5}, "`digest` is no text."),
+        ({"call": None}, "`call` is no text."),
+        ({"output": DEEP}, "`output` is no text."),
+        ({"started": "now"}, "`started` is no number."),
+        ({"started": float("inf")}, "`started` is no number."),
+        ({"started": 10**400}, "`started` is no whole number."),
+        ({"versions": "all"}, "`versions` is no object."),
+        ({"versions": {"jax": {}}}, "`jax` is no text."),
+        ({"threads": "many"}, "`threads` is no whole number."),
+        ({"processor": 1}, "`processor` is no text."),
+        ({"leaves": {}}, "`leaves` is no list."),
+        ({"leaves": [0] * 1001}, "`leaves` is no list."),
+        ({"leaves": [0]}, "a leaf is no object."),
+        ({"leaves": [{"path": "", "array": "float32[2", "values": 1}]}, "`array` is no dtype with a shape."),
+        ({"leaves": [{"path": "", "array": "O" * 99 + "[]", "values": 1}]}, "`array` is no dtype with a shape."),
+        ({"leaves": [{"path": "", "array": "float32[2]", "values": 3}]}, "`values` is more than there can be."),
+        ({"leaves": [{"path": "", "array": "float32[2]", "values": -1}]}, "`values` is more than there can be."),
+        (
+            {"leaves": [{"path": "", "array": "float32[9999999]", "values": 1001}]},
+            "`values` is more than there can be.",
+        ),
+        ({"bits": "no base64"}, "`bits` is no base64."),
+        ({"bits": "ä"}, "`bits` is no base64."),
+    ],
+)
+def test_a_run_that_is_not_what_we_write_is_refused(changes, why):
+    with pytest.raises(FlaxMagicsError) as error:
+        runs_of(notebook(cell(), cell(run(**changes))))
+    assert str(error.value) == f"cell 2 holds an output of flax_magics that cannot be read: {why}"
+
+
+@pytest.mark.parametrize(
+    ("loop", "why"),
+    [
+        ([], "the loop is no object."),
+        ("text", "the loop is no object."),
+        ({"version": 1}, "`runs` is no list."),
+        ({"version": 1, "runs": [1]}, "a row is no object."),
+        ({"version": 1, "runs": [{}]}, "`keys` is no object."),
+        ({"version": 1, "runs": [], "further": 1}, "`further` is no object."),
+        ({"version": 1, "runs": [], "further": {"runs": 0}}, "`runs` is less than 1."),
+        ({"version": 1, "runs": [], "further": {"runs": 1, "keys": "k"}}, "`digest` is no text."),
+    ],
+)
+def test_a_loop_that_is_not_what_we_write_is_refused(loop, why):
+    with pytest.raises(FlaxMagicsError) as error:
+        runs_of(notebook(cell(loop=loop)))
+    assert str(error.value) == f"cell 1 holds an output of flax_magics that cannot be read: {why}"
+
+
+def test_more_rows_than_there_can_be_are_refused(monkeypatch):
+    monkeypatch.setattr(stored, "_ROWS", 2)
+    with pytest.raises(FlaxMagicsError, match="`runs` is no list"):
+        runs_of(notebook(cell(loop={"version": 1, "runs": [run(), {}, {}]})))
+
+
+def valid(source: Any = "x") -> dict[str, Any]:
+    code = {"cell_type": "code", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+    return {"nbformat": 4, "nbformat_minor": 4, "metadata": {}, "cells": [code]}
+
+
+def test_an_old_notebook_without_ids_and_with_lines_is_read(tmp_path, recwarn):
+    path = tmp_path / "old.ipynb"
+    path.write_text(json.dumps(valid(["a\n", "b"])))
+    assert read(path).cells[0].source == "a\nb"
+    assert recwarn.list == []
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "it is no notebook: Expecting value: line 1 column 1 (char 0)"),
+        (b"\xff\xfe", "it is no notebook: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b"[" * 100_000, "it is no notebook: it is nested too deeply."),
+        (b"[1]", "it is no notebook of format 4.\n  open it in Jupyter and save it there"),
+        (b'{"nbformat": 3}', "it is no notebook of format 4.\n  open it in Jupyter and save it there"),
+        (b'{"nbformat": true}', "it is no notebook of format 4.\n  open it in Jupyter and save it there"),
+        (b'{"nbformat": 4', "it is no notebook: Expecting ',' delimiter: line 1 column 15 (char 14)"),
+        (
+            json.dumps({**valid(), "cells": [{"cell_type": "\x1b[31mno"}]}).encode(),
+            "it is no valid notebook: {'cell_type': '\\x1b[31mno'} is not valid under any of the given schemas",
+        ),
+        (json.dumps(valid(5)).encode(), None),
+        (b'{"nbformat": ' + b"9" * 10_000 + b"}", None),
+    ],
+)
+def test_a_file_that_is_no_notebook_is_refused(tmp_path, data, why):
+    path = tmp_path / "a.ipynb"
+    path.write_bytes(data)
+    with pytest.raises(FlaxMagicsError) as error:
+        read(path)
+    if why is not None:
+        assert str(error.value) == why
+    assert len(str(error.value)) < 300
+    assert str(error.value).startswith("it is no ")
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"12345")
+    for path, why in [
+        (tmp_path / "pipe", "it is no file."),
+        (Path("/dev/zero"), "it is no file."),
+        (tmp_path, "it cannot be read: Is a directory."),
+        (tmp_path / "none", "it cannot be read: No such file or directory."),
+    ]:
+        with pytest.raises(FlaxMagicsError) as error:
+            read(path)
+        assert str(error.value) == why
+    monkeypatch.setattr(stored, "LARGEST", 4)
+    with pytest.raises(FlaxMagicsError, match="it has 5 bytes, and 4 is the most that is read"):
+        read(tmp_path / "large")
