@@ -130,8 +130,8 @@ def digests_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
     add = Chain.add
 
-    def taking(chain: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
-        assert run.digest
-        return add(chain, run, *args, **kwargs)
+    def taking(chain: Any, kept: Any) -> Any:
+        assert kept.run().digest
+        return add(chain, kept)
 
     monkeypatch.setattr(Chain, "add", staticmethod(taking))
