@@ -31,7 +31,7 @@ class Arguments:
     ) -> Arguments:
         """Takes `(args, kwargs)` apart; leaves are named after the parameters that they are given to."""
         paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
-        positional = _positional_names(signature, len(args))
+        positional = positional_names(signature, len(args))
         names, leaves, traced = [], [], []
         for (which, first, *rest), leaf in paths:
             name = positional[first.idx] if which.idx == 0 else first.key
@@ -95,7 +95,8 @@ def signature_of(leaf: Any) -> tuple[Any, ...]:
     return (), type(leaf), True, None
 
 
-def _positional_names(signature: inspect.Signature, n: int) -> list[str]:
+def positional_names(signature: inspect.Signature, n: int) -> list[str]:
+    """The parameters that `n` positional arguments are given to."""
     names: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:

@@ -184,6 +184,24 @@ FLAX_LOAD = Command(
     takes="file",
 )
 
+FLAX_EXPORT = Command(
+    "%flax_export",
+    "%flax_export [options]         shows the session as a plain Flax script\n%flax_export [options] FILE    writes it",
+    "The cells that ran, in the order in which they ran, with plain JAX and Flax in the place of each command: the split of "
+    "the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and prints for each "
+    "run the digest that the session had. Magics and shell lines become comments; what cannot be exported is said in its "
+    "place.\n\n"
+    "A file is replaced only if this command wrote it and nobody has changed it since.",
+    (
+        Option("--cell", "put it into the next cell"),
+        Option("--plain", "leave the digests out"),
+        Option("--force", "replace the file whatever it is", short="-f"),
+        Option("--quiet", "say nothing about the file that was written", short="-q"),
+    ),
+    ("%flax_export", "%flax_export --plain", "%flax_export --force session.py"),
+    takes="file",
+)
+
 FLAX_HISTORY = Command(
     "%flax_history",
     "%flax_history [options] [MODEL]",
@@ -224,6 +242,7 @@ COMMANDS = {
         FLAX_REPLAY,
         FLAX_SAVE,
         FLAX_LOAD,
+        FLAX_EXPORT,
     )
 }
 
@@ -237,6 +256,7 @@ MEANINGS = (
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
     ("%flax_save FILE", "the session into one file, once or kept up to date"),
     ("%flax_load FILE", "goes on where that was saved"),
+    ("%flax_export [FILE]", "the session as a plain Flax script"),
     ("%flax_history", "every draw so far: keys, inputs, digest, cell, time"),
     ("%flax_replay N", "runs a draw again, and says whether every bit is the same"),
 )

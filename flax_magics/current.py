@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .sessions import Session
 
 _session: Session | None = None
+_notebook: Callable[[], tuple[Any, ...]] | None = None
 
 
 def existing() -> Session | None:
@@ -23,3 +26,14 @@ def current(seed: int = 0) -> Session:
 
         _session = Session(seed)
     return _session
+
+
+def in_notebook(cells: Callable[[], tuple[Any, ...]] | None) -> None:
+    """The session is that of a notebook: `cells` gives what an export is made of. None: it is no more."""
+    global _notebook
+    _notebook = cells
+
+
+def notebook_of(session: Session) -> Callable[[], tuple[Any, ...]] | None:
+    """What was given to `in_notebook`, if `session` is the notebook's."""
+    return _notebook if session is _session else None

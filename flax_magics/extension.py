@@ -7,6 +7,7 @@ from typing import Any
 
 from .cells import line_magic_transformer
 from .complete import Matcher, install, uninstall
+from .current import in_notebook
 from .library import library
 from .magics import FlaxMagics
 
@@ -23,8 +24,11 @@ def load(shell: Any) -> None:
     matcher = Matcher(shell, magics.model_names)
     install(shell, matcher)
     shell.events.register("pre_run_cell", magics.begin_cell)
+    shell.events.register("pre_run_cell", magics.journal.begin)
     shell.events.register("post_run_cell", magics.end_cell)
+    shell.events.register("post_run_cell", magics.journal.end)
     library.in_cells(True)
+    in_notebook(magics.executed)
     _loaded[shell] = magics, matcher
 
 
@@ -35,6 +39,9 @@ def unload(shell: Any) -> None:
     magics, matcher = _loaded.pop(shell)
     shell.events.unregister("pre_run_cell", magics.begin_cell)
     library.in_cells(False)
+    in_notebook(None)
+    shell.events.unregister("pre_run_cell", magics.journal.begin)
+    shell.events.unregister("post_run_cell", magics.journal.end)
     shell.events.unregister("post_run_cell", magics.end_cell)
     uninstall(shell, matcher)
     transformers = shell.input_transformers_cleanup

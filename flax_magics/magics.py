@@ -20,6 +20,7 @@ from .cells import displayed, displayed_quietly, run_body, run_statements_with_c
 from .commands import (
     FLAX,
     FLAX_APPLY,
+    FLAX_EXPORT,
     FLAX_HISTORY,
     FLAX_INIT,
     FLAX_KEY,
@@ -31,6 +32,7 @@ from .commands import (
 )
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
+from .journal import Journal
 from .kinds import KINDS
 from .library import library
 from .options import Command, Read, file_name, read
@@ -55,7 +57,8 @@ def command(spec: Command) -> Callable[[Any], Any]:
             try:
                 # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
                 options = read(spec, line if spec.takes == "call" else line.rstrip("; "))
-                if options.help or (not line.strip() and cell is None and spec not in (FLAX, FLAX_KEY, FLAX_HISTORY)):
+                bare = not line.strip() and cell is None
+                if options.help or (bare and spec not in (FLAX, FLAX_KEY, FLAX_HISTORY, FLAX_EXPORT)):
                     self.reporter.publish({"text/plain": spec.render_help()})
                     return None
                 value = function(self, line, options, cell, self.shell.user_ns if local_ns is None else local_ns)
@@ -165,6 +168,7 @@ class FlaxMagics(Magics):
         super().__init__(shell=shell, **kwargs)
         self._ready = True
         self.reporter = Reporter(shell)
+        self.journal = Journal()
 
     # -- settings
 
@@ -251,6 +255,11 @@ class FlaxMagics(Magics):
         if session is not None:
             session.settle()
 
+    def executed(self) -> tuple[Any, ...]:
+        """What an export is made of: the cells that ran, what makes Python of them, restarts, and the seed at first."""
+        shell = self.shell
+        return self.journal.cells(shell), shell.transform_cell, self.journal.restarts, self.seed
+
     @property
     def _number(self) -> int:
         """The number in the prompt of the cell that is running. IPython 7.34 counts after the cell, 9 before it."""
@@ -302,6 +311,7 @@ class FlaxMagics(Magics):
         with self._working("registering") as live:
             rows = modelcell.check(found, options.options["check"], self.session, self.shell.user_ns, local_ns)
             registered = modelcell.register(found, self.session, self.shell.user_ns, rows)
+            self.journal.registered(registered)
         live.show({} if options.options["quiet"] else registered_bundle(registered, self.style))
 
     @line_cell_magic
@@ -390,6 +400,7 @@ class FlaxMagics(Magics):
                     write=f"%flax_key --seed {seed}\n%flax_key {name}",
                 )
             notice = restarted(self.session.restart(seed, fresh=fresh))
+            self.journal.restarted()
             self.reporter.publish({} if quiet else notice_bundle(notice, self.style))
             return None
         if fresh:
@@ -401,6 +412,29 @@ class FlaxMagics(Magics):
             run = self.session.run_key(name, cell=self._number)
         self._report(run, live, quiet=quiet)
         return None if displayed_quietly(self.shell, line) else run.output
+
+    @line_magic
+    @no_var_expand
+    @command(FLAX_EXPORT)
+    def flax_export(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
+        """`%flax_export [FILE]`"""
+        from .export import export_cells
+        from .export.file import read_name, write
+        from .show.bundle import notice_bundle, script_bundle
+        from .show.exported import exported
+
+        given, shell = options.options, self.shell
+        name = read_name(options.rest)
+        if name is not None and given["cell"]:
+            raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=f"%flax_export {name}")
+        script = export_cells(self.session, *self.executed(), digests=not given["plain"])
+        if name is not None:
+            path = write(name, script.text, force=given["force"])
+            self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path), self.style))
+        elif given["cell"]:
+            shell.set_next_input(script.text)
+        else:
+            self.reporter.publish(script_bundle(script.text, self.style))
 
     @line_magic
     @no_var_expand

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from . import spelling
 from .construct import Recipe
 from .execution import Execution
 from .keys import Draw, Series, Streams
@@ -49,6 +50,7 @@ def of_init(
         by_hand=init_by_hand(call),
         replayed=replayed,
         first=first,
+        spelling=spelling.of_init(call, inputs),
     )
 
 
@@ -133,6 +135,7 @@ def of_apply(
         by_hand=done.by_hand,
         replayed=replayed,
         first=first,
+        spelling=spelling.of_apply(call, done),
     )
 
 

@@ -15,6 +15,7 @@ from .frozen import altered
 if TYPE_CHECKING:
     from .agreement import Agreement
     from .draws import Spread
+    from .spelling import Spelling
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,8 @@ class Run:
     elsewhere: Mapping[str, Any] | None = None
     agreement: Agreement | None = None
     _taken: Taken = field(default_factory=Taken, repr=False)
+    spelling: Spelling | None = field(default=None, repr=False)
+    """Of an apply and an init: what it takes to write them as plain Flax."""
 
     @property
     def digest(self) -> str | None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -42,6 +42,9 @@ from .state import Restart, State
 from .summary import Summary
 from .uninterrupted import at_once, uninterrupted
 from .warm import WarmRuns
+
+if TYPE_CHECKING:
+    from .export import Exported
 
 
 class Session:
@@ -309,6 +312,25 @@ class Session:
     def key(self, name: str) -> jax.Array:
         """Draws a key and returns its stream `name`: a typed key, shape (). The session never splits it."""
         return self.run_key(name).output  # type: ignore[no-any-return]
+
+    def export(
+        self, file: str | os.PathLike[str] | None = None, *, plain: bool = False, force: bool = False
+    ) -> Exported:
+        """The session as a plain Flax script, without flax_magics; written to `file` if one is named.
+
+        In a notebook it is made of the cells that ran. In a script it is made of the code behind the models and inputs
+        that have names at the top of their files, and of the runs; what has none is left out, and said.
+
+        Args:
+          plain: leave out the digests that the script prints.
+          force: replace a file whatever it is; without it only one that was exported and not changed since.
+
+        Raises:
+          FlaxMagicsError: the file cannot be written, or is somebody else's.
+        """
+        from .export import of_session
+
+        return of_session(self, file, plain=plain, force=force)
 
     def summary(
         self,

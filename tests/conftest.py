@@ -121,3 +121,17 @@ def notebook(shell: Any, capsys: Any) -> Iterator[Notebook]:
     if "flax_magics" in shell.extension_manager.loaded:
         running("%unload_ext flax_magics")
     current._session = None
+
+
+@pytest.fixture
+def digests_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run's digest is taken while its output is there."""
+    from flax_magics.history import Chain
+
+    add = Chain.add
+
+    def taking(chain: Any, kept: Any) -> Any:
+        assert kept.run().digest
+        return add(chain, kept)
+
+    monkeypatch.setattr(Chain, "add", staticmethod(taking))

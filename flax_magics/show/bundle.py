@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,19 @@ def loaded_bundle(found: loaded.Loaded, style: str) -> dict[str, Any]:
     if found.quiet:
         return notice_bundle(found.notice, style) if found.notice.notes else {}
     return _shown(loaded.loaded_text(found), lambda: html.loaded(found), style)
+
+
+def script_bundle(code: str, style: str) -> dict[str, Any]:
+    """The MIME bundle of Python code: as Markdown, every notebook gives it the colours of its cells."""
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", code)), 3)
+    return (
+        {"text/plain": code}
+        if style == "text"
+        else {
+            "text/plain": code,
+            "text/markdown": f"{fence}python\n{code}{fence}\n",
+        }
+    )
 
 
 def registered_bundle(models: Sequence[registered.Registered], style: str) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""The file that an export is written to: whole or not at all, and never over something that a person wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from ..errors import FlaxMagicsError
+
+_MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
+
+
+def read_name(text: str) -> str | None:
+    """The file that a line names, with or without quotes; None for none."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return text or None
+
+
+def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> Path:
+    """Writes the script `text` to `file`, which ends in `.py`; gives the file's path.
+
+    Args:
+      force: replace what is there whatever it is.
+
+    Raises:
+      FlaxMagicsError: there is a file that no export wrote, or one that was changed since; or no place for a file.
+    """
+    path = Path(file).expanduser()
+    if path.suffix != ".py":
+        write = f"%flax_export {path.with_suffix('.py') if path.suffix not in ('', '.') else f'{path}.py'}"
+        raise FlaxMagicsError(f"a script is a file with the ending .py, and `{path.name}` has another.", write=write)
+    path = path.resolve()  # through a link the file is written that it stands for
+    if path.is_dir():
+        raise FlaxMagicsError(f"`{file}` is a folder.", write=f"%flax_export {Path(file) / 'session.py'}")
+    if not path.parent.is_dir():
+        raise FlaxMagicsError(f"there is no folder `{Path(file).parent}`.", write=f"!mkdir -p {Path(file).parent}")
+    if path.exists() and not force:
+        _check(path, file)
+    _replace(path, signed(text))
+    return path
+
+
+def signed(text: str) -> str:
+    """`text` with a last line by which it can be told whether somebody has changed it."""
+    return f"{text}\n{_MARK}{_digest(text)}\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check(path: Path, file: str | os.PathLike[str]) -> None:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError):
+        text = ""
+    before, mark, digest = text.rpartition(f"\n{_MARK}")
+    if not mark:
+        what = f"`{file}` is there already, and no export wrote it."
+    elif digest.strip() != _digest(before):
+        what = f"`{file}` was changed since it was exported."
+    else:
+        return
+    raise FlaxMagicsError(what, write=f"%flax_export --force {file}     to replace it, or another name")
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file as a whole: a reader sees the old one or the new one."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

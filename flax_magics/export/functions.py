@@ -1,0 +1,153 @@
+"""The jitted functions of a script: one for each way in which a model is run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..call import Argument, ParsedCall
+from ..spelling import Spelling
+from .scribe import Scribe, indented
+
+
+@dataclass(frozen=True)
+class Passed:
+    """The arguments of a call, parted into those of a jitted function and those that are written into its body.
+
+    Attributes:
+      parameters: names of the function's own parameters.
+      inside: the arguments as its body passes them on.
+      outside: what is given for the parameters, as the cell has it.
+      static: parameters that are no data.
+    """
+
+    parameters: tuple[str, ...]
+    inside: tuple[str, ...]
+    outside: tuple[str, ...]
+    static: tuple[str, ...]
+
+
+def passed(call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> Passed:
+    """The arguments of `call`. `used` are names that no parameter may have."""
+    parameters: list[str] = []
+    inside: list[str] = []
+    outside: list[str] = []
+    static: list[str] = []
+    place = 0
+    if any(name in ("*", "**") for name, _ in call.arguments):
+        # Which of them come by `**`, only the call itself knows.
+        written = {name for name, _ in call.arguments}
+        unknown = sorted(spelling.static - written - set(spelling.parameters))
+        static += [name for name in unknown if name.isidentifier()]
+    for argument in call.arguments:
+        name, text = argument.name, one_line(argument.text)
+        if name in ("*", "**"):
+            own = "args" if name == "*" else "kwargs"
+            parameters.append(name + own)
+            inside.append(name + own)
+            outside.append(name + text)
+            continue
+        leaf = name
+        if name is None:
+            leaf = spelling.parameters[place] if place < len(spelling.parameters) else f"argument_{place}"
+            place += 1
+        assert leaf is not None
+        before = "" if name is None else f"{name}="
+        if _is_choice(text) or (leaf in spelling.static and _is_literal(text)):
+            inside.append(before + text)
+            continue
+        parameter = _plain_name(leaf)
+        while parameter in used or parameter in parameters:
+            parameter += "_"
+        parameters.append(parameter)
+        inside.append(before + parameter)
+        outside.append(text)
+        if leaf in spelling.static:
+            static.append(parameter)
+    return Passed(tuple(parameters), tuple(inside), tuple(outside), tuple(static))
+
+
+def as_written(arguments: Sequence[Argument]) -> list[str]:
+    """The arguments of a call as the cell has them."""
+    out = []
+    for name, text in arguments:
+        before = "" if name is None else name if name in ("*", "**") else f"{name}="
+        out.append(before + one_line(text))
+    return out
+
+
+def one_line(text: str) -> str:
+    """An expression on one line."""
+    return text if "\n" not in text else ast.unparse(ast.parse(text.strip(), mode="eval").body)
+
+
+def _plain_name(leaf: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in leaf).strip("_") or "x"
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _is_choice(text: str) -> bool:
+    """Whether it is a literal that is no data: True, None, a string."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return value is None or isinstance(value, (bool, str, bytes))
+
+
+@dataclass(eq=False)
+class Function:
+    """A function of the script.
+
+    Attributes:
+      versions: of the names that it was traced with; where one of them changes, it has to be written again.
+      every: the same with those whose change it sees by itself.
+    """
+
+    name: str
+    versions: Mapping[str, int] = field(default_factory=dict)
+    every: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A function that a run needs.
+
+    Attributes:
+      key: equal for runs that can use the same one.
+      names: how it may be called, best first.
+      decorator: such as `jax.jit`.
+      parameters, static: see `Passed`.
+      body: its lines.
+      reads: global names that it reads when it is traced.
+    """
+
+    key: Any
+    names: tuple[str, ...]
+    decorator: str
+    parameters: tuple[str, ...]
+    static: tuple[str, ...]
+    body: tuple[str, ...]
+    reads: frozenset[str]
+
+    def lines(self, scribe: Scribe, name: str) -> list[str]:
+        """The function under `name`."""
+        decorator = f"@{self.decorator}"
+        if self.static:
+            scribe.needs.add("functools")
+            given = ", ".join(map(scribe.text, self.static)) + ("," if len(self.static) == 1 else "")
+            decorator = f"@functools.partial({self.decorator}, static_argnames=({given}))"
+        return [
+            decorator,
+            *scribe.fit(f"def {name}(", self.parameters, "):"),
+            *indented(self.body, scribe.unit),
+        ]

@@ -1,0 +1,178 @@
+"""Runs of linen models as plain Flax."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..call import ParsedCall
+from ..spelling import Settings, Spelling
+from .functions import Passed, Wanted, as_written, passed
+from .scribe import Scribe
+
+
+@dataclass(frozen=True)
+class Called:
+    """A linen run: what is called, with which keys.
+
+    Attributes:
+      model: the name of the module in the script.
+      module: the module itself, as it is registered now.
+      variables: the expression for the variables.
+      keys: stream → the variable that holds its key.
+      arguments: arguments that are given a key of the draw (`--key`), which `keys` has too.
+      mutable: collections.
+    """
+
+    model: str
+    module: Any
+    call: ParsedCall
+    spelling: Spelling
+    variables: str
+    keys: Mapping[str, str]
+    arguments: tuple[str, ...]
+    mutable: tuple[str, ...]
+
+
+def init_items(scribe: Scribe, called: Called, key: str) -> tuple[str, list[str]]:
+    """`net.init(` and its arguments, for the init that is part of a run (or is the run)."""
+    spelling = called.spelling
+    extra = [f"{name}={value}" for name, value in spelling.init_arguments]
+    extra += [f"{name}={called.keys[name]}" for name in called.arguments]
+    model = called.model + cloned(scribe, called.model, called.module, spelling.init_fields)
+    items = [key, *as_written(called.call.arguments), *extra, *_method(scribe, called)]
+    return f"{model}.init(", items
+
+
+def apply_items(scribe: Scribe, called: Called, given: Sequence[str], variables: str) -> tuple[str, list[str]]:
+    """`net.apply(` and its arguments, `given` being those of the call."""
+    spelling = called.spelling
+    model = called.model + cloned(scribe, called.model, called.module, spelling.fields)
+    items = [variables, *given, *(f"{name}={value}" for name, value in spelling.arguments)]
+    items += [f"{name}={called.keys[name]}" for name in called.arguments]
+    if spelling.streams:
+        rngs = ", ".join(f"{scribe.text(stream)}: {called.keys[stream]}" for stream in spelling.streams)
+        items.append(f"rngs={{{rngs}}}")
+    if called.mutable:
+        items.append(f"mutable={scribe.texts(called.mutable)}")
+    return f"{model}.apply(", [*items, *_method(scribe, called)]
+
+
+def function(scribe: Scribe, called: Called, mode: str, several: bool, draws: int | None) -> tuple[Wanted, Passed]:
+    """The jitted function for a run, and what it is called with besides variables and keys.
+
+    Args:
+      several: other models have functions too, so that this one's name says whose it is.
+      draws: it is mapped over that many keys.
+    """
+    own = {stream: f"{stream}_key" for stream in called.keys}
+    called = replace(called, keys=own)
+    keys = list(own.values())
+    variables = "variables"
+    arguments = passed(called.call, called.spelling, (variables, *keys))
+    before, items = apply_items(scribe, called, arguments.inside, variables)
+    parameters = (variables, *keys, *arguments.parameters)
+    if not any(name.startswith("*") for name in arguments.parameters):
+        parameters = (variables, *arguments.parameters, *keys)
+    if draws is not None:
+        body = _mapped(scribe, before, items, keys, draws)
+    elif called.spelling.axes:
+        body = _bound(scribe, before, items, called.spelling.axes)
+    else:
+        body = scribe.fit(f"return {before}", items, ")", 1)
+    names = _names(called, mode, several, draws)
+    reads = frozenset({called.model, *_words(arguments.inside, arguments.parameters)})
+    scribe.needs.add("jax")
+    key = (called.model, names, parameters, arguments.static, tuple(body))
+    return Wanted(key, names, "jax.jit", parameters, arguments.static, tuple(body), reads), arguments
+
+
+def _mapped(scribe: Scribe, before: str, items: list[str], keys: list[str], draws: int) -> list[str]:
+    body = scribe.fit(f"return {before}", items, ")", 2)
+    if not keys:
+        line = f"{before}{', '.join(items)})"
+        return scribe.fit("return jax.vmap(", [f"lambda: {line}", f"axis_size={draws}"], ")()", 1)
+    inner = [f"def one_draw({', '.join(keys)}):", *(scribe.unit + line for line in body)]
+    return [*inner, "", f"return jax.vmap(one_draw)({', '.join(keys)})"]
+
+
+def _bound(scribe: Scribe, before: str, items: list[str], axes: Sequence[str]) -> list[str]:
+    """Around a model that names a mapped axis: the axis with one element, which stands for this device."""
+    lines = ["def one_device():", *(scribe.unit + line for line in scribe.fit(f"return {before}", items, ")", 2)), ""]
+    mapped = "one_device"
+    for axis in sorted(axes):
+        mapped = f"jax.vmap({mapped}, axis_name={scribe.text(axis)}, axis_size=1)"
+    first = ", ".join("0" for _ in axes)
+    return [*lines, f"outputs = {mapped}()", f"return jax.tree.map(lambda leaf: leaf[{first}], outputs)"]
+
+
+def _names(called: Called, mode: str, several: bool, draws: int | None) -> tuple[str, ...]:
+    verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
+    if called.call.method:
+        verb = called.call.method[-1] if mode == "as written" else f"{verb}_{called.call.method[-1]}"
+    if draws is not None:
+        verb += "_draws"
+    long = f"{verb}_{called.model}"
+    return (long,) if several else (verb, long)
+
+
+def _words(texts: Sequence[str], parameters: Sequence[str]) -> set[str]:
+    """Global names in arguments that are written into a function."""
+    found: set[str] = set()
+    for text in texts:
+        value = text.partition("=")[2] if text.partition("=")[0].isidentifier() else text
+        try:
+            tree = ast.parse(value, mode="eval")
+        except SyntaxError:
+            continue
+        found |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return found - set(parameters)
+
+
+def cloned(scribe: Scribe, name: str, module: Any, fields: Settings) -> str:
+    """`.clone(training=True)`, and what it takes to set a switch on a config or a module that is a field."""
+    if not fields:
+        return ""
+    given: dict[str, Any] = {}
+    for path, value in fields:
+        first, _, rest = path.partition(".")
+        if rest:
+            given.setdefault(first, []).append((rest, value))
+        else:
+            given[first] = value
+    items = [
+        f"{first}={_inner(scribe, f'{name}.{first}', getattr(module, first, None), value)}"
+        for first, value in given.items()
+    ]
+    return f".clone({', '.join(items)})"
+
+
+def _inner(scribe: Scribe, expression: str, held: Any, value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    if hasattr(held, "clone") and hasattr(held, "scope"):
+        return expression + cloned(scribe, expression, held, tuple(value))
+    scribe.needs.add("dataclasses")
+    nested: dict[str, Any] = {}
+    for path, setting in value:
+        first, _, rest = path.partition(".")
+        if rest:
+            nested.setdefault(first, []).append((rest, setting))
+        else:
+            nested[first] = setting
+    items = [
+        f"{first}={_inner(scribe, f'{expression}.{first}', getattr(held, first, None), v)}"
+        for first, v in nested.items()
+    ]
+    return f"dataclasses.replace({', '.join([expression, *items])})"
+
+
+def _method(scribe: Scribe, called: Called) -> list[str]:
+    method = called.call.method
+    if not method:
+        return []
+    if len(method) == 1 and hasattr(type(called.module), method[0]):
+        return [f"method={scribe.text(method[0])}"]
+    return [f"method=lambda module, *args, **kwargs: module.{'.'.join(method)}(*args, **kwargs)"]

@@ -1,0 +1,96 @@
+"""Which names a piece of a session's code reads and binds, and names that it leaves free for ours."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import symtable
+import sys
+from collections.abc import Iterable, Iterator
+
+from ..cells import assigned_names
+
+_NOTEBOOK = {"display", "get_ipython", "In", "Out", "__IPYTHON__"}
+BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK | {"__name__", "__doc__", "__builtins__", "exit", "quit"}
+"""Names that are there in a script, whoever runs it."""
+
+
+def reads(node: ast.stmt) -> set[str]:
+    """Global names that running `node`, or a function that it defines, reads."""
+    found = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    text = ast.unparse(ast.fix_missing_locations(ast.Module([node], [])))
+    try:
+        table = symtable.symtable(text, "<cell>", "exec")
+    except SyntaxError:  # `return` or `await` outside of a function, taken out of its place
+        return found | {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return found | set(_read(table, top=True))
+
+
+def _read(table: symtable.SymbolTable, top: bool) -> Iterator[str]:
+    for symbol in table.get_symbols():
+        if symbol.is_referenced() and (top or symbol.is_global()):
+            yield symbol.get_name()
+    for child in table.get_children():
+        yield from _read(child, top=False)
+
+
+def binds(node: ast.stmt) -> set[str]:
+    """Names that running `node` binds, those of a `global` in its functions too."""
+    declared = {name for n in ast.walk(node) if isinstance(n, ast.Global) for name in n.names}
+    return {*assigned_names(node), *declared, *_starred(node)}
+
+
+def _starred(node: ast.stmt) -> set[str]:
+    """What `from module import *` brings, where the module is loaded in this process."""
+    if not isinstance(node, ast.ImportFrom) or node.names[0].name != "*" or node.module is None:
+        return set()
+    module = sys.modules.get(node.module)
+    if module is None:
+        return set()
+    return set(getattr(module, "__all__", None) or (name for name in vars(module) if not name.startswith("_")))
+
+
+def mentioned(trees: Iterable[ast.AST]) -> set[str]:
+    """Every name that occurs in the code, but for those that only a class's methods have as their own."""
+    return {name for tree in trees for name in _mentioned(tree)}
+
+
+def _mentioned(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Name):
+        yield node.id
+    elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.alias):
+        yield (node.asname or node.name).partition(".")[0]
+    elif isinstance(node, (ast.Global, ast.Nonlocal)):
+        yield from node.names
+    for child in ast.iter_child_nodes(node):
+        own: set[str] = set()
+        if isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))}
+        yield from (name for name in _mentioned(child) if name not in own)
+
+
+def is_of_the_notebook(name: str) -> bool:
+    """Whether IPython keeps an earlier result or input under that name: `_`, `__`, `_3`, `_i3`."""
+    return not name.strip("_") or (name.startswith("_") and name.lstrip("_i").isdigit())
+
+
+class Free:
+    """Gives names that the session's own code does not use."""
+
+    def __init__(self, used: set[str]) -> None:
+        self.used = used | set(BUILTIN)
+
+    def take(self, *wanted: str) -> str:
+        """The first of `wanted` that is free, or the last with a number; it is used from then on."""
+        for name in wanted:
+            if name not in self.used:
+                self.used.add(name)
+                return name
+        number = 2
+        while f"{wanted[-1]}_{number}" in self.used:
+            number += 1
+        return self.take(f"{wanted[-1]}_{number}")

@@ -1,0 +1,97 @@
+"""Runs of NNX models as plain Flax: streams replaced, the mode set, `nnx.jit` of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..call import ParsedCall
+from ..models.switch import WHEN_TRAINING
+from ..spelling import Settings, Spelling
+from .functions import Passed, Wanted, passed
+from .scribe import Scribe
+
+_FLAX = ("deterministic", "use_running_average")
+"""The switches that `train()` and `eval()` set themselves."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """An NNX run: what is called, with which keys. See `Called` of linen."""
+
+    model: str
+    call: ParsedCall
+    spelling: Spelling
+    keys: Mapping[str, str]
+    arguments: tuple[str, ...]
+
+
+def reseeded(scribe: Scribe, held: Held, model: str) -> list[str]:
+    """The line that gives the streams that the module holds the keys of the draw."""
+    streams = [stream for stream in held.spelling.streams if stream in held.spelling.held]
+    if not streams:
+        return []
+    scribe.needs.add("nnx")
+    items = [model, f"policy={scribe.text('match_shape')}", *(f"{s}={held.keys[s]}" for s in streams)]
+    return scribe.fit("nnx.reseed(", items, ")")
+
+
+def rngs(scribe: Scribe, held: Held) -> str:
+    """The `rngs` that the call is given; empty where it takes none, or the user's."""
+    if not held.spelling.handed:
+        return ""
+    scribe.needs.add("nnx")
+    own = held.spelling.held - {"params", "dropout"}
+    given = ", ".join(f"{s}={held.keys[s]}" for s in held.spelling.streams if s not in own)
+    return f"nnx.Rngs({given})"
+
+
+def mode_set(fields: Settings, model: str) -> str | None:
+    """`net.train()`, with the switches of the user's own as arguments; None where no one call sets them all."""
+    if not fields:
+        return ""
+    training = {WHEN_TRAINING[name] is value for name, value in fields}
+    if len(training) > 1:
+        return None
+    others = ", ".join(f"{name}={value}" for name, value in dict(fields).items() if name not in _FLAX)
+    return f"{model}.{'train' if True in training else 'eval'}({others})"
+
+
+def modes(spelling: Spelling, model: str) -> tuple[str, str] | None:
+    """What sets the mode of a run, and what sets it back; None where the module as it was cannot be set in one call."""
+    if not spelling.fields:
+        return "", ""
+    to, back = mode_set(spelling.fields, model), mode_set(spelling.own, model)
+    if to is None or back is None:
+        return None
+    return to, "" if set(spelling.fields) == set(spelling.own) else back
+
+
+def function(scribe: Scribe, held: Held, mode: str, several: bool) -> tuple[Wanted, Passed]:
+    """The jitted function for a run, and what it is called with besides the module."""
+    used = [held.model, *(f"{name}_key" for name in held.arguments)]
+    if held.spelling.handed:
+        used.append("rngs")
+    arguments = passed(held.call, held.spelling, used)
+    items = [*arguments.inside, *(f"{name}={value}" for name, value in held.spelling.arguments)]
+    items += [f"{name}={name}_key" for name in held.arguments]
+    parameters = [held.model, *arguments.parameters, *(f"{name}_key" for name in held.arguments)]
+    if held.spelling.handed:
+        items.append("rngs=rngs")
+        parameters.append("rngs")
+    starred = [name for name in parameters if name.startswith("*")]
+    parameters = [name for name in parameters if name not in starred] + starred
+    path = ".".join((held.model, *held.call.method))
+    body = scribe.fit(f"return {path}(", items, ")", 1)
+    # The mode is the module's own, unless the call has it as an argument.
+    mode = mode if held.spelling.arguments else "as written"
+    verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
+    if held.call.method:
+        verb = held.call.method[-1] if mode == "as written" else f"{verb}_{held.call.method[-1]}"
+    long = f"{verb}_{held.model}"
+    names = (long,) if several else (verb, long)
+    scribe.needs.add("nnx")
+    key = (held.model, names, tuple(parameters), arguments.static, tuple(body))
+    return Wanted(
+        key, names, "nnx.jit", tuple(parameters), arguments.static, tuple(body), frozenset({held.model})
+    ), arguments

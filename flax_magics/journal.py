@@ -1,0 +1,128 @@
+"""Which cells were executed, in order, and what each did to the session: what an export is made of.
+
+Nothing here imports IPython: the shell comes in as an argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .current import existing
+
+if TYPE_CHECKING:
+    from .show.registered import Registered
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One execution of a cell.
+
+    Attributes:
+      number: as the notebook shows it; None for one that is in no history.
+      text: as it was typed.
+      first, end: it made the session's runs from index `first` up to `end`.
+      error: the class of the exception that ended it, None if it succeeded.
+      line: where that was, in the text that IPython made of the cell, from 1; None where it is not known.
+      registered: what its `flaxmodel` commands registered, in order.
+    """
+
+    number: int | None
+    text: str
+    first: int = 0
+    end: int = 0
+    error: str | None = None
+    line: int | None = None
+    registered: tuple[Registered, ...] = ()
+
+
+@dataclass
+class Journal:
+    """Keeps the executions of one shell, from the moment that it is told of them."""
+
+    executed: list[Executed] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)
+    """How many runs there were when the root key was started again."""
+    _open: list[tuple[str, int]] = field(default_factory=list)
+    """The cells that are running, outermost first (`%%capture` runs one inside), with the number of runs before."""
+    _registered: list[Registered] = field(default_factory=list)
+    _inner: tuple[str, int | None] | None = None
+
+    def begin(self, info: Any = None) -> None:
+        """`pre_run_cell`"""
+        if not self._open:
+            self._registered, self._inner = [], None
+        self._open.append((str(getattr(info, "raw_cell", "") or ""), _runs()))
+
+    def end(self, result: Any = None) -> None:
+        """`post_run_cell`"""
+        text, first = self._open.pop() if self._open else (str(getattr(result.info, "raw_cell", "") or ""), 0)
+        error = result.error_before_exec or result.error_in_exec
+        if self._open:
+            if error is not None:  # the magic around it does not fail, and what came after the error has not run
+                self._inner = type(error).__name__, failing_line(error)
+            return
+        stored = bool(getattr(result.info, "store_history", True))
+        name, line = (None, None) if error is None else (type(error).__name__, failing_line(error))
+        if name is None and self._inner is not None:
+            name, line = self._inner
+        if stored or _runs() > first:
+            number = result.execution_count if stored else None
+            self.executed.append(Executed(number, text, first, _runs(), name, line, tuple(self._registered)))
+
+    def registered(self, rows: list[Registered]) -> None:
+        """A `flaxmodel` command has registered these."""
+        self._registered += rows
+
+    def restarted(self) -> None:
+        """The root key has been started again."""
+        self.restarts.append(_runs())
+
+    def cells(self, shell: Any) -> list[Executed]:
+        """All executions so far, the running one last; those from before this journal as the shell's history has them."""
+        out = list(self.executed)
+        # The number that IPython shows: 7.34 counts after the cell, 9 before it.
+        number = shell.displayhook.prompt_count if self._open else shell.execution_count
+        if self._open:
+            text, first = self._open[0]
+            out.append(Executed(number, text, first, _runs(), None, None, tuple(self._registered)))
+        known = {cell.number for cell in out}
+        history = list(getattr(shell.history_manager, "input_hist_raw", ()))
+        failed = getattr(shell.history_manager, "exceptions", {})  # IPython 9 keeps them
+        earlier = [
+            Executed(n, text, error=str(failed[n].get("ename", "an error")) if n in failed else None)
+            for n, text in enumerate(history)
+            if n and n not in known and n < number
+        ]
+        # Stable: cells without a number stay where they are.
+        return _in_order(earlier, out)
+
+
+def _in_order(earlier: list[Executed], kept: list[Executed]) -> list[Executed]:
+    out: list[Executed] = []
+    for cell in kept:
+        while earlier and cell.number is not None and (earlier[0].number or 0) < cell.number:
+            out.append(earlier.pop(0))
+        out.append(cell)
+    return out + earlier
+
+
+def _runs() -> int:
+    session = existing()
+    return 0 if session is None else len(session)
+
+
+def failing_line(error: BaseException) -> int | None:
+    """The line of the cell that raised `error`: of the innermost code that is a cell's own, not a function's."""
+    line = None
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # IPython 7
+        # An argument of a command is code of its own, on one line; a file that is imported has other globals.
+        own = trace.tb_frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
+        if top and own:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line

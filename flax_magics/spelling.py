@@ -1,0 +1,130 @@
+"""What it takes to write a run again as plain Flax: facts alone, neither arrays nor text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from .arguments import positional_names
+from .models.switch import read_fields, written_in_call
+from .prepare import Call, prepare_init
+
+if TYPE_CHECKING:
+    from .execution import Execution
+
+Settings = tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """The parts of an apply by hand; an init has `arguments` and `fields` alone.
+
+    Attributes:
+      parameters: names of the parameters that the positional arguments are given to.
+      static: names of the arguments' leaves that are part of the program: `train`, `batch['flag']`.
+      streams: the random streams that the model is given.
+      held: those of them that an NNX module holds itself.
+      handed: the session makes the call's `rngs` (NNX).
+      taken: the run's own `params` key is folded in, since an init took that of the draw.
+      arguments: switches that are added to the call.
+      fields: switches that are set on the module: `training`, `config.deterministic`; of an NNX module on all its
+        modules, by attribute.
+      own: the switches of an NNX module as they stood.
+      mutable: collections that are mutable in a linen run. `kept` are those that become part of the variables.
+      sown: whether something was sown.
+      axes: mapped axes that are bound around the run.
+      init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run.
+      returns: what the output has besides arrays: `keys`, `objects`.
+    """
+
+    parameters: tuple[str, ...] = ()
+    static: frozenset[str] = frozenset()
+    streams: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
+    handed: bool = False
+    taken: bool = False
+    arguments: Settings = ()
+    fields: Settings = ()
+    own: Settings = ()
+    mutable: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    sown: bool = False
+    axes: tuple[str, ...] = ()
+    init_arguments: Settings = ()
+    init_fields: Settings = ()
+    returns: frozenset[str] = frozenset()
+
+
+def of_apply(call: Call, done: Execution) -> Spelling:
+    """The spelling of an apply, from its execution."""
+    prepared, ask = done.prepared, done.ready.ask
+    model: Any = prepared.model
+    holds = prepared.model.holds_variables
+    arguments = _added(prepared.kwargs, call.kwargs)
+    fields: Settings = ()
+    if prepared.mode != "as written":
+        in_call = {*dict(arguments), *written_in_call(prepared.signature, call.args, call.kwargs)}
+        # In NNX the call's switch stands first, and the modules' own of the same name after it.
+        switch = prepared.switch[len(in_call) :] if holds else prepared.switch
+        fields = tuple(pair for pair in map(_setting, switch) if holds or pair[0] not in in_call)
+    init_arguments: Settings = ()
+    init_fields: Settings = ()
+    if done.made is not None and not holds:
+        # With the keys that `--key` adds, and without the switches of the run.
+        given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
+        init_arguments, init_fields = _of_init(replace(call, kwargs=given), done.entry.model)
+    written = () if holds else tuple(sorted(done.updates))
+    return Spelling(
+        parameters=tuple(positional_names(prepared.signature, len(call.args))),
+        static=frozenset(name for name, _ in done.ready.arguments.static),
+        streams=tuple(sorted(ask.streams)),
+        held=frozenset(model.layout.tags) if holds else frozenset(),
+        handed=bool(model.supplies()),
+        taken="params (folded)" in done.names,
+        arguments=arguments,
+        fields=fields,
+        own=tuple(map(_setting, done.entry.model.fields_as_written())) if holds else (),
+        mutable=() if holds else tuple(sorted({*written, *done.sown})),
+        kept=written,
+        sown=bool(done.sown),
+        axes=tuple(sorted(ask.axes)),
+        init_arguments=init_arguments,
+        init_fields=init_fields,
+        returns=_returns(done.output),
+    )
+
+
+def of_init(call: Call, inputs: Any) -> Spelling:
+    """The spelling of a linen init, from the arguments that the model got."""
+    return Spelling(arguments=_added(inputs[1], call.kwargs))
+
+
+def _of_init(call: Call, model: Any) -> tuple[Settings, Settings]:
+    prepared = prepare_init("", model, call)
+    before, after = read_fields(model.module), read_fields(prepared.model.module)
+    fields = tuple(map(_setting, after)) if before != after else ()
+    return _added(prepared.kwargs, call.kwargs), fields
+
+
+def _returns(output: Any) -> frozenset[str]:
+    found = set()
+    for leaf in jax.tree_util.tree_leaves(output):
+        if not hasattr(leaf, "dtype"):
+            found |= set() if isinstance(leaf, (bool, int, float, complex)) else {"objects"}
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            found.add("keys")
+    return frozenset(found)
+
+
+def _added(now: Mapping[str, Any], written: Mapping[str, Any]) -> Settings:
+    """The switches that a call got besides what is written in it."""
+    return tuple((name, value) for name, value in now.items() if name not in written and isinstance(value, bool))
+
+
+def _setting(text: str) -> tuple[str, bool]:
+    """`training=True` or `deterministic=False in 3 modules`, as name and value."""
+    name, _, value = text.partition("=")
+    return name, value.startswith("True")

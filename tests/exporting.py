@@ -1,0 +1,59 @@
+"""Exports the session of a test's notebook, and runs the script where there is no flax_magics."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ALONE = """\
+import runpy, sys
+sys.modules["flax_magics"] = sys.modules["IPython"] = None
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def exported(notebook: Any, folder: Path) -> str:
+    """The script that `%flax_export FILE` writes, without its last line."""
+    path = folder / "session.py"
+    notebook(f"%flax_export -q --force {path}")
+    return path.read_text().rpartition("\n# Written by")[0]
+
+
+def printed(script: str, folder: Path) -> list[str]:
+    """What `script` prints in a fresh process that can import neither flax_magics nor IPython."""
+    path = folder / "alone.py"
+    path.write_text(script)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::SyntaxWarning", "-c", ALONE, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stderr}"
+    return done.stdout.splitlines()
+
+
+def digests_of(lines: list[str]) -> list[str]:
+    """The digests among the lines that a script prints."""
+    last = [line.split()[-1] for line in lines if line.strip()]
+    return [word for word in last if len(word) == 16 and set(word) <= set("0123456789abcdef")]
+
+
+def assert_same(notebook: Any, folder: Path, kept: list[Any] | None = None) -> str:
+    """The exported script, which prints the digest of every run of the session, in order.
+
+    Args:
+      kept: runs that were held, where the session has let go of their outputs.
+    """
+    script = exported(notebook, folder)
+    expected = [run.digest for run in (notebook.session.runs if kept is None else kept)]
+    assert None not in expected
+    assert not [line for line in script.splitlines() if "flax_magics" in line and not line.lstrip().startswith("#")]
+    assert digests_of(printed(script, folder)) == expected, script
+    return script
