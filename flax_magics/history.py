@@ -121,17 +121,22 @@ def own(leaf: Any) -> Any:
     return leaf.copy() if type(leaf) is np.ndarray else leaf
 
 
-_Weak = tuple[Any, list[tuple[Any, Any]]]
-"""A pytree taken apart: each leaf as a weak reference, or (where it is no array) as it is."""
+_Weak = weakref.ref[Any] | tuple[Any, list[tuple[Any, Any]]]
+"""One array; or a pytree taken apart: each leaf as a weak reference, or (where it is no array) as it is."""
 
 
 def _weakly(tree: Any) -> _Weak:
+    if isinstance(tree, jax.Array):  # as most are
+        return weakref.ref(tree)
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     return treedef, [_reference(leaf) for leaf in leaves]
 
 
 def _held(weak: _Weak) -> Any:
     """The pytree, `GONE` where one of its arrays is no more."""
+    if isinstance(weak, weakref.ref):
+        array = weak()
+        return GONE if array is None else array
     leaves = []
     for reference, held in weak[1]:
         leaf = held if reference is None else reference()

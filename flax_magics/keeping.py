@@ -23,7 +23,7 @@ from .uninterrupted import uninterrupted
 
 REPLAY_BYTES = 256_000_000
 """What is kept where nobody says how much."""
-NOTED = 256
+NOTED = 4096
 """Runs that are noted before they are looked at."""
 
 
@@ -48,6 +48,8 @@ class Keeping:
         """id of an array → its bytes, and how many inputs and stretches of runs with the same variables hold it."""
         self._last: dict[str, Kept] = {}
         """model → its newest run."""
+        self._sharing: dict[int, int] = {}
+        """id of inputs → how many runs have these very ones."""
         self._after: dict[int, list[Any]] = {}
         """id of a run → which of its variables the next run of the model had no more."""
 
@@ -84,39 +86,64 @@ class Keeping:
             if kept.origin is None or kept.inputs is None:
                 continue
             self._held.append(kept)
-            leaves, how = kept.origin.leaves, kept.origin.how
+            how = kept.origin.how
             name = how.name if isinstance(how, Applied) else ""
             before = self._last.get(name) if name else None
-            if before is None or before.origin is None or len(before.origin.leaves) != len(leaves):
-                self._use(leaves)
-                if before is not None and before.origin is not None:
-                    self._after[id(before)] = before.origin.leaves
-            else:
-                old = before.origin.leaves
-                changed = [] if leaves is old else _changed(leaves, old)
-                if any(changed):
-                    self._use(compress(leaves, changed))
-                    self._after[id(before)] = list(compress(old, changed))
-                else:
-                    kept.origin.leaves = old
-                    self._after[id(before)] = []
-            if before is not None and before.inputs is not None and len(before.inputs[1]) == len(kept.inputs[1]):
-                _share(kept.inputs[1], before.inputs[1])
-            self._use(kept.inputs[1])
+            self._take_in_variables(kept, before)
+            self._take_in_inputs(kept, before)
             if name:
                 self._last[name] = kept
         self.noted, self._rough = [], 0
 
-    def _use(self, leaves: Iterable[Any]) -> None:
+    def _take_in_variables(self, kept: Kept, before: Kept | None) -> None:
+        """Counts the variables that the run before did not have, and remembers which of its own this one has no more."""
+        assert kept.origin is not None
+        leaves = kept.origin.leaves
+        if before is None or before.origin is None:
+            self._use(leaves)
+            return
+        old = before.origin.leaves
+        if leaves is old:
+            self._after[id(before)] = []
+        elif len(leaves) != len(old):
+            self._use(leaves)
+            self._after[id(before)] = old
+        else:
+            _share(leaves, old)
+            changed = list(map(is_not, leaves, old))
+            if True in changed:
+                gone = list(compress(old, changed))
+                # Runs of one line have variables of the same shapes.
+                sizes = [self._uses.get(id(leaf), _UNKNOWN)[0] for leaf in gone]
+                self._use(compress(leaves, changed), sizes if kept.origin.how is before.origin.how else ())
+                self._after[id(before)] = gone
+            else:
+                kept.origin.leaves = old
+                self._after[id(before)] = []
+
+    def _take_in_inputs(self, kept: Kept, before: Kept | None) -> None:
+        inputs = kept.inputs
+        assert inputs is not None
+        old = None if before is None else before.inputs
+        if old is not None and old is not inputs and len(old[1]) == len(inputs[1]):
+            _share(inputs[1], old[1])
+        runs = self._sharing.get(id(inputs), 0)
+        if not runs:
+            self._use(inputs[1])
+        self._sharing[id(inputs)] = runs + 1
+
+    def _use(self, leaves: Iterable[Any], sizes: Iterable[int | None] = ()) -> None:
+        """Counts arrays once more. `sizes`: their bytes, as far as they are known (None: they are not)."""
+        known_sizes = iter(sizes)
         for leaf in leaves:
-            size = bytes_of(leaf)
+            known, size = self._uses.get(id(leaf)), next(known_sizes, None)
+            if known is not None:
+                known[1] += 1
+                continue
+            size = bytes_of(leaf) if size is None else size
             if size:
-                known = self._uses.get(id(leaf))
-                if known is None:
-                    self._uses[id(leaf)] = [size, 1]
-                    self._bytes += size
-                else:
-                    known[1] += 1
+                self._uses[id(leaf)] = [size, 1]
+                self._bytes += size
 
     def _let_go(self, kept: Kept, anyway: set[int]) -> int:
         """Bytes that nobody holds any more, those of `anyway` left out."""
@@ -126,8 +153,13 @@ class Keeping:
         if leaves is None:
             leaves = kept.origin.leaves
             self._last = {name: last for name, last in self._last.items() if last is not kept}
+        inputs = kept.inputs
+        self._sharing[id(inputs)] -= 1
+        shared = bool(self._sharing[id(inputs)])
+        if not shared:
+            del self._sharing[id(inputs)]
         freed = 0
-        for leaf in (*leaves, *kept.inputs[1]):
+        for leaf in (*leaves, *(() if shared else inputs[1])):
             known = self._uses.get(id(leaf))
             if known is None:
                 continue
@@ -140,14 +172,13 @@ class Keeping:
         return freed
 
 
-def _changed(leaves: list[Any], old: list[Any]) -> list[bool]:
-    """For each leaf whether it is another array than in the run before."""
-    _share(leaves, old)
-    return list(map(is_not, leaves, old))
+_UNKNOWN: Any = (None,)
 
 
 def _share(leaves: list[Any], old: list[Any]) -> None:
     """Arrays of NumPy that are bit by bit what they were in the run before become the same array."""
+    if np.ndarray not in set(map(type, leaves)):
+        return
     for i, (leaf, was) in enumerate(zip(leaves, old, strict=True)):
         if type(leaf) is np.ndarray and leaf is not was and type(was) is np.ndarray and _same(leaf, was):
             leaves[i] = was

@@ -160,6 +160,7 @@ class FlaxMagics(Magics):
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         self._ready = False
         self.cells = CellLog()
+        self._cell: int | None = None
         super().__init__(shell=shell, **kwargs)
         self._ready = True
         self.reporter = Reporter(shell)
@@ -225,8 +226,10 @@ class FlaxMagics(Magics):
 
     def begin_cell(self, info: Any = None, *_: Any) -> None:
         """`pre_run_cell`: runs are counted anew, and what the cell before did to Flax's own code may count."""
+        self._cell = None
+        self._cell = self._number
         if getattr(info, "store_history", False):
-            self.cells.begin(self._number, _cell_id(info, self.shell), info.raw_cell)
+            self.cells.begin(self._cell, _cell_id(info, self.shell), info.raw_cell)
         self.reporter.begin_cell()
         library.new_cell()
 
@@ -245,10 +248,18 @@ class FlaxMagics(Magics):
         shell = self.shell
         return self.journal.cells(shell), shell.transform_cell, self.journal.restarts, self.seed
 
+    def end_cell(self, *_: Any) -> None:
+        """`post_run_cell`: reports come to their end, and what is more than may be kept goes."""
+        self._cell = None
+        self.reporter.end_cell()
+        session = existing()
+        if session is not None:
+            session.settle()
+
     @property
     def _number(self) -> int:
         """The number in the prompt of the cell that is running. IPython 7.34 counts after the cell, 9 before it."""
-        number: int = self.shell.displayhook.prompt_count
+        number: int = self.shell.displayhook.prompt_count if self._cell is None else self._cell
         return number
 
     @cached_property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .recorded import Rows
-    from .run import Run
+    from .run import Run, Taken
     from .show.live import Live
     from .show.loop import Loop
 
@@ -36,7 +36,7 @@ class Reporter:
         self._pending = False
         self._style = "auto"
         self._live: Live | None = None
-        self._later: list[Run] = []
+        self._later: list[tuple[Taken, Any]] = []
         self._later_bytes = 0
 
     def begin_cell(self, *_: Any) -> None:
@@ -50,8 +50,8 @@ class Reporter:
             self._show_loop(self._rows)
         self.begin_cell()
         later, self._later, self._later_bytes = self._later, [], 0
-        for run in later:
-            run.take_digest()
+        for taken, output in later:
+            taken.take(output)
 
     def later(self, run: Run) -> None:
         """Takes the digest of a run that shows none, once the cell has ended: so that a replay has something to go by.
@@ -60,7 +60,7 @@ class Reporter:
         """
         size = output_bytes(run)
         if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
-            self._later.append(run)
+            self._later.append((run._taken, run.output))
             self._later_bytes += size
 
     def live(self) -> Live:

@@ -183,6 +183,11 @@ class Taken:
     shape: str | None = None
     spread: tuple[Spread, ...] | None = None
 
+    def take(self, output: Any) -> None:
+        """Takes the digest, if it was not, while the output is there."""
+        if self.digest is None:
+            self.digest = digest_of(output)
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -258,13 +263,9 @@ class Run:
     @property
     def digest(self) -> str | None:
         """`digest_of(output)`, taken when first asked for; None if the output was let go before."""
-        if self._taken.digest is None and self.output is not GONE:
-            self._taken.digest = digest_of(self.output)
+        if self.output is not GONE:
+            self._taken.take(self.output)
         return self._taken.digest
-
-    def take_digest(self) -> None:
-        """Takes the digest while the output is there. It is kept beside the facts of the run, which outlive that."""
-        _ = self.digest
 
     @property
     def shape(self) -> str:

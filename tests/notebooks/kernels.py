@@ -64,6 +64,7 @@ class Notebook:
             nbformat.v4.new_notebook(),
             kernel_name="python3",
             timeout=180,
+            iopub_timeout=120,  # a busy machine is slow to hand on what a cell printed
             shutdown_kernel="immediate",
             resources={"metadata": {"path": str(folder)}},
         )

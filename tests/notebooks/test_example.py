@@ -35,7 +35,7 @@ def executed(committed, home, tmp_path_factory) -> Any:
     for cell in code(notebook):
         cell.outputs, cell.execution_count = [], None
     folder = str(tmp_path_factory.mktemp("example"))
-    NotebookClient(notebook, timeout=180, resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, timeout=180, iopub_timeout=120, resources={"metadata": {"path": folder}}).execute()
     return notebook
 
 

@@ -71,9 +71,8 @@ def with_outputs_of(notebook: Any, source: str) -> Any:
 
 
 def execute(notebook: Any, folder: Path) -> Any:
-    NotebookClient(
-        notebook, kernel_name="python3", timeout=180, resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=180, iopub_timeout=120, resources=resources).execute()
     return notebook
 
 
