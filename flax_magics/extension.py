@@ -25,8 +25,8 @@ def load(shell: Any) -> None:
     install(shell, matcher)
     shell.events.register("pre_run_cell", magics.begin_cell)
     shell.events.register("pre_run_cell", magics.journal.begin)
-    shell.events.register("post_run_cell", magics.end_cell)
     shell.events.register("post_run_cell", magics.journal.end)
+    shell.events.register("post_run_cell", magics.end_cell)
     library.in_cells(True)
     in_notebook(magics.executed)
     _loaded[shell] = magics, matcher

@@ -247,6 +247,11 @@ class FlaxMagics(Magics):
             session.replay_bytes = self.replay_bytes
         return session
 
+    def executed(self) -> tuple[Any, ...]:
+        """What an export is made of: the cells that ran, what makes Python of them, restarts, and the seed at first."""
+        shell = self.shell
+        return self.journal.cells(shell), shell.transform_cell, self.journal.restarts, self.seed
+
     def end_cell(self, *_: Any) -> None:
         """`post_run_cell`: reports come to their end, and what is more than may be kept goes."""
         self._cell = None
@@ -254,11 +259,6 @@ class FlaxMagics(Magics):
         session = existing()
         if session is not None:
             session.settle()
-
-    def executed(self) -> tuple[Any, ...]:
-        """What an export is made of: the cells that ran, what makes Python of them, restarts, and the seed at first."""
-        shell = self.shell
-        return self.journal.cells(shell), shell.transform_cell, self.journal.restarts, self.seed
 
     @property
     def _number(self) -> int:

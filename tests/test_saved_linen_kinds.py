@@ -6,6 +6,8 @@ import pytest
 from reborn import Reborn
 from test_linen_kinds import *  # noqa: F403
 
+pytestmark = pytest.mark.saved
+
 
 @pytest.fixture
 def session():

@@ -12,6 +12,9 @@ pytestmark = kinds.pytestmark
 del test_an_optimizer_and_a_metric_in_the_call_move_on_as_by_hand  # noqa: F821
 
 
+pytestmark = pytest.mark.saved
+
+
 @pytest.fixture
 def session():
     session = Reborn(seed=0)
