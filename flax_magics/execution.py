@@ -17,8 +17,9 @@ from .keys import SPLIT, Draw, Series, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import SOWN, Commit, MissingVariables, Record
 from .models.axes import inside
+from .models.switch import written_in_call
 from .notes import SeenKeys, join, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
-from .prepare import Call, Prepared, prepare
+from .prepare import Call, Prepared, prepare, with_arguments
 from .program import Programs, devices_of, name_devices
 from .ready import Ready
 from .registry import Entry
@@ -236,8 +237,11 @@ def hand_back(
 def _by_hand(prepared: Prepared, call: Call, options: Options, ready: Ready, mutable: set[str]) -> str:
     """The run as plain Flax."""
     streams = tuple(sorted(ready.ask.streams))
-    switch = prepared.switch if options.mode else ()
-    code = prepared.model.by_hand(call.text, call.method, switch, streams, tuple(sorted(mutable)))
+    in_call = written_in_call(prepared.signature, prepared.args, prepared.kwargs)
+    switch = tuple(setting for setting in prepared.switch if options.mode and setting.partition("=")[0] not in in_call)
+    added = [f"{name}={value}" for name, value in prepared.kwargs.items() if name not in call.kwargs]
+    text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
+    code = prepared.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable)))
     code = inside(ready.ask.axes, code)
     if options.draws is None:
         return code

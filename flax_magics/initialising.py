@@ -106,7 +106,7 @@ class Running:
             for atom in equation.invars:
                 if not hasattr(atom, "val") and last[atom] == i:
                     values.pop(atom, None)
-        computed = map(read, jaxpr.outvars)
+        computed = map(_as_array, map(read, jaxpr.outvars))
         leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in traced.leaves]
         variables: dict[str, Any] = jax.tree_util.tree_unflatten(traced.treedef, leaves)
         return variables
@@ -121,6 +121,11 @@ class Running:
 
 
 _KEYS = "threefry2x32"
+
+
+def _as_array(value: Any) -> Any:
+    """A leaf as `module.init` gives it: a literal of the program is none yet."""
+    return jax.device_put(value) if isinstance(value, np.ndarray) else value
 
 
 def _folds_a_constant(equation: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,14 @@ def spell_call(name: str, method: str | None, args: tuple[Any, ...], kwargs: dic
     """A call that nobody wrote as text: arguments by place, keywords by name."""
     parts = ["…"] * len(args) + [f"{key}=…" for key in kwargs]
     return f"{name}{'.' + method if method else ''}({', '.join(parts)})"
+
+
+def with_arguments(call: str, arguments: Sequence[str]) -> str:
+    """A call as text with more arguments at its end."""
+    if not arguments:
+        return call
+    inside = call.rpartition(")")[0].rstrip().rstrip(",")
+    return f"{inside}{'' if inside.endswith('(') else ', '}{', '.join(arguments)})"
 
 
 def init_by_hand(call: Call) -> str:

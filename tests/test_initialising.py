@@ -241,3 +241,18 @@ def test_no_thread_is_left_behind():
     while session.programs.compiler.workers.busy:
         pass
     assert threading.active_count() <= before + 1
+
+
+def test_a_constant_of_no_dimensions_is_an_array_as_by_hand():
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param("scale", nn.initializers.ones, ())
+
+    session = Session(seed=0)
+    session.register("net", Scaled())
+    scale = session.init("net", jnp.ones((3, 4)))["params"]["scale"]
+    by_hand = Scaled().init(jax.random.key(0), jnp.ones((3, 4)))["params"]["scale"]
+    assert type(scale) is type(by_hand)
+    assert bits(scale) == bits(by_hand)
+    assert scale.weak_type == by_hand.weak_type

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import test_nnx_kinds as kinds
 from reborn import Reborn
 from test_nnx_kinds import *  # noqa: F403
 
-pytestmark = kinds.pytestmark
 # What stands in the call would move on twice.
 del test_an_optimizer_and_a_metric_in_the_call_move_on_as_by_hand  # noqa: F821
 

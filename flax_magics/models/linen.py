@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,9 +225,7 @@ class LinenModel:
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
         name = name.partition(".")[0]
-        plain = [setting for setting in switch if "." not in setting.partition("=")[0]]
-        if switch:
-            name += f".clone({', '.join(plain) if len(plain) == len(switch) else ', '.join(switch)})"
+        name += _cloned(name, self.module, [setting.split("=", 1) for setting in switch])
         parts = ["variables"]
         if arguments:
             parts.append(arguments)
@@ -240,6 +238,25 @@ class LinenModel:
         elif method:
             parts.append(f"method=lambda m, *a, **k: m.{'.'.join(method)}(*a, **k)")
         return f"{name}.apply({', '.join(parts)})"
+
+
+def _cloned(name: str, module: Any, settings: Sequence[Sequence[str]]) -> str:
+    """`.clone(training=True)`, and what sets a field of a config or of a module that is a field."""
+    given: dict[str, list[Sequence[str]]] = {}
+    for path, value in settings:
+        first, _, rest = path.partition(".")
+        given.setdefault(first, []).append((rest, value))
+    items = []
+    for first, inner in given.items():
+        held = getattr(module, first, None)
+        if not inner[0][0]:
+            items.append(f"{first}={inner[0][1]}")
+        elif isinstance(held, nn.Module):
+            items.append(f"{first}={name}.{first}{_cloned(f'{name}.{first}', held, inner)}")
+        else:
+            changed = _cloned(f"{name}.{first}", held, inner).removeprefix(".clone(")
+            items.append(f"{first}=dataclasses.replace({name}.{first}, {changed}")
+    return f".clone({', '.join(items)})" if items else ""
 
 
 def _boxed(value: Any) -> bool:
