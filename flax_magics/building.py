@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from . import origin, records, registry, restoring
+from . import origin, records, registry
 from .construct import Built, Recipe, keys_of
 from .errors import FlaxMagicsError
 from .execution import plain_errors
@@ -71,7 +71,11 @@ class Building:
         if old is not None:
             change = Change(name, "changed", changes, "own")
         kept = _kept(name, recipe, run)
-        found = restoring.matched(state.waiting, entry, change)
+        found = None
+        if name in state.waiting:
+            from . import restoring
+
+            found = restoring.matched(state.waiting, entry, change)
         if found is None:
             return state.after(kept, now, entry, (name, now)), change, kept
         entry, change = found
@@ -87,6 +91,8 @@ class Building:
         """
         model = adopted(recipe.build(keys), name, recipe)
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
+        from . import restoring
+
         now, change = restoring.registered(state, entry, change)
         return None if change.unfit else (now, change, None)
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import applying, history, past, records, registry, restoring, saving, summary
-from .autosave import Autosave
+from . import applying, history, records, registry
 from .building import Building
 from .construct import Recipe
 from .diskcache import DiskCache
@@ -31,20 +30,20 @@ from .library import library
 from .lookup import entry_now, entry_of
 from .models import Commit
 from .notes import SeenKeys
-from .past import History
 from .prepare import Call, as_names, method_path, spell_call
 from .program import Programs
 from .registry import Change, Entry, Models, RegisteredModel
-from .replay import Replaying
 from .run import Note, Run
-from .saving import Restored, Saved
 from .state import Restart, State
-from .summary import Summary
 from .uninterrupted import at_once, uninterrupted
 from .warm import WarmRuns
 
 if TYPE_CHECKING:
+    from .autosave import Autosave
     from .export import Exported
+    from .past import History
+    from .saving import Restored, Saved
+    from .summary import Summary
 
 
 class Session:
@@ -202,7 +201,12 @@ class Session:
                 if old is not None and name in anew and old.model.holds_variables and old.built is None:
                     old = None
                 entry, change = registry.register(old, name, module)
-                state, change = restoring.registered(state, entry, change)
+                if name in state.waiting:
+                    from . import restoring
+
+                    state, change = restoring.registered(state, entry, change)
+                else:
+                    state = replace(state, models={**state.models, name: entry})
             changes.append(change)
             gone = change.variables in ("dropped", "own") and not isinstance(module, Recipe)
             if (gone or change.unfit) and state.opened is not None and state.opened[0] == name:
@@ -227,7 +231,11 @@ class Session:
 
     def _entry_now(self, name: str, module: Any) -> tuple[Entry, tuple[Note, ...]]:
         entry, notes = entry_now(self._state.models, name, module)
-        return restoring.rebound(self._state.waiting, entry, notes) if notes else (entry, notes)
+        if not notes or name not in self._state.waiting:
+            return entry, notes
+        from . import restoring
+
+        return restoring.rebound(self._state.waiting, entry, notes)
 
     def _assign(self, name: str, variables: Mapping[str, Any] | None) -> None:
         entry = self._entry(name)
@@ -376,6 +384,8 @@ class Session:
         Raises:
           FlaxMagicsError: the model is unknown.
         """
+        from . import past
+
         name = None if model is None else self._entry(model).name
         return past.of_runs(self._state.runs, self._state.root, last, name, cells or {})
 
@@ -396,6 +406,9 @@ class Session:
 
     def run_replay(self, draw: int | tuple[int, int] | str | Run) -> list[Run]:
         """`replay`, giving every run of the draw: two where an init and an apply shared it."""
+        from . import past
+        from .replay import Replaying
+
         replaying = Replaying(self._state.models, self.programs, self.replay_bytes, self.on_phase)
         runs = []
         for kept in past.find(self._state, draw):
@@ -409,6 +422,8 @@ class Session:
         self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: Any = None
     ) -> Summary:
         """`summary` with the call as it was written, None for none; see `run_apply` for `module`."""
+        from . import summary
+
         entry, _ = entry_now(self._state.models, name, module)
         if call is None:
             return summary.of_variables(entry)
@@ -439,6 +454,8 @@ class Session:
         Raises:
           FlaxMagicsError: something cannot be saved, or not there. The file that was there is as it was.
         """
+        from . import saving
+
         return saving.save(self, path)
 
     def load(self, path: str | os.PathLike[str]) -> Restored:
@@ -451,6 +468,8 @@ class Session:
           FlaxMagicsError: the file is none of ours or damaged, or a model that is registered does not have variables
             like those in it, which is told leaf by leaf. Nothing has changed.
         """
+        from . import saving
+
         return saving.load(self, path)
 
     def autosave(self, path: str | os.PathLike[str] | None) -> Saved | None:
@@ -461,6 +480,8 @@ class Session:
         Raises:
           FlaxMagicsError: see `save`. Nothing is saved in the background then.
         """
+        from . import saving
+
         return saving.autosave(self, path)
 
     def _autosave(self) -> None:

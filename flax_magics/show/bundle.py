@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import history, html, loaded, loop, notice, registered, replayed, status, summary, text
+from . import html, notice, text
 from .facts import LEVELS, Level
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..recorded import Rows
     from ..run import Run
     from ..summary import Summary
+    from . import loaded, loop, registered, status
 
 RUN_JSON = "application/vnd.flax-magics.run+json"
 """The run as data, so that a saved notebook can be verified later."""
@@ -49,28 +50,38 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, Any]:
 
 def loop_bundle(runs: loop.Loop, style: str, rows: Rows | None = None) -> dict[str, Any]:
     """The MIME bundle of a counting line; with `rows`, which it has once no more are to come, the runs are in it."""
+    from . import loop
+
     shown = _shown(loop.line(runs), lambda: html.loop(runs), style)
     return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 
 def status_bundle(now: status.Status, style: str) -> dict[str, Any]:
     """The MIME bundle of `%flax`."""
+    from . import status
+
     return _shown(status.status_text(now), lambda: html.status(now), style)
 
 
 def key_bundle(card: status.KeyCard, style: str) -> dict[str, Any]:
     """The MIME bundle of a bare `%flax_key`."""
+    from . import status
+
     return _shown(status.key_text(card), lambda: html.key_card(card), style)
 
 
 def history_bundle(found: History, everything: bool, style: str) -> dict[str, Any]:
     """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
+    from . import history
+
     plain = history.history_text(found, everything=everything)
     return _shown(plain, lambda: html.history(found, everything=everything), style)
 
 
 def replay_bundle(run: Run, style: str) -> dict[str, Any]:
     """The MIME bundle of a replay."""
+    from . import replayed
+
     return notice_bundle(replayed.notice_of(run), style)
 
 
@@ -81,6 +92,8 @@ def notice_bundle(found: notice.Notice, style: str) -> dict[str, Any]:
 
 def loaded_bundle(found: loaded.Loaded, style: str) -> dict[str, Any]:
     """The MIME bundle of a file that was loaded; quiet, of its sharp bits alone."""
+    from . import loaded
+
     if found.quiet:
         return notice_bundle(found.notice, style) if found.notice.notes else {}
     return _shown(loaded.loaded_text(found), lambda: html.loaded(found), style)
@@ -101,6 +114,8 @@ def script_bundle(code: str, style: str) -> dict[str, Any]:
 
 def registered_bundle(models: Sequence[registered.Registered], style: str) -> dict[str, Any]:
     """The MIME bundle of what `%%flaxmodel` registered; empty if that is nothing."""
+    from . import registered
+
     if not models:
         return {}
     return _shown(registered.registered_text(models), lambda: html.registered(models), style)
@@ -108,6 +123,8 @@ def registered_bundle(models: Sequence[registered.Registered], style: str) -> di
 
 def summary_bundle(found: Summary, depth: int | None, style: str) -> dict[str, Any]:
     """The MIME bundle of a summary; for `depth` see `summary.summary_text`."""
+    from . import summary
+
     return _shown(summary.summary_text(found, depth), lambda: html.summary(found, depth), style)
 
 
