@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from kernels import RUN_JSON
 from sharp_bits import SHARP_BITS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
@@ -60,7 +61,7 @@ def test_the_example_exported_runs_without_flax_magics_and_agrees_with_it(open_n
     for cell in nbformat.read(EXAMPLE, 4).cells:
         if cell.cell_type == "code":
             found = notebook.run(cell.source).displays
-            runs = [d["application/vnd.flax-magics.run+json"] for d in found if len(d) > 2]
+            runs = [data[RUN_JSON] for data in found if RUN_JSON in data]
             digests += [run["digest"] for run in runs if run.get("digest")]
     notebook.run(f"%flax_export -q {tmp_path / 'session.py'}")
     text = (tmp_path / "session.py").read_text()
