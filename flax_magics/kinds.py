@@ -14,5 +14,6 @@ KINDS = {
     "programs": "new programs keep being compiled for other shapes, dtypes or values of an argument",
     "masks": "with the keys of an earlier draw, a layer drew other numbers than in that draw's run",
     "outdated": "variables are from before an edit",
+    "file": "a name stands for another module than was registered, and variables from a file wait for it",
     "rebound": "the name stands for another module than was registered",
 }

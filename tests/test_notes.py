@@ -108,7 +108,7 @@ def test_a_python_number_where_an_array_was(session):
 
 
 def test_every_kind_has_words_of_its_own():
-    assert len(set(KINDS.values())) == len(KINDS) == 13
+    assert len(set(KINDS.values())) == len(KINDS) == 15
 
 
 def test_a_kind_is_quieted_by_its_name(notebook):

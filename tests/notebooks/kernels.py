@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,12 @@ class Notebook:
         """Adds a cell and executes it."""
         node = nbformat.v4.new_code_cell(source.strip("\n"))
         self.client.nb.cells.append(node)
-        self.client.execute_cell(node, len(self.client.nb.cells) - 1)
-        return Cell(node.outputs)
+        for _ in range(20):
+            self.client.execute_cell(node, len(self.client.nb.cells) - 1)
+            if node.execution_count is not None:
+                return Cell(node.outputs)
+            time.sleep(0.1)  # just after an error, a kernel turns away what comes
+        raise AssertionError(f"the kernel did not run the cell:\n{source}")
 
     def run_all(self, sources: Iterable[str]) -> list[Cell]:
         """Cell after cell, until one fails."""
