@@ -6,6 +6,7 @@ import ast
 import builtins
 import symtable
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 
 from ..cells import assigned_names
@@ -19,19 +20,22 @@ def reads(node: ast.stmt) -> set[str]:
     """Global names that running `node`, or a function that it defines, reads."""
     found = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
     text = ast.unparse(ast.fix_missing_locations(ast.Module([node], [])))
+    # In a function a comprehension's own variables are no globals, on Python 3.12 and after too.
+    own = sorted(assigned_names(node))
+    lines = ["async def cell():", *([f" global {', '.join(own)}"] if own else []), textwrap.indent(text, " ")]
     try:
-        table = symtable.symtable(text, "<cell>", "exec")
-    except SyntaxError:  # `return` or `await` outside of a function, taken out of its place
+        table = symtable.symtable("\n".join(lines), "<cell>", "exec")
+    except SyntaxError:  # `from … import *`, and whatever else has its place at the top alone
         return found | {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return found | set(_read(table, top=True))
+    return found | {name for child in table.get_children() for name in _read(child)}
 
 
-def _read(table: symtable.SymbolTable, top: bool) -> Iterator[str]:
+def _read(table: symtable.SymbolTable) -> Iterator[str]:
     for symbol in table.get_symbols():
-        if symbol.is_referenced() and (top or symbol.is_global()):
+        if symbol.is_referenced() and symbol.is_global():
             yield symbol.get_name()
     for child in table.get_children():
-        yield from _read(child, top=False)
+        yield from _read(child)
 
 
 def binds(node: ast.stmt) -> set[str]:

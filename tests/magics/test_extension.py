@@ -95,7 +95,7 @@ def test_config_lists_the_settings_with_help(notebook):
         "FlaxMagics.notes=<key-1>=<value-1>...\n"
         "    Sharp bits that are not to be said, by kind: {'stream': False}. The kinds\n"
         "    are dropout, norm, stream, root key, key again, same key, unused key, zero\n"
-        "    params, nan params, scalar, programs, masks, outdated, rebound.\n"
+        "    params, nan params, scalar, programs, masks, outdated, file, rebound.\n"
         "    Current: {}\n"
         "FlaxMagics.replay_bytes=<Int>\n"
         "    How many bytes are kept of what only %flax_replay needs: inputs, and\n"
