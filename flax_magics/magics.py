@@ -35,7 +35,7 @@ from .errors import FlaxMagicsError, did_you_mean
 from .journal import Journal
 from .kinds import KINDS
 from .library import library
-from .options import Command, Read, file_name, read
+from .options import Command, Read, file_name, read, unquoted
 from .reporter import Reporter
 from .tracebacks import show_user_frames, stopped
 
@@ -419,16 +419,16 @@ class FlaxMagics(Magics):
     def flax_export(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
         """`%flax_export [FILE]`"""
         from .export import export_cells
-        from .export.file import read_name, write
+        from .export.file import write
         from .show.bundle import notice_bundle, script_bundle
         from .show.exported import exported
 
         given, shell = options.options, self.shell
-        name = read_name(options.rest)
-        if name is not None and given["cell"]:
+        name = unquoted(options.rest).strip()
+        if name and given["cell"]:
             raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=f"%flax_export {name}")
         script = export_cells(self.session, *self.executed(), digests=not given["plain"])
-        if name is not None:
+        if name:
             path = write(name, script.text, force=given["force"])
             self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path), self.style))
         elif given["cell"]:

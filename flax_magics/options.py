@@ -235,7 +235,7 @@ def _wants(command: Command, option: Option, line: str, after: int, begin: int, 
 def _convert(option: Option, value: str) -> str | int | None:
     """`value` as the option wants it, None if it cannot be that."""
     if option.kind == "quoted":
-        value = _unquoted(value)
+        value = unquoted(value)
     if option.identifier and not value.isidentifier():
         return None
     if option.type is not int:
@@ -247,7 +247,7 @@ def _convert(option: Option, value: str) -> str | int | None:
     return None if option.least is not None and number < option.least else number
 
 
-def _unquoted(value: str) -> str:
+def unquoted(value: str) -> str:
     """`value` without its quotes, if the whole of it is one quoted string."""
     first = next(pieces(value), None)
     if first is None or first.kind != "string" or first.end != len(value):
@@ -262,7 +262,7 @@ def file_name(rest: str, command: Command) -> str:
     Raises:
       FlaxMagicsError: nothing stands there.
     """
-    name = _unquoted(rest).strip()
+    name = unquoted(rest).strip()
     if not name:
         raise FlaxMagicsError(f"{command.name} needs the name of a file.", write=command.examples[0])
     return name

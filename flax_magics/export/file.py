@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
+from ..atomic import replace_file
 from ..errors import FlaxMagicsError
 
 _MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
-
-
-def read_name(text: str) -> str | None:
-    """The file that a line names, with or without quotes; None for none."""
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    return text or None
 
 
 def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> Path:
@@ -41,13 +32,17 @@ def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> Pa
         raise FlaxMagicsError(f"there is no folder `{Path(file).parent}`.", write=f"!mkdir -p {Path(file).parent}")
     if path.exists() and not force:
         _check(path, file)
-    _replace(path, signed(text))
+    replace_file(path, lambda made: _write(made, signed(text)))
     return path
 
 
 def signed(text: str) -> str:
     """`text` with a last line by which it can be told whether somebody has changed it."""
     return f"{text}\n{_MARK}{_digest(text)}\n"
+
+
+def _write(name: str, text: str) -> None:
+    Path(name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def _digest(text: str) -> str:
@@ -67,26 +62,3 @@ def _check(path: Path, file: str | os.PathLike[str]) -> None:
     else:
         return
     raise FlaxMagicsError(what, write=f"%flax_export --force {file}     to replace it, or another name")
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file as a whole: a reader sees the old one or the new one."""
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(name, mode)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
