@@ -22,7 +22,7 @@ from .history import Kept
 from .initialising import Initialising
 from .models import adopt
 from .notes import SeenKeys
-from .origin import Applied, Built, Initialised, given_by
+from .origin import Applied, Built, Initialised, given_by, is_plain
 from .prepare import Call, prepare_init
 from .program import Program, Programs
 from .registry import Entry
@@ -216,8 +216,6 @@ def _of_inputs(how: Applied, leaves: list[Any]) -> tuple[str, ...]:
         return ("an object in the call holds variables of its own: whether they are as they were cannot be told",)
     if how.objects == b"":
         return ()
-    from .origin import is_plain
-
     objects = [leaf for leaf in leaves if not is_plain(leaf)]
     if how.objects is None or fingerprint(objects) != how.objects:
         return ("an object in the call may have changed since",)

@@ -101,15 +101,16 @@ class Reporter:
         from .show.bundle import bundle
         from .show.loop import Loop
 
-        self.later(run)
         self._loop = (self._loop or Loop()).add(run)
         self._style, self._pending = style, True
         self._single = bundle(run, "line", style) if self._loop.runs == 1 else {}
         # A terminal cannot take a line back: there it is printed once, when the cell ends. Nor can one be saved.
         if getattr(self._shell, "kernel", None) is not None:
-            self._record(run)
+            self._record(run)  # with its digest
             if time.monotonic() - self._shown > REFRESH:
                 self._show_loop()
+        else:
+            self.later(run)
 
     def _record(self, run: Run) -> None:
         """Keeps what a saved notebook is to have of a run, while its output is there."""
