@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..call import ParsedCall
+from ..models.switch import cloned
 from ..spelling import Settings, Spelling
 from .functions import Passed, Wanted, as_written, passed
 from .scribe import Scribe
@@ -41,7 +42,7 @@ def init_items(scribe: Scribe, called: Called, key: str) -> tuple[str, list[str]
     spelling = called.spelling
     extra = [f"{name}={value}" for name, value in spelling.init_arguments]
     extra += [f"{name}={called.keys[name]}" for name in called.arguments]
-    model = called.model + cloned(scribe, called.model, called.module, spelling.init_fields)
+    model = called.model + _cloned(scribe, called.model, called.module, spelling.init_fields)
     items = [key, *as_written(called.call.arguments), *extra, *_method(scribe, called)]
     return f"{model}.init(", items
 
@@ -49,7 +50,7 @@ def init_items(scribe: Scribe, called: Called, key: str) -> tuple[str, list[str]
 def apply_items(scribe: Scribe, called: Called, given: Sequence[str], variables: str) -> tuple[str, list[str]]:
     """`net.apply(` and its arguments, `given` being those of the call."""
     spelling = called.spelling
-    model = called.model + cloned(scribe, called.model, called.module, spelling.fields)
+    model = called.model + _cloned(scribe, called.model, called.module, spelling.fields)
     items = [variables, *given, *(f"{name}={value}" for name, value in spelling.arguments)]
     items += [f"{name}={called.keys[name]}" for name in called.arguments]
     if spelling.streams:
@@ -131,42 +132,11 @@ def _words(texts: Sequence[str], parameters: Sequence[str]) -> set[str]:
     return found - set(parameters)
 
 
-def cloned(scribe: Scribe, name: str, module: Any, fields: Settings) -> str:
-    """`.clone(training=True)`, and what it takes to set a switch on a config or a module that is a field."""
-    if not fields:
-        return ""
-    given: dict[str, Any] = {}
-    for path, value in fields:
-        first, _, rest = path.partition(".")
-        if rest:
-            given.setdefault(first, []).append((rest, value))
-        else:
-            given[first] = value
-    items = [
-        f"{first}={_inner(scribe, f'{name}.{first}', getattr(module, first, None), value)}"
-        for first, value in given.items()
-    ]
-    return f".clone({', '.join(items)})"
-
-
-def _inner(scribe: Scribe, expression: str, held: Any, value: Any) -> str:
-    if not isinstance(value, list):
-        return str(value)
-    if hasattr(held, "clone") and hasattr(held, "scope"):
-        return expression + cloned(scribe, expression, held, tuple(value))
-    scribe.needs.add("dataclasses")
-    nested: dict[str, Any] = {}
-    for path, setting in value:
-        first, _, rest = path.partition(".")
-        if rest:
-            nested.setdefault(first, []).append((rest, setting))
-        else:
-            nested[first] = setting
-    items = [
-        f"{first}={_inner(scribe, f'{expression}.{first}', getattr(held, first, None), v)}"
-        for first, v in nested.items()
-    ]
-    return f"dataclasses.replace({', '.join([expression, *items])})"
+def _cloned(scribe: Scribe, name: str, module: Any, fields: Settings) -> str:
+    text = cloned(name, module, fields)
+    if "dataclasses.replace(" in text:
+        scribe.needs.add("dataclasses")
+    return text
 
 
 def _method(scribe: Scribe, called: Called) -> list[str]:

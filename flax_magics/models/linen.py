@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from ..fingerprint import Print
 from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables, nnx_bridge, own_methods
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
-from .switch import read_fields, set_fields, set_unset_fields
+from .switch import cloned, read_fields, set_fields, set_unset_fields
 
 _MISSING = (
     flax_errors.ScopeParamNotFoundError,
@@ -225,7 +225,8 @@ class LinenModel:
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
         name = name.partition(".")[0]
-        name += _cloned(name, self.module, [setting.split("=", 1) for setting in switch])
+        settings = [(path, value) for path, _, value in (setting.partition("=") for setting in switch)]
+        name += cloned(name, self.module, settings)
         parts = ["variables"]
         if arguments:
             parts.append(arguments)
@@ -238,25 +239,6 @@ class LinenModel:
         elif method:
             parts.append(f"method=lambda m, *a, **k: m.{'.'.join(method)}(*a, **k)")
         return f"{name}.apply({', '.join(parts)})"
-
-
-def _cloned(name: str, module: Any, settings: Sequence[Sequence[str]]) -> str:
-    """`.clone(training=True)`, and what sets a field of a config or of a module that is a field."""
-    given: dict[str, list[Sequence[str]]] = {}
-    for path, value in settings:
-        first, _, rest = path.partition(".")
-        given.setdefault(first, []).append((rest, value))
-    items = []
-    for first, inner in given.items():
-        held = getattr(module, first, None)
-        if not inner[0][0]:
-            items.append(f"{first}={inner[0][1]}")
-        elif isinstance(held, nn.Module):
-            items.append(f"{first}={name}.{first}{_cloned(f'{name}.{first}', held, inner)}")
-        else:
-            changed = _cloned(f"{name}.{first}", held, inner).removeprefix(".clone(")
-            items.append(f"{first}=dataclasses.replace({name}.{first}, {changed}")
-    return f".clone({', '.join(items)})" if items else ""
 
 
 def _boxed(value: Any) -> bool:

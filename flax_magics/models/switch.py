@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+from collections.abc import Iterable
 from types import NoneType
 from typing import Any
 
@@ -74,6 +75,36 @@ def read_fields(value: Any) -> tuple[str, ...]:
     setter = _Setter(None, frozenset(), bool)
     setter.visit(value, "")
     return tuple(setter.done)
+
+
+def cloned(name: str, module: Any, settings: Iterable[tuple[str, Any]]) -> str:
+    """`.clone(training=True)`, and what sets a switch on a config or a module that is a field; empty for no settings.
+
+    Args:
+      name: the expression that the module stands for.
+      settings: path of a field and its value: `("config.deterministic", False)`.
+    """
+    items = _items(name, module, settings)
+    return f".clone({', '.join(items)})" if items else ""
+
+
+def _items(name: str, value: Any, settings: Iterable[tuple[str, Any]]) -> list[str]:
+    """`config=dataclasses.replace(net.config, deterministic=False)` for each field of `value` that is set, or set within."""
+    given: dict[str, list[tuple[str, Any]]] = {}
+    for path, setting in settings:
+        first, _, rest = path.partition(".")
+        given.setdefault(first, []).append((rest, setting))
+    items = []
+    for first, inner in given.items():
+        inside, held = f"{name}.{first}", getattr(value, first, None)
+        if not inner[-1][0]:
+            text = str(inner[-1][1])
+        elif hasattr(held, "clone") and hasattr(held, "scope"):  # a linen module
+            text = inside + cloned(inside, held, inner)
+        else:
+            text = f"dataclasses.replace({', '.join([inside, *_items(inside, held, inner)])})"
+        items.append(f"{first}={text}")
+    return items
 
 
 class _Setter:
