@@ -327,7 +327,7 @@ class Programs:
 
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
         text_key: Hashable = object() if key is None else key
-        places = placed(request)
+        places = placed(request), typed(lowered)
         if digest is not None:
             text_key = (digest, settings(), str(lowered.out_tree), jax.default_backend(), places)
         trees = (lowered.in_tree, lowered.out_tree)
@@ -395,6 +395,11 @@ def placed(request: Request) -> tuple[Any, ...]:
     """
     leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
+
+
+def typed(lowered: Any) -> tuple[Any, ...]:
+    """Shape and dtype of each argument: of one that nothing reads the text says neither, and the program takes no other."""
+    return tuple((aval.shape, str(aval.dtype)) for aval in jax.tree_util.tree_leaves(lowered.in_avals))
 
 
 def device_of(executable: Any) -> str:
