@@ -15,7 +15,7 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from traitlets import Bool, Dict, Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression
-from .celllog import CellLog, Rerun
+from .celllog import Rerun, reruns
 from .cells import displayed, displayed_quietly, run_body, run_statements_with_call
 from .commands import (
     FLAX,
@@ -163,7 +163,6 @@ class FlaxMagics(Magics):
 
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         self._ready = False
-        self.cells = CellLog()
         self._cell: int | None = None
         super().__init__(shell=shell, **kwargs)
         self._ready = True
@@ -232,8 +231,7 @@ class FlaxMagics(Magics):
         """`pre_run_cell`: runs are counted anew, and what the cell before did to Flax's own code may count."""
         self._cell = None
         self._cell = self._number
-        if getattr(info, "store_history", False):
-            self.cells.begin(self._cell, _cell_id(info, self.shell), info.raw_cell)
+        self.journal.begin(info, _cell_id(info, self.shell))
         self.reporter.begin_cell()
         library.new_cell()
 
@@ -310,7 +308,7 @@ class FlaxMagics(Magics):
             found = modelcell.from_cell(options.rest, self.shell.user_ns, body.names, before)
         with self._working("registering") as live:
             rows = modelcell.check(found, options.options["check"], self.session, self.shell.user_ns, local_ns)
-            registered = modelcell.register(found, self.session, self.shell.user_ns, rows)
+            registered = modelcell.register(found, self.session, self.shell.user_ns, rows, self._number)
             self.journal.registered(registered)
         live.show({} if options.options["quiet"] else registered_bundle(registered, self.style))
 
@@ -400,7 +398,7 @@ class FlaxMagics(Magics):
                     write=f"%flax_key --seed {seed}\n%flax_key {name}",
                 )
             notice = restarted(self.session.restart(seed, fresh=fresh))
-            self.journal.restarted()
+            self.journal.restarted(fresh=fresh)
             self.reporter.publish({} if quiet else notice_bundle(notice, self.style))
             return None
         if fresh:
@@ -518,8 +516,8 @@ class FlaxMagics(Magics):
             self.reporter.publish(notice_bundle(autosave_failed(error), self.style))
 
     def _reruns(self) -> tuple[Rerun, ...]:
-        """Cells that drew and were run again."""
-        return self.cells.reruns(self.session.cells, self.shell.transform_cell)
+        """Cells that drew and were run again, or have variables that were rebound since."""
+        return reruns(self.journal.so_far(self._number), self.session.cells, self.shell.transform_cell)
 
     def _working(self, what: str) -> _Working:
         """A live line for as long as the block runs; blank again if it fails."""

@@ -24,6 +24,9 @@ from .show.status import Command, Device, KeyCard, Model, Status
 from .show.units import bytes_, plural
 from .state import Restart
 
+RERUNS = 8
+"""Cells that were run again, or whose variables were rebound, that are told of."""
+
 
 def key_card(session: Session) -> KeyCard:
     """The root key as it stands."""
@@ -63,10 +66,16 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
             ("arrays alive in this process", bytes_(held)),
             ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
         ),
-        reruns=tuple(rerun.text for rerun in reruns),
+        reruns=_told([rerun.text for rerun in reruns]),
         versions=tuple(versions),
         commands=tuple(Command(write, meaning) for write, meaning in MEANINGS),
     )
+
+
+def _told(reruns: list[str]) -> tuple[str, ...]:
+    """The last of them; of more it is said how many."""
+    more = len(reruns) - RERUNS
+    return (*([f"{plural(more, 'more cell')}: %flax_history marks their draws"] if more > 0 else []), *reruns[-RERUNS:])
 
 
 def _on_disk(session: Session) -> str:

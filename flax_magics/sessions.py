@@ -181,12 +181,15 @@ class Session:
         self.register_all({name: module})
         return RegisteredModel(self, name)
 
-    def register_all(self, modules: Mapping[str, Any], *, anew: Container[str] = ()) -> list[Change]:
+    def register_all(
+        self, modules: Mapping[str, Any], *, anew: Container[str] = (), cell: int | None = None
+    ) -> list[Change]:
         """Registers several modules, all or none; says what became of each.
 
         Args:
           modules: name → module, or the Recipe of an NNX module that the session is to build: a draw for each.
           anew: names that stand for nothing any more: a module of the user's own is a new one there.
+          cell: number of the cell that asks for it.
         """
         state, building = self._state, Building(self.clock, self.on_phase)
         before = state.runs
@@ -194,7 +197,7 @@ class Session:
         kept: list[Kept] = []
         for name, module in modules.items():
             if isinstance(module, Recipe):
-                state, change, built = building.build(state, name, module)
+                state, change, built = building.build(state, name, module, cell)
                 kept += [] if built is None else [built]
             else:
                 old = state.models.get(name)

@@ -127,7 +127,7 @@ def test_cells_that_were_run_again_are_named_and_marked(sharp_bits):
     sharp_bits("y = %flax_apply -q my_model(x)")
     out = sharp_bits("%flax")
     assert (
-        "cells that drew and were run again\n"
+        "cells that drew and were run again, or whose variables were rebound since\n"
         "  the text of cell [4] was run again as [6]; x was rebound by [5] in between\n"
         "  Run All draws once for each: whether it gives the same, only a fresh run can\n"
         "  tell\n"
