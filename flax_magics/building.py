@@ -20,6 +20,7 @@ from .history import Kept
 from .keys import Draw
 from .models import adopt
 from .origin import Origin, bytes_of
+from .pinned import arrays_in
 from .prepare import Call
 from .registry import Change, Entry
 from .run import Run
@@ -147,8 +148,9 @@ class Building:
 
 def _kept(name: str, recipe: Recipe, run: Run) -> Kept:
     """A construction as the session keeps it."""
-    size = sum(map(bytes_of, jax.tree_util.tree_leaves(run.inputs)))
-    return Kept(run, Origin(origin.Built(name, recipe, recipe.print()), []), size)
+    pinned = tuple(arrays_in((recipe.args, recipe.kwargs)))
+    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *pinned)))
+    return Kept(run, Origin(origin.Built(name, recipe, recipe.print(), pinned), []), size)
 
 
 @dataclass(frozen=True)

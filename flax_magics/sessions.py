@@ -80,7 +80,7 @@ class Session:
         self.programs = Programs(clock)
         self.keep_on_disk(disk_cache)
         self._warm = WarmRuns()
-        self._keeping = Keeping(replay_bytes, lambda: arrays_of(self._state.models))
+        self._keeping = Keeping(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
         """Told what a command is doing, as it begins: `compiling net`."""
