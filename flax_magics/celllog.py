@@ -91,12 +91,13 @@ def reruns(
     by_cell: dict[str, list[Executed]] = {}
     for one in executed:
         by_cell.setdefault(one.identity, []).append(one)
-    bound: dict[int, frozenset[str]] = {}
+    bound: dict[object, frozenset[str]] = {}
 
     def binds(one: Executed) -> frozenset[str]:
-        if _number(one) not in bound:
-            bound[_number(one)] = _bound(one, transform)
-        return bound[_number(one)]
+        what = one.text, one.error, one.line, one.registered
+        if what not in bound:
+            bound[what] = _bound(one, transform)
+        return bound[what]
 
     def uses(one: Executed) -> frozenset[str]:
         return _used(drew.get(_number(one), ()), one.text) - binds(one)
