@@ -97,4 +97,12 @@ def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace
     value = local_ns.get(text, user_ns.get(text))
     if isinstance(value, Run):
         return value.seed, value.draw
-    raise FlaxMagicsError(f"{command} takes a number, last, seed:N or the name of a Run, not `{text}`.")
+    names = [name for name, value in {**user_ns, **local_ns}.items() if isinstance(value, Run)]
+    write = f"{command} last     the last draw"
+    if text in local_ns or text in user_ns:
+        write = f"%flax_apply -o run …     binds the Run to a name\n{command} run"
+    raise FlaxMagicsError(
+        f"{command} takes a number, last, seed:N or the name of a Run, not `{text}`.",
+        hint=did_you_mean(text, ["last", *names]),
+        write=write,
+    )

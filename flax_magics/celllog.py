@@ -31,8 +31,8 @@ class Rerun:
       edited: the text was another in one of them.
       rebound: variables that the last execution's calls use and that other cells have bound since the first, with the
         number of the last cell that did.
-      since: variables that the last draw's calls use and that the cells which had bound them were run again to bind
-        after it, with the number of the last that did.
+      since: variables that the last draw's calls use and that the cells which had bound them were edited, or go on from
+        what is there, and were run again after it; with the number of the last that was.
     """
 
     numbers: tuple[int, ...]
@@ -112,8 +112,10 @@ def reruns(
         # One that drew once is drawn from once in Run All too, unless it is another cell now.
         again = len(runs) > 1 and (len(drawing) > 1 or (edited and drawing[0] is not runs[-1]))
         last = runs[-1] if again else drawing[-1]
-        rebound = _rebound(uses(runs[-1]), executed, runs[0], runs[-1], binds) if again else {}
-        since = _since(uses(drawing[-1]), executed, drawing[-1], binds) if last is drawing[-1] else {}
+        rebound = _rebound(uses(runs[-1]), executed, runs[0], runs[-1], binds, transform) if again else {}
+        since: dict[str, int] = {}
+        if last is drawing[-1]:
+            since = _since(uses(last), executed, last, binds, transform)
         if again or since:
             numbers = tuple(map(_number, runs)) if again else (_number(last),)
             found.append(Rerun(numbers, runs[0].cell is not None, edited, rebound, since))
@@ -137,32 +139,69 @@ def _rebound(
     first: Executed,
     last: Executed,
     binds: Callable[[Executed], frozenset[str]],
+    transform: Callable[[str], str],
 ) -> dict[str, int]:
-    """Those of `names` that another cell bound between two executions of one."""
+    """Those of `names` that another cell bound to something else between two executions of one."""
+    bound_by: dict[str, Executed] = {}
     found: dict[str, int] = {}
     for other in executed if names else ():
-        if _number(first) < _number(other) < _number(last) and other.identity != first.identity:
-            found |= dict.fromkeys(sorted(names & binds(other)), _number(other))
+        if _number(other) < _number(first):
+            bound_by |= dict.fromkeys(names & binds(other), other)
+        elif _number(other) < _number(last) and other.identity != first.identity:
+            again = {name for name in names & binds(other) if _anew(name, bound_by.get(name), other, transform)}
+            found |= dict.fromkeys(sorted(again), _number(other))
     return found
 
 
-def _since(
-    names: frozenset[str], executed: Sequence[Executed], drew: Executed, binds: Callable[[Executed], frozenset[str]]
-) -> dict[str, int]:
-    """Those of `names` that a cell bound before the draw, and was run again to bind after it.
+def _anew(name: str, before: Executed | None, now: Executed, transform: Callable[[str], str]) -> bool:
+    """Whether `now` may have bound `name` to something else than `before`: not if it is the same cell, as it was."""
+    if before is None or before.identity != now.identity or before.text.strip() != now.text.strip():
+        return True
+    if any(row.name == name and row.state == "changed" for row in now.registered):
+        return True
+    return name in _going_on(now.text, transform)
 
-    What another cell binds after it is nothing to tell: it stands below, as far as anybody knows.
+
+def _since(
+    names: frozenset[str],
+    executed: Sequence[Executed],
+    drew: Executed,
+    binds: Callable[[Executed], frozenset[str]],
+    transform: Callable[[str], str],
+) -> dict[str, int]:
+    """Those of `names` that a cell bound before the draw, and was run again to bind to something else after it.
+
+    What another cell binds after it is nothing to tell: it stands below, as far as anybody knows. Nor is a cell that is
+    what it was, and binds the same again as far as anybody knows.
     """
-    before: dict[str, frozenset[str]] = {}
+    before: dict[tuple[str, str], Executed] = {}
     found: dict[str, int] = {}
     for other in executed if names else ():
         if other.identity == drew.identity:
             continue
         if _number(other) < _number(drew):
-            before[other.identity] = before.get(other.identity, frozenset()) | (names & binds(other))
-        elif other.identity in before:
-            found |= dict.fromkeys(sorted(before[other.identity] & binds(other)), _number(other))
+            before |= {(other.identity, name): other for name in names & binds(other)}
+            continue
+        for name in sorted(names & binds(other)):
+            was = before.get((other.identity, name))
+            if was is not None and _anew(name, was, other, transform):
+                found[name] = _number(other)
     return found
+
+
+def _going_on(text: str, transform: Callable[[str], str]) -> frozenset[str]:
+    """Names that a cell reads before it binds them, as in `x = x + 1`."""
+    try:
+        tree = ast.parse(transform(text))
+    except (SyntaxError, ValueError):
+        return frozenset()
+    read, bound = set[str](), set[str]()
+    for part in tree.body:
+        loads = {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        updated = part.target if isinstance(part, ast.AugAssign) else None
+        read |= (loads | ({updated.id} if isinstance(updated, ast.Name) else set())) - bound
+        bound.update(assigned_names(part))
+    return frozenset(read)
 
 
 def _unchanged(one: Executed) -> bool:

@@ -80,11 +80,11 @@ def _apart(one: Take, other: Take) -> str:
 
 
 def _drawn(take: Take) -> str:
-    """`6 × [4,8]`: so many masks of a shape; where that is not known `6 keys`."""
+    """`6×[4,8]`: so many masks of a shape; where that is not known `6 keys`."""
     times = [str(size) for size in take.axes]
     if take.drew is None:
-        return f"{' × '.join(times) or 1} key{'s' if times else ''}"
-    return " × ".join([*times, f"[{','.join(map(str, take.drew[0]))}]"])
+        return f"{'×'.join(times) or 1} key{'s' if times else ''}"
+    return "×".join([*times, f"[{','.join(map(str, take.drew[0]))}]"])
 
 
 def _names(places: list[_Place]) -> str:

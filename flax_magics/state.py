@@ -101,7 +101,12 @@ class State:
         last, _ = self._last(seed)
         if not 1 <= number <= last:
             drawn = f"draws 1 to {last}" if last else "no draw"
-            raise FlaxMagicsError(f"draw {number} of seed {seed} was not made in this session: it has {drawn}.")
+            if not last and seed != self.root.seed and self.root.draws:
+                drawn += f", and seed {self.root.seed} has draws 1 to {self.root.draws}"
+            raise FlaxMagicsError(
+                f"draw {number} of seed {seed} was not made in this session: it has {drawn}.",
+                write="%flax_history     lists them",
+            )
         return seed, number
 
 

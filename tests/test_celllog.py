@@ -99,6 +99,24 @@ def test_a_variable_whose_cell_was_run_again_after_the_draw():
     assert dict(rerun.marks()) == {2: ("x was rebound by [3] since",)}
 
 
+def test_a_cell_that_is_what_it_was_binds_the_same_unless_it_goes_on():
+    draw = ("a", "%flax_apply net(x)")
+    same = ("x", "x = 1\ny = x + 1")
+    assert reruns(log(same, draw, same), {2: ["net(x)"]}, transform) == ()
+    for text in ("x = x + 1", "x += 1", "y = 2 * x\nx = y"):
+        going_on = ("x", text)
+        (rerun,) = reruns(log(going_on, draw, going_on), {2: ["net(x)"]}, transform)
+        assert rerun.since == {"x": 3}
+
+
+def test_nor_is_it_anything_in_between_unless_another_had_bound_since():
+    draw, one, two = ("a", "%flax_apply net(x)"), ("x", "x = 1"), ("b", "x = 2")
+    (rerun,) = reruns(log(one, draw, one, draw), {2: ["net(x)"], 4: ["net(x)"]}, transform)
+    assert rerun.rebound == {}
+    (rerun,) = reruns(log(one, two, draw, one, draw), {3: ["net(x)"], 5: ["net(x)"]}, transform)
+    assert rerun.rebound == {"x": 4}
+
+
 def test_what_another_cell_binds_below_is_nobodys_business():
     cells = [("x", "x = 1"), ("a", "%flax_apply net(x)"), ("b", "x = 2"), ("c", "%flax_apply net(x)")]
     assert reruns(log(*cells), {2: ["net(x)"], 4: ["net(x)"]}, transform) == ()

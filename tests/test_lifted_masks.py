@@ -175,7 +175,7 @@ class Loop(nn.Module):
 
 same: str | None = None
 LINEN = {
-    "more layers": (Scan(3), x, Scan(5), x, "layers/Dropout_0: 3 × [4,8] there, 5 × [4,8] here"),
+    "more layers": (Scan(3), x, Scan(5), x, "layers/Dropout_0: 3×[4,8] there, 5×[4,8] here"),
     "as many layers": (Scan(3), x, Scan(3), 3 * x, same),
     "another rate in each": (Scan(3), x, Scan(3, rate=0.25), x, "layers/Dropout_0: rate 0.5 there, 0.25 here"),
     "layers with one mask": (Scan(3, False), x, Scan(3, False), 2 * x, same),
@@ -186,32 +186,32 @@ LINEN = {
         x,
         "layers/Dropout_0: another key, by its place in the model",
     ),
-    "longer sequences": (OverTime(), x, OverTime(), x[:, :5], "cell/Dropout_0: 8 × [4] there, 5 × [4] here"),
-    "another batch of sequences": (OverTime(), x, OverTime(), x[:2], "cell/Dropout_0: 8 × [4] there, 8 × [2] here"),
-    "another batch under vmap": (Vmap(), x, Vmap(), x[:2], "each/Dropout_0: 4 × [8] there, 2 × [8] here"),
+    "longer sequences": (OverTime(), x, OverTime(), x[:, :5], "cell/Dropout_0: 8×[4] there, 5×[4] here"),
+    "another batch of sequences": (OverTime(), x, OverTime(), x[:2], "cell/Dropout_0: 8×[4] there, 8×[2] here"),
+    "another batch under vmap": (Vmap(), x, Vmap(), x[:2], "each/Dropout_0: 4×[8] there, 2×[8] here"),
     "the same batch under vmap": (Vmap(), x, Vmap(), 3 * x, same),
-    "a larger ensemble": (Ensemble(2), x, Ensemble(7), x, "members/Dropout_0: 2 × [4,8] there, 7 × [4,8] here"),
-    "vmap of the layer": (VmapOfDropout(), x, VmapOfDropout(), x[:3], "each: 4 × [8] there, 3 × [8] here"),
+    "a larger ensemble": (Ensemble(2), x, Ensemble(7), x, "members/Dropout_0: 2×[4,8] there, 7×[4,8] here"),
+    "vmap of the layer": (VmapOfDropout(), x, VmapOfDropout(), x[:3], "each: 4×[8] there, 3×[8] here"),
     "nested, layers": (
         ScanOfVmap(2),
         x,
         ScanOfVmap(3),
         x,
-        "layers/Dropout_0: 2 × 4 × [8] there, 3 × 4 × [8] here",
+        "layers/Dropout_0: 2×4×[8] there, 3×4×[8] here",
     ),
     "nested, batch": (
         ScanOfVmap(2),
         x,
         ScanOfVmap(2),
         x[:2],
-        "layers/Dropout_0: 2 × 4 × [8] there, 2 × 2 × [8] here",
+        "layers/Dropout_0: 2×4×[8] there, 2×2×[8] here",
     ),
     "nested, the same": (ScanOfVmap(2), x, ScanOfVmap(2), 2 * x, same),
     "remat or not": (Wrapped(), x, Wrapped("remat"), x, same),
     "jit or not": (Wrapped(), x, Wrapped("jit"), x, "layer/Dropout_0: another key, by its place in the model"),
     "jit twice": (Wrapped("jit"), x, Wrapped("jit"), 2 * x, same),
     "jit, another batch": (Wrapped("jit"), x, Wrapped("jit"), x[:2], "layer/Dropout_0: [4,8] there, [2,8] here"),
-    "a method": (ScanOfMethod(3), x, ScanOfMethod(2), x, "Dropout_0: 3 × [4,8] there, 2 × [4,8] here"),
+    "a method": (ScanOfMethod(3), x, ScanOfMethod(2), x, "Dropout_0: 3×[4,8] there, 2×[4,8] here"),
     "keys of its own": (ScanOfKeys(3), x, ScanOfKeys(5), x, "layers: 3 keys there, 5 keys here"),
     "turns of a loop": (Loop(1), x, Loop(1), 3 * x, same),
     "turns, of one key or not": (Loop(1), x, Loop(1, False), x, "drop: another key, by its place in the model"),
@@ -250,7 +250,7 @@ def test_one_mask_for_every_element_of_a_batch_is_the_same_for_another():
     np.testing.assert_array_equal(zeros(first)[:2], zeros(second))
 
 
-@pytest.mark.parametrize(("lengths", "text"), [((2, 5), "2 × 5 × [4,8]"), ((3,), "3 × [4,8]")])
+@pytest.mark.parametrize(("lengths", "text"), [((2, 5), "2×5×[4,8]"), ((3,), "3×[4,8]")])
 def test_loops_in_loops(lengths, text):
     session = Session()
     session.register("net", RematScan((4, 5)))
@@ -259,7 +259,7 @@ def test_loops_in_loops(lengths, text):
     (said,) = (note for note in session.apply("other", x, draw=1).notes if note.kind == "masks")
     where = "layers/Dropout_0"
     if len(lengths) == 2:
-        assert said.text == f"other random numbers than in draw 1 at {where}: 4 × 5 × [4,8] there, {text} here"
+        assert said.text == f"other random numbers than in draw 1 at {where}: 4×5×[4,8] there, {text} here"
     else:
         assert said.text.startswith(f"other random numbers than in draw 1 at {where}: another key")
 
@@ -356,13 +356,13 @@ class NnxAfter(nnx.Module):
 
 
 NNX = {
-    "more layers": (NnxScan, (3,), x, (5,), x, "layers/drop: 3 × [4,8] there, 5 × [4,8] here"),
+    "more layers": (NnxScan, (3,), x, (5,), x, "layers/drop: 3×[4,8] there, 5×[4,8] here"),
     "as many layers": (NnxScan, (3,), x, (3,), 2 * x, same),
-    "another batch": (NnxScan, (3,), x, (3,), x[:2], "layers/drop: 3 × [4,8] there, 3 × [2,8] here"),
-    "another batch under vmap": (NnxVmap, (), x, (), x[:2], "each/drop: 4 × [8] there, 2 × [8] here"),
+    "another batch": (NnxScan, (3,), x, (3,), x[:2], "layers/drop: 3×[4,8] there, 3×[2,8] here"),
+    "another batch under vmap": (NnxVmap, (), x, (), x[:2], "each/drop: 4×[8] there, 2×[8] here"),
     "the same batch under vmap": (NnxVmap, (), x, (), 3 * x, same),
-    "nested, members": (NnxNested, (2,), x, (3,), x, "each/drop: 2 × 4 × [8] there, 3 × 4 × [8] here"),
-    "nested, batch": (NnxNested, (2,), x, (2,), x[:2], "each/drop: 2 × 4 × [8] there, 2 × 2 × [8] here"),
+    "nested, members": (NnxNested, (2,), x, (3,), x, "each/drop: 2×4×[8] there, 3×4×[8] here"),
+    "nested, batch": (NnxNested, (2,), x, (2,), x[:2], "each/drop: 2×4×[8] there, 2×2×[8] here"),
     "nested, the same": (NnxNested, (2,), x, (2,), 2 * x, same),
     "remat or not": (NnxWrapped, (), x, ("remat",), x, same),
     "jit or not": (NnxWrapped, (), x, ("jit",), x, same),
@@ -390,5 +390,5 @@ def test_a_stream_that_was_put_back_is_no_longer_split():
     first = session.apply("net", x)
     second = session.apply("net", x[:2], draw=1)
     (said,) = (note for note in second.notes if note.kind == "masks")
-    assert said.text == "other random numbers than in draw 1 at each/each/drop: 4 × [8] there, 2 × [8] here"
+    assert said.text == "other random numbers than in draw 1 at each/each/drop: 4×[8] there, 2×[8] here"
     np.testing.assert_array_equal(zeros(first), zeros(second))  # the last of them
