@@ -99,9 +99,21 @@ def test_it_is_of_a_run_by_its_name_too_and_gives_the_run(sharp_bits):
 
 def test_a_mistake(sharp_bits):
     sharp_bits("y = %flax_apply -q my_model(x)")
-    assert "draw 9 of seed 0 was not made in this session: it has draws 1 to 1." in sharp_bits.fails("%flax_replay 9")
-    wrong = "%flax_replay takes a number, last, seed:N or the name of a Run, not `y`."
-    assert wrong in sharp_bits.fails("%flax_replay y")
+    assert "draw 9 of seed 0 was not made in this session: it has draw 1 alone." in sharp_bits.fails("%flax_replay 9")
+    wrong = "FlaxMagicsError: %flax_replay takes a number, last, seed:N or the name of a Run, not `{}`.\n"
+    assert sharp_bits.fails("%flax_replay y") == wrong.format("y") + (
+        "  write: %flax_apply -o run …     binds the Run to a name\n         %flax_replay run"
+    )
+    sharp_bits("y = %flax_apply -q -o first my_model(x)")
+    assert sharp_bits.fails("%flax_replay frst") == wrong.format("frst") + (
+        "  did you mean first?\n  write: %flax_replay last     the last draw"
+    )
+    sharp_bits("%flax_key -q --seed 3")
+    assert sharp_bits.fails("%flax_replay 2") == (
+        "FlaxMagicsError: draw 2 of seed 3 was not made in this session: it has no draw.\n"
+        "  0:2 is draw 2 of seed 0\n"
+        "  write: %flax_history     lists them"
+    )
 
 
 def test_what_was_let_go_of(notebook):
