@@ -16,8 +16,10 @@ from flax import nnx
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
 from . import Ask, Commit, Forward, Model, Path, Record, Variables, nnx_run, own_methods
-from .graph import GRAPH, SIMPLE, Kept, Layout, Values, flat_state, is_ref, parts_of, raw, spell, transplant, walk
+from .graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, walk
+from .layout import Kept, Layout, Values
 from .nnx_switch import switches_read
+from .surgery import transplant
 
 SUPPLIED = ("params", "dropout")
 """Streams of the Rngs that the session makes."""

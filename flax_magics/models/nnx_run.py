@@ -12,22 +12,11 @@ from flax import nnx
 
 from ..uninterrupted import Assignment, at_once
 from . import ARGUMENTS, CONVERTED, SOWN, Ask, Commit, Forward, Incomplete, Path, Record, Variables
-from .graph import (
-    GRAPH,
-    Layout,
-    Rebuilt,
-    assignment,
-    flat_state,
-    is_fixed,
-    is_sown,
-    parts_of,
-    raw,
-    same,
-    set_raw,
-    walk,
-)
+from .graph import assignment, is_sown, parts_of, raw, same, set_raw, walk
+from .layout import Layout
 from .nnx_switch import set_mode
 from .streams import Watcher, mark, unmark, was_sown
+from .surgery import Rebuilt, is_other, taken_from
 
 STRUCTURE = "(structure)"
 """Where a run's result keeps the variables of a graph that the run changed."""
@@ -98,9 +87,9 @@ def forward(
         }
         if moved:
             updates[ARGUMENTS] = moved
-        if any(_other(node, parts) for node, parts in nodes):
+        if any(is_other(node, parts) for node, parts in nodes):
             undo()
-            record.structure, updates[STRUCTURE] = _structure(copy, before)
+            record.structure, updates[STRUCTURE] = taken_from(copy, before)
         after = dict(walk(copy))
         for slot in layout.slots:
             part = after.get(slot.path)
@@ -130,7 +119,7 @@ def commit(layout: Layout, passed: tuple[Any, ...], updates: Mapping[str, Any], 
     changed += [name for name in structure.added if name not in changed and name not in layout.random]
 
     def write() -> None:
-        structure.put_into(layout, updates[STRUCTURE])
+        structure.put_into(layout.module, updates[STRUCTURE])
 
     return Commit(tuple(changed), tuple(moved), write)
 
@@ -188,44 +177,3 @@ def _pop(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Any]:
             elif isinstance(node, dict):
                 del node[name]
     return out
-
-
-def _other(node: Any, held: Any) -> bool:
-    """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
-    now = parts_of(node)
-    if now is None or len(now) != len(held):
-        return True
-    for (name, value), (old_name, old) in zip(now, held, strict=True):
-        if name != old_name:
-            return True
-        if value is old or (_is_array(value) and _is_array(old)):
-            continue
-        if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):
-            return True
-        try:
-            if not bool(value == old):
-                return True
-        except Exception:
-            return True
-    return False
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray))
-
-
-def _structure(module: Any, before: Mapping[Path, Any]) -> tuple[Rebuilt, list[Any]]:
-    """A graph that a run changed, and the values of its variables."""
-    was = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    now = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
-    added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
-    graphdef, state = nnx.split(module, **GRAPH)
-    skeleton, values, fixed = [], [], []
-    for path, leaf in flat_state(state):
-        if is_fixed(leaf):
-            fixed.append((path, leaf))
-            continue
-        skeleton.append((path, jax.tree_util.tree_structure(leaf)))
-        values.append(raw(leaf) if isinstance(leaf, nnx.Variable) else leaf)
-    return Rebuilt(graphdef, tuple(skeleton), tuple(fixed), matches, tuple(dict.fromkeys(added))), values
