@@ -19,10 +19,10 @@ from .keys import Draw
 from .models import Ask, MissingVariables, Model, Record
 from .models.calls import LONGEST, Called, Calls, Path
 from .prepare import Call, Prepared, prepare, prepare_init
-from .program import Request, trace
 from .ready import is_tracer_error, static_choices
 from .run import describe
 from .starting import merged
+from .tracing import Request, trace
 
 if TYPE_CHECKING:
     from .registry import Entry
