@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .fingerprint import library_file, library_module
+from .usercode import library_file, library_module
 
 MOST = 10_000
 """Objects that are looked at: an array behind more of them is not counted."""
