@@ -145,9 +145,9 @@ class Watcher:
             drawn, stream = self.last
             frame = sys._getframe(1)
             # `RngStream.split` calls it too, for a stream that is a new one.
-            if threading.get_ident() == thread and key is drawn and frame.f_code.co_name.endswith("split_rngs"):
-                if path_of(stream.key) is not None:
-                    self.record.takes.pop()  # no number of the layer's
+            by_flax = key is drawn and frame.f_code.co_name.endswith("split_rngs")
+            if threading.get_ident() == thread and by_flax and path_of(stream.key) is not None:
+                self.record.takes.pop()  # no number of the layer's
                 if not frame.f_locals.get("squeeze"):
                     sizes = (num,) if isinstance(num, int) else tuple(num)
                     _set_axes(stream.key, (*_axes(stream.key), *sizes))
@@ -156,7 +156,7 @@ class Watcher:
         def restore_(backups: Any) -> None:
             backups = list(backups)
             if threading.get_ident() == thread:
-                for stream, key, *_ in backups:
+                for stream, key, *_ in (backup for backup in backups if path_of(backup[0].key) is not None):
                     axes = _axes(stream.key)
                     _set_axes(stream.key, axes[: len(axes) - (stream.key[...].ndim - key.ndim)])
             restore(backups)
