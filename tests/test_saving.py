@@ -139,6 +139,62 @@ def test_a_module_of_the_users_own_gets_the_values_where_it_is(path):
     assert bits(session.apply("net", x).output) == bits(other.apply("net", x).output)
 
 
+class Weak(nn.Module):
+    """Variables that take the dtype of what they are combined with."""
+
+    @nn.compact
+    def __call__(self, x):
+        steps = self.variable("steps", "n", lambda: jnp.asarray(0))
+        steps.value = steps.value + 1
+        return x * self.param("scale", lambda key: jnp.asarray(1.5)) + steps.value
+
+
+class WeakOwn(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.asarray(1.5))
+        self.steps = nnx.Variable(jnp.asarray(0))
+
+    def __call__(self, x):
+        return self.steps + self.scale * x
+
+
+@pytest.mark.parametrize("cls", [Weak, WeakOwn])
+@pytest.mark.parametrize("registered_first", [True, False])
+def test_variables_that_are_weakly_typed_are_so_again(path, cls, registered_first):
+    x = jnp.linspace(0, 1, 12).astype(jnp.bfloat16)
+    session, other = Session(), Session()
+    session.register("net", cls())
+    session.apply("net", x)
+    session.save(path)
+    for step in ("register", "load") if registered_first else ("load", "register"):
+        if step == "register":
+            other.register("net", cls())
+        else:
+            other.load(path)
+    leaves = [jax.tree_util.tree_leaves(one.models["net"].collections()) for one in (session, other)]
+    assert [leaf.aval for leaf in leaves[1]] == [leaf.aval for leaf in leaves[0]]
+    assert [leaf.weak_type for leaf in leaves[1]] == [True, True]
+    one, two = session.apply("net", x), other.apply("net", x)
+    assert (two.shape, two.digest) == (one.shape, one.digest)
+    assert one.shape == "bfloat16[12]"
+
+
+def test_a_file_that_does_not_say_which_variables_are_weakly_typed_is_read(path):
+    x = jnp.ones((3,), jnp.bfloat16)
+    session, other = Session(), Session()
+    session.register("net", Weak())
+    session.apply("net", x)
+    session.save(path)
+    found = unpacking.read(path)
+    document = json.loads(json.dumps(found.document).replace('{"weak": "net', '{"array": "net'))
+    assert document != found.document
+    write(path, document, found.arrays)
+    other.register("net", Weak())
+    assert other.load(path).models == ("net",)
+    assert bits(other.models["net"].variables) == bits(session.models["net"].variables)
+    assert other.apply("net", x).shape == "float32[3]"
+
+
 def test_seeds_that_were_used_before_can_be_drawn_from_again(path):
     x = notebook_x()
     session = Session(seed=1)
