@@ -180,6 +180,7 @@ def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tup
                 draw,
                 change.file,
                 change.unfit,
+                change.other,
             )
         )
     return out

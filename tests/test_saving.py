@@ -86,9 +86,61 @@ def test_a_model_that_is_registered_already_gets_its_variables_at_once(path):
     assert (restored.models, restored.waiting) == (("net",), ())
     assert bits(other.models["net"].variables) == bits(session.models["net"].variables)
     assert [note.text for note in restored.notes] == [
-        "the session had made 1 run: its root key and its history are now those of the file"
+        "1 run of this session is not in the file: its root key and its history are now those of the file"
     ]
     assert bits(session.apply("net", x, train=True).output) == bits(other.apply("net", x, train=True).output)
+
+
+def test_what_a_file_replaces_is_said_and_loading_it_again_replaces_nothing(path):
+    x = notebook_x()
+    session, other = Session(), Session()
+    session.register_all({"net": Normed(), "empty": MyModel(3, True)})
+    session.apply("net", x, train=True)
+    session.save(path)
+    other.register_all({"net": Normed(), "empty": MyModel(3, True), "mine": MyModel(3, True)})
+    for name in ("empty", "mine"):
+        other.apply(name, x)
+    notes = [note.text for note in other.load(path).notes]
+    assert notes == [
+        "2 runs of this session are not in the file: its root key and its history are now those of the file",
+        "empty has no variables in the file: those that were here are dropped",
+        "mine is not in the file, and keeps its variables",
+    ]
+    assert other.models["empty"].variables is None
+    assert [note.text for note in other.load(path).notes] == ["mine is not in the file, and keeps its variables"]
+    other.apply("net", x, train=True)
+    assert [note.kind for note in other.load(path).notes] == ["replaced", "stays"]
+
+
+class Rate(nn.Module):
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(self.rate, deterministic=False)(nn.Dense(3)(x))
+
+
+def test_a_model_that_fits_and_was_edited_since_is_told(path):
+    session, other = Session(), Session()
+    session.register("net", Rate())
+    session.apply("net", notebook_x())
+    session.save(path)
+    other.register("net", Rate(0.25))
+    assert [note.text for note in other.load(path).notes] == [
+        "other than in the file, so that runs may give something else: net: was Rate() there"
+    ]
+    found = unpacking.read(path)
+    text = json.dumps(found.document)
+    assert "Dropout(self.rate" in text
+    write(path, json.loads(text.replace("Dropout(self.rate", "Dropout(0.1 + self.rate")), found.arrays)
+    third = Session()
+    third.load(path)
+    (change,) = third.register_all({"net": Rate()})
+    assert (change.variables, change.other) == ("restored", ("Rate edited since",))
+    # Comments, docstrings and layout are nothing that a run depends on.
+    write(path, json.loads(text.replace("@nn.compact", "# so it is\\n\\n    @nn.compact")), found.arrays)
+    assert "so it is" in path.read_text(errors="replace")
+    assert third.load(path).notes == ()
 
 
 def test_a_draw_that_an_init_opened_is_still_open(path):
@@ -748,7 +800,7 @@ def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(pat
         other.replay(1)
     assert str(error.value).startswith(
         "draw 1 of seed 0 cannot be run again: it ran in the session that was saved, and its inputs are not in the file.\n"
-        "  write: %flax_apply --draw 0:1 net("
+        "  write: %flax_init --draw 0:1 net("
     )
     run = other.apply("net", x)
     assert other.replay(2).agreement.identical
