@@ -515,7 +515,7 @@ class FlaxMagics(Magics):
             from .overview import autosave_failed
             from .show.bundle import notice_bundle
 
-            self.reporter.publish(notice_bundle(autosave_failed(error), self.style))
+            self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.style))
 
     def _reruns(self) -> tuple[Rerun, ...]:
         """Cells that drew and were run again."""

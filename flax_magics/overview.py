@@ -97,7 +97,8 @@ def _autosave(autosaving: Autosave) -> str:
     if autosaving.error is not None:
         return f"fails: {autosaving.error}"
     last = autosaving.last
-    return f"{last.path}, last {_when(last.when)} with {plural(last.draws, 'draw')} of seed {last.seed}, {bytes_(last.bytes)}"
+    draws = f"{plural(last.draws, 'draw')} of seed {last.seed}"
+    return f"{last.path}, last {_when(last.when)} with {draws}, {bytes_(last.bytes)}"
 
 
 def saved(done: Saved, *, autosaving: bool = False) -> Notice:
@@ -120,9 +121,9 @@ def _not_replaced(done: Saved) -> Notice:
     """What `%flax_save --autosave` answers in a session that has nothing yet, where the file has something."""
     text = (
         f"{done.path} has a session of {plural(done.runs, 'run')}, saved {_when(done.when)}: what changes variables next"
-        " replaces it"
+        " replaces it, unless it is loaded first"
     )
-    note = Note("kept", text, f"%flax_load {done.path}     to go on from it")
+    note = Note("kept", text, f"%flax_load {done.path}")
     return Notice(done.path, ("autosave on", "nothing saved yet"), (note,))
 
 
@@ -137,13 +138,19 @@ def autosave_ended(before: Autosave | None) -> Notice:
     """What `%flax_save --autosave off` answers."""
     if before is None:
         return Notice("autosave", ("was off",))
-    return Notice("autosave", ("off", f"{before.last.path} stays as it was saved last"))
+    return Notice("autosave", ("off", _left(before)))
 
 
-def autosave_failed(error: str) -> Notice:
+def autosave_failed(autosaving: Autosave, error: str) -> Notice:
     """What the first command says after saving in the background has failed."""
-    note = Note("autosave", error, "%flax_save --autosave off     or another file")
-    return Notice("autosave", ("the session is not saved any more; the file is the last that was written",), (note,))
+    note = Note("autosave", error, "%flax_save --autosave off")
+    return Notice("autosave", ("fails", _left(autosaving)), (note,))
+
+
+def _left(autosaving: Autosave) -> str:
+    """What is there of what was saved."""
+    path = autosaving.last.path
+    return f"{path} stays as it was saved last" if autosaving.path.is_file() else f"{path} is not there any more"
 
 
 def loaded(done: Restored, *, quiet: bool) -> Loaded:

@@ -195,10 +195,11 @@ def _has_variables(entry: Entry | None) -> bool:
 
 def _edited(others: Mapping[str, tuple[str, ...]]) -> tuple[Note, ...]:
     """Models that are registered, and other than they were when they were saved."""
-    texts = [f"{name}: {', '.join(what)}" for name, what in others.items() if what]
-    if not texts:
-        return ()
-    return (Note("edited", f"other than in the file, so that runs may give something else: {'; '.join(texts)}"),)
+    return tuple(
+        Note("edited", f"{name} is not as it was saved, so that its runs may give something else: {', '.join(what)}")
+        for name, what in others.items()
+        if what
+    )
 
 
 def _other(found: Snapshot) -> tuple[Note, ...]:

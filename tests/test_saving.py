@@ -127,7 +127,7 @@ def test_a_model_that_fits_and_was_edited_since_is_told(path):
     session.save(path)
     other.register("net", Rate(0.25))
     assert [note.text for note in other.load(path).notes] == [
-        "other than in the file, so that runs may give something else: net: was Rate() there"
+        "net is not as it was saved, so that its runs may give something else: was Rate() there"
     ]
     found = unpacking.read(path)
     text = json.dumps(found.document)

@@ -143,8 +143,8 @@ def test_an_autosave_of_a_fresh_kernel_does_not_replace_the_session_that_is_ther
     assert re.sub(r"\d\d:\d\d:\d\d", "00:00:00", here("%flax_save --autosave a")) == (
         "a · autosave on · nothing saved yet\n"
         "! a has a session of 2 runs, saved at 00:00:00: what changes variables next\n"
-        "  replaces it\n"
-        "  write: %flax_load a to go on from it"
+        "  replaces it, unless it is loaded first\n"
+        "  write: %flax_load a"
     )
     here("%flax_load -q a")
     here(NET.format(3))
@@ -169,8 +169,7 @@ def test_an_autosave_that_fails_is_said_once_at_the_next_command(here, tmp_path)
     said = [here("y = %flax_apply --train -q net(x)")]  # that soon, if the thread is quick
     here.session.autosaving.flush()
     expected = (
-        "autosave ·   the session is not saved any more; the file is the last that was written\n"
-        "! `a` is a folder, not a file. write: %flax_save --autosave off or another file"
+        "autosave · fails · a is not there any more\n! `a` is a folder, not a file. write: %flax_save --autosave off"
     )
     said += [here("y = %flax_apply -q net(x)") for _ in range(2)]
     assert sorted(re.sub(r"! `/.*?/a` is", "! `a` is", text.replace("\n  ", " ")) for text in said) == [
