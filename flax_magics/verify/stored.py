@@ -125,7 +125,7 @@ def read(path: Path) -> Any:
         found = json.loads(data.decode("utf-8"))
         version = found.get("nbformat") if isinstance(found, dict) else None
         if version != 4 or isinstance(version, bool):
-            raise FlaxMagicsError("it is no notebook of format 4.", hint="open it in Jupyter and save it there")
+            raise FlaxMagicsError("it is no notebook of format 4, which Jupyter writes: open it there and save it.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
             nbformat.validate(nbformat.from_dict(found))
