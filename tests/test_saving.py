@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -709,6 +710,26 @@ def test_whatever_stands_anywhere_in_its_json_one_error_is_all(path):
                 accepted += 1
                 session._state = before
     assert accepted < 3 * len(places)
+
+
+def test_a_dict_that_jax_cannot_take_apart_is_told(path):
+    a_session(path)
+    found = unpacking.read(path)
+    text = json.dumps(found.document)
+    for old, new in (
+        ('["kernel", {', "[7, {"),
+        ('"kwargs": {"dict": []}', '"kwargs": {"dict": [["a", {"dict": [[1, null], ["b", null]]}]]}'),
+    ):
+        assert old in text
+        write(path, json.loads(text.replace(old, new)), found.arrays)
+        session = Session()
+        session.register("net", MyModel(3, True))
+        with pytest.raises(FlaxMagicsError) as error:
+            session.load(path)
+        assert re.fullmatch(
+            "`.*` cannot be loaded: (the variables of `net`|the arguments in `session.models.made`) are no tree.",
+            str(error.value),
+        )
 
 
 def test_whatever_stands_in_its_history_one_error_is_all(path):

@@ -20,7 +20,7 @@ from ..show.columns import clean_lines
 from .compare import Tolerance, compare
 from .kernels import check_installed, executed
 from .report import EXIT, Result, exit_status, text, to_json
-from .stored import code_cells, read, runs_of
+from .stored import code_cells, other_order, read, runs_of
 
 INTERRUPTED = 130
 
@@ -179,11 +179,11 @@ async def _verify(
         verdicts = compare(runs_of(notebook)[:done], runs_of(now)[:done], tolerance)
     except FlaxMagicsError as error:
         return Result(file, failed=failed or _line(error), seconds=time.monotonic() - started, tolerance=tolerance)
-    return Result(file, verdicts, failed, time.monotonic() - started, tolerance)
+    return Result(file, verdicts, failed, time.monotonic() - started, tolerance, other_order(notebook))
 
 
 def _line(error: FlaxMagicsError) -> str:
-    return " ".join(clean_lines(str(error)))
+    return " ".join(line.strip() for line in clean_lines(str(error)))
 
 
 def _terminal() -> bool:

@@ -172,6 +172,19 @@ def first_line(cell: Any) -> str:
     return next((clean(line[:1000]) for line in cell.source.splitlines() if line.strip()), "")
 
 
+def other_order(notebook: Any) -> str:
+    """`cell 4 was run before cell 3`, of the first two cells that were; empty where they were run from top to bottom."""
+    latest, before = 0, 0
+    for number, cell in code_cells(notebook):
+        count = cell.execution_count
+        if count is None or not is_run(cell):
+            continue
+        if count < latest:
+            return f"cell {number} was run before cell {before}"
+        latest, before = count, number
+    return ""
+
+
 def runs_of(notebook: Any) -> list[Cell]:
     """The runs that the outputs of each code cell hold; cells that are not run hold none.
 
