@@ -20,6 +20,7 @@ from flax import nnx
 from flax.nnx import variablelib
 
 from ..arguments import is_traced
+from ..copies import own
 from ..errors import FlaxMagicsError
 from ..fingerprint import Print
 from ..guards import Guards
@@ -53,10 +54,9 @@ _NO_NUMPY: set[type] = set()
 
 def _own(value: Any) -> Any:
     """The value, a copy of one of NumPy's: a run op by op could change it in place."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    _NO_NUMPY.add(type(value))
-    return value
+    if not isinstance(value, np.ndarray):
+        _NO_NUMPY.add(type(value))
+    return own(value)
 
 
 def set_raw(variable: Any, value: Any) -> None:
