@@ -21,6 +21,7 @@ from .models import Path
 from .prepare import Prepared
 from .tracedinit import COMPUTED, TracedInit, read_by, trace_init
 from .units import Units, run
+from .weaktypes import weakly_typed
 from .workers import Future
 
 
@@ -106,7 +107,7 @@ class Running:
             for atom in equation.invars:
                 if not hasattr(atom, "val") and last[atom] == i:
                     values.pop(atom, None)
-        computed = map(_as_array, map(read, jaxpr.outvars))
+        computed = (_as_array(read(atom), weak=atom.aval.weak_type) for atom in jaxpr.outvars)
         leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in traced.leaves]
         variables: dict[str, Any] = jax.tree_util.tree_unflatten(traced.treedef, leaves)
         return variables
@@ -123,9 +124,11 @@ class Running:
 _KEYS = "threefry2x32"
 
 
-def _as_array(value: Any) -> Any:
+def _as_array(value: Any, *, weak: bool) -> Any:
     """A leaf as `module.init` gives it: a literal of the program is none yet."""
-    return jax.device_put(value) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray):
+        return value
+    return weakly_typed(value) if weak else jax.device_put(value)
 
 
 def _folds_a_constant(equation: Any) -> bool:
