@@ -523,9 +523,9 @@ class FlaxMagics(Magics):
 
     def _working(self, what: str) -> _Working:
         """A live line for as long as the block runs; blank again if it fails."""
-        return _Working(self.session, self.reporter.live(), what, self._prepare)
+        return _Working(self.session, self.reporter.live(), what, self.prepare)
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Gets ready to show a run."""
         if self.style != "text" and self.report != "off":
             from .show.html import prepare
