@@ -30,7 +30,7 @@ def load(shell: Any) -> None:
     shell.events.register("post_run_cell", magics.end_cell)
     library.in_cells(True)
     in_notebook(magics.executed)
-    preload = Preload(shell.events, magics.prepare)
+    preload = Preload(shell.events, magics.notebook.prepare)
     preload.begin()
     _loaded[shell] = magics, matcher, preload
 

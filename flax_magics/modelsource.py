@@ -7,8 +7,8 @@ import linecache
 import types
 from typing import Any
 
-from .fingerprint import library_file
 from .models import is_module, is_module_class
+from .usercode import library_file
 
 LIMIT = 200_000
 """Characters of code that are kept of a model."""
