@@ -49,6 +49,10 @@ def _unknown(name: str, value: Any, session: Session) -> FlaxMagicsError:
     if is_module_class(value):
         write = spell_construction(value, "%flaxmodel")
         return FlaxMagicsError(f"`{name}` is a class, and a model is an instance of it.", write=write)
+    saved = session.waiting.get(name)
+    if saved is not None and value is None:
+        text = f"no model is registered as `{name}` yet: its variables from `{saved.file}` wait for it."
+        return FlaxMagicsError(text, write=f"%flaxmodel {name} = {saved.text}     or run the cell that defines it")
     listed = f"registered: {', '.join(known)}" if known else "no model is registered yet"
     hint = did_you_mean(name, known)
     if value is not None:

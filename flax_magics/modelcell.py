@@ -186,6 +186,7 @@ def register(
                 draw,
                 change.file,
                 change.unfit,
+                change.other,
             )
         )
     return out

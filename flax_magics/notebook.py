@@ -196,7 +196,7 @@ class Notebook:
             from .overview import autosave_failed
             from .show.bundle import notice_bundle
 
-            self.reporter.publish(notice_bundle(autosave_failed(error), self.settings.style))
+            self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings.style))
 
 
 def _cell_id(info: Any, shell: Any) -> str | None:

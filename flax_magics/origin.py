@@ -14,6 +14,7 @@ import jax
 
 from .compiling import settings
 from .construct import Recipe
+from .copies import own
 from .execution import Execution, Options
 from .fingerprint import fingerprint
 from .models import Path, Record, nnx_modules
@@ -111,8 +112,6 @@ def of_apply(entry: Entry, options: Options, done: Execution, method: Path) -> O
     Args:
       entry: the model as it was before the run.
     """
-    from .history import own
-
     ready, prepared = done.ready, done.prepared
     model: Any = entry.model
     holds = model.holds_variables

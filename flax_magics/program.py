@@ -1,8 +1,9 @@
 """Trace, lower, compile; and programs kept by what they compute.
 
-A program is looked up twice. First by what the call is made of (the model's fingerprint, mode, argument shapes, JAX's
-settings): a hit skips tracing, and is offered only for models whose whole source could be fingerprinted. Then by the
-lowered program's own text, so that an edit which computes the same thing is traced but not compiled again.
+A program is looked up three times. First by what the call is made of (the model's fingerprint, mode, argument shapes,
+JAX's settings): a hit skips tracing, and is offered only for models whose whole source could be fingerprinted. Then by the
+equations of its trace, so that an edit which computes the same thing is traced, but neither lowered nor compiled again.
+Last by the lowered program's own text, which tells what the equations leave open.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax
 
 from .arguments import signature_of
 from .compiling import Compiled, Compiler, digest_of, settings
+from .equations import identity
 from .models import Ask, Record
 from .run import Memory
 from .tracing import Request, trace
@@ -101,6 +103,8 @@ class Programs:
     clock: Callable[[], float]
     by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
     by_text: OrderedDict[Hashable, tuple[Any, Any]] = field(default_factory=OrderedDict)
+    by_equations: OrderedDict[Hashable, tuple[Hashable, Any]] = field(default_factory=OrderedDict)
+    """equations → what the program lowered from them is kept by in `by_text`, and its trees."""
     compiling: dict[Hashable, concurrent.futures.Future[Any]] = field(default_factory=dict)
     parts: dict[str, Ran] = field(default_factory=dict)
     """model → its last run."""
@@ -150,7 +154,7 @@ class Programs:
     def start(
         self, key: Hashable | None, request: Request, phase: Callable[[str], None], since: float | None = None
     ) -> Building:
-        """Traces and lowers, and begins to compile unless a program of the same text is kept.
+        """Traces, and begins to compile unless a program of the same equations or, lowered, of the same text is kept.
 
         `phase` is told the name of each phase as it begins; `since` is when tracing began, if that was before.
         Compiling happens on another thread, so that an interrupt returns at once; what it had begun is finished and used
@@ -159,19 +163,39 @@ class Programs:
         phase("tracing")
         start = self.clock() if since is None else since
         traced, ask, record = trace(request)
+        equations = _equations(traced, request)
         trace_seconds = self.clock() - start
+        same = self._lowered_before(equations)
+        if same is not None:
+            text_key, trees, executable = same
+            return Building(
+                key,
+                request,
+                traced,
+                trees,
+                ask,
+                record,
+                text_key,
+                True,
+                executable,
+                trace_seconds,
+                0.0,
+                executable is None,
+            )
+
         phase("lowering")
         start = self.clock()
         lowered = traced.lower()
         digest = digest_of(traced, lowered)
         lower_seconds = self.clock() - start
-
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
-        text_key: Hashable = object() if key is None else key
+        text_key = object() if key is None else key
         places = placed(request), typed(lowered)
+        trees = (lowered.in_tree, lowered.out_tree)
         if digest is not None:
             text_key = (digest, settings(), str(lowered.out_tree), jax.default_backend(), places)
-        trees = (lowered.in_tree, lowered.out_tree)
+            if equations is not None:
+                _keep(self.by_equations, equations, (text_key, trees))
         known = self.by_text.get(text_key)
         executable, resumed = None, text_key in self.compiling
         if known is not None and known[1] == trees:
@@ -184,6 +208,16 @@ class Programs:
             key, request, traced, trees, ask, record, text_key, digest is not None, executable, trace_seconds,
             lower_seconds, resumed,
         )  # fmt: skip
+
+    def _lowered_before(self, equations: Hashable | None) -> tuple[Hashable, Any, Any] | None:
+        """What the program of such a trace is kept by, its trees and executable (None while it is being compiled)."""
+        text_key, trees = self.by_equations.get(equations, (None, None))
+        known = self.by_text.get(text_key)
+        if known is not None and known[1] == trees:
+            self.by_equations.move_to_end(equations)
+            self.by_text.move_to_end(text_key)
+            return text_key, trees, known[0]
+        return (text_key, trees, None) if text_key in self.compiling else None
 
     def finish(self, building: Building, phase: Callable[[str], None]) -> Built:
         """Waits until `building` is compiled, and keeps it."""
@@ -221,6 +255,13 @@ class Programs:
         done = [key for key, future in self.compiling.items() if future.done()]
         for key in done[:-LEFT]:
             del self.compiling[key]
+
+
+def _equations(traced: Any, request: Request) -> Hashable | None:
+    """What a trace computes, of what it is made and under which settings; None where it has to be lowered to tell."""
+    found = identity(traced.jaxpr)
+    trees = (traced.in_tree, jax.tree_util.tree_structure(traced.out_info))
+    return found and (found, trees, request.name, settings(), jax.default_backend(), placed(request))
 
 
 def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:

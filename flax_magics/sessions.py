@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .export import Exported
     from .past import History
     from .saving import Restored, Saved
+    from .snapshot import SavedModel
     from .summary import Summary
 
 
@@ -448,6 +449,11 @@ class Session:
         return restart
 
     # -- files
+
+    @property
+    def waiting(self) -> Mapping[str, SavedModel]:
+        """Models of a file that was loaded whose variables nobody has yet: they are given to what is registered so."""
+        return {name: saved for name, saved in self._state.waiting.items() if saved.ready}
 
     def save(self, path: str | os.PathLike[str]) -> Saved:
         """Writes models' variables, root key, history and model sources into one file, whole or not at all.

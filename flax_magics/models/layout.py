@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ..copies import own
 from ..errors import FlaxMagicsError
 from ..fingerprint import Print
 from ..guards import Guards
@@ -50,10 +51,9 @@ _NO_NUMPY: set[type] = set()
 
 def _own(value: Any) -> Any:
     """The value, a copy of one of NumPy's: a run op by op could change it in place."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    _NO_NUMPY.add(type(value))
-    return value
+    if not isinstance(value, np.ndarray):
+        _NO_NUMPY.add(type(value))
+    return own(value)
 
 
 class Same:
