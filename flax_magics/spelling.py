@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from .execution import Execution
 
 Settings = tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A collection that an NNX run handed back.
+
+    Attributes:
+      name: of the variables' type.
+      paths: of its values in the module, each with whether a variable holds it.
+      sown: they were sown, and are nested by path; others stand under their path as one name.
+      whole: it is all that was sown, by names alone.
+    """
+
+    name: str
+    paths: tuple[tuple[tuple[str | int, ...], bool], ...]
+    sown: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,8 @@ class Spelling:
       sown: whether something was sown.
       axes: mapped axes that are bound around the run.
       init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run.
-      returns: what the output has besides arrays: `keys`, `objects`.
+      returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
+      given: collections that an NNX run handed back.
     """
 
     parameters: tuple[str, ...] = ()
@@ -56,6 +74,7 @@ class Spelling:
     init_arguments: Settings = ()
     init_fields: Settings = ()
     returns: frozenset[str] = frozenset()
+    given: tuple[Given, ...] = ()
 
 
 def of_apply(call: Call, done: Execution) -> Spelling:
@@ -94,6 +113,7 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         init_arguments=init_arguments,
         init_fields=init_fields,
         returns=_returns(done.output),
+        given=tuple(_given(done)) if holds else (),
     )
 
 
@@ -109,8 +129,25 @@ def _of_init(call: Call, model: Any) -> tuple[Settings, Settings]:
     return _added(prepared.kwargs, call.kwargs), fields
 
 
+def _given(done: Execution) -> Iterator[Given]:
+    """The collections in the updates of an NNX run that was asked for some."""
+    model: Any = done.prepared.model
+    if not done.mutable:
+        return
+    for name, tree in done.output[1].items():
+        if name in done.sown:
+            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: not isinstance(part, dict))
+            steps = [tuple(str(key.key) for key in path) for path, _ in leaves]
+            paths = [tuple(int(step) if step.isdigit() else step for step in path) for path in steps]
+            whole = len(done.sown) == 1 and paths == steps
+            yield Given(name, tuple((path, True) for path in paths), sown=True, whole=whole)
+        else:
+            slots = [slot for slot in model.layout.slots if slot.collection == name and slot.name in tree]
+            yield Given(name, tuple((slot.path, slot.holder is None) for slot in slots))
+
+
 def _returns(output: Any) -> frozenset[str]:
-    found = set()
+    found = {"parts"} if type(output) in (tuple, list) else set()
     for leaf in jax.tree_util.tree_leaves(output):
         if not hasattr(leaf, "dtype"):
             found |= set() if isinstance(leaf, (bool, int, float, complex)) else {"objects"}

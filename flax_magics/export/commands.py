@@ -38,8 +38,6 @@ def lines(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
     model = page.models.get(run.model or "")
     if model is None:
         raise CannotSay(f"the model `{run.model}` is not known any more")
-    if options.get("draw") is not None and options.get("draws") is not None:
-        raise CannotSay("--draw and --draws together have no lines yet")
     if site.name == "flax_init":
         return (
             nnx_runs.build_again(page, site, model, indices)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..call import Argument, ParsedCall
 from ..spelling import Spelling
-from .scribe import Scribe, indented
+from .scribe import Scribe, call, indented
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,6 @@ class Wanted:
             decorator = f"@functools.partial({self.decorator}, static_argnames=({given}))"
         return [
             decorator,
-            *scribe.fit(f"def {name}(", self.parameters, "):"),
+            call(f"def {name}(", self.parameters, "):"),
             *indented(self.body, scribe.unit),
         ]
