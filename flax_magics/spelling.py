@@ -36,6 +36,24 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A container of an argument, or what is in one.
+
+    Attributes:
+      kind: `dict`, `list` or `tuple`; `none`; `data` for what is given to the program, `choice` for a leaf that it is
+        made for; `other` for a container of another kind with such a leaf in it.
+      inside: keys or places, and what is there.
+    """
+
+    kind: str
+    inside: tuple[tuple[str | int, Part], ...] = ()
+
+    def has(self, kind: str) -> bool:
+        """Whether it is, or has, a part of that kind."""
+        return self.kind == kind or any(part.has(kind) for _, part in self.inside)
+
+
+@dataclass(frozen=True)
 class Spelling:
     """The parts of an apply by hand; an init has `arguments` and `fields` alone.
 
@@ -54,6 +72,7 @@ class Spelling:
       sown: whether something was sown.
       axes: mapped axes that are bound around the run.
       init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run.
+      containers: arguments that have such a leaf inside, by name, taken apart.
       returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
       given: collections that an NNX run handed back.
     """
@@ -75,6 +94,7 @@ class Spelling:
     init_fields: Settings = ()
     returns: frozenset[str] = frozenset()
     given: tuple[Given, ...] = ()
+    containers: tuple[tuple[str, Part], ...] = ()
 
 
 def of_apply(call: Call, done: Execution) -> Spelling:
@@ -96,9 +116,13 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
         init_arguments, init_fields = _of_init(replace(call, kwargs=given), done.entry.model)
     written = () if holds else tuple(sorted(done.updates))
+    parameters = tuple(positional_names(prepared.signature, len(call.args)))
+    static = frozenset(name for name, _ in done.ready.arguments.static)
+    given = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     return Spelling(
-        parameters=tuple(positional_names(prepared.signature, len(call.args))),
-        static=frozenset(name for name, _ in done.ready.arguments.static),
+        parameters=parameters,
+        static=static,
+        containers=tuple((name, _part(value, name, static)) for name, value in given if _holds(name, static)),
         streams=tuple(sorted(ask.streams)),
         held=frozenset(model.layout.tags) if holds else frozenset(),
         handed=bool(model.supplies()),
@@ -127,6 +151,27 @@ def _of_init(call: Call, model: Any) -> tuple[Settings, Settings]:
     before, after = read_fields(model.module), read_fields(prepared.model.module)
     fields = tuple(map(_setting, after)) if before != after else ()
     return _added(prepared.kwargs, call.kwargs), fields
+
+
+def _holds(name: str, static: frozenset[str]) -> bool:
+    return any(leaf.startswith((f"{name}[", f"{name}.")) for leaf in static)
+
+
+def _part(value: Any, name: str, static: frozenset[str]) -> Part:
+    """`value`, whose path is `name`, taken apart as far as there are leaves in it that a program is made for."""
+    if value is None:
+        return Part("none")
+    if name in static:
+        return Part("choice")
+    if not _holds(name, static):
+        return Part("data")
+    rows: list[tuple[Any, Any]] = []
+    if type(value) is dict and all(type(key) in (str, int) for key in value):
+        rows = list(value.items())
+    elif type(value) in (list, tuple):
+        rows = list(enumerate(value))
+    kind = type(value).__name__ if rows else "other"
+    return Part(kind, tuple((key, _part(inner, f"{name}[{key!r}]", static)) for key, inner in rows))
 
 
 def _given(done: Execution) -> Iterator[Given]:

@@ -222,7 +222,7 @@ def _read(source: Source) -> Iterator[str]:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             yield node.id
     for site in source.sites.values():
-        yield from re.findall(r"\w+", site.line)
+        yield from re.findall(r"(?<!-)\b\w+", site.line)
     for gone in source.foreign.values():
         yield from re.findall(r"\w+", gone.code)
 

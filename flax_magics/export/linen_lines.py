@@ -72,7 +72,7 @@ def function(scribe: Scribe, called: Called, mode: str, several: bool, draws: in
     called = replace(called, keys=own)
     keys = list(own.values())
     variables = "variables"
-    arguments = passed(called.call, called.spelling, (variables, *keys, *(f"{key}s" for key in keys)))
+    arguments = passed(scribe, called.call, called.spelling, (variables, *keys, *(f"{key}s" for key in keys)))
     before, items = apply_items(scribe, called, arguments.inside, variables)
     given = keys if draws is None else [f"{key}s" for key in keys]
     parameters = (variables, *given, *arguments.parameters)

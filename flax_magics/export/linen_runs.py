@@ -61,7 +61,7 @@ def apply(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[
     else:
         wanted, passed = linen_lines.function(scribe, called, site.mode, page.several, size)
         keys = list(called.keys.values())
-        if size is not None:
+        if size is not None and keys:
             scribe.needs.add("jnp")
             keys = [f"jnp.stack({name})" for name in keys]
         starred = any(name.startswith("*") for name in passed.parameters)

@@ -131,7 +131,7 @@ def function(scribe: Scribe, held: Held, mode: str, several: bool) -> tuple[Want
     used = [held.model, *(f"{name}_key" for name in held.arguments)]
     if held.spelling.handed:
         used.append("rngs")
-    arguments = passed(held.call, held.spelling, used)
+    arguments = passed(scribe, held.call, held.spelling, used)
     items = [*arguments.inside, *(f"{name}={value}" for name, value in held.spelling.arguments)]
     items += [f"{name}={name}_key" for name in held.arguments]
     parameters = [held.model, *arguments.parameters, *(f"{name}_key" for name in held.arguments)]

@@ -154,7 +154,8 @@ def _series(page: Page, site: Site, held: Held, key: Callable[[str], str], size:
         lines += _copied(scribe, held.model, name, options["variables"])
     _one_way(held.spelling, name)
     wanted, passed = nnx_lines.series(scribe, held, site.mode, page.several, size)
-    scribe.needs.add("jnp")
+    if held.keys:
+        scribe.needs.add("jnp")
     keys = [f"jnp.stack({key(stream)})" for stream in dict.fromkeys((*held.spelling.streams, *held.arguments))]
     value = call(f"{page.define(wanted, site)}(", [name, *passed.outside, *keys])
     label = label_of(site.call.call, site.mode)

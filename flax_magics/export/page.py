@@ -8,14 +8,11 @@ from typing import Any
 
 from ..run import Run
 from ..spelling import Spelling
+from .functions import CannotSay as CannotSay
 from .functions import Wanted
 from .reading import Site
 from .scribe import Scribe
 from .story import Story
-
-
-class CannotSay(Exception):
-    """A command for which there are no lines; the message says why."""
 
 
 @dataclass(eq=False)
@@ -82,7 +79,11 @@ def common(runs: Sequence[Run]) -> Spelling:
     taken = {each.taken for each in spellings}
     if len(taken) > 1:
         raise CannotSay("its first run, which made the variables, had another `params` key than the others")
-    parts = sorted(name for name in last.static if not name.isidentifier() and name not in last.parameters)
+    if any(each.containers != last.containers for each in spellings):
+        raise CannotSay("an argument was put together in another way each time")
+    apart = tuple(f"{name}[" for name, part in last.containers if not part.has("other"))
+    names = (name for name in last.static if not name.isidentifier() and name not in last.parameters)
+    parts = sorted(name for name in names if not name.startswith(apart))
     if parts:
         raise CannotSay(f"`{parts[0]}` is part of the program, and jax.jit takes no such part of an argument")
     return replace(last, streams=streams, mutable=mutable, kept=kept)
