@@ -36,6 +36,7 @@ from .scribe import Scribe
 from .script import Script
 from .scripted import executions_of
 from .story import Story
+from .unread import drop_unread
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,7 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST], title: str)
         ours += ["import hashlib", "import jax", "import numpy" if taken else "import numpy as np"]
         width = min(max(map(len, scribe.labels), default=0), 48)
         head.append(Item(digest_function(scribe, width, _leaves(script), "numpy" if taken else "np"), apart=True))
+    drop_unread(script.blocks, {model.name for model in script.models.values() if not model.holds})
     body = joined(script.blocks)
     text = "\n".join(body)
     read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
