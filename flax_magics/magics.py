@@ -429,8 +429,8 @@ class FlaxMagics(Magics):
             raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=f"%flax_export {name}")
         script = export_cells(self.session, *self.executed(), digests=not given["plain"])
         if name:
-            path = write(name, script.text, force=given["force"])
-            self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path), self.style))
+            path, replaced = write(name, script.text, force=given["force"])
+            self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path, replaced), self.style))
         elif given["cell"]:
             shell.set_next_input(script.text)
         else:
