@@ -5,7 +5,8 @@ Nothing here imports IPython: the shell comes in as an argument.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,24 @@ from .current import existing
 
 if TYPE_CHECKING:
     from .show.registered import Registered
+
+
+@dataclass(frozen=True)
+class Load:
+    """A session that `%flax_load` read, whose history took the place of the one that was there.
+
+    Attributes:
+      file: as it was written on the line.
+      state: when the file was written, in ns, and its size in bytes.
+      seed, draws: where its root key stood.
+      models: names of the models in it.
+    """
+
+    file: str
+    state: tuple[int, int]
+    seed: int
+    draws: int
+    models: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,8 @@ class Executed:
       error: the class of the exception that ended it, None if it succeeded.
       line: where that was, in the text that IPython made of the cell, from 1; None where it is not known.
       registered: what its `flaxmodel` commands registered, in order.
+      loads: what its `%flax_load` commands read.
+      gone: what it did is in no history any more: another was loaded since.
     """
 
     number: int | None
@@ -35,6 +56,8 @@ class Executed:
     error: str | None = None
     line: int | None = None
     registered: tuple[Registered, ...] = ()
+    loads: tuple[Load, ...] = ()
+    gone: bool = False
 
 
 @dataclass
@@ -47,12 +70,13 @@ class Journal:
     _open: list[tuple[str, int]] = field(default_factory=list)
     """The cells that are running, outermost first (`%%capture` runs one inside), with the number of runs before."""
     _registered: list[Registered] = field(default_factory=list)
+    _loads: list[Load] = field(default_factory=list)
     _inner: tuple[str, int | None] | None = None
 
     def begin(self, info: Any = None) -> None:
         """`pre_run_cell`"""
         if not self._open:
-            self._registered, self._inner = [], None
+            self._registered, self._loads, self._inner = [], [], None
         self._open.append((str(getattr(info, "raw_cell", "") or ""), _runs()))
 
     def end(self, result: Any = None) -> None:
@@ -69,7 +93,8 @@ class Journal:
             name, line = self._inner
         if stored or _runs() > first:
             number = result.execution_count if stored else None
-            self.executed.append(Executed(number, text, first, _runs(), name, line, tuple(self._registered)))
+            did = tuple(self._registered), tuple(self._loads)
+            self.executed.append(Executed(number, text, first, _runs(), name, line, *did))
 
     def registered(self, rows: list[Registered]) -> None:
         """A `flaxmodel` command has registered these."""
@@ -79,6 +104,13 @@ class Journal:
         """The root key has been started again."""
         self.restarts.append(_runs())
 
+    def loaded(self, load: Load) -> None:
+        """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
+        self._loads.append(load)
+        self.executed = [replace(cell, first=0, end=0, gone=True) for cell in self.executed]
+        self.restarts.clear()
+        self._open = [(text, _runs()) for text, _ in self._open]
+
     def cells(self, shell: Any) -> list[Executed]:
         """All executions so far, the running one last; those from before this journal as the shell's history has them."""
         out = list(self.executed)
@@ -86,7 +118,7 @@ class Journal:
         number = shell.displayhook.prompt_count if self._open else shell.execution_count
         if self._open:
             text, first = self._open[0]
-            out.append(Executed(number, text, first, _runs(), None, None, tuple(self._registered)))
+            out.append(Executed(number, text, first, _runs(), None, None, tuple(self._registered), tuple(self._loads)))
         known = {cell.number for cell in out}
         history = list(getattr(shell.history_manager, "input_hist_raw", ()))
         failed = getattr(shell.history_manager, "exceptions", {})  # IPython 9 keeps them
@@ -97,6 +129,21 @@ class Journal:
         ]
         # Stable: cells without a number stay where they are.
         return _in_order(earlier, out)
+
+
+def load_of(file: str, restored: Any) -> Load:
+    """What `%flax_load` read: `restored` of `saving.load`, from the file as it is called on the line."""
+    models = (*restored.models, *(saved.name for saved in restored.waiting))
+    return Load(file, state_of(restored.path) or (0, 0), restored.seed, restored.draws, models)
+
+
+def state_of(file: str) -> tuple[int, int] | None:
+    """When a file was written, in ns, and its size in bytes; None where there is none."""
+    try:
+        found = Path(file).expanduser().stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _in_order(earlier: list[Executed], kept: list[Executed]) -> list[Executed]:

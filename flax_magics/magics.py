@@ -32,7 +32,7 @@ from .commands import (
 )
 from .current import current, existing
 from .errors import FlaxMagicsError, did_you_mean
-from .journal import Journal
+from .journal import Journal, load_of
 from .kinds import KINDS
 from .library import library
 from .options import Command, Read, file_name, read, unquoted
@@ -500,7 +500,10 @@ class FlaxMagics(Magics):
         from .show.bundle import loaded_bundle
 
         with self._working("loading") as live:
-            found = loaded(self.session.load(file_name(options.rest, FLAX_LOAD)), quiet=options.options["quiet"])
+            file = file_name(options.rest, FLAX_LOAD)
+            restored = self.session.load(file)
+            self.journal.loaded(load_of(file, restored))
+            found = loaded(restored, quiet=options.options["quiet"])
         live.show(loaded_bundle(found, self.style))
 
     # -- what they share

@@ -118,11 +118,11 @@ def of_apply(call: Call, done: Execution) -> Spelling:
     written = () if holds else tuple(sorted(done.updates))
     parameters = tuple(positional_names(prepared.signature, len(call.args)))
     static = frozenset(name for name, _ in done.ready.arguments.static)
-    given = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
+    passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     return Spelling(
         parameters=parameters,
         static=static,
-        containers=tuple((name, _part(value, name, static)) for name, value in given if _holds(name, static)),
+        containers=tuple((name, _part(value, name, static)) for name, value in passed if _holds(name, static)),
         streams=tuple(sorted(ask.streams)),
         held=frozenset(model.layout.tags) if holds else frozenset(),
         handed=bool(model.supplies()),
@@ -167,9 +167,9 @@ def _part(value: Any, name: str, static: frozenset[str]) -> Part:
         return Part("data")
     rows: list[tuple[Any, Any]] = []
     if type(value) is dict and all(type(key) in (str, int) for key in value):
-        rows = list(value.items())
+        rows += value.items()
     elif type(value) in (list, tuple):
-        rows = list(enumerate(value))
+        rows += enumerate(value)
     kind = type(value).__name__ if rows else "other"
     return Part(kind, tuple((key, _part(inner, f"{name}[{key!r}]", static)) for key, inner in rows))
 

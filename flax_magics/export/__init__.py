@@ -265,15 +265,15 @@ def _models(
             variables = free.take(*(("variables", long) if len(linen) == 1 else (long,)))
         free.used.add(variables)
         added = any(run.model == name and run.made is not None and run.made.added for run in runs)
-        out[name] = Model(
-            instance, module, False, variables, first_key=free.take(f"{instance}_init_key") if added else ""
-        )
+        first_key = free.take(f"{instance}_init_key") if added else ""
+        out[name] = Model(instance, module, False, variables, first_key=first_key, loaded=entry.variables)
     return out
 
 
 _MODULES = {
     "jax": "import jax",
     "jnp": "import jax.numpy as jnp",
+    "load_file": "from safetensors.flax import load_file",
     "nnx": "from flax import nnx",
     "traverse_util": "from flax import traverse_util",
     "dataclasses": "import dataclasses",
@@ -286,10 +286,10 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST], title: str)
     scribe = script.scribe
     ours = [_MODULES[name] for name in sorted(scribe.needs)]
     head: list[Item] = []
-    if scribe.digests and script.story.runs:
+    if scribe.labels:
         taken = "np" in used and not any(_binds_numpy(statement) for statement in script.imports)
         ours += ["import hashlib", "import jax", "import numpy" if taken else "import numpy as np"]
-        width = min(max(map(len, scribe.labels), default=0), 48)
+        width = min(max(map(len, scribe.labels)), 48)
         head.append(Item(digest_function(scribe, width, _leaves(script), "numpy" if taken else "np"), apart=True))
     drop_unread(script.blocks, {model.name for model in script.models.values() if not model.holds})
     body = joined(script.blocks)
@@ -361,6 +361,6 @@ def _docstring(script: Script, title: str) -> Iterator[str]:
     yield f'"""{title}, as plain JAX and Flax.'
     yield ""
     yield f"Written by %flax_export, with {versions}."
-    if script.scribe.digests and script.story.runs:
+    if script.scribe.labels:
         yield f"On the same versions and the same machine {script.scribe.digest} prints the digests of the session's runs."
     yield '"""'

@@ -70,7 +70,10 @@ def replayed(page: Page, indices: Sequence[int], streams: Sequence[str], taken: 
     root = scribe.variable("replayed_root_key")
     names = {name: scribe.variable(f"replayed_{name}_key") for name in streams}
     which = f"draw {number}" if size in (None, 1) else f"draws {number} to {number + (size or 1) - 1}"
-    lines = [f"{root} = jax.random.key({seed})  # {which} again", *(scribe.advance(number - 1, root) if number > 1 else [])]
+    lines = [
+        f"{root} = jax.random.key({seed})  # {which} again",
+        *(scribe.advance(number - 1, root) if number > 1 else []),
+    ]
 
     def key(stream: str) -> str:
         return names[stream]
@@ -86,10 +89,8 @@ def _series(scribe: Scribe, root: str, size: int, streams: Sequence[str], key: C
     names = {stream: scribe.variable(f"{stream}_keys") for stream in dict.fromkeys(streams)}
     if not names:
         return scribe.advance(size, root), key, scribe.params
-    if root == scribe.root:
-        body = scribe.draw(tuple(names))
-    else:
-        body = scribe.keys_of(root, tuple(names), key, moves=True)
+    own = root == scribe.root
+    body = scribe.draw(tuple(names)) if own else scribe.keys_of(root, tuple(names), key, moves=True)
     body += [f"{many}.append({key(stream)})" for stream, many in names.items()]
     empty = ", ".join(["[]"] * len(names))
     lines = [f"{', '.join(names.values())} = {empty}", f"for _ in range({size}):", *indented(body, scribe.unit)]

@@ -32,7 +32,9 @@ def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tu
     if path.is_dir():
         raise FlaxMagicsError(f"`{file}` is a folder.", write=f"%flax_export {Path(file) / 'session.py'}")
     if not path.parent.is_dir():
-        raise FlaxMagicsError(f"there is no folder `{Path(file).parent}`.", write=f"!mkdir -p {_quoted(Path(file).parent)}")
+        raise FlaxMagicsError(
+            f"there is no folder `{Path(file).parent}`.", write=f"!mkdir -p {_quoted(Path(file).parent)}"
+        )
     there = path.exists()
     if there and not force:
         _check(path, file)

@@ -121,8 +121,11 @@ def _elements(written: str, part: Part) -> dict[str | int, str]:
     node = ast.parse(written.strip(), mode="eval").body
     found: dict[str | int, ast.expr] = {}
     match node:
-        case ast.Dict(keys, values) if all(isinstance(key, ast.Constant) for key in keys):
-            found = {key.value: value for key, value in zip(keys, values, strict=True) if isinstance(key, ast.Constant)}
+        case ast.Dict(keys, values):
+            for key, value in zip(keys, values, strict=True):
+                match key:
+                    case ast.Constant(str() | int() as name):
+                        found[name] = value
         case ast.List(items) | ast.Tuple(items) if not any(isinstance(item, ast.Starred) for item in items):
             found = dict(enumerate(items))
         case ast.Name() | ast.Attribute() | ast.Subscript():

@@ -12,7 +12,7 @@ from .functions import as_written
 from .linen_lines import Called
 from .page import CannotSay, Model, Page, common
 from .reading import Site
-from .scribe import call, indented, label_of
+from .scribe import Scribe, call, indented, label_of
 from .values import lines_of, lines_of_pair, merged, name_of, names_of
 
 
@@ -96,11 +96,10 @@ def _with_updates(
     """The lines for a run that gives `(output, updates)`, with the collections `given` in the updates."""
     name, names = name_of(target), names_of(target)
     pair = names if len(names) == 2 else []
-    if set(given) == set(called.mutable):
-        if name or (pair and scribe.digests) or not kept:
-            updates = pair[1] if pair else f"{name}[1]"
-            after = merged(scribe, variables, kept, called.mutable, updates)
-            return lines_of(scribe, target, label, value, after=after, parts=bool(pair))
+    if set(given) == set(called.mutable) and (name or pair or not kept):
+        updates = pair[1] if pair else f"{name}[1]"
+        after = merged(scribe, variables, kept, called.mutable, updates)
+        return lines_of(scribe, target, label, value, after=after, parts=bool(pair))
     output = pair[0] if pair else scribe.variable("output", "result")
     updates = scribe.variable("updates", "new_values")
     after = merged(scribe, variables, kept, called.mutable, updates)

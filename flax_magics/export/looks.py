@@ -5,14 +5,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Container, Mapping
 
-_VALUES = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_VALUES = _words(
     "abs bool complex dict dir float frozenset getattr hasattr id int isinstance len list max min range repr reversed "
-    "round set sorted str sum tuple type vars zip".split()
+    "round set sorted str sum tuple type vars zip"
 )
 """Functions of Python's that give a value and do nothing else."""
-_OF_ARRAYS = frozenset(
+_OF_ARRAYS = _words(
     "all any argmax argmin argsort astype copy count cumsum devices diagonal dot flatten get index item items keys max "
-    "mean min nonzero prod ravel reshape round squeeze std sum swapaxes tolist trace transpose values var".split()
+    "mean min nonzero prod ravel reshape round squeeze std sum swapaxes tolist trace transpose values var"
 )
 """Methods of arrays and containers that are such."""
 _MODULES = frozenset(["jax.tree", "jax.tree_util", "jax.nn", "jax.numpy", "numpy"])

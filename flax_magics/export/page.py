@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..journal import Load
 from ..run import Run
 from ..spelling import Spelling
 from .functions import CannotSay as CannotSay
@@ -34,6 +35,8 @@ class Model:
     construction: str = ""
     first_key: str = ""
     """The variable that keeps the key of its first init, where a method adds variables later."""
+    loaded: Any = None
+    """Its variables as they are now: of the tree that a file had."""
 
 
 @dataclass(eq=False)
@@ -43,6 +46,9 @@ class Page:
     define: makes sure that a function is in the script where it will be used, and gives its name.
     assigned: names that the lines of the command at hand assign: a function has to declare them.
     states: what became of the models that the cell registered: `new`, `unchanged`, `changed`.
+    load: what the `%flax_load` at hand read.
+    gone: the cell's runs are in no history any more.
+    lost: models whose variables the script has not, with the reason.
     """
 
     scribe: Scribe
@@ -51,6 +57,9 @@ class Page:
     define: Callable[[Wanted, Site], str]
     assigned: set[str] = field(default_factory=set)
     states: Mapping[str, str] = field(default_factory=dict)
+    load: Load | None = None
+    gone: bool = False
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def several(self) -> bool:

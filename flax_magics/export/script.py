@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..journal import Executed
+from ..journal import Executed, Load
 from . import commands
 from .editing import Edit, commented
 from .functions import Function, Wanted
@@ -66,6 +66,7 @@ class Script:
         self._unset: set[tuple[Step, str]] = set()
         self._unsafe = False
         self._modules: dict[str, str] = {}
+        self._loads: Iterator[Load] = iter(())
 
     # -- one execution
 
@@ -75,6 +76,8 @@ class Script:
         self.blocks.append([])
         rows = cell.registered
         self.page.states = {row.name: row.state for row in rows}
+        self.page.load, self.page.gone = None, cell.gone
+        self._loads = iter(cell.loads)
         if self._is_repeated(execution):
             return
         if source.opaque:
@@ -163,6 +166,10 @@ class Script:
             self.scope.lose(binds(statement), "it is of the session that ran the notebook")
             return
         self._before, self._statement = [], statement
+        if step.site is not None and step.site.name == "flax_load":
+            self.page.load = next(self._loads, None)
+            if self.page.load is not None:
+                self.ledger.at = self.page.load.seed, self.page.load.draws
         self.scope.here = binds(statement)
         if self._is_a_look(statement):
             return
@@ -200,6 +207,10 @@ class Script:
         return lines, code
 
     def _bind(self, names: Iterable[str], statement: ast.stmt) -> None:
+        names = set(names)
+        for name, model in self.models.items():
+            if model.variables in names:
+                self.page.lost.pop(name, None)
         self.scope.bind(names, statement, len(self.blocks) - 1, self.page.states)
 
     def _add(self, lines: list[str]) -> None:

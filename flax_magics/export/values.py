@@ -36,7 +36,7 @@ def lines_of(
     if not target:
         line = f"{scribe.digest}({scribe.text(label)}, {value})" if scribe.digests else value
         if not scribe.digests or len(line) <= WIDTH - 2 * len(scribe.unit):
-            scribe.labels.append(label)
+            scribe.labels += [label] * scribe.digests
             return [line, *after]
     name, names = name_of(target), names_of(target)
     if not scribe.digests or (names and parts):
