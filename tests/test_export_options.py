@@ -86,6 +86,34 @@ class Net(nnx.Module):
     assert "  def one_draw(dropout_key):\n    model = nnx.clone(net)\n" in script
 
 
+@pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
+def test_what_layers_of_a_list_sow(notebook, tmp_path):
+    notebook("from flax import nnx\nx = x[0]")
+    notebook("""\
+%%flaxmodel net = Net()
+class Layer(nnx.Module):
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+  def __call__(self, x):
+    self.sow(nnx.Intermediate, 'before', x)
+    return self.linear(x)
+
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    layers = [Layer(rngs), Layer(rngs)]
+    self.layers = nnx.List(layers) if hasattr(nnx, 'List') else layers
+
+  def __call__(self, x):
+    for layer in self.layers:
+      x = layer(x)
+    return x
+""")
+    notebook("y, sown = %flax_apply --mutable Intermediate net(x)\nnames = sown['Intermediate']['layers'].keys()")
+    assert list(notebook["names"]) == ["0", "1"]
+    assert "Left out" not in assert_same(notebook, tmp_path)
+
+
 def test_outputs_are_taken_apart_where_they_are_made(notebook, tmp_path):
     notebook("""\
 %%flaxmodel

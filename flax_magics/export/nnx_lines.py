@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..call import ParsedCall
 from ..models.switch import WHEN_TRAINING
@@ -72,7 +73,7 @@ def updates(scribe: Scribe, model: str, spelling: Spelling, popped: str) -> str:
     """The collections that a run handed back, as a dict.
 
     Args:
-      popped: the expression that takes off `model` what was sown.
+      popped: the expression that takes off `model` what was sown; a name for it where that is not given as it is.
 
     Raises:
       CannotSay: the run sowed variables of a type of their own.
@@ -87,9 +88,27 @@ def updates(scribe: Scribe, model: str, spelling: Spelling, popped: str) -> str:
             continue
         if given.name != "Intermediate":
             raise CannotSay(f"what it sowed are variables of a type of their own, `{given.name}`")
-        pure = f"nnx.to_pure_dict({popped})"
+        pure = f"nnx.to_pure_dict({popped})" if given.whole else _nested(scribe, given.paths, popped)
         items.append(f"{scribe.text(given.name)}: {pure}")
     return f"{{{', '.join(items)}}}"
+
+
+def _nested(scribe: Scribe, paths: Sequence[tuple[tuple[str | int, ...], bool]], sown: str) -> str:
+    """Values of `sown`, nested by their paths, with names in the place of numbers."""
+    tree: dict[str, Any] = {}
+    for path, _ in paths:
+        inner = tree
+        for step in path[:-1]:
+            inner = inner.setdefault(str(step), {})
+        steps = (scribe.text(step) if isinstance(step, str) else str(step) for step in path)
+        inner[str(path[-1])] = sown + "".join(f"[{step}]" for step in steps)
+
+    def text(part: Any) -> str:
+        if isinstance(part, str):
+            return part
+        return f"{{{', '.join(f'{scribe.text(name)}: {text(inner)}' for name, inner in part.items())}}}"
+
+    return text(tree)
 
 
 def _held(model: str, path: tuple[str | int, ...], variable: bool) -> str:

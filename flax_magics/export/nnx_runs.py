@@ -134,7 +134,9 @@ def _with_updates(
         if not sown:
             lines.append(popped)
         elif not all(given.whole for given in sown):
-            raise CannotSay("what it sowed stands under numbers, or is of several types")
+            held = scribe.variable("sown", "sown_values")
+            lines.append(f"{held} = nnx.to_pure_dict({popped})")
+            popped = held
     updates = nnx_lines.updates(scribe, model, spelling, popped)
     if pair:
         return [*lines, f"{pair[1]} = {updates}", *scribe.show(label, f"({', '.join(pair)})")]
