@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from .run import digest_of
+from .ulp import largest_ulp
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Difference:
       path: where it is, as `jax.tree_util.keystr` writes it; empty where the result is one array.
       elements, size: how many of its elements differ, and how many there are.
       largest: the largest absolute difference of two elements, NaN where one of them is; None where they are no numbers.
-      ulp: the same in units in the last place: how many numbers of the dtype lie between, plus one. None for integers.
+      ulp: the same in units in the last place, see `largest_ulp`. None for integers, and where one of two is NaN.
       text: what it is in words, where it is no difference of numbers: another shape, dtype or value.
     """
 
@@ -81,8 +82,7 @@ def _difference(path: str, was: Any, now: Any) -> Difference | None:
         )
     if one.dtype != other.dtype or one.shape != other.shape:
         return Difference(path, text=f"{_spelled(one)} → {_spelled(other)}")
-    bits = _bits(one), _bits(other)
-    differ = bits[0] != bits[1]
+    differ = _bits(one) != _bits(other)
     if one.ndim < differ.ndim:  # a complex number is two
         differ = differ.any(-1)
     count = int(np.count_nonzero(differ))
@@ -91,11 +91,11 @@ def _difference(path: str, was: Any, now: Any) -> Difference | None:
     numbers = one.dtype.kind in "iufc" or one.dtype.kind == "V"
     if jax.dtypes.issubdtype(getattr(was, "dtype", None), jax.dtypes.prng_key) or not numbers:
         return Difference(path, count, one.size)
-    floating = jax.numpy.issubdtype(one.dtype, jax.numpy.inexact)
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    apart = np.abs(one.astype(wide) - other.astype(wide))
+    with np.errstate(all="ignore"):  # infinite ones, and NaN
+        apart = np.abs(one.astype(wide) - other.astype(wide))
     largest = float("nan") if bool(np.isnan(apart[differ]).any()) else float(apart[differ].max())
-    return Difference(path, count, one.size, largest, _ulp(*bits) if floating else None)
+    return Difference(path, count, one.size, largest, largest_ulp(one[differ], other[differ]))
 
 
 def _values(leaf: Any) -> np.ndarray[Any, Any] | None:
@@ -116,14 +116,3 @@ def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if array.dtype.kind == "c":
         array = array.view(f"f{array.dtype.itemsize // 2}").reshape(*array.shape, 2)
     return array.view(f"i{array.dtype.itemsize}") if array.dtype.itemsize in (1, 2, 4, 8) else array
-
-
-def _ulp(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int:
-    """The largest distance of two floats in the order of all floats of their dtype; 0 and -0 are neighbours."""
-
-    def order(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        wide = bits.astype(object if bits.dtype.itemsize == 8 else np.int64)  # a distance of doubles may need 65 bits
-        least = -(1 << (8 * bits.dtype.itemsize - 1))
-        return np.where(bits < 0, least - wide - 1, wide)
-
-    return int(np.max(np.abs(order(one) - order(other))))

@@ -20,6 +20,7 @@ from .keys import Draw, Series
 from .models import Commit
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .origin import Origin, bytes_of, of_apply, without_variables
+from .pinned import arrays_in
 from .prepare import Call, prepare_init
 from .program import Programs
 from .recompiling import WINDOW, of_programs
@@ -165,11 +166,12 @@ def init(
     with plain_errors(call):
         variables, made = Initialising(prepared, call.method, now, programs.units).finish()
     seconds = clock() - start
+    own: Any = entry.model
     inputs, first = (prepared.args, prepared.kwargs), state.runs is None
     run = records.of_init(
         name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
     )
-    how = origins.Initialised(without_variables(entry), call.method)
-    size = sum(map(bytes_of, jax.tree_util.tree_leaves(inputs)))
+    how = origins.Initialised(without_variables(entry), call.method, tuple(arrays_in(own.module)))
+    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))
     entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
     return Initialised(run, now, entry, Kept(run, Origin(how, []), size))

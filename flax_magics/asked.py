@@ -49,6 +49,10 @@ def _unknown(name: str, value: Any, session: Session) -> FlaxMagicsError:
     if is_module_class(value):
         write = spell_construction(value, "%flaxmodel")
         return FlaxMagicsError(f"`{name}` is a class, and a model is an instance of it.", write=write)
+    saved = session.waiting.get(name)
+    if saved is not None and value is None:
+        text = f"no model is registered as `{name}` yet: its variables from `{saved.file}` wait for it."
+        return FlaxMagicsError(text, write=f"%flaxmodel {name} = {saved.text}     or run the cell that defines it")
     listed = f"registered: {', '.join(known)}" if known else "no model is registered yet"
     hint = did_you_mean(name, known)
     if value is not None:
@@ -97,4 +101,12 @@ def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace
     value = local_ns.get(text, user_ns.get(text))
     if isinstance(value, Run):
         return value.seed, value.draw
-    raise FlaxMagicsError(f"{command} takes a number, last, seed:N or the name of a Run, not `{text}`.")
+    names = [name for name, value in {**user_ns, **local_ns}.items() if isinstance(value, Run)]
+    write = f"{command} last     the last draw"
+    if text in local_ns or text in user_ns:
+        write = f"%flax_apply -o run …     binds the Run to a name\n{command} run"
+    raise FlaxMagicsError(
+        f"{command} takes a number, last, seed:N or the name of a Run, not `{text}`.",
+        hint=did_you_mean(text, ["last", *names]),
+        write=write,
+    )

@@ -112,7 +112,7 @@ class Autosave:
             self.last = replace(saved_of(self.path, size, now, state), path=self.last.path)
             self.error = self._told = None
         except FlaxMagicsError as error:
-            self.error = str(error)
+            self.error = error.message
         except Exception as error:  # nothing that fails here may pass unseen, and none of it is the user's to catch
             self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
 

@@ -20,6 +20,7 @@ from .history import Kept
 from .keys import Draw
 from .models import adopt
 from .origin import Origin, bytes_of
+from .pinned import arrays_in
 from .prepare import Call
 from .registry import Change, Entry
 from .run import Run
@@ -33,7 +34,9 @@ class Building:
     clock: Callable[[], float]
     on_phase: Callable[[str], None]
 
-    def build(self, state: State, name: str, recipe: Recipe) -> tuple[State, Change, Kept | None]:
+    def build(
+        self, state: State, name: str, recipe: Recipe, cell: int | None = None
+    ) -> tuple[State, Change, Kept | None]:
         """`state` with the module of `recipe`: the one that is there, if it was built of the same; or a new one.
 
         Also what became of the name, and the run, if it was built.
@@ -65,7 +68,7 @@ class Building:
         self.on_phase(f"building {name}")
         model = adopted(recipe.build(keys), name, recipe)
         run = records.of_build(
-            name, recipe, model, now, keys, started, self._since(start, model), first=state.runs is None
+            name, recipe, model, now, keys, started, self._since(start, model), cell=cell, first=state.runs is None
         )
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
         if old is not None:
@@ -127,6 +130,7 @@ class Building:
             started,
             seconds,
             call,
+            cell=call.cell,
             replayed=draw is not None,
             first=state.runs is None,
         )
@@ -144,8 +148,9 @@ class Building:
 
 def _kept(name: str, recipe: Recipe, run: Run) -> Kept:
     """A construction as the session keeps it."""
-    size = sum(map(bytes_of, jax.tree_util.tree_leaves(run.inputs)))
-    return Kept(run, Origin(origin.Built(name, recipe, recipe.print()), []), size)
+    pinned = tuple(arrays_in((recipe.args, recipe.kwargs)))
+    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *pinned)))
+    return Kept(run, Origin(origin.Built(name, recipe, recipe.print(), pinned), []), size)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from .keys import Draw, data_of
 from .models import Model
 from .notes import join, summary
 from .prepare import Call, prepare, prepare_init
-from .program import Request, trace
 from .run import describe
+from .tracing import Request, trace
 
 
 def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,10 +139,16 @@ def write(
     try:
         replace_file(path, put, ticket)
     except (OSError, SafetensorError) as error:
-        # The library tells of a full disk in an error of its own.
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise FlaxMagicsError(f"`{path}` cannot be written: {why}.") from error
+        raise FlaxMagicsError(f"`{path}` cannot be written: {_why(error)}.") from error
     return size
+
+
+def _why(error: Exception) -> str:
+    """What the system says. The library tells of a full disk in an error of its own, with the number of the system's."""
+    number = re.search(r"\(os error (\d{1,4})\)", str(error))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return os.strerror(int(number[1])) if number else str(error)
 
 
 def json_of(value: Any) -> str:

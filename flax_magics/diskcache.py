@@ -28,6 +28,7 @@ import jax
 from jaxlib import version as jaxlib_version
 
 from . import __version__
+from .environment import first_core
 
 LIMIT = 1 << 30
 """Bytes kept at most, what was used longest ago dropped first."""
@@ -171,9 +172,12 @@ def _surroundings() -> tuple[str, ...]:
 
 
 def _processor() -> str:
-    """The processor and its instructions: what XLA compiles for one may not run on another."""
-    found = [platform.machine(), platform.processor()]
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
-        found += [line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))]
-    return " ".join(found)
+    """The processor with all its instructions: what XLA compiles for one may not run on another.
+
+    `environment.processor` is of those alone that may change a sum.
+    """
+    rows = first_core()
+    names = ("model name", "flags", "Features", "CPU part")
+    return " ".join(
+        [platform.machine(), platform.processor(), *(f"{name}: {rows[name]}" for name in names if name in rows)]
+    )

@@ -73,14 +73,21 @@ def processor() -> str:
 
     XLA compiles for the processor that it finds, so that sums may be taken in another order on another one.
     """
-    found = [platform.machine() or "unknown"]
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
-            first = file.read(1 << 14).split("\n\n")[0]  # of the first core; the whole of a large machine takes long
-    except OSError:
+    found, rows = [platform.machine() or "unknown"], first_core()
+    if not rows:
         return "-".join(filter(None, [*found, *re.findall(r"\w+", platform.processor())]))
-    rows = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
     found += [rows[name] for name in _NAMES if rows.get(name)]
     words = (rows.get("flags") or rows.get("Features") or "").split()
     vectors = " ".join(sorted(word for word in words if _VECTORS.match(word)))
     return "-".join([*found, hashlib.sha256(vectors.encode()).hexdigest()[:8]])
+
+
+@lru_cache(maxsize=1)
+def first_core() -> dict[str, str]:
+    """What Linux says of the first core, by its names for it; empty elsewhere. Not to be changed."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+            first = file.read(1 << 14).split("\n\n")[0]  # the whole of a large machine takes long
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}

@@ -10,8 +10,9 @@ from .complete import Matcher, install, uninstall
 from .current import in_notebook
 from .library import library
 from .magics import FlaxMagics
+from .preload import Preload
 
-_loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher]] = weakref.WeakKeyDictionary()
+_loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher, Preload]] = weakref.WeakKeyDictionary()
 
 
 def load(shell: Any) -> None:
@@ -24,23 +25,24 @@ def load(shell: Any) -> None:
     matcher = Matcher(shell, magics.model_names)
     install(shell, matcher)
     shell.events.register("pre_run_cell", magics.begin_cell)
-    shell.events.register("pre_run_cell", magics.journal.begin)
     shell.events.register("post_run_cell", magics.journal.end)
     shell.events.register("post_run_cell", magics.end_cell)
     library.in_cells(True)
     in_notebook(magics.executed)
-    _loaded[shell] = magics, matcher
+    preload = Preload(shell.events, magics.notebook.prepare)
+    preload.begin()
+    _loaded[shell] = magics, matcher, preload
 
 
 def unload(shell: Any) -> None:
     """Takes everything back, hooks first. The session stays, for `%reload_ext` and for `flax_magics.session()`."""
     if shell not in _loaded:
         return
-    magics, matcher = _loaded.pop(shell)
+    magics, matcher, preload = _loaded.pop(shell)
+    preload.stop()
     shell.events.unregister("pre_run_cell", magics.begin_cell)
     library.in_cells(False)
     in_notebook(None)
-    shell.events.unregister("pre_run_cell", magics.journal.begin)
     shell.events.unregister("post_run_cell", magics.journal.end)
     shell.events.unregister("post_run_cell", magics.end_cell)
     uninstall(shell, matcher)

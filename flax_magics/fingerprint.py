@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import dis
 import enum
 import functools
 import hashlib
-import inspect
-import sys
-import sysconfig
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -28,10 +24,7 @@ import numpy as np
 
 from .guards import Guards
 from .outside import imported, is_outside, is_outside_module, reads_outside
-
-
-class NotPlain(Exception):
-    """Something was reached whose value cannot be told from the outside."""
+from .usercode import DERIVED, NotPlain, arguments_of, global_names, is_generated, library_file, library_module
 
 
 def fingerprint(value: Any) -> bytes | None:
@@ -70,68 +63,6 @@ class Print:
         if not self._guards.hold():
             self._digest, self._guards = guarded(self.value)
         return self._digest
-
-
-_PATHS = sysconfig.get_paths()
-_LIBRARY_ROOTS = tuple({_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-
-
-@functools.lru_cache(maxsize=4096)
-def library_file(filename: str) -> bool:
-    """Whether code of this file was installed, not written by the user."""
-    return filename.startswith(_LIBRARY_ROOTS) or filename.startswith("<frozen ")
-
-
-def library_module(name: str | None) -> bool:
-    """Whether `name` is a module that was installed, not one that the user writes."""
-    if name is None or name == "__main__":
-        return False
-    module = sys.modules.get(name)
-    if module is None:
-        return False
-    file = getattr(module, "__file__", None)
-    if file is None:  # built in, or a namespace package
-        return name.partition(".")[0] in sys.builtin_module_names or hasattr(module, "__path__")
-    return library_file(file)
-
-
-# Class attributes that Python, dataclasses or Flax make from the rest of the class.
-DERIVED = frozenset(
-    [
-        "__dict__",
-        "__weakref__",
-        "__doc__",
-        "__module__",
-        "__annotations__",
-        "__annotate__",
-        "__annotate_func__",
-        "__annotations_cache__",
-        "__qualname__",
-        "__firstlineno__",
-        "__static_attributes__",
-        "__dataclass_params__",
-        "__match_args__",
-        "__abstractmethods__",
-        "_abc_impl",
-        "__type_params__",
-        "__orig_bases__",
-        "__parameters__",
-        "__hash__",
-        "__eq__",
-        "__repr__",
-        "__replace__",
-        "_kw_only_dataclass_fields",
-        "__slots__",
-        "_state",
-        "_parent_ref",
-    ]
-)
-
-
-# Methods that `dataclass` writes. A user's own, in code that was executed from a string, has the same file name.
-_WRITTEN = frozenset(
-    ["__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__", "__delattr__"]
-)
 
 
 class _Walk:
@@ -305,12 +236,7 @@ class _Walk:
         for name, item in vars(cls).items():
             if name in DERIVED or name == "__dataclass_fields__":
                 continue
-            if (
-                name in _WRITTEN
-                and fields is not None
-                and isinstance(item, types.FunctionType)
-                and self._generated(item)
-            ):
+            if fields is not None and is_generated(name, item):
                 continue
             if isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
                 continue
@@ -318,14 +244,6 @@ class _Walk:
                 continue  # linen's descriptor
             self.tag("attribute", name)
             self.visit(item)
-
-    @staticmethod
-    def _generated(function: types.FunctionType) -> bool:
-        """Methods that `dataclass` writes, and Flax's wrapping of them: made from the fields."""
-        inner = function
-        while hasattr(inner, "__wrapped__"):
-            inner = inner.__wrapped__
-        return inner.__code__.co_filename == "<string>"
 
     def _function(self, function: types.FunctionType) -> None:
         library = library_file(function.__code__.co_filename)
@@ -360,7 +278,7 @@ class _Walk:
 
     def _code(self, code: types.CodeType, doc: str | None = None) -> None:
         self.tag(
-            "code", code.co_code, code.co_names, _arguments(code), code.co_freevars, code.co_cellvars, code.co_flags,
+            "code", code.co_code, code.co_names, arguments_of(code), code.co_freevars, code.co_cellvars, code.co_flags,
             code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_exceptiontable,
         )  # fmt: skip
         constants = list(code.co_consts)
@@ -412,28 +330,3 @@ class _Walk:
                         self._user_module(value, code)
                 else:
                     self.visit(value)
-
-
-def _arguments(code: types.CodeType) -> tuple[Any, ...]:
-    """Names of the arguments, which a call can use; other locals have a number and no name that code could read."""
-    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
-    return (*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred], code.co_nlocals)
-
-
-# What a walk cannot follow: reading names by a string.
-_REFLECTION = frozenset({"globals", "locals", "vars", "eval", "exec", "open", "next", "iter", "input", "__import__"})
-
-
-@functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Names that `code` itself loads from its module. Raises NotPlain where it reads names by a string."""
-    names = tuple(
-        dict.fromkeys(
-            instruction.argval
-            for instruction in dis.get_instructions(code)
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-        )
-    )
-    if _REFLECTION.intersection(names):
-        raise NotPlain(", ".join(_REFLECTION.intersection(names)))
-    return names

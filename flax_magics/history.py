@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
+from .copies import own
 from .models import Record
 from .origin import Origin
 from .run import GONE, Cause, Run, describe
@@ -121,11 +121,6 @@ def describe_inputs(inputs: Any) -> str:
         return ""
     args, kwargs = inputs
     return ", ".join([*map(describe, args), *(f"{name}={describe(value)}" for name, value in kwargs.items())])
-
-
-def own(leaf: Any) -> Any:
-    """The leaf, a copy of one that may be changed where it is."""
-    return leaf.copy() if type(leaf) is np.ndarray else leaf
 
 
 _Weak = weakref.ref[Any] | tuple[Any, list[tuple[Any, Any]]]

@@ -8,7 +8,7 @@ values, it has side effects or callbacks, its functions run differently in a tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,11 +21,12 @@ from .models import Path
 from .prepare import Prepared
 from .tracedinit import COMPUTED, TracedInit, read_by, trace_init
 from .units import Units, run
+from .weaktypes import weakly_typed
 from .workers import Future
 
 
 class Initialising:
-    """Variables that are being made: `begin` has the units of their program compiled, `finish` gives them.
+    """Variables that are being made: `begin` has what takes long compiled, `finish` gives them.
 
     Args:
       prepared: the call, made ready for an init.
@@ -53,14 +54,20 @@ class Initialising:
         return None if self._units is None or self._traced is None else self._traced.variables
 
     def begin(self) -> None:
-        """Has what there is to compile compiled, on other threads."""
+        """Has the functions among the units compiled, on other threads: they take as long as a small model."""
         if self._units is not None and self._running is None:
             assert self._traced is not None
             self._running = Running(self._traced, self._units)
 
+    def begin_rest(self) -> None:
+        """Has the other units compiled as well: single ops, which take little."""
+        self.begin()
+        if self._running is not None:
+            self._running.begin_rest()
+
     def finish(self) -> tuple[dict[str, Any], Initialised]:
         """The variables, once the device has them, and how they were made."""
-        self.begin()
+        self.begin_rest()
         key = self._draw.stream("params", taken=self._taken)
         prepared = self._prepared
         if self._running is not None:
@@ -72,16 +79,23 @@ class Initialising:
 
 
 class Running:
-    """An initialisation as its units, which are being compiled."""
+    """An initialisation as its units: functions, which are being compiled, and single ops, once `begin_rest` was called."""
 
     def __init__(self, traced: TracedInit, units: Units) -> None:
         self.traced = traced
-        # Those that take long first: they are functions, and the others are single ops.
-        order = sorted(range(len(traced.needed)), key=lambda i: "jaxpr" not in traced.needed[i].params)
-        self._on_host = {i for i in order if _folds_a_constant(traced.needed[i])}
-        self._units: dict[int, Future | None] = {
-            i: units.of_equation(traced.needed[i]) for i in order if i not in self._on_host
-        }
+        self._kinds = units
+        self._on_host = {i for i, equation in enumerate(traced.needed) if _folds_a_constant(equation)}
+        self._units: dict[int, Future | None] = {}
+        self._begin(lambda equation: "jaxpr" in equation.params)
+
+    def begin_rest(self) -> None:
+        """Has the single ops compiled as well."""
+        self._begin(lambda equation: True)
+
+    def _begin(self, which: Callable[[Any], bool]) -> None:
+        for i, equation in enumerate(self.traced.needed):
+            if i not in self._units and i not in self._on_host and which(equation):
+                self._units[i] = self._kinds.of_equation(equation)
 
     def finish(self, key: Any) -> dict[str, Any]:
         """The variables, computed. What is not needed any more is let go of on the way."""
@@ -106,7 +120,7 @@ class Running:
             for atom in equation.invars:
                 if not hasattr(atom, "val") and last[atom] == i:
                     values.pop(atom, None)
-        computed = map(_as_array, map(read, jaxpr.outvars))
+        computed = (_as_array(read(atom), weak=atom.aval.weak_type) for atom in jaxpr.outvars)
         leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in traced.leaves]
         variables: dict[str, Any] = jax.tree_util.tree_unflatten(traced.treedef, leaves)
         return variables
@@ -123,9 +137,11 @@ class Running:
 _KEYS = "threefry2x32"
 
 
-def _as_array(value: Any) -> Any:
+def _as_array(value: Any, *, weak: bool) -> Any:
     """A leaf as `module.init` gives it: a literal of the program is none yet."""
-    return jax.device_put(value) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray):
+        return value
+    return weakly_typed(value) if weak else jax.device_put(value)
 
 
 def _folds_a_constant(equation: Any) -> bool:

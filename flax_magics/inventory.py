@@ -21,7 +21,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from . import fingerprint as prints
+from . import usercode
+from .fingerprint import code_print
 from .models import nnx_modules
 
 MOST = 2000
@@ -165,7 +166,7 @@ class _Walk:
         named = getattr(value, "__qualname__", None)
         if isinstance(named, str) and callable(value):  # a jitted function, a ufunc, a builtin
             wrapped = getattr(value, "__wrapped__", None)
-            if isinstance(wrapped, types.FunctionType) and not prints.library_file(wrapped.__code__.co_filename):
+            if isinstance(wrapped, types.FunctionType) and not usercode.library_file(wrapped.__code__.co_filename):
                 self.visit(name, wrapped)
             else:
                 self.add(name, "value", named)
@@ -179,7 +180,7 @@ class _Walk:
 
     def cls(self, cls: type) -> None:
         """A class of the user's: what it and its bases define. A library's is known by name."""
-        if prints.library_module(cls.__module__):
+        if usercode.library_module(cls.__module__):
             return
         self._seen[id(cls)] = cls
         for base in cls.__bases__:
@@ -187,7 +188,7 @@ class _Walk:
                 self.cls(base)
         fields = getattr(cls, "__dataclass_fields__", {})
         for name, item in vars(cls).items():
-            if name in prints.DERIVED or name in fields or name in _FLAX or name.startswith(_MADE):
+            if name in usercode.DERIVED or name in fields or name in _FLAX or name.startswith(_MADE):
                 continue
             if isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
                 continue
@@ -204,7 +205,7 @@ class _Walk:
         while isinstance(getattr(inner, "__wrapped__", None), types.FunctionType):
             inner = inner.__wrapped__  # type: ignore[attr-defined]
         code = inner.__code__
-        if prints.library_file(code.co_filename) or code.co_filename == "<string>":
+        if usercode.library_file(code.co_filename) or code.co_filename == "<string>":
             if "." not in name:
                 self.add(name, "value", inner.__name__)
             return
@@ -212,7 +213,7 @@ class _Walk:
             # A field or a global that holds a function: which one counts, as well as how that is written.
             self.add(name, "value", inner.__name__)
             name = inner.__name__
-        self.add(name, "method" if method else "function", inner.__name__, prints.code_print(inner))
+        self.add(name, "method" if method else "function", inner.__name__, code_print(inner))
         parameters = code.co_varnames[: code.co_argcount][-len(inner.__defaults__ or ()) :]
         for parameter, default in zip(parameters, inner.__defaults__ or (), strict=False):
             self.visit(f"{parameter} of {name}", default)
@@ -230,13 +231,13 @@ class _Walk:
         """Globals that `code` and the functions inside it load; of the user's own modules the attributes it names."""
         own = namespace.get("__name__")
         try:
-            names = prints.global_names(code)
-        except prints.NotPlain:  # it may read anything
+            names = usercode.global_names(code)
+        except usercode.NotPlain:  # it may read anything
             return
         for name in names:
             value = namespace.get(name)
             if isinstance(value, types.ModuleType):
-                if not prints.library_module(value.__name__):
+                if not usercode.library_module(value.__name__):
                     for attribute in code.co_names:
                         if attribute in vars(value):
                             self.visit(f"{name}.{attribute}", vars(value)[attribute])
@@ -261,7 +262,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     own = getattr(value, "__dict__", {})
     hidden = _FLAX if isinstance(value, linen.Module) else ()
     # What a library's NNX layer keeps follows from its variables' shapes and from how its owner built it.
-    follows = isinstance(value, nnx_modules()) and prints.library_module(type(value).__module__)
+    follows = isinstance(value, nnx_modules()) and usercode.library_module(type(value).__module__)
     for name in dict.fromkeys([*fields, *own]):
         if name in hidden or name.startswith("_") or not hasattr(value, name):
             continue

@@ -1,4 +1,4 @@
-"""Which cells were executed, in order, and what each did to the session: what an export is made of.
+"""Which cells were executed, in order, and what each did to the session: what an export and `%flax` are made of.
 
 Nothing here imports IPython: the shell comes in as an argument.
 """
@@ -14,6 +14,8 @@ from .current import existing
 
 if TYPE_CHECKING:
     from .show.registered import Registered
+
+FRESH = "fresh"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Executed:
       error: the class of the exception that ended it, None if it succeeded.
       line: where that was, in the text that IPython made of the cell, from 1; None where it is not known.
       registered: what its `flaxmodel` commands registered, in order.
+      cell: the cell's own id, None where the frontend sends none.
+      restarted: `seed` if it started the root key again, `fresh` if with models that initialise anew; else empty.
       loads: what its `%flax_load` commands read.
       gone: what it did is in no history any more: another was loaded since.
     """
@@ -56,8 +60,15 @@ class Executed:
     error: str | None = None
     line: int | None = None
     registered: tuple[Registered, ...] = ()
+    cell: str | None = None
+    restarted: str = ""
     loads: tuple[Load, ...] = ()
     gone: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What tells the cell from others: its id, else its text."""
+        return self.cell or self.text.strip()
 
 
 @dataclass
@@ -67,21 +78,24 @@ class Journal:
     executed: list[Executed] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)
     """How many runs there were when the root key was started again."""
-    _open: list[tuple[str, int]] = field(default_factory=list)
-    """The cells that are running, outermost first (`%%capture` runs one inside), with the number of runs before."""
+    _open: list[tuple[str, int, str | None]] = field(default_factory=list)
+    """The cells that are running, outermost first (`%%capture` runs one inside): text, number of runs before, id."""
     _registered: list[Registered] = field(default_factory=list)
+    _restarted: str = ""
     _loads: list[Load] = field(default_factory=list)
     _inner: tuple[str, int | None] | None = None
 
-    def begin(self, info: Any = None) -> None:
-        """`pre_run_cell`"""
+    def begin(self, info: Any = None, cell: str | None = None) -> None:
+        """`pre_run_cell`; `cell` is the id of the one that begins, None where the frontend sends none."""
         if not self._open:
-            self._registered, self._loads, self._inner = [], [], None
-        self._open.append((str(getattr(info, "raw_cell", "") or ""), _runs()))
+            self._registered, self._loads, self._inner, self._restarted = [], [], None, ""
+        self._open.append((str(getattr(info, "raw_cell", "") or ""), _runs(), cell))
 
     def end(self, result: Any = None) -> None:
         """`post_run_cell`"""
-        text, first = self._open.pop() if self._open else (str(getattr(result.info, "raw_cell", "") or ""), 0)
+        text, first, cell = (
+            self._open.pop() if self._open else (str(getattr(result.info, "raw_cell", "") or ""), 0, None)
+        )
         error = result.error_before_exec or result.error_in_exec
         if self._open:
             if error is not None:  # the magic around it does not fail, and what came after the error has not run
@@ -93,32 +107,39 @@ class Journal:
             name, line = self._inner
         if stored or _runs() > first:
             number = result.execution_count if stored else None
-            did = tuple(self._registered), tuple(self._loads)
+            did = tuple(self._registered), cell, self._restarted, tuple(self._loads)
             self.executed.append(Executed(number, text, first, _runs(), name, line, *did))
 
     def registered(self, rows: list[Registered]) -> None:
         """A `flaxmodel` command has registered these."""
         self._registered += rows
 
-    def restarted(self) -> None:
+    def restarted(self, *, fresh: bool = False) -> None:
         """The root key has been started again."""
         self.restarts.append(_runs())
+        self._restarted = FRESH if fresh or self._restarted == FRESH else "seed"
+
+    def so_far(self, number: int) -> list[Executed]:
+        """All executions of which this journal was told, the running one, which has this number, last."""
+        return [*self.executed, self._running(number)] if self._open else list(self.executed)
+
+    def _running(self, number: int) -> Executed:
+        text, first, cell = self._open[0]
+        did = tuple(self._registered), cell, self._restarted, tuple(self._loads)
+        return Executed(number, text, first, _runs(), None, None, *did)
 
     def loaded(self, load: Load) -> None:
         """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
         self._loads.append(load)
         self.executed = [replace(cell, first=0, end=0, gone=True) for cell in self.executed]
         self.restarts.clear()
-        self._open = [(text, _runs()) for text, _ in self._open]
+        self._open = [(text, _runs(), cell) for text, _, cell in self._open]
 
     def cells(self, shell: Any) -> list[Executed]:
         """All executions so far, the running one last; those from before this journal as the shell's history has them."""
-        out = list(self.executed)
         # The number that IPython shows: 7.34 counts after the cell, 9 before it.
         number = shell.displayhook.prompt_count if self._open else shell.execution_count
-        if self._open:
-            text, first = self._open[0]
-            out.append(Executed(number, text, first, _runs(), None, None, tuple(self._registered), tuple(self._loads)))
+        out = self.so_far(number)
         known = {cell.number for cell in out}
         history = list(getattr(shell.history_manager, "input_hist_raw", ()))
         failed = getattr(shell.history_manager, "exceptions", {})  # IPython 9 keeps them

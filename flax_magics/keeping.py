@@ -1,6 +1,7 @@
-"""How much a session keeps for replays: inputs, and variables that later runs overwrote, the oldest let go first.
+"""How much a session keeps for replays: inputs, variables that later runs overwrote, and what models hold that are no more,
+the oldest let go first.
 
-Every array counts once, however many runs it went into, and not at all while it is one of a model's variables. Runs are
+Every array counts once, however many runs it went into, and not at all while a registered model has it. Runs are
 only noted as they come, with what they may take at most; what they do take is worked out when that could be too much,
 after some hundred runs, or when somebody asks.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from .errors import FlaxMagicsError
 from .history import Kept
 from .origin import Applied, bytes_of
+from .pinned import arrays_in
 from .uninterrupted import uninterrupted
 
 REPLAY_BYTES = 256_000_000
@@ -32,10 +34,11 @@ class Keeping:
 
     Args:
       limit: bytes that they may hold together.
-      current: gives the arrays that the session holds anyway.
+      current: gives the arrays that the session holds anyway; if asked with True, those in its models' fields and code too,
+        which take longer to find.
     """
 
-    def __init__(self, limit: int, current: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, limit: int, current: Callable[[bool], Iterable[Any]]) -> None:
         self.limit = checked_limit(limit)
         self._current = current
         self.noted: list[Kept] = []
@@ -50,6 +53,8 @@ class Keeping:
         """model → its newest run."""
         self._sharing: dict[int, int] = {}
         """id of inputs → how many runs have these very ones."""
+        self._pinning: dict[int, int] = {}
+        """id of what runs have in common → how many runs have it, of models that hold arrays besides their variables."""
         self._after: dict[int, list[Any]] = {}
         """id of a run → which of its variables the next run of the model had no more."""
 
@@ -76,7 +81,7 @@ class Keeping:
 
     def _settle(self) -> None:
         self._take_in()
-        anyway = {id(array) for array in self._current()}
+        anyway = {id(array) for array in self._current(bool(self._pinning))}
         held = self._bytes - sum(self._uses[array][0] for array in anyway if array in self._uses)
         if held > self.limit:
             # Some room at once: otherwise every single run would have to look again.
@@ -95,6 +100,11 @@ class Keeping:
             before = self._last.get(name) if name else None
             self._take_in_variables(kept, before)
             self._take_in_inputs(kept, before)
+            if how.pinned:
+                runs = self._pinning.get(id(how), 0)
+                if not runs:
+                    self._use(how.pinned)
+                self._pinning[id(how)] = runs + 1
             if name:
                 self._last[name] = kept
         self.noted, self._rough = [], 0
@@ -163,7 +173,7 @@ class Keeping:
         if not shared:
             del self._sharing[id(inputs)]
         freed = 0
-        for leaf in (*leaves, *(() if shared else inputs[1])):
+        for leaf in (*leaves, *(() if shared else inputs[1]), *self._no_more_pinned(kept.origin.how)):
             known = self._uses.get(id(leaf))
             if known is None:
                 continue
@@ -174,6 +184,15 @@ class Keeping:
                 freed += 0 if id(leaf) in anyway else known[0]
         kept.let_go()
         return freed
+
+    def _no_more_pinned(self, how: Any) -> tuple[Any, ...]:
+        """Arrays that a model holds of which this is the last run."""
+        runs = self._pinning.get(id(how), 0) - 1
+        if runs > 0:
+            self._pinning[id(how)] = runs
+            return ()
+        self._pinning.pop(id(how), None)
+        return tuple(how.pinned)
 
 
 _UNKNOWN: Any = (None,)
@@ -206,8 +225,8 @@ def checked_limit(limit: Any) -> int:
     return limit
 
 
-def arrays_of(models: Mapping[str, Any]) -> Iterable[Any]:
-    """The variables of registered models, as the session or the module holds them."""
+def arrays_of(models: Mapping[str, Any], pinned: bool) -> Iterable[Any]:
+    """The variables of registered models, as the session or the module holds them; `pinned`: and what else models hold."""
     import jax
 
     for entry in models.values():
@@ -215,3 +234,9 @@ def arrays_of(models: Mapping[str, Any]) -> Iterable[Any]:
         with contextlib.suppress(Exception):  # a module that its owner has made one that no run would take
             held = entry.model.take() if held is None else held
         yield from jax.tree_util.tree_leaves(held)
+        if not pinned:
+            continue
+        if not entry.model.holds_variables:  # what such a module holds are its variables
+            yield from arrays_in(entry.model.module)
+        elif entry.built is not None:
+            yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))

@@ -1,8 +1,12 @@
-"""Whether a run that takes the keys of an earlier draw drew the same masks: where its layers and their shapes agree."""
+"""Whether a run that takes the keys of an earlier draw drew the same masks: where its layers and their shapes agree.
+
+Under a transform that splits a stream along an axis (`nn.scan`, `nn.vmap`) there are as many masks as the axis is long.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from .models import Path, Record, Take
 from .notes import join
@@ -51,22 +55,39 @@ def _differing(old: dict[_Place, Take], new: dict[_Place, Take]) -> Iterator[str
     both = [place for place in new if place in old]
     keys = [place for place in both if old[place].source != new[place].source]
     if keys:
-        yield f"{_names(keys)}: another key, by its place among the model's streams"
+        yield f"{_names(keys)}: another key, by its place in the model"
+    alike: dict[str, list[_Place]] = {}
     for place in both:
-        one, other = old[place].drew, new[place].drew
-        if place in keys or one is None or other is None or one == other:
-            continue
-        if one[0] != other[0]:
-            yield f"{join(place[1])}: {_shape(one[0])} there, {_shape(other[0])} here"
-        else:
-            yield f"{join(place[1])}: rate {one[1]:g} there, {other[1]:g} here"
+        said = "" if place in keys else _apart(old[place], new[place])
+        if said:
+            alike.setdefault(said, []).append(place)
+    for said in list(alike)[:NAMED]:
+        yield f"{_names(alike[said])}: {said}"
+    rest = [place for places in list(alike.values())[NAMED:] for place in places]
+    if rest:
+        yield f"{_names(rest)}: other shapes or rates"
+
+
+def _apart(one: Take, other: Take) -> str:
+    """`[4,8] there, [2,8] here`; empty where what was drawn with the same key is the same, or not known."""
+    if one.drew is None or other.drew is None:
+        one, other = replace(one, drew=None), replace(other, drew=None)
+    if one.axes != other.axes or (one.drew and other.drew and one.drew[0] != other.drew[0]):
+        return f"{_drawn(one)} there, {_drawn(other)} here"
+    if one.drew and other.drew and one.drew[1] != other.drew[1]:
+        return f"rate {one.drew[1]:g} there, {other.drew[1]:g} here"
+    return ""
+
+
+def _drawn(take: Take) -> str:
+    """`6×[4,8]`: so many masks of a shape; where that is not known `6 keys`."""
+    times = [str(size) for size in take.axes]
+    if take.drew is None:
+        return f"{'×'.join(times) or 1} key{'s' if times else ''}"
+    return "×".join([*times, f"[{','.join(map(str, take.drew[0]))}]"])
 
 
 def _names(places: list[_Place]) -> str:
     names = list(dict.fromkeys(join(path) for _, path, _ in places))
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return f"[{','.join(map(str, shape))}]"

@@ -134,13 +134,19 @@ def check(
     return check_call(parsed.target, model, Call(parsed.method, args, kwargs, parsed.call), session.root_key)
 
 
-def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
+def register(
+    found: Found,
+    session: Session,
+    user_ns: Namespace,
+    rows: tuple[tuple[str, str], ...],
+    cell: int | None = None,
+) -> list[Registered]:
     """Registers all that was found or nothing, binds names, and says what became of each model.
 
     When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
     """
     before = len(session)
-    changes = session.register_all(found.modules, anew=found.anew)
+    changes = session.register_all(found.modules, anew=found.anew, cell=cell)
     draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - before)}
     user_ns.update(
         {
@@ -180,6 +186,7 @@ def register(found: Found, session: Session, user_ns: Namespace, rows: tuple[tup
                 draw,
                 change.file,
                 change.unfit,
+                change.other,
             )
         )
     return out

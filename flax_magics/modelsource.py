@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import linecache
+import re
 import types
+import warnings
 from typing import Any
 
-from .fingerprint import library_file
 from .models import is_module, is_module_class
+from .usercode import library_file
 
 LIMIT = 200_000
 """Characters of code that are kept of a model."""
@@ -78,8 +81,39 @@ def _text(cls: type) -> str:
     if not lines:
         return ""
     if not filename.endswith(".py") or "ipykernel_" in filename or filename.startswith("<"):
-        return "".join(lines).strip("\n")
+        # The magic's line is kept as a comment there: with it, the cell can be run as it is.
+        return re.sub(r"\A# (?=%%flax)", "", "".join(lines).strip("\n"))
     try:
         return inspect.getsource(cls).strip("\n")
     except (OSError, TypeError, SyntaxError):
         return ""
+
+
+def edited(before: str, now: str) -> tuple[str, ...]:
+    """Names of classes and functions that both codes define, not alike; comments, layout and docstrings do not count.
+
+    None where a code cannot be read, as that of a file that was altered.
+    """
+    was, is_now = _definitions(before), _definitions(now)
+    return tuple(name for name, text in was.items() if is_now.get(name, text) != text)
+
+
+def _definitions(code: str) -> dict[str, str]:
+    """What a code defines at its top level: name → its syntax."""
+    if len(code) > LIMIT:
+        return {}
+    plain = "\n".join("" if line.startswith("%%flax") else line for line in code.splitlines())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python thinks of somebody's backslashes
+            tree = ast.parse(plain)
+            found = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+            for node in ast.walk(tree):
+                if (
+                    isinstance(node, (ast.ClassDef, ast.FunctionDef))
+                    and ast.get_docstring(node, clean=False) is not None
+                ):
+                    node.body = node.body[1:]
+            return {node.name: ast.dump(node) for node in found}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}

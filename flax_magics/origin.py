@@ -14,9 +14,11 @@ import jax
 
 from .compiling import settings
 from .construct import Recipe
+from .copies import own
 from .execution import Execution, Options
 from .fingerprint import fingerprint
 from .models import Path, Record, nnx_modules
+from .pinned import arrays_in
 from .program import Program
 from .registry import Entry
 
@@ -38,6 +40,7 @@ class Applied:
       objects: a digest of the inputs that are neither arrays nor plain values, None where it cannot be told.
       moving: an input is an object that changes where it is.
       inputs, variables, written: bytes of each; of what the run writes.
+      pinned: arrays that the model holds besides its variables.
     """
 
     entry: Entry
@@ -56,6 +59,7 @@ class Applied:
     inputs: int
     variables: int
     written: int
+    pinned: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,24 +69,26 @@ class Applied:
     @property
     def size(self) -> int:
         """Bytes that a run may hold on to, at most."""
-        return self.inputs + self.variables
+        return self.inputs + self.variables + sum(map(bytes_of, self.pinned))
 
 
 @dataclass(frozen=True, eq=False)
 class Initialised:
-    """What an init of a linen model needs: the model as it was, and the method that was called."""
+    """What an init of a linen model needs: the model as it was, and the method that was called; `pinned` as in `Applied`."""
 
     entry: Entry
     method: Path
+    pinned: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """What the building of an NNX module needs: its recipe, and a digest of that at the time."""
+    """What the building of an NNX module needs: its recipe, and a digest of that at the time; `pinned` as in `Applied`."""
 
     name: str
     recipe: Recipe
     print: bytes | None
+    pinned: tuple[Any, ...] = ()
 
 
 class Origin:
@@ -106,8 +112,6 @@ def of_apply(entry: Entry, options: Options, done: Execution, method: Path) -> O
     Args:
       entry: the model as it was before the run.
     """
-    from .history import own
-
     ready, prepared = done.ready, done.prepared
     model: Any = entry.model
     holds = model.holds_variables
@@ -132,6 +136,8 @@ def of_apply(entry: Entry, options: Options, done: Execution, method: Path) -> O
         inputs=inputs,
         variables=variables,
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(dict(done.updates)))),
+        # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
+        pinned=() if holds else tuple(arrays_in(model.module)),
     )
     return Origin(how, list(map(own, leaves)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -22,7 +23,11 @@ from .show.loaded import Loaded, Waiting
 from .show.notice import Notice
 from .show.status import Command, Device, KeyCard, Model, Status
 from .show.units import bytes_, plural
+from .snapshot import SavedModel
 from .state import Restart
+
+RERUNS = 8
+"""Cells that were run again, or whose variables were rebound, that are told of."""
 
 
 def key_card(session: Session) -> KeyCard:
@@ -34,13 +39,20 @@ def key_card(session: Session) -> KeyCard:
 def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
     """The session at a glance."""
     models = []
+    waiting = session.waiting
     for name, model in session.models.items():
         text = "not initialised"
         collections = model.collections()
         if collections is not None:
             parameters, size = summary(collections)
             text = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
+        if name in waiting:
+            text += f"; its variables in {waiting[name].file} do not fit"
         models.append(Model(name, model.describe(), text))
+    for name, saved in waiting.items():
+        if name not in session.models:
+            text = f"{plural(saved.parameters, 'parameter')} in {saved.file} wait until its cell is run"
+            models.append(Model(name, saved.text, text))
     devices = []
     for device in jax.local_devices():
         stats = device.memory_stats() or {}
@@ -63,10 +75,16 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
             ("arrays alive in this process", bytes_(held)),
             ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
         ),
-        reruns=tuple(rerun.text for rerun in reruns),
+        reruns=_told([rerun.text for rerun in reruns]),
         versions=tuple(versions),
         commands=tuple(Command(write, meaning) for write, meaning in MEANINGS),
     )
+
+
+def _told(reruns: list[str]) -> tuple[str, ...]:
+    """The last of them; of more it is said how many."""
+    more = len(reruns) - RERUNS
+    return (*([f"{plural(more, 'more cell')}: %flax_history marks their draws"] if more > 0 else []), *reruns[-RERUNS:])
 
 
 def _on_disk(session: Session) -> str:
@@ -88,14 +106,16 @@ def _autosave(autosaving: Autosave) -> str:
     if autosaving.error is not None:
         return f"fails: {autosaving.error}"
     last = autosaving.last
-    when = time.strftime("%H:%M:%S", time.localtime(last.when))
-    return f"{last.path}, last at {when} with {plural(last.draws, 'draw')} of seed {last.seed}, {bytes_(last.bytes)}"
+    draws = f"{plural(last.draws, 'draw')} of seed {last.seed}"
+    return f"{last.path}, last {_when(last.when)} with {draws}, {bytes_(last.bytes)}"
 
 
 def saved(done: Saved, *, autosaving: bool = False) -> Notice:
     """What `%flax_save` answers."""
     what = plural(done.parameters, "parameter")
     models = f"{', '.join(done.models)}: {what}" if done.models else "no model has variables yet"
+    if done.kept:
+        return _not_replaced(done)
     texts = (
         "autosave on, saved" if autosaving else "saved",
         models,
@@ -106,17 +126,40 @@ def saved(done: Saved, *, autosaving: bool = False) -> Notice:
     return Notice(done.path, texts)
 
 
+def _not_replaced(done: Saved) -> Notice:
+    """What `%flax_save --autosave` answers in a session that has nothing yet, where the file has something."""
+    text = (
+        f"{done.path} has a session of {plural(done.runs, 'run')}, saved {_when(done.when)}: what changes variables next"
+        " replaces it, unless it is loaded first"
+    )
+    note = Note("kept", text, f"%flax_load {done.path}")
+    return Notice(done.path, ("autosave on", "nothing saved yet"), (note,))
+
+
+def _when(seconds: float) -> str:
+    """`03:42:33` of today, with the date of any other day."""
+    then = time.localtime(seconds)
+    today = time.localtime()[:3] == then[:3]
+    return time.strftime("at %H:%M:%S" if today else "on %Y-%m-%d at %H:%M:%S", then)
+
+
 def autosave_ended(before: Autosave | None) -> Notice:
     """What `%flax_save --autosave off` answers."""
     if before is None:
         return Notice("autosave", ("was off",))
-    return Notice("autosave", ("off", f"{before.last.path} stays as it was saved last"))
+    return Notice("autosave", ("off", _left(before)))
 
 
-def autosave_failed(error: str) -> Notice:
+def autosave_failed(autosaving: Autosave, error: str) -> Notice:
     """What the first command says after saving in the background has failed."""
-    note = Note("autosave", error, "%flax_save --autosave off     or another file")
-    return Notice("autosave", ("the session is not saved any more; the file is the last that was written",), (note,))
+    note = Note("autosave", error, "%flax_save --autosave off")
+    return Notice("autosave", ("fails", _left(autosaving)), (note,))
+
+
+def _left(autosaving: Autosave) -> str:
+    """What is there of what was saved."""
+    path = autosaving.last.path
+    return f"{path} stays as it was saved last" if autosaving.path.is_file() else f"{path} is not there any more"
 
 
 def loaded(done: Restored, *, quiet: bool) -> Loaded:
@@ -124,7 +167,7 @@ def loaded(done: Restored, *, quiet: bool) -> Loaded:
     texts = [
         "loaded",
         f"{', '.join(done.models)} restored" if done.models else "",
-        f"{', '.join(model.name for model in done.waiting)} waiting to be registered" if done.waiting else "",
+        _waiting(done.waiting),
         plural(done.parameters, "parameter") if done.parameters else "no model had variables",
         plural(done.runs, "run"),
         f"next is draw {done.draws + 1} of seed {done.seed}",
@@ -132,6 +175,11 @@ def loaded(done: Restored, *, quiet: bool) -> Loaded:
     notice = Notice(done.path, tuple(text for text in texts if text), done.notes)
     waiting = tuple(Waiting(model.name, model.text, model.source, f"%flaxmodel {model.name}") for model in done.waiting)
     return Loaded(notice, waiting, quiet)
+
+
+def _waiting(models: Sequence[SavedModel]) -> str:
+    names = ", ".join(model.name for model in models)
+    return f"{names} {'waits' if len(models) == 1 else 'wait'} to be registered" if models else ""
 
 
 def restarted(restart: Restart) -> Notice:

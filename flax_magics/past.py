@@ -15,6 +15,9 @@ from .keys import Root, Streams, fingerprint
 from .run import Run
 from .state import State
 
+KEYS_ALONE = "replayed, its keys alone"
+"""What marks a run with `--draw`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
@@ -29,7 +32,8 @@ class Drawn:
       call: as it was written.
       cell: the cell's number, None outside a notebook.
       started: seconds since the epoch.
-      marks: `replayed`, and what became of the cell since.
+      marks: `replayed` where it was run again, of a run with the keys of an earlier draw `KEYS_ALONE`, and what became of
+        the cell since.
     """
 
     seed: int
@@ -137,7 +141,7 @@ def of_runs(
 def _drawn(kept: Kept, cells: Mapping[int, tuple[str, ...]]) -> Drawn:
     facts = kept.facts
     times, differs = kept.replays
-    marks = ["replayed"] if facts["replayed"] else []
+    marks = [KEYS_ALONE] if facts["replayed"] else []
     if times:
         marks.append("replayed, and it differed" if differs else "replayed")
     if facts["elsewhere"] is None:  # the numbers of another process are those of other cells

@@ -17,9 +17,10 @@ from .keys import Draw, Series
 from .library import library
 from .models import Ask, Incomplete, Path, Record
 from .prepare import Prepared
-from .program import Building, Program, Programs, Request, leave_out, running, trace
+from .program import Building, Program, Programs
 from .roofline import cost_of
 from .run import Cause, Cost, Memory
+from .tracing import Request, leave_out, running, trace
 
 TRACER_ERRORS = (
     jax.errors.ConcretizationTypeError,  # and the conversions to bool and index, which are kinds of it

@@ -64,6 +64,7 @@ def of_build(
     seconds: float,
     call: Call | None = None,
     *,
+    cell: int | None,
     replayed: bool = False,
     first: bool,
 ) -> Run:
@@ -83,7 +84,7 @@ def of_build(
         started=started,
         program="eager",
         timing=Timing(init=seconds),
-        cell=None if call is None else call.cell,
+        cell=cell,
         made=made_of(model.collections()),
         by_hand=recipe.by_hand(name),
         replayed=replayed,

@@ -67,6 +67,8 @@ class Change:
     file: str = ""
     """Where variables wait for this model that were restored from there, or that do not fit it: see `unfit`."""
     unfit: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
+    """What is other about the model than when those variables were saved."""
     write: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     """Carries the variables over into a module that holds its own."""
 

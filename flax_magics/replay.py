@@ -103,7 +103,7 @@ class Replaying:
         if facts["elsewhere"] is not None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file.",
-                write=f"%flax_apply --draw {facts['seed']}:{facts['draw']} {facts['call']}     the same keys",
+                write=f"{_same_keys(facts)}     the same keys",
             )
         if origin is None or kept.inputs is None:
             raise FlaxMagicsError(
@@ -208,6 +208,13 @@ class Replaying:
         if now is not None and how.entry.print is None and now.model.holds_variables:
             return ()
         return (f"{how.entry.name} was edited since: this is its code as it was then",)
+
+
+def _same_keys(facts: Mapping[str, Any]) -> str:
+    """The line that runs a call with the keys of an earlier draw."""
+    command = "%flax_init" if facts["command"] == "init" else "%flax_apply"
+    mode = {"train": " --train", "eval": " --eval"}.get(facts["mode"], "")
+    return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call']}"
 
 
 def _of_inputs(how: Applied, leaves: list[Any]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from .edits import Initialised, differences, initialised
 from .errors import FlaxMagicsError
 from .foreign import Differs, foreign_in, graft
 from .models import Model
+from .modelsource import edited, source_of
 from .registry import Change, Entry
 from .run import Note
 from .show.columns import clean
@@ -39,10 +40,12 @@ class Matched:
     Attributes:
       entry: what the session is to have of it.
       write: puts the variables into the user's own object (NNX); None where the session holds them.
+      other: what is other about the model than when they were saved, such as `was Net(rate=0.5) there`.
     """
 
     entry: Entry
     write: Callable[[], None] | None = None
+    other: tuple[str, ...] = ()
 
 
 def match(saved: SavedModel, entry: Entry) -> Matched:
@@ -51,6 +54,21 @@ def match(saved: SavedModel, entry: Entry) -> Matched:
     Raises:
       Unfit: they do not fit.
     """
+    return replace(_match(saved, entry), other=_other(saved, entry.model))
+
+
+def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
+    """What is other about a model than when it was saved. Its variables may fit nevertheless, and give something else."""
+    if not saved.ready:
+        return ()
+    now = model.describe()
+    # What is said of an NNX module depends on how its construction was written.
+    fields = (f"was {saved.text} there",) if saved.text != now and not saved.holds_variables else ()
+    names = edited(saved.source, source_of(model.module)) if saved.source else ()
+    return (*fields, f"{', '.join(names)} edited since") if names else fields
+
+
+def _match(saved: SavedModel, entry: Entry) -> Matched:
     model: Any = entry.model
     if saved.holds_variables is not model.holds_variables:
         there, here = ("an NNX", "a linen") if saved.holds_variables else ("a linen", "an NNX")
@@ -207,7 +225,7 @@ def matched(waiting: Mapping[str, SavedModel], entry: Entry, change: Change) -> 
     except Unfit as error:
         return entry, replace(change, file=saved.file, unfit=error.lines)
     write = found.write or change.write
-    return found.entry, replace(change, file=saved.file, variables="restored", write=write)
+    return found.entry, replace(change, file=saved.file, variables="restored", write=write, other=found.other)
 
 
 def rebound(waiting: Mapping[str, SavedModel], entry: Entry, notes: tuple[Note, ...]) -> tuple[Entry, tuple[Note, ...]]:
@@ -224,5 +242,5 @@ def rebound(waiting: Mapping[str, SavedModel], entry: Entry, notes: tuple[Note, 
     if change.unfit:
         text = f"the variables in {change.file} do not fit {entry.name}: {', '.join(change.unfit)}"
     else:
-        text = f"{entry.name} has its variables from {change.file}"
+        text = ", ".join((f"{entry.name} has its variables from {change.file}", *change.other))
     return entry, (*notes, Note("file", text))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import restoring, snapshot, snapshotreader, snapshotwriter
-from .atomic import Ticket
+from .atomic import Ticket, checked_target
 from .autosave import Autosave
 from .errors import FlaxMagicsError
 from .history import Chain, newest
 from .notes import SeenKeys
 from .registry import Entry
 from .restoring import Unfit
-from .run import Note
+from .run import Note, Run
 from .show.units import plural
 from .snapshot import SavedModel, Snapshot
 from .state import State
@@ -38,6 +38,7 @@ class Saved:
       draws: how many draws of `seed` had been made.
       runs: how many runs are in its history.
       when: seconds since the epoch, when the session was as it is in the file.
+      kept: nothing was written: the file has a session, and this one has none yet.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Saved:
     draws: int
     runs: int
     when: float
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
     before = session._state
     models: dict[str, Entry] = dict(before.models)
     waiting: dict[str, SavedModel] = {}
+    others: dict[str, tuple[str, ...]] = {}
     writes: list[Callable[[], None]] = []
     unfit: dict[str, tuple[SavedModel, Unfit]] = {}
     for saved in found.models:
@@ -123,7 +126,7 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
         except Unfit as error:
             unfit[saved.name] = saved, error
             continue
-        models[saved.name] = matched.entry
+        models[saved.name], others[saved.name] = matched.entry, matched.other
         if matched.write is not None:
             writes.append(matched.write)
     if unfit:
@@ -135,7 +138,7 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
     seen = SeenKeys()
     seen.roots.add(found.root.data)
     restored = tuple(saved.name for saved in found.models if saved.name not in waiting and saved.ready)
-    notes = (*_lost(before), *_other(found))
+    notes = (*_lost(before, found), *_edited(others), *_other(found))
     with uninterrupted():
         for write in writes:
             write()
@@ -156,13 +159,47 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
     )
 
 
-def _lost(before: State) -> tuple[Note, ...]:
-    """What was in the session that the file replaced; that models were built or initialised is not worth a word."""
-    lost = sum(run.command != "init" for run in newest(before.runs, 0 if before.runs is None else before.runs.length))
-    if not lost:
-        return ()
-    runs = plural(lost, "run")
-    return (Note("replaced", f"the session had made {runs}: its root key and its history are now those of the file"),)
+def _lost(before: State, found: Snapshot) -> tuple[Note, ...]:
+    """What was in the session that the file replaced, and what stays that the file does not have.
+
+    That models were built or initialised is not worth a word.
+    """
+    notes = []
+    there = {_identity(kept.run()) for kept in found.written}
+    runs = newest(before.runs, 0 if before.runs is None else before.runs.length)
+    lost = sum(run.command != "init" and _identity(run) not in there for run in runs)
+    if lost:
+        what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
+        notes.append(Note("replaced", f"{what}: its root key and its history are now those of the file"))
+    empty = [saved.name for saved in found.models if not saved.ready and _has_variables(before.models.get(saved.name))]
+    if empty:
+        verb = "has" if len(empty) == 1 else "have"
+        text = f"{', '.join(empty)} {verb} no variables in the file: those that were here are dropped"
+        notes.append(Note("dropped", text))
+    names = {saved.name for saved in found.models}
+    stays = [name for name, entry in before.models.items() if name not in names and _has_variables(entry)]
+    if stays:
+        verbs = ("is", "keeps its") if len(stays) == 1 else ("are", "keep their")
+        notes.append(Note("stays", f"{', '.join(stays)} {verbs[0]} not in the file, and {verbs[1]} variables"))
+    return tuple(notes)
+
+
+def _identity(run: Run) -> tuple[Any, ...]:
+    """What tells a run from every other, here and in a file."""
+    return run.seed, run.draw, run.command, run.model, run.started
+
+
+def _has_variables(entry: Entry | None) -> bool:
+    return entry is not None and entry.ready
+
+
+def _edited(others: Mapping[str, tuple[str, ...]]) -> tuple[Note, ...]:
+    """Models that are registered, and other than they were when they were saved."""
+    return tuple(
+        Note("edited", f"{name} is not as it was saved, so that its runs may give something else: {', '.join(what)}")
+        for name, what in others.items()
+        if what
+    )
 
 
 def _other(found: Snapshot) -> tuple[Note, ...]:
@@ -183,14 +220,43 @@ def _other(found: Snapshot) -> tuple[Note, ...]:
 
 
 def autosave(session: Session, path: str | os.PathLike[str] | None) -> Saved | None:
-    """Turns saving in the background on or off; on begins with a first time, and stays with the folder of that time."""
+    """Turns saving in the background on or off; on begins with a first time, and stays with the folder of that time.
+
+    A session in which nothing has happened yet does not replace one that is in the file: a notebook that turns this on in
+    its first cells would lose there what it is on for.
+    """
     if path is None:
         old, session.autosaving = session.autosaving, None
         if old is not None:
             old.flush()
         return None
-    saved = save(session, path)
+    saved = _there(session, path) or save(session, path)
     old, session.autosaving = session.autosaving, Autosave(path_of(path).absolute(), saved)
     if old is not None:
         old.flush()
     return saved
+
+
+def _there(session: Session, path: str | os.PathLike[str]) -> Saved | None:
+    """The session that a file has; None where this one is to replace it, whatever it is.
+
+    Raises:
+      FlaxMagicsError: it could not be replaced later.
+    """
+    if session._state.runs is not None or session._state.waiting:
+        return None
+    target = path_of(path)
+    try:
+        found = snapshotreader.read(target)
+        size = os.stat(target).st_size
+    except (FlaxMagicsError, OSError):  # none, or none of ours: the first time tells what there is to tell
+        return None
+    if not found.written:
+        return None
+    try:
+        checked_target(target)
+    except OSError as error:
+        raise FlaxMagicsError(f"`{target}` cannot be written: {error.strerror}.") from None
+    models = tuple(model.name for model in found.models if model.ready)
+    root, runs = found.root, len(found.written)
+    return Saved(os.fspath(target), size, models, found.parameters, root.seed, root.draws, runs, found.saved, kept=True)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .export import Exported
     from .past import History
     from .saving import Restored, Saved
+    from .snapshot import SavedModel
     from .summary import Summary
 
 
@@ -80,7 +81,7 @@ class Session:
         self.programs = Programs(clock)
         self.keep_on_disk(disk_cache)
         self._warm = WarmRuns()
-        self._keeping = Keeping(replay_bytes, lambda: arrays_of(self._state.models))
+        self._keeping = Keeping(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
         """Told what a command is doing, as it begins: `compiling net`."""
@@ -181,12 +182,15 @@ class Session:
         self.register_all({name: module})
         return RegisteredModel(self, name)
 
-    def register_all(self, modules: Mapping[str, Any], *, anew: Container[str] = ()) -> list[Change]:
+    def register_all(
+        self, modules: Mapping[str, Any], *, anew: Container[str] = (), cell: int | None = None
+    ) -> list[Change]:
         """Registers several modules, all or none; says what became of each.
 
         Args:
           modules: name → module, or the Recipe of an NNX module that the session is to build: a draw for each.
           anew: names that stand for nothing any more: a module of the user's own is a new one there.
+          cell: number of the cell that asks for it.
         """
         state, building = self._state, Building(self.clock, self.on_phase)
         before = state.runs
@@ -194,7 +198,7 @@ class Session:
         kept: list[Kept] = []
         for name, module in modules.items():
             if isinstance(module, Recipe):
-                state, change, built = building.build(state, name, module)
+                state, change, built = building.build(state, name, module, cell)
                 kept += [] if built is None else [built]
             else:
                 old = state.models.get(name)
@@ -445,6 +449,11 @@ class Session:
         return restart
 
     # -- files
+
+    @property
+    def waiting(self) -> Mapping[str, SavedModel]:
+        """Models of a file that was loaded whose variables nobody has yet: they are given to what is registered so."""
+        return {name: saved for name, saved in self._state.waiting.items() if saved.ready}
 
     def save(self, path: str | os.PathLike[str]) -> Saved:
         """Writes models' variables, root key, history and model sources into one file, whole or not at all.

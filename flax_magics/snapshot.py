@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from . import __version__
+from .copies import own
 from .edits import Initialised
 from .history import Chain, Kept
 from .keys import Draw, Root
@@ -180,11 +181,7 @@ def _own(tree: Any) -> Any:
         return {key: _own(value) for key, value in tree.items()}
     if type(tree) in (list, tuple):
         return type(tree)(map(_own, tree))
-    if isinstance(tree, np.ndarray):
-        return tree.copy()
-    if isinstance(tree, jax.Array):
-        return tree
-    return jax.tree_util.tree_map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, tree)
+    return own(tree) if isinstance(tree, (np.ndarray, jax.Array)) else jax.tree_util.tree_map(own, tree)
 
 
 @lru_cache(maxsize=1)

@@ -129,6 +129,7 @@ def _model_of(data: Any, reader: Reader, path: str) -> SavedModel:
             isinstance(variables, Mapping) and all(type(key) is str for key in variables)
         ):
             raise Damaged(f"the variables of `{name}` are no collections")
+    _check_tree(variables, f"the variables of `{name}`")
     keys = None
     if own.get("keys") is not None:
         keys = own.mapping("keys", lambda inner, stream: _key(reader.tree(inner.get(stream)), name))
@@ -151,10 +152,20 @@ def _model_of(data: Any, reader: Reader, path: str) -> SavedModel:
     )
 
 
+def _check_tree(tree: Any, what: str) -> None:
+    """Raises Damaged where JAX does not take something apart, such as a dict with keys of two types: none was saved."""
+    try:
+        jax.tree_util.tree_structure(tree)
+    except ValueError:
+        raise Damaged(f"{what} are no tree") from None
+
+
 def _variable(row: Any, name: str, reader: Reader) -> tuple[str, tuple[Any, ...], Any]:
     if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str) or not isinstance(row[1], list):
         raise Damaged(f"`{name}` has a variable that is none")
-    return row[0], tuple(map(key_read, row[1])), reader.tree(row[2])
+    value = reader.tree(row[2])
+    _check_tree(value, f"the variables of `{name}`")
+    return row[0], tuple(map(key_read, row[1])), value
 
 
 def _key(value: Any, name: str) -> Any:
@@ -170,6 +181,7 @@ def _made_of(own: Fields, reader: Reader) -> SavedInit | None:
     args, kwargs = reader.tree(inner.get("args")), reader.tree(inner.get("kwargs"))
     if type(args) is not tuple or type(kwargs) is not dict or not all(type(key) is str for key in kwargs):
         raise Damaged(f"`{inner.where}` is no call")
+    _check_tree((args, kwargs), f"the arguments in `{inner.where}`")
     if foreign_in((args, kwargs)) is not None:
         raise Damaged(f"`{inner.where}` is no call")
     key = reader.tree(inner.get("key"))

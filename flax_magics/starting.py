@@ -103,12 +103,14 @@ def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start
     programs = wanted.programs
     begun, since = None, start.since
     if making.expected is not None and not wanted.op_by_op:
+        # The one thread traces the run, and another compiles meanwhile.
+        making.begin()
         with contextlib.suppress(MissingVariables):
             begun = begin(_job(start, making.expected, wanted), programs, since)
         if begun is not None and begun.building is not None:
             since = programs.clock()
-        # What the program takes to compile is what has to be waited for, so it comes first.
-        making.begin()
+        # What the program takes to compile is what has to be waited for, so it comes before many small ones.
+        making.begin_rest()
         wanted.on_phase(f"initialising {start.entry.name}")
     variables, made = making.finish()
     seconds = programs.clock() - since

@@ -100,8 +100,13 @@ class State:
         seed, number = wanted if isinstance(wanted, tuple) else (self.root.seed, wanted)
         last, _ = self._last(seed)
         if not 1 <= number <= last:
-            drawn = f"draws 1 to {last}" if last else "no draw"
-            raise FlaxMagicsError(f"draw {number} of seed {seed} was not made in this session: it has {drawn}.")
+            drawn = f"draws 1 to {last}" if last > 1 else "draw 1 alone" if last else "no draw"
+            others = [other for other in {**self.seeds, self.root.seed: 0} if 1 <= number <= self._last(other)[0]]
+            raise FlaxMagicsError(
+                f"draw {number} of seed {seed} was not made in this session: it has {drawn}.",
+                hint=", ".join(f"{other}:{number} is draw {number} of seed {other}" for other in others[-3:]) or None,
+                write="%flax_history     lists them",
+            )
         return seed, number
 
 

@@ -19,6 +19,7 @@ from flax.core import freeze
 from .container import Damaged, dtype_named, shape_of
 from .foreign import Foreign
 from .treewriter import DEPTH, Node
+from .weaktypes import weakly_typed
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,9 @@ class Reader:
         return array
 
     def _weak(self, value: Any, depth: int) -> jax.Array:
-        """An array that takes the dtype of what it is combined with, as a Python number does."""
         array = self._array(value, depth)
-        kind = {"f": 0.0, "i": 0, "c": 0j}.get(array.dtype.kind)
-        if kind is None:
-            return array
-        weak = jax.numpy.broadcast_to(jax.numpy.asarray(kind), array.shape).at[...].set(array)
-        made: jax.Array = weak if weak.dtype == array.dtype else array
-        return made
+        with jax.transfer_guard("allow"):
+            return weakly_typed(array)
 
     def _typed_key(self, value: Any, depth: int) -> jax.Array:
         name, impl = _pair(value)

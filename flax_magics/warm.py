@@ -18,9 +18,10 @@ import jax
 from .applying import Applied
 from .arguments import signature_of
 from .compiling import settings
+from .copies import own
 from .execution import Options, hand_back
 from .frozen import altered
-from .history import Kept, own
+from .history import Kept
 from .keys import Draw, Streams
 from .library import library
 from .memory import with_peak

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def test_a_full_disk_is_told_and_changes_nothing(tmp_path, monkeypatch):
     with pytest.raises(FlaxMagicsError) as error:
         write(path, {"a": 2}, {})
     assert str(error.value) == f"`{path}` cannot be written: No space left on device."
+    assert read(path).document == {"a": 1}
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_file_that_outgrows_what_a_process_may_write_is_told_and_changes_nothing(tmp_path):
+    import resource
+
+    path = tmp_path / "file"
+    write(path, {"a": 1}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(FlaxMagicsError) as error:
+            write(path, {"a": 2}, {"x": np.zeros(4096)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(error.value) == f"`{path}` cannot be written: File too large."
     assert read(path).document == {"a": 1}
     assert os.listdir(tmp_path) == ["file"]
 

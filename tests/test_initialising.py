@@ -256,3 +256,21 @@ def test_a_constant_of_no_dimensions_is_an_array_as_by_hand():
     assert type(scale) is type(by_hand)
     assert bits(scale) == bits(by_hand)
     assert scale.weak_type == by_hand.weak_type
+
+
+def test_a_constant_that_is_weakly_typed_is_so_as_by_hand():
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param("scale", lambda key: jnp.asarray(1.5))
+
+    x = jnp.ones((3,), jnp.bfloat16)
+    session = Session(seed=0)
+    session.register("net", Scaled())
+    run = session.apply("net", x)
+    by_hand = Scaled().init(jax.random.key(0), x)
+    assert is_taken_apart(Scaled(), x)
+    assert by_hand["params"]["scale"].weak_type
+    assert session.models["net"].variables["params"]["scale"].weak_type
+    assert run.output.dtype == jax.jit(Scaled().apply)(by_hand, x).dtype == jnp.bfloat16
+    assert session.apply("net", x).program == "reused"

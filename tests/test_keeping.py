@@ -13,8 +13,30 @@ import pytest
 from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
+from flax_magics.construct import Recipe
+from flax_magics.pinned import arrays_in
 
 MB = 1_000_000
+
+
+class Table(nn.Module):
+    """Holds a megabyte in a field."""
+
+    table: jax.Array
+
+    @nn.compact
+    def __call__(self, x):
+        return x.mean() + self.table[0, 0] + self.param("bias", nn.initializers.normal(), ())
+
+
+def closed_over(table: jax.Array) -> type:
+    """A class whose method closes over a megabyte."""
+
+    class Net(nn.Module):
+        def __call__(self, x):
+            return x.mean() + table[0, 0]
+
+    return Net
 
 
 def megabyte(i: int = 0) -> jax.Array:
@@ -52,9 +74,10 @@ class NnxNorm(nnx.Module):
 
 
 def megabytes() -> int:
-    """How many arrays of a megabyte there are in this process."""
+    """How many buffers of a megabyte there are in this process."""
     gc.collect()
-    return sum(array.nbytes == MB for array in jax.live_arrays())
+    # JAX makes a second array of a constant in a program, of the same buffer.
+    return len({array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.nbytes == MB})
 
 
 def alive(references: list[weakref.ref]) -> list[bool]:
@@ -162,3 +185,98 @@ def test_a_limit_that_is_none(limit):
     with pytest.raises(FlaxMagicsError) as error:
         Session(seed=0, replay_bytes=limit)
     assert str(error.value) == f"`replay_bytes` is a number of bytes, 0 or more, not {limit!r}."
+
+
+def of_a_field(i):
+    return Table(megabyte(i))
+
+
+def of_a_closure(i):
+    return closed_over(megabyte(i))()
+
+
+def of_a_default(i):
+    class Net(nn.Module):
+        def __call__(self, x, table=megabyte(i)):  # noqa: B008
+            return x.mean() + table[0, 0]
+
+    return Net()
+
+
+def of_a_class(i):
+    class Net(nn.Module):
+        tables = {"one": [megabyte(i)]}  # noqa: RUF012
+
+        def __call__(self, x):
+            return x.mean() + self.tables["one"][0][0, 0]
+
+    return Net()
+
+
+def of_a_submodule(i):
+    return nn.Sequential([Table(megabyte(i))])
+
+
+@pytest.mark.parametrize("make", [of_a_field, of_a_closure, of_a_default, of_a_class, of_a_submodule])
+def test_what_a_model_held_that_is_no_more_is_counted_and_let_go_of(make):
+    others = megabytes()
+    session = Session(seed=0, replay_bytes=4 * MB)
+    x = jnp.ones(3)
+    for i in range(3):
+        session.register("net", make(i))
+        for _ in range(2):
+            session.apply("net", x)
+    # The newest is the model's, which is there anyway; all three can be run again.
+    assert session.kept_bytes // MB == 2
+    assert megabytes() - others == 3
+    assert session.replay(1).agreement.identical is None
+    for i in range(3, 12):
+        session.register("net", make(i))
+        session.apply("net", x)
+    assert session.kept_bytes <= 4 * MB
+    assert megabytes() - others == session.kept_bytes // MB + 1
+    assert session.replay("last").agreement.identical is None
+    with pytest.raises(FlaxMagicsError, match="were let go of"):
+        session.replay(1)
+    session.replay_bytes = 0
+    assert megabytes() - others == 1
+
+
+def test_so_is_what_an_init_and_a_construction_were_of():
+    others = megabytes()
+    session = Session(seed=0)
+    session.register("net", Table(megabyte(1)))
+    session.init("net", jnp.ones(3))
+    session.register("net", Table(megabyte(2)))
+    session.init("net", jnp.ones(3))
+    assert session.kept_bytes // MB == 1
+    session.register_all({"built": Recipe(Own, (megabyte(3),), {}, "Own(…)")})
+    assert session.kept_bytes // MB == 1
+    session.register_all({"built": Recipe(Own, (megabyte(4),), {}, "Own(…)")})
+    assert session.kept_bytes // MB == 2
+    session.replay_bytes = 0
+    session.init("net", jnp.ones(3))
+    session.settle()
+    assert megabytes() - others == 2
+
+
+class Own(nnx.Module):
+    """Is built of a megabyte that it keeps no longer."""
+
+    def __init__(self, table, *, rngs):
+        self.bias = nnx.Param(table[0, 0] + jax.random.normal(rngs.params(), ()))
+
+
+def test_a_field_of_the_registered_model_is_nothing_that_replays_pin():
+    session = Session(seed=0)
+    net = Table(megabyte())
+    session.register("net", net)
+    session.apply("net", jnp.ones(3))
+    assert session.kept_bytes == 12  # of x
+
+
+def test_what_reaches_far_does_not_take_long_to_look_at():
+    far: list = []
+    for _ in range(3):
+        far = [far, *range(100_000)]
+    assert len(arrays_in([megabyte(), far])) <= 1

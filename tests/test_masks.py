@@ -77,14 +77,12 @@ def test_other_inputs_of_the_same_shape_get_the_same_mask(make):
     np.testing.assert_array_equal(first.output == 0, second.output == 0)
 
 
-def test_another_batch_is_named_layer_by_layer(make, names):
+def test_layers_of_another_batch_are_named(make, names):
     session = Session()
     session.register("net", make())
     session.apply("net", x)
     a, b = names
-    assert masks(session.apply("net", x[:2], draw=1)) == note(
-        f"{a}: [4,8] there, [2,8] here; {b}: [4,8] there, [2,8] here"
-    )
+    assert masks(session.apply("net", x[:2], draw=1)) == note(f"{a}, {b}: [4,8] there, [2,8] here")
 
 
 def test_of_another_model_the_layers_that_differ_alone_are_named(make, names):
@@ -112,7 +110,7 @@ def test_layers_of_one_of_them_alone(make):
     if make is linen:
         assert masks(run) == note("Dropout_1: in draw 1's run alone")
     else:  # the first stream of the model is another layer's
-        assert masks(run) == note("b: another key, by its place among the model's streams; a: in draw 1's run alone")
+        assert masks(run) == note("b: another key, by its place in the model; a: in draw 1's run alone")
 
 
 def test_what_a_module_draws_with_a_key_itself_is_not_claimed(make):
@@ -141,4 +139,24 @@ def test_a_warm_run_is_compared_too_and_so_is_one_whose_inputs_were_let_go_of(ma
         session.apply("net", x)
     assert masks(session.apply("net", x, draw=3)) == []
     (said,) = masks(session.apply("net", x[:2], draw=3))
-    assert said.text.startswith(f"other random numbers than in draw 3 at {names[0]}: [4,8] there, [2,8] here")
+    assert said.text == f"other random numbers than in draw 3 at {', '.join(names)}: [4,8] there, [2,8] here"
+
+
+def test_of_many_layers_some_are_named_and_the_rest_is_counted():
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(6):
+                x = nn.Dropout(0.5, deterministic=False)(x)
+            for width in range(1, 8):
+                x = x[:, :-1]
+                nn.Dropout(0.5, deterministic=False, name=f"d{width}")(x)
+            return x
+
+    session = Session()
+    session.register("net", Deep())
+    session.apply("net", x)
+    assert masks(session.apply("net", x[:2], draw=1)) == note(
+        "Dropout_0, Dropout_1, Dropout_2, Dropout_3 and 2 more: [4,8] there, [2,8] here; d1: [4,7] there, [2,7] here; "
+        "d2: [4,6] there, [2,6] here; d3: [4,5] there, [2,5] here; d4, d5, d6, d7: other shapes or rates"
+    )

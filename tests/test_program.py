@@ -324,3 +324,13 @@ def test_the_process_can_leave_while_something_compiles(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stdout) == (0, "interrupted\n")
+
+
+@pytest.mark.parametrize("disk_cache", [False, True])
+def test_an_input_that_nothing_reads_may_have_another_shape(tmp_path, disk_cache):
+    session = Session(seed=0, disk_cache=tmp_path if disk_cache else False)
+    session.register("net", model(PLAIN.replace("(x)", "(jnp.ones((1, 4)))"), WIDTH=3, other=lambda x: x, scale=(2.0,)))
+    first = session.apply("net", jnp.ones((2, 4)))
+    second = session.apply("net", jnp.ones((5, 4), jnp.bfloat16))
+    assert second.reason == "x: float32[2,4] → bfloat16[5,4]"
+    assert bits(first.output) == bits(second.output)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.agreement import Agreement, Difference
-from flax_magics.models.nnx import raw
+from flax_magics.models.graph import raw
 
 IDENTICAL = Agreement(True, "output")
 BY_DIGEST = Agreement(True, "digest")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -86,9 +87,61 @@ def test_a_model_that_is_registered_already_gets_its_variables_at_once(path):
     assert (restored.models, restored.waiting) == (("net",), ())
     assert bits(other.models["net"].variables) == bits(session.models["net"].variables)
     assert [note.text for note in restored.notes] == [
-        "the session had made 1 run: its root key and its history are now those of the file"
+        "1 run of this session is not in the file: its root key and its history are now those of the file"
     ]
     assert bits(session.apply("net", x, train=True).output) == bits(other.apply("net", x, train=True).output)
+
+
+def test_what_a_file_replaces_is_said_and_loading_it_again_replaces_nothing(path):
+    x = notebook_x()
+    session, other = Session(), Session()
+    session.register_all({"net": Normed(), "empty": MyModel(3, True)})
+    session.apply("net", x, train=True)
+    session.save(path)
+    other.register_all({"net": Normed(), "empty": MyModel(3, True), "mine": MyModel(3, True)})
+    for name in ("empty", "mine"):
+        other.apply(name, x)
+    notes = [note.text for note in other.load(path).notes]
+    assert notes == [
+        "2 runs of this session are not in the file: its root key and its history are now those of the file",
+        "empty has no variables in the file: those that were here are dropped",
+        "mine is not in the file, and keeps its variables",
+    ]
+    assert other.models["empty"].variables is None
+    assert [note.text for note in other.load(path).notes] == ["mine is not in the file, and keeps its variables"]
+    other.apply("net", x, train=True)
+    assert [note.kind for note in other.load(path).notes] == ["replaced", "stays"]
+
+
+class Rate(nn.Module):
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(self.rate, deterministic=False)(nn.Dense(3)(x))
+
+
+def test_a_model_that_fits_and_was_edited_since_is_told(path):
+    session, other = Session(), Session()
+    session.register("net", Rate())
+    session.apply("net", notebook_x())
+    session.save(path)
+    other.register("net", Rate(0.25))
+    assert [note.text for note in other.load(path).notes] == [
+        "net is not as it was saved, so that its runs may give something else: was Rate() there"
+    ]
+    found = unpacking.read(path)
+    text = json.dumps(found.document)
+    assert "Dropout(self.rate" in text
+    write(path, json.loads(text.replace("Dropout(self.rate", "Dropout(0.1 + self.rate")), found.arrays)
+    third = Session()
+    third.load(path)
+    (change,) = third.register_all({"net": Rate()})
+    assert (change.variables, change.other) == ("restored", ("Rate edited since",))
+    # Comments, docstrings and layout are nothing that a run depends on.
+    write(path, json.loads(text.replace("@nn.compact", "# so it is\\n\\n    @nn.compact")), found.arrays)
+    assert "so it is" in path.read_text(errors="replace")
+    assert third.load(path).notes == ()
 
 
 def test_a_draw_that_an_init_opened_is_still_open(path):
@@ -137,6 +190,62 @@ def test_a_module_of_the_users_own_gets_the_values_where_it_is(path):
     assert again.linear.kernel is kernel
     assert bits(nnx.state(again)) == bits(nnx.state(net))
     assert bits(session.apply("net", x).output) == bits(other.apply("net", x).output)
+
+
+class Weak(nn.Module):
+    """Variables that take the dtype of what they are combined with."""
+
+    @nn.compact
+    def __call__(self, x):
+        steps = self.variable("steps", "n", lambda: jnp.asarray(0))
+        steps.value = steps.value + 1
+        return x * self.param("scale", lambda key: jnp.asarray(1.5)) + steps.value
+
+
+class WeakOwn(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.asarray(1.5))
+        self.steps = nnx.Variable(jnp.asarray(0))
+
+    def __call__(self, x):
+        return self.steps + self.scale * x
+
+
+@pytest.mark.parametrize("cls", [Weak, WeakOwn])
+@pytest.mark.parametrize("registered_first", [True, False])
+def test_variables_that_are_weakly_typed_are_so_again(path, cls, registered_first):
+    x = jnp.linspace(0, 1, 12).astype(jnp.bfloat16)
+    session, other = Session(), Session()
+    session.register("net", cls())
+    session.apply("net", x)
+    session.save(path)
+    for step in ("register", "load") if registered_first else ("load", "register"):
+        if step == "register":
+            other.register("net", cls())
+        else:
+            other.load(path)
+    leaves = [jax.tree_util.tree_leaves(one.models["net"].collections()) for one in (session, other)]
+    assert [leaf.aval for leaf in leaves[1]] == [leaf.aval for leaf in leaves[0]]
+    assert [leaf.weak_type for leaf in leaves[1]] == [True, True]
+    one, two = session.apply("net", x), other.apply("net", x)
+    assert (two.shape, two.digest) == (one.shape, one.digest)
+    assert one.shape == "bfloat16[12]"
+
+
+def test_a_file_that_does_not_say_which_variables_are_weakly_typed_is_read(path):
+    x = jnp.ones((3,), jnp.bfloat16)
+    session, other = Session(), Session()
+    session.register("net", Weak())
+    session.apply("net", x)
+    session.save(path)
+    found = unpacking.read(path)
+    document = json.loads(json.dumps(found.document).replace('{"weak": "net', '{"array": "net'))
+    assert document != found.document
+    write(path, document, found.arrays)
+    other.register("net", Weak())
+    assert other.load(path).models == ("net",)
+    assert bits(other.models["net"].variables) == bits(session.models["net"].variables)
+    assert other.apply("net", x).shape == "float32[3]"
 
 
 def test_seeds_that_were_used_before_can_be_drawn_from_again(path):
@@ -603,6 +712,26 @@ def test_whatever_stands_anywhere_in_its_json_one_error_is_all(path):
     assert accepted < 3 * len(places)
 
 
+def test_a_dict_that_jax_cannot_take_apart_is_told(path):
+    a_session(path)
+    found = unpacking.read(path)
+    text = json.dumps(found.document)
+    for old, new in (
+        ('["kernel", {', "[7, {"),
+        ('"kwargs": {"dict": []}', '"kwargs": {"dict": [["a", {"dict": [[1, null], ["b", null]]}]]}'),
+    ):
+        assert old in text
+        write(path, json.loads(text.replace(old, new)), found.arrays)
+        session = Session()
+        session.register("net", MyModel(3, True))
+        with pytest.raises(FlaxMagicsError) as error:
+            session.load(path)
+        assert re.fullmatch(
+            "`.*` cannot be loaded: (the variables of `net`|the arguments in `session.models.made`) are no tree.",
+            str(error.value),
+        )
+
+
 def test_whatever_stands_in_its_history_one_error_is_all(path):
     a_session(path)
     found = unpacking.read(path)
@@ -692,7 +821,7 @@ def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(pat
         other.replay(1)
     assert str(error.value).startswith(
         "draw 1 of seed 0 cannot be run again: it ran in the session that was saved, and its inputs are not in the file.\n"
-        "  write: %flax_apply --draw 0:1 net("
+        "  write: %flax_init --draw 0:1 net("
     )
     run = other.apply("net", x)
     assert other.replay(2).agreement.identical

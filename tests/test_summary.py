@@ -15,7 +15,8 @@ from flax.linen import summary as flax_summary
 
 import flax_magics
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.summary import Size, Summary
+from flax_magics.modules import Size
+from flax_magics.summary import Summary
 
 X = jnp.ones((5, 4))
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "noise"))}

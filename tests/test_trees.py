@@ -24,6 +24,7 @@ from flax_magics.foreign import Differs, Foreign, graft
 from flax_magics.treereader import Reader
 from flax_magics.treewriter import DEPTH, Writer
 from flax_magics.unpacking import read
+from flax_magics.weaktypes import weakly_typed
 
 
 def there_and_back(tree):
@@ -89,6 +90,7 @@ weak_arrays = st.one_of(
     st.floats(width=32, allow_nan=False).map(jnp.asarray),
     st.integers(-9, 9).map(jnp.asarray),
     st.floats(width=32, allow_nan=False).map(lambda value: jnp.broadcast_to(jnp.asarray(value), (2, 3))),
+    host_arrays(OF_JAX).map(weakly_typed),
 )
 typed_keys = st.tuples(st.sampled_from(["threefry2x32", "rbg", "unsafe_rbg"]), st.integers(0, 99), shapes).map(
     lambda drawn: (

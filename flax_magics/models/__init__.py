@@ -52,12 +52,14 @@ class Take:
       path: the module's.
       source: what its key is made of, besides the stream's own: equal sources of one stream give equal keys.
       drew: the shape of a dropout's mask and its rate; None where that is not known.
+      axes: sizes of the axes that its stream was split along, outermost first: so many keys there are, and masks.
     """
 
     stream: str
     path: Path
     source: tuple[Any, ...]
     drew: tuple[tuple[int, ...], float] | None = None
+    axes: tuple[int, ...] = ()
 
 
 @dataclass

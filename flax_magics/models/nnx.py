@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,33 +15,12 @@ from flax import nnx
 
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
-from ..uninterrupted import Assignment, at_once
-from . import ARGUMENTS, CONVERTED, SOWN, Ask, Commit, Forward, Incomplete, Model, Path, Record, Variables, own_methods
-from .graph import (
-    GRAPH,
-    SIMPLE,
-    Kept,
-    Layout,
-    Rebuilt,
-    Values,
-    assignment,
-    flat_state,
-    is_fixed,
-    is_ref,
-    is_sown,
-    parts_of,
-    raw,
-    same,
-    set_raw,
-    spell,
-    transplant,
-    walk,
-)
-from .streams import Watcher, mark, unmark, was_sown
-from .switch import WHEN_TRAINING, read_fields, set_fields, value_of
+from . import Ask, Commit, Forward, Model, Path, Record, Variables, nnx_run, own_methods
+from .graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, walk
+from .layout import Kept, Layout, Values
+from .nnx_switch import switches_read
+from .surgery import transplant
 
-STRUCTURE = "(structure)"
-"""Where a run's result keeps the variables of a graph that the run changed."""
 SUPPLIED = ("params", "dropout")
 """Streams of the Rngs that the session makes."""
 
@@ -134,8 +111,7 @@ class NnxModel:
     def _switches_read(self, train: bool | None) -> tuple[str, ...]:
         layout = self.layout
         if train not in layout.switches:
-            found = Counter(setting for _, _, _, setting in _switches(layout.nodes, train))
-            layout.switches[train] = _compact(found)
+            layout.switches[train] = switches_read(layout.nodes, train)
         return layout.switches[train]
 
     # -- what it holds
@@ -143,6 +119,11 @@ class NnxModel:
     def streams(self) -> frozenset[str]:
         """Tags of the streams that are replaced in every run, and the names in the Rngs that the session makes."""
         return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
+
+    @property
+    def _own_tags(self) -> frozenset[str]:
+        """Tags that are no names in the Rngs which the session makes."""
+        return self.layout.tags - frozenset(SUPPLIED)
 
     def take(self) -> Values:
         """The module's variables as they are now, by type; the keys and counts of its streams are the draw's to give."""
@@ -241,7 +222,7 @@ class NnxModel:
         Raises:
           FlaxMagicsError: an object in the call holds references.
         """
-        passed = _variables((args, kwargs))
+        passed = nnx_run.variables_in((args, kwargs))
         if any(is_ref(raw(variable)) for variable in passed):
             raise FlaxMagicsError(
                 "an object in the call holds references, which a run would change even where it fails.",
@@ -267,93 +248,12 @@ class NnxModel:
 
     def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
         """See `Model`. The streams of the copy are those of `keys`, by tag, as `nnx.reseed` would set them."""
-        layout = self.layout
-
-        def run(
-            variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[Any, dict[str, Any]]:
-            copy = layout.rebuild(variables)
-            before = dict(walk(copy))
-            values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
-            _pop(copy, is_sown)
-            undo = _set_mode(copy, self.mode)
-            reseed(copy, keys)
-            trace = object() if _is_traced(variables, keys, args, kwargs) else None
-            mark(copy, trace)
-            held = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
-            handed = None
-            passed = _variables((args, kwargs))
-            given = [raw(variable) for variable in passed]
-            if self.gives_rngs:
-                own = layout.tags - set(SUPPLIED)
-                handed = nnx.Rngs(**{name: keys[name] for name in sorted(ask.streams - own)})
-                mark(handed, trace, handed=True)
-                kwargs = {**kwargs, "rngs": handed}
-            record.held |= self.streams()
-            watcher = Watcher(copy, record, handed)
-            try:
-                with watcher.watching():
-                    target: Any = copy
-                    for name in method:
-                        target = getattr(target, name)
-                    output = target(*args, **kwargs)
-            except (AttributeError, KeyError):
-                if watcher.missing is None or watcher.missing in ask.streams:
-                    raise
-            finally:
-                unmark(copy)
-            if watcher.missing is not None and watcher.missing not in ask.streams:
-                record.asked.setdefault(watcher.missing, [])
-                raise Incomplete
-            sown = _pop(copy, lambda part: is_sown(part) or was_sown(part))
-            updates: dict[str, Any] = {}
-            if sown:
-                record.sown.add(SOWN)
-                updates[SOWN] = sown
-            moved = {
-                str(i): raw(variable)
-                for i, (variable, old) in enumerate(zip(passed, given, strict=True))
-                if not same(old, raw(variable))
-            }
-            if moved:
-                updates[ARGUMENTS] = moved
-            if any(_other(node, parts) for node, parts in held):
-                undo()
-                record.structure, updates[STRUCTURE] = _structure(copy, before)
-            after = dict(walk(copy))
-            for slot in layout.slots:
-                part = after.get(slot.path)
-                if slot.sown or slot.fixed or part is None:
-                    continue
-                value = raw(part) if isinstance(part, nnx.Variable) else part
-                if not same(values[slot.path], value):
-                    updates.setdefault(slot.collection, {})[slot.name] = value
-                elif trace is not None and _is_converted(slot.read(), value):
-                    updates.setdefault(CONVERTED, {}).setdefault(slot.collection, {})[slot.name] = value
-            return output, updates
-
-        return run
+        rngs = sorted(ask.streams - self._own_tags) if self.gives_rngs else None
+        return nnx_run.forward(self.layout, method, ask, record, mode=self.mode, held=self.streams(), rngs=rngs)
 
     def commit(self, updates: Mapping[str, Any], record: Record) -> Commit:
         """See `Model`. What is written is the module's own objects."""
-        layout, structure = self.layout, record.structure
-        ours = (STRUCTURE, ARGUMENTS, CONVERTED)
-        changed = [name for name in updates if name not in ours and name not in layout.random]
-        passed: list[Assignment] = [
-            assignment(self.passed[int(i)], value) for i, value in updates.get(ARGUMENTS, {}).items()
-        ]
-        if structure is None:
-            converted = layout.assignments(updates[CONVERTED]) if CONVERTED in updates else ()
-            assignments = (*layout.assignments(updates), *converted, *passed)
-            if layout.has_refs:
-                return Commit(tuple(changed), (), lambda: at_once(assignments))
-            return Commit(tuple(changed), assignments)
-        changed += [name for name in structure.added if name not in changed and name not in layout.random]
-
-        def write() -> None:
-            structure.put_into(layout, updates[STRUCTURE])
-
-        return Commit(tuple(changed), tuple(passed), write)
+        return nnx_run.commit(self.layout, self.passed, updates, record.structure)
 
     def parts(self) -> dict[Path, str]:
         """The modules of the graph."""
@@ -397,8 +297,7 @@ class NnxModel:
             keys = ", ".join(f"{stream}={stream}_key" for stream in held)
             parts.append(f"nnx.reseed({name}, policy='match_shape', {keys})")
         if self.gives_rngs:
-            own = self.layout.tags - set(SUPPLIED)
-            made = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in own)
+            made = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in self._own_tags)
             inside = call.rpartition(")")[0].rstrip(", ")
             call = f"{inside}{'' if inside.endswith('(') else ', '}rngs=nnx.Rngs({made}))"
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
@@ -419,17 +318,6 @@ def _signature(function: Any) -> inspect.Signature:
         return inspect.signature(lambda *args, **kwargs: None)
 
 
-def _variables(tree: Any) -> tuple[Any, ...]:
-    """The variables of all NNX objects in a tree of arguments, in order."""
-    found = []
-    for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
-        if isinstance(leaf, nnx.Variable):
-            found.append(leaf)
-        elif isinstance(leaf, nnx.Pytree):
-            found += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
-    return tuple(found)
-
-
 def _about(variable: Any) -> str:
     """What a Variable says of itself besides its value: `sharding_names=(None, 'mlp')`."""
     if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
@@ -439,21 +327,6 @@ def _about(variable: Any) -> str:
     return ", ".join(
         f"{name}={value}" for name, value in told.items() if not (value in (None, True, False, ()) or callable(value))
     )
-
-
-def reseed(module: Any, keys: Mapping[str, Any]) -> None:
-    """`nnx.reseed(module, policy='match_shape', **keys)`: a key of its own for each stream of a tag, in graph order."""
-    drawn: Counter[str] = Counter()
-    for _, stream in walk(module):
-        if isinstance(stream, nnx.RngStream) and stream.key.tag in keys:
-            tag = stream.key.tag
-            key = jax.random.fold_in(keys[tag], np.uint32(drawn[tag]))
-            drawn[tag] += 1
-            shape = raw(stream.key).shape
-            if shape:
-                key = jax.random.split(key, shape)
-            set_raw(stream.key, key)
-            set_raw(stream.count, jax.numpy.zeros(key.shape, dtype=jax.numpy.uint32))
 
 
 def _parameters(cls: type) -> list[str]:
@@ -466,132 +339,3 @@ def _parameters(cls: type) -> list[str]:
 def _shape(value: Any) -> str:
     leaves = jax.tree_util.tree_leaves(value)
     return str([(getattr(leaf, "shape", None), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves])
-
-
-def _switches(nodes: Any, train: bool | None) -> Iterator[tuple[Any, str, Any, str]]:
-    """Every switch of the graph: the module that has it, the attribute to set and its value, and how that reads.
-
-    A switch is an attribute of the module, of its class, or a field of a config dataclass that it holds.
-    """
-    for _, node in nodes:
-        if not isinstance(node, nnx.Pytree):
-            continue
-        for name, value in parts_of(node) or ():
-            if name in WHEN_TRAINING or isinstance(value, nnx.Pytree) or not dataclasses.is_dataclass(value):
-                continue
-            if train is None:
-                for setting in read_fields(value):
-                    yield node, name, value, setting.rpartition(".")[2]
-            else:
-                new, done = set_fields(value, train, frozenset())
-                for setting in done:
-                    yield node, name, new, setting.rpartition(".")[2]
-        for name in WHEN_TRAINING:
-            value = getattr(node, name, MISSING) if name in vars(node) or name in _class_names(type(node)) else MISSING
-            if value is None or isinstance(value, bool):
-                new = value if train is None else value_of(name, train)
-                if new is not None:
-                    yield node, name, new, f"{name}={new}"
-
-
-MISSING = object()
-
-
-def _class_names(cls: type) -> set[str]:
-    return {name for name in WHEN_TRAINING if isinstance(getattr(cls, name, None), bool)}
-
-
-def _compact(found: Counter[str]) -> tuple[str, ...]:
-    return tuple(setting if n == 1 else f"{setting} in {n} modules" for setting, n in sorted(found.items()))
-
-
-def _set_mode(module: Any, train: bool | None) -> Callable[[], None]:
-    """Sets every switch of `module`; gives what sets them back, where the model has not set them itself since."""
-    if train is None:
-        return lambda: None
-    done = []
-    nodes = [(path, node) for path, node in walk(module)]
-    for node, name, new, _ in list(_switches(nodes, train)):
-        done.append((node, name, vars(node).get(name, MISSING), new))
-        vars(node)[name] = new
-
-    def undo() -> None:
-        for node, name, old, new in reversed(done):
-            if vars(node).get(name, MISSING) is not new:
-                continue
-            if old is MISSING:
-                del vars(node)[name]
-            else:
-                vars(node)[name] = old
-
-    return undo
-
-
-def _is_traced(*trees: Any) -> bool:
-    """Whether a program is being made, as opposed to a run op by op."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
-
-
-def _is_converted(held: Any, traced: Any) -> bool:
-    """Whether JAX has made another dtype of a value by taking it into a program."""
-    before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
-    return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
-
-
-def _pop(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Any]:
-    """Takes the parts that are `wanted` off the graph: type → nested by path."""
-    out: dict[str, Any] = {}
-    for path, node in list(walk(module)):
-        for name, part in parts_of(node) or ():
-            if not wanted(part):
-                continue
-            inner = out.setdefault(type(part).__name__, {})
-            for step in path:
-                inner = inner.setdefault(str(step), {})
-            inner[str(name)] = raw(part)
-            if isinstance(node, nnx.Pytree):
-                del vars(node)[name]
-            elif isinstance(node, dict):
-                del node[name]
-    return out
-
-
-def _other(node: Any, held: Any) -> bool:
-    """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
-    now = parts_of(node)
-    if now is None or len(now) != len(held):
-        return True
-    for (name, value), (old_name, old) in zip(now, held, strict=True):
-        if name != old_name:
-            return True
-        if value is old or (_is_array(value) and _is_array(old)):
-            continue
-        if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):
-            return True
-        try:
-            if not bool(value == old):
-                return True
-        except Exception:
-            return True
-    return False
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray))
-
-
-def _structure(module: Any, before: Mapping[Path, Any]) -> tuple[Rebuilt, list[Any]]:
-    """A graph that a run changed, and the values of its variables."""
-    was = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    now = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
-    added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
-    graphdef, state = nnx.split(module, **GRAPH)
-    skeleton, values, fixed = [], [], []
-    for path, leaf in flat_state(state):
-        if is_fixed(leaf):
-            fixed.append((path, leaf))
-            continue
-        skeleton.append((path, jax.tree_util.tree_structure(leaf)))
-        values.append(raw(leaf) if isinstance(leaf, nnx.Variable) else leaf)
-    return Rebuilt(graphdef, tuple(skeleton), tuple(fixed), matches, tuple(dict.fromkeys(added))), values

@@ -25,6 +25,7 @@ from flax.core.scope import Scope
 from flax.linen import transforms
 
 from . import Ask, Layer, Record, Take, nnx_bridge
+from .lifted import Lifts, Made
 
 _lock = threading.RLock()
 _traces = itertools.count(1)
@@ -41,6 +42,7 @@ class Recorder:
         self.asking = False
         self.forking = False
         self.drawing: tuple[tuple[int, ...], float] | None = None
+        self.lifts = Lifts()
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -51,11 +53,10 @@ class Recorder:
         finally:
             self.asking = False
 
-    def _takes(self, name: str, scope: Scope) -> None:
+    def _takes(self, name: str, scope: Scope, made: Made) -> None:
         path = tuple(scope.path)
         self.record.asked.setdefault(name, []).append(path)
-        # Flax folds the path, and how many keys this scope has made, into the stream's key.
-        self.record.takes.append(Take(name, path, (path, scope.rng_counters.get(name, 0)), self.drawing))
+        self.record.takes.append(Take(name, path, made.source, self.drawing, made.axes))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -66,10 +67,13 @@ class Recorder:
         def make(scope: Scope, name: str = "params") -> Any:
             if threading.get_ident() != thread:
                 return make_rng(scope, name)
+            made = self.lifts.of(scope, name)
             if self.forking:
                 with self._inside():
-                    return make_rng(scope, name)
-            self._takes(name, scope)
+                    key = make_rng(scope, name)
+                self.lifts.forked(key, made)
+                return key
+            self._takes(name, scope, made)
             # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
             if name in scope.rngs or name in self.ask.streams:
                 with self._inside():
@@ -103,7 +107,7 @@ class Recorder:
             try:
                 across = nnx_bridge()
                 inside = contextlib.nullcontext() if across is None else across.watching(self)
-                with self._jitted_anew(thread), inside, nn.intercept_methods(self._layers):
+                with self._jitted_anew(thread), self.lifts.watching(), inside, nn.intercept_methods(self._layers):
                     yield
             finally:
                 _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)

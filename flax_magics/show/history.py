@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ SHOWN = 60
 REPLAYED = "replayed"
 FOLDED = 3
 """So many runs of one cell are one row."""
+BY_TURNS = 12
+"""Rows of one cell, from which on the runs of one call are one row wherever they stand in it."""
 NONE = "no draw yet: %flax_apply net(x) makes one"
 
 
@@ -52,28 +55,26 @@ def heading(history: History) -> tuple[str, ...]:
     )
 
 
-def rows(history: History) -> tuple[Row, ...]:
-    """The rows, oldest first."""
+def rows(history: History, *, everything: bool = False) -> tuple[tuple[Row, ...], str]:
+    """The rows, oldest first, the last `SHOWN` or all; and what is said of those that are not shown."""
     several = len({row.seed for row in history.rows} | {history.seed}) > 1
-    return tuple(_row(group, several) for group in _groups(history.rows))
-
-
-def left_out(history: History, found: tuple[Row, ...]) -> str:
-    """What is said of rows that are not shown."""
-    hidden = max(0, len(found) - SHOWN)
+    groups = list(_groups(history.rows))
+    hidden = 0 if everything else max(0, len(groups) - SHOWN)
+    missing = sum(map(len, groups[:hidden])) + history.earlier
+    said = ""
     if hidden:
-        return f"{plural(hidden, 'earlier row')}: %flax_history --all"
-    return f"{plural(history.earlier, 'earlier run')} left out" if history.earlier else ""
+        said = f"{plural(missing, 'earlier run')} not shown: %flax_history --all"
+    elif missing:
+        said = f"{plural(missing, 'earlier run')} left out"
+    return tuple(_row(group, several) for group in groups[hidden:]), said
 
 
 def history_text(history: History, *, everything: bool = False) -> str:
     """What `%flax_history` shows; `everything`: all rows, however many."""
-    found = rows(history)
-    shown = found if everything else found[-SHOWN:]
+    shown, said = rows(history, everything=everything)
     lines = dotted(heading(history))
-    if not found:
+    if not shown:
         return "\n".join([*lines, f"  {NONE}"])
-    said = left_out(history, () if everything else found)
     lines += [f"  {said}"] if said else []
     titles = ("draw", "what", "digest", "cell", "time")
     cells = [(row.draw, row.what, row.digest, row.cell, row.time) for row in shown]
@@ -97,14 +98,19 @@ def _line(cells: Iterable[str], wide: list[int]) -> str:
 
 
 def _groups(found: tuple[Drawn, ...]) -> Iterator[list[Drawn]]:
-    """Draws one by one; those that follow each other in one execution of a cell, of one call and mode, together."""
-    group: list[Drawn] = []
-    for row in found:
-        if group and not _alike(group[-1], row):
-            yield from _parted(group)
-            group = []
-        group.append(row)
-    yield from _parted(group)
+    """Draws one by one; those that follow each other in one execution of a cell, of one call and mode, together.
+
+    Where a loop makes several calls by turns, those of each are together.
+    """
+    for _, of_cell in itertools.groupby(found, lambda row: (row.seed, row.cell)):
+        drawn = list(of_cell)
+        groups = [group for _, alike in itertools.groupby(drawn, _kind) for group in _parted(list(alike))]
+        if len(groups) > BY_TURNS and drawn[0].cell is not None:
+            by_kind: dict[object, list[Drawn]] = {}
+            for row in drawn:
+                by_kind.setdefault(_kind(row), []).append(row)
+            groups = [group for alike in by_kind.values() for group in _parted(alike)]
+        yield from groups
 
 
 def _parted(group: list[Drawn]) -> Iterator[list[Drawn]]:
@@ -114,17 +120,18 @@ def _parted(group: list[Drawn]) -> Iterator[list[Drawn]]:
         yield group
 
 
-def _alike(one: Drawn, other: Drawn) -> bool:
-    def of(row: Drawn) -> tuple[object, ...]:
-        return row.seed, row.command, row.name, row.mode, row.cell, row.marks, row.call
-
-    return of(one) == of(other)
+def _kind(row: Drawn) -> tuple[object, ...]:
+    return row.command, row.name, row.mode, row.marks, row.call
 
 
 def _row(group: list[Drawn], several: bool) -> Row:
     first, last = group[0], group[-1]
     seed = f"{first.seed}:" if several else ""
-    draw = f"{seed}{first.draw}" if first.draw == last.last else f"{seed}{first.draw}–{last.last}"
+    draw = f"{seed}{first.draw}"
+    if first.draw != last.last:
+        # By turns: others are in between.
+        through = last.last - first.draw < sum(row.draws or 1 for row in group)
+        draw += f"–{last.last}" if through else f" … {last.last}"
     what = f"key {first.name}" if first.command == "key" else f"{first.command} {first.name}"
     mode = "" if first.mode in ("", "as written") else f" {first.mode}"
     inputs = first.inputs if first.inputs == last.inputs else f"{first.inputs} … {last.inputs}"

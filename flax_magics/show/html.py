@@ -172,12 +172,11 @@ def history(found: History, *, everything: bool = False) -> str:
     """What `%flax_history` shows."""
     from . import history as rows
 
-    all_rows = rows.rows(found)
-    shown = all_rows if everything else all_rows[-rows.SHOWN :]
+    shown, said = rows.rows(found, everything=everything)
     context: dict[str, object] = {
         "heading": [part for part in rows.heading(found) if part],
         "rows": shown,
-        "left_out": rows.left_out(found, () if everything else all_rows),
+        "left_out": said,
         "none": rows.NONE,
     }
     return _render("history.html", context)

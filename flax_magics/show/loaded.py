@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from .columns import clean, clean_lines, dotted
 from .notice import Notice, notice_text
 
+SHORT = 24
+"""Lines of code that are not folded away."""
+
 
 @dataclass(frozen=True)
 class Waiting:
@@ -15,7 +18,7 @@ class Waiting:
     Attributes:
       module: how it was built, such as `Net(features=8)`.
       source: its code, as it stands in the file; empty if it is not there.
-      write: the line that registers it.
+      write: the line that registers it, if its cell does not.
     """
 
     name: str
@@ -26,13 +29,18 @@ class Waiting:
     @property
     def parts(self) -> tuple[str, ...]:
         """What is said of it before its code."""
-        code = "its code, which was not run" if self.source else "its code is not in the file"
-        return (f"waits for {clean(self.write)}", code)
+        code = "its code, which was not run:" if self.source else "its code is not in the file"
+        return (f"waits for its cell, or for {clean(self.write)}", code)
 
     @property
     def lines(self) -> list[str]:
         """Its code, safe to print."""
         return clean_lines(self.source)
+
+    @property
+    def short(self) -> bool:
+        """Whether its code is shown at once where it could be folded away."""
+        return len(self.lines) <= SHORT
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Registered:
       draw: what a module that the session built was built with, such as `draw 1 of seed 0`.
       file: where variables were that waited for this model.
       unfit: why they were not used, leaf by leaf.
+      other: what is other about the model than it was there.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Registered:
     draw: str = ""
     file: str = ""
     unfit: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -54,7 +56,9 @@ class Registered:
         if self.unfit:
             leaves = ", ".join(map(clean, self.unfit))
             return (f"the variables in {clean(self.file)} do not fit, and none is used: {leaves}",)
-        return (f"variables from {clean(self.file)}",) if self.variables == "restored" else ()
+        if self.variables != "restored":
+            return ()
+        return (f"variables from {clean(self.file)}", *map(clean, self.other))
 
     @property
     def _parts(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from . import facts
 from .columns import clean, cut
 from .notice import Notice
-from .units import plural
+from .units import plural, ulp
 
 if TYPE_CHECKING:
     from ..agreement import Agreement, Difference
@@ -64,4 +64,4 @@ def difference_text(difference: Difference) -> str:
     text = f"{where}{difference.elements:,} of {plural(difference.size, 'element')}"
     if difference.largest is not None:
         text += f", up to {difference.largest:.3g}"
-    return text + (f" ({difference.ulp:,} ulp)" if difference.ulp is not None else "")
+    return text + (f" ({ulp(difference.ulp)})" if difference.ulp is not None else "")

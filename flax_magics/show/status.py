@@ -84,7 +84,7 @@ class Status:
       runs: newest last; the last `KEPT` are shown.
       caches: rows of label and amount, such as `("programs kept", "3")`.
       memory: the same for what is held, such as `("kept for replay", "1.2 MB of 256 MB")`.
-      reruns: a line for each cell that drew and was run again.
+      reruns: a line for each cell that drew and was run again, or has a variable that was rebound since.
       versions: package and version, such as `("flax_magics", "0.1.0")`, which comes first.
     """
 
@@ -123,7 +123,7 @@ def status_text(status: Status) -> str:
 
 NO_MODEL = "none yet: begin a cell with %%flaxmodel, or write %flaxmodel net"
 NO_RUN = "none yet"
-RERUN = "cells that drew and were run again"
+RERUN = "cells that drew and were run again, or whose variables were rebound since"
 ONLY_FRESH = "Run All draws once for each: whether it gives the same, only a fresh run can tell"
 
 

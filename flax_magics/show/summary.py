@@ -14,7 +14,8 @@ from .text import columns
 from .units import bytes_, count, plural
 
 if TYPE_CHECKING:
-    from ..summary import Array, Module, Size, Summary
+    from ..modules import Array, Module, Size
+    from ..summary import Summary
 
 LINES = 60
 """Rows that a text shows at most, unless a depth is asked for."""

@@ -78,6 +78,11 @@ def count(value: int) -> str:
     return _scaled(value, _COUNTS, exact=10_000)
 
 
+def ulp(value: int) -> str:
+    """`1 ulp`, `1,234 ulp`; of numbers whose bits differ and that are no ulp apart, what they are."""
+    return f"{value:,} ulp" if value else "0 ulp: 0 and -0"
+
+
 def plural(value: int, noun: str) -> str:
     """`1 parameter`, `15 parameters`."""
     return f"{count(value)} {noun}" if value == 1 else f"{count(value)} {noun}s"

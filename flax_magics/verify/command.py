@@ -20,7 +20,7 @@ from ..show.columns import clean_lines
 from .compare import Tolerance, compare
 from .kernels import check_installed, executed
 from .report import EXIT, Result, exit_status, text, to_json
-from .stored import code_cells, read, runs_of
+from .stored import code_cells, other_order, read, runs_of
 
 INTERRUPTED = 130
 
@@ -179,11 +179,11 @@ async def _verify(
         verdicts = compare(runs_of(notebook)[:done], runs_of(now)[:done], tolerance)
     except FlaxMagicsError as error:
         return Result(file, failed=failed or _line(error), seconds=time.monotonic() - started, tolerance=tolerance)
-    return Result(file, verdicts, failed, time.monotonic() - started, tolerance)
+    return Result(file, verdicts, failed, time.monotonic() - started, tolerance, other_order(notebook))
 
 
 def _line(error: FlaxMagicsError) -> str:
-    return " ".join(clean_lines(str(error)))
+    return " ".join(line.strip() for line in clean_lines(str(error)))
 
 
 def _terminal() -> bool:
@@ -206,21 +206,24 @@ def _ignore() -> None:
 
 
 def _tolerance(value: str) -> float:
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise argparse.ArgumentTypeError(f"{value!r} is no tolerance: it is 0 or more")
-    return number
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        if math.isfinite(number) and number >= 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{value!r} is no tolerance: it is 0 or more, such as 1e-5")
 
 
 def _jobs(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of notebooks: it is 1 or more")
-    return number
+    return _whole(value, 1, "number of notebooks")
 
 
 def _seconds(value: str) -> int:
-    number = int(value)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{value!r} is no time: it is 0 or more")
-    return number
+    return _whole(value, 0, "time in seconds")
+
+
+def _whole(value: str, least: int, what: str) -> int:
+    with contextlib.suppress(ValueError):
+        number = int(value)
+        if number >= least:
+            return number
+    raise argparse.ArgumentTypeError(f"{value!r} is no {what}: it is a whole number, {least} or more")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..show.columns import clean, cut, flow, table, wrap
-from ..show.units import count, plural
+from ..show.units import count, plural, ulp
 from .compare import Outcome, Tolerance, Verdict
 
 Status = Literal["agrees", "differs", "could not run", "not comparable", "nothing to verify"]
@@ -35,6 +35,7 @@ class Result:
       failed: why it could not be read or did not run to its end, None where it did.
       seconds: what running it took.
       tolerance: within which values were allowed to differ, None where every bit has to agree.
+      order: how its cells were run, where that was not from top to bottom: `cell 4 was run before cell 3`.
     """
 
     file: str
@@ -42,6 +43,7 @@ class Result:
     failed: str | None = None
     seconds: float = 0.0
     tolerance: Tolerance | None = None
+    order: str = ""
 
     @property
     def status(self) -> Status:
@@ -80,6 +82,8 @@ def text(result: Result) -> str:
     if changed:
         parts = [f"{clean(name)} {clean(was)} → {clean(now)}" for name, (was, now) in changed.items()]
         lines += flow(parts, "  other than stored  ", gap="   ")
+    if result.order and result.status in ("differs", "could not run"):
+        lines += wrap(f"its cells were not run from top to bottom: {result.order}", "  ")
     if result.status == "not comparable":
         lines.append("  write: --rtol 1e-5     to compare the values that are stored")
     return "\n".join(lines)
@@ -148,7 +152,7 @@ def how_far(verdict: Verdict) -> str:
     )
     if not distance.differ:
         return f"in none of {among}"
-    parts = [f"{distance.ulp:,} ulp"] if distance.ulp is not None else []
+    parts = [ulp(distance.ulp)] if distance.ulp is not None else []
     parts.append("NaN" if math.isnan(distance.absolute) else f"{distance.absolute:.3g}")
     where = f" ({cut(clean(distance.array), 40)})" if distance.array else ""
     return f"{', '.join(parts)}{where} in {count(distance.differ)} of {among}"
@@ -169,6 +173,7 @@ def _notebook(result: Result) -> dict[str, Any]:
         "file": result.file,
         "status": result.status,
         "message": result.failed,
+        "order": result.order or None,
         "seconds": round(result.seconds, 3),
         "runs": {
             "all": result.runs("agrees", "within", "not comparable", "differs"),

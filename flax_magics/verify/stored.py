@@ -125,7 +125,7 @@ def read(path: Path) -> Any:
         found = json.loads(data.decode("utf-8"))
         version = found.get("nbformat") if isinstance(found, dict) else None
         if version != 4 or isinstance(version, bool):
-            raise FlaxMagicsError("it is no notebook of format 4.", hint="open it in Jupyter and save it there")
+            raise FlaxMagicsError("it is no notebook of format 4, which Jupyter writes: open it there and save it.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
             nbformat.validate(nbformat.from_dict(found))
@@ -170,6 +170,19 @@ def tags_of(cell: Any) -> list[str]:
 def first_line(cell: Any) -> str:
     """The first line of a cell that is not empty."""
     return next((clean(line[:1000]) for line in cell.source.splitlines() if line.strip()), "")
+
+
+def other_order(notebook: Any) -> str:
+    """`cell 4 was run before cell 3`, of the first two cells that were; empty where they were run from top to bottom."""
+    latest, before = 0, 0
+    for number, cell in code_cells(notebook):
+        count = cell.execution_count
+        if count is None or not is_run(cell):
+            continue
+        if count < latest:
+            return f"cell {number} was run before cell {before}"
+        latest, before = count, number
+    return ""
 
 
 def runs_of(notebook: Any) -> list[Cell]:

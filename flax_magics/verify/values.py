@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import FlaxMagicsError
+from ..ulp import largest_ulp
 from .stored import Leaf, Recorded
 
 _INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)))
@@ -57,7 +58,7 @@ def distance(stored: Recorded, now: Recorded) -> Distance | None:
         if not differs.any():
             continue
         differing += int(differs.sum())
-        apart = _ulp(leaf.dtype, one[differs], other[differs])
+        apart = largest_ulp(one[differs], other[differs])
         if apart is not None:
             ulp = max(apart, ulp or 0)
         lost = lost or bool((_is_nan(one) != _is_nan(other)).any())
@@ -127,24 +128,3 @@ def _absolute(dtype: str, one: Any, other: Any) -> float:
         return float(max(abs(int(a) - int(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)))
     with np.errstate(all="ignore"):
         return float(np.abs(_wide(other) - _wide(one)).max())
-
-
-def _ulp(dtype: str, one: Any, other: Any) -> int | None:
-    """The largest distance in units in the last place; None for what is no float, or has no sign."""
-    if dtype in _COMPLEX:
-        dtype = _COMPLEX[dtype]
-        one, other = one.view(dtype), other.view(dtype)
-    if dtype not in _FLOATS or dtype == "float8_e8m0fnu":
-        return None
-    bits = int(ml_dtypes.finfo(one.dtype).bits)
-    pairs = zip(_ordered(one, bits), _ordered(other, bits), strict=True)
-    nan = _is_nan(one) | _is_nan(other)
-    apart = [abs(a - b) for (a, b), undefined in zip(pairs, nan, strict=True) if not undefined]
-    return max(apart, default=None)
-
-
-def _ordered(array: Any, bits: int) -> list[int]:
-    """Integers that are in the order of the floats, and count one for each step from a float to the next."""
-    sign = 1 << (bits - 1)
-    words = array.view(f"<u{array.dtype.itemsize}").tolist()
-    return [sign - word if word & sign else word for word in words]

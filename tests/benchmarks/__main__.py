@@ -11,9 +11,9 @@ from .table import machine, row, table
 LAPS = (*laps.LAPS, *warm.LAPS, memory.LAP)
 NOTES = """\
 Medians; the spread is of single rounds. By hand and ours are measured in turn, in both orders. Cold and restarted kernels
-and edits: an IPython shell in a fresh process; JAX and Flax are imported, the extension is loaded and the input is made
-before the clock starts. By hand: typed key, split, init, jax.jit of apply, block_until_ready;
-with variables kept, without the init."""
+and edits: an IPython shell in a fresh process; JAX and Flax are imported, the extension is loaded (with it come our
+modules, a row of their own) and the input is made before the clock starts. By hand: typed key, split, init, jax.jit of
+apply, block_until_ready; with variables kept, without the init."""
 
 
 def main(arguments: list[str]) -> str:

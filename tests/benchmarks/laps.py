@@ -76,6 +76,11 @@ def load(rounds: int) -> Measured:
     return Measured([seconds_of(work)[0] for _ in range(rounds)])
 
 
+def preload(rounds: int) -> Measured:
+    """The same in a shell that has both: there it imports our modules too, which the laps below are rid of."""
+    return Measured([seconds_of({"setup": [IMPORTS], "timed": [[LOAD]]})[0] for _ in range(rounds)])
+
+
 def cold(kind: Kind) -> Callable[[int], Measured]:
     """The model cell and the first result."""
     return lambda rounds: in_turn(lambda: _first_by_hand(kind), lambda: _first(kind, "compiled"), rounds)
@@ -195,6 +200,7 @@ def _edits(kind: Kind) -> tuple[tuple[str, str, float, Callable[[int], Measured]
 
 LAPS = (
     Lap("load", "%load_ext, nothing imported before", 30, load, "ms"),
+    Lap("preload", "%load_ext, JAX and Flax imported before", None, preload, "ms"),
     *(Lap(key, title, goal, measure) for key, title, goal, measure in _edits(TRAINED)),
     *(Lap(f"{key}-plain", f"without dropout: {title}", None, measure) for key, title, _, measure in _edits(PLAIN)),
 )

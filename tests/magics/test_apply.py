@@ -207,7 +207,8 @@ def test_an_earlier_draw_by_number_last_seed_or_run(sharp_bits):
         assert "again" in out
     assert sharp_bits.session.draws == 2
     assert sharp_bits.fails("%flax_apply --draw soon my_model(x)") == (
-        "FlaxMagicsError: --draw takes a number, last, seed:N or the name of a Run, not `soon`."
+        "FlaxMagicsError: --draw takes a number, last, seed:N or the name of a Run, not `soon`.\n"
+        "  write: --draw last     the last draw"
     )
 
 

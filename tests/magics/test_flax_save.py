@@ -19,8 +19,9 @@ class Net(nn.Module):
     return nn.Dropout(0.5, deterministic=not train)(x)
 """
 CODE = """
-net = Net(features=3) · waits for %flaxmodel net · its code, which was not run
-    # %%flaxmodel net = Net(3)
+net = Net(features=3) · waits for its cell, or for %flaxmodel net ·
+    its code, which was not run:
+    %%flaxmodel net = Net(3)
     class Net(nn.Module):
       features: int
       @nn.compact
@@ -64,9 +65,15 @@ def test_one_line_says_what_was_saved_and_one_what_was_restored(here):
     y = here("y = %flax_apply --train -q net(x)") or here["y"]
     restart(here)
     assert here("%flax_load a.safetensors") == (
-        "a.safetensors · loaded · net waiting to be registered · 21 parameters · 2 runs ·\n"
+        "a.safetensors · loaded · net waits to be registered · 21 parameters · 2 runs ·\n"
         "    next is draw 3 of seed 0\n" + CODE
     )
+    assert here.fails("%flax_apply net(x)") == (
+        "FlaxMagicsError: no model is registered as `net` yet: its variables from `a.safetensors` wait for it.\n"
+        "  write: %flaxmodel net = Net(features=3)     or run the cell that defines it"
+    )
+    assert "net   Net(features=3)   21 parameters in a.safetensors wait until its cell is" in here("%flax")
+    assert here.fails("%flax_replay 2").endswith("write: %flax_apply --draw 0:2 --train net(x)     the same keys")
     assert here(NET.format(3)) == "net · Net(features=3) · registered · variables from a.safetensors"
     here("y = %flax_apply --train -q net(x)")
     assert bits(here["y"]) == bits(y)
@@ -109,9 +116,11 @@ def test_names_of_files_may_have_spaces_and_quotes(here, tmp_path, written, name
 
 def test_quiet_says_nothing_but_sharp_bits(here):
     assert here("%flax_save -q a") == ""
+    assert here("%flax_load -q a") == ""
+    here("y = %flax_apply -q net(x)")
     assert here("%flax_load -q a") == (
         "a · loaded · net restored · 21 parameters · 2 runs · next is draw 3 of seed 0\n"
-        "! the session had made 2 runs: its root key and its history are now those of the\n  file"
+        "! 1 run of this session is not in the file: its root key and its history are now\n  those of the file"
     )
 
 
@@ -128,6 +137,31 @@ def test_autosave_is_turned_on_and_off_and_shown(here):
     assert "autosave " not in here("%flax").partition("commands")[0]
 
 
+def test_an_autosave_of_a_fresh_kernel_does_not_replace_the_session_that_is_there(here):
+    here("%flax_save -q a")
+    restart(here)
+    assert re.sub(r"\d\d:\d\d:\d\d", "00:00:00", here("%flax_save --autosave a")) == (
+        "a · autosave on · nothing saved yet\n"
+        "! a has a session of 2 runs, saved at 00:00:00: what changes variables next\n"
+        "  replaces it, unless it is loaded first\n"
+        "  write: %flax_load a"
+    )
+    here("%flax_load -q a")
+    here(NET.format(3))
+    here("y = %flax_apply --train -q net(x)")
+    here.session.autosaving.flush()
+    assert here.session.autosaving.last.draws == 3
+
+
+def test_an_edit_since_is_told_with_the_variables(here):
+    here("%flax_save -q a")
+    restart(here)
+    here("%flax_load -q a")
+    assert here(NET.format(3).replace("0.5", "0.25")) == (
+        "net · Net(features=3) · registered · variables from a · Net edited since"
+    )
+
+
 def test_an_autosave_that_fails_is_said_once_at_the_next_command(here, tmp_path):
     here("%flax_save -q --autosave a")
     (tmp_path / "a").unlink()
@@ -135,8 +169,7 @@ def test_an_autosave_that_fails_is_said_once_at_the_next_command(here, tmp_path)
     said = [here("y = %flax_apply --train -q net(x)")]  # that soon, if the thread is quick
     here.session.autosaving.flush()
     expected = (
-        "autosave ·   the session is not saved any more; the file is the last that was written\n"
-        "! `a` is a folder, not a file. write: %flax_save --autosave off or another file"
+        "autosave · fails · a is not there any more\n! `a` is a folder, not a file. write: %flax_save --autosave off"
     )
     said += [here("y = %flax_apply -q net(x)") for _ in range(2)]
     assert sorted(re.sub(r"! `/.*?/a` is", "! `a` is", text.replace("\n  ", " ")) for text in said) == [

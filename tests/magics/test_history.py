@@ -99,9 +99,21 @@ def test_it_is_of_a_run_by_its_name_too_and_gives_the_run(sharp_bits):
 
 def test_a_mistake(sharp_bits):
     sharp_bits("y = %flax_apply -q my_model(x)")
-    assert "draw 9 of seed 0 was not made in this session: it has draws 1 to 1." in sharp_bits.fails("%flax_replay 9")
-    wrong = "%flax_replay takes a number, last, seed:N or the name of a Run, not `y`."
-    assert wrong in sharp_bits.fails("%flax_replay y")
+    assert "draw 9 of seed 0 was not made in this session: it has draw 1 alone." in sharp_bits.fails("%flax_replay 9")
+    wrong = "FlaxMagicsError: %flax_replay takes a number, last, seed:N or the name of a Run, not `{}`.\n"
+    assert sharp_bits.fails("%flax_replay y") == wrong.format("y") + (
+        "  write: %flax_apply -o run …     binds the Run to a name\n         %flax_replay run"
+    )
+    sharp_bits("y = %flax_apply -q -o first my_model(x)")
+    assert sharp_bits.fails("%flax_replay frst") == wrong.format("frst") + (
+        "  did you mean first?\n  write: %flax_replay last     the last draw"
+    )
+    sharp_bits("%flax_key -q --seed 3")
+    assert sharp_bits.fails("%flax_replay 2") == (
+        "FlaxMagicsError: draw 2 of seed 3 was not made in this session: it has no draw.\n"
+        "  0:2 is draw 2 of seed 0\n"
+        "  write: %flax_history     lists them"
+    )
 
 
 def test_what_was_let_go_of(notebook):
@@ -127,7 +139,7 @@ def test_cells_that_were_run_again_are_named_and_marked(sharp_bits):
     sharp_bits("y = %flax_apply -q my_model(x)")
     out = sharp_bits("%flax")
     assert (
-        "cells that drew and were run again\n"
+        "cells that drew and were run again, or whose variables were rebound since\n"
         "  the text of cell [4] was run again as [6]; x was rebound by [5] in between\n"
         "  Run All draws once for each: whether it gives the same, only a fresh run can\n"
         "  tell\n"

@@ -68,7 +68,11 @@ def state(notebook):
         ),
         ("%flax_key two words", "`two words` is not a name for a stream.\n  write: %flax_key latent"),
         ("%flax_apply --key rng my_model(x)", "--key rng: my_model has no argument `rng`; it takes: x."),
-        ("%flax_apply --draw 9 my_model(x)", "draw 9 of seed 0 was not made in this session: it has draws 1 to 1."),
+        (
+            "%flax_apply --draw 9 my_model(x)",
+            "draw 9 of seed 0 was not made in this session: it has draw 1 alone.\n"
+            "  write: %flax_history     lists them",
+        ),
     ],
 )
 def test_a_mistake_is_one_short_message(sharp_bits, cell, message):

@@ -31,7 +31,7 @@ def test_another_kernel_goes_on_where_the_first_was_saved(open_notebook, registe
     if registered_first:
         assert "my_model restored" in loaded.report
     else:
-        assert "my_model waiting to be registered" in loaded.report
+        assert "my_model waits to be registered" in loaded.report
         assert "    class MyModel(nn.Module):" in loaded.report
         assert "class MyModel(nn.Module):" in loaded.displays[0]["text/html"]
         assert registered.report.endswith("variables from session.safetensors")

@@ -296,7 +296,7 @@ def test_several_at_once_as_json(folder, notebook):
         assert isinstance(one.pop("seconds"), float)
     agrees, differs, empty, missing = found["notebooks"]
     none = {"all": 0, "agree": 0, "within": 0, "not_comparable": 0, "differ": 0}
-    common = {"message": None, "environment": {}, "differences": []}
+    common = {"message": None, "order": None, "environment": {}, "differences": []}
     runs = {**none, "all": 6, "agree": 6}
     assert agrees == {**common, "file": files[0], "status": "agrees", "runs": runs}
     assert empty == {**common, "file": files[2], "status": "nothing to verify", "runs": none}

@@ -77,10 +77,28 @@ def test_alike_runs_of_one_cell_are_one_row_and_two_are_two() -> None:
 def test_thousands_of_cells_are_cut_to_the_last_and_that_is_said() -> None:
     rows = [drawn(REUSED, draw=draw, cell=draw) for draw in range(1, 1001)]
     lines = history_text(history(*rows)).splitlines()
-    assert lines[1] == "  940 earlier rows: %flax_history --all"
+    assert lines[1] == "  940 earlier runs not shown: %flax_history --all"
     assert len(lines) == 3 + 2 * SHOWN
     assert len(history_text(history(*rows), everything=True).splitlines()) == 2 + 2 * 1000
     assert Reader(html.history(history(*rows))).text.count("apply net train") == SHOWN
+
+
+def test_what_is_not_shown_is_counted_in_runs() -> None:
+    rows = [drawn(REUSED, draw=draw, cell=1 + draw // 10) for draw in range(10, 1010)]
+    lines = history_text(history(*rows, earlier=7)).splitlines()
+    assert lines[0] == "history · 1,007 runs · seed 0 · 2026-11-25"
+    assert lines[1] == "  407 earlier runs not shown: %flax_history --all"
+    assert lines[3] == "    410–419  apply net train  10 runs  [42]   09:30:00"
+
+
+def test_a_loop_that_trains_and_evaluates_by_turns_is_two_rows() -> None:
+    rows = [drawn(REUSED, draw=draw, mode="eval" if draw % 2 else "train") for draw in range(2, 2002)]
+    assert history_text(history(*rows)).splitlines()[2::2] == [
+        "  2 … 2000  apply net train  1,000 runs  [3]   09:30:00",
+        "  3 … 2001  apply net eval   1,000 runs  [3]   09:30:00",
+    ]
+    few = history_text(history(*rows[:6])).splitlines()[2::2]
+    assert [line.split()[0] for line in few] == ["2", "3", "4", "5", "6", "7"]
 
 
 def test_two_seeds_are_told_apart() -> None:

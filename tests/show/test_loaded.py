@@ -12,11 +12,11 @@ from test_html import EVIL, Reader
 from flax_magics.run import Note
 from flax_magics.show import html
 from flax_magics.show.bundle import loaded_bundle
-from flax_magics.show.loaded import Loaded, Waiting, loaded_text
+from flax_magics.show.loaded import SHORT, Loaded, Waiting, loaded_text
 from flax_magics.show.notice import Notice
 
 FOUND = Loaded(
-    Notice("a.safetensors", ("loaded", "net waiting to be registered", "2 runs")),
+    Notice("a.safetensors", ("loaded", "net waits to be registered", "2 runs")),
     (
         Waiting("net", "Net(3)", "class Net(nn.Module):\n  pass", "%flaxmodel net"),
         Waiting("b", "B()", "", "%flaxmodel b"),
@@ -26,22 +26,25 @@ FOUND = Loaded(
 
 def test_a_line_and_the_code_of_what_waits() -> None:
     assert loaded_text(FOUND) == (
-        "a.safetensors · loaded · net waiting to be registered · 2 runs\n\n"
-        "net = Net(3) · waits for %flaxmodel net · its code, which was not run\n"
+        "a.safetensors · loaded · net waits to be registered · 2 runs\n\n"
+        "net = Net(3) · waits for its cell, or for %flaxmodel net ·\n"
+        "    its code, which was not run:\n"
         "    class Net(nn.Module):\n      pass\n\n"
-        "b = B() · waits for %flaxmodel b · its code is not in the file"
+        "b = B() · waits for its cell, or for %flaxmodel b · its code is not in the file"
     )
 
 
-def test_html_says_the_same_and_folds_the_code_away() -> None:
+def test_html_says_the_same_and_folds_long_code_away() -> None:
     read = Reader(html.loaded(FOUND))
     assert read.text == (
-        "a.safetensors · loaded · net waiting to be registered · 2 runs"
-        " net = Net(3) · waits for %flaxmodel net · its code, which was not run"
+        "a.safetensors · loaded · net waits to be registered · 2 runs"
+        " net = Net(3) · waits for its cell, or for %flaxmodel net · its code, which was not run:"
         " code of net class Net(nn.Module): pass"
-        " b = B() · waits for %flaxmodel b · its code is not in the file"
+        " b = B() · waits for its cell, or for %flaxmodel b · its code is not in the file"
     )
-    assert "<details><summary>code of net</summary><pre>" in html.loaded(FOUND)
+    assert "<details open><summary>code of net</summary><pre>" in html.loaded(FOUND)
+    long = Waiting("net", "Net(3)", "\n".join(f"a{i} = {i}" for i in range(SHORT + 1)), "%flaxmodel net")
+    assert "<details><summary>code of net</summary><pre>" in html.loaded(Loaded(FOUND.notice, (long,)))
 
 
 def test_quiet_shows_sharp_bits_alone() -> None:

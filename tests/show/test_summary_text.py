@@ -14,10 +14,11 @@ from rich.cells import cell_len
 from test_html import EVIL, Reader
 
 from flax_magics.errors import FlaxMagicsError
+from flax_magics.modules import Array, Module
 from flax_magics.show import html
 from flax_magics.show.bundle import summary_bundle, tree_bundle
 from flax_magics.show.summary import summary_text, tree
-from flax_magics.summary import Array, Module, Summary
+from flax_magics.summary import Summary
 
 KERNEL = Array("params", "kernel", "float32", (9, 4), 144)
 BIAS = Array("params", "bias", "float32", (4,), 16)

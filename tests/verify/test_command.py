@@ -16,11 +16,19 @@ from flax_magics.verify import kernels, main
     ("line", "why"),
     [
         ("verify", "the following arguments are required: FILE"),
-        ("verify a.ipynb -j 0", "argument -j/--jobs: '0' is no number of notebooks: it is 1 or more"),
-        ("verify a.ipynb --rtol -1", "argument --rtol: '-1' is no tolerance: it is 0 or more"),
-        ("verify a.ipynb --rtol nan", "argument --rtol: 'nan' is no tolerance: it is 0 or more"),
+        ("verify a.ipynb -j 0", "argument -j/--jobs: '0' is no number of notebooks: it is a whole number, 1 or more"),
+        ("verify a.ipynb --rtol -1", "argument --rtol: '-1' is no tolerance: it is 0 or more, such as 1e-5"),
+        ("verify a.ipynb --rtol nan", "argument --rtol: 'nan' is no tolerance: it is 0 or more, such as 1e-5"),
         ("verify a.ipynb --atol 1", "--atol goes with --rtol"),
-        ("verify a.ipynb --timeout -5", "argument --timeout: '-5' is no time: it is 0 or more"),
+        ("verify a.ipynb --rtol x", "argument --rtol: 'x' is no tolerance: it is 0 or more, such as 1e-5"),
+        (
+            "verify a.ipynb --timeout -5",
+            "argument --timeout: '-5' is no time in seconds: it is a whole number, 0 or more",
+        ),
+        (
+            "verify a.ipynb --timeout soon",
+            "argument --timeout: 'soon' is no time in seconds: it is a whole number, 0 or more",
+        ),
     ],
 )
 def test_a_mistake_in_the_line_is_told(line, why, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from made import HERE, VALUES, cell, notebook, run, sample
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.verify.compare import Tolerance, compare
 from flax_magics.verify.report import Result, exit_status, text, to_json
-from flax_magics.verify.stored import runs_of
+from flax_magics.verify.stored import other_order, runs_of
 
 OTHER_MACHINE = {"processor": "x86_64-B", "threads": 8}
 NUDGED = np.nextafter(VALUES, np.float32(9))
@@ -55,6 +56,24 @@ def test_a_digest_that_differs_is_told_with_the_distance():
         HEAD,
         "  1     y = %flax_apply net(x)  3     digest  1 ulp, 4.77e-07 in 6 of 6",
     ]
+
+
+def test_where_a_run_differs_the_order_in_which_cells_were_run_is_told():
+    def cells(*counts):
+        made = notebook(*(cell(run(draw=draw), source=f"y = {draw}") for draw in range(1, 1 + len(counts))))
+        for one, count in zip(made.cells, counts, strict=True):
+            one.execution_count = count
+        return made
+
+    assert other_order(cells(1, 4, 5)) == other_order(cells(None, 2, None)) == other_order(cells(3, 3)) == ""
+    assert other_order(cells(1, 4, None, 3)) == "cell 4 was run before cell 2"
+    order = other_order(cells(2, 1))
+    told = "  its cells were not run from top to bottom: cell 2 was run before cell 1"
+    found = replace(result(run(), run(keys={})), order=order)
+    assert text(found).splitlines()[-1] == told
+    assert to_json([found])["notebooks"][0]["order"] == "cell 2 was run before cell 1"
+    assert text(Result("a.ipynb", failed="cell 1 fails.", order=order)).splitlines()[-1] == told
+    assert text(replace(result(run(), run()), order=order)) == "a.ipynb: agrees: 1 run, keys and every bit"
 
 
 def test_what_differs_outside_of_the_values_that_are_stored_is_told_as_that():

@@ -155,9 +155,9 @@ def test_an_old_notebook_without_ids_and_with_lines_is_read(tmp_path, recwarn):
         (b"", "it is no notebook: Expecting value: line 1 column 1 (char 0)"),
         (b"\xff\xfe", "it is no notebook: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         (b"[" * 100_000, "it is no notebook: it is nested too deeply."),
-        (b"[1]", "it is no notebook of format 4.\n  open it in Jupyter and save it there"),
-        (b'{"nbformat": 3}', "it is no notebook of format 4.\n  open it in Jupyter and save it there"),
-        (b'{"nbformat": true}', "it is no notebook of format 4.\n  open it in Jupyter and save it there"),
+        (b"[1]", "it is no notebook of format 4, which Jupyter writes: open it there and save it."),
+        (b'{"nbformat": 3}', "it is no notebook of format 4, which Jupyter writes: open it there and save it."),
+        (b'{"nbformat": true}', "it is no notebook of format 4, which Jupyter writes: open it there and save it."),
         (b'{"nbformat": 4', "it is no notebook: Expecting ',' delimiter: line 1 column 15 (char 14)"),
         (
             json.dumps({**valid(), "cells": [{"cell_type": "\x1b[31mno"}]}).encode(),

@@ -1,0 +1,117 @@
+"""What all commands do alike when they are used: help, errors that a person can read, a call read, run and reported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .call import ParsedCall, parse_call
+from .cells import displayed_quietly, run_statements_with_call
+from .commands import FLAX, FLAX_EXPORT, FLAX_HISTORY, FLAX_KEY
+from .errors import FlaxMagicsError
+from .notebook import Notebook
+from .options import Command, Read, read
+from .tracebacks import show_user_frames
+
+if TYPE_CHECKING:
+    from .run import Run
+
+Namespace = dict[str, Any]
+
+BARE = (FLAX, FLAX_KEY, FLAX_HISTORY, FLAX_EXPORT)
+"""Commands that mean something without a word after them; of the others that is asking for help."""
+
+
+class InNotebook(Protocol):
+    """Whose commands they are."""
+
+    @property
+    def notebook(self) -> Notebook:
+        """Where they are used."""
+
+
+def command(spec: Command) -> Callable[[Any], Any]:
+    """Gives a command its help, and errors that a person can read."""
+
+    def decorate(function: Any) -> Any:
+        @wraps(function)
+        def run(self: InNotebook, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
+            notebook = self.notebook
+            try:
+                # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
+                options = read(spec, line if spec.takes == "call" else line.rstrip("; "))
+                bare = not line.strip() and cell is None
+                if options.help or (bare and spec not in BARE):
+                    notebook.reporter.publish({"text/plain": spec.render_help()})
+                    return None
+                value = function(self, line, options, cell, notebook.shell.user_ns if local_ns is None else local_ns)
+                notebook.tell_of_autosave()
+                return value
+            except FlaxMagicsError:
+                raise
+            except Exception as error:
+                show_user_frames(error, notebook.shell, hint=_hints(error))
+                raise
+
+        del run.__wrapped__  # IPython 7 calls by the signature that it finds behind it
+        run.__doc__ = spec.render_help()
+        return run
+
+    return decorate
+
+
+def _hints(error: Exception) -> tuple[str, ...]:
+    """What to add to an error of the model's own."""
+    from .ready import is_tracer_error
+
+    if is_tracer_error(error):
+        return ("the model looks at a value while it is compiled; to run it op by op: %flax_apply --eager …",)
+    if isinstance(error, ValueError) and "must be passed to the constructor or at call time" in str(error):
+        return ("it is the model's switch: %flax_apply --train … or --eval … sets it",)
+    lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
+    if lacking is not None:
+        return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
+    return ()
+
+
+def mode_of(options: Read) -> str | None:
+    """What `--train` and `--eval` ask for."""
+    train, evaluation = options.options["train"], options.options["eval"]
+    if train and evaluation:
+        raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
+    return "train" if train else "eval" if evaluation else None
+
+
+def run_call(
+    notebook: Notebook, spec: Command, line: str, options: Read, cell: str | None, run: Callable[[ParsedCall], Run]
+) -> Any:
+    """A command that takes a call, as a line or as a cell: runs it, reports it, gives its value."""
+    parsed, assign = read_body(notebook, spec, line, options, cell)
+    with notebook.working("preparing") as live:
+        done = run(parsed)
+    name = options.options["out"]
+    if name:
+        notebook.shell.user_ns[name] = done
+    notebook.report(done, live, quiet=options.options["quiet"])
+    if assign is not None:
+        assign(done.output)
+        return None
+    quiet = parsed.quiet if cell is not None else displayed_quietly(notebook.shell, line)
+    return None if quiet else done.output
+
+
+def read_body(
+    notebook: Notebook, spec: Command, line: str, options: Read, cell: str | None
+) -> tuple[ParsedCall, Callable[[Any], None] | None]:
+    """The call of a line or of a cell, whose other statements are run; and what binds its value, in a cell."""
+    if cell is None:
+        return parse_call(options.rest, spec.name), None
+    if options.rest:
+        raise FlaxMagicsError(
+            f"%{spec.name} takes its call from the cell's last line; `{options.rest}` stands on the first.",
+            write=f"{spec.name} {line.strip()}",
+        )
+    body = run_statements_with_call(notebook.shell, cell, line, f"%{spec.name}")
+    return body.call, body.assign

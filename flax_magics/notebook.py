@@ -1,0 +1,209 @@
+"""A notebook as the commands see it: the session in it, the cells that run, and what is shown of it all.
+
+Nothing here imports IPython: the shell comes in as an argument. Nothing imports JAX or Flax before a command is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .call import ParsedCall
+from .celllog import Rerun, reruns
+from .current import current, existing
+from .journal import Journal
+from .library import library
+from .reporter import Reporter
+from .tracebacks import stopped
+
+if TYPE_CHECKING:
+    from .complete import ModelNames
+    from .run import Run
+    from .sessions import Session
+    from .show.live import Live
+
+
+class Settings(Protocol):
+    """What a person has set; see `FlaxMagics`, which says what each is."""
+
+    @property
+    def seed(self) -> int:
+        """See `FlaxMagics`."""
+
+    @property
+    def report(self) -> str:
+        """See `FlaxMagics`."""
+
+    @property
+    def style(self) -> str:
+        """See `FlaxMagics`."""
+
+    @property
+    def notes(self) -> dict[str, bool]:
+        """See `FlaxMagics`."""
+
+    @property
+    def disk_cache(self) -> bool:
+        """See `FlaxMagics`."""
+
+    @property
+    def replay_bytes(self) -> int:
+        """See `FlaxMagics`."""
+
+
+class Working:
+    """A command at work: its live line, which is blank again if it fails, and what an interrupt says it stopped.
+
+    While XLA compiles there is nothing else to do here, so `meanwhile` is called.
+    """
+
+    def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None]) -> None:
+        self._session = session
+        self._live = live
+        self._what = what
+        self._meanwhile = meanwhile
+
+    def __enter__(self) -> Live:
+        self._phase = self._live.begin(self._what)
+        self._session.on_phase = self._doing
+        return self._live
+
+    def _doing(self, phase: str) -> None:
+        self._phase.doing(phase)
+        if phase.startswith("compiling "):
+            self._meanwhile()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            stopped(error, self._phase.text)
+        self._live.end()
+        if error is not None:
+            self._live.clear()
+
+
+class Notebook:
+    """One shell, with what the commands in it share."""
+
+    def __init__(self, shell: Any, settings: Settings) -> None:
+        self.shell = shell
+        self.settings = settings
+        self.reporter = Reporter(shell)
+        self.journal = Journal()
+        self._cell: int | None = None
+
+    # -- its session
+
+    @property
+    def session(self) -> Session:
+        """The session of this kernel, made at first use."""
+        session = existing()
+        if session is None:
+            settings = self.settings
+            session = current(settings.seed)
+            session.keep_on_disk(settings.disk_cache)
+            session.replay_bytes = settings.replay_bytes
+        return session
+
+    @cached_property
+    def asked(self) -> Any:
+        """What lines ask for, read by a module that imports JAX and Flax."""
+        from . import asked
+
+        return asked
+
+    def read_call(self, parsed: ParsedCall, local_ns: Mapping[str, Any]) -> tuple[str, Any, Any]:
+        """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
+        user_ns = self.shell.user_ns
+        call: tuple[str, Any, Any] = self.asked.read_call(parsed, self.session, user_ns, local_ns, self.number)
+        return call
+
+    def draw(self, text: str | None, local_ns: Mapping[str, Any]) -> int | tuple[int, int] | None:
+        """`--draw`: a number, `last`, `seed:N`, or the name of a Run."""
+        return None if text is None else self.asked.draw_of(text, self.session, self.shell.user_ns, local_ns)
+
+    def model_names(self) -> dict[str, ModelNames]:
+        """What completion needs to know; makes no session."""
+        session = existing()
+        return {} if session is None else {name: model.names() for name, model in session.models.items()}
+
+    # -- its cells
+
+    def begin_cell(self, info: Any = None, *_: Any) -> None:
+        """`pre_run_cell`: runs are counted anew, and what the cell before did to Flax's own code may count."""
+        self._cell = None
+        self._cell = self.number
+        self.journal.begin(info, _cell_id(info, self.shell))
+        self.reporter.begin_cell()
+        library.new_cell()
+
+    def end_cell(self, *_: Any) -> None:
+        """`post_run_cell`: reports come to their end, and what is more than may be kept goes."""
+        self._cell = None
+        self.reporter.end_cell()
+        session = existing()
+        if session is not None:
+            session.settle()
+
+    @property
+    def number(self) -> int:
+        """The number in the prompt of the cell that is running. IPython 7.34 counts after the cell, 9 before it."""
+        number: int = self.shell.displayhook.prompt_count if self._cell is None else self._cell
+        return number
+
+    def reruns(self) -> tuple[Rerun, ...]:
+        """Cells that drew and were run again, or have variables that were rebound since."""
+        return reruns(self.journal.so_far(self.number), self.session.cells, self.shell.transform_cell)
+
+    def executed(self) -> tuple[Any, ...]:
+        """What an export is made of: the cells that ran, what makes Python of them, restarts, and the seed at first."""
+        shell, journal = self.shell, self.journal
+        return journal.cells(shell), shell.transform_cell, journal.restarts, self.settings.seed
+
+    # -- what is shown
+
+    def working(self, what: str) -> Working:
+        """A live line for as long as the block runs; blank again if it fails."""
+        return Working(self.session, self.reporter.live(), what, self.prepare)
+
+    def prepare(self) -> None:
+        """Gets ready to show a run."""
+        if self.settings.style != "text" and self.settings.report != "off":
+            from .show.html import prepare
+
+            prepare()
+
+    def report(self, run: Run, live: Live, *, quiet: bool) -> None:
+        """Shows a run in place of its live line, as the settings have it. `quiet`: a sharp bit not yet said alone."""
+        if quiet and not run.notes:
+            self.reporter.later(run)
+            live.clear()
+            return
+        shown, settings = run, self.settings
+        if run.notes:
+            notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
+            shown = run if len(notes) == len(run.notes) else replace(run, notes=notes)
+        self.reporter.report(shown, live, setting=settings.report, style=settings.style, quiet=quiet)
+
+    def tell_of_autosave(self) -> None:
+        """Says, once, that saving in the background fails: at the first command after it did."""
+        session = existing()
+        if session is None or session.autosaving is None:
+            return
+        error = session.autosaving.news()
+        if error is not None:
+            from .overview import autosave_failed
+            from .show.bundle import notice_bundle
+
+            self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings.style))
+
+
+def _cell_id(info: Any, shell: Any) -> str | None:
+    """The id of the cell that begins, None where the frontend sends none."""
+    found = getattr(info, "cell_id", None)
+    if found is None:  # older IPythons do not hand it on
+        parent = getattr(shell, "parent_header", None)
+        metadata = parent.get("metadata") if isinstance(parent, dict) else None
+        found = metadata.get("cellId") if isinstance(metadata, dict) else None
+    return found if isinstance(found, str) else None
