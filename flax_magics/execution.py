@@ -102,6 +102,8 @@ class Execution:
     """Notes that every run of this kind has."""
     commit: Commit | None
     """What the run changed in a model that holds its own variables, None if nothing is to be kept."""
+    mutable: tuple[str, ...] = ()
+    """Collections that were asked for: then the output is `(output, updates)`."""
 
 
 def execute(
@@ -216,6 +218,7 @@ def execute(
         prepared=prepared,
         names=names,
         steady=steady,
+        mutable=options.mutable,
     )
 
 

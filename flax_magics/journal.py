@@ -5,7 +5,8 @@ Nothing here imports IPython: the shell comes in as an argument.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
     from .show.registered import Registered
 
 FRESH = "fresh"
+
+
+@dataclass(frozen=True)
+class Load:
+    """A session that `%flax_load` read, whose history took the place of the one that was there.
+
+    Attributes:
+      file: as it was written on the line.
+      state: when the file was written, in ns, and its size in bytes.
+      seed, draws: where its root key stood.
+      models: names of the models in it.
+    """
+
+    file: str
+    state: tuple[int, int]
+    seed: int
+    draws: int
+    models: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -30,6 +49,8 @@ class Executed:
       registered: what its `flaxmodel` commands registered, in order.
       cell: the cell's own id, None where the frontend sends none.
       restarted: `seed` if it started the root key again, `fresh` if with models that initialise anew; else empty.
+      loads: what its `%flax_load` commands read.
+      gone: what it did is in no history any more: another was loaded since.
     """
 
     number: int | None
@@ -41,6 +62,8 @@ class Executed:
     registered: tuple[Registered, ...] = ()
     cell: str | None = None
     restarted: str = ""
+    loads: tuple[Load, ...] = ()
+    gone: bool = False
 
     @property
     def identity(self) -> str:
@@ -59,12 +82,13 @@ class Journal:
     """The cells that are running, outermost first (`%%capture` runs one inside): text, number of runs before, id."""
     _registered: list[Registered] = field(default_factory=list)
     _restarted: str = ""
+    _loads: list[Load] = field(default_factory=list)
     _inner: tuple[str, int | None] | None = None
 
     def begin(self, info: Any = None, cell: str | None = None) -> None:
         """`pre_run_cell`; `cell` is the id of the one that begins, None where the frontend sends none."""
         if not self._open:
-            self._registered, self._inner, self._restarted = [], None, ""
+            self._registered, self._loads, self._inner, self._restarted = [], [], None, ""
         self._open.append((str(getattr(info, "raw_cell", "") or ""), _runs(), cell))
 
     def end(self, result: Any = None) -> None:
@@ -83,9 +107,8 @@ class Journal:
             name, line = self._inner
         if stored or _runs() > first:
             number = result.execution_count if stored else None
-            self.executed.append(
-                Executed(number, text, first, _runs(), name, line, tuple(self._registered), cell, self._restarted)
-            )
+            did = tuple(self._registered), cell, self._restarted, tuple(self._loads)
+            self.executed.append(Executed(number, text, first, _runs(), name, line, *did))
 
     def registered(self, rows: list[Registered]) -> None:
         """A `flaxmodel` command has registered these."""
@@ -102,7 +125,15 @@ class Journal:
 
     def _running(self, number: int) -> Executed:
         text, first, cell = self._open[0]
-        return Executed(number, text, first, _runs(), None, None, tuple(self._registered), cell, self._restarted)
+        did = tuple(self._registered), cell, self._restarted, tuple(self._loads)
+        return Executed(number, text, first, _runs(), None, None, *did)
+
+    def loaded(self, load: Load) -> None:
+        """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
+        self._loads.append(load)
+        self.executed = [replace(cell, first=0, end=0, gone=True) for cell in self.executed]
+        self.restarts.clear()
+        self._open = [(text, _runs(), cell) for text, _, cell in self._open]
 
     def cells(self, shell: Any) -> list[Executed]:
         """All executions so far, the running one last; those from before this journal as the shell's history has them."""
@@ -119,6 +150,21 @@ class Journal:
         ]
         # Stable: cells without a number stay where they are.
         return _in_order(earlier, out)
+
+
+def load_of(file: str, restored: Any) -> Load:
+    """What `%flax_load` read: `restored` of `saving.load`, from the file as it is called on the line."""
+    models = (*restored.models, *(saved.name for saved in restored.waiting))
+    return Load(file, state_of(restored.path) or (0, 0), restored.seed, restored.draws, models)
+
+
+def state_of(file: str) -> tuple[int, int] | None:
+    """When a file was written, in ns, and its size in bytes; None where there is none."""
+    try:
+        found = Path(file).expanduser().stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _in_order(earlier: list[Executed], kept: list[Executed]) -> list[Executed]:

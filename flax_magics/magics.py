@@ -29,6 +29,7 @@ from .commands import (
 from .current import existing
 from .errors import FlaxMagicsError, did_you_mean
 from .invoking import Namespace, command, mode_of, read_body, run_call
+from .journal import load_of
 from .kinds import KINDS
 from .notebook import Notebook
 from .options import Read, file_name, unquoted
@@ -285,8 +286,8 @@ class FlaxMagics(Magics):
             raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=f"%flax_export {name}")
         script = export_cells(self.session, *self.notebook.executed(), digests=not given["plain"])
         if name:
-            path = write(name, script.text, force=given["force"])
-            self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path), self.style))
+            path, replaced = write(name, script.text, force=given["force"])
+            self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path, replaced), self.style))
         elif given["cell"]:
             shell.set_next_input(script.text)
         else:
@@ -356,7 +357,10 @@ class FlaxMagics(Magics):
         from .show.bundle import loaded_bundle
 
         with self.notebook.working("loading") as live:
-            found = loaded(self.session.load(file_name(options.rest, FLAX_LOAD)), quiet=options.options["quiet"])
+            file = file_name(options.rest, FLAX_LOAD)
+            restored = self.session.load(file)
+            self.journal.loaded(load_of(file, restored))
+            found = loaded(restored, quiet=options.options["quiet"])
         live.show(loaded_bundle(found, self.style))
 
 

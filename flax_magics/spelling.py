@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,41 @@ if TYPE_CHECKING:
     from .execution import Execution
 
 Settings = tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A collection that an NNX run handed back.
+
+    Attributes:
+      name: of the variables' type.
+      paths: of its values in the module, each with whether a variable holds it.
+      sown: they were sown, and are nested by path; others stand under their path as one name.
+      whole: it is all that was sown, by names alone.
+    """
+
+    name: str
+    paths: tuple[tuple[tuple[str | int, ...], bool], ...]
+    sown: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """A container of an argument, or what is in one.
+
+    Attributes:
+      kind: `dict`, `list` or `tuple`; `none`; `data` for what is given to the program, `choice` for a leaf that it is
+        made for; `other` for a container of another kind with such a leaf in it.
+      inside: keys or places, and what is there.
+    """
+
+    kind: str
+    inside: tuple[tuple[str | int, Part], ...] = ()
+
+    def has(self, kind: str) -> bool:
+        """Whether it is, or has, a part of that kind."""
+        return self.kind == kind or any(part.has(kind) for _, part in self.inside)
 
 
 @dataclass(frozen=True)
@@ -37,7 +72,9 @@ class Spelling:
       sown: whether something was sown.
       axes: mapped axes that are bound around the run.
       init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run.
-      returns: what the output has besides arrays: `keys`, `objects`.
+      containers: arguments that have such a leaf inside, by name, taken apart.
+      returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
+      given: collections that an NNX run handed back.
     """
 
     parameters: tuple[str, ...] = ()
@@ -56,6 +93,8 @@ class Spelling:
     init_arguments: Settings = ()
     init_fields: Settings = ()
     returns: frozenset[str] = frozenset()
+    given: tuple[Given, ...] = ()
+    containers: tuple[tuple[str, Part], ...] = ()
 
 
 def of_apply(call: Call, done: Execution) -> Spelling:
@@ -77,9 +116,13 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
         init_arguments, init_fields = _of_init(replace(call, kwargs=given), done.entry.model)
     written = () if holds else tuple(sorted(done.updates))
+    parameters = tuple(positional_names(prepared.signature, len(call.args)))
+    static = frozenset(name for name, _ in done.ready.arguments.static)
+    passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     return Spelling(
-        parameters=tuple(positional_names(prepared.signature, len(call.args))),
-        static=frozenset(name for name, _ in done.ready.arguments.static),
+        parameters=parameters,
+        static=static,
+        containers=tuple((name, _part(value, name, static)) for name, value in passed if _holds(name, static)),
         streams=tuple(sorted(ask.streams)),
         held=frozenset(model.layout.tags) if holds else frozenset(),
         handed=bool(model.supplies()),
@@ -94,6 +137,7 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         init_arguments=init_arguments,
         init_fields=init_fields,
         returns=_returns(done.output),
+        given=tuple(_given(done)) if holds else (),
     )
 
 
@@ -109,8 +153,46 @@ def _of_init(call: Call, model: Any) -> tuple[Settings, Settings]:
     return _added(prepared.kwargs, call.kwargs), fields
 
 
+def _holds(name: str, static: frozenset[str]) -> bool:
+    return any(leaf.startswith((f"{name}[", f"{name}.")) for leaf in static)
+
+
+def _part(value: Any, name: str, static: frozenset[str]) -> Part:
+    """`value`, whose path is `name`, taken apart as far as there are leaves in it that a program is made for."""
+    if value is None:
+        return Part("none")
+    if name in static:
+        return Part("choice")
+    if not _holds(name, static):
+        return Part("data")
+    rows: list[tuple[Any, Any]] = []
+    if type(value) is dict and all(type(key) in (str, int) for key in value):
+        rows += value.items()
+    elif type(value) in (list, tuple):
+        rows += enumerate(value)
+    kind = type(value).__name__ if rows else "other"
+    return Part(kind, tuple((key, _part(inner, f"{name}[{key!r}]", static)) for key, inner in rows))
+
+
+def _given(done: Execution) -> Iterator[Given]:
+    """The collections in the updates of an NNX run that was asked for some."""
+    model: Any = done.prepared.model
+    if not done.mutable:
+        return
+    for name, tree in done.output[1].items():
+        if name in done.sown:
+            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: not isinstance(part, dict))
+            steps = [tuple(str(key.key) for key in path) for path, _ in leaves]
+            paths = [tuple(int(step) if step.isdigit() else step for step in path) for path in steps]
+            whole = len(done.sown) == 1 and paths == steps
+            yield Given(name, tuple((path, True) for path in paths), sown=True, whole=whole)
+        else:
+            slots = [slot for slot in model.layout.slots if slot.collection == name and slot.name in tree]
+            yield Given(name, tuple((slot.path, slot.holder is None) for slot in slots))
+
+
 def _returns(output: Any) -> frozenset[str]:
-    found = set()
+    found = {"parts"} if type(output) in (tuple, list) else set()
     for leaf in jax.tree_util.tree_leaves(output):
         if not hasattr(leaf, "dtype"):
             found |= set() if isinstance(leaf, (bool, int, float, complex)) else {"objects"}

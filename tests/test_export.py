@@ -193,7 +193,7 @@ def test_cells_of_statements_and_what_is_around_commands(notebook, tmp_path, mon
     script = assert_same(notebook, tmp_path)
     assert "# %%time\n" in script
     assert "# files = !echo a b\n" in script
-    assert "# Left out: `files` is not there (what a magic or the shell gives is not known to a script).\n" in script
+    assert "# Left out: `files` is not there (a magic or the shell gives it).\n" in script
 
 
 def test_cells_that_fail(notebook, tmp_path):
@@ -226,7 +226,6 @@ import hashlib
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -238,7 +237,7 @@ def print_digest(call, result):
     array = np.asarray(leaf, order="C")
     header = f"{path}\\0{array.dtype.name}{list(array.shape)}\\0"
     hasher.update(header.encode() + array.tobytes())
-  print(f"{call:<19}  {hasher.hexdigest()[:16]}")
+  print(f"{call:<17}  {hasher.hexdigest()[:16]}")
 
 
 x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
@@ -288,7 +287,7 @@ def test_the_notebook_of_the_sharp_bits_is_the_code_that_it_has_by_hand(notebook
     docstring, _, code = script.partition('"""\n\n')
     assert code == SHARP_BITS
     assert docstring.startswith('"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.\n')
-    assert max(map(len, script.splitlines())) <= 100
+    assert max(map(len, script.splitlines()[:-1])) <= 88
 
 
 def test_names_of_the_users_own_are_left_alone(notebook, tmp_path):

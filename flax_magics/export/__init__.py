@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import os
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +32,11 @@ from .ours import Ours
 from .page import Model
 from .reading import Source, Transform, indent_of, read_cell, reread
 from .scope import Scope
-from .scribe import Scribe, label_of
+from .scribe import Scribe
 from .script import Script
 from .scripted import executions_of
 from .story import Story
+from .unread import drop_unread
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def export_cells(
       seed: what the root key started from, before any restart.
     """
     sources = [read_cell(cell.text, transform) for cell in cells]
-    begun = _Begun.of(session, sources, [cell.text for cell in cells], digests)
+    begun = _Begun.of(session, sources, cells, digests)
     rewritten: list[Source] = []
     for source in sources:
         same = next((known for known in rewritten if known.only_defines and known.raw == source.raw), None)
@@ -85,7 +88,7 @@ def export_cells(
 def export_script(session: Any, *, digests: bool = True) -> Exported:
     """The script of a session that no cells made: see `executions_of`."""
     executions = executions_of(session)
-    begun = _Begun.of(session, [e.source for e in executions], [executions[0].cell.text], digests)
+    begun = _Begun.of(session, [e.source for e in executions], [e.cell for e in executions], digests)
     begun.title = "The models and runs of a session"
     return begun.export(executions, (), session.runs[0].seed if session.runs else session.seed)
 
@@ -103,11 +106,13 @@ class _Begun:
     title: str = "The cells of a notebook in the order in which they ran"
 
     @classmethod
-    def of(cls, session: Any, sources: Sequence[Source], texts: Sequence[str], digests: bool) -> _Begun:
+    def of(cls, session: Any, sources: Sequence[Source], cells: Sequence[Executed], digests: bool) -> _Begun:
         runs: list[Run] = session.runs
+        texts = [cell.text for cell in cells]
+        spans = [range(cell.first, cell.end) for cell in cells]
         everything = "\n".join(source.text for source in sources)
         trees = [source.tree for source in sources]
-        inits = _init_targets(sources, runs)
+        inits = _init_targets(sources, spans, runs)
         used = mentioned(trees) - set(inits.values())
         free = Free(used | set(session.models))
         quotes = Counter(letter for text in texts for letter in text if letter in "'\"")
@@ -164,30 +169,80 @@ def _asks(step: Step) -> bool:
     return step.site.name == "flax_export" if step.site is not None else ".export(" in ast.unparse(step.statement)
 
 
-def _init_targets(sources: Sequence[Source], runs: Sequence[Run]) -> dict[str, str]:
-    """Models whose variables can have the name that the session's code gives them: nothing else is ever bound to it."""
+def _init_targets(sources: Sequence[Source], spans: Sequence[range], runs: Sequence[Run]) -> dict[str, str]:
+    """Models whose variables can have the name that the session's code gives them: nobody could tell the two apart.
+
+    Args:
+      spans: the runs of each cell, by index.
+    """
     targets: dict[str, set[str]] = {}
     counts: Counter[str] = Counter()
     every: Counter[str] = Counter()
-    for source in sources:
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
-                every[node.id] += 1
-            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                every[node.name] += 1
-            elif isinstance(node, ast.arg):
-                every[node.arg] += 1
+    last_read: dict[str, int] = {}
+    for place, source in enumerate(sources):
+        for name in _bound(source.tree):
+            every[name] += 1
+        last_read |= dict.fromkeys(_read(source), place)
         for site in source.sites.values():
             name = site.target.removesuffix("=").strip()
             if site.name == "flax_init" and site.call is not None and name.isidentifier() and not site.path:
                 targets.setdefault(site.call.target, set()).add(name)
                 counts[name] += 1
-    changed = {run.model for run in runs if run.changed or (run.command == "apply" and run.made is not None)}
+    last_read |= dict.fromkeys((name for source in sources for name in _read_later(source.tree)), len(sources))
+    changed: dict[str, int] = {}
+    for place, (source, span) in enumerate(zip(sources, spans, strict=True)):
+        models = {runs[index].model or "" for index in span if _changes(runs[index])}
+        for model in targets if _assigns_variables(source.tree) else models:
+            changed.setdefault(model, place)
     return {
         model: min(names)
         for model, names in targets.items()
-        if len(names) == 1 and counts[min(names)] == every[min(names)] and model not in changed
+        if len(names) == 1
+        and counts[min(names)] == every[min(names)]
+        and last_read.get(min(names), -1) < changed.get(model, len(sources) + 1)
     }
+
+
+def _changes(run: Run) -> bool:
+    return bool(run.changed) or (run.command == "apply" and run.made is not None)
+
+
+def _bound(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            yield node.id
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+
+
+def _read(source: Source) -> Iterator[str]:
+    """Names that a cell reads, those on the lines of its commands too."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id
+    for site in source.sites.values():
+        yield from re.findall(r"(?<!-)\b\w+", site.line)
+    for gone in source.foreign.values():
+        yield from re.findall(r"\w+", gone.code)
+
+
+def _read_later(tree: ast.AST) -> Iterator[str]:
+    """Names in functions, which may run at any time."""
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                    yield node.id
+
+
+def _assigns_variables(tree: ast.AST) -> bool:
+    """Whether `session().models['net'].variables = …` may stand there."""
+    return any(
+        isinstance(node, ast.Attribute) and node.attr == "variables" and isinstance(node.ctx, ast.Store)
+        for node in ast.walk(tree)
+    )
 
 
 def _models(
@@ -210,15 +265,15 @@ def _models(
             variables = free.take(*(("variables", long) if len(linen) == 1 else (long,)))
         free.used.add(variables)
         added = any(run.model == name and run.made is not None and run.made.added for run in runs)
-        out[name] = Model(
-            instance, module, False, variables, first_key=free.take(f"{instance}_init_key") if added else ""
-        )
+        first_key = free.take(f"{instance}_init_key") if added else ""
+        out[name] = Model(instance, module, False, variables, first_key=first_key, loaded=entry.variables)
     return out
 
 
 _MODULES = {
     "jax": "import jax",
     "jnp": "import jax.numpy as jnp",
+    "load_file": "from safetensors.flax import load_file",
     "nnx": "from flax import nnx",
     "traverse_util": "from flax import traverse_util",
     "dataclasses": "import dataclasses",
@@ -231,12 +286,12 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST], title: str)
     scribe = script.scribe
     ours = [_MODULES[name] for name in sorted(scribe.needs)]
     head: list[Item] = []
-    if scribe.digests and script.story.runs:
+    if scribe.labels:
         taken = "np" in used and not any(_binds_numpy(statement) for statement in script.imports)
         ours += ["import hashlib", "import jax", "import numpy" if taken else "import numpy as np"]
-        width = max(len(label_of(run.call, run.mode)) for run in script.story.runs) + 2
-        width = min(max(width, 12), 48)
+        width = min(max(map(len, scribe.labels)), 48)
         head.append(Item(digest_function(scribe, width, _leaves(script), "numpy" if taken else "np"), apart=True))
+    drop_unread(script.blocks, {model.name for model in script.models.values() if not model.holds})
     body = joined(script.blocks)
     text = "\n".join(body)
     read = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
@@ -247,7 +302,7 @@ def _whole(script: Script, used: set[str], trees: Sequence[ast.AST], title: str)
     }
     apart = script.first_jax is not None and script.first_jax >= 0
     mine = [ast.parse(line).body[0] for line in ours if not (apart and line in script.plain)]
-    needed = [statement for statement in script.imports if _is_needed(statement, read, trees)]
+    needed = [one for statement in script.imports for one in _single(statement) if _is_needed(one, read, trees)]
     at = script.first_jax or 0
     if not apart:
         imports = import_lines([*needed, *mine], scribe.unit)  # type: ignore[list-item]
@@ -275,13 +330,29 @@ def _leaves(script: Script) -> set[str]:
     return found
 
 
+_QUIET = frozenset({*sys.stdlib_module_names, "flax", "jax", "matplotlib", "numpy", "optax", "pandas", "scipy", "tqdm"})
+"""What has no effect but to be there when it is imported."""
+
+
+def _single(statement: ast.Import | ast.ImportFrom) -> Iterator[ast.Import | ast.ImportFrom]:
+    """One import for each name."""
+    for alias in statement.names:
+        if isinstance(statement, ast.Import):
+            yield ast.Import([alias])
+        else:
+            yield ast.ImportFrom(statement.module, [alias], statement.level)
+
+
 def _is_needed(statement: ast.Import | ast.ImportFrom, read: set[str], trees: Sequence[ast.AST]) -> bool:
-    """Whether an import of the session's has a use in the script; one that never had one stays too."""
+    """Whether an import of the session's has a use in the script, or may have one by itself."""
     if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
         return True
     names = binds(statement)
     if not names or names & read:
         return True
+    module = statement.module if isinstance(statement, ast.ImportFrom) else statement.names[0].name
+    if (module or "").partition(".")[0] in _QUIET:
+        return False
     return not any(isinstance(node, ast.Name) and node.id in names for tree in trees for node in ast.walk(tree))
 
 
@@ -290,6 +361,6 @@ def _docstring(script: Script, title: str) -> Iterator[str]:
     yield f'"""{title}, as plain JAX and Flax.'
     yield ""
     yield f"Written by %flax_export, with {versions}."
-    if script.scribe.digests and script.story.runs:
+    if script.scribe.labels:
         yield f"On the same versions and the same machine {script.scribe.digest} prints the digests of the session's runs."
     yield '"""'

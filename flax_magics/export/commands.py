@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import draws, linen_runs, nnx_runs
+from . import draws, linen_runs, loading, nnx_runs
 from .page import CannotSay, Page
 from .reading import MODELS, Site
 from .scribe import label_of
@@ -22,12 +22,16 @@ def lines(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
         return draws.named(page, site)
     if site.name == "flaxmodel":
         return _register(page, site, indices)
+    if site.name == "flax_load":
+        return loading.lines(page)
     if not site.draws:
         if site.name not in _LEAVING:
             raise CannotSay("what it does has no lines in a script")
         if site.target:
             raise CannotSay(f"its value is a report of %{site.name}")
         return []
+    if page.gone:
+        raise CannotSay("the history of its run is gone: %flax_load brought another")
     if not indices:
         # Another branch, say: what a line like it did elsewhere is what this one would do.
         alike = [i for i, run in enumerate(page.story.runs) if run.made is None and site.matches(run)]
@@ -38,8 +42,10 @@ def lines(page: Page, site: Site, indices: Sequence[int]) -> list[str]:
     model = page.models.get(run.model or "")
     if model is None:
         raise CannotSay(f"the model `{run.model}` is not known any more")
-    if options.get("draw") is not None and options.get("draws") is not None:
-        raise CannotSay("--draw and --draws together have no lines yet")
+    if site.name == "flax_init" or any(page.story.runs[index].made is not None for index in indices):
+        page.lost.pop(run.model or "", None)
+    if run.model in page.lost and options.get("variables") is None:
+        raise CannotSay(page.lost[run.model])
     if site.name == "flax_init":
         return (
             nnx_runs.build_again(page, site, model, indices)

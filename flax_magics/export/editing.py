@@ -12,6 +12,7 @@ from .matching import begin
 from .names import binds, reads
 from .reading import Foreign, Site, Source, blocks
 from .scribe import indented
+from .wrapping import fitted
 
 _MAGIC = re.compile(r"get_ipython\(\)\.run_line_magic\((['\"])(\w+)\1, (['\"])(.*)\3\)")
 _SHELL = re.compile(r"get_ipython\(\)\.(?:system|getoutput)\((['\"])(.*)\1\)")
@@ -38,6 +39,7 @@ class Edit:
     Attributes:
       source: the cell.
       command: gives the lines in the place of a command, and whether they are code.
+      unit: one step of indentation.
       missing: global names that are not there in the script, with the reason.
       left_out: filled with what was left out: the reason, and the names that it would have bound.
       declared: function → names that the lines in it assign, and that are global.
@@ -46,6 +48,7 @@ class Edit:
     source: Source
     command: Callable[[Site], tuple[list[str], bool]]
     missing: Callable[[Iterable[str]], str | None]
+    unit: str
     left_out: list[tuple[str, set[str]]] = field(default_factory=list)
     declared: dict[ast.stmt, set[str]] = field(default_factory=dict)
     _edits: list[tuple[int, int, list[str]]] = field(default_factory=list)
@@ -68,6 +71,7 @@ class Edit:
         indent = self._indent(statement)
         if statement in source.sites:
             new, code = self.command(source.sites[statement])
+            new = fitted(new, self.unit, len(indent))
             self._replace(statement, indented(new, indent))
             return code
         if statement in source.foreign:
@@ -107,7 +111,7 @@ class Edit:
             self._replace(statement, [*lines, indent + found.code])
             return True
         if found.names:
-            self.left_out.append(("what a magic or the shell gives is not known to a script", set(found.names)))
+            self.left_out.append(("a magic or the shell gives it", set(found.names)))
         self._replace(statement, lines)
         return False
 

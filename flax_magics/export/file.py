@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from pathlib import Path
 
 from ..atomic import replace_file
@@ -12,28 +13,42 @@ from ..errors import FlaxMagicsError
 _MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
 
 
-def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> Path:
-    """Writes the script `text` to `file`, which ends in `.py`; gives the file's path.
+def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tuple[Path, bool]:
+    """Writes the script `text` to `file`, which ends in `.py`; gives the file's path, and whether it replaced one.
 
     Args:
       force: replace what is there whatever it is.
 
     Raises:
-      FlaxMagicsError: there is a file that no export wrote, or one that was changed since; or no place for a file.
+      FlaxMagicsError: there is a file that no export wrote, or one that was changed since; or no place for a file, or
+        no writing to it: what was there is as it was.
     """
     path = Path(file).expanduser()
     if path.suffix != ".py":
-        write = f"%flax_export {path.with_suffix('.py') if path.suffix not in ('', '.') else f'{path}.py'}"
+        name = path.with_suffix(".py") if path.suffix not in ("", ".") else path.parent / f"{path.name.strip('.')}.py"
+        write = f"%flax_export {name if path.name != '.py' else path.parent / 'session.py'}"
         raise FlaxMagicsError(f"a script is a file with the ending .py, and `{path.name}` has another.", write=write)
     path = path.resolve()  # through a link the file is written that it stands for
     if path.is_dir():
         raise FlaxMagicsError(f"`{file}` is a folder.", write=f"%flax_export {Path(file) / 'session.py'}")
     if not path.parent.is_dir():
-        raise FlaxMagicsError(f"there is no folder `{Path(file).parent}`.", write=f"!mkdir -p {Path(file).parent}")
-    if path.exists() and not force:
+        raise FlaxMagicsError(
+            f"there is no folder `{Path(file).parent}`.", write=f"!mkdir -p {_quoted(Path(file).parent)}"
+        )
+    there = path.exists()
+    if there and not force:
         _check(path, file)
-    replace_file(path, lambda made: _write(made, signed(text)))
-    return path
+    try:
+        replace_file(path, lambda made: _write(made, signed(text)))
+    except OSError as error:
+        raise FlaxMagicsError(f"`{file}` could not be written: {error.strerror or error}.") from error
+    return path, there
+
+
+def _quoted(path: Path) -> str:
+    """A path as the shell reads it, a `~` at its begin as it is."""
+    home, slash, rest = str(path).partition("/")
+    return home + slash + shlex.quote(rest) if home == "~" and rest else shlex.quote(str(path)) if home != "~" else home
 
 
 def signed(text: str) -> str:

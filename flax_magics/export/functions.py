@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+import keyword
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..call import Argument, ParsedCall
-from ..spelling import Spelling
-from .scribe import Scribe, indented
+from ..spelling import Part, Spelling
+from .scribe import Scribe, call, indented
+
+
+class CannotSay(Exception):
+    """A command for which there are no lines; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,9 @@ class Passed:
     static: tuple[str, ...]
 
 
-def passed(call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> Passed:
+def passed(scribe: Scribe, call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> Passed:
     """The arguments of `call`. `used` are names that no parameter may have."""
+    containers = dict(spelling.containers)
     parameters: list[str] = []
     inside: list[str] = []
     outside: list[str] = []
@@ -58,15 +64,75 @@ def passed(call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> Passed:
         if _is_choice(text) or (leaf in spelling.static and _is_literal(text)):
             inside.append(before + text)
             continue
-        parameter = _plain_name(leaf)
-        while parameter in used or parameter in parameters:
-            parameter += "_"
+        if leaf in containers:
+            apart = _Apart(scribe, {*used, *parameters})
+            inside.append(before + apart.text(text, containers[leaf], leaf))
+            parameters += apart.parameters
+            outside += apart.outside
+            static += apart.static
+            continue
+        parameter = _free_name(leaf, {*used, *parameters})
         parameters.append(parameter)
         inside.append(before + parameter)
         outside.append(text)
         if leaf in spelling.static:
             static.append(parameter)
     return Passed(tuple(parameters), tuple(inside), tuple(outside), tuple(static))
+
+
+@dataclass(eq=False)
+class _Apart:
+    """Writes a container into a function's body, with parameters for what is no literal in it."""
+
+    scribe: Scribe
+    used: set[str]
+    parameters: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    static: list[str] = field(default_factory=list)
+
+    def text(self, written: str, part: Part, name: str) -> str:
+        """The expression for `part`, where the call has `written`; `name` is for a parameter."""
+        if part.kind == "none":
+            return "None"
+        if part.kind == "choice" and _is_literal(written):
+            return written
+        if part.kind in ("data", "choice"):
+            parameter = _free_name(name, self.used)
+            self.used.add(parameter)
+            self.parameters.append(parameter)
+            self.outside.append(written)
+            if part.kind == "choice":
+                self.static.append(parameter)
+            return parameter
+        inner = _elements(written, part)
+        rows = []
+        for key, item in part.inside:
+            literal = self.scribe.text(key) if isinstance(key, str) else str(key)
+            own = key if isinstance(key, str) and key.isidentifier() else f"{name}_{key}"
+            row = self.text(inner.get(key, f"{written}[{literal}]"), item, own)
+            rows.append(f"{literal}: {row}" if part.kind == "dict" else row)
+        if part.kind == "tuple":
+            return f"({', '.join(rows)}{',' * (len(rows) == 1)})"
+        return ("{%s}" if part.kind == "dict" else "[%s]") % ", ".join(rows)
+
+
+def _elements(written: str, part: Part) -> dict[str | int, str]:
+    """The elements of a container that is spelled out in the call; none of one that has a name."""
+    node = ast.parse(written.strip(), mode="eval").body
+    found: dict[str | int, ast.expr] = {}
+    match node:
+        case ast.Dict(keys, values):
+            for key, value in zip(keys, values, strict=True):
+                match key:
+                    case ast.Constant(str() | int() as name):
+                        found[name] = value
+        case ast.List(items) | ast.Tuple(items) if not any(isinstance(item, ast.Starred) for item in items):
+            found = dict(enumerate(items))
+        case ast.Name() | ast.Attribute() | ast.Subscript():
+            return {}
+    if set(found) != {key for key, _ in part.inside}:
+        raise CannotSay("an argument is put together in the call")
+    return {key: ast.get_source_segment(written.strip(), value) or "" for key, value in found.items()}
 
 
 def as_written(arguments: Sequence[Argument]) -> list[str]:
@@ -81,6 +147,13 @@ def as_written(arguments: Sequence[Argument]) -> list[str]:
 def one_line(text: str) -> str:
     """An expression on one line."""
     return text if "\n" not in text else ast.unparse(ast.parse(text.strip(), mode="eval").body)
+
+
+def _free_name(leaf: str, used: Container[str]) -> str:
+    name = _plain_name(leaf)
+    while name in used or keyword.iskeyword(name):
+        name += "_"
+    return name
 
 
 def _plain_name(leaf: str) -> str:
@@ -148,6 +221,6 @@ class Wanted:
             decorator = f"@functools.partial({self.decorator}, static_argnames=({given}))"
         return [
             decorator,
-            *scribe.fit(f"def {name}(", self.parameters, "):"),
+            call(f"def {name}(", self.parameters, "):"),
             *indented(self.body, scribe.unit),
         ]

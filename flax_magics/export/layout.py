@@ -7,7 +7,8 @@ import sys
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from .scribe import WIDTH, Scribe
+from .scribe import Scribe
+from .wrapping import WIDTH, fitted
 
 
 @dataclass
@@ -89,15 +90,15 @@ def digest_function(scribe: Scribe, width: int, has: Container[str], np: str = "
     inner = ["path = jax.tree_util.keystr(path)"]
     if "objects" in has:
         inner += [
-            f"if not isinstance(leaf, (jax.Array, {np}.ndarray, {np}.generic, bool, int, float, complex)):",
+            f"if not isinstance(leaf, (jax.Array, {np}.ndarray, {np}.generic, int, float, complex)):",
             '\thasher.update(f"{path}\\0{leaf!r}\\0".encode())',
             "\tcontinue",
         ]
     if "keys" in has:
         inner += [
-            'key_type = ""',
-            "if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):",
-            "\tkey_type, leaf = str(leaf.dtype), jax.random.key_data(leaf)",
+            'key_type, dtype = "", getattr(leaf, "dtype", None)',
+            "if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):",
+            "\tkey_type, leaf = str(dtype), jax.random.key_data(leaf)",
         ]
         before = "{key_type}"
     inner += [
@@ -115,4 +116,4 @@ def digest_function(scribe: Scribe, width: int, has: Container[str], np: str = "
     ]
     if scribe.quote == "'":
         lines = [line if '"""' in line else line.replace('"', "'") for line in lines]
-    return [line.replace("\t", scribe.unit) for line in lines]
+    return fitted((line.replace("\t", scribe.unit) for line in lines), scribe.unit)

@@ -11,7 +11,7 @@ from ..call import ParsedCall
 from ..models.switch import cloned
 from ..spelling import Settings, Spelling
 from .functions import Passed, Wanted, as_written, passed
-from .scribe import Scribe
+from .scribe import Scribe, call
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,18 @@ def function(scribe: Scribe, called: Called, mode: str, several: bool, draws: in
     called = replace(called, keys=own)
     keys = list(own.values())
     variables = "variables"
-    arguments = passed(called.call, called.spelling, (variables, *keys))
+    arguments = passed(scribe, called.call, called.spelling, (variables, *keys, *(f"{key}s" for key in keys)))
     before, items = apply_items(scribe, called, arguments.inside, variables)
-    parameters = (variables, *keys, *arguments.parameters)
+    given = keys if draws is None else [f"{key}s" for key in keys]
+    parameters = (variables, *given, *arguments.parameters)
     if not any(name.startswith("*") for name in arguments.parameters):
-        parameters = (variables, *arguments.parameters, *keys)
+        parameters = (variables, *arguments.parameters, *given)
     if draws is not None:
         body = _mapped(scribe, before, items, keys, draws)
     elif called.spelling.axes:
         body = _bound(scribe, before, items, called.spelling.axes)
     else:
-        body = scribe.fit(f"return {before}", items, ")", 1)
+        body = [call(f"return {before}", items)]
     names = _names(called, mode, several, draws)
     reads = frozenset({called.model, *_words(arguments.inside, arguments.parameters)})
     scribe.needs.add("jax")
@@ -91,17 +92,16 @@ def function(scribe: Scribe, called: Called, mode: str, several: bool, draws: in
 
 
 def _mapped(scribe: Scribe, before: str, items: list[str], keys: list[str], draws: int) -> list[str]:
-    body = scribe.fit(f"return {before}", items, ")", 2)
+    body = [call(f"return {before}", items)]
     if not keys:
-        line = f"{before}{', '.join(items)})"
-        return scribe.fit("return jax.vmap(", [f"lambda: {line}", f"axis_size={draws}"], ")()", 1)
+        return [f"return jax.vmap(lambda: {call(before, items)}, axis_size={draws})()"]
     inner = [f"def one_draw({', '.join(keys)}):", *(scribe.unit + line for line in body)]
-    return [*inner, "", f"return jax.vmap(one_draw)({', '.join(keys)})"]
+    return [*inner, "", f"return jax.vmap(one_draw)({', '.join(f'{key}s' for key in keys)})"]
 
 
 def _bound(scribe: Scribe, before: str, items: list[str], axes: Sequence[str]) -> list[str]:
     """Around a model that names a mapped axis: the axis with one element, which stands for this device."""
-    lines = ["def one_device():", *(scribe.unit + line for line in scribe.fit(f"return {before}", items, ")", 2)), ""]
+    lines = ["def one_device():", scribe.unit + call(f"return {before}", items), ""]
     mapped = "one_device"
     for axis in sorted(axes):
         mapped = f"jax.vmap({mapped}, axis_name={scribe.text(axis)}, axis_size=1)"

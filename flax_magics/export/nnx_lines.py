@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..call import ParsedCall
 from ..models.switch import WHEN_TRAINING
 from ..spelling import Settings, Spelling
 from .functions import Passed, Wanted, passed
-from .scribe import Scribe
+from .page import CannotSay
+from .scribe import Scribe, call, indented
 
 _FLAX = ("deterministic", "use_running_average")
 """The switches that `train()` and `eval()` set themselves."""
@@ -33,7 +35,7 @@ def reseeded(scribe: Scribe, held: Held, model: str) -> list[str]:
         return []
     scribe.needs.add("nnx")
     items = [model, f"policy={scribe.text('match_shape')}", *(f"{s}={held.keys[s]}" for s in streams)]
-    return scribe.fit("nnx.reseed(", items, ")")
+    return [call("nnx.reseed(", items)]
 
 
 def rngs(scribe: Scribe, held: Held) -> str:
@@ -67,12 +69,88 @@ def modes(spelling: Spelling, model: str) -> tuple[str, str] | None:
     return to, "" if set(spelling.fields) == set(spelling.own) else back
 
 
+def updates(scribe: Scribe, model: str, spelling: Spelling, popped: str) -> str:
+    """The collections that a run handed back, as a dict.
+
+    Args:
+      popped: the expression that takes off `model` what was sown; a name for it where that is not given as it is.
+
+    Raises:
+      CannotSay: the run sowed variables of a type of their own.
+    """
+    items = []
+    for given in spelling.given:
+        if not given.sown:
+            values = [_held(model, path, variable) for path, variable in given.paths]
+            names = ["/".join(map(str, path)) for path, _ in given.paths]
+            rows = ", ".join(f"{scribe.text(name)}: {value}" for name, value in zip(names, values, strict=True))
+            items.append(f"{scribe.text(given.name)}: {{{rows}}}")
+            continue
+        if given.name != "Intermediate":
+            raise CannotSay(f"what it sowed are variables of a type of their own, `{given.name}`")
+        pure = f"nnx.to_pure_dict({popped})" if given.whole else _nested(scribe, given.paths, popped)
+        items.append(f"{scribe.text(given.name)}: {pure}")
+    return f"{{{', '.join(items)}}}"
+
+
+def _nested(scribe: Scribe, paths: Sequence[tuple[tuple[str | int, ...], bool]], sown: str) -> str:
+    """Values of `sown`, nested by their paths, with names in the place of numbers."""
+    tree: dict[str, Any] = {}
+    for path, _ in paths:
+        inner = tree
+        for step in path[:-1]:
+            inner = inner.setdefault(str(step), {})
+        steps = (scribe.text(step) if isinstance(step, str) else str(step) for step in path)
+        inner[str(path[-1])] = sown + "".join(f"[{step}]" for step in steps)
+
+    def text(part: Any) -> str:
+        if isinstance(part, str):
+            return part
+        return f"{{{', '.join(f'{scribe.text(name)}: {text(inner)}' for name, inner in part.items())}}}"
+
+    return text(tree)
+
+
+def _held(model: str, path: tuple[str | int, ...], variable: bool) -> str:
+    """`net.layers[0].kernel[...]`"""
+    steps = [f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in path]
+    return f"{model}{''.join(steps)}{'[...]' if variable else ''}"
+
+
+def series(scribe: Scribe, held: Held, mode: str, several: bool, size: int) -> tuple[Wanted, Passed]:
+    """The jitted function for many draws at once, given the keys of each stream, and what else it is called with."""
+    one, arguments = function(scribe, held, mode, several)
+    keys = [held.keys[stream] for stream in dict.fromkeys((*held.spelling.streams, *held.arguments))]
+    copy = "model" if held.model != "model" else "copy"
+    while copy in {*one.parameters, *keys}:
+        copy += "_"
+    given = rngs(scribe, held)
+    body = [
+        f"{copy} = nnx.clone({held.model})",
+        *reseeded(scribe, held, copy),
+        *filter(None, [mode_set(held.spelling.fields, copy)]),
+        *(line.replace(f"return {held.model}", f"return {copy}", 1) for line in one.body),
+    ]
+    if given:
+        body[-1] = body[-1].replace("rngs=rngs", f"rngs={given}")
+    mapped = f"jax.vmap(one_draw)({', '.join(f'{key}s' for key in keys)})"
+    if not keys:
+        mapped = f"jax.vmap(one_draw, axis_size={size})()"
+    lines = [f"def one_draw({', '.join(keys)}):", *indented(body, scribe.unit), "", f"return {mapped}"]
+    scribe.needs.add("jax")
+    verb = {"train": "train", "eval": "evaluate"}.get(mode, held.call.method[-1] if held.call.method else "apply")
+    names = (f"{verb}_draws_{held.model}",) if several else (f"{verb}_draws", f"{verb}_draws_{held.model}")
+    parameters = (held.model, *arguments.parameters, *(f"{key}s" for key in keys))
+    wanted = Wanted((*one.key, tuple(lines)), names, one.decorator, parameters, one.static, tuple(lines), one.reads)
+    return wanted, arguments
+
+
 def function(scribe: Scribe, held: Held, mode: str, several: bool) -> tuple[Wanted, Passed]:
     """The jitted function for a run, and what it is called with besides the module."""
     used = [held.model, *(f"{name}_key" for name in held.arguments)]
     if held.spelling.handed:
         used.append("rngs")
-    arguments = passed(held.call, held.spelling, used)
+    arguments = passed(scribe, held.call, held.spelling, used)
     items = [*arguments.inside, *(f"{name}={value}" for name, value in held.spelling.arguments)]
     items += [f"{name}={name}_key" for name in held.arguments]
     parameters = [held.model, *arguments.parameters, *(f"{name}_key" for name in held.arguments)]
@@ -82,7 +160,7 @@ def function(scribe: Scribe, held: Held, mode: str, several: bool) -> tuple[Want
     starred = [name for name in parameters if name.startswith("*")]
     parameters = [name for name in parameters if name not in starred] + starred
     path = ".".join((held.model, *held.call.method))
-    body = scribe.fit(f"return {path}(", items, ")", 1)
+    body = [call(f"return {path}(", items)]
     # The mode is the module's own, unless the call has it as an argument.
     mode = mode if held.spelling.arguments else "as written"
     verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..spelling import Spelling
 from . import draws, nnx_lines
 from .functions import as_written
 from .nnx_lines import Held
 from .page import CannotSay, Model, Page, common
 from .reading import Site
-from .scribe import indented, label_of
-from .values import Value, lines_of
+from .scribe import Scribe, call, label_of
+from .values import lines_of, names_of
 
 _RNGS = "nnx.Rngs(params=params_key, dropout=dropout_key)"
 
@@ -26,7 +27,7 @@ def build_again(page: Page, site: Site, model: Model, indices: Sequence[int]) ->
     scribe, run = page.scribe, page.story.runs[indices[-1]]
     _, _, built = run.by_hand.partition(" = ")
     if site.given.options["draw"] is not None:
-        lines, _, params = draws.replayed(page, indices, ("dropout",), False)
+        lines, _, params = draws.replayed(page, indices, ("params", "dropout"), False)
         dropout = scribe.variable("replayed_dropout_key")
     else:
         streams, taken = page.story.folded_later(site)
@@ -45,7 +46,7 @@ def _rebuilt(page: Page, model: Model, built: str, params: str, dropout: str) ->
     scribe = page.scribe
     scribe.needs.add("nnx")
     built = built.replace("params=params_key", f"params={params}").replace("dropout=dropout_key", f"dropout={dropout}")
-    return scribe.fit("nnx.update(", [model.name, f"nnx.state({built})"], ")")
+    return [f"nnx.update({model.name}, nnx.state({built}))"]
 
 
 def apply(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[str]:
@@ -56,8 +57,6 @@ def apply(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[
     """
     scribe, options = page.scribe, site.given.options
     assert site.call is not None
-    if options["mutable"]:
-        raise CannotSay("--mutable of an NNX model has no lines yet")
     runs, size = page.runs(indices), options["draws"]
     spelling = common(runs)
     lines, key, params = draws.of_run(page, site, indices, spelling)
@@ -71,21 +70,15 @@ def apply(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[
     names = (*spelling.streams, *options["key"])
     keys = {stream: key(stream) if size is None else f"{stream}_key" for stream in names}
     held = Held(model.name, site.call, spelling, keys, tuple(options["key"]))
+    if size is not None:
+        return [*lines, *_series(page, site, held, key, size)]
     modes = nnx_lines.modes(spelling, model.name)
     keeps = options["variables"] is None and options["draw"] is None
     name = model.name
-    if modes is None or not keeps or size is not None:
+    if modes is None or not keeps:
         name = scribe.variable(f"{model.name}_copy")
-        lines.append(f"{name} = nnx.clone({model.name})")
-        scribe.needs.add("nnx")
-        if options["variables"] is not None:
-            lines.append(f"nnx.update({name}, {options['variables']})")
-        one_way = nnx_lines.mode_set(spelling.fields, name)
-        if one_way is None:
-            raise CannotSay("its switches are set to different values")
-        modes = (one_way, "")
-    if size is not None:
-        return [*lines, *filter(None, modes[:1]), *_series(page, site, held, name, key, size)]
+        lines += _copied(scribe, model.name, name, options["variables"])
+        modes = (_one_way(spelling, name), "")
     lines += [*nnx_lines.reseeded(scribe, held, name), *filter(None, modes[:1])]
     rngs = nnx_lines.rngs(scribe, held)
     extra = [*(keys[name] for name in held.arguments), *([rngs] if rngs else [])]
@@ -94,42 +87,78 @@ def apply(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[
         items += [f"{argument}={value}" for argument, value in spelling.arguments]
         items += [f"{argument}={keys[argument]}" for argument in held.arguments]
         items += [f"rngs={rngs}"] if rngs else []
-        value = Value(".".join((name, *site.call.method)) + "(", tuple(items), ")")
+        value = call(".".join((name, *site.call.method)) + "(", items)
     else:
         wanted, passed = nnx_lines.function(scribe, held, site.mode, page.several)
-        outside = list(passed.outside)
-        starred = [text for text in outside if text.startswith("*")]
-        plain = [text for text in outside if not text.startswith("*")]
-        value = Value(f"{page.define(wanted, site)}(", (name, *plain, *extra, *starred), ")")
+        starred = [text for text in passed.outside if text.startswith("*")]
+        plain = [text for text in passed.outside if not text.startswith("*")]
+        value = call(f"{page.define(wanted, site)}(", [name, *plain, *extra, *starred])
     after = [line for line in modes[1:] if line]
+    kept = [f"nnx.update({model.name}, nnx.state({name}))"] if name != model.name and keeps else []
+    label = label_of(site.call.call, site.mode)
+    if options["mutable"]:
+        after += kept
+        return [*lines, *_with_updates(scribe, site.target, label, value, name, spelling, after)]
     if spelling.sown:
         after.append(f"nnx.pop({name}, nnx.Intermediate)")
-    if name != model.name and keeps:
-        after.append(f"nnx.update({model.name}, nnx.state({name}))")
-    return [*lines, *lines_of(scribe, site.target, label_of(site.call.call, site.mode), value, after=after)]
+    parts = "parts" in spelling.returns
+    return [*lines, *lines_of(scribe, site.target, label, value, after=[*after, *kept], parts=parts)]
 
 
-def _series(page: Page, site: Site, held: Held, name: str, key: Callable[[str], str], size: int) -> list[str]:
-    """Many draws of an NNX model: the module taken apart, and put together once for each draw."""
-    scribe = page.scribe
+def _copied(scribe: Scribe, model: str, name: str, variables: str | None) -> list[str]:
+    """The lines that make a copy of a module for a run that keeps nothing, with other variables where some are given."""
+    scribe.needs.add("nnx")
+    lines = [f"{name} = nnx.clone({model})"]
+    return lines if variables is None else [*lines, f"nnx.update({name}, {variables})"]
+
+
+def _one_way(spelling: Spelling, name: str) -> str:
+    mode = nnx_lines.mode_set(spelling.fields, name)
+    if mode is None:
+        raise CannotSay("its switches are set to different values")
+    return mode
+
+
+def _with_updates(
+    scribe: Scribe, target: str, label: str, value: str, model: str, spelling: Spelling, after: Sequence[str]
+) -> list[str]:
+    """The lines for a run that gives `(output, updates)`."""
+    pair = names_of(target) if len(names_of(target)) == 2 else []
+    output = pair[0] if pair else scribe.variable("output", "result")
+    lines = [f"{output} = {value}", *after]
+    popped = ""
+    if spelling.sown:
+        scribe.needs.add("nnx")
+        popped = f"nnx.pop({model}, nnx.Intermediate)"
+        sown = [given for given in spelling.given if given.sown]
+        if not sown:
+            lines.append(popped)
+        elif not all(given.whole for given in sown):
+            held = scribe.variable("sown", "sown_values")
+            lines.append(f"{held} = nnx.to_pure_dict({popped})")
+            popped = held
+    updates = nnx_lines.updates(scribe, model, spelling, popped)
+    if pair:
+        return [*lines, f"{pair[1]} = {updates}", *scribe.show(label, f"({', '.join(pair)})")]
+    return [*lines, *lines_of(scribe, target, label, f"({output}, {updates})")]
+
+
+def _series(page: Page, site: Site, held: Held, key: Callable[[str], str], size: int) -> list[str]:
+    """Many draws of an NNX model: a function that takes the module apart, and puts it together once for each draw."""
+    scribe, options = page.scribe, site.given.options
     assert site.call is not None
-    scribe.needs |= {"jax", "jnp"}
-    graphdef, state, one = (scribe.variable(n) for n in ("graphdef", "state", "one_draw"))
-    wanted, passed = nnx_lines.function(scribe, held, site.mode, page.several)
-    streams = list(dict.fromkeys((*held.spelling.streams, *held.arguments)))
-    keys = [held.keys[stream] for stream in streams]
-    body = [f"{held.model} = nnx.merge({graphdef}, {state})", *nnx_lines.reseeded(scribe, held, held.model)]
-    rngs = nnx_lines.rngs(scribe, held)
-    body += [line.replace("rngs=rngs", f"rngs={rngs}") if rngs else line for line in wanted.body]
-    axes = ", ".join(["None"] * (1 + len(passed.outside)) + ["0"] * len(keys))
-    given = [state, *passed.outside, *(f"jnp.stack({key(stream)})" for stream in streams)]
-    counted = f", axis_size={size}" if not keys else ""
-    value = Value(f"jax.jit(jax.vmap({one}, in_axes=({axes}){counted}))(", tuple(given), ")")
-    return [
-        f"{graphdef}, {state} = nnx.split({name})",
-        "",
-        f"def {one}({', '.join([state, *passed.parameters, *keys])}):",
-        *indented(body, scribe.unit),
-        "",
-        *lines_of(scribe, site.target, label_of(site.call.call, site.mode), value),
-    ]
+    if options["mutable"]:
+        raise CannotSay("--mutable of many draws of an NNX model at once has no lines yet")
+    lines: list[str] = []
+    name = held.model
+    if options["variables"] is not None:
+        name = scribe.variable(f"{held.model}_copy")
+        lines += _copied(scribe, held.model, name, options["variables"])
+    _one_way(held.spelling, name)
+    wanted, passed = nnx_lines.series(scribe, held, site.mode, page.several, size)
+    if held.keys:
+        scribe.needs.add("jnp")
+    keys = [f"jnp.stack({key(stream)})" for stream in dict.fromkeys((*held.spelling.streams, *held.arguments))]
+    value = call(f"{page.define(wanted, site)}(", [name, *passed.outside, *keys])
+    label = label_of(site.call.call, site.mode)
+    return [*lines, *lines_of(scribe, site.target, label, value, parts="parts" in held.spelling.returns)]

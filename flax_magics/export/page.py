@@ -6,16 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..journal import Load
 from ..run import Run
 from ..spelling import Spelling
+from .functions import CannotSay as CannotSay
 from .functions import Wanted
 from .reading import Site
 from .scribe import Scribe
 from .story import Story
-
-
-class CannotSay(Exception):
-    """A command for which there are no lines; the message says why."""
 
 
 @dataclass(eq=False)
@@ -37,6 +35,8 @@ class Model:
     construction: str = ""
     first_key: str = ""
     """The variable that keeps the key of its first init, where a method adds variables later."""
+    loaded: Any = None
+    """Its variables as they are now: of the tree that a file had."""
 
 
 @dataclass(eq=False)
@@ -46,6 +46,9 @@ class Page:
     define: makes sure that a function is in the script where it will be used, and gives its name.
     assigned: names that the lines of the command at hand assign: a function has to declare them.
     states: what became of the models that the cell registered: `new`, `unchanged`, `changed`.
+    load: what the `%flax_load` at hand read.
+    gone: the cell's runs are in no history any more.
+    lost: models whose variables the script has not, with the reason.
     """
 
     scribe: Scribe
@@ -54,6 +57,9 @@ class Page:
     define: Callable[[Wanted, Site], str]
     assigned: set[str] = field(default_factory=set)
     states: Mapping[str, str] = field(default_factory=dict)
+    load: Load | None = None
+    gone: bool = False
+    lost: dict[str, str] = field(default_factory=dict)
 
     @property
     def several(self) -> bool:
@@ -82,7 +88,11 @@ def common(runs: Sequence[Run]) -> Spelling:
     taken = {each.taken for each in spellings}
     if len(taken) > 1:
         raise CannotSay("its first run, which made the variables, had another `params` key than the others")
-    parts = sorted(name for name in last.static if not name.isidentifier() and name not in last.parameters)
+    if any(each.containers != last.containers for each in spellings):
+        raise CannotSay("an argument was put together in another way each time")
+    apart = tuple(f"{name}[" for name, part in last.containers if not part.has("other"))
+    names = (name for name in last.static if not name.isidentifier() and name not in last.parameters)
+    parts = sorted(name for name in names if not name.startswith(apart))
     if parts:
         raise CannotSay(f"`{parts[0]}` is part of the program, and jax.jit takes no such part of an argument")
     return replace(last, streams=streams, mutable=mutable, kept=kept)

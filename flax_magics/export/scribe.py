@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..keys import SPLIT, stream_tag
 from .names import Free
-
-WIDTH = 100
 
 
 @dataclass(eq=False)
@@ -21,6 +20,8 @@ class Scribe:
       quote: the quotes that the session's own code prefers.
       digests: whether a line with a digest is printed for each run.
       needs: modules that our lines use: `jax`, `jnp`, `nnx`, `dataclasses`, `functools`.
+      spare: names of variables that hold something for the next line.
+      labels: what the digests are called.
     """
 
     free: Free
@@ -29,7 +30,7 @@ class Scribe:
     digests: bool = True
     needs: set[str] = field(default_factory=set)
     spare: dict[str, str] = field(default_factory=dict)
-    """Names of variables that hold something for the next line."""
+    labels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names = ("root_key", "params_key", "dropout_key")
@@ -37,6 +38,8 @@ class Scribe:
         self.root, self.params, self.dropout = (self.free.take(before + name) for name in names)
         self.digest = self.free.take("print_digest")
         self._streams = {"params": self.params, "dropout": self.dropout}
+
+    STAYS: ClassVar[str] = "# The first run below splits this key again, and takes the rest of the draw."
 
     # -- text
 
@@ -51,20 +54,6 @@ class Scribe:
     def texts(self, values: Iterable[str]) -> str:
         """A list of string literals."""
         return "[" + ", ".join(map(self.text, values)) + "]"
-
-    def fit(self, before: str, items: Sequence[str], after: str, depth: int = 0) -> list[str]:
-        """`before` + the items + `after`, on one line where that fits, otherwise on one line for each item.
-
-        Args:
-          depth: steps of indentation that will stand before it.
-        """
-        line = f"{before}{', '.join(items)}{after}"
-        if len(line) + depth * len(self.unit) <= WIDTH or not items:
-            return [line]
-        joined = self.unit + ", ".join(items)
-        if len(joined) + depth * len(self.unit) <= WIDTH and not any(item.startswith("*") for item in items):
-            return [before, joined, after]
-        return [before, *(f"{self.unit}{item}," for item in items), after]
 
     def variable(self, name: str, other: str | None = None) -> str:
         """The variable of ours that is called so, or `other` where that name is not free."""
@@ -88,7 +77,7 @@ class Scribe:
     def fold(self, stream: str, root: str | None = None) -> str:
         """The key of a stream that the split does not give, from the root key before it is split."""
         self.needs.add("jax")
-        return f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08x})"
+        return f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08X})"
 
     def folds(self, streams: Iterable[str], *, taken: bool = False) -> list[str]:
         """The lines that fold further streams into the root key, before it is split."""
@@ -108,7 +97,7 @@ class Scribe:
         self.needs.add("jax")
         root = "_" if stay else self.root
         line = f"{root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"
-        ahead = ["# The first run below makes this draw; its other keys are for that."] if stay else []
+        ahead = [self.STAYS] if stay else []
         return [*ahead, *self.folds(streams, taken=taken), line]
 
     def start(self, seed: int) -> str:
@@ -116,15 +105,38 @@ class Scribe:
         self.needs.add("jax")
         return f"{self.root} = jax.random.key({seed})"
 
-    def advance(self, draws: int) -> list[str]:
+    def keys_of(
+        self, root: str, streams: Iterable[str], key: Callable[[str], str], *, taken: bool = False, moves: bool = False
+    ) -> list[str]:
+        """The keys of one draw from another root key than the session's: those of `streams` alone.
+
+        Args:
+          key: the variable of each stream's.
+          taken: see `key`.
+          moves: `root` is that of the next draw then.
+        """
+        self.needs.add("jax")
+        folded = [stream for stream in streams if stream not in SPLIT or (taken and stream == "params")]
+        lines = [f"{key(stream)} = {self.fold(stream, root)}  # stream {self.text(stream)}" for stream in folded]
+        split = [root if moves else "_"]
+        split += [key(stream) if stream in streams and stream not in folded else "_" for stream in SPLIT]
+        if any(name != "_" for name in split):
+            lines.append(f"{', '.join(split)} = jax.random.split({root}, 3)")
+        return lines
+
+    def advance(self, draws: int, root: str | None = None) -> list[str]:
         """Moves the root key on by so many draws that nothing is taken of."""
         self.needs.add("jax")
-        line = f"{self.root} = jax.random.split({self.root}, 3)[0]"
+        root = root or self.root
+        line = f"{root} = jax.random.split({root}, 3)[0]"
         return [line] if draws == 1 else [f"for _ in range({draws}):", self.unit + line]
 
     def show(self, label: str, value: str) -> list[str]:
         """The line that prints a digest, where they are wanted."""
-        return self.fit(f"{self.digest}(", [self.text(label), value], ")") if self.digests else []
+        if not self.digests:
+            return []
+        self.labels.append(label)
+        return [f"{self.digest}({self.text(label)}, {value})"]
 
 
 def label_of(call: str, mode: str = "") -> str:
@@ -133,6 +145,11 @@ def label_of(call: str, mode: str = "") -> str:
     if len(call) > 48:
         call = call[:47].rstrip() + "…"
     return f"{mode} {call}" if mode in ("train", "eval") else call
+
+
+def call(before: str, items: Iterable[str], after: str = ")") -> str:
+    """`before`, the items with commas between, and `after`: one logical line."""
+    return f"{before}{', '.join(items)}{after}"
 
 
 def indented(lines: Iterable[str], by: str) -> list[str]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..journal import Executed
+from ..journal import Executed, Load
 from . import commands
 from .editing import Edit, commented
 from .functions import Function, Wanted
 from .layout import Item
 from .ledger import Ledger
+from .looks import is_a_look
 from .matching import Execution, Step, begin
 from .names import binds
 from .ours import Ours
@@ -21,6 +22,7 @@ from .reading import Site, Source
 from .scope import Scope
 from .scribe import Scribe
 from .story import Story
+from .wrapping import fitted
 
 _UNSAFE = ("environ", "sys.path", "chdir", "set_virtual_device", "distributed.initialize")
 """What an import must not be moved in front of."""
@@ -63,6 +65,8 @@ class Script:
         self._declared: dict[ast.stmt, set[str]] = {}
         self._unset: set[tuple[Step, str]] = set()
         self._unsafe = False
+        self._modules: dict[str, str] = {}
+        self._loads: Iterator[Load] = iter(())
 
     # -- one execution
 
@@ -72,6 +76,8 @@ class Script:
         self.blocks.append([])
         rows = cell.registered
         self.page.states = {row.name: row.state for row in rows}
+        self.page.load, self.page.gone = None, cell.gone
+        self._loads = iter(cell.loads)
         if self._is_repeated(execution):
             return
         if source.opaque:
@@ -79,11 +85,11 @@ class Script:
             self._add(self.ledger.unexplained(execution.loose))
             return
         block = self.blocks[-1]
-        if source.above:
+        if source.above and (cell.error is None or any(not step.failed for step in execution.steps)):
             block.append(Item([f"# {line}".rstrip() for line in source.above]))
         for gone in source.foreign.values():
             if not gone.shown and gone.names:
-                self.scope.lose(gone.names, "what a magic captures is not known to a script")
+                self.scope.lose(gone.names, "a magic captures it")
         keep, restore = self._kept_modules(rows)
         block += keep
         last_line = 0
@@ -160,12 +166,16 @@ class Script:
             self.scope.lose(binds(statement), "it is of the session that ran the notebook")
             return
         self._before, self._statement = [], statement
+        if step.site is not None and step.site.name == "flax_load":
+            self.page.load = next(self._loads, None)
+            if self.page.load is not None:
+                self.ledger.at = self.page.load.seed, self.page.load.draws
         self.scope.here = binds(statement)
         if self._is_a_look(statement):
             return
         self._add(self.ledger.unexplained([index for index, site in step.made if site is None]))
         self._prepare(step)
-        edit = Edit(source, self._command, self.scope.missing)
+        edit = Edit(source, self._command, self.scope.missing, self.scribe.unit)
         self._declared = edit.declared
         lines, code = self._checked(*edit.statement(statement), edit, binds(statement))
         for reason, names in edit.left_out:
@@ -197,6 +207,10 @@ class Script:
         return lines, code
 
     def _bind(self, names: Iterable[str], statement: ast.stmt) -> None:
+        names = set(names)
+        for name, model in self.models.items():
+            if model.variables in names:
+                self.page.lost.pop(name, None)
         self.scope.bind(names, statement, len(self.blocks) - 1, self.page.states)
 
     def _add(self, lines: list[str]) -> None:
@@ -226,6 +240,7 @@ class Script:
         if ours or rebound or (self._unsafe and modules != ["__future__"]):
             return False
         self.imports.append(statement)
+        self._modules |= _modules(statement)
         self.scope.take_in(binds(statement))
         return True
 
@@ -236,9 +251,9 @@ class Script:
         node = statement.value
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "display":
             return "display" not in self.scope.known
-        if isinstance(node, ast.Constant):
-            return not isinstance(node.value, str) or bool(self.blocks[-1])
-        return isinstance(node, (ast.Name, ast.Attribute)) and isinstance(_root(node), ast.Name)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return bool(self.blocks[-1])
+        return is_a_look(node, self._modules, self.scope.versions)
 
     def _command(self, site: Site) -> tuple[list[str], bool]:
         """The lines of a command, and whether they are code."""
@@ -295,15 +310,15 @@ class Script:
         seen = self.scope.classes | wanted.reads if wanted.decorator == "nnx.jit" else set()
         versions = {name: version for name, version in every.items() if name not in seen}
         known = self.functions.get(wanted.key)
-        forced = known is not None and known.every == every and self._is_traced_anew(site)
         self.of_site[site] = wanted
+        forced = known is not None and known.every == every and self._is_traced_anew(site)
         inside = bool(site.path) and bool(reached & self.scope.here) and site.path[0] is self._statement
         if known is not None and known.versions == versions and not forced and not inside:
             known.every = every
             return known.name
         name = known.name if known is not None else self.scribe.free.take(*wanted.names)
         self.functions[wanted.key] = Function(name, versions, every)
-        lines = wanted.lines(self.scribe, name)
+        lines = fitted(wanted.lines(self.scribe, name), self.scribe.unit)
         if inside and site.in_function is None:
             self._inline = lines
             return name
@@ -317,8 +332,10 @@ class Script:
 
     def _is_traced_anew(self, site: Site) -> bool:
         """Whether a run at this place had a new program because of what the model reads, though no name was bound anew."""
+        # `nnx.jit` is given the module itself, and sees what has changed in it.
+        held = self.of_site[site].decorator == "nnx.jit"
         return not site.path and any(
-            cause.kind == "model"
+            cause.kind == "model" and not (held and cause.text.startswith("the model changed"))
             for index in self.story.of_site.get(site, [])
             for cause in self.story.runs[index].causes
         )
@@ -347,10 +364,14 @@ class Script:
         return keep, restore
 
 
-def _root(node: ast.expr) -> ast.expr:
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return node
+def _modules(statement: ast.Import | ast.ImportFrom) -> dict[str, str]:
+    """Names → what they were imported as: `nn` → `flax.linen`."""
+    if isinstance(statement, ast.ImportFrom):
+        return {alias.asname or alias.name: f"{statement.module}.{alias.name}" for alias in statement.names}
+    return {
+        alias.asname or alias.name.partition(".")[0]: alias.name if alias.asname else alias.name.partition(".")[0]
+        for alias in statement.names
+    }
 
 
 def _first(statement: ast.stmt, source: Source) -> str:
@@ -361,5 +382,14 @@ def _gap(source: Source, after: int, before: int) -> tuple[list[str], bool]:
     """Comments between two statements (lines `after` and `before`, neither included), and whether a line is empty."""
     lines = source.text.split("\n")[after : before - 1]
     blank = any(not line.strip() for line in lines) and after > 0
-    kept = [line for line in lines if line.strip().startswith("#")]
+    kept = [_comment(line) for line in lines if line.strip().startswith("#")]
     return kept, blank
+
+
+def _comment(line: str) -> str:
+    """A line of comment as formatters have it; a Colab form's title without its sign."""
+    text = line.strip()
+    title = text.removeprefix("#").lstrip().removeprefix("@title ")
+    if title != text.removeprefix("#").lstrip():
+        return f"# {title.strip()}"
+    return f"# {text[1:]}" if text[1:2] not in ("", " ", "#", "!", ":") else text

@@ -2,71 +2,73 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from .scribe import WIDTH, Scribe
+from .scribe import Scribe
+from .wrapping import WIDTH
 
 
-@dataclass(frozen=True)
-class Value:
-    """An expression that may be too long for one line: `before`, items with commas between, `after`."""
+def name_of(target: str) -> str:
+    """The name of `y =`; empty for a target that is anything else."""
+    name = target.removesuffix("=").strip()
+    return name if target.endswith("=") and name.isidentifier() else ""
 
-    before: str
-    items: tuple[str, ...]
-    after: str
 
-    @property
-    def line(self) -> str:
-        """On one line."""
-        return f"{self.before}{', '.join(self.items)}{self.after}"
+def names_of(target: str) -> list[str]:
+    """The names of `y, updates =`; empty for a target that is anything else."""
+    match ast.parse(f"{target} 0").body if target else []:
+        case [ast.Assign([ast.Tuple(parts)])] if all(isinstance(part, ast.Name) for part in parts):
+            return [part.id for part in parts if isinstance(part, ast.Name)]
+    return []
 
 
 def lines_of(
-    scribe: Scribe,
-    target: str,
-    label: str,
-    value: Value,
-    *,
-    after: Sequence[str] = (),
-    pair: str | None = None,
-    given: str = "",
+    scribe: Scribe, target: str, label: str, value: str, *, after: Sequence[str] = (), parts: bool = False
 ) -> list[str]:
     """The lines that run `value`, hold or drop the output, and print its digest.
 
     Args:
       target: what stands left of the value in the cell, with its sign; empty for nothing.
       after: lines that follow the run.
-      pair: the value is `(output, updates)`, and this is the name for the updates; `_` where nobody wants them.
-      given: what the command gave, as an expression of `{output}`, where that is more than the output.
+      parts: the output is a tuple, so that names in its place are the whole of it.
     """
-    name = target.removesuffix("=").strip()
-    plain = target.endswith("=") and name.isidentifier()
-    if pair is None and not target and not given:
-        if not scribe.digests:
-            return [*scribe.fit(value.before, value.items, value.after), *after]
-        line = f"{scribe.digest}({scribe.text(label)}, {value.line})"
-        if len(line) <= WIDTH - 2 * len(scribe.unit):
+    if not target:
+        line = f"{scribe.digest}({scribe.text(label)}, {value})" if scribe.digests else value
+        if not scribe.digests or len(line) <= WIDTH - 2 * len(scribe.unit):
+            scribe.labels += [label] * scribe.digests
             return [line, *after]
-    if not scribe.digests and target and pair is None and not given:
-        return [*scribe.fit(f"{target} {value.before}", value.items, value.after), *after]
-    output = name if plain else scribe.variable("output", "result") if target or scribe.digests else "_"
-    left = output if pair is None else f"{output}, {pair}"
-    lines = [*scribe.fit(f"{left} = {value.before}", value.items, value.after), *after]
-    if given:
-        lines.append(f"{output} = {given.format(output=output)}")
-    lines += scribe.show(label, output)
-    if target and not plain:
-        lines.append(f"{target} {output}")
-    return lines
+    name, names = name_of(target), names_of(target)
+    if not scribe.digests or (names and parts):
+        return [f"{target} {value}", *after, *scribe.show(label, f"({', '.join(names)})")]
+    output = name or scribe.variable("output", "result")
+    lines = [f"{output} = {value}", *after, *scribe.show(label, output)]
+    return lines if name or not target else [*lines, f"{target} {output}"]
 
 
-def merged(scribe: Scribe, variables: str, kept: Sequence[str], mutable: Sequence[str]) -> list[str]:
-    """The line that puts what a run wrote into the variables."""
+def lines_of_pair(
+    scribe: Scribe, target: str, label: str, value: str, updates: str, *, after: Sequence[str], parts: bool = False
+) -> list[str]:
+    """The lines for a `value` of output and updates of which the cell gets the output: see `lines_of`.
+
+    Args:
+      updates: the name for the updates; `_` where nobody wants them.
+    """
+    name, names = name_of(target), names_of(target)
+    if names and (parts or not scribe.digests):
+        whole = f"({', '.join(names)})"
+        return [f"{whole}, {updates} = {value}", *after, *scribe.show(label, whole)]
+    wanted = target or scribe.digests
+    output = name or (scribe.variable("output", "result") if wanted else "_")
+    lines = [f"{output}, {updates} = {value}", *after, *scribe.show(label, output)]
+    return lines if name or not target else [*lines, f"{target} {output}"]
+
+
+def merged(scribe: Scribe, variables: str, kept: Sequence[str], mutable: Sequence[str], updates: str) -> list[str]:
+    """The line that puts what a run wrote, `updates`, into the variables."""
     if not kept:
         return []
-    new = scribe.variable("updates", "new_values")
     if set(kept) == set(mutable):
-        return [f"{variables} = {{**{variables}, **{new}}}"]
-    items = [f"{scribe.text(name)}: {new}[{scribe.text(name)}]" for name in kept]
+        return [f"{variables} = {{**{variables}, **{updates}}}"]
+    items = [f"{scribe.text(name)}: {updates}[{scribe.text(name)}]" for name in kept]
     return [f"{variables} = {{**{variables}, {', '.join(items)}}}"]

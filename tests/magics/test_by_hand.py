@@ -50,6 +50,14 @@ class Noisy(nn.Module):
   def __call__(self, x, z_rng):
     return nn.Dense(3)(x) + jax.random.normal(z_rng, (3,))
 
+class Choosing(nn.Module):
+  @nn.compact
+  def __call__(self, x, options):
+    x = nn.Dense(3)(x) * options['scale']
+    return nn.relu(x) if options['act'] == 'relu' else x
+
+choosing = Choosing()
+options = {'act': 'relu', 'scale': 2.0}
 switched, field, configured, noisy = Switched(), Field(), Configured(), Noisy()
 around, around_configured = Around(Field()), Around(Configured())
 x = jnp.ones((2, 4))
@@ -79,6 +87,11 @@ x = jnp.ones((2, 4))
             "around_configured.inner.config, deterministic=False))).apply(variables, x, rngs={'dropout': dropout_key})",
         ),
         ("--key z_rng noisy(x)", "noisy.apply(variables, x, z_rng=z_rng_key)"),
+        (
+            "choosing(x, {'act': 'relu', 'scale': 2.0})",
+            "choosing.apply(variables, x, {'act': 'relu', 'scale': 2.0})",
+        ),
+        ("choosing(x, options=options)", "choosing.apply(variables, x, options=options)"),
     ],
 )
 def test_it_is_python_that_gives_the_bits_of_the_run(notebook, line, by_hand):

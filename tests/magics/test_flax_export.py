@@ -43,10 +43,17 @@ def test_a_file_of_its_own_is_replaced_and_says_what_it_has(ran, tmp_path):
     assert ran("%flax_export session.py") == "session.py · written · 3 cells · 1 run"
     first = (tmp_path / "session.py").read_text()
     ran("z = %flax_apply -q my_model(x)")
-    assert ran("%flax_export 'session.py'") == "session.py · written · 4 cells · 2 runs"
+    assert ran("%flax_export 'session.py'") == "session.py · replaced · 4 cells · 2 runs"
     assert (tmp_path / "session.py").read_text() != first
     assert ran("%flax_export -q session.py") == ""
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_a_name_may_have_spaces_and_begin_at_home(ran, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for line in ("my session.py", "'my session.py'", '"~/my session.py"', "~/my session.py"):
+        ran(f"%flax_export -q {line}")
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".py")] == ["my session.py"]
 
 
 def test_a_file_of_the_users_own_is_not_replaced(ran, tmp_path):
@@ -80,6 +87,9 @@ def test_a_name_that_is_no_script_is_refused(ran, tmp_path):
         ),
         ("folder.py", "`folder.py` is a folder.\n  write: %flax_export folder.py/session.py"),
         ("none/a.py", "there is no folder `none`.\n  write: !mkdir -p none"),
+        ("'no folder/a b.py'", "there is no folder `no folder`.\n  write: !mkdir -p 'no folder'"),
+        ("~/none/a.py", "there is no folder `~/none`.\n  write: !mkdir -p ~/none"),
+        (".py", "a script is a file with the ending .py, and `.py` has another.\n  write: %flax_export session.py"),
     ):
         assert ran.fails(f"%flax_export --force {name}") == f"FlaxMagicsError: {message}"
 
@@ -92,7 +102,9 @@ def test_a_write_that_fails_leaves_the_old_file(ran, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", broken)
-    assert "no space left on device" in ran.fails("%flax_export -q session.py")
+    assert ran.fails("%flax_export -q session.py") == (
+        "FlaxMagicsError: `session.py` could not be written: no space left on device."
+    )
     assert (tmp_path / "session.py").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["cache", "session.py"] or os.listdir(tmp_path) == ["session.py"]
 

@@ -53,6 +53,11 @@ def test_the_script_is_shown_as_code_or_put_into_the_next_cell(open_notebook):
     assert set(shown) == {"text/plain", "text/markdown"}
     assert shown["text/markdown"] == f"```python\n{shown['text/plain']}```\n"
     assert notebook.run("%flax_export --plain --cell").outputs == []
+    payload = (
+        "(sent,) = get_ipython().payload_manager.read_payload()\nprint(sent['source'], sent['replace'], sent['text'])"
+    )
+    printed = notebook.run(f"%flax_export --plain --cell\n{payload}").printed
+    assert printed == f"set_next_input False {shown['text/plain']}\n"
 
 
 def test_the_example_exported_runs_without_flax_magics_and_agrees_with_it(open_notebook, tmp_path):

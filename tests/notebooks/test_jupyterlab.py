@@ -64,8 +64,9 @@ stack = Stack()""",
     "for i in range(5):\n  %flax_apply -q --train my_model(x)",
     "%flax_replay 1",
     "%flax_history",
+    "%flax_export --plain",
 )
-"""Cells that are added to the example: a deep model, summarised; its draws, listed."""
+"""Cells that are added to the example: a deep model, summarised; its draws, listed; all of it as plain Flax."""
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,18 @@ def test_the_history_is_a_table_of_all_draws(page, tmp_path):
     history.screenshot(path=tmp_path / "history.png")
 
 
+def test_an_export_is_shown_as_code_in_the_colours_of_the_cells(page, tmp_path):
+    number = page.evaluate(f"() => {CELLS}.findIndex(c => c.innerText.includes('%flax_export'))")
+    code = page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator("code.language-python")
+    text = code.inner_text()
+    assert text.startswith('"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.\n')
+    assert "\nroot_key, params_key, dropout_key = jax.random.split(root_key, 3)\n" in text
+    compile(text, "copied", "exec")
+    code.screenshot(path=tmp_path / "export.png")
+    colours = "c => new Set([...c.querySelectorAll('span')].map(s => getComputedStyle(s).color)).size"
+    assert code.evaluate(colours) >= 4
+
+
 def test_the_tree_of_the_variables_has_pictures(page):
     number = page.evaluate(f"() => {CELLS}.findIndex(c => c.innerText.includes('--tree my_model'))")
     cell = page.locator(".jp-Notebook .jp-CodeCell").nth(number)
@@ -280,3 +293,18 @@ def test_no_report_is_wider_than_its_place(page, tmp_path, width):
     page.wait_for_timeout(500)
     page.screenshot(path=tmp_path / f"{width}.png")
     assert page.evaluate(WIDER) == 0
+
+
+def test_an_export_goes_into_the_next_cell(page):
+    page.set_viewport_size({"width": 1280, "height": 1600})
+    page.locator(".jp-Notebook .jp-CodeCell").last.locator(".cm-content").click()
+    page.keyboard.press("Escape")
+    page.keyboard.press("b")
+    page.keyboard.press("Enter")
+    page.keyboard.type("%flax_export --plain --cell")
+    page.keyboard.press("Control+Enter")
+    cells = page.locator(".jp-Notebook .jp-CodeCell")
+    before = cells.count()
+    page.wait_for_function(f"n => {CELLS}.length > n", arg=before)
+    assert cells.last.locator(".cm-content").inner_text().startswith('"""The cells of a notebook in the order')
+    assert cells.nth(before - 1).locator(".jp-OutputArea-output").count() == 0

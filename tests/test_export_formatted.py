@@ -1,0 +1,73 @@
+"""An export of well-kept cells is formatted and lints clean, as ruff has it where nobody has set anything."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from exporting import exported
+
+RUFF = shutil.which("ruff", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
+
+pytestmark = pytest.mark.skipif(RUFF is None, reason="ruff is not installed; it comes with the extra dev")
+
+CELLS = [
+    """\
+import functools
+import time
+
+import optax
+from flax import nnx
+""",
+    """\
+%%flaxmodel
+class ConvNet(nn.Module):
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, options=None, *, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        x = nn.Dropout(0.25, deterministic=not train)(x)
+        if options is not None and options["noisy"]:
+            noise = jax.random.normal(self.make_rng("noise"), x.shape)
+            x = x + options["scale"] * noise
+        return nn.Dense(self.classes)(x)
+
+
+network = ConvNet()
+""",
+    "#@title A form\nvariables = %flax_init network(x)",
+    "for step in range(2):\n    for batch in x:\n        logits = %flax_apply --train network(batch)\nlogits.shape",
+    'logits, statistics = %flax_apply --train --mutable batch_stats network(x, {"noisy": True, "scale": 0.1})',
+    "%flax_apply --draw 2 --eval network(x)\nlogits[:2].mean()",
+    """\
+%%flaxmodel module = Module(4, 8, rate=0.25)
+class Module(nnx.Module):
+    def __init__(self, features, classes, rate, *, rngs):
+        self.hidden = nnx.Linear(4, features, rngs=rngs)
+        self.norm = nnx.BatchNorm(features, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+        self.out = nnx.Linear(features, classes, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.dropout(self.norm(self.hidden(x))))
+""",
+    "y, statistics = %flax_apply --train --mutable BatchStat module(x)",
+    "samples = %flax_apply --eval --draws 4 module(x)\n%flax_init module(x)",
+    "latent = %flax_key latent",
+]
+
+
+def test_ruff_has_nothing_to_say(notebook, tmp_path):
+    for cell in CELLS:
+        notebook(cell)
+    script = exported(notebook, tmp_path)
+    path = tmp_path / "formatted.py"
+    path.write_text(script)
+    for command in (["format", "--diff"], ["check", "--output-format=concise"]):
+        done = subprocess.run([RUFF, *command, "--isolated", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stdout}\n{script}"
+    assert "# A form\n" in script

@@ -1,0 +1,100 @@
+"""`%flax_export` of a session that came out of a file: what plain lines can read of it, and what is said of the rest."""
+
+from __future__ import annotations
+
+import pytest
+from exporting import digests_of, exported, printed
+
+import flax_magics
+
+pytestmark = pytest.mark.usefixtures("digests_taken")
+
+NORMED = """\
+%%flaxmodel
+class Normed(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
+
+normed = Normed()
+"""
+HELD = """\
+%%flaxmodel held = Held()
+class Held(nnx.Module):
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.linear(x)
+"""
+
+
+@pytest.fixture
+def saved(notebook, tmp_path, monkeypatch):
+    """Saves a session with a model made of a cell, and runs of it, to `s.safetensors`."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(cell: str, name: str, *, runs: int) -> None:
+        names = dict(notebook.shell.user_ns)
+        line, _, body = cell.partition("\n")
+        exec(f"{body}\n{name} = {name.title()}({'nnx.Rngs(0)' if ' ' in line else ''})", names)
+        session = flax_magics.Session()
+        session.register(name, names[name])
+        for _ in range(runs):
+            session.apply(name, notebook["x"], mode=None if " " in line else "train")
+        session.save("s.safetensors")
+
+    return save
+
+
+def test_a_linen_models_variables_are_read_from_the_file(notebook, saved, tmp_path):
+    saved(NORMED, "normed", runs=2)
+    notebook("%flax_load s.safetensors")
+    notebook(NORMED)
+    notebook("y = %flax_apply --train normed(x)\nz = %flax_apply --train --draw 1 normed(x)\nw = %flax_apply normed(x)")
+    script = exported(notebook, tmp_path)
+    assert (
+        'tensors = traverse_util.unflatten_dict(load_file("s.safetensors"), sep="/")\n'
+        'variables = tensors["normed"]\n'
+        "root_key = jax.random.key(0)\n"
+        "# The session in the file had made 2 draws.\n"
+        "for _ in range(2):\n"
+        "  root_key = jax.random.split(root_key, 3)[0]\n"
+    ) in script.replace("'", '"')
+    assert "Left out" not in script
+    assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs[2:]]
+
+
+def test_a_file_that_is_another_now_is_not_read(notebook, saved, tmp_path):
+    saved(NORMED, "normed", runs=1)
+    notebook("%flax_load s.safetensors")
+    notebook(NORMED)
+    notebook("y = %flax_apply --train normed(x)\n%flax_save s.safetensors")
+    notebook("print(y.mean())\nv = %flax_init normed(x)\nz = %flax_apply --train normed(x)")
+    script = exported(notebook, tmp_path)
+    said = (
+        "# Left out: the variables of `normed` came from `s.safetensors`, which is not the file any more that it was.\n"
+    )
+    assert f"{said}root_key = jax.random.key(0)\n# The session in the file had made a draw.\n" in script
+    assert f"{said}# y = %flax_apply --train normed(x)\n" in script
+    assert "# print(y.mean())\n" in script
+    assert digests_of(printed(script, tmp_path)) == [run.digest for run in notebook.session.runs[-2:]]
+
+
+def test_what_ran_before_is_in_no_history_any_more_and_nnx_has_no_lines(notebook, saved, tmp_path):
+    notebook("from flax import nnx")
+    saved(HELD, "held", runs=1)
+    notebook(HELD)
+    notebook("y = %flax_apply held(x)")
+    notebook("%flax_load s.safetensors")
+    notebook("z = %flax_apply held(x)")
+    script = exported(notebook, tmp_path)
+    said = (
+        "# Left out: the variables of `held` came from `s.safetensors`, and those of an NNX model have no lines yet.\n"
+    )
+    assert (
+        "# Left out: the history of its run is gone: %flax_load brought another.\n# y = %flax_apply held(x)\n" in script
+    )
+    assert f"{said}# z = %flax_apply held(x)\n" in script
+    assert printed(script, tmp_path) == []
