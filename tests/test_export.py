@@ -263,7 +263,9 @@ def apply(variables, x):
 
 @jax.jit
 def train(variables, x, dropout_key):
-  return my_model.clone(training=True).apply(variables, x, rngs={"dropout": dropout_key})
+  return my_model.clone(training=True).apply(
+    variables, x, rngs={"dropout": dropout_key}
+  )
 
 
 root_key = jax.random.key(0)

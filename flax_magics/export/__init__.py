@@ -362,5 +362,5 @@ def _docstring(script: Script, title: str) -> Iterator[str]:
     yield ""
     yield f"Written by %flax_export, with {versions}."
     if script.scribe.labels:
-        yield f"On the same versions and the same machine {script.scribe.digest} prints the digests of the session's runs."
+        yield f"On the same versions and machine {script.scribe.digest} prints the digests of the session."
     yield '"""'

@@ -247,7 +247,9 @@ def test_the_history_is_a_table_of_all_draws(page, tmp_path):
 
 
 def test_an_export_is_shown_as_code_in_the_colours_of_the_cells(page, tmp_path):
-    number = page.evaluate(f"() => {CELLS}.findIndex(c => c.innerText.includes('%flax_export'))")
+    number = page.evaluate(
+        f"() => {CELLS}.findIndex(c => c.querySelector('.cm-content').innerText.trim() === '%flax_export --plain')"
+    )
     code = page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator("code.language-python")
     text = code.inner_text()
     assert text.startswith('"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.\n')
