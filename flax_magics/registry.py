@@ -221,7 +221,7 @@ def check_variables(name: str, value: Any) -> Any:
     """`value` if it is a mapping of collections (or None).
 
     Raises:
-      FlaxMagicsError: it is something else, or holds bare parameters instead of collections.
+      FlaxMagicsError: it is something else, holds bare parameters instead of collections, or is no tree that JAX takes.
     """
     if value is None:
         return None
@@ -230,8 +230,13 @@ def check_variables(name: str, value: Any) -> Any:
             f"variables of `{name}` are a dict of collections, not {type(value).__name__}.",
             write=f"session().models['{name}'].variables = {{'params': params}}",
         )
-    if "params" not in value and value and all(isinstance(item, Mapping) for item in value.values()):
+    try:
         leaves = jax.tree_util.tree_leaves(value)
+    except ValueError as error:
+        raise FlaxMagicsError(
+            f"variables of `{name}`: a dict in them has keys that JAX cannot sort, such as a number beside a string."
+        ) from error
+    if "params" not in value and value and all(isinstance(item, Mapping) for item in value.values()):
         modules = [key for key, item in value.items() if set(item) & {"kernel", "bias", "scale", "embedding"}]
         if leaves and modules:
             raise FlaxMagicsError(

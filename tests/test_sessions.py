@@ -335,6 +335,11 @@ def test_variables_can_be_assigned(session):
     assert not session.apply("net", x).output.any()
     with pytest.raises(FlaxMagicsError, match="these look like the params themselves"):
         model.variables = model.variables["params"]
+    with pytest.raises(FlaxMagicsError) as error:
+        model.variables = {"params": {"Dense_0": {1: x, "bias": x}}}
+    assert str(error.value) == (
+        "variables of `net`: a dict in them has keys that JAX cannot sort, such as a number beside a string."
+    )
 
 
 class TakesKey(nn.Module):
