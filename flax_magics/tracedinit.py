@@ -112,6 +112,12 @@ def _units(key: Any) -> Iterator[bool]:
 
     JAX runs a jitted function as one program, and inlines some (most of `jax.numpy`) where they are traced.
     """
+    with _lock, _whole(key) as kept:
+        yield kept
+
+
+@contextlib.contextmanager
+def _whole(key: Any) -> Iterator[bool]:
     try:
         from jax._src.interpreters.partial_eval import custom_staging_rules as rules
         from jax.extend.core.primitives import jit_p
@@ -128,12 +134,11 @@ def _units(key: Any) -> Iterator[bool]:
             return trace.default_process_primitive(jit_p, args, params, source_info=source)
         return rule(trace, source, *args, **params)
 
-    with _lock:
+    try:
         rules[jit_p] = stage
-        try:
-            yield True
-        finally:
-            rules[jit_p] = rule
+        yield True
+    finally:
+        rules[jit_p] = rule
 
 
 def _needed(jaxpr: Any) -> tuple[Any, ...]:

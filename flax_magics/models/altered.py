@@ -1,8 +1,12 @@
-"""A module but for a few of its names, in the place of which another module looks it up."""
+"""Names of Flax's that are replaced for the time of a trace: by one thread at a time, and a module but for a few names."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
+
+REPLACING = threading.RLock()
+"""Held from before the first name is read until the last is put back, so that nobody puts back a replacement."""
 
 
 class Altered:

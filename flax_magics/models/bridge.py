@@ -18,6 +18,7 @@ from flax.linen import module as linen_module
 from flax.nnx import variablelib
 from flax.nnx.bridge import wrappers
 
+from .altered import REPLACING
 from .graph import is_sown, walk
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ def watching(recorder: Recorder) -> Iterator[None]:
 @contextlib.contextmanager
 def initialising() -> Iterator[None]:
     """Inside the block, a stream that an init does not give falls back on `params`, as every other of linen's does."""
+    with REPLACING, _initialising():
+        yield
+
+
+@contextlib.contextmanager
+def _initialising() -> Iterator[None]:
     thread = threading.get_ident()
     lookup = nnx.Rngs._get_stream
 

@@ -103,8 +103,8 @@ class Lifts:
             return jax.random.fold_in(key, data)
 
         altered: Any = Altered(random, split=split, fold_in=fold_in)
-        lift._partial_pack, lift.random = pack_, altered
         try:
+            lift._partial_pack, lift.random = pack_, altered
             yield
         finally:
             lift._partial_pack, lift.random = pack, random

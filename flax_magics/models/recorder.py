@@ -25,9 +25,9 @@ from flax.core.scope import Scope
 from flax.linen import transforms
 
 from . import Ask, Layer, Record, Take, nnx_bridge
+from .altered import REPLACING
 from .lifted import Lifts, Made
 
-_lock = threading.RLock()
 _traces = itertools.count(1)
 
 
@@ -61,6 +61,11 @@ class Recorder:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Replaces the four methods for the time of the block, for calls of this thread alone."""
+        with REPLACING, self._watching():
+            yield
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
         thread = threading.get_ident()
         make_rng, has_rng, put_variable, sow = Scope.make_rng, Scope.has_rng, Scope.put_variable, nn.Module.sow
 
@@ -101,17 +106,16 @@ class Recorder:
                 self.incomplete |= col not in self.ask.mutable
             return sow(module, col, name, *args, **kwargs)
 
-        with _lock:
+        try:  # an interrupt may come at any moment
             _replace(Scope, make_rng=make, has_rng=has, put_variable=put)
             _replace(nn.Module, sow=sow_)
-            try:
-                across = nnx_bridge()
-                inside = contextlib.nullcontext() if across is None else across.watching(self)
-                with self._jitted_anew(thread), self.lifts.watching(), inside, nn.intercept_methods(self._layers):
-                    yield
-            finally:
-                _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)
-                _replace(nn.Module, sow=sow)
+            across = nnx_bridge()
+            inside = contextlib.nullcontext() if across is None else across.watching(self)
+            with self._jitted_anew(thread), self.lifts.watching(), inside, nn.intercept_methods(self._layers):
+                yield
+        finally:
+            _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)
+            _replace(nn.Module, sow=sow)
 
     @contextlib.contextmanager
     def _jitted_anew(self, thread: int) -> Iterator[None]:
@@ -136,9 +140,9 @@ class Recorder:
                 return made
             return cls(made.module_ref, hash((made.hash_key, trace)))
 
-        _replace(transforms, fork_rngs=fork)
-        _replace(proxy, from_module=classmethod(of_this_trace))
         try:
+            _replace(transforms, fork_rngs=fork)
+            _replace(proxy, from_module=classmethod(of_this_trace))
             yield
         finally:
             _replace(transforms, fork_rngs=fork_rngs)
@@ -203,16 +207,16 @@ def sowing() -> Iterator[set[str]]:
     """Gives the set of collections that are sown in the block. An init runs as Flax runs it, and is only listened to."""
     thread = threading.get_ident()
     sown: set[str] = set()
-    sow = nn.Module.sow
+    with REPLACING:
+        sow = nn.Module.sow
 
-    def sow_(module: nn.Module, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
-            sown.add(col)
-        return sow(module, col, name, *args, **kwargs)
+        def sow_(module: nn.Module, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                sown.add(col)
+            return sow(module, col, name, *args, **kwargs)
 
-    with _lock:
-        _replace(nn.Module, sow=sow_)
         try:
+            _replace(nn.Module, sow=sow_)
             yield sown
         finally:
             _replace(nn.Module, sow=sow)

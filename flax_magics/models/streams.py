@@ -23,7 +23,7 @@ from flax import nnx
 from flax.nnx import rnglib
 
 from . import Layer, Path, Record, Take
-from .altered import Altered
+from .altered import REPLACING, Altered
 from .graph import walk
 from .recorder import constructed_in, mask_of
 
@@ -33,8 +33,6 @@ AXES = "flax_magics_axes"
 """Sizes of the axes that a stream's key is split along, outermost first; of a copy inside a transform all around it too."""
 HANDED: Path = ("(rngs of the call)",)
 """In place of a path: a stream that the session made for the call."""
-
-_lock = threading.RLock()
 
 
 def mark(module: Any, trace: object, handed: bool = False) -> None:
@@ -93,6 +91,11 @@ class Watcher:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Replaces the methods for the time of the block, for calls of this thread alone."""
+        with REPLACING, self._watching():
+            yield
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
         thread = threading.get_ident()
         draw, sow, dropout, norm = nnx.RngStream.__call__, nnx.Module.sow, nnx.Dropout.__call__, nnx.BatchNorm.__call__
         lookup, restore = nnx.Rngs._get_stream, rnglib.restore_rngs
@@ -172,16 +175,15 @@ class Watcher:
         ]
         random, altered = rnglib.random, Altered(rnglib.random, split=split)
         replaced.append((rnglib, "random", random, altered))
-        with _lock:
+        try:
             for cls, name, old, new in replaced:
                 # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some.
                 setattr(cls, name, new if new is altered else functools.wraps(old)(new))
-            try:
-                with self._noting(thread):
-                    yield
-            finally:
-                for cls, name, old, _ in replaced:
-                    setattr(cls, name, old)
+            with self._noting(thread):
+                yield
+        finally:
+            for cls, name, old, _ in replaced:
+                setattr(cls, name, old)
 
     @contextlib.contextmanager
     def _noting(self, thread: int) -> Iterator[None]:
