@@ -30,7 +30,7 @@ class Expression:
 
     text: str
     tree: ast.expr
-    _code: dict[tuple[str, ...], CodeType] = field(default_factory=dict, init=False, repr=False)
+    _code: dict[tuple[bool, tuple[str, ...]], CodeType] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def source(self) -> str:
@@ -86,9 +86,11 @@ class Expression:
         names = tuple(name for name in self._names if name in local) if local else ()
         # Every time: linecache may have been cleared since the code was compiled.
         linecache.cache[self.filename] = (len(self.text), None, self.text.splitlines(True), self.filename)
-        code = self._code.get(names)
+        # The value and the call taken apart are two codes of one expression.
+        which = gather is None, names
+        code = self._code.get(which)
         if code is None:
-            code = self._code[names] = _compile(tree(), names, self.filename)
+            code = self._code[which] = _compile(tree(), names, self.filename)
         try:
             return FunctionType(code, user_ns)(gather, *(local[name] for name in names))
         except NameError as error:

@@ -307,3 +307,11 @@ def test_any_text_is_read_or_refused_with_a_message(text: str) -> None:
             parse(text)
         except FlaxMagicsError as error:
             assert str(error)
+
+
+def test_one_expression_is_evaluated_and_taken_apart_in_either_order() -> None:
+    expression = parse_expression("dict(a=one)", "%flaxmodel")
+    for one in (1, 2):
+        names = {"one": one}
+        assert expression.evaluate(names) == {"a": one}
+        assert expression.construct(names) == (dict, (), {"a": one})
