@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .call import ParsedCall
 from .celllog import Rerun, reruns
 from .current import current, existing
+from .interrupts import Interrupts
 from .journal import Journal
 from .library import library
 from .reporter import Reporter
@@ -64,10 +65,12 @@ class Working:
         self._live = live
         self._what = what
         self._meanwhile = meanwhile
+        self._interrupts = Interrupts(Working.__enter__.__code__, Working.__exit__.__code__)
 
     def __enter__(self) -> Live:
         self._phase = self._live.begin(self._what)
         self._session.on_phase = self._doing
+        self._interrupts.begin()
         return self._live
 
     def _doing(self, phase: str) -> None:
@@ -76,11 +79,15 @@ class Working:
             self._meanwhile()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        interrupt = self._interrupts.end(error)
         if isinstance(error, KeyboardInterrupt):
             stopped(error, self._phase.text)
         self._live.end()
-        if error is not None:
+        if error is not None or interrupt is not None:
             self._live.clear()
+        if interrupt is not None:
+            stopped(interrupt, self._phase.text if error is not None else None)
+            raise interrupt from None
 
 
 class Notebook:

@@ -46,14 +46,16 @@ def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ())
         exc._render_traceback_ = _Rendering(shell, hint, end)  # type: ignore[attr-defined]
 
 
-def stopped(error: KeyboardInterrupt, doing: str) -> None:
+def stopped(error: KeyboardInterrupt, doing: str | None) -> None:
     """Has IPython show an interrupt as one line: where in our code or XLA's it struck is nobody's concern.
 
     Args:
       error: the interrupt, to be raised again after this.
-      doing: what was being done, such as `compiling net`.
+      doing: what was being done, such as `compiling net`; None if it was done when the interrupt was heard.
     """
     line = f"KeyboardInterrupt: stopped while {doing}; the session is as it was before"
+    if doing is None:
+        line = "KeyboardInterrupt: heard only when the command was done, and it counts"
     error._render_traceback_ = lambda: [line]  # type: ignore[attr-defined]
 
 

@@ -46,6 +46,18 @@ class Traced(nn.Module):
       until('free')
     return x
 
+class Stubborn(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    if not pathlib.Path('free').exists():
+      try:
+        touch('stubborn')
+        until('free')
+      except KeyboardInterrupt:
+        pass  # as do the callbacks of Python's garbage collector
+      until('free')
+    return nn.Dense(4)(x)
+
 class Deep(nn.Module):
   @nn.compact
   def __call__(self, x):
@@ -72,7 +84,7 @@ class Calls(nn.Module):
     x = nn.Dense(4)(x)
     return x if self.is_initializing() else jax.pure_callback(hold, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-big, traced, deep, long, calls = Big(), Traced(), Deep(), Long(), Calls()
+big, traced, stubborn, deep, long, calls = Big(), Traced(), Stubborn(), Deep(), Long(), Calls()
 x = jnp.ones((3, 4))
 session = flax_magics.session()
 """
@@ -221,6 +233,14 @@ def test_a_trace_that_is_interrupted(kernel):
     assert kernel.prints(STATE) == before
     kernel.run("touch('free')")
     assert report(kernel.run("y = %flax_apply traced(x)"))["draw"] == 1
+
+
+def test_an_interrupt_that_is_swallowed_strikes_again(kernel):
+    before = kernel.prints(STATE)
+    kernel.interrupted("y = %flax_apply stubborn(x)", kernel.appeared("stubborn"))
+    assert kernel.prints(STATE) == before
+    kernel.run("touch('free')")
+    assert report(kernel.run("y = %flax_apply stubborn(x)"))["draw"] == 1
 
 
 @pytest.mark.parametrize("command", ["%flax_init deep(x);", "%flax_apply deep(x);"])

@@ -1,0 +1,289 @@
+"""Ctrl-C that somebody swallows strikes again; one on its way out is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from flax_magics.interrupts import Interrupts
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Python's handler is in place, and so it is afterwards."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hook = sys.unraisablehook
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert sys.unraisablehook is hook
+    signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def command():
+    interrupts = Interrupts()
+    interrupts.begin()
+    error = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        interrupt = interrupts.end(error)
+        if interrupt is not None:
+            raise interrupt
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+def work(seconds=30.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.001)
+
+
+def test_an_interrupt_stops_the_block():
+    done = []
+
+    def run():
+        with command():
+            press()
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == []
+
+
+def test_one_that_is_swallowed_strikes_again():
+    done = []
+
+    def run():
+        with command():
+            with contextlib.suppress(KeyboardInterrupt):
+                press()
+            done.append(1)
+            work()
+            done.append(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == [1]
+
+
+def test_one_that_is_swallowed_many_times_strikes_as_often():
+    lost = []
+
+    def run():
+        with command():
+            for _ in range(4):
+                try:
+                    press() if not lost else work()
+                except KeyboardInterrupt:
+                    lost.append(1)
+            work()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert len(lost) == 4
+
+
+def test_one_in_a_callback_of_the_garbage_collector_is_not_printed_and_strikes_again(capfd):
+    def callback(phase, info):
+        if phase == "start":
+            gc.callbacks.remove(callback)
+            press()
+
+    done = []
+
+    def run():
+        with command():
+            gc.callbacks.append(callback)
+            gc.collect()
+            done.append(1)
+            work()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == [1]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_else_cannot_be_raised_is_told_as_ever(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: told.append(lost.exc_type))
+
+    class Careless:
+        def __del__(self):
+            raise ValueError("no")
+
+    with command():
+        Careless()
+    assert told == [ValueError]
+    monkeypatch.undo()
+
+
+def test_one_that_is_being_handled_is_left_alone():
+    done = []
+
+    def cleaned():
+        try:
+            press()
+        finally:
+            work(0.3)
+            with contextlib.suppress(ValueError):
+                raise ValueError
+            work(0.1)
+            done.append("cleaned")
+
+    @contextlib.contextmanager
+    def managed():
+        try:
+            yield
+        finally:
+            work(0.2)
+            done.append("managed")
+
+    def run():
+        with command(), managed():
+            cleaned()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == ["cleaned", "managed"]
+
+
+def test_a_second_press_strikes_while_the_first_is_handled():
+    done = []
+
+    def run():
+        with command():
+            try:
+                press()
+            finally:
+                press()
+                done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == []
+
+
+def test_a_system_error_that_it_was_made_is_an_interrupt_again():
+    def run():
+        with command():
+            try:
+                press()
+            except KeyboardInterrupt as error:
+                raise SystemError("returned a result with an exception set") from error
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
+def test_an_error_that_somebody_made_of_it_stays():
+    def run():
+        with command():
+            try:
+                press()
+            except KeyboardInterrupt:
+                work(0.2)
+                raise RuntimeError("mine") from None
+
+    with pytest.raises(RuntimeError, match="^mine$"):
+        run()
+
+
+def test_one_that_was_lost_strikes_at_the_end_at_the_latest():
+    done = []
+
+    def run():
+        with command():
+            with contextlib.suppress(KeyboardInterrupt):
+                press()
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert done == [1]
+
+
+class Frame:
+    """A signal comes between two bytecodes: it is its frame that says which function's."""
+
+    def __init__(self, function):
+        self.f_code = function.__code__
+
+
+def test_one_within_begin_strikes_a_little_later():
+    interrupts = Interrupts()
+    interrupts.begin()
+    signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(Interrupts.begin))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work()
+    assert interrupts.end(caught.value) is None
+
+
+@pytest.mark.parametrize("error", [None, ValueError()])
+def test_one_within_end_strikes_after_it_unless_there_is_an_error(error):
+    interrupts = Interrupts(work.__code__)
+    interrupts.begin()
+    signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(work))
+    signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(Interrupts.end))
+    assert isinstance(interrupts.end(error), KeyboardInterrupt if error is None else type(None))
+
+
+def test_a_handler_of_the_users_own_is_left_in_place():
+    heard = []
+
+    def mine(number, frame):
+        heard.append(number)
+
+    signal.signal(signal.SIGINT, mine)
+    with command():
+        assert signal.getsignal(signal.SIGINT) is mine
+        press()
+    assert heard == [signal.SIGINT]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_one_that_the_block_sets_stays_too():
+    def mine(number, frame):
+        pass
+
+    with command():
+        signal.signal(signal.SIGINT, mine)
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is mine
+
+
+def test_another_thread_changes_nothing():
+    found = []
+
+    def run():
+        with command():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler]
+
+
+def test_nothing_is_asked_after_the_end():
+    def run():
+        with command():
+            press()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    work(0.3)  # Python's own handler would raise
