@@ -200,7 +200,7 @@ def test_an_error_that_somebody_made_of_it_stays():
                 work(0.2)
                 raise RuntimeError("mine") from None
 
-    with pytest.raises(RuntimeError, match="^mine$"):
+    with pytest.raises(RuntimeError, match=r"^mine$"):
         run()
 
 
