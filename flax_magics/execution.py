@@ -18,7 +18,7 @@ from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import SOWN, Commit, MissingVariables, Record
 from .models.axes import inside
 from .models.switch import written_in_call
-from .notes import SeenKeys, join, of_mode, of_params, of_rngs, of_scalars, of_streams, of_unused
+from .notes import SeenKeys, join, of_mode, of_mutable, of_params, of_rngs, of_scalars, of_streams, of_unused
 from .prepare import Call, Prepared, prepare, with_arguments
 from .program import Programs, devices_of, name_devices
 from .ready import Ready
@@ -171,7 +171,8 @@ def execute(
         names["params (folded)"] = ("params", True)
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
     told = {name for ask in entry.guesses.values() for name in ask.streams}
-    steady = tuple(of_mode(prepared.mode, record))
+    collections = {*ready.variables, *updates, *sown}
+    steady = (*of_mode(prepared.mode, record), *of_mutable(options.mutable, collections))
     notes = [*steady, *of_streams(record, told)]
     if options.draw is None:  # a replay brings its keys again, and means to
         notes += seen.notes(in_call)

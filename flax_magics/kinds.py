@@ -8,6 +8,7 @@ KINDS = {
     "key again": "a key that went into an earlier run is passed again",
     "same key": "one key is given to two arguments of a call",
     "unused key": "a key is passed that the model does not use",
+    "mutable": "a collection is asked for by a name that the model does not have",
     "zero params": "all params are zero after init",
     "nan params": "params hold NaN after init",
     "scalar": "a Python number stands where an array was",

@@ -118,6 +118,21 @@ def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str
             yield Note("unused key", text, f"leave `{name}` out, or use it: jax.random.normal({name}, …)")
 
 
+def of_mutable(asked: Iterable[str], known: Iterable[str]) -> Iterator[Note]:
+    """Collections to be handed back that are not there: Flax hands back nothing, in silence.
+
+    Args:
+      asked: names of collections; `known`: those of the variables, and of what the run wrote or sowed.
+    """
+    known = sorted(known)
+    for name in asked:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            near = nearest(name.replace("_", ""), known, 1)
+            text = f"--mutable {name} hands back nothing: the model has no collection of this name; {has}"
+            yield Note("mutable", text, f"--mutable {near[0]}" if near else None)
+
+
 def of_rngs(own: bool, record: Record) -> Iterator[Note]:
     """The call has `rngs` of the user's, so that what the session drew is for the streams that the model holds, if any."""
     if own and not record.asked:

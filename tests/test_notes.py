@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from by_hand import notebook_x
+from flax import nnx
 
 from flax_magics import Session
 from flax_magics.kinds import KINDS
@@ -64,6 +65,59 @@ def test_one_key_for_two_arguments(session):
     )
 
 
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
+
+
+def test_a_collection_that_the_model_does_not_have_is_told_at_every_run(session):
+    session.register("net", Normed())
+    text = (
+        "--mutable batchstats hands back nothing: the model has no collection of this name; it has batch_stats, params"
+    )
+    for _ in range(3):
+        run = session.apply("net", notebook_x(), mode="train", mutable=["batchstats"])
+        assert notes(run) == [("mutable", text, "--mutable batch_stats")]
+        assert run.output[1] == {}
+
+
+def test_a_collection_that_is_not_written_or_is_sown_is_there(session):
+    session.register("net", Normed())
+    assert notes(session.apply("net", notebook_x(), mode="eval", mutable="batch_stats")) == []
+
+    class Sows(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("intermediates", "x", x)
+            return x
+
+    session.register("sows", Sows())
+    assert notes(session.apply("sows", notebook_x(), mutable=["intermediates", "params"])) == [
+        (
+            "mutable",
+            "--mutable params hands back nothing: the model has no collection of this name; it has intermediates",
+            None,
+        )
+    ]
+
+
+def test_nnx_has_its_collections_under_the_names_of_their_types(session):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(x)
+
+    session.register("net", Net(nnx.Rngs(0)))
+    text = "--mutable batch_stats hands back nothing: the model has no collection of this name; it has BatchStat, Param"
+    run = session.apply("net", notebook_x(), mode="train", mutable="batch_stats")
+    assert notes(run) == [("mutable", text, "--mutable BatchStat")]
+    run = session.apply("net", notebook_x(), mode="train", mutable="BatchStat")
+    assert (notes(run), list(run.output[1])) == ([], ["BatchStat"])
+
+
 def test_params_that_are_zero_throughout(session):
     zeros = nn.initializers.zeros
     session.register("net", nn.Sequential([nn.Dense(3, kernel_init=zeros), nn.Dense(2, kernel_init=zeros)]))
@@ -108,7 +162,7 @@ def test_a_python_number_where_an_array_was(session):
 
 
 def test_every_kind_has_words_of_its_own():
-    assert len(set(KINDS.values())) == len(KINDS) == 15
+    assert len(set(KINDS.values())) == len(KINDS) == 16
 
 
 def test_a_kind_is_quieted_by_its_name(notebook):
