@@ -5,7 +5,6 @@ Nothing here imports IPython, JAX or Flax: an error must be cheap to raise and s
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -39,6 +38,8 @@ class FlaxMagicsError(Exception):
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The names in `known` that a person may have meant by `name`, nearest first, at most `n`."""
+    import difflib  # a millisecond that a session without mistakes does not need
+
     choices = sorted(set(known))
     folded = {choice.lower(): choice for choice in reversed(choices)}
     found = difflib.get_close_matches(name.lower(), list(folded), n=n, cutoff=0.6)

@@ -5,10 +5,9 @@ Nothing here imports IPython: the shell comes in as an argument.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .current import existing
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 FRESH = "fresh"
 
 
-@dataclass(frozen=True)
-class Load:
+class Load(NamedTuple):
     """A session that `%flax_load` read, whose history took the place of the one that was there.
 
     Attributes:
@@ -36,8 +34,7 @@ class Load:
     models: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Executed:
+class Executed(NamedTuple):
     """One execution of a cell.
 
     Attributes:
@@ -71,19 +68,19 @@ class Executed:
         return self.cell or self.text.strip()
 
 
-@dataclass
 class Journal:
     """Keeps the executions of one shell, from the moment that it is told of them."""
 
-    executed: list[Executed] = field(default_factory=list)
-    restarts: list[int] = field(default_factory=list)
-    """How many runs there were when the root key was started again."""
-    _open: list[tuple[str, int, str | None]] = field(default_factory=list)
-    """The cells that are running, outermost first (`%%capture` runs one inside): text, number of runs before, id."""
-    _registered: list[Registered] = field(default_factory=list)
-    _restarted: str = ""
-    _loads: list[Load] = field(default_factory=list)
-    _inner: tuple[str, int | None] | None = None
+    def __init__(self) -> None:
+        self.executed: list[Executed] = []
+        self.restarts: list[int] = []
+        """How many runs there were when the root key was started again."""
+        self._open: list[tuple[str, int, str | None]] = []
+        """The cells that are running, outermost first (`%%capture` runs one inside): text, number of runs before, id."""
+        self._registered: list[Registered] = []
+        self._restarted = ""
+        self._loads: list[Load] = []
+        self._inner: tuple[str, int | None] | None = None
 
     def begin(self, info: Any = None, cell: str | None = None) -> None:
         """`pre_run_cell`; `cell` is the id of the one that begins, None where the frontend sends none."""
@@ -131,7 +128,7 @@ class Journal:
     def loaded(self, load: Load) -> None:
         """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
         self._loads.append(load)
-        self.executed = [replace(cell, first=0, end=0, gone=True) for cell in self.executed]
+        self.executed = [cell._replace(first=0, end=0, gone=True) for cell in self.executed]
         self.restarts.clear()
         self._open = [(text, _runs(), cell) for text, _, cell in self._open]
 

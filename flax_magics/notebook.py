@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .call import ParsedCall
-from .celllog import Rerun, reruns
 from .current import current, existing
 from .interrupts import Interrupts
 from .journal import Journal
@@ -20,6 +19,7 @@ from .reporter import Reporter
 from .tracebacks import stopped
 
 if TYPE_CHECKING:
+    from .celllog import Rerun
     from .complete import ModelNames
     from .run import Run
     from .sessions import Session
@@ -161,6 +161,8 @@ class Notebook:
 
     def reruns(self) -> tuple[Rerun, ...]:
         """Cells that drew and were run again, or have variables that were rebound since."""
+        from .celllog import reruns
+
         return reruns(self.journal.so_far(self.number), self.session.cells, self.shell.transform_cell)
 
     def executed(self) -> tuple[Any, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-import uuid
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class Reporter:
             return
         data = self._single if self._loop.runs == 1 else loop_bundle(self._loop, self._style, rows)
         update = self._display_id is not None
-        self._display_id = self._display_id or uuid.uuid4().hex
+        self._display_id = self._display_id or os.urandom(16).hex()
         transient = {"display_id": self._display_id}
         self._shell.display_pub.publish(data=dict(data), metadata={}, transient=transient, update=update)
         self._shown, self._pending = time.monotonic(), False

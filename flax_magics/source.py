@@ -11,8 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_PIECE = re.compile(
-    r"""
+_PIECE = r"""
       (?P<string>'''(?:[^\\]|\\.)*?'''|\"\"\"(?:[^\\]|\\.)*?\"\"\"|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")
     | (?P<quote>'''|\"\"\"|['"])
     | (?P<comment>\#[^\n]*)
@@ -22,9 +21,7 @@ _PIECE = re.compile(
     | (?P<newline>\r?\n)
     | (?P<space>[^\S\n]+)
     | (?P<word>[^\s'"\#()\[\]{}\\]+|\\)
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+"""
 _PARTNER = {")": "(", "]": "[", "}": "{"}
 
 
@@ -60,7 +57,8 @@ class Unbalanced(ValueError):
 def pieces(text: str, start: int = 0) -> Iterator[Piece]:
     """The pieces of `text` from `start` on; a closing bracket that nothing opened leaves the depth at 0."""
     depth = 0
-    for found in _PIECE.finditer(text, start):
+    # Compiled at first use: loading the extension needs none of it.
+    for found in re.compile(_PIECE, re.VERBOSE | re.DOTALL).finditer(text, start):
         kind = found.lastgroup or ""
         if kind == "open":
             depth += 1

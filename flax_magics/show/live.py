@@ -6,9 +6,9 @@ a display with an id, so that the report takes its place; in a terminal it is th
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
@@ -153,7 +153,7 @@ class Live:
             self._write(_ERASE + text)
             return
         known = self.display_id is not None
-        self.display_id = self.display_id or uuid.uuid4().hex
+        self.display_id = self.display_id or os.urandom(16).hex()
         self._publish({"text/plain": text}, update=known)
 
     def _write(self, text: str) -> None:
