@@ -86,7 +86,7 @@ def test_a_call_with_an_open_bracket_goes_on_and_runs_when_it_is_closed(terminal
     terminal.child.sendline("x)")
     terminal.child.sendline("")  # ends the cell where the closing bracket did not; else it asks for the prompt again
     text = terminal.printed()
-    assert re.match(r"net · as written · \w+:0 · draw \d+ · reused · run ", text)
+    assert re.match(r"net · as written · \w+:0 · draw \d+ · reused · (waited [^·]+ · )?run ", text)
 
 
 def test_a_mistake_is_one_short_message(terminal):
