@@ -53,10 +53,9 @@ def stopped(error: KeyboardInterrupt, doing: str | None) -> None:
       error: the interrupt, to be raised again after this.
       doing: what was being done, such as `compiling net`; None if it was done when the interrupt was heard.
     """
-    line = f"KeyboardInterrupt: stopped while {doing}; the session is as it was before"
-    if doing is None:
-        line = "KeyboardInterrupt: heard only when the command was done, and it counts"
-    error._render_traceback_ = lambda: [line]  # type: ignore[attr-defined]
+    late = "heard only when the command was done, and it counts"
+    said = late if doing is None else f"stopped while {doing}; the session is as it was before"
+    error._render_traceback_ = lambda: [f"KeyboardInterrupt: {said}"]  # type: ignore[attr-defined]
 
 
 class _Rendering:

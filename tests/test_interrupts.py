@@ -41,6 +41,13 @@ def command():
             raise interrupt
 
 
+@contextlib.contextmanager
+def ended(error=KeyboardInterrupt, match=None):
+    """A command that ends with this error."""
+    with pytest.raises(error, match=match), command():
+        yield
+
+
 def press():
     signal.raise_signal(signal.SIGINT)
 
@@ -53,47 +60,32 @@ def work(seconds=30.0):
 
 def test_an_interrupt_stops_the_block():
     done = []
-
-    def run():
-        with command():
-            press()
-            done.append(1)
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        press()
+        done.append(1)
     assert done == []
 
 
 def test_one_that_is_swallowed_strikes_again():
     done = []
-
-    def run():
-        with command():
-            with contextlib.suppress(KeyboardInterrupt):
-                press()
-            done.append(1)
-            work()
-            done.append(2)
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        with contextlib.suppress(KeyboardInterrupt):
+            press()
+        done.append(1)
+        work()
+        done.append(2)
     assert done == [1]
 
 
 def test_one_that_is_swallowed_many_times_strikes_as_often():
     lost = []
-
-    def run():
-        with command():
-            for _ in range(4):
-                try:
-                    press() if not lost else work()
-                except KeyboardInterrupt:
-                    lost.append(1)
-            work()
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        for _ in range(4):
+            try:
+                press() if not lost else work()
+            except KeyboardInterrupt:
+                lost.append(1)
+        work()
     assert len(lost) == 4
 
 
@@ -104,16 +96,11 @@ def test_one_in_a_callback_of_the_garbage_collector_is_not_printed_and_strikes_a
             press()
 
     done = []
-
-    def run():
-        with command():
-            gc.callbacks.append(callback)
-            gc.collect()
-            done.append(1)
-            work()
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        gc.callbacks.append(callback)
+        gc.collect()
+        done.append(1)
+        work()
     assert done == [1]
     assert capfd.readouterr() == ("", "")
 
@@ -154,67 +141,45 @@ def test_one_that_is_being_handled_is_left_alone():
             work(0.2)
             done.append("managed")
 
-    def run():
-        with command(), managed():
-            cleaned()
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended(), managed():
+        cleaned()
     assert done == ["cleaned", "managed"]
 
 
 def test_a_second_press_strikes_while_the_first_is_handled():
     done = []
-
-    def run():
-        with command():
-            try:
-                press()
-            finally:
-                press()
-                done.append(1)
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        try:
+            press()
+        finally:
+            press()
+            done.append(1)
     assert done == []
 
 
 def test_a_system_error_that_it_was_made_is_an_interrupt_again():
-    def run():
-        with command():
-            try:
-                press()
-            except KeyboardInterrupt as error:
-                raise SystemError("returned a result with an exception set") from error
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        try:
+            press()
+        except KeyboardInterrupt as error:
+            raise SystemError("returned a result with an exception set") from error
 
 
 def test_an_error_that_somebody_made_of_it_stays():
-    def run():
-        with command():
-            try:
-                press()
-            except KeyboardInterrupt:
-                work(0.2)
-                raise RuntimeError("mine") from None
-
-    with pytest.raises(RuntimeError, match=r"^mine$"):
-        run()
+    with ended(RuntimeError, match=r"^mine$"):
+        try:
+            press()
+        except KeyboardInterrupt:
+            work(0.2)
+            raise RuntimeError("mine") from None
 
 
 def test_one_that_was_lost_strikes_at_the_end_at_the_latest():
     done = []
-
-    def run():
-        with command():
-            with contextlib.suppress(KeyboardInterrupt):
-                press()
-            done.append(1)
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        with contextlib.suppress(KeyboardInterrupt):
+            press()
+        done.append(1)
     assert done == [1]
 
 
@@ -280,10 +245,6 @@ def test_another_thread_changes_nothing():
 
 
 def test_nothing_is_asked_after_the_end():
-    def run():
-        with command():
-            press()
-
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    with ended():
+        press()
     work(0.3)  # Python's own handler would raise
