@@ -52,8 +52,8 @@ def _joined(lines: list[str]) -> list[str]:
             joined += text[last : piece.start]
             last = piece.end
     joined += text[last:end]
-    over = text[:end].split("\n")[1:]
-    return [joined + "\n", *(f"# {line}\n" for line in over), *text[end + 1 :].splitlines(keepends=True)]
+    whole = "\n".join([joined, *(f"# {line}" for line in text[:end].split("\n")[1:])])
+    return (whole + text[end:]).splitlines(keepends=True)
 
 
 def _line_magics(text: str, leave_open: bool) -> str:

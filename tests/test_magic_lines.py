@@ -98,6 +98,7 @@ def test_a_call_goes_on_while_a_bracket_is_open(cell: str, expected: str) -> Non
             "%%flaxmodel net = Net(  3,  )\n#   3,  # three\n# )\nx = 1\n",
         ),
         ("# a\n%%flaxmodel net = Net(\n  3)\nx = 1\n", "%%flaxmodel net = Net(  3)\n# a\n#   3)\nx = 1\n"),
+        ("%%flaxmodel(\n)", "%%flaxmodel()\n# )"),
         ("%%flaxmodel net = Net('''a\nb''')\nx\n", "%%flaxmodel net = Net('''a\nb''')\nx\n"),
     ],
 )
