@@ -27,20 +27,22 @@ _SETTINGS = (
     "jax_debug_infs",
     "jax_softmax_custom_jvp",
     "jax_enable_custom_prng",
-    "jax_disable_most_optimizations",
+    "jax_exec_time_optimization_effort",
+    "jax_optimization_level",
 )
+_FLAG = "jax_disable_most_optimizations"  # `jax.config` has it, and no attribute of that name
 
+_NAMES = tuple(name for name in _SETTINGS if hasattr(jax.config, name))
 
-SETTINGS = tuple(name for name in _SETTINGS if hasattr(jax.config, name))
+SETTINGS = (*_NAMES, _FLAG)
 """Names of what `settings` gives, in its order."""
 
-_read_settings = operator.attrgetter(*SETTINGS)
+_read_settings = operator.attrgetter(*_NAMES)
 
 
 def settings() -> tuple[Any, ...]:
-    """The settings of JAX that change what a trace gives, as they are on this thread now."""
-    found: tuple[Any, ...] = _read_settings(jax.config)
-    return found
+    """The settings of JAX that change what a trace or a compilation gives, as they are on this thread now."""
+    return (*_read_settings(jax.config), jax.config.read(_FLAG))
 
 
 @dataclass(frozen=True)

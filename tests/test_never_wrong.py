@@ -130,6 +130,8 @@ SETTINGS = st.sampled_from(
         ("jax_default_matmul_precision", None),
         ("jax_enable_x64", True),
         ("jax_enable_x64", False),
+        ("jax_disable_most_optimizations", True),
+        ("jax_disable_most_optimizations", False),
         ("jax_numpy_rank_promotion", "warn"),
         ("jax_numpy_rank_promotion", "allow"),
     ]
@@ -150,6 +152,8 @@ def test_every_run_is_what_a_fresh_one_by_hand_is(world, cls, train, steps):
     with contextlib.ExitStack() as undo:
         for name in ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_rank_promotion"):
             undo.callback(jax.config.update, name, getattr(jax.config, name))
+        flag = "jax_disable_most_optimizations"
+        undo.callback(jax.config.update, flag, jax.config.read(flag))
         undo.callback(os.environ.pop, "FLAX_MAGICS_TEST_FLAG", None)
         exec(compile(SOURCE, "<cell>", "exec"), world)
         undo.enter_context(world["undo"].pop_all())

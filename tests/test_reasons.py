@@ -348,6 +348,19 @@ def test_a_setting_of_jax_by_name_and_value(session):
     assert why(run) == "jax_default_matmul_precision: None → float32"
 
 
+def test_a_flag_that_jax_reads_at_each_compilation(session):
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    session.register("net", Takes())
+    session.apply("net", X)
+    jax.config.update(flag, not before)
+    try:
+        run = session.apply("net", X)
+    finally:
+        jax.config.update(flag, before)
+    assert why(run) == f"{flag}: {before} → {not before}"
+
+
 def test_variables_of_another_dtype(session):
     session.register("net", nn.Dense(3))
     session.apply("net", X)
