@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ALONE = """\
-import runpy, sys
-sys.modules["flax_magics"] = sys.modules["IPython"] = None
-runpy.run_path(sys.argv[1], run_name="__main__")
-"""
+from alone import run_alone
 
 
 def exported(notebook: Any, folder: Path) -> str:
@@ -26,17 +19,7 @@ def printed(script: str, folder: Path) -> list[str]:
     """What `script` prints in a fresh process that can import neither flax_magics nor IPython."""
     path = folder / "alone.py"
     path.write_text(script)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::SyntaxWarning", "-c", ALONE, str(path)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{script}\n{done.stderr}"
-    return done.stdout.splitlines()
+    return run_alone(path).splitlines()
 
 
 def digests_of(lines: list[str]) -> list[str]:

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
+from alone import run_alone
 from kernels import RUN_JSON
 from sharp_bits import SHARP_BITS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
-ALONE = """\
-import runpy, sys
-sys.modules["flax_magics"] = sys.modules["IPython"] = None
-runpy.run_path(sys.argv[1], run_name="__main__")
-"""
 DIGEST = re.compile(r"\b[0-9a-f]{16}$", re.MULTILINE)
-
-
-def run_alone(script: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(script)], capture_output=True, text=True, timeout=300, cwd=script.parent
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_session_with_shell_lines_is_exported_and_gives_its_digests(open_notebook, tmp_path):
@@ -42,7 +28,7 @@ def test_a_session_with_shell_lines_is_exported_and_gives_its_digests(open_noteb
     assert "# !echo hello\n# files = !echo a\n# %precision 4\n# Left out: `files` is not there" in script
     assert "# %%time\n" in script
     assert re.search(r"# In \[\d\] failed with ZeroDivisionError and is left out.\n", script)
-    assert DIGEST.findall(run_alone(tmp_path / "session.py")) == digests
+    assert DIGEST.findall(run_alone(tmp_path / "session.py", afresh=True)) == digests
 
 
 def test_the_script_is_shown_as_code_or_put_into_the_next_cell(open_notebook):
@@ -72,7 +58,7 @@ def test_the_example_exported_runs_without_flax_magics_and_agrees_with_it(open_n
     text = (tmp_path / "session.py").read_text()
     assert "flax_magics" not in text
     assert "Left out" not in text
-    printed = run_alone(tmp_path / "session.py")
+    printed = run_alone(tmp_path / "session.py", afresh=True)
     assert printed.count(": True\n") == 8
     assert ": False\n" not in printed
     assert set(digests) <= set(DIGEST.findall(printed))
