@@ -15,6 +15,36 @@ from traitlets.config import Config
 from flax_magics import current
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--unoptimised",
+        action="store_true",
+        help="XLA compiles without its optimisations in the tests' own process, which takes a third of the time",
+    )
+
+
+@pytest.fixture(scope="module")
+def unoptimised() -> Iterator[None]:
+    """XLA compiles without its optimisations: for a file that compiles much and is about something else.
+
+    Both sides of a comparison are compiled alike, ours and the one by hand.
+    """
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_asked(request: pytest.FixtureRequest) -> None:
+    """Every file so, with `--unoptimised`."""
+    if request.config.getoption("unoptimised"):
+        request.getfixturevalue("unoptimised")
+
+
 @pytest.fixture(autouse=True)
 def cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache directory, for this test and for what it starts: not the real one, and not another test's."""

@@ -7,7 +7,7 @@ from exporting import digests_of, exported, printed
 
 import flax_magics
 
-pytestmark = pytest.mark.usefixtures("digests_taken")
+pytestmark = pytest.mark.usefixtures("digests_taken", "unoptimised")
 
 NORMED = """\
 %%flaxmodel

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
+import jax
 from exporting import assert_same, digests_of, printed
 
 SCRIPT = """\
@@ -48,8 +50,16 @@ print(first.digest, second.digest, session.runs[2].digest, third.digest)
 
 def test_a_scripts_session_is_its_models_its_inputs_by_name_and_its_runs(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
+    flag = "jax_disable_most_optimizations"
+    environment = {**os.environ, flag.upper(): str(jax.config.read(flag))}
     done = subprocess.run(
-        [sys.executable, "train.py"], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=True
+        [sys.executable, "train.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=300,
+        check=True,
     )
     unexported, digests = done.stdout.splitlines()
     assert unexported == "('a draw that no line of the cells explains: net(…)',)"

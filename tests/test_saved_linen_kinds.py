@@ -6,7 +6,7 @@ import pytest
 from reborn import Reborn
 from test_linen_kinds import *  # noqa: F403
 
-pytestmark = pytest.mark.saved
+pytestmark = [pytest.mark.saved, pytest.mark.usefixtures("unoptimised")]
 
 
 @pytest.fixture

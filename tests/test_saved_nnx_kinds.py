@@ -11,7 +11,7 @@ from test_nnx_kinds import *  # noqa: F403
 del test_an_optimizer_and_a_metric_in_the_call_move_on_as_by_hand  # noqa: F821
 
 
-pytestmark = [kinds.pytestmark, pytest.mark.saved]
+pytestmark = [kinds.pytestmark, pytest.mark.saved, pytest.mark.usefixtures("unoptimised")]
 
 
 @pytest.fixture
