@@ -113,7 +113,8 @@ class Kernel:
 
     def send(self, source: str) -> str:
         """Begins to run a cell."""
-        message: str = self.client.execute(source.strip("\n"))
+        # Else a kernel turns away, unheard, what comes just after an error.
+        message: str = self.client.execute(source.strip("\n"), stop_on_error=False)
         return message
 
     def outputs(self, message: str, interrupt: Callable[[], bool] | None = None) -> list[dict[str, Any]]:
