@@ -46,7 +46,9 @@ def command(spec: Command) -> Callable[[Any], Any]:
                 if options.help or (bare and spec not in BARE):
                     notebook.reporter.publish({"text/plain": spec.render_help()})
                     return None
+                before = notebook.journal.runs()
                 value = function(self, line, options, cell, notebook.shell.user_ns if local_ns is None else local_ns)
+                notebook.journal.drew(before, notebook.shell.user_global_ns)
                 notebook.tell_of_autosave()
                 return value
             except FlaxMagicsError:

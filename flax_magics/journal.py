@@ -5,8 +5,9 @@ Nothing here imports IPython: the shell comes in as an argument.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .current import existing
@@ -34,6 +35,20 @@ class Load(NamedTuple):
     models: tuple[str, ...]
 
 
+class Place(NamedTuple):
+    """Where the command stood that made a run of the session.
+
+    Attributes:
+      run: its index.
+      line: from 1, in the text that IPython made of the cell.
+      function: whose line it is; its name begins with `<` at the top of a cell.
+    """
+
+    run: int
+    line: int
+    function: str
+
+
 class Executed(NamedTuple):
     """One execution of a cell.
 
@@ -48,6 +63,7 @@ class Executed(NamedTuple):
       restarted: `seed` if it started the root key again, `fresh` if with models that initialise anew; else empty.
       loads: what its `%flax_load` commands read.
       gone: what it did is in no history any more: another was loaded since.
+      places: of the runs that its commands made, in order.
     """
 
     number: int | None
@@ -61,6 +77,7 @@ class Executed(NamedTuple):
     restarted: str = ""
     loads: tuple[Load, ...] = ()
     gone: bool = False
+    places: tuple[Place, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -80,12 +97,13 @@ class Journal:
         self._registered: list[Registered] = []
         self._restarted = ""
         self._loads: list[Load] = []
+        self._places: list[Place] = []
         self._inner: tuple[str, int | None] | None = None
 
     def begin(self, info: Any = None, cell: str | None = None) -> None:
         """`pre_run_cell`; `cell` is the id of the one that begins, None where the frontend sends none."""
         if not self._open:
-            self._registered, self._loads, self._inner, self._restarted = [], [], None, ""
+            self._registered, self._loads, self._places, self._inner, self._restarted = [], [], [], None, ""
         self._open.append((str(getattr(info, "raw_cell", "") or ""), _runs(), cell))
 
     def end(self, result: Any = None) -> None:
@@ -104,8 +122,31 @@ class Journal:
             name, line = self._inner
         if stored or _runs() > first:
             number = result.execution_count if stored else None
-            did = tuple(self._registered), cell, self._restarted, tuple(self._loads)
-            self.executed.append(Executed(number, text, first, _runs(), name, line, *did))
+            self.executed.append(self._done(Executed(number, text, first, _runs(), name, line, cell=cell)))
+
+    def _done(self, cell: Executed) -> Executed:
+        """With what its commands did."""
+        return cell._replace(
+            registered=tuple(self._registered),
+            restarted=self._restarted,
+            loads=tuple(self._loads),
+            places=tuple(self._places),
+        )
+
+    def runs(self) -> int:
+        """How many runs there are: what `drew` asks for."""
+        return _runs()
+
+    def drew(self, before: int, names: Any) -> None:
+        """A command has ended, before which there were so many runs. `names` is the notebook's namespace."""
+        if self._open and _runs() > before:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and frame.f_globals is not names:
+                frame = frame.f_back
+            if frame is not None:
+                known = self._places[-1].run + 1 if self._places else 0  # by commands inside of this one
+                place = frame.f_lineno, frame.f_code.co_name
+                self._places += [Place(run, *place) for run in range(max(before, known), _runs())]
 
     def registered(self, rows: list[Registered]) -> None:
         """A `flaxmodel` command has registered these."""
@@ -122,15 +163,15 @@ class Journal:
 
     def _running(self, number: int) -> Executed:
         text, first, cell = self._open[0]
-        did = tuple(self._registered), cell, self._restarted, tuple(self._loads)
-        return Executed(number, text, first, _runs(), None, None, *did)
+        return self._done(Executed(number, text, first, _runs(), cell=cell))
 
     def loaded(self, load: Load) -> None:
         """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
         self._loads.append(load)
-        self.executed = [cell._replace(first=0, end=0, gone=True) for cell in self.executed]
+        self.executed = [cell._replace(first=0, end=0, gone=True, places=()) for cell in self.executed]
         self.restarts.clear()
         self._open = [(text, _runs(), cell) for text, _, cell in self._open]
+        self._places.clear()
 
     def cells(self, shell: Any) -> list[Executed]:
         """All executions so far, the running one last; those from before this journal as the shell's history has them."""

@@ -20,11 +20,12 @@ AFRESH = BLOCKED + 'runpy.run_path(sys.argv[1], run_name="__main__")\n'
 NURSERY = (
     BLOCKED
     + """
-import json, os, traceback
+import json, os, signal, traceback
 import flax.linen, flax.nnx, jax, jax.numpy, numpy
 
 def run(path, folder, environment, output, errors, unoptimised):
     jax.config.update("jax_disable_most_optimizations", unoptimised)
+    signal.alarm(300)
     os.dup2(os.open(output, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
     os.chdir(folder)

@@ -118,6 +118,39 @@ def step(x, n):
     assert "    global root_key, variables\n" in script
 
 
+def test_of_lines_that_are_alike_the_one_that_ran(notebook, tmp_path):
+    notebook(MODEL)
+    notebook("""\
+def first(x):
+    y = %flax_apply --train my_model(x)
+    return y
+
+def second(x):
+    y = %flax_apply --train my_model(x)
+    return y""")
+    notebook("if x.ndim == 2:\n    y = %flax_apply my_model(x)\nelse:\n    z = %flax_apply my_model(x)")
+    notebook("y = second(x)\ny = second(y @ jnp.ones((3, 4)))")
+    script = assert_same(notebook, tmp_path)
+    assert "if x.ndim == 2:\n    # Left out: it never ran.\n" in script
+    assert "else:\n    root_key, params_key, dropout_key = jax.random.split(root_key, 3)\n" in script
+    assert script.count("Left out") == 1
+
+
+def test_a_function_and_its_loop_in_a_cell_that_is_run_again(notebook, tmp_path):
+    notebook(MODEL)
+    notebook("y = %flax_apply my_model(x)")
+    cell = """\
+def step(x):
+    y = %flax_apply --train --draw last my_model(x)
+    return y
+for i in range(2):
+    y = step(x * i)"""
+    notebook(cell)
+    notebook("y = %flax_apply my_model(x)")
+    notebook(cell)
+    assert "Left out" not in assert_same(notebook, tmp_path)
+
+
 def test_a_function_defined_again_and_a_model_bound_anew(notebook, tmp_path):
     step = "def step(x):\n    y = %flax_apply net(x)\n    return y"
     for cell in (

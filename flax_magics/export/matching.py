@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..journal import Executed
+from ..journal import Executed, Place
 from ..run import Run
 from .reading import Site, Source
 
@@ -40,7 +40,8 @@ def match(cells: Sequence[tuple[Executed, Source]], runs: Sequence[Run]) -> list
     """The executions in order, each with its runs.
 
     A statement that is a command made one run; a loop, and a call of a function with a command in it, any number: as many
-    as there are but for those that later commands of the cell need.
+    as there are but for those that later commands of the cell need. Of lines that are alike, the one counts whose number
+    the run has.
     """
     functions: list[Site] = []
     out = []
@@ -48,6 +49,7 @@ def match(cells: Sequence[tuple[Executed, Source]], runs: Sequence[Run]) -> list
         steps = [Step(statement, source.sites.get(statement)) for statement in source.tree.body]
         ran = _as_far_as_it_ran(cell, source, steps)
         queue = list(range(cell.first, min(cell.end, len(runs))))
+        where = {place.run: place for place in cell.places}
         for i, step in enumerate(ran):
             later = [site for s in ran[i + 1 :] for site in _inside(source, s) if _single(site)]
             if step.failed:
@@ -57,7 +59,7 @@ def match(cells: Sequence[tuple[Executed, Source]], runs: Sequence[Run]) -> list
                 continue
             inside = _inside(source, step)
             if not isinstance(step.statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                _take_many(step, [*inside, *reversed(functions)], later, queue, runs)
+                _take_many(step, [*inside, *reversed(functions)], later, queue, runs, where)
             functions += [s for s in inside if s.in_function is not None]
         out.append(Execution(cell, source, ran, queue))
     return out
@@ -119,15 +121,23 @@ def _repeats(site: Site) -> bool:
     )
 
 
-def _take_many(step: Step, places: list[Site], later: list[Site], queue: list[int], runs: Sequence[Run]) -> None:
+def _take_many(
+    step: Step, sites: list[Site], later: list[Site], queue: list[int], runs: Sequence[Run], where: Mapping[int, Place]
+) -> None:
     used: set[Site] = set()
     while queue:
-        run = runs[queue[0]]
-        fitting = [place for place in places if place.matches(run) and (place not in used or _repeats(place))]
+        run, place = runs[queue[0]], where.get(queue[0])
+        # The first of them: a function that is defined again takes the place of the one before.
+        exact = next((site for site in sites if place and site.is_at(place) and site.matches(run)), None)
+        if exact is not None:
+            used.add(exact)
+            step.made.append((queue.pop(0), exact))
+            continue
+        fitting = [site for site in sites if site.matches(run) and (site not in used or _repeats(site))]
         if not fitting:
             return
         # Where lines are alike, each of them has run before one has run again.
-        site = next((place for place in fitting if place not in used), fitting[0])
+        site = next((site for site in fitting if site not in used), fitting[0])
         used.add(site)
         needed = sum(1 for other in later if other.matches(run))
         if needed and sum(1 for index in queue if site.matches(runs[index])) <= needed:

@@ -15,6 +15,7 @@ from ..call import ParsedCall, parse_call
 from ..commands import COMMANDS
 from ..errors import FlaxMagicsError
 from ..expression import end_of, segment, start_of
+from ..journal import Place
 from ..options import Read, read
 from ..source import ends_quietly, pieces
 
@@ -36,6 +37,7 @@ class Site:
       target: what stands left of its value, with the sign: `y =`, `total +=`; empty if nothing does.
       path: the compound statements and functions that it is inside, outermost first.
       line: what stands after the command's name.
+      above: lines that there were before the cell's text, where the code that ran counts them.
     """
 
     statement: ast.stmt
@@ -45,6 +47,14 @@ class Site:
     target: str
     path: tuple[ast.stmt, ...]
     line: str = ""
+    above: int = 0
+
+    def is_at(self, place: Place) -> bool:
+        """Whether it is the line of that number, in a function of that name."""
+        first, last = self.statement.lineno, self.statement.end_lineno or self.statement.lineno
+        inside = self.in_function
+        named = place.function.startswith("<") if inside is None else place.function == inside.name
+        return named and first <= place.line - self.above <= last
 
     @property
     def draws(self) -> bool:
@@ -250,7 +260,7 @@ def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> 
             case [ast.Constant(str(name)), ast.Constant(str(line))] if _is_shell(value.func, "run_line_magic"):
                 command = COMMANDS.get(f"%{name}") or COMMANDS.get(f"%%{name}")
                 if command is not None:
-                    site = _site(statement, name, command, line, target, path)
+                    site = _site(statement, name, command, line, target, path, offset)
                     if site is not None:
                         sites[statement] = site
                         continue
@@ -273,7 +283,7 @@ def reread(source: Source, text: str) -> Source:
 
 
 def _site(
-    statement: ast.stmt, name: str, command: Any, line: str, target: str, path: tuple[ast.stmt, ...]
+    statement: ast.stmt, name: str, command: Any, line: str, target: str, path: tuple[ast.stmt, ...], above: int
 ) -> Site | None:
     """The place of a command; None for a line that the command refuses (which ended the cell)."""
     try:
@@ -284,7 +294,7 @@ def _site(
         call = parse_call(given.rest, command.name) if command.takes == "call" and not bare else None
     except FlaxMagicsError:
         return None
-    return Site(statement, name, given, call, target, path, line)
+    return Site(statement, name, given, call, target, path, line, above)
 
 
 def _magic(statement: ast.stmt, name: str, line: str, target: str) -> Foreign:
