@@ -14,6 +14,8 @@ from traitlets.config import Config
 
 from flax_magics import current
 
+OPTIMISED_LITTLE = "jax_disable_most_optimizations"
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -27,22 +29,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def unoptimised() -> Iterator[None]:
     """XLA compiles without its optimisations: for a file that compiles much and is about something else.
 
-    Both sides of a comparison are compiled alike, ours and the one by hand.
+    Both sides of a comparison are compiled alike, ours and the one by hand; so nothing is kept that JAX compiled otherwise.
     """
     import jax
 
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
+    if jax.config.read(OPTIMISED_LITTLE):
+        yield
+        return
+    jax.config.update(OPTIMISED_LITTLE, True)
+    jax.clear_caches()
     yield
-    jax.config.update(name, before)
+    jax.config.update(OPTIMISED_LITTLE, False)
+    jax.clear_caches()
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def as_asked(request: pytest.FixtureRequest) -> None:
     """Every file so, with `--unoptimised`."""
     if request.config.getoption("unoptimised"):
-        request.getfixturevalue("unoptimised")
+        import jax
+
+        jax.config.update(OPTIMISED_LITTLE, True)
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,6 @@ from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session, snapshotwriter
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 @pytest.fixture
 def path(tmp_path):

@@ -7,7 +7,7 @@ from exporting import digests_of, exported, printed
 
 import flax_magics
 
-pytestmark = pytest.mark.usefixtures("digests_taken", "unoptimised")
+pytestmark = pytest.mark.usefixtures("digests_taken")
 
 NORMED = """\
 %%flaxmodel

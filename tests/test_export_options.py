@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from exporting import assert_same
 
-pytestmark = pytest.mark.usefixtures("digests_taken", "unoptimised")
+pytestmark = pytest.mark.usefixtures("digests_taken")
 
 ATTEND = """\
 %%flaxmodel

@@ -12,8 +12,6 @@ from flax import nnx
 from flax_magics import Session
 from flax_magics.run import Note
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 x = jnp.ones((4, 8))
 
 

@@ -27,8 +27,6 @@ from flax_magics import FlaxMagicsError, Session, unpacking
 from flax_magics.construct import Recipe
 from flax_magics.container import write
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 @pytest.fixture
 def path(tmp_path):

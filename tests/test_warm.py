@@ -15,8 +15,6 @@ from flax import nnx
 from flax_magics import Session
 from flax_magics.warm import Warm
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

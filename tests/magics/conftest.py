@@ -19,11 +19,6 @@ class MyModel(nn.Module):
 MODEL_CELL = f"%%flaxmodel\n{MODEL}\nmy_model = MyModel(num_neurons=3, training=False)\n"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_quickly(unoptimised: None) -> None:
-    """The matter here is what commands read and show; bits are compared elsewhere, as XLA gives them to users."""
-
-
 @pytest.fixture
 def sharp_bits(notebook: Any) -> Any:
     """The notebook's model registered as `my_model`."""
