@@ -145,6 +145,14 @@ STEPS = st.one_of(
 X = jax.random.uniform(jax.random.key(42), (3, 4))
 
 
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """Operations that JAX compiled in the test, with other settings, are compiled anew for the next."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.filterwarnings("ignore:Following NumPy automatic rank promotion")
 @given(cls=st.sampled_from(["Net", "Asking"]), train=st.booleans(), steps=st.lists(STEPS, min_size=2, max_size=6))
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
