@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ast
 import dis
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any, NamedTuple
 
 from .call import ParsedCall, parse_call
 from .errors import FlaxMagicsError
+from .journal import calling_frame
 from .magic_lines import line_magic_transformer as line_magic_transformer
 from .source import ends_quietly, index_of, point_at
 
@@ -112,9 +112,7 @@ def displayed_quietly(shell: Any, line: str) -> bool:
 
 def displayed(shell: Any) -> bool:
     """Whether the value of the line magic that is running will be displayed, and nothing else be done with it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals is not shell.user_global_ns:
-        frame = frame.f_back
+    frame = calling_frame(shell.user_global_ns)
     if frame is None:
         return False
     following = next((step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti), None)

@@ -140,9 +140,7 @@ class Journal:
     def drew(self, before: int, names: Any) -> None:
         """A command has ended, before which there were so many runs. `names` is the notebook's namespace."""
         if self._open and _runs() > before:
-            frame: FrameType | None = sys._getframe(1)
-            while frame is not None and frame.f_globals is not names:
-                frame = frame.f_back
+            frame = calling_frame(names)
             if frame is not None:
                 known = self._places[-1].run + 1 if self._places else 0  # by commands inside of this one
                 place = frame.f_lineno, frame.f_code.co_name
@@ -217,6 +215,14 @@ def _in_order(earlier: list[Executed], kept: list[Executed]) -> list[Executed]:
 def _runs() -> int:
     session = existing()
     return 0 if session is None else len(session)
+
+
+def calling_frame(names: Any) -> FrameType | None:
+    """The innermost code of the notebook's, whose namespace is `names`, that is running; None where there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals is not names:
+        frame = frame.f_back
+    return frame
 
 
 def failing_line(error: BaseException) -> int | None:

@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--unoptimised",
         action="store_true",
-        help="XLA compiles without its optimisations in the tests' own process, which takes a third of the time",
+        help="XLA compiles without its optimisations in the tests' own process, which takes half of the time",
     )
 
 
