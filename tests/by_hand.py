@@ -66,20 +66,42 @@ def keys_of(draw: int = 1, seed: int = 0) -> Any:
     return lambda *streams: {stream: key(stream) for stream in streams}
 
 
+_jitted: dict[Any, Any] = {}
+
+
 def apply_by_hand(
-    module: Any, variables: Any, keys: Any, *args: Any, mutable: Any = False, method: Any = None, **kwargs: Any
+    module: Any,
+    variables: Any,
+    keys: Any,
+    *args: Any,
+    mutable: Any = False,
+    method: Any = None,
+    afresh: bool = False,
+    **kwargs: Any,
 ) -> Any:
-    """`jax.jit` of `apply`, with keys and every array and number among the arguments as arguments of the program."""
+    """`jax.jit` of `apply`, with keys and every array and number among the arguments as arguments of the program.
+
+    Args:
+      afresh: trace again even if this call was traced before, where what the module reads (globals, Flax's own state)
+        may have changed since.
+    """
     leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
     traced = [isinstance(leaf, (jax.Array, np.ndarray, int, float)) and not isinstance(leaf, bool) for leaf in leaves]
+    static = [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if not is_traced]
 
     def run(variables: Any, keys: Any, given: Any) -> Any:
-        given = iter(given)
-        filled = [next(given) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
+        given, rest = iter(given), iter(static)
+        filled = [next(given) if is_traced else next(rest) for is_traced in traced]
         args, kwargs = jax.tree_util.tree_unflatten(tree, filled)
         return module.apply(variables, *args, rngs=keys, mutable=mutable, method=method, **kwargs)
 
-    return jax.jit(run)(variables, keys, [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced])
+    # By identity: `run` keeps alive what it was made for.
+    place = (id(module), id(method), repr(mutable), tree, tuple(traced), tuple(map(id, static)))
+    if afresh or place not in _jitted:
+        _jitted[place] = jax.jit(run), module, method
+    return _jitted[place][0](
+        variables, keys, [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced]
+    )
 
 
 class Ticks:

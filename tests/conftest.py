@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,45 @@ def as_asked(request: pytest.FixtureRequest) -> None:
         import jax
 
         jax.config.update(OPTIMISED_LITTLE, True)
+
+
+_executables: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def executables_of_the_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA compiles a program once a process: of two sessions that lower the same one, the second has the first one's.
+
+    Its origin is still `compiled`, and nothing else of ours is left out. Four in five programs that the tests' sessions
+    compile were compiled by an earlier test. Off where compiling itself is the subject: `own_executables`.
+    """
+    if request.node.get_closest_marker("own_executables"):
+        return
+    from flax_magics.compiling import Compiled, Compiler, settings, users_cache
+
+    start, make = Compiler.start, Compiler._make
+
+    def started(compiler: Any, lowered: Any, digest: str | None) -> Any:
+        # A lowered program's text leaves out the dtype of typed keys and what its arguments are called.
+        arguments = tuple((str(leaf.shape), str(leaf.dtype)) for leaf in jax.tree_util.tree_leaves(lowered.in_avals))
+        lowered.shared_as = (
+            None if digest is None else (digest, lowered.in_tree, lowered.out_tree, arguments, settings())
+        )
+        return start(compiler, lowered, digest)
+
+    def made(compiler: Any, lowered: Any, disk: Any, key: str) -> Any:
+        if lowered.shared_as is None or disk is not None or users_cache():
+            return make(compiler, lowered, disk, key)
+        begin = time.perf_counter()
+        executable = _executables.get(lowered.shared_as)
+        if executable is None:
+            executable = _executables[lowered.shared_as] = make(compiler, lowered, disk, key).executable
+        return Compiled(executable, "compiled", time.perf_counter() - begin)
+
+    import jax
+
+    monkeypatch.setattr(Compiler, "start", started)
+    monkeypatch.setattr(Compiler, "_make", made)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from by_hand import MyModel, bits, notebook_x
 from flax_magics import Session
 from flax_magics.diskcache import DiskCache, default_folder
 
+pytestmark = pytest.mark.own_executables
+
 SCRIPT = """
 import hashlib, json, sys
 import jax, numpy as np
