@@ -16,24 +16,46 @@ class FlaxMagicsError(Exception):
 
     Args:
       message: one sentence that says what is wrong and why.
-      write: the line to write instead, shown on a line of its own.
+      write: complete lines that can be pasted and run instead.
+      form: the same with a gap (`…`) that the reader has to fill.
+      edit: an edit of the user's own code.
       hint: one more line, such as the nearest names.
     """
 
-    def __init__(self, message: str, *, write: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        write: str | None = None,
+        form: str | None = None,
+        edit: str | None = None,
+        hint: str | None = None,
+    ) -> None:
         self.message = message
         self.write = write
+        self.form = form
+        self.edit = edit
         self.hint = hint
         lines = [message]
         if hint:
             lines += [f"  {line}" for line in hint.splitlines()]
-        if write:
-            first, *rest = write.splitlines()
-            lines += [f"  write: {first}", *(f"         {line}" for line in rest)]
+        for label, text in advice(write, form, edit):
+            first, *rest = text.splitlines()
+            lines += [f"  {label}{first}", *(" " * (2 + len(label)) + line for line in rest)]
         super().__init__("\n".join(lines))
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
+
+
+def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[str, str]]:
+    """What a message advises, each text after the label that says how it is meant.
+
+    `write: ` stands before complete lines that can be pasted and run, `form: ` before a text with a gap (`…`), and
+    `in your model: ` before an edit of the user's code.
+    """
+    labelled = (("write: ", write), ("form: ", form), ("in your model: ", edit))
+    return [(label, text) for label, text in labelled if text]
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:

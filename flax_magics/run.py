@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from .errors import advice
 from .frozen import altered
 
 if TYPE_CHECKING:
@@ -20,11 +21,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Note:
-    """A sharp bit that was found: its kind (what `%config` can quiet), one line of text, and the line that mends it."""
+    """A sharp bit that was found.
+
+    Attributes:
+      kind: what `%config FlaxMagics.notes` can quiet.
+      text: one line.
+      write, form, edit: what mends it; see `errors.advice`.
+    """
 
     kind: str
     text: str
     write: str | None = None
+    form: str | None = None
+    edit: str | None = None
+
+    @property
+    def advice(self) -> list[tuple[str, str]]:
+        """Label and text of what mends it."""
+        return advice(self.write, self.form, self.edit)
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,8 @@ def _made(own: Fields) -> Made | None:
 
 
 def _note(data: Any, where: str) -> Note:
-    inner = Fields(data, f"{where}.notes", ("kind", "text", "write"))
-    return Note(inner.text("kind"), inner.text("text"), inner.maybe_text("write"))
+    inner = Fields(data, f"{where}.notes", ("kind", "text", "write", "form", "edit"))
+    return Note(inner.text("kind"), inner.text("text"), *map(inner.maybe_text, ("write", "form", "edit")))
 
 
 def _spread(own: Fields) -> tuple[Spread, ...]:

@@ -5,7 +5,7 @@ Every string goes through Jinja2's escaping; nothing here builds markup out of s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import jinja2
 
     from ..past import History
-    from ..run import Run
+    from ..run import Note, Run
     from ..summary import Summary
     from .loaded import Loaded
     from .loop import Loop
@@ -78,7 +78,7 @@ def report(run: Run, level: Level) -> str:
         "name": facts.name_of(run),
         "mode": facts.mode_of(run),
         "device": clean(run.device),
-        "notes": [(clean_lines(note.text), clean_lines(note.write or "")) for note in run.notes],
+        "notes": _notes(run.notes),
     }
     if level == "line" or run.command == "key":
         context |= {"texts": [part for part in facts.brief(run) if part]}
@@ -98,6 +98,11 @@ def report(run: Run, level: Level) -> str:
             "digest": run.digest or "",
         }
     return _render(name, context)
+
+
+def _notes(notes: Iterable[Note]) -> list[tuple[list[str], list[tuple[str, list[str]]]]]:
+    """The lines of each note, and label and lines of what mends it."""
+    return [(clean_lines(note.text), [(label, clean_lines(text)) for label, text in note.advice]) for note in notes]
 
 
 def figures(run: Run) -> tuple[Figure, ...]:
@@ -128,7 +133,7 @@ def loop(runs: Loop) -> str:
     """The counting line."""
     from .loop import parts
 
-    notes = [(clean_lines(note.text), clean_lines(note.write or "")) for note in runs.notes]
+    notes = _notes(runs.notes)
     shown = [part for part in parts(runs) if part]
     return _render(
         "line.html",
@@ -138,7 +143,7 @@ def loop(runs: Loop) -> str:
 
 def notice(found: Notice) -> str:
     """A line of news."""
-    notes = [(clean_lines(note.text), clean_lines(note.write or "")) for note in found.notes]
+    notes = _notes(found.notes)
     texts = [clean(text) for text in found.texts]
     return _render(
         "line.html",
@@ -148,7 +153,7 @@ def notice(found: Notice) -> str:
 
 def loaded(found: Loaded) -> str:
     """A file that was loaded, the code of each model that waits folded away."""
-    notes = [(clean_lines(note.text), clean_lines(note.write or "")) for note in found.notice.notes]
+    notes = _notes(found.notice.notes)
     texts = [clean(text) for text in found.notice.texts]
     return _render(
         "loaded.html", {"name": clean(found.notice.name), "texts": texts, "notes": notes, "waiting": found.waiting}

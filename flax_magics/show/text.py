@@ -107,6 +107,7 @@ def notes(found: Iterable[Note]) -> list[str]:
         first, *others = clean_lines(note.text) or [""]
         lines += wrap(first, "! ", "  ")
         lines += [wrapped for other in others for wrapped in wrap(other, "  ")]
-        for n, code in enumerate(clean_lines(note.write or "")):
-            lines += wrap(code, "  write: " if n == 0 else "         ")
+        for label, text in note.advice:
+            for n, code in enumerate(clean_lines(text)):
+                lines += wrap(code, f"  {label}" if n == 0 else " " * (2 + len(label)))
     return lines
