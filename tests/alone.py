@@ -53,11 +53,20 @@ for line in sys.stdin:
 
 @functools.cache
 def _nursery() -> subprocess.Popen[str]:
+    # Most scripts compile what another one has compiled: JAX's own cache gives it to them. No flax_magics lives in there.
+    compiled = tempfile.TemporaryDirectory()
+    atexit.register(compiled.cleanup)
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": compiled.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     process = subprocess.Popen(
         [sys.executable, "-W", "error::SyntaxWarning", "-c", NURSERY],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env=os.environ | cache,
     )
     atexit.register(process.communicate)  # the end of its input is its end
     return process

@@ -26,6 +26,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, a worker takes whole files: their tests share what was compiled. Those with kernels are as one file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "kernels" if nodeid.startswith("tests/notebooks/") else nodeid.partition("::")[0]
+
+    return Files(config, log)
+
+
 @pytest.fixture(scope="module")
 def unoptimised() -> Iterator[None]:
     """XLA compiles without its optimisations: for a file that compiles much and is about something else.

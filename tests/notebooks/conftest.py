@@ -12,6 +12,13 @@ from kernels import Notebook
 from sharp_bits import SHARP_BITS
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what this folder has as `kernel`."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("kernel")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where Jupyter and IPython keep their files for the time of the tests: kernel, settings, history."""
