@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from kernels import Notebook
+from kernels import Kernels, Notebook
 from sharp_bits import SHARP_BITS
 
 
@@ -39,16 +39,30 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
 
 
+@pytest.fixture(scope="session")
+def kernels(home: Path) -> Iterator[Kernels]:
+    """The kernels that tests use one after another."""
+    with contextlib.closing(Kernels()) as kernels:
+        yield kernels
+
+
 @pytest.fixture
-def open_notebook(tmp_path: Path, home: Path) -> Iterator[Callable[[], Notebook]]:
-    """Gives a notebook with a kernel of its own at each call; the kernels end with the test."""
+def open_notebook(tmp_path: Path, kernels: Kernels) -> Iterator[Callable[[], Notebook]]:
+    """Gives another notebook at each call; their kernels are those of earlier tests, renewed."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(kernels.lent(tmp_path))
+
+
+@pytest.fixture
+def start_notebook(tmp_path: Path, home: Path) -> Iterator[Callable[[], Notebook]]:
+    """Gives a notebook with a kernel of its own at each call, for what a kernel is not the same after."""
     with contextlib.ExitStack() as stack:
         yield lambda: stack.enter_context(Notebook.opened(tmp_path))
 
 
 @pytest.fixture(scope="module")
-def living(tmp_path_factory: pytest.TempPathFactory, home: Path) -> Iterator[Notebook]:
+def living(tmp_path_factory: pytest.TempPathFactory, kernels: Kernels) -> Iterator[Notebook]:
     """A notebook that the tests of one file share, with the extension and the notebook's model loaded."""
-    with Notebook.opened(tmp_path_factory.mktemp("living")) as notebook:
+    with kernels.lent(tmp_path_factory.mktemp("living")) as notebook:
         notebook.run_all(SHARP_BITS)
         yield notebook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,16 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 RUN_JSON = "application/vnd.flax-magics.run+json"
+
+RENEW = """
+import os, sys
+if "flax_magics" in get_ipython().extension_manager.loaded:
+  get_ipython().run_line_magic("unload_ext", "flax_magics")
+if "flax_magics.current" in sys.modules:
+  sys.modules["flax_magics.current"]._session = None
+os.chdir({folder!r})
+get_ipython().reset()
+"""
 
 
 @dataclass(frozen=True)
@@ -72,16 +83,26 @@ class Notebook:
         with client.setup_kernel():
             yield cls(client)
 
-    def run(self, source: str) -> Cell:
-        """Adds a cell and executes it."""
-        node = nbformat.v4.new_code_cell(source.strip("\n"))
+    def renew(self, folder: Path) -> None:
+        """As a new notebook in `folder`, but that its kernel has imported and compiled what it has."""
+        node = nbformat.v4.new_code_cell(RENEW.format(folder=os.fspath(folder)))
+        self.client.nb.cells[:] = [node]
+        self.client.execute_cell(node, 0, store_history=False)
+        self.client.nb.cells.clear()
+
+    def execute(self, node: Any) -> Cell:
+        """Adds a code cell and executes it, unless a tag of its says that it is skipped."""
         self.client.nb.cells.append(node)
         for _ in range(20):
             self.client.execute_cell(node, len(self.client.nb.cells) - 1)
-            if node.execution_count is not None:
+            if node.execution_count is not None or "skip-execution" in node.metadata.get("tags", []):
                 return Cell(node.outputs)
             time.sleep(0.1)  # just after an error, a kernel turns away what comes
-        raise AssertionError(f"the kernel did not run the cell:\n{source}")
+        raise AssertionError(f"the kernel did not run the cell:\n{node.source}")
+
+    def run(self, source: str) -> Cell:
+        """Adds a cell and executes it."""
+        return self.execute(nbformat.v4.new_code_cell(source.strip("\n")))
 
     def run_all(self, sources: Iterable[str]) -> list[Cell]:
         """Cell after cell, until one fails."""
@@ -94,3 +115,22 @@ class Notebook:
         except CellExecutionError:
             return Cell(self.client.nb.cells[-1].outputs)
         raise AssertionError(f"the cell did not fail:\n{source}")
+
+
+class Kernels:
+    """Kernels that tests use one after another: to start one, and to import JAX and Flax in it, takes seconds."""
+
+    def __init__(self) -> None:
+        self._all = contextlib.ExitStack()
+        self._idle: list[Notebook] = []
+
+    @contextlib.contextmanager
+    def lent(self, folder: Path) -> Iterator[Notebook]:
+        """A notebook in `folder`, as if it were new. Where the block fails, nobody else has its kernel."""
+        notebook = self._idle.pop() if self._idle else self._all.enter_context(Notebook.opened(folder))
+        notebook.renew(folder)
+        yield notebook
+        self._idle.append(notebook)
+
+    def close(self) -> None:
+        self._all.close()

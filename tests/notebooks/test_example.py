@@ -9,7 +9,8 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from alone import run_alone
+from kernels import RUN_JSON
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "the_sharp_bits.ipynb"
 COMPARED = [
@@ -30,13 +31,20 @@ def committed() -> Any:
 
 
 @pytest.fixture(scope="module")
-def executed(committed, home, tmp_path_factory) -> Any:
-    notebook = copy.deepcopy(committed)
-    for cell in code(notebook):
-        cell.outputs, cell.execution_count = [], None
-    folder = str(tmp_path_factory.mktemp("example"))
-    NotebookClient(notebook, timeout=180, iopub_timeout=120, resources={"metadata": {"path": folder}}).execute()
-    return notebook
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("example")
+
+
+@pytest.fixture(scope="module")
+def executed(committed, kernels, folder) -> Any:
+    """The example as a run leaves it; what it exports at its end is in the folder."""
+    example = copy.deepcopy(committed)
+    with kernels.lent(folder) as notebook:
+        for cell in code(example):
+            cell.outputs, cell.execution_count = [], None
+            notebook.execute(cell)
+        notebook.run("%flax_export -q session.py")
+    return example
 
 
 def code(notebook: Any) -> list[Any]:
@@ -75,3 +83,15 @@ def test_it_names_no_machine_and_installs_nothing_when_it_is_executed(committed)
     (install,) = (cell for cell in code(committed) if "pip install" in cell.source)
     assert "skip-execution" in install.metadata.tags
     assert install.execution_count is None
+
+
+def test_exported_it_runs_without_flax_magics_and_agrees_with_the_session(executed, folder):
+    script = folder / "session.py"
+    assert "flax_magics" not in script.read_text()
+    assert "Left out" not in script.read_text()
+    printed = run_alone(script, afresh=True)
+    assert re.findall(r"^.*: (?:True|False)$", printed, re.MULTILINE) == COMPARED
+    bundles = [output.get("data", {}) for cell in code(executed) for output in cell.outputs]
+    digests = [data[RUN_JSON]["digest"] for data in bundles if data.get(RUN_JSON, {}).get("digest")]
+    assert set(digests) <= set(re.findall(r"\b[0-9a-f]{16}$", printed, re.MULTILINE))
+    assert len(digests) >= 8

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from kernels import RUN_JSON
-from nbclient import NotebookClient
+from kernels import RUN_JSON, Kernels
 
 from flax_magics.keys import fingerprint, stream_tag
 from flax_magics.verify.stored import read, runs_of
@@ -70,19 +70,16 @@ def with_outputs_of(notebook: Any, source: str) -> Any:
     return made
 
 
-def execute(notebook: Any, folder: Path) -> Any:
-    resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=180, iopub_timeout=120, resources=resources).execute()
-    return notebook
-
-
 @pytest.fixture(scope="module")
-def executed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def executed(kernels: Kernels, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("first")
     (folder / "beside.txt").write_text("read in the notebook's own folder")
     notebook = notebook_of(*CELLS)
     notebook.cells[MISTAKE].metadata["tags"] = ["raises-exception"]
-    return execute(notebook, folder)
+    with kernels.lent(folder) as living:
+        for cell in notebook.cells:
+            living.execute(cell)
+    return notebook
 
 
 @pytest.fixture
@@ -160,57 +157,100 @@ OTHER = [
 ]
 
 
-def test_runs_that_agree(folder, notebook):
-    skipped = with_outputs_of(notebook, "raise SystemError('it is skipped')").cells[0]
+@dataclass(frozen=True)
+class Verified:
+    """What one run of the command says of several notebooks."""
+
+    notebooks: dict[str, Any]
+    status: int
+    lines: list[str]
+    untouched: bool
+
+    def of(self, name: str) -> list[str]:
+        """The lines of one of them."""
+        starts = [number for number, line in enumerate(self.lines) if not line.startswith(" ")]
+        (start,) = (number for number in starts if self.lines[number].startswith(f"notebooks/{name}.ipynb: "))
+        return self.lines[start : min((number for number in starts if number > start), default=None)]
+
+
+@pytest.fixture(scope="module")
+def verified(executed: Any, tmp_path_factory: pytest.TempPathFactory) -> Verified:
+    """The notebook edited in several ways, and all of them verified by one command, two at once."""
+    folder = Folder(tmp_path_factory.mktemp("verified"))
+    names = ("agrees", "seed", "more", "fails", "elsewhere")
+    notebooks = {name: copy.deepcopy(executed) for name in names}
+    skipped = with_outputs_of(executed, "raise SystemError('it is skipped')").cells[0]
     skipped.metadata["tags"] = ["skip-execution"]
-    notebook.cells.append(skipped)
-    file = folder.save(notebook)
-    path = folder.path / file
-    before = path.read_bytes(), path.stat().st_mtime_ns
-    assert folder.says(file) == (0, ["notebooks/net.ipynb: agrees: 6 runs, keys and every bit"])
-    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
-    assert sorted(os.listdir(path.parent)) == ["beside.txt", "net.ipynb"]
+    notebooks["agrees"].cells.append(skipped)
+    elsewhere(notebooks["seed"])
+    notebooks["seed"].cells[LOAD].source += "\n%config FlaxMagics.seed = 1"
+    notebooks["more"].cells[LOOP].source = "for _ in range(5):\n  %flax_apply --train scaled(x);"
+    notebooks["fails"].cells[FACTOR].source = FACTOR_2_ULP_MORE
+    notebooks["fails"].cells[MISTAKE].metadata["tags"] = []
+    elsewhere(notebooks["elsewhere"])
+    notebooks["elsewhere"].cells[FACTOR].source = FACTOR_2_ULP_MORE
+    files = [folder.save(notebook, name) for name, notebook in notebooks.items()]
+    before = [((folder.path / file).read_bytes(), (folder.path / file).stat().st_mtime_ns) for file in files]
+    status, lines = folder.says(*files, "-j", "2")
+    after = [((folder.path / file).read_bytes(), (folder.path / file).stat().st_mtime_ns) for file in files]
+    left = sorted(os.listdir(folder.path / "notebooks"))
+    untouched = before == after and left == sorted(["beside.txt", *(f"{name}.ipynb" for name in names)])
+    return Verified(notebooks, status, lines, untouched)
 
 
-def test_an_edited_constant_is_a_table_of_what_differs(folder, notebook):
-    notebook.cells[FACTOR].source = FACTOR_2_ULP_MORE
-    status, lines = folder.says(folder.save(notebook))
-    head = "notebooks/net.ipynb: differs: 5 of 6 runs, keys and every bit in 1"
-    assert (status, lines) == (1, [head, *table(notebook)])
+def test_the_status_is_that_of_the_worst_and_nothing_is_written(verified):
+    assert verified.status == 2
+    assert verified.untouched
 
 
-def test_another_seed_has_other_keys_on_any_machine(folder, notebook):
-    elsewhere(notebook)
-    notebook.cells[LOAD].source += "\n%config FlaxMagics.seed = 1"
-    status, lines = folder.says(folder.save(notebook))
-    assert (status, lines[0]) == (1, "notebooks/net.ipynb: differs: 6 of 6 runs")
+def test_runs_that_agree(verified):
+    assert verified.of("agrees") == ["notebooks/agrees.ipynb: agrees: 6 runs, keys and every bit"]
+
+
+def test_another_seed_has_other_keys_on_any_machine(verified):
+    head, *lines = verified.of("seed")
+    assert head == "notebooks/seed.ipynb: differs: 6 of 6 runs"
     roots = [jax.random.key(0), jax.random.key(1)]
-    for draw, line in enumerate(lines[2:7], 1):
+    for draw, line in enumerate(lines[1:6], 1):
         cell = "5     y = %flax_apply --train…" if draw == 1 else "6     for _ in range(4):      "
         was, now = (fingerprint(jax.random.split(root, 3)[2]) for root in roots)
         assert line == f"  {cell}  {draw}     keys  dropout {was} → {now}"
         roots = [jax.random.split(root, 3)[0] for root in roots]
-    assert lines[7].startswith("  9     latent = %flax_key late…  7     keys  latent ")
-    assert lines[8:] == OTHER
+    assert lines[6].startswith("  9     latent = %flax_key late…  7     keys  latent ")
+    assert lines[7:] == OTHER
 
 
-def test_a_run_more_is_told_by_their_number(folder, notebook):
-    notebook.cells[LOOP].source = "for _ in range(5):\n  %flax_apply --train scaled(x);"
-    status, lines = folder.says(folder.save(notebook))
-    latent = stored(notebook)[2]["keys"]["latent"][:8]
+def test_a_run_more_is_told_by_their_number(verified):
+    latent = stored(verified.notebooks["more"])[2]["keys"]["latent"][:8]
     root = jax.random.key(0)
     for _ in range(7):
         root = jax.random.split(root, 3)[0]
     now = fingerprint(jax.random.fold_in(root, stream_tag("latent")))
-    assert (status, lines) == (
-        1,
-        [
-            "notebooks/net.ipynb: differs: 5 of 6 runs, keys and every bit in 1",
-            "  cell  first line                draw  what  how far, in how many values",
-            "  6     for _ in range(5):              runs  4 → 5",
-            f"  9     latent = %flax_key late…  7     keys  latent {latent} → {now}",
-        ],
-    )
+    assert verified.of("more") == [
+        "notebooks/more.ipynb: differs: 5 of 6 runs, keys and every bit in 1",
+        "  cell  first line                draw  what  how far, in how many values",
+        "  6     for _ in range(5):              runs  4 → 5",
+        f"  9     latent = %flax_key late…  7     keys  latent {latent} → {now}",
+    ]
+
+
+def test_what_differs_before_a_cell_that_fails_is_told(verified):
+    assert verified.of("fails") == [
+        "notebooks/fails.ipynb: could not run: cell 8 (%flax_apply scald(x)) fails:",
+        "  FlaxMagicsError: no model is called `scald`; registered: scaled. Before it, 5",
+        "  runs differ.",
+        *table(verified.notebooks["fails"]),
+    ]
+
+
+def test_bits_of_another_machine_are_not_compared_but_its_keys_are(verified):
+    assert verified.of("elsewhere") == [
+        "notebooks/elsewhere.ipynb: not comparable: 6 runs, keys and every bit in 1, keys",
+        "  alone in 5",
+        *table(verified.notebooks["elsewhere"]),
+        *OTHER,
+        "  write: --rtol 1e-5     to compare the values that are stored",
+    ]
 
 
 def test_a_notebook_that_does_not_run_to_its_end_is_no_verified_one(folder, notebook):
@@ -233,44 +273,10 @@ def test_a_notebook_that_does_not_run_to_its_end_is_no_verified_one(folder, note
     ]
 
 
-def test_what_differs_before_a_cell_that_fails_is_told(folder, notebook):
-    notebook.cells[FACTOR].source = FACTOR_2_ULP_MORE
-    notebook.cells[MISTAKE].metadata["tags"] = []
-    status, lines = folder.says(folder.save(notebook))
-    assert status == 2
-    assert lines == [
-        "notebooks/net.ipynb: could not run: cell 8 (%flax_apply scald(x)) fails:",
-        "  FlaxMagicsError: no model is called `scald`; registered: scaled. Before it, 5",
-        "  runs differ.",
-        *table(notebook),
-    ]
-
-
-def test_bits_of_another_machine_are_not_compared_but_its_keys_are(folder, notebook):
-    elsewhere(notebook)
-    same, other = copy.deepcopy(notebook), notebook
-    other.cells[FACTOR].source = FACTOR_2_ULP_MORE
-    files = [folder.save(one, name) for name, one in zip("ab", (same, other), strict=True)]
-    status, lines = folder.says(*files)
-    assert (status, lines) == (
-        3,
-        [
-            "notebooks/a.ipynb: agrees: 6 runs, keys and every bit",
-            *OTHER,
-            "notebooks/b.ipynb: not comparable: 6 runs, keys and every bit in 1, keys alone",
-            "  in 5",
-            *table(other),
-            *OTHER,
-            "  write: --rtol 1e-5     to compare the values that are stored",
-        ],
-    )
-
-
 def test_values_are_compared_where_a_tolerance_is_given(folder, notebook):
     elsewhere(notebook)
     notebook.cells[FACTOR].source = FACTOR_2_ULP_MORE
-    file = folder.save(notebook)
-    assert folder.says(file, "--rtol", "1e-6") == (
+    assert folder.says(folder.save(notebook), "--rtol", "1e-6") == (
         0,
         [
             "notebooks/net.ipynb: agrees: 6 runs, keys and every bit in 1, keys and values",
@@ -278,28 +284,24 @@ def test_values_are_compared_where_a_tolerance_is_given(folder, notebook):
             *OTHER,
         ],
     )
-    head = "notebooks/net.ipynb: differs: 5 of 6 runs, keys and every bit in 1"
-    assert folder.says(file, "--rtol", "1e-8") == (1, [head, *table(notebook), *OTHER])
 
 
 def test_several_at_once_as_json(folder, notebook):
-    edited, cleared = copy.deepcopy(notebook), copy.deepcopy(notebook)
-    edited.cells[FACTOR].source = FACTOR_2_ULP_MORE
+    cleared = copy.deepcopy(notebook)
+    notebook.cells[FACTOR].source = FACTOR_2_ULP_MORE
     for cell in cleared.cells:
         cell.outputs = []
-    files = [folder.save(one, name) for name, one in zip("abc", (notebook, edited, cleared), strict=True)]
+    files = [folder.save(notebook, "a"), folder.save(cleared, "b")]
     done = folder.verify(*files, "nowhere.ipynb", "--json", "-j", "2")
     assert (done.returncode, done.stderr) == (2, "")
     found = json.loads(done.stdout)
     assert (found["version"], found["status"]) == (1, 2)
     for one in found["notebooks"]:
         assert isinstance(one.pop("seconds"), float)
-    agrees, differs, empty, missing = found["notebooks"]
+    differs, empty, missing = found["notebooks"]
     none = {"all": 0, "agree": 0, "within": 0, "not_comparable": 0, "differ": 0}
     common = {"message": None, "order": None, "environment": {}, "differences": []}
-    runs = {**none, "all": 6, "agree": 6}
-    assert agrees == {**common, "file": files[0], "status": "agrees", "runs": runs}
-    assert empty == {**common, "file": files[2], "status": "nothing to verify", "runs": none}
+    assert empty == {**common, "file": files[1], "status": "nothing to verify", "runs": none}
     why = "it cannot be read: No such file or directory."
     assert missing == {
         **common,
@@ -335,11 +337,15 @@ def test_several_at_once_as_json(folder, notebook):
     }
 
 
-def test_a_notebook_without_our_outputs_is_reported_and_not_run(folder, notebook):
+def test_a_notebook_without_our_outputs_is_reported_and_not_run(folder, open_notebook):
     quiet = notebook_of(
-        *CELLS[:4], "y = %flax_apply -q scaled(x)", "%config FlaxMagics.report = 'off'\ny = %flax_apply scaled(x)"
+        *CELLS[:4],
+        "y = %flax_apply -q scaled(x)",
+        "%config FlaxMagics.report = 'off'\ny = %flax_apply scaled(x)\n%config FlaxMagics.report = 'auto'",
     )
-    execute(quiet, folder.path)
+    living = open_notebook()
+    for cell in quiet.cells:
+        living.execute(cell)
     other = notebook_of("print('not of ours')", "open('ran', 'w')")
     assert [stored(quiet), stored(other)] == [[], []]
     files = [folder.save(quiet, "quiet"), folder.save(other, "other")]

@@ -226,6 +226,20 @@ def test_json_has_no_number_that_is_not_finite():
     assert says(run(), now)[2].endswith("digest  NaN in 6 of 6")
 
 
+def test_json_of_what_agrees():
+    (found,) = to_json([replace(result(run(), run()), seconds=1.5)])["notebooks"]
+    assert found == {
+        "file": "a.ipynb",
+        "status": "agrees",
+        "message": None,
+        "order": None,
+        "seconds": 1.5,
+        "environment": {},
+        "runs": {"all": 1, "agree": 1, "within": 0, "not_comparable": 0, "differ": 0},
+        "differences": [],
+    }
+
+
 @pytest.mark.parametrize(
     ("statuses", "expected"),
     [("a", 0), ("ad", 1), ("dfn", 2), ("an", 3), ("ane", 4), ("ed", 1), ("", 4)],
