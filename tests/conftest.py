@@ -160,6 +160,15 @@ def shell() -> Iterator[Any]:
     yield from _fresh_shell(InteractiveShell)
 
 
+@pytest.fixture
+def bang() -> str:
+    """What stands before a shell command whose output is assigned.
+
+    IPython 7 looks for an error token there, and from Python 3.12 on `!` is an operator: it does not read `x = !…` itself.
+    """
+    return "%sx " if _version() < (8,) and sys.version_info >= (3, 12) else "!"
+
+
 SETUP = """\
 import jax
 import jax.numpy as jnp

@@ -164,8 +164,8 @@ def test_a_displayed_value_is_the_cells_output(shell: Any, commands: Commands) -
     assert shell.user_ns["_"] == 42
 
 
-def test_magics_and_commands_work_in_the_body(shell: Any, commands: Commands) -> None:
-    run(shell, "%%flaxmodel\nx = 3\ny = %flax_apply double(x)\nz = !echo hello\n%flax_apply double(x)\n")
+def test_magics_and_commands_work_in_the_body(shell: Any, commands: Commands, bang: str) -> None:
+    run(shell, f"%%flaxmodel\nx = 3\ny = %flax_apply double(x)\nz = {bang}echo hello\n%flax_apply double(x)\n")
     assert shell.user_ns["y"] == 6
     assert list(shell.user_ns["z"]) == ["hello"]
     assert commands.body.names == ("x", "y", "z")

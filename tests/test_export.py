@@ -212,7 +212,7 @@ auto = Auto()
     assert_same(notebook, tmp_path)
 
 
-def test_cells_of_statements_and_what_is_around_commands(notebook, tmp_path, monkeypatch):
+def test_cells_of_statements_and_what_is_around_commands(notebook, tmp_path, monkeypatch, bang):
     # A real one forks, which JAX warns of.
     monkeypatch.setattr(notebook.shell, "system", print)
     monkeypatch.setattr(notebook.shell, "getoutput", lambda line, **_: [line])
@@ -220,12 +220,12 @@ def test_cells_of_statements_and_what_is_around_commands(notebook, tmp_path, mon
     notebook("%%flax_apply --train\nx2 = x * 2  # twice\ny = my_model(\n  x2,\n)")
     notebook("%%time\ny = %flax_apply --train my_model(x)")
     notebook("%%capture out\nprint('hidden')\ny = %flax_apply --train my_model(x)")
-    notebook("%time z = y + 1\nfiles = !echo a b\n!true\n%precision 3")
+    notebook(f"%time z = y + 1\nfiles = {bang}echo a b\n!true\n%precision 3")
     notebook("print(len(files))")
     notebook("w = %flax_apply my_model(z @ jnp.ones((3, 4)))")
     script = assert_same(notebook, tmp_path)
     assert "# %%time\n" in script
-    assert "# files = !echo a b\n" in script
+    assert f"# files = {bang}echo a b\n" in script
     assert "# Left out: `files` is not there (a magic or the shell gives it).\n" in script
 
 
