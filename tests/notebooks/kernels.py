@@ -126,7 +126,7 @@ class Kernels:
 
     @contextlib.contextmanager
     def lent(self, folder: Path) -> Iterator[Notebook]:
-        """A notebook in `folder`, as if it were new. Where the block fails, nobody else has its kernel."""
+        """A notebook in `folder`, as if it were new."""
         notebook = self._idle.pop() if self._idle else self._all.enter_context(Notebook.opened(folder))
         notebook.renew(folder)
         yield notebook

@@ -5,6 +5,7 @@ No time is measured. That an interrupt returned at once is shown by what is stil
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 from jupyter_client.manager import KernelManager
-from kernels import RUN_JSON
+from kernels import RENEW, RUN_JSON
 from sharp_bits import LOAD, SETUP
 
 MODELS = """
@@ -29,11 +30,11 @@ def until(name):
   while not pathlib.Path(name).exists():
     time.sleep(0.01)
 
-class Big(nn.Module):  # XLA takes 20 s for it on a slow machine
+class Big(nn.Module):  # XLA takes 7 s for it on a slow machine
   @nn.compact
   def __call__(self, x):
     x = nn.Dense(4)(x)
-    for i in range(1 if self.is_initializing() else 600):
+    for i in range(1 if self.is_initializing() else 400):
       x = jnp.sin(x @ jnp.full((4, 4), 0.1 * i)) + i
     return x
 
@@ -101,15 +102,20 @@ print(session.draws, len(session.runs), session._state.root.data.hex(),
 class Kernel:
     """A real kernel, driven by jupyter_client."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
         self.manager = KernelManager(kernel_name="python3")
-        self.manager.start_kernel(cwd=str(folder))
+        self.manager.start_kernel()
         provisioner = getattr(self.manager, "provisioner", None)
         self.process: Any = self.manager.kernel if provisioner is None else provisioner.process
         self.client = self.manager.client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=120)
+
+    def renew(self, folder: Path) -> None:
+        """As if it were new, and had been started in `folder`, with the models."""
+        self.folder = folder
+        for cell in (RENEW.format(folder=str(folder)), LOAD, SETUP, MODELS):
+            self.run(cell)
 
     def send(self, source: str) -> str:
         """Begins to run a cell."""
@@ -161,16 +167,25 @@ class Kernel:
         self.manager.context.destroy()
 
 
-@pytest.fixture
-def kernel(tmp_path: Path, home: Path) -> Iterator[Kernel]:
-    kernel = Kernel(tmp_path)
-    try:
-        kernel.run(LOAD)
-        kernel.run(SETUP)
-        kernel.run(MODELS)
+@pytest.fixture(scope="module")
+def shared(home: Path) -> Iterator[Kernel]:
+    with contextlib.closing(Kernel()) as kernel:
         yield kernel
-    finally:
-        kernel.close()
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, shared: Kernel) -> Kernel:
+    """A kernel with the models, which other tests have had before."""
+    shared.renew(tmp_path)
+    return shared
+
+
+@pytest.fixture
+def own_kernel(tmp_path: Path, home: Path) -> Iterator[Kernel]:
+    """The same, for a test that leaves something going on, or ends it."""
+    with contextlib.closing(Kernel()) as kernel:
+        kernel.renew(tmp_path)
+        yield kernel
 
 
 def texts(outputs: list[dict[str, Any]]) -> list[str]:
@@ -197,16 +212,16 @@ RUNNING = COMPILING.replace("not session.programs.compiling", "session.programs.
 )
 
 
-def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it(kernel):
-    kernel.run("%flax_init -q big(x);")
-    before = kernel.prints(STATE)
-    kernel.run(COMPILING)
-    shown = kernel.interrupted("y = %flax_apply big(x)", kernel.appeared("compiling"))
-    assert kernel.prints("(future,) = session.programs.compiling.values(); print(future.done())") == "False\n"
-    assert kernel.prints(STATE) == before
+def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it(own_kernel):
+    own_kernel.run("%flax_init -q big(x);")
+    before = own_kernel.prints(STATE)
+    own_kernel.run(COMPILING)
+    shown = own_kernel.interrupted("y = %flax_apply big(x)", own_kernel.appeared("compiling"))
+    assert own_kernel.prints("(future,) = session.programs.compiling.values(); print(future.done())") == "False\n"
+    assert own_kernel.prints(STATE) == before
     assert texts(shown)[-1:] in ([], [""])  # the live line, if there was time for one, is gone
 
-    again = kernel.run("y = %flax_apply big(x)")
+    again = own_kernel.run("y = %flax_apply big(x)")
     *live, last = texts(again)
     assert all(re.fullmatch(r"(tracing|lowering|compiling|running) big · \d+ s", text) for text in live)
     assert any(text.startswith("compiling big · ") for text in live)
@@ -214,15 +229,16 @@ def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it
     run = report(again)
     assert (run["program"], run["draw"]) == ("compiled", 1)
     assert run["reason"] == "first run of this program; begun by the run that was interrupted"
-    assert kernel.prints("print(future.done(), len(session.programs), session.programs.compiling)") == "True 1 {}\n"
-    assert report(kernel.run("y = %flax_apply big(x)"))["program"] == "reused"
+    assert own_kernel.prints("print(future.done(), len(session.programs), session.programs.compiling)") == "True 1 {}\n"
+    assert report(own_kernel.run("y = %flax_apply big(x)"))["program"] == "reused"
 
 
 def test_the_live_line_and_the_report_are_one_display(kernel):
-    kernel.run("%flax_init -q big(x);")
-    outputs = kernel.run("y = %flax_apply big(x)")
+    kernel.run("%flax_init -q traced(x);")
+    outputs = kernel.run("import threading\nthreading.Timer(3, touch, ['free']).start()\ny = %flax_apply traced(x)")
     displays = [item for item in outputs if item["type"] in ("display_data", "update_display_data")]
     assert [item["type"] for item in displays[:2]] == ["display_data", "update_display_data"]
+    assert re.fullmatch(r"tracing traced · \d+ s", displays[0]["data"]["text/plain"])
     assert len({item["transient"]["display_id"] for item in displays}) == 1
     assert RUN_JSON in displays[-1]["data"]
 
@@ -252,36 +268,36 @@ def test_an_initialisation_that_is_interrupted(kernel, command):
     assert kernel.prints("print(session.models['deep'].variables)") == "None\n"
 
 
-def test_a_run_that_is_interrupted_goes_on_and_the_next_one_waits_and_says_so(kernel):
-    kernel.run("%flax_apply -q long(-x);")
-    before = kernel.prints(STATE)
-    kernel.run(RUNNING)
-    kernel.interrupted("y = %flax_apply long(x)", kernel.appeared("running"))
+def test_a_run_that_is_interrupted_goes_on_and_the_next_one_waits_and_says_so(own_kernel):
+    own_kernel.run("%flax_apply -q long(-x);")
+    before = own_kernel.prints(STATE)
+    own_kernel.run(RUNNING)
+    own_kernel.interrupted("y = %flax_apply long(x)", own_kernel.appeared("running"))
     busy = "print(session.programs.unfinished.wait.__self__.is_ready())"
-    assert kernel.prints(busy) == "False\n"
-    assert kernel.prints(STATE) == before
-    again = kernel.run("%config FlaxMagics.report = 'normal'\ny = %flax_apply long(-x)")
+    assert own_kernel.prints(busy) == "False\n"
+    assert own_kernel.prints(STATE) == before
+    again = own_kernel.run("%config FlaxMagics.report = 'normal'\ny = %flax_apply long(-x)")
     assert report(again)["draw"] == 2
     assert report(again)["timing"]["busy"] > report(again)["timing"]["run"]
     assert re.search(r"\n  wait  the interrupted run had the device for [\d.]+ m?s more\n", texts(again)[-1])
-    assert kernel.prints("print(session.programs.unfinished.wait)") == "None\n"
-    assert report(kernel.run("y = %flax_apply long(-x)"))["timing"]["busy"] == 0
+    assert own_kernel.prints("print(session.programs.unfinished.wait)") == "None\n"
+    assert report(own_kernel.run("y = %flax_apply long(-x)"))["timing"]["busy"] == 0
 
 
-def test_inputs_that_are_not_there_yet(kernel):
-    kernel.run("touch('free')\ny = %flax_apply -q traced(x)")
-    before = kernel.prints(STATE)
-    kernel.run(
+def test_inputs_that_are_not_there_yet(own_kernel):
+    own_kernel.run("touch('free')\ny = %flax_apply -q traced(x)")
+    before = own_kernel.prints(STATE)
+    own_kernel.run(
         "def turn(i, w): return jnp.sin(w @ w)\n"
         "slow = jax.jit(lambda w: jax.lax.fori_loop(0, 200, turn, w)[:3, :4])\n"
         "compiled = slow.lower(jnp.ones((1000, 1000))).compile()"
     )
-    kernel.interrupted(
+    own_kernel.interrupted(
         "later = compiled(jnp.ones((1000, 1000)))\ntouch('waiting')\ny = %flax_apply traced(later)",
-        kernel.appeared("waiting"),
+        own_kernel.appeared("waiting"),
     )
-    assert kernel.prints("print(later.is_ready())") == "False\n"
-    assert kernel.prints(STATE) == before
+    assert own_kernel.prints("print(later.is_ready())") == "False\n"
+    assert own_kernel.prints(STATE) == before
 
 
 def test_a_program_with_callbacks_is_interrupted_while_it_runs(kernel):
@@ -335,10 +351,10 @@ def test_an_nnx_module_is_as_it_was(kernel):
     assert kernel.prints(look) != before[1]
 
 
-def test_the_kernel_can_be_shut_down_while_something_compiles_behind_an_interrupt(kernel):
-    kernel.run("%flax_init -q big(x);")
-    kernel.run(COMPILING)
-    kernel.interrupted("y = %flax_apply big(x)", kernel.appeared("compiling"))
-    assert kernel.prints("(future,) = session.programs.compiling.values(); print(future.done())") == "False\n"
-    kernel.client.shutdown()
-    assert kernel.process.wait(timeout=180) == 0
+def test_the_kernel_can_be_shut_down_while_something_compiles_behind_an_interrupt(own_kernel):
+    own_kernel.run("%flax_init -q big(x);")
+    own_kernel.run(COMPILING)
+    own_kernel.interrupted("y = %flax_apply big(x)", own_kernel.appeared("compiling"))
+    assert own_kernel.prints("(future,) = session.programs.compiling.values(); print(future.done())") == "False\n"
+    own_kernel.client.shutdown()
+    assert own_kernel.process.wait(timeout=180) == 0
