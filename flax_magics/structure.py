@@ -48,12 +48,12 @@ class Structure:
 
     def fits(self, treedef: Any) -> bool:
         """`self == Structure.of(treedef)`, at the cost of a comparison where there is no static data to be read."""
-        return _alike(self.treedef, treedef) and (
+        return alike(self.treedef, treedef) and (
             self.contents == b"" or (self.contents is not None and self.contents == _digest(static_data(treedef)))
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Structure) and self.contents == other.contents and _alike(self.treedef, other.treedef)
+        return isinstance(other, Structure) and self.contents == other.contents and alike(self.treedef, other.treedef)
 
     def __hash__(self) -> int:
         return hash((self.treedef, self.contents))
@@ -86,7 +86,8 @@ def _digest(data: list[Any]) -> bytes | None:
     return fingerprint(data) if data else b""
 
 
-def _alike(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any) -> bool:
+    """Whether two treedefs are equal, static data that cannot be compared being another."""
     try:
         return bool(one == other)
     except Exception:  # an array among the static data, or whatever a class of the user's raises

@@ -31,6 +31,8 @@ MARK = "flax_magics_path"
 SOWED = "flax_magics_sown"
 AXES = "flax_magics_axes"
 """Sizes of the axes that a stream's key is split along, outermost first; of a copy inside a transform all around it too."""
+_MAY_LOSE = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
+"""Whether this version may be set to sow nothing outside of `nnx.capture`."""
 HANDED: Path = ("(rngs of the call)",)
 """In place of a path: a stream that the session made for the call."""
 
@@ -121,7 +123,10 @@ class Watcher:
                 raise
 
         def sow_(module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            new = threading.get_ident() == thread and not hasattr(module, name)
+            ours = threading.get_ident() == thread
+            new = ours and not hasattr(module, name)
+            if ours and _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
+                args, kwargs = args[:3], {**kwargs, "capture_noop": False}
             result = sow(module, variable_type, name, *args, **kwargs)
             variable = vars(module).get(name)
             if new and isinstance(variable, nnx.Variable):
