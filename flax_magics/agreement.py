@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from .run import digest_of
+from .structure import alike
 from .ulp import largest_ulp
 
 

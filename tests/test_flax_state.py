@@ -188,8 +188,8 @@ def test_a_method_and_an_eager_run_are_intercepted_too():
 def test_a_replay_says_that_flax_is_set_otherwise():
     session = registered(Net())
     with nn.intercept_methods(halved):
-        session.apply("net", X)
-        assert session.replay("last").agreement.said == ()
+        run = session.apply("net", X)
+        assert session.replay(run.draw).agreement.said == ()
     again = session.replay("last")
     assert again.agreement.identical is False
     assert again.agreement.said == ("Flax is set otherwise than it was: its flags, its interceptors or the like",)

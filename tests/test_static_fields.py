@@ -246,8 +246,8 @@ def test_a_replay_says_that_a_static_field_may_have_changed():
     session = Session(seed=0)
     session.register("net", Net())
     batch = Batch(X, [2.0])
-    session.apply("net", batch)
-    assert session.replay("last").agreement.said == ()
+    run = session.apply("net", batch)
+    assert session.replay(run.draw).agreement.said == ()
     batch.cfg[0] = 3.0
     again = session.replay("last").agreement
     assert (again.identical, again.said) == (True, ("an object in the call may have changed since",))

@@ -13,6 +13,7 @@ import functools
 import inspect
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from types import FrameType
@@ -60,13 +61,13 @@ def path_of(variable: Any) -> Path | None:
 
 def was_sown(part: Any) -> bool:
     """Whether a variable came to be by `sow` in this run."""
-    return isinstance(part, nnx.Variable) and SOWED in part._var_metadata
+    return isinstance(part, nnx.Variable) and SOWED in getattr(part, "_var_metadata", ())
 
 
 def unmark(module: Any) -> None:
     """Takes the paths off again."""
     for _, part in walk(module):
-        if isinstance(part, nnx.Variable) and MARK in part._var_metadata:
+        if isinstance(part, nnx.Variable) and MARK in getattr(part, "_var_metadata", ()):  # hijax has none
             metadata = {name: value for name, value in part._var_metadata.items() if name not in (MARK, AXES)}
             object.__setattr__(part, "_var_metadata", metadata)
 
@@ -127,7 +128,10 @@ class Watcher:
             new = ours and not hasattr(module, name)
             if ours and _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
                 args, kwargs = args[:3], {**kwargs, "capture_noop": False}
-            result = sow(module, variable_type, name, *args, **kwargs)
+            with warnings.catch_warnings():
+                if ours:
+                    warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
+                result = sow(module, variable_type, name, *args, **kwargs)
             variable = vars(module).get(name)
             if new and isinstance(variable, nnx.Variable):
                 object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
