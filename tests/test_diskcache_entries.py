@@ -99,13 +99,13 @@ def test_damage_is_a_miss(lowered, stored, tmp_path_factory, name, damages):
     assert not (folder / name).exists()
 
 
-@pytest.mark.parametrize(("asked", "there"), itertools.permutations(sorted(PROGRAMS), 2))
+@pytest.mark.parametrize(("asked", "there"), list(itertools.permutations(sorted(PROGRAMS), 2)))
 def test_the_file_of_another_program_is_a_miss(lowered, stored, tmp_path, asked, there):
     (tmp_path / asked).write_bytes(stored[there])
     assert give(tmp_path, asked, lowered[asked]) is None
 
 
-@pytest.mark.parametrize(("asked", "there"), itertools.permutations(["plus", "wider", "ints", "two"], 2))
+@pytest.mark.parametrize(("asked", "there"), list(itertools.permutations(["plus", "wider", "ints", "two"], 2)))
 def test_even_under_its_own_name_a_program_of_other_types_is_none(lowered, stored, tmp_path, asked, there):
     (tmp_path / there).write_bytes(stored[there])
     assert DiskCache(tmp_path).load(there, lowered[asked]) is None
