@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from .run import digest_of
+from .structure import alike
 from .ulp import largest_ulp
 
 
@@ -55,7 +56,7 @@ def with_output(was: Any, now: Any) -> Agreement:
     new_tree: Any
     old, old_tree = jax.tree_util.tree_flatten_with_path(was)
     new, new_tree = jax.tree_util.tree_flatten_with_path(now)
-    if [path for path, _ in old] != [path for path, _ in new] or old_tree != new_tree:
+    if [path for path, _ in old] != [path for path, _ in new] or not alike(old_tree, new_tree):
         return Agreement(
             False, "output", (Difference("", text=f"{len(old)} leaves → {len(new)}, put together otherwise"),)
         )

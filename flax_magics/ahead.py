@@ -18,6 +18,7 @@ from .fingerprint import fingerprint
 from .frozen import altered
 from .library import library
 from .models import Model, Path
+from .structure import Structure
 from .tracedinit import TracedInit, is_array
 
 KEPT = 4
@@ -54,8 +55,9 @@ def _identity(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwarg
     print_ = model.key()
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     static = fingerprint([leaf for leaf in leaves if not is_array(leaf)])
-    if print_ is None or static is None:
+    now, structure = settings(), Structure.of(treedef)
+    if print_ is None or static is None or structure.contents is None:
         return None
     # Where the arrays are makes no difference to a trace.
     arrays = tuple(signature_of(leaf)[:3] if is_array(leaf) else None for leaf in leaves)
-    return print_, method, treedef, static, arrays, str(key.dtype), settings(), library.edition
+    return print_, method, structure, static, arrays, str(key.dtype), now, library.edition

@@ -15,11 +15,13 @@ import numpy as np
 class Arguments:
     """Arguments and keyword arguments as leaves.
 
-    Arrays and Python numbers are traced; bools, strings, callables and whatever else is no array are static. `forced`
-    names int leaves that are static because the model needs their value.
+    Arrays and Python numbers are traced; bools, strings, callables and whatever else is no array are static.
+    `parameters` are those that the arguments are given to. `forced` names int leaves that are static because the model
+    needs their value.
     """
 
     treedef: Any
+    parameters: tuple[str, ...]
     names: tuple[str, ...]
     leaves: tuple[Any, ...]
     traced: tuple[bool, ...]
@@ -39,7 +41,8 @@ class Arguments:
             names.append(name)
             leaves.append(leaf)
             traced.append(is_traced(leaf) and name not in forced)
-        return cls(treedef, tuple(names), tuple(leaves), tuple(traced), forced)
+        parameters = (*positional, *sorted(kwargs))
+        return cls(treedef, parameters, tuple(names), tuple(leaves), tuple(traced), forced)
 
     @property
     def dynamic(self) -> dict[str, Any]:

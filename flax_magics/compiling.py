@@ -6,6 +6,7 @@ import hashlib
 import operator
 import threading
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,36 +14,76 @@ import jax
 import numpy as np
 
 from .diskcache import DiskCache
+from .flaxstate import Unknown, flax_state, flax_state_in_words
 from .workers import Future, Workers
 
-_SETTINGS = (
+try:
+    from jax._src.config import trace_context
+except ImportError:  # a private name: without it the contexts of `with jax.set_mesh` and the like are not told apart
+
+    def trace_context() -> tuple[Any, ...]:
+        """Nothing."""
+        return ()
+
+
+_TRACED = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
-    "jax_default_prng_impl",
     "jax_default_device",
     "jax_numpy_dtype_promotion",
     "jax_numpy_rank_promotion",
     "jax_threefry_partitionable",
+    "jax_softmax_custom_jvp",
+    "jax_disable_jit",
+)
+"""Settings that `trace_context` has, by name where it gives none, and in its place where there is none."""
+_OTHERS = (
+    "jax_default_prng_impl",
+    "jax_enable_custom_prng",
+    "jax_default_dtype_bits",
+    "jax_safer_randint",
     "jax_debug_nans",
     "jax_debug_infs",
-    "jax_softmax_custom_jvp",
-    "jax_enable_custom_prng",
     "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
     "jax_optimization_level",
+    "jax_compiler_enable_remat_pass",
+    "jax_ragged_dot_use_ragged_dot_instruction",
 )
+"""Settings that it lacks."""
 _FLAG = "jax_disable_most_optimizations"  # `jax.config` has it, and no attribute of that name
 
-_NAMES = tuple(name for name in _SETTINGS if hasattr(jax.config, name))
-
-SETTINGS = (*_NAMES, _FLAG)
-"""Names of what `settings` gives, in its order."""
-
+_NAMES = tuple(name for name in (_OTHERS if trace_context() else (*_OTHERS, *_TRACED)) if hasattr(jax.config, name))
 _read_settings = operator.attrgetter(*_NAMES)
 
 
-def settings() -> tuple[Any, ...]:
+def jax_settings() -> tuple[Any, ...]:
     """The settings of JAX that change what a trace or a compilation gives, as they are on this thread now."""
-    return (*_read_settings(jax.config), jax.config.read(_FLAG))
+    return (trace_context(), *_read_settings(jax.config), jax.config.read(_FLAG))
+
+
+def settings() -> tuple[Any, ...]:
+    """The same with what Flax keeps: all that a trace depends on besides the call, the model, and installed code."""
+    return (jax_settings(), flax_state())
+
+
+def is_unknown(found: tuple[Any, ...]) -> bool:
+    """Whether there is something in what `settings` gave of which nobody can tell if it will be the same again."""
+    return any(isinstance(part, Unknown) for part in found[1])
+
+
+def settings_in_words() -> dict[str, Any]:
+    """The same by name, for a person. Of an older JAX not all of its contexts have one."""
+    words = dict(zip((*_NAMES, _FLAG), jax_settings()[1:], strict=True))
+    try:
+        from jax._src.config import trace_context_names
+
+        contexts = zip(trace_context_names(), trace_context(), strict=True)
+        words |= {name.removesuffix("_context_manager"): value for name, value in contexts}
+    except (ImportError, NotImplementedError, ValueError):
+        words |= {name: getattr(jax.config, name) for name in _TRACED if hasattr(jax.config, name)}
+    return words | flax_state_in_words()
 
 
 @dataclass(frozen=True)
@@ -61,24 +102,22 @@ class Compiler:
     disk: DiskCache | None = None
     workers: Workers = field(default_factory=Workers)
 
-    def start(self, lowered: Any, digest: str | None) -> Future:
-        """A future of the `Compiled`. `digest` is what the text says, None for a program that must not be shared."""
-        disk = self.disk if digest is not None and not users_cache() else None
-        key = ""
-        if disk is not None and digest is not None:
-            key = disk.key(digest, f"{lowered.in_tree} {lowered.out_tree}", repr(settings()))
-        return self.workers.submit(lambda: self._make(lowered, disk, key))
+    def start(self, lowered: Any, key: Hashable | None) -> Future:
+        """A future of the `Compiled`. `key` is the program's `program_key`."""
+        disk = self.disk if key is not None and not users_cache() else None
+        name = "" if disk is None else disk.name_of(key)
+        return self.workers.submit(lambda: self._make(lowered, disk, name))
 
-    def _make(self, lowered: Any, disk: DiskCache | None, key: str) -> Compiled:
+    def _make(self, lowered: Any, disk: DiskCache | None, name: str) -> Compiled:
         begin = time.perf_counter()
-        executable = None if disk is None else disk.load(key, lowered.in_tree, lowered.out_tree)
+        executable = None if disk is None else disk.load(name, lowered)
         if executable is not None:
             return Compiled(executable, "disk cache", time.perf_counter() - begin)
         hits = _hits.count
         executable = lowered.compile()
         origin = "compiled" if _hits.count == hits else "disk cache"
         if disk is not None:  # once nobody waits for a compilation
-            self.workers.submit(lambda: disk.store(key, executable))
+            self.workers.submit(lambda: disk.store(name, executable))
         return Compiled(executable, origin, time.perf_counter() - begin)
 
 
@@ -103,6 +142,27 @@ class _Hits(threading.local):
 
 
 _hits = _Hits()
+
+
+def program_key(traced: Any, lowered: Any, where: Hashable = ()) -> Hashable | None:
+    """What tells a lowered program from every other, in memory and on disk; None if two with the same key may differ.
+
+    Of an argument that nothing reads the text says neither shape nor dtype, and of none the kind of a key or whether its
+    type is weak, which decides on the types of what is computed with the results.
+
+    Args:
+      where: the devices that its arguments were placed on: the text does not say for which a program is.
+    """
+    digest = digest_of(traced, lowered)
+    if digest is None:
+        return None
+    trees = f"{lowered.in_tree} {lowered.out_tree}"
+    types = tuple(map(_type_of, (*traced.jaxpr.in_avals, None, *traced.jaxpr.out_avals)))
+    return digest, jax_settings(), trees, jax.default_backend(), where, types
+
+
+def _type_of(aval: Any) -> Hashable:
+    return aval and (aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False)))
 
 
 def digest_of(traced: Any, lowered: Any) -> str | None:

@@ -1,13 +1,14 @@
 """Compiled programs on disk, so that a kernel that was restarted does not compile them again.
 
-A file holds one executable as JAX serialises it, under a digest of all that it depends on: the program's text with its
-constants, the structure of its arguments, versions, devices, the processor, XLA's flags and JAX's settings. JAX's own
-persistent cache is not touched. Where the user has set one up (`jax_compilation_cache_dir`), theirs serves our programs
+A file holds one executable as JAX serialises it, under a digest of all that it depends on: what tells the program from
+every other in memory (see `program_key`), versions, devices, the processor and XLA's flags. JAX's own persistent cache is
+not touched. Where the user has set one up (`jax_compilation_cache_dir`), theirs serves our programs
 like any other, and this one stands aside.
 
 What is trusted: the folder. An executable is machine code, and JAX's serialised form of one is a pickle around it: whoever
 can write here can run code as the user, as with every cache of compiled code. So the folder is made for the user alone, and
-not used if it belongs to, or can be written by, anybody else. The digest in each file is against damage, not against malice.
+not used if it belongs to, or can be written by, anybody else. The digest in each file is against damage and files under
+wrong names, not against malice.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from .environment import first_core
 LIMIT = 1 << 30
 """Bytes kept at most, what was used longest ago dropped first."""
 
-_MAGIC = b"flax_magics program 1\n"
+_MAGIC = b"flax_magics program 2\n"
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "TF_CPP_VMODULE", "CUDA_VISIBLE_DEVICES")
 
 
@@ -63,20 +65,20 @@ class DiskCache:
         """Bytes on disk."""
         return sum(status.st_size for _, status in self._files())
 
-    def key(self, text: str, trees: str, settings: str) -> str:
-        """The name of a program's file.
-
-        Args:
-          text: a digest of the lowered program and its constants.
-          trees: how its arguments and results are put together.
-          settings: JAX's settings that change what a compilation gives.
-        """
-        parts = [text, trees, settings, *_surroundings(), *(os.environ.get(name, "") for name in _FLAGS)]
+    def name_of(self, program: Hashable) -> str:
+        """The name of a program's file. `program` tells it from every other one of this process, and is read by its repr."""
+        # An object that is printed with its address is the same one in the next process, as far as a program goes.
+        text = re.sub(r" at 0x[0-9a-f]+", "", repr(program))
+        parts = [text, *_surroundings(), *(os.environ.get(name, "") for name in _FLAGS)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def load(self, key: str, in_tree: Any, out_tree: Any) -> Any:
-        """The executable, None where there is none that can be used. A file that is damaged is removed."""
-        path = self.folder / key
+    def load(self, name: str, lowered: Any) -> Any:
+        """The executable, None where there is none that can be used. A file that is damaged is removed.
+
+        Args:
+          lowered: the program that is asked for.
+        """
+        path = self.folder / name
         try:
             if not self._own():
                 return None
@@ -84,8 +86,8 @@ class DiskCache:
         except OSError:
             return None
         try:
-            return _unpacked(data, in_tree, out_tree)
-        except Exception:  # damaged, or of a JAX that packs them otherwise: it is compiled and stored anew
+            return _unpacked(data, name, lowered)
+        except Exception:  # damaged, another's, or of a JAX that packs them otherwise: it is compiled and stored anew
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
@@ -93,10 +95,10 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 os.utime(path)
 
-    def store(self, key: str, executable: Any) -> None:
+    def store(self, name: str, executable: Any) -> None:
         """Keeps an executable, if JAX can serialise it. Readers see all of it or nothing."""
         try:
-            data = _packed(executable)
+            data = _packed(name, executable)
         except Exception:  # some cannot be: with constants as arguments, or on a backend that does not offer it
             return
         temporary = None
@@ -107,7 +109,7 @@ class DiskCache:
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix="new-", delete=False) as file:
                 temporary = file.name
                 file.write(data)
-            os.replace(temporary, self.folder / key)
+            os.replace(temporary, self.folder / name)
             self._drop_oldest()
         except OSError:  # no room, no right, no such place: the program is compiled again another time
             if temporary is not None:
@@ -125,7 +127,8 @@ class DiskCache:
         with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
-                    yield entry.path, entry.stat()
+                    if entry.is_file():
+                        yield entry.path, entry.stat()
 
     def _drop_oldest(self) -> None:
         files = sorted(self._files(), key=lambda file: file[1].st_mtime)
@@ -138,28 +141,48 @@ class DiskCache:
             whole -= status.st_size
 
 
-def _packed(executable: Any) -> bytes:
+def _packed(name: str, executable: Any) -> bytes:
     from jax.experimental import serialize_executable
 
     payload, _, _ = serialize_executable.serialize(executable)
     shardings = jax.tree_util.tree_leaves((executable.input_shardings, executable.output_shardings))
     devices = sorted({device.id for sharding in shardings for device in sharding.device_set})
-    head = {"sha256": hashlib.sha256(payload).hexdigest(), "devices": devices}
-    return _MAGIC + json.dumps(head).encode() + b"\n" + bytes(payload)
+    head = json.dumps({"program": name, "devices": devices, "types": _types(executable)}).encode()
+    return b"".join((_MAGIC, _digest(head, payload), b"\n", head, b"\n", payload))
 
 
-def _unpacked(data: bytes, in_tree: Any, out_tree: Any) -> Any:
+def _unpacked(data: bytes, name: str, lowered: Any) -> Any:
     from jax.experimental import serialize_executable
 
     if not data.startswith(_MAGIC):
         raise ValueError("not a program")
-    line, _, payload = data[len(_MAGIC) :].partition(b"\n")
-    head = json.loads(line)
-    if hashlib.sha256(payload).hexdigest() != head["sha256"]:
+    digest, _, rest = data[len(_MAGIC) :].partition(b"\n")
+    line, _, payload = rest.partition(b"\n")
+    if _digest(line, payload) != digest:
         raise ValueError("damaged")
+    head = json.loads(line)
+    types = _types(lowered)
+    if head["program"] != name or head["types"] != types:
+        raise ValueError("another program")
     by_id = {device.id: device for device in jax.devices()}
     devices = [by_id[id] for id in head["devices"]] or jax.devices()[:1]
-    return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
+    executable = serialize_executable.deserialize_and_load(
+        payload, lowered.in_tree, lowered.out_tree, execution_devices=devices
+    )
+    if _types(executable) != types:
+        raise ValueError("another program")
+    return executable
+
+
+def _digest(head: bytes, payload: bytes) -> bytes:
+    return hashlib.sha256(head + b"\n" + payload).hexdigest().encode()
+
+
+def _types(program: Any) -> list[str]:
+    """Shape and dtype of each argument and result, and how many there are of each."""
+    leaves = jax.tree_util.tree_leaves((program.in_avals, program.out_info))
+    types = [f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for leaf in leaves]
+    return [*types, str(program.in_tree.num_leaves), str(program.out_tree.num_leaves)]
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ What the runs of one line have in common is made once and shared; a run adds the
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from .models import Path, Record, nnx_modules
 from .pinned import arrays_in
 from .program import Program
 from .registry import Entry
+from .structure import static_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Applied:
       program: the executable and what it asked for, for as long as the session keeps it; None where there was none.
       names: the traced inputs by the names that the program knows them by, None in the place of one that is static.
       structure: how the variables are put together.
-      objects: a digest of the inputs that are neither arrays nor plain values, None where it cannot be told.
+      objects: a digest of `objects_in` the inputs and variables, None where it cannot be told.
       moving: an input is an object that changes where it is.
       inputs, variables, written: bytes of each; of what the run writes.
       pinned: arrays that the model holds besides its variables.
@@ -117,7 +118,7 @@ def of_apply(entry: Entry, options: Options, done: Execution, method: Path) -> O
     holds = model.holds_variables
     leaves, structure = jax.tree_util.tree_flatten(ready.variables)
     arguments = ready.arguments
-    objects = [leaf for leaf in arguments.leaves if not is_plain(leaf)]
+    objects = objects_in(arguments.treedef, arguments.leaves, structure)
     inputs, variables = sum(map(bytes_of, arguments.leaves)), sum(map(bytes_of, leaves))
     how = Applied(
         entry=without_variables(entry),
@@ -168,6 +169,15 @@ def bytes_of(leaf: Any) -> int:
 def is_plain(leaf: Any) -> bool:
     """Whether an input is an array or a plain value, which are what they were."""
     return hasattr(leaf, "dtype") or leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes))
+
+
+def objects_in(treedef: Any, leaves: Iterable[Any], structure: Any) -> list[Any]:
+    """What may have changed where it is: inputs that are no arrays and not plain, static data of these and of variables.
+
+    Args:
+      structure: how the variables are put together.
+    """
+    return [*(leaf for leaf in leaves if not is_plain(leaf)), *static_data(treedef), *static_data(structure)]
 
 
 def _moving() -> tuple[type, ...]:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .arguments import signature_of
-from .compiling import Compiled, Compiler, digest_of, settings
+from .compiling import Compiled, Compiler, jax_settings, program_key
 from .equations import identity
 from .models import Ask, Record
 from .run import Memory
+from .structure import Structure
 from .tracing import Request, trace
 from .unfinished import Unfinished, elsewhere, smallest
 from .units import Units
@@ -84,7 +85,7 @@ class Building:
     key: Hashable | None
     request: Request
     traced: Any
-    trees: tuple[Any, Any]
+    trees: tuple[Structure, Structure]
     ask: Ask
     record: Record
     text_key: Hashable
@@ -140,7 +141,7 @@ class Programs:
                 program.wait(result)
                 return result
 
-            return elsewhere(whole, (variables, keys, dynamic), self.unfinished, settings)
+            return elsewhere(whole, (variables, keys, dynamic), self.unfinished, jax_settings)
         result = program(variables, keys, dynamic)
         self.unfinished.wait = partial(jax.block_until_ready, result)
         try:
@@ -186,16 +187,13 @@ class Programs:
         phase("lowering")
         start = self.clock()
         lowered = traced.lower()
-        digest = digest_of(traced, lowered)
+        shared_key = program_key(traced, lowered, placed(request))
         lower_seconds = self.clock() - start
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
-        text_key = object() if key is None else key
-        places = placed(request), typed(lowered)
-        trees = (lowered.in_tree, lowered.out_tree)
-        if digest is not None:
-            text_key = (digest, settings(), str(lowered.out_tree), jax.default_backend(), places)
-            if equations is not None:
-                _keep(self.by_equations, equations, (text_key, trees))
+        text_key = shared_key or key or object()
+        trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
+        if shared_key is not None and equations is not None:
+            _keep(self.by_equations, equations, (text_key, trees))
         known = self.by_text.get(text_key)
         executable, resumed = None, text_key in self.compiling
         if known is not None and known[1] == trees:
@@ -203,9 +201,9 @@ class Programs:
             self.by_text.move_to_end(text_key)
         elif text_key not in self.compiling:
             self._let_go()
-            self.compiling[text_key] = self.compiler.start(lowered, digest and f"{digest} {places}")
+            self.compiling[text_key] = self.compiler.start(lowered, shared_key)
         return Building(
-            key, request, traced, trees, ask, record, text_key, digest is not None, executable, trace_seconds,
+            key, request, traced, trees, ask, record, text_key, shared_key is not None, executable, trace_seconds,
             lower_seconds, resumed,
         )  # fmt: skip
 
@@ -260,8 +258,8 @@ class Programs:
 def _equations(traced: Any, request: Request) -> Hashable | None:
     """What a trace computes, of what it is made and under which settings; None where it has to be lowered to tell."""
     found = identity(traced.jaxpr)
-    trees = (traced.in_tree, jax.tree_util.tree_structure(traced.out_info))
-    return found and (found, trees, request.name, settings(), jax.default_backend(), placed(request))
+    trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
+    return found and (found, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
 
 
 def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
@@ -272,16 +270,9 @@ def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
 
 
 def placed(request: Request) -> tuple[Any, ...]:
-    """Where the arguments are, those that were put there: the text does not say for which device a program is, nor
-    whether its results stay there.
-    """
+    """Where the arguments are, those that were put there: it decides where the results are, and whether they stay there."""
     leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
-
-
-def typed(lowered: Any) -> tuple[Any, ...]:
-    """Shape and dtype of each argument: of one that nothing reads the text says neither, and the program takes no other."""
-    return tuple((aval.shape, str(aval.dtype)) for aval in jax.tree_util.tree_leaves(lowered.in_avals))
 
 
 def device_of(executable: Any) -> str:

@@ -11,7 +11,7 @@ import jax
 
 from . import reasons
 from .arguments import Arguments, signature_of
-from .compiling import settings
+from .compiling import is_unknown, settings
 from .fingerprint import fingerprint
 from .keys import Draw, Series
 from .library import library
@@ -20,6 +20,7 @@ from .prepare import Prepared
 from .program import Building, Program, Programs
 from .roofline import cost_of
 from .run import Cause, Cost, Memory
+from .structure import Structure
 from .tracing import Request, leave_out, running, trace
 
 TRACER_ERRORS = (
@@ -237,25 +238,27 @@ def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
     """Equal keys mean that tracing would give the same program; None if that cannot be told."""
     model = job.prepared.model.key()
     static = fingerprint(arguments.static)
-    if model is None or static is None:
-        return None
     leaves, treedef = jax.tree_util.tree_flatten(job.variables)
+    passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
+    now = settings()
+    if None in (model, static, passed.contents, variables.contents) or is_unknown(now):
+        return None
     key = (
         job.name,
         model,
         job.method,
         static,
-        arguments.treedef,
+        passed,
         arguments.traced,
         tuple(map(signature_of, arguments.dynamic.values())),
-        treedef,
+        variables,
         tuple(map(signature_of, leaves)),
         job.mutable,
         job.prepared.mode == "train",
         job.draw.impl,
         job.draw.size,
         job.keyed,
-        settings(),
+        now,
         library.edition,
     )
     try:

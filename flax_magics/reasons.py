@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from .arguments import Arguments
-from .compiling import SETTINGS, settings
+from .compiling import jax_settings, settings_in_words
 from .inventory import Inventory, changes, inventory
 from .models.switch import WHEN_TRAINING
 from .program import KEPT, name_devices
 from .run import Cause, describe
+from .structure import Structure
 
 REMEMBERED = 16
 """Programs of one model that a new one is held against."""
@@ -63,8 +64,10 @@ class Purpose:
     Attributes:
       key: of the call, None where that cannot be told.
       edition: fingerprint of the model in its mode.
-      structure: how the arguments are put together.
+      structures: how each argument is put together, by the parameter's name.
+      held: how the variables are put together.
       options: of the command, as they are written.
+      settings: of JAX and Flax, by name; `context`: those of JAX that have no name, too.
     """
 
     key: Hashable | None
@@ -73,10 +76,12 @@ class Purpose:
     edition: bytes | None
     inventory: Inventory
     arguments: Mapping[str, Facet]
-    structure: Any
+    structures: Mapping[str, Structure]
     variables: Mapping[str, Facet]
+    held: Structure
     options: Mapping[str, str]
     settings: Mapping[str, Any]
+    context: Any
     keys: str
 
 
@@ -106,7 +111,8 @@ def purpose(
 ) -> Purpose:
     """All that a program was made for, as a person would say it. Some milliseconds for a large model."""
     rows = zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
-    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+    leaves, held = jax.tree_util.tree_flatten_with_path(variables)
+    parts = [part for which in arguments.treedef.children() for part in which.children()]
     return Purpose(
         key,
         method,
@@ -114,10 +120,12 @@ def purpose(
         edition,
         inventory(module),
         {name: _facet(leaf, traced) for name, leaf, traced in rows},
-        arguments.treedef,
+        dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
         {_leaf_name(path): _facet(leaf, True) for path, leaf in leaves},
+        Structure.of(held),
         options,
-        dict(zip(SETTINGS, settings(), strict=True)),
+        settings_in_words(),
+        jax_settings(),
         keys,
     )
 
@@ -162,9 +170,14 @@ def _causes(old: Purpose, now: Purpose) -> list[Cause]:
     if old.mode != now.mode:
         found.append(Cause("mode", "", f"mode: {old.mode} → {now.mode}"))
     found += _of_model(old, now)
+    if _is_changed(old.held, now.held):
+        found.append(Cause("variables", "", "the variables: a static field changed"))
     found += _of_arguments(old, now)
     found += _of_pairs("option", old.options, now.options)
-    found += _of_pairs("setting", old.settings, now.settings)
+    settings = list(_of_pairs("setting", old.settings, now.settings))
+    if not settings and old.context != now.context:
+        settings.append(Cause("setting", "", "a context of JAX's is another: a mesh, metadata or the like"))
+    found += settings
     if old.keys != now.keys:
         found.append(Cause("keys", "", f"keys: {old.keys} → {now.keys}"))
     return found
@@ -178,7 +191,8 @@ def _of_pairs(kind: str, old: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     for name in dict.fromkeys([*old, *now]):
         before, after = old.get(name), now.get(name)
         if before is not after and before != after:
-            yield Cause(kind, name, f"{name}: {'none' if before is None and kind == 'option' else before} → {after}")
+            one, other = str("none" if before is None and kind == "option" else before), str(after)
+            yield Cause(kind, name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
 
 
 def _of_model(old: Purpose, now: Purpose) -> Iterator[Cause]:
@@ -237,8 +251,17 @@ def _of_arguments(old: Purpose, now: Purpose) -> Iterator[Cause]:
             yield Cause(_what(before, after), name, text, (before.shape, after.shape), (before.dtype, after.dtype))
         else:
             yield Cause(_what(before, after), name, text)
-    if not found and old.structure != now.structure and old.mode == now.mode:
+    for name, structure in now.structures.items():
+        if _is_changed(old.structures.get(name), structure):
+            found = True
+            yield Cause("structure", name, f"{name}: a static field changed")
+    if not found and old.structures != now.structures and old.mode == now.mode:
         yield Cause("structure", "", "the arguments are put together in another way")
+
+
+def _is_changed(old: Structure | None, now: Structure) -> bool:
+    """Whether static data is other than it was in a tree that is put together alike."""
+    return old is not None and old.contents != now.contents and old.size == now.size
 
 
 def _what(before: Facet, after: Facet) -> str:

@@ -7,7 +7,7 @@ was; what the model reads from outside may then be another, which is said.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from .history import Kept
 from .initialising import Initialising
 from .models import adopt
 from .notes import SeenKeys
-from .origin import Applied, Built, Initialised, given_by, is_plain
+from .origin import Applied, Built, Initialised, given_by, objects_in
 from .prepare import Call, prepare_init
 from .program import Program, Programs
 from .registry import Entry
@@ -122,11 +122,11 @@ class Replaying:
         call = Call(how.method, args, kwargs, facts["call"])
         if isinstance(how, Initialised):
             return self._init(how, call, facts)
-        said = (*self._edited(how), *_of_inputs(how, kept.inputs[1]))
+        said = (*self._edited(how), *_of_inputs(how, *kept.inputs))
         variables = jax.tree_util.tree_unflatten(how.structure, origin.leaves)
         program = None if how.program is None else how.program()
         if how.settings != settings():
-            said = (*said, "JAX is set otherwise than it was: its precision, its devices or the like")
+            said = (*said, *_of_settings(how.settings, settings()))
             program = None  # it may not even take the same numbers
         if program is None:
             done = self._execute(how, variables, call, facts)
@@ -217,13 +217,20 @@ def _same_keys(facts: Mapping[str, Any]) -> str:
     return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call']}"
 
 
-def _of_inputs(how: Applied, leaves: list[Any]) -> tuple[str, ...]:
+def _of_settings(then: tuple[Any, ...], now: tuple[Any, ...]) -> Iterator[str]:
+    """Whose settings are others than they were; see `compiling.settings`."""
+    if then[0] != now[0]:
+        yield "JAX is set otherwise than it was: its precision, its devices or the like"
+    if then[1] != now[1]:
+        yield "Flax is set otherwise than it was: its flags, its interceptors or the like"
+
+
+def _of_inputs(how: Applied, treedef: Any, leaves: list[Any]) -> tuple[str, ...]:
     """Inputs that may not be what they were."""
     if how.moving:
         return ("an object in the call holds variables of its own: whether they are as they were cannot be told",)
     if how.objects == b"":
         return ()
-    objects = [leaf for leaf in leaves if not is_plain(leaf)]
-    if how.objects is None or fingerprint(objects) != how.objects:
+    if how.objects is None or fingerprint(objects_in(treedef, leaves, how.structure)) != how.objects:
         return ("an object in the call may have changed since",)
     return ()

@@ -22,6 +22,7 @@ from .run import Note
 from .show.columns import clean
 from .snapshot import SavedModel, versions
 from .state import State
+from .structure import alike
 from .uninterrupted import at_once
 
 
@@ -171,8 +172,7 @@ def _into_module(saved: SavedModel, entry: Entry, model: Any) -> Matched:
         except Exception as error:  # a class that cannot be put together of these children
             changes.append(f"{name} cannot be put together ({type(error).__name__})")
             continue
-        one: Any = jax.tree_util.tree_structure(value)
-        if one != jax.tree_util.tree_structure(there):
+        if not alike(jax.tree_util.tree_structure(value), jax.tree_util.tree_structure(there)):
             changes.append(f"{name} is put together otherwise")
         changes += [_spell(line, name) for line in differences(_leaves_only(value), _leaves_only(there))]
         values[path] = value

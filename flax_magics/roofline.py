@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .compiling import settings
+from .compiling import jax_settings
 from .memory import is_out_of_memory
 from .program import default_device, name_devices
 from .run import Cost, Limits
@@ -77,7 +77,7 @@ _MEASURED: dict[Any, Limits] = {}
 
 def limits(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
     """What `device` reaches, measured at the first call for it, `dtype` and JAX's settings as they are now."""
-    key = (device, dtype, settings())
+    key = (device, dtype, jax_settings())
     if key not in _MEASURED:
         _MEASURED[key] = _measure(device, dtype, clock)
     return _MEASURED[key]

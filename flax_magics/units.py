@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from .compiling import Compiler, digest_of, settings
+from .compiling import Compiler, jax_settings, program_key
 from .workers import Future, wait_for
 
 KEPT = 128
@@ -36,12 +36,12 @@ class Units:
         Args:
           what: tells the function from every other.
         """
-        key = (what, tuple(map(_signature, arguments)), settings(), jax.default_backend())
+        key = (what, tuple(map(_signature, arguments)), jax_settings(), jax.default_backend())
         future = self.kept.get(key)
         if future is None or (future.done() and future.exception() is not None):
             traced = jax.jit(function).trace(*arguments)
             lowered = traced.lower()
-            future = self.kept[key] = self.compiler.start(lowered, digest_of(traced, lowered))
+            future = self.kept[key] = self.compiler.start(lowered, program_key(traced, lowered))
             while len(self.kept) > KEPT:
                 self.kept.popitem(last=False)
         self.kept.move_to_end(key)

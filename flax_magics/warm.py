@@ -33,6 +33,7 @@ from .reasons import Ran
 from .registry import Entry
 from .roofline import devices_in
 from .run import GONE, Run, Timing, like
+from .structure import Structure
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _KEY_SHAPES = ((2,), (4,))
@@ -60,9 +61,9 @@ class Warm:
       print: the key of the registered one.
       library: the edition of Flax's own code.
       leaves: for each leaf of the arguments its name, whether it is traced, and its signature or else its value.
-      treedef: how the arguments are put together; `flat`: each of them is one leaf, and none has a name.
+      structure: how the arguments are put together; `flat`: each of them is one leaf, and none has a name.
       added: keyword arguments that the mode added to the call's.
-      variables: signatures of the variables' leaves.
+      variables: how the variables are put together, and signatures of their leaves.
       known, passed: leaves of the variables and of the arguments that were looked at, held weakly.
       written: for each leaf that a run writes which of the variables it is, None for a stream's own.
       names: the keys of the Run: see `Streams`.
@@ -79,12 +80,12 @@ class Warm:
     settings: tuple[Any, ...]
     library: int
     leaves: tuple[tuple[str, bool, Any], ...]
-    treedef: Any
+    structure: Structure
     flat: bool
     added: Mapping[str, Any]
     program: Program
     record: Record
-    variables: tuple[Any, list[Any]]
+    variables: tuple[Structure, list[Any]]
     known: list[Callable[[], Any]]
     passed: list[Callable[[], Any]]
     written: tuple[int | None, ...]
@@ -205,7 +206,7 @@ class Warm:
     def _dynamic(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The traced leaves by name, None where the arguments are others."""
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
-        if treedef != self.treedef:
+        if not self.structure.fits(treedef):
             return None
         dynamic = {}
         for i, ((name, traced, was), leaf) in enumerate(zip(self.leaves, leaves, strict=True)):
@@ -221,7 +222,7 @@ class Warm:
 
     def _fresh(self, leaves: list[Any], treedef: Any) -> list[Any] | None:
         """The leaves of the variables that are others than they were, None where one of them is of another kind."""
-        if treedef != self.variables[0]:
+        if not self.variables[0].fits(treedef):
             return None
         if all(map(is_, map(call, self.known), leaves)):
             return []
@@ -282,7 +283,8 @@ def remember(entry: Entry, call: Call, options: Options, applied: Applied, progr
         ready.variables if done.entry.variables is None else done.entry.variables
     )
     signatures = list(map(signature_of, values))
-    if structure != treedef or list(map(signature_of, after)) != signatures:
+    passed, held = Structure.of(arguments.treedef), Structure.of(treedef)
+    if not held.fits(structure) or passed.contents is None or list(map(signature_of, after)) != signatures:
         return None
     template = like(
         run,
@@ -303,12 +305,12 @@ def remember(entry: Entry, call: Call, options: Options, applied: Applied, progr
         settings=settings(),
         library=library.edition,
         leaves=tuple(leaves),
-        treedef=arguments.treedef,
+        structure=passed,
         flat=arguments.treedef == jax.tree_util.tree_structure(((0,) * len(leaves), {})),
         added={name: value for name, value in prepared.kwargs.items() if name not in call.kwargs},
         program=program,
         record=ready.record,
-        variables=(treedef, signatures),
+        variables=(held, signatures),
         known=list(map(_weakly, after)),
         passed=[_nothing] * len(leaves),
         written=_places(ready.variables, done.updates),

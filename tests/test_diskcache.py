@@ -109,19 +109,17 @@ def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
     import flax_magics.diskcache as diskcache
 
     cache = DiskCache()
-    key = cache.key("text", "trees", "settings")
-    assert cache.key("text", "trees", "settings") == key
-    assert cache.key("other", "trees", "settings") != key
-    assert cache.key("text", "other", "settings") != key
-    assert cache.key("text", "trees", "other") != key
+    key = cache.name_of(("text", "settings"))
+    assert cache.name_of(("text", "settings")) == key
+    assert cache.name_of(("other", "settings")) != key
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
-    assert cache.key("text", "trees", "settings") != key
+    assert cache.name_of(("text", "settings")) != key
     monkeypatch.delenv("XLA_FLAGS")
     for change in ("_processor", "__version__"):
         with monkeypatch.context() as patch:
             patch.setattr(diskcache, change, (lambda: "another") if change == "_processor" else "another")
             diskcache._surroundings.cache_clear()
-            assert cache.key("text", "trees", "settings") != key
+            assert cache.name_of(("text", "settings")) != key
     diskcache._surroundings.cache_clear()
 
 
@@ -216,12 +214,11 @@ def test_programs_with_callbacks_are_not_kept(tmp_path):
 def test_what_was_used_longest_ago_is_dropped(tmp_path):
     executables = [jax.jit(lambda x, n=n: x + n).lower(jnp.ones(2)).compile() for n in range(3)]
     cache = DiskCache(tmp_path)
-    trees = executables[0].in_tree, executables[0].out_tree
     for i, name in enumerate("ab"):
         cache.store(name, executables[i])
         os.utime(tmp_path / name, (i, i))
     cache.limit = cache.size
-    assert bits(cache.load("a", *trees)(jnp.ones(2))) == bits(jnp.ones(2))
+    assert bits(cache.load("a", executables[0])(jnp.ones(2))) == bits(jnp.ones(2))
     cache.store("c", executables[2])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "c"]
 
@@ -233,7 +230,7 @@ def test_a_folder_that_others_may_write_is_not_used(tmp_path):
     cache.store("a", executable)
     assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
     (tmp_path / "programs").chmod(0o777)
-    assert cache.load("a", executable.in_tree, executable.out_tree) is None
+    assert cache.load("a", executable) is None
     cache.store("b", executable)
     assert [file.name for file in (tmp_path / "programs").iterdir()] == ["a"]
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import configurations, nnx
 from flax.nnx import variablelib
 
 from ..arguments import is_traced
+from ..errors import FlaxMagicsError
 from ..uninterrupted import Assignment
 from . import Path
 
@@ -18,6 +19,8 @@ SIMPLE = (bool, int, float, complex, str, bytes)
 
 RAW = "raw_value" if "raw_value" in nnx.Variable.__slots__ else "_raw_value"
 """The slot that a Variable holds its value in."""
+_HIJAX: Any = getattr(configurations, "flax_hijax_variable", None)
+"""The flag that makes Variables of another kind, which hold their values elsewhere."""
 # Graph mode, where this version has another: models may share modules.
 GRAPH: dict[str, Any] = {"graph": True} if "graph" in inspect.signature(nnx.split).parameters else {}
 _PRIVATE = ("_pytree__state", "_pytree__nodes")
@@ -25,8 +28,19 @@ _PRIVATE = ("_pytree__state", "_pytree__nodes")
 
 
 def raw(variable: Any) -> Any:
-    """The value that a Variable holds, without its hooks."""
-    return object.__getattribute__(variable, RAW)
+    """The value that a Variable holds, without its hooks.
+
+    Raises:
+      FlaxMagicsError: it is one of hijax, which holds none.
+    """
+    try:
+        return object.__getattribute__(variable, RAW)
+    except AttributeError:
+        raise FlaxMagicsError(
+            "the module holds Variables of hijax, and flax_magics does not run these yet.",
+            hint="they come of flax_hijax_variable, nnx.var_defaults or hijax=True: build the module again without",
+            write="import flax; flax.config.update('flax_hijax_variable', False)" if _HIJAX.value else None,
+        ) from None
 
 
 def set_raw(variable: Any, value: Any) -> None:

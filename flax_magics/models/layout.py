@@ -7,7 +7,7 @@ reads the variables' arrays from the objects, and its commit writes those that c
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import setitem
@@ -21,6 +21,7 @@ from ..copies import own
 from ..errors import FlaxMagicsError
 from ..fingerprint import Print
 from ..guards import Guards
+from ..structure import static_data
 from ..uninterrupted import Assignment, at_once
 from . import Path
 from .graph import (
@@ -136,16 +137,27 @@ class Layout:
     @cached_property
     def static(self) -> tuple[Any, ...]:
         """The classes of the graph, and its static values that may be read or changed behind the graphdef's back."""
-        values: dict[int, Any] = {}
-        for _, node in self.nodes:
-            # In the graphdef's order, not in that of the assignments: a copy is of the same code.
-            for _, value in sorted(parts_of(node) or (), key=lambda part: str(part[0])):
-                if value is not None and not isinstance(value, (*SIMPLE, *_DATA)):
-                    values[id(value)] = value
+        values = {id(value): value for value in self._held if not isinstance(value, SIMPLE)}
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
         fixed = [slot.leaf for slot in self.slots if slot.fixed]
         return (*classes, *kinds, *values.values(), *fixed)
+
+    @cached_property
+    def numbers(self) -> str:
+        """The graph's static numbers as they are written: to a graphdef `1`, `1.0` and `True` are one."""
+        return repr([value for value in self._held if isinstance(value, SIMPLE)])
+
+    @property
+    def _held(self) -> Iterator[Any]:
+        """Static values of the graph's nodes, and what its variables are besides their values, without names and None."""
+        for _, node in self.nodes:
+            # In the graphdef's order, not in that of the assignments: a copy is of the same code.
+            for _, value in sorted(parts_of(node) or (), key=lambda part: str(part[0])):
+                if value is not None and not isinstance(value, (*_DATA, str, bytes)):
+                    yield value
+        for slot in self.slots:
+            yield from () if slot.structure is None else static_data(slot.structure)
 
     @cached_property
     def print(self) -> Print:

@@ -164,7 +164,9 @@ class NnxModel:
         """See `Model`: the code of all classes in the graph, the graph itself with its static attributes, the mode."""
         code = self.code()
         layout = self.layout
-        return None if code is None else (code, layout.graphdef, layout.streams(), self.mode, self.gives_rngs)
+        if code is None:
+            return None
+        return code, layout.graphdef, layout.numbers, layout.streams(), self.mode, self.gives_rngs
 
     def code(self) -> bytes | None:
         """A digest of the classes in the graph, and of its static values that are more than numbers and text.

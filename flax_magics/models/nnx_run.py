@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def forward(
         record.held |= held
         watcher = Watcher(copy, record, handed)
         try:
-            with watcher.watching():
+            with watcher.watching(), _plain_variables():
                 target: Any = copy
                 for name in method:
                     target = getattr(target, name)
@@ -148,6 +149,11 @@ def reseed(module: Any, keys: Mapping[str, Any]) -> None:
                 key = jax.random.split(key, shape)
             set_raw(stream.key, key)
             set_raw(stream.count, jax.numpy.zeros(key.shape, dtype=jax.numpy.uint32))
+
+
+def _plain_variables() -> Any:
+    """A block in which the model makes Variables like those that it holds, whatever `flax_hijax_variable` says."""
+    return nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
 
 
 def _is_traced(*trees: Any) -> bool:

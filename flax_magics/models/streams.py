@@ -13,6 +13,7 @@ import functools
 import inspect
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from types import FrameType
@@ -31,6 +32,8 @@ MARK = "flax_magics_path"
 SOWED = "flax_magics_sown"
 AXES = "flax_magics_axes"
 """Sizes of the axes that a stream's key is split along, outermost first; of a copy inside a transform all around it too."""
+_MAY_LOSE = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
+"""Whether this version may be set to sow nothing outside of `nnx.capture`."""
 HANDED: Path = ("(rngs of the call)",)
 """In place of a path: a stream that the session made for the call."""
 
@@ -58,13 +61,13 @@ def path_of(variable: Any) -> Path | None:
 
 def was_sown(part: Any) -> bool:
     """Whether a variable came to be by `sow` in this run."""
-    return isinstance(part, nnx.Variable) and SOWED in part._var_metadata
+    return isinstance(part, nnx.Variable) and SOWED in getattr(part, "_var_metadata", ())
 
 
 def unmark(module: Any) -> None:
     """Takes the paths off again."""
     for _, part in walk(module):
-        if isinstance(part, nnx.Variable) and MARK in part._var_metadata:
+        if isinstance(part, nnx.Variable) and MARK in getattr(part, "_var_metadata", ()):  # hijax has none
             metadata = {name: value for name, value in part._var_metadata.items() if name not in (MARK, AXES)}
             object.__setattr__(part, "_var_metadata", metadata)
 
@@ -121,8 +124,14 @@ class Watcher:
                 raise
 
         def sow_(module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            new = threading.get_ident() == thread and not hasattr(module, name)
-            result = sow(module, variable_type, name, *args, **kwargs)
+            ours = threading.get_ident() == thread
+            new = ours and not hasattr(module, name)
+            if ours and _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
+                args, kwargs = args[:3], {**kwargs, "capture_noop": False}
+            with warnings.catch_warnings():
+                if ours:
+                    warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
+                result = sow(module, variable_type, name, *args, **kwargs)
             variable = vars(module).get(name)
             if new and isinstance(variable, nnx.Variable):
                 object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
