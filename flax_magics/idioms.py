@@ -59,14 +59,11 @@ class Translation:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Idiom):
             raise (self._of_method(error) if error.method else self._of_argument(error.argument)) from None
-        if isinstance(error, TypeError):
+        method, module = self.call.method, self.model.module
+        if isinstance(error, TypeError) and method and (len(method) > 1 or not hasattr(type(module), method[0])):
+            # A submodule of `setup`, whose signature nobody knew before it ran.
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if (
-                unknown
-                and unknown[1] in FLAX_ARGUMENTS
-                and unknown[1] in self.call.kwargs
-                and len(self.call.method) > 1
-            ):
+            if unknown and unknown[1] in FLAX_ARGUMENTS.keys() & self.call.kwargs.keys():
                 raise self._of_argument(unknown[1]) from None
         of_the_call = isinstance(error, BadCall) or not isinstance(error, FlaxMagicsError)
         if isinstance(error, Exception) and of_the_call and self._begins_with_variables():
@@ -90,7 +87,8 @@ class Translation:
         if method in ("variables", "get_variable", "has_variable") and error.linen and self.variables is not None:
             said = f"{own} and looks at variables inside the model: outside, %flax_vars gives them."
             return self._error(said, [f"%flax_vars {self.name}"], f"session.models['{self.name}'].variables")
-        if error.linen and (method in BOUND or method.startswith("_") or len(call.method) > 1):
+        inside = method in BOUND or method.startswith("_") or len(call.method) > 1
+        if method in ("sow", "perturb") or (error.linen and inside):
             said = f"{own} and for the code inside the model: a command runs a method of the model."
             form = f"session.apply('{self.name}', …)" if not call.command else f"%flax_apply {self.name}(…)"
             return FlaxMagicsError(said, form=form)

@@ -56,29 +56,31 @@ def of_apply(where: str, state: State, entry: Entry, call: Call, options: Option
     """The error for an apply: plain Flax with the same variables, mode, streams and collections."""
     if entry.model.holds_variables:
         return _of_nnx(where, entry, call, options)
-    return _error(
-        f"{_spell(call, '%flax_apply')} stands {where}.",
-        "Take variables and keys before it, and call the model with them.",
-        [] if call.cell is None else _lines_of_apply(state, entry, call, options, where),
-        f"variables = session.models['{entry.name}'].variables\n"
-        f"dropout_key = session.key('dropout')\n"
-        f"session.models['{entry.name}'].module.apply(variables, …, rngs={{'dropout': dropout_key}})",
-    )
+    name, inside = entry.name, "apply(variables, …, rngs={'dropout': dropout_key})"
+    if call.cell is None:
+        lines = []
+        form = f"variables = session.models['{name}'].variables\ndropout_key = session.key('dropout')\n"
+        form += f"session.models['{name}'].module.{inside}"
+    else:
+        lines = _lines_of_apply(state, entry, call, options, where)
+        form = f"variables = %flax_vars {name}\ndropout_key = %flax_key dropout\n{name}.{inside}"
+    said = f"{_spell(call, '%flax_apply')} stands {where}."
+    return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
 
 
 def _of_nnx(where: str, entry: Entry, call: Call, options: Options) -> FlaxMagicsError:
-    lines = [] if options.mode is None else [f"{entry.name}.{options.mode}()"]
-    text = call.text
-    with contextlib.suppress(FlaxMagicsError):
-        if prepare(entry.name, entry.model, call, options.mode).model.supplies():
-            lines.append("dropout_key = %flax_key dropout")
-            text = with_arguments(text, ["rngs=nnx.Rngs(dropout_key)"])
+    name, lines = entry.name, []
+    with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
+        given = prepare(name, entry.model, call, options.mode).model.supplies()
+        lines += [] if options.mode is None else [f"{name}.{options.mode}()"]
+        lines += ["dropout_key = %flax_key dropout"] if given else []
+        lines.append(with_arguments(call.text, ["rngs=nnx.Rngs(dropout_key)"] if given else []))
     return _error(
         f"{_spell(call, '%flax_apply')} stands {where}.",
         "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit"
         " do not.",
-        [] if call.cell is None else [*lines, text],
-        f"session.models['{entry.name}'].module(…)",
+        [] if call.cell is None else lines,
+        f"session.models['{name}'].module(…)" if call.cell is None else f"{name}(…)",
     )
 
 
@@ -144,19 +146,20 @@ def _spell(call: Call, command: str) -> str:
 
 
 def _lines_of_apply(state: State, entry: Entry, call: Call, options: Options, where: str) -> list[str]:
-    """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand."""
+    """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
     from .execution import by_hand
     from .summary import trace_call
 
-    ask, options = Ask(frozenset({"dropout"})), replace(options, draws=None)
-    code = call.text
-    with contextlib.suppress(Exception):  # a call that does not fit, which is told where it stands alone
+    options = replace(options, draws=None)
+    try:
         prepared = prepare(entry.name, entry.model, call, options.mode)
-        known = entry.guesses.get((call.method, prepared.mode))
-        if known is None and where != COMMAND:  # what the other command runs may be this very model
-            known = trace_call(entry, prepared, call, state.root.draw())[1]
-        ask = known or ask
+        ask = entry.guesses.get((call.method, prepared.mode))
+        if ask is None and where == COMMAND:  # what the other command runs may be this very model
+            ask = Ask(frozenset({"dropout"}))
+        ask = ask or trace_call(entry, prepared, call, state.root.draw())[1]
         code = by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
+    except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
+        return []
     variables = f"%flax_init {call.text}" if entry.variables is None else f"%flax_vars {entry.name}"
     keys = dict.fromkeys((*options.key, *sorted(ask.streams)))
     return [f"variables = {variables}", *(f"{key}_key = %flax_key {key}" for key in keys), code]
