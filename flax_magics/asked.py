@@ -32,7 +32,7 @@ def read_call(
     if registered is None:
         raise _unknown(target, value, session)
     args, kwargs = parsed.evaluate(user_ns, local_ns)
-    call = Call(parsed.method, args, kwargs, parsed.call, cell)
+    call = Call(parsed.method, args, kwargs, parsed.call, cell, parsed.command)
     if value is registered:
         return target, call, None
     cls: Any = value if is_module_class(value) else None

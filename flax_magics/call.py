@@ -36,6 +36,7 @@ class ParsedCall(Expression):
       arguments: as they are written, in order.
       call: the call in Python's normal form, such as `net(x, train=False)`.
       quiet: it ended in `;`.
+      command: the command before it with its options, such as `%flax_apply --train`.
     """
 
     target: str = ""
@@ -43,6 +44,7 @@ class ParsedCall(Expression):
     arguments: tuple[Argument, ...] = ()
     call: str = ""
     quiet: bool = False
+    command: str = ""
 
     @property
     def keywords(self) -> tuple[str, ...]:
@@ -93,12 +95,13 @@ class Assignment(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def parse_call(text: str, command: str = "%flax_apply") -> ParsedCall:
+def parse_call(text: str, command: str = "%flax_apply", options: str = "") -> ParsedCall:
     """`net(x)` or `net.method(x)`, read.
 
     Args:
       text: may span lines, and may end in `;` or a comment.
-      command: as messages write it, with the options that were given.
+      command: as messages write it.
+      options: those that stand before the call, as they are written.
 
     Raises:
       FlaxMagicsError: for anything else; the message says what to write.
@@ -119,7 +122,14 @@ def parse_call(text: str, command: str = "%flax_apply") -> ParsedCall:
     ]
     arguments += [Argument(item.arg or "**", segment(text, item.value)) for item in tree.keywords]
     return ParsedCall(
-        text, tree, target=target, method=method, arguments=tuple(arguments), call=ast.unparse(tree), quiet=quiet
+        text,
+        tree,
+        target=target,
+        method=method,
+        arguments=tuple(arguments),
+        call=ast.unparse(tree),
+        quiet=quiet,
+        command=f"{command} {options}".rstrip(),
     )
 
 

@@ -54,7 +54,7 @@ FLAX_INIT = Command(
     "%flax_init [options] net(x)",
     "Initialises the model's variables, or initialises them again, and gives them. It opens a draw and uses its params "
     "key; if the next draw is this model's %flax_apply, that takes the same draw's other streams. The call is the one "
-    "that Flax's init gets.",
+    "that Flax's init gets, without the key: net(x), not net.init(key, x).",
     (DRAW, QUIET, BIND),
     ("%flax_init net(x)", "variables = %flax_init net(x)"),
 )
@@ -64,7 +64,9 @@ FLAX_APPLY = Command(
     "%flax_apply [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
     "%%flax_apply [options]          statements, the last of which is the call",
     "One draw from the root key, one compiled forward pass, one report; gives what the model returns. Variables that are "
-    "not there yet are initialised first. With neither --train nor --eval the model runs as written.",
+    "not there yet are initialised first. With neither --train nor --eval the model runs as written.\n\n"
+    "The call is the model's: net(x), not net.apply(variables, x, rngs=…). In a function that JAX traces (jax.grad, jit, "
+    "vmap, scan) no command draws or runs: call net.apply there, with variables and keys taken before.",
     (
         Option("--train", "set the model's own switch to training, and say which"),
         Option("--eval", "set it to evaluation"),

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 from flax import errors as flax_errors
 
-from . import starting
-from .draws import by_hand, left_behind
+from . import draws, starting
 from .errors import FlaxMagicsError, did_you_mean
 from .keys import SPLIT, Draw, Series, Streams
 from .memory import is_out_of_memory, out_of_memory, with_peak
-from .models import SOWN, Commit, MissingVariables, Record
+from .models import SOWN, Ask, Commit, MissingVariables, Record
 from .models.axes import inside
 from .models.switch import written_in_call
 from .notes import SeenKeys, join, of_mode, of_mutable, of_params, of_rngs, of_scalars, of_streams, of_unused
@@ -158,7 +157,7 @@ def execute(
     updates = dict(updates)
     if draw.size is not None:
         kept_back = {name: tree for name, tree in updates.items() if name not in record.sown}
-        updates |= left_behind(entry.name, call.text, prepared.mode, draw.size, prepared.model, kept_back, record)
+        updates |= draws.left_behind(entry.name, call.text, prepared.mode, draw.size, prepared.model, kept_back, record)
     output, updates, sown = hand_back(output, updates, record, options.mutable)
     keep = options.variables is None and options.draw is None
     commit = prepared.model.commit(updates, record)
@@ -211,7 +210,7 @@ def execute(
         limits=limits,
         notes=tuple(notes),
         made=start.made,
-        by_hand=_by_hand(prepared, call, options, ready, {*written, *sown, *options.mutable}),
+        by_hand=by_hand(prepared, call, options, ready.ask, {*written, *sown, *options.mutable}),
         commit=commit if keep else None,
         keys_in_call=tuple(in_call.values()),
         updates=updates,
@@ -238,18 +237,18 @@ def hand_back(
     return output, updates, sown
 
 
-def _by_hand(prepared: Prepared, call: Call, options: Options, ready: Ready, mutable: set[str]) -> str:
-    """The run as plain Flax."""
-    streams = tuple(sorted(ready.ask.streams))
+def by_hand(prepared: Prepared, call: Call, options: Options, ask: Ask, mutable: set[str]) -> str:
+    """The run as plain Flax, with what the model asked for and the collections that are to be mutable."""
+    streams = tuple(sorted(ask.streams))
     in_call = written_in_call(prepared.signature, prepared.args, prepared.kwargs)
     switch = tuple(setting for setting in prepared.switch if options.mode and setting.partition("=")[0] not in in_call)
     added = [f"{name}={value}" for name, value in prepared.kwargs.items() if name not in call.kwargs]
     text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
     code = prepared.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable)))
-    code = inside(ready.ask.axes, code)
+    code = inside(ask.axes, code)
     if options.draws is None:
         return code
-    return by_hand(code, (*options.key, *streams), prepared.model.holds_variables)
+    return draws.by_hand(code, (*options.key, *streams), prepared.model.holds_variables)
 
 
 class plain_errors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,7 @@ from .commands import FLAX, FLAX_EXPORT, FLAX_HISTORY, FLAX_KEY
 from .errors import FlaxMagicsError
 from .notebook import Notebook
 from .options import Command, Read, read
+from .private import is_tracing
 from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def _hints(error: Exception) -> tuple[str, ...]:
     """What to add to an error of the model's own."""
     from .ready import is_tracer_error
 
-    if is_tracer_error(error):
+    if is_tracer_error(error) and not is_tracing():
         return ("the model looks at a value while it is compiled; to run it op by op: %flax_apply --eager …",)
     if isinstance(error, ValueError) and "must be passed to the constructor or at call time" in str(error):
         return ("it is the model's switch: %flax_apply --train … or --eval … sets it",)
@@ -108,12 +110,13 @@ def read_body(
     notebook: Notebook, spec: Command, line: str, options: Read, cell: str | None
 ) -> tuple[ParsedCall, Callable[[Any], None] | None]:
     """The call of a line or of a cell, whose other statements are run; and what binds its value, in a cell."""
+    written = line[: options.offset].strip()
     if cell is None:
-        return parse_call(options.rest, spec.name), None
+        return parse_call(options.rest, spec.name, written), None
     if options.rest:
         raise FlaxMagicsError(
             f"%{spec.name} takes its call from the cell's last line; `{options.rest}` stands on the first.",
             write=f"{spec.name} {line.strip()}",
         )
     body = run_statements_with_call(notebook.shell, cell, line, f"%{spec.name}")
-    return body.call, body.assign
+    return replace(body.call, command=f"{spec.name} {line}".rstrip()), body.assign

@@ -122,6 +122,7 @@ def check(
     if call is None:
         return ()
     from .checks import check_call
+    from .idioms import Translation
     from .prepare import Call
 
     parsed = parse_call(call, "--check")
@@ -131,7 +132,9 @@ def check(
     args, kwargs = parsed.evaluate(user_ns, local_ns)
     module = found.modules[parsed.target]
     model = adopt(module.abstract() if isinstance(module, Recipe) else module, parsed.target)
-    return check_call(parsed.target, model, Call(parsed.method, args, kwargs, parsed.call), session.root_key)
+    asked = Call(parsed.method, args, kwargs, parsed.call, command=parsed.command)
+    with Translation(parsed.target, model, asked, None):
+        return check_call(parsed.target, model, asked, session.root_key)
 
 
 def register(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import FlaxMagicsError, did_you_mean
-from .models import Model, Path
+from .models import FLAX_ARGUMENTS, Idiom, Model, Path
 from .models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 
 
@@ -21,6 +21,12 @@ class Call:
     kwargs: dict[str, Any]
     text: str
     cell: int | None = None
+    command: str = ""
+    """The command with its options, as they were written; empty where it was none."""
+
+
+class BadCall(FlaxMagicsError):
+    """The arguments of a call do not fit the method."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def prepare_init(name: str, model: Model, call: Call) -> Prepared:
 
 
 def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, Any]) -> None:
-    """Raises FlaxMagicsError where the arguments do not fit the signature: what is missing, or what is not known."""
+    """Raises BadCall where the arguments do not fit the signature: what is missing, or what is not known."""
     try:
         signature.bind(*call.args, **kwargs)
         return
@@ -103,10 +109,10 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
     parameters = signature.parameters
     unknown = [key for key in kwargs if key not in parameters]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if FLAX_ARGUMENTS.keys() >= set(unknown):
+            raise Idiom(argument=unknown[0])
         hint = did_you_mean(unknown[0], parameters)
-        raise FlaxMagicsError(
-            f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes
-        )
+        raise BadCall(f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes)
     positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     missing = [
         p.name
@@ -117,19 +123,19 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
         and (p.kind is p.KEYWORD_ONLY or i >= len(call.args))
     ]
     if missing and all(key in WHEN_TRAINING for key in missing):
-        raise FlaxMagicsError(
+        raise BadCall(
             f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
             write=f"%flax_apply --train {call.text}\n%flax_apply --eval {call.text}",
         )
     if missing:
         names = " and ".join(f"`{key}`" for key in missing)
-        raise FlaxMagicsError(f"{function}() needs {names}, which the call does not give.", hint=takes)
+        raise BadCall(f"{function}() needs {names}, which the call does not give.", hint=takes)
     if len(call.args) > len(positional):
-        raise FlaxMagicsError(
+        raise BadCall(
             f"{function}() takes {len(positional)} positional arguments, and the call gives {len(call.args)}.",
             hint=takes,
         )
-    raise FlaxMagicsError(f"{function}(): {problem}.", hint=takes)
+    raise BadCall(f"{function}(): {problem}.", hint=takes)
 
 
 def _plain(signature: inspect.Signature) -> str:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import applying, history, records, registry
+from . import applying, history, records, registry, surroundings
 from .building import Building
 from .construct import Recipe
 from .diskcache import DiskCache
 from .errors import FlaxMagicsError
 from .execution import Options
 from .history import Kept
+from .idioms import Translation
 from .keeping import REPLAY_BYTES, Keeping, arrays_of, checked_limit
 from .keys import Draw, Root, Series
 from .library import library
@@ -192,6 +193,8 @@ class Session:
           anew: names that stand for nothing any more: a module of the user's own is a new one there.
           cell: number of the cell that asks for it.
         """
+        if modules:
+            self._stand_outside(lambda where: surroundings.of_register(where, *next(iter(modules.items())), cell))
         state, building = self._state, Building(self.clock, self.on_phase)
         before = state.runs
         changes: list[Change] = []
@@ -230,8 +233,21 @@ class Session:
             self._autosave()
         return changes
 
+    def _stand_outside(self, refused: Callable[[str], FlaxMagicsError]) -> None:
+        """Whatever draws, runs or changes the session begins here, before anything happens.
+
+        Raises:
+          FlaxMagicsError: what `refused` gives, where it stands in a function that JAX traces, or the like.
+        """
+        where = surroundings.surroundings()
+        if where is not None:
+            raise refused(where)
+
     def _entry(self, model: Any) -> Entry:
         return entry_of(self._state.models, model)
+
+    def _translation(self, entry: Entry, call: Call) -> Translation:
+        return Translation(entry.name, entry.model, call, entry.variables)
 
     def _entry_now(self, name: str, module: Any) -> tuple[Entry, tuple[Note, ...]]:
         entry, notes = entry_now(self._state.models, name, module)
@@ -242,6 +258,10 @@ class Session:
         return restoring.rebound(self._state.waiting, entry, notes)
 
     def _assign(self, name: str, variables: Mapping[str, Any] | None) -> None:
+        given = f"session.models['{name}'].variables = variables"
+        self._stand_outside(
+            lambda where: surroundings.of_state(where, f"the assignment of `{name}`'s variables", given)
+        )
         entry = self._entry(name)
         model: Any = entry.model
         values = model.read_state(name, variables) if model.holds_variables else None
@@ -410,6 +430,7 @@ class Session:
 
     def run_replay(self, draw: int | tuple[int, int] | str | Run) -> list[Run]:
         """`replay`, giving every run of the draw: two where an init and an apply shared it."""
+        self._stand_outside(lambda where: surroundings.of_replay(where, draw))
         from . import past
         from .replay import Replaying
 
@@ -428,11 +449,15 @@ class Session:
         """`summary` with the call as it was written, None for none; see `run_apply` for `module`."""
         from . import summary
 
+        if module is not None:  # another than was registered: what JAX traces in its place holds no arrays
+            line = f"%flax_summary {name if call is None else call.text}"
+            self._stand_outside(lambda where: surroundings.of_state(where, line, line))
         entry, _ = entry_now(self._state.models, name, module)
         if call is None:
             return summary.of_variables(entry)
-        # The next draw is looked at, and not made.
-        return summary.of_call(entry, call, mode, self._state.root.draw(), backward=backward, phase=self.on_phase)
+        with self._translation(entry, call):
+            # The next draw is looked at, and not made.
+            return summary.of_call(entry, call, mode, self._state.root.draw(), backward=backward, phase=self.on_phase)
 
     def variables(self, name: str, module: Any = None) -> Any:
         """The variables of a model as `models[name].variables` gives them; see `run_apply` for `module`."""
@@ -442,6 +467,8 @@ class Session:
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""
+        line = f"%flax_key --seed {seed}{' --fresh' if fresh else ''}"
+        self._stand_outside(lambda where: surroundings.of_state(where, line, line))
         root = Root.from_seed(_checked_seed(seed))
         self._state, restart = self._state.restarted(root, fresh=fresh)
         self._seen = SeenKeys()
@@ -477,6 +504,8 @@ class Session:
           FlaxMagicsError: the file is none of ours or damaged, or a model that is registered does not have variables
             like those in it, which is told leaf by leaf. Nothing has changed.
         """
+        line = f"%flax_load {os.fspath(path)}"
+        self._stand_outside(lambda where: surroundings.of_state(where, line, line))
         from . import saving
 
         return saving.load(self, path)
@@ -501,13 +530,17 @@ class Session:
 
     def run_init(self, name: str, call: Call, *, draw: Any = None, module: Any = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
+        self._stand_outside(lambda where: surroundings.of_init(where, self._entry(name), call))
         entry, notes = self._entry_now(name, module)
         if entry.model.holds_variables:
+            with self._translation(entry, call):
+                entry.model.signature(call.method)
             built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw)
             opened = None if draw is not None else (name, built.draw)
             self._commit(built.kept, built.draw, built.entry, opened, write=built.write)
             return built.run
-        done = applying.init(self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase)
+        with self._translation(entry, call):
+            done = applying.init(self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase)
         self._commit(done.kept, done.draw, done.entry, opened=None if draw is not None else (name, done.draw))
         return done.run
 
@@ -518,6 +551,7 @@ class Session:
           module: what the name stands for now, if it may be another module than was registered: then that one is
             registered in its place, once the run has succeeded.
         """
+        self._stand_outside(lambda where: surroundings.of_apply(where, self._state, self._entry(name), call, options))
         library.look()
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
@@ -528,7 +562,8 @@ class Session:
 
     def _run(self, entry: Entry, notes: tuple[Note, ...], call: Call, options: Options) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
-        done = applying.apply(self._state, entry, notes, call, options, self.programs, self._seen, self.on_phase)
+        with self._translation(entry, call):
+            done = applying.apply(self._state, entry, notes, call, options, self.programs, self._seen, self.on_phase)
         self._commit(done.kept, done.draw, done.after, write=done.write, commit=done.commit)
         if notes:
             self._warm.forget(entry.name)
@@ -558,6 +593,7 @@ class Session:
         """`key`, as a Run whose output is the key."""
         if not name.isidentifier():
             raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write="%flax_key latent")
+        self._stand_outside(lambda where: surroundings.of_key(where, name, cell))
         now = self._state.root.draw()
         run = records.of_key(name, now, cell, first=self._state.runs is None)
         self._commit(Kept(run), now, None)

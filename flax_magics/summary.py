@@ -18,7 +18,7 @@ from .keys import Draw
 from .models import Ask, MissingVariables, Model, Record
 from .models.calls import LONGEST, Calls, Path
 from .modules import Module, Size, called_in, modules_of, sizes
-from .prepare import Call, Prepared, prepare, prepare_init
+from .prepare import BadCall, Call, Prepared, prepare, prepare_init
 from .ready import is_tracer_error, static_choices
 from .run import describe
 from .starting import merged
@@ -139,12 +139,12 @@ def of_call(
     """
     try:
         prepared = prepare(entry.name, entry.model, call, mode)
-    except FlaxMagicsError as error:
+    except BadCall as error:
         write = error.write and error.write.replace("%flax_apply", "%flax_summary")
-        raise FlaxMagicsError(error.message, hint=error.hint, write=write) from None
+        raise BadCall(error.message, hint=error.hint, write=write) from None
     with plain_errors(call):
         phase(f"tracing {entry.name}")
-        traced, record, variables = _trace(entry, prepared, call, draw)
+        traced, _, record, variables = trace_call(entry, prepared, call, draw)
         phase(f"counting {entry.name}")
         calls, program = record.calls or Calls(), traced.jaxpr.jaxpr
         back = _handed_back(prepared.model, traced, variables)
@@ -171,8 +171,8 @@ def of_call(
     )
 
 
-def _trace(entry: Entry, prepared: Prepared, call: Call, draw: Draw) -> tuple[Any, Record, Mapping[str, Any]]:
-    """The program of the call with its modules' calls noted, and the variables that it was given."""
+def trace_call(entry: Entry, prepared: Prepared, call: Call, draw: Draw) -> tuple[Any, Ask, Record, Mapping[str, Any]]:
+    """The program of the call, what it asks for, what its trace saw, modules' calls too, and the variables it was given."""
     forced = frozenset(name for method, name in entry.forced if method == call.method)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced)
     try:
@@ -192,7 +192,7 @@ def _trace(entry: Entry, prepared: Prepared, call: Call, draw: Draw) -> tuple[An
 
 def _trace_with(
     entry: Entry, prepared: Prepared, call: Call, draw: Draw, arguments: Arguments
-) -> tuple[Any, Record, Mapping[str, Any]]:
+) -> tuple[Any, Ask, Record, Mapping[str, Any]]:
     variables, complete = _variables(entry, call, draw), False
     while True:
         request = Request(
@@ -207,7 +207,7 @@ def _trace_with(
             noted=True,
         )
         try:
-            traced, _, record = trace(request)
+            traced, ask, record = trace(request)
         except MissingVariables as error:
             if complete or entry.model.holds_variables:
                 raise error.__cause__ or error from None
@@ -216,7 +216,7 @@ def _trace_with(
             continue
         sown = record.sown & set(variables)
         if not sown:
-            return traced, record, variables
+            return traced, ask, record, variables
         variables = {name: tree for name, tree in variables.items() if name not in sown}
 
 

@@ -138,6 +138,42 @@ class Incomplete(Exception):
     """The trace asked for more than it was given; its Record says for what. It must be done again."""
 
 
+FLAX_ARGUMENTS = {
+    "rngs": "each run is a draw, and the session gives its keys",
+    "mutable": "--mutable hands a collection back",
+    "method": "another method than the call is written by its name",
+    "variables": "the session gives its own, and --variables gives others",
+    "capture_intermediates": "it is one of Flax's `apply`",
+}
+"""Arguments of Flax's `apply` and `init` → what there is in their place."""
+
+
+class Idiom(FlaxMagicsError):
+    """The call is in Flax's own words: it names a method of Flax's base class, or an argument of Flax's `apply` or `init`.
+
+    Attributes:
+      method: the method; empty where it is the argument.
+      argument: the argument; empty where it is the method.
+      linen: the method is one of linen's.
+    """
+
+    def __init__(self, *, method: str = "", argument: str = "", linen: bool = True) -> None:
+        super().__init__(f"`{method or argument}` is Flax's own, and not the model's.")
+        self.method, self.argument, self.linen = method, argument, linen
+
+
+def check_name(owner: Any, name: str) -> None:
+    """Raises Idiom where `owner.name` is what `nn.Module`, `nnx.Module` or their bases define, and the model does not."""
+    from flax import linen
+
+    scoped = isinstance(owner, linen.Module) and name in ("scope", "parent")
+    cls = next((cls for cls in type(owner).__mro__ if name in vars(cls)), None)
+    across = sys.modules.get("flax.nnx.bridge.module")
+    bases = (linen.Module, *nnx_modules(), *(() if across is None else (across.Module,)))
+    if scoped or (name not in vars(owner) and any(cls in base.__mro__ for base in bases)):
+        raise Idiom(method=name, linen=scoped or cls in linen.Module.__mro__)
+
+
 class Model(Protocol):
     """A module as a session sees it."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,20 @@ from flax.core import meta
 
 from ..errors import FlaxMagicsError, did_you_mean
 from ..fingerprint import Print
-from . import Ask, Forward, Incomplete, MissingVariables, Model, Path, Record, Variables, nnx_bridge, own_methods
+from . import (
+    FLAX_ARGUMENTS,
+    Ask,
+    Forward,
+    Incomplete,
+    MissingVariables,
+    Model,
+    Path,
+    Record,
+    Variables,
+    check_name,
+    nnx_bridge,
+    own_methods,
+)
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
 from .switch import cloned, read_fields, set_fields, set_unset_fields
@@ -79,6 +93,8 @@ class LinenModel:
     def signature(self, method: Path) -> inspect.Signature:
         """Without `self`. A submodule of `setup` is known only inside the model: its signature is `(*args, **kwargs)`."""
         name = method[0] if method else "__call__"
+        if method:
+            check_name(self.module, name)
         function = getattr(type(self.module), name, None)
         if len(method) > 1 or (function is None and (name in self.fields() or self._has_setup())):
             return inspect.signature(lambda *args, **kwargs: None)
@@ -120,7 +136,8 @@ class LinenModel:
         """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
         across = nnx_bridge()
         with sowing() as sown, nullcontext() if across is None else across.initialising():
-            variables = self.module.init(key, *args, method=self._method(method), **kwargs)
+            target, kwargs = self._target(method, kwargs)
+            variables = self.module.init(key, *args, method=target, **kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
 
     def streams(self) -> frozenset[str]:
@@ -157,13 +174,13 @@ class LinenModel:
 
     def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
         """See `Model`. Raises MissingVariables for variables that are not there."""
-        target = self._method(method)
         mutable = sorted(ask.mutable)
 
         def run(
             variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[Any, dict[str, Any]]:
             recorder = Recorder(ask, record, root_impl)
+            target, kwargs = self._target(method, kwargs)
             try:
                 with recorder.watching():
 
@@ -191,19 +208,23 @@ class LinenModel:
 
         return run
 
-    def _method(self, method: Path) -> str | Callable[..., Any] | None:
-        if not method:
-            return None
-        if len(method) == 1 and hasattr(type(self.module), method[0]):
-            return method[0]
+    def _target(self, method: Path, kwargs: dict[str, Any]) -> tuple[str | Callable[..., Any] | None, dict[str, Any]]:
+        """What Flax's `apply` and `init` take as `method`, and the keywords they hand on to it."""
+        shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}  # Flax would take them for its own
+        if not method and not shadowed:
+            return None, kwargs
+        if len(method) == 1 and hasattr(type(self.module), method[0]) and not shadowed:
+            return method[0], kwargs
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             target: Any = module
             for name in method:
+                if isinstance(target, nn.Module):
+                    check_name(target, name)
                 target = getattr(target, name)
-            return target(*args, **kwargs)
+            return target(*args, **kwargs, **shadowed)
 
-        return call
+        return call, {} if shadowed else kwargs
 
     def parts(self) -> dict[Path, str]:
         """The model itself: its submodules are made in a call."""
@@ -228,17 +249,30 @@ class LinenModel:
         settings = [(path, value) for path, _, value in (setting.partition("=") for setting in switch)]
         name += cloned(name, self.module, settings)
         parts = ["variables"]
-        if arguments:
+        shadowed = any(f"{argument}=" in arguments for argument in FLAX_ARGUMENTS) and _keywords(call) & {
+            *FLAX_ARGUMENTS
+        }
+        if arguments and not shadowed:
             parts.append(arguments)
         if streams:
             parts.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
         if mutable:
             parts.append(f"mutable={list(mutable)!r}")
-        if len(method) == 1:
+        if shadowed:
+            parts.append(f"method=lambda m: {'.'.join(('m', *method))}({arguments})")
+        elif len(method) == 1:
             parts.append(f"method='{method[0]}'")
         elif method:
             parts.append(f"method=lambda m, *a, **k: m.{'.'.join(method)}(*a, **k)")
         return f"{name}.apply({', '.join(parts)})"
+
+
+def _keywords(call: str) -> set[str]:
+    """Names of the keyword arguments of a call, as far as it is written as text."""
+    with suppress(SyntaxError):
+        tree = ast.parse(call, mode="eval").body
+        return {keyword.arg for keyword in tree.keywords if keyword.arg} if isinstance(tree, ast.Call) else set()
+    return set()
 
 
 def _boxed(value: Any) -> bool:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from ..construct import constructor
 from ..errors import FlaxMagicsError, did_you_mean
-from . import Ask, Commit, Forward, Model, Path, Record, Variables, nnx_run, own_methods
+from . import Ask, Commit, Forward, Model, Path, Record, Variables, check_name, is_module, nnx_run, own_methods
 from .graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, walk
 from .layout import Kept, Layout, Values
 from .nnx_switch import switches_read
@@ -87,6 +87,8 @@ class NnxModel:
                 where = ".".join((cls, *method[:i]))
                 hint = did_you_mean(name, self.methods()) if not i else None
                 raise FlaxMagicsError(f"{where} has no method `{name}`; its methods: {known}.", hint=hint)
+            if is_module(target):
+                check_name(target, name)
             target = getattr(target, name)
         if not callable(target):
             known = ", ".join(self.methods()) or "none"

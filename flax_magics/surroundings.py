@@ -1,0 +1,165 @@
+"""Where a command stands. It is no part of a function that JAX traces, of a host callback, or of another command.
+
+There it would run once for many calls, pass no gradient on, or take a draw that is being taken. So it refuses before
+anything happens, and says what plain Flax to write in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from . import private
+from .construct import Recipe
+from .errors import FlaxMagicsError
+from .models import Ask
+from .prepare import Call, init_by_hand, prepare, prepare_init, with_arguments
+from .run import Run
+
+if TYPE_CHECKING:
+    from .execution import Options
+    from .registry import Entry
+    from .state import State
+
+TRACE = "in a function that JAX traces: it would happen once, while JAX traces, and be no part of what then runs"
+CALLBACK = "in a host callback, and the program that calls it waits for it"
+COMMAND = "in code that another command runs, and the draw of that one is not finished"
+
+
+def surroundings() -> str | None:
+    """What the code that calls the session is part of, as a message says it; None where it may draw and run."""
+    found = TRACE if private.is_tracing() else None
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == _SESSIONS:
+        frame = frame.f_back
+    walk: Any = frame
+    while walk is not None:
+        name = walk.f_globals.get("__name__")
+        if name == _SESSIONS:
+            return COMMAND
+        role = private.role_of(name) if isinstance(name, str) else None
+        if role == "callback":
+            return found or CALLBACK
+        if role == "trace":
+            found = TRACE
+        # A cell's or a script's own frame: what is below is the kernel, some 50 frames that take as long as a small run.
+        walk = None if walk.f_code.co_name == "<module>" else walk.f_back
+    return found
+
+
+_SESSIONS = f"{__package__}.sessions"
+
+
+def of_apply(where: str, state: State, entry: Entry, call: Call, options: Options) -> FlaxMagicsError:
+    """The error for an apply: plain Flax with the same variables, mode, streams and collections."""
+    if entry.model.holds_variables:
+        return _of_nnx(where, entry, call, options)
+    name, inside = entry.name, "apply(variables, …, rngs={'dropout': dropout_key})"
+    if call.cell is None:
+        lines = []
+        form = f"variables = session.models['{name}'].variables\ndropout_key = session.key('dropout')\n"
+        form += f"session.models['{name}'].module.{inside}"
+    else:
+        lines = _lines_of_apply(state, entry, call, options, where)
+        form = f"variables = %flax_vars {name}\ndropout_key = %flax_key dropout\n{name}.{inside}"
+    said = f"{_spell(call, '%flax_apply')} stands {where}."
+    return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
+
+
+def _of_nnx(where: str, entry: Entry, call: Call, options: Options) -> FlaxMagicsError:
+    name, lines = entry.name, []
+    with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
+        given = prepare(name, entry.model, call, options.mode).model.supplies()
+        lines += [] if options.mode is None else [f"{name}.{options.mode}()"]
+        lines += ["dropout_key = %flax_key dropout"] if given else []
+        lines.append(with_arguments(call.text, ["rngs=nnx.Rngs(dropout_key)"] if given else []))
+    return _error(
+        f"{_spell(call, '%flax_apply')} stands {where}.",
+        "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit"
+        " do not.",
+        [] if call.cell is None else lines,
+        f"session.models['{name}'].module(…)" if call.cell is None else f"{name}(…)",
+    )
+
+
+def of_init(where: str, entry: Entry, call: Call) -> FlaxMagicsError:
+    """The error for an init."""
+    said = f"{_spell(call, '%flax_init')} stands {where}."
+    if entry.model.holds_variables:
+        return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
+    with contextlib.suppress(FlaxMagicsError):
+        kwargs = prepare_init(entry.name, entry.model, call).kwargs
+        added = [f"{name}={value}" for name, value in kwargs.items() if name not in call.kwargs]
+        call = replace(call, text=with_arguments(call.text, added))
+    return _error(
+        said,
+        "Draw the key before it, and initialise with that.",
+        [] if call.cell is None else ["params_key = %flax_key params", f"variables = {init_by_hand(call)}"],
+        f"params_key = session.key('params')\nvariables = session.models['{entry.name}'].module.init(params_key, …)",
+    )
+
+
+def of_build(said: str, name: str, recipe: Recipe | None) -> FlaxMagicsError:
+    """The error for the construction of an NNX module."""
+    if recipe is None:
+        return FlaxMagicsError(said)
+    keys = [f"{stream}_key = %flax_key {stream}" for stream in ("params", "dropout")]
+    return _error(said, "Draw the keys before it, and build with them.", [*keys, recipe.by_hand(name)])
+
+
+def of_register(where: str, name: str, module: Any, cell: int | None) -> FlaxMagicsError:
+    """The error for a model that is registered, or that the session is to build."""
+    said = f"`{name}` is registered {where}."
+    if isinstance(module, Recipe):
+        return of_build(said, name, module)
+    line = f"session.register('{name}', {name})" if cell is None else f"%flaxmodel {name}"
+    return _error(said, "Register it before.", [line])
+
+
+def of_key(where: str, name: str, cell: int | None) -> FlaxMagicsError:
+    """The error for a key that is drawn."""
+    line = f"{name}_key = session.key('{name}')" if cell is None else f"{name}_key = %flax_key {name}"
+    return _error(f"the key `{name}` is drawn {where}.", "Draw it before, and use it there.", [line])
+
+
+def of_replay(where: str, draw: Any) -> FlaxMagicsError:
+    """The error for a draw that is run again; `draw` as `Session.replay` takes it."""
+    if isinstance(draw, Run):
+        draw = draw.seed, draw.draw
+    line = f"%flax_replay {':'.join(map(str, draw)) if isinstance(draw, tuple) else draw}"
+    return of_state(where, line, line)
+
+
+def of_state(where: str, what: str, line: str) -> FlaxMagicsError:
+    """The error for what changes the session otherwise, such as a restart."""
+    return _error(f"{what} stands {where}.", "Write it before or after.", [line])
+
+
+def _error(said: str, instead: str, lines: list[str], form: str | None = None) -> FlaxMagicsError:
+    return FlaxMagicsError(f"{said} {instead}", write="\n".join(lines) or None, form=None if lines else form)
+
+
+def _spell(call: Call, command: str) -> str:
+    return f"{call.command or command} {call.text}"
+
+
+def _lines_of_apply(state: State, entry: Entry, call: Call, options: Options, where: str) -> list[str]:
+    """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
+    from .execution import by_hand
+    from .summary import trace_call
+
+    options = replace(options, draws=None)
+    try:
+        prepared = prepare(entry.name, entry.model, call, options.mode)
+        ask = entry.guesses.get((call.method, prepared.mode))
+        if ask is None and where == COMMAND:  # what the other command runs may be this very model
+            ask = Ask(frozenset({"dropout"}))
+        ask = ask or trace_call(entry, prepared, call, state.root.draw())[1]
+        code = by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
+    except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
+        return []
+    variables = f"%flax_init {call.text}" if entry.variables is None else f"%flax_vars {entry.name}"
+    keys = dict.fromkeys((*options.key, *sorted(ask.streams)))
+    return [f"variables = {variables}", *(f"{key}_key = %flax_key {key}" for key in keys), code]

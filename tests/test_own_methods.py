@@ -1,0 +1,472 @@
+"""Calls in Flax's own words are refused with the command that says the same; what the user defines is the user's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from by_hand import bits
+from flax import linen as nn
+from flax import nnx
+
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.execution import Options
+from flax_magics.prepare import Call
+
+SETUP = """\
+from flax import nnx
+x = jnp.ones((2, 3))
+key = jax.random.key(1)
+class Encoder(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(4)(x)
+class Net(nn.Module):
+  def setup(self):
+    self.encoder = Encoder()
+    self.norm = nn.BatchNorm()
+  def __call__(self, x, train=False):
+    return self.norm(self.encoder(x), use_running_average=not train)
+  def encode(self, x):
+    return self.encoder(x)
+class Own(nnx.Module):
+  def __init__(self, features, *, rngs):
+    self.linear = nnx.Linear(3, features, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+  def __call__(self, x):
+    return self.dropout(self.linear(x))
+  def encode(self, x):
+    return self.linear(x)
+"""
+
+
+def own(function, command, gives):
+    return f"`{function}` is Flax's own, and {command} is the command for it: the session gives {gives}."
+
+
+def plain(function):
+    return f"`{function}` is Flax's own and needs no command: a command runs a method of the model."
+
+
+def bound(function):
+    return f"`{function}` is Flax's own and for the code inside the model: a command runs a method of the model."
+
+
+BOTH = "variables and keys"
+METHODS = {
+    "%flax_init net.init(key, x)": (own("net.init", "%flax_init", "a key"), "%flax_init net(x)"),
+    "%flax_init --draw 1 net.init(rngs=key, x=x)": (
+        own("net.init", "%flax_init", "a key"),
+        "%flax_init --draw 1 net(x=x)",
+    ),
+    "%flax_apply net.init(key, x)": (own("net.init", "%flax_init", "a key"), "%flax_init net(x)"),
+    "%flax_init net.init_with_output(key, x)": (
+        own("net.init_with_output", "%flax_init", "a key"),
+        "%flax_init net(x)",
+    ),
+    "%flax_init net.lazy_init({'params': key}, x)": (own("net.lazy_init", "%flax_init", "a key"), "%flax_init net(x)"),
+    "%flax_init net.init(key, x, method='encode')": (
+        own("net.init", "%flax_init", "a key"),
+        "%flax_init net.encode(x)",
+    ),
+    "%flax_init net.init(key, x, method=Net.encode, mutable=['params'])": (
+        own("net.init", "%flax_init", "a key"),
+        "%flax_init net.encode(x)",
+    ),
+    "%flax_apply net.apply(variables, x)": (own("net.apply", "%flax_apply", BOTH), "%flax_apply net(x)"),
+    "%flax_apply --train -o run net.apply(variables, x, rngs={'dropout': key}, mutable=['batch_stats'])": (
+        own("net.apply", "%flax_apply", BOTH),
+        "%flax_apply --train -o run --mutable batch_stats net(x)",
+    ),
+    "%flax_apply net.apply(variables, x, method=lambda net, x: net.encoder(x))": (
+        own("net.apply", "%flax_apply", BOTH),
+        "net.apply(variables, x, method=lambda net, x: net.encoder(x))",
+    ),
+    "%flax_apply net.apply(variables, x, capture_intermediates=True)": (
+        own("net.apply", "%flax_apply", BOTH),
+        "net.apply(variables, x, capture_intermediates=True)",
+    ),
+    "%flax_apply net.apply(*(variables, x))": (
+        own("net.apply", "%flax_apply", BOTH),
+        "net.apply(*(variables, x))",
+    ),
+    "%flax_summary net.apply(variables, x)": (own("net.apply", "%flax_apply", BOTH), "%flax_apply net(x)"),
+    "%flax_apply net.tabulate(key, x)": (own("net.tabulate", "%flax_summary", "a key"), "%flax_summary net(x)"),
+    "%flax_summary net.tabulate(key, x, train=True)": (
+        own("net.tabulate", "%flax_summary", "a key"),
+        "%flax_summary net(x, train=True)",
+    ),
+    "%flax_apply net.encoder.apply(variables, x)": (
+        own("net.encoder.apply", "%flax_apply", BOTH),
+        "%flax_apply net.encoder(x)",
+    ),
+    "%flax_init net.encoder.init(key, x)": (
+        own("net.encoder.init", "%flax_init", "a key"),
+        "%flax_init net.encoder(x)",
+    ),
+    "%flax_apply net.make_rng('dropout')": (
+        "`net.make_rng` is Flax's own and draws inside the model: outside, %flax_key draws.",
+        "dropout_key = %flax_key dropout",
+    ),
+    "%flax_apply net.make_rng()": (
+        "`net.make_rng` is Flax's own and draws inside the model: outside, %flax_key draws.",
+        "params_key = %flax_key params",
+    ),
+    "%flax_apply net.get_variable('params', 'encoder')": (
+        "`net.get_variable` is Flax's own and looks at variables inside the model: outside, %flax_vars gives them.",
+        "%flax_vars net",
+    ),
+    "%flax_apply net.bind(variables)": (plain("net.bind"), "net.bind(variables)"),
+    "%flax_apply net.clone(name='other')": (plain("net.clone"), "net.clone(name='other')"),
+    "%flax_init net.copy()": (plain("net.copy"), "net.copy()"),
+    "%flax_apply net.module_paths(key, x)": (plain("net.module_paths"), "net.module_paths(key, x)"),
+    "%flax_apply own.train()": (plain("own.train"), "own.train()"),
+    "%flax_init own.eval()": (plain("own.eval"), "own.eval()"),
+    "%flax_summary own.set_attributes(deterministic=True)": (
+        plain("own.set_attributes"),
+        "own.set_attributes(deterministic=True)",
+    ),
+    "%flax_apply own.dropout.eval()": (plain("own.dropout.eval"), "own.dropout.eval()"),
+    "%flaxmodel --check 'own.train()' own": (plain("own.train"), "own.train()"),
+}
+
+HAS_NO = "net() has no argument"
+IN_THE_CALL = {
+    "%flax_apply --train net(x, mutable=['batch_stats'])": (
+        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
+        "%flax_apply --train --mutable batch_stats net(x)",
+    ),
+    "%flax_apply net(x, mutable=('a', 'b'), train=False)": (
+        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
+        "%flax_apply --mutable a --mutable b net(x, train=False)",
+    ),
+    "%flax_apply net(x, mutable=False)": (
+        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
+        "%flax_apply net(x)",
+    ),
+    "%flax_apply net(x, mutable=True)": (
+        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
+        "variables = %flax_vars net\nnet.apply(variables, x, mutable=True)",
+    ),
+    "%flax_apply net(x, rngs={'dropout': key})": (
+        f"{HAS_NO} `rngs`: each run is a draw, and the session gives its keys.",
+        "%flax_apply net(x)",
+    ),
+    "%flax_apply net(x, method='encode')": (
+        f"{HAS_NO} `method`: another method than the call is written by its name.",
+        "%flax_apply net.encode(x)",
+    ),
+    "%flax_apply net(x, method=Net.encode)": (
+        f"{HAS_NO} `method`: another method than the call is written by its name.",
+        "%flax_apply net.encode(x)",
+    ),
+    "%flax_apply net(x, method=net.encode, rngs={}, mutable='batch_stats')": (
+        f"{HAS_NO} `method`: another method than the call is written by its name.",
+        "%flax_apply --mutable batch_stats net.encode(x)",
+    ),
+    "%flax_apply net(x, method=lambda net, x: net.encoder(x))": (
+        f"{HAS_NO} `method`: another method than the call is written by its name.",
+        "variables = %flax_vars net\nnet.apply(variables, x, method=lambda net, x: net.encoder(x))",
+    ),
+    "%flax_apply net(x, variables=variables)": (
+        f"{HAS_NO} `variables`: the session gives its own, and --variables gives others.",
+        "%flax_apply --variables variables net(x)",
+    ),
+    "%flax_apply net(x, variables=variables | {})": (
+        f"{HAS_NO} `variables`: the session gives its own, and --variables gives others.",
+        "%flax_apply --variables (variables | {}) net(x)",
+    ),
+    "%flax_apply net(x, capture_intermediates=True)": (
+        f"{HAS_NO} `capture_intermediates`: it is one of Flax's `apply`.",
+        "variables = %flax_vars net\nnet.apply(variables, x, capture_intermediates=True)",
+    ),
+    "%flax_init net(x, method='encode', mutable=True)": (
+        f"{HAS_NO} `method`: another method than the call is written by its name.",
+        "%flax_init net.encode(x)",
+    ),
+    "%flax_init net(x, method=lambda net, x: net.encoder(x))": (
+        f"{HAS_NO} `method`: another method than the call is written by its name.",
+        "params_key = %flax_key params\nvariables = net.init(params_key, x, method=lambda net, x: net.encoder(x))",
+    ),
+    "%flax_summary net(x, rngs={'dropout': key}, mutable=['batch_stats'])": (
+        f"{HAS_NO} `rngs`: each run is a draw, and the session gives its keys.",
+        "%flax_summary net(x)",
+    ),
+    "%flax_apply net.encoder(x, rngs={})": (
+        "net.encoder() has no argument `rngs`: each run is a draw, and the session gives its keys.",
+        "%flax_apply net.encoder(x)",
+    ),
+    "%flax_apply own(x, rngs=nnx.Rngs(0))": (
+        "own() has no argument `rngs`: each run is a draw, and the session gives its keys.",
+        "%flax_apply own(x)",
+    ),
+    "%flax_apply own(x, method='encode')": (
+        "own() has no argument `method`: another method than the call is written by its name.",
+        "%flax_apply own.encode(x)",
+    ),
+}
+
+TAKES_NONE = "takes no variables: the session passes its own."
+VARIABLES_FIRST = {
+    "%flax_apply net(variables, x)": "%flax_apply net(x)\n%flax_apply --variables variables net(x)",
+    "%flax_apply --eval net(variables, x)": "%flax_apply --eval net(x)\n%flax_apply --eval --variables variables net(x)",
+    "%flax_apply net(dict(variables), x, train=False)": (
+        "%flax_apply net(x, train=False)\n%flax_apply --variables dict(variables) net(x, train=False)"
+    ),
+    "%flax_apply net.encode(variables, x)": "%flax_apply net.encode(x)\n%flax_apply --variables variables net.encode(x)",
+    "%flax_init net(variables, x)": "%flax_init net(x)",
+    "%flax_summary net(variables, x)": "%flax_summary net(x)",
+    "%flax_apply own(nnx.state(own), x)": "%flax_apply own(x)\n%flax_apply --variables nnx.state(own) own(x)",
+    "%flax_apply fresh(variables, x)": "%flax_apply fresh(x)\n%flax_apply --variables variables fresh(x)",
+}
+
+BOUND = [
+    "net.unbind()",
+    "net.sow('intermediates', 'h', x)",
+    "net.perturb('h', x)",
+    "net.variable('cache', 'i', lambda: x)",
+    "net.param('w', nn.initializers.zeros, (2,))",
+    "net.put_variable('params', 'w', x)",
+    "net.has_rng('params')",
+    "net.is_initializing()",
+    "net.is_mutable_collection('params')",
+    "net.scope.root()",
+    "net.encoder.clone()",
+    "own.sow(nnx.Intermediate, 'h', x)",
+    "own.perturb('h', x)",
+]
+
+
+@pytest.fixture
+def models(notebook):
+    notebook(SETUP)
+    for line in ("net = Net()", "fresh = Net()", "own = Own(4)"):
+        notebook(f"%flaxmodel -q {line}")
+    notebook("variables = %flax_init -q net(x)")
+    if "flax_vars" not in notebook.shell.magics_manager.magics["line"]:
+        notebook.shell.register_magic_function(
+            lambda line: notebook.session.models[line.strip()].variables, magic_name="flax_vars"
+        )
+    return notebook
+
+
+def is_refused(models, line, message, advice):
+    """The line fails with just this, changes nothing, and what is advised runs."""
+    state = models.session._state
+    written = "\n         ".join(advice.split("\n"))
+    assert models.fails(line) == f"FlaxMagicsError: {message}\n  write: {written}"
+    assert models.session._state is state
+    models(advice)
+
+
+def test_methods_of_flaxs_own(models):
+    for line, (message, advice) in METHODS.items():
+        is_refused(models, line, message, advice)
+
+
+def test_arguments_of_flaxs_own(models):
+    for line, (message, advice) in IN_THE_CALL.items():
+        is_refused(models, line, message, advice)
+
+
+def test_the_variables_as_first_argument(models):
+    for line, advice in VARIABLES_FIRST.items():
+        function = next(word for word in line.split() if "(" in word).partition("(")[0]
+        is_refused(models, line, f"{function}() {TAKES_NONE}", advice)
+
+
+def test_methods_for_the_code_inside_the_model(models):
+    state = models.session._state
+    for call in BOUND:
+        form = f"%flax_apply {call[:3]}(…)"
+        told = f"FlaxMagicsError: {bound(call.partition('(')[0])}\n  form: {form}"
+        assert models.fails(f"%flax_apply {call}") == told
+    assert models.session._state is state
+
+
+CHECKED = [
+    ("net.apply(variables, x)", own("net.apply", "%flax_apply", BOTH)),
+    ("net(variables, x)", f"net() {TAKES_NONE}"),
+    ("net(x, rngs={})", f"{HAS_NO} `rngs`: each run is a draw, and the session gives its keys."),
+]
+
+
+def test_a_check(models):
+    for call, message in CHECKED:
+        out = models.fails(f'%flaxmodel --check "{call}" net')
+        assert out == f"FlaxMagicsError: {message}\n  form: %flaxmodel --check 'net(x)' …"
+
+
+def test_the_advice_for_variables_runs_with_those(models):
+    models("other = jax.tree.map(lambda leaf: leaf + 1, variables)")
+    advice = models.fails("%flax_apply -q net(other, x)").partition("write: ")[2].split("\n")
+    models(f"y = {advice[1].strip()}")
+    assert bits(models["y"]) == bits(jax.jit(models["net"].apply)(models["other"], models["x"]))
+
+
+def test_a_switch_that_the_call_needs_is_in_the_advice(models):
+    models(
+        "class Asks(nn.Module):\n  @nn.compact\n  def __call__(self, x, train):\n    return nn.Dense(2)(x)\n"
+        "%flaxmodel -q asks = Asks()\nvariables = %flax_init -q asks(x)"
+    )
+    line = "%flax_apply --eval asks(x)\n%flax_apply --eval --variables variables asks(x)"
+    is_refused(models, "%flax_apply asks(variables, x)", f"asks() {TAKES_NONE}", line)
+
+
+# -- what is the user's
+
+
+class Overriding(nn.Module):
+    """Methods and arguments with names of Flax's."""
+
+    features: int = 2
+
+    def setup(self):
+        self.layer = nn.Dense(self.features)
+
+    def __call__(self, x, method="mean", mutable=1.0):
+        return getattr(jnp, method)(self.layer(x)) * mutable
+
+    def tabulate(self, x):
+        return self.layer(x) + 1
+
+    def collected(self, x, **rngs):
+        return self.layer(x) + rngs["rngs"]
+
+
+class Base(nn.Module):
+    def make_rng(self, x):
+        return x + 1
+
+
+class Inheriting(Base):
+    def __call__(self, x):
+        return x
+
+
+class Named(nnx.Module):
+    def __init__(self, *, rngs):
+        self.linear = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x, mutable):
+        return self.linear(x) * mutable
+
+    def train(self, x):
+        return self.linear(x) + 1
+
+
+X = jnp.ones((2, 3))
+
+
+@pytest.fixture
+def session():
+    session = Session()
+    session.register("net", Overriding())
+    session.init("net", X)
+    return session
+
+
+def by_hand(session, function):
+    return jax.jit(lambda variables, x: Overriding().apply(variables, x, method=function))(
+        session.models["net"].variables, X
+    )
+
+
+def test_a_method_that_overrides_flaxs_is_the_users(session):
+    run = session.apply("net", X, method="tabulate")
+    assert bits(run.output) == bits(by_hand(session, lambda net, x: net.tabulate(x)))
+
+
+def test_a_method_of_the_users_base_class_is_the_users():
+    session = Session()
+    session.register("net", Inheriting())
+    assert bits(session.apply("net", X, method="make_rng").output) == bits(X + 1)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_argument_that_the_method_has_is_the_users(session, eager):
+    call = Call((), (X,), {"method": "sum", "mutable": 2.0}, "net(x, method='sum', mutable=2.0)")
+    run = session.run_apply("net", call, Options(eager=eager))
+    assert bits(run.output) == bits(by_hand(session, lambda net, x: net(x, method="sum", mutable=2.0)))
+    assert run.by_hand == "net.apply(variables, method=lambda m: m(x, method='sum', mutable=2.0))"
+
+
+def test_a_method_that_takes_any_keyword_gets_it(session):
+    call = Call(("collected",), (X,), {"rngs": 3.0}, "net.collected(x, rngs=3.0)")
+    run = session.run_apply("net", call, Options())
+    assert bits(run.output) == bits(by_hand(session, lambda net, x: net.collected(x, rngs=3.0)))
+    assert run.by_hand == "net.apply(variables, method=lambda m: m.collected(x, rngs=3.0))"
+
+
+def test_a_layers_real_method_is_a_method():
+    session = Session()
+    session.register("embed", nn.Embed(5, 3))
+    tokens = jnp.arange(4)
+    session.init("embed", tokens)
+    run = session.apply("embed", X, method="attend")
+    variables = session.models["embed"].variables
+    assert bits(run.output) == bits(jax.jit(lambda v, x: nn.Embed(5, 3).apply(v, x, method="attend"))(variables, X))
+    session.register("own", nnx.Embed(5, 3, rngs=nnx.Rngs(0)))
+    assert session.apply("own", X, method="attend").output.shape == (2, 5)
+
+
+def test_names_of_flaxs_on_an_nnx_module_that_are_the_users():
+    session = Session()
+    session.register("net", Named(rngs=nnx.Rngs(0)))
+    assert bits(session.apply("net", X, method="train").output) == bits(session.module("net").linear(X) + 1)
+    assert bits(session.apply("net", X, 2.0).output) == bits(session.module("net").linear(X) * 2)
+
+
+class Takes(nn.Module):
+    """A model that is given variables, of the same tree as its own."""
+
+    @nn.compact
+    def __call__(self, other, x):
+        return nn.Dense(2)(x) @ other["params"]["Dense_0"]["kernel"].T
+
+
+def test_a_model_that_takes_variables_gets_them(session):
+    session.register("takes", Takes())
+    other = nn.Dense(2).init(jax.random.key(3), X)
+    other = {"params": {"Dense_0": other["params"]}}
+    run = session.apply("takes", other, X)
+    variables = session.models["takes"].variables
+    assert bits(run.output) == bits(jax.jit(Takes().apply)(variables, other, X))
+
+
+# -- a script
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            lambda s: s.init("net", jax.random.key(0), X, method="init"),
+            own("net.init", "%flax_init", "a key") + "\n  form: session.init('net', …)",
+        ),
+        (
+            lambda s: s.apply("net", {}, X, method="apply"),
+            own("net.apply", "%flax_apply", BOTH) + "\n  form: session.apply('net', …)",
+        ),
+        (
+            lambda s: s.apply("net", method="clone"),
+            plain("net.clone") + "\n  form: session.models['net'].module.clone(…)",
+        ),
+        (lambda s: s.apply("net", method="unbind"), bound("net.unbind") + "\n  form: session.apply('net', …)"),
+        (
+            lambda s: s.apply("net", s.models["net"].variables, X),
+            f"net() {TAKES_NONE}\n  form: session.apply('net', …)\n        session.apply('net', …, variables=…)",
+        ),
+        (
+            lambda s: s.apply("net", X, rngs={}),
+            "net() has no argument `rngs`: each run is a draw, and the session gives its keys.\n"
+            "  form: session.apply('net', …)",
+        ),
+    ],
+)
+def test_a_script_is_told_the_form(session, run, message):
+    state = session._state
+    with pytest.raises(FlaxMagicsError) as told:
+        run(session)
+    assert str(told.value) == message
+    assert session._state is state

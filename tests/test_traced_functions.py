@@ -1,0 +1,498 @@
+"""A command is no part of a function that JAX traces, of a host callback, or of another command."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.experimental import io_callback
+from jax.sharding import PartitionSpec
+
+from flax_magics import FlaxMagicsError, Session, private
+
+X = jnp.ones((2, 3))
+LIKE = jax.ShapeDtypeStruct((3,), jnp.float32)
+TRACED = "in a function that JAX traces: it would happen once, while JAX traces, and be no part of what then runs."
+CALLED_BACK = "in a host callback, and the program that calls it waits for it."
+INSIDE = "in code that another command runs, and the draw of that one is not finished."
+
+
+class Command:
+    """Draws a key where it is called, and notes how that went."""
+
+    def __init__(self) -> None:
+        self.session = Session()
+        self.said: list[str] = []
+
+    def __call__(self, x):
+        try:
+            self.session.key("noise")
+        except FlaxMagicsError as error:
+            self.said.append(str(error))
+        else:
+            self.said.append("drawn")
+        return x
+
+    def total(self, x):
+        return jnp.sum(self(x))
+
+    def on_host(self, x):
+        return np.asarray(self(x))
+
+
+@pytest.fixture
+def command():
+    return Command()
+
+
+def with_rules(command, **rules):
+    """A function whose own derivative is `command` in its forward or in its backward rule."""
+
+    @jax.custom_vjp
+    def function(x):
+        return jnp.sum(x)
+
+    function.defvjp(
+        lambda x: (rules.get("forward", lambda x: x)(x).sum(), x), lambda x, g: (rules.get("back", lambda x: x)(x) * g,)
+    )
+    return function
+
+
+def with_tangent(command):
+    @jax.custom_jvp
+    def function(x):
+        return jnp.sum(x)
+
+    function.defjvp(lambda primals, tangents: (function(*primals), command.total(tangents[0])))
+    return function
+
+
+def at_the_trace(command):
+    def function(x):
+        with jax.ensure_compile_time_eval():
+            command(1.0)
+        return jnp.sum(x)
+
+    return function
+
+
+class Lifted(nn.Module):
+    """A transform of linen's around the command."""
+
+    lift: str
+    command: Command
+
+    @nn.compact
+    def __call__(self, x):
+        inner = Plain(self.command)
+        if self.lift == "jit":
+            return nn.jit(lambda module, x: module(x))(inner, x)
+        if self.lift == "remat":
+            return nn.remat(lambda module, x: module(x))(inner, x)
+        return nn.scan(lambda module, carry, x: (carry, module(x)), variable_broadcast="params")(inner, 0.0, x)[1]
+
+
+class Plain(nn.Module):
+    command: Command
+
+    @nn.compact
+    def __call__(self, x):
+        return self.command(x)
+
+
+def mesh():
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("a",))
+
+
+TRACES = {
+    "jit": lambda c, x: jax.jit(c)(x),
+    "lower": lambda c, x: jax.jit(c).lower(x),
+    "grad": lambda c, x: jax.grad(c.total)(x),
+    "value_and_grad": lambda c, x: jax.value_and_grad(c.total)(x),
+    "grad without jit": lambda c, x: without_jit(jax.grad(c.total), x),
+    "vjp": lambda c, x: jax.vjp(c, x),
+    "jvp": lambda c, x: jax.jvp(c, (x,), (x,)),
+    "linearize": lambda c, x: jax.linearize(c, x),
+    "hessian": lambda c, x: jax.hessian(c.total)(x),
+    "vmap": lambda c, x: jax.vmap(c)(x),
+    "pmap": lambda c, x: jax.pmap(c)(x[None]),
+    "shard_map": lambda c, x: jax.shard_map(c, mesh=mesh(), in_specs=PartitionSpec(), out_specs=PartitionSpec())(x),
+    "checkpoint": lambda c, x: jax.checkpoint(c)(x),
+    "scan": lambda c, x: jax.lax.scan(lambda carry, x: (carry, c(x)), 0.0, x),
+    "map": lambda c, x: jax.lax.map(c, x),
+    "while_loop": lambda c, x: jax.lax.while_loop(lambda i: i < 2, lambda i: c(i) + 1, 0),
+    "fori_loop": lambda c, x: jax.lax.fori_loop(0, 2, lambda i, x: c(x), x),
+    "cond": lambda c, x: jax.lax.cond(True, c, lambda x: x, x),
+    "eval_shape": lambda c, x: jax.eval_shape(c, x),
+    "make_jaxpr": lambda c, x: jax.make_jaxpr(c)(x),
+    "compile time in jit": lambda c, x: jax.jit(at_the_trace(c))(x),
+    "compile time in grad": lambda c, x: jax.grad(at_the_trace(c))(x),
+    "a rule's forward": lambda c, x: jax.grad(with_rules(c, forward=c))(x),
+    "a rule's backward": lambda c, x: jax.grad(with_rules(c, back=c))(x),
+    "a rule's tangent": lambda c, x: jax.grad(with_tangent(c))(x),
+    "nnx.jit": lambda c, x: nnx.jit(c)(x),
+    "nnx.grad": lambda c, x: nnx.grad(c.total)(x),
+    "nnx.vmap": lambda c, x: nnx.vmap(c)(x),
+    "nnx.scan": lambda c, x: nnx.scan(lambda carry, x: (carry, c(x)))(0.0, x),
+    "nnx.remat": lambda c, x: nnx.remat(c)(x),
+    "nn.jit": lambda c, x: Lifted("jit", c).apply({}, x),
+    "nn.remat": lambda c, x: Lifted("remat", c).apply({}, x),
+    "nn.scan": lambda c, x: Lifted("scan", c).apply({}, x),
+    "linen under jit": lambda c, x: jax.jit(lambda x: Plain(c).apply({}, x))(x),
+}
+
+CALLBACKS = {
+    "pure_callback": lambda c, x: jax.pure_callback(c.on_host, LIKE, x),
+    "pure_callback in jit": lambda c, x: jax.jit(lambda x: jax.pure_callback(c.on_host, LIKE, x))(x),
+    "pure_callback without jit": lambda c, x: without_jit(lambda x: jax.pure_callback(c.on_host, LIKE, x), x),
+    "io_callback": lambda c, x: jax.jit(lambda x: io_callback(c.on_host, LIKE, x))(x),
+    "io_callback in order": lambda c, x: jax.jit(lambda x: io_callback(c.on_host, LIKE, x, ordered=True))(x),
+    "debug.callback": lambda c, x: jax.debug.callback(c.on_host, x),
+    "debug.callback in jit": lambda c, x: jax.jit(lambda x: (jax.debug.callback(c.on_host, x), x)[1])(x),
+    "debug.callback in grad": lambda c, x: jax.grad(lambda x: (jax.debug.callback(c.on_host, x), x.sum())[1])(x),
+    "debug.callback in scan": lambda c, x: jax.lax.scan(lambda i, x: (i, jax.debug.callback(c.on_host, x)), 0.0, x),
+}
+
+OUTSIDE = {
+    "nothing around it": lambda c, x: c(x),
+    "jit without jit": lambda c, x: without_jit(jax.jit(c), x),
+    "scan without jit": lambda c, x: without_jit(lambda x: jax.lax.scan(lambda i, x: (i, c(x)), 0.0, x[:1]), x),
+    "nnx.jit without jit": lambda c, x: without_jit(nnx.jit(c), x),
+    "tree.map": lambda c, x: jax.tree.map(c, {"a": x}),
+    "compile time": lambda c, x: at_the_trace(c)(x),
+    "linen by hand": lambda c, x: Plain(c).apply({}, x),
+    "another thread": lambda c, x: in_a_thread(lambda: c(x)),
+    "a thread beside a trace": lambda c, x: jax.jit(lambda x: in_a_thread(lambda: c(1.0)) or x)(x),
+}
+
+
+def without_jit(function, x):
+    with jax.disable_jit():
+        return function(x)
+
+
+def in_a_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("place", TRACES)
+def test_no_command_in_a_traced_function(command, place):
+    before = command.session._state
+    TRACES[place](command, jnp.arange(3.0))
+    line = "\n  write: noise_key = session.key('noise')"
+    assert set(command.said) == {f"the key `noise` is drawn {TRACED} Draw it before, and use it there.{line}"}
+    assert command.session._state is before
+
+
+@pytest.mark.parametrize("place", CALLBACKS)
+def test_no_command_in_a_host_callback(command, place):
+    before = command.session._state
+    jax.block_until_ready(CALLBACKS[place](command, jnp.arange(3.0)))
+    jax.effects_barrier()
+    line = "\n  write: noise_key = session.key('noise')"
+    assert set(command.said) == {f"the key `noise` is drawn {CALLED_BACK} Draw it before, and use it there.{line}"}
+    assert command.session._state is before
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_a_command_where_nothing_is_traced(command, place):
+    OUTSIDE[place](command, jnp.arange(3.0))
+    assert command.said == ["drawn"]
+    assert command.session.draws == 1
+
+
+@pytest.mark.parametrize("place", ["jit", "grad", "vmap", "scan", "nnx.jit"])
+def test_the_calling_frames_tell_most_where_a_version_has_the_private_name_no_longer(command, place, monkeypatch):
+    monkeypatch.setattr(private, "_is_clean", lambda: lambda: True)
+    TRACES[place](command, jnp.arange(3.0))
+    assert command.session.draws == 0
+
+
+# -- every command
+
+
+class Own(nnx.Module):
+    def __init__(self, features, *, rngs):
+        self.linear = nnx.Linear(3, features, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+REFUSING = {
+    "register": lambda session: session.register("other", nn.Dense(3)),
+    "register_all": lambda session: session.register_all({"other": nn.Dense(3)}),
+    "init": lambda session: session.init("net", X),
+    "run_init": lambda session: session.init("net", X),
+    "apply": lambda session: session.apply("net", X),
+    "run_apply": lambda session: session.apply("net", X),
+    "key": lambda session: session.key("noise"),
+    "run_key": lambda session: session.run_key("noise"),
+    "replay": lambda session: session.replay(1),
+    "run_replay": lambda session: session.run_replay("last"),
+    "restart": lambda session: session.restart(3, fresh=True),
+    "load": lambda session: session.load("session.safetensors"),
+}
+"""Methods of a session that draw, run or change it; `run_init` and `run_apply` are what `init` and `apply` call."""
+HARMLESS = {
+    "summary", "run_summary", "variables", "history", "last", "module", "save", "autosave", "export", "keep_on_disk",
+    "settle",
+}  # fmt: skip
+
+
+def test_every_method_of_a_session_is_one_or_the_other():
+    public = {name for name, value in inspect.getmembers(Session, callable) if not name.startswith("_")}
+    assert public <= {*REFUSING, *HARMLESS}
+
+
+@pytest.fixture(scope="module")
+def used():
+    session = Session()
+    session.register("net", nn.Dense(2))
+    session.apply("net", X)
+    return session
+
+
+@pytest.mark.parametrize("where", ["jit", "callback"])
+@pytest.mark.parametrize("method", REFUSING)
+def test_a_method_that_refuses_leaves_the_session_as_it_was(used, method, where):
+    state, seen, said = used._state, {name: set(value) for name, value in vars(used._seen).items()}, []
+
+    def call(x):
+        try:
+            REFUSING[method](used)
+        except FlaxMagicsError as error:
+            said.append(str(error))
+        return x
+
+    if where == "jit":
+        jax.jit(call)(X)
+    else:
+        jax.block_until_ready(
+            jax.pure_callback(lambda x: np.asarray(call(x)), jax.ShapeDtypeStruct((), X.dtype), X[0, 0])
+        )
+    assert len(said) == 1
+    assert f" {TRACED if where == 'jit' else CALLED_BACK} " in said[0]
+    assert used._state is state
+    assert {name: set(value) for name, value in vars(used._seen).items()} == seen
+
+
+def test_variables_are_not_assigned_in_a_traced_function(used):
+    state = used._state
+    with pytest.raises(FlaxMagicsError) as told:
+        jax.jit(lambda v: setattr(used.models["net"], "variables", v))(used.models["net"].variables)
+    assert str(told.value) == (
+        f"the assignment of `net`'s variables stands {TRACED} Write it before or after.\n"
+        "  write: session.models['net'].variables = variables"
+    )
+    assert used._state is state
+
+
+def test_a_summary_in_a_traced_function_is_that_outside(used):
+    def told(text):
+        jax.jit(lambda x: text.append(str(used.summary("net", x))) or x)(X)
+
+    inside: list[str] = []
+    told(inside)
+    assert inside == [str(used.summary("net", X))]
+
+
+def test_a_script_is_told_the_form(used):
+    with pytest.raises(FlaxMagicsError) as told:
+        jax.grad(lambda x: used.apply("net", x).output.sum())(X)
+    assert str(told.value) == (
+        f"%flax_apply net(…) stands {TRACED} Take variables and keys before it, and call the model with them.\n"
+        "  form: variables = session.models['net'].variables\n"
+        "        dropout_key = session.key('dropout')\n"
+        "        session.models['net'].module.apply(variables, …, rngs={'dropout': dropout_key})"
+    )
+
+
+# -- a model that holds a command
+
+
+class Nested(nn.Module):
+    """A command in a model's own code."""
+
+    session: Session
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x) + self.session.apply("net", x).output
+
+
+@pytest.mark.parametrize("run", [lambda s: s.init("nested", X), lambda s: s.apply("nested", X, eager=True)])
+def test_a_model_that_another_command_runs_draws_nothing(run):
+    session = Session()
+    session.register("net", nn.Dense(2))
+    session.register("nested", Nested(session))
+    state = session._state
+    with pytest.raises(FlaxMagicsError) as told:
+        run(session)
+    assert str(told.value).startswith(f"%flax_apply net(…) stands {INSIDE} ")
+    assert session._state is state
+
+
+class Called(nn.Module):
+    """A command in a host callback of the model."""
+
+    command: Command
+
+    @nn.compact
+    def __call__(self, x):
+        return jax.pure_callback(self.command.on_host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def test_a_program_with_a_callback_runs_and_a_command_in_it_does_not(command):
+    command.session.register("net", Called(command))
+    assert command.session.apply("net", X).output.shape == (2, 3)
+    assert command.session.draws == 1
+    assert {said.partition(". ")[0] for said in command.said} == {f"the key `noise` is drawn {CALLED_BACK[:-1]}"}
+
+
+# -- what a notebook is told
+
+SETUP = """\
+from flax import nnx
+x = jnp.ones((2, 3))
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    return x + jax.random.normal(self.make_rng('noise'), x.shape) if train else x
+class Handed(nnx.Module):
+  def __init__(self, features, *, rngs):
+    self.linear = nnx.Linear(3, features, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5)
+  def __call__(self, x, *, rngs):
+    return self.dropout(self.linear(x), rngs=rngs)
+class Own(nnx.Module):
+  def __init__(self, features, *, rngs):
+    self.linear = nnx.Linear(3, features, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+  def __call__(self, x):
+    return self.dropout(self.linear(x))
+"""
+
+BY_HAND = "Take variables and keys before it, and call the model with them."
+TRAINED = ".apply(variables, x, train=True, rngs={'dropout': dropout_key, 'noise': noise_key}, mutable=['batch_stats'])"
+KEYS = ["dropout_key = %flax_key dropout", "noise_key = %flax_key noise"]
+OF_NNX = (
+    "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit do"
+    " not."
+)
+BUILD = "Draw the keys before it, and build with them."
+BUILT = ["params_key = %flax_key params", "dropout_key = %flax_key dropout"]
+RNGS = "rngs=nnx.Rngs(params=params_key, dropout=dropout_key)"
+
+TOLD = {
+    "flax_apply --train net(x)": (
+        f"%flax_apply --train net(x) stands {TRACED} {BY_HAND}",
+        ["variables = %flax_vars net", *KEYS, f"net{TRAINED}"],
+    ),
+    "flax_apply -q net(x, train=False)": (
+        f"%flax_apply -q net(x, train=False) stands {TRACED} {BY_HAND}",
+        ["variables = %flax_vars net", "net.apply(variables, x, train=False)"],
+    ),
+    "flax_apply --train fresh(x)": (
+        f"%flax_apply --train fresh(x) stands {TRACED} {BY_HAND}",
+        ["variables = %flax_init fresh(x)", *KEYS, f"fresh{TRAINED}"],
+    ),
+    "flax_init net(x)": (
+        f"%flax_init net(x) stands {TRACED} Draw the key before it, and initialise with that.",
+        ["params_key = %flax_key params", "variables = net.init(params_key, x)"],
+    ),
+    "flax_apply --train own(x)": (f"%flax_apply --train own(x) stands {TRACED} {OF_NNX}", ["own.train()", "own(x)"]),
+    "flax_apply handed(x)": (
+        f"%flax_apply handed(x) stands {TRACED} {OF_NNX}",
+        ["dropout_key = %flax_key dropout", "handed(x, rngs=nnx.Rngs(dropout_key))"],
+    ),
+    "flax_init own(x)": (f"%flax_init own(x) stands {TRACED} {BUILD}", [*BUILT, f"own = Own(4, {RNGS})"]),
+    "flaxmodel new = Own(2)": (f"`new` is registered {TRACED} {BUILD}", [*BUILT, f"new = Own(2, {RNGS})"]),
+    "flaxmodel net": (f"`net` is registered {TRACED} Register it before.", ["%flaxmodel net"]),
+    "flax_key noise": (
+        f"the key `noise` is drawn {TRACED} Draw it before, and use it there.",
+        ["noise_key = %flax_key noise"],
+    ),
+    "flax_replay 1": (f"%flax_replay 1 stands {TRACED} Write it before or after.", ["%flax_replay 1"]),
+    "flax_key --seed 3 --fresh": (
+        f"%flax_key --seed 3 --fresh stands {TRACED} Write it before or after.",
+        ["%flax_key --seed 3 --fresh"],
+    ),
+}
+
+
+@pytest.fixture
+def models(notebook):
+    notebook(SETUP)
+    for line in ("net = Net()", "fresh = Net()", "own = Own(4)", "handed = Handed(4)"):
+        notebook(f"%flaxmodel -q {line}")
+    notebook("_ = %flax_init -q net(x)")
+    if "flax_vars" not in notebook.shell.magics_manager.magics["line"]:
+        notebook.shell.register_magic_function(
+            lambda line: notebook.session.models[line.strip()].variables, magic_name="flax_vars"
+        )
+    return notebook
+
+
+def told(notebook, line):
+    """The message of a command in a traced function, and the lines that it says to write."""
+    name, _, rest = line.partition(" ")
+    out = notebook.fails(f"jax.jit(lambda z: get_ipython().run_line_magic({name!r}, {rest!r}))(1.0)")
+    message, _, advice = out.partition("\n  write: ")
+    return message.removeprefix("FlaxMagicsError: "), advice.split("\n         ")
+
+
+def test_a_notebook_is_told_what_to_write_and_that_runs(models):
+    for line, expected in TOLD.items():
+        state = models.session._state
+        message, advice = told(models, line)
+        assert (message, advice) == expected
+        assert models.session._state is state
+        models("\n".join(advice))
+
+
+def test_a_call_that_does_not_fit_is_refused_all_the_same(models):
+    out = models.fails("jax.jit(lambda z: get_ipython().run_line_magic('flax_apply', 'net.copy_of(x)'))(1.0)")
+    assert out == (
+        f"FlaxMagicsError: %flax_apply net.copy_of(x) stands {TRACED} {BY_HAND}\n"
+        "  form: variables = %flax_vars net\n"
+        "        dropout_key = %flax_key dropout\n"
+        "        net.apply(variables, …, rngs={'dropout': dropout_key})"
+    )
+
+
+def test_the_advice_has_gradients(models):
+    _, advice = told(models, "flax_apply --train net(x)")
+    models("\n".join(advice[:-1]))
+    models(
+        f"def loss(variables):\n  y, updates = {advice[-1]}\n  return (y ** 2).sum()\ngrads = jax.grad(loss)(variables)"
+    )
+    assert np.abs(models["grads"]["params"]["Dense_0"]["kernel"]).sum() > 0
+
+
+def test_a_tracer_error_in_a_traced_function_is_not_sent_to_eager(models):
+    models("def look(x):\n  if x > 0:\n    return x\n  return -x\n%flaxmodel -q net")
+    out = models.fails("jax.jit(lambda z: get_ipython().run_line_magic('flax_apply', 'net(x * look(z))'))(1.0)")
+    assert "TracerBoolConversionError" in out
+    assert "--eager" not in out
+
+
+def test_a_summary_of_a_traced_module_refuses(models):
+    out = models.fails("nnx.jit(lambda own: get_ipython().run_line_magic('flax_summary', 'own(x)'))(own)")
+    assert f"stands {TRACED} Write it before or after.\n  write: %flax_summary own(x)" in out
+
+
+def test_a_command_in_a_function_that_is_not_jitted_runs(models):
+    models("def look(x):\n  y = %flax_apply -q net(x)\n  return y\nwith jax.disable_jit():\n  y = jax.jit(look)(x)")
+    assert models["y"].shape == (2, 4)
