@@ -522,16 +522,17 @@ def test_a_function_in_the_place_of_a_layer(session):
     assert bits(session.apply("net", an_input()).output) == bits(expected * 2)
 
 
+class Keyed(nnx.Module):
+    def __init__(self):
+        self.typed, self.legacy = nnx.Variable(jax.random.key(3)), nnx.Variable(jax.random.PRNGKey(3))
+
+    def __call__(self, x):
+        key, self.typed[...] = jax.random.split(self.typed[...])
+        self.legacy[...] = jax.random.split(self.legacy[...])[0]
+        return x + jax.random.normal(key, x.shape)
+
+
 def test_keys_in_variables_typed_and_legacy(session):
-    class Keyed(nnx.Module):
-        def __init__(self):
-            self.typed, self.legacy = nnx.Variable(jax.random.key(3)), nnx.Variable(jax.random.PRNGKey(3))
-
-        def __call__(self, x):
-            key, self.typed[...] = jax.random.split(self.typed[...])
-            self.legacy[...] = jax.random.split(self.legacy[...])[0]
-            return x + jax.random.normal(key, x.shape)
-
     runs_as_by_hand(session, Keyed, an_input())
 
 
