@@ -60,7 +60,7 @@ class Boxed(nn.Module):
         )
         x, _ = layers()(x, None)
         x = nn.Dense(4, kernel_init=init)(x)
-        return nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model")))(x)
+        return nn.Dense(4, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model")))(x)
 
 
 class Small(nn.Module):
@@ -144,7 +144,7 @@ def around_linen() -> Any:
 
 
 x, rows, step = notebook_x(), of_nnx.an_input(), of_nnx.a_sequence(8)[:, :1]
-graph = of_linen.Graph(jnp.ones((3, 2)), jnp.arange(8.0).reshape(4, 2), jnp.array([0, 1, 2, 0]))
+graph = of_linen.Graph(jnp.ones((3, 4)), jnp.arange(16.0).reshape(4, 4), jnp.array([0, 1, 2, 0]))
 KINDS = {
     "dicts, one of them updated": Kind(Normed, (x,), {"train": True}, runs=2),
     "FrozenDicts, assigned": Kind(Normed, (x,), {"train": True}, frozen),
