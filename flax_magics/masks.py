@@ -1,12 +1,12 @@
 """Whether a run that takes the keys of an earlier draw drew the same masks: where its layers and their shapes agree.
 
-Under a transform that splits a stream along an axis (`nn.scan`, `nn.vmap`) there are as many masks as the axis is long.
+A transform of Flax's (`nn.scan`, `nnx.vmap`) may split a stream along its axis, or fork it. How is not looked into: what is
+drawn inside is compared by path and shape, and where these agree it is said that it may differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 from .models import Path, Record, Take
 from .notes import join
@@ -14,6 +14,7 @@ from .run import Note
 
 NAMED = 4
 """Layers that a note names; of more it says how many."""
+OTHER_KEY = "another key, by its place in the model"
 
 
 def compare(draw: int, was: Record, now: Record) -> Iterator[Note]:
@@ -21,12 +22,17 @@ def compare(draw: int, was: Record, now: Record) -> Iterator[Note]:
 
     A mask is the same where the key is made of the same and the shape and the rate agree. Where a module draws with a key
     itself, what it draws is not known: then only where it took the key is compared, and nothing is claimed of the rest.
+    Inside a transform an equal path and shape may still be another mask, unless both runs are of one trace.
     """
+    if was is now:
+        return
     # A record without them is of a run that could not be watched so closely.
     if not (was.takes or now.takes):
         return
     old, new = _by_place(was.takes), _by_place(now.takes)
-    said = [*_differing(old, new)]
+    both = [place for place in new if place in old]
+    texts = {place: _apart(old[place], new[place]) for place in both}
+    said = [*_differing(texts)]
     only = [place for place in new if place not in old]
     missing = [place for place in old if place not in new]
     if only and old:
@@ -35,6 +41,11 @@ def compare(draw: int, was: Record, now: Record) -> Iterator[Note]:
         said.append(f"{_names(missing)}: in draw {draw}'s run alone")
     if said:
         yield Note("masks", f"other random numbers than in draw {draw} at {'; '.join(said)}")
+    inside = [place for place in both if not texts[place] and (old[place].inside or new[place].inside)]
+    if inside:
+        yield Note(
+            "masks", f"random numbers drawn inside a transform may differ from those of draw {draw}: {_names(inside)}"
+        )
 
 
 _Place = tuple[str, Path, int]
@@ -42,49 +53,44 @@ _Place = tuple[str, Path, int]
 
 def _by_place(takes: Iterable[Take]) -> dict[_Place, Take]:
     """Stream, module and how often it took a key before → that key."""
-    found: dict[_Place, Take] = {}
+    by_place: dict[_Place, Take] = {}
     for take in takes:
         n = 0
-        while (take.stream, take.path, n) in found:
+        while (take.stream, take.path, n) in by_place:
             n += 1
-        found[take.stream, take.path, n] = take
-    return found
+        by_place[take.stream, take.path, n] = take
+    return by_place
 
 
-def _differing(old: dict[_Place, Take], new: dict[_Place, Take]) -> Iterator[str]:
-    both = [place for place in new if place in old]
-    keys = [place for place in both if old[place].source != new[place].source]
-    if keys:
-        yield f"{_names(keys)}: another key, by its place in the model"
+def _differing(texts: dict[_Place, str]) -> Iterator[str]:
+    """The places that differ in the same way in one text, some of these and the rest counted."""
     alike: dict[str, list[_Place]] = {}
-    for place in both:
-        said = "" if place in keys else _apart(old[place], new[place])
-        if said:
-            alike.setdefault(said, []).append(place)
-    for said in list(alike)[:NAMED]:
-        yield f"{_names(alike[said])}: {said}"
+    for place, text in texts.items():
+        if text:
+            alike.setdefault(text, []).append(place)
+    if OTHER_KEY in alike:
+        yield f"{_names(alike.pop(OTHER_KEY))}: {OTHER_KEY}"
+    for text in list(alike)[:NAMED]:
+        yield f"{_names(alike[text])}: {text}"
     rest = [place for places in list(alike.values())[NAMED:] for place in places]
     if rest:
         yield f"{_names(rest)}: other shapes or rates"
 
 
-def _apart(one: Take, other: Take) -> str:
+def _apart(old: Take, new: Take) -> str:
     """`[4,8] there, [2,8] here`; empty where what was drawn with the same key is the same, or not known."""
-    if one.drew is None or other.drew is None:
-        one, other = replace(one, drew=None), replace(other, drew=None)
-    if one.axes != other.axes or (one.drew and other.drew and one.drew[0] != other.drew[0]):
-        return f"{_drawn(one)} there, {_drawn(other)} here"
-    if one.drew and other.drew and one.drew[1] != other.drew[1]:
-        return f"rate {one.drew[1]:g} there, {other.drew[1]:g} here"
-    return ""
+    if old.source != new.source:
+        return OTHER_KEY
+    if old.drew is None or new.drew is None:
+        return ""
+    (old_shape, old_rate), (new_shape, new_rate) = old.drew, new.drew
+    if old_shape != new_shape:
+        return f"{_shape(old_shape)} there, {_shape(new_shape)} here"
+    return f"rate {old_rate:g} there, {new_rate:g} here" if old_rate != new_rate else ""
 
 
-def _drawn(take: Take) -> str:
-    """`6×[4,8]`: so many masks of a shape; where that is not known `6 keys`."""
-    times = [str(size) for size in take.axes]
-    if take.drew is None:
-        return f"{'×'.join(times) or 1} key{'s' if times else ''}"
-    return "×".join([*times, f"[{','.join(map(str, take.drew[0]))}]"])
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, shape))}]"
 
 
 def _names(places: list[_Place]) -> str:

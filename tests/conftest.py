@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from traitlets.config import Config
 
 from flax_magics import current
+
+# `--hypothesis-profile few` is for a lane whose examples another lane tries in full.
+settings.register_profile("few", max_examples=5)
 
 OPTIMISED_LITTLE = "jax_disable_most_optimizations"
 

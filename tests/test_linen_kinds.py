@@ -252,7 +252,7 @@ class Sums(nn.Module):
     def __call__(self, x):
         self.sow("losses", "l2", jnp.sum(x**2), init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b)
         self.sow("losses", "l2", jnp.sum(x**2), init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b)
-        return nn.Dense(2)(x)
+        return nn.Dense(4)(x)
 
 
 def test_sow_with_a_reduce_function_starts_anew_in_each_run(session):
@@ -291,9 +291,9 @@ class LoRA(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        frozen = self.variable("frozen", "kernel", nn.initializers.normal(), self.make_rng("params"), (4, 3))
+        frozen = self.variable("frozen", "kernel", nn.initializers.normal(), self.make_rng("params"), (4, 4))
         a = self.variable("lora", "a", nn.initializers.normal(), self.make_rng("params"), (4, self.rank))
-        b = self.variable("lora", "b", jnp.zeros, (self.rank, 3))
+        b = self.variable("lora", "b", jnp.zeros, (self.rank, 4))
         return x @ (frozen.value + a.value @ b.value)
 
 
@@ -314,8 +314,8 @@ class Lora(nn.Module):
             return init(self.make_rng("params"), shape)
 
         a = self.variable("lora", "a", make, nn.initializers.normal(), (4, 2))
-        b = self.variable("lora", "b", make, nn.initializers.zeros, (2, 3))
-        return nn.Dense(3)(x) + x @ a.value @ b.value
+        b = self.variable("lora", "b", make, nn.initializers.zeros, (2, 4))
+        return nn.Dense(4)(x) + x @ a.value @ b.value
 
 
 def test_collections_made_by_a_function_at_init_alone(session):
@@ -326,7 +326,7 @@ class Statistics(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
         norm = nn.BatchNorm(use_running_average=not train, axis_name="batch")
-        return norm(nn.Dense(3)(x))
+        return norm(nn.Dense(4)(x))
 
 
 class Replicas(nn.Module):
@@ -360,12 +360,11 @@ class Wrapped(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = self.norm(nn.Dense(5))(x, **({"update_stats": train} if self.norm is nn.SpectralNorm else {}))
-        return nn.Dense(2)(x)
+        x = self.norm(nn.Dense(4))(x, **({"update_stats": train} if self.norm is nn.SpectralNorm else {}))
+        return nn.Dense(4)(x)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("norm", [nn.SpectralNorm, nn.WeightNorm])
+@pytest.mark.parametrize(("norm", "mode"), [(nn.SpectralNorm, "train"), (nn.WeightNorm, "eval")])
 def test_normalised_weights(session, norm, mode):
     train = mode == "train"
     runs_as_by_hand(
@@ -381,7 +380,7 @@ def test_normalised_weights(session, norm, mode):
 
 def partitioned(module: Any) -> Any:
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    return module(3, kernel_init=init)
+    return module(4, kernel_init=init)
 
 
 def test_partitioned_metadata_stays_on_the_variables(session):
@@ -413,7 +412,7 @@ def test_logically_partitioned_metadata_inside_scan(session):
 
 class Both(nn.Module):
     def setup(self):
-        self.encoder = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
+        self.encoder = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(4)])
         self.decoder = nn.Dense(4)
 
     def __call__(self, x):
@@ -440,7 +439,7 @@ def test_setup_with_methods(session):
 class Heads(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(3, name="body")(x)
+        return nn.Dense(4, name="body")(x)
 
     @nn.nowrap
     def helper(self, x):
@@ -448,7 +447,7 @@ class Heads(nn.Module):
 
     @nn.compact_name_scope
     def head(self, x):
-        return nn.Dense(2, name="head_dense")(self.helper(x))
+        return nn.Dense(4, name="head_dense")(self.helper(x))
 
 
 def test_several_methods_with_variables_of_their_own(session):
@@ -490,9 +489,9 @@ def test_a_shared_submodule_has_one_set_of_variables(session):
 
 class SharedScope(nn.Module):
     def setup(self):
-        self.base = nn.Dense(3)
+        self.base = nn.Dense(4)
         nn.share_scope(self, self.base)
-        self.bonus = self.param("bonus", nn.initializers.normal(), (3,))
+        self.bonus = self.param("bonus", nn.initializers.normal(), (4,))
 
     def __call__(self, x):
         return self.base(x) + self.bonus
@@ -522,7 +521,7 @@ class GraphNet(nn.Module):
 
 
 def test_a_graph_in_and_a_graph_out(session):
-    graph = Graph(jnp.ones((3, 2)), jnp.arange(8.0).reshape(4, 2), jnp.array([0, 1, 2, 0]))
+    graph = Graph(jnp.ones((3, 4)), jnp.arange(16.0).reshape(4, 4), jnp.array([0, 1, 2, 0]))
     run = runs_as_by_hand(session, GraphNet(), graph)
     assert isinstance(run.output, Graph)
 
@@ -536,13 +535,13 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    width: int = 2
+    width: int = 4
     bias: bool = True
 
 
 @dataclasses.dataclass
 class Loose:
-    width: int = 2
+    width: int = 4
 
 
 class Takes(nn.Module):
@@ -563,13 +562,13 @@ def test_static_fields_of_a_pytree_compile_again(session):
     session.register("net", Takes())
     session.apply("net", Batch(notebook_x()), Settings())
     run = session.apply("net", Batch(notebook_x(), name="other"), Settings())
-    assert run.output.shape == (3, 4, 2)
+    assert run.output.shape == (3, 4, 4)
 
 
 class Plain(nn.Module):
     @nn.compact
     def __call__(self, x, n=1, how="relu", twice=False, act=None, shift=0.5):
-        x = nn.Dense(3)(x) + shift
+        x = nn.Dense(4)(x) + shift
         for _ in range(n):
             x = getattr(nn, how)(x)
         x = act(x) if act is not None else x
@@ -610,7 +609,7 @@ def test_a_float_is_data_and_does_not_compile_again(session):
 class Sampler(nn.Module):
     @nn.compact
     def __call__(self, x, key):
-        return nn.Dense(2)(x) + jax.random.normal(key, (2,))
+        return nn.Dense(4)(x) + jax.random.normal(key, (4,))
 
 
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "legacy"])
@@ -643,7 +642,7 @@ class Nothing(nn.Module):
 class ManyOutputs(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return {"a": nn.Dense(2)(x), "b": (None, [x, Batch(x)]), "n": 3}
+        return {"a": nn.Dense(4)(x), "b": (None, [x, Batch(x)]), "n": 3}
 
 
 def test_models_with_no_inputs_and_outputs_that_are_pytrees(session):
@@ -679,7 +678,7 @@ def test_recurrent_cells_with_a_carry_from_a_stream(session, cell):
 
 
 def test_rnn_makes_its_own_carry_from_params(session):
-    net = nn.RNN(nn.GRUCell(3))
+    net = nn.RNN(nn.GRUCell(4))
     session.register("net", net)
     run = session.apply("net", notebook_x())
     variables = session.models["net"].variables
@@ -687,7 +686,7 @@ def test_rnn_makes_its_own_carry_from_params(session):
 
 
 def test_bidirectional_and_embedding(session):
-    net = nn.Sequential([nn.Embed(10, 4), nn.Bidirectional(nn.RNN(nn.GRUCell(3)), nn.RNN(nn.GRUCell(3)))])
+    net = nn.Sequential([nn.Embed(10, 4), nn.Bidirectional(nn.RNN(nn.GRUCell(4)), nn.RNN(nn.GRUCell(4)))])
     runs_as_by_hand(session, net, jnp.array([[1, 2, 3]]))
 
 
@@ -706,7 +705,7 @@ def test_embedding_shared_with_the_output_and_a_mask(session):
 class Perturbed(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return self.perturb("hidden", nn.Dense(3)(x))
+        return self.perturb("hidden", nn.Dense(4)(x))
 
 
 def test_perturbations(session):

@@ -155,7 +155,11 @@ def nothing_kept() -> Iterator[None]:
 @pytest.mark.usefixtures("nothing_kept")
 @pytest.mark.filterwarnings("ignore:Following NumPy automatic rank promotion")
 @given(cls=st.sampled_from(["Net", "Asking"]), train=st.booleans(), steps=st.lists(STEPS, min_size=2, max_size=6))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=min(12, settings().max_examples),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_every_run_is_what_a_fresh_one_by_hand_is(world, cls, train, steps):
     with contextlib.ExitStack() as undo:
         for name in ("jax_default_matmul_precision", "jax_enable_x64", "jax_numpy_rank_promotion"):

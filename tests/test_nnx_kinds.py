@@ -316,9 +316,15 @@ def test_every_switch_is_set_on_a_copy_whatever_its_name_and_the_objects_own_sta
             assert all(vars(part)[name] is value for name, value in was.items())
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", None])
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("mode", "eager", "error"),
+    [
+        ("train", False, RuntimeError),
+        ("train", True, KeyboardInterrupt),
+        ("eval", True, RuntimeError),
+        (None, False, KeyboardInterrupt),
+    ],
+)
 def test_a_run_that_fails_or_is_interrupted_leaves_every_bit_and_every_object(session, mode, eager, error):
     class Failing(Switches):
         def __call__(self, x):
@@ -447,7 +453,7 @@ def test_a_method_that_makes_the_cache_leaves_it_on_the_object(session):
 def test_recurrent_cells(session, cell):
     def make():
         rngs = nnx.Rngs(params=0, carry=1)
-        return Holding(lambda _: nnx.RNN(cell(4, 3, rngs=rngs), rngs=rngs, return_carry=True), lambda rnn, x: rnn(x))
+        return Holding(lambda _: nnx.RNN(cell(4, 4, rngs=rngs), rngs=rngs, return_carry=True), lambda rnn, x: rnn(x))
 
     runs_as_by_hand(session, make, a_sequence())
 
@@ -522,16 +528,17 @@ def test_a_function_in_the_place_of_a_layer(session):
     assert bits(session.apply("net", an_input()).output) == bits(expected * 2)
 
 
+class Keyed(nnx.Module):
+    def __init__(self):
+        self.typed, self.legacy = nnx.Variable(jax.random.key(3)), nnx.Variable(jax.random.PRNGKey(3))
+
+    def __call__(self, x):
+        key, self.typed[...] = jax.random.split(self.typed[...])
+        self.legacy[...] = jax.random.split(self.legacy[...])[0]
+        return x + jax.random.normal(key, x.shape)
+
+
 def test_keys_in_variables_typed_and_legacy(session):
-    class Keyed(nnx.Module):
-        def __init__(self):
-            self.typed, self.legacy = nnx.Variable(jax.random.key(3)), nnx.Variable(jax.random.PRNGKey(3))
-
-        def __call__(self, x):
-            key, self.typed[...] = jax.random.split(self.typed[...])
-            self.legacy[...] = jax.random.split(self.legacy[...])[0]
-            return x + jax.random.normal(key, x.shape)
-
     runs_as_by_hand(session, Keyed, an_input())
 
 
@@ -647,7 +654,7 @@ class Graph(NamedTuple):
 
 class OnGraphs(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(2, 2, rngs=rngs)
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
 
     def __call__(self, graph: Any) -> Any:
         messages = self.linear(graph.edges) * graph.nodes[graph.senders]
@@ -661,7 +668,7 @@ class OnGraphs(nnx.Module):
 
 
 def test_graphs_and_other_trees_in_and_out_and_nothing_at_all(session):
-    graph = Graph(jnp.ones((3, 2)), jnp.arange(8.0).reshape(4, 2), jnp.array([0, 1, 2, 0]))
+    graph = Graph(jnp.ones((3, 4)), jnp.arange(16.0).reshape(4, 4), jnp.array([0, 1, 2, 0]))
     assert isinstance(runs_as_by_hand(session, lambda: OnGraphs(nnx.Rngs(0)), graph).output["graph"], Graph)
     assert runs_as_by_hand(Session(seed=0), lambda: OnGraphs(nnx.Rngs(0)), method="nothing").output is None
     runs_as_by_hand(Session(seed=0), lambda: OnGraphs(nnx.Rngs(0)), method="parameters")
@@ -680,7 +687,7 @@ def test_graphs_and_other_trees_in_and_out_and_nothing_at_all(session):
 def test_static_arguments_compile_again_and_say_so(session, change, reason):
     class Plain(nnx.Module):
         def __init__(self, rngs):
-            self.linear = nnx.Linear(4, 3, rngs=rngs)
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
 
         def __call__(self, x, n=1, how="relu", twice=False, act=None):
             x = self.linear(x)
@@ -766,13 +773,13 @@ class OfNnx(nnx.Module):
 class AroundNnx(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        return nn.Dropout(0.5, deterministic=False)(nnx.bridge.to_linen(OfNnx, 3, name="inner")(x))
+        return nn.Dropout(0.5, deterministic=False)(nnx.bridge.to_linen(OfNnx, 4, name="inner")(x))
 
 
 @pytest.mark.parametrize(
     ("net", "used"),
     [
-        (nnx.bridge.to_linen(OfNnx, 3), {"mask": ("(the model)",)}),
+        (nnx.bridge.to_linen(OfNnx, 4), {"mask": ("(the model)",)}),
         (AroundNnx(), {"mask": ("inner",), "dropout": ("Dropout_0",)}),
     ],
     ids=["alone", "inside"],

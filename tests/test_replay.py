@@ -396,7 +396,11 @@ STEPS = st.lists(
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 @given(steps=STEPS, limit=st.sampled_from([0, 3000, 10**9]))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=min(12, settings().max_examples),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_after_any_session_every_draw_replays_identically_or_says_what_is_gone(kind, steps, limit):
     session = Session(seed=0, replay_bytes=limit)
     session.programs = PROGRAMS

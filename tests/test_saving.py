@@ -202,36 +202,6 @@ class Weak(nn.Module):
         return x * self.param("scale", lambda key: jnp.asarray(1.5)) + steps.value
 
 
-class WeakOwn(nnx.Module):
-    def __init__(self):
-        self.scale = nnx.Param(jnp.asarray(1.5))
-        self.steps = nnx.Variable(jnp.asarray(0))
-
-    def __call__(self, x):
-        return self.steps + self.scale * x
-
-
-@pytest.mark.parametrize("cls", [Weak, WeakOwn])
-@pytest.mark.parametrize("registered_first", [True, False])
-def test_variables_that_are_weakly_typed_are_so_again(path, cls, registered_first):
-    x = jnp.linspace(0, 1, 12).astype(jnp.bfloat16)
-    session, other = Session(), Session()
-    session.register("net", cls())
-    session.apply("net", x)
-    session.save(path)
-    for step in ("register", "load") if registered_first else ("load", "register"):
-        if step == "register":
-            other.register("net", cls())
-        else:
-            other.load(path)
-    leaves = [jax.tree_util.tree_leaves(one.models["net"].collections()) for one in (session, other)]
-    assert [leaf.aval for leaf in leaves[1]] == [leaf.aval for leaf in leaves[0]]
-    assert [leaf.weak_type for leaf in leaves[1]] == [True, True]
-    one, two = session.apply("net", x), other.apply("net", x)
-    assert (two.shape, two.digest) == (one.shape, one.digest)
-    assert one.shape == "bfloat16[12]"
-
-
 def test_a_file_that_does_not_say_which_variables_are_weakly_typed_is_read(path):
     x = jnp.ones((3,), jnp.bfloat16)
     session, other = Session(), Session()
@@ -354,24 +324,6 @@ class Structured(nn.Module):
         made = self.param("all", lambda key: Weights(Pair(jax.random.normal(key, (4,)), jnp.zeros(4)), jnp.ones(())))
         boxed = self.param("mesh", nn.with_partitioning(nn.initializers.ones, ("a",)), (4,))
         return (x * made.pair.weight + made.pair.bias) * made.scale + boxed
-
-
-def test_variables_of_classes_of_the_users_are_put_together_by_the_users_own_code(path):
-    x = notebook_x()
-    session = Session()
-    session.register("net", Structured())
-    session.apply("net", x)
-    session.save(path)
-    other = Session()
-    other.load(path)
-    (change,) = other.register_all({"net": Structured()})
-    assert change.variables == "restored"
-    found = other.models["net"].variables["params"]
-    assert type(found["all"]) is Weights
-    assert type(found["all"].pair) is Pair
-    assert type(found["mesh"]) is nn.Partitioned
-    assert found["mesh"].names == ("a",)
-    assert bits(session.apply("net", x).output) == bits(other.apply("net", x).output)
 
 
 def test_a_state_of_optax_as_a_collection_of_the_users_is_told_where_nothing_can_tell_what_it_is(path):
@@ -522,9 +474,8 @@ def test_the_arrays_are_there_for_any_safetensors_tool(path):
     )
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_every_prng_implementation(path, impl):
-    x = notebook_x()
+def test_a_root_key_of_another_prng_implementation(path):
+    x, impl = notebook_x(), "unsafe_rbg"
     with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else jax.enable_custom_prng():
         session = Session(seed=3)
     session.register("net", MyModel(3, True))

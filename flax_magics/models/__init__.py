@@ -50,16 +50,17 @@ class Take:
 
     Attributes:
       path: the module's.
-      source: what its key is made of, besides the stream's own: equal sources of one stream give equal keys.
+      source: what its key is made of, besides the stream's own: equal sources of one stream give equal keys, outside of
+        transforms.
       drew: the shape of a dropout's mask and its rate; None where that is not known.
-      axes: sizes of the axes that its stream was split along, outermost first: so many keys there are, and masks.
+      inside: a transform of Flax's is around it (`nn.scan`, `nnx.vmap`, …), which may have split or forked the stream.
     """
 
     stream: str
     path: Path
     source: tuple[Any, ...]
     drew: tuple[tuple[int, ...], float] | None = None
-    axes: tuple[int, ...] = ()
+    inside: bool = False
 
 
 @dataclass

@@ -179,7 +179,7 @@ class LinenModel:
         def run(
             variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[Any, dict[str, Any]]:
-            recorder = Recorder(ask, record, root_impl)
+            recorder = Recorder(ask, record, keys, root_impl)
             target, kwargs = self._target(method, kwargs)
             try:
                 with recorder.watching():

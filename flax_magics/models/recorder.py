@@ -16,7 +16,7 @@ import contextlib
 import inspect
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,23 +26,26 @@ from flax.linen import transforms
 
 from . import Ask, Layer, Record, Take, nnx_bridge
 from .altered import REPLACING
-from .lifted import Lifts, Made
 
 _traces = itertools.count(1)
 
 
 class Recorder:
-    """Fills a Record. `incomplete` tells that the trace must be done again with all that the record asks for."""
+    """Fills a Record. `incomplete` tells that the trace must be done again with all that the record asks for.
 
-    def __init__(self, ask: Ask, record: Record, root_impl: str) -> None:
+    Args:
+      keys: stream → the key that the model is given of it.
+    """
+
+    def __init__(self, ask: Ask, record: Record, keys: Mapping[str, Any], root_impl: str) -> None:
         self.ask = ask
         self.record = record
+        self.keys = keys
         self.root_impl = root_impl
         self.incomplete = False
         self.asking = False
         self.forking = False
         self.drawing: tuple[tuple[int, ...], float] | None = None
-        self.lifts = Lifts()
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -53,10 +56,14 @@ class Recorder:
         finally:
             self.asking = False
 
-    def _takes(self, name: str, scope: Scope, made: Made) -> None:
+    def _takes(self, name: str, scope: Scope) -> None:
         path = tuple(scope.path)
         self.record.asked.setdefault(name, []).append(path)
-        self.record.takes.append(Take(name, path, made.source, self.drawing, made.axes))
+        lazy = scope.rngs.get(name)
+        # A lifted transform hands on a key of its own: one of many, a forked one, or a tracer of its inside.
+        inside = lazy is not None and lazy.rng is not self.keys.get(name)
+        source = (*(lazy.suffix if lazy is not None else path), scope.rng_counters.get(name, 0))
+        self.record.takes.append(Take(name, path, source, self.drawing, inside))
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -72,13 +79,10 @@ class Recorder:
         def make(scope: Scope, name: str = "params") -> Any:
             if threading.get_ident() != thread:
                 return make_rng(scope, name)
-            made = self.lifts.of(scope, name)
             if self.forking:
                 with self._inside():
-                    key = make_rng(scope, name)
-                self.lifts.forked(key, made)
-                return key
-            self._takes(name, scope, made)
+                    return make_rng(scope, name)
+            self._takes(name, scope)
             # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
             if name in scope.rngs or name in self.ask.streams:
                 with self._inside():
@@ -111,7 +115,7 @@ class Recorder:
             _replace(nn.Module, sow=sow_)
             across = nnx_bridge()
             inside = contextlib.nullcontext() if across is None else across.watching(self)
-            with self._jitted_anew(thread), self.lifts.watching(), inside, nn.intercept_methods(self._layers):
+            with self._jitted_anew(thread), inside, nn.intercept_methods(self._layers):
                 yield
         finally:
             _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)

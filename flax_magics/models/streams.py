@@ -19,19 +19,15 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-import jax
 from flax import nnx
-from flax.nnx import rnglib
 
 from . import Layer, Path, Record, Take
-from .altered import REPLACING, Altered
+from .altered import REPLACING
 from .graph import walk
 from .recorder import constructed_in, mask_of
 
 MARK = "flax_magics_path"
 SOWED = "flax_magics_sown"
-AXES = "flax_magics_axes"
-"""Sizes of the axes that a stream's key is split along, outermost first; of a copy inside a transform all around it too."""
 _MAY_LOSE = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
 """Whether this version may be set to sow nothing outside of `nnx.capture`."""
 HANDED: Path = ("(rngs of the call)",)
@@ -49,8 +45,7 @@ def mark(module: Any, trace: object, handed: bool = False) -> None:
     for path, part in walk(module):
         if isinstance(part, nnx.Variable):
             where = HANDED if handed else path
-            axes = {AXES: jax.numpy.shape(part[...])} if isinstance(part, nnx.RngKey) else {}
-            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: (where, trace), **axes})
+            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: (where, trace)})
 
 
 def path_of(variable: Any) -> Path | None:
@@ -68,7 +63,7 @@ def unmark(module: Any) -> None:
     """Takes the paths off again."""
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and MARK in getattr(part, "_var_metadata", ()):  # hijax has none
-            metadata = {name: value for name, value in part._var_metadata.items() if name not in (MARK, AXES)}
+            metadata = {name: value for name, value in part._var_metadata.items() if name != MARK}
             object.__setattr__(part, "_var_metadata", metadata)
 
 
@@ -85,8 +80,6 @@ class Watcher:
         self.missing: str | None = None
         self.drawing: tuple[tuple[int, ...], float] | None = None
         self.drawn: Counter[tuple[Any, ...]] = Counter()
-        self.last: tuple[Any, Any] = (None, None)
-        """The key that was drawn last, and of which stream: Flax draws the key that it splits."""
         self.parts = dict(walk(module))
         self.places = _places(self.parts)
         self.paths = {id(part): path for path, part in self.parts.items() if isinstance(part, nnx.Pytree)}
@@ -101,13 +94,11 @@ class Watcher:
     def _watching(self) -> Iterator[None]:
         thread = threading.get_ident()
         draw, sow, dropout, norm = nnx.RngStream.__call__, nnx.Module.sow, nnx.Dropout.__call__, nnx.BatchNorm.__call__
-        lookup, restore = nnx.Rngs._get_stream, rnglib.restore_rngs
+        lookup = nnx.Rngs._get_stream
 
         def draw_(stream: Any) -> Any:
             if threading.get_ident() == thread:
                 self._consumed(stream)
-                self.last = draw(stream), stream
-                return self.last[0]
             return draw(stream)
 
         def lookup_(rngs: Any, name: str, error: Any) -> Any:
@@ -153,41 +144,17 @@ class Watcher:
                 self._layer(module, "norm", "use_running_average", kwargs)
             return norm(module, *args, **kwargs)
 
-        def split(key: Any, num: Any = 2) -> Any:
-            drawn, stream = self.last
-            frame = sys._getframe(1)
-            # `RngStream.split` calls it too, for a stream that is a new one.
-            by_flax = key is drawn and frame.f_code.co_name.endswith("split_rngs")
-            if threading.get_ident() == thread and by_flax and path_of(stream.key) is not None:
-                self.record.takes.pop()  # no number of the layer's
-                if not frame.f_locals.get("squeeze"):
-                    sizes = (num,) if isinstance(num, int) else tuple(num)
-                    _set_axes(stream.key, (*_axes(stream.key), *sizes))
-            return jax.random.split(key, num)
-
-        def restore_(backups: Any) -> None:
-            backups = list(backups)
-            if threading.get_ident() == thread:
-                for stream, key, *_ in (backup for backup in backups if path_of(backup[0].key) is not None):
-                    axes = _axes(stream.key)
-                    _set_axes(stream.key, axes[: len(axes) - (stream.key[...].ndim - key.ndim)])
-            restore(backups)
-
         replaced: list[tuple[Any, str, Any, Any]] = [
             (nnx.RngStream, "__call__", draw, draw_),
             (nnx.Rngs, "_get_stream", lookup, lookup_),
             (nnx.Module, "sow", sow, sow_),
             (nnx.Dropout, "__call__", dropout, dropout_),
             (nnx.BatchNorm, "__call__", norm, norm_),
-            (rnglib, "restore_rngs", restore, restore_),
-            (nnx, "restore_rngs", restore, restore_),
         ]
-        random, altered = rnglib.random, Altered(rnglib.random, split=split)
-        replaced.append((rnglib, "random", random, altered))
         try:
             for cls, name, old, new in replaced:
                 # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some.
-                setattr(cls, name, new if new is altered else functools.wraps(old)(new))
+                setattr(cls, name, functools.wraps(old)(new))
             with self._noting(thread):
                 yield
         finally:
@@ -241,16 +208,15 @@ class Watcher:
             self.record.asked.setdefault(tag, []).append(where)
             # A stream's key is the draw's with its place among the streams of its tag folded in, and then its count.
             place = (tag,) if path == HANDED else self.places.get(path[:-1], path)
-            self.record.takes.append(
-                Take(tag, where, (place, self.drawn[place]), self.drawing, self._split(path[:-1], stream))
-            )
+            inside = not self._own(stream, path)
+            self.record.takes.append(Take(tag, where, (place, self.drawn[place]), self.drawing, inside))
             self.drawn[place] += 1
 
-    def _split(self, path: Path, stream: Any) -> tuple[int, ...]:
-        """Sizes of the axes that a stream is split along: as what it carries has them, or as the model's own stands now."""
-        axes, own = _axes(stream.key), self.parts.get(path)
-        outside = jax.numpy.shape(own.key[...]) if isinstance(own, nnx.RngStream) else ()
-        return outside if len(outside) > len(axes) else axes
+    def _own(self, stream: Any, path: Path) -> bool:
+        """Whether a stream is the model's own or the call's, and no copy of a transform's."""
+        if path == HANDED:
+            return any(part is stream for part in vars(self.handed).values())
+        return self.parts.get(path[:-1]) is stream
 
     def _module_at(self, path: Path) -> Path:
         """The nearest module around a part: a layer's stream is the layer's."""
@@ -292,15 +258,6 @@ class Watcher:
             layer = Layer(kind, tuple(map(str, path)), not value, owner, f"{switch}={value}")
             if layer not in self.record.layers:
                 self.record.layers.append(layer)
-
-
-def _axes(key: Any) -> tuple[int, ...]:
-    axes: tuple[int, ...] = key._var_metadata.get(AXES, ())
-    return axes
-
-
-def _set_axes(key: Any, axes: tuple[int, ...]) -> None:
-    object.__setattr__(key, "_var_metadata", {**key._var_metadata, AXES: axes})
 
 
 def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
