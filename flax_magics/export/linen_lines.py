@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..call import ParsedCall
-from ..models.switch import cloned
-from ..spelling import Settings, Spelling
+from ..models.switch import Settings, cloned
+from ..spelling import Spelling
 from .functions import Passed, Wanted, as_written, passed
 from .scribe import Scribe, call
 
@@ -42,7 +42,9 @@ def init_items(scribe: Scribe, called: Called, key: str) -> tuple[str, list[str]
     spelling = called.spelling
     extra = [f"{name}={value}" for name, value in spelling.init_arguments]
     extra += [f"{name}={called.keys[name]}" for name in called.arguments]
-    model = called.model + _cloned(scribe, called.model, called.module, spelling.init_fields)
+    model = _cloned(scribe, called.model, called.module, spelling.init_fields)
+    if spelling.init_streams:
+        key = "{" + ", ".join(f"{scribe.text(stream)}: {key}" for stream in ("params", *spelling.init_streams)) + "}"
     items = [key, *as_written(called.call.arguments), *extra, *_method(scribe, called)]
     return f"{model}.init(", items
 
@@ -50,7 +52,7 @@ def init_items(scribe: Scribe, called: Called, key: str) -> tuple[str, list[str]
 def apply_items(scribe: Scribe, called: Called, given: Sequence[str], variables: str) -> tuple[str, list[str]]:
     """`net.apply(` and its arguments, `given` being those of the call."""
     spelling = called.spelling
-    model = called.model + _cloned(scribe, called.model, called.module, spelling.fields)
+    model = _cloned(scribe, called.model, called.module, spelling.fields)
     items = [variables, *given, *(f"{name}={value}" for name, value in spelling.arguments)]
     items += [f"{name}={called.keys[name]}" for name in called.arguments]
     if spelling.streams:

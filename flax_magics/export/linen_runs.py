@@ -21,7 +21,7 @@ def init(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[s
     scribe, run = page.scribe, page.story.runs[indices[-1]]
     assert site.call is not None
     spelling = run.spelling or Spelling()
-    called = _called(page, site, model, replace(spelling, init_arguments=spelling.arguments), lambda s: s)
+    called = _called(page, site, model, spelling, lambda s: s)
     if site.given.options["draw"] is not None:
         lines, _, params = draws.replayed(page, indices, ("params",), False)
     else:

@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..call import ParsedCall
-from ..models.switch import WHEN_TRAINING
-from ..spelling import Settings, Spelling
+from ..spelling import MODULE, Spelling
 from .functions import Passed, Wanted, passed
 from .page import CannotSay
 from .scribe import Scribe, call, indented
-
-_FLAX = ("deterministic", "use_running_average")
-"""The switches that `train()` and `eval()` set themselves."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +44,14 @@ def rngs(scribe: Scribe, held: Held) -> str:
     return f"nnx.Rngs({given})"
 
 
-def mode_set(fields: Settings, model: str) -> str | None:
-    """`net.train()`, with the switches of the user's own as arguments; None where no one call sets them all."""
-    if not fields:
-        return ""
-    training = {WHEN_TRAINING[name] is value for name, value in fields}
-    if len(training) > 1:
-        return None
-    others = ", ".join(f"{name}={value}" for name, value in dict(fields).items() if name not in _FLAX)
-    return f"{model}.{'train' if True in training else 'eval'}({others})"
-
-
-def modes(spelling: Spelling, model: str) -> tuple[str, str] | None:
-    """What sets the mode of a run, and what sets it back; None where the module as it was cannot be set in one call."""
-    if not spelling.fields:
-        return "", ""
-    to, back = mode_set(spelling.fields, model), mode_set(spelling.own, model)
-    if to is None or back is None:
-        return None
-    return to, "" if set(spelling.fields) == set(spelling.own) else back
+def set_mode(scribe: Scribe, spelling: Spelling, model: str, *, back: bool = False) -> list[str]:
+    """The lines that set the mode of a run, or that set it `back`."""
+    if spelling.mode is None:
+        return []
+    lines = [line.replace(MODULE, model) for line in (spelling.mode.back or () if back else spelling.mode.to)]
+    if any("dataclasses." in line for line in lines):
+        scribe.needs.add("dataclasses")
+    return lines
 
 
 def updates(scribe: Scribe, model: str, spelling: Spelling, popped: str) -> str:
@@ -128,7 +113,7 @@ def series(scribe: Scribe, held: Held, mode: str, several: bool, size: int) -> t
     body = [
         f"{copy} = nnx.clone({held.model})",
         *reseeded(scribe, held, copy),
-        *filter(None, [mode_set(held.spelling.fields, copy)]),
+        *set_mode(scribe, held.spelling, copy),
         *(line.replace(f"return {held.model}", f"return {copy}", 1) for line in one.body),
     ]
     if given:

@@ -72,14 +72,12 @@ def apply(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[
     held = Held(model.name, site.call, spelling, keys, tuple(options["key"]))
     if size is not None:
         return [*lines, *_series(page, site, held, key, size)]
-    modes = nnx_lines.modes(spelling, model.name)
     keeps = options["variables"] is None and options["draw"] is None
     name = model.name
-    if modes is None or not keeps:
+    if not keeps or (spelling.mode is not None and spelling.mode.back is None):
         name = scribe.variable(f"{model.name}_copy")
         lines += _copied(scribe, model.name, name, options["variables"])
-        modes = (_one_way(spelling, name), "")
-    lines += [*nnx_lines.reseeded(scribe, held, name), *filter(None, modes[:1])]
+    lines += [*nnx_lines.reseeded(scribe, held, name), *nnx_lines.set_mode(scribe, spelling, name)]
     rngs = nnx_lines.rngs(scribe, held)
     extra = [*(keys[name] for name in held.arguments), *([rngs] if rngs else [])]
     if options["eager"]:
@@ -93,7 +91,7 @@ def apply(page: Page, site: Site, model: Model, indices: Sequence[int]) -> list[
         starred = [text for text in passed.outside if text.startswith("*")]
         plain = [text for text in passed.outside if not text.startswith("*")]
         value = call(f"{page.define(wanted, site)}(", [name, *plain, *extra, *starred])
-    after = [line for line in modes[1:] if line]
+    after = nnx_lines.set_mode(scribe, spelling, name, back=True) if name == model.name else []
     kept = [f"nnx.update({model.name}, nnx.state({name}))"] if name != model.name and keeps else []
     label = label_of(site.call.call, site.mode)
     if options["mutable"]:
@@ -110,13 +108,6 @@ def _copied(scribe: Scribe, model: str, name: str, variables: str | None) -> lis
     scribe.needs.add("nnx")
     lines = [f"{name} = nnx.clone({model})"]
     return lines if variables is None else [*lines, f"nnx.update({name}, {variables})"]
-
-
-def _one_way(spelling: Spelling, name: str) -> str:
-    mode = nnx_lines.mode_set(spelling.fields, name)
-    if mode is None:
-        raise CannotSay("its switches are set to different values")
-    return mode
 
 
 def _with_updates(
@@ -154,7 +145,6 @@ def _series(page: Page, site: Site, held: Held, key: Callable[[str], str], size:
     if options["variables"] is not None:
         name = scribe.variable(f"{held.model}_copy")
         lines += _copied(scribe, held.model, name, options["variables"])
-    _one_way(held.spelling, name)
     wanted, passed = nnx_lines.series(scribe, held, site.mode, page.several, size)
     if held.keys:
         scribe.needs.add("jnp")
