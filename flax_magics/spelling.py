@@ -87,6 +87,7 @@ class Spelling:
       containers: arguments that have such a leaf inside, by name, taken apart.
       returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
       given: collections that an NNX run handed back.
+      code: a fingerprint of the model's code and of what that reads, None where it has none.
     """
 
     parameters: tuple[str, ...] = ()
@@ -107,6 +108,7 @@ class Spelling:
     init_streams: tuple[str, ...] = ()
     returns: frozenset[str] = frozenset()
     given: tuple[Given, ...] = ()
+    code: bytes | None = None
     containers: tuple[tuple[str, Part], ...] = ()
 
 
@@ -150,6 +152,7 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         init_streams=getattr(done.entry.model, "init_streams", ()),
         returns=_returns(done.output),
         given=tuple(_given(done)) if holds else (),
+        code=done.entry.model.code() if holds else done.entry.model.print(),  # type: ignore[attr-defined]
     )
 
 
