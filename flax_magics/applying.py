@@ -169,7 +169,7 @@ def init(
     own: Any = entry.model
     inputs, first = (prepared.args, prepared.kwargs), state.runs is None
     run = records.of_init(
-        name, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
+        entry, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
     )
     how = origins.Initialised(without_variables(entry), call.method, tuple(arrays_in(own.module)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))

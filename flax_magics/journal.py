@@ -116,13 +116,11 @@ class Journal:
             if error is not None:  # the magic around it does not fail, and what came after the error has not run
                 self._inner = type(error).__name__, failing_line(error)
             return
-        stored = bool(getattr(result.info, "store_history", True))
         name, line = (None, None) if error is None else (type(error).__name__, failing_line(error))
         if name is None and self._inner is not None:
             name, line = self._inner
-        if stored or _runs() > first:
-            number = result.execution_count if stored else None
-            self.executed.append(self._done(Executed(number, text, first, _runs(), name, line, cell=cell)))
+        number = result.execution_count if getattr(result.info, "store_history", True) else None
+        self.executed.append(self._done(Executed(number, text, first, _runs(), name, line, cell=cell)))
 
     def _done(self, cell: Executed) -> Executed:
         """With what its commands did."""

@@ -276,9 +276,8 @@ class FlaxMagics(Magics):
     def flax_export(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> None:
         """`%flax_export [FILE]`"""
         from .export import export_cells
-        from .export.file import write
+        from .export.file import notice, write
         from .show.bundle import notice_bundle, script_bundle
-        from .show.exported import exported
 
         given, shell = options.options, self.shell
         name = unquoted(options.rest).strip()
@@ -287,7 +286,7 @@ class FlaxMagics(Magics):
         script = export_cells(self.session, *self.notebook.executed(), digests=not given["plain"])
         if name:
             path, replaced = write(name, script.text, force=given["force"])
-            self.reporter.publish({} if given["quiet"] else notice_bundle(exported(script, path, replaced), self.style))
+            self.reporter.publish({} if given["quiet"] else notice_bundle(notice(script, path, replaced), self.style))
         elif given["cell"]:
             shell.set_next_input(script.text)
         else:

@@ -166,12 +166,3 @@ def with_arguments(call: str, arguments: Sequence[str]) -> str:
         return call
     inside = call.rpartition(")")[0].rstrip().rstrip(",")
     return f"{inside}{'' if inside.endswith('(') else ', '}{', '.join(arguments)})"
-
-
-def init_by_hand(call: Call) -> str:
-    """The init as a person would have written it: `net.init(params_key, x)`."""
-    name, _, rest = call.text.partition("(")
-    arguments = rest.rpartition(")")[0].strip().rstrip(",")
-    method = f"method='{'.'.join(call.method)}'" if call.method else ""
-    inside = ", ".join(part for part in ("params_key", arguments, method) if part)
-    return f"{name.partition('.')[0]}.init({inside})"

@@ -11,13 +11,14 @@ from .construct import Recipe
 from .execution import Execution
 from .keys import Draw, Series, Streams
 from .notes import made_of, of_params
-from .prepare import Call, init_by_hand
+from .prepare import Call
 from .program import devices_of
+from .registry import Entry
 from .run import Made, Note, Run, Timing
 
 
 def of_init(
-    name: str,
+    entry: Entry,
     call: Call,
     inputs: Any,
     variables: Mapping[str, Any],
@@ -30,9 +31,11 @@ def of_init(
     first: bool,
 ) -> Run:
     """An init of a linen model; `seconds` is what it took."""
+    model: Any = entry.model
+    by_hand = spelling.of_init(call, model)
     return Run(
         command="init",
-        model=name,
+        model=entry.name,
         mode="",
         call=call.text,
         inputs=inputs,
@@ -47,10 +50,10 @@ def of_init(
         cell=call.cell,
         made=made_of(variables),
         notes=(*notes, *of_params(variables)),
-        by_hand=init_by_hand(call),
+        by_hand=model.init_by_hand(call.text, call.method, by_hand.init_arguments, by_hand.init_fields),
         replayed=replayed,
         first=first,
-        spelling=spelling.of_init(call, inputs),
+        spelling=by_hand,
     )
 
 

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .arguments import positional_names
-from .models.switch import read_fields, written_in_call
+from .models.switch import Settings, read_fields, setting_of, written_in_call
 from .prepare import Call, prepare_init
 
 if TYPE_CHECKING:
     from .execution import Execution
-
-Settings = tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,22 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ModeByHand:
+    """The statements that set an NNX module's mode, and those that set it back: None where no call of one mode does.
+
+    `MODULE` stands for the module's name.
+    """
+
+    to: tuple[str, ...]
+    back: tuple[str, ...] | None
+
+
+MODULE = "@"
+
+
+@dataclass(frozen=True)
 class Spelling:
-    """The parts of an apply by hand; an init has `arguments` and `fields` alone.
+    """The parts of an apply by hand; an init has those of the init alone.
 
     Attributes:
       parameters: names of the parameters that the positional arguments are given to.
@@ -65,16 +77,17 @@ class Spelling:
       handed: the session makes the call's `rngs` (NNX).
       taken: the run's own `params` key is folded in, since an init took that of the draw.
       arguments: switches that are added to the call.
-      fields: switches that are set on the module: `training`, `config.deterministic`; of an NNX module on all its
-        modules, by attribute.
-      own: the switches of an NNX module as they stood.
+      fields: switches that are set on a linen module: `training`, `config.deterministic`.
+      mode: how the mode of an NNX module is set; None where it ran as written.
       mutable: collections that are mutable in a linen run. `kept` are those that become part of the variables.
       sown: whether something was sown.
       axes: mapped axes that are bound around the run.
-      init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run.
+      init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run, or is the run.
+      init_streams: random streams that it has to be given besides `params`.
       containers: arguments that have such a leaf inside, by name, taken apart.
       returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
       given: collections that an NNX run handed back.
+      code: a fingerprint of the model's code and of what that reads, None where it has none.
     """
 
     parameters: tuple[str, ...] = ()
@@ -85,15 +98,17 @@ class Spelling:
     taken: bool = False
     arguments: Settings = ()
     fields: Settings = ()
-    own: Settings = ()
+    mode: ModeByHand | None = None
     mutable: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     sown: bool = False
     axes: tuple[str, ...] = ()
     init_arguments: Settings = ()
     init_fields: Settings = ()
+    init_streams: tuple[str, ...] = ()
     returns: frozenset[str] = frozenset()
     given: tuple[Given, ...] = ()
+    code: bytes | None = None
     containers: tuple[tuple[str, Part], ...] = ()
 
 
@@ -106,9 +121,7 @@ def of_apply(call: Call, done: Execution) -> Spelling:
     fields: Settings = ()
     if prepared.mode != "as written":
         in_call = {*dict(arguments), *written_in_call(prepared.signature, call.args, call.kwargs)}
-        # In NNX the call's switch stands first, and the modules' own of the same name after it.
-        switch = prepared.switch[len(in_call) :] if holds else prepared.switch
-        fields = tuple(pair for pair in map(_setting, switch) if holds or pair[0] not in in_call)
+        fields = () if holds else tuple(pair for pair in map(setting_of, prepared.switch) if pair[0] not in in_call)
     init_arguments: Settings = ()
     init_fields: Settings = ()
     if done.made is not None and not holds:
@@ -129,27 +142,37 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         taken="params (folded)" in done.names,
         arguments=arguments,
         fields=fields,
-        own=tuple(map(_setting, done.entry.model.fields_as_written())) if holds else (),
+        mode=_mode(done.entry.model, prepared.mode == "train") if holds and prepared.mode != "as written" else None,
         mutable=() if holds else tuple(sorted({*written, *done.sown})),
         kept=written,
         sown=bool(done.sown),
         axes=tuple(sorted(ask.axes)),
         init_arguments=init_arguments,
         init_fields=init_fields,
+        init_streams=getattr(done.entry.model, "init_streams", ()),
         returns=_returns(done.output),
         given=tuple(_given(done)) if holds else (),
+        code=done.entry.model.code() if holds else done.entry.model.print(),  # type: ignore[attr-defined]
     )
 
 
-def of_init(call: Call, inputs: Any) -> Spelling:
-    """The spelling of a linen init, from the arguments that the model got."""
-    return Spelling(arguments=_added(inputs[1], call.kwargs))
+def _mode(model: Any, train: bool) -> ModeByHand:
+    from .models.nnx_switch import back_by_hand, mode_by_hand
+
+    nodes = model.layout.nodes
+    return ModeByHand(mode_by_hand(MODULE, nodes, train), back_by_hand(MODULE, nodes, train))
+
+
+def of_init(call: Call, model: Any) -> Spelling:
+    """The spelling of the init of a linen model that has run."""
+    arguments, fields = _of_init(call, model)
+    return Spelling(init_arguments=arguments, init_fields=fields, init_streams=model.init_streams)
 
 
 def _of_init(call: Call, model: Any) -> tuple[Settings, Settings]:
     prepared = prepare_init("", model, call)
     before, after = read_fields(model.module), read_fields(prepared.model.module)
-    fields = tuple(map(_setting, after)) if before != after else ()
+    fields = tuple(map(setting_of, after)) if before != after else ()
     return _added(prepared.kwargs, call.kwargs), fields
 
 
@@ -204,9 +227,3 @@ def _returns(output: Any) -> frozenset[str]:
 def _added(now: Mapping[str, Any], written: Mapping[str, Any]) -> Settings:
     """The switches that a call got besides what is written in it."""
     return tuple((name, value) for name, value in now.items() if name not in written and isinstance(value, bool))
-
-
-def _setting(text: str) -> tuple[str, bool]:
-    """`training=True` or `deterministic=False in 3 modules`, as name and value."""
-    name, _, value = text.partition("=")
-    return name, value.startswith("True")

@@ -7,12 +7,12 @@ from typing import Any
 
 from alone import run_alone
 
+from flax_magics import session
 
-def exported(notebook: Any, folder: Path) -> str:
-    """The script that `%flax_export FILE` writes, without its last line."""
-    path = folder / "session.py"
-    notebook(f"%flax_export -q --force {path}")
-    return path.read_text().rpartition("\n# Written by")[0]
+
+def exported(notebook: Any) -> str:
+    """The script of a notebook's session, as it is shown: not formatted."""
+    return str(session().export().text)
 
 
 def printed(script: str, folder: Path) -> list[str]:
@@ -34,7 +34,7 @@ def assert_same(notebook: Any, folder: Path, kept: list[Any] | None = None) -> s
     Args:
       kept: runs that were held, where the session has let go of their outputs.
     """
-    script = exported(notebook, folder)
+    script = exported(notebook)
     expected = [run.digest for run in (notebook.session.runs if kept is None else kept)]
     assert None not in expected
     assert not [line for line in script.splitlines() if "flax_magics" in line and not line.lstrip().startswith("#")]

@@ -165,7 +165,9 @@ def test_a_function_defined_again_and_a_model_bound_anew(notebook, tmp_path):
         "y = step(x)\nfor _ in range(2): y = step(x)",
     ):
         notebook(cell)
-    assert assert_same(notebook, tmp_path).count("def step") == 1
+    script = assert_same(notebook, tmp_path)
+    assert script.count("def step") == 2
+    assert script.count("def apply") == 3
 
 
 def test_options_of_one_run(notebook, tmp_path):
@@ -226,7 +228,8 @@ def test_cells_of_statements_and_what_is_around_commands(notebook, tmp_path, mon
     script = assert_same(notebook, tmp_path)
     assert "# %%time\n" in script
     assert f"# files = {bang}echo a b\n" in script
-    assert "# Left out: `files` is not there (a magic or the shell gives it).\n" in script
+    assert "# Left out: `files` is not there: a magic or the shell gives it.\n# print(len(files))\n" in script
+    assert "z = y + 1  # %time\n" in script
 
 
 def test_cells_that_fail(notebook, tmp_path):
@@ -239,6 +242,7 @@ def test_cells_that_fail(notebook, tmp_path):
     script = assert_same(notebook, tmp_path, kept)
     assert "# In [4] failed here with NameError:\n# z = undefined + 1\n" in script
     assert "2 draws that no line of the cells explains: my_model(x).\n" in script
+    assert script.endswith("\n# 1 cell that failed and left nothing is left out.\n")
 
 
 def test_the_session_in_the_users_own_code(notebook, tmp_path):
@@ -250,15 +254,28 @@ def test_the_session_in_the_users_own_code(notebook, tmp_path):
         "session.models['my_model'].variables = {'params': jax.tree.map(lambda p: p * 2, params)}\n"
         "print(session.runs[-1].digest)"
     )
-    notebook("y = %flax_apply my_model(x)")
-    assert_same(notebook, tmp_path)
+    notebook("y = %flax_apply my_model(x)\nz = %flax_apply --variables {'params':params} my_model(x)")
+    notebook("%flax_init my_model(x);\ny = %flax_apply my_model(x)")
+    runs = notebook.session.runs
+    script = assert_same(notebook, tmp_path, [runs[0], *runs[3:]])
+    for lines in (
+        "# Left out: `flax_magics` is not there: it comes from flax_magics.\n# session = flax_magics.session()\n",
+        "# Left out: `session` is not there: it comes from flax_magics.\n"
+        "# params = session.models['my_model'].variables['params']\n"
+        "# Left out: `params` is not there: it comes from flax_magics.\n"
+        "# session.models['my_model'].variables = {'params': jax.tree.map(lambda p: p * 2, params)}\n",
+        "# Left out: its variables were set by a line that is left out.\n# y = %flax_apply my_model(x)\n",
+    ):
+        assert lines in script
 
 
 SHARP_BITS = """\
-import hashlib
-
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import flax.linen as nn
+x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
+
+import hashlib
 import numpy as np
 
 
@@ -273,9 +290,6 @@ def print_digest(call, result):
   print(f"{call:<17}  {hasher.hexdigest()[:16]}")
 
 
-x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
-
-
 class MyModel(nn.Module):
   num_neurons: int
   training: bool
@@ -284,7 +298,6 @@ class MyModel(nn.Module):
   def __call__(self, x):
     x = nn.Dense(self.num_neurons)(x)
     return nn.Dropout(rate=0.5, deterministic=not self.training)(x)
-
 
 my_model = MyModel(num_neurons=3, training=False)
 
@@ -311,6 +324,7 @@ print_digest("my_model(x)", y)
 root_key, params_key, dropout_key = jax.random.split(root_key, 3)
 y_train = train(variables, x, dropout_key)
 print_digest("train my_model(x)", y_train)
+y_train
 """
 
 
@@ -418,10 +432,10 @@ def test_what_only_a_notebook_knows_is_left_out_with_its_reason(notebook, tmp_pa
     notebook("s = %flax_summary -q my_model(x)\nprint(s.flops)\nawait_me += 1")
     script = assert_same(notebook, tmp_path)
     for lines in (
-        "# Left out: `run` is not there (it is a Run of the session).\n# print(run.timing)\n",
-        "# Left out: `Out` is the notebook's own.\n# print(Out)\n",
+        "# Left out: `run` is not there: it is a Run of the session.\n# print(run.timing)\n",
+        "# Left out: `Out` is not there: it is the notebook's own.\n# print(Out)\n",
         "# Left out: its value is a report of %flax_summary.\n# s = %flax_summary -q my_model(x)\n",
-        "# Left out: `s` is not there (its value is a report of %flax_summary).\n# print(s.flops)\n",
+        "# Left out: `s` is not there: its value is a report of %flax_summary.\n# print(s.flops)\n",
     ):
         assert lines in script
     assert script.endswith("await_me += 1\n")
@@ -430,9 +444,7 @@ def test_what_only_a_notebook_knows_is_left_out_with_its_reason(notebook, tmp_pa
 def test_without_digests_it_is_shorter_still(notebook, tmp_path):
     notebook(NORMED)
     notebook("y = %flax_apply --train normed(x)\n%flax_apply --eval normed(x);")
-    path = tmp_path / "plain.py"
-    notebook(f"%flax_export --plain {path}")
-    script = path.read_text()
+    script = notebook.session.export(plain=True).text
     assert "hashlib" not in script
     assert "\ny, updates = train(variables, x, dropout_key)\nvariables = {**variables, **updates}\n" in script
     assert "\nevaluate(variables, x)\n" in script

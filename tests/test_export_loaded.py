@@ -53,9 +53,9 @@ def test_a_linen_models_variables_are_read_from_the_file(notebook, saved, tmp_pa
     notebook("%flax_load s.safetensors")
     notebook(NORMED)
     notebook("y = %flax_apply --train normed(x)\nz = %flax_apply --train --draw 1 normed(x)\nw = %flax_apply normed(x)")
-    script = exported(notebook, tmp_path)
+    script = exported(notebook)
     assert (
-        'tensors = traverse_util.unflatten_dict(load_file("s.safetensors"), sep="/")\n'
+        'tensors = traverse_util.unflatten_dict(safetensors.flax.load_file("s.safetensors"), sep="/")\n'
         'variables = tensors["normed"]\n'
         "root_key = jax.random.key(0)\n"
         "# The session in the file had made 2 draws.\n"
@@ -72,7 +72,7 @@ def test_a_file_that_is_another_now_is_not_read(notebook, saved, tmp_path):
     notebook(NORMED)
     notebook("y = %flax_apply --train normed(x)\n%flax_save s.safetensors")
     notebook("print(y.mean())\nv = %flax_init normed(x)\nz = %flax_apply --train normed(x)")
-    script = exported(notebook, tmp_path)
+    script = exported(notebook)
     said = (
         "# Left out: the variables of `normed` came from `s.safetensors`, which is not the file any more that it was.\n"
     )
@@ -89,7 +89,7 @@ def test_what_ran_before_is_in_no_history_any_more_and_nnx_has_no_lines(notebook
     notebook("y = %flax_apply held(x)")
     notebook("%flax_load s.safetensors")
     notebook("z = %flax_apply held(x)")
-    script = exported(notebook, tmp_path)
+    script = exported(notebook)
     said = (
         "# Left out: the variables of `held` came from `s.safetensors`, and those of an NNX model have no lines yet.\n"
     )

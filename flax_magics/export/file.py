@@ -1,14 +1,24 @@
-"""The file that an export is written to: whole or not at all, and never over something that a person wrote."""
+"""The file that an export is written to: whole or not at all, formatted, and never over something that a person wrote."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..atomic import replace_file
 from ..errors import FlaxMagicsError
+from ..run import Note
+from ..show.notice import Notice
+from ..show.units import plural
+
+if TYPE_CHECKING:
+    from . import Exported
 
 _MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
 
@@ -39,7 +49,7 @@ def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tu
     if there and not force:
         _check(path, file)
     try:
-        replace_file(path, lambda made: _write(made, signed(text)))
+        replace_file(path, lambda made: _write(made, signed(formatted(text, path))))
     except OSError as error:
         raise FlaxMagicsError(f"`{file}` could not be written: {error.strerror or error}.") from error
     return path, there
@@ -49,6 +59,33 @@ def _quoted(path: Path) -> str:
     """A path as the shell reads it, a `~` at its begin as it is."""
     home, slash, rest = str(path).partition("/")
     return home + slash + shlex.quote(rest) if home == "~" and rest else shlex.quote(str(path)) if home != "~" else home
+
+
+def formatted(text: str, path: Path) -> str:
+    """`text` as ruff or black has it by the settings that hold for `path`; as it is where neither is installed."""
+    folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    for name, options in (("ruff", ["format"]), ("black", ["--quiet"])):
+        program = shutil.which(name, path=folders)
+        if program is None:
+            continue
+        command = [program, *options, "--stdin-filename", str(path), "-"]
+        try:
+            done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if done.returncode == 0 and done.stdout:
+            return done.stdout
+    return text
+
+
+def notice(script: Exported, path: Path, replaced: bool) -> Notice:
+    """`session.py · written · 12 cells · 9 runs`, and below it what could not be exported."""
+    notes = tuple(Note("export", f"not in the script: {reason}") for reason in script.unexported)
+    return Notice(
+        path.name,
+        ("replaced" if replaced else "written", plural(script.cells, "cell"), plural(script.runs, "run")),
+        notes,
+    )
 
 
 def signed(text: str) -> str:

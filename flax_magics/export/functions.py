@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import ast
 import keyword
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..call import Argument, ParsedCall
 from ..spelling import Part, Spelling
-from .scribe import Scribe, call, indented
+from .writer import LineWriter, call, indented
 
 
 class CannotSay(Exception):
-    """A command for which there are no lines; the message says why."""
+    """A command or a statement for which there are no lines; the message says why.
+
+    Attributes:
+      cause: why the names that it gives a value have none then.
+    """
+
+    def __init__(self, message: str, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause or message
 
 
 @dataclass(frozen=True)
-class Passed:
+class SplitArguments:
     """The arguments of a call, parted into those of a jitted function and those that are written into its body.
 
     Attributes:
@@ -34,7 +42,7 @@ class Passed:
     static: tuple[str, ...]
 
 
-def passed(scribe: Scribe, call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> Passed:
+def split(writer: LineWriter, call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> SplitArguments:
     """The arguments of `call`. `used` are names that no parameter may have."""
     containers = dict(spelling.containers)
     parameters: list[str] = []
@@ -65,7 +73,7 @@ def passed(scribe: Scribe, call: ParsedCall, spelling: Spelling, used: Sequence[
             inside.append(before + text)
             continue
         if leaf in containers:
-            apart = _Apart(scribe, {*used, *parameters})
+            apart = _Apart(writer, {*used, *parameters})
             inside.append(before + apart.text(text, containers[leaf], leaf))
             parameters += apart.parameters
             outside += apart.outside
@@ -77,14 +85,14 @@ def passed(scribe: Scribe, call: ParsedCall, spelling: Spelling, used: Sequence[
         outside.append(text)
         if leaf in spelling.static:
             static.append(parameter)
-    return Passed(tuple(parameters), tuple(inside), tuple(outside), tuple(static))
+    return SplitArguments(tuple(parameters), tuple(inside), tuple(outside), tuple(static))
 
 
 @dataclass(eq=False)
 class _Apart:
     """Writes a container into a function's body, with parameters for what is no literal in it."""
 
-    scribe: Scribe
+    writer: LineWriter
     used: set[str]
     parameters: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
@@ -107,7 +115,7 @@ class _Apart:
         inner = _elements(written, part)
         rows = []
         for key, item in part.inside:
-            literal = self.scribe.text(key) if isinstance(key, str) else str(key)
+            literal = self.writer.text(key) if isinstance(key, str) else str(key)
             own = key if isinstance(key, str) and key.isidentifier() else f"{name}_{key}"
             row = self.text(inner.get(key, f"{written}[{literal}]"), item, own)
             rows.append(f"{literal}: {row}" if part.kind == "dict" else row)
@@ -182,45 +190,52 @@ class Function:
     """A function of the script.
 
     Attributes:
-      versions: of the names that it was traced with; where one of them changes, it has to be written again.
-      every: the same with those whose change it sees by itself.
+      version: of the model's code when it was defined: see `RunGroups.version`. It is traced once, so that for another
+        it has to be defined again.
+      used: the last cell, by number, that calls it.
     """
 
     name: str
-    versions: Mapping[str, int] = field(default_factory=dict)
-    every: Mapping[str, int] = field(default_factory=dict)
+    version: Any
+    used: int
 
 
 @dataclass(frozen=True)
-class Wanted:
+class JittedFunction:
     """A function that a run needs.
 
     Attributes:
-      key: equal for runs that can use the same one.
+      model: the variable that holds the module.
       names: how it may be called, best first.
       decorator: such as `jax.jit`.
-      parameters, static: see `Passed`.
+      parameters, static: see `SplitArguments`.
       body: its lines.
-      reads: global names that it reads when it is traced.
     """
 
-    key: Any
+    model: str
     names: tuple[str, ...]
     decorator: str
     parameters: tuple[str, ...]
     static: tuple[str, ...]
     body: tuple[str, ...]
-    reads: frozenset[str]
 
-    def lines(self, scribe: Scribe, name: str) -> list[str]:
+    def lines(self, writer: LineWriter, name: str) -> list[str]:
         """The function under `name`."""
         decorator = f"@{self.decorator}"
         if self.static:
-            scribe.needs.add("functools")
-            given = ", ".join(map(scribe.text, self.static)) + ("," if len(self.static) == 1 else "")
-            decorator = f"@functools.partial({self.decorator}, static_argnames=({given}))"
+            writer.needs.add("functools")
+            names = ", ".join(map(writer.text, self.static)) + ("," if len(self.static) == 1 else "")
+            decorator = f"@functools.partial({self.decorator}, static_argnames=({names}))"
         return [
             decorator,
             call(f"def {name}(", self.parameters, "):"),
-            *indented(self.body, scribe.unit),
+            *indented(self.body, writer.unit),
         ]
+
+
+def verb_of(mode: str, method: Sequence[str]) -> str:
+    """What a function is called that runs a model: `train`, `evaluate`, `apply`, `encode`, `train_encode`."""
+    verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
+    if not method:
+        return verb
+    return method[-1] if mode == "as written" else f"{verb}_{method[-1]}"

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 from ..cells import assigned_names
 
-_NOTEBOOK = {"display", "get_ipython", "In", "Out", "__IPYTHON__"}
-BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK | {"__name__", "__doc__", "__builtins__", "exit", "quit"}
+_NOTEBOOK = {"get_ipython", "In", "Out", "__IPYTHON__"}
+BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK - {"display"} | {"__name__", "__doc__", "__builtins__", "exit", "quit"}
 """Names that are there in a script, whoever runs it."""
 
 
@@ -41,7 +41,8 @@ def _read(table: symtable.SymbolTable) -> Iterator[str]:
 def binds(node: ast.stmt) -> set[str]:
     """Names that running `node` binds, those of a `global` in its functions too."""
     declared = {name for n in ast.walk(node) if isinstance(n, ast.Global) for name in n.names}
-    return {*assigned_names(node), *declared, *_starred(node)}
+    handled = {n.name for n in ast.walk(node) if isinstance(n, ast.ExceptHandler) and n.name}
+    return {*assigned_names(node), *handled, *declared, *_starred(node)}
 
 
 def _starred(node: ast.stmt) -> set[str]:
@@ -78,8 +79,14 @@ def _mentioned(node: ast.AST) -> Iterator[str]:
 
 
 def is_of_the_notebook(name: str) -> bool:
-    """Whether IPython keeps an earlier result or input under that name: `_`, `__`, `_3`, `_i3`."""
-    return not name.strip("_") or (name.startswith("_") and name.lstrip("_i").isdigit())
+    """Whether it is IPython's: itself, or an earlier result or input: `In`, `_`, `__`, `_3`, `_i3`."""
+    return (
+        name in _NOTEBOOK
+        or not name.strip("_")
+        or (
+            name.startswith("_") and (name.lstrip("_i").isdigit() or name in ("_i", "_ii", "_iii", "_ih", "_oh", "_dh"))
+        )
+    )
 
 
 class Free:

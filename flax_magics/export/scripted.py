@@ -11,9 +11,8 @@ from typing import Any
 
 from ..journal import Executed
 from ..run import GONE, Run
-from .matching import Execution, Step
+from .cells import CellRun, ExecutedStatement, Source, read_cell
 from .names import binds, reads
-from .reading import Source, read_cell
 
 
 @dataclass(eq=False)
@@ -58,7 +57,7 @@ class _File:
         return out
 
 
-def executions_of(session: Any) -> list[Execution]:
+def cell_runs_of(session: Any) -> list[CellRun]:
     """What stands for the cells of a session that has none: the code behind it, then one line for each run.
 
     What has no name at the top level of the file that defines the model is left out, and said.
@@ -79,16 +78,16 @@ def executions_of(session: Any) -> list[Execution]:
         lines += ((index, line) for line in _run(run, files.get(run.model or ""), main, want))
     text = "\n\n".join(_texts(wanted.values()))
     first = read_cell(text, str) if text else Source("", ast.Module([], []))
-    out = [Execution(Executed(None, text), first, [Step(s, None) for s in first.tree.body])]
+    out = [CellRun(Executed(None, text), first, [ExecutedStatement(s, None) for s in first.tree.body])]
     for made, line in lines:
         source = read_cell(line, str)
-        steps = [Step(statement, source.sites.get(statement)) for statement in source.tree.body]
-        execution = Execution(Executed(None, line), source, steps)
+        steps = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
+        cell_run = CellRun(Executed(None, line), source, steps)
         if made is not None and steps and steps[-1].site is not None:
             steps[-1].made.append((made, steps[-1].site))
         elif made is not None:
-            execution.loose.append(made)
-        out.append(execution)
+            cell_run.loose.append(made)
+        out.append(cell_run)
     return out
 
 

@@ -69,20 +69,24 @@ def watching(recorder: Recorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def initialising() -> Iterator[None]:
-    """Inside the block, a stream that an init does not give falls back on `params`, as every other of linen's does."""
-    with REPLACING, _initialising():
+def initialising(streams: set[str]) -> Iterator[None]:
+    """Inside the block, a stream that an init does not give falls back on `params`, as every other of linen's does.
+
+    `streams` is filled with those that did: by hand they have to be given.
+    """
+    with REPLACING, _initialising(streams):
         yield
 
 
 @contextlib.contextmanager
-def _initialising() -> Iterator[None]:
+def _initialising(streams: set[str]) -> Iterator[None]:
     thread = threading.get_ident()
     lookup = nnx.Rngs._get_stream
 
     def lookup_(rngs: Any, name: str, error: Any) -> Any:
         outer = _current() if threading.get_ident() == thread else None
         if outer is not None and not name.startswith("_") and not {name, "default"} & set(vars(rngs)):
+            streams.add(name)
             setattr(rngs, name, vars(nnx.Rngs(**{name: outer.make_rng(name)}))[name])
         return lookup(rngs, name, error)
 

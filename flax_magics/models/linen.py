@@ -32,7 +32,7 @@ from . import (
 )
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
-from .switch import cloned, read_fields, set_fields, set_unset_fields
+from .switch import Settings, cloned, read_fields, set_fields, set_unset_fields, setting_of
 
 _MISSING = (
     flax_errors.ScopeParamNotFoundError,
@@ -49,6 +49,8 @@ class _Kept:
     """What was worked out about a module, for as long as nothing it was read from has changed."""
 
     print: Print | None = None
+    init_streams: set[str] = field(default_factory=set)
+    """Streams that an init by hand has to be given besides `params`."""
     digest: bytes | None = None
     modes: dict[Any, tuple[Model, tuple[str, ...]]] = field(default_factory=dict)
 
@@ -126,7 +128,7 @@ class LinenModel:
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
         """See `Model`."""
-        return LinenModel(set_unset_fields(self.module, fixed))
+        return LinenModel(set_unset_fields(self.module, fixed), _Kept(init_streams=self._kept.init_streams))
 
     def fields_as_written(self) -> tuple[str, ...]:
         """See `Model`."""
@@ -135,7 +137,7 @@ class LinenModel:
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
         across = nnx_bridge()
-        with sowing() as sown, nullcontext() if across is None else across.initialising():
+        with sowing() as sown, nullcontext() if across is None else across.initialising(self._kept.init_streams):
             target, kwargs = self._target(method, kwargs)
             variables = self.module.init(key, *args, method=target, **kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
@@ -243,28 +245,39 @@ class LinenModel:
         self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
     ) -> str:
         """`net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`"""
+        more = []
+        if streams:
+            more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
+        if mutable:
+            more.append(f"mutable={list(mutable)!r}")
+        return self._spelled("apply", "variables", call, (method, tuple(map(setting_of, switch))), more)
+
+    def init_by_hand(self, call: str, method: Path, arguments: Settings, fields: Settings) -> str:
+        """`net.init(params_key, x)`; `call` with the switches in `arguments` and `fields`."""
+        key = "params_key"
+        if self.init_streams:
+            key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"
+        return self._spelled("init", key, call, (method, fields), [f"{name}={value}" for name, value in arguments])
+
+    @property
+    def init_streams(self) -> tuple[str, ...]:
+        """Streams that an init by hand has to be given besides `params`: those of NNX modules inside, once it has run."""
+        return tuple(sorted(self._kept.init_streams))
+
+    def _spelled(self, verb: str, first: str, call: str, how: tuple[Path, Settings], more: list[str]) -> str:
+        """`call` as one of `verb` with `first` before its arguments; `how`: the method, and the switches to set."""
+        method, fields = how
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
-        name = name.partition(".")[0]
-        settings = [(path, value) for path, _, value in (setting.partition("=") for setting in switch)]
-        name += cloned(name, self.module, settings)
-        parts = ["variables"]
-        shadowed = any(f"{argument}=" in arguments for argument in FLAX_ARGUMENTS) and _keywords(call) & {
-            *FLAX_ARGUMENTS
-        }
-        if arguments and not shadowed:
-            parts.append(arguments)
-        if streams:
-            parts.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
-        if mutable:
-            parts.append(f"mutable={list(mutable)!r}")
+        shadowed = any(f"{name}=" in arguments for name in FLAX_ARGUMENTS) and _keywords(call) & {*FLAX_ARGUMENTS}
+        parts = [first, *([arguments] if arguments and not shadowed else []), *more]
         if shadowed:
             parts.append(f"method=lambda m: {'.'.join(('m', *method))}({arguments})")
-        elif len(method) == 1:
+        elif len(method) == 1 and hasattr(type(self.module), method[0]):
             parts.append(f"method='{method[0]}'")
         elif method:
             parts.append(f"method=lambda m, *a, **k: m.{'.'.join(method)}(*a, **k)")
-        return f"{name}.apply({', '.join(parts)})"
+        return f"{cloned(name.partition('.')[0], self.module, fields)}.{verb}({', '.join(parts)})"
 
 
 def _keywords(call: str) -> set[str]:

@@ -18,7 +18,7 @@ from ..errors import FlaxMagicsError, did_you_mean
 from . import Ask, Commit, Forward, Model, Path, Record, Variables, check_name, is_module, nnx_run, own_methods
 from .graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, walk
 from .layout import Kept, Layout, Values
-from .nnx_switch import switches_read
+from .nnx_switch import mode_by_hand, switches_read
 from .surgery import transplant
 
 SUPPLIED = ("params", "dropout")
@@ -293,9 +293,9 @@ class NnxModel:
     ) -> str:
         """`net.train(); nnx.reseed(net, policy='match_shape', dropout=dropout_key); nnx.jit(lambda net: net(x))(net)`"""
         name = call.partition("(")[0].partition(".")[0]
-        parts = []
+        parts: list[str] = []
         if self.mode is not None:
-            parts.append(f"{name}.{'train' if self.mode else 'eval'}()")
+            parts += mode_by_hand(name, self.layout.nodes, self.mode)
         held = [stream for stream in streams if stream in self.layout.tags]
         if held:
             keys = ", ".join(f"{stream}={stream}_key" for stream in held)

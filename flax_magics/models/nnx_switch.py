@@ -10,9 +10,44 @@ from typing import Any
 from flax import nnx
 
 from .graph import parts_of, walk
-from .switch import WHEN_TRAINING, read_fields, set_fields, value_of
+from .switch import WHEN_TRAINING, cloned, read_fields, set_fields, setting_of, value_of
 
 _MISSING = object()
+
+
+_FLAX = ("deterministic", "use_running_average")
+"""The switches that `train()` and `eval()` set themselves."""
+
+
+def mode_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...]:
+    """The statements that set every switch of a graph, where `module` is the expression that it stands for.
+
+    `net.train(is_training=True)` for those of modules, with the user's own as arguments, and
+    `net.config = dataclasses.replace(net.config, training=True)` for those of configs, which it does not reach.
+    """
+    of_modules: dict[str, bool] = {}
+    out: dict[str, None] = {}
+    for node, name, new, _ in _switches(nodes, train):
+        if isinstance(new, bool):
+            of_modules[name] = new
+            continue
+        path = next(path for path, other in nodes if other is node)
+        steps = (f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in path)
+        where = f"{module}{''.join(steps)}.{name}"
+        settings = map(setting_of, set_fields(new, train, frozenset())[1])
+        out[f"{where} = {cloned(where, new, settings)}"] = None
+    own = ", ".join(f"{name}={value}" for name, value in of_modules.items() if name not in _FLAX)
+    first = [f"{module}.{'train' if train else 'eval'}({own})"] if of_modules else []
+    return (*first, *out)
+
+
+def back_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...] | None:
+    """The statements that set the switches back to how they stand; None where one mode does not describe them."""
+    as_they_stand = [(id(node), name, value) for node, name, value, _ in _switches(nodes, None)]
+    for other in (train, not train):
+        if as_they_stand == [(id(node), name, value) for node, name, value, _ in _switches(nodes, other)]:
+            return () if other is train else mode_by_hand(module, nodes, other)
+    return None
 
 
 def switches_read(nodes: Any, train: bool | None) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any
 
@@ -19,6 +20,10 @@ WHEN_TRAINING = {
     "use_running_average": False,
 }
 """Each name's value in training."""
+
+
+Settings = tuple[tuple[str, bool], ...]
+"""Switches by name, or by path, and their values."""
 
 
 def value_of(name: str, train: bool) -> bool:
@@ -51,8 +56,8 @@ def check_agreement(train: bool, written: dict[str, Any]) -> None:
 def set_fields(value: Any, train: bool, fixed: frozenset[str]) -> tuple[Any, tuple[str, ...]]:
     """`value` (a dataclass: a linen module or a config) with its switches set, and what was set.
 
-    Fields are found on the value itself, on dataclasses that it holds, however deep, and in tuples and lists of these
-    (submodules given as fields). A switch that is None counts only if no other was found and the call has none: then
+    Fields are found on the value itself, on dataclasses that it holds, however deep, and in tuples, lists and dicts of
+    these (submodules given as fields). A switch that is None counts only if no other was found and the call has none: then
     nothing else can turn it.
     """
     setter = _Setter(train, fixed, bool)
@@ -77,34 +82,87 @@ def read_fields(value: Any) -> tuple[str, ...]:
     return tuple(setter.done)
 
 
+def setting_of(text: str) -> tuple[str, bool]:
+    """`config.training=True`, or `deterministic=False in 3 modules` of NNX, as name and value."""
+    name, _, value = text.rpartition("=")
+    return name, value.startswith("True")
+
+
 def cloned(name: str, module: Any, settings: Iterable[tuple[str, Any]]) -> str:
-    """`.clone(training=True)`, and what sets a switch on a config or a module that is a field; empty for no settings.
+    """`net.clone(training=True)`, and what sets a switch on what is in a field; `name` itself for no settings.
 
     Args:
       name: the expression that the module stands for.
-      settings: path of a field and its value: `("config.deterministic", False)`.
+      module: the module with its switches set, or as it was: their places are the same.
+      settings: path of a field, as `set_fields` has it, and its value: `("layers[2].deterministic", False)`.
     """
-    items = _items(name, module, settings)
-    return f".clone({', '.join(items)})" if items else ""
+    return _Writer(dict(settings), module).of(module, "", name)
 
 
-def _items(name: str, value: Any, settings: Iterable[tuple[str, Any]]) -> list[str]:
-    """`config=dataclasses.replace(net.config, deterministic=False)` for each field of `value` that is set, or set within."""
-    given: dict[str, list[tuple[str, Any]]] = {}
-    for path, setting in settings:
-        first, _, rest = path.partition(".")
-        given.setdefault(first, []).append((rest, setting))
-    items = []
-    for first, inner in given.items():
-        inside, held = f"{name}.{first}", getattr(value, first, None)
-        if not inner[-1][0]:
-            text = str(inner[-1][1])
-        elif hasattr(held, "clone") and hasattr(held, "scope"):  # a linen module
-            text = inside + cloned(inside, held, inner)
-        else:
-            text = f"dataclasses.replace({', '.join([inside, *_items(inside, held, inner)])})"
-        items.append(f"{first}={text}")
-    return items
+class _Writer:
+    """Writes the expression that sets switches anew, visiting in the order of `_Setter`, so that paths are the same."""
+
+    def __init__(self, settings: Mapping[str, Any], module: Any) -> None:
+        self.settings = settings
+        self.visits: Counter[int] = Counter()
+        self._count(module)
+        self.shared: dict[int, str] = {}
+
+    def _count(self, value: Any) -> None:
+        self.visits[id(value)] += 1
+        if self.visits[id(value)] == 1:
+            for _, inner in _parts(value):
+                self._count(inner)
+
+    def of(self, value: Any, path: str, name: str) -> str:
+        """The expression for `value` with its switches set, where `name` stands for it as it is; `name` if it has none."""
+        if id(value) in self.shared:
+            return self.shared[id(value)] or name
+        changed = {}
+        for step, inner in _parts(value):
+            where = f"{path}{step}".removeprefix(".")
+            text = str(self.settings[where]) if where in self.settings else self.of(inner, where, name + step)
+            if text != name + step:
+                changed[step] = text
+        text = _written(value, name, changed) if changed else name
+        if self.visits[id(value)] == 1:
+            return text
+        # What stands in two places is one module, with one place among the variables: it must be made once.
+        self.shared[id(value)] = f"shared_{sum(map(bool, self.shared.values())) + 1}" if changed else ""
+        return f"({self.shared[id(value)]} := {text})" if changed else name
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What switches are looked for in, each with its step in an expression: `.config`, `[0]`, `['head']`."""
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        yield from ((f"[{i}]", item) for i, item in enumerate(value))
+    elif isinstance(value, Mapping):
+        yield from ((f"[{key!r}]", item) for key, item in value.items() if isinstance(key, (str, int)))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name"))
+        yield from ((f".{name}", getattr(value, name, None)) for name in names)
+
+
+def _written(value: Any, name: str, changed: Mapping[str, str]) -> str:
+    """The expression for `value` with some of its parts changed, by their steps."""
+    if isinstance(value, Mapping):
+        text = ", ".join([f"**{name}", *(f"{step[1:-1]}: {part}" for step, part in changed.items())])
+        return f"{{{text}}}" if type(value) is dict else f"type({name})({{{text}}})"
+    if isinstance(value, (tuple, list)):
+        items, start = [], 0
+        for place in sorted(int(step[1:-1]) for step in changed):
+            items += [f"*{name}[{start or ''}:{place}]"] * (place > start) + [changed[f"[{place}]"]]
+            start = place + 1
+        items += [f"*{name}[{start}:]"] * (start < len(value))
+        if type(value) is tuple:
+            return f"({', '.join(items)}{',' * (len(items) == 1)})"
+        return f"[{', '.join(items)}]" if type(value) is list else f"type({name})([{', '.join(items)}])"
+    fields = ", ".join(f"{step[1:]}={part}" for step, part in changed.items())
+    return f"{name}.clone({fields})" if _is_linen(value) else f"dataclasses.replace({name}, {fields})"
+
+
+def _is_linen(value: Any) -> bool:
+    return hasattr(value, "clone") and hasattr(value, "scope")
 
 
 class _Setter:
@@ -125,25 +183,22 @@ class _Setter:
         return result
 
     def _visit(self, value: Any, path: str) -> Any:
-        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-            items = [self.visit(item, f"{path}[{i}]") for i, item in enumerate(value)]
-            if all(new is old for new, old in zip(items, value, strict=True)):
+        if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
+            items = {step: self.visit(item, path + step) for step, item in _parts(value)}
+            if all(items[step] is item for step, item in _parts(value)):
                 return value
-            return type(value)(items)
+            if not isinstance(value, Mapping):
+                return type(value)(items.values())
+            whole = {key: items.get(f"[{key!r}]", item) for key, item in value.items()}
+            return whole if type(value) is dict else type(value)(whole)  # type: ignore[call-arg]
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
             return value
         changes: dict[str, Any] = {}
-        for field in dataclasses.fields(value):
-            if field.name in ("parent", "name"):
-                continue
-            old = getattr(value, field.name, None)
-            where = f"{path}.{field.name}" if path else field.name
-            if field.name in WHEN_TRAINING:
-                new = self._switch(field.name, old, where, top=not path)
-            else:
-                new = self.visit(old, where)
+        for step, old in _parts(value):
+            name, where = step[1:], f"{path}{step}".removeprefix(".")
+            new = self._switch(name, old, where, top=not path) if name in WHEN_TRAINING else self.visit(old, where)
             if new is not old:
-                changes[field.name] = new
+                changes[name] = new
         return _replaced(value, changes) if changes else value
 
     def _switch(self, name: str, old: Any, where: str, *, top: bool) -> Any:
@@ -157,7 +212,7 @@ class _Setter:
 
 
 def _replaced(value: Any, changes: dict[str, Any]) -> Any:
-    if hasattr(value, "clone") and hasattr(value, "scope"):  # a linen module: clone keeps name and parent right
+    if _is_linen(value):  # clone keeps name and parent right
         return value.clone(**changes)
     try:
         return dataclasses.replace(value, **changes)

@@ -114,8 +114,8 @@ def test_what_is_left_out_is_said(ran, tmp_path):
     ran("print(run.draw)")
     assert ran("%flax_export session.py") == (
         "session.py · written · 5 cells · 2 runs\n"
-        "! not in the script: print(run.draw): `run` is not there (it is a Run of the\n"
-        "  session)"
+        "! not in the script: print(run.draw): `run` is not there: it is a Run of the\n"
+        "  session"
     )
 
 

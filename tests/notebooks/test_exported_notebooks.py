@@ -24,7 +24,7 @@ def test_a_session_with_shell_lines_is_exported_and_gives_its_digests(open_noteb
     script = (tmp_path / "session.py").read_text()
     assert "# !echo hello\n# files = !echo a\n# %precision 4\n# Left out: `files` is not there" in script
     assert "# %%time\n" in script
-    assert re.search(r"# In \[\d\] failed with ZeroDivisionError and is left out.\n", script)
+    assert "\n# 1 cell that failed and left nothing is left out.\n" in script
     assert DIGEST.findall(run_alone(tmp_path / "session.py", afresh=True)) == digests
 
 

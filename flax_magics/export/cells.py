@@ -1,4 +1,4 @@
-"""A cell as Python text with its commands found: what the lines of an export take the place of.
+"""A notebook's cells as Python text with their commands found, and which statement of which cell made which run.
 
 IPython's own transformers make calls of `get_ipython()` out of magics and shell lines, in place and line by line, so what
 is found here is what ran.
@@ -7,7 +7,7 @@ is found here is what ran.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from ..call import ParsedCall, parse_call
 from ..commands import COMMANDS
 from ..errors import FlaxMagicsError
 from ..expression import end_of, segment, start_of
-from ..journal import Place
+from ..journal import Executed, Place
 from ..options import Read, read
-from ..source import ends_quietly, pieces
+from ..run import Run
+from ..source import ends_quietly
 
 Transform = Callable[[str], str]
 
@@ -26,7 +27,7 @@ AS_BODY = ("time", "capture", "prun", "snakeviz", "memit", "mprun", "scalene", "
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class CommandSite:
     """A place in a cell's text where a command stands.
 
     Attributes:
@@ -104,20 +105,18 @@ def is_build(run: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Foreign:
+class ForeignMagic:
     """A place where a magic or shell line of others stands: it becomes a comment.
 
     Attributes:
-      statement: see `Site`.
+      statement: see `CommandSite`.
       shown: as it was written, one line each.
-      code: Python that it ran, and that stands in its place; empty for none.
       names: what it assigned.
       ours: it loads or sets this package, and nothing stands for it.
     """
 
     statement: ast.stmt
     shown: tuple[str, ...]
-    code: str = ""
     names: tuple[str, ...] = ()
     ours: bool = False
 
@@ -131,25 +130,19 @@ class Source:
       tree: its syntax.
       sites, foreign: where commands and the magics of others stand, by statement.
       above: lines of comment that stand for cell magics.
+      captured: names that a cell magic gives a value: the output that it took.
       opaque: it is no Python, and `above` is all that there is.
-      raw: the text as IPython made it of the cell, before anything of it was replaced.
       offset: how many lines of `text` less there were where the code that ran counts them (see `Executed.line`).
     """
 
     text: str
     tree: ast.Module
-    sites: dict[ast.stmt, Site] = field(default_factory=dict)
-    foreign: dict[ast.stmt, Foreign] = field(default_factory=dict)
+    sites: dict[ast.stmt, CommandSite] = field(default_factory=dict)
+    foreign: dict[ast.stmt, ForeignMagic] = field(default_factory=dict)
     above: tuple[str, ...] = ()
     opaque: bool = False
     offset: int = 0
-    raw: str = ""
-
-    @property
-    def only_defines(self) -> bool:
-        """Whether it is functions, classes and imports alone: run again it is the same once more."""
-        plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        return bool(self.tree.body) and all(isinstance(statement, plain) for statement in self.tree.body)
+    captured: tuple[str, ...] = ()
 
 
 def read_cell(raw: str, transform: Transform) -> Source:
@@ -157,7 +150,7 @@ def read_cell(raw: str, transform: Transform) -> Source:
     if not raw.strip():
         return Source("", ast.Module([], []))
     try:
-        text = transform(raw)
+        text = _timed(transform(raw), transform)
         tree = ast.parse(text)
     except (SyntaxError, ValueError, FlaxMagicsError) as error:
         return Source("", ast.Module([], []), above=(*raw.rstrip().splitlines(), f"({error})"), opaque=True)
@@ -187,17 +180,7 @@ def _opened(name: str, line: str, body: str, transform: Transform) -> Source:
     if name in AS_BODY:
         inner = read_cell(body, transform)
         names = line.split()[:1] if name == "capture" and not line.startswith("-") else []
-        nowhere: ast.stmt = ast.Pass()
-        gone = {nowhere: Foreign(nowhere, (), names=tuple(names))} if names else {}
-        return Source(
-            inner.text,
-            inner.tree,
-            inner.sites,
-            {**inner.foreign, **gone},
-            (shown, *inner.above),
-            inner.opaque,
-            inner.offset,
-        )
+        return replace(inner, captured=tuple(names), above=(shown, *inner.above))
     return Source("", ast.Module([], []), above=(shown, *body.rstrip().splitlines()), opaque=True)
 
 
@@ -208,6 +191,18 @@ MODELS = "*"
 def _blank(body: str) -> int:
     """Empty lines at the top of a body, which IPython takes off."""
     return next((i for i, line in enumerate(body.splitlines()) if line.strip()), 0)
+
+
+def _timed(text: str, transform: Transform) -> str:
+    """`text` with the code of each `%time` line in its place, which runs it in the notebook's own namespace."""
+    for statement, _ in reversed(list(_statements(ast.parse(text).body, ()))):
+        match statement:
+            case ast.Expr(ast.Call(func, [ast.Constant("time"), ast.Constant(str(line))])) if (
+                _is_shell(func, "run_line_magic") and line.strip() and not line.lstrip().startswith("-")
+            ):
+                code = f"{transform(line).strip()}  # %time"
+                text = text[: start_of(text, statement)] + code + text[end_of(text, statement) :]
+    return text
 
 
 def _cell_magic(tree: ast.Module) -> tuple[str, str, str] | None:
@@ -245,8 +240,8 @@ def _call_cell(name: str, line: str, body: str, transform: Transform) -> Source:
 
 
 def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> Source:
-    sites: dict[ast.stmt, Site] = {}
-    foreign: dict[ast.stmt, Foreign] = {}
+    sites: dict[ast.stmt, CommandSite] = {}
+    foreign: dict[ast.stmt, ForeignMagic] = {}
     for statement, path in _statements(tree.body, ()):
         value = getattr(statement, "value", None)
         if not isinstance(statement, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign)):
@@ -266,44 +261,31 @@ def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> 
                         continue
                 foreign[statement] = _magic(statement, name, line, target)
             case [ast.Constant(str(line))] if _is_shell(value.func, "system") or _is_shell(value.func, "getoutput"):
-                shell = Foreign(statement, _shown(f"{target} !{line}"), names=_names(statement))
-                foreign[statement] = Foreign(statement, (), ours=True) if "flax_magics" in line else shell
-            case _ if _is_shell(value.func, value.func.attr):
-                foreign[statement] = Foreign(
-                    statement, _shown(f"{target} {ast.unparse(value)}"), names=_names(statement)
-                )
-    return Source(text, tree, sites, foreign, above, offset=offset, raw=text)
-
-
-def reread(source: Source, text: str) -> Source:
-    """The same cell with another text, of as many lines."""
-    found = _found(text, ast.parse(text), source.above, source.offset)
-    captured = {node: gone for node, gone in source.foreign.items() if not gone.shown and gone.names}
-    return replace(source, text=text, tree=found.tree, sites=found.sites, foreign={**found.foreign, **captured})
+                shell = ForeignMagic(statement, _shown(f"{target} !{line}"), names=_names(statement))
+                foreign[statement] = ForeignMagic(statement, (), ours=True) if "flax_magics" in line else shell
+    return Source(text, tree, sites, foreign, above, offset=offset)
 
 
 def _site(
     statement: ast.stmt, name: str, command: Any, line: str, target: str, path: tuple[ast.stmt, ...], above: int
-) -> Site | None:
+) -> CommandSite | None:
     """The place of a command; None for a line that the command refuses (which ended the cell)."""
     try:
         given = read(command, line if command.takes == "call" else line.rstrip("; "))
         if given.help or (not given.rest and name in ("flax_apply", "flax_init")):
-            return Site(statement, "help", given, None, target, path, line)
+            return CommandSite(statement, "help", given, None, target, path, line)
         bare = name == "flax_summary" and given.rest.rstrip("; ").isidentifier()
         call = parse_call(given.rest, command.name) if command.takes == "call" and not bare else None
     except FlaxMagicsError:
         return None
-    return Site(statement, name, given, call, target, path, line, above)
+    return CommandSite(statement, name, given, call, target, path, line, above)
 
 
-def _magic(statement: ast.stmt, name: str, line: str, target: str) -> Foreign:
+def _magic(statement: ast.stmt, name: str, line: str, target: str) -> ForeignMagic:
     shown = _shown(f"{target} %{name} {line}")
     if "flax_magics" in line or (name == "config" and "FlaxMagics" in line):
-        return Foreign(statement, (), ours=True)
-    if name == "time" and not target and not line.lstrip().startswith("-"):
-        return Foreign(statement, (f"%{name}",), code=line.strip())
-    return Foreign(statement, shown, names=_names(statement))
+        return ForeignMagic(statement, (), ours=True)
+    return ForeignMagic(statement, shown, names=_names(statement))
 
 
 def _shown(text: str) -> tuple[str, ...]:
@@ -334,15 +316,140 @@ def blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
     return out
 
 
-def indent_of(text: str) -> str:
-    """The indentation that the blocks of `text` have first, four spaces where it has none."""
-    depth = 0
-    start = True
-    for piece in pieces(text):
-        if piece.kind == "newline":
-            start = True
-        elif piece.kind == "space" and start and not depth:
-            return text[piece.start : piece.end]
-        else:
-            start, depth = False, piece.depth
-    return "    "
+@dataclass(eq=False)
+class ExecutedStatement:
+    """One statement at the top of a cell as it was executed.
+
+    Attributes:
+      made: the session's runs by index, with the place in the code that made each; None for one that no place explains.
+      failed: the cell ended in it.
+    """
+
+    statement: ast.stmt
+    site: CommandSite | None
+    made: list[tuple[int, CommandSite | None]] = field(default_factory=list)
+    failed: bool = False
+
+
+@dataclass(eq=False)
+class CellRun:
+    """One execution of a cell: its statements as far as they ran; `loose` runs follow the last of them."""
+
+    cell: Executed
+    source: Source
+    statements: list[ExecutedStatement]
+    loose: list[int] = field(default_factory=list)
+
+
+def match(cells: Sequence[tuple[Executed, Source]], runs: Sequence[Run]) -> list[CellRun]:
+    """The executions in order, each with its runs.
+
+    A statement that is a command made one run; a loop, and a call of a function with a command in it, any number: as many
+    as there are but for those that later commands of the cell need. Of lines that are alike, the one counts whose number
+    the run has.
+    """
+    functions: list[CommandSite] = []
+    out = []
+    for cell, source in cells:
+        steps = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
+        ran = _as_far_as_it_ran(cell, source, steps)
+        queue = list(range(cell.first, min(cell.end, len(runs))))
+        where = {place.run: place for place in cell.places}
+        for i, step in enumerate(ran):
+            later = [site for s in ran[i + 1 :] for site in _inside(source, s) if _single(site)]
+            if step.failed:
+                continue
+            if step.site is not None:
+                _take_one(step, step.site, queue, runs)
+                continue
+            inside = _inside(source, step)
+            if not isinstance(step.statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                _take_many(step, [*inside, *reversed(functions)], later, queue, runs, where)
+            functions += [s for s in inside if s.in_function is not None]
+        out.append(CellRun(cell, source, ran, queue))
+    return out
+
+
+def _as_far_as_it_ran(cell: Executed, source: Source, steps: list[ExecutedStatement]) -> list[ExecutedStatement]:
+    if cell.error is None or not steps:
+        return steps
+    if cell.line is None:
+        return []
+    line = cell.line - source.offset
+    if line < 1:  # the command of the cell's first line failed, once the body had run
+        steps[-1].failed = True
+        return steps
+    ran = [step for step in steps if begin(step.statement) <= line]
+    if ran:
+        ran[-1].failed = True
+    return ran
+
+
+def begin(statement: ast.stmt) -> int:
+    """The first line of a statement, its decorators included."""
+    decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
+    return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
+
+
+def _single(site: CommandSite) -> bool:
+    return site.draws or site.name == "flaxmodel"
+
+
+def _take_one(step: ExecutedStatement, site: CommandSite, queue: list[int], runs: Sequence[Run]) -> None:
+    """The run of a command: the next, and what nobody explains before it."""
+    if site.name == "flaxmodel":
+        while queue and site.matches(runs[queue[0]]):
+            step.made.append((queue.pop(0), site))
+        return
+    if not site.draws:
+        return
+    found = next((i for i, index in enumerate(queue) if site.matches(runs[index])), None)
+    if found is None:
+        return
+    step.made += [(index, None) for index in queue[:found]]
+    step.made.append((queue[found], site))
+    del queue[: found + 1]
+
+
+def _inside(source: Source, step: ExecutedStatement) -> list[CommandSite]:
+    """The places of commands in a statement, functions that it only defines left out."""
+    if step.site is not None:
+        return [step.site]
+    return [site for site in source.sites.values() if step.statement in site.path]
+
+
+def _repeats(site: CommandSite) -> bool:
+    """Whether a place can make more than one run in one execution of its statement."""
+    return any(
+        isinstance(node, (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef))
+        for node in site.path
+    )
+
+
+def _take_many(
+    step: ExecutedStatement,
+    sites: list[CommandSite],
+    later: list[CommandSite],
+    queue: list[int],
+    runs: Sequence[Run],
+    where: Mapping[int, Place],
+) -> None:
+    used: set[CommandSite] = set()
+    while queue:
+        run, place = runs[queue[0]], where.get(queue[0])
+        # The first of them: a function that is defined again takes the place of the one before.
+        exact = next((site for site in sites if place and site.is_at(place) and site.matches(run)), None)
+        if exact is not None:
+            used.add(exact)
+            step.made.append((queue.pop(0), exact))
+            continue
+        fitting = [site for site in sites if site.matches(run) and (site not in used or _repeats(site))]
+        if not fitting:
+            return
+        # Where lines are alike, each of them has run before one has run again.
+        site = next((site for site in fitting if site not in used), fitting[0])
+        used.add(site)
+        needed = sum(1 for other in later if other.matches(run))
+        if needed and sum(1 for index in queue if site.matches(runs[index])) <= needed:
+            return
+        step.made.append((queue.pop(0), site))

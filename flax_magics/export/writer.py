@@ -1,0 +1,323 @@
+"""What the lines of a script share: names that are free, quotes, indentation, the root key and its draws, blank lines."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..expression import end_of, segment, start_of
+from ..keys import SPLIT, stream_tag
+from ..source import pieces
+from .names import Free
+
+WIDTH = 88
+"""Columns, the default of formatters."""
+
+
+@dataclass
+class Lines:
+    """Lines of a script that belong together.
+
+    Attributes:
+      apart: a function of ours, which stands apart.
+      ours: some of them are ours, so that our imports have to stand above.
+    """
+
+    text: list[str]
+    apart: bool = False
+    ours: bool = True
+
+
+@dataclass(eq=False)
+class LineWriter:
+    """How a script is written.
+
+    Attributes:
+      free: names that are left.
+      unit: one step of indentation, as the session's own code has it.
+      quote: the quotes that the session's own code prefers.
+      digests: whether a line with a digest is printed for each run.
+      needs: modules that our lines use: see `IMPORTS`.
+      spare: names of variables that hold something for the next line.
+      labels: what the digests are called.
+    """
+
+    free: Free
+    unit: str = "    "
+    quote: str = '"'
+    digests: bool = True
+    needs: set[str] = field(default_factory=set)
+    spare: dict[str, str] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+
+    IMPORTS: ClassVar[dict[str, str]] = {
+        "dataclasses": "import dataclasses",
+        "functools": "import functools",
+        "hashlib": "import hashlib",
+        "jax": "import jax",
+        "jnp": "import jax.numpy as jnp",
+        "nnx": "from flax import nnx",
+        "np": "import numpy as np",
+        "numpy": "import numpy",
+        "safetensors": "import safetensors.flax",
+        "traverse_util": "from flax import traverse_util",
+    }
+    STAYS: ClassVar[str] = "# The first run below splits this key again, and takes the rest of the draw."
+
+    @classmethod
+    def like(cls, texts: Sequence[str], free: Free, *, digests: bool) -> LineWriter:
+        """One that writes as the cells `texts` are written."""
+        quotes = Counter(letter for text in texts for letter in text if letter in "'\"")
+        unit = next((unit for text in texts if (unit := _indentation(text))), "    ")
+        return cls(free, unit, "'" if quotes["'"] > quotes['"'] else '"', digests)
+
+    def __post_init__(self) -> None:
+        names = ("root_key", "params_key", "dropout_key")
+        before = "session_" if any(name in self.free.used for name in names) else ""
+        self.root, self.params, self.dropout = (self.free.take(before + name) for name in names)
+        self.digest = self.free.take("print_digest")
+        self._streams = {"params": self.params, "dropout": self.dropout}
+
+    # -- text
+
+    def text(self, value: str) -> str:
+        """`value` as a string literal."""
+        plain = repr(value)
+        inner = plain[1:-1]
+        if self.quote not in value and plain[0] != self.quote and "\\" not in inner:
+            return f"{self.quote}{inner}{self.quote}"
+        return plain
+
+    def texts(self, values: Iterable[str]) -> str:
+        """A list of string literals."""
+        return "[" + ", ".join(map(self.text, values)) + "]"
+
+    def variable(self, name: str, other: str | None = None) -> str:
+        """The variable of ours that is called so, or `other` where that name is not free."""
+        if name not in self.spare:
+            self.spare[name] = self.free.take(name, other or name)
+        return self.spare[name]
+
+    def fitted(self, lines: Iterable[str], column: int = 0) -> list[str]:
+        """Our lines with those that are too long as several, where all will stand `column` columns to the right."""
+        return [short for line in lines for short in _fitted(line, self.unit, WIDTH - column)]
+
+    # -- keys
+
+    def key(self, stream: str, *, taken: bool = False) -> str:
+        """The variable that holds a stream's key of the last draw.
+
+        Args:
+          taken: an init took the draw's `params` key, and this is another.
+        """
+        name = "own_params" if taken and stream == "params" else stream
+        if name not in self._streams:
+            self._streams[name] = self.free.take(f"{name}_key")
+        return self._streams[name]
+
+    def fold(self, stream: str, root: str | None = None) -> str:
+        """The key of a stream that the split does not give, from the root key before it is split."""
+        self.needs.add("jax")
+        return f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08X})"
+
+    def draw(self, streams: Iterable[str] = (), *, taken: bool = False, stay: bool = False) -> list[str]:
+        """One draw from the root key.
+
+        Args:
+          streams: those that will be used.
+          stay: the root key does not move: the next draw is the same one.
+        """
+        self.needs.add("jax")
+        root = "_" if stay else self.root
+        folds = [
+            f"{self.key(stream, taken=taken)} = {self.fold(stream)}  # stream {self.text(stream)}"
+            for stream in streams
+            if stream not in SPLIT or (taken and stream == "params")
+        ]
+        split = f"{root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"
+        return [*([self.STAYS] if stay else []), *folds, split]
+
+    def start(self, seed: int) -> str:
+        """The root key at draw 1 of `seed`."""
+        self.needs.add("jax")
+        return f"{self.root} = jax.random.key({seed})"
+
+    def keys_of(
+        self, root: str, streams: Iterable[str], key: Callable[[str], str], *, taken: bool = False, moves: bool = False
+    ) -> list[str]:
+        """The keys of one draw from another root key than the session's: those of `streams` alone.
+
+        Args:
+          key: the variable of each stream's.
+          taken: see `key`.
+          moves: `root` is that of the next draw then.
+        """
+        self.needs.add("jax")
+        folded = [stream for stream in streams if stream not in SPLIT or (taken and stream == "params")]
+        lines = [f"{key(stream)} = {self.fold(stream, root)}  # stream {self.text(stream)}" for stream in folded]
+        split = [root if moves else "_"]
+        split += [key(stream) if stream in streams and stream not in folded else "_" for stream in SPLIT]
+        if any(name != "_" for name in split):
+            lines.append(f"{', '.join(split)} = jax.random.split({root}, 3)")
+        return lines
+
+    def advance(self, draws: int, root: str | None = None) -> list[str]:
+        """Moves the root key on by so many draws that nothing is taken of."""
+        self.needs.add("jax")
+        root = root or self.root
+        line = f"{root} = jax.random.split({root}, 3)[0]"
+        return [line] if draws == 1 else [f"for _ in range({draws}):", self.unit + line]
+
+    # -- digests
+
+    def show(self, label: str, value: str) -> list[str]:
+        """The line that prints a digest, where they are wanted."""
+        if not self.digests:
+            return []
+        self.labels.append(label)
+        return [f"{self.digest}({self.text(label)}, {value})"]
+
+    def digest_function(self, has: Container[str], np: str) -> list[str]:
+        """The function that prints the digest of a run: what `flax_magics.run.digest_of` states, on little-endian machines.
+
+        Args:
+          has: `keys` and `objects`, where some result has leaves that are such.
+          np: what NumPy is called.
+        """
+        before = ""
+        inner = ["path = jax.tree_util.keystr(path)"]
+        if "objects" in has:
+            inner += [
+                f"if not isinstance(leaf, (jax.Array, {np}.ndarray, {np}.generic, int, float, complex)):",
+                '\thasher.update(f"{path}\\0{leaf!r}\\0".encode())',
+                "\tcontinue",
+            ]
+        if "keys" in has:
+            inner += [
+                'key_type, dtype = "", getattr(leaf, "dtype", None)',
+                "if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):",
+                "\tkey_type, leaf = str(dtype), jax.random.key_data(leaf)",
+            ]
+            before = "{key_type}"
+        lines = [
+            f"def {self.digest}(call, result):",
+            '\t"""Prints a digest of the bits of a result, by which two runs can be compared."""',
+            "\thasher = hashlib.sha256()",
+            "\tfor path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:",
+            *("\t\t" + line for line in inner),
+            f'\t\tarray = {np}.asarray(leaf, order="C")',
+            f'\t\theader = f"{{path}}\\0{before}{{array.dtype.name}}{{list(array.shape)}}\\0"',
+            "\t\thasher.update(header.encode() + array.tobytes())",
+            f'\tprint(f"{{call:<{min(max(map(len, self.labels)), 48)}}}  {{hasher.hexdigest()[:16]}}")',
+        ]
+        if self.quote == "'":
+            lines = [line if '"""' in line else line.replace('"', "'") for line in lines]
+        return [line.replace("\t", self.unit) for line in lines]
+
+
+def label_of(call: str, mode: str = "") -> str:
+    """How a run is called where its digest is printed: `train net(x)`."""
+    call = " ".join(call.split())
+    if len(call) > 48:
+        call = call[:47].rstrip() + "…"
+    return f"{mode} {call}" if mode in ("train", "eval") else call
+
+
+def call(before: str, items: Iterable[str], after: str = ")") -> str:
+    """`before`, the items with commas between, and `after`: one logical line."""
+    return f"{before}{', '.join(items)}{after}"
+
+
+def indented(lines: Iterable[str], by: str) -> list[str]:
+    """`lines` further to the right; empty ones stay empty."""
+    return [by + line if line else line for line in lines]
+
+
+def joined(blocks: Sequence[Sequence[Lines]]) -> list[str]:
+    """The lines of all cells: one empty line between them, two around functions and classes."""
+    out: list[str] = []
+    before = Lines([])
+    for block in blocks:
+        begins = True
+        for lines in block:
+            text = [line.rstrip() for line in lines.text]
+            parted = begins or lines.apart or before.apart
+            while parted and text and not text[0]:
+                del text[0]
+            if not any(text):
+                continue
+            if out and parted:
+                while not out[-1]:
+                    del out[-1]
+                far = lines.apart or before.apart or _defines(text, 0) or _defines(before.text, -1)
+                out += [""] * (2 if far else 1)
+            out += text
+            before, begins = Lines(text, lines.apart), False
+    while out and not out[-1]:
+        del out[-1]
+    return out
+
+
+def _defines(text: Sequence[str], place: int) -> bool:
+    """Whether the first statement of `text`, or the last, is a function or a class."""
+    body = ast.parse("\n".join(text)).body
+    return bool(body) and isinstance(body[place], (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+
+
+def _indentation(text: str) -> str:
+    """The indentation that the blocks of `text` have first; empty where it has none."""
+    depth, start = 0, True
+    for piece in pieces(text):
+        if piece.kind == "newline":
+            start = True
+        elif piece.kind == "space" and start and not depth:
+            return text[piece.start : piece.end]
+        else:
+            start, depth = False, piece.depth
+    return ""
+
+
+def _fitted(line: str, unit: str, width: int) -> list[str]:
+    """A line as it is, or with what stands in its last brackets on lines of its own."""
+    indent = line[: len(line) - len(line.lstrip())]
+    if len(line) <= width or line.lstrip().startswith("#"):
+        return [line]
+    code, mark, stream = line.partition("  # stream ")
+    if mark:
+        return [f"{indent}# stream {stream}", *_fitted(code, unit, width)]
+    text = line.strip()
+    start, end, items = _last_brackets(text)
+    if not items:
+        return [line]
+    together = indent + unit + ", ".join(items)
+    inner = [together] if len(together) <= width else [f"{indent}{unit}{item}," for item in items]
+    return [indent + text[:start], *inner, indent + text[end:]]
+
+
+def _last_brackets(text: str) -> tuple[int, int, list[str]]:
+    """Where the inside of the brackets that end one of our lines begins and ends, and its items; none for other lines."""
+    if text.startswith("def "):
+        start, end = text.index("(") + 1, text.rindex(")")
+        return start, end, text[start:end].split(", ")
+    try:
+        node = getattr(ast.parse(text).body[0], "value", None)
+    except SyntaxError:  # a decorator
+        return 0, 0, []
+    if not isinstance(node, (ast.Call, ast.Dict)) or end_of(text, node) != len(text):
+        return 0, 0, []
+    if isinstance(node, ast.Call):
+        inside: list[Any] = [*node.args, *node.keywords]
+        items = [segment(text, one) for one in sorted(inside, key=lambda one: one.col_offset)]
+        return text.index("(", end_of(text, node.func)) + 1, len(text) - 1, items
+    rows = zip(node.keys, node.values, strict=True)
+    return (
+        start_of(text, node) + 1,
+        len(text) - 1,
+        [
+            f"{segment(text, key)}: {segment(text, value)}" if key is not None else f"**{segment(text, value)}"
+            for key, value in rows
+        ],
+    )
