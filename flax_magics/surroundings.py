@@ -11,11 +11,11 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from . import private
+from . import private, spelling
 from .construct import Recipe
 from .errors import FlaxMagicsError
 from .models import Ask
-from .prepare import Call, init_by_hand, prepare, prepare_init, with_arguments
+from .prepare import Call, prepare, with_arguments
 from .run import Run
 
 if TYPE_CHECKING:
@@ -89,14 +89,17 @@ def of_init(where: str, entry: Entry, call: Call) -> FlaxMagicsError:
     said = f"{_spell(call, '%flax_init')} stands {where}."
     if entry.model.holds_variables:
         return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
-    with contextlib.suppress(FlaxMagicsError):
-        kwargs = prepare_init(entry.name, entry.model, call).kwargs
-        added = [f"{name}={value}" for name, value in kwargs.items() if name not in call.kwargs]
-        call = replace(call, text=with_arguments(call.text, added))
+    model: Any = entry.model
+    lines: list[str] = []
+    if call.cell is not None:
+        with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
+            switches = spelling.of_init(call, model)
+            by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_fields)
+            lines = ["params_key = %flax_key params", f"variables = {by_hand}"]
     return _error(
         said,
         "Draw the key before it, and initialise with that.",
-        [] if call.cell is None else ["params_key = %flax_key params", f"variables = {init_by_hand(call)}"],
+        lines,
         f"params_key = session.key('params')\nvariables = session.models['{entry.name}'].module.init(params_key, …)",
     )
 
