@@ -95,7 +95,8 @@ def flax_state_in_words() -> dict[str, Any]:
         return {}
     words = dict(flags)
     names = ", ".join(getattr(function, "__name__", type(function).__name__) for function in interceptors)
-    words["interceptors"] = Described(names or "none", _interceptor_contents.of(*interceptors))
+    contents = _interceptor_contents.of(*interceptors)
+    words["interceptors"] = Described(names or "none", None if isinstance(contents, Unknown) else contents)
     words["logical axis rules"] = Described(str(rules) if rules else "none", None)
     for (_, name), stack in zip(_nnx_stacks() if stacks else (), stacks, strict=True):
         words[_STACKS[name]] = stack[-1] if stack else "not set"

@@ -38,14 +38,14 @@ def test_what_it_raises_is_passed_on():
 
 
 def test_settings_of_this_thread_alone_keep_it_here():
-    from flax_magics.program import settings
+    from flax_magics.compiling import jax_settings
 
     def function() -> str:
         return threading.current_thread().name
 
-    assert elsewhere(function, (), Unfinished(), settings) == "flax_magics run"
+    assert elsewhere(function, (), Unfinished(), jax_settings) == "flax_magics run"
     with jax.default_matmul_precision("float32"):
-        assert elsewhere(function, (), Unfinished(), settings) == threading.current_thread().name
+        assert elsewhere(function, (), Unfinished(), jax_settings) == threading.current_thread().name
 
 
 def test_an_interrupt_leaves_the_rest_to_be_waited_for(monkeypatch):
