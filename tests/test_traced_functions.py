@@ -363,7 +363,7 @@ def test_a_program_with_a_callback_runs_and_a_command_in_it_does_not(command):
 
 SETUP = """\
 from flax import nnx
-x = jnp.ones((2, 3))
+x, key = jnp.arange(6.0).reshape(2, 3), jax.random.key(7)
 class Net(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
@@ -376,6 +376,10 @@ class Handed(nnx.Module):
     self.dropout = nnx.Dropout(0.5)
   def __call__(self, x, *, rngs):
     return self.dropout(self.linear(x), rngs=rngs)
+class Sampled(nn.Module):
+  @nn.compact
+  def __call__(self, x, z_rng):
+    return nn.Dense(2)(x) + jax.random.normal(z_rng, (2,))
 class Own(nnx.Module):
   def __init__(self, features, *, rngs):
     self.linear = nnx.Linear(3, features, rngs=rngs)
@@ -408,6 +412,10 @@ TOLD = {
         f"%flax_apply --train fresh(x) stands {TRACED} {BY_HAND}",
         ["variables = %flax_init fresh(x)", *KEYS, f"fresh{TRAINED}"],
     ),
+    "flax_apply --key z_rng --draws 3 vae(x)": (
+        f"%flax_apply --key z_rng --draws 3 vae(x) stands {TRACED} {BY_HAND}",
+        ["variables = %flax_vars vae", "z_rng_key = %flax_key z_rng", "vae.apply(variables, x, z_rng=z_rng_key)"],
+    ),
     "flax_init net(x)": (
         f"%flax_init net(x) stands {TRACED} Draw the key before it, and initialise with that.",
         ["params_key = %flax_key params", "variables = net.init(params_key, x)"],
@@ -435,9 +443,9 @@ TOLD = {
 @pytest.fixture
 def models(notebook):
     notebook(SETUP)
-    for line in ("net = Net()", "fresh = Net()", "own = Own(4)", "handed = Handed(4)"):
+    for line in ("net = Net()", "fresh = Net()", "vae = Sampled()", "own = Own(4)", "handed = Handed(4)"):
         notebook(f"%flaxmodel -q {line}")
-    notebook("_ = %flax_init -q net(x)")
+    notebook("_ = %flax_init -q net(x)\n_ = %flax_init -q vae(x, key)")
     if "flax_vars" not in notebook.shell.magics_manager.magics["line"]:
         notebook.shell.register_magic_function(
             lambda line: notebook.session.models[line.strip()].variables, magic_name="flax_vars"
