@@ -297,6 +297,16 @@ def test_a_check(models):
         assert out == f"FlaxMagicsError: {message}\n  form: %flaxmodel --check 'net(x)' …"
 
 
+def test_a_cell_is_told_a_line_with_its_options(models):
+    models("inputs = 2 * x")
+    is_refused(
+        models,
+        "%%flax_apply --train -o run\ninputs = 3 * x\nnet.apply(variables, inputs, mutable=['batch_stats'])",
+        own("net.apply", "%flax_apply", BOTH),
+        "%flax_apply --train -o run --mutable batch_stats net(inputs)",
+    )
+
+
 def test_the_advice_for_variables_runs_with_those(models):
     models("other = jax.tree.map(lambda leaf: leaf + 1, variables)")
     advice = models.fails("%flax_apply -q net(other, x)").partition("write: ")[2].split("\n")
