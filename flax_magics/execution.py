@@ -131,7 +131,7 @@ def execute(
             "--roofline holds a compiled program against the machine; --eager compiles none.",
             write=f"%flax_apply --roofline {call.text}",
         )
-    call = _with_keys(entry, call, options, draw)
+    call = with_keys(entry, call, options, draw)
     prepared = prepare(entry.name, entry.model, call, options.mode)
     wanted = Wanted(call, prepared, options, draw, programs, on_phase)
     with plain_errors(call):
@@ -276,7 +276,7 @@ def _kept_out(error: Exception) -> FlaxMagicsError:
     )
 
 
-def _with_keys(entry: Entry, call: Call, options: Options, draw: Draw | Series) -> Call:
+def with_keys(entry: Entry, call: Call, options: Options, draw: Draw | Series) -> Call:
     """The call with the keys that `--key` adds."""
     if not options.key:
         return call

@@ -55,7 +55,7 @@ _SESSIONS = f"{__package__}.sessions"
 def of_apply(where: str, state: State, entry: Entry, call: Call, options: Options) -> FlaxMagicsError:
     """The error for an apply: plain Flax with the same variables, mode, streams and collections."""
     if entry.model.holds_variables:
-        return _of_nnx(where, entry, call, options)
+        return _of_nnx(where, state, entry, call, options)
     name, inside = entry.name, "apply(variables, …, rngs={'dropout': dropout_key})"
     if call.cell is None:
         lines = []
@@ -68,13 +68,20 @@ def of_apply(where: str, state: State, entry: Entry, call: Call, options: Option
     return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
 
 
-def _of_nnx(where: str, entry: Entry, call: Call, options: Options) -> FlaxMagicsError:
-    name, lines = entry.name, []
+def _of_nnx(where: str, state: State, entry: Entry, call: Call, options: Options) -> FlaxMagicsError:
+    from .execution import with_keys
+
+    name, lines = entry.name, list[str]()
     with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
-        given = prepare(name, entry.model, call, options.mode).model.supplies()
+        filled = with_keys(entry, call, options, state.root.draw())
+        arguments = [f"{key}={key}_key" for key in options.key]
+        keys = dict.fromkeys(options.key)
+        if prepare(name, entry.model, filled, options.mode).model.supplies():
+            arguments.append("rngs=nnx.Rngs(dropout_key)")
+            keys["dropout"] = None
         lines += [] if options.mode is None else [f"{name}.{options.mode}()"]
-        lines += ["dropout_key = %flax_key dropout"] if given else []
-        lines.append(with_arguments(call.text, ["rngs=nnx.Rngs(dropout_key)"] if given else []))
+        lines += [f"{key}_key = %flax_key {key}" for key in keys]
+        lines.append(with_arguments(call.text, arguments))
     return _error(
         f"{_spell(call, '%flax_apply')} stands {where}.",
         "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit"
@@ -150,11 +157,12 @@ def _spell(call: Call, command: str) -> str:
 
 def _lines_of_apply(state: State, entry: Entry, call: Call, options: Options, where: str) -> list[str]:
     """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
-    from .execution import by_hand
+    from .execution import by_hand, with_keys
     from .summary import trace_call
 
     options = replace(options, draws=None)
     try:
+        call = with_keys(entry, call, options, state.root.draw())
         prepared = prepare(entry.name, entry.model, call, options.mode)
         ask = entry.guesses.get((call.method, prepared.mode))
         if ask is None and where == COMMAND:  # what the other command runs may be this very model

@@ -7,11 +7,8 @@ import jax.numpy as jnp
 import pytest
 from by_hand import bits
 from flax import linen as nn
-from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.execution import Options
-from flax_magics.prepare import Call
 
 SETUP = """\
 from flax import nnx
@@ -297,6 +294,16 @@ def test_a_check(models):
         assert out == f"FlaxMagicsError: {message}\n  form: %flaxmodel --check 'net(x)' …"
 
 
+def test_a_cell_is_told_a_line_with_its_options(models):
+    models("inputs = 2 * x")
+    is_refused(
+        models,
+        "%%flax_apply --train -o run\ninputs = 3 * x\nnet.apply(variables, inputs, mutable=['batch_stats'])",
+        own("net.apply", "%flax_apply", BOTH),
+        "%flax_apply --train -o run --mutable batch_stats net(inputs)",
+    )
+
+
 def test_the_advice_for_variables_runs_with_those(models):
     models("other = jax.tree.map(lambda leaf: leaf + 1, variables)")
     advice = models.fails("%flax_apply -q net(other, x)").partition("write: ")[2].split("\n")
@@ -313,128 +320,21 @@ def test_a_switch_that_the_call_needs_is_in_the_advice(models):
     is_refused(models, "%flax_apply asks(variables, x)", f"asks() {TAKES_NONE}", line)
 
 
-# -- what is the user's
-
-
-class Overriding(nn.Module):
-    """Methods and arguments with names of Flax's."""
-
-    features: int = 2
-
-    def setup(self):
-        self.layer = nn.Dense(self.features)
-
-    def __call__(self, x, method="mean", mutable=1.0):
-        return getattr(jnp, method)(self.layer(x)) * mutable
-
-    def tabulate(self, x):
-        return self.layer(x) + 1
-
-    def collected(self, x, **rngs):
-        return self.layer(x) + rngs["rngs"]
-
-
-class Base(nn.Module):
-    def make_rng(self, x):
-        return x + 1
-
-
-class Inheriting(Base):
+class Dense(nn.Module):
+    @nn.compact
     def __call__(self, x):
-        return x
-
-
-class Named(nnx.Module):
-    def __init__(self, *, rngs):
-        self.linear = nnx.Linear(3, 2, rngs=rngs)
-
-    def __call__(self, x, mutable):
-        return self.linear(x) * mutable
-
-    def train(self, x):
-        return self.linear(x) + 1
+        return nn.Dense(2)(x)
 
 
 X = jnp.ones((2, 3))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def session():
     session = Session()
-    session.register("net", Overriding())
+    session.register("net", Dense())
     session.init("net", X)
     return session
-
-
-def by_hand(session, function):
-    return jax.jit(lambda variables, x: Overriding().apply(variables, x, method=function))(
-        session.models["net"].variables, X
-    )
-
-
-def test_a_method_that_overrides_flaxs_is_the_users(session):
-    run = session.apply("net", X, method="tabulate")
-    assert bits(run.output) == bits(by_hand(session, lambda net, x: net.tabulate(x)))
-
-
-def test_a_method_of_the_users_base_class_is_the_users():
-    session = Session()
-    session.register("net", Inheriting())
-    assert bits(session.apply("net", X, method="make_rng").output) == bits(X + 1)
-
-
-@pytest.mark.parametrize("eager", [False, True])
-def test_an_argument_that_the_method_has_is_the_users(session, eager):
-    call = Call((), (X,), {"method": "sum", "mutable": 2.0}, "net(x, method='sum', mutable=2.0)")
-    run = session.run_apply("net", call, Options(eager=eager))
-    assert bits(run.output) == bits(by_hand(session, lambda net, x: net(x, method="sum", mutable=2.0)))
-    assert run.by_hand == "net.apply(variables, method=lambda m: m(x, method='sum', mutable=2.0))"
-
-
-def test_a_method_that_takes_any_keyword_gets_it(session):
-    call = Call(("collected",), (X,), {"rngs": 3.0}, "net.collected(x, rngs=3.0)")
-    run = session.run_apply("net", call, Options())
-    assert bits(run.output) == bits(by_hand(session, lambda net, x: net.collected(x, rngs=3.0)))
-    assert run.by_hand == "net.apply(variables, method=lambda m: m.collected(x, rngs=3.0))"
-
-
-def test_a_layers_real_method_is_a_method():
-    session = Session()
-    session.register("embed", nn.Embed(5, 3))
-    tokens = jnp.arange(4)
-    session.init("embed", tokens)
-    run = session.apply("embed", X, method="attend")
-    variables = session.models["embed"].variables
-    assert bits(run.output) == bits(jax.jit(lambda v, x: nn.Embed(5, 3).apply(v, x, method="attend"))(variables, X))
-    session.register("own", nnx.Embed(5, 3, rngs=nnx.Rngs(0)))
-    assert session.apply("own", X, method="attend").output.shape == (2, 5)
-
-
-def test_names_of_flaxs_on_an_nnx_module_that_are_the_users():
-    session = Session()
-    session.register("net", Named(rngs=nnx.Rngs(0)))
-    assert bits(session.apply("net", X, method="train").output) == bits(session.module("net").linear(X) + 1)
-    assert bits(session.apply("net", X, 2.0).output) == bits(session.module("net").linear(X) * 2)
-
-
-class Takes(nn.Module):
-    """A model that is given variables, of the same tree as its own."""
-
-    @nn.compact
-    def __call__(self, other, x):
-        return nn.Dense(2)(x) @ other["params"]["Dense_0"]["kernel"].T
-
-
-def test_a_model_that_takes_variables_gets_them(session):
-    session.register("takes", Takes())
-    other = nn.Dense(2).init(jax.random.key(3), X)
-    other = {"params": {"Dense_0": other["params"]}}
-    run = session.apply("takes", other, X)
-    variables = session.models["takes"].variables
-    assert bits(run.output) == bits(jax.jit(Takes().apply)(variables, other, X))
-
-
-# -- a script
 
 
 @pytest.mark.parametrize(
