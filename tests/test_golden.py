@@ -10,10 +10,8 @@ from support import golden
 
 from flax_magics import Session, current
 
-pytestmark = [
-    pytest.mark.usefixtures("unoptimised"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # as in a notebook: they are Flax's, of its own layers
-]
+# As in a notebook: they are Flax's, of its own layers.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("path", sorted(golden.FOLDER.glob("*.txt")), ids=lambda path: path.stem)
