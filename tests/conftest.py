@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--unoptimised",
         action="store_true",
-        help="XLA compiles without its optimisations in the tests' own process, which takes half of the time",
+        help="XLA leaves out its optimisations in the files that ask for them too",
     )
 
 
@@ -43,30 +43,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def unoptimised() -> Iterator[None]:
-    """XLA compiles without its optimisations: for a file that compiles much and is about something else.
+def optimised(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XLA optimises as users have it: for a file whose subject is bits.
 
     Both sides of a comparison are compiled alike, ours and the one by hand; so nothing is kept that JAX compiled otherwise.
     """
     import jax
 
-    if jax.config.read(OPTIMISED_LITTLE):
+    if request.config.getoption("unoptimised"):
         yield
         return
-    jax.config.update(OPTIMISED_LITTLE, True)
+    jax.config.update(OPTIMISED_LITTLE, False)
     jax.clear_caches()
     yield
-    jax.config.update(OPTIMISED_LITTLE, False)
+    jax.config.update(OPTIMISED_LITTLE, True)
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def as_asked(request: pytest.FixtureRequest) -> None:
-    """Every file so, with `--unoptimised`."""
-    if request.config.getoption("unoptimised"):
-        import jax
+def optimised_little() -> None:
+    """XLA compiles without its optimisations in the tests' own process, which takes half of the time."""
+    import jax
 
-        jax.config.update(OPTIMISED_LITTLE, True)
+    jax.config.update(OPTIMISED_LITTLE, True)
 
 
 _executables: dict[Any, Any] = {}

@@ -17,6 +17,8 @@ from by_hand import apply_by_hand, bits, keys_of, notebook_x
 
 from flax_magics import FlaxMagicsError, Session
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture
 def session():

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 
 from flax_magics import Session
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 SOURCE = """
 import dataclasses, os
 import user_module

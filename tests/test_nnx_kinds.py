@@ -18,7 +18,8 @@ from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [WARNINGS, pytest.mark.usefixtures("optimised")]
 
 List = getattr(nnx, "List", list)
 Dict = getattr(nnx, "Dict", dict)

@@ -26,10 +26,7 @@ from flax_magics import Session
 from flax_magics.models import adopt
 from flax_magics.uninterrupted import at_once
 
-pytestmark = [
-    pytest.mark.usefixtures("unoptimised"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # as in test_nnx_kinds
-]
+pytestmark = of_nnx.WARNINGS
 
 
 class Plain(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import pytest
 from by_hand import apply_by_hand, bits, keys_of
 
-pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("unoptimised")]
+pytestmark = pytest.mark.zoo
 
 
 def run_cells(notebook: Any, cells: list[str], numbers: Any) -> None:

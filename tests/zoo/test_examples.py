@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from by_hand import apply_by_hand, bits, keys_of
 
-pytestmark = pytest.mark.zoo
+pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("optimised")]
 
 
 def applied(notebook: Any, line: str) -> Any:

@@ -15,7 +15,6 @@ from flax import nnx
 
 pytestmark = [
     pytest.mark.zoo,
-    pytest.mark.usefixtures("unoptimised"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
