@@ -109,9 +109,9 @@ class Building:
         if entry.built is None:
             cls = type(entry.model.module).__name__
             raise FlaxMagicsError(
-                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew.",
-                write=f"del {name}     and run its cell again\n%flaxmodel {name} = {cls}(…)     without rngs: then the"
-                " session builds it",
+                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew."
+                " On a line, without rngs, the session builds it.",
+                form=f"%flaxmodel {name} = {cls}(…)",
             )
         recipe = entry.built.recipe
         now = state.find_draw(draw) or state.root.draw()

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import FlaxMagicsError, did_you_mean
+from .errors import FlaxMagicsError, did_you_mean, written
+from .lines import new_key, without_option
 from .models import Model, Path
 from .models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 
@@ -21,6 +22,8 @@ class Call:
     kwargs: dict[str, Any]
     text: str
     cell: int | None = None
+    command: str = "%flax_apply"
+    """Of whose line the call is, with the options that were given."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
     if missing and all(key in WHEN_TRAINING for key in missing):
         raise FlaxMagicsError(
             f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
-            write=f"%flax_apply --train {call.text}\n%flax_apply --eval {call.text}",
+            **written(f"{call.command} --train {call.text}\n{call.command} --eval {call.text}"),
         )
     if missing:
         names = " and ".join(f"`{key}`" for key in missing)
@@ -160,6 +163,13 @@ def with_arguments(call: str, arguments: Sequence[str]) -> str:
         return call
     inside = call.rpartition(")")[0].rstrip().rstrip(",")
     return f"{inside}{'' if inside.endswith('(') else ', '}{', '.join(arguments)})"
+
+
+def with_drawn_key(call: Call, name: str) -> str:
+    """The lines that draw a key for an argument which `--key` was to give, and pass it."""
+    key = new_key(name)
+    command = without_option(call.command, "--key", name)
+    return f"{key} = %flax_key {name}\n{command} {with_arguments(call.text, [f'{name}={key}'])}"
 
 
 def init_by_hand(call: Call) -> str:
