@@ -46,6 +46,10 @@ def read_call(
 def _unknown(name: str, value: Any, session: Session, names: Namespace) -> FlaxMagicsError:
     known = session.models
     if is_module(value):
+        try:
+            adopt(value, name)
+        except FlaxMagicsError as error:
+            return error
         return FlaxMagicsError(f"`{name}` is not registered yet.", write=f"%flaxmodel {name}")
     if is_module_class(value):
         message = f"`{name}` is a class, and a model is an instance of it."

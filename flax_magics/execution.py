@@ -57,7 +57,7 @@ class Options:
     def line(self) -> str:
         """The command with these options, as far as they have a text."""
         draw = ":".join(map(str, self.draw)) if isinstance(self.draw, tuple) else self.draw
-        given = [
+        options = [
             *([f"--{self.mode}"] if self.mode else []),
             *(f"--mutable {name}" for name in self.mutable),
             *(["--variables …"] if self.variables is not None else []),
@@ -66,7 +66,7 @@ class Options:
             *([f"--repeat {self.repeat}"] if self.repeat > 1 else []),
             *(f"--{name}" for name in ("roofline", "eager") if getattr(self, name)),
         ]
-        return " ".join(["%flax_apply", *given])
+        return " ".join(["%flax_apply", *options])
 
     @cached_property
     def plain(self) -> bool:

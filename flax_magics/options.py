@@ -246,10 +246,12 @@ def _corrected(command: Command, line: str) -> dict[str, str]:
     if "…" in line:
         return written(f"{command.name} {line}")
     try:
-        rest = _read(command, line).rest
+        corrected = _read(command, line)
     except FlaxMagicsError as error:
         return written(error.write or error.form or "") if error.write or error.form else {}
-    return written(f"{command.name} {line}" + (" …" if not rest and command.needs_rest(line) else ""))
+    if corrected.options.get("train") and corrected.options.get("eval"):
+        return {}
+    return written(f"{command.name} {line}" + (" …" if not corrected.rest and command.needs_rest(line) else ""))
 
 
 def _convert(option: Option, value: str) -> str | int | None:
@@ -297,7 +299,7 @@ def file_name(rest: str, command: Command) -> str:
 def _unknown(command: Command, line: str, start: int, flag: str) -> FlaxMagicsError:
     bare = flag.lstrip(_DASHES)
     near = [known for known in command.flags if bare and known.startswith(f"--{bare}")]
-    near = near or nearest(f"--{bare}", command.flags, 1)
+    near = near or [f"--{name}" for name in nearest(bare, [flag[2:] for flag in command.flags if flag[:2] == "--"], 1)]
     message = f"{command.name} has no option {flag}."
     advice: dict[str, str] = {}
     if near:
@@ -333,5 +335,8 @@ def _after_the_call(command: Command, line: str, start: int, end: int) -> bool:
             raise _unknown(command, line, position, word)
     first, word = found[0]
     call = line[start:first].strip()
-    advice = _corrected(command, f"{line[:start]}{line[first:end].strip().rstrip('; ')} {call}")
+    options = line[first:end].strip().rstrip("; ")
+    last = command.flags.get(options.split()[-1])
+    gap = "" if last is None or last.kind == "flag" else " …"  # else the call would be its value
+    advice = _corrected(command, f"{line[:start]}{options}{gap} {call}")
     raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", **advice)

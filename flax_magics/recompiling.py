@@ -53,9 +53,9 @@ def of_programs(
         for cause in why
         if cause.name == name_of and cause.kind in AVOIDABLE
     ]
-    found = _advice(name_of, kind, all_of, leaf(name_of))
-    if found is not None:
-        text, change = found
+    mend = _advice(name_of, kind, all_of, leaf(name_of))
+    if mend is not None:
+        text, change = mend
         advice = change if isinstance(change, dict) else changed(line, name_of, change)
         yield Note("programs", f"{len(counted)} of the last {len(runs)} runs of {name} compiled: {text}", **advice)
 

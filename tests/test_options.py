@@ -158,6 +158,10 @@ def test_help_may_be_asked_for_anywhere(line: str) -> None:
         ("-o net(x)", "-o needs a Python name, not net(x).\n  form: %run -o … net(x)"),
         ("--train -o 5x net(x)", "-o needs a Python name, not 5x.\n  form: %run --train -o … net(x)"),
         ("--variables", "--variables needs a value (EXPR).\n  form: %run --variables … …"),
+        (
+            "net(x) --variables",
+            "options come first: --variables stands after `net(x)`.\n  form: %run --variables … net(x)",
+        ),
         ("net(x) --train", "options come first: --train stands after `net(x)`.\n  write: %run --train net(x)"),
         (
             "--train net(x) --repeat 3;",

@@ -58,8 +58,8 @@ def layer_of(kind: str, path: Path, module: Any, around: list[Any], switch: tupl
     if len(texts) == 1 and (not literal or texts == {str(value)}):
         source = Source(texts.pop(), literal)
         made_in += f" (line {places[0].line})"
-    own, method = _own_switch(owner, frame), "" if frame is None else frame.f_code.co_name
-    return Layer(kind, path, value is WHEN_TRAINING[name], made_in, name, value, source, own, method)
+    own_switch, method = _own_switch(owner, frame), "" if frame is None else frame.f_code.co_name
+    return Layer(kind, path, value is WHEN_TRAINING[name], made_in, name, value, source, own_switch, method)
 
 
 def _is_flax(cls: type) -> bool:
@@ -83,9 +83,9 @@ def _own_switch(module: Any, frame: FrameType | None) -> str:
     if frame is not None:
         code = frame.f_code
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        found = [name for name in arguments if name in WHEN_TRAINING]
-        if found:
-            return found[0]
+        switches = [name for name in arguments if name in WHEN_TRAINING]
+        if switches:
+            return switches[0]
     configs = {
         f"self.{name}.": value
         for name, value in vars(module).items()
@@ -123,12 +123,13 @@ def _written(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_Wr
                 if not isinstance(call, ast.Call) or _makes(call, layer) is in_call:
                     continue
                 place = range(call.lineno + start - 1, (call.end_lineno or call.lineno) + start)
-                given = next((item.value for item in call.keywords if item.arg == switch), None)
-                keyword = given is not None
+                expression = next((item.value for item in call.keywords if item.arg == switch), None)
+                keyword = expression is not None
                 if not keyword and position is not None and len(call.args) > position:
-                    given = call.args[position] if _last(call.func) != "partial" else None
-                if given is not None:
-                    yield _Written(given, given.lineno + start - 1, place, names.get(id(call), ""), keyword)
+                    expression = call.args[position] if _last(call.func) != "partial" else None
+                if expression is not None:
+                    line = expression.lineno + start - 1
+                    yield _Written(expression, line, place, names.get(id(call), ""), keyword)
 
 
 def _call_of(layer: type) -> Callable[..., Any]:
