@@ -17,6 +17,7 @@ from .execution import Execution, Options, execute, plain_errors
 from .history import Kept
 from .initialising import Initialising
 from .keys import Draw, Series
+from .lines import Line
 from .models import Commit
 from .notes import OUTDATED, SeenKeys, made_of, outdated_own
 from .origin import Origin, bytes_of, of_apply, without_variables
@@ -98,8 +99,9 @@ def apply(
     if entry.outdated and done.made is None and options.variables is None:
         notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
     if done.causes:
+        line = Line(call.line, call.text, done.prepared.signature)
         earlier = history.causes_of(state.runs, name, WINDOW)
-        notes = (*notes, *of_programs(name, done.causes, earlier, done.ready.arguments.leaf))
+        notes = (*notes, *of_programs(line, done.causes, earlier, done.ready.arguments.leaf))
     run = records.of_apply(
         name,
         call,

@@ -10,9 +10,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .call import ParsedCall
-from .errors import FlaxMagicsError, did_you_mean
+from .errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, written
 from .execution import Options
-from .models import is_module, is_module_class, needed_fields, spell_construction
+from .models import adopt, is_module, is_module_class, modules_in, needed_fields, spell_construction
+from .models.switch import call_switches, following
 from .prepare import Call
 from .run import Run
 
@@ -30,7 +31,7 @@ def read_call(
     value = local_ns[target] if target in local_ns else user_ns.get(target)
     registered = session.module(target)
     if registered is None:
-        raise _unknown(target, value, session)
+        raise _unknown(target, value, session, {**user_ns, **local_ns})
     args, kwargs = parsed.evaluate(user_ns, local_ns)
     call = Call(parsed.method, args, kwargs, parsed.call, cell, parsed.command)
     if value is registered:
@@ -42,24 +43,48 @@ def read_call(
     return target, call, value if is_module(value) else None
 
 
-def _unknown(name: str, value: Any, session: Session) -> FlaxMagicsError:
+def _unknown(name: str, value: Any, session: Session, names: Namespace) -> FlaxMagicsError:
     known = session.models
     if is_module(value):
+        try:
+            adopt(value, name)
+        except FlaxMagicsError as error:
+            return error
         return FlaxMagicsError(f"`{name}` is not registered yet.", write=f"%flaxmodel {name}")
     if is_module_class(value):
-        write = spell_construction(value, "%flaxmodel")
-        return FlaxMagicsError(f"`{name}` is a class, and a model is an instance of it.", write=write)
+        message = f"`{name}` is a class, and a model is an instance of it."
+        return FlaxMagicsError(message, **written(spell_construction(value, "%flaxmodel", name)))
     saved = session.waiting.get(name)
     if saved is not None and value is None:
-        text = f"no model is registered as `{name}` yet: its variables from `{saved.file}` wait for it."
-        return FlaxMagicsError(text, write=f"%flaxmodel {name} = {saved.text}     or run the cell that defines it")
+        text = f"no model is registered as `{name}` yet: its variables from `{saved.file}` wait for it"
+        if is_module_class(names.get(saved.text.partition("(")[0])):
+            return FlaxMagicsError(f"{text}.", **written(f"%flaxmodel {name} = {saved.text}"))
+        return FlaxMagicsError(f"{text}, until the cell that defines it is run.", form=f"%flaxmodel {name} = …")
     listed = f"registered: {', '.join(known)}" if known else "no model is registered yet"
-    hint = did_you_mean(name, known)
+    hint = did_you_mean(name, known, *modules_in(names))
     if value is not None:
         text = f"`{name}` is no model but {type(value).__name__}; {listed}."
     else:
         text = f"no model is called `{name}`; {listed}."
-    return FlaxMagicsError(text, hint=hint, write=None if known else f"%flaxmodel {name} = Net()")
+    return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")
+
+
+def of_unset(parameter: str, parsed: ParsedCall, session: Session, has_mode: bool) -> tuple[str, ...]:
+    """What to say where a layer of the model has no value for `parameter`: the option that sets it, or an edit.
+
+    `--train` and `--eval` set what stands for the call or for the model itself, and not what the model keeps to itself.
+    """
+    model = adopt(session.module(parsed.target), parsed.target)
+    signature = model.signature(parsed.method)
+    in_call = call_switches(signature)
+    standing = {setting.partition("=")[0] for setting in model.fields_as_written()}
+    fields = {setting.partition("=")[0] for setting in model.fields_in_mode(True, fixed=frozenset())[1]}
+    if not has_mode and (fields - standing or any(signature.parameters[name].default is None for name in in_call)):
+        lines = "\n".join(f"{parsed.command} {option} {parsed.call}" for option in ("--train", "--eval"))
+        return ("it is the model's own switch, and has no value as written", *advice_lines(lines))
+    own = next(iter((*in_call, *(f"self.{name}" for name in sorted(fields)))), "")
+    edit = following(parameter, own, "".join(parsed.method[-1:]))
+    return (f"`{parameter}` has no value, and no switch of the model's sets it", *advice_lines(edit=edit))
 
 
 @lru_cache(maxsize=256)
@@ -77,8 +102,11 @@ def options(
     return Options(mode, mutable, None, key, draw, draws, repeat, eager, roofline)
 
 
-def replay_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace) -> Any:
+def replay_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace, line: str) -> Any:
     """What `%flax_replay` is of, as `Session.replay` takes it: of the name of a Run it is that run itself.
+
+    Args:
+      line: the whole one, `{}` in the place of `text`.
 
     Raises:
       FlaxMagicsError: nothing has been drawn, or `text` is none of these.
@@ -87,12 +115,16 @@ def replay_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespa
     if text != "last" and isinstance(value, Run):
         return value
     if not len(session):
-        raise FlaxMagicsError("nothing has been drawn in this session that could be run again.", write="%flax_history")
-    return text if text == "last" else draw_of(text, session, user_ns, local_ns, "%flax_replay")
+        raise FlaxMagicsError("nothing has been drawn in this session that could be run again.", form="%flax_apply …")
+    return text if text == "last" else draw_of(text, session, user_ns, local_ns, line)
 
 
-def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace, command: str = "--draw") -> Any:
-    """`--draw`: a number, `last`, `seed:N`, or the name of a Run, as `Session.apply` takes it."""
+def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace, line: str) -> Any:
+    """`--draw`: a number, `last`, `seed:N`, or the name of a Run, as `Session.apply` takes it.
+
+    Args:
+      line: the whole one, `{}` in the place of `text`.
+    """
     seed, colon, number = text.rpartition(":")
     if number.isdigit() and (not colon or seed.lstrip("-").isdigit()):
         return (int(seed), int(number)) if colon else int(number)
@@ -102,11 +134,10 @@ def draw_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace
     if isinstance(value, Run):
         return value.seed, value.draw
     names = [name for name, value in {**user_ns, **local_ns}.items() if isinstance(value, Run)]
-    write = f"{command} last     the last draw"
-    if text in local_ns or text in user_ns:
-        write = f"%flax_apply -o run …     binds the Run to a name\n{command} run"
+    taker = "%flax_replay" if line.startswith("%flax_replay") else "--draw"
+    near = nearest(text, ["last", *names])
     raise FlaxMagicsError(
-        f"{command} takes a number, last, seed:N or the name of a Run, not `{text}`.",
+        f"{taker} takes a number, last, seed:N or the name of a Run, not `{text}`.",
         hint=did_you_mean(text, ["last", *names]),
-        write=write,
+        **(written(line.replace("{}", next(iter(near), "last"))) if session.draws else {}),
     )

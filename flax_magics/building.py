@@ -14,11 +14,11 @@ import jax
 
 from . import origin, records, registry
 from .construct import Built, Recipe, keys_of
-from .errors import FlaxMagicsError
+from .errors import FlaxMagicsError, written
 from .execution import plain_errors
 from .history import Kept
 from .keys import Draw
-from .models import adopt
+from .models import adopt, spell_construction
 from .origin import Origin, bytes_of
 from .pinned import arrays_in
 from .prepare import Call
@@ -107,11 +107,10 @@ class Building:
         """
         name = entry.name
         if entry.built is None:
-            cls = type(entry.model.module).__name__
             raise FlaxMagicsError(
-                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew.",
-                write=f"del {name}     and run its cell again\n%flaxmodel {name} = {cls}(…)     without rngs: then the"
-                " session builds it",
+                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew."
+                " On a line, without rngs, the session builds it.",
+                **written(spell_construction(type(entry.model.module), "%flaxmodel", name=name)),
             )
         recipe = entry.built.recipe
         now = state.find_draw(draw) or state.root.draw()

@@ -7,14 +7,16 @@ function. Only the call itself is left to the session.
 from __future__ import annotations
 
 import ast
+import builtins
+import itertools
 import keyword
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from .errors import FlaxMagicsError
+from .errors import FlaxMagicsError, written
 from .expression import Expression, end_of, gathering, named, segment, start_of
 from .source import pieces, point_at
 
@@ -36,7 +38,7 @@ class ParsedCall(Expression):
       arguments: as they are written, in order.
       call: the call in Python's normal form, such as `net(x, train=False)`.
       quiet: it ended in `;`.
-      command: the command before it with its options, such as `%flax_apply --train`.
+      command: what it is the call of, with the options that were given: `%flax_apply --train`.
     """
 
     target: str = ""
@@ -95,20 +97,19 @@ class Assignment(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def parse_call(text: str, command: str = "%flax_apply", options: str = "") -> ParsedCall:
+def parse_call(text: str, command: str = "%flax_apply") -> ParsedCall:
     """`net(x)` or `net.method(x)`, read.
 
     Args:
       text: may span lines, and may end in `;` or a comment.
-      command: as messages write it.
-      options: those that stand before the call, as they are written.
+      command: as messages write it, with the options that were given.
 
     Raises:
       FlaxMagicsError: for anything else; the message says what to write.
     """
     text, source, quiet = _bare(text)
     if not source.strip():
-        raise FlaxMagicsError(f"{command} needs a call.", write=f"{command} net(x)")
+        raise FlaxMagicsError(f"{_name(command)} needs a call, such as net(x).", form=f"{command} …")
     try:
         tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError) as error:
@@ -129,7 +130,7 @@ def parse_call(text: str, command: str = "%flax_apply", options: str = "") -> Pa
         arguments=tuple(arguments),
         call=ast.unparse(tree),
         quiet=quiet,
-        command=f"{command} {options}".rstrip(),
+        command=command,
     )
 
 
@@ -157,13 +158,13 @@ def parse_assignment(text: str, command: str = "%flaxmodel") -> Assignment:
     """
     text, source, _ = _bare(text)
     if not source.strip():
-        raise FlaxMagicsError(f"{command} needs a name.", write=f"{command} net = Net()")
+        raise FlaxMagicsError(f"{command} needs a name, such as net = Net(3).", form=f"{command} …")
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError) as error:
         raise _bad_name(source, command) or _syntax(text, error, command) from None
     if len(body) > 1:
-        raise FlaxMagicsError("one model at a time.", write=_lines(command, (segment(text, node) for node in body)))
+        raise FlaxMagicsError("one model at a time.", **_registrations(text, body, command))
     match body[0]:
         case ast.Expr(ast.Name(name)):
             return Assignment(name, None)
@@ -218,8 +219,9 @@ def _short(text: str, limit: int = 40) -> str:
     return line if len(line) <= limit and not more else line[: limit - 1].rstrip() + "…"
 
 
-def _lines(command: str, texts: Any) -> str:
-    return "\n".join(f"{command} {text}" for text in texts)
+def _name(command: str) -> str:
+    """`%flax_apply` of `%flax_apply --train`."""
+    return command.split(" ")[0]
 
 
 def _syntax(text: str, error: SyntaxError | ValueError, command: str) -> FlaxMagicsError:
@@ -229,7 +231,7 @@ def _syntax(text: str, error: SyntaxError | ValueError, command: str) -> FlaxMag
     lines = text.split("\n")
     line = min(line, len(lines))
     position = sum(len(before) + 1 for before in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
-    return FlaxMagicsError(f"{command}: {reason}", hint=point_at(text, position))
+    return FlaxMagicsError(f"{_name(command)}: {reason}", hint=point_at(text, position))
 
 
 def _validate(tree: ast.expr, text: str, command: str) -> None:
@@ -247,34 +249,80 @@ def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
     except (SyntaxError, ValueError):
         return None
     if len(body) > 1:
-        return FlaxMagicsError("one call at a time.", write=_lines(command, (segment(text, node) for node in body)))
+        calls = [node for node in body if isinstance(getattr(node, "value", None), ast.Call)]
+        lines = [_run_first(text, node, command) for node in calls]
+        if len(calls) < len(body) or len({root for call in calls if (root := _root_name(call.value))}) > 1:  # type: ignore[attr-defined]
+            lines = [*lines[:1], "…"]  # whether the others are for the command cannot be told
+        return FlaxMagicsError("one call at a time.", **written("\n".join(lines)))
     if isinstance(body[0], (ast.Assign, ast.AnnAssign)) and body[0].value is not None:
-        value = body[0].value
-        target = text[: start_of(text, value)]
-        write = f"{target}{command} {text[start_of(text, value) : end_of(text, value)]}"
-        return FlaxMagicsError(f"{command} takes the call alone, and gives its value.", write=write)
-    return FlaxMagicsError(f"`{_short(text)}` is a statement, not a call.", write=f"{command} net(x)")
+        line = _run_first(text, body[0], command)
+        return FlaxMagicsError(f"{_name(command)} takes the call alone, and gives its value.", **written(line))
+    return FlaxMagicsError(f"`{_short(text)}` is a statement, not a call.", form=f"{command} …")
 
 
 def _no_call(text: str, tree: ast.expr, command: str) -> FlaxMagicsError:
     if isinstance(tree, (ast.Name, ast.Attribute)):
-        return FlaxMagicsError(f"`{_short(text)}` is not a call.", write=f"{command} {segment(text, tree)}(x)")
-    write = f"{command} net(x)"
-    if isinstance(tree, ast.Await):
-        write = f"{command} {segment(text, tree.value)}"
-    elif isinstance(tree, (ast.BinOp, ast.UnaryOp, ast.Compare, ast.Subscript, ast.Tuple, ast.List, ast.BoolOp)):
-        calls = [
-            node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(_root(node.func), ast.Name)
-        ]
-        if calls:
-            write = _value_first(text, calls[0], command)
-    return FlaxMagicsError(f"`{_short(text)}` is not one call.", write=write)
+        return FlaxMagicsError(f"`{_short(text)}` is not a call.", form=f"{command} {segment(text, tree)}(…)")
+    awaited = isinstance(tree, ast.Await) and _root_name(tree.value) is not None
+    line = f"{command} {segment(text, tree.value)}" if awaited else _values_first(text, tree, command)  # type: ignore[attr-defined]
+    return FlaxMagicsError(f"`{_short(text)}` is not one call.", **written(line))
 
 
-def _value_first(text: str, call: ast.expr, command: str) -> str:
-    """Two lines: one that runs `call`, one that goes on with its value."""
-    start, end = start_of(text, call), end_of(text, call)
-    return f"y = {command} {text[start:end]}\n{text[:start]}y{text[end:]}"
+def _run_first(text: str, statement: ast.stmt, command: str) -> str:
+    """The lines of a call, or of an assignment whose value is to come from the command."""
+    value: ast.expr = statement.value  # type: ignore[attr-defined]
+    if _root_name(value) is None:
+        lines = _values_first(text, statement, command)
+        return lines if "\n" in lines else f"{text[start_of(text, statement) : start_of(text, value)]}{lines}"
+    line = f"{command} {segment(text, value)}"
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if len(targets) > 1:  # IPython knows no `a = b = %magic`
+        first, *others = (segment(text, target) for target in targets)
+        return "\n".join([f"{first} = {line}", *(f"{other} = {first}" for other in others)])
+    return text[start_of(text, statement) : start_of(text, value)] + line
+
+
+def _values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list[ast.Call] | None = None) -> str:
+    """Lines that run the model's calls in `tree`, and one that goes on with their values.
+
+    Args:
+      calls: those that are the model's; left out, all of `tree`, if one model is called in it and not in a function of
+        its own. Of others nobody knows which is the model.
+    """
+    if calls is None:
+        lazy = any(isinstance(node, (ast.Lambda, ast.comprehension)) for node in ast.walk(tree))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and not _is_builtin(node)]
+        inner = any(isinstance(node, ast.Call) for call in calls for node in list(ast.walk(call))[1:])
+        if lazy or inner or len({_root_name(call) for call in calls}) != 1 or _root_name(calls[0]) is None:
+            return f"{command} …"
+    names = fresh_names("y", tree)
+    lines, rest = [], text
+    for call in sorted(calls, key=lambda call: start_of(text, call)):
+        lines.append((next(names), call))
+    for name, call in reversed(lines):
+        rest = f"{rest[: start_of(text, call)]}{name}{rest[end_of(text, call) :]}"
+    start, end = start_of(text, tree), len(text) - end_of(text, tree)
+    return "\n".join(
+        [*(f"{name} = {command} {segment(text, call)}" for name, call in lines), rest[start : len(rest) - end]]
+    )
+
+
+def fresh_names(name: str, tree: ast.AST) -> Iterator[str]:
+    """`name` and, numbered from 2 on, others like it, without those that `tree` uses."""
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    numbered = (name if n == 1 else f"{name}{n}" for n in itertools.count(1))
+    return (each for each in numbered if each not in used)
+
+
+def _root_name(node: ast.expr) -> str | None:
+    """`net` of `net.encode(x)`; None for what is no call of a name or of its attributes."""
+    root = _root(node.func) if isinstance(node, ast.Call) else None
+    return root.id if isinstance(root, ast.Name) else None
+
+
+def _is_builtin(node: ast.expr) -> bool:
+    """Whether it is a call of one of Python's own functions, such as `print`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and hasattr(builtins, node.func.id)
 
 
 def _root(node: ast.expr) -> ast.expr:
@@ -298,13 +346,13 @@ def _path(text: str, call: ast.Call, command: str) -> tuple[str, tuple[str, ...]
         if method and not made[:1].isupper():
             # `net(x).sum()`: the model is called, and then something is done with its value.
             message = f"`{_short(text)}` is more than the model's call."
-            raise FlaxMagicsError(message, write=_value_first(text, root, command))
-    name = _name_for(root, made)
+            raise FlaxMagicsError(message, **written(_values_first(text, call, command, [root])))
+    name = next(fresh_names(_name_for(root, made), call))
     start, end = start_of(text, root), end_of(text, root)
     register = f"%flaxmodel {name} = {text[start:end]}"
     raise FlaxMagicsError(
         f"`{_short(text[start:end])}` has no name: register it first.",
-        write=f"{register}\n{command} {text[:start]}{name}{text[end:]}",
+        **written(f"{register}\n{command} {text[:start]}{name}{text[end:]}"),
     )
 
 
@@ -319,41 +367,93 @@ def _name_for(root: ast.expr, made: str) -> str:
 def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
     """The error for an assignment whose name, sign or missing value Python refuses; None if it is something else."""
     walrus = re.match(r"(\w+)\s*:=\s*(.+)", source, re.DOTALL)
-    if walrus:
-        return FlaxMagicsError("write `=`, not `:=`.", write=f"{command} {walrus[1]} = {walrus[2]}")
+    if walrus and _is_expression(walrus[2]):
+        return FlaxMagicsError("write `=`, not `:=`.", **written(f"{command} {walrus[1]} = {walrus[2]}"))
     found = re.fullmatch(r"([^\s=()\[\]{}.,'\"]+)\s*(?:=(?!=)\s*(.*))?", source, re.DOTALL)
     if not found:
         return None
     name, value = found[1], found[2]
     if name.isidentifier() and not keyword.iskeyword(name):
-        return None if value else FlaxMagicsError(f"`{name} =` needs a value.", write=f"{command} {name} = Net()")
-    clean = re.sub(r"\W", "_", name).lstrip("0123456789")
-    clean = clean if clean.isidentifier() and not keyword.iskeyword(clean) else "net"
+        return None if value else FlaxMagicsError(f"`{name} =` needs a value.", form=f"{command} {name} = …")
     kind = "a word of Python, not a name" if keyword.iskeyword(name) else "not a Python name"
-    return FlaxMagicsError(f"`{name}` is {kind}.", write=f"{command} {clean}" + (f" = {value}" if value else ""))
+    line = f"{command} {plain_name(name, 'net')} = {value if value and _is_expression(value) else '…'}"
+    return FlaxMagicsError(f"`{name}` is {kind}.", **written(line))
+
+
+def plain_name(text: str, otherwise: str) -> str:
+    """A Python name like `text`: `my_net` for `my-net`; `otherwise` where nothing is left."""
+    name = re.sub(r"\W+", "_", text).strip("_").lstrip("0123456789")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else otherwise
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
+    advice = _registrations(text, [statement], command)
     match statement:
-        case ast.Assign([_, _, *_] as targets, value):
-            names = [segment(text, target) for target in targets]
-            write = _lines(command, (f"{name} = {segment(text, value)}" for name in names))
-            return FlaxMagicsError("one name at a time: `a = b = …` would give one model two names.", write=write)
+        case ast.Assign([_, _, *_]):
+            message = "one name at a time: `a = b = …` would give one model two names."
         case ast.Assign([ast.Tuple() | ast.List()]):
-            return FlaxMagicsError("one name at a time.", write=f"{command} net = Net()")
-        case ast.Assign([target], value):
-            name = _name_for(target, getattr(target, "attr", "").upper())
+            message = "one name at a time."
+        case ast.Assign([target]):
             message = f"`{_short(segment(text, target))}` is not a plain name."
-            return FlaxMagicsError(message, write=f"{command} {name} = {segment(text, value)}")
-        case ast.Expr(ast.Tuple(elements)):
-            return FlaxMagicsError("one model at a time.", write=_lines(command, (segment(text, e) for e in elements)))
-        case ast.Expr(ast.Compare(ast.Name(name), [ast.Eq()], [value])):
-            return FlaxMagicsError("write `=`, not `==`.", write=f"{command} {name} = {segment(text, value)}")
-        case ast.Expr(value):
-            made = ""
-            if isinstance(value, ast.Call):
-                made = value.func.id if isinstance(value.func, ast.Name) else getattr(value.func, "attr", "")
-            write = f"{command} {_name_for(value, made)} = {segment(text, value)}"
-            return FlaxMagicsError(f"`{_short(text)}` has no name.", write=write)
+        case ast.Expr(ast.Tuple()):
+            message = "one model at a time."
+        case ast.Expr(ast.Compare(ast.Name(), [ast.Eq()], [_])):
+            message = "write `=`, not `==`."
+        case ast.Expr():
+            message = f"`{_short(text)}` has no name."
         case _:
-            return FlaxMagicsError(f"`{_short(text)}` is no name and no assignment.", write=f"{command} net = Net()")
+            message = f"`{_short(text)}` is no name and no assignment."
+    return FlaxMagicsError(message, **advice)
+
+
+def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> dict[str, str]:
+    """The lines that register what `statements` name or make, one model each, or a form where that cannot be told."""
+    taken: set[str] = set()
+    lines = []
+    for target, value in (pair for statement in statements for pair in _models(statement)):
+        if target is None:
+            return written(f"{command} … = …")
+        if value is None:
+            lines.append(segment(text, target))
+            continue
+        name = target.id if isinstance(target, ast.Name) else getattr(target, "attr", "")
+        if not name:
+            function = getattr(value, "func", None)
+            made = getattr(function, "id", getattr(function, "attr", ""))
+            names = fresh_names(_name_for(target, made), value)
+            name = next(each for each in names if each not in taken)
+        taken.add(name)
+        lines.append(f"{name} = {segment(text, value)}")
+    if command.startswith("%%") and len(lines) > 1:  # the cell registers what it assigns
+        return written("\n".join([command, "…", *(line for line in lines if "=" in line)]))
+    return written("\n".join(f"{command} {line}" for line in lines))
+
+
+def _models(statement: ast.stmt) -> list[tuple[ast.expr | None, ast.expr | None]]:
+    """What a statement would register: what names the model, and its value where that is another. None: unknown."""
+    match statement:
+        case ast.Assign([ast.Tuple(names) | ast.List(names)], ast.Tuple(values) | ast.List(values)):
+            return list(zip(names, values, strict=False)) if len(names) == len(values) else [(None, None)]
+        case ast.Assign([ast.Tuple() | ast.List()]):
+            return [(None, None)]
+        case ast.Assign(targets, value):
+            return [(target, value) for target in targets]
+        case ast.AnnAssign(target, _, ast.expr() as value):
+            return [(target, value)]
+        case ast.Expr(ast.Compare(ast.Name() as name, [ast.Eq()], [value])):
+            return [(name, value)]
+        case ast.Expr(ast.Tuple(elements)):
+            return [pair for element in elements for pair in _models(ast.Expr(element))]
+        case ast.Expr(ast.Name() as name):
+            return [(name, None)]
+        case ast.Expr(ast.Call() | ast.Subscript() | ast.Attribute() as value) if not _is_builtin(value):
+            return [(value, value)]
+    return [(None, None)]

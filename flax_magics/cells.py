@@ -13,9 +13,11 @@ from types import CodeType
 from typing import Any, NamedTuple
 
 from .call import ParsedCall, parse_call
-from .errors import FlaxMagicsError
+from .commands import COMMANDS
+from .errors import FlaxMagicsError, written
 from .journal import calling_frame
 from .magic_lines import line_magic_transformer as line_magic_transformer
+from .options import read
 from .source import ends_quietly, index_of, point_at
 
 _VALUE = "__flax_value__"
@@ -80,18 +82,23 @@ def run_statements_with_call(shell: Any, body: str, line: str = "", command: str
     Arguments and errors are those of `run_body`; the call is read before anything runs.
     """
     cell = _read(shell, body, line, command)
+    first = f"{command} {line}".rstrip()
     if not cell.tree.body:
-        raise FlaxMagicsError(f"{command} needs a call in the cell.", write=f"{command}\ny = net(x)")
+        raise FlaxMagicsError(f"{command} needs a call in the cell.", form=f"{first}\n…")
     *before, last = cell.tree.body
     value = getattr(last, "value", None)
     if not isinstance(last, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign)) or not isinstance(value, ast.Call):
         pointed = point_at(cell.source, index_of(cell.source, last.lineno, last.col_offset))
-        raise FlaxMagicsError(f"the last statement of a {command} cell is the call.", hint=pointed, write="y = net(x)")
-    written = _magic_argument(value)
-    if written is not None:
+        message = f"the last statement of a {command} cell is the call."
+        raise FlaxMagicsError(message, hint=pointed, form=f"{first}\n…\ny = …")
+    typed = _magic_argument(value)
+    if typed is not None:
         message = f"the last line of a {command} cell is the call itself, without a magic."
-        raise FlaxMagicsError(message, write=written)
-    call = replace(parse_call(_segment(cell.source, value), command.replace("%%", "%")), quiet=cell.quiet)
+        options, call_text = typed
+        start, end = (index_of(cell.source, node.lineno, node.col_offset) for node in (last, value))
+        lines = (f"{first} {options}".rstrip(), *(["…"] if before else []), cell.source[start:end] + call_text)
+        raise FlaxMagicsError(message, **written("\n".join(lines)))
+    call = replace(parse_call(_segment(cell.source, value), first.replace("%%", "%", 1)), quiet=cell.quiet)
     statements = ast.Module(before, [])
     _run(shell, before, cell, "all" if shell.ast_node_interactivity == "all" else "none")
     assign = None if isinstance(last, ast.Expr) else _assigner(last, cell.filename, shell.user_ns)
@@ -293,9 +300,17 @@ def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Ca
     return assign
 
 
-def _magic_argument(call: ast.Call) -> str | None:
-    """The line of a magic that IPython's transformers made a call of, None if `call` is none."""
+def _magic_argument(call: ast.Call) -> tuple[str, str] | None:
+    """Options and call of a magic that IPython's transformers made a call of, None if `call` is none."""
     match call:
-        case ast.Call(ast.Attribute(ast.Call(ast.Name("get_ipython")), "run_line_magic"), [_, ast.Constant(str(line))]):
-            return line.strip() or "net(x)"
+        case ast.Call(
+            ast.Attribute(ast.Call(ast.Name("get_ipython")), "run_line_magic"),
+            [ast.Constant(str(name)), ast.Constant(str(line))],
+        ):
+            command = COMMANDS.get(f"%{name}")
+            try:
+                rest = line.strip() if command is None else read(command, line).rest
+            except FlaxMagicsError:
+                rest = ""
+            return (line[: line.rindex(rest)].strip(), rest) if rest else ("", "…")
     return None

@@ -21,6 +21,7 @@ FLAX = Command(
     "of commands.",
     examples=("%flax",),
     takes="",
+    bare=True,
 )
 
 FLAXMODEL = Command(
@@ -151,6 +152,7 @@ FLAX_KEY = Command(
     ),
     ("%flax_key", "latent = %flax_key latent", "%flax_key --seed 0 --fresh"),
     takes="stream",
+    bare=True,
 )
 
 FLAX_SAVE = Command(
@@ -202,6 +204,7 @@ FLAX_EXPORT = Command(
     ),
     ("%flax_export", "%flax_export --plain", "%flax_export --force session.py"),
     takes="file",
+    bare=True,
 )
 
 FLAX_HISTORY = Command(
@@ -216,6 +219,7 @@ FLAX_HISTORY = Command(
     ),
     ("%flax_history", "%flax_history --last 5"),
     takes="model",
+    bare=True,
 )
 
 FLAX_REPLAY = Command(

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .errors import FlaxMagicsError
+from .errors import FlaxMagicsError, written
+from .lines import Line
 from .models import ARGUMENTS, Model, Record
 
 
@@ -44,30 +45,33 @@ def spread_of(output: Any) -> tuple[Spread, ...]:
 
 
 def left_behind(
-    name: str, text: str, mode: str, size: int, model: Model, updates: Mapping[str, Any], record: Record
+    name: str, line: Line, size: int, model: Model, updates: Mapping[str, Any], record: Record
 ) -> dict[str, Any]:
     """What stays of `size` draws at once, as after as many runs one by one: the state of the random streams.
+
+    Args:
+      name, line: the model's, and that of the run.
 
     Raises:
       FlaxMagicsError: the model wrote something that each run by itself would have handed on to the next.
     """
+    one = line.without_option("--draws", "[0-9]+")
+    one_by_one = f"for _ in range({size}):\n    {one}"
     commit = model.commit(updates, record)
     changed = tuple(updates) if commit is None else commit.changed
     if record.structure is not None and not changed:
         changed = ("its own structure",)
     if changed:
         what = ", ".join(f"`{collection}`" for collection in changed)
-        again = f"for _ in range({size}):\n    %flax_apply {'--train ' if mode == 'train' else ''}{text}"
-        write = again if mode == "eval" else f"%flax_apply --eval --draws {size} {text}"
         raise FlaxMagicsError(
             f"{name} writes {what} in this run: {size} draws at once would all start from the same, where run by run"
             " each hands it on to the next.",
-            write=write,
+            **written(one_by_one),
         )
     if ARGUMENTS in updates:
         raise FlaxMagicsError(
-            f"{text} passes rngs of its own: they would give all {size} draws the same keys.",
-            write=f"leave them out: then each draw has its own keys\nfor _ in range({size}):\n    %flax_apply {text}",
+            f"{line.call} passes rngs of its own: they would give all {size} draws the same keys.",
+            **written(str(line.without_argument("rngs") or one_by_one)),
         )
     last: dict[str, Any] = jax.tree_util.tree_map(lambda leaf: leaf[-1], dict(updates))
     return last

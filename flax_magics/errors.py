@@ -39,9 +39,7 @@ class FlaxMagicsError(Exception):
         lines = [message]
         if hint:
             lines += [f"  {line}" for line in hint.splitlines()]
-        for label, text in advice(write, form, edit):
-            first, *rest = text.splitlines()
-            lines += [f"  {label}{first}", *(" " * (2 + len(label)) + line for line in rest)]
+        lines += [f"  {line}" for line in advice_lines(write, form, edit)]
         super().__init__("\n".join(lines))
 
     def _render_traceback_(self) -> list[str]:
@@ -58,19 +56,48 @@ def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[
     return [(label, text) for label, text in labelled if text]
 
 
+def advice_lines(write: str | None = None, form: str | None = None, edit: str | None = None) -> list[str]:
+    """The same as lines of text, what goes on below what it goes on from."""
+    lines = []
+    for label, text in advice(write, form, edit):
+        first, *rest = text.splitlines()
+        lines += [f"{label}{first}", *(" " * len(label) + line for line in rest)]
+    return lines
+
+
+def written(text: str) -> dict[str, str]:
+    """`text` as the `write` of a message, or as its `form` where it has a gap.
+
+    The first line of a `%%` cell alone is no cell: its body is the gap.
+    """
+    if text.startswith("%%") and "\n" not in text and "…" not in text:
+        text += "\n…"
+    return {"form" if "…" in text else "write": text}
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The names in `known` that a person may have meant by `name`, nearest first, at most `n`."""
+    """The names in `known` that a person may have meant by `name`, nearest first, at most `n`.
+
+    Upper and lower case decide between names that are equally near, then the order of `known`.
+    """
     import difflib  # a millisecond that a session without mistakes does not need
 
-    choices = sorted(set(known))
-    folded = {choice.lower(): choice for choice in reversed(choices)}
-    found = difflib.get_close_matches(name.lower(), list(folded), n=n, cutoff=0.6)
-    return [folded[match] for match in found]
+    def likeness(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    near = []
+    for place, choice in enumerate(dict.fromkeys(known)):
+        folded = likeness(name.lower(), choice.lower())
+        if folded >= 0.6:
+            near.append((-folded, -likeness(name, choice), place, choice))
+    return [choice for *_, choice in sorted(near)[:n]]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """`did you mean dropout?`, or None where nothing is near."""
-    found = nearest(name, known)
-    if not found:
-        return None
-    return f"did you mean {' or '.join(found)}?"
+def did_you_mean(name: str, *known: Iterable[str]) -> str | None:
+    """`did you mean dropout?`, or None where nothing is near.
+
+    Args:
+      known: groups of names, the likeliest first: of the first that has a near one, the nearest are told.
+    """
+    near = next(filter(None, (nearest(name, group) for group in known)), [])
+    return f"did you mean {' or '.join(near)}?" if near else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,14 +12,15 @@ import jax
 from flax import errors as flax_errors
 
 from . import draws, starting
-from .errors import FlaxMagicsError, did_you_mean
+from .errors import FlaxMagicsError, did_you_mean, written
 from .keys import SPLIT, Draw, Series, Streams
+from .lines import Line, without_option
 from .memory import is_out_of_memory, out_of_memory, with_peak
 from .models import SOWN, Ask, Commit, MissingVariables, Record
 from .models.axes import inside
 from .models.switch import written_in_call
 from .notes import SeenKeys, join, of_mode, of_mutable, of_params, of_rngs, of_scalars, of_streams, of_unused
-from .prepare import Call, Prepared, prepare, with_arguments
+from .prepare import Call, Prepared, prepare, with_arguments, with_drawn_key
 from .program import Programs, devices_of, name_devices
 from .ready import Ready
 from .registry import Entry
@@ -49,6 +51,21 @@ class Options:
     def runs(self) -> int:
         """How often the program runs."""
         return REPEAT if self.roofline and self.repeat == 1 else self.repeat
+
+    @property
+    def line(self) -> str:
+        """The command with these options, as far as they have a text."""
+        draw = ":".join(map(str, self.draw)) if isinstance(self.draw, tuple) else self.draw
+        options = [
+            *([f"--{self.mode}"] if self.mode else []),
+            *(f"--mutable {name}" for name in self.mutable),
+            *(["--variables …"] if self.variables is not None else []),
+            *(f"--key {name}" for name in self.key),
+            *(f"--{name} {value}" for name, value in (("draw", draw), ("draws", self.draws)) if value is not None),
+            *([f"--repeat {self.repeat}"] if self.repeat > 1 else []),
+            *(f"--{name}" for name in ("roofline", "eager") if getattr(self, name)),
+        ]
+        return " ".join(["%flax_apply", *options])
 
     @cached_property
     def plain(self) -> bool:
@@ -129,7 +146,7 @@ def execute(
     if options.roofline and options.eager:
         raise FlaxMagicsError(
             "--roofline holds a compiled program against the machine; --eager compiles none.",
-            write=f"%flax_apply --roofline {call.text}",
+            **written(f"{without_option(call.line, '--eager')} {call.text}"),
         )
     call = with_keys(entry, call, options, draw)
     prepared = prepare(entry.name, entry.model, call, options.mode)
@@ -149,35 +166,36 @@ def execute(
                 break
             except MissingVariables as error:
                 start, ready = with_added(start, wanted, error), None
-    _check_clash(entry, options, ready)
+    _check_clash(entry, options, ready, call)
     devices = devices_in((output, updates))
     limits = _limits(devices, ready, programs, on_phase) if options.roofline else None
 
     record = ready.record
+    line = Line(call.line, call.text, prepared.signature)
     updates = dict(updates)
     if draw.size is not None:
         kept_back = {name: tree for name, tree in updates.items() if name not in record.sown}
-        updates |= draws.left_behind(entry.name, call.text, prepared.mode, draw.size, prepared.model, kept_back, record)
+        updates |= draws.left_behind(entry.name, line, draw.size, prepared.model, kept_back, record)
     output, updates, sown = hand_back(output, updates, record, options.mutable)
     keep = options.variables is None and options.draw is None
     commit = prepared.model.commit(updates, record)
-    written = tuple(updates) if commit is None else commit.changed
+    changed = tuple(updates) if commit is None else commit.changed
     kept = _kept(start.entry, updates if keep and commit is None else {}, ready, call, prepared.mode)
     if commit is not None and keep:
-        kept = replace(kept, updates={**kept.updates, **{name: kept.updates.get(name, 0) + 1 for name in written}})
+        kept = replace(kept, updates={**kept.updates, **{name: kept.updates.get(name, 0) + 1 for name in changed}})
     names = {name: (name, False) for name in (*SPLIT, *options.key, *sorted(ready.ask.streams))}
     if start.taken and "params" in ready.ask.streams:
         names["params (folded)"] = ("params", True)
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
     told = {name for ask in entry.guesses.values() for name in ask.streams}
     collections = {*ready.variables, *updates, *sown}
-    steady = (*of_mode(prepared.mode, record), *of_mutable(options.mutable, collections))
+    steady = (*of_mode(prepared, record), *of_mutable(options.mutable, collections, line))
     notes = [*steady, *of_streams(record, told)]
     if options.draw is None:  # a replay brings its keys again, and means to
-        notes += seen.notes(in_call)
-    notes += of_unused(prepared.switch, (*in_call, *options.key), record.unused)
+        notes += seen.notes(in_call, line)
+    notes += of_unused(prepared.switch, (*in_call, *options.key), record.unused, line)
     notes += of_params(start.variables) if start.made is not None else ()
-    notes += of_scalars(ready.scalars)
+    notes += of_scalars(ready.scalars, line)
     notes += of_rngs(prepared.own_rngs, record)
     return Execution(
         entry=kept,
@@ -186,7 +204,7 @@ def execute(
         sown=sown,
         keys=Streams(draw, names),
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
-        changed={name: kept.updates[name] for name in sorted(written)} if keep else {},
+        changed={name: kept.updates[name] for name in sorted(changed)} if keep else {},
         device=ready.device or devices_of((output, ready.variables)),
         program=ready.origin,
         reason=ready.reason,
@@ -210,7 +228,7 @@ def execute(
         limits=limits,
         notes=tuple(notes),
         made=start.made,
-        by_hand=by_hand(prepared, call, options, ready.ask, {*written, *sown, *options.mutable}),
+        by_hand=by_hand(prepared, call, options, ready.ask, {*changed, *sown, *options.mutable}),
         commit=commit if keep else None,
         keys_in_call=tuple(in_call.values()),
         updates=updates,
@@ -270,9 +288,10 @@ class plain_errors:
 def _kept_out(error: Exception) -> FlaxMagicsError:
     """Every stream is fed, so a stream can be missing only inside a transform that keeps it out."""
     first = str(error).split(" (https")[0].rstrip(".")
+    stream = next(iter(re.findall(r'PRNG for "(\w+)"', first)), "…")
     return FlaxMagicsError(
         f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on.",
-        write="nn.scan(…, split_rngs={'params': …, 'dropout': True})",
+        edit=f"split_rngs={{'{stream}': True, …}}",
     )
 
 
@@ -295,12 +314,12 @@ def with_keys(entry: Entry, call: Call, options: Options, draw: Draw | Series) -
     return replace(call, kwargs={**call.kwargs, **given})
 
 
-def _check_clash(entry: Entry, options: Options, ready: Ready) -> None:
+def _check_clash(entry: Entry, options: Options, ready: Ready, call: Call) -> None:
     both = sorted(set(options.key) & ready.ask.streams)
     if both:
         raise FlaxMagicsError(
             f"{entry.name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
-            write=f"{both[0]} = %flax_key {both[0]}",
+            **written(with_drawn_key(call, both[0])),
         )
 
 

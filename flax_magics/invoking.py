@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .call import ParsedCall, parse_call
 from .cells import displayed_quietly, run_statements_with_call
-from .commands import FLAX, FLAX_EXPORT, FLAX_HISTORY, FLAX_KEY
-from .errors import FlaxMagicsError
+from .errors import FlaxMagicsError, advice_lines, written
 from .notebook import Notebook
 from .options import Command, Read, read
 from .private import is_tracing
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
     from .run import Run
 
 Namespace = dict[str, Any]
-
-BARE = (FLAX, FLAX_KEY, FLAX_HISTORY, FLAX_EXPORT)
-"""Commands that mean something without a word after them; of the others that is asking for help."""
 
 
 class InNotebook(Protocol):
@@ -36,16 +31,19 @@ class InNotebook(Protocol):
 
 def command(spec: Command) -> Callable[[Any], Any]:
     """Gives a command its help, and errors that a person can read."""
+    as_line, as_cell = (spec._replace(name=sign + spec.name.lstrip("%")) for sign in ("%", "%%"))
 
     def decorate(function: Any) -> Any:
         @wraps(function)
         def run(self: InNotebook, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
             notebook = self.notebook
+            notebook.called = None
             try:
                 # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
-                options = read(spec, line if spec.takes == "call" else line.rstrip("; "))
-                bare = not line.strip() and cell is None
-                if options.help or (bare and spec not in BARE):
+                options = read(
+                    as_line if cell is None else as_cell, line if spec.takes == "call" else line.rstrip("; ")
+                )
+                if options.help or (not line.strip() and cell is None and not spec.bare):
                     notebook.reporter.publish({"text/plain": spec.render_help()})
                     return None
                 before = notebook.journal.runs()
@@ -56,7 +54,7 @@ def command(spec: Command) -> Callable[[Any], Any]:
             except FlaxMagicsError:
                 raise
             except Exception as error:
-                show_user_frames(error, notebook.shell, hint=_hints(error))
+                show_user_frames(error, notebook.shell, hint=_hints(error, notebook, options))
                 raise
 
         del run.__wrapped__  # IPython 7 calls by the signature that it finds behind it
@@ -66,14 +64,20 @@ def command(spec: Command) -> Callable[[Any], Any]:
     return decorate
 
 
-def _hints(error: Exception) -> tuple[str, ...]:
+def _hints(error: Exception, notebook: Notebook, options: Read) -> tuple[str, ...]:
     """What to add to an error of the model's own."""
     from .ready import is_tracer_error
 
-    if is_tracer_error(error) and not is_tracing():
-        return ("the model looks at a value while it is compiled; to run it op by op: %flax_apply --eager …",)
-    if isinstance(error, ValueError) and "must be passed to the constructor or at call time" in str(error):
-        return ("it is the model's switch: %flax_apply --train … or --eval … sets it",)
+    called = notebook.called
+    if is_tracer_error(error) and called is not None and not is_tracing():
+        said = "the model looks at a value while it is traced"
+        if not called.command.startswith("%flax_apply"):
+            return (said,)
+        return (f"{said}; op by op it can", *advice_lines(f"{called.command} --eager {called.call}"))
+    unset = re.search(r'"(\w+)" must be passed to the constructor or at call time', str(error))
+    if isinstance(error, ValueError) and unset is not None and called is not None:
+        mode = options.options.get("train") or options.options.get("eval")
+        return notebook.asked.of_unset(unset[1], called, notebook.session, bool(mode))  # type: ignore[no-any-return]
     lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
     if lacking is not None:
         return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
@@ -110,13 +114,12 @@ def read_body(
     notebook: Notebook, spec: Command, line: str, options: Read, cell: str | None
 ) -> tuple[ParsedCall, Callable[[Any], None] | None]:
     """The call of a line or of a cell, whose other statements are run; and what binds its value, in a cell."""
-    written = line[: options.offset].strip()
     if cell is None:
-        return parse_call(options.rest, spec.name, written), None
+        return parse_call(options.rest, f"{spec.name} {line[: options.offset]}".strip()), None
     if options.rest:
         raise FlaxMagicsError(
             f"%{spec.name} takes its call from the cell's last line; `{options.rest}` stands on the first.",
-            write=f"{spec.name} {line.strip()}",
+            **written(f"{spec.name} {line.strip()}"),
         )
     body = run_statements_with_call(notebook.shell, cell, line, f"%{spec.name}")
-    return replace(body.call, command=f"{spec.name} {line}".rstrip()), body.assign
+    return body.call, body.assign

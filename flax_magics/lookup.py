@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import registry
-from .errors import FlaxMagicsError, did_you_mean
+from .errors import FlaxMagicsError, did_you_mean, written
 from .models import is_module_class, spell_construction
 from .registry import Entry, RegisteredModel
 from .run import Note
@@ -27,13 +27,13 @@ def entry_of(models: Mapping[str, Entry], model: Any) -> Entry:
         raise FlaxMagicsError(
             f"no model is registered as `{model}`; registered: {known}.",
             hint=did_you_mean(model, models),
-            write=f"%flaxmodel {model}" if not models else None,
+            form=f"%flaxmodel {model} = …" if not models else None,
         )
     for entry in models.values():
         if entry.model.module is model:
             return entry
-    write = spell_construction(model, "%flaxmodel") if is_module_class(model) else None
-    raise FlaxMagicsError("this model is not registered.", write=write or "session.register('net', model)")
+    line = spell_construction(model, "%flaxmodel") if is_module_class(model) else "%flaxmodel net = …"
+    raise FlaxMagicsError("this model is not registered.", **written(line))
 
 
 def entry_now(models: Mapping[str, Entry], name: str, module: Any) -> tuple[Entry, tuple[Note, ...]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
 from traitlets import Bool, Dict, Enum, Int, observe, validate
 
-from .call import ParsedCall, parse_call, parse_expression
+from .call import ParsedCall, parse_call, parse_expression, plain_name
 from .cells import displayed, displayed_quietly, run_body
 from .commands import (
     FLAX,
@@ -32,7 +32,7 @@ from .invoking import Namespace, command, mode_of, read_body, run_call
 from .journal import load_of
 from .kinds import KINDS
 from .notebook import Notebook
-from .options import Read, file_name, unquoted
+from .options import Read, file_name, quoted, unquoted
 
 if TYPE_CHECKING:
     from .run import Run
@@ -176,9 +176,9 @@ class FlaxMagics(Magics):
 
         def run(parsed: ParsedCall) -> Run:
             name, call, module = self.notebook.read_call(parsed, local_ns)
-            return self.session.run_init(
-                name, call, draw=self.notebook.draw(options.options["draw"], local_ns), module=module
-            )
+            typed = f"{'%' if cell is None else '%%'}flax_init {line}"
+            draw = self.notebook.draw(options.options["draw"], local_ns, typed)
+            return self.session.run_init(name, call, draw=draw, module=module)
 
         return run_call(self.notebook, FLAX_INIT, line, options, cell, run)
 
@@ -193,11 +193,12 @@ class FlaxMagics(Magics):
 
         def run(parsed: ParsedCall) -> Run:
             name, call, module = self.notebook.read_call(parsed, local_ns)
+            typed = f"{'%' if cell is None else '%%'}flax_apply {line}"
             chosen = self.notebook.asked.options(
                 mode,
                 given["mutable"],
                 given["key"],
-                self.notebook.draw(options.options["draw"], local_ns),
+                self.notebook.draw(options.options["draw"], local_ns, typed),
                 given["draws"],
                 given["repeat"] or 1,
                 given["eager"],
@@ -223,7 +224,7 @@ class FlaxMagics(Magics):
         parsed, assign = (
             read_body(self.notebook, FLAX_SUMMARY, line, options, cell)
             if bare is None
-            else (parse_call(f"{bare}()"), None)
+            else (parse_call(f"{bare}()", "%flax_summary"), None)
         )
         name, call, module = self.notebook.read_call(parsed, local_ns)
         with self.notebook.working("summarising") as live:
@@ -252,9 +253,10 @@ class FlaxMagics(Magics):
         name = options.rest
         if seed is not None:
             if name:
+                restart = f"%flax_key --seed {seed}{' --fresh' if fresh else ''}"
                 raise FlaxMagicsError(
                     f"%flax_key restarts with --seed or draws `{name}`, not both in one line.",
-                    write=f"%flax_key --seed {seed}\n%flax_key {name}",
+                    write=f"{restart}\n%flax_key {plain_name(name, 'latent')}",
                 )
             notice = restarted(self.session.restart(seed, fresh=fresh))
             self.journal.restarted(fresh=fresh)
@@ -282,7 +284,10 @@ class FlaxMagics(Magics):
         given, shell = options.options, self.shell
         name = unquoted(options.rest).strip()
         if name and given["cell"]:
-            raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=f"%flax_export {name}")
+            plain = " --plain" if given["plain"] else ""
+            raise FlaxMagicsError(
+                "--cell is instead of a file: leave one of them out.", write=f"%flax_export{plain} --cell"
+            )
         script = export_cells(self.session, *self.notebook.executed(), digests=not given["plain"])
         if name:
             path, replaced = write(name, script.text, force=given["force"])
@@ -312,7 +317,8 @@ class FlaxMagics(Magics):
         """`%flax_replay N`"""
         from .show.bundle import replay_bundle
 
-        draw = self.notebook.asked.replay_of(options.rest, self.session, self.shell.user_ns, local_ns)
+        open_line = f"%flax_replay {line[: options.offset]}{{}}"
+        draw = self.notebook.asked.replay_of(options.rest, self.session, self.shell.user_ns, local_ns, open_line)
         with self.notebook.working("preparing") as live:
             runs = self.session.run_replay(draw)
         given = options.options
@@ -336,7 +342,7 @@ class FlaxMagics(Magics):
         if autosave is not None and options.rest:
             raise FlaxMagicsError(
                 f"--autosave takes its own file, and `{options.rest}` stands after it.",
-                write=f"%flax_save {options.rest}\n%flax_save --autosave {autosave}",
+                write=f"%flax_save {options.rest}\n%flax_save --autosave {quoted(autosave)}",
             )
         with self.notebook.working("saving") as live:
             if autosave is None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .call import Assignment, parse_assignment, parse_call
-from .construct import Recipe, takes_rngs
-from .errors import FlaxMagicsError, did_you_mean
-from .expression import Expression
+from .construct import Recipe, constructor, takes_rngs
+from .errors import FlaxMagicsError, did_you_mean, nearest, written
+from .expression import Expression, segment
 from .fingerprint import fingerprint
-from .models import adopt, is_module, is_module_class, needed_fields, spell_construction
+from .models import adopt, is_module, is_module_class, modules_in, needed_fields, spell_construction
 from .sessions import Session
 from .show.registered import Registered
 
@@ -38,17 +38,22 @@ def from_line(text: str, user_ns: Namespace, local_ns: Namespace) -> Found:
     name, expression = parse_assignment(text)
     if expression is not None:
         value = build(expression, user_ns, local_ns)
+        if is_module_class(value):
+            spelled = segment(expression.text, expression.tree)
+            line = spell_construction(value, "%flaxmodel", spelled, name)
+            raise FlaxMagicsError(f"`{spelled}` is a class, and a model is an instance of it.", **written(line))
         if not isinstance(value, Recipe):
             adopt(value, name)
         return Found({name: value}, {name: value})
     names = {**user_ns, **local_ns}
     if name not in names:
-        modules = [key for key, value in names.items() if is_module(value) or is_module_class(value)]
-        raise FlaxMagicsError(
-            f"name '{name}' is not defined.", hint=did_you_mean(name, modules), write=f"%flaxmodel {name} = Net()"
-        )
+        modules = modules_in(names)
+        hint = did_you_mean(name, *modules)
+        near = nearest(name, modules[0], 1)
+        line = f"%flaxmodel {near[0]}" if near else f"%flaxmodel {name} = …"
+        raise FlaxMagicsError(f"name '{name}' is not defined.", hint=hint, **written(line))
     value = names[name]
-    return Found({name: _from_defaults(value, "%flaxmodel") if is_module_class(value) else value})
+    return Found({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
 
 
 def read_line(text: str) -> Assignment | None:
@@ -74,44 +79,68 @@ def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Ma
         if expression is not None:
             bind[name] = modules[name] = build(expression, user_ns)
         elif name in values and is_module_class(values[name]):
-            modules = {name: _from_defaults(values[name])}
+            modules = {name: _from_defaults(values[name], "%%flaxmodel", name)}
         elif name not in modules:
             what = f"`{name}` is no module" if name in values else f"the cell defines no `{name}`"
-            raise FlaxMagicsError(f"{what}.", hint=did_you_mean(name, values), write=f"%%flaxmodel {name} = Net()")
+            instances, classes = modules_in(values)
+            near = nearest(name, instances, 1)
+            spelled = f"%%flaxmodel {near[0] if near else f'{name} = …'}"
+            if classes and not near:
+                spelled = spell_construction(values[classes[-1]], "%%flaxmodel", classes[-1], name)
+            hint = did_you_mean(name, instances, classes, values)
+            raise FlaxMagicsError(f"{what}.", hint=hint, **written(spelled))
     if not modules:
-        classes = [name for name, value in values.items() if is_module_class(value)]
+        classes = modules_in(values)[1]
         if not classes:
             raise FlaxMagicsError(
-                "the cell defines no Flax module: neither an instance nor a class.",
-                write="%flaxmodel net     for one that is defined elsewhere",
+                "the cell defines no Flax module: neither an instance nor a class; a line registers one from elsewhere.",
+                form="%flaxmodel …",
             )
-        modules = {classes[-1]: _from_defaults(values[classes[-1]])}
+        modules = {classes[-1]: _from_defaults(values[classes[-1]], "%%flaxmodel", classes[-1])}
     changed = {name: before[name] for name, value in values.items() if name in before and before[name] is not value}
     return Found(modules, bind, changed, frozenset(name for name in modules if name not in before))
 
 
 def build(expression: Expression, user_ns: Namespace, local_ns: Mapping[str, Any] | None = None) -> Any:
-    """The expression's value; of an NNX construction that gives no `rngs` the Recipe, for the session to build."""
+    """The expression's value; of an NNX construction that gives no `rngs` the Recipe, for the session to build.
+
+    Raises:
+      FlaxMagicsError: it constructs a module with a field that the class has not.
+    """
     call = expression.tree
-    if (
-        isinstance(call, ast.Call)
-        and isinstance(call.func, (ast.Name, ast.Attribute))
-        and not any(keyword.arg == "rngs" for keyword in call.keywords)
-    ):
+    if isinstance(call, ast.Call) and isinstance(call.func, (ast.Name, ast.Attribute)):
         function = Expression(expression.text, call.func).evaluate(user_ns, local_ns)
-        if is_module_class(function) and takes_rngs(function, (), {}):
+        names = [keyword.arg for keyword in call.keywords if keyword.arg is not None]
+        if is_module_class(function):
+            check_fields(function, names)
+        if "rngs" not in names and is_module_class(function) and takes_rngs(function, (), {}):
             _, args, kwargs = expression.construct(user_ns, local_ns)
             return Recipe.of(function, args, kwargs, ast.unparse(call)) or function(*args, **kwargs)
     return expression.evaluate(user_ns, local_ns)
 
 
-def _from_defaults(cls: Any, command: str = "%%flaxmodel") -> Any:
+def check_fields(cls: type, names: Iterable[str]) -> None:
+    """Raises FlaxMagicsError where one of `names` is no field (NNX: no argument of the constructor)."""
+    try:
+        parameters = constructor(cls).parameters
+    except (TypeError, ValueError):
+        return
+    unknown = next((name for name in names if name not in parameters), None)
+    if unknown is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [name for name in parameters if name not in ("parent", "name")]
+    takes = f"it takes: {cls.__name__}({', '.join(known)})"
+    hint = did_you_mean(unknown, known)
+    raise FlaxMagicsError(f"{cls.__name__} has no field `{unknown}`.", hint=f"{hint}\n{takes}" if hint else takes)
+
+
+def _from_defaults(cls: Any, command: str, spelled: str) -> Any:
     needed = needed_fields(cls)
     if needed in ([], ["rngs"]) and takes_rngs(cls, (), {}):
         return Recipe(cls, (), {}, f"{cls.__name__}()")
     if needed:
         names = " and ".join([", ".join(needed[:-1]), needed[-1]] if len(needed) > 1 else needed)
-        raise FlaxMagicsError(f"{cls.__name__} needs {names}.", write=spell_construction(cls, command))
+        raise FlaxMagicsError(f"{cls.__name__} needs {names}.", form=spell_construction(cls, command, spelled))
     return cls()
 
 
@@ -125,7 +154,10 @@ def check(
     from .idioms import Translation
     from .prepare import Call
 
-    parsed = parse_call(call, "--check")
+    try:
+        parsed = parse_call(call, "--check")
+    except FlaxMagicsError as error:
+        raise FlaxMagicsError(error.message, hint=error.hint) from None  # `--check` begins no line
     if parsed.target not in found.modules:
         known = ", ".join(found.modules)
         raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")

@@ -5,6 +5,7 @@ Nothing here imports IPython: the shell comes in as an argument. Nothing imports
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -98,6 +99,8 @@ class Notebook:
         self.settings = settings
         self.reporter = Reporter(shell)
         self.journal = Journal()
+        self.called: ParsedCall | None = None
+        """What the command at hand calls, once its model was found."""
         self._cell: int | None = None
 
     # -- its session
@@ -124,11 +127,16 @@ class Notebook:
         """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
         user_ns = self.shell.user_ns
         call: tuple[str, Any, Any] = self.asked.read_call(parsed, self.session, user_ns, local_ns, self.number)
+        self.called = parsed
         return call
 
-    def draw(self, text: str | None, local_ns: Mapping[str, Any]) -> int | tuple[int, int] | None:
-        """`--draw`: a number, `last`, `seed:N`, or the name of a Run."""
-        return None if text is None else self.asked.draw_of(text, self.session, self.shell.user_ns, local_ns)
+    def draw(self, text: str | None, local_ns: Mapping[str, Any], line: str) -> int | tuple[int, int] | None:
+        """`--draw`: a number, `last`, `seed:N`, or the name of a Run; `line` is all that was written."""
+        if text is None:
+            return None
+        open_line = re.sub(rf"(--draw[\s=]+){re.escape(text)}", r"\1{}", line.strip(), count=1)
+        draw: int | tuple[int, int] = self.asked.draw_of(text, self.session, self.shell.user_ns, local_ns, open_line)
+        return draw
 
     def model_names(self) -> dict[str, ModelNames]:
         """What completion needs to know; makes no session."""

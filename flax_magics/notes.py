@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from .arguments import Arguments
-from .errors import nearest
+from .errors import nearest, written
 from .keys import data_of
+from .lines import Line, as_array, new_key
 from .models import Layer, Record
-from .models.switch import WHEN_TRAINING
+from .models.switch import WHEN_TRAINING, following
+from .prepare import Prepared
 from .run import Made, Note
 
 KNOWN_STREAMS = ("params", "dropout", "default")
+
+INITIALISED = ("kernel", "bias", "scale", "embedding")
+"""Parameters of Flax's layers, each with an argument `NAME_init`."""
 
 OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new ones")
 
 
 def outdated_own(name: str) -> Note:
     """The same of an NNX module that the user's own code built."""
-    return Note("outdated", "variables from before the edit: its cell again after `del` gives new ones", f"del {name}")
+    return Note(
+        "outdated", "variables from before the edit: its cell again after `del` gives new ones", write=f"del {name}"
+    )
 
 
 def join(path: Iterable[str]) -> str:
@@ -31,15 +40,23 @@ def join(path: Iterable[str]) -> str:
     return "/".join(path) or "(the model)"
 
 
-def of_mode(mode: str, record: Record) -> Iterator[Note]:
-    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round."""
-    if mode not in ("train", "eval"):
+def of_mode(prepared: Prepared, record: Record) -> Iterator[Note]:
+    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round.
+
+    Where other layers do as was asked, one that is told otherwise by more than a literal beside a switch is meant to be:
+    a backbone that stays frozen.
+    """
+    if prepared.mode not in ("train", "eval"):
         return
-    training = mode == "train"
+    training = prepared.mode == "train"
+    obeyed = any(layer.training is training for layer in record.layers)
     for kind in ("dropout", "norm"):
         layers = [layer for layer in record.layers if layer.kind == kind]
-        if layers and all(layer.training is not training for layer in layers):
-            yield _wrong_mode(kind, layers, training)
+        if any(layer.training is training for layer in layers):
+            continue
+        wrong = [layer for layer in layers if not obeyed or (layer.source.literal and layer.own_switch)]
+        if wrong:
+            yield _wrong_mode(kind, wrong, training)
 
 
 def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
@@ -49,12 +66,17 @@ def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
     verb = "is" if len(layers) == 1 else "are"
     if kind == "dropout":
         state = "off" if training else "on"
-        switch = "deterministic"
     else:
         state = "using running averages" if training else "using the batch's own statistics"
-        switch = "use_running_average"
-    text = f"{names} {verb} {state} although {option} was asked: {first.switch} is fixed in {first.owner}"
-    return Note(kind, text, f"{switch}=not self.training")
+    value = f"{first.switch}={first.value}"
+    if first.source.literal:
+        why = f"{value} is fixed in {first.owner}"
+    elif first.source.text:
+        why = f"{first.switch} was {first.value}, from `{first.source.text}` in {first.owner}"
+    else:
+        why = f"{first.switch} was {first.value} in {first.owner}"
+    edit = following(first.switch, first.own_switch, first.method)
+    return Note(kind, f"{names} {verb} {state} although {option} was asked: {why}", edit=edit)
 
 
 def of_streams(record: Record, told: Container[str]) -> Iterator[Note]:
@@ -77,7 +99,7 @@ def of_params(variables: Mapping[str, Any]) -> Iterator[Note]:
     A layer may begin at zero, and so may a model that has nothing but biases: a weight of two dimensions or more has to
     be among what is zero.
     """
-    zero, weight = True, False
+    zero, weight = True, ""
     for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get("params", {}))[0]:
         if not isinstance(leaf, jax.Array) or not leaf.is_fully_addressable:
             return
@@ -89,23 +111,33 @@ def of_params(variables: Mapping[str, Any]) -> Iterator[Note]:
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         if bool((values != values).any()):
             text = f"{join(names)} holds NaN after init: look at its initializer"
-            yield Note("nan params", text, "kernel_init=nn.initializers.lecun_normal()")
+            yield Note("nan params", text, edit=_initializer(names, values.ndim))
             return
         zero = zero and not bool((values != 0).any())
-        weight = weight or values.ndim >= 2
+        if values.ndim >= 2 and not weight:
+            weight = _initializer(names, values.ndim)
     if zero and weight:
         text = "all params are zero after init: the layers compute the same, and get the same gradients"
-        yield Note("zero params", text, "kernel_init=nn.initializers.lecun_normal()")
+        yield Note("zero params", text, edit=weight)
 
 
-def of_scalars(names: Iterable[str]) -> Iterator[Note]:
-    """Python numbers where arrays were: each kind of argument has a program of its own."""
-    for name in names:
+def _initializer(path: list[str], ndim: int) -> str:
+    """How a layer of Flax is told to initialise a parameter; one of the user's own names its initializer itself."""
+    name = path[-1] if path else "kernel"
+    initializer = {"bias": "zeros", "scale": "ones"}.get(name)
+    initializer = f"jax.nn.initializers.{initializer}" if initializer else ""
+    initializer = initializer or f"jax.nn.initializers.{'lecun_normal' if ndim >= 2 else 'normal'}()"
+    return f"{name}_init={initializer}" if name in INITIALISED else initializer
+
+
+def of_scalars(dtypes: Mapping[str, str], line: Line) -> Iterator[Note]:
+    """Python numbers where arrays of these dtypes were: each kind of argument has a program of its own."""
+    for name, dtype in dtypes.items():
         text = f"`{name}` is a Python number where an array was before: that is another program"
-        yield Note("scalar", text, f"jnp.asarray({name})")
+        yield Note("scalar", text, **as_array(line, name, dtype))
 
 
-def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str]) -> Iterator[Note]:
+def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str], line: Line) -> Iterator[Note]:
     """Keys in the call that the program does not read. In evaluation that is as it should be."""
     for setting in switch:
         path, _, value = setting.partition("=")
@@ -115,10 +147,18 @@ def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str
     for name in given:
         if name in unused:
             text = f"the key `{name}` is passed, and nothing in the model uses it"
-            yield Note("unused key", text, f"leave `{name}` out, or use it: jax.random.normal({name}, …)")
+            parameter = line.signature.parameters.get(name)
+            optional = parameter is None or parameter.default is not parameter.empty
+            shorter = line.without_option("--key", name)
+            if shorter == line:
+                shorter = line.without_argument(name) or line
+            if optional and shorter != line:
+                yield Note("unused key", text, **written(str(shorter)))
+            else:
+                yield Note("unused key", text, edit=f"jax.random.normal({name}, …)")
 
 
-def of_mutable(asked: Iterable[str], known: Iterable[str]) -> Iterator[Note]:
+def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterator[Note]:
     """Collections to be handed back that are not there: Flax hands back nothing, in silence.
 
     Args:
@@ -130,7 +170,10 @@ def of_mutable(asked: Iterable[str], known: Iterable[str]) -> Iterator[Note]:
             has = f"it has {', '.join(known)}" if known else "it has none"
             near = nearest(name.replace("_", ""), known, 1)
             text = f"--mutable {name} hands back nothing: the model has no collection of this name; {has}"
-            yield Note("mutable", text, f"--mutable {near[0]}" if near else None)
+            corrected = line.without_option("(?:--mutable|-m)", name)
+            if near and near[0] not in asked:
+                corrected = corrected.with_option(f"--mutable {near[0]}")
+            yield Note("mutable", text, **written(str(corrected)))
 
 
 def of_rngs(own: bool, record: Record) -> Iterator[Note]:
@@ -159,27 +202,33 @@ class SeenKeys:
                 if data in self.roots or data in self.runs:
                     yield name, data
 
-    def notes(self, found: Mapping[str, bytes]) -> Iterator[Note]:
+    def notes(self, found: Mapping[str, bytes], line: Line) -> Iterator[Note]:
         """What is to be said of the keys in a call."""
         first: dict[bytes, str] = {}
         for name, data in found.items():
             if data in first:
                 text = f"`{first[data]}` and `{name}` are given the same key: they get the same numbers"
-                yield Note("same key", text, "key_a, key_b = jax.random.split(key)")
+                yield Note("same key", text, **_with_keys(line, first[data], name))
             first.setdefault(data, name)
         for name, data in found.items():
             if data in self.roots:
-                yield Note(
-                    "root key",
-                    f"`{name}` is a root key that this session splits: its numbers meet the session's own",
-                    f"%flax_apply --key {name} …   or   {name} = %flax_key {name}",
-                )
+                text = f"`{name}` is a root key that this session splits: its numbers meet the session's own"
+                yield Note("root key", text, **_with_keys(line, name))
             elif data in self.runs:
-                yield Note(
-                    "key again",
-                    f"`{name}` went into {self.runs[data]} too: the same key gives the same numbers",
-                    f"{name} = %flax_key {name}",
-                )
+                text = f"`{name}` went into {self.runs[data]} too: the same key gives the same numbers"
+                yield Note("key again", text, **_with_keys(line, name))
+
+
+def _with_keys(line: Line, *names: str) -> dict[str, str]:
+    """The lines that draw keys of their own for arguments, and pass them."""
+    draws, edited = [], line
+    for name in names:
+        stream = next((word for word in reversed(re.findall(r"\w+", name)) if word.isidentifier()), "latent")
+        key = new_key(stream)
+        draws.append(f"{key} = %flax_key {stream}")
+        open_call = replace(edited, call=f"{edited.call.partition('(')[0]}(…)")
+        edited = edited.with_argument(name, key) or open_call
+    return written("\n".join([*dict.fromkeys(draws), str(edited)]))
 
 
 def summary(tree: Mapping[str, Any]) -> tuple[int, int]:

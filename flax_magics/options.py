@@ -6,12 +6,13 @@ argparse cannot: what follows the options is Python, which may hold dashes, quot
 from __future__ import annotations
 
 import builtins
+import re
 import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from .errors import FlaxMagicsError, nearest
+from .errors import FlaxMagicsError, nearest, written
 from .source import Unbalanced, pieces, point_at, token_end
 
 WIDTH = 80
@@ -80,6 +81,7 @@ class Command(NamedTuple):
       options: in the order in which help lists them.
       examples: each runs as it stands, in this order.
       takes: what follows the options, for completion: a `call`, a `model`, a `stream`, a `draw`, or something else.
+      bare: it means something without a word after it; of the others that is asking for help.
     """
 
     name: str
@@ -88,11 +90,16 @@ class Command(NamedTuple):
     options: tuple[Option, ...] = ()
     examples: tuple[str, ...] = ()
     takes: str = "call"
+    bare: bool = False
 
     @property
     def flags(self) -> dict[str, Option]:
         """Every way to write an option of this command, `--help` included."""
         return {flag: option for option in (*self.options, HELP) for flag in option.flags}
+
+    def needs_rest(self, line: str) -> bool:
+        """Whether something has to follow the options of `line`: a cell has its body for that."""
+        return not self.bare and not self.name.startswith("%%") and "--autosave" not in line
 
     def render_help(self) -> str:
         """Usage, help, options and examples in 80 columns."""
@@ -164,30 +171,30 @@ def _read(command: Command, line: str) -> Read:
     position = _skip(line, 0)
     while line[position : position + 1] in _DASHES and position < len(line):
         start, position = position, _end_of(command, line, position)
-        written, equals, value = line[start:position].partition("=")
-        if written == "--":
+        flag, equals, value = line[start:position].partition("=")
+        if flag == "--":
             position = _skip(line, position)
             break
-        option = command.flags.get(written)
+        option = command.flags.get(flag)
         if option is None:
-            raise _unknown(command, line, start, written)
+            raise _unknown(command, line, start, flag)
         if option is HELP:
             return Read({}, help=True)
         if option.kind == "flag":
             if equals:
-                write = f"{command.name} {line[:start]}{written}{line[position:].rstrip()}"
-                raise FlaxMagicsError(f"{written} takes no value.", write=write)
+                advice = _corrected(command, f"{line[:start]}{flag}{line[position:]}")
+                raise FlaxMagicsError(f"{flag} takes no value.", **advice)
             options[option.key] = True
             position = _skip(line, position)
             continue
-        begin = start + len(written) + 1 if equals else _skip(line, position)
+        begin = start + len(flag) + 1 if equals else _skip(line, position)
         end = position if equals else begin
         if not equals and begin < len(line) and not _is_option(command, line, begin):
             end = _end_of(command, line, begin)
         value = line[begin:end]
         converted = _convert(option, value) if value else None
         if converted is None:
-            raise _wants(command, option, line, start + len(written), begin, end)
+            raise _wants(command, option, line, start + len(flag), begin, end)
         options[option.key] = (*options[option.key], converted) if option.kind == "many" else converted
         position = _skip(line, end)
     rest = line[position:].rstrip()
@@ -221,15 +228,30 @@ def _wants(command: Command, option: Option, line: str, after: int, begin: int, 
     """The error for an option, written up to `after`, whose value `line[begin:end]` is missing or wrong."""
     value = line[begin:end]
     wanted = "a Python name" if option.identifier else f"a value ({option.metavar})"
-    sample = option.metavar or ""
+    sample = "…"
     if option.type is int:
         wanted, sample = "a whole number", str(max(option.least or 0, 0) * 20)
         if option.least is not None:
             wanted = "a positive whole number" if option.least == 1 else f"a whole number from {option.least} on"
     message = f"{line[:after].split()[-1]} needs {wanted}" + (f", not {value}." if value else ".")
     # `--repeat net(x)`: the value was left out, and the call read in its place.
-    rest = line[begin:] if "(" in value or not value else line[end:]
-    return FlaxMagicsError(message, write=f"{command.name} {line[:after].strip()} {sample} {rest.strip()}".rstrip())
+    rest = (line[begin:] if "(" in value or not value else line[end:]).strip()
+    rest = rest or ("…" if command.needs_rest(line) else "")
+    return FlaxMagicsError(message, **_corrected(command, f"{line[:after].strip()} {sample} {rest}"))
+
+
+def _corrected(command: Command, line: str) -> dict[str, str]:
+    """A line with a mistake taken out as the advice of a message; of one that has another, that one's own advice."""
+    line = line.strip()
+    if "…" in line:
+        return written(f"{command.name} {line}")
+    try:
+        corrected = _read(command, line)
+    except FlaxMagicsError as error:
+        return written(error.write or error.form or "") if error.write or error.form else {}
+    if corrected.options.get("train") and corrected.options.get("eval"):
+        return {}
+    return written(f"{command.name} {line}" + (" …" if not corrected.rest and command.needs_rest(line) else ""))
 
 
 def _convert(option: Option, value: str) -> str | int | None:
@@ -256,6 +278,12 @@ def unquoted(value: str) -> str:
     return value[len(quote) : -len(quote)].replace("\\" + quote, quote)
 
 
+def quoted(value: str) -> str:
+    """`value` as an option takes it: in quotes where it would not be one word."""
+    escaped = value.replace('"', '\\"')
+    return value if re.fullmatch(r"[\w./~:+-]+", value) else f'"{escaped}"'
+
+
 def file_name(rest: str, command: Command) -> str:
     """What stands after the options as the name of a file, which may be in quotes.
 
@@ -264,22 +292,22 @@ def file_name(rest: str, command: Command) -> str:
     """
     name = unquoted(rest).strip()
     if not name:
-        raise FlaxMagicsError(f"{command.name} needs the name of a file.", write=command.examples[0])
+        raise FlaxMagicsError(f"{command.name} needs the name of a file.", form=f"{command.name} …")
     return name
 
 
-def _unknown(command: Command, line: str, start: int, written: str) -> FlaxMagicsError:
-    bare = written.lstrip(_DASHES)
-    near = [flag for flag in command.flags if bare and flag.startswith(f"--{bare}")]
-    near = near or nearest(f"--{bare}", command.flags, 1)
-    message = f"{command.name} has no option {written}."
-    write = None
+def _unknown(command: Command, line: str, start: int, flag: str) -> FlaxMagicsError:
+    bare = flag.lstrip(_DASHES)
+    near = [known for known in command.flags if bare and known.startswith(f"--{bare}")]
+    near = near or [f"--{name}" for name in nearest(bare, [flag[2:] for flag in command.flags if flag[:2] == "--"], 1)]
+    message = f"{command.name} has no option {flag}."
+    advice: dict[str, str] = {}
     if near:
         message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
-        write = f"{command.name} {line[:start]}{near[0]}{line[start + len(written) :]}".rstrip()
+        advice = _corrected(command, f"{line[:start]}{near[0]}{line[start + len(flag) :]}")
     listed = "options: " + "  ".join("/".join(option.flags) for option in (*command.options, HELP))
     hint = textwrap.fill(listed, WIDTH - 2, subsequent_indent=" " * 9, break_on_hyphens=False)
-    return FlaxMagicsError(message, hint=hint, write=write)
+    return FlaxMagicsError(message, hint=hint, **advice)
 
 
 def _after_the_call(command: Command, line: str, start: int, end: int) -> bool:
@@ -307,5 +335,8 @@ def _after_the_call(command: Command, line: str, start: int, end: int) -> bool:
             raise _unknown(command, line, position, word)
     first, word = found[0]
     call = line[start:first].strip()
-    write = f"{command.name} {line[:start]}{line[first:end].strip().rstrip('; ')} {call}"
-    raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", write=write)
+    options = line[first:end].strip().rstrip("; ")
+    last = command.flags.get(options.split()[-1])
+    gap = "" if last is None or last.kind == "flag" else " …"  # else the call would be its value
+    advice = _corrected(command, f"{line[:start]}{options}{gap} {call}")
+    raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", **advice)

@@ -16,6 +16,7 @@ from .commands import MEANINGS
 from .compiling import users_cache
 from .keys import fingerprint
 from .notes import summary
+from .options import quoted
 from .run import Note
 from .saving import Restored, Saved
 from .sessions import Session
@@ -132,7 +133,7 @@ def _not_replaced(done: Saved) -> Notice:
         f"{done.path} has a session of {plural(done.runs, 'run')}, saved {_when(done.when)}: what changes variables next"
         " replaces it, unless it is loaded first"
     )
-    note = Note("kept", text, f"%flax_load {done.path}")
+    note = Note("kept", text, write=f"%flax_load {quoted(done.path)}")
     return Notice(done.path, ("autosave on", "nothing saved yet"), (note,))
 
 
@@ -152,7 +153,7 @@ def autosave_ended(before: Autosave | None) -> Notice:
 
 def autosave_failed(autosaving: Autosave, error: str) -> Notice:
     """What the first command says after saving in the background has failed."""
-    note = Note("autosave", error, "%flax_save --autosave off")
+    note = Note("autosave", error, write="%flax_save --autosave off")
     return Notice("autosave", ("fails", _left(autosaving)), (note,))
 
 
@@ -195,7 +196,7 @@ def restarted(restart: Restart) -> Notice:
     elif restart.keeping:
         verb = "keeps" if len(restart.keeping) == 1 else "keep"
         write = f"%flax_key --seed {restart.seed} --fresh"
-        notes.append(Note("kept", f"{names} {verb} the variables that were there", write))
+        notes.append(Note("kept", f"{names} {verb} the variables that were there", write=write))
     if restart.again and not restart.fresh:
         notes.append(Note("seed again", f"seed {restart.seed} was used before in this session: its keys come again"))
     return Notice("root key", tuple(texts), tuple(notes))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import FlaxMagicsError, did_you_mean
+from .errors import FlaxMagicsError, did_you_mean, written
+from .lines import new_key, without_option
 from .models import FLAX_ARGUMENTS, Idiom, Model, Path
 from .models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 
@@ -23,6 +24,11 @@ class Call:
     cell: int | None = None
     command: str = ""
     """The command with its options, as they were written; empty where it was none."""
+
+    @property
+    def line(self) -> str:
+        """The command that messages write before the call."""
+        return self.command or "%flax_apply"
 
 
 class BadCall(FlaxMagicsError):
@@ -125,7 +131,7 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
     if missing and all(key in WHEN_TRAINING for key in missing):
         raise BadCall(
             f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
-            write=f"%flax_apply --train {call.text}\n%flax_apply --eval {call.text}",
+            **written(f"{call.line} --train {call.text}\n{call.line} --eval {call.text}"),
         )
     if missing:
         names = " and ".join(f"`{key}`" for key in missing)
@@ -166,3 +172,10 @@ def with_arguments(call: str, arguments: Sequence[str]) -> str:
         return call
     inside = call.rpartition(")")[0].rstrip().rstrip(",")
     return f"{inside}{'' if inside.endswith('(') else ', '}{', '.join(arguments)})"
+
+
+def with_drawn_key(call: Call, name: str) -> str:
+    """The lines that draw a key for an argument which `--key` was to give, and pass it."""
+    key = new_key(name)
+    command = without_option(call.line, "--key", name)
+    return f"{key} = %flax_key {name}\n{command} {with_arguments(call.text, [f'{name}={key}'])}"

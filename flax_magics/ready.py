@@ -63,7 +63,7 @@ class Ready:
     """The program, where the next run of the same call would find it again."""
     cost: Callable[[], Cost | None] = field(default=lambda: None, repr=False)
     """What XLA counts in the program."""
-    scalars: tuple[str, ...] = ()
+    scalars: Mapping[str, str] = field(default_factory=dict)
     """Arguments that are Python numbers, and were arrays in the model's run before."""
 
 

@@ -54,6 +54,7 @@ class Ran:
 
     method: tuple[str, ...]
     kinds: Mapping[str, str]
+    """An array's is its dtype; `number` and `static` are the others."""
     key: Hashable | None
 
 
@@ -88,14 +89,16 @@ class Purpose:
 def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> Ran:
     """What the next run is compared with."""
     rows = zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
-    return Ran(method, {name: _kind(leaf, traced) for name, leaf, traced in rows}, key)
+    kinds = {name: str(leaf.dtype) if (kind := _kind(leaf, traced)) == "array" else kind for name, leaf, traced in rows}
+    return Ran(method, kinds, key)
 
 
-def scalars(before: Ran | None, now: Ran) -> tuple[str, ...]:
-    """Arguments that are Python numbers, and were arrays in the model's run before."""
+def scalars(before: Ran | None, now: Ran) -> dict[str, str]:
+    """Arguments that are Python numbers, and were arrays in the model's run before: their dtypes then."""
     if before is None or before.method != now.method:
-        return ()
-    return tuple(name for name, kind in now.kinds.items() if kind == "number" and before.kinds.get(name) == "array")
+        return {}
+    was = {name: before.kinds.get(name, "static") for name, kind in now.kinds.items() if kind == "number"}
+    return {name: kind for name, kind in was.items() if kind not in ("number", "static")}
 
 
 def purpose(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
+from .lines import Line, changed
 from .run import Cause, Note
 
 WINDOW = 10
@@ -17,15 +21,17 @@ AVOIDABLE = ("shape", "dtype", "weak", "number", "static")
 
 
 def of_programs(
-    name: str, causes: tuple[Cause, ...], earlier: Sequence[tuple[str, tuple[Cause, ...]]], leaf: Any
+    line: Line, causes: tuple[Cause, ...], earlier: Sequence[tuple[str, tuple[Cause, ...]]], leaf: Any
 ) -> Iterator[Note]:
     """A note where the run that is being made is one of many that compiled.
 
     Args:
+      line: of the run.
       causes: why this run's program is new; none where it is not, or is the model's first.
       earlier: of the runs before, newest first, where the program came from and why it was new.
       leaf: gives an argument of this run by its name, None where there is no such.
     """
+    name = re.split(r"\W", line.call, maxsplit=1)[0]
     now = [cause for cause in causes if cause.kind in AVOIDABLE]
     if not now or _of_another(causes):
         return
@@ -47,10 +53,11 @@ def of_programs(
         for cause in why
         if cause.name == name_of and cause.kind in AVOIDABLE
     ]
-    advice = _advice(kind, name_of, all_of, leaf(name_of))
-    if advice is not None:
-        text, write = advice
-        yield Note("programs", f"{len(counted)} of the last {len(runs)} runs of {name} compiled: {text}", write)
+    mend = _advice(name_of, kind, all_of, leaf(name_of))
+    if mend is not None:
+        text, change = mend
+        advice = change if isinstance(change, dict) else changed(line, name_of, change)
+        yield Note("programs", f"{len(counted)} of the last {len(runs)} runs of {name} compiled: {text}", **advice)
 
 
 def _of_another(why: tuple[Cause, ...]) -> bool:
@@ -58,45 +65,51 @@ def _of_another(why: tuple[Cause, ...]) -> bool:
     return any(cause.kind == "model" for cause in why)
 
 
-def _advice(kind: str, name: str, causes: list[Cause], leaf: Any) -> tuple[str, str] | None:
-    """What varies, and what to write instead; None where nothing is known that helps."""
+def _advice(
+    name: str, kind: str, causes: list[Cause], leaf: Any
+) -> tuple[str, dict[str, str] | Callable[[str], str]] | None:
+    """What varies, and what to write instead: advice, or what is done to the argument; None where nothing helps."""
     if kind == "shape":
         return _of_shapes(name, {shape for cause in causes for shape in cause.shapes})
     if kind == "static":
-        if not isinstance(leaf, (bool, int, float, complex)):
+        if type(leaf) is not int:
             return None
         text = f"the model needs the value of `{name}`, and each value is a program of its own"
-        return (
-            text,
-            f"{name} = jnp.asarray({name})     and in the model jax.lax.fori_loop or jnp.where, which take an array",
-        )
+        return text, {"edit": f"jax.lax.fori_loop(0, {name}, …) for range({name}), jnp.where for if"}
+    dtypes = sorted({dtype for cause in causes for dtype in (cause.dtypes or re.findall(r"(\w+)\[", cause.text))})
+    try:
+        dtype = jnp.result_type(*dtypes).name if dtypes else "float32"
+    except TypeError:  # keys
+        return None
     if kind == "number":
         text = f"`{name}` is an array in one run and a Python number in another, and each kind is a program of its own"
-        return text, f"{name} = jnp.asarray({name}, jnp.float32)"
-    dtypes = sorted({dtype for cause in causes for dtype in cause.dtypes})
-    weak = [*dtypes, "weak types too"] if any("(weak type)" in cause.text for cause in causes) else dtypes
-    text = f"the dtype of `{name}` varies ({', '.join(weak)}), and each is a program of its own"
-    widest = dtypes[-1] if dtypes else "float32"
-    return text, f"{name} = jnp.asarray({name}, jnp.{widest})"
+    else:
+        weak = any("(weak type)" in cause.text for cause in causes)
+        listed = ", ".join([*dtypes, *(["weak types too"] if weak else [])])
+        text = f"the dtype of `{name}` varies ({listed}), and each is a program of its own"
+    return text, lambda argument: f"jnp.asarray({argument}, '{dtype}')"
 
 
-def _of_shapes(name: str, shapes: set[tuple[int, ...]]) -> tuple[str, str] | None:
+def _of_shapes(name: str, shapes: set[tuple[int, ...]]) -> tuple[str, Callable[[str], str]] | None:
     ranks = {len(shape) for shape in shapes}
     if len(ranks) > 1 or ranks == {0}:
         text = f"the number of axes of `{name}` varies, and each is a program of its own"
-        return text, f"{name} = {name}.reshape(…)     to one number of axes"
+        return text, lambda argument: f"jnp.reshape({argument}, …)"
     longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     varies = [len(set(sizes)) > 1 for sizes in zip(*shapes, strict=True)]
-    if varies[0] and not any(varies[1:]):
-        sizes = sorted({shape[0] for shape in shapes})
-        pads = ", ".join([f"(0, {longest[0]} - len({name}))", *["(0, 0)"] * (len(longest) - 1)])
-        text = (
-            f"the batch size of `{name}` varies ({', '.join(map(str, sizes))}), and each size is a program of its own"
+
+    def padded(argument: str) -> str:
+        pads = ", ".join(
+            f"(0, {size} - {f'{argument}.shape[{axis}]' if axis else f'len({argument})'})" if varied else "(0, 0)"
+            for axis, (size, varied) in enumerate(zip(longest, varies, strict=True))
         )
-        return text, f"{name} = jnp.pad({name}, [{pads}])\nor leave out the last batch, which is smaller"
-    pads = ", ".join(
-        f"(0, {size} - {name}.shape[{axis}])" if varied else "(0, 0)"
-        for axis, (size, varied) in enumerate(zip(longest, varies, strict=True))
-    )
-    text = f"the shape of `{name}` varies, and each shape is a program of its own"
-    return text, f"{name} = jnp.pad({name}, [{pads}])     with a mask for what is padding"
+        return f"jnp.pad({argument}, [{pads}])"
+
+    if varies[0] and not any(varies[1:]):
+        sizes = ", ".join(map(str, sorted({shape[0] for shape in shapes})))
+        text = (
+            f"the batch size of `{name}` varies ({sizes}), and each size is a program of its own: leave out the last"
+            " batch, which is smaller, or pad it"
+        )
+        return text, padded
+    return f"the shape of `{name}` varies, and each shape is a program of its own: what is padding takes a mask", padded

@@ -138,7 +138,7 @@ def _shapes(model: Any) -> dict[str, Any]:
 
 
 def _edited(old: Entry, model: Model, print_: bytes | None) -> tuple[Entry, Change]:
-    entry = replace(old, model=model, print=print_)
+    entry = replace(old, model=model, print=print_, forced=frozenset())
     if old.variables is None:
         return entry, Change(old.name, "changed")
     if old.made is None:  # assigned by the user: how they were made is not known
@@ -228,7 +228,7 @@ def check_variables(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise FlaxMagicsError(
             f"variables of `{name}` are a dict of collections, not {type(value).__name__}.",
-            write=f"session().models['{name}'].variables = {{'params': params}}",
+            form="{'params': …}",
         )
     try:
         leaves = jax.tree_util.tree_leaves(value)
@@ -241,7 +241,7 @@ def check_variables(name: str, value: Any) -> Any:
         if leaves and modules:
             raise FlaxMagicsError(
                 f"variables of `{name}` have no `params`, but `{modules[0]}`: these look like the params themselves.",
-                write=f"session().models['{name}'].variables = {{'params': params}}",
+                form="{'params': …}",
             )
     return value
 

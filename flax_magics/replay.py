@@ -102,14 +102,15 @@ class Replaying:
         what = f"draw {facts['draw']} of seed {facts['seed']}"
         if facts["elsewhere"] is not None:
             raise FlaxMagicsError(
-                f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file.",
-                write=f"{_same_keys(facts)}     the same keys",
+                f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
+                " With inputs of its own a run takes the same keys.",
+                form=_same_keys(facts),
             )
         if origin is None or kept.inputs is None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
-                f" {bytes_(self.limit)}.",
-                write=f"%config FlaxMagics.replay_bytes = {max(4 * self.limit, 1_000_000_000)}     keeps more from now on",
+                f" {bytes_(self.limit)}. With a higher limit later ones are kept.",
+                write=f"%config FlaxMagics.replay_bytes = {max(4 * self.limit, 1_000_000_000)}",
             )
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in (*kept.inputs[1], *origin.leaves)):
             raise FlaxMagicsError(
@@ -211,10 +212,10 @@ class Replaying:
 
 
 def _same_keys(facts: Mapping[str, Any]) -> str:
-    """The line that runs a call with the keys of an earlier draw."""
+    """The line that runs a call with the keys of an earlier draw, its arguments left open: they are not in the file."""
     command = "%flax_init" if facts["command"] == "init" else "%flax_apply"
     mode = {"train": " --train", "eval": " --eval"}.get(facts["mode"], "")
-    return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call']}"
+    return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call'].partition('(')[0]}(…)"
 
 
 def _of_settings(then: tuple[Any, ...], now: tuple[Any, ...]) -> Iterator[str]:

@@ -19,6 +19,7 @@ import jax
 
 from . import applying, history, records, registry, surroundings
 from .building import Building
+from .call import plain_name
 from .construct import Recipe
 from .diskcache import DiskCache
 from .errors import FlaxMagicsError
@@ -294,7 +295,7 @@ class Session:
           FlaxMagicsError: the model is unknown or the arguments do not fit. What the model raises is passed on.
         """
         name = self._entry(model).name
-        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
+        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs), command="%flax_init")
         return self.run_init(name, call, draw=draw).output  # type: ignore[no-any-return]
 
     def apply(
@@ -338,7 +339,7 @@ class Session:
             raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
         name = self._entry(model).name
         options = Options(mode, as_names(mutable), variables, as_names(key), draw, draws, repeat, eager, roofline)
-        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
+        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs), command=options.line)
         return self.run_apply(name, call, options)
 
     def key(self, name: str) -> jax.Array:
@@ -390,7 +391,7 @@ class Session:
         name = self._entry(model).name
         if not args and not kwargs and method is None:
             return self.run_summary(name, None, mode, backward=backward)
-        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs))
+        call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs), command="%flax_summary")
         return self.run_summary(name, call, mode, backward=backward)
 
     def history(
@@ -592,7 +593,8 @@ class Session:
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
         """`key`, as a Run whose output is the key."""
         if not name.isidentifier():
-            raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write="%flax_key latent")
+            line = f"%flax_key {plain_name(name, 'latent')}"
+            raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write=line)
         self._stand_outside(lambda where: surroundings.of_key(where, name, cell))
         now = self._state.root.draw()
         run = records.of_key(name, now, cell, first=self._state.runs is None)

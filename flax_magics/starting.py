@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from .errors import FlaxMagicsError
+from .errors import FlaxMagicsError, written
 from .initialising import Initialising
 from .keys import Draw, Series
 from .models import Ask, MissingVariables
 from .notes import made_of
-from .prepare import Call, Prepared, prepare_init
+from .prepare import Call, Prepared, prepare_init, with_drawn_key
 from .program import Programs
 from .ready import Job, Ready, begin, compiled, eager, finish
 from .registry import Entry, check_variables
@@ -84,7 +84,8 @@ def start(entry: Entry, wanted: Wanted, *, params_taken: bool) -> Start:
         return Start(entry, entry.variables, taken=params_taken or "params" in options.key)
     if "params" in options.key:
         raise FlaxMagicsError(
-            f"--key params: in this draw that key initialises `{entry.name}`.", write=f"%flax_init {call.text}"
+            f"--key params: in this draw that key initialises `{entry.name}`.",
+            **written(with_drawn_key(call, "params")),
         )
     wanted.on_phase(f"initialising {entry.name}")
     prepared = prepare_init(entry.name, entry.model, call)

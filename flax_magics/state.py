@@ -105,7 +105,7 @@ class State:
             raise FlaxMagicsError(
                 f"draw {number} of seed {seed} was not made in this session: it has {drawn}.",
                 hint=", ".join(f"{other}:{number} is draw {number} of seed {other}" for other in others[-3:]) or None,
-                write="%flax_history     lists them",
+                write="%flax_history",
             )
         return seed, number
 

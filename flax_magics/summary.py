@@ -18,7 +18,7 @@ from .keys import Draw
 from .models import Ask, MissingVariables, Model, Record
 from .models.calls import LONGEST, Calls, Path
 from .modules import Module, Size, called_in, modules_of, sizes
-from .prepare import BadCall, Call, Prepared, prepare, prepare_init
+from .prepare import Call, Prepared, prepare, prepare_init
 from .ready import is_tracer_error, static_choices
 from .run import describe
 from .starting import merged
@@ -111,7 +111,7 @@ def of_variables(entry: Entry) -> Summary:
     if variables is None:
         raise FlaxMagicsError(
             f"`{name}` has no variables yet, and without a call nobody knows which it will have.",
-            write=f"%flax_summary {name}(x)",
+            form=f"%flax_summary {name}(…)",
         )
     modules = modules_of(model, variables, {}, {}, {})
     return Summary(name, model.describe(), "", "as written", model.fields_as_written(), True, modules)
@@ -137,11 +137,7 @@ def of_call(
     Raises:
       FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
     """
-    try:
-        prepared = prepare(entry.name, entry.model, call, mode)
-    except BadCall as error:
-        write = error.write and error.write.replace("%flax_apply", "%flax_summary")
-        raise BadCall(error.message, hint=error.hint, write=write) from None
+    prepared = prepare(entry.name, entry.model, call, mode)
     with plain_errors(call):
         phase(f"tracing {entry.name}")
         traced, _, record, variables = trace_call(entry, prepared, call, draw)

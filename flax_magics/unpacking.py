@@ -191,7 +191,10 @@ def _metadata(head: dict[str, Any], path: Path) -> str:
     metadata = head.pop("__metadata__", None)
     if not isinstance(metadata, dict) or "flax_magics" not in metadata:
         message = f"`{path}` is a safetensors file, but none of %flax_save: there is no session in it."
-        raise FlaxMagicsError(message, write=f"arrays = safetensors.numpy.load_file({os.fspath(path)!r})")
+        raise FlaxMagicsError(
+            message,
+            write=f"import safetensors.numpy\narrays = safetensors.numpy.load_file({os.fspath(path)!r})",
+        )
     version = metadata["flax_magics"]
     if not isinstance(version, str) or not (version.isascii() and version.isdigit() and len(version) < 10):
         raise Damaged("the version of its format is no number")

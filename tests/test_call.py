@@ -60,15 +60,23 @@ def test_the_same_text_is_read_once() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "%flax_apply needs a call.\n  write: %flax_apply net(x)"),
-        ("  # nothing\n", "%flax_apply needs a call.\n  write: %flax_apply net(x)"),
-        ("net", "`net` is not a call.\n  write: %flax_apply net(x)"),
-        ("net.encode;", "`net.encode;` is not a call.\n  write: %flax_apply net.encode(x)"),
+        ("", "%flax_apply needs a call, such as net(x).\n  form: %flax_apply …"),
+        ("  # nothing\n", "%flax_apply needs a call, such as net(x).\n  form: %flax_apply …"),
+        ("net", "`net` is not a call.\n  form: %flax_apply net(…)"),
+        ("net.encode;", "`net.encode;` is not a call.\n  form: %flax_apply net.encode(…)"),
         ("net(x) + 1", "`net(x) + 1` is not one call.\n  write: y = %flax_apply net(x)\n         y + 1"),
         ("net(x)[0]", "`net(x)[0]` is not one call.\n  write: y = %flax_apply net(x)\n         y[0]"),
-        ("net(x), net(y)", "`net(x), net(y)` is not one call.\n  write: y = %flax_apply net(x)\n         y, net(y)"),
+        (
+            "net(x), net(y)",
+            "`net(x), net(y)` is not one call.\n"
+            "  write: y2 = %flax_apply net(x)\n         y3 = %flax_apply net(y)\n         y2, y3",
+        ),
+        ("net(x) + y", "`net(x) + y` is not one call.\n  write: y2 = %flax_apply net(x)\n         y2 + y"),
+        ("len(net(x)) + 1", "`len(net(x)) + 1` is not one call.\n  write: y = %flax_apply net(x)\n         len(y) + 1"),
+        ("f(net(x)) + 1", "`f(net(x)) + 1` is not one call.\n  form: %flax_apply …"),
+        ("[net(i) for i in x]", "`[net(i) for i in x]` is not one call.\n  form: %flax_apply …"),
         ("await net(x)", "`await net(x)` is not one call.\n  write: %flax_apply net(x)"),
-        ("lambda: net(x)", "`lambda: net(x)` is not one call.\n  write: %flax_apply net(x)"),
+        ("lambda: net(x)", "`lambda: net(x)` is not one call.\n  form: %flax_apply …"),
         ("net(x", "%flax_apply: '(' was never closed\n  net(x\n     ^"),
         ("net(x))", "%flax_apply: unmatched ')'\n  net(x))\n        ^"),
         ("net(x,\n    y z)", "%flax_apply: invalid syntax. Perhaps you forgot a comma?\n  y z)\n  ^"),
@@ -112,7 +120,17 @@ def test_the_same_text_is_read_once() -> None:
             "a, b = net(x);",
             "%flax_apply takes the call alone, and gives its value.\n  write: a, b = %flax_apply net(x)",
         ),
-        ("for i in x: pass", "`for i in x: pass` is a statement, not a call.\n  write: %flax_apply net(x)"),
+        ("for i in x: pass", "`for i in x: pass` is a statement, not a call.\n  form: %flax_apply …"),
+        ("z = 3", "%flax_apply takes the call alone, and gives its value.\n  form: z = %flax_apply …"),
+        (
+            "a = b = net(x)",
+            "%flax_apply takes the call alone, and gives its value.\n  write: a = %flax_apply net(x)\n         b = a",
+        ),
+        (
+            "y = net(x) + 1",
+            "%flax_apply takes the call alone, and gives its value.\n  write: y2 = %flax_apply net(x)\n         y = y2 + 1",
+        ),
+        ("net(x); print(y)", "one call at a time.\n  form: %flax_apply net(x)\n        …"),
         ("net(x); net(y)", "one call at a time.\n  write: %flax_apply net(x)\n         %flax_apply net(y)"),
     ],
 )
@@ -121,7 +139,7 @@ def test_what_is_no_call_is_answered_with_the_line_to_write(text: str, message: 
 
 
 def test_the_message_names_the_command_that_was_used() -> None:
-    assert refused(parse_call, "net", "%flax_init") == "`net` is not a call.\n  write: %flax_init net(x)"
+    assert refused(parse_call, "net", "%flax_init") == "`net` is not a call.\n  form: %flax_init net(…)"
 
 
 def test_arguments_are_evaluated_in_pythons_order() -> None:
@@ -261,25 +279,27 @@ def test_an_assignment_is_a_name_and_an_expression() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "%flaxmodel needs a name.\n  write: %flaxmodel net = Net()"),
+        ("", "%flaxmodel needs a name, such as net = Net(3).\n  form: %flaxmodel …"),
         (
             "a = b = Net(3)",
             "one name at a time: `a = b = …` would give one model two names.\n"
             "  write: %flaxmodel a = Net(3)\n         %flaxmodel b = Net(3)",
         ),
-        ("a, b = Net(), Net()", "one name at a time.\n  write: %flaxmodel net = Net()"),
+        ("a, b = Net(), Net()", "one name at a time.\n  write: %flaxmodel a = Net()\n         %flaxmodel b = Net()"),
+        ("a, b = nets", "one name at a time.\n  form: %flaxmodel … = …"),
+        ("Net(), Net()", "one model at a time.\n  write: %flaxmodel net = Net()\n         %flaxmodel net2 = Net()"),
         ("a, b", "one model at a time.\n  write: %flaxmodel a\n         %flaxmodel b"),
         ("a = A(); b = B()", "one model at a time.\n  write: %flaxmodel a = A()\n         %flaxmodel b = B()"),
         ("class = Net(3)", "`class` is a word of Python, not a name.\n  write: %flaxmodel net = Net(3)"),
         ("2net = Net(3)", "`2net` is not a Python name.\n  write: %flaxmodel net = Net(3)"),
         ("my-net = Net(3)", "`my-net` is not a Python name.\n  write: %flaxmodel my_net = Net(3)"),
-        ("net =", "`net =` needs a value.\n  write: %flaxmodel net = Net()"),
+        ("net =", "`net =` needs a value.\n  form: %flaxmodel net = …"),
         ("net == Net(3)", "write `=`, not `==`.\n  write: %flaxmodel net = Net(3)"),
         ("net := Net(3)", "write `=`, not `:=`.\n  write: %flaxmodel net = Net(3)"),
         ("MyNet(3)", "`MyNet(3)` has no name.\n  write: %flaxmodel my_net = MyNet(3)"),
         ("nets['a'] = Net(3)", "`nets['a']` is not a plain name.\n  write: %flaxmodel a = Net(3)"),
         ("self.net = Net(3)", "`self.net` is not a plain name.\n  write: %flaxmodel net = Net(3)"),
-        ("net += 1", "`net += 1` is no name and no assignment.\n  write: %flaxmodel net = Net()"),
+        ("net += 1", "`net += 1` is no name and no assignment.\n  form: %flaxmodel … = …"),
         ("net = Net(3", "%flaxmodel: '(' was never closed\n  net = Net(3\n           ^"),
         ("net = Net(x=1, x=2)", "%flaxmodel: keyword argument repeated: x\n  net = Net(x=1, x=2)\n                 ^"),
     ],

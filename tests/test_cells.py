@@ -300,18 +300,26 @@ def test_a_call_alone_is_displayed(shell: Any, commands: Commands) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("# nothing", "%%flax_apply needs a call in the cell.\n  write: %%flax_apply\n         y = net(x)"),
+        ("# nothing", "%%flax_apply needs a call in the cell.\n  form: %%flax_apply\n        …"),
         (
             "ran = 1\ny",
-            "the last statement of a %%flax_apply cell is the call.\n  y\n  ^\n  write: y = net(x)",
+            "the last statement of a %%flax_apply cell is the call.\n  y\n  ^\n"
+            "  form: %%flax_apply\n        …\n        y = …",
         ),
         (
             "ran = 1\nfor i in x:\n    net(i)",
-            "the last statement of a %%flax_apply cell is the call.\n  for i in x:\n  ^\n  write: y = net(x)",
+            "the last statement of a %%flax_apply cell is the call.\n  for i in x:\n  ^\n"
+            "  form: %%flax_apply\n        …\n        y = …",
         ),
         (
             "ran = 1\ny = %flax_apply net(x)",
-            "the last line of a %%flax_apply cell is the call itself, without a magic.\n  write: net(x)",
+            "the last line of a %%flax_apply cell is the call itself, without a magic.\n"
+            "  form: %%flax_apply\n        …\n        y = net(x)",
+        ),
+        (
+            "ran = %flax_apply --train net(x)",
+            "the last line of a %%flax_apply cell is the call itself, without a magic.\n"
+            "  write: %%flax_apply --train\n         ran = net(x)",
         ),
         (
             "ran = 1\ny = Net(3)(x)",

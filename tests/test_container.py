@@ -159,7 +159,7 @@ def test_weights_of_others_are_told_and_how_to_read_them(tmp_path):
     save_file({"a": np.zeros(3)}, tmp_path / "file")
     assert told(tmp_path / "file") == (
         "`…/file` is a safetensors file, but none of %flax_save: there is no session in it.\n"
-        "  write: arrays = safetensors.numpy.load_file('…/file')"
+        "  write: import safetensors.numpy\n         arrays = safetensors.numpy.load_file('…/file')"
     )
 
 

@@ -216,7 +216,7 @@ def test_what_single_runs_would_hand_on_is_refused():
         session.apply("net", X, mode="train", draws=8)
     assert str(caught.value) == (
         "net writes `batch_stats` in this run: 8 draws at once would all start from the same, where run by run each hands "
-        "it on to the next.\n  write: %flax_apply --eval --draws 8 net(…)"
+        "it on to the next.\n  form: for _ in range(8):\n            %flax_apply --train net(…)"
     )
     assert session.draws == 1  # the init's
     session.register("own", Own(rngs=nnx.Rngs(0)))

@@ -19,7 +19,7 @@ def session():
 
 
 def notes(run):
-    return [(note.kind, note.text, note.write) for note in run.notes]
+    return [(note.kind, note.text, "".join(label + text for label, text in note.advice)) for note in run.notes]
 
 
 class Takes(nn.Module):
@@ -38,7 +38,7 @@ def test_a_key_that_nobody_uses(session):
         (
             "unused key",
             "the key `other` is passed, and nothing in the model uses it",
-            "leave `other` out, or use it: jax.random.normal(other, …)",
+            "form: %flax_apply net(…, noise=…)",
         )
     ]
 
@@ -61,7 +61,8 @@ def test_one_key_for_two_arguments(session):
     assert said[0] == (
         "same key",
         "`noise` and `other` are given the same key: they get the same numbers",
-        "key_a, key_b = jax.random.split(key)",
+        "form: noise_key = %flax_key noise\nother_key = %flax_key other\n"
+        "%flax_apply net(…, noise=noise_key, other=other_key)",
     )
 
 
@@ -78,7 +79,7 @@ def test_a_collection_that_the_model_does_not_have_is_told_at_every_run(session)
     )
     for _ in range(3):
         run = session.apply("net", notebook_x(), mode="train", mutable=["batchstats"])
-        assert notes(run) == [("mutable", text, "--mutable batch_stats")]
+        assert notes(run) == [("mutable", text, "form: %flax_apply --train --mutable batch_stats net(…)")]
         assert run.output[1] == {}
 
 
@@ -97,7 +98,7 @@ def test_a_collection_that_is_not_written_or_is_sown_is_there(session):
         (
             "mutable",
             "--mutable params hands back nothing: the model has no collection of this name; it has intermediates",
-            None,
+            "form: %flax_apply --mutable intermediates sows(…)",
         )
     ]
 
@@ -113,7 +114,7 @@ def test_nnx_has_its_collections_under_the_names_of_their_types(session):
     session.register("net", Net(nnx.Rngs(0)))
     text = "--mutable batch_stats hands back nothing: the model has no collection of this name; it has BatchStat, Param"
     run = session.apply("net", notebook_x(), mode="train", mutable="batch_stats")
-    assert notes(run) == [("mutable", text, "--mutable BatchStat")]
+    assert notes(run) == [("mutable", text, "form: %flax_apply --train --mutable BatchStat net(…)")]
     run = session.apply("net", notebook_x(), mode="train", mutable="BatchStat")
     assert (notes(run), list(run.output[1])) == ([], ["BatchStat"])
 
@@ -122,7 +123,7 @@ def test_params_that_are_zero_throughout(session):
     zeros = nn.initializers.zeros
     session.register("net", nn.Sequential([nn.Dense(3, kernel_init=zeros), nn.Dense(2, kernel_init=zeros)]))
     text = "all params are zero after init: the layers compute the same, and get the same gradients"
-    expected = [("zero params", text, "kernel_init=nn.initializers.lecun_normal()")]
+    expected = [("zero params", text, "in your model: kernel_init=jax.nn.initializers.lecun_normal()")]
     session.init("net", notebook_x())
     assert notes(session.runs[-1]) == expected
     assert notes(session.apply("net", notebook_x())) == []
@@ -144,7 +145,7 @@ def test_params_that_hold_nan(session, dtype):
     session.register("net", net)
     run = session.apply("net", notebook_x())
     text = "layers_1/kernel holds NaN after init: look at its initializer"
-    assert notes(run) == [("nan params", text, "kernel_init=nn.initializers.lecun_normal()")]
+    assert notes(run) == [("nan params", text, "in your model: kernel_init=jax.nn.initializers.lecun_normal()")]
 
 
 class Scaled(nn.Module):
@@ -157,7 +158,9 @@ def test_a_python_number_where_an_array_was(session):
     assert notes(session.apply("net", notebook_x(), 2.0)) == []
     assert notes(session.apply("net", notebook_x(), jnp.float32(2.0))) == []
     text = "`scale` is a Python number where an array was before: that is another program"
-    assert notes(session.apply("net", notebook_x(), 2.0)) == [("scalar", text, "jnp.asarray(scale)")]
+    assert notes(session.apply("net", notebook_x(), 2.0)) == [
+        ("scalar", text, "form: import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))")
+    ]
     assert notes(session.apply("net", notebook_x(), 3.0)) == []
 
 

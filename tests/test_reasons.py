@@ -442,8 +442,8 @@ def test_two_models_have_reasons_of_their_own(session):
 # -- the note on what to do about it
 
 
-def advice(run: Any) -> list[tuple[str, str | None]]:
-    return [(note.text, note.write) for note in run.notes if note.kind == "programs"]
+def advice(run: Any) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [(note.text, note.advice) for note in run.notes if note.kind == "programs"]
 
 
 def test_a_batch_size_that_varies(session):
@@ -453,8 +453,8 @@ def test_a_batch_size_that_varies(session):
     assert said[3] == [
         (
             "3 of the last 4 runs of net compiled: the batch size of `x` varies (32, 64, 128), and each size is a program"
-            " of its own",
-            "x = jnp.pad(x, [(0, 128 - len(x)), (0, 0)])\nor leave out the last batch, which is smaller",
+            " of its own: leave out the last batch, which is smaller, or pad it",
+            [("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 128 - len(…)), (0, 0)]))")],
         )
     ]
 
@@ -467,8 +467,8 @@ def test_other_models_under_one_name_are_no_reason_for_a_note(session):
     assert advice(session.apply("net", jnp.ones((4, 6)))) == [
         (
             "3 of the last 3 runs of net compiled: the batch size of `inputs` varies (2, 3, 4), and each size is a program"
-            " of its own",
-            "inputs = jnp.pad(inputs, [(0, 4 - len(inputs)), (0, 0)])\nor leave out the last batch, which is smaller",
+            " of its own: leave out the last batch, which is smaller, or pad it",
+            [("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 4 - len(…)), (0, 0)]))")],
         )
     ]
 
@@ -479,8 +479,9 @@ def test_another_axis_that_varies(session):
         session.apply("net", jnp.ones((2, 2, length)))
     assert advice(session.apply("net", jnp.ones((2, 2, 9)))) == [
         (
-            "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own",
-            "x = jnp.pad(x, [(0, 0), (0, 0), (0, 9 - x.shape[2])])     with a mask for what is padding",
+            "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
+            " what is padding takes a mask",
+            [("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 0), (0, 0), (0, 9 - ….shape[2])]))")],
         )
     ]
 
@@ -495,7 +496,7 @@ def test_a_static_number_that_varies(session):
             (
                 "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of"
                 " its own",
-                "n = jnp.asarray(n)     and in the model jax.lax.fori_loop or jnp.where, which take an array",
+                [("in your model: ", "jax.lax.fori_loop(0, n, …) for range(n), jnp.where for if")],
             )
         ],
     ]
@@ -510,7 +511,7 @@ def test_a_weak_type_and_a_dtype_that_vary(session):
         (
             "3 of the last 3 runs of net compiled: the dtype of `scale` varies (float16, float32, weak types too), and each"
             " is a program of its own",
-            "scale = jnp.asarray(scale, jnp.float32)",
+            [("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))")],
         )
     ]
 
@@ -523,7 +524,7 @@ def test_numbers_of_python_that_vary_in_kind(session):
         (
             "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
             " kind is a program of its own",
-            "scale = jnp.asarray(scale, jnp.float32)",
+            [("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))")],
         )
     ]
 

@@ -344,8 +344,8 @@ def test_what_was_let_go_of_is_said():
         session.replay(1)
     assert str(error.value) == (
         "draw 1 of seed 0 cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
-        " 2.0 KB.\n"
-        "  write: %config FlaxMagics.replay_bytes = 1000000000     keeps more from now on"
+        " 2.0 KB. With a higher limit later ones are kept.\n"
+        "  write: %config FlaxMagics.replay_bytes = 1000000000"
     )
     assert session.replay(40).agreement == IDENTICAL
     assert runs[0].output is not None

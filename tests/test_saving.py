@@ -771,8 +771,8 @@ def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(pat
     with pytest.raises(FlaxMagicsError) as error:
         other.replay(1)
     assert str(error.value).startswith(
-        "draw 1 of seed 0 cannot be run again: it ran in the session that was saved, and its inputs are not in the file.\n"
-        "  write: %flax_init --draw 0:1 net("
+        "draw 1 of seed 0 cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
+        " With inputs of its own a run takes the same keys.\n  form: %flax_init --draw 0:1 net(…)"
     )
     run = other.apply("net", x)
     assert other.replay(2).agreement.identical

@@ -248,7 +248,7 @@ def test_without_variables_and_without_a_call_it_says_what_to_write():
     with pytest.raises(FlaxMagicsError) as error:
         summarise(Mlp())
     assert str(error.value) == (
-        "`net` has no variables yet, and without a call nobody knows which it will have.\n  write: %flax_summary net(x)"
+        "`net` has no variables yet, and without a call nobody knows which it will have.\n  form: %flax_summary net(…)"
     )
 
 
@@ -320,8 +320,8 @@ def test_the_mode_is_set_as_in_an_apply():
         summarise(Strict(), X)
     assert str(error.value) == (
         "net(…) does not say whether it trains: `train` has no value.\n"
-        "  write: %flax_summary --train net(…)\n"
-        "         %flax_summary --eval net(…)"
+        "  form: %flax_summary --train net(…)\n"
+        "        %flax_summary --eval net(…)"
     )
     with pytest.raises(FlaxMagicsError, match=r"^`mode` is 'train', 'eval' or None, not 'test'\.$"):
         summarise(Strict(), X, mode="test")

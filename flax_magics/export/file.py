@@ -36,14 +36,15 @@ def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tu
     path = Path(file).expanduser()
     if path.suffix != ".py":
         name = path.with_suffix(".py") if path.suffix not in ("", ".") else path.parent / f"{path.name.strip('.')}.py"
-        write = f"%flax_export {name if path.name != '.py' else path.parent / 'session.py'}"
-        raise FlaxMagicsError(f"a script is a file with the ending .py, and `{path.name}` has another.", write=write)
+        line = f"%flax_export {name if path.name != '.py' else path.parent / 'session.py'}"
+        raise FlaxMagicsError(f"a script is a file with the ending .py, and `{path.name}` has another.", write=line)
     path = path.resolve()  # through a link the file is written that it stands for
     if path.is_dir():
         raise FlaxMagicsError(f"`{file}` is a folder.", write=f"%flax_export {Path(file) / 'session.py'}")
     if not path.parent.is_dir():
         raise FlaxMagicsError(
-            f"there is no folder `{Path(file).parent}`.", write=f"!mkdir -p {_quoted(Path(file).parent)}"
+            f"there is no folder `{Path(file).parent}`.",
+            write=f"!mkdir -p {_quoted(Path(file).parent)}\n%flax_export {file}",
         )
     there = path.exists()
     if there and not force:
@@ -113,4 +114,4 @@ def _check(path: Path, file: str | os.PathLike[str]) -> None:
         what = f"`{file}` was changed since it was exported."
     else:
         return
-    raise FlaxMagicsError(what, write=f"%flax_export --force {file}     to replace it, or another name")
+    raise FlaxMagicsError(f"{what} --force replaces it.", write=f"%flax_export --force {file}")

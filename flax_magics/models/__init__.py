@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ..errors import FlaxMagicsError
+from ..errors import FlaxMagicsError, written
 from ..uninterrupted import Assignment, at_once
 from .calls import Calls
 from .calls import Path as Path
@@ -31,6 +31,14 @@ SOWN = "(sown)"
 
 
 @dataclass(frozen=True)
+class Source:
+    """The expression that gives a layer its switch: its text, empty where it was not found, and whether it is a literal."""
+
+    text: str = ""
+    literal: bool = False
+
+
+@dataclass(frozen=True)
 class Layer:
     """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
 
@@ -39,9 +47,16 @@ class Layer:
     path: Path
     training: bool
     owner: str
-    """The class that made the layer, with its line where that is known: `MyModel (line 8)`."""
+    """The class that made the layer, with the line that gives it its switch where that is known: `MyModel (line 8)`."""
     switch: str
-    """The layer's own argument as it stands, such as `deterministic=True`."""
+    """The layer's own argument, such as `deterministic`."""
+    value: bool
+    """What it is given for that."""
+    source: Source = Source()
+    own_switch: str = ""
+    """The owner's own switch as its code writes it, such as `train` or `self.training`; empty if it has none."""
+    method: str = ""
+    """The owner's method that called the layer."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +330,7 @@ def adopt(module: Any, name: str) -> Model:
         if module.scope is not None:
             raise FlaxMagicsError(
                 f"`{name}` is bound to variables already, and a session keeps a model's variables itself.",
-                write=f"{name}, variables = {name}.unbind()",
+                edit=f"{name} = {name}.unbind()[0]",
             )
         return LinenModel(module)
     if isinstance(module, nnx_modules()):
@@ -325,7 +340,7 @@ def adopt(module: Any, name: str) -> Model:
     if is_module_class(module):
         raise FlaxMagicsError(
             f"`{name}` is the class {module.__name__}; a model is an instance of it.",
-            write=spell_construction(module),
+            **written(spell_construction(module, "%flaxmodel", module.__name__, name)),
         )
     raise FlaxMagicsError(f"`{name}` is {_kind(module)}, not a Flax module.")
 
@@ -352,16 +367,25 @@ def needed_fields(cls: type) -> list[str]:
     return needed
 
 
-def spell_construction(cls: type, command: str = "%%flaxmodel") -> str:
+def modules_in(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the modules in a namespace, and of the module classes."""
+    return [name for name in names if is_module(names[name])], [name for name in names if is_module_class(names[name])]
+
+
+def spell_construction(cls: type, command: str, spelled: str = "", name: str = "") -> str:
     """The line that registers an instance of `cls`, its fields included: `%%flaxmodel my_model = MyModel(n=…)`.
 
     NNX's `rngs` are left to the session.
+
+    Args:
+      spelled: the class as it is written where that is not its own name.
+      name: the model's; left out, one like the class's.
     """
     from ..construct import takes_rngs
 
     supplied = takes_rngs(cls, (), {})
     fields = ", ".join(f"{name}=…" for name in needed_fields(cls) if name != "rngs" or not supplied)
-    return f"{command} {variable_name(cls.__name__)} = {cls.__name__}({fields})"
+    return f"{command} {name or variable_name(cls.__name__)} = {spelled or cls.__name__}({fields})"
 
 
 def variable_name(class_name: str) -> str:

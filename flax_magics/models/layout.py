@@ -179,7 +179,7 @@ class Layout:
             if not variable and is_ref(leaf):
                 raise FlaxMagicsError(
                     f"`{spell(path)}` is a reference without a Variable, which a run would change even where it fails.",
-                    write=f"net.{'.'.join(map(str, path))} = nnx.Variable(…)",
+                    edit=f"self.{'.'.join(map(str, path))} = nnx.Variable(…)",
                 )
             collection = type(leaf).__name__ if variable else "Array"
             holder = parts.get(path[:-1])

@@ -149,7 +149,7 @@ class NnxModel:
         if not isinstance(value, Mapping):
             raise FlaxMagicsError(
                 f"variables of `{name}` are an nnx.State, not {type(value).__name__}.",
-                write=f"session().models['{name}'].variables = nnx.state({name})",
+                form="nnx.state(…)",
             )
         slots = {slot.path: slot for slot in self.layout.slots}
         out = self.take()
@@ -208,8 +208,9 @@ class NnxModel:
                         leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
                     elif isinstance(leaf, jax.ShapeDtypeStruct):
                         raise FlaxMagicsError(
-                            f"`{path}` is a shape without values: the module was made by nnx.eval_shape.",
-                            write="nnx.update(net, state)     the values, from a checkpoint or another module",
+                            f"`{path}` is a shape without values: the module was made by nnx.eval_shape. Its values come"
+                            " from a checkpoint, or from the state of another module.",
+                            form="nnx.update(…, …)",
                         )
                     hasher.update(np.asarray(leaf if np.ndim(leaf) == 0 else leaf.ravel()[:64]).tobytes())
         return hasher.digest()

@@ -24,8 +24,9 @@ from flax import linen as nn
 from flax.core.scope import Scope
 from flax.linen import transforms
 
-from . import Ask, Layer, Record, Take, nnx_bridge
+from . import Ask, Record, Take, nnx_bridge
 from .altered import REPLACING
+from .layers import layer_of
 
 _traces = itertools.count(1)
 
@@ -180,11 +181,15 @@ class Recorder:
             bound = inspect.signature(context.orig_method).bind(*args, **kwargs)
         except TypeError:
             return
-        if bound.arguments.get(switch) is not None:
+        in_call = bound.arguments.get(switch) is not None
+        if in_call:
             value = bound.arguments[switch]
         if isinstance(value, bool):
-            owner = _owner(module)
-            layer = Layer(kind, tuple(module.scope.path), not value, owner, f"{switch}={value}")
+            around, parent = [], module.parent
+            while isinstance(parent, nn.Module):
+                around.append(parent)
+                parent = parent.parent
+            layer = layer_of(kind, tuple(module.scope.path), module, around, (switch, value, in_call))
             if layer not in self.record.layers:
                 self.record.layers.append(layer)
 
@@ -224,24 +229,3 @@ def sowing() -> Iterator[set[str]]:
             yield sown
         finally:
             _replace(nn.Module, sow=sow)
-
-
-def _owner(module: nn.Module) -> str:
-    parent = module.parent
-    return constructed_in(type(parent) if isinstance(parent, nn.Module) else None, type(module))
-
-
-def constructed_in(cls: type | None, layer: type, methods: tuple[str, ...] = ("__call__", "setup")) -> str:
-    """The class that made a layer, and the line of the layer's construction where the source can be read."""
-    name = layer.__name__
-    if cls is None:
-        return name
-    for method in methods:
-        try:
-            lines, start = inspect.getsourcelines(inspect.unwrap(getattr(cls, method)))
-        except (OSError, TypeError, AttributeError):
-            continue
-        found = [start + i for i, line in enumerate(lines) if f"{name}(" in line.partition("#")[0]]
-        if len(found) == 1:
-            return f"{cls.__name__} (line {found[0]})"
-    return cls.__name__

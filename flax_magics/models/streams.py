@@ -21,10 +21,11 @@ from typing import Any
 
 from flax import nnx
 
-from . import Layer, Path, Record, Take
+from . import Path, Record, Take
 from .altered import REPLACING
 from .graph import walk
-from .recorder import constructed_in, mask_of
+from .layers import layer_of
+from .recorder import mask_of
 
 MARK = "flax_magics_path"
 SOWED = "flax_magics_sown"
@@ -247,15 +248,15 @@ class Watcher:
         return None
 
     def _layer(self, module: Any, kind: str, switch: str, given: Mapping[str, Any]) -> None:
-        value = given.get(switch)
-        value = getattr(module, switch) if value is None else value
+        in_call = given.get(switch) is not None
+        value = given[switch] if in_call else getattr(module, switch)
         path = self._path(module)
         if path is None:
             path = self._caller()
         if isinstance(value, bool):
-            parent = self._module_at(path[:-1])
-            owner = constructed_in(type(self.parts[parent]) if path else None, type(module), ("__init__", "__call__"))
-            layer = Layer(kind, tuple(map(str, path)), not value, owner, f"{switch}={value}")
+            around = [self.parts[path[:n]] for n in reversed(range(len(path))) if path[:n] in self.parts]
+            around = [part for part in around if isinstance(part, nnx.Module)]
+            layer = layer_of(kind, tuple(map(str, path)), module, around, (switch, value, in_call))
             if layer not in self.record.layers:
                 self.record.layers.append(layer)
 

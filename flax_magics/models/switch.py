@@ -31,6 +31,18 @@ def value_of(name: str, train: bool) -> bool:
     return WHEN_TRAINING[name] is train
 
 
+def following(switch: str, own: str, method: str = "") -> str:
+    """The edit that has a layer's switch follow its module's own: `deterministic=not self.training`.
+
+    Args:
+      own: the module's switch as its code writes it; where it has none, `method` takes one.
+    """
+    follows = own or "train"
+    alike = WHEN_TRAINING[follows.rpartition(".")[2]] is WHEN_TRAINING[switch]
+    edit = f"{switch}={'' if alike else 'not '}{follows}"
+    return edit if own else f"def {method or '__call__'}(self, …, train):\n{edit}"
+
+
 def call_switches(signature: inspect.Signature) -> tuple[str, ...]:
     """Names of the arguments that are switches."""
     return tuple(name for name in signature.parameters if name in WHEN_TRAINING)

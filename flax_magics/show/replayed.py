@@ -33,7 +33,7 @@ def notice_of(run: Run) -> Notice:
             shown = ["its output is gone, and a digest cannot tell where or by how much they differ"]
         notes = [*(Note("replay", text) for text in shown), *notes]
     elif agreement.identical is None:
-        notes.insert(0, Note("replay", NOTHING, "%flax_apply -o run …"))
+        notes.insert(0, Note("replay", NOTHING, form="%flax_apply -o run …"))
     texts = (
         facts.mode_of(run),
         f"{facts.draw_of(run, seed=True).removesuffix(' again')}",

@@ -109,5 +109,7 @@ def notes(found: Iterable[Note]) -> list[str]:
         lines += [wrapped for other in others for wrapped in wrap(other, "  ")]
         for label, text in note.advice:
             for n, code in enumerate(clean_lines(text)):
-                lines += wrap(code, f"  {label}" if n == 0 else " " * (2 + len(label)))
+                begin = f"  {label}" if n == 0 else " " * (2 + len(label))
+                # A line to be pasted stays one line.
+                lines += [begin + code] if label == "write: " else wrap(code, begin)
     return lines

@@ -20,7 +20,7 @@ from .columns import clean_lines
 def check(name: str, variables: Any) -> None:
     """Raises FlaxMagicsError if there are no variables."""
     if variables is None:
-        raise FlaxMagicsError(f"`{name}` has no variables yet that a tree could show.", write=f"%flax_init {name}(x)")
+        raise FlaxMagicsError(f"`{name}` has no variables yet that a tree could show.", form=f"%flax_init {name}(…)")
 
 
 def tree_text(variables: Any) -> str:

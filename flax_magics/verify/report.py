@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..errors import advice_lines
 from ..show.columns import clean, cut, flow, table, wrap
 from ..show.units import count, plural, ulp
 from .compare import Outcome, Tolerance, Verdict
@@ -85,7 +87,9 @@ def text(result: Result) -> str:
     if result.order and result.status in ("differs", "could not run"):
         lines += wrap(f"its cells were not run from top to bottom: {result.order}", "  ")
     if result.status == "not comparable":
-        lines.append("  write: --rtol 1e-5     to compare the values that are stored")
+        lines.append("  the values that are stored can be compared")
+        command = f"python -m flax_magics verify --rtol 1e-5 {shlex.quote(result.file)}"
+        lines += [f"  {line}" for line in advice_lines(command)]
     return "\n".join(lines)
 
 

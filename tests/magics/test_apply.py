@@ -142,7 +142,7 @@ def test_quiet_shows_nothing_but_a_sharp_bit_not_yet_said(notebook):
     assert notebook("y = %flax_apply --train -q Net(x)") == (
         "! Dropout_0 is off although --train was asked: deterministic=True is fixed in\n"
         "  Net (line 6)\n"
-        "  write: deterministic=not self.training"
+        "  in your model: deterministic=not self.training"
     )
     assert notebook("y = %flax_apply --train -q Net(x)") == ""
 
@@ -208,7 +208,7 @@ def test_an_earlier_draw_by_number_last_seed_or_run(sharp_bits):
     assert sharp_bits.session.draws == 2
     assert sharp_bits.fails("%flax_apply --draw soon my_model(x)") == (
         "FlaxMagicsError: --draw takes a number, last, seed:N or the name of a Run, not `soon`.\n"
-        "  write: --draw last     the last draw"
+        "  write: %flax_apply --draw last my_model(x)"
     )
 
 

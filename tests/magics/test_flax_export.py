@@ -35,7 +35,7 @@ def test_cell_puts_it_into_the_next_cell(ran, monkeypatch):
     (text,) = found
     assert "y = apply(variables, x)\n" in text
     assert ran.fails("%flax_export --cell session.py") == (
-        "FlaxMagicsError: --cell is instead of a file: leave one of them out.\n  write: %flax_export session.py"
+        "FlaxMagicsError: --cell is instead of a file: leave one of them out.\n  write: %flax_export --cell"
     )
 
 
@@ -60,8 +60,8 @@ def test_a_file_of_the_users_own_is_not_replaced(ran, tmp_path):
     file = tmp_path / "train.py"
     file.write_text("print('mine')\n")
     assert ran.fails("%flax_export train.py") == (
-        "FlaxMagicsError: `train.py` is there already, and no export wrote it.\n"
-        "  write: %flax_export --force train.py     to replace it, or another name"
+        "FlaxMagicsError: `train.py` is there already, and no export wrote it. --force replaces it.\n"
+        "  write: %flax_export --force train.py"
     )
     assert file.read_text() == "print('mine')\n"
     ran("%flax_export -q --force train.py")
@@ -86,9 +86,12 @@ def test_a_name_that_is_no_script_is_refused(ran, tmp_path):
             "a script is a file with the ending .py, and `session` has another.\n  write: %flax_export session.py",
         ),
         ("folder.py", "`folder.py` is a folder.\n  write: %flax_export folder.py/session.py"),
-        ("none/a.py", "there is no folder `none`.\n  write: !mkdir -p none"),
-        ("'no folder/a b.py'", "there is no folder `no folder`.\n  write: !mkdir -p 'no folder'"),
-        ("~/none/a.py", "there is no folder `~/none`.\n  write: !mkdir -p ~/none"),
+        ("none/a.py", "there is no folder `none`.\n  write: !mkdir -p none\n         %flax_export none/a.py"),
+        (
+            "'no folder/a b.py'",
+            "there is no folder `no folder`.\n  write: !mkdir -p 'no folder'\n         %flax_export no folder/a b.py",
+        ),
+        ("~/none/a.py", "there is no folder `~/none`.\n  write: !mkdir -p ~/none\n         %flax_export ~/none/a.py"),
         (".py", "a script is a file with the ending .py, and `.py` has another.\n  write: %flax_export session.py"),
     ):
         assert ran.fails(f"%flax_export --force {name}") == f"FlaxMagicsError: {message}"

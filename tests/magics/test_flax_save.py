@@ -69,11 +69,11 @@ def test_one_line_says_what_was_saved_and_one_what_was_restored(here):
         "    next is draw 3 of seed 0\n" + CODE
     )
     assert here.fails("%flax_apply net(x)") == (
-        "FlaxMagicsError: no model is registered as `net` yet: its variables from `a.safetensors` wait for it.\n"
-        "  write: %flaxmodel net = Net(features=3)     or run the cell that defines it"
+        "FlaxMagicsError: no model is registered as `net` yet: its variables from `a.safetensors` wait for it,"
+        " until the cell that defines it is run.\n  form: %flaxmodel net = …"
     )
     assert "net   Net(features=3)   21 parameters in a.safetensors wait until its cell is" in here("%flax")
-    assert here.fails("%flax_replay 2").endswith("write: %flax_apply --draw 0:2 --train net(x)     the same keys")
+    assert here.fails("%flax_replay 2").endswith("form: %flax_apply --draw 0:2 --train net(…)")
     assert here(NET.format(3)) == "net · Net(features=3) · registered · variables from a.safetensors"
     here("y = %flax_apply --train -q net(x)")
     assert bits(here["y"]) == bits(y)
@@ -181,8 +181,8 @@ def test_an_autosave_that_fails_is_said_once_at_the_next_command(here, tmp_path)
 
 
 MISTAKES = [
-    ("%flax_save -q", "%flax_save needs the name of a file.\n  write: %flax_save session.safetensors"),
-    ("%flax_load ''", "%flax_load needs the name of a file.\n  write: %flax_load session.safetensors"),
+    ("%flax_save -q", "%flax_save needs the name of a file.\n  form: %flax_save …"),
+    ("%flax_load ''", "%flax_load needs the name of a file.\n  form: %flax_load …"),
     (
         "%flax_save --autosave a b",
         "--autosave takes its own file, and `b` stands after it.\n"

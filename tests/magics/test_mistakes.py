@@ -58,7 +58,7 @@ def state(notebook):
         ),
         (
             "%flax_apply --mutable my_model(x)",
-            "--mutable needs a Python name, not my_model(x).\n  write: %flax_apply --mutable NAME my_model(x)",
+            "--mutable needs a Python name, not my_model(x).\n  form: %flax_apply --mutable … my_model(x)",
         ),
         ("%flax_key --fresh", "--fresh goes with --seed.\n  write: %flax_key --seed 0 --fresh"),
         (
@@ -66,12 +66,11 @@ def state(notebook):
             "%flax_key restarts with --seed or draws `latent`, not both in one line.\n"
             "  write: %flax_key --seed 3\n         %flax_key latent",
         ),
-        ("%flax_key two words", "`two words` is not a name for a stream.\n  write: %flax_key latent"),
+        ("%flax_key two words", "`two words` is not a name for a stream.\n  write: %flax_key two_words"),
         ("%flax_apply --key rng my_model(x)", "--key rng: my_model has no argument `rng`; it takes: x."),
         (
             "%flax_apply --draw 9 my_model(x)",
-            "draw 9 of seed 0 was not made in this session: it has draw 1 alone.\n"
-            "  write: %flax_history     lists them",
+            "draw 9 of seed 0 was not made in this session: it has draw 1 alone.\n  write: %flax_history",
         ),
     ],
 )
@@ -88,7 +87,7 @@ def test_nothing_registered_yet(notebook):
         "FlaxMagicsError: `net` is not registered yet.\n  write: %flaxmodel net"
     )
     assert notebook.fails("%flax_apply model(x)") == (
-        "FlaxMagicsError: no model is called `model`; no model is registered yet.\n  write: %flaxmodel model = Net()"
+        "FlaxMagicsError: no model is called `model`; no model is registered yet.\n  form: %flaxmodel model = …"
     )
 
 
@@ -141,9 +140,10 @@ def test_a_tracer_error_ends_with_the_hint(notebook):
     )
     out = notebook.fails("%flax_apply Net(x)")
     assert "if x.sum() > 0:" in out
-    assert out.splitlines()[-1] == (
-        "the model looks at a value while it is compiled; to run it op by op: %flax_apply --eager …"
-    )
+    assert out.splitlines()[-2:] == [
+        "the model looks at a value while it is traced; op by op it can",
+        "write: %flax_apply --eager Net(x)",
+    ]
     assert not any(place in out for place in LIBRARY if place != "<flax_magics")
     notebook("%flax_apply --eager Net(x);")
 
@@ -166,7 +166,7 @@ class Net(nn.Module):
     out = notebook.fails("%flax_apply Net(x)")
     assert out.startswith("FlaxMagicsError: ")
     assert 'needs PRNG for "dropout"' in out
-    assert "write: nn.scan(…, split_rngs={'params': …, 'dropout': True})" in out
+    assert out.endswith("\n  in your model: split_rngs={'dropout': True, …}")
     assert notebook.session.draws == 0
 
 

@@ -37,7 +37,7 @@ def test_with_neither_the_last_class_is_registered_if_it_can_be_built_from_defau
 def test_a_class_that_cannot_be_built_spells_out_the_line(notebook):
     assert notebook.fails(f"%%flaxmodel\n{MODEL}") == (
         "FlaxMagicsError: MyModel needs num_neurons and training.\n"
-        "  write: %%flaxmodel my_model = MyModel(num_neurons=…, training=…)"
+        "  form: %%flaxmodel my_model = MyModel(num_neurons=…, training=…)"
     )
     assert names(notebook) == []
 
@@ -51,22 +51,22 @@ def test_a_line_registers_what_is_there(notebook):
     assert notebook("%flaxmodel other").startswith("other · MyModel(num_neurons=5, training=True)")
     assert notebook.fails("%flaxmodel MyModel") == (
         "FlaxMagicsError: MyModel needs num_neurons and training.\n"
-        "  write: %flaxmodel my_model = MyModel(num_neurons=…, training=…)"
+        "  form: %flaxmodel my_model = MyModel(num_neurons=…, training=…)"
     )
     assert notebook.fails("%flaxmodel nett") == (
-        "FlaxMagicsError: name 'nett' is not defined.\n  did you mean net?\n  write: %flaxmodel nett = Net()"
+        "FlaxMagicsError: name 'nett' is not defined.\n  did you mean net?\n  write: %flaxmodel net"
     )
     assert notebook.fails("%flaxmodel x") == "FlaxMagicsError: `x` is an ArrayImpl, not a Flax module."
     assert notebook.fails("%flaxmodel net = MyModel") == (
-        "FlaxMagicsError: `net` is the class MyModel; a model is an instance of it.\n"
-        "  write: %%flaxmodel my_model = MyModel(num_neurons=…, training=…)"
+        "FlaxMagicsError: `MyModel` is a class, and a model is an instance of it.\n"
+        "  form: %flaxmodel net = MyModel(num_neurons=…, training=…)"
     )
 
 
 def test_a_cell_without_a_module_says_so(notebook):
     assert notebook.fails("%%flaxmodel\na = 1") == (
-        "FlaxMagicsError: the cell defines no Flax module: neither an instance nor a class.\n"
-        "  write: %flaxmodel net     for one that is defined elsewhere"
+        "FlaxMagicsError: the cell defines no Flax module: neither an instance nor a class; a line registers one from"
+        " elsewhere.\n  form: %flaxmodel …"
     )
     assert notebook["a"] == 1
 
@@ -168,7 +168,7 @@ def test_a_name_that_stands_for_another_module_now_is_run_as_it_stands(sharp_bit
 
 def test_a_mistake_on_the_line_is_told_before_anything_runs(notebook):
     assert notebook.fails("%%flaxmodel net =\nran = True") == (
-        "FlaxMagicsError: `net =` needs a value.\n  write: %%flaxmodel net = Net()"
+        "FlaxMagicsError: `net =` needs a value.\n  form: %%flaxmodel net = …"
     )
     assert "ran" not in notebook.shell.user_ns
 

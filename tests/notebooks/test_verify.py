@@ -249,7 +249,8 @@ def test_bits_of_another_machine_are_not_compared_but_its_keys_are(verified):
         "  alone in 5",
         *table(verified.notebooks["elsewhere"]),
         *OTHER,
-        "  write: --rtol 1e-5     to compare the values that are stored",
+        "  the values that are stored can be compared",
+        "  write: python -m flax_magics verify --rtol 1e-5 notebooks/elsewhere.ipynb",
     ]
 
 

@@ -52,7 +52,7 @@ COMPILED = replace(
 NOTE = Note(
     "dropout",
     "Dropout_0 is off although --train was asked: deterministic=True is fixed in MyModel (line 8)",
-    "deterministic=not self.training",
+    edit="deterministic=not self.training",
 )
 NOTED = replace(REUSED, draw=3, used={}, notes=(NOTE,))
 INIT = replace(

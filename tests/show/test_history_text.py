@@ -162,5 +162,5 @@ def test_of_many_leaves_some_are_named_and_nothing_to_compare_with_is_said() -> 
         "net · train · draw 2 of seed 0 · replayed · nothing to compare with\n"
         "! its output was let go of before a digest was taken: there is nothing to\n"
         "  compare with\n"
-        "  write: %flax_apply -o run …"
+        "  form: %flax_apply -o run …"
     )

@@ -69,7 +69,7 @@ def test_without_styles_the_normal_form_reads_in_order() -> None:
 def test_sharp_bits_and_the_line_to_write_are_there_at_every_level() -> None:
     note = NOTED.notes[0]
     for level in ("off", "line", "normal", "details"):
-        assert f"! {note.text} write: {note.write}" in Reader(report(NOTED, level)).text  # type: ignore[arg-type]
+        assert f"! {note.text} in your model: {note.edit}" in Reader(report(NOTED, level)).text  # type: ignore[arg-type]
 
 
 def test_details_are_closed_until_asked_for() -> None:

@@ -223,4 +223,4 @@ def test_variables_as_a_tree_with_pictures_and_nothing_set_for_the_rest() -> Non
 def test_a_tree_without_variables_says_what_to_write() -> None:
     with pytest.raises(FlaxMagicsError) as error:
         tree_bundle("net", None, "auto")
-    assert str(error.value) == "`net` has no variables yet that a tree could show.\n  write: %flax_init net(x)"
+    assert str(error.value) == "`net` has no variables yet that a tree could show.\n  form: %flax_init net(…)"

@@ -96,7 +96,7 @@ def test_a_sharp_bit_stands_beneath_with_the_line_that_mends_it() -> None:
           run   0.22 ms
         ! Dropout_0 is off although --train was asked: deterministic=True is fixed in
           MyModel (line 8)
-          write: deterministic=not self.training
+          in your model: deterministic=not self.training
         """)
 
 

@@ -95,7 +95,8 @@ def test_other_bits_on_another_machine_are_not_comparable_without_a_tolerance():
         HEAD,
         row,
         changed,
-        "  write: --rtol 1e-5     to compare the values that are stored",
+        "  the values that are stored can be compared",
+        "  write: python -m flax_magics verify --rtol 1e-5 a.ipynb",
     ]
     assert says(run(), now, Tolerance(0.0, 1e-6)) == [
         "a.ipynb: agrees: 1 run, keys and values within rtol 0, atol 1e-06 in 1 (by 6 of",

@@ -1,0 +1,437 @@
+"""Every advice that a message gives, followed: provoked, read off what was printed, pasted (filled, edited), and run.
+
+A new message needs one `Scenario` in the table below: the file and function that make the message, the cell that provokes
+it, the cells before that, and what stands in the gaps of a `form` (`fill`) or how an `edit` is made in the last of the
+cells (`edit`). The last test holds the places that were followed against all that the source has: it names each that is
+left by file and line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from advice import SITES, Follower, Recorder, Scenario, site_of
+from verify import made
+
+from flax_magics import unpacking
+from flax_magics.commands import COMMANDS
+from flax_magics.run import Limits
+from flax_magics.verify import command, kernels
+
+NET = """%%flaxmodel net = Net(2)
+class Net(nn.Module):
+  features: int
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.features)(x)
+"""
+CLASS = NET.partition("\n")[2]
+SWITCHED = """%%flaxmodel
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    return nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(use_running_average=not train)(x))
+"""
+FIXED = """%%flaxmodel
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dropout(0.5, deterministic=True)(x)
+"""
+UNSET = FIXED.replace(", deterministic=True", "")
+KEYED = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, noise=None, other=None):
+    for key in (noise, other):
+      if key is not None:
+        x = x + jax.random.uniform(key, x.shape)
+    return nn.Dense(2)(x)
+"""
+UNUSED = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, noise{}):
+    return nn.Dense(2)(x)
+"""
+DRAWN = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, {0}=None):
+    return nn.Dense(2)(x) if {0} is None else x + jax.random.uniform(self.make_rng('noise')) + jax.random.uniform({0})
+"""
+BRANCHES = """%%flaxmodel
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return x if x.sum() > 0 else -x
+"""
+SCANNED = """%%flaxmodel
+class Cell(nn.Module):
+  @nn.compact
+  def __call__(self, carry, x):
+    return nn.Dropout(0.5, deterministic=False)(carry + x), x
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.scan(Cell, split_rngs={'params': False})()(x[0], x)
+"""
+SCALED = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  def __call__(self, x, scale):
+    return x * scale
+"""
+INITIALISED = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2, kernel_init={})(x)
+"""
+LOOP = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  def __call__(self, x, n):
+    {}
+    return x
+"""
+NNX = """from flax import nnx
+class N(nnx.Module):
+  def __init__(self, features, rngs):
+    self.linear = nnx.Linear(4, features, rngs=rngs)
+    self.drop = nnx.Dropout(0.5)
+  def __call__(self, x, *, rngs=None):
+    return self.drop(self.linear(x), rngs=rngs)
+"""
+OWN = f"%%flaxmodel\n{NNX}net = N(2, rngs=nnx.Rngs(0))\n"
+OWN_EDITED = OWN.replace("features, rngs=rngs", "features, kernel_init=nnx.initializers.ones, rngs=rngs")
+REFERENCE = """from flax import nnx
+new_ref = getattr(jax, 'new_ref', None) or jax.array_ref
+class N(nnx.Module):
+  def __init__(self):
+    self.count = new_ref(jnp.zeros(()))
+  def __call__(self, x):
+    return x + self.count[...]
+net = N()
+"""
+SESSION = "import flax_magics\nsession = flax_magics.session()"
+NEW_SESSION = "from flax_magics import current\ncurrent._session = None"
+RAN = "%flax_apply -q -o first net(x);"
+TWIN = f"{SESSION}\nsession.models['net'].variables = "
+FAKE_PIP = """from IPython.core.magic import register_line_magic
+@register_line_magic
+def pip(line):
+  assert line == 'install -U flax_magics'
+  from flax_magics import unpacking
+  unpacking.VERSION += 1
+"""
+UPGRADED = "from flax_magics import unpacking\nunpacking.VERSION -= 1"
+
+
+def verify(line: str) -> str:
+    """What the command line prints of a notebook that ran on another machine and gives other bits on this one."""
+    elsewhere = {**made.HERE, "processor": "another"}
+    nbformat.write(made.notebook(made.cell(made.run(**elsewhere))), "a b.ipynb")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        command.main(shlex.split(line)[3:])
+    return printed.getvalue()
+
+
+async def ran_here(*_: Any) -> tuple[Any, int, None]:
+    """In the place of a kernel: what the notebook gives here, one ulp off."""
+    values = np.nextafter(made.VALUES, np.float32(9))
+    return made.notebook(made.cell(made.run(digest="f" * 16, **made.sample(values)))), 1, None
+
+
+def install(line: str) -> str:
+    """In the place of a shell: what was missing is there."""
+    assert shlex.split(line) == ["pip", "install", "flax_magics[verify]"]
+    kernels._NEEDED = ("nbclient",)
+    return verify(VERIFY)
+
+
+VERIFY = "python -m flax_magics verify 'a b.ipynb'"
+
+
+def put(old: str, new: str = "{}") -> Any:
+    """An edit that puts the advice in the place of `old`."""
+    return lambda cell, advice: cell.replace(old, new.replace("{}", advice))
+
+
+SCENARIOS = [
+    # -- the line and its call
+    Scenario("call.parse_call", "%flax_apply --eager", (NET,), ("net(x)",)),
+    Scenario("call._statement", "%flax_apply net(x); net(x + 1)", (NET,)),
+    Scenario("call._statement", "%flax_apply y = net(x)", (NET,), check="y.shape == (3, 4, 2)"),
+    Scenario("call._statement", "%flax_apply for i in x: pass", (NET,), ("net(x)",)),
+    Scenario("call._no_call", "%flax_apply net", (NET,), ("x",)),
+    Scenario("call._no_call", "%flax_apply --eager net(x) + 1", (NET,), check="y.shape == (3, 4, 2)"),
+    Scenario("call._path", "%flax_apply net(x).sum()", (NET,)),
+    Scenario("call._path", "%flax_apply Net(2)(x)", (CLASS,), check="net.features == 2"),
+    Scenario("call.parse_assignment", "%flaxmodel -q", (), ("net = nn.Dense(2)",), check="net.features == 2"),
+    Scenario("call.parse_assignment", "%flaxmodel a = nn.Dense(1); b = nn.Dense(2)", check="b.features == 2"),
+    Scenario("call._bad_name", "%flaxmodel net := nn.Dense(2)", check="net.features == 2"),
+    Scenario("call._bad_name", "%flaxmodel net =", (), ("nn.Dense(2)",), check="net.features == 2"),
+    Scenario("call._bad_name", "%flaxmodel my-net = nn.Dense(2)", check="my_net.features == 2"),
+    Scenario("call._no_assignment", "%flaxmodel nn.Dense(2)", check="dense.features == 2"),
+    Scenario("call._no_assignment", "%flaxmodel a, b = nn.Dense(1), nn.Dense(2)", check="b.features == 2"),
+    Scenario("call._no_assignment", "%flaxmodel a = b = nn.Dense(2)", check="b.features == 2"),
+    Scenario("cells.run_statements_with_call", "%%flax_apply\n# nothing", (NET,), ("y = net(x)",), check="y.ndim"),
+    Scenario("cells.run_statements_with_call", "%%flax_apply\nz = x\nz", (NET,), ("z = x", "net(z)"), check="y.ndim"),
+    Scenario("cells.run_statements_with_call", "%%flax_apply\nz = x\ny = %flax_apply -q net(z)", (NET,), ("z = x",)),
+    Scenario("invoking.read_body", "%%flax_apply --eager net(x)\ny = 1", (NET,)),
+    # -- its options
+    Scenario("options._read", "%flax_apply --eager=yes net(x)", (NET,)),
+    Scenario("options._wants", "%flax_apply --mutable net(x)", (NET,), ("params",)),
+    Scenario("options._wants", "%flax_apply --repeat 0 net(x)", (NET,)),
+    Scenario("options._unknown", "%flax_apply --eagr net(x)", (NET,)),
+    Scenario("options._after_the_call", "%flax_apply net(x) --eager", (NET,)),
+    Scenario("options.file_name", "%flax_save -q", (NET,), ("a.safetensors",)),
+    Scenario("asked.draw_of", "%flax_apply --draw frst net(x)", (NET, RAN)),
+    Scenario("asked.draw_of", "%flax_replay x", (NET, RAN)),
+    Scenario("asked.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
+    Scenario("state.check_draw", "%flax_replay 9", (NET, RAN)),
+    # -- which model
+    Scenario("asked._unknown", "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
+    Scenario("asked._unknown", "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
+    Scenario("asked._unknown", "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
+    Scenario(
+        "asked._unknown",
+        "%flax_apply net(x)",
+        (NET, RAN, "%flax_save -q a", NEW_SESSION, "del net", "%flax_load -q a"),
+        again=True,
+    ),
+    Scenario(
+        "asked._unknown",
+        "%flax_apply net(x)",
+        (NET, RAN, "%flax_save -q a", NEW_SESSION, "Other = Net\ndel net, Net", "%flax_load -q a"),
+        ("Other(2)",),
+        again=True,
+    ),
+    Scenario("lookup.entry_of", f"{SESSION}\nsession.apply('net', x)", (), ("nn.Dense(2)",), again=True),
+    Scenario("lookup.entry_of", f"{SESSION}\nsession.apply(nn.Dense(2), x)", (), ("nn.Dense(2)",)),
+    Scenario("modelcell.from_line", "%flaxmodel net = Net", (CLASS,), ("2",), check="net.features == 2"),
+    Scenario("modelcell.from_line", "%flaxmodel nett", ("net = nn.Dense(2)\nNet = nn.Dense",)),
+    Scenario("modelcell.from_cell", "%%flaxmodel nett\nnet = nn.Dense(2)", (), ("net = nn.Dense(2)",)),
+    Scenario("modelcell.from_cell", "%%flaxmodel\na = 1", ("net = nn.Dense(2)",), ("net",)),
+    Scenario("modelcell._from_defaults", f"%%flaxmodel\n{CLASS}", (), ("2",), use=f"{{}}\n{CLASS}"),
+    Scenario("models.__init__.adopt", f"{SESSION}\nsession.register('net', Net)", (CLASS,), ("2",)),
+    Scenario(
+        "models.__init__.adopt",
+        "%flaxmodel net",
+        ("net = nn.Dense(2)\nnet = net.bind(net.init(jax.random.key(0), x))",),
+        edit=lambda cell, advice: f"{cell}\n{advice}",
+    ),
+    Scenario(
+        "models.layout.of",
+        "%flaxmodel net",
+        (REFERENCE,),
+        edit=lambda cell, advice: cell.replace(
+            "self.count = new_ref(jnp.zeros(()))", advice.replace("…", "jnp.zeros(())")
+        ),
+    ),
+    Scenario(
+        "models.nnx.sample",
+        "%flaxmodel net",
+        (f"{NNX}net = nnx.eval_shape(lambda: N(2, nnx.Rngs(0)))",),
+        ("net", "nnx.state(N(2, nnx.Rngs(0)))"),
+        again=True,
+    ),
+    # -- runs
+    Scenario("prepare.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
+    Scenario("prepare.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
+    Scenario("asked.of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
+    Scenario("asked.of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
+    Scenario("invoking._hints", "%flax_apply Net(x)", (BRANCHES,)),
+    Scenario("building.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
+    Scenario("starting.start", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
+    Scenario("execution._check_clash", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
+    Scenario(
+        "execution._kept_out",
+        "%flax_apply Net(x)",
+        (SCANNED,),
+        edit=lambda cell, advice: cell.replace("split_rngs={'params': False}", advice.replace("…", "'params': False")),
+    ),
+    Scenario(
+        "execution.execute",
+        "%flax_apply --roofline --repeat 2 --eager net(x)",
+        (NET,),
+        patch=lambda m: m.setattr("flax_magics.execution.limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9)),
+    ),
+    Scenario("draws.left_behind", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
+    Scenario("draws.left_behind", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
+    Scenario(
+        "registry.check_variables",
+        f"{TWIN}[1]",
+        (NET, "%flax_init net(x);"),
+        ("session.models['net'].variables['params']",),
+        use="session.models['net'].variables = {}",
+    ),
+    Scenario(
+        "registry.check_variables",
+        f"{TWIN}session.models['net'].variables['params']",
+        (NET, "%flax_init net(x);"),
+        ("session.models['net'].variables['params']",),
+        use="session.models['net'].variables = {}",
+    ),
+    Scenario("models.nnx.read_state", f"{TWIN}[1]", (OWN,), ("net",), use="session.models['net'].variables = {}"),
+    Scenario("summary.of_variables", "%flax_summary net", (NET,), ("x",)),
+    Scenario("show.variables.check", "%flax_summary --tree net(x)", (NET,), ("x",), again=True),
+    # -- sharp bits
+    Scenario("notes._wrong_mode", "%flax_apply --train Net(x)", (FIXED,), edit=put("deterministic=True")),
+    Scenario(
+        "notes.of_params",
+        "%flax_init net(x);",
+        (INITIALISED.format("jax.nn.initializers.constant(jnp.nan)"),),
+        edit=put("kernel_init=jax.nn.initializers.constant(jnp.nan)"),
+    ),
+    Scenario(
+        "notes.of_params",
+        "%flax_init net(x);",
+        (INITIALISED.format("jax.nn.initializers.zeros"),),
+        edit=put("kernel_init=jax.nn.initializers.zeros"),
+    ),
+    Scenario("notes.of_scalars", "%flax_apply net(x, 2.0);", (SCALED, "%flax_apply net(x, jnp.float32(2));")),
+    Scenario("notes.of_unused", "%flax_apply net(x, noise=jax.random.key(5));", (UNUSED.format("=None"),)),
+    Scenario(
+        "notes.of_unused",
+        "%flax_apply net(x, jax.random.key(5));",
+        (UNUSED.format(""),),
+        edit=lambda cell, advice: cell.replace("(x)\n", f"(x + {advice.replace('…', 'x.shape')})\n"),
+    ),
+    Scenario("notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
+    Scenario("notes.notes", "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
+    Scenario("notes.notes", "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
+    Scenario("notes.notes", "%flax_apply net(x, key);", (KEYED, "key = jax.random.key(5)\n%flax_apply net(x, key);")),
+    Scenario("notes.outdated_own", "%flax_apply net(x);", (OWN, OWN_EDITED), after=OWN_EDITED, again=True),
+    Scenario("recompiling.of_programs", "%flax_apply net(x[:1]);", (NET, RAN, "%flax_apply -q net(x[:2]);")),
+    Scenario(
+        "recompiling.of_programs",
+        "%flax_apply net(x[0, 0]);",
+        (NET, RAN, "%flax_apply -q net(x[0, :1]);"),
+        ("(1, 4)",),
+    ),
+    Scenario(
+        "recompiling.of_programs",
+        "for n in (1, 2, 3):\n  %flax_apply net(x, n);",
+        (LOOP.format("for _ in range(n):\n      x = x + 1"),),
+        edit=lambda cell, advice: LOOP.format("x = jax.lax.fori_loop(0, n, lambda _, y: y + 1, x)"),
+    ),
+    # -- keys, files, history
+    Scenario("magics.flax", "%flax nothing"),
+    Scenario("magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),
+    Scenario("magics.flax_key", "%flax_key --fresh", (NET, RAN)),
+    Scenario("magics._check_seed", "%config FlaxMagics.seed = 9", (NET, RAN), again=True),
+    Scenario("sessions.run_key", "key = %flax_key s.key"),
+    Scenario("overview.restarted", "%flax_key --seed 0", (NET, RAN)),
+    Scenario("magics.flax_save", "%flax_save --autosave off b", (NET, RAN)),
+    Scenario("atomic.checked_target", "%flax_save none/a", (NET, RAN), again=True),
+    Scenario(
+        "overview._not_replaced",
+        "%flax_save --autosave a",
+        (NET, RAN, "%flax_save -q a", NEW_SESSION),
+        after="%flax_save --autosave off",
+    ),
+    Scenario(
+        "overview.autosave_failed",
+        "%flax_init net(x);\nsession.autosaving.flush()\n%flax",
+        (NET, SESSION, "%flax_save -q --autosave a", "import os\nos.remove('a')\nos.mkdir('a')"),
+        after="%flax_init net(x);\n%flax",
+    ),
+    Scenario(
+        "unpacking._metadata",
+        "%flax_load a.safetensors",
+        (
+            "import safetensors.numpy, numpy as np\nsafetensors.numpy.save_file({'a': np.ones(2)}, 'a.safetensors')",
+            "del safetensors",
+        ),
+        check="arrays['a'].tolist() == [1, 1]",
+    ),
+    Scenario("unpacking._metadata", "%flax_load a", (NET, RAN, "%flax_save -q a", FAKE_PIP, UPGRADED), again=True),
+    Scenario(
+        "replay._again",
+        "%flax_replay 1",
+        (NET, RAN, "%flax_save -q a", NEW_SESSION, "del net, first", NET, "%flax_load -q a"),
+        ("x",),
+    ),
+    Scenario(
+        "replay._again",
+        "%flax_replay 1",
+        (NET, "%config FlaxMagics.replay_bytes = 0", RAN + "\ndel first"),
+        after="%flax_apply -q net(x);\n%flax_replay 2",
+    ),
+    Scenario(
+        "show.replayed.notice_of",
+        "%flax_replay 1",
+        (NET, f"{SESSION}\nsession.apply('net', x)\nNone"),
+        ("net(x)",),
+        after="%flax_replay run",
+    ),
+    Scenario("magics.flax_export", "%flax_export --cell a.py", (NET, RAN)),
+    Scenario("export.file.write", "%flax_export a.txt", (NET, RAN)),
+    Scenario("export.file.write", "%flax_export a.py", (NET, RAN, "import os; os.mkdir('a.py')")),
+    Scenario("export.file.write", "%flax_export none/a.py", (NET, RAN), again=True),
+    Scenario(
+        "export.file._check",
+        "%flax_export a.py",
+        (NET, RAN, "with open('a.py', 'w') as file:\n  file.write('mine')"),
+        again=True,
+    ),
+    # -- the command line
+    Scenario(
+        "verify.report.text",
+        lambda: verify(VERIFY),
+        paste=verify,
+        patch=lambda m: m.setattr(command, "executed", ran_here),
+    ),
+    Scenario(
+        "verify.kernels.check_installed",
+        lambda: verify(VERIFY),
+        paste=install,
+        patch=lambda m: [m.setattr(command, "executed", ran_here), m.setattr(kernels, "_NEEDED", ("no_such_package",))],
+    ),
+]
+IDS = [f"{n} {scenario.place}" for n, scenario in enumerate(SCENARIOS)]
+
+_ran: set[str] = set()
+_followed: set[str] = set()
+
+
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX warns of the fork that `!mkdir` is
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=IDS)
+def test_advice_is_followed_as_it_is_printed(scenario, request, notebook, caplog, monkeypatch, tmp_path):
+    _ran.add(request.node.callspec.id)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(unpacking, "VERSION", unpacking.VERSION)
+    if scenario.patch is not None:
+        scenario.patch(monkeypatch)
+    follower = Follower(notebook, caplog, Recorder(monkeypatch))
+    _followed.add(str(site_of(*follower.follow(scenario))))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_in_a_commands_help_run_in_their_order(name, request, notebook, monkeypatch, tmp_path):
+    _ran.add(request.node.callspec.id)
+    monkeypatch.chdir(tmp_path)
+    known = COMMANDS[name]
+    for cell in (NET, RAN, "%flax_save -q session.safetensors"):
+        notebook(cell)
+    shown = notebook(f"{name.replace('%%', '%')} --help")
+    for example in known.examples:
+        assert all(f"  {line}" in shown.splitlines() for line in example.splitlines())
+        notebook(example)
+    [site] = [site for site in SITES if site.file == "commands.py" and site.says == repr(name)]
+    _followed.add(str(site))
+
+
+def test_every_place_that_makes_advice_was_followed():
+    expected = {*IDS, *COMMANDS}
+    if not expected <= _ran:
+        pytest.skip(f"only {len(_ran)} of the {len(expected)} tests before this one were run")
+    left = [str(site) for site in SITES if str(site) not in _followed]
+    assert left == [], "no scenario has followed:\n" + "\n".join(left)

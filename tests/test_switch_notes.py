@@ -1,0 +1,203 @@
+"""A layer in the wrong mode: said to be fixed only where a literal is, and mended by the model's own switch."""
+
+from __future__ import annotations
+
+import pytest
+
+HEAD = "%%flaxmodel net = Net()\n"
+
+
+def model(fields: str = "", call: str = "train=False", body: str = "", before: str = "") -> str:
+    """A cell of a model whose layer under test stands alone in its last line."""
+    lines = ["class Net(nn.Module):", *(f"  {line}" for line in fields.splitlines()), "  @nn.compact"]
+    lines += [f"  def __call__(self, x{', ' if call else ''}{call}):", *(f"    {line}" for line in body.splitlines())]
+    return HEAD + before + "\n".join(lines)
+
+
+DROP = "return nn.Dropout(0.5, deterministic={})(x)"
+NORM = "return nn.BatchNorm(use_running_average={})(x)"
+OFF = "Dropout_0 is off although --train was asked: "
+NO_SWITCH = "def __call__(self, …, train):\ndeterministic=not train"
+CONFIG = "import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass Config:\n  deterministic: bool = True\n"
+BACKBONE = """class Backbone(nn.Module):
+  @nn.compact
+  def __call__(self, x, {}):
+    return nn.BatchNorm(use_running_average={})(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("cell", "text", "edit"),
+    [
+        (
+            model(body=DROP.format("True")),
+            f"{OFF}deterministic=True is fixed in Net (line 5)",
+            "deterministic=not train",
+        ),
+        (
+            model("training: bool = False", "", DROP.format("True")),
+            f"{OFF}deterministic=True is fixed in Net (line 6)",
+            "deterministic=not self.training",
+        ),
+        (
+            model("config: Config = Config()", "", DROP.format("True"), CONFIG),
+            f"{OFF}deterministic=True is fixed in Net (line 10)",
+            "deterministic=self.config.deterministic",
+        ),
+        (
+            model("", "deterministic=True", NORM.format("True")),
+            "BatchNorm_0 is using running averages although --train was asked: "
+            "use_running_average=True is fixed in Net (line 5)",
+            "use_running_average=deterministic",
+        ),
+        (
+            model("", "mode='eval'", DROP.format("mode == 'eval'")),
+            f"{OFF}deterministic was True, from `mode == 'eval'` in Net (line 5)",
+            NO_SWITCH,
+        ),
+        (
+            model("", "", f"off = True\n{DROP.format('off')}"),
+            f"{OFF}deterministic was True, from `off` in Net (line 6)",
+            NO_SWITCH,
+        ),
+        (
+            model("", "train=False", "drop = nn.Dropout(0.5)\nx = nn.Dense(2)(x)\nreturn drop(x, deterministic=True)"),
+            f"{OFF}deterministic=True is fixed in Net (line 7)",
+            "deterministic=not train",
+        ),
+        (
+            model("", "train=False", "drop = nn.Dropout(0.5)\nreturn drop(jnp.add(x, 1), True)"),
+            f"{OFF}deterministic was True in Net",
+            "deterministic=not train",
+        ),
+        (
+            model("", "train=False", "drop = nn.Dropout(0.5)\nreturn drop(x, True)"),
+            f"{OFF}deterministic=True is fixed in Net (line 6)",
+            "deterministic=not train",
+        ),
+        (
+            model("", "train=False", "return nn.Dropout(0.5, **{'deterministic': True})(jnp.add(x, 1))"),
+            f"{OFF}deterministic was True in Net",
+            "deterministic=not train",
+        ),
+        (
+            model(
+                "", "train=False", "drop = partial(nn.Dropout, deterministic=True)\nreturn drop(0.5)(x)",
+                "from functools import partial\n",
+            ),
+            f"{OFF}deterministic=True is fixed in Net (line 6)",
+            "deterministic=not train",
+        ),
+        (
+            model("", "train=False", "return Backbone()(x, train=False)", BACKBONE.format("train", "not train")),
+            "Backbone_0/BatchNorm_0 is using running averages although --train was asked: "
+            "use_running_average was True, from `not train` in Backbone (line 5)",
+            "use_running_average=not train",
+        ),
+        (
+            model(
+                "", "train=False",
+                "x = nn.BatchNorm(use_running_average=True)(x)\n" + DROP.format("not train"),
+            ),
+            "BatchNorm_0 is using running averages although --train was asked: "
+            "use_running_average=True is fixed in Net (line 5)",
+            "use_running_average=not train",
+        ),
+        (
+            model(
+                "", "train=False",
+                "x = nn.Dropout(0.1, deterministic=True)(x)\nreturn nn.Dropout(0.5, deterministic=train)(x)",
+            ),
+            "Dropout_0 and 1 more are off although --train was asked: deterministic=True is fixed in Net (line 5)",
+            "deterministic=not train",
+        ),
+    ],
+)  # fmt: skip
+def test_a_layer_that_does_not_follow_the_switch(notebook, cell, text, edit):
+    notebook(cell)
+    notebook("%flax_apply --train -q -o run net(x);")
+    assert [(note.text, note.edit) for note in notebook["run"].notes] == [(text, edit)]
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        BACKBONE.format("train=False", "not train"),
+        BACKBONE.format("y=0", "True"),
+        BACKBONE.format("train=False, frozen=True", "frozen or not train"),
+    ],
+    ids=["told not to train", "without a switch", "told to stay frozen"],
+)
+def test_a_backbone_that_is_frozen_on_purpose_is_no_sharp_bit(notebook, backbone):
+    notebook(model("", "train=False", f"x = Backbone()(x)\n{DROP.format('not train')}", backbone))
+    notebook("%flax_apply --train -q -o run net(x);")
+    assert notebook["run"].notes == ()
+
+
+def test_a_layer_that_is_on_in_evaluation(notebook):
+    notebook(model(body=DROP.format("False")))
+    notebook("%flax_apply --eval -q -o run net(x);")
+    assert [(note.text, note.edit) for note in notebook["run"].notes] == [
+        (
+            "Dropout_0 is on although --eval was asked: deterministic=False is fixed in Net (line 5)",
+            "deterministic=not train",
+        )
+    ]
+
+
+NNX = """%%flaxmodel net = Net()
+from flax import nnx
+class Net(nnx.Module):
+  def __init__(self, rngs):
+    self.drop = nnx.Dropout(0.5, rngs=rngs)
+    self.other = nnx.Dropout(0.5, rngs=rngs)
+    {}
+  def __call__(self, x):
+    return self.other(self.drop(x, deterministic={}), deterministic={})
+"""
+
+
+@pytest.mark.parametrize(
+    ("attribute", "first", "second", "text", "edit"),
+    [
+        (
+            "self.training = False", "True", "True",
+            "drop and 1 more are off although --train was asked: deterministic=True is fixed in Net (line 9)",
+            "deterministic=not self.training",
+        ),
+        (
+            "self.off = True", "self.off", "self.off",
+            "drop and 1 more are off although --train was asked: deterministic was True, from `self.off` in Net (line 9)",
+            NO_SWITCH,
+        ),
+    ],
+)  # fmt: skip
+def test_in_nnx_a_call_may_overrule_the_attribute(notebook, attribute, first, second, text, edit):
+    notebook(NNX.format(attribute, first, second))
+    notebook("%flax_apply --train -q -o run net(x);")
+    assert [(note.text, note.edit) for note in notebook["run"].notes] == [(text, edit)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "hint"),
+    [
+        ("%flax_apply net(x)", ["`deterministic` has no value, and no switch of the model's sets it",
+                                "in your model: deterministic=not train"]),
+        ("%flax_apply --train net(x)", ["`deterministic` has no value, and no switch of the model's sets it",
+                                        "in your model: deterministic=not train"]),
+        ("%flax_apply drop(x)", ["it is the model's own switch, and has no value as written",
+                                 "write: %flax_apply --train drop(x)", "       %flax_apply --eval drop(x)"]),
+        ("%flax_apply merged(x)", ["it is the model's own switch, and has no value as written",
+                                   "write: %flax_apply --train merged(x)", "       %flax_apply --eval merged(x)"]),
+    ],
+)  # fmt: skip
+def test_a_switch_without_a_value_is_set_by_an_option_only_where_one_sets_it(notebook, cell, hint):
+    notebook(model(body="return nn.Dropout(0.5)(x)"))
+    merged = "deterministic = nn.merge_param('deterministic', self.deterministic, deterministic)\n"
+    notebook(
+        model("deterministic: bool | None = None", "deterministic=None", merged + DROP.format("deterministic"))
+        .replace("net = Net()", "merged = Merged()").replace("class Net", "class Merged")
+    )  # fmt: skip
+    notebook("%flaxmodel drop = nn.Dropout(0.5)")
+    assert notebook.fails(cell).splitlines()[-len(hint) :] == hint
+    notebook("%flax_apply --train -q drop(x);\n%flax_apply --eval -q merged(x);")
