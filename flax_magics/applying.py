@@ -99,7 +99,7 @@ def apply(
     if entry.outdated and done.made is None and options.variables is None:
         notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
     if done.causes:
-        line = Line(call.line, call.text, done.prepared.signature)
+        line = Line(call.command, call.text, done.prepared.signature)
         earlier = history.causes_of(state.runs, name, WINDOW)
         notes = (*notes, *of_programs(line, done.causes, earlier, done.ready.arguments.leaf))
     run = records.of_apply(

@@ -146,7 +146,7 @@ def execute(
     if options.roofline and options.eager:
         raise FlaxMagicsError(
             "--roofline holds a compiled program against the machine; --eager compiles none.",
-            **written(f"{without_option(call.line, '--eager')} {call.text}"),
+            **written(f"{without_option(call.command, '--eager')} {call.text}"),
         )
     call = with_keys(entry, call, options, draw)
     prepared = prepare(entry.name, entry.model, call, options.mode)
@@ -171,7 +171,7 @@ def execute(
     limits = _limits(devices, ready, programs, on_phase) if options.roofline else None
 
     record = ready.record
-    line = Line(call.line, call.text, prepared.signature)
+    line = Line(call.command, call.text, prepared.signature)
     updates = dict(updates)
     if draw.size is not None:
         kept_back = {name: tree for name, tree in updates.items() if name not in record.sown}

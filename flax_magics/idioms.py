@@ -90,7 +90,7 @@ class Translation:
         inside = method in BOUND or method.startswith("_") or len(call.method) > 1
         if method in ("sow", "perturb") or (error.linen and inside):
             said = f"{own} and for the code inside the model: a command runs a method of the model."
-            form = f"session.apply('{self.name}', …)" if not call.command else f"%flax_apply {self.name}(…)"
+            form = f"session.apply('{self.name}', …)" if not call.is_text else f"%flax_apply {self.name}(…)"
             return FlaxMagicsError(said, form=form)
         said = f"{own} and needs no command: a command runs a method of the model."
         return self._error(said, [call.text], f"session.models['{self.name}'].module.{'.'.join(call.method)}(…)")
@@ -181,7 +181,7 @@ class Translation:
 
     def _error(self, said: str, lines: list[str], form: str) -> FlaxMagicsError:
         """`lines`: complete ones, in a notebook; `form`: in a script, where the call has no text."""
-        if not self.call.command:
+        if not self.call.is_text:
             return FlaxMagicsError(said, form=form)
         if lines and lines[0].startswith(CHECK):
             return FlaxMagicsError(said, form=f"%flaxmodel --check {lines[0].removeprefix(CHECK).strip()!r} …")
@@ -190,7 +190,7 @@ class Translation:
 
 def _tree(call: Call) -> ast.Call | None:
     """The call as a tree of its own; None where nobody wrote it as text."""
-    if not call.command:
+    if not call.is_text:
         return None
     tree = ast.parse(call.text, mode="eval").body
     assert isinstance(tree, ast.Call)

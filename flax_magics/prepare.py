@@ -22,13 +22,13 @@ class Call:
     kwargs: dict[str, Any]
     text: str
     cell: int | None = None
-    command: str = ""
-    """The command with its options, as they were written; empty where it was none."""
+    command: str = "%flax_apply"
+    """Of whose line the call is, with the options that were given."""
 
     @property
-    def line(self) -> str:
-        """The command that messages write before the call."""
-        return self.command or "%flax_apply"
+    def is_text(self) -> bool:
+        """Whether somebody wrote it as the text of a command, and not a script as arguments of a method."""
+        return self.cell is not None or self.command == "--check"
 
 
 class BadCall(FlaxMagicsError):
@@ -131,7 +131,7 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
     if missing and all(key in WHEN_TRAINING for key in missing):
         raise BadCall(
             f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
-            **written(f"{call.line} --train {call.text}\n{call.line} --eval {call.text}"),
+            **written(f"{call.command} --train {call.text}\n{call.command} --eval {call.text}"),
         )
     if missing:
         names = " and ".join(f"`{key}`" for key in missing)
@@ -177,5 +177,5 @@ def with_arguments(call: str, arguments: Sequence[str]) -> str:
 def with_drawn_key(call: Call, name: str) -> str:
     """The lines that draw a key for an argument which `--key` was to give, and pass it."""
     key = new_key(name)
-    command = without_option(call.line, "--key", name)
+    command = without_option(call.command, "--key", name)
     return f"{key} = %flax_key {name}\n{command} {with_arguments(call.text, [f'{name}={key}'])}"

@@ -64,7 +64,7 @@ def of_apply(where: str, state: State, entry: Entry, call: Call, options: Option
     else:
         lines = _lines_of_apply(state, entry, call, options, where)
         form = f"variables = %flax_vars {name}\ndropout_key = %flax_key dropout\n{name}.{inside}"
-    said = f"{_spell(call, '%flax_apply')} stands {where}."
+    said = f"{call.command} {call.text} stands {where}."
     return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
 
 
@@ -83,7 +83,7 @@ def _of_nnx(where: str, state: State, entry: Entry, call: Call, options: Options
         lines += [f"{key}_key = %flax_key {key}" for key in keys]
         lines.append(with_arguments(call.text, arguments))
     return _error(
-        f"{_spell(call, '%flax_apply')} stands {where}.",
+        f"{call.command} {call.text} stands {where}.",
         "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit"
         " do not.",
         [] if call.cell is None else lines,
@@ -93,7 +93,7 @@ def _of_nnx(where: str, state: State, entry: Entry, call: Call, options: Options
 
 def of_init(where: str, entry: Entry, call: Call) -> FlaxMagicsError:
     """The error for an init."""
-    said = f"{_spell(call, '%flax_init')} stands {where}."
+    said = f"{call.command} {call.text} stands {where}."
     if entry.model.holds_variables:
         return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
     model: Any = entry.model
@@ -149,10 +149,6 @@ def of_state(where: str, what: str, line: str) -> FlaxMagicsError:
 
 def _error(said: str, instead: str, lines: list[str], form: str | None = None) -> FlaxMagicsError:
     return FlaxMagicsError(f"{said} {instead}", write="\n".join(lines) or None, form=None if lines else form)
-
-
-def _spell(call: Call, command: str) -> str:
-    return f"{call.command or command} {call.text}"
 
 
 def _lines_of_apply(state: State, entry: Entry, call: Call, options: Options, where: str) -> list[str]:
