@@ -196,6 +196,7 @@ def test_disable_jit_runs_op_by_op(session):
         assert session.apply("net", notebook_x()).program == "eager"
 
 
+@pytest.mark.own_executables  # one that is there already cannot be interrupted
 def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
     import flax_magics.program as program
 
@@ -222,6 +223,7 @@ def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
     assert run.reason == "first run of this program; begun by the run that was interrupted"
 
 
+@pytest.mark.own_executables  # one that is there already cannot be interrupted
 def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session, monkeypatch):
     import flax_magics.program as program
 

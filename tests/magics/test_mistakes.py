@@ -204,6 +204,7 @@ def test_a_failing_cell_stops_and_leaves_the_assignment_unmade(sharp_bits):
     assert "z" not in sharp_bits.shell.user_ns
 
 
+@pytest.mark.own_executables  # one that is there already cannot be interrupted
 def test_an_interrupt_is_one_line_and_changes_nothing(sharp_bits):
     from unittest import mock
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -37,6 +38,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
         write_kernel_spec(os.fspath(home / "jupyter" / "kernels" / "python3"))
         yield home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def event_loop() -> Iterator[None]:
+    """The thread has one: jupyter_client 7, which is Colab's, would make one, be warned for it, and never close it."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
 
 
 @pytest.fixture(scope="session")

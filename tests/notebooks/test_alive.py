@@ -243,6 +243,7 @@ def test_the_live_line_and_the_report_are_one_display(kernel):
     assert RUN_JSON in displays[-1]["data"]
 
 
+@pytest.mark.smoke
 def test_a_trace_that_is_interrupted(kernel):
     kernel.run("%flax_init -q traced(x);")
     before = kernel.prints(STATE)

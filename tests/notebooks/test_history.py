@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from jupyter_core.utils import run_sync
 from kernels import Notebook
 from sharp_bits import SHARP_BITS
@@ -45,6 +46,7 @@ def test_a_loop_of_moving_statistics_replays_draw_by_draw(open_notebook):
     assert notebook.run("run = %flax_replay -q last\nrun.agreement.identical").result == "True"
 
 
+@pytest.mark.smoke
 def test_a_cell_that_the_frontend_names_is_known_when_it_is_run_again_or_edited(open_notebook):
     notebook = open_notebook()
     notebook.run_all(SHARP_BITS)
