@@ -139,19 +139,22 @@ def parse_expression(text: str, command: str) -> Expression:
 
 
 @lru_cache(maxsize=64)
-def parse_assignment(text: str, command: str = "%flaxmodel") -> Assignment:
+def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "Net()") -> Assignment:
     """`net = Net(3)` or `net`, read.
+
+    Args:
+      sample: what stands for the value in a message that says what to write.
 
     Raises:
       FlaxMagicsError: for anything else; the message says what to write.
     """
     text, source, _ = _bare(text)
     if not source.strip():
-        raise FlaxMagicsError(f"{command} needs a name.", write=f"{command} net = Net()")
+        raise FlaxMagicsError(f"{command} needs a name.", write=f"{command} net = {sample}")
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError) as error:
-        raise _bad_name(source, command) or _syntax(text, error, command) from None
+        raise _bad_name(source, command, sample) or _syntax(text, error, command) from None
     if len(body) > 1:
         raise FlaxMagicsError("one model at a time.", write=_lines(command, (segment(text, node) for node in body)))
     match body[0]:
@@ -161,7 +164,7 @@ def parse_assignment(text: str, command: str = "%flaxmodel") -> Assignment:
             _validate(value, text, command)
             return Assignment(name, Expression(text, value))
         case statement:
-            raise _no_assignment(text, statement, command)
+            raise _no_assignment(text, statement, command, sample)
 
 
 def _look_up(
@@ -306,7 +309,7 @@ def _name_for(root: ast.expr, made: str) -> str:
     return name if name.isidentifier() and not keyword.iskeyword(name) else "net"
 
 
-def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
+def _bad_name(source: str, command: str, sample: str) -> FlaxMagicsError | None:
     """The error for an assignment whose name, sign or missing value Python refuses; None if it is something else."""
     walrus = re.match(r"(\w+)\s*:=\s*(.+)", source, re.DOTALL)
     if walrus:
@@ -316,21 +319,21 @@ def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
         return None
     name, value = found[1], found[2]
     if name.isidentifier() and not keyword.iskeyword(name):
-        return None if value else FlaxMagicsError(f"`{name} =` needs a value.", write=f"{command} {name} = Net()")
+        return None if value else FlaxMagicsError(f"`{name} =` needs a value.", write=f"{command} {name} = {sample}")
     clean = re.sub(r"\W", "_", name).lstrip("0123456789")
     clean = clean if clean.isidentifier() and not keyword.iskeyword(clean) else "net"
     kind = "a word of Python, not a name" if keyword.iskeyword(name) else "not a Python name"
     return FlaxMagicsError(f"`{name}` is {kind}.", write=f"{command} {clean}" + (f" = {value}" if value else ""))
 
 
-def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
+def _no_assignment(text: str, statement: ast.stmt, command: str, sample: str) -> FlaxMagicsError:
     match statement:
         case ast.Assign([_, _, *_] as targets, value):
             names = [segment(text, target) for target in targets]
             write = _lines(command, (f"{name} = {segment(text, value)}" for name in names))
             return FlaxMagicsError("one name at a time: `a = b = …` would give one model two names.", write=write)
         case ast.Assign([ast.Tuple() | ast.List()]):
-            return FlaxMagicsError("one name at a time.", write=f"{command} net = Net()")
+            return FlaxMagicsError("one name at a time.", write=f"{command} net = {sample}")
         case ast.Assign([target], value):
             name = _name_for(target, getattr(target, "attr", "").upper())
             message = f"`{_short(segment(text, target))}` is not a plain name."
@@ -346,4 +349,4 @@ def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsEr
             write = f"{command} {_name_for(value, made)} = {segment(text, value)}"
             return FlaxMagicsError(f"`{_short(text)}` has no name.", write=write)
         case _:
-            return FlaxMagicsError(f"`{_short(text)}` is no name and no assignment.", write=f"{command} net = Net()")
+            return FlaxMagicsError(f"`{_short(text)}` is no name and no assignment.", write=f"{command} net = {sample}")

@@ -11,10 +11,13 @@ import numpy as np
 
 from .arguments import Arguments
 from .errors import nearest
+from .frozen import altered
 from .keys import data_of
 from .models import Layer, Record
 from .models.switch import WHEN_TRAINING
-from .run import Made, Note
+from .outputs import has_nan
+from .run import GONE, Made, Note, Run
+from .weights import FOR_THIS_RUN
 
 KNOWN_STREAMS = ("params", "dropout", "default")
 
@@ -31,15 +34,23 @@ def join(path: Iterable[str]) -> str:
     return "/".join(path) or "(the model)"
 
 
-def of_mode(mode: str, record: Record) -> Iterator[Note]:
-    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round."""
-    if mode not in ("train", "eval"):
+def of_mode(name: str, asked: str, mode: str, record: Record) -> Iterator[Note]:
+    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round; or
+    the model `name` has nothing that could be set.
+
+    Args:
+      asked: `train`, `eval` or `as written`; `mode`: the same if something was set.
+    """
+    if asked == "as written":
         return
-    training = mode == "train"
+    training, wrong = asked == "train", False
     for kind in ("dropout", "norm"):
         layers = [layer for layer in record.layers if layer.kind == kind]
         if layers and all(layer.training is not training for layer in layers):
+            wrong = True
             yield _wrong_mode(kind, layers, training)
+    if mode != asked and not wrong:
+        yield Note("mode", f"{name} has no train switch: --{asked} changed nothing")
 
 
 def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
@@ -137,6 +148,31 @@ def of_rngs(own: bool, record: Record) -> Iterator[Note]:
     """The call has `rngs` of the user's, so that what the session drew is for the streams that the model holds, if any."""
     if own and not record.asked:
         yield Note("rngs", "rngs: yours, draw unused")
+
+
+def with_values(run: Run) -> Run:
+    """The run, with the sharp bit that its output holds NaN. Reads all of the output."""
+    if any(note.kind == "nan" for note in run.notes) or not any(values.nan for values in run.values):
+        return run
+    text = f"the output of {run.model} holds NaN"
+    if run.inputs is not GONE and has_nan(run.inputs):
+        return altered(run, {"notes": (*run.notes, Note("nan", f"{text}, and so does its input"))})
+    return altered(run, {"notes": (*run.notes, Note("nan", text, write=_finding_nan(run)))})
+
+
+def without_inputs(run: Run) -> Run:
+    """The run, holding on to its output alone."""
+    return altered(run, {"inputs": GONE})
+
+
+def _finding_nan(run: Run) -> str | None:
+    """The lines that run it once more, op by op, and stop at the operation that gives NaN; None where more is needed."""
+    added = {} if run.inputs is GONE else run.inputs[1]
+    by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
+    if by_key or run.inputs is GONE or run.draws is not None or run.weights == FOR_THIS_RUN:
+        return None
+    mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
+    return f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}"
 
 
 class SeenKeys:

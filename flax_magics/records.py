@@ -14,6 +14,7 @@ from .notes import made_of, of_params
 from .prepare import Call, init_by_hand
 from .program import devices_of
 from .run import Made, Note, Run, Timing
+from .weights import Source
 
 
 def of_init(
@@ -26,6 +27,7 @@ def of_init(
     seconds: float,
     notes: tuple[Note, ...],
     *,
+    weights: str,
     replayed: bool,
     first: bool,
 ) -> Run:
@@ -48,6 +50,7 @@ def of_init(
         made=made_of(variables),
         notes=(*notes, *of_params(variables)),
         by_hand=init_by_hand(call),
+        weights=weights,
         replayed=replayed,
         first=first,
         spelling=spelling.of_init(call, inputs),
@@ -87,6 +90,7 @@ def of_build(
         cell=cell,
         made=made_of(model.collections()),
         by_hand=recipe.by_hand(name),
+        weights=Source.initialised(draw, {}).describe(draw.seed),
         replayed=replayed,
         first=first,
     )
@@ -134,6 +138,7 @@ def of_apply(
         notes=notes,
         made=made,
         by_hand=done.by_hand,
+        weights=done.weights,
         replayed=replayed,
         first=first,
         spelling=spelling.of_apply(call, done),

@@ -159,7 +159,7 @@ def of_call(
         entry.name,
         entry.model.describe(),
         call.text,
-        prepared.mode,
+        prepared.mode_of(record),
         prepared.switch,
         entry.ready,
         modules,
