@@ -30,7 +30,6 @@ from .run import Note, Run
 from .state import State
 from .weights import Source
 
-
 LOOKED_AT = 4_000_000
 """Bytes of an output up to which it is looked at for NaN in any run; of a larger one that is shown, then."""
 
@@ -198,7 +197,5 @@ def init(
     )
     how = origins.Initialised(without_variables(entry), call.method, tuple(arrays_in(own.module)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))
-    entry = replace(
-        entry, variables=variables, made=made, updates={}, outdated=False, source=source, replaced=replaced
-    )
+    entry = replace(entry, variables=variables, made=made, updates={}, outdated=False, source=source, replaced=replaced)
     return Initialised(run, now, entry, Kept(run, Origin(how, []), size))

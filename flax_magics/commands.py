@@ -157,8 +157,8 @@ FLAX_VARS = Command(
     "%flax_vars net = EXPR      gives the model others: those of a training loop of your own, say",
     "Collections by name, as Flax's init gives them; of an NNX module its nnx.State, of which a part may be given, as "
     "nnx.update takes it. Others are checked there and then: tree, shapes and dtypes are those that the model has, or one "
-    "message says leaf by leaf what is not, and nothing has changed. They are held as they are, not copied. In EXPR the name "
-    "flax_magics is known, imported or not.\n\n"
+    "message says leaf by leaf what is not, and nothing has changed. They are held as they are, not copied. In EXPR the "
+    "name flax_magics is known, imported or not.\n\n"
     "Every report says whose weights ran: initialised in draw 1, set in cell [6], loaded from s.safetensors. After an init "
     "over weights that were more than an init's own, flax_magics.session().models['net'].previous has those.",
     (Option("--quiet", "say nothing", short="-q"),),

@@ -46,9 +46,10 @@ class Replaced:
 
     def __init__(self, variables: Any, source: Source, updates: Mapping[str, int]) -> None:
         self.source, self.updates = source, updates
+        nothing: Any = _Nothing()
         leaves, self._structure = jax.tree_util.tree_flatten(variables)
         self.inputs: tuple[Any, list[Any]] | None = (None, [])
-        self.origin: Origin | None = Origin(_Nothing(), list(map(own, leaves)))
+        self.origin: Origin | None = Origin(nothing, list(map(own, leaves)))
         self.size = sum(map(bytes_of, leaves))
 
     @property
@@ -89,6 +90,9 @@ def replaced_by_init(entry: Entry, limit: int) -> tuple[Replaced | None, tuple[N
     return replaced, (Note("replaced", text, write=PREVIOUS.format(entry.name)),)
 
 
+_Held = Kept | Replaced
+
+
 class Keeping:
     """Runs that can be replayed, oldest first.
 
@@ -101,15 +105,15 @@ class Keeping:
     def __init__(self, limit: int, current: Callable[[bool], Iterable[Any]]) -> None:
         self.limit = checked_limit(limit)
         self._current = current
-        self.noted: list[Kept | Replaced] = []
+        self.noted: list[_Held] = []
         """Runs that were not looked at yet, oldest first: appended to in the step that commits a run."""
         self._rough = 0
-        self._held: deque[Kept | Replaced] = deque()
+        self._held: deque[_Held] = deque()
         self._bytes = 0
         self._known = 0
         self._uses: dict[int, list[int]] = {}
         """id of an array → its bytes, and how many inputs and stretches of runs with the same variables hold it."""
-        self._last: dict[str, Kept] = {}
+        self._last: dict[str, _Held] = {}
         """model → its newest run."""
         self._sharing: dict[int, int] = {}
         """id of inputs → how many runs have these very ones."""
@@ -177,7 +181,7 @@ class Keeping:
                 self._last[name] = kept
         self.noted, self._rough = [], 0
 
-    def _take_in_variables(self, kept: Kept, before: Kept | None) -> None:
+    def _take_in_variables(self, kept: _Held, before: _Held | None) -> None:
         """Counts the variables that the run before did not have, and remembers which of its own this one has no more."""
         assert kept.origin is not None
         leaves = kept.origin.leaves
@@ -203,7 +207,7 @@ class Keeping:
                 kept.origin.leaves = old
                 self._after[id(before)] = []
 
-    def _take_in_inputs(self, kept: Kept, before: Kept | None) -> None:
+    def _take_in_inputs(self, kept: _Held, before: _Held | None) -> None:
         inputs = kept.inputs
         assert inputs is not None
         old = None if before is None else before.inputs
@@ -227,7 +231,7 @@ class Keeping:
                 self._uses[id(leaf)] = [size, 1]
                 self._bytes += size
 
-    def _let_go(self, kept: Kept, anyway: set[int]) -> int:
+    def _let_go(self, kept: _Held, anyway: set[int]) -> int:
         """Bytes that nobody holds any more, those of `anyway` left out."""
         assert kept.origin is not None
         assert kept.inputs is not None

@@ -36,7 +36,7 @@ from .notebook import Notebook
 from .options import Read, file_name, unquoted
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .run import Note, Run
     from .sessions import Session
 
 
@@ -287,7 +287,8 @@ class FlaxMagics(Magics):
 
         name, expression = parse_variables(options.rest)
         name, _, module = self.notebook.read_call(parse_call(f"{name}()"), local_ns)
-        quiet, notes, value = options.options["quiet"], (), None
+        quiet, value = options.options["quiet"], None
+        notes: tuple[Note, ...] = ()
         if expression is None:
             value = self.session.variables(name, module)
             if value is None:

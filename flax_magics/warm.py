@@ -331,9 +331,7 @@ def remember(entry: Entry, call: Call, options: Options, applied: Applied, progr
         parts=programs.parts[entry.name],
         numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
         streams=tuple(sorted(program.ask.streams)),
-        looked_at=run.device.startswith("cpu")
-        and program.memory is not None
-        and program.memory.outputs <= SMALL,
+        looked_at=run.device.startswith("cpu") and program.memory is not None and program.memory.outputs <= SMALL,
         template=template,
         how=applied.how,
     )

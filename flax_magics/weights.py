@@ -325,5 +325,3 @@ def check_alive(what: str, variables: Any, write: str | None = None) -> None:
             hint="a jitted step with donate_argnums takes the arrays that it is given: give it copies of these",
             write=write,
         )
-
-
