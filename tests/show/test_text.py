@@ -123,6 +123,7 @@ def test_everything_else_there_may_be_to_say() -> None:
     assert normal(run) == exactly("""
         net · train (training=True) · cpu:0 · draw 2 of seed 0
           out     float32[3,4,3]
+                  0 … 0, mean 0
           vars    params: 6 parameters, 24 B added to those there were
                   batch_stats: update 11
           sown    intermediates: {h: (float32[8,32],)}
