@@ -300,6 +300,7 @@ class FlaxMagics(Magics):
             given = expression.evaluate(self.shell.user_ns, with_package(self.shell.user_ns, local_ns))
             written = Written(f"%flax_vars {name} = {{}}", expression.source)
             notes = self.session.assign(name, given, module=module, written=written)
+            self.notebook.has_set_weights(name)
         self.reporter.publish({} if quiet else notice_bundle(variables(self.session, name, notes), self.style))
         return None if displayed_quietly(self.shell, line) else value
 

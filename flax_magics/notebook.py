@@ -168,6 +168,10 @@ class Notebook:
         if name is not None and variables is not None:
             self._weight_names.hold(model, name, variables)
 
+    def has_set_weights(self, model: str) -> None:
+        """The user has given a model other variables."""
+        self._weight_names.chosen(model, self.shell.user_ns)
+
     def weight_notes(self, model: str) -> tuple[Note, ...]:
         """The sharp bit that names of the notebook hold other weights than the model that is about to run, if they do."""
         note = self._weight_names.note(model, self.session.collections, self.shell.user_ns)

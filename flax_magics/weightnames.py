@@ -46,6 +46,11 @@ class WeightNames:
         params = tree.get("params", tree)
         self._seen.setdefault(model, {})[expression] = id(params)
 
+    def chosen(self, model: str, names: Mapping[str, Any]) -> None:
+        """The user has just given the model other weights: what the names hold besides is what was not chosen."""
+        seen = self._seen.get(model, {})
+        seen.update({expression: id(tree.get("params", tree)) for expression, tree in _trees(names, seen)})
+
     def note(self, model: str, models: Models, names: Mapping[str, Any]) -> Note | None:
         """The sharp bit that names hold other weights than `model`, which is about to run with its own; said once."""
         seen = self._seen.get(model)

@@ -123,7 +123,6 @@ def test_everything_else_there_may_be_to_say() -> None:
     assert normal(run) == exactly("""
         net · train (training=True) · cpu:0 · draw 2 of seed 0
           out     float32[3,4,3]
-                  0 … 0, mean 0
           vars    params: 6 parameters, 24 B added to those there were
                   batch_stats: update 11
           sown    intermediates: {h: (float32[8,32],)}
@@ -203,6 +202,7 @@ def test_details() -> None:
         net · train (training=True) · cpu:0 · draw 1 of seed 0
           call    net(x)
           out     float32[3,4,3]
+                  0 … 0, mean 0
           vars    params: 15 parameters, 60 B
           keys    params   375f238f  split(root, 3)[1]          → new variables
                   noise    ded1a5f8  fold_in(root, 4024608192)  → Noise_0
