@@ -151,13 +151,13 @@ def of_rngs(own: bool, record: Record) -> Iterator[Note]:
 
 
 def with_values(run: Run) -> Run:
-    """The run, with the sharp bit that its output holds NaN. Reads all of the output."""
-    if any(note.kind == "nan" for note in run.notes) or not any(values.nan for values in run.values):
+    """The run, with the sharp bit that its output holds NaN, where no other tells of it. Reads all of the output."""
+    if any(note.kind in ("nan", "nan params") for note in run.notes) or not any(values.nan for values in run.values):
         return run
     text = f"the output of {run.model} holds NaN"
     if run.inputs is not GONE and has_nan(run.inputs):
         return altered(run, {"notes": (*run.notes, Note("nan", f"{text}, and so does its input"))})
-    return altered(run, {"notes": (*run.notes, Note("nan", text, write=_finding_nan(run)))})
+    return altered(run, {"notes": (*run.notes, Note("nan", text, **_finding_nan(run)))})
 
 
 def without_inputs(run: Run) -> Run:
@@ -165,14 +165,15 @@ def without_inputs(run: Run) -> Run:
     return altered(run, {"inputs": GONE})
 
 
-def _finding_nan(run: Run) -> str | None:
-    """The lines that run it once more, op by op, and stop at the operation that gives NaN; None where more is needed."""
+def _finding_nan(run: Run) -> dict[str, str]:
+    """The lines that run it once more, op by op, and stop at the operation that gives NaN; none where more is needed."""
     added = {} if run.inputs is GONE else run.inputs[1]
     by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
     if by_key or run.inputs is GONE or run.draws is not None or run.weights == FOR_THIS_RUN:
-        return None
+        return {}
     mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
-    return f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}"
+    lines = f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}"
+    return {"form" if "…" in run.call else "write": lines}
 
 
 class SeenKeys:

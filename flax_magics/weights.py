@@ -22,7 +22,7 @@ PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
 """The line that brings replaced weights back."""
 FOR_THIS_RUN = "given for this run"
 SAMPLED = 64
-"""Elements of an array that are compared, evenly spaced."""
+"""Elements of an array that are compared, about: evenly spaced ones on a CPU, elsewhere the first."""
 SHOWN = 12
 """Leaves that a message names."""
 
@@ -60,13 +60,13 @@ def sample(leaves: list[Any]) -> bytes:
     hasher = hashlib.sha256()
     for leaf in leaves:
         if isinstance(leaf, jax.Array):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
                 continue
             leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
-            if any(device.platform == "cpu" for device in leaf.devices()):
-                leaf = np.asarray(leaf)  # where it is: nothing is compiled
-        flat = np.asarray(leaf).ravel() if not hasattr(leaf, "ravel") else leaf.ravel()
-        hasher.update(np.asarray(flat[:: max(1, flat.size // SAMPLED)][: 2 * SAMPLED]).tobytes())
+            if leaf.ndim and all(device.platform != "cpu" for device in leaf.devices()):
+                leaf = leaf.ravel()[:SAMPLED]  # the program that `NnxModel.sample` has for this shape
+        flat = np.asarray(leaf).ravel()  # on a CPU where it is
+        hasher.update(flat[:: max(1, flat.size // SAMPLED)].tobytes())
     return hasher.digest()
 
 
@@ -166,7 +166,7 @@ class Written:
 
     def advice(self, pattern: str) -> dict[str, str]:
         """What to write with `pattern` around the expression: a line to run, or one with a gap."""
-        text = self.line.replace("{}", pattern.replace("{}", self.expression or "…"))
+        text = self.line.replace("{}", pattern.replace("{}", self.expression or "…"), 1)
         return {"form" if self.expression is None else "write": text}
 
     @property
@@ -309,12 +309,12 @@ def _describe(leaf: Any) -> str:
     return f"{dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def check_alive(what: str, variables: Any, write: str | None = None) -> None:
+def check_alive(what: str, variables: Any, line: str | None = None) -> None:
     """Checks that no array of the variables was donated or deleted.
 
     Args:
       what: how they are called in a message.
-      write: the line that gives the model others.
+      line: what gives the model others; it has a gap where nobody knows how the call was written.
 
     Raises:
       FlaxMagicsError: one was.
@@ -323,5 +323,5 @@ def check_alive(what: str, variables: Any, write: str | None = None) -> None:
         raise FlaxMagicsError(
             f"{what} are gone: your code has donated or deleted their arrays.",
             hint="a jitted step with donate_argnums takes the arrays that it is given: give it copies of these",
-            write=write,
+            **({} if line is None else {"form" if "…" in line else "write": line}),
         )

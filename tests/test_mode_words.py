@@ -84,7 +84,8 @@ def test_the_run_is_the_one_as_written():
     assert written.digest == asked.digest
     assert asked.by_hand == written.by_hand
     assert session.replay(asked).agreement.identical
-    assert session.summary("net", X, mode="train").mode == "as written"
+    summary = session.summary("net", X, mode="train")
+    assert (summary.mode, summary.notes) == ("as written", ("net has no train switch: --train changed nothing",))
 
 
 def test_with_one_the_mode_is_said():

@@ -25,7 +25,7 @@ class Log(nn.Module):
 
 
 def sharp_bits(run):
-    return [(note.text, note.write) for note in run.notes if note.kind == "nan"]
+    return [(note.text, note.form) for note in run.notes if note.kind == "nan"]
 
 
 FINDING = "import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last net(x)"
@@ -68,8 +68,16 @@ def test_a_run_whose_output_holds_nan_says_so():
     runs = [session.apply("net", x) for x in (-X, -X, X, X, -X)]
     assert [run.values[0].nan for run in runs] == [8, 8, 0, 0, 8]
     assert [len(sharp_bits(run)) for run in runs] == [1, 1, 0, 0, 1]
-    assert sharp_bits(runs[0])[0][0] == "the output of net holds NaN"
+    assert sharp_bits(runs[0]) == [("the output of net holds NaN", FINDING.replace("(x)", "(…)"))]
     assert [run.notes for run in session.runs] == [run.notes for run in runs]
+
+
+def test_nan_that_is_in_new_params_is_told_of_there():
+    session = Session()
+    session.register("net", nn.Dense(2, kernel_init=nn.initializers.constant(jnp.nan)))
+    first, later = session.apply("net", X), session.apply("net", X)
+    assert [note.kind for note in first.notes] == ["nan params"]
+    assert [note.kind for note in later.notes] == ["nan"]
 
 
 def test_nan_that_was_in_the_input_is_told_as_such():
