@@ -16,10 +16,11 @@ from .errors import FlaxMagicsError
 from .execution import Execution, Options, execute, plain_errors
 from .history import Kept
 from .initialising import Initialising
+from .keeping import replaced_by_init
 from .keys import Draw, Series
 from .lines import Line
 from .models import Commit
-from .notes import OUTDATED, SeenKeys, made_of, outdated_own
+from .notes import OUTDATED, SeenKeys, made_of, outdated_own, with_values
 from .origin import Origin, bytes_of, of_apply, without_variables
 from .pinned import arrays_in
 from .prepare import Call, prepare_init
@@ -28,6 +29,10 @@ from .recompiling import WINDOW, of_programs
 from .registry import Entry
 from .run import Note, Run
 from .state import State
+from .weights import Source
+
+LOOKED_AT = 4_000_000
+"""Bytes of an output up to which it is looked at for NaN in any run; of a larger one that is shown, then."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,8 @@ def apply(
         replayed=replayed is not None,
         first=state.runs is None,
     )
+    if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
+        run = with_values(run)
     origin = of_apply(entry, options, done, call.method)
     assert isinstance(origin.how, origins.Applied)
     return Applied(run, now, kept, done, write, done.commit, Kept(run, origin, origin.how.size), origin.how)
@@ -154,8 +161,13 @@ def init(
     programs: Programs,
     clock: Callable[[], float],
     on_phase: Callable[[str], None],
+    limit: int,
 ) -> Initialised:
-    """An init of a linen model; `draw`: an earlier one whose key it takes, None for the next.
+    """An init of a linen model.
+
+    Args:
+      draw: an earlier one whose key it takes, None for the next.
+      limit: see `replaced_by_init`.
 
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
@@ -170,10 +182,22 @@ def init(
     seconds = clock() - start
     own: Any = entry.model
     inputs, first = (prepared.args, prepared.kwargs), state.runs is None
+    source = Source.initialised(now, variables)
+    replaced, more = replaced_by_init(entry, limit)
     run = records.of_init(
-        entry, call, inputs, variables, now, started, seconds, notes, replayed=draw is not None, first=first
+        entry,
+        call,
+        inputs,
+        variables,
+        now,
+        started,
+        seconds,
+        (*notes, *more),
+        weights=source.describe(now.seed),
+        replayed=draw is not None,
+        first=first,
     )
     how = origins.Initialised(without_variables(entry), call.method, tuple(arrays_in(own.module)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))
-    entry = replace(entry, variables=variables, made=made, updates={}, outdated=False)
+    entry = replace(entry, variables=variables, made=made, updates={}, outdated=False, source=source, replaced=replaced)
     return Initialised(run, now, entry, Kept(run, Origin(how, []), size))

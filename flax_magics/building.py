@@ -17,6 +17,7 @@ from .construct import Built, Recipe, keys_of
 from .errors import FlaxMagicsError, written
 from .execution import plain_errors
 from .history import Kept
+from .keeping import replaced_by_init
 from .keys import Draw
 from .models import adopt, spell_construction
 from .origin import Origin, bytes_of
@@ -25,6 +26,7 @@ from .prepare import Call
 from .registry import Change, Entry
 from .run import Run
 from .state import State
+from .weights import Source
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Building:
             name, recipe, model, now, keys, started, self._since(start, model), cell=cell, first=state.runs is None
         )
         entry, change = registry.register_holding(None, name, model, Built.of(recipe, keys))
+        entry = replace(entry, source=_source(now, model))
         if old is not None:
             change = Change(name, "changed", changes, "own")
         kept = _kept(name, recipe, run)
@@ -99,8 +102,11 @@ class Building:
         now, change = restoring.registered(state, entry, change)
         return None if change.unfit else (now, change, None)
 
-    def rebuild(self, state: State, entry: Entry, call: Call, draw: Any) -> Rebuilt:
+    def rebuild(self, state: State, entry: Entry, call: Call, draw: Any, limit: int) -> Rebuilt:
         """`init` of a model that holds its variables: the same construction again, into the same object.
+
+        Args:
+          limit: see `replaced_by_init`.
 
         Raises:
           FlaxMagicsError: the user's own code built the module.
@@ -134,8 +140,18 @@ class Building:
             first=state.runs is None,
         )
         own: Any = entry.model
+        replaced, notes = replaced_by_init(entry, limit)
+        if notes:
+            run = replace(run, notes=(*run.notes, *notes))
         entry = replace(
-            entry, built=Built.of(recipe, keys), updates={}, outdated=False, stale=False, first=model.sample()
+            entry,
+            built=Built.of(recipe, keys),
+            updates={},
+            outdated=False,
+            stale=False,
+            first=model.sample(),
+            source=_source(now, model),
+            replaced=replaced,
         )
         return Rebuilt(run, now, entry, lambda: own.become(model), _kept(name, recipe, run))
 
@@ -143,6 +159,10 @@ class Building:
         """Seconds since `start`, once what `model` holds is there."""
         jax.block_until_ready(model.collections())
         return self.clock() - start
+
+
+def _source(draw: Draw, model: Any) -> Source:
+    return Source.initialised(draw, model.collections(), in_module=True)
 
 
 def _kept(name: str, recipe: Recipe, run: Run) -> Kept:
@@ -173,7 +193,8 @@ def renewed(entry: Entry, draw: Draw, *, taken: bool) -> Entry:
     recipe = entry.built.recipe
     keys = keys_of(draw, taken=taken)
     model = adopted(recipe.build(keys), entry.name, recipe)
-    return replace(entry, model=model, built=Built.of(recipe, keys), stale=False, first=model.sample())
+    built, first = Built.of(recipe, keys), model.sample()
+    return replace(entry, model=model, built=built, stale=False, first=first, source=_source(draw, model))
 
 
 def adopted(module: Any, name: str, recipe: Recipe) -> Any:

@@ -150,15 +150,18 @@ def parse_expression(text: str, command: str) -> Expression:
 
 
 @lru_cache(maxsize=64)
-def parse_assignment(text: str, command: str = "%flaxmodel") -> Assignment:
+def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net = Net(3)") -> Assignment:
     """`net = Net(3)` or `net`, read.
+
+    Args:
+      sample: what stands after the command, for a message.
 
     Raises:
       FlaxMagicsError: for anything else; the message says what to write.
     """
     text, source, _ = _bare(text)
     if not source.strip():
-        raise FlaxMagicsError(f"{command} needs a name, such as net = Net(3).", form=f"{command} …")
+        raise FlaxMagicsError(f"{command} needs a name, such as {sample}.", form=f"{command} …")
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError) as error:

@@ -117,12 +117,23 @@ def displayed_quietly(shell: Any, line: str) -> bool:
     return ";" in line and ends_quietly(line) and displayed(shell)
 
 
-def displayed(shell: Any) -> bool:
-    """Whether the value of the line magic that is running will be displayed, and nothing else be done with it."""
+def assigned_to(shell: Any) -> str | None:
+    """The name of the notebook to which the value of the line magic that is running will be assigned; None for none."""
+    following = _following(shell)
+    return following.argval if following is not None and following.opname in ("STORE_NAME", "STORE_GLOBAL") else None
+
+
+def _following(shell: Any) -> dis.Instruction | None:
+    """What the code that runs a line magic does with its value."""
     frame = calling_frame(shell.user_global_ns)
     if frame is None:
-        return False
-    following = next((step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti), None)
+        return None
+    return next((step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti), None)
+
+
+def displayed(shell: Any) -> bool:
+    """Whether the value of the line magic that is running will be displayed, and nothing else be done with it."""
+    following = _following(shell)
     # PRINT_EXPR up to Python 3.11, afterwards the first of the intrinsics.
     return following is not None and (
         following.opname == "PRINT_EXPR" or (following.opname == "CALL_INTRINSIC_1" and following.arg == 1)

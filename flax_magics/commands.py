@@ -155,6 +155,25 @@ FLAX_KEY = Command(
     bare=True,
 )
 
+FLAX_VARS = Command(
+    "%flax_vars",
+    "%flax_vars net             gives the model's variables as they are\n"
+    "%flax_vars net = EXPR      gives the model others: those of a training loop of your own, say",
+    "Collections by name, as Flax's init gives them; of an NNX module its nnx.State, of which a part may be given, as "
+    "nnx.update takes it. Others are checked there and then: tree, shapes and dtypes are those that the model has, or one "
+    "message says leaf by leaf what is not, and nothing has changed. They are held as they are, not copied. In EXPR the "
+    "name flax_magics is known, imported or not.\n\n"
+    "Every report says whose weights ran: initialised in draw 1, set in cell [6], loaded from s.safetensors. After an init "
+    "over weights that were more than an init's own, flax_magics.session().models['net'].previous has those.",
+    (Option("--quiet", "say nothing", short="-q"),),
+    (
+        "variables = %flax_vars net",
+        "%flax_vars net = {**variables, 'params': jax.tree.map(lambda p: 0.5 * p, variables['params'])}",
+        "%flax_vars net;",
+    ),
+    takes="model",
+)
+
 FLAX_SAVE = Command(
     "%flax_save",
     "%flax_save FILE                    writes the session into FILE\n"
@@ -243,6 +262,7 @@ COMMANDS = {
         FLAX_INIT,
         FLAX_APPLY,
         FLAX_SUMMARY,
+        FLAX_VARS,
         FLAX_KEY,
         FLAX_HISTORY,
         FLAX_REPLAY,
@@ -259,6 +279,7 @@ MEANINGS = (
     ("%flax_init net(x)", "initialises, or initialises again; gives the variables"),
     ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
     ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
+    ("%flax_vars net [= EXPR]", "gives the model's variables, or takes others"),
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
     ("%flax_save FILE", "the session into one file, once or kept up to date"),
     ("%flax_load FILE", "goes on where that was saved"),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 _session: Session | None = None
 _notebook: Callable[[], tuple[Any, ...]] | None = None
+_cell_number: Callable[[], int] | None = None
 
 
 def existing() -> Session | None:
@@ -28,10 +29,20 @@ def current(seed: int = 0) -> Session:
     return _session
 
 
-def in_notebook(cells: Callable[[], tuple[Any, ...]] | None) -> None:
-    """The session is that of a notebook: `cells` gives what an export is made of. None: it is no more."""
-    global _notebook
-    _notebook = cells
+def in_notebook(cells: Callable[[], tuple[Any, ...]] | None, number: Callable[[], int] | None = None) -> None:
+    """The session is that of a notebook. None: it is no more.
+
+    Args:
+      cells: gives what an export is made of.
+      number: gives the number of the cell that is running.
+    """
+    global _notebook, _cell_number
+    _notebook, _cell_number = cells, number
+
+
+def cell_number() -> int | None:
+    """The number of the cell that is running, None outside of a notebook."""
+    return None if _cell_number is None else _cell_number()
 
 
 def notebook_of(session: Session) -> Callable[[], tuple[Any, ...]] | None:

@@ -106,6 +106,8 @@ class Execution:
     notes: tuple[Note, ...]
     made: Made | None
     by_hand: str
+    weights: str
+    """Whose variables ran."""
     keys_in_call: tuple[bytes, ...]
     """Data of keys that the user passed in the call."""
     updates: Mapping[str, Any]
@@ -172,6 +174,7 @@ def execute(
 
     record = ready.record
     line = Line(call.command, call.text, prepared.signature)
+    mode = prepared.mode_of(record)
     updates = dict(updates)
     if draw.size is not None:
         kept_back = {name: tree for name, tree in updates.items() if name not in record.sown}
@@ -189,7 +192,7 @@ def execute(
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
     told = {name for ask in entry.guesses.values() for name in ask.streams}
     collections = {*ready.variables, *updates, *sown}
-    steady = (*of_mode(prepared, record), *of_mutable(options.mutable, collections, line))
+    steady = (*of_mode(entry.name, prepared, mode, record), *of_mutable(options.mutable, collections, line))
     notes = [*steady, *of_streams(record, told)]
     if options.draw is None:  # a replay brings its keys again, and means to
         notes += seen.notes(in_call, line)
@@ -209,7 +212,7 @@ def execute(
         program=ready.origin,
         reason=ready.reason,
         causes=ready.causes,
-        mode=prepared.mode,
+        mode=mode,
         switch=(*prepared.switch, *(f"axis {name}=1 device" for name in sorted(ready.ask.axes))),
         static=tuple(f"{name}={value}" for name, value in ready.arguments.static if name in ready.arguments.forced),
         timing=Timing(
@@ -229,6 +232,7 @@ def execute(
         notes=tuple(notes),
         made=start.made,
         by_hand=by_hand(prepared, call, options, ready.ask, {*changed, *sown, *options.mutable}),
+        weights=start.weights,
         commit=commit if keep else None,
         keys_in_call=tuple(in_call.values()),
         updates=updates,

@@ -28,7 +28,7 @@ def load(shell: Any) -> None:
     shell.events.register("post_run_cell", magics.journal.end)
     shell.events.register("post_run_cell", magics.end_cell)
     library.in_cells(True)
-    in_notebook(magics.executed)
+    in_notebook(magics.executed, magics.cell_number)
     preload = Preload(shell.events, magics.notebook.prepare)
     preload.begin()
     _loaded[shell] = magics, matcher, preload

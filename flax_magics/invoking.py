@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .call import ParsedCall, parse_call
+from .call import Assignment, ParsedCall, parse_assignment, parse_call
 from .cells import displayed_quietly, run_statements_with_call
+from .commands import FLAX_VARS
 from .errors import FlaxMagicsError, advice_lines, written
 from .notebook import Notebook
 from .options import Command, Read, read
@@ -90,6 +93,34 @@ def mode_of(options: Read) -> str | None:
     if train and evaluation:
         raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
     return "train" if train else "eval" if evaluation else None
+
+
+def parse_variables(text: str) -> Assignment:
+    """`net`, or `net = EXPR`: what `%flax_vars` takes.
+
+    Raises:
+      FlaxMagicsError: it is something else.
+    """
+    try:
+        tree: ast.expr | None = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError):
+        tree = None
+    root = tree
+    while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
+        root = root.func if isinstance(root, ast.Call) else root.value
+    if isinstance(root, ast.Name) and root is not tree:
+        raise FlaxMagicsError(
+            f"%flax_vars takes the name of a model, not `{text}`.", write=f"variables = %flax_vars {root.id}"
+        )
+    return parse_assignment(text, FLAX_VARS.name, "net")
+
+
+def with_package(user_ns: Namespace, local_ns: Namespace) -> Namespace:
+    """Names of the enclosing function, with `flax_magics` where the notebook has none: messages write that."""
+    names = {} if local_ns is user_ns else dict(local_ns)
+    if "flax_magics" not in user_ns:
+        names.setdefault("flax_magics", sys.modules[__package__])
+    return names
 
 
 def run_call(

@@ -15,18 +15,82 @@ from itertools import compress
 from operator import is_not
 from typing import Any
 
+import jax
 import numpy as np
 
+from .copies import own
 from .errors import FlaxMagicsError
 from .history import Kept
-from .origin import Applied, bytes_of
+from .origin import Applied, Origin, bytes_of
 from .pinned import arrays_in
+from .registry import Entry
+from .run import Note
+from .show.units import bytes_
 from .uninterrupted import uninterrupted
+from .weights import PREVIOUS, Source
 
 REPLAY_BYTES = 256_000_000
 """What is kept where nobody says how much."""
 NOTED = 4096
 """Runs that are noted before they are looked at."""
+
+
+class Replaced:
+    """Variables that an init replaced, kept among the runs for as long as there is room, and until they are let go of.
+
+    Attributes:
+      source: where they came from.
+      updates: collection → how many runs had written it.
+      origin, inputs: as `Kept` has them, so that they count like a run; None once they were let go of.
+    """
+
+    def __init__(self, variables: Any, source: Source, updates: Mapping[str, int]) -> None:
+        self.source, self.updates = source, updates
+        nothing: Any = _Nothing()
+        leaves, self._structure = jax.tree_util.tree_flatten(variables)
+        self.inputs: tuple[Any, list[Any]] | None = (None, [])
+        self.origin: Origin | None = Origin(nothing, list(map(own, leaves)))
+        self.size = sum(map(bytes_of, leaves))
+
+    @property
+    def variables(self) -> Any:
+        """As they were."""
+        assert self.origin is not None
+        return jax.tree_util.tree_unflatten(self._structure, self.origin.leaves)
+
+    def let_go(self) -> None:
+        """Lets go of the arrays."""
+        self.origin = self.inputs = None
+
+
+class _Nothing:
+    """How `Replaced` came to be: by no run, and with nothing that a model holds besides."""
+
+    pinned = ()
+
+
+def replaced_by_init(entry: Entry, limit: int) -> tuple[Replaced | None, tuple[Note, ...]]:
+    """What an init is about to replace, if that is more than an init's own; and the note that says so.
+
+    An init over fresh variables leaves those that an earlier one replaced where they are.
+
+    Args:
+      limit: bytes that are kept at most.
+    """
+    source = entry.source_now()
+    if not entry.ready or source is None or (source.is_initial and not entry.updates):
+        return entry.replaced, ()
+    model: Any = entry.model
+    replaced = Replaced(model.state() if model.holds_variables else entry.variables, source, entry.updates)
+    runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.updates.items())
+    text = f"this init replaced weights of {entry.name}: {source.describe()}" + (f", {runs}" if runs else "")
+    if replaced.size > limit:
+        gone = f"; they are not kept: {bytes_(replaced.size)} are more than replay_bytes, {bytes_(limit)}"
+        return None, (Note("replaced", text + gone),)
+    return replaced, (Note("replaced", text, write=PREVIOUS.format(entry.name)),)
+
+
+_Held = Kept | Replaced
 
 
 class Keeping:
@@ -41,15 +105,15 @@ class Keeping:
     def __init__(self, limit: int, current: Callable[[bool], Iterable[Any]]) -> None:
         self.limit = checked_limit(limit)
         self._current = current
-        self.noted: list[Kept] = []
+        self.noted: list[_Held] = []
         """Runs that were not looked at yet, oldest first: appended to in the step that commits a run."""
         self._rough = 0
-        self._held: deque[Kept] = deque()
+        self._held: deque[_Held] = deque()
         self._bytes = 0
         self._known = 0
         self._uses: dict[int, list[int]] = {}
         """id of an array → its bytes, and how many inputs and stretches of runs with the same variables hold it."""
-        self._last: dict[str, Kept] = {}
+        self._last: dict[str, _Held] = {}
         """model → its newest run."""
         self._sharing: dict[int, int] = {}
         """id of inputs → how many runs have these very ones."""
@@ -78,6 +142,14 @@ class Keeping:
         """Lets go of the oldest while there is too much, an eighth of the limit at a time."""
         with uninterrupted():
             self._settle()
+
+    def drop(self, replaced: Replaced) -> None:
+        """Lets go of variables that an init replaced."""
+        with uninterrupted():
+            self._take_in()
+            if replaced in self._held:
+                self._held.remove(replaced)
+                self._let_go(replaced, set())
 
     def _settle(self) -> None:
         self._take_in()
@@ -109,7 +181,7 @@ class Keeping:
                 self._last[name] = kept
         self.noted, self._rough = [], 0
 
-    def _take_in_variables(self, kept: Kept, before: Kept | None) -> None:
+    def _take_in_variables(self, kept: _Held, before: _Held | None) -> None:
         """Counts the variables that the run before did not have, and remembers which of its own this one has no more."""
         assert kept.origin is not None
         leaves = kept.origin.leaves
@@ -135,7 +207,7 @@ class Keeping:
                 kept.origin.leaves = old
                 self._after[id(before)] = []
 
-    def _take_in_inputs(self, kept: Kept, before: Kept | None) -> None:
+    def _take_in_inputs(self, kept: _Held, before: _Held | None) -> None:
         inputs = kept.inputs
         assert inputs is not None
         old = None if before is None else before.inputs
@@ -159,7 +231,7 @@ class Keeping:
                 self._uses[id(leaf)] = [size, 1]
                 self._bytes += size
 
-    def _let_go(self, kept: Kept, anyway: set[int]) -> int:
+    def _let_go(self, kept: _Held, anyway: set[int]) -> int:
         """Bytes that nobody holds any more, those of `anyway` left out."""
         assert kept.origin is not None
         assert kept.inputs is not None
@@ -227,8 +299,6 @@ def checked_limit(limit: Any) -> int:
 
 def arrays_of(models: Mapping[str, Any], pinned: bool) -> Iterable[Any]:
     """The variables of registered models, as the session or the module holds them; `pinned`: and what else models hold."""
-    import jax
-
     for entry in models.values():
         held = entry.variables
         with contextlib.suppress(Exception):  # a module that its owner has made one that no run would take

@@ -12,7 +12,7 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from traitlets import Bool, Dict, Enum, Int, observe, validate
 
 from .call import ParsedCall, parse_call, parse_expression, plain_name
-from .cells import displayed, displayed_quietly, run_body
+from .cells import assigned_to, displayed, displayed_quietly, run_body
 from .commands import (
     FLAX,
     FLAX_APPLY,
@@ -24,18 +24,19 @@ from .commands import (
     FLAX_REPLAY,
     FLAX_SAVE,
     FLAX_SUMMARY,
+    FLAX_VARS,
     FLAXMODEL,
 )
 from .current import existing
 from .errors import FlaxMagicsError, did_you_mean
-from .invoking import Namespace, command, mode_of, read_body, run_call
+from .invoking import Namespace, command, mode_of, parse_variables, read_body, run_call, with_package
 from .journal import load_of
 from .kinds import KINDS
 from .notebook import Notebook
 from .options import Read, file_name, quoted, unquoted
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .run import Note, Run
     from .sessions import Session
 
 
@@ -78,6 +79,7 @@ class FlaxMagics(Magics):
         # What `extension.py` hooks into the shell.
         self.begin_cell, self.end_cell = self.notebook.begin_cell, self.notebook.end_cell
         self.executed, self.model_names = self.notebook.executed, self.notebook.model_names
+        self.cell_number = lambda: self.notebook.number
         super().__init__(shell=shell, **kwargs)
         self._ready = True
 
@@ -178,7 +180,10 @@ class FlaxMagics(Magics):
             name, call, module = self.notebook.read_call(parsed, local_ns)
             typed = f"{'%' if cell is None else '%%'}flax_init {line}"
             draw = self.notebook.draw(options.options["draw"], local_ns, typed)
-            return self.session.run_init(name, call, draw=draw, module=module)
+            init_run = self.session.run_init(name, call, draw=draw, module=module)
+            if cell is None:
+                self.notebook.holds_weights(name, assigned_to(self.shell))
+            return init_run
 
         return run_call(self.notebook, FLAX_INIT, line, options, cell, run)
 
@@ -207,7 +212,8 @@ class FlaxMagics(Magics):
             if given["variables"] is not None:
                 expression = parse_expression(given["variables"], "--variables")
                 chosen = replace(chosen, variables=expression.evaluate(self.shell.user_ns, local_ns))
-            return self.session.run_apply(name, call, chosen, module=module)
+            notes = self.notebook.weight_notes(name) if chosen.variables is None else ()
+            return self.session.run_apply(name, call, chosen, module=module, notes=notes)
 
         return run_call(self.notebook, FLAX_APPLY, line, options, cell, run)
 
@@ -271,6 +277,35 @@ class FlaxMagics(Magics):
             run = self.session.run_key(name, cell=self.notebook.number)
         self.notebook.report(run, live, quiet=quiet)
         return None if displayed_quietly(self.shell, line) else run.output
+
+    @line_magic
+    @no_var_expand
+    @needs_local_scope
+    @command(FLAX_VARS)
+    def flax_vars(self, line: str, options: Read, cell: str | None, local_ns: Namespace) -> Any:
+        """`%flax_vars net [= EXPR]`"""
+        from .overview import variables
+        from .show.bundle import notice_bundle
+        from .weights import Written
+
+        name, expression = parse_variables(options.rest)
+        name, _, module = self.notebook.read_call(parse_call(f"{name}()"), local_ns)
+        quiet, value = options.options["quiet"], None
+        notes: tuple[Note, ...] = ()
+        if expression is None:
+            value = self.session.variables(name, module)
+            if value is None:
+                raise FlaxMagicsError(
+                    f"`{name}` has no variables yet: its first run initialises them, or an init does.",
+                    form=f"%flax_init {name}(…)",
+                )
+        else:
+            given = expression.evaluate(self.shell.user_ns, with_package(self.shell.user_ns, local_ns))
+            written = Written(f"%flax_vars {name} = {{}}", expression.source)
+            notes = self.session.assign(name, given, module=module, written=written)
+            self.notebook.has_set_weights(name)
+        self.reporter.publish({} if quiet else notice_bundle(variables(self.session, name, notes), self.style))
+        return None if displayed_quietly(self.shell, line) else value
 
     @line_magic
     @no_var_expand

@@ -22,9 +22,10 @@ from .tracebacks import stopped
 if TYPE_CHECKING:
     from .celllog import Rerun
     from .complete import ModelNames
-    from .run import Run
+    from .run import Note, Run
     from .sessions import Session
     from .show.live import Live
+    from .weightnames import WeightNames
 
 
 class Settings(Protocol):
@@ -156,10 +157,33 @@ class Notebook:
     def end_cell(self, *_: Any) -> None:
         """`post_run_cell`: reports come to their end, and what is more than may be kept goes."""
         self._cell = None
-        self.reporter.end_cell()
+        self.reporter.end_cell(self.settings.notes, self.settings.style)
         session = existing()
         if session is not None:
             session.settle()
+            if session.models:
+                self._weight_names.look(session.collections, self.shell.user_ns)
+
+    @cached_property
+    def _weight_names(self) -> WeightNames:
+        from .weightnames import WeightNames
+
+        return WeightNames()
+
+    def holds_weights(self, model: str, name: str | None) -> None:
+        """The variables of a model are about to be assigned to a name."""
+        variables = self.session.collections[model]
+        if name is not None and variables is not None:
+            self._weight_names.hold(model, name, variables)
+
+    def has_set_weights(self, model: str) -> None:
+        """The user has given a model other variables."""
+        self._weight_names.chosen(model, self.shell.user_ns)
+
+    def weight_notes(self, model: str) -> tuple[Note, ...]:
+        """The sharp bit that names of the notebook hold other weights than the model that is about to run, if they do."""
+        note = self._weight_names.note(model, self.session.collections, self.shell.user_ns)
+        return () if note is None else (note,)
 
     @property
     def number(self) -> int:
@@ -193,6 +217,8 @@ class Notebook:
 
     def report(self, run: Run, live: Live, *, quiet: bool) -> None:
         """Shows a run in place of its live line, as the settings have it. `quiet`: a sharp bit not yet said alone."""
+        if not quiet and self.settings.report != "off":
+            run = self._with_values(run)  # what is shown is read for its digest anyway
         if quiet and not run.notes:
             self.reporter.later(run)
             live.clear()
@@ -202,6 +228,12 @@ class Notebook:
             notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
             shown = run if len(notes) == len(run.notes) else replace(run, notes=notes)
         self.reporter.report(shown, live, setting=settings.report, style=settings.style, quiet=quiet)
+
+    @cached_property
+    def _with_values(self) -> Callable[[Run], Run]:
+        from .notes import with_values
+
+        return with_values
 
     def tell_of_autosave(self) -> None:
         """Says, once, that saving in the background fails: at the first command after it did."""

@@ -13,12 +13,15 @@ import numpy as np
 
 from .arguments import Arguments
 from .errors import nearest, written
+from .frozen import altered
 from .keys import data_of
 from .lines import Line, as_array, new_key
 from .models import Layer, Record
 from .models.switch import WHEN_TRAINING, following
+from .outputs import has_nan
 from .prepare import Prepared
-from .run import Made, Note
+from .run import GONE, Made, Note, Run
+from .weights import FOR_THIS_RUN
 
 KNOWN_STREAMS = ("params", "dropout", "default")
 
@@ -40,15 +43,20 @@ def join(path: Iterable[str]) -> str:
     return "/".join(path) or "(the model)"
 
 
-def of_mode(prepared: Prepared, record: Record) -> Iterator[Note]:
-    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round.
+def of_mode(name: str, prepared: Prepared, mode: str, record: Record) -> Iterator[Note]:
+    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round; or
+    the model `name` has nothing that could be set.
 
     Where other layers do as was asked, one that is told otherwise by more than a literal beside a switch is meant to be:
     a backbone that stays frozen.
+
+    Args:
+      mode: what was asked if something was set, else `as written`.
     """
-    if prepared.mode not in ("train", "eval"):
+    asked = prepared.mode
+    if asked not in ("train", "eval"):
         return
-    training = prepared.mode == "train"
+    training, told = asked == "train", False
     obeyed = any(layer.training is training for layer in record.layers)
     for kind in ("dropout", "norm"):
         layers = [layer for layer in record.layers if layer.kind == kind]
@@ -56,7 +64,10 @@ def of_mode(prepared: Prepared, record: Record) -> Iterator[Note]:
             continue
         wrong = [layer for layer in layers if not obeyed or (layer.source.literal and layer.own_switch)]
         if wrong:
+            told = True
             yield _wrong_mode(kind, wrong, training)
+    if mode != asked and not told:
+        yield Note("mode", f"{name} has no train switch: --{asked} changed nothing")
 
 
 def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
@@ -180,6 +191,32 @@ def of_rngs(own: bool, record: Record) -> Iterator[Note]:
     """The call has `rngs` of the user's, so that what the session drew is for the streams that the model holds, if any."""
     if own and not record.asked:
         yield Note("rngs", "rngs: yours, draw unused")
+
+
+def with_values(run: Run) -> Run:
+    """The run, with the sharp bit that its output holds NaN, where no other tells of it. Reads all of the output."""
+    if any(note.kind in ("nan", "nan params") for note in run.notes) or not any(values.nan for values in run.values):
+        return run
+    text = f"the output of {run.model} holds NaN"
+    if run.inputs is not GONE and has_nan(run.inputs):
+        return altered(run, {"notes": (*run.notes, Note("nan", f"{text}, and so does its input"))})
+    return altered(run, {"notes": (*run.notes, Note("nan", text, **_finding_nan(run)))})
+
+
+def without_inputs(run: Run) -> Run:
+    """The run, holding on to its output alone."""
+    return altered(run, {"inputs": GONE})
+
+
+def _finding_nan(run: Run) -> dict[str, str]:
+    """The lines that run it once more, op by op, and stop at the operation that gives NaN; none where more is needed."""
+    added = {} if run.inputs is GONE else run.inputs[1]
+    by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
+    if by_key or run.inputs is GONE or run.draws is not None or run.weights == FOR_THIS_RUN:
+        return {}
+    mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
+    lines = f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}"
+    return {"form" if "…" in run.call else "write": lines}
 
 
 class SeenKeys:

@@ -37,6 +37,18 @@ def key_card(session: Session) -> KeyCard:
     return KeyCard(session.seed, session.draws, fingerprint(key), str(jax.random.key_impl(key)))
 
 
+def variables(session: Session, name: str, notes: tuple[Note, ...] = ()) -> Notice:
+    """What `%flax_vars` answers."""
+    model = session.models[name]
+    collections = model.collections()
+    if collections is None:
+        return Notice(name, ("no variables", "the next run initialises"), notes)
+    parameters, size = summary(collections)
+    amount = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
+    updates = (f"{kind}: update {times}" for kind, times in model.updates.items())
+    return Notice(name, (model.weights, amount, *updates), notes)
+
+
 def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
     """The session at a glance."""
     models = []
@@ -46,7 +58,7 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         collections = model.collections()
         if collections is not None:
             parameters, size = summary(collections)
-            text = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
+            text = ", ".join(filter(None, (plural(parameters, "parameter"), bytes_(size), model.weights)))
         if name in waiting:
             text += f"; its variables in {waiting[name].file} do not fit"
         models.append(Model(name, model.describe(), text))

@@ -68,6 +68,17 @@ class Drawn:
         return self._kept.run().digest
 
     @property
+    def weights(self) -> str:
+        """Whose variables ran, such as `initialised in draw 1`; empty for a key."""
+        weights: str = self._kept.facts["weights"]
+        return weights
+
+    @property
+    def initialises(self) -> bool:
+        """Whether it made variables."""
+        return self._kept.facts["made"] is not None
+
+    @property
     def last(self) -> int:
         """The number of the last draw that it took."""
         return self.draw + (self.draws or 1) - 1

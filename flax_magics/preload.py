@@ -52,7 +52,7 @@ class Preload:
 
 def _import() -> None:
     """What a model cell and a first run import."""
-    from . import asked, diskcache, modelcell, recorded, sessions  # noqa: F401
+    from . import asked, diskcache, modelcell, recorded, sessions, weightnames  # noqa: F401
     from .models import linen  # noqa: F401
     from .show import bundle, live  # noqa: F401
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import FlaxMagicsError, did_you_mean, written
 from .lines import new_key, without_option
-from .models import FLAX_ARGUMENTS, Idiom, Model, Path
+from .models import FLAX_ARGUMENTS, Idiom, Model, Path, Record
 from .models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 
 
@@ -37,7 +37,12 @@ class BadCall(FlaxMagicsError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model in its mode, and arguments that fit: `switch` says what was set, or how it stands as written."""
+    """A model in its mode, and arguments that fit.
+
+    Attributes:
+      switch: what was set, or how it stands as written.
+      mode: what was asked: `train`, `eval`, or `as written`.
+    """
 
     model: Model
     args: tuple[Any, ...]
@@ -47,6 +52,13 @@ class Prepared:
     mode: str
     own_rngs: bool = False
     """The call has `rngs` of the user's, where the session would have given some."""
+
+    def mode_of(self, record: Record) -> str:
+        """The mode that the run of `record` was in: as written where nothing was set.
+
+        A model that looks whether it was given the stream `dropout` is switched by that.
+        """
+        return self.mode if self.switch or "dropout" in record.queried else "as written"
 
 
 def prepare(name: str, model: Model, call: Call, mode: str | None) -> Prepared:
@@ -79,8 +91,9 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> Prepared:
                 kwargs[key] = value_of(key, train)
             given.append(key)
             switch.append(f"{key}={value_of(key, train)}")
-        model, fields = model.fields_in_mode(train, fixed=frozenset(given))
+        in_mode, fields = model.fields_in_mode(train, fixed=frozenset(given))
         switch += fields
+        model = in_mode if switch else model
     model, own_rngs = model.given(signature, call.args, kwargs)
     supplied = model.supplies()
     check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(supplied)})

@@ -24,6 +24,7 @@ def recorded(run: Run) -> dict[str, Any]:
         "command": run.command,
         "model": run.model,
         "mode": run.mode,
+        "weights": run.weights,
         "call": run.call,
         "output": run.shape,
         "seed": run.seed,

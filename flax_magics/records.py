@@ -15,6 +15,7 @@ from .prepare import Call
 from .program import devices_of
 from .registry import Entry
 from .run import Made, Note, Run, Timing
+from .weights import Source
 
 
 def of_init(
@@ -27,6 +28,7 @@ def of_init(
     seconds: float,
     notes: tuple[Note, ...],
     *,
+    weights: str,
     replayed: bool,
     first: bool,
 ) -> Run:
@@ -51,6 +53,7 @@ def of_init(
         made=made_of(variables),
         notes=(*notes, *of_params(variables)),
         by_hand=model.init_by_hand(call.text, call.method, by_hand.init_arguments, by_hand.init_fields),
+        weights=weights,
         replayed=replayed,
         first=first,
         spelling=by_hand,
@@ -90,6 +93,7 @@ def of_build(
         cell=cell,
         made=made_of(model.collections()),
         by_hand=recipe.by_hand(name),
+        weights=Source.initialised(draw, {}).describe(draw.seed),
         replayed=replayed,
         first=first,
     )
@@ -137,6 +141,7 @@ def of_apply(
         notes=notes,
         made=made,
         by_hand=done.by_hand,
+        weights=done.weights,
         replayed=replayed,
         first=first,
         spelling=spelling.of_apply(call, done),

@@ -12,9 +12,11 @@ from .construct import Built
 from .edits import Edit, Initialised, compare, differences
 from .errors import FlaxMagicsError
 from .models import Ask, Model, adopt
+from .weights import Source
 
 if TYPE_CHECKING:
     from .complete import ModelNames
+    from .keeping import Replaced
     from .sessions import Session
 
 
@@ -49,11 +51,25 @@ class Entry:
     """A digest of such a module's variables as they were when it was registered."""
     made_before: Initialised | None = None
     """How the variables were made in whose place the user has put others: what the model's own look like."""
+    source: Source | None = None
+    """Where the variables came from; None as long as there are none."""
+    replaced: Replaced | None = None
+    """Variables in whose place an init has put fresh ones, where those were more than an earlier init's."""
 
     @property
     def ready(self) -> bool:
         """Whether there are variables."""
         return self.variables is not None or self.model.holds_variables
+
+    @property
+    def held(self) -> Mapping[str, Any] | None:
+        """The variables by collection, where the session or the module holds them now."""
+        return self.model.take() if self.model.holds_variables else self.variables
+
+    def source_now(self) -> Source | None:
+        """Where the variables came from that are held now."""
+        held = self.held
+        return self.source if held is None or self.source is None else self.source.now(held, self.updates)
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ def register_holding(old: Entry | None, name: str, model: Any, built: Built | No
     new module if they all fit; otherwise, and where nothing but the initial values differs, its own stand.
     """
     print_, first = model.print(), model.sample()
-    entry = Entry(name, model, print_, built=built, first=first)
+    entry = Entry(name, model, print_, built=built, first=first, source=Source.own(name))
     if old is None:
         return entry, Change(name, "new")
     if not old.model.holds_variables:
@@ -128,7 +144,7 @@ def register_holding(old: Entry | None, name: str, model: Any, built: Built | No
     if changes:
         return entry, Change(name, "changed", changes, "own")
     values = before.collections()
-    entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.first)
+    entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.first, source=old.source)
     return entry, Change(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
@@ -146,7 +162,7 @@ def _edited(old: Entry, model: Model, print_: bytes | None) -> tuple[Entry, Chan
     else:
         edit, now = compare(old.made, model)
     if not edit.fits:
-        entry = replace(entry, variables=None, made=None, updates={}, outdated=False)
+        entry = replace(entry, variables=None, made=None, updates={}, outdated=False, source=None)
         return entry, Change(old.name, "changed", edit.changes, "dropped")
     made = old.made if now is None or edit.outdated else now
     entry = replace(entry, made=made, outdated=old.outdated or edit.outdated)
@@ -177,7 +193,34 @@ class RegisteredModel:
 
     @variables.setter
     def variables(self, value: Mapping[str, Any] | None) -> None:
-        self._session._assign(self.name, value)
+        self._session.assign(self.name, value)
+
+    @property
+    def weights(self) -> str:
+        """Where the variables came from, such as `initialised in draw 1`; empty before the first init."""
+        source = self._entry().source_now()
+        return "" if source is None else source.describe(self._session.seed)
+
+    @property
+    def updates(self) -> Mapping[str, int]:
+        """Collection → how many runs have written it since."""
+        return dict(self._entry().updates)
+
+    @property
+    def previous(self) -> Any:
+        """The variables that the last init replaced: set, loaded or trained ones, or such as runs had written into.
+
+        Raises:
+          FlaxMagicsError: there are none, or they were let go of to stay within `replay_bytes`.
+        """
+        replaced = self._entry().replaced
+        if replaced is None:
+            raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
+        if replaced.origin is None:
+            raise FlaxMagicsError(
+                f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
+            )
+        return replaced.variables
 
     def collections(self) -> Mapping[str, Any] | None:
         """The variables by collection (of an NNX module: by type, random streams left out); None before the first init."""
@@ -215,35 +258,6 @@ class RegisteredModel:
             parameters, size = summary(self.collections() or {})
             state = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
         return f"<{self.name}: {entry.model.describe()}, {state}>"
-
-
-def check_variables(name: str, value: Any) -> Any:
-    """`value` if it is a mapping of collections (or None).
-
-    Raises:
-      FlaxMagicsError: it is something else, holds bare parameters instead of collections, or is no tree that JAX takes.
-    """
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise FlaxMagicsError(
-            f"variables of `{name}` are a dict of collections, not {type(value).__name__}.",
-            form="{'params': …}",
-        )
-    try:
-        leaves = jax.tree_util.tree_leaves(value)
-    except ValueError as error:
-        raise FlaxMagicsError(
-            f"variables of `{name}`: a dict in them has keys that JAX cannot sort, such as a number beside a string."
-        ) from error
-    if "params" not in value and value and all(isinstance(item, Mapping) for item in value.values()):
-        modules = [key for key, item in value.items() if set(item) & {"kernel", "bias", "scale", "embedding"}]
-        if leaves and modules:
-            raise FlaxMagicsError(
-                f"variables of `{name}` have no `params`, but `{modules[0]}`: these look like the params themselves.",
-                form="{'params': …}",
-            )
-    return value
 
 
 class Models(Mapping[str, RegisteredModel]):

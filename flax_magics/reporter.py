@@ -6,11 +6,12 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .recorded import Rows
-    from .run import Run, Taken
+    from .run import Run
     from .show.live import Live
     from .show.loop import Loop
 
@@ -36,22 +37,38 @@ class Reporter:
         self._pending = False
         self._style = "auto"
         self._live: Live | None = None
-        self._later: list[tuple[Taken, Any]] = []
+        self._later: list[Run] = []
         self._later_bytes = 0
 
     def begin_cell(self, *_: Any) -> None:
         """`pre_run_cell`: the runs of a cell are counted anew."""
         self._runs, self._loop, self._rows, self._display_id, self._pending = 0, None, None, None, False
 
-    def end_cell(self, *_: Any) -> None:
-        """`post_run_cell`: the counting line as it is in the end, with its runs as data."""
+    def end_cell(self, notes: Mapping[str, bool] = MappingProxyType({}), style: str = "auto") -> None:
+        """`post_run_cell`: the counting line as it is in the end, with its runs as data; and NaN that runs gave which
+        showed nothing, if that was not said.
+
+        Args:
+          notes: kinds of sharp bits that are said, or not.
+        """
         many = self._loop is not None and self._loop.runs > 1
         if self._pending or (many and self._rows is not None):
             self._show_loop(self._rows)
         self.begin_cell()
         later, self._later, self._later_bytes = self._later, [], 0
-        for taken, output in later:
-            taken.take(output)
+        for run in later:
+            run._taken.take(run.output)
+            if any(values.nan for values in run.values) and notes.get("nan", True):
+                self._say_of_values(run, style)
+
+    def _say_of_values(self, run: Run, style: str) -> None:
+        from .notes import with_values
+        from .show.bundle import bundle
+
+        noted = with_values(run)
+        unsaid = tuple(note for note in noted.notes if (note.kind, note.text) not in self._said)
+        self._said.update((note.kind, note.text) for note in unsaid)
+        self.publish(bundle(dataclasses.replace(noted, notes=unsaid), "off", style))
 
     def later(self, run: Run) -> None:
         """Takes the digest of a run that shows none, once the cell has ended: so that a replay has something to go by.
@@ -60,7 +77,9 @@ class Reporter:
         """
         size = output_bytes(run)
         if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
-            self._later.append((run._taken, run.output))
+            from .notes import without_inputs
+
+            self._later.append(without_inputs(run))
             self._later_bytes += size
 
     def live(self) -> Live:

@@ -24,6 +24,7 @@ from .snapshot import SavedModel, versions
 from .state import State
 from .structure import alike
 from .uninterrupted import at_once
+from .weights import Source
 
 
 class Unfit(Exception):
@@ -77,7 +78,7 @@ def _match(saved: SavedModel, entry: Entry) -> Matched:
     if model.holds_variables:
         return _into_module(saved, entry, model)
     if saved.variables is None:
-        return Matched(replace(entry, variables=None, made=None, updates={}, outdated=False))
+        return Matched(replace(entry, variables=None, made=None, updates={}, outdated=False, source=None))
     variables, made, outdated = _held_against(saved, model)
     assigned = saved.assigned or made is None
     entry = replace(
@@ -87,6 +88,7 @@ def _match(saved: SavedModel, entry: Entry) -> Matched:
         made_before=made if assigned else None,
         updates=dict(saved.updates),
         outdated=outdated,
+        source=Source.loaded(saved.file, variables),
     )
     return Matched(entry)
 
@@ -152,7 +154,7 @@ class _Other:
 def _into_module(saved: SavedModel, entry: Entry, model: Any) -> Matched:
     """The variables of an NNX module, each for the one that stands at its path."""
     slots = {slot.path: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
-    values: dict[Any, Any] = {}
+    values_by_path: dict[Any, Any] = {}
     changes = []
     for collection, path, value in saved.variables:
         name = "/".join(map(str, path))
@@ -175,17 +177,23 @@ def _into_module(saved: SavedModel, entry: Entry, model: Any) -> Matched:
         if not alike(jax.tree_util.tree_structure(value), jax.tree_util.tree_structure(there)):
             changes.append(f"{name} is put together otherwise")
         changes += [_spell(line, name) for line in differences(_leaves_only(value), _leaves_only(there))]
-        values[path] = value
+        values_by_path[path] = value
     changes += [
         f"{'/'.join(map(str, path))} added" for path in slots if path not in {row[1] for row in saved.variables}
     ]
     if changes:
         raise Unfit(tuple(changes))
-    assignments = [slots[path].assignment(value) for path, value in values.items()]
+    assignments = [slots[path].assignment(value) for path, value in values_by_path.items()]
     built = entry.built
     if built is not None and saved.keys is not None:
         built = replace(built, keys=saved.keys)
-    entry = replace(entry, updates=dict(saved.updates), outdated=saved.outdated, stale=saved.stale, built=built)
+    values: dict[str, dict[str, Any]] = {}
+    for path, value in values_by_path.items():
+        values.setdefault(slots[path].collection, {})[slots[path].name] = value
+    source = Source.loaded(saved.file, values, in_module=True)
+    entry = replace(
+        entry, updates=dict(saved.updates), outdated=saved.outdated, stale=saved.stale, built=built, source=source
+    )
     return Matched(entry, lambda: at_once(assignments))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import advice
 from .frozen import altered
+from .outputs import Values, values_of
 
 if TYPE_CHECKING:
     from .agreement import Agreement
@@ -196,11 +197,14 @@ class Taken:
     digest: str | None = None
     shape: str | None = None
     spread: tuple[Spread, ...] | None = None
+    values: tuple[Values, ...] | None = None
 
     def take(self, output: Any) -> None:
-        """Takes the digest, if it was not, while the output is there."""
+        """Takes the digest, if it was not, while the output is there; and looks at its numbers, as all is read anyway."""
         if self.digest is None:
             self.digest = digest_of(output)
+        if self.values is None:
+            self.values = values_of(output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +238,7 @@ class Run:
       notes: the sharp bits that were found.
       made: the variables this run initialised, if any.
       by_hand: the same run as plain Flax.
+      weights: where the variables came from that it ran with (an init: that it made), such as `initialised in draw 1`.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: the first draw of this session.
       elsewhere: of a run that was read from a file, as JSON data: what its bits depended on (see `environment`) and a
@@ -268,6 +273,7 @@ class Run:
     notes: tuple[Note, ...] = ()
     made: Made | None = None
     by_hand: str = ""
+    weights: str = ""
     replayed: bool = False
     first: bool = False
     draws: int | None = None
@@ -305,6 +311,18 @@ class Run:
             self._taken.spread = spread_of(self.output)
         return self._taken.spread or ()
 
+    @property
+    def values(self) -> tuple[Values, ...]:
+        """What the numbers of each array of the output are like, looked at when first asked for.
+
+        Empty for an init and a key, and where the output was let go before.
+        """
+        if self.command != "apply":
+            return ()
+        if self._taken.values is None and self.output is not GONE:
+            self._taken.values = values_of(self.output)
+        return self._taken.values or ()
+
     def to_json(self) -> dict[str, Any]:
         """The run as JSON data: what it was, with a few values of its output alone. Keys are given in full, their words in
         hex.
@@ -332,6 +350,7 @@ class Run:
             "cost": None if self.cost is None else asdict(self.cost),
             "limits": None if self.limits is None else asdict(self.limits),
             "spread": [asdict(spread) for spread in self.spread],
+            "values": [asdict(values) for values in self.values],
             "cell": self.cell,
             "notes": [asdict(note) for note in self.notes],
             "by_hand": self.by_hand,

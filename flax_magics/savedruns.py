@@ -16,6 +16,7 @@ from .fields import Fields, finite
 from .frozen import altered
 from .history import Chain, Kept
 from .keys import Streams, as_key
+from .outputs import Values
 from .run import GONE, Cost, Limits, Made, Memory, Note, Run, Steady, Taken, Timing
 from .treereader import key_type
 
@@ -87,7 +88,8 @@ def run_of(data: Any, where: str, *, first: bool) -> Run:
     if own.whole("version") != 1:
         raise Damaged(f"`{where}` is of a version that is not known here")
     draws = own.maybe_whole("draws")
-    taken = Taken(own.maybe_text("digest"), own.text("output"), _spread(own) if draws is not None else None)
+    spread = _spread(own) if draws is not None else None
+    taken = Taken(own.maybe_text("digest"), own.text("output"), spread, _values(own))
     return Run(
         command=own.text("command"),
         model=own.maybe_text("model"),
@@ -115,6 +117,7 @@ def run_of(data: Any, where: str, *, first: bool) -> Run:
         notes=tuple(_note(note, where) for note in own.items("notes")),
         made=_made(own),
         by_hand=own.text("by_hand"),
+        weights=own.text("weights") if "weights" in own.data else "",  # files of the first version have none
         replayed=own.flag("replayed"),
         first=first,
         elsewhere=_elsewhere(own),
@@ -197,6 +200,16 @@ def _spread(own: Fields) -> tuple[Spread, ...]:
     for data in own.items("spread"):
         inner = Fields(data, f"{own.where}.spread", ("path", "mean", "deviation"))
         found.append(Spread(inner.text("path"), inner.real("mean"), inner.real("deviation")))
+    return tuple(found)
+
+
+def _values(own: Fields) -> tuple[Values, ...]:
+    found = []
+    for data in own.items("values") if "values" in own.data else ():  # files of the first version have none
+        inner = Fields(data, f"{own.where}.values", ("path", "size", "nan", "inf", "least", "most", "mean"))
+        counts = (inner.whole(name) for name in ("size", "nan", "inf"))
+        range_ = (None if inner.get(name) is None else inner.real(name) for name in ("least", "most", "mean"))
+        found.append(Values(inner.text("path"), *counts, *range_))
     return tuple(found)
 
 

@@ -146,6 +146,7 @@ def load(session: Session, path: str | os.PathLike[str]) -> Restored:
         session._seen = seen
         session._warm = WarmRuns()
         session._keeping = session._keeping.emptied()
+        session._keeping.noted += [entry.replaced for entry in models.values() if entry.replaced is not None]
     return Restored(
         os.fspath(target),
         found.root.seed,

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from . import applying, history, records, registry, surroundings
+from . import applying, assignment, history, records, registry, surroundings
 from .building import Building
 from .call import plain_name
 from .construct import Recipe
+from .current import cell_number
 from .diskcache import DiskCache
 from .errors import FlaxMagicsError
 from .execution import Options
@@ -39,6 +40,7 @@ from .run import Note, Run
 from .state import Restart, State
 from .uninterrupted import at_once, uninterrupted
 from .warm import WarmRuns
+from .weights import Written
 
 if TYPE_CHECKING:
     from .autosave import Autosave
@@ -258,22 +260,42 @@ class Session:
 
         return restoring.rebound(self._state.waiting, entry, notes)
 
-    def _assign(self, name: str, variables: Mapping[str, Any] | None) -> None:
-        given = f"session.models['{name}'].variables = variables"
-        self._stand_outside(
-            lambda where: surroundings.of_state(where, f"the assignment of `{name}`'s variables", given)
+    def assign(
+        self, name: str, variables: Mapping[str, Any] | None, *, module: Any = None, written: Written | None = None
+    ) -> tuple[Note, ...]:
+        """Gives a model other variables, as `models[name].variables = …` does. They are held as they are, not copied.
+
+        Args:
+          variables: of a linen model collections by name, None to have the next run initialise; of an NNX module an
+            `nnx.State` of all or some of its variables. What the model has must be there: tree, shapes and dtypes.
+          module: see `run_apply`.
+          written: how the user gave them, for what a message says to write.
+
+        Returns:
+          What is to be said.
+
+        Raises:
+          FlaxMagicsError: they do not fit, or an array of them is gone. Nothing has changed.
+        """
+        line = (
+            f"session.models['{name}'].variables = variables" if written is None else f"%flax_vars {name} = variables"
         )
-        entry = self._entry(name)
-        model: Any = entry.model
-        values = model.read_state(name, variables) if model.holds_variables else None
-        kept = registry.check_variables(name, variables) if values is None else None
-        before = entry.made or entry.made_before
-        entry = replace(entry, variables=kept, made=None, made_before=before, updates={}, outdated=False)
+        self._stand_outside(lambda where: surroundings.of_state(where, f"the assignment of `{name}`'s variables", line))
+        entry, notes = self._entry_now(name, module)
+        after, write = assignment.assigned(entry, variables, written or Written.assignment(name), cell_number())
         with uninterrupted():
-            if values is not None:
-                model.assign(values)
-            self._state = self._state.with_variables(entry)
+            if write is not None:
+                write()
+            self._state = self._state.with_variables(after)
+        if notes:
+            self._warm.forget(name)
         self._autosave()
+        return notes
+
+    @property
+    def collections(self) -> dict[str, Mapping[str, Any] | None]:
+        """The variables that the session holds, by model; None for an NNX module, and before the first init."""
+        return {name: entry.variables for name, entry in self._state.models.items()}
 
     # -- draws
 
@@ -536,19 +558,36 @@ class Session:
         if entry.model.holds_variables:
             with self._translation(entry, call):
                 entry.model.signature(call.method)
-            built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw)
+            built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw, self.replay_bytes)
             opened = None if draw is not None else (name, built.draw)
             self._commit(built.kept, built.draw, built.entry, opened, write=built.write)
+            self._keep_replaced(entry, built.entry)
             return built.run
         with self._translation(entry, call):
-            done = applying.init(self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase)
+            done = applying.init(
+                self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase, self.replay_bytes
+            )
         self._commit(done.kept, done.draw, done.entry, opened=None if draw is not None else (name, done.draw))
+        self._keep_replaced(entry, done.entry)
         return done.run
 
-    def run_apply(self, name: str, call: Call, options: Options, *, module: Any = None) -> Run:
+    def _keep_replaced(self, before: Entry, after: Entry) -> None:
+        """Counts the variables that an init replaced among what is kept, in the place of those that one replaced before."""
+        if after.replaced is before.replaced:
+            return
+        if before.replaced is not None:
+            self._keeping.drop(before.replaced)
+        if after.replaced is not None:
+            self._keeping.noted.append(after.replaced)
+            self._keeping.look(after.replaced.size)
+
+    def run_apply(
+        self, name: str, call: Call, options: Options, *, module: Any = None, notes: tuple[Note, ...] = ()
+    ) -> Run:
         """`apply` with the call as it was written.
 
         Args:
+          notes: what is to be said of it besides what the run itself shows.
           module: what the name stands for now, if it may be another module than was registered: then that one is
             registered in its place, once the run has succeeded.
         """
@@ -557,9 +596,10 @@ class Session:
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
             with entry.model.steady:
-                again = self._again(entry, call, options) if options.plain else None
-                return again or self._run(entry, (), call, options)
-        return self._run(*self._entry_now(name, module), call, options)
+                again = self._again(entry, call, options) if options.plain and not notes else None
+                return again or self._run(entry, notes, call, options)
+        entry, more = self._entry_now(name, module)
+        return self._run(entry, (*more, *notes), call, options)
 
     def _run(self, entry: Entry, notes: tuple[Note, ...], call: Call, options: Options) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""

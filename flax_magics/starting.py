@@ -17,8 +17,9 @@ from .notes import made_of
 from .prepare import Call, Prepared, prepare_init, with_drawn_key
 from .program import Programs
 from .ready import Job, Ready, begin, compiled, eager, finish
-from .registry import Entry, check_variables
+from .registry import Entry
 from .run import Made
+from .weights import FOR_THIS_RUN, Source, Written, check_alive, check_collections
 
 if TYPE_CHECKING:
     from .execution import Options
@@ -54,6 +55,8 @@ class Start:
     variables: Mapping[str, Any]
     made: Made | None = None
     seconds: float = 0.0
+    weights: str = ""
+    """Whose they are."""
     taken: bool = False
     """The draw's `params` key went into variables: the run's own `params` stream must be another."""
     making: Initialising | None = None
@@ -72,16 +75,22 @@ def start(entry: Entry, wanted: Wanted, *, params_taken: bool) -> Start:
       FlaxMagicsError: the variables that are given are none, or `--key params` asks for the key that initialises.
     """
     options, call, programs = wanted.options, wanted.call, wanted.programs
-    held = entry.model.take()
-    if held is not None:
-        if options.variables is not None:
-            held = entry.model.read_state(entry.name, options.variables)
-        return Start(entry, held, taken=params_taken or "params" in options.key)
+    taken = params_taken or "params" in options.key
     if options.variables is not None:
-        check_variables(entry.name, options.variables)
-        return Start(entry, options.variables, taken=params_taken)
-    if entry.variables is not None:
-        return Start(entry, entry.variables, taken=params_taken or "params" in options.key)
+        if entry.model.holds_variables:
+            given = entry.model.read_state(entry.name, options.variables)
+        else:
+            taken, given = params_taken, options.variables
+            check_collections(entry.name, given, Written(f"%flax_apply --variables {{}} {call.text}"))
+        return Start(entry, given, weights=FOR_THIS_RUN, taken=taken)
+    held = entry.held
+    if held is not None:
+        source = entry.source_now()
+        whose = f" ({source.describe()})" if source is not None else ""
+        check_alive(f"the weights of `{entry.name}`{whose}", held, f"%flax_init {call.text}")
+        entry = entry if source is entry.source else replace(entry, source=source)
+        weights = "" if source is None else source.describe(wanted.draw.first.seed)
+        return Start(entry, held, weights=weights, taken=taken)
     if "params" in options.key:
         raise FlaxMagicsError(
             f"--key params: in this draw that key initialises `{entry.name}`.",
@@ -115,8 +124,10 @@ def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start
         wanted.on_phase(f"initialising {start.entry.name}")
     variables, made = making.finish()
     seconds = programs.clock() - since
-    entry = replace(start.entry, variables=variables, made=made, updates={}, outdated=False)
-    start = Start(entry, variables, made_of(variables), seconds, taken=True)
+    source = Source.initialised(wanted.draw.first, variables)
+    entry = replace(start.entry, variables=variables, made=made, updates={}, outdated=False, source=source)
+    weights = source.describe(wanted.draw.first.seed)
+    start = Start(entry, variables, made_of(variables), seconds, weights=weights, taken=True)
     return start, None if begun is None else finish(begun, programs, variables)
 
 
@@ -141,9 +152,9 @@ def with_added(start: Start, wanted: Wanted, error: MissingVariables) -> Start:
     if not jax.tree_util.tree_leaves(added):
         raise error.__cause__ or error
     made = made_of(added, added=True)
-    return replace(
-        start, entry=replace(entry, variables=variables), variables=variables, made=made, seconds=seconds, taken=True
-    )
+    source = entry.source and entry.source.over(variables)
+    entry = replace(entry, variables=variables, source=source)
+    return replace(start, entry=entry, variables=variables, made=made, seconds=seconds, taken=True)
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

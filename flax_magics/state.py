@@ -54,7 +54,13 @@ class State:
         if fresh:
             models = {
                 name: replace(
-                    entry, variables=None, made=None, updates={}, outdated=False, stale=entry.model.holds_variables
+                    entry,
+                    variables=None,
+                    made=None,
+                    updates={},
+                    outdated=False,
+                    stale=entry.model.holds_variables,
+                    source=entry.source if entry.model.holds_variables else None,
                 )
                 for name, entry in models.items()
             }

@@ -18,6 +18,7 @@ from .keys import Draw
 from .models import Ask, MissingVariables, Model, Record
 from .models.calls import LONGEST, Calls, Path
 from .modules import Module, Size, called_in, modules_of, sizes
+from .notes import of_mode
 from .prepare import Call, Prepared, prepare, prepare_init
 from .ready import is_tracer_error, static_choices
 from .run import describe
@@ -155,7 +156,7 @@ def of_call(
         entry.name,
         entry.model.describe(),
         call.text,
-        prepared.mode,
+        prepared.mode_of(record),
         prepared.switch,
         entry.ready,
         modules,
@@ -163,7 +164,10 @@ def of_call(
         whole.both,
         tuple(name for name in updates if name not in record.sown),
         {name: describe(updates[name], LONGEST) for name in updates if name in record.sown},
-        tuple(note for note, said in ((LOOP, loops(program)), (NO_COUNT, whole.forward is None)) if said),
+        (
+            *(note.text for note in of_mode(entry.name, prepared, prepared.mode_of(record), Record())),
+            *(note for note, said in ((LOOP, loops(program)), (NO_COUNT, whole.forward is None)) if said),
+        ),
     )
 
 

@@ -26,7 +26,9 @@ from .keys import Draw, Streams
 from .library import library
 from .memory import with_peak
 from .models import Commit, Model, Record
+from .notes import with_values
 from .origin import Origin
+from .outputs import has_nan
 from .prepare import Call
 from .program import KEPT, Program, Programs
 from .reasons import Ran
@@ -36,6 +38,8 @@ from .run import GONE, Run, Timing, like
 from .structure import Structure
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+SMALL = 65_536
+"""Bytes."""
 _KEY_SHAPES = ((2,), (4,))
 
 
@@ -71,6 +75,7 @@ class Warm:
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
       template: the Run, as far as it does not change.
       streams: those that the program is given.
+      looked_at: the output is small and on the host: looking for NaN takes some microseconds.
       how: what replays of its runs have in common.
     """
 
@@ -94,6 +99,7 @@ class Warm:
     parts: Ran
     numbers: bool
     streams: tuple[str, ...]
+    looked_at: bool
     template: Run = field(repr=False)
     how: Any = field(repr=False)
 
@@ -128,10 +134,10 @@ class Warm:
         keys = {name: draw.words(name) for name in self.streams}
         clock = programs.clock
         before = clock()
-        if fresh or known is None:  # the others were there for the run before
-            jax.block_until_ready((fresh, dynamic))
-        begin = clock()
         try:
+            if fresh or known is None:  # the others were there for the run before
+                jax.block_until_ready((fresh, dynamic))
+            begin = clock()
             result = programs.run(self.program, variables, keys, dynamic)
         except Exception:  # the long way finds out what it is, and says so
             return None
@@ -143,13 +149,18 @@ class Warm:
 
         output, updates = result
         output, updates, sown = hand_back(output, updates, self.record, self.mutable)
+        source = entry.source
         kept, changed, commit = None, {}, None
+        if fresh and source is not None:
+            source = source.now(variables, entry.updates)
+            if source is not entry.source:
+                kept = altered(entry, {"source": source})
         if updates:
             commit = model.commit(updates, self.record)
             written = tuple(updates) if commit is None else commit.changed
             changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(written)}
             if changed:
-                kept = altered(entry, {"updates": {**entry.updates, **changed}})
+                kept = altered(kept or entry, {"updates": {**entry.updates, **changed}})
             if commit is None:
                 kept = altered(kept or entry, {"variables": {**variables, **updates}})
             self._know(updates)
@@ -168,7 +179,10 @@ class Warm:
             memory=memory,
             cell=call.cell,
             first=last is None,
+            weights="" if source is None else source.describe(draw.seed),
         )
+        if self.looked_at and has_nan(output):
+            run = with_values(run)
         return Again(run, self._kept(run, leaves, bool(fresh), known is not None, last), kept, commit)
 
     def _kept(self, run: Run, leaves: list[Any], fresh: bool, known: bool, last: Kept | None) -> Kept:
@@ -319,6 +333,7 @@ def remember(entry: Entry, call: Call, options: Options, applied: Applied, progr
         parts=programs.parts[entry.name],
         numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
         streams=tuple(sorted(program.ask.streams)),
+        looked_at=run.device.startswith("cpu") and program.memory is not None and program.memory.outputs <= SMALL,
         template=template,
         how=applied.how,
     )

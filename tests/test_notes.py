@@ -165,7 +165,7 @@ def test_a_python_number_where_an_array_was(session):
 
 
 def test_every_kind_has_words_of_its_own():
-    assert len(set(KINDS.values())) == len(KINDS) == 16
+    assert len(set(KINDS.values())) == len(KINDS) == 20
 
 
 def test_a_kind_is_quieted_by_its_name(notebook):
@@ -181,7 +181,7 @@ def test_a_kind_is_quieted_by_its_name(notebook):
 
 def test_a_kind_that_there_is_not_is_refused(notebook, caplog):
     notebook("%config FlaxMagics.notes = {'streams': False}")
-    assert caplog.messages[-1].startswith("no sharp bit is of the kind `streams`; the kinds: dropout, norm, stream,")
+    assert caplog.messages[-1].startswith("no sharp bit is of the kind `streams`; the kinds: dropout, norm, mode,")
     assert "did you mean" in caplog.messages[-1].lower()
     notebook("%config FlaxMagics.notes = {'stream': 0}")
     assert caplog.messages[-1] == "`stream` is said (True) or not (False), not 0."

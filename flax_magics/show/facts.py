@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .columns import clean, cut
-from .units import bytes_, flops, plural, seconds, share
+from .units import bytes_, count, flops, plural, seconds, share
 
 FOLDED = "params (folded)"
 """A run's own `params` stream, where an init took the draw's."""
@@ -101,7 +101,16 @@ def brief(run: Run) -> tuple[str, ...]:
             parts.append(f"waited {seconds(run.timing.wait + run.timing.busy)}")
         steady = run.timing.steady
         parts.append(f"run median {seconds(steady.median)}" if steady else f"run {seconds(run.timing.run)}")
-    return (*parts, *(f"mean {_number(s.mean)} ± {_number(s.deviation)}" for s in run.spread[:1]), *changed_of(run))
+    parts += [f"mean {_number(spread.mean)} ± {_number(spread.deviation)}" for spread in run.spread[:1]]
+    return (*parts, *changed_of(run), weights_of(run))
+
+
+def weights_of(run: Run) -> str:
+    """Whose weights ran, in few words: `weights of draw 1`, `weights set in [6]`; nothing where the run made them."""
+    if not run.weights or run.made is not None:
+        return ""
+    short = clean(run.weights).replace("initialised in draw", "of draw").replace(" in cell [", " in [")
+    return "weights " + short.replace(", changed by your code since", ", changed since")
 
 
 def program_of(run: Run) -> str:
@@ -116,7 +125,7 @@ def program_of(run: Run) -> str:
 def rows(run: Run) -> tuple[Row, ...]:
     """The rows of the normal form in their order, those with nothing to say left out."""
     found = [
-        Row("out", (output_of(run),) if run.command == "apply" else ()),
+        Row("out", (" · ".join((output_of(run), *not_finite(run))),) if run.command == "apply" else ()),
         Row("draws", draws_of(run)),
         Row("vars", vars_of(run)),
         Row("sown", tuple(f"{clean(name)}: {_described(value)}" for name, value in run.sown.items())),
@@ -135,6 +144,30 @@ def rows(run: Run) -> tuple[Row, ...]:
 def output_of(run: Run) -> str:
     """Structure, dtypes and shapes of what the model returned."""
     return cut(clean(run.shape), 72)
+
+
+def not_finite(run: Run) -> tuple[str, ...]:
+    """`3 of 8 NaN` and `1 of 8 inf`, over all arrays of the output; of several arrays, the first that has some."""
+    size = sum(values.size for values in run.values)
+    found = []
+    for name, label in (("nan", "NaN"), ("inf", "inf")):
+        having = [values for values in run.values if getattr(values, name)]
+        if having:
+            first = f", first in {clean(having[0].path)}" if len(run.values) > 1 else ""
+            found.append(f"{count(sum(getattr(one, name) for one in having))} of {count(size)} {label}{first}")
+    return tuple(found)
+
+
+def values_of(run: Run) -> tuple[str, ...]:
+    """Range and mean of the finite numbers of each array of the output; of many arrays, the first four."""
+    known = [values for values in run.values if values.mean is not None]
+    shown = [
+        f"{clean(values.path) + ': ' if values.path else ''}{_number(values.least)} … {_number(values.most)},"
+        f" mean {_number(values.mean)}"
+        for values in known[:4]
+        if values.least is not None and values.most is not None and values.mean is not None
+    ]
+    return (*shown, f"and {len(known) - 4} more") if len(known) > 4 else tuple(shown)
 
 
 def draws_of(run: Run) -> tuple[str, ...]:
@@ -163,8 +196,8 @@ def _described(value: Any) -> str:
 
 
 def vars_of(run: Run) -> tuple[str, ...]:
-    """Variables that were made, and collections that the model wrote."""
-    return (*_made(run), *changed_of(run))
+    """Whose variables ran, what was made of them, and collections that the model wrote."""
+    return (*((clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))
 
 
 def _made(run: Run) -> Iterable[str]:

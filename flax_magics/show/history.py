@@ -39,6 +39,8 @@ class Row:
     keys: tuple[str, ...]
     replayed: tuple[str, ...]
     marks: tuple[str, ...]
+    weights: str = ""
+    """Whose ran, where that is another answer than for the model's row before."""
 
 
 def heading(history: History) -> tuple[str, ...]:
@@ -66,7 +68,21 @@ def rows(history: History, *, everything: bool = False) -> tuple[tuple[Row, ...]
         said = f"{plural(missing, 'earlier run')} not shown: %flax_history --all"
     elif missing:
         said = f"{plural(missing, 'earlier run')} left out"
-    return tuple(_row(group, several) for group in groups[hidden:]), said
+    news = _weights(groups)
+    return tuple(_row(group, several, news[i]) for i, group in enumerate(groups) if i >= hidden), said
+
+
+def _weights(groups: list[list[Drawn]]) -> list[str]:
+    """For each row whose weights ran, where the model has run with others before."""
+    last: dict[str, str] = {}
+    news = []
+    for group in groups:
+        row = group[0]
+        known = last.get(row.name, row.weights)
+        news.append("" if row.command == "key" or row.initialises or row.weights == known else row.weights)
+        if row.command != "key":
+            last[row.name] = group[-1].weights
+    return news
 
 
 def history_text(history: History, *, everything: bool = False) -> str:
@@ -84,7 +100,7 @@ def history_text(history: History, *, everything: bool = False) -> str:
     for row, cell in zip(shown, cells, strict=True):
         lines.append(_line((cell[0], cut(cell[1], wide[1]), *cell[2:]), wide))
         indent = " " * (4 + wide[0])
-        about = [part for part in (row.inputs, *row.keys, *row.replayed) if part]
+        about = [part for part in (row.inputs, *row.keys, row.weights, *row.replayed) if part]
         lines += [indent + part for part in dotted(about, WIDTH - len(indent))] if about else []
         for mark in row.marks:
             lines += wrap(mark, f"{indent}! ", f"{indent}  ")
@@ -121,10 +137,10 @@ def _parted(group: list[Drawn]) -> Iterator[list[Drawn]]:
 
 
 def _kind(row: Drawn) -> tuple[object, ...]:
-    return row.command, row.name, row.mode, row.marks, row.call
+    return row.command, row.name, row.mode, row.marks, row.call, row.weights
 
 
-def _row(group: list[Drawn], several: bool) -> Row:
+def _row(group: list[Drawn], several: bool, weights: str) -> Row:
     first, last = group[0], group[-1]
     seed = f"{first.seed}:" if several else ""
     draw = f"{seed}{first.draw}"
@@ -150,4 +166,5 @@ def _row(group: list[Drawn], several: bool) -> Row:
         tuple(keys),
         tuple(mark for mark in marks if mark.startswith(REPLAYED)),
         tuple(mark for mark in marks if not mark.startswith(REPLAYED)),
+        f"weights {clean(weights)}" if weights else "",
     )

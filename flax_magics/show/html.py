@@ -96,6 +96,7 @@ def report(run: Run, level: Level) -> str:
             "call": clean_lines(run.call),
             "by_hand": clean_lines(run.by_hand),
             "digest": run.digest or "",
+            "values": facts.values_of(run),
         }
     return _render(name, context)
 

@@ -27,6 +27,7 @@ class Loop:
       programs: `compiled`, `reused`, `disk cache`, `eager` → how many runs.
       building: seconds of trace, lower and compile together.
       changed: collection → updates after the latest run.
+      weights: whose weights ran, in order, joined by commas.
       notes: the sharp bits, each once.
     """
 
@@ -38,6 +39,7 @@ class Loop:
     programs: Mapping[str, int] = field(default_factory=dict)
     building: float = 0.0
     changed: Mapping[str, int] = field(default_factory=dict)
+    weights: str = ""
     notes: tuple[Note, ...] = ()
     _times: list[float] = field(default_factory=list, repr=False, compare=False)
     _timed: int = 0
@@ -64,6 +66,7 @@ class Loop:
             programs=programs,
             building=self.building + run.timing.building,
             changed={**self.changed, **run.changed},
+            weights=_joined(self.weights, facts.weights_of(run)),
             notes=(*self.notes, *(note for note in run.notes if note not in self.notes)),
             _times=times,
             _timed=timed,
@@ -88,6 +91,7 @@ def parts(loop: Loop) -> tuple[str, ...]:
         _programs(loop),
         f"run median {seconds(loop.median)}" if loop._timed else "",
         *(f"{clean(name)}: update {updates}" for name, updates in loop.changed.items()),
+        loop.weights,
     )
 
 

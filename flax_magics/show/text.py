@@ -32,8 +32,11 @@ def details(run: Run) -> str:
         "keys": Row("keys", tuple(table(keys, width=WIDTH - 10))),
     }
     found = [Row("call", (clean(run.call),))] if run.call else []
+    extra["out"] = Row("", facts.values_of(run))
     for row in (row for row in facts.rows(run) if row.label != "memory"):
-        found += [row, extra["jit"]] if row.label == "jit" else [extra["keys"] if row.label == "keys" else row]
+        found += (
+            [row, extra[row.label]] if row.label in ("jit", "out") else [extra["keys"] if row.label == "keys" else row]
+        )
     if "keys" not in {row.label for row in found}:
         found.append(extra["keys"])
     memory = tuple(f"{name} {amount}" for name, amount in facts.memory_facts(run))

@@ -37,7 +37,7 @@ def test_the_notebook_with_its_report(sharp_bits):
         "new session, seed 0\n"
         "my_model · as written (training=False) · cpu:0 · draw 1 of seed 0\n"
         "  out   float32[3,4,3]\n"
-        "  vars  params: 15 parameters, 60 B\n"
+        "  vars  initialised in draw 1    params: 15 parameters, 60 B\n"
         "  keys  params → new variables    dropout → nobody\n"
         "  init  …, eager\n"
         "  jit   compiled in …: first run of this program\n"
@@ -54,6 +54,7 @@ def test_train_in_the_second_draw_and_a_line_when_nothing_is_new(sharp_bits):
     assert times(out) == (
         "my_model · train (training=True) · cpu:0 · draw 2 of seed 0\n"
         "  out   float32[3,4,3]\n"
+        "  vars  initialised in draw 1\n"
         "  keys  dropout → Dropout_0\n"
         "  jit   compiled in …: mode: as written → train\n"
         "  run   …"
@@ -125,8 +126,9 @@ def test_a_loop_shares_one_counting_line(sharp_bits):
     sharp_bits("%flax_apply --train my_model(x);")
     out = sharp_bits("for i in range(10):\n  %flax_apply --train my_model(x)")
     assert times(out) == (
-        "my_model · train · cpu:0 · draw 2 · reused · run …\n"
-        "my_model · train · cpu:0 · draws 3–11 · 9 runs · reused · run median …"
+        "my_model · train · cpu:0 · draw 2 · reused · run … · weights of draw 1\n"
+        "my_model · train · cpu:0 · draws 3–11 · 9 runs · reused · run median … ·\n"
+        "    weights of draw 1"
     )
     out = sharp_bits("%flax_apply --train my_model(x);\n%flax_apply --train my_model(x);")
     assert times(out) == (
@@ -280,7 +282,9 @@ def test_a_model_that_is_not_plain_is_traced_each_time_and_the_report_says_so(no
         "%%flaxmodel\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return scale(nn.Dense(2)(x))\n"
     )
     notebook("%flax_apply Net(x);")
-    assert times(notebook("%flax_apply Net(x);")) == ("Net · as written · cpu:0 · draw 2 · reused, traced in … · run …")
+    assert times(notebook("%flax_apply Net(x);")) == (
+        "Net · as written · cpu:0 · draw 2 · reused, traced in … · run … ·\n    weights of draw 1"
+    )
 
 
 def test_eager_says_that_there_is_no_program(sharp_bits):

@@ -202,6 +202,7 @@ def test_details() -> None:
         net · train (training=True) · cpu:0 · draw 1 of seed 0
           call    net(x)
           out     float32[3,4,3]
+                  0 … 0, mean 0
           vars    params: 15 parameters, 60 B
           keys    params   375f238f  split(root, 3)[1]          → new variables
                   noise    ded1a5f8  fold_in(root, 4024608192)  → Noise_0
