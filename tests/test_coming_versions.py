@@ -15,8 +15,6 @@ from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 X = jax.random.normal(jax.random.key(42), (2, 4))
 FLAGS = flax.config._values
 

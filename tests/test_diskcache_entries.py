@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from flax_magics import Session
 from flax_magics.diskcache import DiskCache
 
-pytestmark = [pytest.mark.own_executables, pytest.mark.usefixtures("unoptimised")]
+pytestmark = pytest.mark.own_executables
 
 PROGRAMS = {
     "plus": (lambda x: x + 1, jnp.ones(2)),

@@ -19,8 +19,6 @@ from flax import nnx
 from flax_magics import Session
 from flax_magics.compiling import settings, settings_in_words
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 X = jax.random.normal(jax.random.key(42), (2, 4))
 
 

@@ -10,8 +10,6 @@ from flax import nnx
 
 from flax_magics import Session
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 X = jnp.ones((4, 3))
 
 

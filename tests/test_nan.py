@@ -13,8 +13,6 @@ import pytest
 from flax_magics import Session
 from flax_magics.outputs import Values, values_of
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 X = jnp.ones((2, 3))
 
 

@@ -21,8 +21,6 @@ from hypothesis import strategies as st
 from flax_magics import Session
 from flax_magics.structure import Structure, static_data
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
-
 X = jax.random.normal(jax.random.key(42), (2, 4))
 
 

@@ -99,7 +99,7 @@ MISTAKES = {
     "%flax_vars net.variables": "%flax_vars takes the name of a model, not `net.variables`.\n"
     "  write: variables = %flax_vars net",
     "%flax_vars net == variables": "write `=`, not `==`.\n  write: %flax_vars net = variables",
-    "%flax_vars net =": "`net =` needs a value.\n  write: %flax_vars net = variables",
+    "%flax_vars net =": "`net =` needs a value.\n  form: %flax_vars net = …",
     "%flax_vars net = 3": "variables of `net` are a dict of collections, not int.\n  form: %flax_vars net = {'params': …}",
 }
 
