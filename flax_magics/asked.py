@@ -5,11 +5,12 @@ Imported by the first command that takes a call: this is what imports JAX and Fl
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from .call import ParsedCall
+from .call import ParsedCall, root_name, values_first
 from .errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, written
 from .execution import Options
 from .models import adopt, is_module, is_module_class, modules_in, needed_fields, spell_construction
@@ -31,7 +32,7 @@ def read_call(
     value = local_ns[target] if target in local_ns else user_ns.get(target)
     registered = session.module(target)
     if registered is None:
-        raise _unknown(target, value, session, {**user_ns, **local_ns})
+        raise _unknown(parsed, value, session, {**user_ns, **local_ns})
     args, kwargs = parsed.evaluate(user_ns, local_ns)
     call = Call(parsed.method, args, kwargs, parsed.call, cell, parsed.command)
     if value is registered:
@@ -43,8 +44,8 @@ def read_call(
     return target, call, value if is_module(value) else None
 
 
-def _unknown(name: str, value: Any, session: Session, names: Namespace) -> FlaxMagicsError:
-    known = session.models
+def _unknown(parsed: ParsedCall, value: Any, session: Session, names: Namespace) -> FlaxMagicsError:
+    name, known = parsed.target, session.models
     if is_module(value):
         try:
             adopt(value, name)
@@ -64,6 +65,9 @@ def _unknown(name: str, value: Any, session: Session, names: Namespace) -> FlaxM
     hint = did_you_mean(name, known, *modules_in(names))
     if value is not None:
         text = f"`{name}` is no model but {type(value).__name__}; {listed}."
+        calls = [node for node in ast.walk(parsed.tree) if isinstance(node, ast.Call) and root_name(node) in known]
+        if calls:  # `jnp.sum(net(x))`
+            return FlaxMagicsError(text, **written(values_first(parsed.text, parsed.tree, parsed.command, calls)))
     else:
         text = f"no model is called `{name}`; {listed}."
     return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")

@@ -254,7 +254,7 @@ def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
     if len(body) > 1:
         calls = [node for node in body if isinstance(getattr(node, "value", None), ast.Call)]
         lines = [_run_first(text, node, command) for node in calls]
-        if len(calls) < len(body) or len({root for call in calls if (root := _root_name(call.value))}) > 1:  # type: ignore[attr-defined]
+        if len(calls) < len(body) or len({root for call in calls if (root := root_name(call.value))}) > 1:  # type: ignore[attr-defined]
             lines = [*lines[:1], "…"]  # whether the others are for the command cannot be told
         return FlaxMagicsError("one call at a time.", **written("\n".join(lines)))
     if isinstance(body[0], (ast.Assign, ast.AnnAssign)) and body[0].value is not None:
@@ -266,16 +266,16 @@ def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
 def _no_call(text: str, tree: ast.expr, command: str) -> FlaxMagicsError:
     if isinstance(tree, (ast.Name, ast.Attribute)):
         return FlaxMagicsError(f"`{_short(text)}` is not a call.", form=f"{command} {segment(text, tree)}(…)")
-    awaited = isinstance(tree, ast.Await) and _root_name(tree.value) is not None
-    line = f"{command} {segment(text, tree.value)}" if awaited else _values_first(text, tree, command)  # type: ignore[attr-defined]
+    awaited = isinstance(tree, ast.Await) and root_name(tree.value) is not None
+    line = f"{command} {segment(text, tree.value)}" if awaited else values_first(text, tree, command)  # type: ignore[attr-defined]
     return FlaxMagicsError(f"`{_short(text)}` is not one call.", **written(line))
 
 
 def _run_first(text: str, statement: ast.stmt, command: str) -> str:
     """The lines of a call, or of an assignment whose value is to come from the command."""
     value: ast.expr = statement.value  # type: ignore[attr-defined]
-    if _root_name(value) is None:
-        lines = _values_first(text, statement, command)
+    if root_name(value) is None:
+        lines = values_first(text, statement, command)
         return lines if "\n" in lines else f"{text[start_of(text, statement) : start_of(text, value)]}{lines}"
     line = f"{command} {segment(text, value)}"
     targets = statement.targets if isinstance(statement, ast.Assign) else []
@@ -285,7 +285,7 @@ def _run_first(text: str, statement: ast.stmt, command: str) -> str:
     return text[start_of(text, statement) : start_of(text, value)] + line
 
 
-def _values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list[ast.Call] | None = None) -> str:
+def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list[ast.Call] | None = None) -> str:
     """Lines that run the model's calls in `tree`, and one that goes on with their values.
 
     Args:
@@ -296,7 +296,7 @@ def _values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: lis
         lazy = any(isinstance(node, (ast.Lambda, ast.comprehension)) for node in ast.walk(tree))
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and not _is_builtin(node)]
         inner = any(isinstance(node, ast.Call) for call in calls for node in list(ast.walk(call))[1:])
-        if lazy or inner or len({_root_name(call) for call in calls}) != 1 or _root_name(calls[0]) is None:
+        if lazy or inner or len({root_name(call) for call in calls}) != 1 or root_name(calls[0]) is None:
             return f"{command} …"
     names = fresh_names("y", tree)
     lines, rest = [], text
@@ -317,7 +317,7 @@ def fresh_names(name: str, tree: ast.AST) -> Iterator[str]:
     return (each for each in numbered if each not in used)
 
 
-def _root_name(node: ast.expr) -> str | None:
+def root_name(node: ast.expr) -> str | None:
     """`net` of `net.encode(x)`; None for what is no call of a name or of its attributes."""
     root = _root(node.func) if isinstance(node, ast.Call) else None
     return root.id if isinstance(root, ast.Name) else None
@@ -344,18 +344,26 @@ def _path(text: str, call: ast.Call, command: str) -> tuple[str, tuple[str, ...]
         return root.id, tuple(reversed(method))
     made = ""
     if isinstance(root, ast.Call):
+        while isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
+            root = _root(root.func)
+            assert isinstance(root, ast.Call)
         function = root.func
         made = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
         if method and not made[:1].isupper():
             # `net(x).sum()`: the model is called, and then something is done with its value.
             message = f"`{_short(text)}` is more than the model's call."
-            raise FlaxMagicsError(message, **written(_values_first(text, call, command, [root])))
+            raise FlaxMagicsError(message, **written(values_first(text, call, command, [root])))
     name = next(fresh_names(_name_for(root, made), call))
     start, end = start_of(text, root), end_of(text, root)
-    register = f"%flaxmodel {name} = {text[start:end]}"
+    register, rest = f"%flaxmodel {name} = {text[start:end]}", f"{text[:start]}{name}{text[end:]}"
+    try:
+        parse_call(rest, command)
+        run = f"{command} {rest}"
+    except FlaxMagicsError as error:  # `Net(3)(x).sum()`
+        run = error.write or error.form or f"{command} …"
     raise FlaxMagicsError(
         f"`{_short(text[start:end])}` has no name: register it first.",
-        **written(f"{register}\n{command} {text[:start]}{name}{text[end:]}"),
+        **written(f"{register}\n{run}"),
     )
 
 

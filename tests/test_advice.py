@@ -199,6 +199,7 @@ SCENARIOS = [
     # -- which model
     Scenario("asked._unknown", "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
     Scenario("asked._unknown", "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
+    Scenario("asked._unknown", "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"),
     Scenario("asked._unknown", "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
     Scenario(
         "asked._unknown",

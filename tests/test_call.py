@@ -115,6 +115,15 @@ def test_the_same_text_is_read_once() -> None:
             "net(x).sum()",
             "`net(x).sum()` is more than the model's call.\n  write: y = %flax_apply net(x)\n         y.sum()",
         ),
+        (
+            "Net(3)(x).sum()",
+            "`Net(3)` has no name: register it first.\n"
+            "  write: %flaxmodel net = Net(3)\n         y = %flax_apply net(x)\n         y.sum()",
+        ),
+        (
+            "net(x).sum().item()",
+            "`net(x).sum().item()` is more than the model's call.\n  write: y = %flax_apply net(x)\n         y.sum().item()",
+        ),
         ("y = net(x)", "%flax_apply takes the call alone, and gives its value.\n  write: y = %flax_apply net(x)"),
         (
             "a, b = net(x);",
