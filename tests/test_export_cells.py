@@ -156,7 +156,8 @@ def test_type_aliases_and_parameters_are_written_as_they_are(notebook, tmp_path)
         ),
         (
             "[display(i) for i in range(2)]\nn = len(get_ipython().user_ns)",
-            "[display(i) for i in range(2)]\n# Left out: `get_ipython` is not there: it is the notebook's own.\n# n = len(get_ipython().user_ns)\n",
+            "[display(i) for i in range(2)]\n# Left out: `get_ipython` is not there: it is the notebook's own.\n"
+            "# n = len(get_ipython().user_ns)\n",
         ),
     ],
 )
