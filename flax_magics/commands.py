@@ -210,11 +210,13 @@ FLAX_LOAD = Command(
 FLAX_EXPORT = Command(
     "%flax_export",
     "%flax_export [options]         shows the session as a plain Flax script\n%flax_export [options] FILE    writes it",
-    "The cells that ran, in the order in which they ran, with plain JAX and Flax in the place of each command: the split of "
-    "the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and prints for each "
-    "run the digest that the session had. Magics and shell lines become comments; what cannot be exported is said in its "
-    "place.\n\n"
-    "A file is replaced only if this command wrote it and nobody has changed it since.",
+    "The cells that ran, in the order in which they ran, as they are, with plain JAX and Flax in the place of each command: "
+    "the split of the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and "
+    "prints for each run the digest that the session had. Magics and shell lines become comments, and so does what uses "
+    "flax_magics otherwise; what cannot be exported is said in its place. Cells that failed and left nothing are counted at "
+    "the end.\n\n"
+    "A file is formatted by ruff or black where one of them is installed. It is replaced only if this command wrote it and "
+    "nobody has changed it since.",
     (
         Option("--cell", "put it into the next cell"),
         Option("--plain", "leave the digests out"),

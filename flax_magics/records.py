@@ -52,7 +52,7 @@ def of_init(
         cell=call.cell,
         made=made_of(variables),
         notes=(*notes, *of_params(variables)),
-        by_hand=model.init_by_hand(call.text, call.method, by_hand.init_arguments, by_hand.init_fields),
+        by_hand=model.init_by_hand(call.text, call.method, by_hand.init_arguments, by_hand.init_module),
         weights=weights,
         replayed=replayed,
         first=first,

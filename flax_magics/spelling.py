@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .arguments import positional_names
-from .models.switch import Settings, read_fields, setting_of, written_in_call
+from .models.switch import MODULE, Settings, cloned, read_fields, setting_of, written_in_call
 from .prepare import Call, prepare_init
 
 if TYPE_CHECKING:
@@ -62,9 +62,6 @@ class ModeByHand:
     back: tuple[str, ...] | None
 
 
-MODULE = "@"
-
-
 @dataclass(frozen=True)
 class Spelling:
     """The parts of an apply by hand; an init has those of the init alone.
@@ -77,12 +74,13 @@ class Spelling:
       handed: the session makes the call's `rngs` (NNX).
       taken: the run's own `params` key is folded in, since an init took that of the draw.
       arguments: switches that are added to the call.
-      fields: switches that are set on a linen module: `training`, `config.deterministic`.
+      nnx: it is a run of an NNX module.
+      module: the expression for a linen module with the switches set that are its fields.
       mode: how the mode of an NNX module is set; None where it ran as written.
       mutable: collections that are mutable in a linen run. `kept` are those that become part of the variables.
       sown: whether something was sown.
       axes: mapped axes that are bound around the run.
-      init_arguments, init_fields: `arguments` and `fields` of the init that was part of the run, or is the run.
+      init_arguments, init_module: `arguments` and `module` of the init that was part of the run, or is the run.
       init_streams: random streams that it has to be given besides `params`.
       containers: arguments that have such a leaf inside, by name, taken apart.
       returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
@@ -97,14 +95,15 @@ class Spelling:
     handed: bool = False
     taken: bool = False
     arguments: Settings = ()
-    fields: Settings = ()
+    nnx: bool = False
+    module: str = MODULE
     mode: ModeByHand | None = None
     mutable: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     sown: bool = False
     axes: tuple[str, ...] = ()
     init_arguments: Settings = ()
-    init_fields: Settings = ()
+    init_module: str = MODULE
     init_streams: tuple[str, ...] = ()
     returns: frozenset[str] = frozenset()
     given: tuple[Given, ...] = ()
@@ -118,16 +117,17 @@ def of_apply(call: Call, done: Execution) -> Spelling:
     model: Any = prepared.model
     holds = prepared.model.holds_variables
     arguments = _added(prepared.kwargs, call.kwargs)
-    fields: Settings = ()
+    module = MODULE
     if prepared.mode != "as written":
         in_call = {*dict(arguments), *written_in_call(prepared.signature, call.args, call.kwargs)}
         fields = () if holds else tuple(pair for pair in map(setting_of, prepared.switch) if pair[0] not in in_call)
+        module = MODULE if holds else cloned(MODULE, model.module, fields)
     init_arguments: Settings = ()
-    init_fields: Settings = ()
+    init_module = MODULE
     if done.made is not None and not holds:
         # With the keys that `--key` adds, and without the switches of the run.
         given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init_arguments, init_fields = _of_init(replace(call, kwargs=given), done.entry.model)
+        init_arguments, init_module = _of_init(replace(call, kwargs=given), done.entry.model)
     written = () if holds else tuple(sorted(done.updates))
     parameters = tuple(positional_names(prepared.signature, len(call.args)))
     static = frozenset(name for name, _ in done.ready.arguments.static)
@@ -141,14 +141,15 @@ def of_apply(call: Call, done: Execution) -> Spelling:
         handed=bool(model.supplies()),
         taken="params (folded)" in done.names,
         arguments=arguments,
-        fields=fields,
+        nnx=holds,
+        module=module,
         mode=_mode(done.entry.model, prepared.mode == "train") if holds and prepared.mode != "as written" else None,
         mutable=() if holds else tuple(sorted({*written, *done.sown})),
         kept=written,
         sown=bool(done.sown),
         axes=tuple(sorted(ask.axes)),
         init_arguments=init_arguments,
-        init_fields=init_fields,
+        init_module=init_module,
         init_streams=getattr(done.entry.model, "init_streams", ()),
         returns=_returns(done.output),
         given=tuple(_given(done)) if holds else (),
@@ -165,15 +166,15 @@ def _mode(model: Any, train: bool) -> ModeByHand:
 
 def of_init(call: Call, model: Any) -> Spelling:
     """The spelling of the init of a linen model that has run."""
-    arguments, fields = _of_init(call, model)
-    return Spelling(init_arguments=arguments, init_fields=fields, init_streams=model.init_streams)
+    arguments, module = _of_init(call, model)
+    return Spelling(init_arguments=arguments, init_module=module, init_streams=model.init_streams)
 
 
-def _of_init(call: Call, model: Any) -> tuple[Settings, Settings]:
+def _of_init(call: Call, model: Any) -> tuple[Settings, str]:
     prepared = prepare_init("", model, call)
     before, after = read_fields(model.module), read_fields(prepared.model.module)
     fields = tuple(map(setting_of, after)) if before != after else ()
-    return _added(prepared.kwargs, call.kwargs), fields
+    return _added(prepared.kwargs, call.kwargs), cloned(MODULE, model.module, fields)
 
 
 def _holds(name: str, static: frozenset[str]) -> bool:

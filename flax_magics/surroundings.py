@@ -101,7 +101,7 @@ def of_init(where: str, entry: Entry, call: Call) -> FlaxMagicsError:
     if call.cell is not None:
         with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
             switches = spelling.of_init(call, model)
-            by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_fields)
+            by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_module)
             lines = ["params_key = %flax_key params", f"variables = {by_hand}"]
     return _error(
         said,

@@ -275,12 +275,13 @@ import jax.numpy as jnp
 import flax.linen as nn
 x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
 
-import hashlib
-import numpy as np
-
 
 def print_digest(call, result):
   \"""Prints a digest of the bits of a result, by which two runs can be compared.\"""
+  import hashlib
+
+  import numpy as np
+
   hasher = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:
     path = jax.tree_util.keystr(path)

@@ -55,7 +55,9 @@ def test_a_linen_models_variables_are_read_from_the_file(notebook, saved, tmp_pa
     notebook("y = %flax_apply --train normed(x)\nz = %flax_apply --train --draw 1 normed(x)\nw = %flax_apply normed(x)")
     script = exported(notebook)
     assert (
-        'tensors = traverse_util.unflatten_dict(safetensors.flax.load_file("s.safetensors"), sep="/")\n'
+        "tensors = traverse_util.unflatten_dict(\n"
+        '  safetensors.flax.load_file("s.safetensors"), sep="/"\n'
+        ")\n"
         'variables = tensors["normed"]\n'
         "root_key = jax.random.key(0)\n"
         "# The session in the file had made 2 draws.\n"

@@ -185,15 +185,11 @@ def _add_head(script: Script, sources: Sequence[Source]) -> None:
     above = "\n".join(line for block in blocks[: first[0]] for lines in block for line in lines.text)
     above += "\n" + "\n".join(line for lines in blocks[first[0]][: first[1]] for line in lines.text)
     there = {ast.unparse(statement) for statement in ast.parse(above).body}
-    np = ""
-    if writer.labels:
-        taken = "np" in writer.free.used and not any("import numpy as np" in ast.unparse(s.tree) for s in sources)
-        np = "numpy" if taken else "np"
-        writer.needs |= {"hashlib", "jax", np}
+    writer.needs |= {"jax"} if writer.labels else set()
     lines = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
     head = [Lines(lines)] if lines else []
-    if np:
-        head.append(Lines(writer.fitted(writer.digest_function(_leaves(script), np)), apart=True))
+    if writer.labels:
+        head.append(Lines(writer.fitted(writer.digest_function(_leaves(script))), apart=True))
     if first[1]:
         blocks[first[0]][first[1] : first[1]] = [Lines(part.text, apart=True) for part in head]
     else:

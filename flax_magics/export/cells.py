@@ -109,16 +109,12 @@ class ForeignMagic:
     """A place where a magic or shell line of others stands: it becomes a comment.
 
     Attributes:
-      statement: see `CommandSite`.
-      shown: as it was written, one line each.
+      shown: as it was written, one line each; empty for one that loads or sets this package, for which nothing stands.
       names: what it assigned.
-      ours: it loads or sets this package, and nothing stands for it.
     """
 
-    statement: ast.stmt
     shown: tuple[str, ...]
     names: tuple[str, ...] = ()
-    ours: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,10 +255,11 @@ def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> 
                     if site is not None:
                         sites[statement] = site
                         continue
-                foreign[statement] = _magic(statement, name, line, target)
+                of_ours = name.endswith("load_ext") and "flax_magics" in line
+                of_ours = of_ours or (name == "config" and "FlaxMagics" in line)
+                foreign[statement] = _foreign(statement, "" if of_ours else f"{target} %{name} {line}")
             case [ast.Constant(str(line))] if _is_shell(value.func, "system") or _is_shell(value.func, "getoutput"):
-                shell = ForeignMagic(statement, _shown(f"{target} !{line}"), names=_names(statement))
-                foreign[statement] = ForeignMagic(statement, (), ours=True) if "flax_magics" in line else shell
+                foreign[statement] = _foreign(statement, f"{target} !{line}")
     return Source(text, tree, sites, foreign, above, offset=offset)
 
 
@@ -281,21 +278,9 @@ def _site(
     return CommandSite(statement, name, given, call, target, path, line, above)
 
 
-def _magic(statement: ast.stmt, name: str, line: str, target: str) -> ForeignMagic:
-    shown = _shown(f"{target} %{name} {line}")
-    if "flax_magics" in line or (name == "config" and "FlaxMagics" in line):
-        return ForeignMagic(statement, (), ours=True)
-    return ForeignMagic(statement, shown, names=_names(statement))
-
-
-def _shown(text: str) -> tuple[str, ...]:
-    return tuple(text.strip().splitlines())
-
-
-def _names(statement: ast.stmt) -> tuple[str, ...]:
-    return tuple(
-        node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    )
+def _foreign(statement: ast.stmt, written: str) -> ForeignMagic:
+    stored = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    return ForeignMagic(tuple(written.strip().splitlines()), tuple(name.id for name in stored))
 
 
 def _statements(body: list[ast.stmt], path: tuple[ast.stmt, ...]) -> Iterator[tuple[ast.stmt, tuple[ast.stmt, ...]]]:

@@ -69,6 +69,8 @@ def _run(context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> l
     model = context.models.get(name)
     if model is None:
         raise CannotSay(f"the model `{name}` is not known any more")
+    if any(run.spelling is not None and run.spelling.nnx is not model.holds for run in context.runs(indices)):
+        raise CannotSay(f"`{name}` was a model of Flax's other API then")
     if site.name == "flax_init" or any(run.made is not None and not run.made.added for run in context.runs(indices)):
         context.lost.pop(name, None)
     if name in context.lost and site.given.options.get("variables") is None:

@@ -201,7 +201,7 @@ def common(runs: Sequence[Run]) -> Spelling:
         raise CannotSay("its first run, which made the variables, had another `params` key than the others")
     if any(each.containers != last.containers for each in spellings):
         raise CannotSay("an argument was put together in another way each time")
-    modes = [(each.arguments, each.fields, None if each.mode is None else each.mode.to) for each in spellings]
+    modes = [(each.arguments, each.module, None if each.mode is None else each.mode.to) for each in spellings]
     if any(mode != modes[-1] for mode in modes):
         raise CannotSay("its model takes its mode in another way since an edit")
     if any(each.mode != last.mode for each in spellings) and last.mode is not None:

@@ -20,6 +20,7 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 _A_RUN = "it is a Run of the session"
+_OURS = "it comes from flax_magics"
 
 
 def as_typed(line: str) -> str:
@@ -40,7 +41,7 @@ class SessionNames:
     affair: whether it is there, and what it stands for, is never asked.
     """
 
-    gone: dict[str, str] = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=lambda: {"flax_magics": _OURS})
     bound: set[str] = field(default_factory=set)
     """What the session's code has given something else: `_`, say."""
 
@@ -202,7 +203,7 @@ class Edit:
             kept = [] if _is_package(statement.module or "") and not statement.level else statement.names
         gone = [alias for alias in statement.names if alias not in kept]
         self.names.bind(binds(statement))
-        self.names.lose(((alias.asname or alias.name).partition(".")[0] for alias in gone), "it comes from flax_magics")
+        self.names.lose(((alias.asname or alias.name).partition(".")[0] for alias in gone), _OURS)
         if gone:
             self._replace(statement, [self._indent(statement) + ast.unparse(ast.Import(kept))] if kept else [])
         return bool(kept)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..call import ParsedCall
-from ..models.switch import Settings, cloned
+from ..models.switch import MODULE
 from ..run import Run
 from ..spelling import Spelling
 from . import values
@@ -46,7 +46,7 @@ def init_items(writer: LineWriter, called: LinenCall, key: str) -> tuple[str, li
     spelling = called.spelling
     extra = [f"{name}={value}" for name, value in spelling.init_arguments]
     extra += [f"{name}={called.keys[name]}" for name in called.arguments]
-    model = _cloned(writer, called.model, called.module, spelling.init_fields)
+    model = _module(writer, called.model, spelling.init_module)
     if spelling.init_streams:
         key = "{" + ", ".join(f"{writer.text(stream)}: {key}" for stream in ("params", *spelling.init_streams)) + "}"
     items = [key, *as_written(called.call.arguments), *extra, *_method(writer, called)]
@@ -56,7 +56,7 @@ def init_items(writer: LineWriter, called: LinenCall, key: str) -> tuple[str, li
 def apply_items(writer: LineWriter, called: LinenCall, given: Sequence[str], variables: str) -> tuple[str, list[str]]:
     """`net.apply(` and its arguments, `given` being those of the call."""
     spelling = called.spelling
-    model = _cloned(writer, called.model, called.module, spelling.fields)
+    model = _module(writer, called.model, spelling.module)
     items = [variables, *given, *(f"{name}={value}" for name, value in spelling.arguments)]
     items += [f"{name}={called.keys[name]}" for name in called.arguments]
     if spelling.streams:
@@ -115,8 +115,8 @@ def _bound(writer: LineWriter, before: str, items: list[str], axes: Sequence[str
     return [*lines, f"outputs = {mapped}()", f"return jax.tree.map(lambda leaf: leaf[{first}], outputs)"]
 
 
-def _cloned(writer: LineWriter, name: str, module: Any, fields: Settings) -> str:
-    text = cloned(name, module, fields)
+def _module(writer: LineWriter, name: str, module: str) -> str:
+    text = module.replace(MODULE, name)
     if "dataclasses.replace(" in text:
         writer.needs.add("dataclasses")
     return text

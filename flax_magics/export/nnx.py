@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..call import ParsedCall
-from ..spelling import MODULE, Spelling
+from ..models.switch import MODULE
+from ..spelling import Spelling
 from . import values
 from .cells import CommandSite, is_build
 from .context import CannotSay, ScriptContext, ScriptModel, common

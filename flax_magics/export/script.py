@@ -174,7 +174,7 @@ class Script:
                 gap = written[: -len(parts)]
                 self.blocks[-1][start:] = [Lines([*gap, *text[begin(on_one_line[0].statement) - 1 : last]], ours=False)]
         self._skip(cell_run.loose)
-        if cell.error is None:
+        if len(statements) == len(source.tree.body):
             self._write(text[last:])
         self._write(restore, ours=True)
 

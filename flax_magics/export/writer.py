@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from .names import Free
 
 WIDTH = 88
 """Columns, the default of formatters."""
+_NAMED = re.compile(r"""(?:'[^']*'|"[^"]*"): |\w+=(?!=)""")
+"""What stands before a value in a dict and in a call."""
 
 
 @dataclass
@@ -56,12 +59,9 @@ class LineWriter:
     IMPORTS: ClassVar[dict[str, str]] = {
         "dataclasses": "import dataclasses",
         "functools": "import functools",
-        "hashlib": "import hashlib",
         "jax": "import jax",
         "jnp": "import jax.numpy as jnp",
         "nnx": "from flax import nnx",
-        "np": "import numpy as np",
-        "numpy": "import numpy",
         "safetensors": "import safetensors.flax",
         "traverse_util": "from flax import traverse_util",
     }
@@ -180,18 +180,17 @@ class LineWriter:
         self.labels.append(label)
         return [f"{self.digest}({self.text(label)}, {value})"]
 
-    def digest_function(self, has: Container[str], np: str) -> list[str]:
+    def digest_function(self, has: Container[str]) -> list[str]:
         """The function that prints the digest of a run: what `flax_magics.run.digest_of` states, on little-endian machines.
 
         Args:
           has: `keys` and `objects`, where some result has leaves that are such.
-          np: what NumPy is called.
         """
         before = ""
         inner = ["path = jax.tree_util.keystr(path)"]
         if "objects" in has:
             inner += [
-                f"if not isinstance(leaf, (jax.Array, {np}.ndarray, {np}.generic, int, float, complex)):",
+                "if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):",
                 '\thasher.update(f"{path}\\0{leaf!r}\\0".encode())',
                 "\tcontinue",
             ]
@@ -205,10 +204,14 @@ class LineWriter:
         lines = [
             f"def {self.digest}(call, result):",
             '\t"""Prints a digest of the bits of a result, by which two runs can be compared."""',
+            "\timport hashlib",
+            "",
+            "\timport numpy as np",
+            "",
             "\thasher = hashlib.sha256()",
             "\tfor path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:",
             *("\t\t" + line for line in inner),
-            f'\t\tarray = {np}.asarray(leaf, order="C")',
+            '\t\tarray = np.asarray(leaf, order="C")',
             f'\t\theader = f"{{path}}\\0{before}{{array.dtype.name}}{{list(array.shape)}}\\0"',
             "\t\thasher.update(header.encode() + array.tobytes())",
             f'\tprint(f"{{call:<{min(max(map(len, self.labels)), 48)}}}  {{hasher.hexdigest()[:16]}}")',
@@ -292,8 +295,12 @@ def _fitted(line: str, unit: str, width: int) -> list[str]:
     start, end, items = _last_brackets(text)
     if not items:
         return [line]
-    together = indent + unit + ", ".join(items)
-    inner = [together] if len(together) <= width else [f"{indent}{unit}{item}," for item in items]
+    inner = [indent + unit + ", ".join(items)]
+    if len(inner[0]) > width:
+        inner = []
+        for item in items:
+            *head, last = _fitted(indent + unit + item, unit, width - 1)
+            inner += [*head, f"{last},"]
     return [indent + text[:start], *inner, indent + text[end:]]
 
 
@@ -302,6 +309,11 @@ def _last_brackets(text: str) -> tuple[int, int, list[str]]:
     if text.startswith("def "):
         start, end = text.index("(") + 1, text.rindex(")")
         return start, end, text[start:end].split(", ")
+    named = _NAMED.match(text)
+    if named is not None:
+        before = named.end()
+        start, end, items = _last_brackets(text[before:])
+        return before + start, before + end, items
     try:
         node = getattr(ast.parse(text).body[0], "value", None)
     except SyntaxError:  # a decorator

@@ -32,7 +32,7 @@ from . import (
 )
 from .axes import bound, unbound_axis
 from .recorder import Recorder, sowing
-from .switch import Settings, cloned, read_fields, set_fields, set_unset_fields, setting_of
+from .switch import MODULE, Settings, cloned, read_fields, set_fields, set_unset_fields, setting_of
 
 _MISSING = (
     flax_errors.ScopeParamNotFoundError,
@@ -250,23 +250,25 @@ class LinenModel:
             more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
         if mutable:
             more.append(f"mutable={list(mutable)!r}")
-        return self._spelled("apply", "variables", call, (method, tuple(map(setting_of, switch))), more)
+        return self._spelled(
+            "apply", "variables", call, (method, cloned(MODULE, self.module, map(setting_of, switch))), more
+        )
 
-    def init_by_hand(self, call: str, method: Path, arguments: Settings, fields: Settings) -> str:
-        """`net.init(params_key, x)`; `call` with the switches in `arguments` and `fields`."""
+    def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
+        """`net.init(params_key, x)`; `call` with the switches in `arguments` and in `module`: see `Spelling.module`."""
         key = "params_key"
         if self.init_streams:
             key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"
-        return self._spelled("init", key, call, (method, fields), [f"{name}={value}" for name, value in arguments])
+        return self._spelled("init", key, call, (method, module), [f"{name}={value}" for name, value in arguments])
 
     @property
     def init_streams(self) -> tuple[str, ...]:
         """Streams that an init by hand has to be given besides `params`: those of NNX modules inside, once it has run."""
         return tuple(sorted(self._kept.init_streams))
 
-    def _spelled(self, verb: str, first: str, call: str, how: tuple[Path, Settings], more: list[str]) -> str:
-        """`call` as one of `verb` with `first` before its arguments; `how`: the method, and the switches to set."""
-        method, fields = how
+    def _spelled(self, verb: str, first: str, call: str, how: tuple[Path, str], more: list[str]) -> str:
+        """`call` as one of `verb` with `first` before its arguments; `how`: the method, and the module by its `MODULE`."""
+        method, module = how
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
         shadowed = any(f"{name}=" in arguments for name in FLAX_ARGUMENTS) and _keywords(call) & {*FLAX_ARGUMENTS}
@@ -277,7 +279,7 @@ class LinenModel:
             parts.append(f"method='{method[0]}'")
         elif method:
             parts.append(f"method=lambda m, *a, **k: m.{'.'.join(method)}(*a, **k)")
-        return f"{cloned(name.partition('.')[0], self.module, fields)}.{verb}({', '.join(parts)})"
+        return f"{module.replace(MODULE, name.partition('.')[0])}.{verb}({', '.join(parts)})"
 
 
 def _keywords(call: str) -> set[str]:

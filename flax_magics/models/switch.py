@@ -26,6 +26,10 @@ Settings = tuple[tuple[str, bool], ...]
 """Switches by name, or by path, and their values."""
 
 
+MODULE = "\0"
+"""What stands for the module's name in an expression that is kept."""
+
+
 def value_of(name: str, train: bool) -> bool:
     """What switch `name` has to be for training (or not)."""
     return WHEN_TRAINING[name] is train
