@@ -24,7 +24,7 @@ from .cells import CellRun, ExecutedStatement, Source, Transform, match, read_ce
 from .context import RunGroups, ScriptModel
 from .file import write
 from .names import Free, mentioned, reads
-from .script import RootKeyTracker, Script
+from .script import RootKeyTracker, Script, assigned_by
 from .scripted import cell_runs_of
 from .writer import Lines, LineWriter, joined
 
@@ -166,6 +166,7 @@ def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[Source]) ->
         or (isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load))
     ]
     changed = any(run.changed or run.made is not None for run in runs if run.command == "apply" and run.model == model)
+    changed = changed or any(model in assigned_by(site) for source in sources for site in source.sites.values())
     return "" if changed or len(bound) != len(targets) else targets[0]
 
 

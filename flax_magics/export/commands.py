@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from .cells import MODELS, CommandSite
 from .context import CannotSay, ScriptContext, ScriptModel
 from .values import name_of
 from .writer import label_of
+
+SESSION_VARIABLES = re.compile(r"flax_magics\.session\(\)\.models\[(['\"])(\w+)\1\]\.variables")
+"""A model's variables, as messages write them."""
 
 _ANY = "nnx.Rngs(params=0, dropout=1)"
 
@@ -125,6 +129,37 @@ def _register(context: ScriptContext, site: CommandSite, indices: Sequence[int])
     return [f"{name} = {written}"]
 
 
+def _variables(context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> list[str]:
+    """`%flax_vars`: a model's variables as they are, or others in their place."""
+    name, equals, value = (part.strip() for part in site.given.rest.partition("="))
+    model = context.models.get(name)
+    if model is None:
+        raise CannotSay(f"the model `{name}` is not known any more")
+    if model.holds:
+        context.writer.needs.add("nnx")
+    if equals:
+        value = SESSION_VARIABLES.sub(lambda match: _held(context, match[2]), value)
+        context.lost.pop(name, None)
+        if model.holds:
+            return [f"nnx.update({model.name}, {value})"]
+        context.assigned.add(model.variables)
+        return [f"{model.variables} = {value}"]
+    variables = _held(context, name)
+    return [f"{site.target} {variables}"] if site.target else []
+
+
+def _held(context: ScriptContext, name: str) -> str:
+    """The variables of a model as an expression.
+
+    Raises:
+      CannotSay: the script has not those of the session.
+    """
+    model = context.models.get(name)
+    if model is None or name in context.lost:
+        raise CannotSay(context.lost.get(name, f"the model `{name}` is not known any more"))
+    return f"nnx.state({model.name})" if model.holds else model.variables
+
+
 def _load(context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> list[str]:
     """`%flax_load`: the variables of linen models out of the file, and the root key as it has it."""
     writer, load = context.writer, context.load
@@ -184,6 +219,7 @@ LINES: Mapping[str, Callable[[ScriptContext, CommandSite, Sequence[int]], list[s
     "flax_init": _run,
     "flax_key": _key,
     "flax_load": _load,
+    "flax_vars": _variables,
     "flaxmodel": _register,
     **dict.fromkeys(
         (

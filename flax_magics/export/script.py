@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..journal import Executed, Load
 from .cells import CellRun, CommandSite, ExecutedStatement, Source, begin, blocks
-from .commands import lines_of_command
+from .commands import SESSION_VARIABLES, lines_of_command
 from .context import CannotSay, RunGroups, ScriptContext, ScriptModel
 from .edit import Edit, SessionNames, commented, lines_of_statement
 from .functions import Function, JittedFunction
@@ -214,10 +214,8 @@ class Script:
         self.futures += edit.futures
         for line, reason in edit.left_out:
             self.unexported.append(f"{line}: {reason}")
-            if _assigns_variables(statement):
-                self.context.lost.update(
-                    dict.fromkeys(self.models, "its variables were set by a line that is left out")
-                )
+            assigned = self.models if _assigns_variables(statement) else assigned_by(site)
+            self.context.lost.update(dict.fromkeys(assigned, "its variables were set by a line that is left out"))
         skipped = [i for i, place in executed.made if place is not None and not (code and place in self._written)]
         self.context.skipped(skipped, "its variables come from a line that is left out")
         self.root.after(executed)
@@ -353,8 +351,8 @@ def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedState
 def _read_by(site: CommandSite) -> set[str]:
     """Names that the line of a command reads."""
     texts = [site.given.options.get("variables") or ""]
-    if site.name in ("flax_apply", "flax_init", "flaxmodel"):
-        texts.append(site.call.call if site.call is not None else site.given.rest)
+    if site.name in ("flax_apply", "flax_init", "flax_vars", "flaxmodel"):
+        texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.given.rest))
     found: set[str] = set()
     for text in texts:
         try:
@@ -362,6 +360,13 @@ def _read_by(site: CommandSite) -> set[str]:
         except SyntaxError:  # the models of a `%%flaxmodel` cell
             continue
     return found
+
+
+def assigned_by(site: CommandSite | None) -> Iterable[str]:
+    """The model whose variables `%flax_vars net = …` sets."""
+    if site is None or site.name != "flax_vars" or "=" not in site.given.rest:
+        return ()
+    return (site.given.rest.partition("=")[0].strip(),)
 
 
 def _assigns_variables(statement: ast.stmt) -> bool:
