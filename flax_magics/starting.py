@@ -75,6 +75,12 @@ def start(entry: Entry, wanted: Wanted, *, params_taken: bool) -> Start:
       FlaxMagicsError: the variables that are given are none, or `--key params` asks for the key that initialises.
     """
     options, call, programs = wanted.options, wanted.call, wanted.programs
+    held = None if options.variables is not None else entry.held
+    if "params" in options.key and (params_taken or (held is None and options.variables is None)):
+        raise FlaxMagicsError(
+            f"--key params: in this draw that key initialises `{entry.name}`.",
+            **written(with_drawn_key(call, "params")),
+        )
     taken = params_taken or "params" in options.key
     if options.variables is not None:
         if entry.model.holds_variables:
@@ -83,7 +89,6 @@ def start(entry: Entry, wanted: Wanted, *, params_taken: bool) -> Start:
             taken, given = params_taken, options.variables
             check_collections(entry.name, given, Written(f"%flax_apply --variables {{}} {call.text}"))
         return Start(entry, given, weights=FOR_THIS_RUN, taken=taken)
-    held = entry.held
     if held is not None:
         source = entry.source_now()
         whose = f" ({source.describe()})" if source is not None else ""
@@ -91,11 +96,6 @@ def start(entry: Entry, wanted: Wanted, *, params_taken: bool) -> Start:
         entry = entry if source is entry.source else replace(entry, source=source)
         weights = "" if source is None else source.describe(wanted.draw.first.seed)
         return Start(entry, held, weights=weights, taken=taken)
-    if "params" in options.key:
-        raise FlaxMagicsError(
-            f"--key params: in this draw that key initialises `{entry.name}`.",
-            **written(with_drawn_key(call, "params")),
-        )
     wanted.on_phase(f"initialising {entry.name}")
     prepared = prepare_init(entry.name, entry.model, call)
     since = programs.clock()
