@@ -63,6 +63,7 @@ def as_asked(request: pytest.FixtureRequest) -> None:
         import jax
 
         jax.config.update(OPTIMISED_LITTLE, True)
+        jax.clear_caches()  # of operations that files ran when they were imported
 
 
 _executables: dict[Any, Any] = {}
