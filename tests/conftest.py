@@ -66,6 +66,7 @@ def optimised_little() -> None:
     import jax
 
     jax.config.update(OPTIMISED_LITTLE, True)
+    jax.clear_caches()  # of operations that files ran when they were imported
 
 
 _executables: dict[Any, Any] = {}
