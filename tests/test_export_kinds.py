@@ -106,7 +106,7 @@ class Net(Base):
     self.dropout = nnx.Dropout(0.5, rngs=rngs)
   def __call__(self, x):
     return self.dropout(self.linear(x)) * (2 if self.config.training else 1) * (3 if self.is_training else 1)
-held = nnx.bridge.ToNNX(nn.Dropout(0.5, deterministic=False), rngs=nnx.Rngs(0)).lazy_init(x)
+held = nnx.bridge.ToNNX(nn.Dropout(0.5, deterministic=False), rngs=nnx.Rngs(params=0, dropout=1)).lazy_init(x)
 """,
         "for i in range(2):\n  y = %flax_apply --train net(x * i)",
         "y = %flax_apply --eval net(x)\ny = %flax_apply net(x)\nz = net(x)\nys = %flax_apply --train --draws 2 net(x)",
