@@ -81,6 +81,11 @@ def is_traced(leaf: Any) -> bool:
     return isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
 
 
+def has_tracer(*trees: Any) -> bool:
+    """Whether JAX is tracing with a leaf of the trees."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
+
+
 def signature_of(leaf: Any) -> tuple[Any, ...]:
     """What a compiled program is specialised on, of one traced leaf: shape, dtype, weak type, and where it is if that
     was chosen.

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from .errors import FlaxMagicsError
 from .registry import Entry
-from .weights import Source, Written, check_alive, check_collections, check_fit, misfits, unfit
+from .weights import Source, Written, check_alive, check_collections, check_fit, check_state, misfits, unfit
 
 
 def assigned(
@@ -49,12 +48,7 @@ def _into_module(
 ) -> tuple[Entry, Callable[[], None]]:
     """The same for an NNX module; variables that are not among those given stay, as in `nnx.update`."""
     name = entry.name
-    if not isinstance(variables, Mapping):
-        is_module = isinstance(variables, type(model.module))
-        raise FlaxMagicsError(
-            f"variables of `{name}` are an nnx.State, not {type(variables).__name__}.",
-            **(written if is_module else Written(written.line)).advice("nnx.state({})"),
-        )
+    check_state(name, variables, written, model.module)
     held = model.take()
     values = model.read_state(name, variables)
     wrong = misfits(_by_path(held), {path: leaf for path, leaf in _by_path(values).items() if path in _by_path(held)})

@@ -19,7 +19,7 @@ from .program import Programs
 from .ready import Job, Ready, begin, compiled, eager, finish
 from .registry import Entry
 from .run import Made
-from .weights import FOR_THIS_RUN, Source, Written, check_alive, check_collections
+from .weights import FOR_THIS_RUN, Source, Written, check_alive, check_collections, check_state
 
 if TYPE_CHECKING:
     from .execution import Options
@@ -83,11 +83,14 @@ def start(entry: Entry, wanted: Wanted, *, params_taken: bool) -> Start:
         )
     taken = params_taken or "params" in options.key
     if options.variables is not None:
+        given = options.variables
+        line = Written(f"{options.line.replace('…', '{}')} {call.text}")
         if entry.model.holds_variables:
-            given = entry.model.read_state(entry.name, options.variables)
+            check_state(entry.name, given, line, entry.model.module)
+            given = entry.model.read_state(entry.name, given)
         else:
-            taken, given = params_taken, options.variables
-            check_collections(entry.name, given, Written(f"%flax_apply --variables {{}} {call.text}"))
+            taken = params_taken
+            check_collections(entry.name, given, line)
         return Start(entry, given, weights=FOR_THIS_RUN, taken=taken)
     if held is not None:
         source = entry.source_now()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import private, spelling
+from .arguments import has_tracer
 from .construct import Recipe
-from .errors import FlaxMagicsError
+from .errors import FlaxMagicsError, written
 from .models import Ask
 from .prepare import Call, prepare, with_arguments
 from .run import Run
@@ -148,7 +150,8 @@ def of_state(where: str, what: str, line: str) -> FlaxMagicsError:
 
 
 def _error(said: str, instead: str, lines: list[str], form: str | None = None) -> FlaxMagicsError:
-    return FlaxMagicsError(f"{said} {instead}", write="\n".join(lines) or None, form=None if lines else form)
+    advice: Mapping[str, str | None] = {"form": form} if not lines else written("\n".join(lines))
+    return FlaxMagicsError(f"{said} {instead}", **advice)
 
 
 def _lines_of_apply(state: State, entry: Entry, call: Call, options: Options, where: str) -> list[str]:
@@ -167,6 +170,8 @@ def _lines_of_apply(state: State, entry: Entry, call: Call, options: Options, wh
         code = by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
     except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
         return []
-    variables = f"%flax_init {call.text}" if entry.variables is None else f"%flax_vars {entry.name}"
+    # An argument that is traced is no value outside, whatever has its name there.
+    text = f"{call.text.partition('(')[0]}(…)" if has_tracer(call.args, call.kwargs) else call.text
+    variables = f"%flax_init {text}" if entry.variables is None else f"%flax_vars {entry.name}"
     keys = dict.fromkeys((*options.key, *sorted(ask.streams)))
     return [f"variables = {variables}", *(f"{key}_key = %flax_key {key}" for key in keys), code]

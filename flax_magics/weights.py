@@ -216,6 +216,19 @@ def check_collections(name: str, value: Any, written: Written, expected: Mapping
         )
 
 
+def check_state(name: str, value: Any, written: Written, module: Any) -> None:
+    """Checks that `value` is like an `nnx.State`; `module` is the one whose variables it is to give.
+
+    Raises:
+      FlaxMagicsError: it is something else.
+    """
+    if not isinstance(value, Mapping):
+        as_written = written if isinstance(value, type(module)) else Written(written.line)
+        raise FlaxMagicsError(
+            f"variables of `{name}` are an nnx.State, not {type(value).__name__}.", **as_written.advice("nnx.state({})")
+        )
+
+
 def _from_attributes(name: str, value: Any, written: Written, expected: Any) -> dict[str, str]:
     """What to write for a train state, which has the collections as attributes."""
     names = [one for one in (expected or {"params": None}) if isinstance(getattr(value, one, None), Mapping)]

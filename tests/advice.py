@@ -18,6 +18,8 @@ from flax_magics.errors import FlaxMagicsError
 from flax_magics.run import Note
 
 ROOT = Path(flax_magics.__file__).parent
+TEXTS = {path: path.read_text("utf-8") for path in sorted(ROOT.rglob("*.py"))}
+ERRORS = {"FlaxMagicsError", *re.findall(r"class (\w+)\(FlaxMagicsError\)", "\n".join(TEXTS.values()))}
 LABELS = ("write", "form", "in your model")
 
 
@@ -36,12 +38,12 @@ class Site:
 
 
 def sites() -> list[Site]:
-    """Every place that makes advice: where FlaxMagicsError, Note and advice_lines are given some, and Command's examples."""
+    """Every place that makes advice: where an error of ours, a Note or advice_lines is given some, and Command's examples."""
     found = []
-    for path in sorted(ROOT.rglob("*.py")):
+    for path, text in TEXTS.items():
         file = path.relative_to(ROOT).as_posix()
         if file != "errors.py":
-            found += list(_sites(ast.parse(path.read_text("utf-8")), file, "(module)"))
+            found += list(_sites(ast.parse(text), file, "(module)"))
     return found
 
 
@@ -60,7 +62,7 @@ def _advises(call: ast.Call, file: str) -> bool:
     keywords = {item.arg for item in call.keywords}
     if name == "Note" and len(call.args) > 2:
         return not isinstance(call.args[2], ast.Starred)  # read from a file: another place has made it
-    if name in ("FlaxMagicsError", "Note"):
+    if name in {*ERRORS, "Note"}:
         return bool(keywords & {"write", "form", "edit", None})
     return name == "advice_lines" or (name == "Command" and file == "commands.py")
 
@@ -134,7 +136,8 @@ class Scenario:
       cells: run before; an edit is made in the last.
       fill: what stands for each gap of a `form`, in order.
       edit: gives the model's cell as the advice has it, from the cell and the advice.
-      use: where the text is pasted: a cell with `{}` in it.
+      use: where the text is pasted: a cell with `{}` in it, or a function that gives the cell.
+      stops: the exception that the pasted lines are there to raise.
       paste: pastes it elsewhere than in a cell.
       after: a cell that is run when that has worked.
       again: the mistake is run once more afterwards, as it was written, and is none any more.
@@ -147,7 +150,8 @@ class Scenario:
     cells: tuple[str, ...] = ()
     fill: tuple[str, ...] = ()
     edit: Callable[[str, str], str] | None = None
-    use: str = "{}"
+    use: str | Callable[[str], str] = "{}"
+    stops: str = ""
     paste: Callable[[str], str] | None = None
     after: str = ""
     again: bool = False
@@ -192,7 +196,9 @@ class Follower:
             if scenario.paste is not None:
                 pasted = scenario.paste(text)
             else:
-                pasted = self.run(scenario.use.replace("{}", text), works=True)
+                cell = scenario.use.replace("{}", text) if isinstance(scenario.use, str) else scenario.use(text)
+                pasted = self.run(cell, works=not scenario.stops)
+                assert scenario.stops in pasted
         if scenario.after:
             pasted += "\n" + self.run(scenario.after, works=True)
         if scenario.again or scenario.edit is not None:

@@ -240,10 +240,6 @@ def models(notebook):
     for line in ("net = Net()", "fresh = Net()", "own = Own(4)"):
         notebook(f"%flaxmodel -q {line}")
     notebook("variables = %flax_init -q net(x)")
-    if "flax_vars" not in notebook.shell.magics_manager.magics["line"]:
-        notebook.shell.register_magic_function(
-            lambda line: notebook.session.models[line.strip()].variables, magic_name="flax_vars"
-        )
     return notebook
 
 

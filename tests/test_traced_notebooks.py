@@ -92,10 +92,6 @@ def models(notebook):
     for line in ("net = Net()", "fresh = Net()", "vae = Sampled()", "own = Own(4)", "handed = Handed(4)"):
         notebook(f"%flaxmodel -q {line}")
     notebook("_ = %flax_init -q net(x)\n_ = %flax_init -q vae(x, key)")
-    if "flax_vars" not in notebook.shell.magics_manager.magics["line"]:
-        notebook.shell.register_magic_function(
-            lambda line: notebook.session.models[line.strip()].variables, magic_name="flax_vars"
-        )
     return notebook
 
 

@@ -144,13 +144,8 @@ class NnxModel:
         """The module's variables with those of `value`, an `nnx.State` (or a mapping like one), in their places.
 
         Raises:
-          FlaxMagicsError: `value` is something else, or has a variable that the module has not.
+          FlaxMagicsError: `value` has a variable that the module has not.
         """
-        if not isinstance(value, Mapping):
-            raise FlaxMagicsError(
-                f"variables of `{name}` are an nnx.State, not {type(value).__name__}.",
-                form="nnx.state(…)",
-            )
         slots = {slot.path: slot for slot in self.layout.slots}
         out = self.take()
         for path, leaf in flat_state(value if isinstance(value, nnx.State) else nnx.State(dict(value))):

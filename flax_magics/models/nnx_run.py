@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ..arguments import has_tracer
 from ..uninterrupted import Assignment, at_once
 from . import ARGUMENTS, CONVERTED, SOWN, Ask, Commit, Forward, Incomplete, Path, Record, Variables
 from .graph import assignment, is_sown, parts_of, raw, same, set_raw, walk
@@ -50,7 +51,7 @@ def forward(
         _pop(copy, is_sown)
         undo = set_mode(copy, mode)
         reseed(copy, keys)
-        trace = object() if _is_traced(variables, keys, args, kwargs) else None
+        trace = object() if has_tracer(variables, keys, args, kwargs) else None
         mark(copy, trace)
         nodes = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
         handed = None
@@ -154,11 +155,6 @@ def reseed(module: Any, keys: Mapping[str, Any]) -> None:
 def _plain_variables() -> Any:
     """A block in which the model makes Variables like those that it holds, whatever `flax_hijax_variable` says."""
     return nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
-
-
-def _is_traced(*trees: Any) -> bool:
-    """Whether a program is being made, as opposed to a run op by op."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
 
 
 def _is_converted(held: Any, traced: Any) -> bool:
