@@ -235,6 +235,7 @@ REFUSING = {
     "run_init": lambda session: session.init("net", X),
     "apply": lambda session: session.apply("net", X),
     "run_apply": lambda session: session.apply("net", X),
+    "assign": lambda session: session.assign("net", session.models["net"].variables),
     "key": lambda session: session.key("noise"),
     "run_key": lambda session: session.run_key("noise"),
     "replay": lambda session: session.replay(1),
