@@ -43,7 +43,7 @@ class FlaxMagicsError(Exception):
         super().__init__("\n".join(lines))
 
     def _render_traceback_(self) -> list[str]:
-        return [f"{FlaxMagicsError.__name__}: {self}"]
+        return [f"{type(self).__name__}: {self}"]
 
 
 def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[str, str]]:

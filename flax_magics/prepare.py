@@ -35,6 +35,10 @@ class BadCall(FlaxMagicsError):
     """The arguments of a call do not fit the method."""
 
 
+for attribute in ("__module__", "__name__", "__qualname__"):  # hosts show an error by these
+    setattr(BadCall, attribute, getattr(FlaxMagicsError, attribute))
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model in its mode, and arguments that fit.

@@ -92,7 +92,7 @@ def _check_history(context: ScriptContext) -> None:
 def _register(context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> list[str]:
     """`%flaxmodel net = Net(8)`, and what a cell registers by itself."""
     writer = context.writer
-    name, _, written = (part.strip() for part in site.given.rest.rstrip("; ").partition("="))
+    name, _, written = (part.strip() for part in site.given.rest.partition("="))
     lines: list[str] = []
     for registered in context.states if name == MODELS else (name,):
         model = context.models.get(registered)
@@ -131,7 +131,7 @@ def _register(context: ScriptContext, site: CommandSite, indices: Sequence[int])
 
 def _variables(context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> list[str]:
     """`%flax_vars`: a model's variables as they are, or others in their place."""
-    name, equals, value = (part.strip() for part in site.given.rest.rstrip("; ").partition("="))
+    name, equals, value = (part.strip() for part in site.given.rest.partition("="))
     model = context.models.get(name)
     if model is None:
         raise CannotSay(f"the model `{name}` is not known any more")
