@@ -34,9 +34,11 @@ def assigned(
 
 
 def _expected(entry: Entry) -> tuple[Mapping[str, Any] | None, frozenset[str]]:
-    """Variables that fit the model, None where nobody knows any; and collections that only a run makes."""
+    """Variables that fit the model, and collections that its first init did not make; None where no init is known."""
     made = entry.made_before
-    shapes = None if made is None else made.shapes
+    if made is None:
+        return None, frozenset()
+    shapes = made.shapes
     if entry.variables is None:
         return shapes, frozenset()
     by_init = entry.variables if shapes is None else shapes

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -168,15 +169,17 @@ def test_buffers_that_are_given_away_before_they_are_written_are_told_and_the_fi
     session.apply("net", x, train=True)
     session.autosave(path)
     gate = Gate(monkeypatch)
-    session.models["net"].variables = {"params": {"w": jnp.ones(3) * 2}}
+    before = session.models["net"].variables
+    session.models["net"].variables = jax.tree_util.tree_map(lambda leaf: leaf * 2, before)
     assert gate.entered.wait(60)
-    session.models["net"].variables["params"]["w"].delete()
+    session.models["net"].variables["params"]["Dense_0"]["kernel"].delete()
     gate.opened.set()
     session.autosaving.flush()
-    assert session.autosaving.news().startswith("`net/params/w` cannot be saved: JAX says: Array has been deleted")
+    news = session.autosaving.news()
+    assert news.startswith("`net/params/Dense_0/kernel` cannot be saved: JAX says: Array has been deleted")
     assert session.autosaving.news() is None  # once
     assert draws_in(path) == 1
-    session.models["net"].variables = {"params": {"w": jnp.ones(4)}}
+    session.models["net"].variables = before
     session.autosaving.flush()
     assert session.autosaving.error is None
 

@@ -60,3 +60,9 @@ def test_runs_after_variables_that_no_line_gives_are_left_out(notebook):
     notebook("y = %flax_apply net(x)")
     script = exported(notebook)
     assert "# Left out: its variables were set by a line that is left out.\n# y = %flax_apply net(x)\n" in script
+
+
+def test_a_mode_that_nothing_set(notebook, tmp_path):
+    notebook(MODEL.replace(", train: bool = False", "").replace("not train", "True"))
+    notebook("y = %flax_apply --train net(x)")
+    assert "Left out" not in assert_same(notebook, tmp_path)

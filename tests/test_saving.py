@@ -714,10 +714,11 @@ def test_a_session_that_cannot_be_saved_leaves_the_old_file(path):
     session.apply("net", notebook_x())
     session.save(path)
     whole = path.read_bytes()
-    session.models["net"].variables = {"params": {"w": np.array([object()])}}
+    session.register("other", MyModel(3, True))
+    session.models["other"].variables = {"params": {"w": np.array([object()])}}
     with pytest.raises(FlaxMagicsError) as error:
         session.save(path)
-    assert str(error.value) == "`net/params/w` cannot be saved: it has the dtype object."
+    assert str(error.value) == "`other/params/w` cannot be saved: it has the dtype object."
     assert path.read_bytes() == whole
     assert os.listdir(path.parent) == [path.name]
 

@@ -375,6 +375,7 @@ def test_a_collection_that_another_method_added_may_be_left_out():
 def test_a_model_without_variables_takes_what_its_first_run_then_checks():
     session = session_with(Plain())
     params = {"Dense_0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}}
+    session.models["net"].variables = {"params": {"Dense_0": 3}}  # a mistake that nobody can see yet
     session.models["net"].variables = {"params": params}
     assert session.apply("net", X).weights == "set in a script"
 

@@ -95,7 +95,10 @@ class CommandSite:
             return False
         if bool(run.replayed) != (options["draw"] is not None):
             return False
-        return (command == "init" and not is_build(run)) or (run.mode == self.mode and run.draws == options["draws"])
+        if command == "init":
+            return not is_build(run)
+        # A model without a switch runs as written, whatever was asked.
+        return run.mode in (self.mode, "as written") and run.draws == options["draws"]
 
 
 def is_build(run: Any) -> bool:

@@ -61,7 +61,7 @@ def test_train_in_the_second_draw_and_a_line_when_nothing_is_new(sharp_bits):
     )
     assert bits(sharp_bits["y"]) == bits(by_hand(sharp_bits, training=True, draws=2)[1])
     assert times(sharp_bits("y = %flax_apply --train my_model(x)")) == (
-        "my_model · train · cpu:0 · draw 3 · reused · run …"
+        "my_model · train · cpu:0 · draw 3 · reused · run … · weights of draw 1"
     )
     assert bits(sharp_bits["y"]) == bits(by_hand(sharp_bits, training=True, draws=3)[1])
 
@@ -132,7 +132,8 @@ def test_a_loop_shares_one_counting_line(sharp_bits):
     )
     out = sharp_bits("%flax_apply --train my_model(x);\n%flax_apply --train my_model(x);")
     assert times(out) == (
-        "my_model · train · cpu:0 · draw 12 · reused · run …\nmy_model · train · cpu:0 · draw 13 · reused · run …"
+        "my_model · train · cpu:0 · draw 12 · reused · run … · weights of draw 1\n"
+        "my_model · train · cpu:0 · draw 13 · reused · run … · weights of draw 1"
     )
 
 
