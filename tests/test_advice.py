@@ -454,6 +454,12 @@ SCENARIOS = [
     ),
     Scenario(
         "surroundings._error",
+        "@jax.jit\ndef step(v):\n  %flax_vars net = v\n  return v\nvariables = step(variables)",
+        (NET, INIT),
+        ("variables",),
+    ),
+    Scenario(
+        "surroundings._error",
         MADE.replace("{}", "%flax_init -q Net(x)"),
         (FIXED,),
         use=outside(MADE),
