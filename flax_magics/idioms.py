@@ -20,7 +20,7 @@ from .edits import shapes_of_init
 from .errors import FlaxMagicsError
 from .models import FLAX_ARGUMENTS, Idiom, Model
 from .models.switch import call_switches, written_in_call
-from .prepare import BadCall, Call, prepare_init
+from .prepare import BadCall, Call, of_module, prepare_init
 
 INIT, APPLY, SUMMARY, CHECK = "%flax_init", "%flax_apply", "%flax_summary", "--check"
 
@@ -185,7 +185,7 @@ class Translation:
             return FlaxMagicsError(said, form=form)
         if lines and lines[0].startswith(CHECK):
             return FlaxMagicsError(said, form=f"%flaxmodel --check {lines[0].removeprefix(CHECK).strip()!r} …")
-        return FlaxMagicsError(said, write="\n".join(lines) or None)
+        return FlaxMagicsError(said, write="\n".join(of_module(self.name, self.model, lines)) or None)
 
 
 def _tree(call: Call) -> ast.Call | None:

@@ -210,8 +210,9 @@ class Root:
     @classmethod
     def from_seed(cls, seed: int) -> Root:
         """Draw 0 of `seed`, under the PRNG implementation that JAX is set to now."""
-        key = jax.random.key(seed)
-        return cls(seed, 0, np.asarray(jax.random.key_data(key)).tobytes(), str(jax.random.key_impl(key)))
+        with jax.ensure_compile_time_eval():  # a session may begin in a function that JAX traces
+            key = jax.random.key(seed)
+            return cls(seed, 0, np.asarray(jax.random.key_data(key)).tobytes(), str(jax.random.key_impl(key)))
 
     @property
     def key(self) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +190,16 @@ def with_arguments(call: str, arguments: Sequence[str]) -> str:
         return call
     inside = call.rpartition(")")[0].rstrip().rstrip(",")
     return f"{inside}{'' if inside.endswith('(') else ', '}{', '.join(arguments)})"
+
+
+def of_module(name: str, model: Model, lines: list[str]) -> list[str]:
+    """Lines of plain Flax that begin with a model's name, which is its class's where it was built from defaults."""
+    if name != type(model.module).__name__:
+        return lines
+    plain = [re.sub(rf"^(variables = )?{name}(?=[.(])", r"\1module", line) for line in lines]
+    if plain == lines:
+        return lines
+    return ["import flax_magics", f"module = flax_magics.session().models['{name}'].module", *plain]
 
 
 def with_drawn_key(call: Call, name: str) -> str:

@@ -277,9 +277,7 @@ class Session:
         Raises:
           FlaxMagicsError: they do not fit, or an array of them is gone. Nothing has changed.
         """
-        line = (
-            f"session.models['{name}'].variables = variables" if written is None else f"%flax_vars {name} = variables"
-        )
+        line = f"session.models['{name}'].variables = …" if written is None else f"%flax_vars {name} = …"
         self._stand_outside(lambda where: surroundings.of_state(where, f"the assignment of `{name}`'s variables", line))
         entry, notes = self._entry_now(name, module)
         after, write = assignment.assigned(entry, variables, written or Written.assignment(name), cell_number())

@@ -17,7 +17,7 @@ from .arguments import has_tracer
 from .construct import Recipe
 from .errors import FlaxMagicsError, written
 from .models import Ask
-from .prepare import Call, prepare, with_arguments
+from .prepare import Call, of_module, prepare, with_arguments
 from .run import Run
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _of_nnx(where: str, state: State, entry: Entry, call: Call, options: Options
             keys["dropout"] = None
         lines += [] if options.mode is None else [f"{name}.{options.mode}()"]
         lines += [f"{key}_key = %flax_key {key}" for key in keys]
-        lines.append(with_arguments(call.text, arguments))
+        lines = of_module(name, entry.model, [*lines, with_arguments(call.text, arguments)])
     return _error(
         f"{call.command} {call.text} stands {where}.",
         "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit"
@@ -104,7 +104,7 @@ def of_init(where: str, entry: Entry, call: Call) -> FlaxMagicsError:
         with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
             switches = spelling.of_init(call, model)
             by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_module)
-            lines = ["params_key = %flax_key params", f"variables = {by_hand}"]
+            lines = of_module(entry.name, model, ["params_key = %flax_key params", f"variables = {by_hand}"])
     return _error(
         said,
         "Draw the key before it, and initialise with that.",
@@ -174,4 +174,5 @@ def _lines_of_apply(state: State, entry: Entry, call: Call, options: Options, wh
     text = f"{call.text.partition('(')[0]}(…)" if has_tracer(call.args, call.kwargs) else call.text
     variables = f"%flax_init {text}" if entry.variables is None else f"%flax_vars {entry.name}"
     keys = dict.fromkeys((*options.key, *sorted(ask.streams)))
-    return [f"variables = {variables}", *(f"{key}_key = %flax_key {key}" for key in keys), code]
+    lines = [f"variables = {variables}", *(f"{key}_key = %flax_key {key}" for key in keys), code]
+    return of_module(entry.name, entry.model, lines)

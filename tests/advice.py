@@ -38,7 +38,7 @@ class Site:
 
 
 def sites() -> list[Site]:
-    """Every place that makes advice: where an error, a Note or `advice_lines` is given some, and a Command's examples."""
+    """Every place that makes advice: where our errors, Note and advice_lines are given some, and Command's examples."""
     found = []
     for path, text in TEXTS.items():
         file = path.relative_to(ROOT).as_posix()

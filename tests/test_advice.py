@@ -109,6 +109,7 @@ class N(nnx.Module):
     return self.drop(self.linear(x), rngs=rngs)
 """
 OWN = f"%%flaxmodel\n{NNX}net = N(2, rngs=nnx.Rngs(0))\n"
+OWN_CLASS = f"%%flaxmodel\n{NNX}".replace("self, features,", "self,").replace("features,", "2,")
 OWN_EDITED = OWN.replace("features, rngs=rngs", "features, kernel_init=nnx.initializers.ones, rngs=rngs")
 REFERENCE = """from flax import nnx
 new_ref = getattr(jax, 'new_ref', None) or jax.array_ref
@@ -127,16 +128,17 @@ RAN = "%flax_apply -q -o first net(x);"
 BATCH = SWITCHED.replace("%%flaxmodel", "%%flaxmodel net = Net()")
 BATCH_INIT = "variables = %flax_init net(x, train=False)"
 ZEROS = "jax.tree_util.tree_map(jnp.zeros_like, variables)"
-KERNEL = "abs(session.models['net'].variables['params']['Dense_0']['kernel']).sum()"
+KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Dense_0']['kernel']).sum()"
 STEP = "params = jax.tree_util.tree_map(lambda leaf: leaf + 1, params)"
 DONATED = "for leaf in jax.tree_util.tree_leaves(variables): leaf.delete()"
-STATE = f"""import flax_magics, dataclasses
+STATE = """import flax_magics, dataclasses
 session = flax_magics.session()
 @dataclasses.dataclass
 class State:
   params: dict
-state = State({ZEROS}['params'])
+state = State(variables['params'])
 """
+MOVED = f"state = State({ZEROS}['params'])"
 LOSS = """def loss(variables):
   y = {}
   return (y ** 2).sum()
@@ -166,7 +168,8 @@ grads = nnx.grad(loss)(net)
 """
 BUILT = """@nnx.jit
 def make():
-  return {}
+  state = {}
+  return state
 state = make()
 """
 TWIN = f"{SESSION}\nsession.models['net'].variables = "
@@ -333,7 +336,7 @@ SCENARIOS = [
     Scenario("invoking.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
     Scenario("magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
     Scenario("weights.check_collections", f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
-    Scenario("weights.check_collections", "%flax_vars net = state", (NET, INIT, STATE), check=f"{KERNEL} == 0"),
+    Scenario("weights.check_collections", "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
     Scenario(
         "weights.check_collections", "%flax_vars net = state | {}", (BATCH, BATCH_INIT, "state = variables['params']")
     ),
@@ -354,7 +357,7 @@ SCENARIOS = [
     Scenario("weights.check_alive", "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
     Scenario("weights.check_alive", "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True),
     Scenario("weightnames._note", "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
-    Scenario("weightnames._note", "%flax_apply net(x);", (NET, INIT, STATE), check=f"{KERNEL} == 0"),
+    Scenario("weightnames._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
     Scenario(
         "weightnames._note",
         "%flax_apply --eval net(x);",
@@ -397,6 +400,8 @@ SCENARIOS = [
     ),
     Scenario("idioms._error", "%flax_summary net.tabulate(jax.random.key(0), x)", (NET,)),
     Scenario("idioms._error", "%flax_apply net.make_rng('dropout')", (NET,), check="dropout_key.shape == ()"),
+    Scenario("idioms._error", "%flax_apply Net(x, mutable=True)", (FIXED,)),
+    Scenario("idioms._error", "%flax_init Net.clone(name='other')", (FIXED,)),
     # -- in a function that JAX traces
     Scenario(
         "surroundings._error",
@@ -444,8 +449,28 @@ SCENARIOS = [
         "surroundings._error",
         BUILT.replace("{}", "%flax_init -q net(x)"),
         (OWN.replace("\nnet = N(2, rngs=nnx.Rngs(0))", "\n").replace("%%flaxmodel", "%%flaxmodel net = N(2)"),),
-        use=outside(BUILT.replace("{}", "state").replace("  return", "  {}\n  state = nnx.state(net)\n  return")),
+        use=outside(BUILT.replace("state = {}", "{}\n  state = nnx.state(net)")),
         check="state.linear.bias.shape == (2,)",
+    ),
+    Scenario(
+        "surroundings._error",
+        "@jax.jit\ndef step(v):\n  %flax_vars net = v\n  return v\nvariables = step(variables)",
+        (NET, INIT),
+        ("variables",),
+    ),
+    Scenario(
+        "surroundings._error",
+        MADE.replace("{}", "%flax_init -q Net(x)"),
+        (FIXED,),
+        use=outside(MADE),
+        check="variables == {}",
+    ),
+    Scenario(
+        "surroundings._error",
+        MADE.replace("{}", "%flax_apply -q --train N(x)"),
+        (OWN_CLASS,),
+        use=outside(MADE),
+        check="variables.shape == (3, 4, 2)",
     ),
     # -- sharp bits
     Scenario(

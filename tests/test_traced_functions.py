@@ -235,7 +235,7 @@ REFUSING = {
     "run_init": lambda session: session.init("net", X),
     "apply": lambda session: session.apply("net", X),
     "run_apply": lambda session: session.apply("net", X),
-    "assign": lambda session: session.assign("net", session.models["net"].variables),
+    "assign": lambda session: session.assign("net", {}),
     "key": lambda session: session.key("noise"),
     "run_key": lambda session: session.run_key("noise"),
     "replay": lambda session: session.replay(1),
@@ -293,7 +293,7 @@ def test_variables_are_not_assigned_in_a_traced_function(used):
         jax.jit(lambda v: setattr(used.models["net"], "variables", v))(used.models["net"].variables)
     assert str(told.value) == (
         f"the assignment of `net`'s variables stands {TRACED} Write it before or after.\n"
-        "  write: session.models['net'].variables = variables"
+        "  form: session.models['net'].variables = …"
     )
     assert used._state is state
 
@@ -358,3 +358,15 @@ def test_a_program_with_a_callback_runs_and_a_command_in_it_does_not(command):
     assert command.session.apply("net", X).output.shape == (2, 3)
     assert command.session.draws == 1
     assert {said.partition(". ")[0] for said in command.said} == {f"the key `noise` is drawn {CALLED_BACK[:-1]}"}
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, lambda function: lambda x: jax.vmap(function)(x[None])])
+def test_a_session_that_begins_in_a_traced_function_has_the_root_key_of_any(transform):
+    sessions = []
+
+    def function(x):
+        sessions.append(Session(seed=3))
+        return x
+
+    transform(function)(jnp.float32(1))
+    assert jax.random.key_data(sessions[0].root_key).tolist() == jax.random.key_data(jax.random.key(3)).tolist()

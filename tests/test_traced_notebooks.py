@@ -146,3 +146,22 @@ def test_a_summary_of_a_traced_module_refuses(models):
 def test_a_command_in_a_function_that_is_not_jitted_runs(models):
     models("def look(x):\n  y = %flax_apply -q net(x)\n  return y\nwith jax.disable_jit():\n  y = jax.jit(look)(x)")
     assert models["y"].shape == (2, 4)
+
+
+def test_a_model_with_the_name_of_its_class_is_written_as_the_module_that_is_registered(models):
+    models("%%flaxmodel -q\nclass Plain(Net):\n  pass")
+    module = ["import flax_magics", "module = flax_magics.session().models['Plain'].module"]
+    _, advice = told(models, "flax_init Plain(x)")
+    assert advice == [*module, "params_key = %flax_key params", "variables = module.init(params_key, x)"]
+    models("\n".join(advice))
+    _, advice = told(models, "flax_apply --train Plain(x)")
+    assert advice == [*module, "variables = %flax_init Plain(x)", *KEYS, f"module{TRAINED}"]
+    models("\n".join(advice))
+
+
+def test_an_argument_that_is_traced_is_a_gap_in_what_is_written_outside(models):
+    out = models.fails("def one(x):\n  y = %flax_apply -q fresh(x)\n  return y\njax.vmap(one)(x)")
+    assert "  form: variables = %flax_init fresh(…)\n        fresh.apply(variables, x)" in out
+    models("_ = %flax_init -q fresh(x)")
+    out = models.fails("jax.vmap(one)(x)")
+    assert "  write: variables = %flax_vars fresh\n         fresh.apply(variables, x)" in out

@@ -101,6 +101,8 @@ MISTAKES = {
     "%flax_vars net == variables": "write `=`, not `==`.\n  write: %flax_vars net = variables",
     "%flax_vars net =": "`net =` needs a value.\n  form: %flax_vars net = …",
     "%flax_vars net = 3": "variables of `net` are a dict of collections, not int.\n  form: %flax_vars net = {'params': …}",
+    "%flax_apply --eval --variables [1] net(x)": "variables of `net` are a dict of collections, not list.\n"
+    "  form: %flax_apply --eval --variables {'params': …} net(x)",
 }
 
 
@@ -109,6 +111,16 @@ def test_a_mistake_is_one_message_and_changes_nothing(net, line):
     before = net.session._state
     assert net.fails(line) == f"FlaxMagicsError: {MISTAKES[line]}"
     assert net.session._state is before
+
+
+def test_what_is_no_state_of_an_nnx_module_for_one_run(notebook):
+    notebook("from flax import nnx\n%flaxmodel net = nnx.Linear(4, 2)")
+    for line in ("--variables net net(x)", "--mutable a --variables (net, 1) net(x)"):
+        form = line.replace("(net, 1)", "net").replace("--variables net", "--variables nnx.state(…)")
+        kind = "Linear" if "1" not in line else "tuple"
+        assert notebook.fails(f"%flax_apply {line}") == (
+            f"FlaxMagicsError: variables of `net` are an nnx.State, not {kind}.\n  form: %flax_apply {form}"
+        )
 
 
 def test_before_the_first_init(notebook):
