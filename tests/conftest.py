@@ -54,6 +54,7 @@ def optimised_little() -> None:
     import jax
 
     jax.config.update(OPTIMISED_LITTLE, True)
+    jax.clear_caches()  # operations that a module's import has had compiled, with optimisations
 
 
 _executables: dict[Any, Any] = {}

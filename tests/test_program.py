@@ -222,6 +222,7 @@ def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
     assert run.reason == "first run of this program; begun by the run that was interrupted"
 
 
+@pytest.mark.own_executables  # one that is there already leaves nothing to wait for
 def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session, monkeypatch):
     import flax_magics.program as program
 
