@@ -19,7 +19,7 @@ def test_a_session_with_shell_lines_is_exported_and_gives_its_digests(open_noteb
     notebook.fails("1 / 0")
     digests.append(notebook.run("y = %flax_apply --train my_model(x + y.mean())").run["digest"])
     written = notebook.run(f"%flax_export {tmp_path / 'session.py'}").report
-    assert written.splitlines()[0] == "session.py · written · 7 cells · 3 runs"
+    assert written.splitlines()[0] == "session.py · written · 6 cells · 3 runs"
     notebook.run("%precision")  # of the shell, which later tests have too
     script = (tmp_path / "session.py").read_text()
     assert "# !echo hello\n# files = !echo a\n# %precision 4\n# Left out: `files` is not there" in script
