@@ -15,7 +15,7 @@ from exporting import digests_of, exported, printed
 
 import flax_magics
 
-pytestmark = pytest.mark.usefixtures("digests_taken", "unoptimised")
+pytestmark = pytest.mark.usefixtures("digests_taken")
 
 SEEDS = (
     [int(os.environ["FLAX_MAGICS_SESSION"])]
