@@ -16,6 +16,9 @@ from traitlets.config import Config
 
 from flax_magics import current
 
+# No example is timed: one of them may meet a collection of garbage, or a busy machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 # `--hypothesis-profile few` is for a lane whose examples another lane tries in full.
 settings.register_profile("few", max_examples=5)
 
