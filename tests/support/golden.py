@@ -101,6 +101,8 @@ def text_of(kind: str, data: Any) -> str:
 def _without(data: Any) -> Any:
     if isinstance(data, dict):
         return {name: _without(value) for name, value in sorted(data.items()) if name not in ELSEWHERE}
+    if isinstance(data, float):
+        return float(f"{round(data, 6) + 0.0:.4g}")  # the last bits are others on each version
     return [_without(value) for value in data] if isinstance(data, list) else data
 
 
