@@ -252,6 +252,11 @@ def is_refused(models, line, message, advice):
     models(advice)
 
 
+def test_methods_that_flax_has_left_in_a_class_of_its_own(models):
+    models("_ = nnx.tabulate(own, x)")
+    is_refused(models, "%flax_apply own.dropout.eval()", *METHODS["%flax_apply own.dropout.eval()"])
+
+
 def test_methods_of_flaxs_own(models):
     for line, (message, advice) in METHODS.items():
         is_refused(models, line, message, advice)

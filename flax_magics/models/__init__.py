@@ -183,11 +183,15 @@ def check_name(owner: Any, name: str) -> None:
     from flax import linen
 
     scoped = isinstance(owner, linen.Module) and name in ("scope", "parent")
-    cls = next((cls for cls in type(owner).__mro__ if name in vars(cls)), None)
     across = sys.modules.get("flax.nnx.bridge.module")
     bases = (linen.Module, *nnx_modules(), *(() if across is None else (across.Module,)))
-    if scoped or (name not in vars(owner) and any(cls in base.__mro__ for base in bases)):
-        raise Idiom(method=name, linen=scoped or cls in linen.Module.__mro__)
+    # What it is, not where it stands: `nnx.tabulate` leaves the methods of Module in every class that it has seen.
+    missing = object()
+    resolved = [inspect.getattr_static(cls, name, missing) for cls in (type(owner), *bases)]
+    if scoped or (
+        name not in vars(owner) and resolved[0] is not missing and any(one is resolved[0] for one in resolved[1:])
+    ):
+        raise Idiom(method=name, linen=scoped or resolved[0] is resolved[1])
 
 
 class Model(Protocol):
