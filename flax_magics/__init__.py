@@ -7,33 +7,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .base.version import __version__ as __version__
 from .errors import FlaxMagicsError
 
 if TYPE_CHECKING:
+    from ._session import Session
     from .run import Run
-    from .sessions import Session
 
-__version__ = "0.1.0"
 __all__ = ["FlaxMagicsError", "Run", "Session", "load_ipython_extension", "session", "unload_ipython_extension"]
 
 
 def session() -> Session:
     """The Session of this process, made at first use: the one that the commands use."""
-    from .current import current
+    from ._session import current
 
     return current()
 
 
 def load_ipython_extension(shell: Any) -> None:
     """`%load_ext flax_magics`."""
-    from . import extension
+    from .notebook import extension
 
     extension.load(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """`%unload_ext flax_magics`."""
-    from . import extension
+    from .notebook import extension
 
     extension.unload(shell)
 
@@ -41,7 +41,7 @@ def unload_ipython_extension(shell: Any) -> None:
 def __getattr__(name: str) -> Any:
     # Imported when asked for: loading the extension must not import JAX.
     if name == "Session":
-        from .sessions import Session
+        from ._session import Session
 
         return Session
     if name == "Run":

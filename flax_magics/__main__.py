@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .verify import main
+
 if __name__ == "__main__":
     from .verify import main
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import jax
-import numpy as np
-
+from .base.digest import Values, all_words, describe, digest_of, sample_of, values_of
+from .base.environment import environment
+from .base.measures import Timing
 from .errors import advice
-from .frozen import altered
-from .outputs import Values, values_of
 
 if TYPE_CHECKING:
-    from .agreement import Agreement
-    from .draws import Spread
-    from .spelling import Spelling
+    from .base.compare import Agreement, Spread
+    from .base.measures import Cost, Limits, Memory
+
+
+Settings = tuple[tuple[str, bool], ...]
+"""Switches by name, or by path, and their values."""
+
+
+MODULE = "\0"
+"""What stands for the module's name in an expression that is kept."""
 
 
 @dataclass(frozen=True)
@@ -62,115 +66,7 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class Steady:
-    """A run repeated with the same keys: every time in seconds, in the order they were taken."""
-
-    times: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return float(np.median(self.times))
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the quartiles, seconds."""
-        low, high = np.percentile(self.times, [25, 75])
-        return float(high - low) / 2
-
-    @property
-    def outliers(self) -> tuple[int, ...]:
-        """Indices of the runs that were slow, in order.
-
-        Slow is beyond the upper quartile by more than 1.5 times the distance between the quartiles, and by more than a
-        tenth: where all runs agree to a part in a thousand, none of them is worth a word. Fewer than five tell nothing.
-        """
-        if len(self.times) < LEAST:
-            return ()
-        low, high = (float(quartile) for quartile in np.percentile(self.times, [25, 75]))
-        limit = max(high + 1.5 * (high - low), 1.1 * high)
-        return tuple(i for i, time in enumerate(self.times) if time > limit)
-
-
-LEAST = 5
-"""Runs from which a slow one can be told."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What XLA counts in one run of a program, on each of its devices.
-
-    Attributes:
-      flops: floating-point operations.
-      bytes: bytes that are read and written, after fusion.
-      loops: the program has loops over numbers, and XLA counts the body of a loop once: it is more than that.
-    """
-
-    flops: float
-    bytes: float
-    loops: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one device was measured to reach: FLOP/s in a large matmul of `dtype`, bytes/s in a large copy (read and
-    written).
-    """
-
-    device: str
-    dtype: str
-    flops: float
-    bytes: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds that each phase took; 0.0 for a phase that did not happen.
-
-    `run` begins once the inputs are ready (that wait is `wait`) and a run that was interrupted before has left the device
-    (that wait is `busy`), and ends when the device has finished; it never includes trace, lowering or compilation.
-    `compile` is all that the compilation took, and `beside` the part of it that went on beside other work and that nobody
-    waited for: the phases without `beside` add up to the time that passed. `init` is the initialisation of variables; in a
-    run that initialises and compiles, its tracing is part of `trace`.
-    """
-
-    trace: float = 0.0
-    lower: float = 0.0
-    compile: float = 0.0
-    run: float = 0.0
-    wait: float = 0.0
-    busy: float = 0.0
-    init: float = 0.0
-    beside: float = 0.0
-    steady: Steady | None = None
-
-    @property
-    def building(self) -> float:
-        """What the program was waited for: trace, lower and compile together, without what ran beside; seconds."""
-        return self.trace + self.lower + self.compile - self.beside
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none.
-
-    The device counts from the start of the process, whatever ran in it.
-    """
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    code: int
-    peak: int | None = None
-
-    @property
-    def analysed(self) -> int:
-        """Arguments, outputs and temporaries together: what the program needs at most, as XLA has it."""
-        return self.arguments + self.outputs + self.temporaries
-
-
-@dataclass(frozen=True)
-class Made:
+class InitStats:
     """Variables that this run initialised: how many parameters (array elements of `params`) and bytes of all."""
 
     parameters: int
@@ -180,18 +76,18 @@ class Made:
     """True when they were added to variables that were there: a method needed what the first init did not make."""
 
 
-class Gone:
+class Released:
     """Stands for an output that the session no longer holds."""
 
     def __repr__(self) -> str:
         return "<no longer held by the session>"
 
 
-GONE = Gone()
+RELEASED = Released()
 
 
 @dataclass(eq=False)
-class Taken:
+class OutputFacts:
     """What was read off the output once. Shared by the copies of one Run, so that it outlives the output."""
 
     digest: str | None = None
@@ -271,7 +167,7 @@ class Run:
     limits: Limits | None = None
     cell: int | None = None
     notes: tuple[Note, ...] = ()
-    made: Made | None = None
+    made: InitStats | None = None
     by_hand: str = ""
     weights: str = ""
     replayed: bool = False
@@ -279,14 +175,14 @@ class Run:
     draws: int | None = None
     elsewhere: Mapping[str, Any] | None = None
     agreement: Agreement | None = None
-    _taken: Taken = field(default_factory=Taken, repr=False)
-    spelling: Spelling | None = field(default=None, repr=False)
+    _taken: OutputFacts = field(default_factory=OutputFacts, repr=False)
+    spelling: ExportFacts | None = field(default=None, repr=False)
     """Of an apply and an init: what it takes to write them as plain Flax."""
 
     @property
     def digest(self) -> str | None:
         """`digest_of(output)`, taken when first asked for; None if the output was let go before."""
-        if self.output is not GONE:
+        if self.output is not RELEASED:
             self._taken.take(self.output)
         return self._taken.digest
 
@@ -305,8 +201,8 @@ class Run:
         """
         if self.draws is None:
             return ()
-        if self._taken.spread is None and self.output is not GONE:
-            from .draws import spread_of
+        if self._taken.spread is None and self.output is not RELEASED:
+            from .base.compare import spread_of
 
             self._taken.spread = spread_of(self.output)
         return self._taken.spread or ()
@@ -319,7 +215,7 @@ class Run:
         """
         if self.command != "apply":
             return ()
-        if self._taken.values is None and self.output is not GONE:
+        if self._taken.values is None and self.output is not RELEASED:
             self._taken.values = values_of(self.output)
         return self._taken.values or ()
 
@@ -327,7 +223,6 @@ class Run:
         """The run as JSON data: what it was, with a few values of its output alone. Keys are given in full, their words in
         hex.
         """
-        from .recorded import recorded
 
         timing: dict[str, Any] = {
             name: getattr(self.timing, name)
@@ -359,57 +254,135 @@ class Run:
 
 def like(run: Run, **changes: Any) -> Run:
     """The run with a few fields changed, and with nothing of its output read yet."""
-    changes["_taken"] = Taken()
+    changes["_taken"] = OutputFacts()
     return altered(run, changes)
 
 
-def digest_of(tree: Any) -> str:
-    """sha256, first 16 hex digits, over each leaf of `tree` in JAX's order.
+@dataclass(frozen=True)
+class HandedBack:
+    """A collection that an NNX run handed back.
 
-    Per leaf: its key path as `jax.tree_util.keystr` writes it, dtype and shape as text, each closed by a zero byte, then
-    its elements as little-endian bytes in C order (typed keys: their key data). A leaf that is no array is its `repr`.
+    Attributes:
+      name: of the variables' type.
+      paths: of its values in the module, each with whether a variable holds it.
+      sown: they were sown, and are nested by path; others stand under their path as one name.
+      whole: it is all that was sown, by names alone.
     """
-    hasher = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        hasher.update(jax.tree_util.keystr(path).encode() + b"\0")
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
-            hasher.update(repr(leaf).encode() + b"\0")
-            continue
-        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            hasher.update(str(leaf.dtype).encode())
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf, order="C")
-        hasher.update(f"{array.dtype.name}{list(array.shape)}".encode() + b"\0")
-        if array.dtype.byteorder == ">":
-            array = array.astype(array.dtype.newbyteorder("<"))
-        hasher.update(array.tobytes())
-    return hasher.hexdigest()[:16]
+
+    name: str
+    paths: tuple[tuple[tuple[str | int, ...], bool], ...]
+    sown: bool = False
+    whole: bool = False
 
 
-def describe(tree: Any, limit: int = 60) -> str:
-    """The structure of `tree` with every array as `dtype[shape]`, cut to `limit` characters with `…`."""
-    text = _describe(tree)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+@dataclass(frozen=True)
+class ContainerPart:
+    """A container of an argument, or what is in one.
+
+    Attributes:
+      kind: `dict`, `list` or `tuple`; `none`; `data` for what is given to the program, `choice` for a leaf that it is
+        made for; `other` for a container of another kind with such a leaf in it.
+      inside: keys or places, and what is there.
+    """
+
+    kind: str
+    inside: tuple[tuple[str | int, ContainerPart], ...] = ()
+
+    def has(self, kind: str) -> bool:
+        """Whether it is, or has, a part of that kind."""
+        return self.kind == kind or any(part.has(kind) for _, part in self.inside)
 
 
-def _describe(tree: Any) -> str:
-    if hasattr(tree, "shape") and hasattr(tree, "dtype"):
-        return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
-    if isinstance(tree, Mapping):
-        return "{" + ", ".join(f"{key}: {_describe(value)}" for key, value in tree.items()) + "}"
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        inner = ", ".join(f"{name}={_describe(value)}" for name, value in zip(tree._fields, tree, strict=True))
-        return f"{type(tree).__name__}({inner})"
-    if isinstance(tree, (tuple, list)):
-        inner = ", ".join(map(_describe, tree))
-        if isinstance(tree, list):
-            return f"[{inner}]"
-        return f"({inner},)" if len(tree) == 1 else f"({inner})"
-    if tree is None or isinstance(tree, (bool, int, float, complex, str)):
-        return repr(tree)
-    if callable(tree) and not isinstance(tree, type) and isinstance(getattr(tree, "__name__", None), str):
-        return str(tree.__name__)
-    leaves = jax.tree_util.tree_leaves(tree)
-    if leaves and not (len(leaves) == 1 and leaves[0] is tree):
-        return f"{type(tree).__name__}({', '.join(map(_describe, leaves))})"
-    return type(tree).__name__
+@dataclass(frozen=True)
+class ModeByHand:
+    """The statements that set an NNX module's mode, and those that set it back: None where no call of one mode does.
+
+    `MODULE` stands for the module's name.
+    """
+
+    to: tuple[str, ...]
+    back: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """The parts of an apply by hand; an init has those of the init alone.
+
+    Attributes:
+      parameters: names of the parameters that the positional arguments are given to.
+      static: names of the arguments' leaves that are part of the program: `train`, `batch['flag']`.
+      streams: the random streams that the model is given.
+      held: those of them that an NNX module holds itself.
+      handed: the session makes the call's `rngs` (NNX).
+      taken: the run's own `params` key is folded in, since an init took that of the draw.
+      arguments: switches that are added to the call.
+      nnx: it is a run of an NNX module.
+      module: the expression for a linen module with the switches set that are its fields.
+      mode: how the mode of an NNX module is set; None where it ran as written.
+      mutable: collections that are mutable in a linen run. `kept` are those that become part of the variables.
+      sown: whether something was sown.
+      axes: mapped axes that are bound around the run.
+      init_arguments, init_module: `arguments` and `module` of the init that was part of the run, or is the run.
+      init_streams: random streams that it has to be given besides `params`.
+      containers: arguments that have such a leaf inside, by name, taken apart.
+      returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
+      given: collections that an NNX run handed back.
+      code: a fingerprint of the model's code and of what that reads, None where it has none.
+    """
+
+    parameters: tuple[str, ...] = ()
+    static: frozenset[str] = frozenset()
+    streams: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
+    handed: bool = False
+    taken: bool = False
+    arguments: Settings = ()
+    nnx: bool = False
+    module: str = MODULE
+    mode: ModeByHand | None = None
+    mutable: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    sown: bool = False
+    axes: tuple[str, ...] = ()
+    init_arguments: Settings = ()
+    init_module: str = MODULE
+    init_streams: tuple[str, ...] = ()
+    returns: frozenset[str] = frozenset()
+    given: tuple[HandedBack, ...] = ()
+    code: bytes | None = None
+    containers: tuple[tuple[str, ContainerPart], ...] = ()
+
+
+T = TypeVar("T")
+
+
+def altered(record: T, changes: Mapping[str, Any]) -> T:
+    """`dataclasses.replace(record, **changes)` at a tenth of its cost: no field is checked, and what was worked
+    out of the old one and kept beside its fields is carried over.
+    """
+    new: T = object.__new__(type(record))
+    new.__dict__.update(record.__dict__)
+    new.__dict__.update(changes)
+    return new
+
+
+def recorded(run: Run) -> dict[str, Any]:
+    """As JSON data: which run it was, its keys (their words in hex), digest and sample, and what its bits depend on."""
+    return {
+        "command": run.command,
+        "model": run.model,
+        "mode": run.mode,
+        "weights": run.weights,
+        "call": run.call,
+        "output": run.shape,
+        "seed": run.seed,
+        "draw": run.draw,
+        "draws": run.draws,
+        "keys": all_words(run.keys),
+        "digest": run.digest,
+        **(sample_of(run.output) if run.output is not RELEASED else {}),
+        "device": run.device,
+        "started": run.started,
+        "replayed": run.replayed,
+        **(environment(run.device) if run.elsewhere is None else run.elsewhere),
+    }

@@ -64,7 +64,7 @@ def _advises(call: ast.Call, file: str) -> bool:
         return not isinstance(call.args[2], ast.Starred)  # read from a file: another place has made it
     if name in {*ERRORS, "Note"}:
         return bool(keywords & {"write", "form", "edit", None})
-    return name == "advice_lines" or (name == "Command" and file == "commands.py")
+    return name == "advice_lines" or (name == "Command" and file == "line/commands.py")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from traitlets.config import Config
 
-from flax_magics import current
+from flax_magics import _session
 
 # No example is timed: one of them may meet a collection of garbage, or a busy machine.
 settings.register_profile("untimed", deadline=None)
@@ -84,7 +84,7 @@ def executables_of_the_process(request: pytest.FixtureRequest, monkeypatch: pyte
     """
     if request.node.get_closest_marker("own_executables"):
         return
-    from flax_magics.compiling import Compiled, Compiler, settings, users_cache
+    from flax_magics.compile.compiler import Compiled, Compiler, settings, users_cache
 
     start, make = Compiler.start, Compiler._make
 
@@ -214,31 +214,31 @@ class Notebook:
 
     @property
     def session(self) -> Any:
-        return current.existing()
+        return _session.existing()
 
 
 @pytest.fixture
 def notebook(shell: Any, capsys: Any) -> Iterator[Notebook]:
     """The extension loaded, JAX and Flax imported, `x` made, and a session of its own."""
-    current._session = None
+    _session._current = None
     running = Notebook(shell, capsys)
     running("%load_ext flax_magics")
     running(SETUP)
     yield running
     if "flax_magics" in shell.extension_manager.loaded:
         running("%unload_ext flax_magics")
-    current._session = None
+    _session._current = None
 
 
 @pytest.fixture
 def digests_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run's digest is taken while its output is there."""
-    from flax_magics.history import Chain
+    from flax_magics.state.runs import RunLog
 
-    add = Chain.add
+    add = RunLog.add
 
     def taking(chain: Any, kept: Any) -> Any:
         assert kept.run().digest
         return add(chain, kept)
 
-    monkeypatch.setattr(Chain, "add", staticmethod(taking))
+    monkeypatch.setattr(RunLog, "add", staticmethod(taking))

@@ -20,9 +20,9 @@ from advice import SITES, Follower, Recorder, Scenario, site_of
 from flax import configurations
 from verify import made
 
-from flax_magics import unpacking
-from flax_magics.commands import COMMANDS
-from flax_magics.run import Limits
+from flax_magics.base.measures import Limits
+from flax_magics.line.commands import COMMANDS
+from flax_magics.snapshot import format
 from flax_magics.verify import command, kernels
 
 NET = """%%flaxmodel net = Net(2)
@@ -122,7 +122,7 @@ net = N()
 """
 SESSION = "import flax_magics\nsession = flax_magics.session()"
 FLAGS, HIJAX = configurations.config._values, "flax_hijax_variable"
-NEW_SESSION = "from flax_magics import current\ncurrent._session = None"
+NEW_SESSION = "from flax_magics import _session\n_session._current = None"
 INIT = "variables = %flax_init net(x)"
 RAN = "%flax_apply -q -o first net(x);"
 BATCH = SWITCHED.replace("%%flaxmodel", "%%flaxmodel net = Net()")
@@ -177,10 +177,10 @@ FAKE_PIP = """from IPython.core.magic import register_line_magic
 @register_line_magic
 def pip(line):
   assert line == 'install -U flax_magics'
-  from flax_magics import unpacking
-  unpacking.VERSION += 1
+  from flax_magics.snapshot import format
+  format.VERSION += 1
 """
-UPGRADED = "from flax_magics import unpacking\nunpacking.VERSION -= 1"
+UPGRADED = "from flax_magics.snapshot import format\nformat.VERSION -= 1"
 
 
 def verify(line: str) -> str:
@@ -231,71 +231,86 @@ def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SCENARIOS = [
     # -- the line and its call
-    Scenario("call.parse_call", "%flax_apply --eager", (NET,), ("net(x)",)),
-    Scenario("call._statement", "%flax_apply net(x); net(x + 1)", (NET,)),
-    Scenario("call._statement", "%flax_apply y = net(x)", (NET,), check="y.shape == (3, 4, 2)"),
-    Scenario("call._statement", "%flax_apply for i in x: pass", (NET,), ("net(x)",)),
-    Scenario("call._no_call", "%flax_apply net", (NET,), ("x",)),
-    Scenario("call._no_call", "%flax_apply --eager net(x) + 1", (NET,), check="y.shape == (3, 4, 2)"),
-    Scenario("call._path", "%flax_apply net(x).sum()", (NET,)),
-    Scenario("call._path", "%flax_apply Net(2)(x)", (CLASS,), check="net.features == 2"),
-    Scenario("call.parse_assignment", "%flaxmodel -q", (), ("net = nn.Dense(2)",), check="net.features == 2"),
-    Scenario("call.parse_assignment", "%flaxmodel a = nn.Dense(1); b = nn.Dense(2)", check="b.features == 2"),
-    Scenario("call._bad_name", "%flaxmodel net := nn.Dense(2)", check="net.features == 2"),
-    Scenario("call._bad_name", "%flaxmodel net =", (), ("nn.Dense(2)",), check="net.features == 2"),
-    Scenario("call._bad_name", "%flaxmodel my-net = nn.Dense(2)", check="my_net.features == 2"),
-    Scenario("call._no_assignment", "%flaxmodel nn.Dense(2)", check="dense.features == 2"),
-    Scenario("call._no_assignment", "%flaxmodel a, b = nn.Dense(1), nn.Dense(2)", check="b.features == 2"),
-    Scenario("call._no_assignment", "%flaxmodel a = b = nn.Dense(2)", check="b.features == 2"),
-    Scenario("cells.run_statements_with_call", "%%flax_apply\n# nothing", (NET,), ("y = net(x)",), check="y.ndim"),
-    Scenario("cells.run_statements_with_call", "%%flax_apply\nz = x\nz", (NET,), ("z = x", "net(z)"), check="y.ndim"),
-    Scenario("cells.run_statements_with_call", "%%flax_apply\nz = x\ny = %flax_apply -q net(z)", (NET,), ("z = x",)),
-    Scenario("invoking.read_body", "%%flax_apply --eager net(x)\ny = 1", (NET,)),
-    # -- its options
-    Scenario("options._read", "%flax_apply --eager=yes net(x)", (NET,)),
-    Scenario("options._wants", "%flax_apply --mutable net(x)", (NET,), ("params",)),
-    Scenario("options._wants", "%flax_apply --repeat 0 net(x)", (NET,)),
-    Scenario("options._unknown", "%flax_apply --eagr net(x)", (NET,)),
-    Scenario("options._after_the_call", "%flax_apply net(x) --eager", (NET,)),
-    Scenario("options.file_name", "%flax_save -q", (NET,), ("a.safetensors",)),
-    Scenario("asked.draw_of", "%flax_apply --draw frst net(x)", (NET, RAN)),
-    Scenario("asked.draw_of", "%flax_replay x", (NET, RAN)),
-    Scenario("asked.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
-    Scenario("state.check_draw", "%flax_replay 9", (NET, RAN)),
-    # -- which model
-    Scenario("asked._unknown", "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
-    Scenario("asked._unknown", "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
-    Scenario("asked._unknown", "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"),
-    Scenario("asked._unknown", "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
+    Scenario("line.call.parse_call", "%flax_apply --eager", (NET,), ("net(x)",)),
+    Scenario("line.call._statement", "%flax_apply net(x); net(x + 1)", (NET,)),
+    Scenario("line.call._statement", "%flax_apply y = net(x)", (NET,), check="y.shape == (3, 4, 2)"),
+    Scenario("line.call._statement", "%flax_apply for i in x: pass", (NET,), ("net(x)",)),
+    Scenario("line.call._no_call", "%flax_apply net", (NET,), ("x",)),
+    Scenario("line.call._no_call", "%flax_apply --eager net(x) + 1", (NET,), check="y.shape == (3, 4, 2)"),
+    Scenario("line.call._path", "%flax_apply net(x).sum()", (NET,)),
+    Scenario("line.call._path", "%flax_apply Net(2)(x)", (CLASS,), check="net.features == 2"),
+    Scenario("line.call.parse_assignment", "%flaxmodel -q", (), ("net = nn.Dense(2)",), check="net.features == 2"),
+    Scenario("line.call.parse_assignment", "%flaxmodel a = nn.Dense(1); b = nn.Dense(2)", check="b.features == 2"),
+    Scenario("line.call._bad_name", "%flaxmodel net := nn.Dense(2)", check="net.features == 2"),
+    Scenario("line.call._bad_name", "%flaxmodel net =", (), ("nn.Dense(2)",), check="net.features == 2"),
+    Scenario("line.call._bad_name", "%flaxmodel my-net = nn.Dense(2)", check="my_net.features == 2"),
+    Scenario("line.call._no_assignment", "%flaxmodel nn.Dense(2)", check="dense.features == 2"),
+    Scenario("line.call._no_assignment", "%flaxmodel a, b = nn.Dense(1), nn.Dense(2)", check="b.features == 2"),
+    Scenario("line.call._no_assignment", "%flaxmodel a = b = nn.Dense(2)", check="b.features == 2"),
     Scenario(
-        "asked._unknown",
+        "notebook.run_cell.run_statements_with_call", "%%flax_apply\n# nothing", (NET,), ("y = net(x)",), check="y.ndim"
+    ),
+    Scenario(
+        "notebook.run_cell.run_statements_with_call",
+        "%%flax_apply\nz = x\nz",
+        (NET,),
+        ("z = x", "net(z)"),
+        check="y.ndim",
+    ),
+    Scenario(
+        "notebook.run_cell.run_statements_with_call",
+        "%%flax_apply\nz = x\ny = %flax_apply -q net(z)",
+        (NET,),
+        ("z = x",),
+    ),
+    Scenario("notebook.command.read_body", "%%flax_apply --eager net(x)\ny = 1", (NET,)),
+    # -- its options
+    Scenario("line.options._read", "%flax_apply --eager=yes net(x)", (NET,)),
+    Scenario("line.options._wants", "%flax_apply --mutable net(x)", (NET,), ("params",)),
+    Scenario("line.options._wants", "%flax_apply --repeat 0 net(x)", (NET,)),
+    Scenario("line.options._unknown", "%flax_apply --eagr net(x)", (NET,)),
+    Scenario("line.options._after_the_call", "%flax_apply net(x) --eager", (NET,)),
+    Scenario("line.options.file_name", "%flax_save -q", (NET,), ("a.safetensors",)),
+    Scenario("notebook.request.draw_of", "%flax_apply --draw frst net(x)", (NET, RAN)),
+    Scenario("notebook.request.draw_of", "%flax_replay x", (NET, RAN)),
+    Scenario("notebook.request.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
+    Scenario("state.state.check_draw", "%flax_replay 9", (NET, RAN)),
+    # -- which model
+    Scenario("notebook.request._unknown", "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
+    Scenario("notebook.request._unknown", "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
+    Scenario(
+        "notebook.request._unknown", "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"
+    ),
+    Scenario("notebook.request._unknown", "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
+    Scenario(
+        "notebook.request._unknown",
         "%flax_apply net(x)",
         (NET, RAN, "%flax_save -q a", NEW_SESSION, "del net", "%flax_load -q a"),
         again=True,
     ),
     Scenario(
-        "asked._unknown",
+        "notebook.request._unknown",
         "%flax_apply net(x)",
         (NET, RAN, "%flax_save -q a", NEW_SESSION, "Other = Net\ndel net, Net", "%flax_load -q a"),
         ("Other(2)",),
         again=True,
     ),
-    Scenario("lookup.entry_of", f"{SESSION}\nsession.apply('net', x)", (), ("nn.Dense(2)",), again=True),
-    Scenario("lookup.entry_of", f"{SESSION}\nsession.apply(nn.Dense(2), x)", (), ("nn.Dense(2)",)),
-    Scenario("modelcell.from_line", "%flaxmodel net = Net", (CLASS,), ("2",), check="net.features == 2"),
-    Scenario("modelcell.from_line", "%flaxmodel nett", ("net = nn.Dense(2)\nNet = nn.Dense",)),
-    Scenario("modelcell.from_cell", "%%flaxmodel nett\nnet = nn.Dense(2)", (), ("net = nn.Dense(2)",)),
-    Scenario("modelcell.from_cell", "%%flaxmodel\na = 1", ("net = nn.Dense(2)",), ("net",)),
-    Scenario("modelcell._from_defaults", f"%%flaxmodel\n{CLASS}", (), ("2",), use=f"{{}}\n{CLASS}"),
-    Scenario("models.__init__.adopt", f"{SESSION}\nsession.register('net', Net)", (CLASS,), ("2",)),
+    Scenario("state.handles.entry_of", f"{SESSION}\nsession.apply('net', x)", (), ("nn.Dense(2)",), again=True),
+    Scenario("state.handles.entry_of", f"{SESSION}\nsession.apply(nn.Dense(2), x)", (), ("nn.Dense(2)",)),
+    Scenario("notebook.model_cell.from_line", "%flaxmodel net = Net", (CLASS,), ("2",), check="net.features == 2"),
+    Scenario("notebook.model_cell.from_line", "%flaxmodel nett", ("net = nn.Dense(2)\nNet = nn.Dense",)),
+    Scenario("notebook.model_cell.from_cell", "%%flaxmodel nett\nnet = nn.Dense(2)", (), ("net = nn.Dense(2)",)),
+    Scenario("notebook.model_cell.from_cell", "%%flaxmodel\na = 1", ("net = nn.Dense(2)",), ("net",)),
+    Scenario("notebook.model_cell._from_defaults", f"%%flaxmodel\n{CLASS}", (), ("2",), use=f"{{}}\n{CLASS}"),
+    Scenario("models.adopt.adopt", f"{SESSION}\nsession.register('net', Net)", (CLASS,), ("2",)),
     Scenario(
-        "models.__init__.adopt",
+        "models.adopt.adopt",
         "%flaxmodel net",
         ("net = nn.Dense(2)\nnet = net.bind(net.init(jax.random.key(0), x))",),
         edit=lambda cell, advice: f"{cell}\n{advice}",
     ),
     Scenario(
-        "models.layout.of",
+        "models.nnx_layout.of",
         "%flaxmodel net",
         (REFERENCE,),
         edit=lambda cell, advice: cell.replace(
@@ -310,69 +325,87 @@ SCENARIOS = [
         again=True,
     ),
     # -- runs
-    Scenario("prepare.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
-    Scenario("prepare.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
-    Scenario("asked.of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
-    Scenario("asked.of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
-    Scenario("invoking._hints", "%flax_apply Net(x)", (BRANCHES,)),
-    Scenario("building.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
-    Scenario("starting.start", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
-    Scenario("execution._check_clash", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
+    Scenario("execution.call.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
+    Scenario("execution.call.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
+    Scenario("notebook.request.of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
+    Scenario("notebook.request.of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
+    Scenario("notebook.command._hints", "%flax_apply Net(x)", (BRANCHES,)),
+    Scenario("execution.build.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
+    Scenario("execution.plan.start", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
+    Scenario("execution.execute._check_clash", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
     Scenario(
-        "execution._kept_out",
+        "execution.execute._kept_out",
         "%flax_apply Net(x)",
         (SCANNED,),
         edit=lambda cell, advice: cell.replace("split_rngs={'params': False}", advice.replace("…", "'params': False")),
     ),
     Scenario(
-        "execution.execute",
+        "execution.execute.execute",
         "%flax_apply --roofline --repeat 2 --eager net(x)",
         (NET,),
-        patch=lambda m: m.setattr("flax_magics.execution.limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9)),
+        patch=lambda m: m.setattr(
+            "flax_magics.execution.execute.limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9)
+        ),
     ),
-    Scenario("draws.left_behind", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
-    Scenario("draws.left_behind", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
+    Scenario("execution.execute.left_behind", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
+    Scenario("execution.execute.left_behind", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
     # -- weights
-    Scenario("invoking.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
-    Scenario("magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
-    Scenario("weights.check_collections", f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
-    Scenario("weights.check_collections", "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
+    Scenario("notebook.magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
+    Scenario("state.weights.check_collections", f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
     Scenario(
-        "weights.check_collections", "%flax_vars net = state | {}", (BATCH, BATCH_INIT, "state = variables['params']")
+        "state.weights.check_collections", "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"
     ),
-    Scenario("weights.check_collections", f"{TWIN}variables['params']", (NET, INIT), ("variables['params']",)),
-    Scenario("weights.check_collections", "%flax_vars net = variables['params']", (NET, INIT)),
     Scenario(
-        "weights.check_collections", "%flax_apply --eager --variables [1] net(x)", (NET, INIT), ("variables['params']",)
+        "state.weights.check_collections",
+        "%flax_vars net = state | {}",
+        (BATCH, BATCH_INIT, "state = variables['params']"),
     ),
-    Scenario("weights.check_fit", "%flax_vars net = {'params': variables['params']}", (BATCH, BATCH_INIT)),
+    Scenario("state.weights.check_collections", f"{TWIN}variables['params']", (NET, INIT), ("variables['params']",)),
+    Scenario("state.weights.check_collections", "%flax_vars net = variables['params']", (NET, INIT)),
     Scenario(
-        "weights.check_fit",
+        "state.weights.check_collections",
+        "%flax_apply --eager --variables [1] net(x)",
+        (NET, INIT),
+        ("variables['params']",),
+    ),
+    Scenario("state.weights.check_fit", "%flax_vars net = {'params': variables['params']}", (BATCH, BATCH_INIT)),
+    Scenario(
+        "state.weights.check_fit",
         "%flax_vars net = a or b",
         (BATCH, BATCH_INIT, "a, b = {}, {'params': variables['params']}"),
     ),
-    Scenario("weights.check_state", f"{TWIN}[1]", (OWN,), ("net",)),
-    Scenario("weights.check_state", "%flax_vars net = net", (OWN,)),
-    Scenario("weights.check_state", "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)),
-    Scenario("weights.check_alive", "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
-    Scenario("weights.check_alive", "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True),
-    Scenario("weightnames._note", "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
-    Scenario("weightnames._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario("state.weights.check_state", f"{TWIN}[1]", (OWN,), ("net",)),
+    Scenario("state.weights.check_state", "%flax_vars net = net", (OWN,)),
     Scenario(
-        "weightnames._note",
+        "state.weights.check_state", "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)
+    ),
+    Scenario("state.weights.check_alive", "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
+    Scenario(
+        "state.weights.check_alive", "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True
+    ),
+    Scenario(
+        "notebook.weight_names._note",
+        "%flax_apply net(x);",
+        (NET, INIT, f"variables = {ZEROS}"),
+        check=f"{KERNEL} == 0",
+    ),
+    Scenario("notebook.weight_names._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario(
+        "notebook.weight_names._note",
         "%flax_apply --eval net(x);",
         (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP),
     ),
     Scenario(
-        "weightnames._note",
+        "notebook.weight_names._note",
         "%flax_apply net(x);",
         (NET, INIT, "params = variables['params']\n%flax", f"variables = {ZEROS}\nparams = variables['params']"),
         ("variables",),
         again=True,
     ),
-    Scenario("keeping.replaced_by_init", INIT, (NET, INIT, f"%flax_vars net = {ZEROS}"), check=f"{KERNEL} == 0"),
+    Scenario("state.models.replaced_by_init", INIT, (NET, INIT, f"%flax_vars net = {ZEROS}"), check=f"{KERNEL} == 0"),
     Scenario(
-        "models.graph.raw",
+        "models.nnx_graph.raw",
         "%flaxmodel net",
         (f"{NNX}import flax\nnet = N(2, rngs=nnx.Rngs(0))",),
         after="net = N(2, rngs=nnx.Rngs(0))",
@@ -381,44 +414,47 @@ SCENARIOS = [
     )
     if HIJAX in FLAGS
     else None,
-    Scenario("summary.of_variables", "%flax_summary net", (NET,), ("x",)),
-    Scenario("show.variables.check", "%flax_summary --tree net(x)", (NET,), ("x",), again=True),
+    Scenario("summary.summary.of_variables", "%flax_summary net", (NET,), ("x",)),
+    Scenario("summary.view.check", "%flax_summary --tree net(x)", (NET,), ("x",), again=True),
     # -- Flax's own words
-    Scenario("idioms._of_method", "%flax_apply net.sow('intermediates', 'h', x)", (NET,), ("x",)),
-    Scenario("idioms._error", f"{SESSION}\nsession.apply('net', x, rngs={{}})", (NET,), ("x",)),
-    Scenario("idioms._error", "%flaxmodel --check 'net(x, rngs={})' net", (NET,), ("net",)),
-    Scenario("idioms._error", "variables = %flax_init net.init(jax.random.key(0), x)", (NET,)),
-    Scenario("idioms._error", "%flax_apply net.apply(variables, x)", (NET, INIT)),
-    Scenario("idioms._error", "%flax_apply net(variables, x)", (NET, INIT)),
-    Scenario("idioms._error", "%flax_apply net(nnx.state(net), x, rngs=nnx.Rngs(1))", (OWN,)),
-    Scenario("idioms._error", "%flax_apply --train net(x, mutable=['batch_stats'])", (BATCH, BATCH_INIT)),
-    Scenario("idioms._error", "%flax_apply net(x, mutable=True)", (NET,), check="variables['params']"),
-    Scenario("idioms._error", "%flax_apply --eager net(x, rngs={'dropout': jax.random.key(0)})", (NET,)),
-    Scenario("idioms._error", "%flax_apply net(x, method=Net.__call__)", (NET,)),
+    Scenario("execution.idioms._of_method", "%flax_apply net.sow('intermediates', 'h', x)", (NET,), ("x",)),
+    Scenario("execution.idioms._error", f"{SESSION}\nsession.apply('net', x, rngs={{}})", (NET,), ("x",)),
+    Scenario("execution.idioms._error", "%flaxmodel --check 'net(x, rngs={})' net", (NET,), ("net",)),
+    Scenario("execution.idioms._error", "variables = %flax_init net.init(jax.random.key(0), x)", (NET,)),
+    Scenario("execution.idioms._error", "%flax_apply net.apply(variables, x)", (NET, INIT)),
+    Scenario("execution.idioms._error", "%flax_apply net(variables, x)", (NET, INIT)),
+    Scenario("execution.idioms._error", "%flax_apply net(nnx.state(net), x, rngs=nnx.Rngs(1))", (OWN,)),
+    Scenario("execution.idioms._error", "%flax_apply --train net(x, mutable=['batch_stats'])", (BATCH, BATCH_INIT)),
+    Scenario("execution.idioms._error", "%flax_apply net(x, mutable=True)", (NET,), check="variables['params']"),
+    Scenario("execution.idioms._error", "%flax_apply --eager net(x, rngs={'dropout': jax.random.key(0)})", (NET,)),
+    Scenario("execution.idioms._error", "%flax_apply net(x, method=Net.__call__)", (NET,)),
     Scenario(
-        "idioms._error", "%flax_apply net(x, method=lambda net, x: net(x) + 1)", (NET,), check="variables['params']"
+        "execution.idioms._error",
+        "%flax_apply net(x, method=lambda net, x: net(x) + 1)",
+        (NET,),
+        check="variables['params']",
     ),
-    Scenario("idioms._error", "%flax_summary net.tabulate(jax.random.key(0), x)", (NET,)),
-    Scenario("idioms._error", "%flax_apply net.make_rng('dropout')", (NET,), check="dropout_key.shape == ()"),
-    Scenario("idioms._error", "%flax_apply Net(x, mutable=True)", (FIXED,)),
-    Scenario("idioms._error", "%flax_init Net.clone(name='other')", (FIXED,)),
+    Scenario("execution.idioms._error", "%flax_summary net.tabulate(jax.random.key(0), x)", (NET,)),
+    Scenario("execution.idioms._error", "%flax_apply net.make_rng('dropout')", (NET,), check="dropout_key.shape == ()"),
+    Scenario("execution.idioms._error", "%flax_apply Net(x, mutable=True)", (FIXED,)),
+    Scenario("execution.idioms._error", "%flax_init Net.clone(name='other')", (FIXED,)),
     # -- in a function that JAX traces
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         LOSS.replace("{}", "%flax_apply -q net(x)"),
         (NET, INIT),
         use=outside(LOSS),
         check="grads['params']['Dense_0']['bias'].any()",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         LOSS.replace("{}", "%flax_apply -q --train Net(x)"),
         (SWITCHED, "variables = %flax_init Net(x)"),
         use=outside(LOSS.replace("y =", "y, updates =")),
         check="grads['params']['BatchNorm_0']['bias'].any()",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         ROWS.replace("{}", "%flax_apply -q net(row)"),
         (NET,),
         ("x",),
@@ -426,47 +462,47 @@ SCENARIOS = [
         check="rows.shape == (3, 4, 2)",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         MADE.replace("{}", "%flax_init -q net(x)"),
         (NET,),
         use=outside(MADE),
         check="variables['params']['Dense_0']['bias'].shape == (2,)",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         NOISY.replace("{}", "%flax_key noise"),
         use=lambda advice: f"{advice}\n{NOISY.replace('{}', 'noise_key')}",
         check="(noisy != x).all()",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         OWN_LOSS.replace("{}", "%flax_apply -q --train net(x)"),
         (OWN,),
         use=outside(OWN_LOSS),
         check="grads.linear.bias[...].any()",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         BUILT.replace("{}", "%flax_init -q net(x)"),
         (OWN.replace("\nnet = N(2, rngs=nnx.Rngs(0))", "\n").replace("%%flaxmodel", "%%flaxmodel net = N(2)"),),
         use=outside(BUILT.replace("state = {}", "{}\n  state = nnx.state(net)")),
         check="state.linear.bias.shape == (2,)",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         "@jax.jit\ndef step(v):\n  %flax_vars net = v\n  return v\nvariables = step(variables)",
         (NET, INIT),
         ("variables",),
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         MADE.replace("{}", "%flax_init -q Net(x)"),
         (FIXED,),
         use=outside(MADE),
         check="variables == {}",
     ),
     Scenario(
-        "surroundings._error",
+        "execution.surroundings._error",
         MADE.replace("{}", "%flax_apply -q --train N(x)"),
         (OWN_CLASS,),
         use=outside(MADE),
@@ -474,73 +510,77 @@ SCENARIOS = [
     ),
     # -- sharp bits
     Scenario(
-        "notes.with_values",
+        "execution.notes.with_values",
         "%flax_apply net(x)",
         (INITIALISED.format("jax.nn.initializers.ones").replace("(x)\n", "(x - x) / 0\n"),),
         stops="FloatingPointError",
     ),
-    Scenario("notes._wrong_mode", "%flax_apply --train Net(x)", (FIXED,), edit=put("deterministic=True")),
+    Scenario("execution.notes._wrong_mode", "%flax_apply --train Net(x)", (FIXED,), edit=put("deterministic=True")),
     Scenario(
-        "notes.of_params",
+        "execution.notes.of_params",
         "%flax_init net(x);",
         (INITIALISED.format("jax.nn.initializers.constant(jnp.nan)"),),
         edit=put("kernel_init=jax.nn.initializers.constant(jnp.nan)"),
     ),
     Scenario(
-        "notes.of_params",
+        "execution.notes.of_params",
         "%flax_init net(x);",
         (INITIALISED.format("jax.nn.initializers.zeros"),),
         edit=put("kernel_init=jax.nn.initializers.zeros"),
     ),
-    Scenario("notes.of_scalars", "%flax_apply net(x, 2.0);", (SCALED, "%flax_apply net(x, jnp.float32(2));")),
-    Scenario("notes.of_unused", "%flax_apply net(x, noise=jax.random.key(5));", (UNUSED.format("=None"),)),
+    Scenario("execution.notes.of_scalars", "%flax_apply net(x, 2.0);", (SCALED, "%flax_apply net(x, jnp.float32(2));")),
+    Scenario("execution.notes.of_unused", "%flax_apply net(x, noise=jax.random.key(5));", (UNUSED.format("=None"),)),
     Scenario(
-        "notes.of_unused",
+        "execution.notes.of_unused",
         "%flax_apply net(x, jax.random.key(5));",
         (UNUSED.format(""),),
         edit=lambda cell, advice: cell.replace("(x)\n", f"(x + {advice.replace('…', 'x.shape')})\n"),
     ),
-    Scenario("notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
-    Scenario("notes.notes", "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
-    Scenario("notes.notes", "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
-    Scenario("notes.notes", "%flax_apply net(x, key);", (KEYED, "key = jax.random.key(5)\n%flax_apply net(x, key);")),
-    Scenario("notes.outdated_own", "%flax_apply net(x);", (OWN, OWN_EDITED), after=OWN_EDITED, again=True),
-    Scenario("recompiling.of_programs", "%flax_apply net(x[:1]);", (NET, RAN, "%flax_apply -q net(x[:2]);")),
+    Scenario("execution.notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
+    Scenario("execution.notes.notes", "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
+    Scenario("execution.notes.notes", "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
     Scenario(
-        "recompiling.of_programs",
+        "execution.notes.notes",
+        "%flax_apply net(x, key);",
+        (KEYED, "key = jax.random.key(5)\n%flax_apply net(x, key);"),
+    ),
+    Scenario("execution.notes.outdated_own", "%flax_apply net(x);", (OWN, OWN_EDITED), after=OWN_EDITED, again=True),
+    Scenario("compile.reasons.of_programs", "%flax_apply net(x[:1]);", (NET, RAN, "%flax_apply -q net(x[:2]);")),
+    Scenario(
+        "compile.reasons.of_programs",
         "%flax_apply net(x[0, 0]);",
         (NET, RAN, "%flax_apply -q net(x[0, :1]);"),
         ("(1, 4)",),
     ),
     Scenario(
-        "recompiling.of_programs",
+        "compile.reasons.of_programs",
         "for n in (1, 2, 3):\n  %flax_apply net(x, n);",
         (LOOP.format("for _ in range(n):\n      x = x + 1"),),
         edit=lambda cell, advice: LOOP.format("x = jax.lax.fori_loop(0, n, lambda _, y: y + 1, x)"),
     ),
     # -- keys, files, history
-    Scenario("magics.flax", "%flax nothing"),
-    Scenario("magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),
-    Scenario("magics.flax_key", "%flax_key --fresh", (NET, RAN)),
-    Scenario("magics._check_seed", "%config FlaxMagics.seed = 9", (NET, RAN), again=True),
-    Scenario("sessions.run_key", "key = %flax_key s.key"),
-    Scenario("overview.restarted", "%flax_key --seed 0", (NET, RAN)),
-    Scenario("magics.flax_save", "%flax_save --autosave off b", (NET, RAN)),
-    Scenario("atomic.checked_target", "%flax_save none/a", (NET, RAN), again=True),
+    Scenario("notebook.magics.flax", "%flax nothing"),
+    Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),
+    Scenario("notebook.magics.flax_key", "%flax_key --fresh", (NET, RAN)),
+    Scenario("notebook.magics._check_seed", "%config FlaxMagics.seed = 9", (NET, RAN), again=True),
+    Scenario("_session.run_key", "key = %flax_key s.key"),
+    Scenario("notebook.status.restarted", "%flax_key --seed 0", (NET, RAN)),
+    Scenario("notebook.magics.flax_save", "%flax_save --autosave off b", (NET, RAN)),
+    Scenario("base.files.checked_target", "%flax_save none/a", (NET, RAN), again=True),
     Scenario(
-        "overview._not_replaced",
+        "snapshot.view._not_replaced",
         "%flax_save --autosave a",
         (NET, RAN, "%flax_save -q a", NEW_SESSION),
         after="%flax_save --autosave off",
     ),
     Scenario(
-        "overview.autosave_failed",
+        "snapshot.view.autosave_failed",
         "%flax_init net(x);\nsession.autosaving.flush()\n%flax",
         (NET, SESSION, "%flax_save -q --autosave a", "import os\nos.remove('a')\nos.mkdir('a')"),
         after="%flax_init net(x);\n%flax",
     ),
     Scenario(
-        "unpacking._metadata",
+        "snapshot.format._metadata",
         "%flax_load a.safetensors",
         (
             "import safetensors.numpy, numpy as np\nsafetensors.numpy.save_file({'a': np.ones(2)}, 'a.safetensors')",
@@ -548,27 +588,29 @@ SCENARIOS = [
         ),
         check="arrays['a'].tolist() == [1, 1]",
     ),
-    Scenario("unpacking._metadata", "%flax_load a", (NET, RAN, "%flax_save -q a", FAKE_PIP, UPGRADED), again=True),
     Scenario(
-        "replay._again",
+        "snapshot.format._metadata", "%flax_load a", (NET, RAN, "%flax_save -q a", FAKE_PIP, UPGRADED), again=True
+    ),
+    Scenario(
+        "history.replay._again",
         "%flax_replay 1",
         (NET, RAN, "%flax_save -q a", NEW_SESSION, "del net, first", NET, "%flax_load -q a"),
         ("x",),
     ),
     Scenario(
-        "replay._again",
+        "history.replay._again",
         "%flax_replay 1",
         (NET, "%config FlaxMagics.replay_bytes = 0", RAN + "\ndel first"),
         after="%flax_apply -q net(x);\n%flax_replay 2",
     ),
     Scenario(
-        "show.replayed.notice_of",
+        "history.table.notice_of",
         "%flax_replay 1",
         (NET, f"{SESSION}\nsession.apply('net', x)\nNone"),
         ("net(x)",),
         after="%flax_replay run",
     ),
-    Scenario("magics.flax_export", "%flax_export --cell a.py", (NET, RAN)),
+    Scenario("notebook.magics.flax_export", "%flax_export --cell a.py", (NET, RAN)),
     Scenario("export.file.write", "%flax_export a.txt", (NET, RAN)),
     Scenario("export.file.write", "%flax_export a.py", (NET, RAN, "import os; os.mkdir('a.py')")),
     Scenario("export.file.write", "%flax_export none/a.py", (NET, RAN), again=True),
@@ -604,7 +646,7 @@ _followed: set[str] = set()
 def test_advice_is_followed_as_it_is_printed(scenario, request, notebook, caplog, monkeypatch, tmp_path):
     _ran.add(request.node.callspec.id)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(unpacking, "VERSION", unpacking.VERSION)
+    monkeypatch.setattr(format, "VERSION", format.VERSION)
     if scenario.patch is not None:
         scenario.patch(monkeypatch)
     follower = Follower(notebook, caplog, Recorder(monkeypatch))
@@ -622,7 +664,7 @@ def test_the_examples_in_a_commands_help_run_in_their_order(name, request, noteb
     for example in known.examples:
         assert all(f"  {line}" in shown.splitlines() for line in example.splitlines())
         notebook(example)
-    [site] = [site for site in SITES if site.file == "commands.py" and site.says == repr(name)]
+    [site] = [site for site in SITES if site.file == "line/commands.py" and site.says == repr(name)]
     _followed.add(str(site))
 
 
@@ -630,6 +672,6 @@ def test_every_place_that_makes_advice_was_followed():
     expected = {*IDS, *COMMANDS}
     if not expected <= _ran:
         pytest.skip(f"only {len(_ran)} of the {len(expected)} tests before this one were run")
-    here = [site for site in SITES if site.file != "models/graph.py" or HIJAX in FLAGS]
+    here = [site for site in SITES if site.file != "models/nnx_graph.py" or HIJAX in FLAGS]
     left = [str(site) for site in here if str(site) not in _followed]
     assert left == [], "no scenario has followed:\n" + "\n".join(left)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.agreement import Agreement, Difference, with_digest, with_output
-from flax_magics.run import digest_of
+from flax_magics.base.compare import Agreement, Difference, with_digest, with_output
+from flax_magics.base.digest import digest_of
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])

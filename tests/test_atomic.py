@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_magics.atomic import Cancelled, Ticket, replace_file
+from flax_magics.base.files import Cancelled, Ticket, replace_file
 from flax_magics.errors import FlaxMagicsError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="rights and links are those of POSIX")
@@ -113,7 +113,7 @@ def test_what_a_killed_writer_left_is_taken_away_and_what_another_is_writing_sta
     script = """
         import sys, time
         from pathlib import Path
-        from flax_magics.atomic import replace_file
+        from flax_magics.base.files import replace_file
 
         def write(name):
             Path(name).write_text("half")

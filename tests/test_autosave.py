@@ -19,7 +19,8 @@ import pytest
 from by_hand import Normed, bits, notebook_x
 from flax import nnx
 
-from flax_magics import FlaxMagicsError, Session, snapshotwriter
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.snapshot import document
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ class Gate:
         self.opened = threading.Event()
         self.entered = threading.Event()
         self.writes = 0
-        write = snapshotwriter.write
+        write = document.write
 
         def held(*args):
             self.entered.set()
@@ -50,7 +51,7 @@ class Gate:
             self.writes += 1
             return write(*args)
 
-        monkeypatch.setattr(snapshotwriter, "write", held)
+        monkeypatch.setattr(document, "write", held)
 
 
 def draws_in(path):
@@ -251,9 +252,12 @@ NURSERY = """
     sys.path.insert(0, sys.argv[2])
     import jax, jax.numpy as jnp
     import flax.linen as nn
-    from flax_magics import Session, autosave
+    from flax_magics import Session
+    from flax_magics.snapshot import save
 
-    autosave.REST = 0.0
+    save.REST = 0.0
+
+    nursery = os.getpid()
 
     def child():
         session = Session()
@@ -262,7 +266,7 @@ NURSERY = """
         session.autosave(sys.argv[1])
         os.write(1, b"saving\\n")
         n = 0
-        while True:
+        while os.getppid() == nursery:
             n += 1
             session.models["net"].variables = {"params": {"all": jnp.full((300, 100), n), "one": jnp.asarray(n)}}
 

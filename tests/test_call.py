@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.call import Argument, parse_assignment, parse_call, parse_expression
 from flax_magics.errors import FlaxMagicsError
+from flax_magics.line.call import Argument, parse_assignment, parse_call, parse_expression
 
 
 def refused(function: Any, *args: Any) -> str:

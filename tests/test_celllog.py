@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from IPython.core.inputtransformer2 import TransformerManager
 
-from flax_magics.celllog import Rerun, reruns
-from flax_magics.journal import Executed
-from flax_magics.show.registered import Registered
+from flax_magics.cells.journal import ExecutedCell, Registered
+from flax_magics.cells.reruns import Rerun, reruns
 
 transform = TransformerManager().transform_cell
 
@@ -14,7 +13,7 @@ transform = TransformerManager().transform_cell
 def log(*cells):
     """A log of `(id, text)`, numbered from 1; what else is known of an execution stands third."""
     return [
-        Executed(number, text, cell=cell, **(more[0] if more else {}))
+        ExecutedCell(number, text, cell=cell, **(more[0] if more else {}))
         for number, (cell, text, *more) in enumerate(cells, 1)
     ]
 

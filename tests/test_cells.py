@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from flax_magics.call import parse_call
-from flax_magics.cells import (
+from flax_magics.cells.names import assigned_names
+from flax_magics.errors import FlaxMagicsError
+from flax_magics.line.call import parse_call
+from flax_magics.notebook.run_cell import (
     CallCell,
     CellBody,
-    assigned_names,
     displayed_quietly,
     run_body,
     run_statements_with_call,
 )
-from flax_magics.errors import FlaxMagicsError
 
 
 class Commands:

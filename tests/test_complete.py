@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.commands import COMMANDS as COMMANDS_THERE_ARE
-from flax_magics.complete import Matcher, ModelNames, completions, install, uninstall
-from flax_magics.options import Command, Option
+from flax_magics.line.commands import COMMANDS as COMMANDS_THERE_ARE
+from flax_magics.line.options import Command, Option
+from flax_magics.notebook.completion import Matcher, completions, install, uninstall
+from flax_magics.state.handles import ModelNames
 
 COMMANDS = {
     command.name: command
@@ -218,8 +219,8 @@ class TestInTheShell:
 
 def test_the_parts_of_the_command_line_import_neither_jax_nor_flax_nor_ipython() -> None:
     code = (
-        "import sys; import flax_magics.options, flax_magics.call, flax_magics.cells, flax_magics.magic_lines, "
-        "flax_magics.tracebacks, flax_magics.complete; "
+        "import sys; import flax_magics.line.options, flax_magics.line.call, flax_magics.notebook.run_cell, flax_magics.notebook.run_cell, "
+        "flax_magics.notebook.tracebacks, flax_magics.notebook.completion; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax', 'numpy', 'IPython'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,9 +17,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from flax_magics.container import _RAW, CODES, write
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.unpacking import read
+from flax_magics.snapshot.format import read, write
+from flax_magics.state.trees import _RAW, CODES
 
 
 def dtype(name):

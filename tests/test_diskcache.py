@@ -15,7 +15,7 @@ import pytest
 from by_hand import MyModel, bits, notebook_x
 
 from flax_magics import Session
-from flax_magics.diskcache import DiskCache, default_folder
+from flax_magics.compile.disk_cache import DiskCache, default_folder
 
 pytestmark = pytest.mark.own_executables
 
@@ -106,7 +106,7 @@ def test_two_processes_at_once(cache_directory):
 
 
 def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
-    import flax_magics.diskcache as diskcache
+    from flax_magics.compile import disk_cache
 
     cache = DiskCache()
     key = cache.name_of(("text", "settings"))
@@ -117,10 +117,10 @@ def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     for change in ("_processor", "__version__"):
         with monkeypatch.context() as patch:
-            patch.setattr(diskcache, change, (lambda: "another") if change == "_processor" else "another")
-            diskcache._surroundings.cache_clear()
+            patch.setattr(disk_cache, change, (lambda: "another") if change == "_processor" else "another")
+            disk_cache._surroundings.cache_clear()
             assert cache.name_of(("text", "settings")) != key
-    diskcache._surroundings.cache_clear()
+    disk_cache._surroundings.cache_clear()
 
 
 def test_a_script_keeps_nothing_unless_it_asks(cache_directory):

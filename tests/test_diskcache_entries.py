@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flax_magics import Session
-from flax_magics.diskcache import DiskCache
+from flax_magics.compile.disk_cache import DiskCache
 
 pytestmark = pytest.mark.own_executables
 

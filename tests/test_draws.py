@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.show import html, text
+from flax_magics.report import html, text
 
 X = jnp.linspace(-1.0, 1.0, 20).reshape(5, 4)
 

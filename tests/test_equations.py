@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_magics import Session
-from flax_magics.equations import identity
+from flax_magics.compile.jaxpr import identity
 
 X = jnp.arange(6.0).reshape(2, 3)
 
@@ -127,10 +127,10 @@ def test_what_is_not_plain_has_none(function: Any):
 
 
 def test_a_parameter_of_unknown_kind_has_none(monkeypatch: pytest.MonkeyPatch):
-    from flax_magics import equations
+    from flax_magics.compile import jaxpr
 
     assert of(lambda x: x[0], X) is not None
-    monkeypatch.setattr(equations, "_VALUES", set())
+    monkeypatch.setattr(jaxpr, "_VALUES", set())
     jax.clear_caches()
     assert of(lambda x: x[0], X) is None
 

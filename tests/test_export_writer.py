@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from flax_magics.export.names import Free
+from flax_magics.cells.names import Free
 from flax_magics.export.writer import LineWriter
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_magics.fingerprint import fingerprint
+from flax_magics.code.fingerprint import fingerprint
 
 SOURCE = '''
 WIDTH = 3

@@ -17,7 +17,7 @@ from by_hand import apply_by_hand, bits, keys_of
 from flax import nnx
 
 from flax_magics import Session
-from flax_magics.compiling import settings, settings_in_words
+from flax_magics.compile.compiler import settings, settings_in_words
 
 X = jax.random.normal(jax.random.key(42), (2, 4))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flax_magics.forwarded import forwarded
+from flax_magics.compile.trace import forwarded
 
 
 def origins(function: Any, *args: Any, repeated: bool = False) -> tuple[int | None, ...]:

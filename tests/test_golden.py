@@ -8,7 +8,7 @@ import time
 import pytest
 from support import golden
 
-from flax_magics import Session, current
+from flax_magics import Session, _session
 
 # As in a notebook: they are Flax's, of its own layers.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_notebook_shows_what_its_transcript_has(path, shell, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "perf_counter", lambda: 0.0)  # what XLA's own threads take
-    monkeypatch.setattr(current, "_session", Session(seed=0, clock=golden.clock()))
+    monkeypatch.setattr(_session, "_current", Session(seed=0, clock=golden.clock()))
     before = path.read_text(encoding="utf-8")
     after = golden.rerun(before, shell)
     if os.environ.get(golden.UPDATE):

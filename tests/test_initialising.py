@@ -13,11 +13,11 @@ import pytest
 from by_hand import bits, keys_of
 
 from flax_magics import Session
-from flax_magics.initialising import Initialising
-from flax_magics.keys import Root
-from flax_magics.models import adopt
-from flax_magics.prepare import Call, prepare_init
-from flax_magics.tracedinit import trace_init
+from flax_magics.compile.init_trace import trace_init
+from flax_magics.compile.initialise import Initialising
+from flax_magics.execution.call import Call, prepare_init
+from flax_magics.models.adopt import adopt
+from flax_magics.rng.keys import RootKey
 
 
 class Everything(nn.Module):
@@ -96,7 +96,12 @@ def is_taken_apart(module: Any, *args: Any) -> bool:
     call = Call((), args, {}, "net(x)")
     prepared = prepare_init("net", adopt(module, "net"), call)
     units = Session(seed=0).programs.units
-    return Initialising(prepared, (), Root.from_seed(0).draw(), units).expected is not None
+    return (
+        Initialising(
+            prepared.model, (), prepared.args, prepared.kwargs, draw=RootKey.from_seed(0).draw(), units=units
+        ).expected
+        is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +207,7 @@ def test_what_the_model_raises_names_the_users_line():
 
 
 def test_an_interrupted_init_changes_nothing_and_is_done_again(monkeypatch):
-    import flax_magics.initialising as initialising
+    from flax_magics.compile import initialise
 
     session = Session(seed=0)
     session.register("net", Everything())
@@ -212,7 +217,7 @@ def test_an_interrupted_init_changes_nothing_and_is_done_again(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(initialising, "run", interrupted)
+        patch.setattr(initialise, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.apply("net", x)
     assert (session.draws, session.models["net"].variables, session.runs) == (0, None, [])

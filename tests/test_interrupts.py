@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from flax_magics.interrupts import Interrupts
+from flax_magics.notebook.interrupts import InterruptGuard
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def handlers():
 
 @contextlib.contextmanager
 def command():
-    interrupts = Interrupts()
+    interrupts = InterruptGuard()
     interrupts.begin()
     error = None
     try:
@@ -191,9 +191,9 @@ class Frame:
 
 
 def test_one_within_begin_strikes_a_little_later():
-    interrupts = Interrupts()
+    interrupts = InterruptGuard()
     interrupts.begin()
-    signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(Interrupts.begin))
+    signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(InterruptGuard.begin))
     with pytest.raises(KeyboardInterrupt) as caught:
         work()
     assert interrupts.end(caught.value) is None
@@ -201,10 +201,10 @@ def test_one_within_begin_strikes_a_little_later():
 
 @pytest.mark.parametrize("error", [None, ValueError()])
 def test_one_within_end_strikes_after_it_unless_there_is_an_error(error):
-    interrupts = Interrupts(work.__code__)
+    interrupts = InterruptGuard(work.__code__)
     interrupts.begin()
     signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(work))
-    signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(Interrupts.end))
+    signal.getsignal(signal.SIGINT)(signal.SIGINT, Frame(InterruptGuard.end))
     assert isinstance(interrupts.end(error), KeyboardInterrupt if error is None else type(None))
 
 

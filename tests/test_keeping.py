@@ -13,8 +13,8 @@ import pytest
 from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.construct import Recipe
-from flax_magics.pinned import arrays_in
+from flax_magics.code.arrays import arrays_in
+from flax_magics.models.construction import Construction
 
 MB = 1_000_000
 
@@ -250,9 +250,9 @@ def test_so_is_what_an_init_and_a_construction_were_of():
     session.register("net", Table(megabyte(2)))
     session.init("net", jnp.ones(3))
     assert session.kept_bytes // MB == 1
-    session.register_all({"built": Recipe(Own, (megabyte(3),), {}, "Own(…)")})
+    session.register_all({"built": Construction(Own, (megabyte(3),), {}, "Own(…)")})
     assert session.kept_bytes // MB == 1
-    session.register_all({"built": Recipe(Own, (megabyte(4),), {}, "Own(…)")})
+    session.register_all({"built": Construction(Own, (megabyte(4),), {}, "Own(…)")})
     assert session.kept_bytes // MB == 2
     session.replay_bytes = 0
     session.init("net", jnp.ones(3))

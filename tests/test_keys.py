@@ -9,18 +9,19 @@ from by_hand import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_magics.keys import Root, as_key, data_of, fingerprint, stream_tag
+from flax_magics.base.digest import data_of
+from flax_magics.rng.keys import RootKey, as_key, short_key, stream_tag
 
 
 def test_the_first_draw_has_the_keys_of_the_notebook():
-    draw = Root.from_seed(0).draw()
-    assert fingerprint(draw.stream("params")) == "375f238f"
-    assert fingerprint(draw.stream("dropout")) == "f71f4ea9"
+    draw = RootKey.from_seed(0).draw()
+    assert short_key(draw.stream("params")) == "375f238f"
+    assert short_key(draw.stream("dropout")) == "f71f4ea9"
 
 
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
 def test_ten_draws_are_the_split_by_hand(make):
-    root, root_key = Root.from_seed(3), make(3)
+    root, root_key = RootKey.from_seed(3), make(3)
     for number in range(1, 11):
         draw = root.draw()
         root_key, params_key, dropout_key = jax.random.split(root_key, 3)
@@ -32,20 +33,20 @@ def test_ten_draws_are_the_split_by_hand(make):
 
 
 def test_a_further_stream_is_folded_into_the_old_root_under_a_tag_that_no_split_meets():
-    draw = Root.from_seed(0).draw()
+    draw = RootKey.from_seed(0).draw()
     by_hand = jax.random.fold_in(jax.random.key(0), np.uint32(stream_tag("noise")))
     assert bits(draw.stream("noise")) == bits(by_hand)
 
 
 def test_params_that_an_init_took_come_from_a_key_of_their_own():
-    draw = Root.from_seed(0).draw()
+    draw = RootKey.from_seed(0).draw()
     own = draw.stream("params", taken=True)
     assert bits(own) == bits(jax.random.fold_in(jax.random.key(0), np.uint32(stream_tag("params"))))
     assert data_of(own) != data_of(draw.stream("params"))
 
 
 def test_drawing_does_not_move_the_root():
-    root = Root.from_seed(0)
+    root = RootKey.from_seed(0)
     assert root.draw() == root.draw()
     assert root.draws == 0
 
@@ -61,7 +62,7 @@ def test_tags_are_32_bits_with_the_highest_set(one, other):
 @given(st.integers(min_value=0, max_value=2**31 - 1))
 @settings(max_examples=25, deadline=None)
 def test_no_two_keys_of_a_session_are_the_same(seed):
-    root, seen = Root.from_seed(seed), set()
+    root, seen = RootKey.from_seed(seed), set()
     for _ in range(4):
         draw = root.draw()
         for name in ("params", "dropout", "noise", "default"):
@@ -75,7 +76,7 @@ def test_no_two_keys_of_a_session_are_the_same(seed):
 
 def test_other_prng_implementations_keep_theirs():
     key = jax.random.key(5, impl="rbg")
-    root = Root(5, 0, data_of(key), "rbg")
+    root = RootKey(5, 0, data_of(key), "rbg")
     new_root, params_key, dropout_key = jax.random.split(key, 3)
     draw = root.draw()
     assert bits(draw.stream("params")) == bits(params_key)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import flax.linen as nn
 import pytest
 
-from flax_magics.library import Library
+from flax_magics.code.library import FlaxPatches
 
 
 @pytest.fixture
-def looked() -> Library:
-    library = Library()
+def looked() -> FlaxPatches:
+    library = FlaxPatches()
     library.look()
     return library
 

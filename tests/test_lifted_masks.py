@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 
 from flax_magics import Session
-from flax_magics.arguments import Arguments
-from flax_magics.keys import Root
-from flax_magics.masks import compare
-from flax_magics.models import adopt
-from flax_magics.prepare import Call, prepare
-from flax_magics.tracing import Request, trace
+from flax_magics.compile.trace import TraceRequest, trace
+from flax_magics.execution.call import Call, prepare
+from flax_magics.execution.notes import compare
+from flax_magics.models.adopt import adopt
+from flax_magics.models.arguments import Arguments
+from flax_magics.rng.keys import RootKey
 
 x = jnp.ones((4, 8))
 SPLIT = {"params": True, "dropout": True}
@@ -159,7 +159,7 @@ def seen(net, x):
     prepared = prepare("net", adopt(net, "net"), Call((), (x,), {}, "net(x)"), None)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
     variables = prepared.model.take() or {}
-    return trace(Request("net", prepared.model, (), arguments, variables, Root.from_seed(0).draw()))[2]
+    return trace(TraceRequest("net", prepared.model, (), arguments, variables, RootKey.from_seed(0).draw()))[2]
 
 
 @pytest.mark.parametrize("case", CASES)

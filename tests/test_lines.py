@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from flax_magics.lines import Line, without_option
+from flax_magics.line.variant import Line, without_option
 
 
 def takes(x, noise=None, *rest, mask=None, other=None):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.magic_lines import line_magic_transformer
+from flax_magics.notebook.run_cell import line_magic_transformer
 
 
 def transformed(cell: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flax_magics import Session
-from flax_magics.outputs import Values, values_of
+from flax_magics.base.digest import Values, values_of
 
 X = jnp.ones((2, 3))
 
@@ -54,7 +54,7 @@ def test_what_is_no_number_is_left_out():
 
 
 def test_an_array_of_many_parts(monkeypatch):
-    monkeypatch.setattr("flax_magics.outputs.CHUNK", 3)
+    monkeypatch.setattr("flax_magics.base.digest.CHUNK", 3)
     array = np.arange(10, dtype=np.float32).reshape(2, 5)
     array[1, 4] = np.nan
     assert values_of(array) == (Values("", 10, 1, 0, 0.0, 8.0, 4.0),)

@@ -12,8 +12,9 @@ from by_hand import bits
 from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.construct import Recipe
-from flax_magics.keys import data_of, stream_tag
+from flax_magics.base.digest import data_of
+from flax_magics.models.construction import Construction
+from flax_magics.rng.keys import stream_tag
 
 List = getattr(nnx, "List", list)
 
@@ -348,8 +349,8 @@ def test_variables_are_the_state_and_can_be_assigned(session):
         model.variables = nnx.State({"nowhere": nnx.Param(jnp.ones(1))})
 
 
-def recipe(*args: Any, cls: Any = Net) -> Recipe:
-    return Recipe(cls, args, {}, f"{cls.__name__}({', '.join(map(str, args))})")
+def recipe(*args: Any, cls: Any = Net) -> Construction:
+    return Construction(cls, args, {}, f"{cls.__name__}({', '.join(map(str, args))})")
 
 
 def test_a_construction_by_the_session_is_a_draw_that_the_next_apply_shares(session):

@@ -10,7 +10,7 @@ from by_hand import notebook_x
 from flax import nnx
 
 from flax_magics import Session
-from flax_magics.kinds import KINDS
+from flax_magics.line.commands import KINDS
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.options import Command, Option, read
+from flax_magics.line.options import Command, Option, read
 
 RUN = Command(
     "%run",

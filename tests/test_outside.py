@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_magics.fingerprint import fingerprint
+from flax_magics.code.fingerprint import fingerprint
 
 
 def aliased() -> Any:

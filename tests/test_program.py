@@ -198,13 +198,13 @@ def test_disable_jit_runs_op_by_op(session):
 
 @pytest.mark.own_executables  # one that is there already cannot be interrupted
 def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
-    import flax_magics.program as program
+    from flax_magics.compile import cache
 
     net = MyModel(3, True)
     session.register("net", net)
     session.init("net", notebook_x())
     waits = []
-    real = program.concurrent.futures.wait
+    real = cache.concurrent.futures.wait
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         waits.append(args)
@@ -212,7 +212,7 @@ def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(program.concurrent.futures, "wait", interrupted)
+    monkeypatch.setattr(cache.concurrent.futures, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.apply("net", notebook_x())
     (future,) = session.programs.compiling.values()
@@ -225,7 +225,7 @@ def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
 
 @pytest.mark.own_executables  # one that is there already cannot be interrupted
 def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session, monkeypatch):
-    import flax_magics.program as program
+    from flax_magics.compile import cache
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
@@ -234,12 +234,12 @@ def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session,
     session.init("net", jnp.ones((2, 4)))
     for rows in range(1, 9):
         with monkeypatch.context() as patch:
-            patch.setattr(program.concurrent.futures, "wait", interrupted)
+            patch.setattr(cache.concurrent.futures, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 session.apply("net", jnp.ones((rows, 4)))
         futures = list(session.programs.compiling.values())
-        program.concurrent.futures.wait(futures, timeout=60)
-    assert len(session.programs.compiling) == program.LEFT + 1
+        cache.concurrent.futures.wait(futures, timeout=60)
+    assert len(session.programs.compiling) == cache.LEFT + 1
 
 
 def test_no_thread_is_left_behind(session):
@@ -252,9 +252,9 @@ def test_no_thread_is_left_behind(session):
 
 
 def test_programs_kept_are_bounded(session, monkeypatch):
-    import flax_magics.program as program
+    from flax_magics.compile import cache
 
-    monkeypatch.setattr(program, "KEPT", 3)
+    monkeypatch.setattr(cache, "KEPT", 3)
     session.register("net", plain())
     for n in range(1, 6):
         session.apply("net", jnp.ones((n, 4)))
@@ -285,7 +285,7 @@ def test_pytrees_bools_and_strings_as_arguments(session):
 
 
 def test_devices_are_named():
-    from flax_magics.program import name_devices
+    from flax_magics.base.environment import name_devices
 
     class Device:
         platform = "gpu"
@@ -306,7 +306,7 @@ def test_the_process_can_leave_while_something_compiles(tmp_path):
     script.write_text(
         "import jax, jax.numpy as jnp, flax.linen as nn\n"
         "from flax_magics import Session\n"
-        "import flax_magics.program as program\n"
+        "import flax_magics.compile.cache as program\n"
         "class Net(nn.Module):\n"
         "  @nn.compact\n"
         "  def __call__(self, x):\n"

@@ -423,9 +423,9 @@ def test_no_reason_where_nothing_was_compiled(session):
 
 
 def test_a_program_that_was_dropped(session, monkeypatch):
-    import flax_magics.program as program
+    from flax_magics.compile import cache
 
-    monkeypatch.setattr(program, "KEPT", 1)
+    monkeypatch.setattr(cache, "KEPT", 1)
     session.register("net", Takes())
     session.apply("net", X)
     session.apply("net", jnp.ones((3, 4)))

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from by_hand import MyModel, notebook_x
 
-from flax_magics import Session, environment, recorded
-from flax_magics.recorded import Rows
-from flax_magics.run import digest_of
-from flax_magics.samples import VALUES, sample_of
+from flax_magics import Session
+from flax_magics.base import environment
+from flax_magics.base.digest import VALUES, digest_of, sample_of
+from flax_magics.report import text
+from flax_magics.report.text import Rows
+from flax_magics.run import recorded
 
 
 def bits(sample: dict[str, object]) -> bytes:
@@ -110,18 +112,18 @@ def test_rows_are_what_differs_from_the_row_before(session):
         rows.add(run)
     data = json.loads(json.dumps(rows.to_json()))
     first, *others = data["runs"]
-    assert first == json.loads(json.dumps(recorded.recorded(runs[0])))
+    assert first == json.loads(json.dumps(recorded(runs[0])))
     assert [set(row) for row in others] == [{"draw", "keys", "digest", "bits", "started"}] * 2
     row: dict[str, object] = {}
     for run, one in zip(runs, data["runs"], strict=True):
         row |= one
-        assert row == json.loads(json.dumps(recorded.recorded(run)))
+        assert row == json.loads(json.dumps(recorded(run)))
         assert row["digest"] == digest_of(run.output)
     assert (data["version"], data["further"]) == (1, None)
 
 
 def test_beyond_the_rows_runs_are_counted_and_digested(session, monkeypatch):
-    monkeypatch.setattr(recorded, "ROWS", 2)
+    monkeypatch.setattr(text, "ROWS", 2)
     runs = [session.apply("net", notebook_x()) for _ in range(5)]
 
     def further(*chosen: int) -> object:

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.agreement import Agreement, Difference
-from flax_magics.models.graph import raw
+from flax_magics.base.compare import Agreement, Difference
+from flax_magics.models.nnx_graph import raw
 
 IDENTICAL = Agreement(True, "output")
 BY_DIGEST = Agreement(True, "digest")
@@ -202,9 +202,9 @@ def test_a_draw_that_is_open_stays_open(session):
 
 
 def test_a_module_that_the_session_built(session):
-    from flax_magics.construct import Recipe
+    from flax_magics.models.construction import Construction
 
-    session.register_all({"net": Recipe(Net, (), {}, "Net()")})
+    session.register_all({"net": Construction(Net, (), {}, "Net()")})
     net = session.module("net")
     y = session.apply("net", x, mode="train").output
     before = bits(nnx.state(net))

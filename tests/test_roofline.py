@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import pytest
 from by_hand import Ticks
 
-from flax_magics import Session, roofline
-from flax_magics.memory import with_peak
-from flax_magics.roofline import cost_of, devices_in, dtype_of, limits
-from flax_magics.run import Cost, Memory, Steady
+from flax_magics import Session
+from flax_magics.base.measures import Cost, Memory, Steady
+from flax_magics.compile import limits as limits_module
+from flax_magics.compile.limits import cost_of, devices_in, dtype_of, limits, with_peak
 
 
 def compiled(function: Any, *args: Any) -> Any:
@@ -23,9 +23,9 @@ def compiled(function: Any, *args: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_and_forgotten(monkeypatch):
-    monkeypatch.setattr(roofline, "_MEASURED", {})
-    monkeypatch.setattr(roofline, "SIDES", {"cpu": 128})
-    monkeypatch.setattr(roofline, "COPIED", {"cpu": 4096})
+    monkeypatch.setattr(limits_module, "_MEASURED", {})
+    monkeypatch.setattr(limits_module, "SIDES", {"cpu": 128})
+    monkeypatch.setattr(limits_module, "COPIED", {"cpu": 4096})
 
 
 def test_the_operations_of_a_matmul_are_counted_exactly():
@@ -73,7 +73,7 @@ def test_a_device_that_is_full_is_measured_with_less(monkeypatch):
             raise XlaRuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return real(x, device)
 
-    monkeypatch.setattr(roofline, "SIDES", {"cpu": 512})
+    monkeypatch.setattr(limits_module, "SIDES", {"cpu": 512})
     monkeypatch.setattr(jax, "device_put", full)
     (device,) = devices_in(jnp.ones(3))
     assert limits(device, "float32", Ticks()).flops == 2 * 128**3
@@ -124,7 +124,7 @@ def test_an_interrupted_measurement_leaves_the_session_as_it_was(monkeypatch):
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(roofline, "_measure", interrupted)
+    monkeypatch.setattr(limits_module, "_measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.apply("net", jnp.ones((4, 64)), roofline=True)
     assert session._state is before

@@ -14,7 +14,8 @@ import pytest
 from by_hand import MyModel, notebook_x
 
 from flax_magics import Session
-from flax_magics.run import Steady, describe, digest_of
+from flax_magics.base.digest import describe, digest_of
+from flax_magics.base.measures import Steady
 
 
 def test_a_digest_is_what_its_documentation_says():

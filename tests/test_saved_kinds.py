@@ -23,8 +23,8 @@ from flax.core import freeze
 from test_saving import Structured, Weak
 
 from flax_magics import Session
-from flax_magics.models import adopt
-from flax_magics.uninterrupted import at_once
+from flax_magics.base.critical import at_once
+from flax_magics.models.adopt import adopt
 
 pytestmark = of_nnx.WARNINGS
 

@@ -23,9 +23,10 @@ from by_hand import MyModel, Normed, bits, keys_of, notebook_x
 from flax import nnx
 from safetensors.numpy import load_file
 
-from flax_magics import FlaxMagicsError, Session, unpacking
-from flax_magics.construct import Recipe
-from flax_magics.container import write
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.models.construction import Construction
+from flax_magics.snapshot import format
+from flax_magics.snapshot.format import write
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_a_model_that_fits_and_was_edited_since_is_told(path):
     assert [note.text for note in other.load(path).notes] == [
         "net is not as it was saved, so that its runs may give something else: was Rate() there"
     ]
-    found = unpacking.read(path)
+    found = format.read(path)
     text = json.dumps(found.document)
     assert "Dropout(self.rate" in text
     write(path, json.loads(text.replace("Dropout(self.rate", "Dropout(0.1 + self.rate")), found.arrays)
@@ -162,18 +163,18 @@ def test_a_draw_that_an_init_opened_is_still_open(path):
 def test_a_module_that_the_session_built_is_built_of_the_same_keys_and_draws_nothing(path):
     x = notebook_x()[0]
     session = Session(seed=2)
-    session.register_all({"net": Recipe(Own, (3,), {}, "Own(3)")})
+    session.register_all({"net": Construction(Own, (3,), {}, "Own(3)")})
     session.apply("net", x, mode="train")
     session.save(path)
     other = Session()
     other.load(path)
-    (change,) = other.register_all({"net": Recipe(Own, (3,), {}, "Own(3)")})
+    (change,) = other.register_all({"net": Construction(Own, (3,), {}, "Own(3)")})
     assert (change.variables, other.draws, len(other)) == ("restored", 1, 2)
     assert bits(nnx.state(other.models["net"].module)) == bits(nnx.state(session.models["net"].module))
     one, two = session.apply("net", x, mode="train"), other.apply("net", x, mode="train")
     assert bits(one.output) == bits(two.output)
     # An unchanged cell keeps it, as in the session that was saved.
-    (change,) = other.register_all({"net": Recipe(Own, (3,), {}, "Own(3)")})
+    (change,) = other.register_all({"net": Construction(Own, (3,), {}, "Own(3)")})
     assert (change.state, other.draws) == ("unchanged", 2)
 
 
@@ -208,7 +209,7 @@ def test_a_file_that_does_not_say_which_variables_are_weakly_typed_is_read(path)
     session.register("net", Weak())
     session.apply("net", x)
     session.save(path)
-    found = unpacking.read(path)
+    found = format.read(path)
     document = json.loads(json.dumps(found.document).replace('{"weak": "net', '{"array": "net'))
     assert document != found.document
     write(path, document, found.arrays)
@@ -514,7 +515,7 @@ CROSS = """
     from by_hand import Normed, bits, notebook_x
     from flax import nnx
     from flax_magics import Session
-    from flax_magics.construct import Recipe
+    from flax_magics.models.construction import Construction
 
     class Own(nnx.Module):
         def __init__(self, features, *, rngs):
@@ -527,7 +528,7 @@ CROSS = """
 
     x = notebook_x()
     session = Session(seed=11)
-    models = {"net": Normed(), "own": Recipe(Own, (3,), {}, "Own(3)")}
+    models = {"net": Normed(), "own": Construction(Own, (3,), {}, "Own(3)")}
     if sys.argv[3] == "save":
         session.register_all(models)
         for i in range(2):
@@ -640,7 +641,7 @@ OTHERS = [None, True, -1, 0, 2, 1 << 70, -0.5, 1e308, "", "x", "\x1b[31m<b>", "9
 def test_whatever_stands_anywhere_in_its_json_one_error_is_all(path):
     """A file with right checksums, whose author is not to be trusted."""
     a_session(path)
-    found = unpacking.read(path)
+    found = format.read(path)
     session = Session()
     before = session._state
     rng = random.Random(1)
@@ -665,7 +666,7 @@ def test_whatever_stands_anywhere_in_its_json_one_error_is_all(path):
 
 def test_a_dict_that_jax_cannot_take_apart_is_told(path):
     a_session(path)
-    found = unpacking.read(path)
+    found = format.read(path)
     text = json.dumps(found.document)
     for old, new in (
         ('["kernel", {', "[7, {"),
@@ -685,7 +686,7 @@ def test_a_dict_that_jax_cannot_take_apart_is_told(path):
 
 def test_whatever_stands_in_its_history_one_error_is_all(path):
     a_session(path)
-    found = unpacking.read(path)
+    found = format.read(path)
     runs = json.loads(found.arrays["history"].tobytes())
     session = Session()
     rng = random.Random(2)
@@ -731,7 +732,7 @@ def test_an_interrupt_returns_at_once_and_leaves_the_old_file(path, monkeypatch)
     def interrupted(future):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flax_magics.saving.wait_for", interrupted)
+    monkeypatch.setattr("flax_magics.snapshot.save.wait_for", interrupted)
     session.key("a")
     with pytest.raises(KeyboardInterrupt):
         session.save(path)

@@ -13,8 +13,9 @@ import pytest
 from by_hand import MyModel, Normed, Ticks, bits, notebook_x
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.keys import data_of, stream_tag
-from flax_magics.run import GONE
+from flax_magics.base.digest import data_of
+from flax_magics.rng.keys import stream_tag
+from flax_magics.run import RELEASED
 
 
 @pytest.fixture
@@ -510,7 +511,7 @@ def test_runs_hold_arrays_weakly_and_a_run_in_hand_holds_its_own(session):
     del output
     gc.collect()
     kept = session.runs[-1]
-    assert kept.output is GONE
+    assert kept.output is RELEASED
     assert kept.digest == digest
     assert kept.draw == 1
 
@@ -546,10 +547,10 @@ def test_a_history_holds_no_device_memory_and_can_be_long(session):
 
 
 def test_a_chain_of_many_runs_can_be_let_go(session):
-    from flax_magics.history import Chain
+    from flax_magics.state.runs import RunLog
 
     chain = None
     for n in range(200_000):
-        chain = Chain(None, chain, n)
+        chain = RunLog(None, chain, n)
     del chain
     gc.collect()

@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from flax_magics import Session
-from flax_magics.structure import Structure, static_data
+from flax_magics.code.structure import Structure, static_data
 
 X = jax.random.normal(jax.random.key(42), (2, 4))
 

@@ -15,8 +15,8 @@ from flax.linen import summary as flax_summary
 
 import flax_magics
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.modules import Size
-from flax_magics.summary import Summary
+from flax_magics.summary.modules import Size
+from flax_magics.summary.view import Summary
 
 X = jnp.ones((5, 4))
 RNGS = {name: jax.random.key(i) for i, name in enumerate(("params", "dropout", "noise"))}
@@ -368,7 +368,7 @@ def test_fifty_equal_blocks_are_lowered_once(monkeypatch):
                 x, _ = Block()(x)
             return x
 
-    from flax_magics import flops
+    from flax_magics.summary import flops
 
     lowered: list[Any] = []
     count = flops._flops

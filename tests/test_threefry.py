@@ -9,8 +9,8 @@ from by_hand import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flax_magics import threefry
-from flax_magics.keys import Root
+from flax_magics.rng import threefry
+from flax_magics.rng.keys import RootKey
 
 WORDS = st.integers(min_value=0, max_value=2**32 - 1)
 
@@ -38,7 +38,7 @@ def test_only_jaxs_default_generator_is_made_here():
     jax.config.update("jax_threefry_partitionable", False)
     try:
         assert not threefry.is_in_force("threefry2x32")
-        draw = Root.from_seed(0).draw()
+        draw = RootKey.from_seed(0).draw()
         root_key, params_key, dropout_key = jax.random.split(jax.random.key(0), 3)
         assert bits(draw.stream("params")) == bits(params_key)
         assert bits(draw.stream("dropout")) == bits(dropout_key)
@@ -65,5 +65,5 @@ def test_a_newer_jax_is_asked_once_whether_it_still_makes_its_keys_so(newer_jax,
 def test_a_newer_jax_that_splits_in_another_way_splits_by_itself(newer_jax, monkeypatch):
     monkeypatch.setattr(threefry, "hashes", lambda key, counters: [b"\0" * 8 for _ in counters])
     assert not threefry.is_in_force("threefry2x32")
-    draw = Root.from_seed(0).draw()
+    draw = RootKey.from_seed(0).draw()
     assert bits(draw.stream("params")) == bits(jax.random.split(jax.random.key(0), 3)[1])

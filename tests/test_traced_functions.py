@@ -14,7 +14,8 @@ from flax import nnx
 from jax.experimental import io_callback
 from jax.sharding import PartitionSpec
 
-from flax_magics import FlaxMagicsError, Session, private
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.base import private
 
 X = jnp.ones((2, 3))
 LIKE = jax.ShapeDtypeStruct((3,), jnp.float32)

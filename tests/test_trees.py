@@ -18,13 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
-from flax_magics.container import _RAW, CODES, Damaged, write
+from flax_magics.base.digest import weakly_typed
+from flax_magics.base.jsondata import Damaged
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.foreign import Differs, Foreign, graft
-from flax_magics.treereader import Reader
-from flax_magics.treewriter import DEPTH, Writer
-from flax_magics.unpacking import read
-from flax_magics.weaktypes import weakly_typed
+from flax_magics.snapshot.format import read, write
+from flax_magics.state.trees import _RAW, CODES, DEPTH, Differs, OpaqueNode, Reader, Writer, graft
 
 
 def there_and_back(tree):
@@ -305,7 +303,7 @@ def test_nodes_nested_without_end_are_told():
 def test_what_waits_is_written_as_it_was_read():
     tree = {"b": Point(jnp.zeros(1), {"c": State(1, 2)})}
     once = there_and_back(tree)
-    assert isinstance(once["b"], Foreign)
+    assert isinstance(once["b"], OpaqueNode)
     twice = there_and_back(once)
     assert twice["b"].cls == once["b"].cls
     assert isinstance(graft(twice, {"b": Point(0, {"c": State(0, 0)})})["b"].y["c"], State)

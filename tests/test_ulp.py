@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.show.units import ulp
-from flax_magics.ulp import largest_ulp
+from flax_magics.base.text import ulp
+from flax_magics.base.ulp import largest_ulp
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"]
 NARROW = ["float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"]

@@ -13,7 +13,7 @@ import pytest
 from by_hand import Ticks, bits
 
 from flax_magics import Session
-from flax_magics.unfinished import Unfinished, elsewhere
+from flax_magics.base.workers import Unfinished, elsewhere
 
 
 def test_elsewhere_is_another_thread_with_the_arguments_as_arrays():
@@ -38,7 +38,7 @@ def test_what_it_raises_is_passed_on():
 
 
 def test_settings_of_this_thread_alone_keep_it_here():
-    from flax_magics.compiling import jax_settings
+    from flax_magics.compile.compiler import jax_settings
 
     def function() -> str:
         return threading.current_thread().name
@@ -49,7 +49,7 @@ def test_settings_of_this_thread_alone_keep_it_here():
 
 
 def test_an_interrupt_leaves_the_rest_to_be_waited_for(monkeypatch):
-    import flax_magics.unfinished as module
+    from flax_magics.base import workers
 
     unfinished, go_on, done = Unfinished(), threading.Event(), []
 
@@ -61,7 +61,7 @@ def test_an_interrupt_leaves_the_rest_to_be_waited_for(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.concurrent.futures, "wait", interrupt)
+        patch.setattr(workers.concurrent.futures, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             elsewhere(function, (), unfinished, lambda: ())
     assert (done, unfinished.wait is None) == ([], False)
@@ -86,7 +86,7 @@ class Net(nn.Module):
 
 
 def test_the_next_run_waits_before_its_clock_starts_and_says_so():
-    from flax_magics.show.text import normal
+    from flax_magics.report.text import normal
 
     clock = Ticks()
     session = Session(seed=0, clock=clock)

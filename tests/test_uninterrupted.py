@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from flax_magics.uninterrupted import uninterrupted
+from flax_magics.base.critical import uninterrupted
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():

@@ -10,8 +10,8 @@ from flax import linen as nn
 from flax import nnx
 
 from flax_magics import Session
-from flax_magics.execution import Options
-from flax_magics.prepare import Call
+from flax_magics.execution.call import Call
+from flax_magics.line.options import ApplyOptions
 
 
 class Overriding(nn.Module):
@@ -84,14 +84,14 @@ def test_a_method_of_the_users_base_class_is_the_users():
 @pytest.mark.parametrize("eager", [False, True])
 def test_an_argument_that_the_method_has_is_the_users(session, eager):
     call = Call((), (X,), {"method": "sum", "mutable": 2.0}, "net(x, method='sum', mutable=2.0)")
-    run = session.run_apply("net", call, Options(eager=eager))
+    run = session.run_apply("net", call, ApplyOptions(eager=eager))
     assert bits(run.output) == bits(by_hand(session, lambda net, x: net(x, method="sum", mutable=2.0)))
     assert run.by_hand == "net.apply(variables, method=lambda m: m(x, method='sum', mutable=2.0))"
 
 
 def test_a_method_that_takes_any_keyword_gets_it(session):
     call = Call(("collected",), (X,), {"rngs": 3.0}, "net.collected(x, rngs=3.0)")
-    run = session.run_apply("net", call, Options())
+    run = session.run_apply("net", call, ApplyOptions())
     assert bits(run.output) == bits(by_hand(session, lambda net, x: net.collected(x, rngs=3.0)))
     assert run.by_hand == "net.apply(variables, method=lambda m: m.collected(x, rngs=3.0))"
 

@@ -13,7 +13,7 @@ from by_hand import MyModel, Normed, apply_by_hand, bits, keys_of, notebook_x
 from flax import nnx
 
 from flax_magics import Session
-from flax_magics.warm import Warm
+from flax_magics.execution.warm import Warm
 
 
 @pytest.fixture

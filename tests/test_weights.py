@@ -11,7 +11,7 @@ from flax import nnx
 from flax.core import freeze
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.recorded import recorded
+from flax_magics.run import recorded
 
 X = jnp.ones((2, 3))
 
@@ -44,10 +44,10 @@ def session_with(module, **settings):
 
 
 def nnx_session():
-    from flax_magics.construct import Recipe
+    from flax_magics.models.construction import Construction
 
     session = Session()
-    session.register_all({"net": Recipe.of(Block, (3,), {}, "Block(3)")})
+    session.register_all({"net": Construction.of(Block, (3,), {}, "Block(3)")})
     return session
 
 

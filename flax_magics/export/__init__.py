@@ -10,45 +10,26 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from .. import current
-from ..journal import Executed
-from ..models import variable_name
+from ..cells.journal import ExecutedCell
+from ..cells.names import Free, mentioned, reads
+from ..models.adopt import variable_name
 from ..run import Run
-from .cells import CellRun, ExecutedStatement, Source, Transform, match, read_cell
+from .cells import CellRun, CellSource, ExecutedStatement, Transform, match, read_cell
 from .context import RunGroups, ScriptModel
-from .file import write
-from .names import Free, mentioned, reads
+from .file import Exported, write
 from .script import RootKeyTracker, Script, assigned_by
 from .scripted import cell_runs_of
 from .writer import Lines, LineWriter, joined
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A script.
-
-    Attributes:
-      text: the whole of it.
-      cells: how many executions of cells left something in it.
-      runs: how many there were.
-      unexported: what could not be exported, each with its reason.
-    """
-
-    text: str
-    cells: int
-    runs: int
-    unexported: tuple[str, ...] = ()
-
-
 def export_cells(
     session: Any,
-    cells: Sequence[Executed],
+    cells: Sequence[ExecutedCell],
     transform: Transform,
     restarts: Sequence[int] = (),
     seed: int = 0,
@@ -81,14 +62,22 @@ def export_script(session: Any, *, digests: bool = True) -> Exported:
 
 
 def of_session(
-    session: Any, file: str | os.PathLike[str] | None = None, *, plain: bool = False, force: bool = False
+    session: Any,
+    cells: Callable[[], tuple[Any, ...]] | None,
+    file: str | os.PathLike[str] | None = None,
+    *,
+    plain: bool = False,
+    force: bool = False,
 ) -> Exported:
-    """What `Session.export` gives: of the notebook's cells where `session` is that of a notebook."""
-    notebook = current.notebook_of(session)
-    if notebook is None:
+    """What `Session.export` gives.
+
+    Args:
+      cells: gives the cells that ran and what else `export_cells` wants, where `session` is that of a notebook.
+    """
+    if cells is None:
         script = export_script(session, digests=not plain)
     else:
-        script = export_cells(session, *notebook(), digests=not plain)
+        script = export_cells(session, *cells(), digests=not plain)
     if file is not None:
         write(file, script.text, force=force)
     return script
@@ -128,7 +117,7 @@ def _export(
 
 
 def _models(
-    registered: Mapping[str, Any], runs: Sequence[Run], free: Free, sources: Sequence[Source]
+    registered: Mapping[str, Any], runs: Sequence[Run], free: Free, sources: Sequence[CellSource]
 ) -> dict[str, ScriptModel]:
     out: dict[str, ScriptModel] = {}
     entries = {name: model._entry() for name, model in registered.items()}
@@ -151,7 +140,7 @@ def _models(
     return out
 
 
-def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[Source]) -> str:
+def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]) -> str:
     """The user's own name for a model's variables, where it always has what the session has; empty where it may not."""
     inits = [site for source in sources for site in source.sites.values() if site.name == "flax_init" and site.call]
     targets = [site.target.removesuffix("=").strip() for site in inits if site.call and site.call.target == model]
@@ -170,7 +159,7 @@ def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[Source]) ->
     return "" if changed or len(bound) != len(targets) else targets[0]
 
 
-def _add_head(script: Script, sources: Sequence[Source]) -> None:
+def _add_head(script: Script, sources: Sequence[CellSource]) -> None:
     """Puts our imports and the function that prints digests above the first line of ours.
 
     They stand below the cell that imports JAX: what is set before that (`os.environ`) stays before it.

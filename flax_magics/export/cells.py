@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..call import ParsedCall, parse_call
-from ..commands import COMMANDS
+from ..base.tokens import ends_quietly
+from ..cells.journal import ExecutedCell, Place
 from ..errors import FlaxMagicsError
-from ..expression import end_of, segment, start_of
-from ..journal import Executed, Place
-from ..options import Read, read
+from ..line.call import CallExpression, parse_call
+from ..line.commands import COMMANDS
+from ..line.expression import end_of, segment, start_of
+from ..line.options import LineOptions, read
 from ..run import Run
-from ..source import ends_quietly
 
 Transform = Callable[[str], str]
 
@@ -43,8 +43,8 @@ class CommandSite:
 
     statement: ast.stmt
     name: str
-    given: Read
-    call: ParsedCall | None
+    given: LineOptions
+    call: CallExpression | None
     target: str
     path: tuple[ast.stmt, ...]
     line: str = ""
@@ -121,7 +121,7 @@ class ForeignMagic:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class CellSource:
     """A cell as Python.
 
     Attributes:
@@ -131,7 +131,7 @@ class Source:
       above: lines of comment that stand for cell magics.
       captured: names that a cell magic gives a value: the output that it took.
       opaque: it is no Python, and `above` is all that there is.
-      offset: how many lines of `text` less there were where the code that ran counts them (see `Executed.line`).
+      offset: how many lines of `text` less there were where the code that ran counts them (see `ExecutedCell.line`).
     """
 
     text: str
@@ -144,15 +144,15 @@ class Source:
     captured: tuple[str, ...] = ()
 
 
-def read_cell(raw: str, transform: Transform) -> Source:
+def read_cell(raw: str, transform: Transform) -> CellSource:
     """The cell `raw` as it was typed, read. A text that is no Python is opaque."""
     if not raw.strip():
-        return Source("", ast.Module([], []))
+        return CellSource("", ast.Module([], []))
     try:
         text = _timed(transform(raw), transform)
         tree = ast.parse(text)
     except (SyntaxError, ValueError, FlaxMagicsError) as error:
-        return Source("", ast.Module([], []), above=(*raw.rstrip().splitlines(), f"({error})"), opaque=True)
+        return CellSource("", ast.Module([], []), above=(*raw.rstrip().splitlines(), f"({error})"), opaque=True)
     magic = _cell_magic(tree)
     if magic is None:
         return _found(text, tree, (), 0)
@@ -160,10 +160,10 @@ def read_cell(raw: str, transform: Transform) -> Source:
     try:
         return _opened(name, line, body, transform)
     except FlaxMagicsError as error:  # a line that the command refused
-        return Source("", ast.Module([], []), above=(f"%%{name} {line}", f"({error})"), opaque=True)
+        return CellSource("", ast.Module([], []), above=(f"%%{name} {line}", f"({error})"), opaque=True)
 
 
-def _opened(name: str, line: str, body: str, transform: Transform) -> Source:
+def _opened(name: str, line: str, body: str, transform: Transform) -> CellSource:
     """A cell magic's body as the cell that it is."""
     shown = f"%%{name} {line}".rstrip()
     if name == "flaxmodel":
@@ -180,7 +180,7 @@ def _opened(name: str, line: str, body: str, transform: Transform) -> Source:
         inner = read_cell(body, transform)
         names = line.split()[:1] if name == "capture" and not line.startswith("-") else []
         return replace(inner, captured=tuple(names), above=(shown, *inner.above))
-    return Source("", ast.Module([], []), above=(shown, *body.rstrip().splitlines()), opaque=True)
+    return CellSource("", ast.Module([], []), above=(shown, *body.rstrip().splitlines()), opaque=True)
 
 
 MODELS = "*"
@@ -219,7 +219,7 @@ def _is_shell(func: ast.expr, method: str) -> bool:
     return False
 
 
-def _call_cell(name: str, line: str, body: str, transform: Transform) -> Source:
+def _call_cell(name: str, line: str, body: str, transform: Transform) -> CellSource:
     """`%%flax_apply` and its like: the last statement is the call, and becomes a line."""
     inner = read_cell(body, transform)
     if inner.opaque or not inner.tree.body:
@@ -238,7 +238,7 @@ def _call_cell(name: str, line: str, body: str, transform: Transform) -> Source:
     return _found(below, ast.parse(below), inner.above, 1 + _blank(body))
 
 
-def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> Source:
+def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> CellSource:
     sites: dict[ast.stmt, CommandSite] = {}
     foreign: dict[ast.stmt, ForeignMagic] = {}
     for statement, path in _statements(tree.body, ()):
@@ -263,7 +263,7 @@ def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> 
                 foreign[statement] = _foreign(statement, "" if of_ours else f"{target} %{name} {line}")
             case [ast.Constant(str(line))] if _is_shell(value.func, "system") or _is_shell(value.func, "getoutput"):
                 foreign[statement] = _foreign(statement, f"{target} !{line}")
-    return Source(text, tree, sites, foreign, above, offset=offset)
+    return CellSource(text, tree, sites, foreign, above, offset=offset)
 
 
 def _site(
@@ -323,13 +323,13 @@ class ExecutedStatement:
 class CellRun:
     """One execution of a cell: its statements as far as they ran; `loose` runs follow the last of them."""
 
-    cell: Executed
-    source: Source
+    cell: ExecutedCell
+    source: CellSource
     statements: list[ExecutedStatement]
     loose: list[int] = field(default_factory=list)
 
 
-def match(cells: Sequence[tuple[Executed, Source]], runs: Sequence[Run]) -> list[CellRun]:
+def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run]) -> list[CellRun]:
     """The executions in order, each with its runs.
 
     A statement that is a command made one run; a loop, and a call of a function with a command in it, any number: as many
@@ -358,7 +358,9 @@ def match(cells: Sequence[tuple[Executed, Source]], runs: Sequence[Run]) -> list
     return out
 
 
-def _as_far_as_it_ran(cell: Executed, source: Source, steps: list[ExecutedStatement]) -> list[ExecutedStatement]:
+def _as_far_as_it_ran(
+    cell: ExecutedCell, source: CellSource, steps: list[ExecutedStatement]
+) -> list[ExecutedStatement]:
     if cell.error is None or not steps:
         return steps
     if cell.line is None:
@@ -399,7 +401,7 @@ def _take_one(step: ExecutedStatement, site: CommandSite, queue: list[int], runs
     del queue[: found + 1]
 
 
-def _inside(source: Source, step: ExecutedStatement) -> list[CommandSite]:
+def _inside(source: CellSource, step: ExecutedStatement) -> list[CommandSite]:
     """The places of commands in a statement, functions that it only defines left out."""
     if step.site is not None:
         return [step.site]

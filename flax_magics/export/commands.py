@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..journal import Load, state_of
+from ..cells.journal import Load, state_of
 from . import linen, nnx
 from .cells import MODELS, CommandSite
-from .context import CannotSay, ScriptContext, ScriptModel
+from .context import ScriptContext, ScriptModel
+from .functions import CannotSay
 from .values import name_of
 from .writer import label_of
 

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..journal import Load
-from ..run import Run
-from ..spelling import Spelling
+from ..cells.journal import Load
+from ..run import ExportFacts, Run
 from .cells import CellRun, CommandSite
-from .functions import CannotSay as CannotSay
-from .functions import JittedFunction
+from .functions import CannotSay, JittedFunction
 from .writer import LineWriter
 
 
@@ -188,7 +186,7 @@ class ScriptContext:
                 self.lost[run.model] = reason
 
 
-def common(runs: Sequence[Run]) -> Spelling:
+def common(runs: Sequence[Run]) -> ExportFacts:
     """What the runs of one place have in common; where a later one asked for more, that."""
     spellings = [run.spelling for run in runs if run.spelling is not None]
     if not spellings:

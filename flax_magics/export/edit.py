@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..expression import segment
-from .cells import CommandSite, Source, begin, blocks
-from .context import CannotSay
-from .names import binds, is_of_the_notebook, reads
+from ..cells.names import binds, is_of_the_notebook, reads
+from ..line.expression import segment
+from .cells import CellSource, CommandSite, begin, blocks
+from .functions import CannotSay
 from .writer import LineWriter, indented
 
 _MAGIC = re.compile(r"get_ipython\(\)\.run_line_magic\((['\"])(\w+)\1, (['\"])(.*)\3\)")
@@ -78,7 +78,7 @@ class Edit:
       futures: names that it imports from `__future__`, which stand at the top of the script.
     """
 
-    source: Source
+    source: CellSource
     names: SessionNames
     command: Callable[[CommandSite], list[str]]
     writer: LineWriter
@@ -241,7 +241,7 @@ class Edit:
         return line[: len(line) - len(line.lstrip())]
 
 
-def lines_of_statement(source: Source, statement: ast.stmt) -> list[str]:
+def lines_of_statement(source: CellSource, statement: ast.stmt) -> list[str]:
     """The text of a statement: its lines, or its own part of a line that others share with a `;`."""
     if any(
         other is not statement
@@ -271,7 +271,7 @@ def _imports_package(statement: ast.stmt) -> bool:
     return False
 
 
-def _bare(statement: ast.stmt, source: Source) -> ast.stmt:
+def _bare(statement: ast.stmt, source: CellSource) -> ast.stmt:
     """A copy of `statement` in which the commands, and the magics of others, give None."""
 
     class Without(ast.NodeTransformer):

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from ..atomic import replace_file
+from ..base.files import replace_file
+from ..base.text import plural
 from ..errors import FlaxMagicsError
+from ..report.notice import Notice
 from ..run import Note
-from ..show.notice import Notice
-from ..show.units import plural
 
-if TYPE_CHECKING:
-    from . import Exported
+
+def script_bundle(code: str, style: str) -> dict[str, Any]:
+    """The MIME bundle of Python code: as Markdown, every notebook gives it the colours of its cells."""
+    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", code)), 3)
+    return (
+        {"text/plain": code}
+        if style == "text"
+        else {
+            "text/plain": code,
+            "text/markdown": f"{fence}python\n{code}{fence}\n",
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A script.
+
+    Attributes:
+      text: the whole of it.
+      cells: how many executions of cells left something in it.
+      runs: how many there were.
+      unexported: what could not be exported, each with its reason.
+    """
+
+    text: str
+    cells: int
+    runs: int
+    unexported: tuple[str, ...] = ()
+
 
 _MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
 

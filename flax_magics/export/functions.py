@@ -8,8 +8,8 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..call import Argument, ParsedCall
-from ..spelling import Part, Spelling
+from ..line.call import Argument, CallExpression
+from ..run import ContainerPart, ExportFacts
 from .writer import LineWriter, call, indented
 
 
@@ -42,7 +42,7 @@ class SplitArguments:
     static: tuple[str, ...]
 
 
-def split(writer: LineWriter, call: ParsedCall, spelling: Spelling, used: Sequence[str]) -> SplitArguments:
+def split(writer: LineWriter, call: CallExpression, spelling: ExportFacts, used: Sequence[str]) -> SplitArguments:
     """The arguments of `call`. `used` are names that no parameter may have."""
     containers = dict(spelling.containers)
     parameters: list[str] = []
@@ -98,7 +98,7 @@ class _Apart:
     outside: list[str] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
 
-    def text(self, written: str, part: Part, name: str) -> str:
+    def text(self, written: str, part: ContainerPart, name: str) -> str:
         """The expression for `part`, where the call has `written`; `name` is for a parameter."""
         if part.kind == "none":
             return "None"
@@ -124,7 +124,7 @@ class _Apart:
         return ("{%s}" if part.kind == "dict" else "[%s]") % ", ".join(rows)
 
 
-def _elements(written: str, part: Part) -> dict[str | int, str]:
+def _elements(written: str, part: ContainerPart) -> dict[str | int, str]:
     """The elements of a container that is spelled out in the call; none of one that has a name."""
     node = ast.parse(written.strip(), mode="eval").body
     found: dict[str | int, ast.expr] = {}

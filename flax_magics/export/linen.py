@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..call import ParsedCall
-from ..models.switch import MODULE
-from ..run import Run
-from ..spelling import Spelling
+from ..line.call import CallExpression
+from ..run import MODULE, ExportFacts, Run
 from . import values
 from .cells import CommandSite
-from .context import CannotSay, ScriptContext, ScriptModel, common
-from .functions import JittedFunction, SplitArguments, as_written, split, verb_of
+from .context import ScriptContext, ScriptModel, common
+from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split, verb_of
 from .values import lines_of, lines_of_pair, merged, name_of, names_of
 from .writer import LineWriter, call, indented, label_of
 
@@ -33,8 +31,8 @@ class LinenCall:
 
     model: str
     module: Any
-    call: ParsedCall
-    spelling: Spelling
+    call: CallExpression
+    spelling: ExportFacts
     variables: str
     keys: Mapping[str, str]
     arguments: tuple[str, ...]
@@ -135,7 +133,7 @@ def init(context: ScriptContext, site: CommandSite, model: ScriptModel, indices:
     """The lines of `%flax_init`."""
     writer, run = context.writer, context.groups.runs[indices[-1]]
     assert site.call is not None
-    spelling = run.spelling or Spelling()
+    spelling = run.spelling or ExportFacts()
     called = _called(context, site, model, spelling, lambda s: s)
     if site.given.options["draw"] is not None:
         lines, _, params = values.replayed(context, indices, ("params",), False)
@@ -227,7 +225,7 @@ def _with_updates(
 
 
 def _called(
-    context: ScriptContext, site: CommandSite, model: ScriptModel, spelling: Spelling, key: Callable[[str], str]
+    context: ScriptContext, site: CommandSite, model: ScriptModel, spelling: ExportFacts, key: Callable[[str], str]
 ) -> LinenCall:
     assert site.call is not None
     options = site.given.options

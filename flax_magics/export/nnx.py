@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..call import ParsedCall
-from ..models.switch import MODULE
-from ..spelling import Spelling
+from ..line.call import CallExpression
+from ..run import MODULE, ExportFacts
 from . import values
 from .cells import CommandSite, is_build
-from .context import CannotSay, ScriptContext, ScriptModel, common
-from .functions import JittedFunction, SplitArguments, as_written, split, verb_of
+from .context import ScriptContext, ScriptModel, common
+from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split, verb_of
 from .values import lines_of, names_of
 from .writer import LineWriter, call, indented, label_of
 
@@ -22,8 +21,8 @@ class NnxCall:
     """An NNX run: what is called, with which keys. See `LinenCall` of linen."""
 
     model: str
-    call: ParsedCall
-    spelling: Spelling
+    call: CallExpression
+    spelling: ExportFacts
     keys: Mapping[str, str]
     arguments: tuple[str, ...]
 
@@ -48,7 +47,7 @@ def rngs(writer: LineWriter, held: NnxCall) -> str:
     return f"nnx.Rngs({given})"
 
 
-def set_mode(writer: LineWriter, spelling: Spelling, model: str, *, back: bool = False) -> list[str]:
+def set_mode(writer: LineWriter, spelling: ExportFacts, model: str, *, back: bool = False) -> list[str]:
     """The lines that set the mode of a run, or that set it `back`."""
     if spelling.mode is None:
         return []
@@ -58,7 +57,7 @@ def set_mode(writer: LineWriter, spelling: Spelling, model: str, *, back: bool =
     return lines
 
 
-def updates(writer: LineWriter, model: str, spelling: Spelling, popped: str) -> str:
+def updates(writer: LineWriter, model: str, spelling: ExportFacts, popped: str) -> str:
     """The collections that a run handed back, as a dict.
 
     Args:
@@ -256,7 +255,7 @@ def _copied(writer: LineWriter, model: str, name: str, variables: str | None) ->
 
 
 def _with_updates(
-    writer: LineWriter, target: str, label: str, value: str, model: str, spelling: Spelling, after: Sequence[str]
+    writer: LineWriter, target: str, label: str, value: str, model: str, spelling: ExportFacts, after: Sequence[str]
 ) -> list[str]:
     """The lines for a run that gives `(output, updates)`."""
     pair = names_of(target) if len(names_of(target)) == 2 else []

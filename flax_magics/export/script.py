@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..journal import Executed, Load
-from .cells import CellRun, CommandSite, ExecutedStatement, Source, begin, blocks
+from ..cells.journal import ExecutedCell, Load
+from ..cells.names import binds, reads
+from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, begin, blocks
 from .commands import SESSION_VARIABLES, lines_of_command
-from .context import CannotSay, RunGroups, ScriptContext, ScriptModel
+from .context import RunGroups, ScriptContext, ScriptModel
 from .edit import Edit, SessionNames, commented, lines_of_statement
-from .functions import Function, JittedFunction
-from .names import binds, reads
+from .functions import CannotSay, Function, JittedFunction
 from .writer import Lines, LineWriter
 
 
@@ -182,7 +182,7 @@ class Script:
         if lines:
             self.blocks[-1].append(Lines(lines, ours=ours))
 
-    def _write_failed(self, cell: Executed, source: Source, statement: ast.stmt, gap: list[str]) -> None:
+    def _write_failed(self, cell: ExecutedCell, source: CellSource, statement: ast.stmt, gap: list[str]) -> None:
         """The statement in which a cell failed. Of one that runs others it is not known which of its names have a value."""
         what = "A cell" if cell.number is None else f"In [{cell.number}]"
         lines = commented(lines_of_statement(source, statement))
@@ -197,7 +197,7 @@ class Script:
 
     # -- one statement
 
-    def _write_statement(self, executed: ExecutedStatement, source: Source, gap: list[str]) -> None:
+    def _write_statement(self, executed: ExecutedStatement, source: CellSource, gap: list[str]) -> None:
         """Writes a statement below the lines of comment and the empty ones above it."""
         statement, site = executed.statement, executed.site
         self._before, self._made = [], executed.made

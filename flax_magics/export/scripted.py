@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..journal import Executed
-from ..run import GONE, Run
-from .cells import CellRun, ExecutedStatement, Source, read_cell
-from .names import binds, reads
+from ..cells.journal import ExecutedCell
+from ..cells.names import binds, reads
+from ..run import RELEASED, Run
+from .cells import CellRun, CellSource, ExecutedStatement, read_cell
 
 
 @dataclass(eq=False)
@@ -77,12 +77,12 @@ def cell_runs_of(session: Any) -> list[CellRun]:
     for index, run in enumerate(session.runs):
         lines += ((index, line) for line in _run(run, files.get(run.model or ""), main, want))
     text = "\n\n".join(_texts(wanted.values()))
-    first = read_cell(text, str) if text else Source("", ast.Module([], []))
-    out = [CellRun(Executed(None, text), first, [ExecutedStatement(s, None) for s in first.tree.body])]
+    first = read_cell(text, str) if text else CellSource("", ast.Module([], []))
+    out = [CellRun(ExecutedCell(None, text), first, [ExecutedStatement(s, None) for s in first.tree.body])]
     for made, line in lines:
         source = read_cell(line, str)
         steps = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
-        cell_run = CellRun(Executed(None, line), source, steps)
+        cell_run = CellRun(ExecutedCell(None, line), source, steps)
         if made is not None and steps and steps[-1].site is not None:
             steps[-1].made.append((made, steps[-1].site))
         elif made is not None:
@@ -139,7 +139,7 @@ def _run(run: Run, file: _File | None, main: _File | None, want: Any) -> Iterato
     if run.command == "key":
         yield f"get_ipython().run_line_magic('flax_key', {run.call!r})"
         return
-    inputs: Sequence[Any] = () if run.inputs is GONE else run.inputs
+    inputs: Sequence[Any] = () if run.inputs is RELEASED else run.inputs
     arguments = "…"
     if inputs:
         added = dict(run.spelling.arguments) if run.spelling is not None else {}

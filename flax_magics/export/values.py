@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 
-from ..spelling import Spelling
+from ..run import ExportFacts
 from .cells import CommandSite
-from .context import CannotSay, ScriptContext
+from .context import ScriptContext
+from .functions import CannotSay
 from .writer import WIDTH, LineWriter, indented
 
 
@@ -80,7 +81,7 @@ Keys = tuple[list[str], Callable[[str], str], str]
 """The lines that make keys; the variable of each stream's; and that of the `params` key for an init."""
 
 
-def keys_of_run(context: ScriptContext, site: CommandSite, indices: Sequence[int], spelling: Spelling) -> Keys:
+def keys_of_run(context: ScriptContext, site: CommandSite, indices: Sequence[int], spelling: ExportFacts) -> Keys:
     """The lines that make the keys of a run; the variable of each stream's; and that of the `params` for an init."""
     writer, options = context.writer, site.given.options
     streams = (*spelling.streams, *options["key"])

@@ -9,10 +9,10 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..expression import end_of, segment, start_of
-from ..keys import SPLIT, stream_tag
-from ..source import pieces
-from .names import Free
+from ..base.tokens import pieces
+from ..cells.names import Free
+from ..line.expression import end_of, segment, start_of
+from ..rng.keys import SPLIT, stream_tag
 
 WIDTH = 88
 """Columns, the default of formatters."""

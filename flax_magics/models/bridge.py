@@ -18,11 +18,11 @@ from flax.linen import module as linen_module
 from flax.nnx import variablelib
 from flax.nnx.bridge import wrappers
 
-from .altered import REPLACING
-from .graph import is_sown, walk
+from .base import REPLACING
+from .nnx_graph import is_sown, walk
 
 if TYPE_CHECKING:
-    from .recorder import Recorder
+    from .linen_trace import Recorder
 
 
 def _current() -> Any:

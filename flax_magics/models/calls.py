@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ..run import describe
+from ..base.digest import describe
 
 Path = tuple[str, ...]
 

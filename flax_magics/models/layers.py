@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
-from . import Layer, Path, Source
+from .base import CodePlace, Layer
+from .calls import Path
 from .switch import WHEN_TRAINING
 
 
@@ -53,10 +54,10 @@ def layer_of(kind: str, path: Path, module: Any, around: list[Any], switch: tupl
     # Any call of two arguments might give one by its place.
     places = [place for place in places if place.keyword] or places
     texts = {ast.unparse(place.expression) for place in places}
-    made_in, source = type(owner).__name__, Source()
+    made_in, source = type(owner).__name__, CodePlace()
     literal = len(texts) == 1 and isinstance(places[0].expression, ast.Constant)
     if len(texts) == 1 and (not literal or texts == {str(value)}):
-        source = Source(texts.pop(), literal)
+        source = CodePlace(texts.pop(), literal)
         made_in += f" (line {places[0].line})"
     own_switch, method = _own_switch(owner, frame), "" if frame is None else frame.f_code.co_name
     return Layer(kind, path, value is WHEN_TRAINING[name], made_in, name, value, source, own_switch, method)
@@ -144,3 +145,15 @@ def _makes(call: ast.Call, layer: type) -> bool:
 
 def _last(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def mask_of(module: Any, args: Any, kwargs: Any) -> tuple[tuple[int, ...], float] | None:
+    """Shape and rate of the mask that a dropout draws, of linen or NNX, for the arguments of its call."""
+    inputs = args[0] if args else kwargs.get("inputs")
+    shape, rate = getattr(inputs, "shape", None), module.rate
+    if shape is None or not isinstance(rate, (int, float)):
+        return None
+    whole = list(shape)
+    for dim in module.broadcast_dims:
+        whole[dim] = 1
+    return tuple(whole), float(rate)

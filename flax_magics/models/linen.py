@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -14,25 +15,24 @@ from flax import errors as flax_errors
 from flax import linen as nn
 from flax.core import meta
 
+from ..code.fingerprint import Fingerprint
 from ..errors import FlaxMagicsError, did_you_mean
-from ..fingerprint import Print
-from . import (
+from ..run import MODULE, Settings
+from .base import (
     FLAX_ARGUMENTS,
-    Ask,
+    CallTrace,
     Forward,
     Incomplete,
     MissingVariables,
     Model,
-    Path,
-    Record,
+    Needs,
     Variables,
     check_name,
-    nnx_bridge,
     own_methods,
 )
-from .axes import bound, unbound_axis
-from .recorder import Recorder, sowing
-from .switch import MODULE, Settings, cloned, read_fields, set_fields, set_unset_fields, setting_of
+from .calls import Path
+from .linen_trace import Recorder, bound, sowing, unbound_axis
+from .switch import cloned, read_fields, set_fields, set_unset_fields, setting_of
 
 _MISSING = (
     flax_errors.ScopeParamNotFoundError,
@@ -44,11 +44,20 @@ _MISSING = (
 _STEADY = nullcontext()
 
 
+def nnx_bridge() -> Any:
+    """What watches NNX modules inside linen ones; None where nobody has imported what puts them there."""
+    if "flax.nnx.bridge" not in sys.modules:
+        return None
+    from . import bridge
+
+    return bridge
+
+
 @dataclass
-class _Kept:
+class ModeCache:
     """What was worked out about a module, for as long as nothing it was read from has changed."""
 
-    print: Print | None = None
+    print: Fingerprint | None = None
     init_streams: set[str] = field(default_factory=set)
     """Streams that an init by hand has to be given besides `params`."""
     digest: bytes | None = None
@@ -60,16 +69,16 @@ class LinenModel:
     """Wraps `flax.linen.Module`; holds no variables."""
 
     module: nn.Module
-    _kept: _Kept = field(default_factory=_Kept, repr=False, compare=False)
+    _kept: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
 
     @property
     def steady(self) -> AbstractContextManager[None]:
-        """See `Model`."""
+        """See `ModelLine`."""
         return _STEADY
 
     @property
     def holds_variables(self) -> bool:
-        """See `Model`."""
+        """See `ModelLine`."""
         return False
 
     def describe(self) -> str:
@@ -113,7 +122,7 @@ class LinenModel:
         return type(self.module).setup is not nn.Module.setup
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """See `Model`."""
+        """See `ModelLine`."""
         digest = self.print()
         if digest is None:  # fields may change where they are
             module, done = set_fields(self.module, train, fixed)
@@ -127,11 +136,11 @@ class LinenModel:
         return kept.modes[train, fixed]
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """See `Model`."""
-        return LinenModel(set_unset_fields(self.module, fixed), _Kept(init_streams=self._kept.init_streams))
+        """See `ModelLine`."""
+        return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._kept.init_streams))
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """See `Model`."""
+        """See `ModelLine`."""
         return read_fields(self.module)
 
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -154,13 +163,13 @@ class LinenModel:
         raise NotImplementedError
 
     def key(self) -> bytes | None:
-        """See `Model`."""
+        """See `ModelLine`."""
         return self.print()
 
     def print(self) -> bytes | None:
-        """See `Model`."""
+        """See `ModelLine`."""
         if self._kept.print is None:
-            self._kept.print = Print(self.module)
+            self._kept.print = Fingerprint(self.module)
         return self._kept.print.digest()
 
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
@@ -171,20 +180,20 @@ class LinenModel:
         """None."""
         return ()
 
-    def commit(self, updates: Variables, record: Record) -> None:
+    def commit(self, updates: Variables, record: CallTrace) -> None:
         """None: the session holds them."""
 
-    def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
-        """See `Model`. Raises MissingVariables for variables that are not there."""
+    def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
+        """See `ModelLine`. Raises MissingVariables for variables that are not there."""
         mutable = sorted(ask.mutable)
 
         def run(
             variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[Any, dict[str, Any]]:
-            recorder = Recorder(ask, record, keys, root_impl)
+            across, recorder = nnx_bridge(), Recorder(ask, record, keys, root_impl)
             target, kwargs = self._target(method, kwargs)
             try:
-                with recorder.watching():
+                with recorder.watching(), nullcontext() if across is None else across.watching(recorder):
 
                     def apply() -> Any:
                         return self.module.apply(
@@ -233,7 +242,7 @@ class LinenModel:
         return {(): type(self.module).__name__}
 
     def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
-        """See `Model`."""
+        """See `ModelLine`."""
         for name, tree in variables.items():
             for keys, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_boxed)[0]:
                 path = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
@@ -255,7 +264,7 @@ class LinenModel:
         )
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
-        """`net.init(params_key, x)`; `call` with the switches in `arguments` and in `module`: see `Spelling.module`."""
+        """`net.init(params_key, x)`; `call` with the switches in `arguments` and in `module`: see `ExportFacts.module`."""
         key = "params_key"
         if self.init_streams:
             key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"

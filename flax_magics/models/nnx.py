@@ -13,13 +13,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..construct import constructor
+from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
-from . import Ask, Commit, Forward, Model, Path, Record, Variables, check_name, is_module, nnx_run, own_methods
-from .graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, walk
-from .layout import Kept, Layout, Values
+from . import nnx_trace
+from .base import CallTrace, Commit, Forward, Model, Needs, Variables, check_name, own_methods
+from .calls import Path
+from .construction import constructor
+from .nnx_graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, transplant, walk
+from .nnx_layout import Layout, LayoutCache, Values
 from .nnx_switch import mode_by_hand, switches_read
-from .surgery import transplant
 
 SUPPLIED = ("params", "dropout")
 """Streams of the Rngs that the session makes."""
@@ -38,7 +40,7 @@ class NnxModel:
     """Variables of the NNX objects in the call, in order."""
     written: str = ""
     """The construction, where the session made it: `Net(8, 3)`."""
-    _kept: Kept = field(default_factory=Kept, repr=False, compare=False)
+    _kept: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:
@@ -47,12 +49,12 @@ class NnxModel:
 
     @property
     def steady(self) -> AbstractContextManager[None]:
-        """See `Model`."""
+        """See `ModelLine`."""
         return self._kept
 
     @property
     def holds_variables(self) -> bool:
-        """See `Model`."""
+        """See `ModelLine`."""
         return True
 
     # -- what it is
@@ -78,7 +80,7 @@ class NnxModel:
         return [str(name) for name, _ in parts_of(self.module) or ()]
 
     def signature(self, method: Path) -> inspect.Signature:
-        """See `Model`."""
+        """See `ModelLine`."""
         cls = type(self.module).__name__
         target: Any = self.module
         for i, name in enumerate(method):
@@ -103,11 +105,11 @@ class NnxModel:
         return replace(self, mode=train), self._switches_read(train)
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """See `Model`; an NNX module is initialised where it is built."""
+        """See `ModelLine`; an NNX module is initialised where it is built."""
         return self
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """See `Model`."""
+        """See `ModelLine`."""
         return self._switches_read(None)
 
     def _switches_read(self, train: bool | None) -> tuple[str, ...]:
@@ -158,7 +160,7 @@ class NnxModel:
         return out
 
     def key(self) -> Any:
-        """See `Model`: the code of all classes in the graph, the graph itself with its static attributes, the mode."""
+        """See `ModelLine`: the code of all classes in the graph, the graph itself with its static attributes, the mode."""
         code = self.code()
         layout = self.layout
         if code is None:
@@ -213,7 +215,7 @@ class NnxModel:
     # -- running
 
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """See `Model`; never asked of an NNX module."""
+        """See `ModelLine`; never asked of an NNX module."""
         raise NotImplementedError
 
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
@@ -222,7 +224,7 @@ class NnxModel:
         Raises:
           FlaxMagicsError: an object in the call holds references.
         """
-        passed = nnx_run.variables_in((args, kwargs))
+        passed = nnx_trace.variables_in((args, kwargs))
         if any(is_ref(raw(variable)) for variable in passed):
             raise FlaxMagicsError(
                 "an object in the call holds references, which a run would change even where it fails.",
@@ -246,14 +248,14 @@ class NnxModel:
         """`rngs`, where the call takes some and has none."""
         return ("rngs",) if self.gives_rngs else ()
 
-    def forward(self, method: Path, ask: Ask, record: Record, root_impl: str) -> Forward:
-        """See `Model`. The streams of the copy are those of `keys`, by tag, as `nnx.reseed` would set them."""
+    def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
+        """See `ModelLine`. The streams of the copy are those of `keys`, by tag, as `nnx.reseed` would set them."""
         rngs = sorted(ask.streams - self._own_tags) if self.gives_rngs else None
-        return nnx_run.forward(self.layout, method, ask, record, mode=self.mode, held=self.streams(), rngs=rngs)
+        return nnx_trace.forward(self.layout, method, ask, record, mode=self.mode, held=self.streams(), rngs=rngs)
 
-    def commit(self, updates: Mapping[str, Any], record: Record) -> Commit:
-        """See `Model`. What is written is the module's own objects."""
-        return nnx_run.commit(self.layout, self.passed, updates, record.structure)
+    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
+        """See `ModelLine`. What is written is the module's own objects."""
+        return nnx_trace.commit(self.layout, self.passed, updates, record.structure)
 
     def parts(self) -> dict[Path, str]:
         """The modules of the graph."""
@@ -264,7 +266,7 @@ class NnxModel:
         }
 
     def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
-        """See `Model`; what earlier calls sowed is left out."""
+        """See `ModelLine`; what earlier calls sowed is left out."""
         for slot in self.layout.slots:
             if slot.sown:
                 continue

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from .graph import parts_of, walk
+from .nnx_graph import parts_of, walk
 from .switch import WHEN_TRAINING, cloned, read_fields, set_fields, setting_of, value_of
 
 _MISSING = object()

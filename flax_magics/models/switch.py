@@ -1,4 +1,4 @@
-"""The switch between training and evaluation, under the names that Flax models use for it."""
+"""The switch between training and evaluation, under the names that Flax models use for it, of linen and of NNX."""
 
 from __future__ import annotations
 
@@ -20,14 +20,6 @@ WHEN_TRAINING = {
     "use_running_average": False,
 }
 """Each name's value in training."""
-
-
-Settings = tuple[tuple[str, bool], ...]
-"""Switches by name, or by path, and their values."""
-
-
-MODULE = "\0"
-"""What stands for the module's name in an expression that is kept."""
 
 
 def value_of(name: str, train: bool) -> bool:
@@ -112,10 +104,10 @@ def cloned(name: str, module: Any, settings: Iterable[tuple[str, Any]]) -> str:
       module: the module with its switches set, or as it was: their places are the same.
       settings: path of a field, as `set_fields` has it, and its value: `("layers[2].deterministic", False)`.
     """
-    return _Writer(dict(settings), module).of(module, "", name)
+    return _FieldWriter(dict(settings), module).of(module, "", name)
 
 
-class _Writer:
+class _FieldWriter:
     """Writes the expression that sets switches anew, visiting in the order of `_Setter`, so that paths are the same."""
 
     def __init__(self, settings: Mapping[str, Any], module: Any) -> None:

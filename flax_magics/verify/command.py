@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from ..base.text import clean_lines
+from ..base.version import __version__
 from ..errors import FlaxMagicsError
-from ..show.columns import clean_lines
 from .compare import Tolerance, compare
 from .kernels import check_installed, executed
 from .report import EXIT, Result, exit_status, text, to_json

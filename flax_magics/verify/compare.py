@@ -86,7 +86,7 @@ def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | 
         return verdict("differs", "shape", *shape)
     if stored.digest == now.digest and stored.digest is not None:
         return verdict("agrees", "", "", "")
-    from .values import distance, within  # numpy, where it is needed
+    from .values import distance, within
 
     try:
         apart = distance(stored, now)

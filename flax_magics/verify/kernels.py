@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from ..base.text import clean, cut
 from ..errors import FlaxMagicsError
-from ..show.columns import clean, cut
 from .stored import brief, code_cells, first_line, is_run, tags_of
 
 STARTUP = 120

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..base.text import clean, count, cut, flow, plural, table, ulp, wrap
 from ..errors import advice_lines
-from ..show.columns import clean, cut, flow, table, wrap
-from ..show.units import count, plural, ulp
 from .compare import Outcome, Tolerance, Verdict
 
 Status = Literal["agrees", "differs", "could not run", "not comparable", "nothing to verify"]

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.jsondata import RUN_JSON, RUNS_JSON
+from ..base.text import clean, cut
 from ..errors import FlaxMagicsError
-from ..show.bundle import RUN_JSON, RUNS_JSON
-from ..show.columns import clean, cut
 
 LARGEST = 256 << 20
 """Bytes of the largest notebook that is read."""

@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..base.ulp import largest_ulp
 from ..errors import FlaxMagicsError
-from ..ulp import largest_ulp
 from .stored import Leaf, Recorded
 
 _INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)))

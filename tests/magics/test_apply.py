@@ -252,7 +252,7 @@ def test_a_bare_command_help_and_a_question_mark_all_help(notebook, command):
 
 
 def test_the_examples_of_the_help_run(sharp_bits, tmp_path, monkeypatch):
-    from flax_magics.commands import COMMANDS
+    from flax_magics.line.commands import COMMANDS
 
     monkeypatch.chdir(tmp_path)  # one of them writes a file
     sharp_bits(f"{MODEL}net = MyModel(3, False)\n")

@@ -7,7 +7,7 @@ import re
 import pytest
 from by_hand import bits
 
-from flax_magics import current
+from flax_magics import _session
 
 NET = """\
 %%flaxmodel net = Net({})
@@ -43,7 +43,7 @@ def here(notebook, tmp_path, monkeypatch):
     notebook(NET.format(3))
     notebook("for _ in range(2):\n  y = %flax_apply --train -q net(x)")
     yield notebook
-    session = current.existing()
+    session = _session.existing()
     if session is not None:
         session.autosave(None)
 
@@ -54,7 +54,7 @@ def sizes(text):
 
 def restart(notebook):
     """As a fresh kernel has it: no session, no model."""
-    current._session = None
+    _session._current = None
     notebook("del net, Net")
 
 
@@ -81,7 +81,7 @@ def test_one_line_says_what_was_saved_and_one_what_was_restored(here):
 
 def test_a_model_that_is_there_is_restored_at_once(here):
     here("%flax_save a.safetensors")
-    current._session = None
+    _session._current = None
     here("%flaxmodel net")
     assert here("%flax_load a.safetensors") == (
         "a.safetensors · loaded · net restored · 21 parameters · 2 runs ·\n    next is draw 3 of seed 0"

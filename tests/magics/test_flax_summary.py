@@ -145,7 +145,7 @@ def test_a_model_that_looks_at_values_has_its_line_shown(notebook):
 
 
 def test_the_examples_of_the_help_run(sharp_bits):
-    from flax_magics.commands import FLAX_SUMMARY
+    from flax_magics.line.commands import FLAX_SUMMARY
 
     sharp_bits("%%flaxmodel net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x, train=False):\n"
                "    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))")  # fmt: skip

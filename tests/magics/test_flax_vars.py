@@ -85,8 +85,8 @@ def test_help_and_completion(net):
     assert out.startswith("%flax_vars net             gives the model's variables as they are\n")
     assert out == net("%flax_vars --help")
     assert "  %flax_vars net [= EXPR]" in net("%flax")
-    from flax_magics.commands import COMMANDS
-    from flax_magics.complete import completions
+    from flax_magics.line.commands import COMMANDS
+    from flax_magics.notebook.completion import completions
 
     models = {name: model.names() for name, model in net.session.models.items()}
     assert completions("v = %flax_vars n", "n", COMMANDS, models) == ["net"]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flax_magics.keys import data_of
+from flax_magics.base.digest import data_of
 
 LIBRARY = ("site-packages", "/flax_magics/", "<flax_magics", "/jax/", "/flax/")
 
@@ -210,7 +210,7 @@ def test_an_interrupt_is_one_line_and_changes_nothing(sharp_bits):
 
     sharp_bits("%flax_init my_model(x);")
     before = state(sharp_bits)
-    with mock.patch("flax_magics.program.concurrent.futures.wait", side_effect=KeyboardInterrupt):
+    with mock.patch("flax_magics.compile.cache.concurrent.futures.wait", side_effect=KeyboardInterrupt):
         out = sharp_bits.fails("%flax_apply my_model(x)")
     assert out == "KeyboardInterrupt: stopped while compiling my_model; the session is as it was before"
     assert state(sharp_bits) == before

@@ -25,7 +25,7 @@ def run(cell):
 def there(*names):
     print([name in sys.modules for name in names], len(shell.events.callbacks["post_run_cell"]))
 
-OURS = ("flax_magics.sessions", "flax_magics.show.bundle", "jinja2")
+OURS = ("flax_magics._session", "flax_magics.report.html", "jinja2")
 """
 
 
@@ -77,14 +77,14 @@ def test_unloaded_it_imports_nothing():
 
 @pytest.mark.parametrize("failure", [RuntimeError("no"), KeyboardInterrupt()])
 def test_what_goes_wrong_is_left_to_the_command(shell: Any, capsys: Any, monkeypatch: Any, failure: BaseException):
-    from flax_magics import preload
+    from flax_magics.notebook import extension
 
     def fail() -> None:
         raise failure
 
-    monkeypatch.setattr(preload, "_import", fail)
+    monkeypatch.setattr(extension, "_import", fail)
     hooks = list(shell.events.callbacks["post_run_cell"])
-    waiting = preload.Preload(shell.events, lambda: None)
+    waiting = extension.Preload(shell.events, lambda: None)
     waiting.begin()
     shell.run_cell("pass").raise_error()
     assert shell.events.callbacks["post_run_cell"] == hooks

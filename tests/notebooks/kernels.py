@@ -20,8 +20,8 @@ RENEW = """
 import os, sys
 if "flax_magics" in get_ipython().extension_manager.loaded:
   get_ipython().run_line_magic("unload_ext", "flax_magics")
-if "flax_magics.current" in sys.modules:
-  sys.modules["flax_magics.current"]._session = None
+if "flax_magics._session" in sys.modules:
+  sys.modules["flax_magics._session"]._current = None
 os.chdir({folder!r})
 get_ipython().reset()
 """

@@ -9,7 +9,7 @@ RUNS = """
 y = %flax_apply --train my_model(x)
 z = %flax_key latent
 import flax_magics
-digests = [flax_magics.run.digest_of(y), flax_magics.run.digest_of(z)]
+digests = [flax_magics.base.digest.digest_of(y), flax_magics.base.digest.digest_of(z)]
 print(*digests)
 """
 NEXT = RUNS.replace("import flax_magics\n", "import flax_magics, flax_magics.run\n")

@@ -24,7 +24,7 @@ import pytest
 import yaml
 from kernels import RUN_JSON, Kernels
 
-from flax_magics.keys import fingerprint, stream_tag
+from flax_magics.rng.keys import short_key, stream_tag
 from flax_magics.verify.stored import read, runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +213,7 @@ def test_another_seed_has_other_keys_on_any_machine(verified):
     roots = [jax.random.key(0), jax.random.key(1)]
     for draw, line in enumerate(lines[1:6], 1):
         cell = "5     y = %flax_apply --train…" if draw == 1 else "6     for _ in range(4):      "
-        was, now = (fingerprint(jax.random.split(root, 3)[2]) for root in roots)
+        was, now = (short_key(jax.random.split(root, 3)[2]) for root in roots)
         assert line == f"  {cell}  {draw}     keys  dropout {was} → {now}"
         roots = [jax.random.split(root, 3)[0] for root in roots]
     assert lines[6].startswith("  9     latent = %flax_key late…  7     keys  latent ")
@@ -225,7 +225,7 @@ def test_a_run_more_is_told_by_their_number(verified):
     root = jax.random.key(0)
     for _ in range(7):
         root = jax.random.split(root, 3)[0]
-    now = fingerprint(jax.random.fold_in(root, stream_tag("latent")))
+    now = short_key(jax.random.fold_in(root, stream_tag("latent")))
     assert verified.of("more") == [
         "notebooks/more.ipynb: differs: 5 of 6 runs, keys and every bit in 1",
         "  cell  first line                draw  what  how far, in how many values",

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from flax_magics.keys import Root
-from flax_magics.run import Made, Memory, Note, Run, Steady, Timing
+from flax_magics.base.measures import Memory, Steady, Timing
+from flax_magics.rng.keys import RootKey
+from flax_magics.run import InitStats, Note, Run
 
-DRAW = Root.from_seed(0).draw()
+DRAW = RootKey.from_seed(0).draw()
 BY_HAND = "net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})"
 MEMORY = Memory(arguments=204, outputs=144, temporaries=1200, code=3400)
 
@@ -47,7 +48,7 @@ COMPILED = replace(
     program="compiled",
     reason="first run of this program",
     timing=Timing(trace=0.021, lower=0.012, compile=0.377, run=0.00022),
-    made=Made(15, 60, ("params",)),
+    made=InitStats(15, 60, ("params",)),
 )
 NOTE = Note(
     "dropout",
@@ -67,7 +68,7 @@ INIT = replace(
     program="eager",
     timing=Timing(init=0.00052),
     memory=None,
-    made=Made(15, 60, ("params",)),
+    made=InitStats(15, 60, ("params",)),
     by_hand="net.init(params_key, x)",
 )
 KEY = replace(

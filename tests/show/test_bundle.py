@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
+from flax_magics.base.jsondata import RUN_JSON
+from flax_magics.report.html import bundle, level
+from flax_magics.report.html import report_html as html
+from flax_magics.report.text import report as text
 from flax_magics.run import Run
-from flax_magics.show.bundle import RUN_JSON, bundle, level
-from flax_magics.show.html import report as html
-from flax_magics.show.text import report as text
 
 
 @pytest.mark.parametrize(

@@ -11,38 +11,36 @@ from rich.cells import cell_len
 from runs_to_show import DRAW, INIT, KEY, REUSED
 from test_html import EVIL, Reader
 
-from flax_magics.agreement import Agreement, Difference
-from flax_magics.history import Kept
-from flax_magics.keys import Streams
-from flax_magics.past import Drawn, History
+from flax_magics.base.compare import Agreement, Difference
+from flax_magics.history import table
+from flax_magics.history.table import SHOWN, DrawRow, History, history_text, notice_of
+from flax_magics.report.notice import notice_text
+from flax_magics.rng.keys import RunKeys
 from flax_magics.run import Run
-from flax_magics.show import html
-from flax_magics.show.history import SHOWN, history_text
-from flax_magics.show.notice import notice_text
-from flax_magics.show.replayed import notice_of
+from flax_magics.state.runs import StoredRun
 
 AT = time.mktime((2026, 11, 25, 9, 30, 0, 0, 0, -1))
 
 
-def drawn(run: Run, *marks: str, **changes: object) -> Drawn:
-    run = replace(run, started=AT, keys=Streams.of(DRAW, *run.keys), **changes)
+def drawn(run: Run, *marks: str, **changes: object) -> DrawRow:
+    run = replace(run, started=AT, keys=RunKeys.of(DRAW, *run.keys), **changes)
     name = run.call if run.command == "key" else run.model
-    return Drawn(
+    return DrawRow(
         run.seed, run.draw, run.draws, run.command, name or "", run.mode, run.call, run.cell, AT, marks, held(run)
     )
 
 
-def held(run: Run) -> Kept:
+def held(run: Run) -> StoredRun:
     """The run as a session keeps it; it lives as long as this."""
     KEPT.append(run)
-    return Kept(run)
+    return StoredRun(run)
 
 
 KEPT: list[Run] = []
 X = np.zeros((3, 4, 4), np.float32)
 
 
-def history(*rows: Drawn, earlier: int = 0) -> History:
+def history(*rows: DrawRow, earlier: int = 0) -> History:
     return History(rows, earlier, 0)
 
 
@@ -80,7 +78,7 @@ def test_thousands_of_cells_are_cut_to_the_last_and_that_is_said() -> None:
     assert lines[1] == "  940 earlier runs not shown: %flax_history --all"
     assert len(lines) == 3 + 2 * SHOWN
     assert len(history_text(history(*rows), everything=True).splitlines()) == 2 + 2 * 1000
-    assert Reader(html.history(history(*rows))).text.count("apply net train") == SHOWN
+    assert Reader(table.history_html(history(*rows))).text.count("apply net train") == SHOWN
 
 
 def test_what_is_not_shown_is_counted_in_runs() -> None:
@@ -116,7 +114,7 @@ def test_long_and_hostile_names_stay_in_their_place() -> None:
     text = history_text(history(*rows, earlier=2))
     assert max(map(cell_len, text.splitlines())) <= 80
     assert "\x1b" not in text
-    page = html.history(history(*rows, earlier=2))
+    page = table.history_html(history(*rows, earlier=2))
     assert Reader(page).tags.isdisjoint({"script", "img", "a", "link", "iframe"})
     assert "&lt;script&gt;" in page
     assert "\x1b" not in page
@@ -127,11 +125,11 @@ def test_html_says_what_the_text_says() -> None:
         drawn(INIT, inputs=((X,), {})),
         drawn(REUSED, "replayed", "cell run again since, as [9]", inputs=((X,), {})),
     ]
-    words = Reader(html.history(history(*rows))).text
+    words = Reader(table.history_html(history(*rows))).text
     for word in ("history · 2 runs · seed 0 · 2026-11-25", "float32[3,4,4]", "dropout f71f4ea9", "[3]", "09:30:00"):
         assert word in words
     assert "replayed ! cell run again since, as [9]" in words
-    assert "style=" not in re.sub(r'style="text-align:left"', "", html.history(history(*rows)))
+    assert "style=" not in re.sub(r'style="text-align:left"', "", table.history_html(history(*rows)))
 
 
 def replayed(agreement: Agreement) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
-from flax_magics.run import Cost, Limits, Made, Note
-from flax_magics.show.html import details_html, figures, line_html, normal_html, report, segments
+from flax_magics.base.measures import Cost, Limits
+from flax_magics.report.html import details_html, figures, line_html, normal_html, report_html, segments
+from flax_magics.run import InitStats, Note
 
 EVIL = "<script>alert('&')</script>"
 VOID = {"br"}
@@ -69,7 +70,7 @@ def test_without_styles_the_normal_form_reads_in_order() -> None:
 def test_sharp_bits_and_the_line_to_write_are_there_at_every_level() -> None:
     note = NOTED.notes[0]
     for level in ("off", "line", "normal", "details"):
-        assert f"! {note.text} in your model: {note.edit}" in Reader(report(NOTED, level)).text  # type: ignore[arg-type]
+        assert f"! {note.text} in your model: {note.edit}" in Reader(report_html(NOTED, level)).text  # type: ignore[arg-type]
 
 
 def test_details_are_closed_until_asked_for() -> None:
@@ -115,12 +116,12 @@ def test_every_string_is_escaped_and_nothing_is_fetched_or_run(level: str) -> No
         sown={EVIL: np.zeros(3)},
         static=(EVIL,),
         by_hand=EVIL,
-        made=Made(1, 4, (EVIL,)),
+        made=InitStats(1, 4, (EVIL,)),
         notes=(Note(EVIL, EVIL, EVIL), Note(EVIL, EVIL, f"{EVIL}\n{EVIL}")),
         first=True,
     )
     for shown in (run, replace(run, command="init"), replace(run, command="key"), replace(run, program=EVIL)):
-        html = report(shown, level)  # type: ignore[arg-type]
+        html = report_html(shown, level)  # type: ignore[arg-type]
         assert "&lt;script&gt;" in html
         for word in ("<script", "http", "src=", "href=", "url(", "@import", "javascript:"):
             assert word not in html

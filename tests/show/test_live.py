@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from flax_magics.show.live import Live
-from flax_magics.show.ticker import ticker
+from flax_magics.report.live import Live, ticker
 
 CELL: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
 

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from test_html import EVIL, Reader
 
+from flax_magics.report.notice import Notice
 from flax_magics.run import Note
-from flax_magics.show import html
-from flax_magics.show.bundle import loaded_bundle
-from flax_magics.show.loaded import SHORT, Loaded, Waiting, loaded_text
-from flax_magics.show.notice import Notice
+from flax_magics.snapshot import view
+from flax_magics.snapshot.view import SHORT, Loaded, Waiting, loaded_bundle, loaded_text
 
 FOUND = Loaded(
     Notice("a.safetensors", ("loaded", "net waits to be registered", "2 runs")),
@@ -35,16 +34,16 @@ def test_a_line_and_the_code_of_what_waits() -> None:
 
 
 def test_html_says_the_same_and_folds_long_code_away() -> None:
-    read = Reader(html.loaded(FOUND))
+    read = Reader(view.loaded_html(FOUND))
     assert read.text == (
         "a.safetensors · loaded · net waits to be registered · 2 runs"
         " net = Net(3) · waits for its cell, or for %flaxmodel net · its code, which was not run:"
         " code of net class Net(nn.Module): pass"
         " b = B() · waits for its cell, or for %flaxmodel b · its code is not in the file"
     )
-    assert "<details open><summary>code of net</summary><pre>" in html.loaded(FOUND)
+    assert "<details open><summary>code of net</summary><pre>" in view.loaded_html(FOUND)
     long = Waiting("net", "Net(3)", "\n".join(f"a{i} = {i}" for i in range(SHORT + 1)), "%flaxmodel net")
-    assert "<details><summary>code of net</summary><pre>" in html.loaded(Loaded(FOUND.notice, (long,)))
+    assert "<details><summary>code of net</summary><pre>" in view.loaded_html(Loaded(FOUND.notice, (long,)))
 
 
 def test_quiet_shows_sharp_bits_alone() -> None:
@@ -59,7 +58,7 @@ def test_quiet_shows_sharp_bits_alone() -> None:
 def test_whatever_stands_in_a_file_is_safe_to_show(text: str) -> None:
     note = Note("versions", text or "-", text or None)
     found = Loaded(Notice(text, (text, text), (note,)), (Waiting(text, text, text, text),))
-    plain, rich = loaded_text(found), html.loaded(found)
+    plain, rich = loaded_text(found), view.loaded_html(found)
     assert not any(unicodedata.category(character) in ("Cc", "Cf", "Cs") for character in plain.replace("\n", ""))
     # A line that is to be pasted is not broken.
     wrapped = loaded_text(Loaded(Notice(text, (text, text), (Note("versions", text or "-"),))))

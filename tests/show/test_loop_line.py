@@ -7,10 +7,11 @@ from dataclasses import replace
 from runs_to_show import COMPILED, KEY, NOTE, NOTED, REUSED
 from test_html import EVIL, Reader
 
-from flax_magics.run import Note, Timing
-from flax_magics.show import html
-from flax_magics.show.bundle import loop_bundle
-from flax_magics.show.loop import Loop, line
+from flax_magics.base.measures import Timing
+from flax_magics.report import html
+from flax_magics.report.html import loop_bundle
+from flax_magics.report.text import Loop, loop_line
+from flax_magics.run import Note
 
 
 def counted(*runs: object) -> Loop:
@@ -23,12 +24,12 @@ def counted(*runs: object) -> Loop:
 def test_a_hundred_runs_are_one_line() -> None:
     loop = counted(*(replace(REUSED, draw=draw) for draw in range(2, 102)))
     text = "net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms"
-    assert line(loop) == Reader(html.loop(loop)).text == text
+    assert loop_line(loop) == Reader(html.loop_html(loop)).text == text
 
 
 def test_what_was_compiled_among_them_is_said() -> None:
     loop = counted(COMPILED, REUSED, replace(REUSED, model="critic", draw=3, changed={"batch_stats": 2}))
-    assert line(loop) == (
+    assert loop_line(loop) == (
         "net, critic · train · cpu:0 · draws 1–3 · 3 runs ·\n"
         "    1 compiled in 0.41 s, 2 reused · run median 0.22 ms · batch_stats: update 2"
     )
@@ -43,11 +44,11 @@ def test_the_median_is_that_of_the_runs_so_far() -> None:
 
 def test_a_sharp_bit_is_said_once() -> None:
     assert counted(NOTED, NOTED).notes == (NOTE,)
-    assert line(counted(NOTED, NOTED)).count("! ") == 1
+    assert loop_line(counted(NOTED, NOTED)).count("! ") == 1
 
 
 def test_keys_count_as_draws_but_not_as_times() -> None:
-    assert line(counted(KEY)) == "key latent · draw 3 · 1 run"
+    assert loop_line(counted(KEY)) == "key latent · draw 3 · 1 run"
 
 
 def test_a_loop_is_escaped() -> None:

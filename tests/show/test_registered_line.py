@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from test_html import EVIL, Reader
 
-from flax_magics.show import html
-from flax_magics.show.bundle import registered_bundle
-from flax_magics.show.registered import Registered, registered_text
+from flax_magics.cells.journal import Registered
+from flax_magics.report import html
+from flax_magics.report.html import registered_bundle
+from flax_magics.report.notice import registered_text
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from flax_magics.show.registered import Registered, registered_text
     ],
 )
 def test_one_line_says_what_became_of_a_model(model: Registered, text: str) -> None:
-    assert registered_text([model]) == Reader(html.registered([model])).text == text
+    assert registered_text([model]) == Reader(html.registered_html([model])).text == text
 
 
 def test_several_models_are_several_lines_with_their_checks() -> None:

@@ -10,20 +10,32 @@ from rich.cells import cell_len
 from runs_to_show import COMPILED, REUSED
 from test_html import EVIL, Reader
 
-from flax_magics.show import html
-from flax_magics.show.bundle import key_bundle, status_bundle
-from flax_magics.show.status import Command, Device, KeyCard, Model, Status, key_text, status_text
+from flax_magics.notebook import status
+from flax_magics.notebook.status import (
+    CommandHelp,
+    Device,
+    KeyCard,
+    ModelLine,
+    Status,
+    key_bundle,
+    key_text,
+    status_bundle,
+    status_text,
+)
 
 CARD = KeyCard(seed=0, draws=3, root="375f238f", impl="threefry2x32")
 STATUS = Status(
     devices=(Device("cpu:0", "cpu"), Device("gpu:0", "NVIDIA H100", 1_200_000_000, 80_000_000_000)),
     key=CARD,
-    models=(Model("net", "Net(features=8)", "15 parameters, 60 B"), Model("vae", "VAE(latents=20)", "not initialised")),
+    models=(
+        ModelLine("net", "Net(features=8)", "15 parameters, 60 B"),
+        ModelLine("vae", "VAE(latents=20)", "not initialised"),
+    ),
     runs=(COMPILED, REUSED),
     caches=(("programs kept", "3"),),
     memory=(("kept for replay", "1.2 MB of 256 MB"),),
     versions=(("flax_magics", "0.1.0"), ("jax", "0.10.2"), ("flax", "0.12.8")),
-    commands=(Command("%flax", "the session at a glance"), Command("%flax_init net(x)", "gives the variables")),
+    commands=(CommandHelp("%flax", "the session at a glance"), CommandHelp("%flax_init net(x)", "gives the variables")),
 )
 
 
@@ -87,7 +99,7 @@ def test_the_root_key() -> None:
 
 def test_the_html_says_the_same_words() -> None:
     ignoring = str.maketrans("", "", "· ")
-    for text, page in ((status_text(STATUS), html.status(STATUS)), (key_text(CARD), html.key_card(CARD))):
+    for text, page in ((status_text(STATUS), status.status_html(STATUS)), (key_text(CARD), status.key_card_html(CARD))):
         words = "".join(text.split()).translate(ignoring).lower()
         assert "".join(Reader(page).text.split()).translate(ignoring).lower() == words
 
@@ -96,10 +108,10 @@ def test_they_are_escaped() -> None:
     status = Status(
         devices=(Device(EVIL, EVIL),),
         key=KeyCard(0, 1, EVIL, EVIL),
-        models=(Model(EVIL, EVIL, EVIL),),
+        models=(ModelLine(EVIL, EVIL, EVIL),),
         caches=((EVIL, EVIL),),
         versions=((EVIL, EVIL), (EVIL, EVIL)),
-        commands=(Command(EVIL, EVIL),),
+        commands=(CommandHelp(EVIL, EVIL),),
     )
     for page in (status_bundle(status, "auto")["text/html"], key_bundle(status.key, "auto")["text/html"]):
         assert "<script" not in page
@@ -112,11 +124,11 @@ def test_nothing_is_wider_than_80_columns(name: str, text: str) -> None:
     status = Status(
         devices=(Device(name, text),),
         key=KeyCard(12345678901234567890, 10**9, name, text),
-        models=(Model(name, text, text), Model("net", text, name)),
+        models=(ModelLine(name, text, text), ModelLine("net", text, name)),
         runs=(COMPILED,),
         caches=((name, text),),
         versions=((name, text),),
-        commands=(Command(name, text),),
+        commands=(CommandHelp(name, text),),
     )
     for row in (status_text(status) + "\n" + key_text(status.key)).split("\n"):
         assert cell_len(row) <= 80, row

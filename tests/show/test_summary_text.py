@@ -14,11 +14,9 @@ from rich.cells import cell_len
 from test_html import EVIL, Reader
 
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.modules import Array, Module
-from flax_magics.show import html
-from flax_magics.show.bundle import summary_bundle, tree_bundle
-from flax_magics.show.summary import summary_text, tree
-from flax_magics.summary import Summary
+from flax_magics.summary import view
+from flax_magics.summary.modules import Array, Module
+from flax_magics.summary.view import Summary, summary_bundle, summary_text, tree, tree_bundle
 
 KERNEL = Array("params", "kernel", "float32", (9, 4), 144)
 BIAS = Array("params", "bias", "float32", (4,), 16)
@@ -179,7 +177,7 @@ def test_nothing_is_wider_than_80_columns(name: str, cls: str, shape: str, flops
 
 
 def test_the_html_says_the_same_and_folds() -> None:
-    page = html.summary(NET)
+    page = view.summary_html(NET)
     text = Reader(page).text
     assert text.startswith("net · Net(features=4) · train (train=True) · net(x, train=True) module · params · bytes")
     assert "net Net.encode · 48 · 184 B · 1,504 · 4,460" in text
@@ -191,7 +189,7 @@ def test_the_html_says_the_same_and_folds() -> None:
 def test_every_string_is_escaped_and_nothing_is_fetched_or_run() -> None:
     module = Module((), EVIL, EVIL, 1, EVIL, EVIL, (Array(EVIL, EVIL, EVIL, (), 1, EVIL),), (EVIL,), 1, 1)
     evil = Summary(EVIL, EVIL, EVIL, EVIL, (EVIL,), True, (module,), 1, 1, (EVIL,), {EVIL: EVIL}, (EVIL,))
-    page = html.summary(evil)
+    page = view.summary_html(evil)
     assert "&lt;script&gt;" in page
     for word in ("<script", "http", "src=", "href=", "url(", "@import", "javascript:"):
         assert word not in page
@@ -201,7 +199,10 @@ def test_every_string_is_escaped_and_nothing_is_fetched_or_run() -> None:
 
 
 def test_a_bundle_has_text_and_html() -> None:
-    assert summary_bundle(NET, 0, "auto") == {"text/plain": summary_text(NET, 0), "text/html": html.summary(NET, 0)}
+    assert summary_bundle(NET, 0, "auto") == {
+        "text/plain": summary_text(NET, 0),
+        "text/html": view.summary_html(NET, 0),
+    }
     assert set(summary_bundle(NET, None, "text")) == {"text/plain"}
 
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED, keys
 
-from flax_magics.run import Cost, Limits, Made, Note, Steady, Timing
-from flax_magics.show.columns import clean, cut
-from flax_magics.show.facts import rate_of, run_of
-from flax_magics.show.text import details, line, normal, report
+from flax_magics.base.measures import Cost, Limits, Steady, Timing
+from flax_magics.base.text import clean, cut
+from flax_magics.report.facts import rate_of, run_of
+from flax_magics.report.text import details, line, normal, report
+from flax_magics.run import InitStats, Note
 
 
 def exactly(text: str) -> str:
@@ -112,7 +113,7 @@ def test_everything_else_there_may_be_to_say() -> None:
         REUSED,
         keys=keys("dropout", "noise"),
         used={"dropout": ("Dropout_0", "Dropout_1"), "noise": ("",)},
-        made=Made(6, 24, ("params",), added=True),
+        made=InitStats(6, 24, ("params",), added=True),
         changed={"batch_stats": 11},
         sown={"intermediates": {"h": (np.zeros((8, 32), np.float32),)}},
         static=("n=3",),
@@ -271,7 +272,7 @@ def test_nothing_is_ever_wider_than_80_columns(
         reason=note,
         by_hand=write,
         notes=(Note("k", note, write), NOTE),
-        made=Made(15, 60, (path, stream)),
+        made=InitStats(15, 60, (path, stream)),
     )
     for shown in (report(run, "line"), normal(run), details(run), report(replace(run, command="key"), "details")):
         for row in shown.split("\n"):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.show.units import bytes_, count, elapsed, plural, seconds
+from flax_magics.base.text import bytes_, count, elapsed, plural, seconds
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What every room may use: text, files, digests, threads, versions. Knows nothing of models or commands."""

@@ -1,0 +1,253 @@
+"""What can be told of an array or a tree of them: a digest of every bit, its shape in words, its range, a few of its values."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def own(leaf: Any) -> Any:
+    """The leaf, a copy of an array of NumPy's."""
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
+def weakly_typed(array: Any) -> jax.Array:
+    """The array, weakly typed, with the same bits.
+
+    `jnp.asarray(1.5)` is the one that JAX has a call for, of three dtypes; what a program gives may be of any.
+    """
+    array = jax.device_put(array)
+    if not array.weak_type:
+        with jax.debug_nans(False), jax.debug_infs(False):  # nothing is computed that could go wrong
+            array = jax.lax.convert_element_type_p.bind(
+                array, new_dtype=np.dtype(array.dtype), weak_type=True, sharding=None
+            )
+    weak: jax.Array = array
+    return weak
+
+
+VALUES = 48
+"""Values that are taken of one output at most."""
+
+
+def sample_of(tree: Any) -> dict[str, Any]:
+    """Values of the arrays of `tree`, as JSON data.
+
+    The first `VALUES` arrays share them: each gives as many, at least one, evenly spaced in C order from its first element
+    to its last; one that has fewer elements gives all of them. Typed keys give their key data.
+
+    Returns:
+      `leaves`: of each array its `path` as `jax.tree_util.keystr` writes it, `array` (`float32[3,4]`), and how many
+      `values` it gives. `bits`: the values of all of them one after the other, little-endian, in base64.
+    """
+    found = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][:VALUES]
+    each = max(1, VALUES // max(1, len(found)))
+    leaves, bits = [], []
+    for path, leaf in found:
+        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        values = array.flat[_positions(array.size, each)]
+        if values.dtype.byteorder == ">":
+            values = values.astype(values.dtype.newbyteorder("<"))
+        text = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+        leaves.append({"path": jax.tree_util.keystr(path), "array": text, "values": int(values.size)})
+        bits.append(values.tobytes())
+    return {"leaves": leaves, "bits": base64.b64encode(b"".join(bits)).decode()}
+
+
+def _is_number(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, (bool, int, float, complex))
+    return not isinstance(dtype, np.dtype) or dtype.kind not in "OSUMm"
+
+
+def _positions(size: int, most: int) -> list[int]:
+    """Where in `size` elements the values are taken, `most` of them at most."""
+    if size <= most:
+        return list(range(size))
+    return [0] if most == 1 else [i * (size - 1) // (most - 1) for i in range(most)]
+
+
+CHUNK = 1 << 20
+"""Elements that are looked at at once: what an output of any size takes beside itself."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """One array of floating-point numbers.
+
+    Attributes:
+      path: where it is in the output, as `jax.tree_util.keystr` writes it; empty where it is all of it.
+      size, nan, inf: how many numbers there are, and how many are NaN or infinite.
+      least, most, mean: of the finite ones; None where there are none, and of complex numbers.
+    """
+
+    path: str
+    size: int
+    nan: int
+    inf: int
+    least: float | None
+    most: float | None
+    mean: float | None
+
+
+def values_of(tree: Any) -> tuple[Values, ...]:
+    """The arrays of `tree` that hold floating-point or complex numbers, in JAX's order. Reads all of them."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return tuple(_values(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if _is_inexact(leaf))
+
+
+def has_nan(tree: Any) -> bool:
+    """Whether any number in `tree` is NaN."""
+    leaves = [tree] if isinstance(tree, jax.Array) else jax.tree_util.tree_leaves(tree)
+    for leaf in leaves:
+        if _is_inexact(leaf):
+            for part in _parts(leaf):
+                least = np.minimum.reduce(part)  # NaN if any of them is: a third of what `isnan` takes of a few numbers
+                if least != least:
+                    return True
+    return False
+
+
+def _is_inexact(leaf: Any) -> bool:
+    """Whether it can hold NaN, and all of it is in reach."""
+    if isinstance(leaf, (float, complex)):
+        return True
+    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+        return False
+    kind = getattr(leaf.dtype, "kind", "")
+    if kind not in ("f", "c") and not jax.dtypes.issubdtype(leaf.dtype, np.inexact):
+        return False
+    return bool(getattr(leaf, "is_fully_addressable", True))
+
+
+def _parts(leaf: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """The numbers, some at a time, in a dtype that NumPy itself has."""
+    flat = np.asarray(leaf).reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        # bfloat16 and the kinds of float8: every one of their numbers is one of float32's.
+        yield part if part.dtype.kind in "fc" and part.dtype.itemsize > 2 else part.astype(np.float32)
+
+
+def _values(path: str, leaf: Any) -> Values:
+    nan = inf = finite = size = 0
+    total, least, most = 0.0, np.inf, -np.inf
+    ordered = True
+    for part in _parts(leaf):
+        size += part.size
+        ordered = part.dtype.kind == "f"
+        is_finite = np.isfinite(part)
+        good = int(is_finite.sum())
+        if good < part.size:
+            missing = int(np.isnan(part).sum())
+            nan, inf = nan + missing, inf + part.size - good - missing
+            part = part[is_finite]
+        if good and ordered:
+            finite += good
+            total += float(part.sum(dtype=np.float64))
+            least, most = min(least, float(part.min())), max(most, float(part.max()))
+    if not finite:
+        return Values(path, size, nan, inf, None, None, None)
+    return Values(path, size, nan, inf, least, most, total / finite)
+
+
+def data_of(key: Any) -> bytes:
+    """Host key data of a typed or a legacy (uint32) key; waits for the device."""
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    return np.asarray(key).tobytes()
+
+
+def words(key: Any) -> str:
+    """The words of the key data in hex, 8 digits each: `375f238fcddb151d`."""
+    return _hex(data_of(key))
+
+
+def all_words(keys: Mapping[str, Any]) -> dict[str, str]:
+    """`words` of each key; of those of a draw (`RunKeys`), which has their data on the host, no array is made."""
+    data = getattr(keys, "data", None)
+    if data is not None:
+        return {name: _hex(data(name)) for name in keys}
+    return {name: words(key) for name, key in keys.items()}
+
+
+def _hex(data: bytes) -> str:
+    return "".join(f"{word:08x}" for word in np.frombuffer(data, np.uint32))
+
+
+def bytes_of(leaf: Any) -> int:
+    """Bytes of an array, 0 for what is none."""
+    size = getattr(leaf, "nbytes", 0)
+    return size if isinstance(size, int) else 0
+
+
+def digest_of(tree: Any) -> str:
+    """sha256, first 16 hex digits, over each leaf of `tree` in JAX's order.
+
+    Per leaf: its key path as `jax.tree_util.keystr` writes it, dtype and shape as text, each closed by a zero byte, then
+    its elements as little-endian bytes in C order (typed keys: their key data). A leaf that is no array is its `repr`.
+    """
+    hasher = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        hasher.update(jax.tree_util.keystr(path).encode() + b"\0")
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            hasher.update(repr(leaf).encode() + b"\0")
+            continue
+        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            hasher.update(str(leaf.dtype).encode())
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf, order="C")
+        hasher.update(f"{array.dtype.name}{list(array.shape)}".encode() + b"\0")
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("<"))
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def describe(tree: Any, limit: int = 60) -> str:
+    """The structure of `tree` with every array as `dtype[shape]`, cut to `limit` characters with `…`."""
+    text = _describe(tree)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _describe(tree: Any) -> str:
+    if hasattr(tree, "shape") and hasattr(tree, "dtype"):
+        return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{key}: {_describe(value)}" for key, value in tree.items()) + "}"
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        inner = ", ".join(f"{name}={_describe(value)}" for name, value in zip(tree._fields, tree, strict=True))
+        return f"{type(tree).__name__}({inner})"
+    if isinstance(tree, (tuple, list)):
+        inner = ", ".join(map(_describe, tree))
+        if isinstance(tree, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(tree) == 1 else f"({inner})"
+    if tree is None or isinstance(tree, (bool, int, float, complex, str)):
+        return repr(tree)
+    if callable(tree) and not isinstance(tree, type) and isinstance(getattr(tree, "__name__", None), str):
+        return str(tree.__name__)
+    leaves = jax.tree_util.tree_leaves(tree)
+    if leaves and not (len(leaves) == 1 and leaves[0] is tree):
+        return f"{type(tree).__name__}({', '.join(map(_describe, leaves))})"
+    return type(tree).__name__
+
+
+def count_parameters(tree: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements of `params` (of NNX's `Param`), and bytes of everything; of arrays or of their shapes."""
+    parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", tree.get("Param", {}))))
+    return parameters, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
+
+
+def _arrays(tree: Any) -> Iterator[Any]:
+    return (leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype"))

@@ -1,0 +1,160 @@
+"""A file that is replaced whole or not at all.
+
+What is written goes into a temporary folder beside the old file, reaches the disk, and takes the old one's name in one
+step. Whatever happens before that step, a full disk, an interrupt, a killed process, leaves the old file as it was; a
+killed process leaves its temporary folder too, which the next one to write there takes away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import FlaxMagicsError
+
+_OURS = ".flax-tmp"
+_STALE = 60.0
+"""Seconds from which a temporary folder that nobody holds is somebody's who was killed."""
+
+
+class Cancelled(Exception):
+    """The write was called off before it took the old file's place."""
+
+
+class Ticket:
+    """Lets one thread call off a write of another: once `cancel` has returned, the file is not replaced any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Calls it off, if it has not happened yet."""
+        with self._lock:
+            self._cancelled = True
+
+    def do(self, step: Callable[[], None]) -> None:
+        """Takes the step, unless it was called off. Raises Cancelled."""
+        with self._lock:
+            if self._cancelled:
+                raise Cancelled
+            step()
+
+
+def replace_file(path: Path, write: Callable[[str], None], ticket: Ticket | None = None) -> None:
+    """Replaces the file at `path` by the one that `write` makes under the name that it is given.
+
+    A link stays one: what it points at is replaced. A new file has the rights that the umask gives, an old one keeps
+    its own.
+
+    Raises:
+      FlaxMagicsError: there is no such folder, or something that is no file stands there.
+      OSError: the disk is full, or may not be written.
+      Cancelled: see `Ticket`.
+    """
+    target = Path(os.path.realpath(path))
+    old = checked_target(path, target)
+    _sweep(target.parent, target.name)
+    # A folder of our own, since what writes the file may have temporary files, too; nobody else can look into it.
+    workshop = target.parent / f".{target.name}.{secrets.token_hex(4)}{_OURS}"
+    os.mkdir(workshop, 0o700)
+    try:
+        with _held(workshop):
+            made = workshop / "new"
+            rights = _rights_of_new(workshop) if old is None else stat.S_IMODE(old.st_mode)
+            write(os.fspath(made))
+            with open(made, "rb+") as file:
+                if old is not None and hasattr(os, "fchown"):
+                    with contextlib.suppress(OSError):  # a group that the user is not in
+                        os.fchown(file.fileno(), -1, old.st_gid)
+                os.chmod(made, rights)
+                os.fsync(file.fileno())
+            (ticket or Ticket()).do(lambda: os.replace(made, target))
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+    _sync_folder(target.parent)
+
+
+def _rights_of_new(folder: Path) -> int:
+    """The rights of a file that is made now: to ask for the umask is to change it, under the feet of other threads."""
+    probe = folder / "probe"
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return stat.S_IMODE(os.stat(probe).st_mode)
+
+
+def checked_target(path: Path, target: Path | None = None) -> os.stat_result | None:
+    """The file that stands at `path`, None for nothing. Raises FlaxMagicsError: it could not be one of ours."""
+    target = Path(os.path.realpath(path)) if target is None else target
+    try:
+        old = os.stat(target)
+    except FileNotFoundError:
+        if not target.parent.is_dir():
+            write = f"import os; os.makedirs({os.fspath(target.parent)!r})"
+            raise FlaxMagicsError(f"there is no folder `{target.parent}` to write into.", write=write) from None
+        return None
+    except NotADirectoryError:
+        raise FlaxMagicsError(f"`{target.parent}` is a file, not a folder to write into.") from None
+    if stat.S_ISDIR(old.st_mode):
+        raise FlaxMagicsError(f"`{path}` is a folder, not a file.")
+    if not stat.S_ISREG(old.st_mode):
+        raise FlaxMagicsError(f"`{path}` is no regular file, and is not replaced by one.")
+    if not os.access(target, os.W_OK):  # renaming would not ask
+        raise PermissionError(13, "Permission denied", os.fspath(path))
+    return old
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Marks a folder as in use, for as long as its writer lives."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Takes away what killed writers of this file have left. What another one is writing stays."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        for one in os.listdir(folder):
+            if not (one.startswith(f".{name}.") and one.endswith(_OURS)):
+                continue
+            with contextlib.suppress(OSError):
+                handle = os.open(folder / one, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    if abs(time.time() - os.fstat(handle).st_mtime) > _STALE:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(folder / one, ignore_errors=True)
+                finally:
+                    os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the new name reach the disk. Where a folder cannot be synchronised, the file system sees to it."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

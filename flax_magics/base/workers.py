@@ -1,0 +1,131 @@
+"""Threads that compile or wait for the device, so that the main thread goes on and can be interrupted."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import contextvars
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from .critical import uninterrupted
+
+Future = concurrent.futures.Future[Any]
+
+
+class Workers:
+    """Does work in the order in which it was given, on as many threads as there are cores; without work there is no thread.
+
+    The threads are no daemons: a compilation that is cut off when Python exits aborts the process.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._most = threads or os.cpu_count() or 1
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._running = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being done, or waits to be."""
+        with self._lock:
+            return self._running > 0
+
+    def submit(self, work: Callable[[], Any]) -> Future:
+        """A future of what `work()` gives."""
+        future: Future = concurrent.futures.Future()
+        with uninterrupted():  # a future that no thread will fill would be waited for forever
+            with self._lock:
+                self._waiting.append((future, work))
+                start = self._running < self._most
+                self._running += start
+            if start:
+                threading.Thread(target=self._work, name="flax_magics compile").start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    return
+                future, work = self._waiting.popleft()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def wait_for(future: Future) -> Any:
+    """The result of a future. Returns to Python often enough for an interrupt to be heard."""
+    while not future.done():
+        concurrent.futures.wait([future], timeout=0.2)
+    return future.result()
+
+
+@dataclass
+class Unfinished:
+    """The run that the device is busy with, from its dispatch until somebody has waited for it."""
+
+    wait: Callable[[], Any] | None = None
+    """Returns once the device has finished; None where nobody was interrupted."""
+
+    def finish(self) -> None:
+        """Waits for what an interrupted run has left behind; its errors are nobody's any more."""
+        if self.wait is not None:
+            with contextlib.suppress(Exception):  # of a run that the user has given up
+                self.wait()
+            self.wait = None
+
+
+def smallest(result: Any) -> Callable[[], Any] | None:
+    """Waits for all of a program's result, of which it holds the smallest array alone; None where there is none."""
+    arrays = [leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)]
+    least: Any = min(arrays, key=lambda array: array.nbytes, default=None)
+    return None if least is None else least.block_until_ready
+
+
+def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinished, settings: Callable[[], Any]) -> Any:
+    """`function(*arguments)` on another thread, so that an interrupt returns at once where the call itself would hold it.
+
+    It costs 0.1 ms. Of JAX's settings another thread has the global ones alone: where this thread has others, by a
+    `with` of the user's, the call is made here.
+
+    Args:
+      arguments: a pytree; what is no array in it becomes one here, under this thread's settings.
+      settings: gives those of the thread that asks.
+    """
+    arguments = jax.tree_util.tree_map(_array, arguments)
+    here = settings()
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments) if settings() == here else _HERE)
+        except BaseException as error:
+            future.set_exception(error)
+
+    # The context carries the cell that output belongs to, in ipykernel 7 and after.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(work,), name="flax_magics run")
+    with uninterrupted():  # a future that no thread will fill would be waited for forever
+        unfinished.wait = future.result
+        thread.start()
+    while not future.done():
+        concurrent.futures.wait([future], timeout=0.2)
+    unfinished.wait = None
+    result = future.result()
+    return function(*arguments) if result is _HERE else result
+
+
+_HERE = object()
+
+
+def _array(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf)

@@ -1,0 +1,321 @@
+"""Which cells were executed, in order, and what each did to the session: what an export and `%flax` are made of.
+
+Nothing here imports IPython: the shell comes in as an argument.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Literal, NamedTuple
+
+from ..base.text import clean
+
+FRESH = "fresh"
+
+
+class Load(NamedTuple):
+    """A session that `%flax_load` read, whose history took the place of the one that was there.
+
+    Attributes:
+      file: as it was written on the line.
+      state: when the file was written, in ns, and its size in bytes.
+      seed, draws: where its root key stood.
+      models: names of the models in it.
+    """
+
+    file: str
+    state: tuple[int, int]
+    seed: int
+    draws: int
+    models: tuple[str, ...]
+
+
+class Place(NamedTuple):
+    """Where the command stood that made a run of the session.
+
+    Attributes:
+      run: its index.
+      line: from 1, in the text that IPython made of the cell.
+      function: whose line it is; its name begins with `<` at the top of a cell.
+    """
+
+    run: int
+    line: int
+    function: str
+
+
+class ExecutedCell(NamedTuple):
+    """One execution of a cell.
+
+    Attributes:
+      number: as the notebook shows it; None for one that is in no history.
+      text: as it was typed.
+      first, end: it made the session's runs from index `first` up to `end`.
+      error: the class of the exception that ended it, None if it succeeded.
+      line: where that was, in the text that IPython made of the cell, from 1; None where it is not known.
+      registered: what its `flaxmodel` commands registered, in order.
+      cell: the cell's own id, None where the frontend sends none.
+      restarted: `seed` if it started the root key again, `fresh` if with models that initialise anew; else empty.
+      loads: what its `%flax_load` commands read.
+      gone: what it did is in no history any more: another was loaded since.
+      places: of the runs that its commands made, in order.
+    """
+
+    number: int | None
+    text: str
+    first: int = 0
+    end: int = 0
+    error: str | None = None
+    line: int | None = None
+    registered: tuple[Registered, ...] = ()
+    cell: str | None = None
+    restarted: str = ""
+    loads: tuple[Load, ...] = ()
+    gone: bool = False
+    places: tuple[Place, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What tells the cell from others: its id, else its text."""
+        return self.cell or self.text.strip()
+
+
+class Journal:
+    """Keeps the executions of one shell, from the moment that it is told of them."""
+
+    def __init__(self, runs: Callable[[], int]) -> None:
+        self.runs = runs
+        """How many runs the session has."""
+        self.executed: list[ExecutedCell] = []
+        self.restarts: list[int] = []
+        """How many runs there were when the root key was started again."""
+        self._open: list[tuple[str, int, str | None]] = []
+        """The cells that are running, outermost first (`%%capture` runs one inside): text, number of runs before, id."""
+        self._registered: list[Registered] = []
+        self._restarted = ""
+        self._loads: list[Load] = []
+        self._places: list[Place] = []
+        self._inner: tuple[str, int | None] | None = None
+
+    def begin(self, info: Any = None, cell: str | None = None) -> None:
+        """`pre_run_cell`; `cell` is the id of the one that begins, None where the frontend sends none."""
+        if not self._open:
+            self._registered, self._loads, self._places, self._inner, self._restarted = [], [], [], None, ""
+        self._open.append((str(getattr(info, "raw_cell", "") or ""), self.runs(), cell))
+
+    def end(self, result: Any = None) -> None:
+        """`post_run_cell`"""
+        text, first, cell = (
+            self._open.pop() if self._open else (str(getattr(result.info, "raw_cell", "") or ""), 0, None)
+        )
+        error = result.error_before_exec or result.error_in_exec
+        if self._open:
+            if error is not None:  # the magic around it does not fail, and what came after the error has not run
+                self._inner = type(error).__name__, failing_line(error)
+            return
+        name, line = (None, None) if error is None else (type(error).__name__, failing_line(error))
+        if name is None and self._inner is not None:
+            name, line = self._inner
+        number = result.execution_count if getattr(result.info, "store_history", True) else None
+        self.executed.append(self._done(ExecutedCell(number, text, first, self.runs(), name, line, cell=cell)))
+
+    def _done(self, cell: ExecutedCell) -> ExecutedCell:
+        """With what its commands did."""
+        return cell._replace(
+            registered=tuple(self._registered),
+            restarted=self._restarted,
+            loads=tuple(self._loads),
+            places=tuple(self._places),
+        )
+
+    def drew(self, before: int, names: Any) -> None:
+        """A command has ended, before which there were so many runs. `names` is the notebook's namespace."""
+        if self._open and self.runs() > before:
+            frame = calling_frame(names)
+            if frame is not None:
+                known = self._places[-1].run + 1 if self._places else 0  # by commands inside of this one
+                place = frame.f_lineno, frame.f_code.co_name
+                self._places += [Place(run, *place) for run in range(max(before, known), self.runs())]
+
+    def registered(self, rows: list[Registered]) -> None:
+        """A `flaxmodel` command has registered these."""
+        self._registered += rows
+
+    def restarted(self, *, fresh: bool = False) -> None:
+        """The root key has been started again."""
+        self.restarts.append(self.runs())
+        self._restarted = FRESH if fresh or self._restarted == FRESH else "seed"
+
+    def so_far(self, number: int) -> list[ExecutedCell]:
+        """All executions of which this journal was told, the running one, which has this number, last."""
+        return [*self.executed, self._running(number)] if self._open else list(self.executed)
+
+    def _running(self, number: int) -> ExecutedCell:
+        text, first, cell = self._open[0]
+        return self._done(ExecutedCell(number, text, first, self.runs(), cell=cell))
+
+    def loaded(self, load: Load) -> None:
+        """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
+        self._loads.append(load)
+        self.executed = [cell._replace(first=0, end=0, gone=True, places=()) for cell in self.executed]
+        self.restarts.clear()
+        self._open = [(text, self.runs(), cell) for text, _, cell in self._open]
+        self._places.clear()
+
+    def cells(self, shell: Any) -> list[ExecutedCell]:
+        """All executions so far, the running one last; those from before this journal as the shell's history has them."""
+        # The number that IPython shows: 7.34 counts after the cell, 9 before it.
+        number = shell.displayhook.prompt_count if self._open else shell.execution_count
+        out = self.so_far(number)
+        known = {cell.number for cell in out}
+        history = list(getattr(shell.history_manager, "input_hist_raw", ()))
+        failed = getattr(shell.history_manager, "exceptions", {})  # IPython 9 keeps them
+        earlier = [
+            ExecutedCell(n, text, error=str(failed[n].get("ename", "an error")) if n in failed else None)
+            for n, text in enumerate(history)
+            if n and n not in known and n < number
+        ]
+        # Stable: cells without a number stay where they are.
+        return _in_order(earlier, out)
+
+
+def load_of(file: str, restored: Any) -> Load:
+    """What `%flax_load` read: `restored` of `saving.load`, from the file as it is called on the line."""
+    models = (*restored.models, *(saved.name for saved in restored.waiting))
+    return Load(file, state_of(restored.path) or (0, 0), restored.seed, restored.draws, models)
+
+
+def state_of(file: str) -> tuple[int, int] | None:
+    """When a file was written, in ns, and its size in bytes; None where there is none."""
+    try:
+        found = Path(file).expanduser().stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _in_order(earlier: list[ExecutedCell], kept: list[ExecutedCell]) -> list[ExecutedCell]:
+    out: list[ExecutedCell] = []
+    for cell in kept:
+        while earlier and cell.number is not None and (earlier[0].number or 0) < cell.number:
+            out.append(earlier.pop(0))
+        out.append(cell)
+    return out + earlier
+
+
+_cells: Callable[[], tuple[Any, ...]] | None = None
+_cell_number: Callable[[], int] | None = None
+
+
+def in_notebook(cells: Callable[[], tuple[Any, ...]] | None, number: Callable[[], int] | None = None) -> None:
+    """The session of this process is that of a notebook. None: it is no more.
+
+    Args:
+      cells: gives what an export is made of.
+      number: gives the number of the cell that is running.
+    """
+    global _cells, _cell_number
+    _cells, _cell_number = cells, number
+
+
+def cell_number() -> int | None:
+    """The number of the cell that is running, None outside of a notebook."""
+    return None if _cell_number is None else _cell_number()
+
+
+def cells_of_notebook() -> Callable[[], tuple[Any, ...]] | None:
+    """What was given to `in_notebook`."""
+    return _cells
+
+
+def calling_frame(names: Any) -> FrameType | None:
+    """The innermost code of the notebook's, whose namespace is `names`, that is running; None where there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals is not names:
+        frame = frame.f_back
+    return frame
+
+
+def failing_line(error: BaseException) -> int | None:
+    """The line of the cell that raised `error`: of the innermost code that is a cell's own, not a function's."""
+    line = None
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # IPython 7
+        # An argument of a command is code of its own, on one line; a file that is imported has other globals.
+        own = trace.tb_frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
+        if top and own:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One model that a cell registered.
+
+    Attributes:
+      name: its variable name.
+      module: how it is built, such as `Net(features=8)`.
+      state: how it compares with the model of that name before.
+      changes: what changed, such as `Dense_0/kernel [4,3]→[4,5]`.
+      variables: what became of the variables; `none` if there were none, `own` if the module holds new ones.
+      check: rows of label and value for `--check`.
+      draw: what a module that the session built was built with, such as `draw 1 of seed 0`.
+      file: where variables were that waited for this model.
+      unfit: why they were not used, leaf by leaf.
+      other: what is other about the model than it was there.
+    """
+
+    name: str
+    module: str
+    state: Literal["new", "unchanged", "changed"] = "new"
+    changes: tuple[str, ...] = ()
+    variables: Literal["none", "kept", "dropped", "own", "restored"] = "none"
+    check: tuple[tuple[str, str], ...] = ()
+    draw: str = ""
+    file: str = ""
+    unfit: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """What follows the name in the first part: nothing, `unchanged`, `changed`, `changed: a, b`."""
+        if self.state == "changed" and self.changes:
+            return "changed: " + ", ".join(map(clean, self.changes))
+        return "" if self.state == "new" else self.state
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What follows the first part."""
+        drawn = (f"built with {self.draw}",) if self.draw else ()
+        return (*self._parts, *drawn, *self._from_file)
+
+    @property
+    def _from_file(self) -> tuple[str, ...]:
+        """What became of the variables that waited for the model."""
+        if self.unfit:
+            leaves = ", ".join(map(clean, self.unfit))
+            return (f"the variables in {clean(self.file)} do not fit, and none is used: {leaves}",)
+        if self.variables != "restored":
+            return ()
+        return (f"variables from {clean(self.file)}", *map(clean, self.other))
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        if self.state == "new":
+            return (clean(self.module), "registered")
+        if self.state == "unchanged":
+            return ("variables and programs kept" if self.variables == "kept" else "programs kept",)
+        if self.variables == "dropped":
+            return ("variables dropped", "next run initialises")
+        if self.variables == "own":
+            return ("with variables of its own",)
+        if self.variables == "restored":
+            return ()
+        return ("variables kept",) if self.variables == "kept" else ("registered anew",)

@@ -1,0 +1,252 @@
+"""What became of the cells that drew: run again, edited, a variable of theirs rebound.
+
+A kernel does not see the order of the cells in the notebook, so nothing is said of what a fresh run would give. It sees
+that a cell drew and was run again: every such cell draws once less in Run All. And it sees that a cell which bound a
+variable was run again after another had drawn with it.
+
+Nothing here imports IPython.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .journal import FRESH, ExecutedCell
+from .names import assigned_names
+
+NAMED = 3
+"""Further executions of a cell that are named; of more the last, and how many there were."""
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """A cell that drew, and was run again or has a variable that was rebound since.
+
+    Attributes:
+      numbers: its executions, in order.
+      known: the frontend tells which cell it is; without that it is the same text that was run again.
+      edited: the text was another in one of them.
+      rebound: variables that the last execution's calls use and that other cells have bound since the first, with the
+        number of the last cell that did.
+      since: variables that the last draw's calls use and that the cells which had bound them were edited, or go on from
+        what is there, and were run again after it; with the number of the last that was.
+    """
+
+    numbers: tuple[int, ...]
+    known: bool
+    edited: bool
+    rebound: Mapping[str, int]
+    since: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """`cell [3] was edited and run again as [5] and [9]; x was rebound by [7] in between`"""
+        first, *others = (f"[{number}]" for number in self.numbers)
+        if not others:
+            return f"cell {first} drew before {_by(self.since)}"
+        listed = " and ".join([", ".join(others[:-1]), others[-1]] if len(others) > 1 else others)
+        if len(others) > NAMED:
+            listed = f"{others[0]} and {len(others) - 1} more times, last as {others[-1]}"
+        what = (
+            f"cell {first} was {'edited and ' if self.edited else ''}"
+            if self.known
+            else f"the text of cell {first} was "
+        )
+        parts = [f"{what}run again as {listed}"]
+        parts += [f"{_by(self.rebound)} in between"] if self.rebound else []
+        parts += [f"{_by(self.since)} since"] if self.since else []
+        return "; ".join(parts)
+
+    def marks(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Number of each execution, and what is said of the draws that it made."""
+        last = self.numbers[-1]
+        for number in self.numbers[:-1]:
+            what = "cell edited" if self.edited else "cell run again" if self.known else "the same text run again"
+            yield number, (f"{what} since, as [{last}]",)
+        between = (f"{_by(self.rebound)} since [{self.numbers[0]}]",) if self.rebound else ()
+        after = (f"{_by(self.since)} since",) if self.since else ()
+        if between or after:
+            yield last, (*between, *after)
+
+
+def _by(names: Mapping[str, int]) -> str:
+    """`x was rebound by [7], net was rebound by [8]`"""
+    return ", ".join(f"{name} was rebound by [{number}]" for name, number in names.items())
+
+
+def reruns(
+    cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], transform: Callable[[str], str]
+) -> tuple[Rerun, ...]:
+    """Cells that drew and of which there is something to say, in the order of their first execution.
+
+    Args:
+      cells: every execution, in order.
+      drew: number of each execution that drew → the calls that it made, as they were written.
+      transform: makes Python of a cell's text, as IPython does.
+    """
+    executed = _since_restart([cell for cell in cells if cell.number is not None])
+    by_cell: dict[str, list[ExecutedCell]] = {}
+    for one in executed:
+        by_cell.setdefault(one.identity, []).append(one)
+    bound: dict[object, frozenset[str]] = {}
+
+    def binds(one: ExecutedCell) -> frozenset[str]:
+        what = one.text, one.error, one.line, one.registered
+        if what not in bound:
+            bound[what] = _bound(one, transform)
+        return bound[what]
+
+    def uses(one: ExecutedCell) -> frozenset[str]:
+        return _used(drew.get(_number(one), ()), one.text) - binds(one)
+
+    found = []
+    for runs in by_cell.values():
+        drawing = [run for run in runs if _number(run) in drew]
+        if not drawing:
+            continue
+        # One whose models came out unchanged has other comments or another layout at most.
+        edited = len({run.text.strip() for run in runs if not _unchanged(run)} | {runs[0].text.strip()}) > 1
+        # One that drew once is drawn from once in Run All too, unless it is another cell now.
+        again = len(runs) > 1 and (len(drawing) > 1 or (edited and drawing[0] is not runs[-1]))
+        last = runs[-1] if again else drawing[-1]
+        rebound = _rebound(uses(runs[-1]), executed, runs[0], runs[-1], binds, transform) if again else {}
+        since: dict[str, int] = {}
+        if last is drawing[-1]:
+            since = _since(uses(last), executed, last, binds, transform)
+        if again or since:
+            numbers = tuple(map(_number, runs)) if again else (_number(last),)
+            found.append(Rerun(numbers, runs[0].cell is not None, edited, rebound, since))
+    return tuple(sorted(found, key=lambda rerun: rerun.numbers))
+
+
+def _since_restart(executed: list[ExecutedCell]) -> list[ExecutedCell]:
+    """The executions from the last on that began anew: `--fresh`, or a restart whose own cell was run again."""
+    start, restarting = 0, set[str]()
+    for at, one in enumerate(executed):
+        if one.restarted == FRESH or (one.restarted and one.identity in restarting):
+            start = at
+        if one.restarted:
+            restarting.add(one.identity)
+    return executed[start:]
+
+
+def _rebound(
+    names: frozenset[str],
+    executed: Sequence[ExecutedCell],
+    first: ExecutedCell,
+    last: ExecutedCell,
+    binds: Callable[[ExecutedCell], frozenset[str]],
+    transform: Callable[[str], str],
+) -> dict[str, int]:
+    """Those of `names` that another cell bound to something else between two executions of one."""
+    bound_by: dict[str, ExecutedCell] = {}
+    found: dict[str, int] = {}
+    for other in executed if names else ():
+        if _number(other) < _number(first):
+            bound_by |= dict.fromkeys(names & binds(other), other)
+        elif _number(other) < _number(last) and other.identity != first.identity:
+            again = {name for name in names & binds(other) if _anew(name, bound_by.get(name), other, transform)}
+            found |= dict.fromkeys(sorted(again), _number(other))
+    return found
+
+
+def _anew(name: str, before: ExecutedCell | None, now: ExecutedCell, transform: Callable[[str], str]) -> bool:
+    """Whether `now` may have bound `name` to something else than `before`: not if it is the same cell, as it was."""
+    if before is None or before.identity != now.identity or before.text.strip() != now.text.strip():
+        return True
+    if any(row.name == name and row.state == "changed" for row in now.registered):
+        return True
+    return name in _going_on(now.text, transform)
+
+
+def _since(
+    names: frozenset[str],
+    executed: Sequence[ExecutedCell],
+    drew: ExecutedCell,
+    binds: Callable[[ExecutedCell], frozenset[str]],
+    transform: Callable[[str], str],
+) -> dict[str, int]:
+    """Those of `names` that a cell bound before the draw, and was run again to bind to something else after it.
+
+    What another cell binds after it is nothing to tell: it stands below, as far as anybody knows. Nor is a cell that is
+    what it was, and binds the same again as far as anybody knows.
+    """
+    before: dict[tuple[str, str], ExecutedCell] = {}
+    found: dict[str, int] = {}
+    for other in executed if names else ():
+        if other.identity == drew.identity:
+            continue
+        if _number(other) < _number(drew):
+            before |= {(other.identity, name): other for name in names & binds(other)}
+            continue
+        for name in sorted(names & binds(other)):
+            was = before.get((other.identity, name))
+            if was is not None and _anew(name, was, other, transform):
+                found[name] = _number(other)
+    return found
+
+
+def _going_on(text: str, transform: Callable[[str], str]) -> frozenset[str]:
+    """Names that a cell reads before it binds them, as in `x = x + 1`."""
+    try:
+        tree = ast.parse(transform(text))
+    except (SyntaxError, ValueError):
+        return frozenset()
+    read, bound = set[str](), set[str]()
+    for part in tree.body:
+        loads = {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        updated = part.target if isinstance(part, ast.AugAssign) else None
+        read |= (loads | ({updated.id} if isinstance(updated, ast.Name) else set())) - bound
+        bound.update(assigned_names(part))
+    return frozenset(read)
+
+
+def _unchanged(one: ExecutedCell) -> bool:
+    return bool(one.registered) and all(row.state == "unchanged" for row in one.registered)
+
+
+def _number(one: ExecutedCell) -> int:
+    assert one.number is not None
+    return one.number
+
+
+def _used(calls: Iterable[str], text: str) -> frozenset[str]:
+    """Names that calls read which stand in the cell itself: those in a function of another cell may be its own."""
+    names: set[str] = set()
+    squeezed = "".join(text.split())
+    for call in set(calls):
+        if "".join(call.split()) not in squeezed:
+            continue
+        try:
+            tree = ast.parse(call, mode="eval")
+        except (SyntaxError, ValueError):  # a call that nobody wrote as text
+            continue
+        names.update(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return frozenset(names)
+
+
+def _bound(one: ExecutedCell, transform: Callable[[str], str]) -> frozenset[str]:
+    """Names that an execution bound at the cell's top level; none where its text is no Python."""
+    text = one.text
+    first, _, body = text.lstrip().partition("\n")
+    names: set[str] = set()
+    if first.startswith("%%"):
+        target, equals, _ = first.partition("=")
+        if equals and first.startswith("%%flaxmodel"):
+            names.add(target.split()[-1])
+        # What is in other cell magics may be no Python, or run elsewhere; of one that failed nobody knows how far it came.
+        text = body if re.match(r"%%(flax|time\b|capture\b)", first) and one.error is None else ""
+    names.update(row.name for row in one.registered)
+    try:
+        tree = ast.parse(transform(text))
+    except (SyntaxError, ValueError):
+        tree = ast.Module([], [])
+    if one.error is not None:
+        names.clear()
+        tree.body = [part for part in tree.body if one.line is not None and (part.end_lineno or 0) < one.line]
+    names.update(assigned_names(tree))
+    # A cell that came out as it was leaves the model that was there.
+    return frozenset(names - {row.name for row in one.registered if row.state == "unchanged"})

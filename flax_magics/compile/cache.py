@@ -1,0 +1,356 @@
+"""Trace, lower, compile; and programs kept by what they compute.
+
+A program is looked up three times. First by what the call is made of (the model's fingerprint, mode, argument shapes,
+JAX's settings): a hit skips tracing, and is offered only for models whose whole source could be fingerprinted. Then by the
+equations of its trace, so that an edit which computes the same thing is traced, but neither lowered nor compiled again.
+Last by the lowered program's own text, which tells what the equations leave open.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+
+from ..base.environment import default_device, name_devices
+from ..base.measures import Memory
+from ..base.workers import Unfinished, elsewhere, smallest, wait_for
+from ..code.inventory import Inventory
+from ..code.structure import Structure
+from ..models.arguments import signature_of
+from ..models.base import CallTrace, Needs
+from .compiler import Compiled, Compiler, jax_settings, program_key
+from .jaxpr import identity
+from .trace import TraceRequest, trace
+from .units import Units
+
+KEPT = 128
+"""Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
+
+LEFT = 4
+"""Programs kept at most whose compilation was interrupted, once it is done."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """An executable and what its trace told about it."""
+
+    executable: Callable[..., Any]
+    ask: Needs
+    record: CallTrace
+    device: str
+    memory: Memory | None
+    effects: bool
+    """It calls back into Python, or has other effects: such a program holds an interrupt for as long as it runs."""
+
+    def __call__(self, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Any:
+        """`(output, updates)`, dispatched; the device may still be working. `keys` are key data by stream."""
+        return self.executable(variables, keys, dynamic)
+
+    def wait(self, result: Any) -> None:
+        """Returns when the device has finished, host callbacks included."""
+        jax.block_until_ready(result)
+        if self.effects:
+            jax.effects_barrier()
+
+
+@dataclass(frozen=True)
+class BuiltProgram:
+    """A program, where it came from (`compiled`, `disk cache`, `reused`), and seconds per phase (0.0: did not happen).
+
+    `beside` is the part of `compile` that nobody waited for. `resumed`: an interrupted run had begun to compile it.
+    """
+
+    program: Program
+    origin: str
+    trace: float = 0.0
+    lower: float = 0.0
+    compile: float = 0.0
+    beside: float = 0.0
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class PendingProgram:
+    """A program that has been traced and lowered, and is being compiled."""
+
+    key: Hashable | None
+    request: TraceRequest
+    traced: Any
+    trees: tuple[Structure, Structure]
+    ask: Needs
+    record: CallTrace
+    text_key: Hashable
+    shareable: bool
+    executable: Any
+    """None where it is still being compiled."""
+    trace: float
+    lower: float
+    resumed: bool
+
+
+@dataclass
+class ProgramCache:
+    """Programs kept, and compilations under way. `clock` gives seconds."""
+
+    clock: Callable[[], float]
+    by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
+    by_text: OrderedDict[Hashable, tuple[Any, Any]] = field(default_factory=OrderedDict)
+    by_equations: OrderedDict[Hashable, tuple[Hashable, Any]] = field(default_factory=OrderedDict)
+    """equations → what the program lowered from them is kept by in `by_text`, and its trees."""
+    compiling: dict[Hashable, concurrent.futures.Future[Any]] = field(default_factory=dict)
+    parts: dict[str, LastCall] = field(default_factory=dict)
+    """model → its last run."""
+    purposes: dict[str, deque[ProgramSpec]] = field(default_factory=dict)
+    """model → what its last programs were made for, newest last."""
+    unfinished: Unfinished = field(default_factory=Unfinished)
+
+    def __post_init__(self) -> None:
+        self.compiler = Compiler()
+        self.units = Units(self.compiler)
+
+    def __len__(self) -> int:
+        return len(self.by_text)
+
+    def find(self, key: Hashable | None) -> Program | None:
+        """The program made for exactly this call, if it is kept. None for a key of None."""
+        program = None if key is None else self.by_call.get(key)
+        if program is not None:
+            self.by_call.move_to_end(key)
+        return program
+
+    def run(
+        self, program: Program, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]
+    ) -> Any:
+        """`(output, updates)` once the device has finished. An interrupt returns at once; the run goes on.
+
+        `keys`: key data by stream, as `Draw.words` gives it.
+        """
+        if program.effects:
+
+            def whole(*arguments: Any) -> Any:
+                result = program(*arguments)
+                program.wait(result)
+                return result
+
+            return elsewhere(whole, (variables, keys, dynamic), self.unfinished, jax_settings)
+        result = program(variables, keys, dynamic)
+        self.unfinished.wait = partial(jax.block_until_ready, result)
+        try:
+            jax.block_until_ready(result)
+        except BaseException:
+            self.unfinished.wait = smallest(result)
+            raise
+        self.unfinished.wait = None
+        return result
+
+    def start(
+        self, key: Hashable | None, request: TraceRequest, phase: Callable[[str], None], since: float | None = None
+    ) -> PendingProgram:
+        """Traces, and begins to compile unless a program of the same equations or, lowered, of the same text is kept.
+
+        `phase` is told the name of each phase as it begins; `since` is when tracing began, if that was before.
+        Compiling happens on another thread, so that an interrupt returns at once; what it had begun is finished and used
+        when it is asked for again.
+        """
+        phase("tracing")
+        start = self.clock() if since is None else since
+        traced, ask, record = trace(request)
+        equations = _equations(traced, request)
+        trace_seconds = self.clock() - start
+        same = self._lowered_before(equations)
+        if same is not None:
+            text_key, trees, executable = same
+            return PendingProgram(
+                key,
+                request,
+                traced,
+                trees,
+                ask,
+                record,
+                text_key,
+                True,
+                executable,
+                trace_seconds,
+                0.0,
+                executable is None,
+            )
+
+        phase("lowering")
+        start = self.clock()
+        lowered = traced.lower()
+        shared_key = program_key(traced, lowered, placed(request))
+        lower_seconds = self.clock() - start
+        # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
+        text_key = shared_key or key or object()
+        trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
+        if shared_key is not None and equations is not None:
+            _keep(self.by_equations, equations, (text_key, trees))
+        known = self.by_text.get(text_key)
+        executable, resumed = None, text_key in self.compiling
+        if known is not None and known[1] == trees:
+            executable = known[0]
+            self.by_text.move_to_end(text_key)
+        elif text_key not in self.compiling:
+            self._let_go()
+            self.compiling[text_key] = self.compiler.start(lowered, shared_key)
+        return PendingProgram(
+            key, request, traced, trees, ask, record, text_key, shared_key is not None, executable, trace_seconds,
+            lower_seconds, resumed,
+        )  # fmt: skip
+
+    def _lowered_before(self, equations: Hashable | None) -> tuple[Hashable, Any, Any] | None:
+        """What the program of such a trace is kept by, its trees and executable (None while it is being compiled)."""
+        text_key, trees = self.by_equations.get(equations, (None, None))
+        known = self.by_text.get(text_key)
+        if known is not None and known[1] == trees:
+            self.by_equations.move_to_end(equations)
+            self.by_text.move_to_end(text_key)
+            return text_key, trees, known[0]
+        return (text_key, trees, None) if text_key in self.compiling else None
+
+    def finish(self, building: PendingProgram, phase: Callable[[str], None]) -> BuiltProgram:
+        """Waits until `building` is compiled, and keeps it."""
+        origin, compile_seconds, waited = "reused", 0.0, 0.0
+        executable, text_key = building.executable, building.text_key
+        if executable is None:
+            phase("compiling")
+            start = self.clock()
+            try:
+                compiled: Compiled = wait_for(self.compiling[text_key])
+            except Exception:  # an interrupt leaves it there
+                del self.compiling[text_key]
+                raise
+            waited = self.clock() - start
+            del self.compiling[text_key]
+            executable, origin, compile_seconds = compiled.executable, compiled.origin, compiled.seconds
+            if building.shareable:
+                _keep(self.by_text, text_key, (executable, building.trees))
+        program = Program(
+            executable,
+            building.ask,
+            building.record,
+            device_of(executable),
+            analysis(executable),
+            bool(building.traced.jaxpr.effects) or not building.shareable,
+        )
+        if building.key is not None:
+            _keep(self.by_call, building.key, program)
+        # The threads go by the machine's clock, which cannot be held against another.
+        beside = max(0.0, compile_seconds - waited) if self.clock is time.perf_counter else 0.0
+        return BuiltProgram(program, origin, building.trace, building.lower, waited + beside, beside, building.resumed)
+
+    def _let_go(self) -> None:
+        """Forgets compilations that were interrupted, are done, and that nobody came back for, but for the last few."""
+        done = [key for key, future in self.compiling.items() if future.done()]
+        for key in done[:-LEFT]:
+            del self.compiling[key]
+
+
+def _equations(traced: Any, request: TraceRequest) -> Hashable | None:
+    """What a trace computes, of what it is made and under which settings; None where it has to be lowered to tell."""
+    found = identity(traced.jaxpr)
+    trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
+    return found and (found, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
+
+
+def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+
+
+def placed(request: TraceRequest) -> tuple[Any, ...]:
+    """Where the arguments are, those that were put there: it decides where the results are, and whether they stay there."""
+    leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
+    return tuple(signature_of(leaf)[-1] for leaf in leaves)
+
+
+def device_of(executable: Any) -> str:
+    """Where a compiled program runs: `cpu:0`, `gpu:0-7`."""
+    shardings = jax.tree_util.tree_leaves((executable.input_shardings, executable.output_shardings))
+    devices = {device for sharding in shardings for device in sharding.device_set}
+    return name_devices(devices or {default_device()})
+
+
+def analysis(executable: Any) -> Memory | None:
+    """Bytes as XLA counts them for this program, None where the backend does not say."""
+    try:
+        stats = executable.memory_analysis()
+    except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
+        return None
+    if stats is None:
+        return None
+    return Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """One argument or variable, as far as a program depends on it.
+
+    Attributes:
+      kind: `array`, `number` (of Python, traced) or `static`.
+      text: `float32[2,4]`, `a Python float`, or the value.
+      weak: its dtype gives way to others; `where`: the devices that it was placed on, empty if nobody chose.
+    """
+
+    kind: str
+    text: str
+    shape: tuple[int, ...] = ()
+    weak: bool = False
+    where: str = ""
+
+    @property
+    def dtype(self) -> str:
+        """Of an array: `float32`."""
+        return self.text.partition("[")[0]
+
+
+@dataclass(frozen=True)
+class LastCall:
+    """A run, as far as the next one of its model is compared with it: what was called, and each argument's kind."""
+
+    method: tuple[str, ...]
+    kinds: Mapping[str, str]
+    """An array's is its dtype; `number` and `static` are the others."""
+    key: Hashable | None
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """What a program was made for.
+
+    Attributes:
+      key: of the call, None where that cannot be told.
+      edition: fingerprint of the model in its mode.
+      structures: how each argument is put together, by the parameter's name.
+      held: how the variables are put together.
+      options: of the command, as they are written.
+      settings: of JAX and Flax, by name; `context`: those of JAX that have no name, too.
+    """
+
+    key: Hashable | None
+    method: tuple[str, ...]
+    mode: str
+    edition: bytes | None
+    inventory: Inventory
+    arguments: Mapping[str, LeafSpec]
+    structures: Mapping[str, Structure]
+    variables: Mapping[str, LeafSpec]
+    held: Structure
+    options: Mapping[str, str]
+    settings: Mapping[str, Any]
+    context: Any
+    keys: str

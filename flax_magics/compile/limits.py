@@ -1,0 +1,170 @@
+"""How far a model is from what the machine can do, and what to say when a device ran out of memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..base.environment import default_device, name_devices
+from ..base.measures import Cost, Limits, Memory
+from ..errors import FlaxMagicsError
+from .compiler import jax_settings
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether XLA gave up for want of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error) and type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError")
+
+
+def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> FlaxMagicsError:
+    """The error to show instead of XLA's, which names no line of the user's."""
+    found = re.search(r"allocat\w+ (\d+)(?: ?bytes)?", str(error))
+    device = default_device()
+    rows = []
+    if memory is not None:
+        rows.append(
+            f"needed: arguments {_size(memory.arguments)} · outputs {_size(memory.outputs)} · "
+            f"temporaries {_size(memory.temporaries)}"
+        )
+    if found:
+        rows.append(f"could not allocate {_size(int(found.group(1)))} in one piece")
+    free = free_bytes(device)
+    if free is not None:
+        rows.append(f"free on {device.platform}:{device.id}: {_size(free)}")
+    rows.append("try: a smaller batch; bfloat16; nn.remat on the blocks; del what holds large arrays, and `Out`")
+    return FlaxMagicsError(f"out of memory on {device.platform}:{device.id} in {call}", hint="\n".join(rows))
+
+
+def with_peak(memory: Memory | None, devices: Iterable[Any]) -> Memory | None:
+    """`memory` with the devices' own count of their peak so far, where they keep one; of several the highest."""
+    if memory is None:
+        return None
+    counts = [device.memory_stats() or {} for device in devices]
+    peaks = [int(stats["peak_bytes_in_use"]) for stats in counts if "peak_bytes_in_use" in stats]
+    return replace(memory, peak=max(peaks)) if peaks else memory
+
+
+def free_bytes(device: Any) -> int | None:
+    """Bytes that the device could still give, None where neither it nor the system says."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+    return None
+
+
+def _size(n: int) -> str:
+    from ..base.text import bytes_
+
+    return bytes_(n)
+
+
+SIDES = {"cpu": 1024}
+"""Rows of the square matrices of the matmul, by platform."""
+SIDE = 8192
+COPIED = {"cpu": 64_000_000}
+"""Bytes that the copy reads, and as many that it writes, by platform."""
+COPY = 1_000_000_000
+TIMES = 5
+"""Runs of which the fastest counts: everything else that the machine did only made them slower."""
+LEAST = 128
+
+_FLOATS = re.compile(r"\b(?:f|bf|c)\d+")
+
+
+def cost_of(executable: Any) -> Cost | None:
+    """What XLA counts for one run of a compiled program on one device; None where the backend does not say."""
+    try:
+        found = executable.cost_analysis()
+    except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
+        return None
+    found = found[0] if isinstance(found, list) and found else found
+    if not found:
+        return None
+    flops, moved = float(found.get("flops") or 0), float(found.get("bytes accessed") or 0)
+    return (
+        Cost(max(flops, 0.0), max(moved, 0.0), _loops(executable.as_text() or "")) if flops > 0 or moved > 0 else None
+    )
+
+
+def _loops(text: str) -> bool:
+    """Whether a program loops over floating-point numbers. JAX's random bits loop over integers, and are no work of note."""
+    whiles = (line.partition(" while(")[0] for line in text.splitlines() if " while(" in line)
+    return any(_FLOATS.search(carried) for carried in whiles)
+
+
+def devices_in(tree: Any) -> set[Any]:
+    """The devices that hold the arrays of `tree`; where it has none, the one that JAX would use."""
+    leaves = (leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array))
+    return {device for leaf in leaves for device in leaf.devices()} or {default_device()}
+
+
+def dtype_of(*trees: Any) -> str:
+    """The floating-point dtype of most elements in the first tree that has one; `float32` where none has."""
+    for tree in trees:
+        sizes: dict[str, int] = {}
+        for leaf in jax.tree_util.tree_leaves(tree):
+            dtype = getattr(leaf, "dtype", None)
+            if dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating):
+                sizes[dtype.name] = sizes.get(dtype.name, 0) + int(np.prod(leaf.shape))
+        if sizes:
+            return max(sizes, key=lambda name: sizes[name])
+    return "float32"
+
+
+_MEASURED: dict[Any, Limits] = {}
+
+
+def limits(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
+    """What `device` reaches, measured at the first call for it, `dtype` and JAX's settings as they are now."""
+    key = (device, dtype, jax_settings())
+    if key not in _MEASURED:
+        _MEASURED[key] = _measure(device, dtype, clock)
+    return _MEASURED[key]
+
+
+def _measure(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
+    side, size = SIDES.get(device.platform, SIDE), COPIED.get(device.platform, COPY)
+    width = jax.numpy.dtype(dtype).itemsize
+    best = functools.partial(_fastest, device=device, dtype=dtype, clock=clock)
+    rows, matmul = best(lambda x: x @ x, side, lambda n: (n, n))
+    items, copy = best(jax.numpy.copy, size // width, lambda n: (n,))
+    return Limits(name_devices({device}), dtype, 2 * rows**3 / matmul, 2 * items * width / copy)
+
+
+def _fastest(
+    function: Callable[[Any], Any],
+    n: int,
+    shape: Callable[[int], tuple[int, ...]],
+    *,
+    device: Any,
+    dtype: str,
+    clock: Callable[[], float],
+) -> tuple[int, float]:
+    """`n`, halved until its array fits on the device, and the seconds of the fastest run, the device waited for."""
+    while True:
+        try:
+            x = jax.device_put(np.ones(shape(n), jax.numpy.dtype(dtype)), device)
+            program = jax.jit(function).lower(x).compile()
+            jax.block_until_ready(program(x))
+            times = []
+            for _ in range(TIMES):
+                start = clock()
+                jax.block_until_ready(program(x))
+                times.append(clock() - start)
+            return n, max(min(times), 1e-9)
+        except Exception as error:
+            if not is_out_of_memory(error) or n <= LEAST:
+                raise
+            n //= 2

@@ -1,0 +1,367 @@
+"""Why a program is new, in one sentence; and what to do where programs keep being new."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..base.digest import describe
+from ..base.environment import name_devices
+from ..code.inventory import Inventory, changes, inventory
+from ..code.structure import Structure
+from ..line.variant import Line, changed
+from ..models.arguments import Arguments
+from ..models.switch import WHEN_TRAINING
+from ..run import Cause, Note
+from .cache import KEPT, LastCall, LeafSpec, ProgramSpec
+from .compiler import jax_settings, settings_in_words
+
+REMEMBERED = 16
+"""Programs of one model that a new one is held against."""
+NAMED = 2
+"""Changes that the sentence names; it counts the others."""
+
+FIRST = "first run of this program"
+
+
+def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> LastCall:
+    """What the next run is compared with."""
+    rows = zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
+    kinds = {name: str(leaf.dtype) if (kind := _kind(leaf, traced)) == "array" else kind for name, leaf, traced in rows}
+    return LastCall(method, kinds, key)
+
+
+def scalars(before: LastCall | None, now: LastCall) -> dict[str, str]:
+    """Arguments that are Python numbers, and were arrays in the model's run before: their dtypes then."""
+    if before is None or before.method != now.method:
+        return {}
+    was = {name: before.kinds.get(name, "static") for name, kind in now.kinds.items() if kind == "number"}
+    return {name: kind for name, kind in was.items() if kind not in ("number", "static")}
+
+
+def purpose(
+    key: Hashable | None,
+    method: tuple[str, ...],
+    mode: str,
+    edition: bytes | None,
+    module: Any,
+    arguments: Arguments,
+    variables: Any,
+    options: Mapping[str, str],
+    keys: str,
+) -> ProgramSpec:
+    """All that a program was made for, as a person would say it. Some milliseconds for a large model."""
+    rows = zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
+    leaves, held = jax.tree_util.tree_flatten_with_path(variables)
+    parts = [part for which in arguments.treedef.children() for part in which.children()]
+    return ProgramSpec(
+        key,
+        method,
+        mode,
+        edition,
+        inventory(module),
+        {name: _facet(leaf, traced) for name, leaf, traced in rows},
+        dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
+        {_leaf_name(path): _facet(leaf, True) for path, leaf in leaves},
+        Structure.of(held),
+        options,
+        settings_in_words(),
+        jax_settings(),
+        keys,
+    )
+
+
+def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) -> tuple[Cause, ...]:
+    """What differs between `now` and the one of `known` that is most like it; of equals the one that ran last."""
+
+    def rank(pair: tuple[int, ProgramSpec]) -> tuple[int, int, bool, int]:
+        age, old = pair
+        ran_last = last is not None and last.key is not None and last.key == old.key
+        return int(old.method != now.method), len(_causes(old, now)), not ran_last, -age
+
+    _, nearest = min(enumerate(known), key=rank)
+    causes = tuple(_causes(nearest, now))
+    if causes:
+        return causes
+    if now.key is not None and now.key == nearest.key:
+        return (Cause("dropped", "", f"made before, and dropped since: the last {KEPT} programs are kept"),)
+    if now.edition != nearest.edition:
+        return (Cause("model", "", "the model changed"),)
+    return (Cause("model", "", "what the model reads changed"),)
+
+
+def sentence(causes: tuple[Cause, ...]) -> str:
+    """The causes in one sentence; without any it is a first run."""
+    if not causes:
+        return FIRST
+    more = len(causes) - NAMED
+    return "; ".join([cause.text for cause in causes[:NAMED]] + ([f"and {more} more"] if more > 0 else []))
+
+
+def remember(known: dict[str, deque[ProgramSpec]], name: str, now: ProgramSpec) -> None:
+    """Keeps what a program of the model `name` was made for."""
+    known.setdefault(name, deque(maxlen=REMEMBERED)).append(now)
+
+
+def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
+    """All that differs, the most telling first."""
+    if old.method != now.method:  # its arguments are others altogether
+        return [Cause("method", "", f"method: {_method(old)} → {_method(now)}")]
+    found = []
+    if old.mode != now.mode:
+        found.append(Cause("mode", "", f"mode: {old.mode} → {now.mode}"))
+    found += _of_model(old, now)
+    if _is_changed(old.held, now.held):
+        found.append(Cause("variables", "", "the variables: a static field changed"))
+    found += _of_arguments(old, now)
+    found += _of_pairs("option", old.options, now.options)
+    settings = list(_of_pairs("setting", old.settings, now.settings))
+    if not settings and old.context != now.context:
+        settings.append(Cause("setting", "", "a context of JAX's is another: a mesh, metadata or the like"))
+    found += settings
+    if old.keys != now.keys:
+        found.append(Cause("keys", "", f"keys: {old.keys} → {now.keys}"))
+    return found
+
+
+def _method(one: ProgramSpec) -> str:
+    return ".".join(one.method) or "the call"
+
+
+def _of_pairs(kind: str, old: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Cause]:
+    for name in dict.fromkeys([*old, *now]):
+        before, after = old.get(name), now.get(name)
+        if before is not after and before != after:
+            one, other = str("none" if before is None and kind == "option" else before), str(after)
+            yield Cause(kind, name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
+
+
+def _of_model(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
+    """The model itself, and its variables' shapes, which follow from it."""
+    found = changes(_without_switches(old, now), _without_switches(now, old))
+    leaves = list(_of_leaves(old.variables, now.variables))
+    edited = old.edition != now.edition
+    if found and leaves and all(" → " not in text for text in found):
+        found[-1] = f"{found[-1]}: {_some(leaves)}"
+    elif leaves and not found:
+        found = [f"{'the model' if edited else 'the variables'} changed: {_some(leaves)}"]
+    kind = "model" if edited or not leaves else "variables"
+    yield from (Cause(kind, "", text) for text in found)
+
+
+def _without_switches(one: ProgramSpec, other: ProgramSpec) -> Inventory:
+    """The inventory; where the mode differs, without the switches that the mode sets."""
+    if one.mode == other.mode:
+        return one.inventory
+    return {name: piece for name, piece in one.inventory.items() if name.rpartition(".")[2] not in WHEN_TRAINING}
+
+
+def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iterator[str]:
+    for name in dict.fromkeys([*old, *now]):
+        before, after = old.get(name), now.get(name)
+        if before == after:
+            continue
+        if before is None or after is None:
+            yield f"{name} {'added' if before is None else 'removed'}"
+            continue
+        one, other = _pair(before, after)
+        if before.text != after.text and before.dtype == after.dtype:
+            one, other = (text[text.index("[") :] for text in (one, other))
+        elif before.text != after.text and before.shape == after.shape:
+            one, other = before.dtype, after.dtype
+        yield f"{name} {one}→{other}"
+
+
+def _some(texts: list[str]) -> str:
+    return texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
+
+
+def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
+    found = False
+    for name in dict.fromkeys([*old.arguments, *now.arguments]):
+        before, after = old.arguments.get(name), now.arguments.get(name)
+        if before == after or (name in WHEN_TRAINING and old.mode != now.mode):
+            continue
+        found = True
+        if before is None or after is None:
+            yield Cause("given", name, f"{name}: {'not given before' if before is None else 'given before'}")
+            continue
+        one, other = _pair(before, after)
+        text = f"{name}: {one} → {other}"
+        if before.kind == after.kind == "array":
+            yield Cause(_what(before, after), name, text, (before.shape, after.shape), (before.dtype, after.dtype))
+        else:
+            yield Cause(_what(before, after), name, text)
+    for name, structure in now.structures.items():
+        if _is_changed(old.structures.get(name), structure):
+            found = True
+            yield Cause("structure", name, f"{name}: a static field changed")
+    if not found and old.structures != now.structures and old.mode == now.mode:
+        yield Cause("structure", "", "the arguments are put together in another way")
+
+
+def _is_changed(old: Structure | None, now: Structure) -> bool:
+    """Whether static data is other than it was in a tree that is put together alike."""
+    return old is not None and old.contents != now.contents and old.size == now.size
+
+
+def _what(before: LeafSpec, after: LeafSpec) -> str:
+    if "static" in (before.kind, after.kind):
+        return "static"
+    if before.kind != after.kind or before.kind == "number":
+        return "number"
+    if before.shape != after.shape:
+        return "shape"
+    if before.text != after.text:
+        return "dtype"
+    return "weak" if before.weak != after.weak else "placed"
+
+
+def _pair(before: LeafSpec, after: LeafSpec) -> tuple[str, str]:
+    """Both as they are written, without what they have in common."""
+    one, other = before.text, after.text
+    if before.weak != after.weak and before.kind == after.kind:
+        one, other = (text + " (weak type)" * facet.weak for text, facet in ((one, before), (other, after)))
+    if before.where != after.where:
+        one, other = (
+            text + (f" on {facet.where}" if facet.where else "") for text, facet in ((one, before), (other, after))
+        )
+    return one, other
+
+
+def _kind(leaf: Any, traced: bool) -> str:
+    return "static" if not traced else "array" if hasattr(leaf, "dtype") else "number"
+
+
+def _facet(leaf: Any, traced: bool) -> LeafSpec:
+    kind = _kind(leaf, traced)
+    if kind == "static":
+        return LeafSpec(kind, describe(leaf))
+    if kind == "number":
+        return LeafSpec(kind, f"a Python {type(leaf).__name__}", weak=True)
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return LeafSpec(kind, describe(leaf), leaf.shape)
+    committed = getattr(leaf, "committed", getattr(leaf, "_committed", False))
+    where = _where(leaf.sharding) if committed else ""
+    return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where)
+
+
+def _where(sharding: Any) -> str:
+    devices = name_devices(sharding.device_set)
+    spec = getattr(sharding, "spec", None)
+    return devices if len(sharding.device_set) == 1 or spec is None else f"{devices} as P{tuple(spec)}"
+
+
+def _leaf_name(path: Any) -> str:
+    name: str = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removeprefix("params/").removeprefix("Param/")
+
+
+WINDOW = 10
+"""Runs of one model that are looked at."""
+NEW = 3
+"""New programs among them that are worth a note."""
+
+AVOIDABLE = ("shape", "dtype", "weak", "number", "static")
+"""Causes that a person can do something about. Both programs of two modes, methods or settings are kept; edits are meant."""
+
+
+def of_programs(
+    line: Line, causes: tuple[Cause, ...], earlier: Sequence[tuple[str, tuple[Cause, ...]]], leaf: Any
+) -> Iterator[Note]:
+    """A note where the run that is being made is one of many that compiled.
+
+    Args:
+      line: of the run.
+      causes: why this run's program is new; none where it is not, or is the model's first.
+      earlier: of the runs before, newest first, where the program came from and why it was new.
+      leaf: gives an argument of this run by its name, None where there is no such.
+    """
+    name = re.split(r"\W", line.call, maxsplit=1)[0]
+    now = [cause for cause in causes if cause.kind in AVOIDABLE]
+    if not now or _of_another(causes):
+        return
+    runs = [("compiled", causes)]
+    for run in earlier[: WINDOW - 1]:
+        runs.append(run)
+        if _of_another(run[1]):
+            break
+    compiled = [why for program, why in runs if program == "compiled"]
+    # The first program of a model has no cause, or the edit that made it, and is one of the many.
+    counted = [why for why in compiled if not why or _of_another(why) or any(cause.kind in AVOIDABLE for cause in why)]
+    if len(counted) < NEW:
+        return
+    name_of, kind = now[0].name, now[0].kind
+    all_of = [
+        cause
+        for why in counted
+        if not _of_another(why)
+        for cause in why
+        if cause.name == name_of and cause.kind in AVOIDABLE
+    ]
+    mend = _advice(name_of, kind, all_of, leaf(name_of))
+    if mend is not None:
+        text, change = mend
+        advice = change if isinstance(change, dict) else changed(line, name_of, change)
+        yield Note("programs", f"{len(counted)} of the last {len(runs)} runs of {name} compiled: {text}", **advice)
+
+
+def _of_another(why: tuple[Cause, ...]) -> bool:
+    """Whether the model had been edited, or its name stood for another: what was before says nothing on it."""
+    return any(cause.kind == "model" for cause in why)
+
+
+def _advice(
+    name: str, kind: str, causes: list[Cause], leaf: Any
+) -> tuple[str, dict[str, str] | Callable[[str], str]] | None:
+    """What varies, and what to write instead: advice, or what is done to the argument; None where nothing helps."""
+    if kind == "shape":
+        return _of_shapes(name, {shape for cause in causes for shape in cause.shapes})
+    if kind == "static":
+        if type(leaf) is not int:
+            return None
+        text = f"the model needs the value of `{name}`, and each value is a program of its own"
+        return text, {"edit": f"jax.lax.fori_loop(0, {name}, …) for range({name}), jnp.where for if"}
+    dtypes = sorted({dtype for cause in causes for dtype in (cause.dtypes or re.findall(r"(\w+)\[", cause.text))})
+    try:
+        dtype = jnp.result_type(*dtypes).name if dtypes else "float32"
+    except TypeError:  # keys
+        return None
+    if kind == "number":
+        text = f"`{name}` is an array in one run and a Python number in another, and each kind is a program of its own"
+    else:
+        weak = any("(weak type)" in cause.text for cause in causes)
+        listed = ", ".join([*dtypes, *(["weak types too"] if weak else [])])
+        text = f"the dtype of `{name}` varies ({listed}), and each is a program of its own"
+    return text, lambda argument: f"jnp.asarray({argument}, '{dtype}')"
+
+
+def _of_shapes(name: str, shapes: set[tuple[int, ...]]) -> tuple[str, Callable[[str], str]] | None:
+    ranks = {len(shape) for shape in shapes}
+    if len(ranks) > 1 or ranks == {0}:
+        text = f"the number of axes of `{name}` varies, and each is a program of its own"
+        return text, lambda argument: f"jnp.reshape({argument}, …)"
+    longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    varies = [len(set(sizes)) > 1 for sizes in zip(*shapes, strict=True)]
+
+    def padded(argument: str) -> str:
+        pads = ", ".join(
+            f"(0, {size} - {f'{argument}.shape[{axis}]' if axis else f'len({argument})'})" if varied else "(0, 0)"
+            for axis, (size, varied) in enumerate(zip(longest, varies, strict=True))
+        )
+        return f"jnp.pad({argument}, [{pads}])"
+
+    if varies[0] and not any(varies[1:]):
+        sizes = ", ".join(map(str, sorted({shape[0] for shape in shapes})))
+        text = (
+            f"the batch size of `{name}` varies ({sizes}), and each size is a program of its own: leave out the last"
+            " batch, which is smaller, or pad it"
+        )
+        return text, padded
+    return f"the shape of `{name}` varies, and each shape is a program of its own: what is padding takes a mask", padded

@@ -1,0 +1,277 @@
+"""What a program is made for, and its trace: done again until the model has all that it asks for, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.extend.core
+
+from ..models.arguments import Arguments
+from ..models.base import CallTrace, Incomplete, Model, Needs
+from ..models.calls import Calls, Path
+from ..rng.keys import Draw, DrawBatch
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """All that a program is made for."""
+
+    name: str
+    model: Model
+    method: Path
+    arguments: Arguments
+    variables: Mapping[str, Any]
+    draw: Draw | DrawBatch
+    keyed: frozenset[str] = frozenset()
+    """Arguments that have a key of the draw; of a series of draws, one key each."""
+    mutable: frozenset[str] = frozenset()
+    training: bool = False
+    guess: Needs = field(default_factory=Needs)
+    noted: bool = False
+    """The record notes the calls of modules."""
+
+
+def trace(request: TraceRequest) -> tuple[Any, Needs, CallTrace]:
+    """Traces until the model has all that it asks for: `(jax.stages.Traced, what it was given, what was seen)`.
+
+    A stream or collection is given only if the model asked for it in a trace; a guess that gave too much is corrected.
+    """
+    ask = replace(
+        request.guess,
+        streams=request.guess.streams | request.model.streams(),
+        mutable=request.guess.mutable | request.mutable,
+    )
+    for _ in range(16):
+        record = CallTrace(calls=Calls() if request.noted else None)
+        program = _named(request, ask, record)
+        try:
+            traced = jax.jit(program).trace(*inputs_of(request, ask))
+        except Incomplete:
+            ask = ask.and_what(record)
+            continue
+        needed = needs(record, request)
+        if needed == ask:
+            record.unused = unused(traced, request.arguments)
+            record.unchanged = unchanged(traced, request, ask)
+            return _without(traced, request, ask, record.unchanged), ask, record
+        ask = needed
+    raise RuntimeError(f"{request.name} asks for other streams in every trace")
+
+
+def inputs_of(request: TraceRequest, ask: Needs) -> tuple[Any, Any, Any]:
+    """What a program is traced for: variables, key data by stream, arguments. Which keys they are makes no difference."""
+    keys = {name: request.draw.words(name) for name in sorted(ask.streams)}
+    return request.variables, keys, request.arguments.dynamic
+
+
+def unchanged(traced: Any, request: TraceRequest, ask: Needs) -> frozenset[tuple[str, str]]:
+    """Variables (type and path) that the program gives as written, and that are what went in: their writer only had them.
+
+    Of models that hold their variables themselves.
+    """
+    if not request.model.holds_variables:
+        return frozenset()
+    inputs, _ = jax.tree_util.tree_flatten_with_path(inputs_of(request, ask))
+    outputs, _ = jax.tree_util.tree_flatten_with_path(traced.out_info)
+    origins = forwarded(traced.jaxpr.jaxpr, repeated=request.draw.size is not None)
+    same: dict[tuple[str, str], bool] = {}
+    for (path, _), origin in zip(outputs, origins, strict=True):
+        if path[0].idx == 1 and path[1].key in request.variables:
+            # `(output, updates)` there, `(variables, keys, arguments)` here.
+            variable = (path[1].key, path[2].key)
+            is_input = origin is not None and inputs[origin][0] == (jax.tree_util.SequenceKey(0), *path[1:])
+            same[variable] = same.get(variable, True) and is_input
+    return frozenset(variable for variable, is_same in same.items() if is_same)
+
+
+def leave_out(updates: Mapping[str, Any], variables: Container[tuple[str, str]]) -> dict[str, Any]:
+    """`updates` without `variables`, and without the types of which nothing is left."""
+    kept = {}
+    for name, tree in updates.items():
+        inner = {path: value for path, value in tree.items() if (name, path) not in variables} if variables else tree
+        if inner or not tree:
+            kept[name] = inner
+    return kept
+
+
+def _without(traced: Any, request: TraceRequest, ask: Needs, variables: frozenset[tuple[str, str]]) -> Any:
+    """The traced program without some of the variables that it writes."""
+    if not variables:
+        return traced
+    run = jax.extend.core.jaxpr_as_fun(traced.jaxpr)
+    tree = jax.tree_util.tree_structure(traced.out_info)
+
+    def program(*inputs: Any) -> Any:
+        output, updates = jax.tree_util.tree_unflatten(tree, run(*jax.tree_util.tree_leaves(inputs)))
+        return output, leave_out(updates, variables)
+
+    program.__name__ = program.__qualname__ = request.name
+    return jax.jit(program).trace(*inputs_of(request, ask))
+
+
+def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Callable[..., Any]:
+    """The function that is compiled. JAX's messages name it, where it is and its arguments: the user's words, not ours."""
+    impl = request.draw.impl
+    run = running(request, ask, record)
+
+    def program(variables: Any, keys: Any, arguments: Any) -> Any:
+        typed = {name: jax.random.wrap_key_data(words, impl=impl) for name, words in keys.items()}
+        return run(variables, typed, arguments)
+
+    program.__name__ = program.__qualname__ = request.name
+    program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_firstlineno=1, co_name=request.name)
+    return program
+
+
+def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Callable[..., Any]:
+    """`run(variables, keys, arguments) -> (output, updates)`; of a series of draws, all with an axis in front."""
+    forward = request.model.forward(request.method, ask, record, request.draw.impl)
+    rebuild, size = request.arguments.rebuild, request.draw.size
+
+    def one(variables: Any, keys: Any, arguments: Any) -> Any:
+        args, kwargs = rebuild(arguments)
+        return forward(variables, keys, args, kwargs)
+
+    def many(variables: Any, keys: Any, arguments: Any) -> Any:
+        shared = {name: value for name, value in arguments.items() if name not in request.keyed}
+        own = {name: value for name, value in arguments.items() if name in request.keyed}
+
+        def draw(keys: Any, own: Any) -> Any:
+            return one(variables, keys, {**shared, **own})
+
+        if request.draw.impl == "threefry2x32":
+            return jax.vmap(draw, axis_size=size)(keys, own)
+        # Mapped over keys, JAX's other generators give other bits than one by one.
+        return jax.lax.scan(lambda _, each: (None, draw(*each)), None, (keys, own), length=size)[1]
+
+    return one if size is None else many
+
+
+def unused(traced: Any, arguments: Arguments) -> frozenset[str]:
+    """Names of the traced arguments that no equation of the program reads and that are not handed back."""
+    jaxpr = traced.jaxpr.jaxpr
+    names = sorted(arguments.dynamic)
+    read = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+    # The arguments come last, one leaf each, in the order in which JAX takes a dict apart.
+    last = jaxpr.invars[len(jaxpr.invars) - len(names) :]
+    return frozenset(name for name, var in zip(names, last, strict=True) if id(var) not in read)
+
+
+def needs(record: CallTrace, request: TraceRequest) -> Needs:
+    """What a complete trace shows that the model needs.
+
+    `has_rng` alone is not asking, except that `--train` answers a model which uses `has_rng('dropout')` as its switch.
+    """
+    streams = set(record.asked) | record.held
+    if request.training and "dropout" in record.queried:
+        streams.add("dropout")
+    return Needs(frozenset(streams), frozenset(record.written) | request.mutable, frozenset(record.axes))
+
+
+CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
+)
+"""Equations that run the one program they hold, on their own inputs, once."""
+
+
+def forwarded(jaxpr: Any, *, repeated: bool = False) -> tuple[int | None, ...]:
+    """For each output of a jaxpr the number of the input that it is, None for one that was worked out.
+
+    Args:
+      repeated: an input repeated along a new first axis counts, as what is the same in every row of a `vmap`.
+    """
+    inputs = {var: i for i, var in enumerate(jaxpr.invars)}
+    makers = {var: (equation, i) for equation in jaxpr.eqns for i, var in enumerate(equation.outvars)}
+    known: dict[int, tuple[int | None, ...]] = {}
+
+    def origin(var: Any) -> int | None:
+        while True:
+            if hasattr(var, "val"):  # a literal
+                return None
+            if var in inputs:
+                return inputs[var]
+            if var not in makers:
+                return None
+            equation, i = makers[var]
+            if id(equation) not in known:
+                known[id(equation)] = _through(equation, repeated)
+            through = known[id(equation)][i]
+            if through is None:
+                return None
+            var = equation.invars[through]
+
+    return tuple(map(origin, jaxpr.outvars))
+
+
+def _through(equation: Any, repeated: bool) -> tuple[int | None, ...]:
+    """The same for one equation."""
+    name, params = equation.primitive.name, equation.params
+    if name in CALLS:
+        inner = _open(params.get("jaxpr", params.get("call_jaxpr")))
+        if inner is not None and len(inner.invars) == len(equation.invars):
+            return forwarded(inner, repeated=repeated)
+    elif name == "scan":
+        return _scan(equation)
+    elif name == "while":
+        before = params["cond_nconsts"]
+        consts = params["body_nconsts"]
+        body = forwarded(_open(params["body_jaxpr"]))
+        return tuple(before + consts + i if through == consts + i else None for i, through in enumerate(body))
+    elif name == "cond":
+        branches = zip(*(forwarded(_open(branch)) for branch in params["branches"]), strict=True)
+        return tuple(
+            1 + ways[0] if ways[0] is not None and len(set(ways)) == 1 else None for ways in map(tuple, branches)
+        )
+    elif name == "optimization_barrier":
+        return tuple(range(len(equation.invars)))
+    elif name == "broadcast_in_dim" and repeated:
+        shape = equation.invars[0].aval.shape
+        along = tuple(params["broadcast_dimensions"]) == tuple(range(1, len(shape) + 1))
+        if along and tuple(params["shape"][1:]) == tuple(shape):
+            return (0,)
+    return (None,) * len(equation.outvars)
+
+
+def _scan(equation: Any) -> tuple[int | None, ...]:
+    """A carry that every step hands on, and rows that every step gives back."""
+    params = equation.params
+    if "num_consts" in params:
+        consts, carries = params["num_consts"], params["num_carry"]
+    else:  # newer versions of JAX keep the three groups as trees
+        consts, carries, _ = (len(list(group)) for group in params["ft_in"].unpack())
+    steps = forwarded(_open(params["jaxpr"]))
+    if len(steps) != len(equation.outvars):
+        return (None,) * len(equation.outvars)
+    out: list[int | None] = []
+    for i, through in enumerate(steps):
+        same = through == consts + i if i < carries else through is not None and through >= consts + carries
+        out.append(through if same else None)
+    return tuple(out)
+
+
+def _open(jaxpr: Any) -> Any:
+    """A jaxpr without its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+TRACER_ERRORS = (
+    jax.errors.ConcretizationTypeError,  # and the conversions to bool and index, which are kinds of it
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+"""What JAX raises when traced code needs a value; a shape that is traced is a TypeError without a kind of its own."""
+
+
+def is_tracer_error(error: BaseException) -> bool:
+    """Whether the model looked at a value while it was traced."""
+    return isinstance(error, TRACER_ERRORS) or (isinstance(error, TypeError) and "concrete values" in str(error))
+
+
+def static_choices(arguments: Arguments) -> list[set[str]]:
+    """The ints that a model may need the value of: one at a time, then all."""
+    names = arguments.numbers
+    return [*({name} for name in names), *([set(names)] if len(names) > 1 else [])]

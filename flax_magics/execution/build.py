@@ -1,0 +1,181 @@
+"""NNX modules that the session builds, as draws: on a magic's line, by `%flax_init`, and anew after `--fresh`.
+
+Works on one State and gives another; what is to be written into the user's own object comes back as a function.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from ..base.digest import bytes_of
+from ..code.arrays import arrays_in
+from ..errors import FlaxMagicsError, written
+from ..models.adopt import adopt, spell_construction
+from ..models.construction import BuiltBySession, Construction, keys_of
+from ..rng.keys import Draw
+from ..run import Run
+from ..state import entry, models
+from ..state.entry import ModelEntry, Origin
+from ..state.models import Registration, replaced_by_init
+from ..state.runs import StoredRun
+from ..state.state import State
+from ..state.weights import WeightSource
+from . import record
+from .call import Call
+from .execute import plain_errors
+
+
+@dataclass(frozen=True)
+class Building:
+    """How modules are built: `clock` gives seconds, `on_phase` is told what begins."""
+
+    clock: Callable[[], float]
+    on_phase: Callable[[str], None]
+
+    def build(
+        self, state: State, name: str, recipe: Construction, cell: int | None = None
+    ) -> tuple[ModelEntry, Registration, StoredRun | None, Draw | None]:
+        """The module of `recipe`: the one that is there, if it was built of the same; or a new one, in the next draw.
+
+        Returns:
+          What the session is to keep of it, what became of the name, and of one that was built its run and draw.
+        """
+        old = state.models.get(name)
+        if old is not None and old.built is not None and not old.stale:
+            print_ = recipe.print()
+            if print_ is not None and print_ == old.built.print:
+                return old, models.unchanged(old), None, None
+            # An edit: what the old keys give now is held against what is there.
+            entry, change = built_with(old, name, recipe, old.built.keys)
+            if change.state == "unchanged":
+                return replace(entry, built=BuiltBySession.of(recipe, old.built.keys)), change, None, None
+            if change.variables == "kept":
+                return entry, change, None, None
+            changes = change.changes
+        else:
+            changes = ()
+        now = state.root.draw()
+        started, start = time.time(), self.clock()
+        keys = keys_of(now)
+        self.on_phase(f"building {name}")
+        model = adopted(recipe.build(keys), name, recipe)
+        run = record.run_of_build(
+            name, recipe, model, now, keys, started, self._since(start, model), cell=cell, first=state.runs is None
+        )
+        entry, change = models.register_holding(None, name, model, BuiltBySession.of(recipe, keys))
+        entry = replace(entry, source=_source(now, model))
+        if old is not None:
+            change = Registration(name, "changed", changes, "own")
+        return entry, change, _kept(name, recipe, run), now
+
+    def rebuild(self, state: State, entry: ModelEntry, call: Call, draw: Any, limit: int) -> BuildResult:
+        """`init` of a model that holds its variables: the same construction again, into the same object.
+
+        Args:
+          limit: see `replaced_by_init`.
+
+        Raises:
+          FlaxMagicsError: the user's own code built the module.
+        """
+        name = entry.name
+        if entry.built is None:
+            raise FlaxMagicsError(
+                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew."
+                " On a line, without rngs, the session builds it.",
+                **written(spell_construction(type(entry.model.module), "%flaxmodel", name=name)),
+            )
+        recipe = entry.built.recipe
+        now = state.find_draw(draw) or state.root.draw()
+        self.on_phase(f"building {name}")
+        started, start = time.time(), self.clock()
+        keys = keys_of(now)
+        with plain_errors(call):
+            model = adopted(recipe.build(keys), name, recipe)
+        seconds = self._since(start, model)
+        run = record.run_of_build(
+            name,
+            recipe,
+            model,
+            now,
+            keys,
+            started,
+            seconds,
+            call,
+            cell=call.cell,
+            replayed=draw is not None,
+            first=state.runs is None,
+        )
+        own: Any = entry.model
+        replaced, notes = replaced_by_init(entry, limit)
+        if notes:
+            run = replace(run, notes=(*run.notes, *notes))
+        entry = replace(
+            entry,
+            built=BuiltBySession.of(recipe, keys),
+            updates={},
+            outdated=False,
+            stale=False,
+            first=model.sample(),
+            source=_source(now, model),
+            replaced=replaced,
+        )
+        return BuildResult(run, now, entry, lambda: own.become(model), _kept(name, recipe, run))
+
+    def _since(self, start: float, model: Any) -> float:
+        """Seconds since `start`, once what `model` holds is there."""
+        jax.block_until_ready(model.collections())
+        return self.clock() - start
+
+
+def _source(draw: Draw, model: Any) -> WeightSource:
+    return WeightSource.initialised(draw, model.collections(), in_module=True)
+
+
+def _kept(name: str, recipe: Construction, run: Run) -> StoredRun:
+    """A construction as the session keeps it."""
+    pinned = tuple(arrays_in((recipe.args, recipe.kwargs)))
+    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *pinned)))
+    return StoredRun(run, Origin(entry.BuildRecipe(name, recipe, recipe.print(), pinned), []), size)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A module that was built anew: its run, the entry as it is to be kept, and what writes it into the user's object."""
+
+    run: Run
+    draw: Draw
+    entry: ModelEntry
+    write: Callable[[], None]
+    kept: StoredRun
+
+
+def built_with(
+    old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, Any]
+) -> tuple[ModelEntry, Registration]:
+    """The module of `recipe` built with keys of an earlier draw, held against `old`."""
+    model = adopted(recipe.build(keys), name, recipe)
+    return models.register_holding(old, name, model, BuiltBySession.of(recipe, keys))
+
+
+def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
+    """The entry of a stale module with one that is built anew in `draw`; the user's own object is as it was.
+
+    Args:
+      taken: see `Draw.stream`, of `params` alone.
+    """
+    assert entry.built is not None
+    recipe = entry.built.recipe
+    keys = keys_of(draw, taken=taken)
+    model = adopted(recipe.build(keys), entry.name, recipe)
+    built, first = BuiltBySession.of(recipe, keys), model.sample()
+    return replace(entry, model=model, built=built, stale=False, first=first, source=_source(draw, model))
+
+
+def adopted(module: Any, name: str, recipe: Construction) -> Any:
+    """The Model of a module that `recipe` built."""
+    return replace(adopt(module, name), written=recipe.text)  # type: ignore[type-var]

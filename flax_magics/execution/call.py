@@ -1,0 +1,202 @@
+"""A call made ready for a model: arguments that fit its signature, and its switch between training and evaluation set."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FlaxMagicsError, did_you_mean, written
+from ..line.variant import new_key, with_arguments, without_option
+from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, Model
+from ..models.calls import Path
+from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is called, with what, and how a person wrote it."""
+
+    method: Path
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    text: str
+    cell: int | None = None
+    command: str = "%flax_apply"
+    """Of whose line the call is, with the options that were given."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether somebody wrote it as the text of a command, and not a script as arguments of a method."""
+        return self.cell is not None or self.command == "--check"
+
+
+class BadCall(FlaxMagicsError):
+    """The arguments of a call do not fit the method."""
+
+
+for attribute in ("__module__", "__name__", "__qualname__"):  # hosts show an error by these
+    setattr(BadCall, attribute, getattr(FlaxMagicsError, attribute))
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """A model in its mode, and arguments that fit.
+
+    Attributes:
+      switch: what was set, or how it stands as written.
+      mode: what was asked: `train`, `eval`, or `as written`.
+    """
+
+    model: Model
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    signature: inspect.Signature
+    switch: tuple[str, ...]
+    mode: str
+    own_rngs: bool = False
+    """The call has `rngs` of the user's, where the session would have given some."""
+
+    def mode_of(self, record: CallTrace) -> str:
+        """The mode that the run of `record` was in: as written where nothing was set.
+
+        A model that looks whether it was given the stream `dropout` is switched by that.
+        """
+        return self.mode if self.switch or "dropout" in record.queried else "as written"
+
+
+def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
+    """Sets the mode (`train`, `eval` or None: as written) and checks the arguments.
+
+    Raises:
+      FlaxMagicsError: the arguments do not fit, the mode contradicts one, or a switch has no value and no mode is given.
+    """
+    signature = model.signature(call.method)
+    written = written_in_call(signature, call.args, call.kwargs)
+    kwargs = dict(call.kwargs)
+    if mode is None:
+        switch = [f"{key}={value}" for key, value in written.items() if isinstance(value, bool)]
+        for key in call_switches(signature):
+            default = signature.parameters[key].default
+            if key not in written and isinstance(default, bool):
+                switch.append(f"{key}={default}")
+        switch += model.fields_as_written()
+    else:
+        train = mode == "train"
+        check_agreement(train, written)
+        switch = []
+        given = []
+        for key in call_switches(signature):
+            if key not in written:
+                parameter = signature.parameters[key]
+                # `merge_param`: a field that has a value forbids the argument of the same name.
+                if parameter.default is None and getattr(model.module, key, None) is not None:
+                    continue
+                kwargs[key] = value_of(key, train)
+            given.append(key)
+            switch.append(f"{key}={value_of(key, train)}")
+        in_mode, fields = model.fields_in_mode(train, fixed=frozenset(given))
+        switch += fields
+        model = in_mode if switch else model
+    model, own_rngs = model.given(signature, call.args, kwargs)
+    supplied = model.supplies()
+    check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(supplied)})
+    return BoundCall(model, call.args, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
+
+
+def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
+    """For an init: the model as written, never in training; a switch without a value is initialised in evaluation."""
+    signature = model.signature(call.method)
+    written = written_in_call(signature, call.args, call.kwargs)
+    kwargs = dict(call.kwargs)
+    switches = call_switches(signature)
+    for key in switches:
+        default = signature.parameters[key].default
+        unset = default is None and getattr(model.module, key, None) is None
+        if key not in written and (unset or default is inspect.Parameter.empty):
+            kwargs[key] = value_of(key, train=False)
+    check_arguments(name, call, signature, kwargs)
+    model = model.fields_for_init(fixed=frozenset(switches))
+    return BoundCall(model, call.args, kwargs, signature, (), "init")
+
+
+def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, Any]) -> None:
+    """Raises BadCall where the arguments do not fit the signature: what is missing, or what is not known."""
+    try:
+        signature.bind(*call.args, **kwargs)
+        return
+    except TypeError as error:
+        problem = str(error)
+    function = ".".join((name, *call.method))
+    takes = f"it takes: {function}{_plain(signature)}"
+    parameters = signature.parameters
+    unknown = [key for key in kwargs if key not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if FLAX_ARGUMENTS.keys() >= set(unknown):
+            raise Idiom(argument=unknown[0])
+        hint = did_you_mean(unknown[0], parameters)
+        raise BadCall(f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes)
+    positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    missing = [
+        p.name
+        for i, p in enumerate(parameters.values())
+        if p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and p.name not in kwargs
+        and (p.kind is p.KEYWORD_ONLY or i >= len(call.args))
+    ]
+    if missing and all(key in WHEN_TRAINING for key in missing):
+        raise BadCall(
+            f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
+            **written(f"{call.command} --train {call.text}\n{call.command} --eval {call.text}"),
+        )
+    if missing:
+        names = " and ".join(f"`{key}`" for key in missing)
+        raise BadCall(f"{function}() needs {names}, which the call does not give.", hint=takes)
+    if len(call.args) > len(positional):
+        raise BadCall(
+            f"{function}() takes {len(positional)} positional arguments, and the call gives {len(call.args)}.",
+            hint=takes,
+        )
+    raise BadCall(f"{function}(): {problem}.", hint=takes)
+
+
+def _plain(signature: inspect.Signature) -> str:
+    """The signature without annotations, which may be long."""
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+
+
+def as_names(value: str | Iterable[str]) -> tuple[str, ...]:
+    """One name or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def method_path(method: str | None) -> tuple[str, ...]:
+    """`encoder.embed` → `('encoder', 'embed')`; None is the call itself."""
+    return tuple(method.split(".")) if method else ()
+
+
+def spell_call(name: str, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """A call that nobody wrote as text: arguments by place, keywords by name."""
+    parts = ["…"] * len(args) + [f"{key}=…" for key in kwargs]
+    return f"{name}{'.' + method if method else ''}({', '.join(parts)})"
+
+
+def of_module(name: str, model: Model, lines: list[str]) -> list[str]:
+    """Lines of plain Flax that begin with a model's name, which is its class's where it was built from defaults."""
+    if name != type(model.module).__name__:
+        return lines
+    plain = [re.sub(rf"^(variables = )?{name}(?=[.(])", r"\1module", line) for line in lines]
+    if plain == lines:
+        return lines
+    return ["import flax_magics", f"module = flax_magics.session().models['{name}'].module", *plain]
+
+
+def with_drawn_key(call: Call, name: str) -> str:
+    """The lines that draw a key for an argument which `--key` was to give, and pass it."""
+    key = new_key(name)
+    command = without_option(call.command, "--key", name)
+    return f"{key} = %flax_key {name}\n{command} {with_arguments(call.text, [f'{name}={key}'])}"

@@ -1,0 +1,252 @@
+"""Calls in Flax's own words where a command stands, such as `net.apply(variables, x)`, and the command that says the same.
+
+Flax's methods would run as if they were the model's: `init` would leave the session with variables that are none.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from flax.core import unfreeze
+
+from ..compile.initialise import shapes_of_init
+from ..errors import FlaxMagicsError
+from ..models.base import FLAX_ARGUMENTS, Idiom, Model
+from ..models.switch import call_switches, written_in_call
+from .call import BadCall, Call, of_module, prepare_init
+
+INIT, APPLY, SUMMARY, CHECK = "%flax_init", "%flax_apply", "%flax_summary", "--check"
+
+COMMANDS = {
+    "init": (INIT, "rngs"),
+    "init_with_output": (INIT, "rngs"),
+    "lazy_init": (INIT, "rngs"),
+    "apply": (APPLY, "variables"),
+    "tabulate": (SUMMARY, "rngs"),
+}
+"""A method of Flax's own → the command in its place, and its first argument, which the session gives."""
+
+BOUND = frozenset(
+    {"variable", "param", "has_variable", "get_variable", "put_variable", "is_mutable_collection", "has_rng", "sow"}
+    | {"perturb", "is_initializing", "variables", "unbind", "setup", "scope", "parent", "path"}
+)
+"""Names of linen's own that mean something inside the model alone."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A block that runs a call of the model: an error that comes of Flax's own words becomes one that says the command.
+
+    Attributes:
+      variables: those that the session has of it, None where there are none.
+    """
+
+    name: str
+    model: Model
+    call: Call
+    variables: Mapping[str, Any] | None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Idiom):
+            raise (self._of_method(error) if error.method else self._of_argument(error.argument)) from None
+        method, module = self.call.method, self.model.module
+        if isinstance(error, TypeError) and method and (len(method) > 1 or not hasattr(type(module), method[0])):
+            # A submodule of `setup`, whose signature nobody knew before it ran.
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown and unknown[1] in FLAX_ARGUMENTS.keys() & self.call.kwargs.keys():
+                raise self._of_argument(unknown[1]) from None
+        of_the_call = isinstance(error, BadCall) or not isinstance(error, FlaxMagicsError)
+        if isinstance(error, Exception) and of_the_call and self._begins_with_variables():
+            raise self._of_variables() from None
+
+    @property
+    def _function(self) -> str:
+        return ".".join((self.name, *self.call.method))
+
+    # -- Flax's own methods
+
+    def _of_method(self, error: Idiom) -> FlaxMagicsError:
+        call, method, own = self.call, error.method, f"`{self._function}` is Flax's own"
+        if method in COMMANDS:
+            return self._of_command(*COMMANDS[method])
+        if method == "make_rng":
+            named = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, str)]
+            stream = named[0] if named and named[0].isidentifier() else "params"
+            said = f"{own} and draws inside the model: outside, %flax_key draws."
+            return self._error(said, [f"{stream}_key = %flax_key {stream}"], f"session.key('{stream}')")
+        if method in ("variables", "get_variable", "has_variable") and error.linen and self.variables is not None:
+            said = f"{own} and looks at variables inside the model: outside, %flax_vars gives them."
+            return self._error(said, [f"%flax_vars {self.name}"], f"session.models['{self.name}'].variables")
+        inside = method in BOUND or method.startswith("_") or len(call.method) > 1
+        if method in ("sow", "perturb") or (error.linen and inside):
+            said = f"{own} and for the code inside the model: a command runs a method of the model."
+            form = f"session.apply('{self.name}', …)" if not call.is_text else f"%flax_apply {self.name}(…)"
+            return FlaxMagicsError(said, form=form)
+        said = f"{own} and needs no command: a command runs a method of the model."
+        return self._error(said, [call.text], f"session.models['{self.name}'].module.{'.'.join(call.method)}(…)")
+
+    def _of_command(self, command: str, given: str) -> FlaxMagicsError:
+        """For a method that a command stands for: the same call without the argument that the session gives."""
+        what = "variables and keys" if command == APPLY else "a key"
+        said = f"`{self._function}` is Flax's own, and {command} is the command for it: the session gives {what}."
+        form = f"session.{command.removeprefix('%flax_')}('{self.name}', …)"
+        call, tree = self.call, _tree(self.call)
+        if tree is None:
+            return self._error(said, [], form)
+        if call.command != CHECK and not call.command.startswith(command):
+            call = replace(call, command=command)
+        *_, tree.func = _attributes(tree.func)
+        tree.keywords = [keyword for keyword in tree.keywords if keyword.arg != given]
+        starred = bool(tree.args) and isinstance(tree.args[0], ast.Starred)
+        tree.args = tree.args[1:]
+        line = None if starred else _line(call, tree, None)
+        return self._error(said, [line or call.text], form)
+
+    # -- arguments of Flax's `apply` and `init`
+
+    def _of_argument(self, argument: str) -> FlaxMagicsError:
+        said = f"{self._function}() has no argument `{argument}`: {FLAX_ARGUMENTS[argument]}."
+        tree = _tree(self.call)
+        line = None if tree is None else _line(self.call, tree, self.model.module)
+        lines = self._plain_flax() if line is None else [line]
+        return self._error(
+            said, lines, f"session.{'init' if 'init' in self.call.command else 'apply'}('{self.name}', …)"
+        )
+
+    def _plain_flax(self) -> list[str]:
+        """The call by hand, for what no command has an option for."""
+        tree, name = _tree(self.call), self.name
+        if tree is None or self.call.method or self.model.holds_variables:
+            return []
+        arguments = ", ".join(map(ast.unparse, (*tree.args, *tree.keywords)))
+        if self.call.command.startswith(INIT):
+            return ["params_key = %flax_key params", f"variables = {name}.init(params_key, {arguments})"]
+        if not self.call.command.startswith(APPLY):
+            return []
+        tree.keywords = [keyword for keyword in tree.keywords if keyword.arg not in FLAX_ARGUMENTS]
+        variables = f"%flax_vars {name}" if self.variables is not None else f"%flax_init {ast.unparse(tree)}"
+        return [f"variables = {variables}", f"{name}.apply(variables, {arguments})"]
+
+    # -- the variables as the first argument
+
+    def _begins_with_variables(self) -> bool:
+        """Whether the call's first argument has the tree of the model's variables."""
+        value = self.call.args[0] if self.call.args else None
+        if not isinstance(value, Mapping) or not value:
+            return False
+        if self.model.holds_variables:
+            with contextlib.suppress(Exception):  # it is something else
+                return bool(self.model.read_state(self.name, value))
+            return False
+        variables = self.variables
+        if variables is None:
+            call = replace(self.call, args=self.call.args[1:])
+            with contextlib.suppress(Exception):  # then the call is wrong in another way as well
+                first = prepare_init(self.name, self.model, call)
+                key = jax.eval_shape(lambda: jax.random.key(0))
+                variables = shapes_of_init(first.model, key, call.method, first.args, first.kwargs)
+        return variables is not None and _structure(value) == _structure(variables)
+
+    def _of_variables(self) -> FlaxMagicsError:
+        said = f"{self._function}() takes no variables: the session passes its own."
+        form = f"session.apply('{self.name}', …)\nsession.apply('{self.name}', …, variables=…)"
+        tree = _tree(self.call)
+        if tree is None:
+            return self._error(said, [], form)
+        first, *tree.args = tree.args
+        command = self.call.command
+        if command.startswith((APPLY, SUMMARY)) and not {"--train", "--eval"} & set(command.split()):
+            signature = self.model.signature(self.call.method)
+            given = written_in_call(signature, self.call.args[1:], self.call.kwargs)
+            needed = [
+                name
+                for name in call_switches(signature)
+                if signature.parameters[name].default is inspect.Parameter.empty
+            ]
+            command += " --eval" if set(needed) - set(given) else ""
+        lines = [f"{command} {ast.unparse(tree)}"]
+        if command.startswith(APPLY):
+            lines.append(f"{command} --variables {_one_word(first)} {ast.unparse(tree)}")
+        return self._error(said, lines, form)
+
+    def _error(self, said: str, lines: list[str], form: str) -> FlaxMagicsError:
+        """`lines`: complete ones, in a notebook; `form`: in a script, where the call has no text."""
+        if not self.call.is_text:
+            return FlaxMagicsError(said, form=form)
+        if lines and lines[0].startswith(CHECK):
+            return FlaxMagicsError(said, form=f"%flaxmodel --check {lines[0].removeprefix(CHECK).strip()!r} …")
+        return FlaxMagicsError(said, write="\n".join(of_module(self.name, self.model, lines)) or None)
+
+
+def _tree(call: Call) -> ast.Call | None:
+    """The call as a tree of its own; None where nobody wrote it as text."""
+    if not call.is_text:
+        return None
+    tree = ast.parse(call.text, mode="eval").body
+    assert isinstance(tree, ast.Call)
+    return tree
+
+
+def _attributes(function: ast.expr) -> list[ast.expr]:
+    """`net.encoder.apply` → itself and `net.encoder`."""
+    return [function, function.value] if isinstance(function, ast.Attribute) else [function]
+
+
+def _line(call: Call, tree: ast.Call, module: Any) -> str | None:
+    """The command with each argument of Flax's as the option or the method that says it; None where there is none.
+
+    Args:
+      module: what `method=` may be a method of, None for a model that is not known.
+    """
+    words, keywords = [call.command], []
+    applies = call.command.startswith(APPLY)
+    for keyword in tree.keywords:
+        value = call.kwargs.get(keyword.arg or "")
+        if keyword.arg not in FLAX_ARGUMENTS:
+            keywords.append(keyword)
+        elif keyword.arg == "method":
+            method = _method(value, module)
+            if method is None:
+                return None
+            tree.func = ast.Attribute(tree.func, method) if method else tree.func
+        elif keyword.arg == "mutable" and applies and value is not False:
+            if not isinstance(value, (str, list, tuple)):
+                return None
+            words += [f"--mutable {name}" for name in ([value] if isinstance(value, str) else value)]
+        elif keyword.arg == "variables" and applies:
+            words.append(f"--variables {_one_word(keyword.value)}")
+        elif keyword.arg == "capture_intermediates" and applies and value:
+            return None
+    tree.keywords = keywords
+    return f"{' '.join(words)} {ast.unparse(tree)}"
+
+
+def _method(value: Any, module: Any) -> str | None:
+    """The name under which `method=value` is written as a call: empty for the call itself, None for a function besides."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    name = getattr(value, "__name__", "")
+    function = getattr(value, "__func__", value)
+    if module is not None and getattr(type(module), name, None) is not function:
+        return None
+    return None if not name.isidentifier() else "" if name == "__call__" else name
+
+
+def _one_word(node: ast.expr) -> str:
+    """An expression as an option takes it: white space stands in brackets."""
+    text = ast.unparse(node)
+    return text if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript, ast.Dict, ast.Call)) else f"({text})"
+
+
+def _structure(variables: Mapping[str, Any]) -> Any:
+    return jax.tree_util.tree_structure(unfreeze(dict(variables)))

@@ -1,0 +1,349 @@
+"""The sharp bits that are looked for in every run, each one line and the line that mends it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..base.digest import data_of, has_nan
+from ..base.text import join
+from ..errors import nearest, written
+from ..line.variant import Line, as_array, new_key
+from ..models.arguments import Arguments
+from ..models.base import CallTrace, KeyUse, Layer
+from ..models.calls import Path
+from ..models.switch import WHEN_TRAINING, following
+from ..run import RELEASED, Note, Run, altered
+from ..state.weights import FOR_THIS_RUN
+from .call import BoundCall
+
+KNOWN_STREAMS = ("params", "dropout", "default")
+
+INITIALISED = ("kernel", "bias", "scale", "embedding")
+"""Parameters of Flax's layers, each with an argument `NAME_init`."""
+
+OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new ones")
+
+
+def outdated_own(name: str) -> Note:
+    """The same of an NNX module that the user's own code built."""
+    return Note(
+        "outdated", "variables from before the edit: its cell again after `del` gives new ones", write=f"del {name}"
+    )
+
+
+def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace) -> Iterator[Note]:
+    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round; or
+    the model `name` has nothing that could be set.
+
+    Where other layers do as was asked, one that is told otherwise by more than a literal beside a switch is meant to be:
+    a backbone that stays frozen.
+
+    Args:
+      mode: what was asked if something was set, else `as written`.
+    """
+    asked = prepared.mode
+    if asked not in ("train", "eval"):
+        return
+    training, told = asked == "train", False
+    obeyed = any(layer.training is training for layer in record.layers)
+    for kind in ("dropout", "norm"):
+        layers = [layer for layer in record.layers if layer.kind == kind]
+        if any(layer.training is training for layer in layers):
+            continue
+        wrong = [layer for layer in layers if not obeyed or (layer.source.literal and layer.own_switch)]
+        if wrong:
+            told = True
+            yield _wrong_mode(kind, wrong, training)
+    if mode != asked and not told:
+        yield Note("mode", f"{name} has no train switch: --{asked} changed nothing")
+
+
+def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
+    option = "--train" if training else "--eval"
+    first = layers[0]
+    names = join(first.path) if len(layers) == 1 else f"{join(first.path)} and {len(layers) - 1} more"
+    verb = "is" if len(layers) == 1 else "are"
+    if kind == "dropout":
+        state = "off" if training else "on"
+    else:
+        state = "using running averages" if training else "using the batch's own statistics"
+    value = f"{first.switch}={first.value}"
+    if first.source.literal:
+        why = f"{value} is fixed in {first.owner}"
+    elif first.source.text:
+        why = f"{first.switch} was {first.value}, from `{first.source.text}` in {first.owner}"
+    else:
+        why = f"{first.switch} was {first.value} in {first.owner}"
+    edit = following(first.switch, first.own_switch, first.method)
+    return Note(kind, f"{names} {verb} {state} although {option} was asked: {why}", edit=edit)
+
+
+def of_streams(record: CallTrace, told: Container[str]) -> Iterator[Note]:
+    """Streams other than Flax's own, once each: a mistyped `rng_collection` must not pass in silence."""
+    for name, paths in record.asked.items():
+        if name in KNOWN_STREAMS or name in told:
+            continue
+        where = join(paths[0]) + (f" and {len(set(paths)) - 1} more" if len(set(paths)) > 1 else "")
+        close = nearest(name, KNOWN_STREAMS, 1)
+        if close:
+            text = f"the stream `{name}` is asked for by {where}: is `{close[0]}` meant?"
+        else:
+            text = f"the stream `{name}` is asked for by {where}: it gets a key of its own from the draw"
+        yield Note("stream", text)
+
+
+def of_params(variables: Mapping[str, Any]) -> Iterator[Note]:
+    """Params, just initialised, that hold NaN, or that are zero throughout.
+
+    A layer may begin at zero, and so may a model that has nothing but biases: a weight of two dimensions or more has to
+    be among what is zero.
+    """
+    zero, weight = True, ""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get("params", {}))[0]:
+        if not isinstance(leaf, jax.Array) or not leaf.is_fully_addressable:
+            return
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
+            continue
+        # On a CPU NumPy reads the array where it is, and compiles nothing.
+        on_host = all(device.platform == "cpu" for device in leaf.devices())
+        values: Any = np.asarray(leaf) if on_host else leaf
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        if bool((values != values).any()):
+            text = f"{join(names)} holds NaN after init: look at its initializer"
+            yield Note("nan params", text, edit=_initializer(names, values.ndim))
+            return
+        zero = zero and not bool((values != 0).any())
+        if values.ndim >= 2 and not weight:
+            weight = _initializer(names, values.ndim)
+    if zero and weight:
+        text = "all params are zero after init: the layers compute the same, and get the same gradients"
+        yield Note("zero params", text, edit=weight)
+
+
+def _initializer(path: list[str], ndim: int) -> str:
+    """How a layer of Flax is told to initialise a parameter; one of the user's own names its initializer itself."""
+    name = path[-1] if path else "kernel"
+    initializer = {"bias": "zeros", "scale": "ones"}.get(name)
+    initializer = f"jax.nn.initializers.{initializer}" if initializer else ""
+    initializer = initializer or f"jax.nn.initializers.{'lecun_normal' if ndim >= 2 else 'normal'}()"
+    return f"{name}_init={initializer}" if name in INITIALISED else initializer
+
+
+def of_scalars(dtypes: Mapping[str, str], line: Line) -> Iterator[Note]:
+    """Python numbers where arrays of these dtypes were: each kind of argument has a program of its own."""
+    for name, dtype in dtypes.items():
+        text = f"`{name}` is a Python number where an array was before: that is another program"
+        yield Note("scalar", text, **as_array(line, name, dtype))
+
+
+def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str], line: Line) -> Iterator[Note]:
+    """Keys in the call that the program does not read. In evaluation that is as it should be."""
+    for setting in switch:
+        path, _, value = setting.partition("=")
+        name = path.rpartition(".")[2]
+        if name in WHEN_TRAINING and value != str(WHEN_TRAINING[name]):
+            return
+    for name in given:
+        if name in unused:
+            text = f"the key `{name}` is passed, and nothing in the model uses it"
+            parameter = line.signature.parameters.get(name)
+            optional = parameter is None or parameter.default is not parameter.empty
+            shorter = line.without_option("--key", name)
+            if shorter == line:
+                shorter = line.without_argument(name) or line
+            if optional and shorter != line:
+                yield Note("unused key", text, **written(str(shorter)))
+            else:
+                yield Note("unused key", text, edit=f"jax.random.normal({name}, …)")
+
+
+def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterator[Note]:
+    """Collections to be handed back that are not there: Flax hands back nothing, in silence.
+
+    Args:
+      asked: names of collections; `known`: those of the variables, and of what the run wrote or sowed.
+    """
+    known = sorted(known)
+    for name in asked:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            near = nearest(name.replace("_", ""), known, 1)
+            text = f"--mutable {name} hands back nothing: the model has no collection of this name; {has}"
+            corrected = line.without_option("(?:--mutable|-m)", name)
+            if near and near[0] not in asked:
+                corrected = corrected.with_option(f"--mutable {near[0]}")
+            yield Note("mutable", text, **written(str(corrected)))
+
+
+def of_rngs(own: bool, record: CallTrace) -> Iterator[Note]:
+    """The call has `rngs` of the user's, so that what the session drew is for the streams that the model holds, if any."""
+    if own and not record.asked:
+        yield Note("rngs", "rngs: yours, draw unused")
+
+
+def with_values(run: Run) -> Run:
+    """The run, with the sharp bit that its output holds NaN, where no other tells of it. Reads all of the output."""
+    if any(note.kind in ("nan", "nan params") for note in run.notes) or not any(values.nan for values in run.values):
+        return run
+    text = f"the output of {run.model} holds NaN"
+    if run.inputs is not RELEASED and has_nan(run.inputs):
+        return altered(run, {"notes": (*run.notes, Note("nan", f"{text}, and so does its input"))})
+    return altered(run, {"notes": (*run.notes, Note("nan", text, **_finding_nan(run)))})
+
+
+def without_inputs(run: Run) -> Run:
+    """The run, holding on to its output alone."""
+    return altered(run, {"inputs": RELEASED})
+
+
+def _finding_nan(run: Run) -> dict[str, str]:
+    """The lines that run it once more, op by op, and stop at the operation that gives NaN; none where more is needed."""
+    added = {} if run.inputs is RELEASED else run.inputs[1]
+    by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
+    if by_key or run.inputs is RELEASED or run.draws is not None or run.weights == FOR_THIS_RUN:
+        return {}
+    mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
+    lines = f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}"
+    return {"form" if "…" in run.call else "write": lines}
+
+
+class SeenKeys:
+    """Keys that went into runs, and roots that the session has split or will split."""
+
+    def __init__(self) -> None:
+        self.roots: set[bytes] = set()
+        self.runs: dict[bytes, str] = {}
+
+    def find(self, arguments: Arguments) -> Iterator[tuple[str, bytes]]:
+        """Names and data of the arguments that are keys: typed ones, and legacy ones that are known as keys."""
+        for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
+            if not traced or not isinstance(leaf, jax.Array):
+                continue
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                if leaf.ndim == 0:
+                    yield name, data_of(leaf)
+            elif leaf.dtype == "uint32" and leaf.shape in ((2,), (4,)):
+                data = data_of(leaf)
+                if data in self.roots or data in self.runs:
+                    yield name, data
+
+    def notes(self, found: Mapping[str, bytes], line: Line) -> Iterator[Note]:
+        """What is to be said of the keys in a call."""
+        first: dict[bytes, str] = {}
+        for name, data in found.items():
+            if data in first:
+                text = f"`{first[data]}` and `{name}` are given the same key: they get the same numbers"
+                yield Note("same key", text, **_with_keys(line, first[data], name))
+            first.setdefault(data, name)
+        for name, data in found.items():
+            if data in self.roots:
+                text = f"`{name}` is a root key that this session splits: its numbers meet the session's own"
+                yield Note("root key", text, **_with_keys(line, name))
+            elif data in self.runs:
+                text = f"`{name}` went into {self.runs[data]} too: the same key gives the same numbers"
+                yield Note("key again", text, **_with_keys(line, name))
+
+
+def _with_keys(line: Line, *names: str) -> dict[str, str]:
+    """The lines that draw keys of their own for arguments, and pass them."""
+    draws, edited = [], line
+    for name in names:
+        stream = next((word for word in reversed(re.findall(r"\w+", name)) if word.isidentifier()), "latent")
+        key = new_key(stream)
+        draws.append(f"{key} = %flax_key {stream}")
+        open_call = replace(edited, call=f"{edited.call.partition('(')[0]}(…)")
+        edited = edited.with_argument(name, key) or open_call
+    return written("\n".join([*dict.fromkeys(draws), str(edited)]))
+
+
+NAMED = 4
+"""Layers that a note names; of more it says how many."""
+OTHER_KEY = "another key, by its place in the model"
+
+
+def compare(draw: int, was: CallTrace, now: CallTrace) -> Iterator[Note]:
+    """What is to be said of a run with the keys of `draw`, whose own run saw `was`.
+
+    A mask is the same where the key is made of the same and the shape and the rate agree. Where a module draws with a key
+    itself, what it draws is not known: then only where it took the key is compared, and nothing is claimed of the rest.
+    Inside a transform an equal path and shape may still be another mask, unless both runs are of one trace.
+    """
+    if was is now:
+        return
+    # A record without them is of a run that could not be watched so closely.
+    if not (was.takes or now.takes):
+        return
+    old, new = _by_place(was.takes), _by_place(now.takes)
+    both = [place for place in new if place in old]
+    texts = {place: _apart(old[place], new[place]) for place in both}
+    said = [*_differing(texts)]
+    only = [place for place in new if place not in old]
+    missing = [place for place in old if place not in new]
+    if only and old:
+        said.append(f"{_names(only)}: not in draw {draw}'s run")
+    if missing and new:
+        said.append(f"{_names(missing)}: in draw {draw}'s run alone")
+    if said:
+        yield Note("masks", f"other random numbers than in draw {draw} at {'; '.join(said)}")
+    inside = [place for place in both if not texts[place] and (old[place].inside or new[place].inside)]
+    if inside:
+        yield Note(
+            "masks", f"random numbers drawn inside a transform may differ from those of draw {draw}: {_names(inside)}"
+        )
+
+
+_Place = tuple[str, Path, int]
+
+
+def _by_place(takes: Iterable[KeyUse]) -> dict[_Place, KeyUse]:
+    """Stream, module and how often it took a key before → that key."""
+    by_place: dict[_Place, KeyUse] = {}
+    for take in takes:
+        n = 0
+        while (take.stream, take.path, n) in by_place:
+            n += 1
+        by_place[take.stream, take.path, n] = take
+    return by_place
+
+
+def _differing(texts: dict[_Place, str]) -> Iterator[str]:
+    """The places that differ in the same way in one text, some of these and the rest counted."""
+    alike: dict[str, list[_Place]] = {}
+    for place, text in texts.items():
+        if text:
+            alike.setdefault(text, []).append(place)
+    if OTHER_KEY in alike:
+        yield f"{_names(alike.pop(OTHER_KEY))}: {OTHER_KEY}"
+    for text in list(alike)[:NAMED]:
+        yield f"{_names(alike[text])}: {text}"
+    rest = [place for places in list(alike.values())[NAMED:] for place in places]
+    if rest:
+        yield f"{_names(rest)}: other shapes or rates"
+
+
+def _apart(old: KeyUse, new: KeyUse) -> str:
+    """`[4,8] there, [2,8] here`; empty where what was drawn with the same key is the same, or not known."""
+    if old.source != new.source:
+        return OTHER_KEY
+    if old.drew is None or new.drew is None:
+        return ""
+    (old_shape, old_rate), (new_shape, new_rate) = old.drew, new.drew
+    if old_shape != new_shape:
+        return f"{_shape(old_shape)} there, {_shape(new_shape)} here"
+    return f"rate {old_rate:g} there, {new_rate:g} here" if old_rate != new_rate else ""
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _names(places: list[_Place]) -> str:
+    names = list(dict.fromkeys(join(path) for _, path, _ in places))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,180 @@
+"""Where a command stands. It is no part of a function that JAX traces, of a host callback, or of another command.
+
+There it would run once for many calls, pass no gradient on, or take a draw that is being taken. So it refuses before
+anything happens, and says what plain Flax to write in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..base import private
+from ..errors import FlaxMagicsError, written
+from ..line.variant import with_arguments
+from ..models.arguments import has_tracer
+from ..models.base import Needs
+from ..models.construction import Construction
+from ..run import Run
+from . import record
+from .call import Call, of_module, prepare
+
+if TYPE_CHECKING:
+    from ..line.options import ApplyOptions
+    from ..state.entry import ModelEntry
+    from ..state.state import State
+
+TRACE = "in a function that JAX traces: it would happen once, while JAX traces, and be no part of what then runs"
+CALLBACK = "in a host callback, and the program that calls it waits for it"
+COMMAND = "in code that another command runs, and the draw of that one is not finished"
+
+
+def surroundings() -> str | None:
+    """What the code that calls the session is part of, as a message says it; None where it may draw and run."""
+    found = TRACE if private.is_tracing() else None
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == _SESSION:
+        frame = frame.f_back
+    walk: Any = frame
+    while walk is not None:
+        name = walk.f_globals.get("__name__")
+        if name == _SESSION:
+            return COMMAND
+        role = private.role_of(name) if isinstance(name, str) else None
+        if role == "callback":
+            return found or CALLBACK
+        if role == "trace":
+            found = TRACE
+        # A cell's or a script's own frame: what is below is the kernel, some 50 frames that take as long as a small run.
+        walk = None if walk.f_code.co_name == "<module>" else walk.f_back
+    return found
+
+
+_SESSION = "flax_magics._session"
+
+
+def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
+    """The error for an apply: plain Flax with the same variables, mode, streams and collections."""
+    if entry.model.holds_variables:
+        return _of_nnx(where, state, entry, call, options)
+    name, inside = entry.name, "apply(variables, …, rngs={'dropout': dropout_key})"
+    if call.cell is None:
+        lines = []
+        form = f"variables = session.models['{name}'].variables\ndropout_key = session.key('dropout')\n"
+        form += f"session.models['{name}'].module.{inside}"
+    else:
+        lines = _lines_of_apply(state, entry, call, options, where)
+        form = f"variables = %flax_vars {name}\ndropout_key = %flax_key dropout\n{name}.{inside}"
+    said = f"{call.command} {call.text} stands {where}."
+    return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
+
+
+def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
+    from .execute import with_keys
+
+    name, lines = entry.name, list[str]()
+    with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
+        filled = with_keys(entry, call, options, state.root.draw())
+        arguments = [f"{key}={key}_key" for key in options.key]
+        keys = dict.fromkeys(options.key)
+        if prepare(name, entry.model, filled, options.mode).model.supplies():
+            arguments.append("rngs=nnx.Rngs(dropout_key)")
+            keys["dropout"] = None
+        lines += [] if options.mode is None else [f"{name}.{options.mode}()"]
+        lines += [f"{key}_key = %flax_key {key}" for key in keys]
+        lines = of_module(name, entry.model, [*lines, with_arguments(call.text, arguments)])
+    return _error(
+        f"{call.command} {call.text} stands {where}.",
+        "Call the module itself there: nnx.grad, nnx.jit and the like see what it changes, where jax.grad and jax.jit"
+        " do not.",
+        [] if call.cell is None else lines,
+        f"session.models['{name}'].module(…)" if call.cell is None else f"{name}(…)",
+    )
+
+
+def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
+    """The error for an init."""
+    said = f"{call.command} {call.text} stands {where}."
+    if entry.model.holds_variables:
+        return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
+    model: Any = entry.model
+    lines: list[str] = []
+    if call.cell is not None:
+        with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
+            switches = record.facts_of_init(call, model)
+            by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_module)
+            lines = of_module(entry.name, model, ["params_key = %flax_key params", f"variables = {by_hand}"])
+    return _error(
+        said,
+        "Draw the key before it, and initialise with that.",
+        lines,
+        f"params_key = session.key('params')\nvariables = session.models['{entry.name}'].module.init(params_key, …)",
+    )
+
+
+def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsError:
+    """The error for the construction of an NNX module."""
+    if recipe is None:
+        return FlaxMagicsError(said)
+    keys = [f"{stream}_key = %flax_key {stream}" for stream in ("params", "dropout")]
+    return _error(said, "Draw the keys before it, and build with them.", [*keys, recipe.by_hand(name)])
+
+
+def of_register(where: str, name: str, module: Any, cell: int | None) -> FlaxMagicsError:
+    """The error for a model that is registered, or that the session is to build."""
+    said = f"`{name}` is registered {where}."
+    if isinstance(module, Construction):
+        return of_build(said, name, module)
+    line = f"session.register('{name}', {name})" if cell is None else f"%flaxmodel {name}"
+    return _error(said, "Register it before.", [line])
+
+
+def of_key(where: str, name: str, cell: int | None) -> FlaxMagicsError:
+    """The error for a key that is drawn."""
+    line = f"{name}_key = session.key('{name}')" if cell is None else f"{name}_key = %flax_key {name}"
+    return _error(f"the key `{name}` is drawn {where}.", "Draw it before, and use it there.", [line])
+
+
+def of_replay(where: str, draw: Any) -> FlaxMagicsError:
+    """The error for a draw that is run again; `draw` as `Session.replay` takes it."""
+    if isinstance(draw, Run):
+        draw = draw.seed, draw.draw
+    line = f"%flax_replay {':'.join(map(str, draw)) if isinstance(draw, tuple) else draw}"
+    return of_state(where, line, line)
+
+
+def of_state(where: str, what: str, line: str) -> FlaxMagicsError:
+    """The error for what changes the session otherwise, such as a restart."""
+    return _error(f"{what} stands {where}.", "Write it before or after.", [line])
+
+
+def _error(said: str, instead: str, lines: list[str], form: str | None = None) -> FlaxMagicsError:
+    advice: Mapping[str, str | None] = {"form": form} if not lines else written("\n".join(lines))
+    return FlaxMagicsError(f"{said} {instead}", **advice)
+
+
+def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:
+    """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
+    from .execute import by_hand, with_keys
+    from .shapes import trace_call
+
+    options = replace(options, draws=None)
+    try:
+        call = with_keys(entry, call, options, state.root.draw())
+        prepared = prepare(entry.name, entry.model, call, options.mode)
+        ask = entry.guesses.get((call.method, prepared.mode))
+        if ask is None and where == COMMAND:  # what the other command runs may be this very model
+            ask = Needs(frozenset({"dropout"}))
+        ask = ask or trace_call(entry, prepared, call, state.root.draw())[1]
+        code = by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
+    except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
+        return []
+    # An argument that is traced is no value outside, whatever has its name there.
+    text = f"{call.text.partition('(')[0]}(…)" if has_tracer(call.args, call.kwargs) else call.text
+    variables = f"%flax_init {text}" if entry.variables is None else f"%flax_vars {entry.name}"
+    keys = dict.fromkeys((*options.key, *sorted(ask.streams)))
+    lines = [f"variables = {variables}", *(f"{key}_key = %flax_key {key}" for key in keys), code]
+    return of_module(entry.name, entry.model, lines)

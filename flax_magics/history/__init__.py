@@ -1,0 +1,1 @@
+"""The draws of a session as records, and one of them run again."""

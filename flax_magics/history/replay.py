@@ -1,0 +1,244 @@
+"""A run once more, with its keys, its variables and its inputs, and whether it gives the same. Moves nothing.
+
+The program that ran is run again where the session still keeps it. Where it does not, it is made anew of the model as it
+was; what the model reads from outside may then be another, which is said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from ..base.compare import Agreement, with_digest, with_output
+from ..base.measures import Timing
+from ..base.text import bytes_
+from ..code.fingerprint import fingerprint
+from ..compile.cache import Program, ProgramCache
+from ..compile.compiler import settings
+from ..compile.initialise import Initialising
+from ..errors import FlaxMagicsError
+from ..execution.call import Call, prepare_init
+from ..execution.execute import execute, hand_back, plain_errors
+from ..execution.notes import SeenKeys
+from ..models.adopt import adopt
+from ..run import RELEASED, Run, like
+from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
+from ..state.runs import StoredRun
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What running once more gave: the output, what was sown, where the program came from, the time, what is to be said."""
+
+    output: Any
+    sown: Mapping[str, Any]
+    program: str
+    timing: Timing
+    said: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Replaying:
+    """What a replay works with.
+
+    Attributes:
+      models: the registered ones as they are now.
+      limit: bytes that are kept for replays, to be told where something is gone.
+    """
+
+    models: Mapping[str, ModelEntry]
+    programs: ProgramCache
+    limit: int
+    on_phase: Callable[[str], None]
+
+    def replay(self, kept: StoredRun) -> Run:
+        """The run as a new Run, marked as replayed, with its `agreement`.
+
+        Raises:
+          FlaxMagicsError: what it needs is gone. What the model raises is passed on.
+        """
+        facts = kept.facts
+        started = time.time()
+        again = self._again(kept)
+        was, digest = kept.output(), facts["_taken"].digest
+        if was is not RELEASED:
+            agreement = with_output(was, again.output)
+        elif digest is not None:
+            agreement = with_digest(digest, again.output)
+        else:
+            agreement = Agreement(None)
+        agreement = replace(agreement, said=again.said)
+        run = object.__new__(Run)
+        run.__dict__.update(facts)
+        return like(
+            run,
+            inputs=RELEASED if kept.inputs is None else jax.tree_util.tree_unflatten(*kept.inputs),
+            output=again.output,
+            sown=again.sown,
+            program=again.program,
+            reason="",
+            causes=(),
+            timing=again.timing,
+            cost=None,
+            limits=None,
+            started=started,
+            cell=None,
+            notes=(),
+            made=None,
+            changed={},
+            replayed=True,
+            first=False,
+            agreement=agreement,
+        )
+
+    def _again(self, kept: StoredRun) -> Repeat:
+        facts, origin = kept.facts, kept.origin
+        if facts["command"] == "key":
+            return Repeat(facts["keys"][facts["call"]], {}, "", Timing())
+        what = f"draw {facts['draw']} of seed {facts['seed']}"
+        if facts["elsewhere"] is not None:
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
+                " With inputs of its own a run takes the same keys.",
+                form=_same_keys(facts),
+            )
+        if origin is None or kept.inputs is None:
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
+                f" {bytes_(self.limit)}. With a higher limit later ones are kept.",
+                write=f"%config FlaxMagics.replay_bytes = {max(4 * self.limit, 1_000_000_000)}",
+            )
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in (*kept.inputs[1], *origin.leaves)):
+            raise FlaxMagicsError(
+                f"{what} cannot be run again: an array that it used was deleted or donated since, and its values are gone."
+            )
+        how = origin.how
+        if isinstance(how, BuildRecipe):
+            return self._build(how, facts)
+        args, kwargs = jax.tree_util.tree_unflatten(*kept.inputs)
+        call = Call(how.method, args, kwargs, facts["call"])
+        if isinstance(how, InitRecipe):
+            return self._init(how, call, facts)
+        said = (*self._edited(how), *_of_inputs(how, *kept.inputs))
+        variables = jax.tree_util.tree_unflatten(how.structure, origin.leaves)
+        program = None if how.program is None else how.program()
+        if how.settings != settings():
+            said = (*said, *_of_settings(how.settings, settings()))
+            program = None  # it may not even take the same numbers
+        if program is None:
+            done = self._execute(how, variables, call, facts)
+        else:
+            done = self._run(how, program, variables, given_by(how, kept.inputs), facts)
+        return replace(done, said=(*said, *done.said))
+
+    def _run(self, how: ApplyRecipe, program: Program, variables: Any, given: Mapping[str, Any], facts: Any) -> Repeat:
+        """The very program."""
+        programs, name = self.programs, how.name
+        if programs.unfinished.wait is not None:
+            self.on_phase(f"waiting for the interrupted run, then {name}")
+            programs.unfinished.finish()
+        self.on_phase(f"running {name}")
+        draw = facts["keys"].draw
+        keys = {
+            stream: draw.words(stream, taken=how.taken and stream == "params") for stream in sorted(program.ask.streams)
+        }
+        jax.block_until_ready((variables, given))
+        begin = programs.clock()
+        output, updates = programs.run(program, variables, keys, given)
+        seconds = programs.clock() - begin
+        output, _, sown = hand_back(output, updates, program.record, how.options.mutable)
+        return Repeat(output, sown, "reused", Timing(run=seconds))
+
+    def _execute(self, how: ApplyRecipe, variables: Any, call: Call, facts: Any) -> Repeat:
+        """The model as it was, its program made anew."""
+        entry = replace(how.entry, variables=variables)
+        if how.skeleton is not None:
+            written: Any = how.entry.model
+            model: Any = adopt(how.skeleton.rebuild(variables), how.name)
+            entry = replace(how.entry, model=replace(model, written=written.written), stale=False)
+        draw = facts["keys"].draw
+        options = replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
+        call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
+        parts = self.programs.parts.get(how.name)
+        try:
+            done = execute(entry, call, options, draw, self.programs, SeenKeys(), self.on_phase, params_taken=how.taken)
+        finally:  # the next run of the model is held against the last of its own
+            self.programs.parts.pop(how.name, None)
+            if parts is not None:
+                self.programs.parts[how.name] = parts
+        said: tuple[str, ...] = ()
+        if how.options.eager:
+            pass
+        elif how.key is None:
+            said = ("the program was made anew: whether all that the model reads is as it was cannot be told",)
+        elif done.prepared.model.key() != how.key:
+            said = ("the program was made anew: something that the model's code reads is another now",)
+        return Repeat(done.output, done.sown, done.program, done.timing, said)
+
+    def _init(self, how: InitRecipe, call: Call, facts: Any) -> Repeat:
+        programs, name = self.programs, how.entry.name
+        self.on_phase(f"initialising {name}")
+        prepared = prepare_init(name, how.entry.model, call)
+        begin = programs.clock()
+        with plain_errors(call):
+            variables, _ = Initialising(
+                prepared.model,
+                call.method,
+                prepared.args,
+                prepared.kwargs,
+                draw=facts["keys"].draw,
+                units=programs.units,
+            ).finish()
+        return Repeat(variables, {}, "eager", Timing(init=programs.clock() - begin), self._edited(how))
+
+    def _build(self, how: BuildRecipe, facts: Any) -> Repeat:
+        self.on_phase(f"building {how.name}")
+        said: tuple[str, ...] = ()
+        if how.print is None or how.recipe.print() != how.print:
+            said = ("what the module is built of may have changed since",)
+        begin = self.programs.clock()
+        model: Any = adopt(how.recipe.build(facts["keys"]), how.name)
+        state = model.state()
+        jax.block_until_ready(state)
+        return Repeat(state, {}, "eager", Timing(init=self.programs.clock() - begin), said)
+
+    def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
+        """Whether the model is another now."""
+        now = self.models.get(how.entry.name)
+        if now is not None and now.print is not None and now.print == how.entry.print:
+            return ()
+        if now is not None and now.print is None and now.model is how.entry.model:
+            return ()
+        if now is not None and how.entry.print is None and now.model.holds_variables:
+            return ()
+        return (f"{how.entry.name} was edited since: this is its code as it was then",)
+
+
+def _same_keys(facts: Mapping[str, Any]) -> str:
+    """The line that runs a call with the keys of an earlier draw, its arguments left open: they are not in the file."""
+    command = "%flax_init" if facts["command"] == "init" else "%flax_apply"
+    mode = {"train": " --train", "eval": " --eval"}.get(facts["mode"], "")
+    return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call'].partition('(')[0]}(…)"
+
+
+def _of_settings(then: tuple[Any, ...], now: tuple[Any, ...]) -> Iterator[str]:
+    """Whose settings are others than they were; see `compiling.settings`."""
+    if then[0] != now[0]:
+        yield "JAX is set otherwise than it was: its precision, its devices or the like"
+    if then[1] != now[1]:
+        yield "Flax is set otherwise than it was: its flags, its interceptors or the like"
+
+
+def _of_inputs(how: ApplyRecipe, treedef: Any, leaves: list[Any]) -> tuple[str, ...]:
+    """Inputs that may not be what they were."""
+    if how.moving:
+        return ("an object in the call holds variables of its own: whether they are as they were cannot be told",)
+    if how.objects == b"":
+        return ()
+    if how.objects is None or fingerprint(objects_in(treedef, leaves, how.structure)) != how.objects:
+        return ("an object in the call may have changed since",)
+    return ()

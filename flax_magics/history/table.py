@@ -1,0 +1,440 @@
+"""Every draw of a session, a record each: what `%flax_history` shows as text and HTML; and which runs a replay is of."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from typing import TYPE_CHECKING, Any, overload
+
+from rich.cells import cell_len
+
+from ..base.text import WIDTH, clean, count, cut, dotted, plural, ulp, wrap
+from ..errors import FlaxMagicsError
+from ..report import facts
+from ..report.html import notice_bundle, render, shown_bundle
+from ..report.notice import Notice
+from ..rng.keys import RootKey, RunKeys, short_key
+from ..run import Run
+from ..state import runs
+from ..state.runs import RunLog, StoredRun
+from ..state.state import State
+
+if TYPE_CHECKING:
+    from ..base.compare import Agreement, Difference
+
+
+def history_html(found: History, *, everything: bool = False) -> str:
+    """What `%flax_history` shows."""
+
+    shown, said = rows(found, everything=everything)
+    context: dict[str, object] = {
+        "heading": [part for part in heading(found) if part],
+        "rows": shown,
+        "left_out": said,
+        "none": NONE,
+    }
+    return render("history.html", context)
+
+
+def history_bundle(found: History, everything: bool, style: str) -> dict[str, Any]:
+    """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
+
+    plain = history_text(found, everything=everything)
+    return shown_bundle(plain, lambda: history_html(found, everything=everything), style)
+
+
+def replay_bundle(run: Run, style: str) -> dict[str, Any]:
+    """The MIME bundle of a replay."""
+
+    return notice_bundle(notice_of(run), style)
+
+
+KEYS_ALONE = "replayed, its keys alone"
+"""What marks a run with `--draw`."""
+
+
+@dataclass(frozen=True, eq=False)
+class DrawRow:
+    """One draw, or one of the runs that shared a draw.
+
+    Attributes:
+      seed, draw: which draw of which seed.
+      draws: how many it took at once, None for one.
+      command: what drew: `apply`, `init`, `key`.
+      name: the model's; for a key its stream.
+      mode: as in `Run`; empty for an init or a key.
+      call: as it was written.
+      cell: the cell's number, None outside a notebook.
+      started: seconds since the epoch.
+      marks: `replayed` where it was run again, of a run with the keys of an earlier draw `KEYS_ALONE`, and what became of
+        the cell since.
+    """
+
+    seed: int
+    draw: int
+    draws: int | None
+    command: str
+    name: str
+    mode: str
+    call: str
+    cell: int | None
+    started: float
+    marks: tuple[str, ...]
+    _kept: StoredRun = field(repr=False)
+
+    @cached_property
+    def keys(self) -> Mapping[str, str]:
+        """Stream → the first word of its key, of the streams that something took."""
+        facts = self._kept.facts
+        keys, made = facts["keys"], facts["made"] is not None
+        taken = [*(["params"] if made and self.command == "apply" else []), *facts["used"]]
+        names = [name for name in dict.fromkeys(taken) if name in keys] if self.command == "apply" else list(keys)
+        return {name: _word(keys, name) for name in names}
+
+    @cached_property
+    def inputs(self) -> str:
+        """Dtypes and shapes of the arguments: `float32[3,4,4], train=True`."""
+        return "" if self.command == "key" else self._kept.shapes
+
+    @cached_property
+    def digest(self) -> str | None:
+        """The output's digest, taken now if it was not and the output is still there; None if it is gone."""
+        return self._kept.run().digest
+
+    @property
+    def weights(self) -> str:
+        """Whose variables ran, such as `initialised in draw 1`; empty for a key."""
+        weights: str = self._kept.facts["weights"]
+        return weights
+
+    @property
+    def initialises(self) -> bool:
+        """Whether it made variables."""
+        return self._kept.facts["made"] is not None
+
+    @property
+    def last(self) -> int:
+        """The number of the last draw that it took."""
+        return self.draw + (self.draws or 1) - 1
+
+    @property
+    def run(self) -> Run:
+        """The Run; an array that nobody holds any more makes its whole field `RELEASED`."""
+        return self._kept.run()
+
+
+def _word(keys: Any, name: str) -> str:
+    if isinstance(keys, RunKeys):  # no array has to be made
+        return keys.data(name)[:4][::-1].hex()
+    return short_key(keys[name])
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """The draws of a session, oldest first: a sequence of `DrawRow`, shown as a table.
+
+    Attributes:
+      earlier: how many draws before these were left out.
+      seed: the seed under which the next draw is made.
+    """
+
+    rows: tuple[DrawRow, ...]
+    earlier: int
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[DrawRow]:
+        return iter(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> DrawRow: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[DrawRow, ...]: ...
+    def __getitem__(self, at: int | slice) -> DrawRow | tuple[DrawRow, ...]:
+        return self.rows[at]
+
+    def __str__(self) -> str:
+
+        return history_text(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+
+        return history_html(self)
+
+
+def of_runs(
+    chain: RunLog | None, root: RootKey, last: int | None, model: str | None, cells: Mapping[int, tuple[str, ...]]
+) -> History:
+    """See `Session.history`.
+
+    Raises:
+      FlaxMagicsError: `last` is no number of draws.
+    """
+    if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
+        raise FlaxMagicsError(f"`last` is a number of draws, 1 or more, not {last!r}.")
+    wanted = (kept for kept in runs.backwards(chain) if model is None or kept.facts["model"] == model)
+    rows = [_drawn(kept, cells) for kept in islice(wanted, last)][::-1]
+    return History(tuple(rows), sum(1 for _ in wanted), root.seed)
+
+
+def _drawn(kept: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
+    facts = kept.facts
+    times, differs = kept.replays
+    marks = [KEYS_ALONE] if facts["replayed"] else []
+    if times:
+        marks.append("replayed, and it differed" if differs else "replayed")
+    if facts["elsewhere"] is None:  # the numbers of another process are those of other cells
+        marks += cells.get(facts["cell"], ())
+    return DrawRow(
+        facts["seed"],
+        facts["draw"],
+        facts["draws"],
+        facts["command"],
+        facts["call"] if facts["command"] == "key" else facts["model"],
+        facts["mode"],
+        facts["call"],
+        facts["cell"],
+        facts["started"],
+        tuple(marks),
+        kept,
+    )
+
+
+def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[StoredRun]:
+    """The runs that a replay of `draw` is of, in order.
+
+    Raises:
+      FlaxMagicsError: there is no such draw.
+    """
+    if isinstance(draw, Run):
+        for kept in runs.backwards(state.runs):
+            if kept.facts["_taken"] is draw._taken:
+                return [kept]
+        wanted: tuple[int, int] = (draw.seed, draw.draw)
+    elif draw == "last":
+        drawn = (kept.facts for kept in runs.backwards(state.runs) if not kept.facts["replayed"])
+        wanted = next(((facts["seed"], facts["draw"]) for facts in drawn), (state.root.seed, 0))
+    elif isinstance(draw, str):
+        raise FlaxMagicsError(f"a draw is a number, (seed, number), 'last' or a Run, not {draw!r}.")
+    else:
+        wanted = state.check_draw(draw)
+    found = runs.of_draw(state.runs, *state.check_draw(wanted))
+    if not found:
+        raise FlaxMagicsError(f"draw {wanted[1]} of seed {wanted[0]} has no run that could be run again.")
+    return found
+
+
+SHOWN = 60
+"""Rows that are shown; of more the last."""
+REPLAYED = "replayed"
+FOLDED = 3
+"""So many runs of one cell are one row."""
+BY_TURNS = 12
+"""Rows of one cell, from which on the runs of one call are one row wherever they stand in it."""
+NONE = "no draw yet: %flax_apply net(x) makes one"
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One draw, or several that one cell made of one model: the words of each column."""
+
+    draw: str
+    what: str
+    digest: str
+    cell: str
+    time: str
+    inputs: str
+    keys: tuple[str, ...]
+    replayed: tuple[str, ...]
+    marks: tuple[str, ...]
+    weights: str = ""
+    """Whose ran, where that is another answer than for the model's row before."""
+
+
+def heading(history: History) -> tuple[str, ...]:
+    """`history`, `12 draws`, `seed 0`."""
+    rows = history.rows
+    seeds = list(dict.fromkeys([*(row.seed for row in rows), history.seed]))
+    first = time.strftime("%Y-%m-%d", time.localtime(rows[0].started)) if rows else ""
+    seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    return (
+        "history",
+        plural(len(rows) + history.earlier, "run"),
+        seed,
+        first,
+    )
+
+
+def rows(history: History, *, everything: bool = False) -> tuple[tuple[HistoryRow, ...], str]:
+    """The rows, oldest first, the last `SHOWN` or all; and what is said of those that are not shown."""
+    several = len({row.seed for row in history.rows} | {history.seed}) > 1
+    groups = list(_groups(history.rows))
+    hidden = 0 if everything else max(0, len(groups) - SHOWN)
+    missing = sum(map(len, groups[:hidden])) + history.earlier
+    said = ""
+    if hidden:
+        said = f"{plural(missing, 'earlier run')} not shown: %flax_history --all"
+    elif missing:
+        said = f"{plural(missing, 'earlier run')} left out"
+    news = _weights(groups)
+    return tuple(_row(group, several, news[i]) for i, group in enumerate(groups) if i >= hidden), said
+
+
+def _weights(groups: list[list[DrawRow]]) -> list[str]:
+    """For each row whose weights ran, where the model has run with others before."""
+    last: dict[str, str] = {}
+    news = []
+    for group in groups:
+        row = group[0]
+        known = last.get(row.name, row.weights)
+        news.append("" if row.command == "key" or row.initialises or row.weights == known else row.weights)
+        if row.command != "key":
+            last[row.name] = group[-1].weights
+    return news
+
+
+def history_text(history: History, *, everything: bool = False) -> str:
+    """What `%flax_history` shows; `everything`: all rows, however many."""
+    shown, said = rows(history, everything=everything)
+    lines = dotted(heading(history))
+    if not shown:
+        return "\n".join([*lines, f"  {NONE}"])
+    lines += [f"  {said}"] if said else []
+    titles = ("draw", "what", "digest", "cell", "time")
+    cells = [(row.draw, row.what, row.digest, row.cell, row.time) for row in shown]
+    wide = [max(len(title), *(cell_len(cell[at]) for cell in cells)) for at, title in enumerate(titles)]
+    wide[1] = min(wide[1], WIDTH - 2 - wide[0] - sum(wide[2:]) - 8)
+    lines.append(_line(titles, wide))
+    for row, cell in zip(shown, cells, strict=True):
+        lines.append(_line((cell[0], cut(cell[1], wide[1]), *cell[2:]), wide))
+        indent = " " * (4 + wide[0])
+        about = [part for part in (row.inputs, *row.keys, row.weights, *row.replayed) if part]
+        lines += [indent + part for part in dotted(about, WIDTH - len(indent))] if about else []
+        for mark in row.marks:
+            lines += wrap(mark, f"{indent}! ", f"{indent}  ")
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str], wide: list[int]) -> str:
+    draw, *others = cells
+    padded = [cell + " " * (width - cell_len(cell)) for cell, width in zip(others, wide[1:], strict=True)]
+    return "  ".join(["", draw.rjust(wide[0]), *padded]).rstrip()
+
+
+def _groups(found: tuple[DrawRow, ...]) -> Iterator[list[DrawRow]]:
+    """Draws one by one; those that follow each other in one execution of a cell, of one call and mode, together.
+
+    Where a loop makes several calls by turns, those of each are together.
+    """
+    for _, of_cell in itertools.groupby(found, lambda row: (row.seed, row.cell)):
+        drawn = list(of_cell)
+        groups = [group for _, alike in itertools.groupby(drawn, _kind) for group in _parted(list(alike))]
+        if len(groups) > BY_TURNS and drawn[0].cell is not None:
+            by_kind: dict[object, list[DrawRow]] = {}
+            for row in drawn:
+                by_kind.setdefault(_kind(row), []).append(row)
+            groups = [group for alike in by_kind.values() for group in _parted(alike)]
+        yield from groups
+
+
+def _parted(group: list[DrawRow]) -> Iterator[list[DrawRow]]:
+    if len(group) < FOLDED:
+        yield from ([row] for row in group)
+    else:
+        yield group
+
+
+def _kind(row: DrawRow) -> tuple[object, ...]:
+    return row.command, row.name, row.mode, row.marks, row.call, row.weights
+
+
+def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
+    first, last = group[0], group[-1]
+    seed = f"{first.seed}:" if several else ""
+    draw = f"{seed}{first.draw}"
+    if first.draw != last.last:
+        # By turns: others are in between.
+        through = last.last - first.draw < sum(row.draws or 1 for row in group)
+        draw += f"–{last.last}" if through else f" … {last.last}"
+    what = f"key {first.name}" if first.command == "key" else f"{first.command} {first.name}"
+    mode = "" if first.mode in ("", "as written") else f" {first.mode}"
+    inputs = first.inputs if first.inputs == last.inputs else f"{first.inputs} … {last.inputs}"
+    keys = [f"{clean(stream)} {word}" for stream, word in first.keys.items()]
+    if len(group) > 1 or first.last != first.draw:
+        keys = [f"{key} …" for key in keys]
+    digest = f"{count(len(group))} runs" if len(group) > 1 else first.digest or "not taken"
+    marks = tuple(map(clean, first.marks))
+    return HistoryRow(
+        draw,
+        clean(what + mode),
+        digest,
+        "" if first.cell is None else f"[{first.cell}]",
+        time.strftime("%H:%M:%S", time.localtime(first.started)),
+        clean(inputs),
+        tuple(keys),
+        tuple(mark for mark in marks if mark.startswith(REPLAYED)),
+        tuple(mark for mark in marks if not mark.startswith(REPLAYED)),
+        f"weights {clean(weights)}" if weights else "",
+    )
+
+
+NAMED = 6
+"""Leaves that are named; of more it is said how many."""
+
+
+def notice_of(run: Run) -> Notice:
+    """`net · train · draw 3 of seed 0 · replayed · identical: float32[3,4,3]`, and beneath it what differs."""
+    from ..run import Note
+
+    agreement = run.agreement
+    assert agreement is not None
+    notes = [Note("replay", clean(text)) for text in agreement.said]
+    if agreement.identical is False:
+        shown = [difference_text(difference) for difference in agreement.differences[:NAMED]]
+        more = len(agreement.differences) - len(shown)
+        if more:
+            shown.append(f"and {plural(more, 'more leaf').replace('leafs', 'leaves')}")
+        if not shown:
+            shown = ["its output is gone, and a digest cannot tell where or by how much they differ"]
+        notes = [*(Note("replay", text) for text in shown), *notes]
+    elif agreement.identical is None:
+        notes.insert(0, Note("replay", NOTHING, form="%flax_apply -o run …"))
+    texts = (
+        facts.mode_of(run),
+        f"{facts.draw_of(run, seed=True).removesuffix(' again')}",
+        "replayed",
+        verdict(run, agreement),
+    )
+    return Notice(facts.name_of(run), tuple(text for text in texts if text), tuple(notes))
+
+
+NOTHING = "its output was let go of before a digest was taken: there is nothing to compare with"
+
+
+def verdict(run: Run, agreement: Agreement) -> str:
+    """`identical: float32[3,4,3]`, `identical, by its digest`, `differs`, `nothing to compare with`."""
+    if agreement.identical is None:
+        return "nothing to compare with"
+    if not agreement.identical:
+        return "differs"
+    how = ", by its digest" if agreement.against == "digest" else ""
+    return f"identical{how}: {cut(clean(run.shape), 40)}"
+
+
+def difference_text(difference: Difference) -> str:
+    """`['a']: 3 of 36 elements, up to 1.19e-07 (1 ulp)`."""
+    where = f"{clean(difference.path)}: " if difference.path else ""
+    if difference.text:
+        return where + cut(clean(difference.text), 120)
+    text = f"{where}{difference.elements:,} of {plural(difference.size, 'element')}"
+    if difference.largest is not None:
+        text += f", up to {difference.largest:.3g}"
+    return text + (f" ({ulp(difference.ulp)})" if difference.ulp is not None else "")

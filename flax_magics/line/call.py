@@ -1,0 +1,470 @@
+"""`model.method(x, train=True)` read as Python: names, arguments, and where it is wrong.
+
+What is read here is evaluated exactly as Python would in that place: order, stars, walrus, names of the enclosing
+function. Only the call itself is left to the session.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import itertools
+import keyword
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+from ..base.tokens import pieces, point_at
+from ..errors import FlaxMagicsError, written
+from .expression import Expression, end_of, gathering, named, segment, start_of
+
+
+class Argument(NamedTuple):
+    """One argument as it is written: its text, and its name (None if positional, `*` or `**` if starred)."""
+
+    name: str | None
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class CallExpression(Expression):
+    """A call on a plain name or on an attribute of one.
+
+    Attributes:
+      target: the name, such as `net`.
+      method: the attributes after it: () for `net(x)`, ('encoder', 'embed') for `net.encoder.embed(x)`.
+      arguments: as they are written, in order.
+      call: the call in Python's normal form, such as `net(x, train=False)`.
+      quiet: it ended in `;`.
+      command: what it is the call of, with the options that were given: `%flax_apply --train`.
+    """
+
+    target: str = ""
+    method: tuple[str, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+    call: str = ""
+    quiet: bool = False
+    command: str = ""
+
+    @property
+    def keywords(self) -> tuple[str, ...]:
+        """Names of the keyword arguments that are written in the call."""
+        return tuple(name for name, _ in self.arguments if name is not None and name.isidentifier())
+
+    def evaluate(
+        self, user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` of the call, evaluated as Python would; the target is not looked up.
+
+        See `Expression.evaluate` for arguments and errors.
+        """
+        if self._plain is not None:
+            given = _look_up(*self._plain, user_ns, user_ns if local_ns is None else local_ns)
+            if given is not None:
+                return given
+
+        def gather(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, kwargs
+
+        call = self.tree
+        assert isinstance(call, ast.Call)
+        result: tuple[tuple[Any, ...], dict[str, Any]] = self._run(
+            lambda: gathering(call, call.args), named(gather, call), user_ns, local_ns
+        )
+        return result
+
+    @cached_property
+    def _plain(self) -> tuple[list[ast.Name | ast.Constant], dict[str, ast.Name | ast.Constant]] | None:
+        """The arguments where every one is a name or a constant, as most are: these need no code to be run."""
+        assert isinstance(self.tree, ast.Call)
+        args = [arg for arg in self.tree.args if isinstance(arg, (ast.Name, ast.Constant))]
+        kwargs = {
+            item.arg: item.value
+            for item in self.tree.keywords
+            if item.arg is not None and isinstance(item.value, (ast.Name, ast.Constant))
+        }
+        whole = len(args) == len(self.tree.args) and len(kwargs) == len(self.tree.keywords)
+        return (args, kwargs) if whole else None
+
+
+class Assignment(NamedTuple):
+    """`net = Net(3)` as a name and an expression, which is None for a bare `net`."""
+
+    name: str
+    expression: Expression | None
+
+
+@lru_cache(maxsize=256)
+def parse_call(text: str, command: str = "%flax_apply") -> CallExpression:
+    """`net(x)` or `net.method(x)`, read.
+
+    Args:
+      text: may span lines, and may end in `;` or a comment.
+      command: as messages write it, with the options that were given.
+
+    Raises:
+      FlaxMagicsError: for anything else; the message says what to write.
+    """
+    text, source, quiet = _bare(text)
+    if not source.strip():
+        raise FlaxMagicsError(f"{_name(command)} needs a call, such as net(x).", form=f"{command} …")
+    try:
+        tree = ast.parse(source, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise _statement(text, source, command) or _syntax(text, error, command) from None
+    if not isinstance(tree, ast.Call):
+        raise _no_call(text, tree, command)
+    target, method = _path(text, tree, command)
+    _validate(tree, text, command)
+    arguments = [
+        Argument("*" if isinstance(arg, ast.Starred) else None, segment(text, _unstarred(arg))) for arg in tree.args
+    ]
+    arguments += [Argument(item.arg or "**", segment(text, item.value)) for item in tree.keywords]
+    return CallExpression(
+        text,
+        tree,
+        target=target,
+        method=method,
+        arguments=tuple(arguments),
+        call=ast.unparse(tree),
+        quiet=quiet,
+        command=command,
+    )
+
+
+def parse_expression(text: str, command: str) -> Expression:
+    """Any one expression, read, such as the value of an option.
+
+    Raises:
+      FlaxMagicsError: a syntax error.
+    """
+    text = text.strip()
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        raise _syntax(text, error, command) from None
+    _validate(tree, text, command)
+    return Expression(text, tree)
+
+
+@lru_cache(maxsize=64)
+def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net = Net(3)") -> Assignment:
+    """`net = Net(3)` or `net`, read.
+
+    Args:
+      sample: what stands after the command, for a message.
+
+    Raises:
+      FlaxMagicsError: for anything else; the message says what to write.
+    """
+    text, source, _ = _bare(text)
+    if not source.strip():
+        raise FlaxMagicsError(f"{command} needs a name, such as {sample}.", form=f"{command} …")
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError) as error:
+        raise _bad_name(source, command) or _syntax(text, error, command) from None
+    if len(body) > 1:
+        raise FlaxMagicsError("one model at a time.", **_registrations(text, body, command))
+    match body[0]:
+        case ast.Expr(ast.Name(name)):
+            return Assignment(name, None)
+        case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
+            _validate(value, text, command)
+            return Assignment(name, Expression(text, value))
+        case statement:
+            raise _no_assignment(text, statement, command)
+
+
+def _look_up(
+    args: list[ast.Name | ast.Constant],
+    kwargs: dict[str, ast.Name | ast.Constant],
+    user_ns: Mapping[str, Any],
+    local_ns: Mapping[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The values of names and constants; None where a name is in neither namespace (a builtin, or a mistake)."""
+    values = []
+    for node in (*args, *kwargs.values()):
+        if isinstance(node, ast.Constant):
+            values.append(node.value)
+        elif node.id in local_ns:
+            values.append(local_ns[node.id])
+        elif node.id in user_ns:
+            values.append(user_ns[node.id])
+        else:
+            return None
+    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+
+
+def _bare(text: str) -> tuple[str, str, bool]:
+    """`text` stripped; the same with blanks for comments and for a `;` at its end; whether it had the `;`."""
+    text = text.strip()
+    source, end = list(text), None
+    for piece in pieces(text):
+        if piece.kind == "comment":
+            source[piece.start : piece.end] = " " * (piece.end - piece.start)
+        elif piece.kind not in ("space", "newline", "join"):
+            end = piece
+    quiet = end is not None and end.kind == "word" and text[end.end - 1] == ";"
+    if end is not None and quiet:
+        source[end.end - 1] = " "
+    return text, "".join(source).rstrip(), quiet
+
+
+def _unstarred(node: ast.expr) -> ast.expr:
+    return node.value if isinstance(node, ast.Starred) else node
+
+
+def _short(text: str, limit: int = 40) -> str:
+    line, *more = text.split("\n")
+    return line if len(line) <= limit and not more else line[: limit - 1].rstrip() + "…"
+
+
+def _name(command: str) -> str:
+    """`%flax_apply` of `%flax_apply --train`."""
+    return command.split(" ")[0]
+
+
+def _syntax(text: str, error: SyntaxError | ValueError, command: str) -> FlaxMagicsError:
+    reason, line, column = str(error), 1, 1
+    if isinstance(error, SyntaxError):
+        reason, line, column = error.msg, error.lineno or 1, error.offset or 1
+    lines = text.split("\n")
+    line = min(line, len(lines))
+    position = sum(len(before) + 1 for before in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
+    return FlaxMagicsError(f"{_name(command)}: {reason}", hint=point_at(text, position))
+
+
+def _validate(tree: ast.expr, text: str, command: str) -> None:
+    """What only the compiler finds: `await`, `yield`, a keyword given twice."""
+    try:
+        compile(ast.Expression(tree), "<call>", "eval")
+    except (SyntaxError, ValueError) as error:
+        raise _syntax(text, error, command) from None
+
+
+def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
+    """The error for text that is Python, but no expression; None if it is no Python."""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return None
+    if len(body) > 1:
+        calls = [node for node in body if isinstance(getattr(node, "value", None), ast.Call)]
+        lines = [_run_first(text, node, command) for node in calls]
+        if len(calls) < len(body) or len({root for call in calls if (root := root_name(call.value))}) > 1:  # type: ignore[attr-defined]
+            lines = [*lines[:1], "…"]  # whether the others are for the command cannot be told
+        return FlaxMagicsError("one call at a time.", **written("\n".join(lines)))
+    if isinstance(body[0], (ast.Assign, ast.AnnAssign)) and body[0].value is not None:
+        line = _run_first(text, body[0], command)
+        return FlaxMagicsError(f"{_name(command)} takes the call alone, and gives its value.", **written(line))
+    return FlaxMagicsError(f"`{_short(text)}` is a statement, not a call.", form=f"{command} …")
+
+
+def _no_call(text: str, tree: ast.expr, command: str) -> FlaxMagicsError:
+    if isinstance(tree, (ast.Name, ast.Attribute)):
+        return FlaxMagicsError(f"`{_short(text)}` is not a call.", form=f"{command} {segment(text, tree)}(…)")
+    awaited = isinstance(tree, ast.Await) and root_name(tree.value) is not None
+    line = f"{command} {segment(text, tree.value)}" if awaited else values_first(text, tree, command)  # type: ignore[attr-defined]
+    return FlaxMagicsError(f"`{_short(text)}` is not one call.", **written(line))
+
+
+def _run_first(text: str, statement: ast.stmt, command: str) -> str:
+    """The lines of a call, or of an assignment whose value is to come from the command."""
+    value: ast.expr = statement.value  # type: ignore[attr-defined]
+    if root_name(value) is None:
+        lines = values_first(text, statement, command)
+        return lines if "\n" in lines else f"{text[start_of(text, statement) : start_of(text, value)]}{lines}"
+    line = f"{command} {segment(text, value)}"
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    if len(targets) > 1:  # IPython knows no `a = b = %magic`
+        first, *others = (segment(text, target) for target in targets)
+        return "\n".join([f"{first} = {line}", *(f"{other} = {first}" for other in others)])
+    return text[start_of(text, statement) : start_of(text, value)] + line
+
+
+def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list[ast.Call] | None = None) -> str:
+    """Lines that run the model's calls in `tree`, and one that goes on with their values.
+
+    Args:
+      calls: those that are the model's; left out, all of `tree`, if one model is called in it and not in a function of
+        its own. Of others nobody knows which is the model.
+    """
+    if calls is None:
+        lazy = any(isinstance(node, (ast.Lambda, ast.comprehension)) for node in ast.walk(tree))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and not _is_builtin(node)]
+        inner = any(isinstance(node, ast.Call) for call in calls for node in list(ast.walk(call))[1:])
+        if lazy or inner or len({root_name(call) for call in calls}) != 1 or root_name(calls[0]) is None:
+            return f"{command} …"
+    names = fresh_names("y", tree)
+    lines, rest = [], text
+    for call in sorted(calls, key=lambda call: start_of(text, call)):
+        lines.append((next(names), call))
+    for name, call in reversed(lines):
+        rest = f"{rest[: start_of(text, call)]}{name}{rest[end_of(text, call) :]}"
+    start, end = start_of(text, tree), len(text) - end_of(text, tree)
+    return "\n".join(
+        [*(f"{name} = {command} {segment(text, call)}" for name, call in lines), rest[start : len(rest) - end]]
+    )
+
+
+def fresh_names(name: str, tree: ast.AST) -> Iterator[str]:
+    """`name` and, numbered from 2 on, others like it, without those that `tree` uses."""
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    numbered = (name if n == 1 else f"{name}{n}" for n in itertools.count(1))
+    return (each for each in numbered if each not in used)
+
+
+def root_name(node: ast.expr) -> str | None:
+    """`net` of `net.encode(x)`; None for what is no call of a name or of its attributes."""
+    root = _root(node.func) if isinstance(node, ast.Call) else None
+    return root.id if isinstance(root, ast.Name) else None
+
+
+def _is_builtin(node: ast.expr) -> bool:
+    """Whether it is a call of one of Python's own functions, such as `print`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and hasattr(builtins, node.func.id)
+
+
+def _root(node: ast.expr) -> ast.expr:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node
+
+
+def _path(text: str, call: ast.Call, command: str) -> tuple[str, tuple[str, ...]]:
+    """The name that is called, and the attributes after it."""
+    root, node, method = _root(call.func), call.func, []
+    while isinstance(node, ast.Attribute):
+        method.append(node.attr)
+        node = node.value
+    if isinstance(root, ast.Name):
+        return root.id, tuple(reversed(method))
+    made = ""
+    if isinstance(root, ast.Call):
+        while isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
+            root = _root(root.func)
+            assert isinstance(root, ast.Call)
+        function = root.func
+        made = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+        if method and not made[:1].isupper():
+            # `net(x).sum()`: the model is called, and then something is done with its value.
+            message = f"`{_short(text)}` is more than the model's call."
+            raise FlaxMagicsError(message, **written(values_first(text, call, command, [root])))
+    name = next(fresh_names(_name_for(root, made), call))
+    start, end = start_of(text, root), end_of(text, root)
+    register, rest = f"%flaxmodel {name} = {text[start:end]}", f"{text[:start]}{name}{text[end:]}"
+    try:
+        parse_call(rest, command)
+        run = f"{command} {rest}"
+    except FlaxMagicsError as error:  # `Net(3)(x).sum()`
+        run = error.write or error.form or f"{command} …"
+    raise FlaxMagicsError(
+        f"`{_short(text[start:end])}` has no name: register it first.",
+        **written(f"{register}\n{run}"),
+    )
+
+
+def _name_for(root: ast.expr, made: str) -> str:
+    """A variable's name for what `root` gives: `net` for `Net(3)`, `a` for `nets['a']`."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made).lower() if made != made.lower() else ""
+    if isinstance(root, ast.Subscript) and isinstance(root.slice, ast.Constant) and isinstance(root.slice.value, str):
+        name = root.slice.value
+    return name if name.isidentifier() and not keyword.iskeyword(name) else "net"
+
+
+def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
+    """The error for an assignment whose name, sign or missing value Python refuses; None if it is something else."""
+    walrus = re.match(r"(\w+)\s*:=\s*(.+)", source, re.DOTALL)
+    if walrus and _is_expression(walrus[2]):
+        return FlaxMagicsError("write `=`, not `:=`.", **written(f"{command} {walrus[1]} = {walrus[2]}"))
+    found = re.fullmatch(r"([^\s=()\[\]{}.,'\"]+)\s*(?:=(?!=)\s*(.*))?", source, re.DOTALL)
+    if not found:
+        return None
+    name, value = found[1], found[2]
+    if name.isidentifier() and not keyword.iskeyword(name):
+        return None if value else FlaxMagicsError(f"`{name} =` needs a value.", form=f"{command} {name} = …")
+    kind = "a word of Python, not a name" if keyword.iskeyword(name) else "not a Python name"
+    line = f"{command} {plain_name(name, 'net')} = {value if value and _is_expression(value) else '…'}"
+    return FlaxMagicsError(f"`{name}` is {kind}.", **written(line))
+
+
+def plain_name(text: str, otherwise: str) -> str:
+    """A Python name like `text`: `my_net` for `my-net`; `otherwise` where nothing is left."""
+    name = re.sub(r"\W+", "_", text).strip("_").lstrip("0123456789")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else otherwise
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
+    advice = _registrations(text, [statement], command)
+    match statement:
+        case ast.Assign([_, _, *_]):
+            message = "one name at a time: `a = b = …` would give one model two names."
+        case ast.Assign([ast.Tuple() | ast.List()]):
+            message = "one name at a time."
+        case ast.Assign([target]):
+            message = f"`{_short(segment(text, target))}` is not a plain name."
+        case ast.Expr(ast.Tuple()):
+            message = "one model at a time."
+        case ast.Expr(ast.Compare(ast.Name(), [ast.Eq()], [_])):
+            message = "write `=`, not `==`."
+        case ast.Expr():
+            message = f"`{_short(text)}` has no name."
+        case _:
+            message = f"`{_short(text)}` is no name and no assignment."
+    return FlaxMagicsError(message, **advice)
+
+
+def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> dict[str, str]:
+    """The lines that register what `statements` name or make, one model each, or a form where that cannot be told."""
+    taken: set[str] = set()
+    lines = []
+    for target, value in (pair for statement in statements for pair in _models(statement)):
+        if target is None:
+            return written(f"{command} … = …")
+        if value is None:
+            lines.append(segment(text, target))
+            continue
+        name = target.id if isinstance(target, ast.Name) else getattr(target, "attr", "")
+        if not name:
+            function = getattr(value, "func", None)
+            made = getattr(function, "id", getattr(function, "attr", ""))
+            names = fresh_names(_name_for(target, made), value)
+            name = next(each for each in names if each not in taken)
+        taken.add(name)
+        lines.append(f"{name} = {segment(text, value)}")
+    if command.startswith("%%") and len(lines) > 1:  # the cell registers what it assigns
+        return written("\n".join([command, "…", *(line for line in lines if "=" in line)]))
+    return written("\n".join(f"{command} {line}" for line in lines))
+
+
+def _models(statement: ast.stmt) -> list[tuple[ast.expr | None, ast.expr | None]]:
+    """What a statement would register: what names the model, and its value where that is another. None: unknown."""
+    match statement:
+        case ast.Assign([ast.Tuple(names) | ast.List(names)], ast.Tuple(values) | ast.List(values)):
+            return list(zip(names, values, strict=False)) if len(names) == len(values) else [(None, None)]
+        case ast.Assign([ast.Tuple() | ast.List()]):
+            return [(None, None)]
+        case ast.Assign(targets, value):
+            return [(target, value) for target in targets]
+        case ast.AnnAssign(target, _, ast.expr() as value):
+            return [(target, value)]
+        case ast.Expr(ast.Compare(ast.Name() as name, [ast.Eq()], [value])):
+            return [(name, value)]
+        case ast.Expr(ast.Tuple(elements)):
+            return [pair for element in elements for pair in _models(ast.Expr(element))]
+        case ast.Expr(ast.Name() as name):
+            return [(name, None)]
+        case ast.Expr(ast.Call() | ast.Subscript() | ast.Attribute() as value) if not _is_builtin(value):
+            return [(value, value)]
+    return [(None, None)]

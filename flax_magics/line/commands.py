@@ -1,0 +1,315 @@
+"""The commands as data: usage, help, options, examples, and the kinds of sharp bits. What help, completion and `%flax` are made of."""
+
+from __future__ import annotations
+
+from .options import Command, Option
+
+QUIET = Option("--quiet", "show nothing but a sharp bit that was not said yet", short="-q")
+BIND = Option("--out", "bind the Run to NAME as well", metavar="NAME", short="-o", identifier=True)
+DRAW = Option(
+    "--draw",
+    "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run",
+    metavar="N",
+)
+
+QUIET_REPLAY = Option("--quiet", "show nothing; the Run is the value", short="-q")
+
+FLAX = Command(
+    "%flax",
+    "%flax",
+    "The session at a glance: devices, the root key and its draws, models, last runs, memory and caches, and the list "
+    "of commands.",
+    examples=("%flax",),
+    takes="",
+    bare=True,
+)
+
+FLAXMODEL = Command(
+    "%%flaxmodel",
+    "%%flaxmodel [options] [net = Net(fields…)]     on the first line of a cell\n"
+    "%flaxmodel [options] net [= Net(fields…)]      registers what is there already",
+    "Runs the cell as an ordinary cell, then registers the model(s) that it defined, so that %flax_init and %flax_apply "
+    "know them by name: the cell's own module instances, the assignment written on the line, or, with neither, the last "
+    "module class if it can be built from defaults.\n\n"
+    "Running an unchanged cell again keeps the model, its variables and its compiled programs. After an edit the "
+    "variables stay if the whole tree still fits; otherwise the next run initialises.",
+    (
+        Option(
+            "--check",
+            "check a call at once, by shapes alone: parameters, output, streams, switch",
+            metavar="CALL",
+            kind="quoted",
+        ),
+        Option("--quiet", "say nothing about what was registered", short="-q"),
+    ),
+    (
+        "%%flaxmodel net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(3)(x)",
+        "%flaxmodel net = Net()",
+        "%flaxmodel net",
+    ),
+    takes="assignment",
+)
+
+FLAX_INIT = Command(
+    "%flax_init",
+    "%flax_init [options] net(x)",
+    "Initialises the model's variables, or initialises them again, and gives them. It opens a draw and uses its params "
+    "key; if the next draw is this model's %flax_apply, that takes the same draw's other streams. The call is the one "
+    "that Flax's init gets, without the key: net(x), not net.init(key, x).",
+    (DRAW, QUIET, BIND),
+    ("%flax_init net(x)", "variables = %flax_init net(x)"),
+)
+
+FLAX_APPLY = Command(
+    "%flax_apply",
+    "%flax_apply [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
+    "%%flax_apply [options]          statements, the last of which is the call",
+    "One draw from the root key, one compiled forward pass, one report; gives what the model returns. Variables that are "
+    "not there yet are initialised first. With neither --train nor --eval the model runs as written.\n\n"
+    "The call is the model's: net(x), not net.apply(variables, x, rngs=…). In a function that JAX traces (jax.grad, jit, "
+    "vmap, scan) no command draws or runs: call net.apply there, with variables and keys taken before.",
+    (
+        Option("--train", "set the model's own switch to training, and say which"),
+        Option("--eval", "set it to evaluation"),
+        Option(
+            "--mutable",
+            "hand a collection back: gives (output, updates)",
+            metavar="NAME",
+            kind="many",
+            short="-m",
+            identifier=True,
+        ),
+        Option("--variables", "run with other variables, and keep nothing", metavar="EXPR"),
+        Option("--key", "pass the draw's stream ARG as that argument", metavar="ARG", kind="many", identifier=True),
+        DRAW,
+        Option("--draws", "K draws at once, outputs stacked: Monte-Carlo dropout", metavar="K", type=int),
+        Option(
+            "--repeat",
+            "run N times with the same keys: median, spread and the first outlier; FLOP/s and bytes/s",
+            metavar="N",
+            type=int,
+        ),
+        Option(
+            "--roofline",
+            "hold those against what this machine reaches in a large matmul and a large copy; without --repeat, 20 runs",
+        ),
+        Option("--eager", "run op by op, without compiling"),
+        BIND,
+        QUIET,
+    ),
+    (
+        "y = %flax_apply net(x)",
+        "%flax_apply --train net(x)",
+        "ys = %flax_apply --train --draws 8 net(x)",
+        "%flax_apply --repeat 20 -o run net(x)",
+        "%flax_apply --roofline net(x)",
+        "%%flax_apply --train\nx2 = x * 2\ny = net(x2)",
+    ),
+)
+
+FLAX_SUMMARY = Command(
+    "%flax_summary",
+    "%flax_summary [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
+    "%flax_summary [options] net       the variables alone, where there are some\n"
+    "%%flax_summary [options]          statements, the last of which is the call",
+    "The modules of a call with their shapes, dtypes, parameters, bytes, FLOPs and random streams; gives them as a "
+    "Summary. Nothing is computed, compiled, drawn or initialised: shapes are enough, and no rngs are needed. Equal "
+    "modules that follow each other are one row, `50 × Block`, with the numbers of one of them.\n\n"
+    "FLOPs are those of XLA's cost analysis before it optimises, as nn.tabulate gives them. A loop (nn.scan, "
+    "jax.lax.scan) counts as one turn of it.",
+    (
+        Option("--train", "set the model's own switch to training, and say which"),
+        Option("--eval", "set it to evaluation"),
+        Option("--backward", "count forward and backward together too: the vjp of variables and floating inputs"),
+        Option("--depth", "show so many levels of submodules; the rest is counted in", metavar="N", type=int, least=0),
+        Option(
+            "--tree",
+            "show the variables as well, as treescope's tree with pictures of the arrays: reads their values, and its "
+            "HTML needs scripts",
+        ),
+        Option("--quiet", "show nothing; the Summary is the value", short="-q"),
+    ),
+    (
+        "%flax_summary net(x)",
+        "%flax_summary --train --backward net(x)",
+        "%flax_summary --depth 1 net(x)",
+        "summary = %flax_summary -q net(x)",
+        "summary.flops, summary.parameters, summary.totals, summary.modules[0]",
+    ),
+)
+
+FLAX_KEY = Command(
+    "%flax_key",
+    "%flax_key                     shows the root key\n"
+    "%flax_key --seed N [--fresh]  starts it again at draw 1 of seed N\n"
+    "%flax_key NAME                draws a key and gives its stream NAME",
+    "The session holds one root key. Every draw splits it: root, params, dropout = jax.random.split(root, 3); the old "
+    "root is never used again. A key that this command gives is yours alone.",
+    (
+        Option("--seed", "start again from this seed", metavar="N", type=int, least=None),
+        Option("--fresh", "initialise every model anew at its next use: as first cell, Run All equals a restart"),
+        Option("--quiet", "say nothing", short="-q"),
+    ),
+    ("%flax_key", "latent = %flax_key latent", "%flax_key --seed 0 --fresh"),
+    takes="stream",
+    bare=True,
+)
+
+FLAX_VARS = Command(
+    "%flax_vars",
+    "%flax_vars net             gives the model's variables as they are\n"
+    "%flax_vars net = EXPR      gives the model others: those of a training loop of your own, say",
+    "Collections by name, as Flax's init gives them; of an NNX module its nnx.State, of which a part may be given, as "
+    "nnx.update takes it. Others are checked there and then: tree, shapes and dtypes are those that the model has, or one "
+    "message says leaf by leaf what is not, and nothing has changed. They are held as they are, not copied. In EXPR the "
+    "name flax_magics is known, imported or not.\n\n"
+    "Every report says whose weights ran: initialised in draw 1, set in cell [6], loaded from s.safetensors. After an init "
+    "over weights that were more than an init's own, flax_magics.session().models['net'].previous has those.",
+    (Option("--quiet", "say nothing", short="-q"),),
+    (
+        "variables = %flax_vars net",
+        "%flax_vars net = {**variables, 'params': jax.tree.map(lambda p: 0.5 * p, variables['params'])}",
+        "%flax_vars net;",
+    ),
+    takes="model",
+)
+
+FLAX_SAVE = Command(
+    "%flax_save",
+    "%flax_save FILE                    writes the session into FILE\n"
+    "%flax_save --autosave FILE         and again after whatever changes variables\n"
+    "%flax_save --autosave off          ends that",
+    "Models' variables, the root key and its draws, the history, the models' code and the versions, in one file: a "
+    "safetensors file, so that safetensors.numpy.load_file(FILE) gives the arrays by name. It is replaced whole or not "
+    "at all. %flax_load FILE in a fresh kernel goes on with the draw that would have come.\n\n"
+    "With --autosave a thread saves after each run that changed variables. It never holds up the kernel, and one that is "
+    "killed leaves the file whole.",
+    (
+        Option("--autosave", "from now on save there in the background, or off", metavar="FILE", kind="quoted"),
+        Option("--quiet", "say nothing", short="-q"),
+    ),
+    (
+        "%flax_save session.safetensors",
+        "%flax_save --autosave session.safetensors",
+        "%flax_save --autosave off",
+    ),
+    takes="file",
+)
+
+FLAX_LOAD = Command(
+    "%flax_load",
+    "%flax_load FILE",
+    "Restores what %flax_save wrote: root key, draws and history, and the variables of each model, for the model that is "
+    "registered under its name, now or later. The next draw is the one that would have come. No code in the file is run: "
+    "it is shown. Variables of another tree, shape or dtype than the model's are told leaf by leaf, and none is used.",
+    (Option("--quiet", "say nothing but what is other here than where it was saved", short="-q"),),
+    ("%flax_load session.safetensors",),
+    takes="file",
+)
+
+FLAX_EXPORT = Command(
+    "%flax_export",
+    "%flax_export [options]         shows the session as a plain Flax script\n%flax_export [options] FILE    writes it",
+    "The cells that ran, in the order in which they ran, as they are, with plain JAX and Flax in the place of each command: "
+    "the split of the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and "
+    "prints for each run the digest that the session had. Magics and shell lines become comments, and so does what uses "
+    "flax_magics otherwise; what cannot be exported is said in its place. Cells that failed and left nothing are counted at "
+    "the end.\n\n"
+    "A file is formatted by ruff or black where one of them is installed. It is replaced only if this command wrote it and "
+    "nobody has changed it since.",
+    (
+        Option("--cell", "put it into the next cell"),
+        Option("--plain", "leave the digests out"),
+        Option("--force", "replace the file whatever it is", short="-f"),
+        Option("--quiet", "say nothing about the file that was written", short="-q"),
+    ),
+    ("%flax_export", "%flax_export --plain", "%flax_export --force session.py"),
+    takes="file",
+    bare=True,
+)
+
+FLAX_HISTORY = Command(
+    "%flax_history",
+    "%flax_history [options] [MODEL]",
+    "Every draw of the session, oldest first: what drew, the streams that were taken with the first word of their keys, "
+    "input shapes, the output's digest, cell and time. Runs of one cell that are alike are one row. Marked are draws that "
+    "were run again, and draws of cells that were run again or edited since. A command that failed drew nothing.",
+    (
+        Option("--last", "the last N runs alone", metavar="N", type=int),
+        Option("--all", "all rows, where there are more than 60"),
+    ),
+    ("%flax_history", "%flax_history --last 5"),
+    takes="model",
+    bare=True,
+)
+
+FLAX_REPLAY = Command(
+    "%flax_replay",
+    "%flax_replay [options] N     a draw's number, last, seed:N, or the name of a Run",
+    "Runs a draw again, with its keys, its variables and its inputs, and says whether every bit is the same: identical, or "
+    "which leaves differ and by how much. Moves nothing: the root key, variables, models and the draws stay as they are. "
+    "Gives the Run.\n\n"
+    "What it runs is the model as it was, also after an edit. Inputs and overwritten variables are kept up to "
+    "FlaxMagics.replay_bytes, the oldest let go first; what is gone is said.",
+    (BIND, QUIET_REPLAY),
+    ("%flax_replay 1", "run = %flax_replay last"),
+    takes="draw",
+)
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        FLAX,
+        FLAXMODEL,
+        FLAX_INIT,
+        FLAX_APPLY,
+        FLAX_SUMMARY,
+        FLAX_VARS,
+        FLAX_KEY,
+        FLAX_HISTORY,
+        FLAX_REPLAY,
+        FLAX_SAVE,
+        FLAX_LOAD,
+        FLAX_EXPORT,
+    )
+}
+
+MEANINGS = (
+    ("%flax", "the session at a glance"),
+    ("%%flaxmodel [net = Net(…)]", "runs the cell, then registers the model(s) it defined"),
+    ("%flaxmodel net [= Net(…)]", "registers what is already there"),
+    ("%flax_init net(x)", "initialises, or initialises again; gives the variables"),
+    ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
+    ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
+    ("%flax_vars net [= EXPR]", "gives the model's variables, or takes others"),
+    ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
+    ("%flax_save FILE", "the session into one file, once or kept up to date"),
+    ("%flax_load FILE", "goes on where that was saved"),
+    ("%flax_export [FILE]", "the session as a plain Flax script"),
+    ("%flax_history", "every draw so far: keys, inputs, digest, cell, time"),
+    ("%flax_replay N", "runs a draw again, and says whether every bit is the same"),
+)
+"""What `%flax` lists."""
+
+KINDS = {
+    "dropout": "every dropout is off in training, or on in evaluation",
+    "norm": "BatchNorm is in the other mode than was asked",
+    "mode": "training or evaluation was asked, and the model has no switch",
+    "nan": "the output holds NaN",
+    "stream": "a stream that is not Flax's own is asked for",
+    "root key": "a key that the session splits is passed to a run",
+    "key again": "a key that went into an earlier run is passed again",
+    "same key": "one key is given to two arguments of a call",
+    "unused key": "a key is passed that the model does not use",
+    "mutable": "a collection is asked for by a name that the model does not have",
+    "zero params": "all params are zero after init",
+    "nan params": "params hold NaN after init",
+    "scalar": "a Python number stands where an array was",
+    "programs": "new programs keep being compiled for other shapes, dtypes or values of an argument",
+    "masks": "with the keys of an earlier draw, a layer drew other numbers than in that draw's run",
+    "replaced": "an init replaced weights that were set, loaded, trained or updated",
+    "weights": "a name that held the model's weights holds others now, and the run used the model's",
+    "outdated": "variables are from before an edit",
+    "file": "a name stands for another module than was registered, and variables from a file wait for it",
+    "rebound": "the name stands for another module than was registered",
+}

@@ -1,0 +1,397 @@
+"""The options of a command line, read up to the call.
+
+argparse cannot: what follows the options is Python, which may hold dashes, quotes, brackets and white space.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+import textwrap
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from ..base.tokens import Unbalanced, pieces, point_at, token_end
+from ..errors import FlaxMagicsError, nearest, written
+
+WIDTH = 80
+_DASHES = "-–—"
+"""The long ones are what phones and word processors make of two hyphens."""
+
+Kind = Literal["flag", "value", "many", "quoted"]
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """One option.
+
+    Attributes:
+      flag: as it is written, such as `--train` or `-o`.
+      help: one sentence.
+      metavar: what its value stands for, such as `NAME`; None for a flag.
+      short: another way to write it, such as `-o`.
+      kind: `flag` (True or False), `value`, `many` (may be given again; a tuple), or `quoted` (a value that may be
+        written in quotes, which are taken off).
+      type: str or int, of the value.
+      least: the smallest int that is accepted, None for any.
+      identifier: the value must be a Python name.
+      key: its name in `LineOptions.options`; left out, the flag without dashes, such as `train`.
+    """
+
+    flag: str
+    help: str
+    metavar: str | None = None
+    short: str | None = None
+    kind: Kind = "flag"
+    type: builtins.type[str] | builtins.type[int] = str
+    least: int | None = 1
+    identifier: bool = False
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind == "flag" and self.metavar is not None:
+            object.__setattr__(self, "kind", "value")
+        if self.kind != "flag" and self.metavar is None:
+            object.__setattr__(self, "metavar", "N" if self.type is int else "VALUE")
+        if not self.key:
+            object.__setattr__(self, "key", self.flag.lstrip("-").replace("-", "_"))
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Every way to write it."""
+        return (self.flag,) if self.short is None else (self.short, self.flag)
+
+    @property
+    def default(self) -> Any:
+        """What it is when not given: False, None, or () for `many`."""
+        return {"flag": False, "many": ()}.get(self.kind)
+
+
+HELP = Option("--help", "show this help", short="-h")
+
+
+class Command(NamedTuple):
+    """A command as a person meets it.
+
+    Attributes:
+      name: with its percent signs, such as `%flax_apply`.
+      usage: one or more lines, such as `%flax_apply [options] model.method(x, mask=m)`.
+      help: paragraphs, parted by blank lines.
+      options: in the order in which help lists them.
+      examples: each runs as it stands, in this order.
+      takes: what follows the options, for completion: a `call`, a `model`, a `stream`, a `draw`, or something else.
+      bare: it means something without a word after it; of the others that is asking for help.
+    """
+
+    name: str
+    usage: str
+    help: str
+    options: tuple[Option, ...] = ()
+    examples: tuple[str, ...] = ()
+    takes: str = "call"
+    bare: bool = False
+
+    @property
+    def flags(self) -> dict[str, Option]:
+        """Every way to write an option of this command, `--help` included."""
+        return {flag: option for option in (*self.options, HELP) for flag in option.flags}
+
+    def needs_rest(self, line: str) -> bool:
+        """Whether something has to follow the options of `line`: a cell has its body for that."""
+        return not self.bare and not self.name.startswith("%%") and "--autosave" not in line
+
+    def render_help(self) -> str:
+        """Usage, help, options and examples in 80 columns."""
+        blocks = [self.usage.strip()]
+        for paragraph in textwrap.dedent(self.help).strip().split("\n\n"):
+            blocks.append(textwrap.fill(" ".join(paragraph.split()), WIDTH))
+        blocks.append("\n".join(["options:", *_option_lines((*self.options, HELP))]))
+        if self.examples:
+            code = "\n".join(textwrap.dedent(example).strip("\n") for example in self.examples)
+            blocks.append("examples:\n" + textwrap.indent(code, "  "))
+        return "\n\n".join(blocks)
+
+
+def _option_lines(options: tuple[Option, ...]) -> list[str]:
+    written = [", ".join(option.flags) + (f" {option.metavar}" if option.metavar else "") for option in options]
+    column = min(max(map(len, written)), 24) + 4
+    lines: list[str] = []
+    for left, option in zip(written, options, strict=True):
+        first = f"  {left}".ljust(column)
+        if len(left) + 4 > column:
+            lines.append(first)
+            first = " " * column
+        lines += textwrap.wrap(option.help, WIDTH, initial_indent=first, subsequent_indent=" " * column)
+    return lines
+
+
+class LineOptions(NamedTuple):
+    """A command line, read.
+
+    Attributes:
+      options: key → value; every option of the command is there, at its default if it was not given.
+      rest: what follows the options, without white space around it.
+      offset: index of `rest` in the line.
+      help: help was asked for; nothing else is filled in.
+    """
+
+    options: dict[str, Any]
+    rest: str = ""
+    offset: int = 0
+    help: bool = False
+
+
+_READ: OrderedDict[tuple[str, str], LineOptions] = OrderedDict()
+"""Lines that were read, the last ones: a loop runs one line many times."""
+
+
+def read(command: Command, line: str) -> LineOptions:
+    """The options at the beginning of `line`, and what follows them. Not to be changed: the next call may get the same.
+
+    See `_read` for what it raises.
+    """
+    known = _READ.get((command.name, line))
+    if known is None:
+        known = _READ[command.name, line] = _read(command, line)
+        if len(_READ) > 256:
+            _READ.popitem(last=False)
+    return known
+
+
+def _read(command: Command, line: str) -> LineOptions:
+    """Reads a line.
+
+    A value is one token: text up to white space that is in no string and no bracket. `--` ends the options.
+
+    Raises:
+      FlaxMagicsError: an option that the command has not, without its value, with a wrong one, or after the call.
+    """
+    options = {option.key: option.default for option in command.options}
+    position = _skip(line, 0)
+    while line[position : position + 1] in _DASHES and position < len(line):
+        start, position = position, _end_of(command, line, position)
+        flag, equals, value = line[start:position].partition("=")
+        if flag == "--":
+            position = _skip(line, position)
+            break
+        option = command.flags.get(flag)
+        if option is None:
+            raise _unknown(command, line, start, flag)
+        if option is HELP:
+            return LineOptions({}, help=True)
+        if option.kind == "flag":
+            if equals:
+                advice = _corrected(command, f"{line[:start]}{flag}{line[position:]}")
+                raise FlaxMagicsError(f"{flag} takes no value.", **advice)
+            options[option.key] = True
+            position = _skip(line, position)
+            continue
+        begin = start + len(flag) + 1 if equals else _skip(line, position)
+        end = position if equals else begin
+        if not equals and begin < len(line) and not _is_option(command, line, begin):
+            end = _end_of(command, line, begin)
+        value = line[begin:end]
+        converted = _convert(option, value) if value else None
+        if converted is None:
+            raise _wants(command, option, line, start + len(flag), begin, end)
+        options[option.key] = (*options[option.key], converted) if option.kind == "many" else converted
+        position = _skip(line, end)
+    rest = line[position:].rstrip()
+    if _after_the_call(command, line, position, position + len(rest)):
+        return LineOptions({}, help=True)
+    return LineOptions(options, rest, position)
+
+
+def _skip(line: str, position: int) -> int:
+    for piece in pieces(line, position):
+        if piece.kind not in ("space", "newline", "join"):
+            return piece.start
+    return len(line)
+
+
+def _end_of(command: Command, line: str, start: int) -> int:
+    try:
+        return token_end(line, start)
+    except Unbalanced as error:
+        prefix = f"{command.name} "
+        pointed = point_at(prefix + line, len(prefix) + error.position)
+        raise FlaxMagicsError(f"{command.name}: {error.reason}", hint=pointed) from None
+
+
+def _is_option(command: Command, line: str, position: int) -> bool:
+    word = line[position:].split(None, 1)[0]
+    return word.startswith("--") or word in command.flags
+
+
+def _wants(command: Command, option: Option, line: str, after: int, begin: int, end: int) -> FlaxMagicsError:
+    """The error for an option, written up to `after`, whose value `line[begin:end]` is missing or wrong."""
+    value = line[begin:end]
+    wanted = "a Python name" if option.identifier else f"a value ({option.metavar})"
+    sample = "…"
+    if option.type is int:
+        wanted, sample = "a whole number", str(max(option.least or 0, 0) * 20)
+        if option.least is not None:
+            wanted = "a positive whole number" if option.least == 1 else f"a whole number from {option.least} on"
+    message = f"{line[:after].split()[-1]} needs {wanted}" + (f", not {value}." if value else ".")
+    # `--repeat net(x)`: the value was left out, and the call read in its place.
+    rest = (line[begin:] if "(" in value or not value else line[end:]).strip()
+    rest = rest or ("…" if command.needs_rest(line) else "")
+    return FlaxMagicsError(message, **_corrected(command, f"{line[:after].strip()} {sample} {rest}"))
+
+
+def _corrected(command: Command, line: str) -> dict[str, str]:
+    """A line with a mistake taken out as the advice of a message; of one that has another, that one's own advice."""
+    line = line.strip()
+    if "…" in line:
+        return written(f"{command.name} {line}")
+    try:
+        corrected = _read(command, line)
+    except FlaxMagicsError as error:
+        return written(error.write or error.form or "") if error.write or error.form else {}
+    if corrected.options.get("train") and corrected.options.get("eval"):
+        return {}
+    return written(f"{command.name} {line}" + (" …" if not corrected.rest and command.needs_rest(line) else ""))
+
+
+def _convert(option: Option, value: str) -> str | int | None:
+    """`value` as the option wants it, None if it cannot be that."""
+    if option.kind == "quoted":
+        value = unquoted(value)
+    if option.identifier and not value.isidentifier():
+        return None
+    if option.type is not int:
+        return value
+    try:
+        number = int(value)
+    except ValueError:
+        return None
+    return None if option.least is not None and number < option.least else number
+
+
+def unquoted(value: str) -> str:
+    """`value` without its quotes, if the whole of it is one quoted string."""
+    first = next(pieces(value), None)
+    if first is None or first.kind != "string" or first.end != len(value):
+        return value
+    quote = value[:3] if value[:3] in ("'''", '"""') else value[0]
+    return value[len(quote) : -len(quote)].replace("\\" + quote, quote)
+
+
+def quoted(value: str) -> str:
+    """`value` as an option takes it: in quotes where it would not be one word."""
+    escaped = value.replace('"', '\\"')
+    return value if re.fullmatch(r"[\w./~:+-]+", value) else f'"{escaped}"'
+
+
+def file_name(rest: str, command: Command) -> str:
+    """What stands after the options as the name of a file, which may be in quotes.
+
+    Raises:
+      FlaxMagicsError: nothing stands there.
+    """
+    name = unquoted(rest).strip()
+    if not name:
+        raise FlaxMagicsError(f"{command.name} needs the name of a file.", form=f"{command.name} …")
+    return name
+
+
+def _unknown(command: Command, line: str, start: int, flag: str) -> FlaxMagicsError:
+    bare = flag.lstrip(_DASHES)
+    near = [known for known in command.flags if bare and known.startswith(f"--{bare}")]
+    near = near or [f"--{name}" for name in nearest(bare, [flag[2:] for flag in command.flags if flag[:2] == "--"], 1)]
+    message = f"{command.name} has no option {flag}."
+    advice: dict[str, str] = {}
+    if near:
+        message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
+        advice = _corrected(command, f"{line[:start]}{near[0]}{line[start + len(flag) :]}")
+    listed = "options: " + "  ".join("/".join(option.flags) for option in (*command.options, HELP))
+    hint = textwrap.fill(listed, WIDTH - 2, subsequent_indent=" " * 9, break_on_hyphens=False)
+    return FlaxMagicsError(message, hint=hint, **advice)
+
+
+def _after_the_call(command: Command, line: str, start: int, end: int) -> bool:
+    """Whether help is asked for after the call; any other option there is an error.
+
+    Python would read `net(x) --train` as `net(x) - (-train)`.
+    """
+    found: list[tuple[int, str]] = []
+    spaced = False
+    for piece in pieces(line[:end], start):
+        if piece.kind == "comment":
+            end = piece.start
+            break
+        if spaced and not piece.depth and piece.kind == "word" and piece.start > start:
+            word = line[piece.start : piece.end].partition("=")[0].rstrip(";")
+            if word in command.flags or (word.startswith("--") and word[2:3].isalpha()):
+                found.append((piece.start, word))
+        spaced = piece.kind in ("space", "newline", "join")
+    if not found:
+        return False
+    if any(command.flags.get(word) is HELP for _, word in found):
+        return True
+    for position, word in found:
+        if word not in command.flags:
+            raise _unknown(command, line, position, word)
+    first, word = found[0]
+    call = line[start:first].strip()
+    options = line[first:end].strip().rstrip("; ")
+    last = command.flags.get(options.split()[-1])
+    gap = "" if last is None or last.kind == "flag" else " …"  # else the call would be its value
+    advice = _corrected(command, f"{line[:start]}{options}{gap} {call}")
+    raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", **advice)
+
+
+REPEAT = 20
+"""Runs of `--roofline` by itself."""
+
+
+@dataclass(frozen=True)
+class ApplyOptions:
+    """The options of one apply; see `Session.apply`."""
+
+    mode: str | None = None
+    mutable: tuple[str, ...] = ()
+    variables: Mapping[str, Any] | None = None
+    key: tuple[str, ...] = ()
+    draw: int | tuple[int, int] | None = None
+    draws: int | None = None
+    repeat: int = 1
+    eager: bool = False
+    roofline: bool = False
+    """Also measure what the machine reaches; without `repeat` the run is repeated `REPEAT` times."""
+
+    @property
+    def runs(self) -> int:
+        """How often the program runs."""
+        return REPEAT if self.roofline and self.repeat == 1 else self.repeat
+
+    @property
+    def line(self) -> str:
+        """The command with these options, as far as they have a text."""
+        draw = ":".join(map(str, self.draw)) if isinstance(self.draw, tuple) else self.draw
+        options = [
+            *([f"--{self.mode}"] if self.mode else []),
+            *(f"--mutable {name}" for name in self.mutable),
+            *(["--variables …"] if self.variables is not None else []),
+            *(f"--key {name}" for name in self.key),
+            *(f"--{name} {value}" for name, value in (("draw", draw), ("draws", self.draws)) if value is not None),
+            *([f"--repeat {self.repeat}"] if self.repeat > 1 else []),
+            *(f"--{name}" for name in ("roofline", "eager") if getattr(self, name)),
+        ]
+        return " ".join(["%flax_apply", *options])
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether it is one compiled run of the next draw with the model's own variables."""
+        return (
+            self.variables is None
+            and not self.key
+            and self.draw is None
+            and self.draws is None
+            and self.repeat == 1
+            and not self.eager
+            and not self.roofline
+        )

@@ -1,0 +1,105 @@
+"""The arguments of a call, taken apart: leaves that a program is given when it runs, and values that it is made for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..line.variant import positional_names
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Arguments and keyword arguments as leaves.
+
+    Arrays and Python numbers are traced; bools, strings, callables and whatever else is no array are static.
+    `parameters` are those that the arguments are given to. `forced` names int leaves that are static because the model
+    needs their value.
+    """
+
+    treedef: Any
+    parameters: tuple[str, ...]
+    names: tuple[str, ...]
+    leaves: tuple[Any, ...]
+    traced: tuple[bool, ...]
+    forced: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], signature: inspect.Signature, forced: frozenset[str]
+    ) -> Arguments:
+        """Takes `(args, kwargs)` apart; leaves are named after the parameters that they are given to."""
+        paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        positional = positional_names(signature, len(args))
+        names, leaves, traced = [], [], []
+        for (which, first, *rest), leaf in paths:
+            name = positional[first.idx] if which.idx == 0 else first.key
+            name += jax.tree_util.keystr(tuple(rest))
+            names.append(name)
+            leaves.append(leaf)
+            traced.append(is_traced(leaf) and name not in forced)
+        parameters = (*positional, *sorted(kwargs))
+        return cls(treedef, parameters, tuple(names), tuple(leaves), tuple(traced), forced)
+
+    @property
+    def dynamic(self) -> dict[str, Any]:
+        """The traced leaves by name: JAX's messages then say `arguments['n']`."""
+        rows = zip(self.names, self.leaves, self.traced, strict=True)
+        return {name: leaf for name, leaf, traced in rows if traced}
+
+    @property
+    def static(self) -> tuple[tuple[str, Any], ...]:
+        """Names and values of the static leaves, in order."""
+        rows = zip(self.names, self.leaves, self.traced, strict=True)
+        return tuple((name, leaf) for name, leaf, traced in rows if not traced)
+
+    def leaf(self, name: str) -> Any:
+        """The leaf of that name, None where there is none."""
+        return dict(zip(self.names, self.leaves, strict=True)).get(name)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Names of the traced leaves that are Python ints."""
+        rows = zip(self.names, self.leaves, self.traced, strict=True)
+        return tuple(name for name, leaf, traced in rows if traced and type(leaf) is int)
+
+    def rebuild(self, dynamic: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, kwargs)` with other traced leaves in the places of these."""
+        rows = zip(self.names, self.leaves, self.traced, strict=True)
+        leaves = [dynamic[name] if traced else leaf for name, leaf, traced in rows]
+        args, kwargs = jax.tree_util.tree_unflatten(self.treedef, leaves)
+        return args, kwargs
+
+
+def is_traced(leaf: Any) -> bool:
+    """Whether a leaf is data (an array or a number), as opposed to a choice that the program is made for."""
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+        return isinstance(leaf, jax.Array) or leaf.dtype.kind not in "OUSMm"
+    return isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
+
+
+def has_tracer(*trees: Any) -> bool:
+    """Whether JAX is tracing with a leaf of the trees."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
+
+
+def signature_of(leaf: Any) -> tuple[Any, ...]:
+    """What a compiled program is specialised on, of one traced leaf: shape, dtype, weak type, and where it is if that
+    was chosen.
+    """
+    if isinstance(leaf, jax.Array):
+        committed = getattr(leaf, "committed", None)
+        if committed is None:
+            committed = getattr(leaf, "_committed", False)
+        # A key array has no weak type.
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding if committed else None
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return leaf.shape, leaf.dtype, False, None
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # an array that is yet to be computed
+        return leaf.shape, leaf.dtype, leaf.weak_type, None
+    return (), type(leaf), True, None

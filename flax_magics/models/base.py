@@ -1,0 +1,296 @@
+"""What a session needs of a model: one Protocol, answered once for linen (`linen.py`) and once for NNX (`nnx.py`).
+
+A model is configured, traced and run. A linen model holds no variables, keys or counts: those are the session's. An NNX
+module holds its own, so a session asks it for them in every run, and writes back what the run changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ..base.critical import Assignment, at_once
+from ..code.library import nnx_modules
+from ..errors import FlaxMagicsError
+from .calls import Calls, Path
+
+Variables = Mapping[str, Any]
+Forward = Callable[[Variables, Mapping[str, Any], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
+"""`forward(variables, keys, args, kwargs) -> (output, updates)`; pure; `updates` holds what was written or sown."""
+
+ARGUMENTS = "(arguments)"
+"""Where a run's updates keep what it changed in NNX objects that the call passed, such as the counts of an Rngs."""
+CONVERTED = "(converted)"
+"""Where they keep Python numbers and 64-bit arrays of NumPy that a variable held, unchanged: JAX hands back its own."""
+SOWN = "(sown)"
+"""Where they keep what NNX sowed, by type: a type may be that of variables which stay, too."""
+
+
+@dataclass(frozen=True)
+class CodePlace:
+    """The expression that gives a layer its switch: its text, empty where it was not found, and whether it is a literal."""
+
+    text: str = ""
+    literal: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
+
+    kind: str
+    """`dropout` or `norm`."""
+    path: Path
+    training: bool
+    owner: str
+    """The class that made the layer, with the line that gives it its switch where that is known: `MyModel (line 8)`."""
+    switch: str
+    """The layer's own argument, such as `deterministic`."""
+    value: bool
+    """What it is given for that."""
+    source: CodePlace = CodePlace()
+    own_switch: str = ""
+    """The owner's own switch as its code writes it, such as `train` or `self.training`; empty if it has none."""
+    method: str = ""
+    """The owner's method that called the layer."""
+
+
+@dataclass(frozen=True)
+class KeyUse:
+    """One key that a module took from a stream, and what it drew with it.
+
+    Attributes:
+      path: the module's.
+      source: what its key is made of, besides the stream's own: equal sources of one stream give equal keys, outside of
+        transforms.
+      drew: the shape of a dropout's mask and its rate; None where that is not known.
+      inside: a transform of Flax's is around it (`nn.scan`, `nnx.vmap`, …), which may have split or forked the stream.
+    """
+
+    stream: str
+    path: Path
+    source: tuple[Any, ...]
+    drew: tuple[tuple[int, ...], float] | None = None
+    inside: bool = False
+
+
+@dataclass
+class CallTrace:
+    """What one trace saw. Filled while the model runs; read-only afterwards."""
+
+    asked: dict[str, list[Path]] = field(default_factory=dict)
+    """stream → paths of the modules that called `make_rng` for it."""
+    takes: list[KeyUse] = field(default_factory=list)
+    """Keys that modules took, in order."""
+    queried: set[str] = field(default_factory=set)
+    """Streams that `has_rng` was asked about."""
+    written: set[str] = field(default_factory=set)
+    """Collections that something was put into, sown ones included."""
+    sown: set[str] = field(default_factory=set)
+    """Collections that `sow` wrote; of NNX `SOWN`."""
+    layers: list[Layer] = field(default_factory=list)
+    axes: set[str] = field(default_factory=set)
+    """Mapped axes that the model names and that nothing around it binds."""
+    unused: frozenset[str] = frozenset()
+    """Traced arguments that nothing in the program reads."""
+    unchanged: frozenset[tuple[str, str]] = frozenset()
+    """Variables (type and path) that were handed back by a transform inside the model as they were (NNX)."""
+    held: set[str] = field(default_factory=set)
+    """Streams that the model is given whether or not it consumes them: those that an NNX module holds."""
+    structure: Any = None
+    """How the run changed the model's graph (NNX), None if it did not."""
+    calls: Calls | None = None
+    """Where the calls of modules are noted, None where nobody asks for them."""
+
+    def with_what(self, traced: CallTrace) -> CallTrace:
+        """With the streams and layers that a trace saw and this run did not: inside a jitted function of the model's own."""
+        asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
+        layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
+        return replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one run of a model is given besides its variables: streams it may draw from, collections it may write, and
+    mapped axes of size 1 that stand for this one device.
+    """
+
+    streams: frozenset[str] = frozenset()
+    mutable: frozenset[str] = frozenset()
+    axes: frozenset[str] = frozenset()
+
+    def and_what(self, record: CallTrace) -> Needs:
+        """With what a trace that was incomplete asked for."""
+        return Needs(self.streams | set(record.asked), self.mutable | record.written, self.axes | record.axes)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a run leaves behind in a model that holds its own variables."""
+
+    changed: tuple[str, ...]
+    """Types of the variables that the run wrote, random streams left out."""
+    assignments: tuple[Assignment, ...]
+    """What writes them."""
+    write: Callable[[], None] | None = None
+    """Writes a graph that was changed, which takes more than assignments."""
+
+    def make(self) -> None:
+        """Writes all of it."""
+        if self.write is not None:
+            self.write()
+        at_once(self.assignments)
+
+
+class MissingVariables(Exception):
+    """The model needs variables that it was not given (a method that the first init did not reach)."""
+
+
+class Incomplete(Exception):
+    """The trace asked for more than it was given; its Record says for what. It must be done again."""
+
+
+FLAX_ARGUMENTS = {
+    "rngs": "each run is a draw, and the session gives its keys",
+    "mutable": "--mutable hands a collection back",
+    "method": "another method than the call is written by its name",
+    "variables": "the session gives its own, and --variables gives others",
+    "capture_intermediates": "it is one of Flax's `apply`",
+}
+"""Arguments of Flax's `apply` and `init` → what there is in their place."""
+
+
+class Idiom(FlaxMagicsError):
+    """The call is in Flax's own words: it names a method of Flax's base class, or an argument of Flax's `apply` or `init`.
+
+    Attributes:
+      method: the method; empty where it is the argument.
+      argument: the argument; empty where it is the method.
+      linen: the method is one of linen's.
+    """
+
+    def __init__(self, *, method: str = "", argument: str = "", linen: bool = True) -> None:
+        super().__init__(f"`{method or argument}` is Flax's own, and not the model's.")
+        self.method, self.argument, self.linen = method, argument, linen
+
+
+def check_name(owner: Any, name: str) -> None:
+    """Raises Idiom where `owner.name` is what `nn.Module`, `nnx.Module` or their bases define, and the model does not."""
+    from flax import linen
+
+    scoped = isinstance(owner, linen.Module) and name in ("scope", "parent")
+    across = sys.modules.get("flax.nnx.bridge.module")
+    bases = (linen.Module, *nnx_modules(), *(() if across is None else (across.Module,)))
+    # What it is, not where it stands: `nnx.tabulate` leaves the methods of Module in every class that it has seen.
+    missing = object()
+    resolved = [inspect.getattr_static(cls, name, missing) for cls in (type(owner), *bases)]
+    if scoped or (
+        name not in vars(owner) and resolved[0] is not missing and any(one is resolved[0] for one in resolved[1:])
+    ):
+        raise Idiom(method=name, linen=scoped or resolved[0] is resolved[1])
+
+
+class Model(Protocol):
+    """A module as a session sees it."""
+
+    @property
+    def module(self) -> Any:
+        """The user's own object."""
+
+    @property
+    def steady(self) -> AbstractContextManager[None]:
+        """A block in which nobody changes the module, so that it is looked at once."""
+
+    @property
+    def holds_variables(self) -> bool:
+        """Whether the variables are the module's own (NNX), not the session's (linen)."""
+
+    def describe(self) -> str:
+        """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
+
+    def methods(self) -> list[str]:
+        """Names that can be called as `net.NAME(…)`."""
+
+    def fields(self) -> list[str]:
+        """Names of the module's own fields."""
+
+    def signature(self, method: Path) -> inspect.Signature:
+        """The signature of a method (`()`: the call itself), without `self`. Raises FlaxMagicsError if there is none."""
+
+    def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
+        """A model whose own fields stand for training or not, and what was set, such as `training=True`.
+
+        Args:
+          fixed: switches that the call has as arguments; a field of the same name is left to the call.
+        """
+
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+        """A model to initialise with: as written, but a switch field that has no value stands for evaluation."""
+
+    def fields_as_written(self) -> tuple[str, ...]:
+        """The module's own switches as they stand."""
+
+    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fresh variables; `key` is the `params` key, the only one that an init gets."""
+
+    def streams(self) -> frozenset[str]:
+        """Streams that every run is given, whether or not it consumes them."""
+
+    def take(self) -> Mapping[str, Any] | None:
+        """The variables that the model itself holds, as they are now; None if the session holds them."""
+
+    def read_state(self, name: str, value: Any) -> Mapping[str, Any]:
+        """What `take` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
+
+    def key(self) -> Any:
+        """What tells this model's programs from another's; None where that cannot be told."""
+
+    def print(self) -> bytes | None:
+        """A digest of what the model computes: equal for what an unchanged cell makes again. None: cannot be told."""
+
+    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+        """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
+
+    def supplies(self) -> tuple[str, ...]:
+        """Names of the arguments that the model adds to the call itself."""
+
+    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit | None:
+        """How to write a run's updates into the model; None if the session holds them."""
+
+    def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
+        """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
+
+    def parts(self) -> Mapping[Path, str]:
+        """Classes of the modules, by path, that are known without a call."""
+
+    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+        """Collection, path, value and metadata (such as `names=(None, 'mlp')`) of every array of `variables`.
+
+        The keys and counts of random streams that a module holds are one collection, `RngState`.
+        """
+
+    def by_hand(
+        self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
+    ) -> str:
+        """The run as a person would have written it in plain Flax."""
+
+
+def own_methods(cls: type, *, but: str) -> list[str]:
+    """Public methods that the user's classes define, in order of definition, without the hook of the name `but`."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("flax", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            if inspect.isfunction(value) and not name.startswith("_") and name != but:
+                names.setdefault(name)
+    return list(names)
+
+
+REPLACING = threading.RLock()
+"""Held from before the first name is read until the last is put back, so that nobody puts back a replacement."""

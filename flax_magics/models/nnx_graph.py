@@ -1,0 +1,225 @@
+"""The graph of an NNX module: its parts and their paths, the values that its variables hold, and how a run's changes get into it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import configurations, nnx
+from flax.nnx import variablelib
+
+from ..base.critical import Assignment
+from ..errors import FlaxMagicsError
+from .arguments import is_traced
+from .calls import Path
+
+SIMPLE = (bool, int, float, complex, str, bytes)
+
+RAW = "raw_value" if "raw_value" in nnx.Variable.__slots__ else "_raw_value"
+"""The slot that a Variable holds its value in."""
+_HIJAX: Any = getattr(configurations, "flax_hijax_variable", None)
+"""The flag that makes Variables of another kind, which hold their values elsewhere."""
+# Graph mode, where this version has another: models may share modules.
+GRAPH: dict[str, Any] = {"graph": True} if "graph" in inspect.signature(nnx.split).parameters else {}
+_PRIVATE = ("_pytree__state", "_pytree__nodes")
+"""What NNX itself keeps on an object: when it was made, and which attributes hold data."""
+
+
+def raw(variable: Any) -> Any:
+    """The value that a Variable holds, without its hooks.
+
+    Raises:
+      FlaxMagicsError: it is one of hijax, which holds none.
+    """
+    try:
+        return object.__getattribute__(variable, RAW)
+    except AttributeError:
+        raise FlaxMagicsError(
+            "the module holds Variables of hijax, and flax_magics does not run these yet.",
+            hint="they come of flax_hijax_variable, nnx.var_defaults or hijax=True: build the module again without",
+            write="import flax; flax.config.update('flax_hijax_variable', False)" if _HIJAX.value else None,
+        ) from None
+
+
+def set_raw(variable: Any, value: Any) -> None:
+    """Puts a value into a Variable, without its hooks, as `nnx.update` does."""
+    object.__setattr__(variable, RAW, value)
+
+
+def assignment(variable: Any, value: Any) -> Assignment:
+    """`set_raw` as an assignment that is still to be made."""
+    return (object.__setattr__, variable, RAW, value)
+
+
+def is_ref(value: Any) -> bool:
+    """Whether a value is a reference of JAX's, which programs change where it is."""
+    return variablelib.is_array_ref(value)
+
+
+def walk(module: Any) -> Iterator[tuple[Path, Any]]:
+    """Paths and parts of the graph, each part once: modules, variables, containers, and what is static."""
+    return nnx.iter_graph(module, **GRAPH)  # type: ignore[return-value]
+
+
+def flat_state(state: Any) -> list[tuple[Path, Any]]:
+    """Paths and variables (or bare arrays) of an `nnx.State`."""
+    return list(nnx.to_flat_state(state))  # type: ignore[arg-type]
+
+
+def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
+    """Names and values of what a node holds, None for what cannot be changed in place."""
+    if isinstance(node, nnx.Pytree):
+        return tuple((name, value) for name, value in vars(node).items() if name not in _PRIVATE)
+    if isinstance(node, dict):
+        return tuple(node.items())
+    if isinstance(node, list):
+        return tuple(enumerate(node))
+    return None
+
+
+def is_sown(part: Any) -> bool:
+    """Whether a part is an intermediate value: handed back, never kept."""
+    return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)  # held for its gradient
+
+
+def is_fixed(leaf: Any) -> bool:
+    """Whether a leaf of the graph is no data, such as a function in the place of a layer."""
+    return not isinstance(leaf, (nnx.Variable, bool)) and not is_traced(leaf)
+
+
+def spell(path: Path) -> str:
+    """`('layers', 0, 'kernel')` → `layers/0/kernel`."""
+    return "/".join(map(str, path))
+
+
+def same(old: Any, new: Any) -> bool:
+    """Whether two values hold the very same arrays."""
+    if old is new:
+        return True
+    before: tuple[list[Any], Any] = jax.tree_util.tree_flatten(old)
+    after: tuple[list[Any], Any] = jax.tree_util.tree_flatten(new)
+    return bool(before[1] == after[1]) and all(a is b for a, b in zip(before[0], after[0], strict=True))
+
+
+def is_other(node: Any, held: Any) -> bool:
+    """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
+    now = parts_of(node)
+    if now is None or len(now) != len(held):
+        return True
+    for (name, value), (old_name, old) in zip(now, held, strict=True):
+        if name != old_name:
+            return True
+        if value is old or (_is_array(value) and _is_array(old)):
+            continue
+        if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):
+            return True
+        try:
+            if not bool(value == old):
+                return True
+        except Exception:
+            return True
+    return False
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray))
+
+
+def taken_from(module: Any, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, list[Any]]:
+    """The graph of `module`, which a run changed, and the values of its variables.
+
+    Args:
+      before: its parts by path, as they were before the run.
+    """
+    was = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    now = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
+    added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
+    graphdef, state = nnx.split(module, **GRAPH)
+    skeleton, values, fixed = [], [], []
+    for path, leaf in flat_state(state):
+        if is_fixed(leaf):
+            fixed.append((path, leaf))
+            continue
+        skeleton.append((path, jax.tree_util.tree_structure(leaf)))
+        values.append(raw(leaf) if isinstance(leaf, nnx.Variable) else leaf)
+    return RebuiltGraph(graphdef, tuple(skeleton), tuple(fixed), matches, tuple(dict.fromkeys(added))), values
+
+
+@dataclass
+class RebuiltGraph:
+    """What a run left behind that is more than other values: attributes that were set, taken away or replaced."""
+
+    graphdef: Any
+    skeleton: tuple[tuple[Path, Any], ...]
+    """Paths of the variables, and the tree structure of each."""
+    fixed: tuple[tuple[Path, Any], ...]
+    """Paths of what is no data, and what it is."""
+    matches: Mapping[Path, Path]
+    """Path in the graph as it is now → path before, of every part that was there before."""
+    added: tuple[str, ...]
+    """Types of variables that are new."""
+
+    def put_into(self, module: Any, values: list[Any]) -> None:
+        """Gives the objects of `module` the attributes that the run's copy has."""
+        flat = [
+            (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
+            for (path, structure), value in zip(self.skeleton, values, strict=True)
+        ]
+        copy = nnx.merge(self.graphdef, nnx.from_flat_state([*flat, *self.fixed]))
+        before, now = dict(walk(module)), dict(walk(copy))
+        own = {id(now[path]): before[old] for path, old in self.matches.items() if path in now and old in before}
+        transplant(own, now)
+
+
+def transplant(own: Mapping[int, Any], now: Mapping[Path, Any]) -> None:
+    """Gives each object of `own` (id of its copy → the object) what the copy in `now` holds.
+
+    A part of a copy that stands for an object of `own` becomes that object; what is new is taken over as it is.
+    """
+    writes: list[Callable[[], None]] = []
+
+    def swap(value: Any) -> Any:
+        if id(value) in own:
+            return own[id(value)]
+        if type(value) in (list, tuple):
+            return type(value)(map(swap, value))
+        if type(value) is dict:
+            return {key: swap(item) for key, item in value.items()}
+        return value
+
+    def write_to(target: Any, copy: Any) -> Callable[[], None]:
+        if isinstance(target, nnx.Variable):
+            metadata = dict(copy._var_metadata)
+            if is_ref(raw(target)) and "ref" in metadata:  # the copy holds an array, and says so
+                metadata["ref"] = True
+
+            def write() -> None:
+                if is_ref(raw(target)):
+                    raw(target)[...] = raw(copy)
+                else:
+                    set_raw(target, raw(copy))
+                object.__setattr__(target, "_var_metadata", metadata)
+        else:
+            attributes = {name: swap(value) for name, value in vars(copy).items() if name != "_pytree__state"}
+
+            def write() -> None:
+                for name, value in list(vars(target).items()):
+                    if name not in attributes and name != "_pytree__state" and not is_sown(value):
+                        del vars(target)[name]
+                vars(target).update(attributes)
+
+        return write
+
+    for copy in now.values():
+        target = own.get(id(copy))
+        if isinstance(target, (nnx.Variable, nnx.Pytree)):
+            writes.append(write_to(target, copy))
+        elif target is None and isinstance(copy, nnx.Pytree):
+            writes.append(write_to(copy, copy))
+    for write in writes:
+        write()

@@ -1,0 +1,457 @@
+"""One run of an NNX module on a copy of it, watched: streams consumed, layers passed, what was sown, and what it changed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from ..base.critical import Assignment, at_once
+from .arguments import has_tracer
+from .base import (
+    ARGUMENTS,
+    CONVERTED,
+    REPLACING,
+    SOWN,
+    CallTrace,
+    Commit,
+    Forward,
+    Incomplete,
+    KeyUse,
+    Needs,
+    Variables,
+)
+from .calls import Path
+from .layers import layer_of, mask_of
+from .nnx_graph import RebuiltGraph, assignment, is_other, is_sown, parts_of, raw, same, set_raw, taken_from, walk
+from .nnx_layout import Layout
+from .nnx_switch import set_mode
+
+STRUCTURE = "(structure)"
+"""Where a run's result keeps the variables of a graph that the run changed."""
+
+
+def forward(
+    layout: Layout,
+    method: Path,
+    ask: Needs,
+    record: CallTrace,
+    *,
+    mode: bool | None,
+    held: frozenset[str],
+    rngs: list[str] | None,
+) -> Forward:
+    """The run of a module as a pure function; see `ModelLine.forward`.
+
+    Args:
+      mode: what the switches of the copy are set to; None: they stay.
+      held: streams that the run is given whether or not it consumes them.
+      rngs: names of the streams in the `rngs` that the call is handed; None: it is handed none.
+    """
+
+    def run(
+        variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        copy = layout.rebuild(variables)
+        before = dict(walk(copy))
+        values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
+        _pop(copy, is_sown)
+        undo = set_mode(copy, mode)
+        reseed(copy, keys)
+        trace = object() if has_tracer(variables, keys, args, kwargs) else None
+        mark(copy, trace)
+        nodes = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
+        handed = None
+        passed = variables_in((args, kwargs))
+        given = [raw(variable) for variable in passed]
+        if rngs is not None:
+            handed = nnx.Rngs(**{name: keys[name] for name in rngs})
+            mark(handed, trace, handed=True)
+            kwargs = {**kwargs, "rngs": handed}
+        record.held |= held
+        watcher = Watcher(copy, record, handed)
+        try:
+            with watcher.watching(), _plain_variables():
+                target: Any = copy
+                for name in method:
+                    target = getattr(target, name)
+                output = target(*args, **kwargs)
+        except (AttributeError, KeyError):
+            if watcher.missing is None or watcher.missing in ask.streams:
+                raise
+        finally:
+            unmark(copy)
+        if watcher.missing is not None and watcher.missing not in ask.streams:
+            record.asked.setdefault(watcher.missing, [])
+            raise Incomplete
+        sown = _pop(copy, lambda part: is_sown(part) or was_sown(part))
+        updates: dict[str, Any] = {}
+        if sown:
+            record.sown.add(SOWN)
+            updates[SOWN] = sown
+        moved = {
+            str(i): raw(variable)
+            for i, (variable, old) in enumerate(zip(passed, given, strict=True))
+            if not same(old, raw(variable))
+        }
+        if moved:
+            updates[ARGUMENTS] = moved
+        if any(is_other(node, parts) for node, parts in nodes):
+            undo()
+            record.structure, updates[STRUCTURE] = taken_from(copy, before)
+        after = dict(walk(copy))
+        for slot in layout.slots:
+            part = after.get(slot.path)
+            if slot.sown or slot.fixed or part is None:
+                continue
+            value = raw(part) if isinstance(part, nnx.Variable) else part
+            if not same(values[slot.path], value):
+                updates.setdefault(slot.collection, {})[slot.name] = value
+            elif trace is not None and _is_converted(slot.read(), value):
+                updates.setdefault(CONVERTED, {}).setdefault(slot.collection, {})[slot.name] = value
+        return output, updates
+
+    return run
+
+
+def commit(
+    layout: Layout, passed: tuple[Any, ...], updates: Mapping[str, Any], structure: RebuiltGraph | None
+) -> Commit:
+    """How to write a run's `updates` into the module's own objects, and into the variables that were `passed`."""
+    ours = (STRUCTURE, ARGUMENTS, CONVERTED)
+    changed = [name for name in updates if name not in ours and name not in layout.random]
+    moved: list[Assignment] = [assignment(passed[int(i)], value) for i, value in updates.get(ARGUMENTS, {}).items()]
+    if structure is None:
+        converted = layout.assignments(updates[CONVERTED]) if CONVERTED in updates else ()
+        assignments = (*layout.assignments(updates), *converted, *moved)
+        if layout.has_refs:
+            return Commit(tuple(changed), (), lambda: at_once(assignments))
+        return Commit(tuple(changed), assignments)
+    changed += [name for name in structure.added if name not in changed and name not in layout.random]
+
+    def write() -> None:
+        structure.put_into(layout.module, updates[STRUCTURE])
+
+    return Commit(tuple(changed), tuple(moved), write)
+
+
+def variables_in(tree: Any) -> tuple[Any, ...]:
+    """The variables of all NNX objects in a tree of arguments, in order."""
+    found = []
+    for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
+        if isinstance(leaf, nnx.Variable):
+            found.append(leaf)
+        elif isinstance(leaf, nnx.Pytree):
+            found += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
+    return tuple(found)
+
+
+def reseed(module: Any, keys: Mapping[str, Any]) -> None:
+    """`nnx.reseed(module, policy='match_shape', **keys)`: a key of its own for each stream of a tag, in graph order."""
+    drawn: Counter[str] = Counter()
+    for _, stream in walk(module):
+        if isinstance(stream, nnx.RngStream) and stream.key.tag in keys:
+            tag = stream.key.tag
+            key = jax.random.fold_in(keys[tag], np.uint32(drawn[tag]))
+            drawn[tag] += 1
+            shape = raw(stream.key).shape
+            if shape:
+                key = jax.random.split(key, shape)
+            set_raw(stream.key, key)
+            set_raw(stream.count, jax.numpy.zeros(key.shape, dtype=jax.numpy.uint32))
+
+
+def _plain_variables() -> Any:
+    """A block in which the model makes Variables like those that it holds, whatever `flax_hijax_variable` says."""
+    return nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
+
+
+def _is_converted(held: Any, traced: Any) -> bool:
+    """Whether JAX has made another dtype of a value by taking it into a program."""
+    before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
+    return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
+
+
+def _pop(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+    """Takes the parts that are `wanted` off the graph: type → nested by path."""
+    out: dict[str, Any] = {}
+    for path, node in list(walk(module)):
+        for name, part in parts_of(node) or ():
+            if not wanted(part):
+                continue
+            inner = out.setdefault(type(part).__name__, {})
+            for step in path:
+                inner = inner.setdefault(str(step), {})
+            inner[str(name)] = raw(part)
+            if isinstance(node, nnx.Pytree):
+                del vars(node)[name]
+            elif isinstance(node, dict):
+                del node[name]
+    return out
+
+
+MARK = "flax_magics_path"
+SOWED = "flax_magics_sown"
+_MAY_LOSE = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
+"""Whether this version may be set to sow nothing outside of `nnx.capture`."""
+HANDED: Path = ("(rngs of the call)",)
+"""In place of a path: a stream that the session made for the call."""
+
+
+def mark(module: Any, trace: object, handed: bool = False) -> None:
+    """Every variable of the graph carries its path.
+
+    Args:
+      trace: what tells this trace from every other. A function inside the model that is jitted by itself is then traced
+        in each, where JAX would answer from what it remembers, and the streams in there would go unseen.
+      handed: the graph is the Rngs that the session made for the call.
+    """
+    for path, part in walk(module):
+        if isinstance(part, nnx.Variable):
+            where = HANDED if handed else path
+            object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: (where, trace)})
+
+
+def path_of(variable: Any) -> Path | None:
+    """The path that a variable carries, None for one that the user passed or that the model made itself."""
+    found = variable._var_metadata.get(MARK)
+    return None if found is None else found[0]
+
+
+def was_sown(part: Any) -> bool:
+    """Whether a variable came to be by `sow` in this run."""
+    return isinstance(part, nnx.Variable) and SOWED in getattr(part, "_var_metadata", ())
+
+
+def unmark(module: Any) -> None:
+    """Takes the paths off again."""
+    for _, part in walk(module):
+        if isinstance(part, nnx.Variable) and MARK in getattr(part, "_var_metadata", ()):  # hijax has none
+            metadata = {name: value for name, value in part._var_metadata.items() if name != MARK}
+            object.__setattr__(part, "_var_metadata", metadata)
+
+
+class Watcher:
+    """Fills a CallTrace from one run of `module`, a copy whose variables are marked.
+
+    Args:
+      handed: the Rngs that the session made for the call, None if it made none.
+    """
+
+    def __init__(self, module: Any, record: CallTrace, handed: Any) -> None:
+        self.record = record
+        self.handed = handed
+        self.missing: str | None = None
+        self.drawing: tuple[tuple[int, ...], float] | None = None
+        self.drawn: Counter[tuple[Any, ...]] = Counter()
+        self.parts = dict(walk(module))
+        self.places = _places(self.parts)
+        self.paths = {id(part): path for path, part in self.parts.items() if isinstance(part, nnx.Pytree)}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Replaces the methods for the time of the block, for calls of this thread alone."""
+        with REPLACING, self._watching():
+            yield
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        thread = threading.get_ident()
+        draw, sow, dropout, norm = nnx.RngStream.__call__, nnx.Module.sow, nnx.Dropout.__call__, nnx.BatchNorm.__call__
+        lookup = nnx.Rngs._get_stream
+
+        def draw_(stream: Any) -> Any:
+            if threading.get_ident() == thread:
+                self._consumed(stream)
+            return draw(stream)
+
+        def lookup_(rngs: Any, name: str, error: Any) -> Any:
+            if threading.get_ident() == thread and self._lacks(rngs, name):
+                self.missing = (
+                    name  # with a `default` NNX would fall back on that: in each draw a stream has its own key
+                )
+                raise error(f"No RngStream named '{name}' found in Rngs.")
+            try:
+                return lookup(rngs, name, error)
+            except (AttributeError, KeyError):
+                if threading.get_ident() == thread and self.handed is not None and not name.startswith("_"):
+                    self.missing = name
+                raise
+
+        def sow_(module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+            ours = threading.get_ident() == thread
+            new = ours and not hasattr(module, name)
+            if ours and _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
+                args, kwargs = args[:3], {**kwargs, "capture_noop": False}
+            with warnings.catch_warnings():
+                if ours:
+                    warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
+                result = sow(module, variable_type, name, *args, **kwargs)
+            variable = vars(module).get(name)
+            if new and isinstance(variable, nnx.Variable):
+                object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
+            return result
+
+        def dropout_(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return dropout(module, *args, **kwargs)
+            if module.rate != 0.0:
+                self._layer(module, "dropout", "deterministic", kwargs)
+            self.drawing = mask_of(module, args, kwargs)
+            try:
+                return dropout(module, *args, **kwargs)
+            finally:
+                self.drawing = None
+
+        def norm_(module: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                self._layer(module, "norm", "use_running_average", kwargs)
+            return norm(module, *args, **kwargs)
+
+        replaced: list[tuple[Any, str, Any, Any]] = [
+            (nnx.RngStream, "__call__", draw, draw_),
+            (nnx.Rngs, "_get_stream", lookup, lookup_),
+            (nnx.Module, "sow", sow, sow_),
+            (nnx.Dropout, "__call__", dropout, dropout_),
+            (nnx.BatchNorm, "__call__", norm, norm_),
+        ]
+        try:
+            for cls, name, old, new in replaced:
+                # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some.
+                setattr(cls, name, functools.wraps(old)(new))
+            with self._noting(thread):
+                yield
+        finally:
+            for cls, name, old, _ in replaced:
+                setattr(cls, name, old)
+
+    @contextlib.contextmanager
+    def _noting(self, thread: int) -> Iterator[None]:
+        """Inside the block, calls of the public methods of the graph's modules are noted, if the record has a place."""
+        calls = self.record.calls
+        replaced: list[tuple[type, str, Any]] = []
+        try:
+            modules = [part for part in self.parts.values() if isinstance(part, nnx.Module)]
+            for cls in dict.fromkeys(map(type, modules)) if calls is not None else ():
+                for name, method in _public(cls):
+                    own = vars(cls).get(name)
+                    replaced.append((cls, name, own))
+                    setattr(cls, name, self._noted(name, method, thread))
+            yield
+        finally:
+            for cls, name, own in reversed(replaced):
+                if own is None:
+                    delattr(cls, name)
+                else:
+                    setattr(cls, name, own)
+
+    def _noted(self, name: str, method: Any, thread: int) -> Any:
+        @functools.wraps(method)
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls = self.record.calls
+            path = self._path(module) if threading.get_ident() == thread else None
+            if calls is None or path is None:
+                return method(module, *args, **kwargs)
+            run = functools.partial(method, module)
+            return calls.note(tuple(map(str, path)), type(module).__name__, name, run, args, kwargs)
+
+        return call
+
+    def _lacks(self, rngs: Any, name: str) -> bool:
+        """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""
+        if self.handed is None or name.startswith("_") or name in vars(rngs):
+            return False
+        streams = [part for part in vars(rngs).values() if isinstance(part, nnx.RngStream)]
+        return rngs is self.handed or any(path_of(stream.key) == HANDED for stream in streams)
+
+    def _consumed(self, stream: Any) -> None:
+        path = path_of(stream.key)
+        if path is not None:
+            consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
+            tag, where = str(stream.key.tag), tuple(map(str, consumer))
+            self.record.asked.setdefault(tag, []).append(where)
+            # A stream's key is the draw's with its place among the streams of its tag folded in, and then its count.
+            place = (tag,) if path == HANDED else self.places.get(path[:-1], path)
+            inside = not self._own(stream, path)
+            self.record.takes.append(KeyUse(tag, where, (place, self.drawn[place]), self.drawing, inside))
+            self.drawn[place] += 1
+
+    def _own(self, stream: Any, path: Path) -> bool:
+        """Whether a stream is the model's own or the call's, and no copy of a transform's."""
+        if path == HANDED:
+            return any(part is stream for part in vars(self.handed).values())
+        return self.parts.get(path[:-1]) is stream
+
+    def _module_at(self, path: Path) -> Path:
+        """The nearest module around a part: a layer's stream is the layer's."""
+        while path and not isinstance(self.parts.get(path), nnx.Module):
+            path = path[:-1]
+        return path
+
+    def _caller(self) -> Path:
+        """The innermost module whose method is running: who consumes a stream that came as an argument."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            module = frame.f_locals.get("self", frame.f_locals.get("module"))
+            if isinstance(module, nnx.Module):
+                path = self._path(module)
+                if path is not None:
+                    return path
+            frame = frame.f_back
+        return ()
+
+    def _path(self, module: Any) -> Path | None:
+        if id(module) in self.paths and self.parts[self.paths[id(module)]] is module:
+            return self.paths[id(module)]
+        for part in vars(module).values():  # a transform's copy
+            variable = getattr(part, "key", None) if isinstance(part, nnx.RngStream) else part
+            path = path_of(variable) if isinstance(variable, nnx.Variable) else None
+            if path is not None:
+                return self._module_at(path[:-1])
+        return None
+
+    def _layer(self, module: Any, kind: str, switch: str, given: Mapping[str, Any]) -> None:
+        in_call = given.get(switch) is not None
+        value = given[switch] if in_call else getattr(module, switch)
+        path = self._path(module)
+        if path is None:
+            path = self._caller()
+        if isinstance(value, bool):
+            around = [self.parts[path[:n]] for n in reversed(range(len(path))) if path[:n] in self.parts]
+            around = [part for part in around if isinstance(part, nnx.Module)]
+            layer = layer_of(kind, tuple(map(str, path)), module, around, (switch, value, in_call))
+            if layer not in self.record.layers:
+                self.record.layers.append(layer)
+
+
+def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
+    """For each stream of a graph its tag, and which of the streams of that tag it is, as `reseed` goes through them."""
+    found: dict[Path, tuple[Any, ...]] = {}
+    numbers: Counter[str] = Counter()
+    for path, part in parts.items():
+        if isinstance(part, nnx.RngStream):
+            tag = str(part.key.tag)
+            found[path] = (tag, numbers[tag])
+            numbers[tag] += 1
+    return found
+
+
+def _public(cls: type) -> list[tuple[str, Any]]:
+    """The call and the public methods of a module class, without those that every module has."""
+    return [
+        (name, method)
+        for name, method in inspect.getmembers(cls, inspect.isfunction)
+        if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
+    ]

@@ -1,0 +1,1 @@
+"""The commands in an IPython shell. Nothing else imports IPython."""

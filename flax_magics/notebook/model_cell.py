@@ -1,0 +1,228 @@
+"""What a `%%flaxmodel` cell or a `%flaxmodel` line registers."""
+
+from __future__ import annotations
+
+import ast
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._session import Session
+from ..cells.journal import Registered
+from ..code.fingerprint import fingerprint
+from ..code.library import is_module, is_module_class
+from ..errors import FlaxMagicsError, did_you_mean, nearest, written
+from ..line.call import Assignment, parse_assignment, parse_call
+from ..line.expression import Expression, segment
+from ..models.adopt import adopt, modules_in, needed_fields, spell_construction
+from ..models.construction import Construction, constructor, takes_rngs
+
+Namespace = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Modules to register by name; names to bind once that has worked; names that the cell bound anew, as they were.
+
+    A Construction stands for an NNX module that the session is to build. `anew` are names that stood for nothing before.
+    """
+
+    modules: Mapping[str, Any]
+    bind: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Any] = field(default_factory=dict)
+    anew: frozenset[str] = frozenset()
+
+
+def from_line(text: str, user_ns: Namespace, local_ns: Namespace) -> Found:
+    """`net = Net(3)`, or `net` for what is in the namespace already."""
+    name, expression = parse_assignment(text)
+    if expression is not None:
+        value = build(expression, user_ns, local_ns)
+        if is_module_class(value):
+            spelled = segment(expression.text, expression.tree)
+            line = spell_construction(value, "%flaxmodel", spelled, name)
+            raise FlaxMagicsError(f"`{spelled}` is a class, and a model is an instance of it.", **written(line))
+        if not isinstance(value, Construction):
+            adopt(value, name)
+        return Found({name: value}, {name: value})
+    names = {**user_ns, **local_ns}
+    if name not in names:
+        modules = modules_in(names)
+        hint = did_you_mean(name, *modules)
+        near = nearest(name, modules[0], 1)
+        line = f"%flaxmodel {near[0]}" if near else f"%flaxmodel {name} = …"
+        raise FlaxMagicsError(f"name '{name}' is not defined.", hint=hint, **written(line))
+    value = names[name]
+    return Found({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
+
+
+def read_line(text: str) -> Assignment | None:
+    """What stands on the line of a `%%flaxmodel` cell; None for nothing. Raises FlaxMagicsError for anything else."""
+    return parse_assignment(text, "%%flaxmodel") if text else None
+
+
+def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Mapping[str, Any]) -> Found:
+    """The cell's own instances, and the assignment on its line; with neither, the last module class of the cell.
+
+    Args:
+      text: what stands on the magic's line, options taken off.
+      assigned: names that the cell's body assigned at top level, in order.
+      before: the namespace as it was.
+    """
+    assigned = list(assigned)
+    values = {name: user_ns[name] for name in assigned if name in user_ns}
+    modules = {name: value for name, value in values.items() if is_module(value) and not name.startswith("_")}
+    bind = {}
+    line = read_line(text)
+    if line is not None:
+        name, expression = line
+        if expression is not None:
+            bind[name] = modules[name] = build(expression, user_ns)
+        elif name in values and is_module_class(values[name]):
+            modules = {name: _from_defaults(values[name], "%%flaxmodel", name)}
+        elif name not in modules:
+            what = f"`{name}` is no module" if name in values else f"the cell defines no `{name}`"
+            instances, classes = modules_in(values)
+            near = nearest(name, instances, 1)
+            spelled = f"%%flaxmodel {near[0] if near else f'{name} = …'}"
+            if classes and not near:
+                spelled = spell_construction(values[classes[-1]], "%%flaxmodel", classes[-1], name)
+            hint = did_you_mean(name, instances, classes, values)
+            raise FlaxMagicsError(f"{what}.", hint=hint, **written(spelled))
+    if not modules:
+        classes = modules_in(values)[1]
+        if not classes:
+            raise FlaxMagicsError(
+                "the cell defines no Flax module: neither an instance nor a class; a line registers one from elsewhere.",
+                form="%flaxmodel …",
+            )
+        modules = {classes[-1]: _from_defaults(values[classes[-1]], "%%flaxmodel", classes[-1])}
+    changed = {name: before[name] for name, value in values.items() if name in before and before[name] is not value}
+    return Found(modules, bind, changed, frozenset(name for name in modules if name not in before))
+
+
+def build(expression: Expression, user_ns: Namespace, local_ns: Mapping[str, Any] | None = None) -> Any:
+    """The expression's value; of an NNX construction that gives no `rngs` the Construction, for the session to build.
+
+    Raises:
+      FlaxMagicsError: it constructs a module with a field that the class has not.
+    """
+    call = expression.tree
+    if isinstance(call, ast.Call) and isinstance(call.func, (ast.Name, ast.Attribute)):
+        function = Expression(expression.text, call.func).evaluate(user_ns, local_ns)
+        names = [keyword.arg for keyword in call.keywords if keyword.arg is not None]
+        if is_module_class(function):
+            check_fields(function, names)
+        if "rngs" not in names and is_module_class(function) and takes_rngs(function, (), {}):
+            _, args, kwargs = expression.construct(user_ns, local_ns)
+            return Construction.of(function, args, kwargs, ast.unparse(call)) or function(*args, **kwargs)
+    return expression.evaluate(user_ns, local_ns)
+
+
+def check_fields(cls: type, names: Iterable[str]) -> None:
+    """Raises FlaxMagicsError where one of `names` is no field (NNX: no argument of the constructor)."""
+    try:
+        parameters = constructor(cls).parameters
+    except (TypeError, ValueError):
+        return
+    unknown = next((name for name in names if name not in parameters), None)
+    if unknown is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    known = [name for name in parameters if name not in ("parent", "name")]
+    takes = f"it takes: {cls.__name__}({', '.join(known)})"
+    hint = did_you_mean(unknown, known)
+    raise FlaxMagicsError(f"{cls.__name__} has no field `{unknown}`.", hint=f"{hint}\n{takes}" if hint else takes)
+
+
+def _from_defaults(cls: Any, command: str, spelled: str) -> Any:
+    needed = needed_fields(cls)
+    if needed in ([], ["rngs"]) and takes_rngs(cls, (), {}):
+        return Construction(cls, (), {}, f"{cls.__name__}()")
+    if needed:
+        names = " and ".join([", ".join(needed[:-1]), needed[-1]] if len(needed) > 1 else needed)
+        raise FlaxMagicsError(f"{cls.__name__} needs {names}.", form=spell_construction(cls, command, spelled))
+    return cls()
+
+
+def check(
+    found: Found, call: str | None, session: Session, user_ns: Namespace, local_ns: Namespace
+) -> tuple[tuple[str, str], ...]:
+    """`--check`: the rows to show, for a call on one of the modules found. Nothing is computed or kept."""
+    if call is None:
+        return ()
+    from ..execution.call import Call
+    from ..execution.idioms import Translation
+    from ..summary.summary import check_call
+
+    try:
+        parsed = parse_call(call, "--check")
+    except FlaxMagicsError as error:
+        raise FlaxMagicsError(error.message, hint=error.hint) from None  # `--check` begins no line
+    if parsed.target not in found.modules:
+        known = ", ".join(found.modules)
+        raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")
+    args, kwargs = parsed.evaluate(user_ns, local_ns)
+    module = found.modules[parsed.target]
+    model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
+    asked = Call(parsed.method, args, kwargs, parsed.call, command=parsed.command)
+    with Translation(parsed.target, model, asked, None):
+        return check_call(parsed.target, model, asked, session.root_key)
+
+
+def register(
+    found: Found,
+    session: Session,
+    user_ns: Namespace,
+    rows: tuple[tuple[str, str], ...],
+    cell: int | None = None,
+) -> list[Registered]:
+    """Registers all that was found or nothing, binds names, and says what became of each model.
+
+    When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
+    """
+    before = len(session)
+    changes = session.register_all(found.modules, anew=found.anew, cell=cell)
+    draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - before)}
+    user_ns.update(
+        {
+            name: session.models[name].module if isinstance(value, Construction) else value
+            for name, value in found.bind.items()
+        }
+    )
+    if all(change.state == "unchanged" for change in changes):
+        same = set()
+        for change in changes:
+            if is_module(user_ns.get(change.name)):
+                kept = session.models[change.name].module
+                same.add((type(kept), type(user_ns[change.name])))
+                user_ns[change.name] = kept
+        for name, old in found.before.items():
+            new = user_ns[name]
+            if isinstance(old, (type, types.FunctionType)) and type(old) is type(new):
+                if (old, new) not in same:
+                    print_ = fingerprint(old)
+                    if print_ is None or print_ != fingerprint(new):
+                        continue
+                user_ns[name] = old
+    out = []
+    for i, change in enumerate(changes):
+        module = session.models[change.name].describe()
+        last = i == len(changes) - 1
+        check_rows = rows if last else ()
+        draw = draws.get(change.name, "")
+        out.append(
+            Registered(
+                change.name,
+                module,
+                change.state,
+                change.changes,
+                change.variables,
+                check_rows,
+                draw,
+                change.file,
+                change.unfit,
+                change.other,
+            )
+        )
+    return out

@@ -1,0 +1,429 @@
+"""Bodies of `%%flax…` cells run as the cells they look like, and magic lines that go over several lines."""
+
+from __future__ import annotations
+
+import ast
+import dis
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import CodeType
+from typing import Any, NamedTuple
+
+from ..base.tokens import ends_quietly, index_of, logical_end, pieces, point_at
+from ..cells.journal import calling_frame
+from ..cells.names import assigned_names
+from ..errors import FlaxMagicsError, written
+from ..line.call import CallExpression, parse_call
+from ..line.commands import COMMANDS
+from ..line.options import read
+
+_VALUE = "__flax_value__"
+
+
+class CellBody(NamedTuple):
+    """A body that has run.
+
+    Attributes:
+      tree: its syntax, after IPython's and the user's transformations; positions are those in the user's cell.
+      names: what it assigned at top level and is there now, in order of first appearance.
+      source: the Python text behind `tree`; line 1 is the magic line, as a comment.
+      filename: the name of that text in `linecache`.
+    """
+
+    tree: ast.Module
+    names: tuple[str, ...]
+    source: str
+    filename: str
+
+
+class CallCell(NamedTuple):
+    """A body whose last statement is a call; those before it have run.
+
+    Attributes:
+      call: the call, read; it is quiet if the body ended in `;`.
+      target: what its value is assigned to, as it is written; empty for a call alone.
+      assign: makes that assignment, given the value; None for a call alone.
+      names: as in `CellBody`, of the statements that have run.
+    """
+
+    call: CallExpression
+    target: str
+    assign: Callable[[Any], None] | None
+    names: tuple[str, ...]
+
+
+def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> CellBody:
+    """Runs the body of a cell magic in the user's namespace, as an ordinary cell.
+
+    Magics and `!commands` work, expressions are displayed as `ast_node_interactivity` says, `__future__` imports hold
+    for later cells, and tracebacks and `inspect.getsource` show the user's text with the cell's own line numbers.
+
+    Args:
+      shell: an `InteractiveShell`.
+      body: the lines below the magic line.
+      line: what stands on the magic line, after `command`.
+      command: the magic, such as `%%flaxmodel`.
+
+    Raises:
+      FlaxMagicsError: the body is no Python, or awaits; nothing of it has run.
+      Exception: whatever a statement of the body raises; those before it have run.
+    """
+    cell = _read(shell, body, line, command)
+    _run(shell, cell.tree.body, cell, shell.ast_node_interactivity)
+    return CellBody(cell.tree, _present(shell, cell.tree), cell.source, cell.filename)
+
+
+def run_statements_with_call(shell: Any, body: str, line: str = "", command: str = "%%flax_apply") -> CallCell:
+    """Runs all of a body but its last statement, which must be a call with or without assignment.
+
+    Arguments and errors are those of `run_body`; the call is read before anything runs.
+    """
+    cell = _read(shell, body, line, command)
+    first = f"{command} {line}".rstrip()
+    if not cell.tree.body:
+        raise FlaxMagicsError(f"{command} needs a call in the cell.", form=f"{first}\n…")
+    *before, last = cell.tree.body
+    value = getattr(last, "value", None)
+    if not isinstance(last, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign)) or not isinstance(value, ast.Call):
+        pointed = point_at(cell.source, index_of(cell.source, last.lineno, last.col_offset))
+        message = f"the last statement of a {command} cell is the call."
+        raise FlaxMagicsError(message, hint=pointed, form=f"{first}\n…\ny = …")
+    typed = _magic_argument(value)
+    if typed is not None:
+        message = f"the last line of a {command} cell is the call itself, without a magic."
+        options, call_text = typed
+        start, end = (index_of(cell.source, node.lineno, node.col_offset) for node in (last, value))
+        lines = (f"{first} {options}".rstrip(), *(["…"] if before else []), cell.source[start:end] + call_text)
+        raise FlaxMagicsError(message, **written("\n".join(lines)))
+    call = replace(parse_call(_segment(cell.source, value), first.replace("%%", "%", 1)), quiet=cell.quiet)
+    statements = ast.Module(before, [])
+    _run(shell, before, cell, "all" if shell.ast_node_interactivity == "all" else "none")
+    assign = None if isinstance(last, ast.Expr) else _assigner(last, cell.filename, shell.user_ns)
+    target = "" if assign is None else _target(cell.source, last, value)
+    return CallCell(call, target, assign, _present(shell, statements))
+
+
+def displayed_quietly(shell: Any, line: str) -> bool:
+    """Whether the value of the line magic that is running would be displayed, had its `line` not ended in `;`.
+
+    `y = %flax_apply net(x);` must give `y` its value, and `%flax_apply net(x);` alone must leave `Out` as it is.
+    IPython looks for the `;` in the transformed cell, where it stands inside a string, and its decorator
+    `output_can_be_silenced` (IPython ≥ 8.9) takes the value from an assignment too. So this looks at what the calling
+    code does next: code of a displayed expression prints the value at once.
+    """
+    return ";" in line and ends_quietly(line) and displayed(shell)
+
+
+def assigned_to(shell: Any) -> str | None:
+    """The name of the notebook to which the value of the line magic that is running will be assigned; None for none."""
+    following = _following(shell)
+    return following.argval if following is not None and following.opname in ("STORE_NAME", "STORE_GLOBAL") else None
+
+
+def _following(shell: Any) -> dis.Instruction | None:
+    """What the code that runs a line magic does with its value."""
+    frame = calling_frame(shell.user_global_ns)
+    if frame is None:
+        return None
+    return next((step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti), None)
+
+
+def displayed(shell: Any) -> bool:
+    """Whether the value of the line magic that is running will be displayed, and nothing else be done with it."""
+    following = _following(shell)
+    # PRINT_EXPR up to Python 3.11, afterwards the first of the intrinsics.
+    return following is not None and (
+        following.opname == "PRINT_EXPR" or (following.opname == "CALL_INTRINSIC_1" and following.arg == 1)
+    )
+
+
+class _Cell(NamedTuple):
+    tree: ast.Module
+    source: str
+    filename: str
+    quiet: bool
+
+
+def _read(shell: Any, body: str, line: str, command: str) -> _Cell:
+    """The body as IPython would read it, with the positions it has in the whole cell."""
+    magic_line = f"{command} {line}".rstrip()
+    lines = body.splitlines()
+    # IPython takes empty lines off the top.
+    above = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    # A comment, so that what reads the whole text as Python (`inspect.getsource` of a class) can.
+    source = f"# {magic_line}\n" + "\n" * above + shell.transform_cell(body)
+    # The number that IPython itself shows: 7.34 counts after the cell, 9 before it.
+    number = shell.displayhook.prompt_count
+    filename = shell.compile.cache(source, number, raw_code=_raw(shell, body, magic_line))
+    try:
+        tree = shell.compile.ast_parse(source, filename=filename)
+    except (SyntaxError, ValueError, OverflowError, MemoryError) as error:
+        raise _not_python(source, error) from None
+    tree = shell.transform_ast(tree)
+    waiting = next(_awaits(tree), None)
+    if waiting is not None:
+        pointed = point_at(source, index_of(source, waiting.lineno, waiting.col_offset))
+        message = f"`await` cannot be used at the top level of a {command} cell."
+        raise FlaxMagicsError(message, hint=f"{pointed}\nawait in a cell of its own, and use the value here")
+    return _Cell(tree, source, filename, ends_quietly(source))
+
+
+def _raw(shell: Any, body: str, magic_line: str) -> str:
+    """The cell as the user typed it: a kernel names its cells, and the debugger finds them, by a hash of that."""
+    history = getattr(getattr(shell, "history_manager", None), "input_hist_raw", None)
+    if history and body.strip() and body.strip() in history[-1] and history[-1].lstrip().startswith("%%"):
+        return str(history[-1])
+    return f"{magic_line}\n{body}"
+
+
+def _run(shell: Any, nodes: list[ast.stmt], cell: _Cell, interactivity: str) -> None:
+    """Compiles all of `nodes`, then runs them one by one, as `InteractiveShell.run_ast_nodes` does."""
+    nodes = list(nodes)
+    if interactivity == "last_expr_or_assign" and nodes:
+        name = _assigned_last(nodes[-1])
+        if name is not None:
+            shown = ast.Expr(ast.Name(name, ast.Load()))
+            nodes.append(ast.fix_missing_locations(ast.copy_location(shown, nodes[-1])))
+    last_shown = interactivity == "last" or (
+        interactivity in ("last_expr", "last_expr_or_assign") and bool(nodes) and isinstance(nodes[-1], ast.Expr)
+    )
+    codes: list[CodeType] = []
+    for node in nodes:
+        shown_now = interactivity == "all" or (last_shown and node is nodes[-1])
+        single = shown_now and not cell.quiet
+        module = ast.Interactive([node]) if single else ast.Module([node], [])
+        try:
+            # The shell's compiler carries `__future__` flags on to what it compiles next.
+            codes.append(shell.compile(module, cell.filename, "single" if single else "exec"))
+        except (SyntaxError, ValueError, OverflowError) as error:
+            raise _not_python(cell.source, error) from None
+    for code in codes:
+        exec(code, shell.user_global_ns, shell.user_ns)
+
+
+def _assigned_last(node: ast.stmt) -> str | None:
+    """The name whose value `last_expr_or_assign` displays after `node`."""
+    match node:
+        case ast.Assign([ast.Name(name)]) | ast.AugAssign(ast.Name(name)) | ast.AnnAssign(ast.Name(name)):
+            return name
+    return None
+
+
+def _present(shell: Any, tree: ast.AST) -> tuple[str, ...]:
+    return tuple(name for name in assigned_names(tree) if name in shell.user_ns)
+
+
+def _not_python(source: str, error: Exception) -> FlaxMagicsError:
+    """A syntax error in a body.
+
+    Not a SyntaxError: for one that is raised inside a magic, IPython shows every frame down to the parser.
+    """
+    reason, line, column = str(error), 1, 1
+    if isinstance(error, SyntaxError):
+        reason, line, column = error.msg, error.lineno or 1, error.offset or 1
+    lines = source.split("\n")
+    line = min(line, len(lines))
+    position = sum(len(before) + 1 for before in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
+    return FlaxMagicsError(f"line {line} of this cell: {reason}", hint=point_at(source, position))
+
+
+def _awaits(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
+    """What makes the scope of `node` itself asynchronous."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            continue
+        generators = child.generators if isinstance(child, (ast.ListComp, ast.SetComp, ast.DictComp)) else []
+        if isinstance(child, (ast.Await, ast.AsyncFor, ast.AsyncWith)) or any(each.is_async for each in generators):
+            yield child  # type: ignore[misc]
+        yield from _awaits(child)
+
+
+def _segment(source: str, node: ast.expr) -> str:
+    return ast.get_source_segment(source, node) or ast.unparse(node)
+
+
+def _target(source: str, statement: ast.stmt, value: ast.expr) -> str:
+    """What stands left of the last `=`."""
+    start = index_of(source, statement.lineno, statement.col_offset)
+    end = index_of(source, value.lineno, value.col_offset)
+    return source[start:end].rstrip().removesuffix("=").rstrip()
+
+
+def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Callable[[Any], None]:
+    """A function that makes the assignment `statement`, given the value of its right side."""
+    assert isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign))
+    assert statement.value is not None
+    value = ast.copy_location(ast.Name(_VALUE, ast.Load()), statement.value)
+    made: ast.stmt
+    if isinstance(statement, ast.Assign):
+        made = ast.Assign(statement.targets, value)
+    elif isinstance(statement, ast.AugAssign):
+        made = ast.AugAssign(statement.target, statement.op, value)
+    else:
+        made = ast.AnnAssign(statement.target, statement.annotation, value, statement.simple)
+    code = compile(ast.Module([ast.copy_location(made, statement)], []), filename, "exec")
+
+    def assign(result: Any) -> None:
+        user_ns[_VALUE] = result
+        try:
+            exec(code, user_ns)
+        finally:
+            user_ns.pop(_VALUE, None)
+
+    return assign
+
+
+def _magic_argument(call: ast.Call) -> tuple[str, str] | None:
+    """Options and call of a magic that IPython's transformers made a call of, None if `call` is none."""
+    match call:
+        case ast.Call(
+            ast.Attribute(ast.Call(ast.Name("get_ipython")), "run_line_magic"),
+            [ast.Constant(str(name)), ast.Constant(str(line))],
+        ):
+            command = COMMANDS.get(f"%{name}")
+            try:
+                rest = line.strip() if command is None else read(command, line).rest
+            except FlaxMagicsError:
+                rest = ""
+            return (line[: line.rindex(rest)].strip(), rest) if rest else ("", "…")
+    return None
+
+
+_CELL = re.compile(r"%%flax\w*")
+_LINE = re.compile(r"(?P<before>[ \t]*(?P<target>[^\s%#][^%#\n]*=[ \t]*)?)%(?P<name>flax\w*)(?=[ \t\\])")
+_ESCAPED = re.compile(r"[ \t]*(?:[%!?,;/]|[^\n#'\"]*=[ \t]*[%!])")
+"""The beginning of a line that IPython reads, and Python does not: its quotes and brackets mean nothing."""
+
+
+def line_magic_transformer(lines: list[str]) -> list[str]:
+    """A transformer for the end of `shell.input_transformers_cleanup`.
+
+    The number of lines does not change, so neither does the number of any line of a body.
+    """
+    if not any("%flax" in line for line in lines):
+        return lines
+    first = next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
+    if _CELL.match(lines[first]):
+        magic, *below = _joined(lines[first:])
+        return [magic, *lines[:first], *below]
+    if lines[first].startswith("%%"):
+        return lines
+    # To say whether a cell is complete, IPython looks for an open bracket, and in Python: in a string it is none.
+    asked = sys._getframe(1).f_code.co_name == "check_complete"
+    return _line_magics("".join(lines), asked).splitlines(keepends=True)
+
+
+def _joined(lines: list[str]) -> list[str]:
+    """A cell with its `%%flax…` line in one piece.
+
+    The lines that it went on over stay, as comments: they keep the numbers of those that follow, and an empty line
+    would tell a terminal that the cell is complete.
+    """
+    text = "".join(lines)
+    end = logical_end(text, 0)
+    if end is None or "\n" not in text[:end]:
+        return lines
+    joined, last = "", 0
+    for piece in pieces(text[:end]):
+        if piece.kind == "string" and "\n" in text[piece.start : piece.end]:
+            return lines  # the line must be one, and a string's own newline cannot become a space
+        if piece.kind in ("newline", "join", "comment"):
+            joined += text[last : piece.start]
+            last = piece.end
+    joined += text[last:end]
+    whole = "\n".join([joined, *(f"# {line}" for line in text[:end].split("\n")[1:])])
+    return (whole + text[end:]).splitlines(keepends=True)
+
+
+def _line_magics(text: str, leave_open: bool) -> str:
+    """`text` with each `%flax…` call that goes on over lines rewritten as the Python that IPython would make of it.
+
+    A call whose bracket is never closed takes the rest of the text, as it does in Python, and is told so when it runs;
+    with `leave_open` the bracket is left to be found.
+    """
+    done, position = "", 0
+    while position < len(text):
+        magic = _magic_at(text, position)
+        if magic is None:
+            end = _physical_end(text, position) if _ESCAPED.match(text, position) else _statement_end(text, position)
+            if end is None:
+                break
+            done += text[position : end + 1]
+        else:
+            start = magic.end()
+            end = logical_end(text, start)
+            call = _open_call(text, start) if end is None else None
+            if call is not None:
+                if leave_open:
+                    return done + magic["before"] + text[call:]
+                end = len(text.rstrip())
+            if end is None or not _goes_on(text[start:end]):
+                end = _physical_end(text, position)
+                done += text[position : end + 1]
+            else:
+                done += magic["before"] + _as_call(magic["name"], text[start:end]) + text[end : end + 1]
+        position = end + 1
+    return done + text[position:]
+
+
+def _magic_at(text: str, position: int) -> re.Match[str] | None:
+    """The magic line that begins at `position`, up to its name."""
+    found = _LINE.match(text, position)
+    target = found["target"] if found else None
+    if target and (target.rstrip()[-2:-1] in tuple("=!<>+-*/|&^@:") or logical_end(target, 0) is None):
+        return None  # no assignment, or the `%` is inside a string or a bracket
+    return found
+
+
+def _physical_end(text: str, position: int) -> int:
+    """Index of the newline that ends the line at `position`, lines joined by a backslash being one."""
+    end = text.find("\n", position)
+    while end > position and text[end - 1] == "\\":
+        end = text.find("\n", end + 1)
+    return len(text) if end < 0 else end
+
+
+def _statement_end(text: str, position: int) -> int | None:
+    """As `logical_end`; None if the rest of the text is inside a bracket or a string."""
+    end = logical_end(text, position)
+    if end is None:
+        quote = next((piece for piece in pieces(text, position) if piece.kind == "quote"), None)
+        if quote is not None and quote.end - quote.start == 1:
+            return _physical_end(text, position)  # such as `!echo it's` after a name that IPython calls
+    return end
+
+
+def _goes_on(argument: str) -> bool:
+    return any(piece.kind != "join" and "\n" in argument[piece.start : piece.end] for piece in pieces(argument))
+
+
+def _open_call(text: str, start: int) -> int | None:
+    """Where the token begins whose bracket is open at the end of `text`; None if it is not a bracket that is open."""
+    opened: list[int] = []
+    for piece in pieces(text, start):
+        if piece.kind == "quote":
+            return None
+        if piece.kind == "open":
+            opened.append(piece.start)
+        elif piece.kind == "close" and opened:
+            opened.pop()
+    if not opened:
+        return None
+    call = opened[0]
+    while call > start and not text[call - 1].isspace():
+        call -= 1
+    return call
+
+
+def _as_call(name: str, argument: str) -> str:
+    """The call of a line magic, over as many lines as `argument` has."""
+    line = "".join(
+        " " if piece.kind == "join" and not piece.depth else argument[piece.start : piece.end]
+        for piece in pieces(argument)
+    )
+    *first, last = line.removeprefix(" ").rstrip().split("\n")
+    strings = [*(repr(part + "\n") for part in first), repr(last)]
+    filler = "\n" * (argument.count("\n") - len(first))
+    return f"get_ipython().run_line_magic({name!r}, " + "\n".join(strings) + filler + ")"

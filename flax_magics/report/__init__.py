@@ -1,0 +1,1 @@
+"""A run as text, as HTML and as the live line."""

@@ -1,0 +1,254 @@
+"""The root key, its draws and their streams: pure functions over frozen records.
+
+One draw is the line of Flax's notebook *The Sharp Bits*::
+
+    root_key, params_key, dropout_key = jax.random.split(root_key, 3)
+
+The old root is never split again. Any further stream NAME is `jax.random.fold_in(old_root, stream_tag(NAME))`. With
+partitionable threefry `split(key, n)[i] == fold_in(key, i)`, so a tag always has its highest bit set: it can never meet
+one of the small integers that the split stands for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..base.digest import words
+from . import threefry
+
+SPLIT = ("params", "dropout")
+"""The streams that the split itself gives, in its order."""
+
+
+@lru_cache(maxsize=1024)
+def stream_tag(name: str) -> int:
+    """The integer folded into the old root for stream `name`: 32 bits, the highest always set."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") | 1 << 31
+
+
+@cache
+def _splitter(impl: str) -> Any:
+    """Splits key data of one PRNG implementation into the data of three keys, in one dispatch."""
+
+    def split(data: jax.Array) -> jax.Array:
+        return jax.random.key_data(jax.random.split(jax.random.wrap_key_data(data, impl=impl), 3))
+
+    return jax.jit(split)
+
+
+@cache
+def _folder(impl: str) -> Any:
+    """Folds a tag into key data of one PRNG implementation, in one dispatch."""
+
+    def fold(data: jax.Array, tag: Any) -> jax.Array:
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data, impl=impl), tag))
+
+    return jax.jit(fold)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw from the root key: its number under its seed, and the root that it splits (host data, uncommitted)."""
+
+    seed: int
+    number: int
+    root: bytes
+    impl: str
+
+    @cached_property
+    def _split(self) -> list[bytes]:
+        if threefry.is_in_force(self.impl):
+            return threefry.hashes(self.root, (0, 1, 2))
+        return [key.tobytes() for key in np.asarray(_splitter(self.impl)(_words(self.root)))]
+
+    @property
+    def next_root(self) -> bytes:
+        """Key data of the root that the next draw splits."""
+        return self._split[0]
+
+    @property
+    def first(self) -> Draw:
+        """Itself: see `DrawBatch`."""
+        return self
+
+    @property
+    def last(self) -> Draw:
+        """Itself: see `DrawBatch`."""
+        return self
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """Itself alone: see `DrawBatch`."""
+        return (self,)
+
+    @property
+    def size(self) -> None:
+        """None: one draw, not a series of them."""
+        return None
+
+    def next(self) -> Draw:
+        """The draw after this one, under the same seed."""
+        return Draw(self.seed, self.number + 1, self.next_root, self.impl)
+
+    def stream(self, name: str, *, taken: bool = False) -> jax.Array:
+        """The typed key of stream `name`, shape ().
+
+        Args:
+          name: any stream; `params` and `dropout` come from the split, every other is folded in under its own tag.
+          taken: the split's key of this name already went to something else in this draw (an init took `params`), so
+            the stream is folded in as well: no key is used twice.
+        """
+        return as_key(self.data(name, taken=taken), self.impl)
+
+    def words(self, name: str, *, taken: bool = False) -> np.ndarray[Any, Any]:
+        """Its key data as a program takes it: uint32 of shape (2,), or as wide as `impl` has it."""
+        return _words(self.data(name, taken=taken))
+
+    def data(self, name: str, *, taken: bool = False) -> bytes:
+        """Its key data, for which no array has to be made."""
+        if name in SPLIT and not taken:
+            return self._split[1 + SPLIT.index(name)]
+        if name not in self._folded:
+            tag = stream_tag(name)
+            if threefry.is_in_force(self.impl):
+                self._folded[name] = threefry.hashes(self.root, (tag,))[0]
+            else:
+                self._folded[name] = np.asarray(_folder(self.impl)(_words(self.root), np.uint32(tag))).tobytes()
+        return self._folded[name]
+
+    @cached_property
+    def _folded(self) -> dict[str, bytes]:
+        return {}
+
+
+@dataclass(frozen=True)
+class DrawBatch:
+    """Draws one after the other, for one run that takes them all: what a Draw gives, with an axis in front."""
+
+    first: Draw
+    size: int
+
+    @cached_property
+    def draws(self) -> tuple[Draw, ...]:
+        """The draws, in order."""
+        found = [self.first]
+        while len(found) < self.size:
+            found.append(found[-1].next())
+        return tuple(found)
+
+    @property
+    def last(self) -> Draw:
+        """The draw that the root moves on from."""
+        return self.draws[-1]
+
+    @property
+    def impl(self) -> str:
+        """The PRNG implementation."""
+        return self.first.impl
+
+    def stream(self, name: str, *, taken: bool = False) -> jax.Array:
+        """The typed keys of stream `name`, shape (size,). `taken` is said of the first draw: see `Draw.stream`."""
+        return as_key(self.data(name, taken=taken), self.impl, self.size)
+
+    def words(self, name: str, *, taken: bool = False) -> np.ndarray[Any, Any]:
+        """Their key data as a program takes it: what a Draw gives, with an axis of `size` in front."""
+        return _words(self.data(name, taken=taken)).reshape(self.size, -1)
+
+    def data(self, name: str, *, taken: bool = False) -> bytes:
+        """Their key data, one after the other."""
+        return b"".join(draw.data(name, taken=taken and draw is self.first) for draw in self.draws)
+
+
+@dataclass(frozen=True)
+class RunKeys(Mapping[str, jax.Array]):
+    """The keys of a run by name, made when they are looked at: a history of runs then holds no device memory for them.
+
+    Attributes:
+      draw: what they are drawn from.
+      names: how a key is called in the run → the stream that it is, and whether that was taken (see `Draw.stream`).
+    """
+
+    draw: Draw | DrawBatch
+    names: Mapping[str, tuple[str, bool]]
+
+    @classmethod
+    def of(cls, draw: Draw | DrawBatch, *names: str) -> RunKeys:
+        """Streams under their own names."""
+        return cls(draw, {name: (name, False) for name in names})
+
+    def __getitem__(self, name: str) -> jax.Array:
+        stream, taken = self.names[name]
+        return self.draw.stream(stream, taken=taken)
+
+    def data(self, name: str) -> bytes:
+        """Key data of a key, for which no array has to be made."""
+        stream, taken = self.names[name]
+        return self.draw.data(stream, taken=taken)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class RootKey:
+    """The root key of a session: the seed it began with, how many draws it has given, and its data now."""
+
+    seed: int
+    draws: int
+    data: bytes
+    impl: str
+
+    @classmethod
+    def from_seed(cls, seed: int) -> RootKey:
+        """Draw 0 of `seed`, under the PRNG implementation that JAX is set to now."""
+        with jax.ensure_compile_time_eval():  # a session may begin in a function that JAX traces
+            key = jax.random.key(seed)
+            return cls(seed, 0, np.asarray(jax.random.key_data(key)).tobytes(), str(jax.random.key_impl(key)))
+
+    @property
+    def key(self) -> jax.Array:
+        """The typed key that the next draw will split, shape ()."""
+        return as_key(self.data, self.impl)
+
+    def draw(self) -> Draw:
+        """The next draw. The root itself does not move: see `after`."""
+        return Draw(self.seed, self.draws + 1, self.data, self.impl)
+
+    def after(self, draw: Draw) -> RootKey:
+        """The root once `draw` has succeeded."""
+        return RootKey(self.seed, draw.number, draw.next_root, self.impl)
+
+
+def _words(data: bytes) -> np.ndarray[Any, Any]:
+    # Key data of one key is a vector of words in every implementation that JAX has.
+    return np.frombuffer(data, np.uint32)
+
+
+def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
+    """A typed key, shape (), made of host key data; with `size` so many, shape (size,)."""
+    words = _words(data) if size is None else _words(data).reshape(size, -1)
+    # `jnp.asarray` would compile a program for it.
+    key: jax.Array = jax.random.wrap_key_data(jax.device_put(words), impl=impl)
+    return key
+
+
+@cache
+def shape_of_key(impl: str) -> jax.ShapeDtypeStruct:
+    """A typed key of shape () as a shape."""
+    shape: jax.ShapeDtypeStruct = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    return shape
+
+
+def short_key(key: Any) -> str:
+    """The first word of the key data in hex: `375f238f`. A short name for eyes, not for comparing."""
+    return words(key)[:8]

@@ -1,0 +1,274 @@
+"""Variables that were read from a file, held against the model that is registered under their name.
+
+All of them fit or none is used: same tree, shapes and dtypes. What does not is told leaf by leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..base.compare import alike
+from ..base.critical import at_once
+from ..base.text import clean
+from ..code.source import edited, source_of
+from ..compile.initialise import InitRecord, initialised
+from ..errors import FlaxMagicsError
+from ..execution.build import built_with
+from ..models.base import Model
+from ..models.construction import Construction
+from ..run import Note
+from ..state.entry import ModelEntry
+from ..state.models import Registration, differences
+from ..state.saved import SavedModel
+from ..state.state import State
+from ..state.trees import Differs, foreign_in, graft
+from ..state.weights import WeightSource
+from .document import versions
+
+
+class Unfit(Exception):
+    """The variables do not fit the model."""
+
+    def __init__(self, lines: tuple[str, ...]) -> None:
+        self.lines = tuple(map(clean, lines))  # with names that stand in the file
+        super().__init__(", ".join(self.lines))
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A model with the variables that waited for it.
+
+    Attributes:
+      entry: what the session is to have of it.
+      write: puts the variables into the user's own object (NNX); None where the session holds them.
+      other: what is other about the model than when they were saved, such as `was Net(rate=0.5) there`.
+    """
+
+    entry: ModelEntry
+    write: Callable[[], None] | None = None
+    other: tuple[str, ...] = ()
+
+
+def match(saved: SavedModel, entry: ModelEntry) -> Matched:
+    """`entry` with the variables of `saved`. Nothing is changed here.
+
+    Raises:
+      Unfit: they do not fit.
+    """
+    return replace(_match(saved, entry), other=_other(saved, entry.model))
+
+
+def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
+    """What is other about a model than when it was saved. Its variables may fit nevertheless, and give something else."""
+    if not saved.ready:
+        return ()
+    now = model.describe()
+    # What is said of an NNX module depends on how its construction was written.
+    fields = (f"was {saved.text} there",) if saved.text != now and not saved.holds_variables else ()
+    names = edited(saved.source, source_of(model.module)) if saved.source else ()
+    return (*fields, f"{', '.join(names)} edited since") if names else fields
+
+
+def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
+    model: Any = entry.model
+    if saved.holds_variables is not model.holds_variables:
+        there, here = ("an NNX", "a linen") if saved.holds_variables else ("a linen", "an NNX")
+        raise Unfit((f"{there} model is in the file, and {here} one is registered",))
+    if model.holds_variables:
+        return _into_module(saved, entry, model)
+    if saved.variables is None:
+        return Matched(replace(entry, variables=None, made=None, updates={}, outdated=False, source=None))
+    variables, made, outdated = _held_against(saved, model)
+    assigned = saved.assigned or made is None
+    entry = replace(
+        entry,
+        variables=variables,
+        made=None if assigned else made,
+        made_before=made if assigned else None,
+        updates=dict(saved.updates),
+        outdated=outdated,
+        source=WeightSource.loaded(saved.file, variables),
+    )
+    return Matched(entry)
+
+
+def _held_against(saved: SavedModel, model: Model) -> tuple[Any, InitRecord | None, bool]:
+    """The variables as the model has them, how they are made, and whether the model would now make others."""
+    before, variables = saved.made, saved.variables
+    if before is None:
+        return _whole(variables), None, saved.outdated
+    try:
+        now = initialised(model, before.key, before.method, before.args, before.kwargs)
+    except Exception as error:  # the user's code does not take the old call
+        raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
+    if now.shapes is None:  # the init looks at values: only running it would tell
+        return _whole(variables), now, saved.outdated
+    try:
+        variables = graft(variables, now.shapes)
+    except Differs as error:
+        raise Unfit((str(error),)) from None
+    except Exception as error:  # a class that cannot be put together of these children
+        raise Unfit((f"its variables cannot be put together ({type(error).__name__})",)) from error
+    # What runs have written may have grown, and collections that only a run makes are not the init's to know.
+    names = [name for name in now.shapes if name not in saved.updates and (name in variables or not saved.assigned)]
+    if "params" in now.shapes and "params" not in names:
+        names.append("params")
+    have = {name: variables[name] for name in names if name in variables}
+    changes = differences(_leaves_only(have), _leaves_only({name: now.shapes[name] for name in names}))
+    if changes:
+        raise Unfit(changes)
+    # Another version may trace the same code to another program.
+    outdated = saved.outdated or (saved.versions == versions() and now.program != before.program)
+    return variables, now, outdated
+
+
+def _whole(variables: Any) -> Any:
+    found = foreign_in(variables)
+    if found is not None:
+        raise Unfit((f"{found[0]} is a {found[1]} in the file, and the model does not say what to make of it",))
+    return variables
+
+
+def _leaves_only(tree: Any) -> Any:
+    """Shape and dtype of every leaf. A number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
+    return jax.tree_util.tree_map(_leaf, tree)
+
+
+def _leaf(leaf: Any) -> Any:
+    if isinstance(leaf, (bool, int, float, complex)):
+        return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(type(leaf)))
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+    return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else _Other(type(leaf).__name__)
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A leaf that is no array: its type is all that is compared."""
+
+    dtype: Any
+    shape: tuple[int, ...] = ()
+
+
+def _into_module(saved: SavedModel, entry: ModelEntry, model: Any) -> Matched:
+    """The variables of an NNX module, each for the one that stands at its path."""
+    slots = {slot.path: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
+    values_by_path: dict[Any, Any] = {}
+    changes = []
+    for collection, path, value in saved.variables:
+        name = "/".join(map(str, path))
+        slot = slots.get(path)
+        if slot is None:
+            changes.append(f"{name} removed")
+            continue
+        if slot.collection != collection:
+            changes.append(f"{name} {collection}→{slot.collection}")
+            continue
+        there = slot.read()
+        try:
+            value = graft(value, there, name)
+        except Differs as error:
+            changes.append(str(error))
+            continue
+        except Exception as error:  # a class that cannot be put together of these children
+            changes.append(f"{name} cannot be put together ({type(error).__name__})")
+            continue
+        if not alike(jax.tree_util.tree_structure(value), jax.tree_util.tree_structure(there)):
+            changes.append(f"{name} is put together otherwise")
+        changes += [_spell(line, name) for line in differences(_leaves_only(value), _leaves_only(there))]
+        values_by_path[path] = value
+    changes += [
+        f"{'/'.join(map(str, path))} added" for path in slots if path not in {row[1] for row in saved.variables}
+    ]
+    if changes:
+        raise Unfit(tuple(changes))
+    assignments = [slots[path].assignment(value) for path, value in values_by_path.items()]
+    built = entry.built
+    if built is not None and saved.keys is not None:
+        built = replace(built, keys=saved.keys)
+    values: dict[str, dict[str, Any]] = {}
+    for path, value in values_by_path.items():
+        values.setdefault(slots[path].collection, {})[slots[path].name] = value
+    source = WeightSource.loaded(saved.file, values, in_module=True)
+    entry = replace(
+        entry, updates=dict(saved.updates), outdated=saved.outdated, stale=saved.stale, built=built, source=source
+    )
+    return Matched(entry, lambda: at_once(assignments))
+
+
+def _spell(line: str, name: str) -> str:
+    """A difference within one variable, with the variable's name before it."""
+    return f"{name}/{line}" if not line.startswith(" ") else f"{name}{line}"
+
+
+def unfit(saved: Mapping[str, tuple[SavedModel, Unfit]], path: str) -> FlaxMagicsError:
+    """The error for models that are registered and that a file does not fit."""
+    lines = [f"{name}: {change}" for name, (_, found) in saved.items() for change in found.lines]
+    names = ", ".join(f"`{name}`" for name in saved)
+    verb = "does" if len(saved) == 1 else "do"
+    message = f"the variables in `{path}` do not fit: {names} as registered {verb} not have them. Nothing was loaded."
+    return FlaxMagicsError(message, hint="\n".join(lines))
+
+
+def registered(state: State, entry: ModelEntry, change: Registration) -> tuple[State, Registration]:
+    """The state in which `entry` is registered, with the variables that wait for it if they fit; and what to say."""
+    found = matched(state.waiting, entry, change)
+    if found is None:
+        return replace(state, models={**state.models, entry.name: entry}), change
+    entry, change = found
+    waiting = state.waiting
+    if not change.unfit:
+        waiting = {name: model for name, model in waiting.items() if name != entry.name}
+    return replace(state, models={**state.models, entry.name: entry}, waiting=waiting), change
+
+
+def built_before(state: State, name: str, recipe: Construction) -> tuple[State, Registration] | None:
+    """The state with the module that a saved session had built, and its variables; None where they do not fit.
+
+    No draw: it was made then, and its keys are those of that time.
+    """
+    saved = state.waiting.get(name)
+    if saved is None or saved.keys is None:
+        return None
+    after, change = registered(state, *built_with(None, name, recipe, saved.keys))
+    return None if change.unfit else (after, change)
+
+
+def matched(
+    waiting: Mapping[str, SavedModel], entry: ModelEntry, change: Registration
+) -> tuple[ModelEntry, Registration] | None:
+    """An entry with the variables that wait for it, if they fit; None where none wait."""
+    saved = waiting.get(entry.name)
+    if saved is None or not saved.ready:
+        return None
+    try:
+        found = match(saved, entry)
+    except Unfit as error:
+        return entry, replace(change, file=saved.file, unfit=error.lines)
+    write = found.write or change.write
+    return found.entry, replace(change, file=saved.file, variables="restored", write=write, other=found.other)
+
+
+def rebound(
+    waiting: Mapping[str, SavedModel], entry: ModelEntry, notes: tuple[Note, ...]
+) -> tuple[ModelEntry, tuple[Note, ...]]:
+    """`entry`, of a name that stands for another module now, with the variables that wait for it if they fit.
+
+    A module that holds its own keeps them: they are the user's to replace.
+    """
+    if entry.name not in waiting or entry.ready:
+        return entry, notes
+    found = matched(waiting, entry, Registration(entry.name, "changed"))
+    if found is None:
+        return entry, notes
+    entry, change = found
+    if change.unfit:
+        text = f"the variables in {change.file} do not fit {entry.name}: {', '.join(change.unfit)}"
+    else:
+        text = ", ".join((f"{entry.name} has its variables from {change.file}", *change.other))
+    return entry, (*notes, Note("file", text))

@@ -1,0 +1,347 @@
+"""Saving a session and loading it, at once or in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..base.critical import uninterrupted
+from ..base.files import Ticket, checked_target
+from ..base.text import plural
+from ..base.workers import Workers, wait_for
+from ..errors import FlaxMagicsError
+from ..run import Note, Run
+from ..state.entry import ModelEntry
+from ..state.runs import RunLog, newest
+from ..state.saved import SavedModel
+from ..state.state import State
+from . import document, restore
+from .document import Snapshot
+from .restore import Unfit
+from .runs import WrittenRuns
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written: where to, how much, and of what.
+
+    Attributes:
+      bytes: the size of the file.
+      models: names of the models whose variables are in it.
+      draws: how many draws of `seed` had been made.
+      runs: how many runs are in its history.
+      when: seconds since the epoch, when the session was as it is in the file.
+      kept: nothing was written: the file has a session, and this one has none yet.
+    """
+
+    path: str
+    bytes: int
+    models: tuple[str, ...]
+    parameters: int
+    seed: int
+    draws: int
+    runs: int
+    when: float
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was read, and what became of it.
+
+    Attributes:
+      models: names of the registered models that have their variables back.
+      waiting: models that are not registered yet; their variables are given to what is registered under their names.
+      notes: what is other here than where it was saved.
+    """
+
+    path: str
+    seed: int
+    draws: int
+    runs: int
+    models: tuple[str, ...]
+    waiting: tuple[SavedModel, ...]
+    parameters: int
+    saved: float
+    notes: tuple[Note, ...] = ()
+
+
+_writers = Workers(1)
+
+
+def path_of(path: str | os.PathLike[str]) -> Path:
+    """The path, `~` replaced. Raises FlaxMagicsError: it is none."""
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise FlaxMagicsError(f"{path!r} is no name of a file.")
+    return Path(os.path.expanduser(text))
+
+
+def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
+    """Writes a session into a file. An interrupt returns at once, and leaves the old file or the whole new one."""
+    target = path_of(path)
+    now = document.with_sources(document.take(state), state)
+    ticket = Ticket()
+    work = _writers.submit(lambda: document.write(target, now, None, ticket))
+    try:
+        size = wait_for(work)
+    except KeyboardInterrupt:
+        ticket.cancel()
+        raise
+    return saved_of(target, size, now, state)
+
+
+def saved_of(target: Path, size: int, now: Snapshot, state: State) -> Saved:
+    """What to say of a file that was written."""
+    models = tuple(model.name for model in now.models if model.ready)
+    runs = 0 if state.runs is None else state.runs.length
+    return Saved(os.fspath(target), size, models, now.parameters, state.root.seed, state.root.draws, runs, now.saved)
+
+
+def load_session(before: State, path: str | os.PathLike[str]) -> tuple[State, list[Callable[[], None]], Restored]:
+    """Reads a session out of a file. Changes nothing.
+
+    Args:
+      before: the session that it is to take the place of.
+
+    Returns:
+      What the session then is, what writes the variables of NNX modules into the user's own objects, and what to say.
+    """
+    target = path_of(path)
+    found = document.read(target)
+    models: dict[str, ModelEntry] = dict(before.models)
+    waiting: dict[str, SavedModel] = {}
+    others: dict[str, tuple[str, ...]] = {}
+    writes: list[Callable[[], None]] = []
+    unfit: dict[str, tuple[SavedModel, Unfit]] = {}
+    for saved in found.models:
+        entry = models.get(saved.name)
+        if entry is None:
+            waiting[saved.name] = saved
+            continue
+        try:
+            matched = restore.match(saved, entry)
+        except Unfit as error:
+            unfit[saved.name] = saved, error
+            continue
+        models[saved.name], others[saved.name] = matched.entry, matched.other
+        if matched.write is not None:
+            writes.append(matched.write)
+    if unfit:
+        raise restore.unfit(unfit, os.fspath(target))
+    runs: RunLog | None = None
+    for kept in found.written:
+        runs = RunLog.add(runs, kept)
+    state = State(found.root, models, found.opened, runs, found.seeds, waiting)
+    names = tuple(saved.name for saved in found.models if saved.name not in waiting and saved.ready)
+    notes = (*_lost(before, found), *_edited(others), *_other(found))
+    restored = Restored(
+        os.fspath(target),
+        found.root.seed,
+        found.root.draws,
+        len(found.written),
+        names,
+        tuple(saved for saved in waiting.values() if saved.ready),
+        found.parameters,
+        found.saved,
+        notes,
+    )
+    return state, writes, restored
+
+
+def _lost(before: State, found: Snapshot) -> tuple[Note, ...]:
+    """What was in the session that the file replaced, and what stays that the file does not have.
+
+    That models were built or initialised is not worth a word.
+    """
+    notes = []
+    there = {_identity(kept.run()) for kept in found.written}
+    runs = newest(before.runs, 0 if before.runs is None else before.runs.length)
+    lost = sum(run.command != "init" and _identity(run) not in there for run in runs)
+    if lost:
+        what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
+        notes.append(Note("replaced", f"{what}: its root key and its history are now those of the file"))
+    empty = [saved.name for saved in found.models if not saved.ready and _has_variables(before.models.get(saved.name))]
+    if empty:
+        verb = "has" if len(empty) == 1 else "have"
+        text = f"{', '.join(empty)} {verb} no variables in the file: those that were here are dropped"
+        notes.append(Note("dropped", text))
+    names = {saved.name for saved in found.models}
+    stays = [name for name, entry in before.models.items() if name not in names and _has_variables(entry)]
+    if stays:
+        verbs = ("is", "keeps its") if len(stays) == 1 else ("are", "keep their")
+        notes.append(Note("stays", f"{', '.join(stays)} {verbs[0]} not in the file, and {verbs[1]} variables"))
+    return tuple(notes)
+
+
+def _identity(run: Run) -> tuple[Any, ...]:
+    """What tells a run from every other, here and in a file."""
+    return run.seed, run.draw, run.command, run.model, run.started
+
+
+def _has_variables(entry: ModelEntry | None) -> bool:
+    return entry is not None and entry.ready
+
+
+def _edited(others: Mapping[str, tuple[str, ...]]) -> tuple[Note, ...]:
+    """Models that are registered, and other than they were when they were saved."""
+    return tuple(
+        Note("edited", f"{name} is not as it was saved, so that its runs may give something else: {', '.join(what)}")
+        for name, what in others.items()
+        if what
+    )
+
+
+def _other(found: Snapshot) -> tuple[Note, ...]:
+    """What is other here than where the file was saved, if that may change bits."""
+    now = {**document.versions(), **document.settings()}
+    then = {**found.versions, **found.settings}
+    names = [
+        name for name in ("jax", "jaxlib", "flax", *document.settings()) if name in then and then[name] != now[name]
+    ]
+    parts = [f"{name} {then[name]} → {now[name]}" for name in names]
+    kind = document.device()
+    if found.device != kind:
+        parts.append(f"device {found.device} → {kind}")
+    if not parts:
+        return ()
+    text = f"saved with other versions or settings, so that runs may differ in their bits: {', '.join(parts)}"
+    return (Note("versions", text),)
+
+
+def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:
+    """Begins to save in the background: with a first time now, and from then on in the folder of that time.
+
+    A session in which nothing has happened yet does not replace one that is in the file: a notebook that turns this on in
+    its first cells would lose there what it is on for.
+    """
+    saved = _there(state, path) or save_session(state, path)
+    return Autosave(path_of(path).absolute(), saved)
+
+
+def _there(state: State, path: str | os.PathLike[str]) -> Saved | None:
+    """The session that a file has; None where this one is to replace it, whatever it is.
+
+    Raises:
+      FlaxMagicsError: it could not be replaced later.
+    """
+    if state.runs is not None or state.waiting:
+        return None
+    target = path_of(path)
+    try:
+        found = document.read(target)
+        size = os.stat(target).st_size
+    except (FlaxMagicsError, OSError):  # none, or none of ours: the first time tells what there is to tell
+        return None
+    if not found.written:
+        return None
+    try:
+        checked_target(target)
+    except OSError as error:
+        raise FlaxMagicsError(f"`{target}` cannot be written: {error.strerror}.") from None
+    models = tuple(model.name for model in found.models if model.ready)
+    root, runs = found.root, len(found.written)
+    return Saved(os.fspath(target), size, models, found.parameters, root.seed, root.draws, runs, found.saved, kept=True)
+
+
+REST = 4.0
+"""A write is followed by a rest of so many times as long: saving takes a fifth of the time at most."""
+
+
+class Autosave:
+    """Writes snapshots to one file, the last one last.
+
+    Args:
+      path: of the file.
+      last: what was written there before.
+      clock: gives seconds.
+    """
+
+    def __init__(self, path: Path, last: Saved, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path = path
+        self.last = last
+        """What was written last; its path is as it was given."""
+        self.error: str | None = None
+        """Why the last write failed, None if it did not."""
+        self._told: str | None = None
+        self._clock = clock
+        self._history = WrittenRuns(digest=False)
+        self._sources: dict[str, tuple[Any, str]] = {}
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._pending: tuple[Snapshot, State] | None = None
+        self._running = False
+        self._hurry = threading.Event()
+
+    def after(self, facts: Mapping[str, Any], state: State) -> None:
+        """Notes the session down if the run, of which `facts` are the fields, changed variables."""
+        if facts["changed"] or facts["made"] is not None:
+            self.offer(state)
+
+    def offer(self, state: State) -> None:
+        """Notes the session down, to be written soon."""
+        try:
+            now = document.take(state)
+        except Exception as error:  # the run has succeeded, whatever is the matter here
+            self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
+            return
+        with uninterrupted():  # a snapshot that no thread takes would never be written
+            with self._lock:
+                self._pending = now, state
+                start, self._running = not self._running, True
+            if start:
+                threading.Thread(target=self._work, name="flax_magics autosave").start()
+
+    def flush(self) -> None:
+        """Waits until everything that was noted down is written, without rests."""
+        self._hurry.set()
+        try:
+            with self._idle:
+                while self._running:
+                    self._idle.wait(0.2)
+        finally:
+            self._hurry.clear()
+
+    def news(self) -> str | None:
+        """Why saving fails, if nobody was told yet."""
+        error = self.error
+        if error is None or error == self._told:
+            return None
+        self._told = error
+        return error
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if self._pending is None:
+                    self._running = False
+                    self._idle.notify_all()
+                    return
+                (now, state), self._pending = self._pending, None
+            start = self._clock()
+            self._write(now, state)
+            del now, state
+            self._rest(REST * (self._clock() - start))
+
+    def _write(self, now: Snapshot, state: State) -> None:
+
+        try:
+            size = document.write(self.path, document.with_sources(now, state, self._sources), self._history)
+            self.last = replace(saved_of(self.path, size, now, state), path=self.last.path)
+            self.error = self._told = None
+        except FlaxMagicsError as error:
+            self.error = error.message
+        except Exception as error:  # nothing that fails here may pass unseen, and none of it is the user's to catch
+            self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
+
+    def _rest(self, seconds: float) -> None:
+        """Rests, unless somebody waits or Python ends."""
+        end = self._clock() + min(seconds, 60.0)
+        main = threading.main_thread()
+        while main.is_alive() and self._clock() < end and not self._hurry.is_set():
+            self._hurry.wait(max(0.0, min(0.05, end - self._clock())))

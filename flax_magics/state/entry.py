@@ -1,0 +1,209 @@
+"""What a session keeps of one model, and what running one of its runs again needs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from ..base.digest import bytes_of, own
+from ..code.structure import static_data
+from ..compile.cache import Program
+from ..compile.initialise import InitRecord
+from ..line.options import ApplyOptions
+from ..models.base import CallTrace, Model, Needs
+from ..models.calls import Path
+from ..models.construction import BuiltBySession, Construction
+from .weights import WeightSource
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A registered model as the session's state has it.
+
+    Attributes:
+      print: fingerprint at registration, None where the model is not plain.
+      variables: None until initialised.
+      made: how the variables were initialised; None if they were assigned.
+      updates: collection → how many runs have written it since the init.
+      outdated: the variables are from before an edit that changed how they are made.
+      guesses: what runs asked for last, by method and mode; spares a trace, never decides one.
+    """
+
+    name: str
+    model: Model
+    print: bytes | None
+    variables: Mapping[str, Any] | None = None
+    made: InitRecord | None = None
+    updates: Mapping[str, int] = field(default_factory=dict)
+    outdated: bool = False
+    guesses: Mapping[Any, Needs] = field(default_factory=dict)
+    forced: frozenset[tuple[Any, str]] = frozenset()
+    """Int arguments, by method, whose value the model needs."""
+    built: BuiltBySession | None = None
+    """How the session built the module (NNX), None where the user did."""
+    stale: bool = False
+    """A module that holds its variables is to be built anew at its next use."""
+    first: bytes | None = None
+    """A digest of such a module's variables as they were when it was registered."""
+    made_before: InitRecord | None = None
+    """How the variables were made in whose place the user has put others: what the model's own look like."""
+    source: WeightSource | None = None
+    """Where the variables came from; None as long as there are none."""
+    replaced: Replaced | None = None
+    """Variables in whose place an init has put fresh ones, where those were more than an earlier init's."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are variables."""
+        return self.variables is not None or self.model.holds_variables
+
+    @property
+    def held(self) -> Mapping[str, Any] | None:
+        """The variables by collection, where the session or the module holds them now."""
+        return self.model.take() if self.model.holds_variables else self.variables
+
+    def source_now(self) -> WeightSource | None:
+        """Where the variables came from that are held now."""
+        held = self.held
+        return self.source if held is None or self.source is None else self.source.now(held, self.updates)
+
+
+@dataclass(frozen=True, eq=False)
+class ApplyRecipe:
+    """What applies of one line have in common.
+
+    Attributes:
+      entry: the model as it was, without variables. Of a module that holds its variables it says the name alone.
+      skeleton: such a module without its arrays (see `Layout.skeleton`), None for every other.
+      options: without the variables of `--variables`, which are those that it ran with.
+      taken: the draw's `params` key had gone into variables.
+      settings: JAX's, as they were.
+      key: what told its program from every other, None where that could not be told.
+      program: the executable and what it asked for, for as long as the session keeps it; None where there was none.
+      names: the traced inputs by the names that the program knows them by, None in the place of one that is static.
+      structure: how the variables are put together.
+      objects: a digest of `objects_in` the inputs and variables, None where it cannot be told.
+      moving: an input is an object that changes where it is.
+      inputs, variables, written: bytes of each; of what the run writes.
+      pinned: arrays that the model holds besides its variables.
+    """
+
+    entry: ModelEntry
+    skeleton: Any
+    method: Path
+    options: ApplyOptions
+    taken: bool
+    settings: tuple[Any, ...]
+    key: Any
+    program: weakref.ref[Program] | None
+    names: tuple[str | None, ...]
+    record: CallTrace
+    structure: Any
+    objects: bytes | None
+    moving: bool
+    inputs: int
+    variables: int
+    written: int
+    pinned: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The registered name."""
+        return self.entry.name
+
+    @property
+    def size(self) -> int:
+        """Bytes that a run may hold on to, at most."""
+        return self.inputs + self.variables + sum(map(bytes_of, self.pinned))
+
+
+@dataclass(frozen=True, eq=False)
+class InitRecipe:
+    """What an init of a linen model needs: the model as it was, and the method that was called; `pinned` as in `Applied`."""
+
+    entry: ModelEntry
+    method: Path
+    pinned: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class BuildRecipe:
+    """What the building of an NNX module needs: its recipe, and a digest of that at the time; `pinned` as in `Applied`."""
+
+    name: str
+    recipe: Construction
+    print: bytes | None
+    pinned: tuple[Any, ...] = ()
+
+
+class Origin:
+    """What one run came from: `how` it was run, and the leaves of the variables that it ran with."""
+
+    __slots__ = ("how", "leaves")
+
+    @property
+    def record(self) -> CallTrace | None:
+        """What the run was seen to ask for."""
+        return self.how.record if isinstance(self.how, ApplyRecipe) else None
+
+    def __init__(self, how: ApplyRecipe | InitRecipe | BuildRecipe, leaves: list[Any]) -> None:
+        self.how = how
+        self.leaves = leaves
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether an input is an array or a plain value, which are what they were."""
+    return hasattr(leaf, "dtype") or leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes))
+
+
+def objects_in(treedef: Any, leaves: Iterable[Any], structure: Any) -> list[Any]:
+    """What may have changed where it is: inputs that are no arrays and not plain, static data of these and of variables.
+
+    Args:
+      structure: how the variables are put together.
+    """
+    return [*(leaf for leaf in leaves if not is_plain(leaf)), *static_data(treedef), *static_data(structure)]
+
+
+def given_by(how: ApplyRecipe, inputs: tuple[Any, list[Any]]) -> Mapping[str, Any]:
+    """The traced inputs by their names."""
+    rows = zip(how.names, inputs[1], strict=True)
+    return {name: leaf for name, leaf in rows if name is not None}
+
+
+class Replaced:
+    """Variables that an init replaced, kept among the runs for as long as there is room, and until they are let go of.
+
+    Attributes:
+      source: where they came from.
+      updates: collection → how many runs had written it.
+      origin, inputs: as `Kept` has them, so that they count like a run; None once they were let go of.
+    """
+
+    def __init__(self, variables: Any, source: WeightSource, updates: Mapping[str, int]) -> None:
+        self.source, self.updates = source, updates
+        nothing: Any = _Nothing()
+        leaves, self._structure = jax.tree_util.tree_flatten(variables)
+        self.inputs: tuple[Any, list[Any]] | None = (None, [])
+        self.origin: Origin | None = Origin(nothing, list(map(own, leaves)))
+        self.size = sum(map(bytes_of, leaves))
+
+    @property
+    def variables(self) -> Any:
+        """As they were."""
+        assert self.origin is not None
+        return jax.tree_util.tree_unflatten(self._structure, self.origin.leaves)
+
+    def let_go(self) -> None:
+        """Lets go of the arrays."""
+        self.origin = self.inputs = None
+
+
+class _Nothing:
+    """How `Replaced` came to be: by no run, and with nothing that a model holds besides."""
+
+    pinned = ()

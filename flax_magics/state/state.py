@@ -1,0 +1,126 @@
+"""What a session is at one moment: frozen, replaced as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import jax
+
+from ..errors import FlaxMagicsError
+from ..rng.keys import Draw, RootKey
+from .entry import ModelEntry
+from .runs import RunLog, StoredRun
+
+if TYPE_CHECKING:
+    from .saved import SavedModel
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a command may change."""
+
+    root: RootKey
+    models: Mapping[str, ModelEntry] = field(default_factory=dict)
+    opened: tuple[str, Draw] | None = None
+    """A draw whose `params` an init took, and the model whose next apply takes the rest of it."""
+    runs: RunLog | None = None
+    seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    """seed → the last draw that was made under it before it was started again, and the PRNG implementation."""
+    waiting: Mapping[str, SavedModel] = field(default_factory=dict)
+    """Variables that were read from a file, by the name of the model that they wait for."""
+
+    def after(self, kept: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
+        """The state once a run has succeeded. A replay moves neither the root nor a draw that is open."""
+        root, opened = (self.root, self.opened) if kept.facts["replayed"] else (self.root.after(draw), opened)
+        models = self.models if entry is None else {**self.models, entry.name: entry}
+        waiting = self.waiting and self._still_waiting(entry)
+        return State(root, models, opened, RunLog.add(self.runs, kept), self.seeds, waiting)
+
+    def with_variables(self, entry: ModelEntry) -> State:
+        """The state once the user has given a model other variables."""
+        waiting = self.waiting and self._still_waiting(entry)
+        return replace(self, models={**self.models, entry.name: entry}, waiting=waiting)
+
+    def restarted(self, root: RootKey, *, fresh: bool) -> tuple[State, Restart]:
+        """The state with another root key, nothing open; what was drawn under the old seed can still be found.
+
+        Args:
+          fresh: every model is to be initialised anew at its next use.
+        """
+        models = self.models
+        if fresh:
+            models = {
+                name: replace(
+                    entry,
+                    variables=None,
+                    made=None,
+                    updates={},
+                    outdated=False,
+                    stale=entry.model.holds_variables,
+                    source=entry.source if entry.model.holds_variables else None,
+                )
+                for name, entry in models.items()
+            }
+        keeping = tuple(
+            name for name, entry in models.items() if entry.ready and not (entry.stale and entry.built is not None)
+        )
+        restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
+        seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
+        waiting = {} if fresh else self.waiting
+        return State(root, models, None, self.runs, seeds, waiting), restart
+
+    def _still_waiting(self, entry: ModelEntry | None) -> Mapping[str, SavedModel]:
+        """What waits once `entry` has variables: no older ones for the same model."""
+        if entry is None or not entry.ready:
+            return self.waiting
+        return {name: model for name, model in self.waiting.items() if name != entry.name}
+
+    def _last(self, seed: int) -> tuple[int, str]:
+        """The last draw that was made under `seed`, 0 for none, and its PRNG implementation."""
+        last = self.seeds.get(seed, (0, ""))
+        if seed != self.root.seed or not self.root.draws:
+            return last
+        return max(last[0], self.root.draws), self.root.impl
+
+    def has_drawn(self, seed: int) -> bool:
+        """Whether a draw was made under `seed`."""
+        return self._last(seed)[0] > 0
+
+    def find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
+        """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made."""
+        if wanted is None:
+            return None
+        seed, number = self.check_draw(wanted)
+        impl = self._last(seed)[1]
+        with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else contextlib.nullcontext():
+            root = RootKey.from_seed(seed)
+        for _ in range(number - 1):
+            root = root.after(root.draw())
+        return root.draw()
+
+    def check_draw(self, wanted: int | tuple[int, int]) -> tuple[int, int]:
+        """Seed and number of an earlier draw. Raises FlaxMagicsError if it was never made."""
+        seed, number = wanted if isinstance(wanted, tuple) else (self.root.seed, wanted)
+        last, _ = self._last(seed)
+        if not 1 <= number <= last:
+            drawn = f"draws 1 to {last}" if last > 1 else "draw 1 alone" if last else "no draw"
+            others = [other for other in {**self.seeds, self.root.seed: 0} if 1 <= number <= self._last(other)[0]]
+            raise FlaxMagicsError(
+                f"draw {number} of seed {seed} was not made in this session: it has {drawn}.",
+                hint=", ".join(f"{other}:{number} is draw {number} of seed {other}" for other in others[-3:]) or None,
+                write="%flax_history",
+            )
+        return seed, number
+
+
+@dataclass(frozen=True)
+class Restart:
+    """What restarting the root key means for what is there: models that keep variables, a seed that was used before."""
+
+    seed: int
+    fresh: bool
+    keeping: tuple[str, ...]
+    again: bool

@@ -1,0 +1,340 @@
+"""Whose weights a model has: where they came from, and whether others that are to take their place fit."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import weakref
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.core import meta
+
+from ..errors import FlaxMagicsError, nearest
+from ..rng.keys import Draw
+
+CURRENT = "flax_magics.session().models['{}'].variables"
+"""The expression that gives a model's variables; `%flax_vars` knows the name `flax_magics`, imported or not."""
+PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
+"""The line that brings replaced weights back."""
+FOR_THIS_RUN = "given for this run"
+SAMPLED = 64
+"""Elements of an array that are compared, about: evenly spaced ones on a CPU, elsewhere the first."""
+SHOWN = 12
+"""Leaves that a message names."""
+
+
+class Mark(NamedTuple):
+    """What tells the arrays of one collection from others that take their place.
+
+    Attributes:
+      leaves: the arrays, held weakly; None for what cannot be (a number of Python's).
+      digest: of some of their elements; None where another object is another value.
+    """
+
+    leaves: tuple[weakref.ref[Any] | None, ...]
+    digest: bytes | None
+
+    @classmethod
+    def of(cls, tree: Any, *, sampled: bool) -> Mark:
+        """The mark of the arrays of `tree`. `sampled`: their elements count, not the objects."""
+        leaves = jax.tree_util.tree_leaves(tree)
+        return cls(tuple(map(_reference, leaves)), sample(leaves) if sampled else None)
+
+    def has(self, leaves: list[Any]) -> bool:
+        """Whether `leaves` are the very arrays."""
+        return len(leaves) == len(self.leaves) and all(
+            ref is None or ref() is leaf for ref, leaf in zip(self.leaves, leaves, strict=True)
+        )
+
+
+def _reference(leaf: Any) -> weakref.ref[Any] | None:
+    return weakref.ref(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else None
+
+
+def sample(leaves: list[Any]) -> bytes:
+    """A digest of some elements of every array, random keys left out: where it is another, so are the values."""
+    hasher = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
+                continue
+            leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
+            if leaf.ndim and all(device.platform != "cpu" for device in leaf.devices()):
+                leaf = leaf.ravel()[:SAMPLED]  # the program that `NnxModel.sample` has for this shape
+        flat = np.asarray(leaf).ravel()  # on a CPU where it is
+        hasher.update(flat[:: max(1, flat.size // SAMPLED)].tobytes())
+    return hasher.digest()
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a model's variables came from.
+
+    Attributes:
+      text: such as `initialised in draw 1` or `set in cell [6]`.
+      seed: of the draw that initialised them; None where none did.
+      changed: the user's code has since put others in their place where they are held: in an NNX module, or in a dict.
+      marks: collection → what tells that.
+    """
+
+    text: str
+    seed: int | None = None
+    changed: bool = False
+    marks: Mapping[str, Mark] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def initialised(cls, draw: Draw, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+        """The source of what an init, or the construction of an NNX module, made."""
+        return cls(f"initialised in draw {draw.number}", draw.seed).over(variables, in_module=in_module)
+
+    @classmethod
+    def assigned(cls, cell: int | None, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+        """The source of what the user gave, in a cell or in a script."""
+        text = "set in a script" if cell is None else f"set in cell [{cell}]"
+        return cls(text).over(variables, in_module=in_module)
+
+    @classmethod
+    def loaded(cls, file: str, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+        """The source of what a file had."""
+        return cls(f"loaded from {file}").over(variables, in_module=in_module)
+
+    @classmethod
+    def own(cls, name: str) -> WeightSource:
+        """The source of what an NNX module holds that the user's code built: the module's own to say."""
+        return cls(f"held by {name}")
+
+    def over(self, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+        """The source with the marks of `variables`.
+
+        Args:
+          in_module: an NNX module holds them. `nnx.jit` by hand gives it other objects of the same values.
+        """
+        marks = {name: Mark.of(tree, sampled=in_module) for name, tree in variables.items()}
+        return replace(self, marks=marks)
+
+    @property
+    def is_initial(self) -> bool:
+        """Whether they are as a draw made them, but for what runs have written."""
+        return self.seed is not None and not self.changed
+
+    def now(self, variables: Mapping[str, Any], updates: Container[str]) -> WeightSource:
+        """The source of `variables`, which are held now where those were.
+
+        Args:
+          updates: collections that runs of the session have written.
+        """
+        if self.changed:
+            return self
+        fresh = {}
+        for name, mark in self.marks.items():
+            if name in updates:
+                continue
+            leaves = jax.tree_util.tree_leaves(variables.get(name))
+            if mark.has(leaves):
+                continue
+            if mark.digest is None or sample(leaves) != mark.digest:
+                return replace(self, changed=True, marks={})
+            fresh[name] = Mark(tuple(map(_reference, leaves)), mark.digest)
+        return replace(self, marks={**self.marks, **fresh}) if fresh else self
+
+    def describe(self, seed: int | None = None) -> str:
+        """In words; for a session that draws from another `seed`, with that of the draw."""
+        of_seed = "" if seed is None or self.seed in (None, seed) else f" of seed {self.seed}"
+        return self.text + of_seed + (", changed by your code since" if self.changed else "")
+
+
+@dataclass(frozen=True)
+class Written:
+    """How the user gave variables, so that a message can say what to write.
+
+    Attributes:
+      line: the whole line, `{}` in the place of the expression.
+      expression: as it was written; None where nobody knows.
+    """
+
+    line: str
+    expression: str | None = None
+
+    @classmethod
+    def assignment(cls, name: str) -> Written:
+        """`models['net'].variables = …` in Python."""
+        return cls(f"{CURRENT.format(name)} = {{}}")
+
+    def advice(self, pattern: str) -> dict[str, str]:
+        """What to write with `pattern` around the expression: a line to run, or one with a gap."""
+        text = self.line.replace("{}", pattern.replace("{}", self.expression or "…"), 1)
+        return {"form" if self.expression is None else "write": text}
+
+    @property
+    def operand(self) -> str:
+        """The place of the expression after `**`."""
+        try:
+            tree = ast.parse(self.expression or "x", mode="eval").body
+        except SyntaxError:
+            return "({})"
+        simple = (ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.Dict)
+        return "{}" if isinstance(tree, simple) else "({})"
+
+
+def check_collections(name: str, value: Any, written: Written, expected: Mapping[str, Any] | None = None) -> None:
+    """Checks that `value` is a mapping of collections.
+
+    Args:
+      expected: variables that fit the model, of which the shapes are enough; None where nobody knows any.
+
+    Raises:
+      FlaxMagicsError: it is something else, holds bare parameters instead of collections, or is no tree that JAX takes.
+    """
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise FlaxMagicsError(
+            f"variables of `{name}` are a dict of collections, not {type(value).__name__}.",
+            **_from_attributes(name, value, written, expected),
+        )
+    try:
+        leaves = jax.tree_util.tree_leaves(value)
+    except ValueError as error:
+        raise FlaxMagicsError(
+            f"variables of `{name}`: a dict in them has keys that JAX cannot sort, such as a number beside a string."
+        ) from error
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise FlaxMagicsError(
+            f"variables of `{name}` cannot be values of a function that is being traced: they are gone when it ends.",
+            hint="give them once it has returned them",
+        )
+    if "params" in value or not leaves or not all(isinstance(item, Mapping) for item in value.values()):
+        return
+    modules = [key for key, item in value.items() if set(item) & {"kernel", "bias", "scale", "embedding"}]
+    if modules or (expected is not None and not misfits(expected.get("params", {}), value)):
+        module = next(iter(modules or value))
+        raise FlaxMagicsError(
+            f"variables of `{name}` have no `params`, but `{module}`: these look like the params themselves.",
+            **written.advice(_with_current(name, {"params": "{}"}, expected)),
+        )
+
+
+def check_state(name: str, value: Any, written: Written, module: Any) -> None:
+    """Checks that `value` is like an `nnx.State`; `module` is the one whose variables it is to give.
+
+    Raises:
+      FlaxMagicsError: it is something else.
+    """
+    if not isinstance(value, Mapping):
+        as_written = written if isinstance(value, type(module)) else Written(written.line)
+        raise FlaxMagicsError(
+            f"variables of `{name}` are an nnx.State, not {type(value).__name__}.", **as_written.advice("nnx.state({})")
+        )
+
+
+def _from_attributes(name: str, value: Any, written: Written, expected: Any) -> dict[str, str]:
+    """What to write for a train state, which has the collections as attributes."""
+    names = [one for one in (expected or {"params": None}) if isinstance(getattr(value, one, None), Mapping)]
+    if "params" not in names:
+        return Written(written.line).advice("{'params': {}}")
+    owner = written.operand
+    return written.advice(_with_current(name, {one: f"{owner}.{one}" for one in names}, expected))
+
+
+def _with_current(name: str, parts: Mapping[str, str], expected: Mapping[str, Any] | None) -> str:
+    """A dict of `parts`, with what the model has besides them."""
+    items = [f"'{key}': {value}" for key, value in parts.items()]
+    if set(expected or ()) - set(parts):
+        items.insert(0, f"**{CURRENT.format(name)}")
+    return "{" + ", ".join(items) + "}"
+
+
+def check_fit(
+    name: str, value: Mapping[str, Any], written: Written, expected: Mapping[str, Any], optional: Container[str]
+) -> None:
+    """Checks that `value` has the tree, the shapes and the dtypes of `expected`.
+
+    Args:
+      optional: collections that it may do without.
+
+    Raises:
+      FlaxMagicsError: it has not, which is told leaf by leaf.
+    """
+    wanted = {key: tree for key, tree in expected.items() if key in value or key not in optional}
+    problems = misfits(wanted, value)
+    if not problems:
+        return
+    missing = [key for key in wanted if key not in value]
+    if missing and not misfits({key: tree for key, tree in wanted.items() if key in value}, value):
+        names = " and ".join(f"`{key}`" for key in missing)
+        raise FlaxMagicsError(
+            f"variables of `{name}` have no {names}, and the model has.",
+            **written.advice("{**" + CURRENT.format(name) + ", **" + written.operand + "}"),
+        )
+    raise unfit(name, problems)
+
+
+def unfit(name: str, problems: list[str]) -> FlaxMagicsError:
+    """The error for variables that do not fit a model. Nothing was changed."""
+    more = len(problems) - SHOWN
+    lines = problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
+    return FlaxMagicsError(f"these variables do not fit `{name}`, and none of them was taken:", hint="\n".join(lines))
+
+
+def misfits(expected: Any, value: Any) -> list[str]:
+    """What keeps `value` from being like `expected`, a line for each leaf; names of `params` are given without it."""
+    wanted, has = _leaves(expected), _leaves(value)
+    lines = []
+    for name, leaf in wanted.items():
+        if name not in has:
+            lines.append(f"{name}: missing")
+        elif has[name] != leaf:
+            lines.append(f"{name}: {has[name]}, and the model has {leaf}")
+    for name in has:
+        if name not in wanted:
+            near = nearest(name, [one for one in wanted if one not in has], 1)
+            lines.append(f"{name}: the model has none" + (f"; did you mean {near[0]}?" if near else ""))
+    return lines
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Name → dtype and shape, without the boxes of `nn.with_partitioning`."""
+    leaves = jax.tree_util.tree_flatten_with_path(jax.tree_util.tree_map(_unboxed, tree, is_leaf=_boxed))[0]
+    names = (jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/") for path, _ in leaves)
+    return {name: _describe(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def _boxed(leaf: Any) -> bool:
+    return isinstance(leaf, meta.AxisMetadata)
+
+
+def _unboxed(leaf: Any) -> Any:
+    inside = jax.tree_util.tree_leaves(leaf) if _boxed(leaf) else []
+    return inside[0] if len(inside) == 1 else leaf
+
+
+def _describe(leaf: Any) -> str:
+    """`float32[3,4]`; a number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        leaf = np.asarray(leaf)
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    dtype = leaf.dtype
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        dtype = jax.dtypes.canonicalize_dtype(dtype) if dtype.kind in "biufc" else dtype
+    return f"{dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def check_alive(what: str, variables: Any, line: str | None = None) -> None:
+    """Checks that no array of the variables was donated or deleted.
+
+    Args:
+      what: how they are called in a message.
+      line: what gives the model others; it has a gap where nobody knows how the call was written.
+
+    Raises:
+      FlaxMagicsError: one was.
+    """
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(variables)):
+        raise FlaxMagicsError(
+            f"{what} are gone: your code has donated or deleted their arrays.",
+            hint="a jitted step with donate_argnums takes the arrays that it is given: give it copies of these",
+            **({} if line is None else {"form" if "…" in line else "write": line}),
+        )

@@ -1,0 +1,1 @@
+"""A model by shapes alone: its modules, their variables, FLOPs and streams."""

@@ -1,0 +1,165 @@
+"""A model summarised by shapes alone, and a call checked by them. Nothing is computed or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from ..base.digest import count_parameters, data_of, describe
+from ..base.text import join
+from ..compile.initialise import initialised
+from ..compile.trace import TraceRequest, trace
+from ..errors import FlaxMagicsError
+from ..execution.call import Call, prepare, prepare_init
+from ..execution.execute import plain_errors
+from ..execution.notes import of_mode
+from ..execution.shapes import trace_call
+from ..models.arguments import Arguments
+from ..models.base import CallTrace, Model
+from ..models.calls import LONGEST, Calls
+from ..rng.keys import Draw
+from .flops import Costs, Flops, loops, marks_in, pieces
+from .modules import called_in, modules_of
+from .view import Summary
+
+if TYPE_CHECKING:
+    from ..state.entry import ModelEntry
+
+LOOP = "a loop (scan, while) counts as one turn of it: XLA does not know how many there are"
+NO_COUNT = "this backend counts no FLOPs"
+
+
+def of_variables(entry: ModelEntry) -> Summary:
+    """The summary of a model without a call.
+
+    Raises:
+      FlaxMagicsError: it has no variables yet.
+    """
+    name, model = entry.name, entry.model
+    variables = model.take() if model.holds_variables else entry.variables
+    if variables is None:
+        raise FlaxMagicsError(
+            f"`{name}` has no variables yet, and without a call nobody knows which it will have.",
+            form=f"%flax_summary {name}(…)",
+        )
+    modules = modules_of(model, variables, {}, {}, {})
+    return Summary(name, model.describe(), "", "as written", model.fields_as_written(), True, modules)
+
+
+def of_call(
+    entry: ModelEntry,
+    call: Call,
+    mode: str | None,
+    draw: Draw,
+    *,
+    backward: bool = False,
+    phase: Callable[[str], None] = lambda phase: None,
+) -> Summary:
+    """The summary of a model in a call.
+
+    Args:
+      mode: `train`, `eval` or None: as written.
+      draw: any; only the kind of its keys matters.
+      backward: count the backward pass too.
+      phase: told what is being done.
+
+    Raises:
+      FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
+    """
+    prepared = prepare(entry.name, entry.model, call, mode)
+    with plain_errors(call):
+        phase(f"tracing {entry.name}")
+        traced, _, record, variables = trace_call(entry, prepared, call, draw)
+        phase(f"counting {entry.name}")
+        calls, program = record.calls or Calls(), traced.jaxpr.jaxpr
+        back = _handed_back(prepared.model, traced, variables)
+        parts = pieces(program, {mark: called.path for mark, called in calls.made.items()}, back)
+        costs = Costs(backward)
+        flops = {path: costs.count(found) for path, found in parts.items()}
+    whole = flops.get(None, Flops(0, 0 if backward else None))
+    updates = _updates(prepared.model, traced, record)
+    called = called_in(calls, marks_in(program))
+    modules = modules_of(prepared.model, variables, called, record.asked, flops, backward)
+    return Summary(
+        entry.name,
+        entry.model.describe(),
+        call.text,
+        prepared.mode_of(record),
+        prepared.switch,
+        entry.ready,
+        modules,
+        whole.forward,
+        whole.both,
+        tuple(name for name in updates if name not in record.sown),
+        {name: describe(updates[name], LONGEST) for name in updates if name in record.sown},
+        (
+            *(note.text for note in of_mode(entry.name, prepared, prepared.mode_of(record), CallTrace())),
+            *(note for note, said in ((LOOP, loops(program)), (NO_COUNT, whole.forward is None)) if said),
+        ),
+    )
+
+
+def _updates(model: Model, traced: Any, record: CallTrace) -> dict[str, Any]:
+    """Collection → shapes of what the call writes there."""
+    _, updates = traced.out_info
+    commit = model.commit(updates, record)
+    names = updates if commit is None else commit.changed
+    return {name: updates[name] for name in sorted(names) if name in updates}
+
+
+def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> frozenset[Any]:
+    """Inputs of the program that hold the variables which the model does not write.
+
+    Flax's own count of the backward pass has linen's `apply` hand back all that it may write, which is everything: a
+    parameter's gradient is then one addition more.
+    """
+    if model.holds_variables:
+        return frozenset()
+    _, updates = traced.out_info
+    written = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]}
+    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+    given = traced.jaxpr.jaxpr.invars[: len(leaves)]
+    return frozenset(
+        var for var, (path, _) in zip(given, leaves, strict=True) if jax.tree_util.keystr(path) not in written
+    )
+
+
+def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str, str], ...]:
+    """Rows of label and value: parameters, out, streams, switch.
+
+    Args:
+      key: any typed key; only its kind matters.
+
+    Raises:
+      FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
+    """
+    from ..base.text import bytes_, plural
+    from ..models.switch import WHEN_TRAINING
+
+    first = prepare_init(name, model, call)
+    prepared = prepare(name, model, Call(call.method, first.args, first.kwargs, call.text), None)
+    holding: Any = model
+    if model.holds_variables:
+        variables = prepared.model.take() or {}
+        shapes = holding.collections()
+    else:
+        shapes = variables = initialised(first.model, key, call.method, first.args, first.kwargs).shapes or {}
+    parameters, size = count_parameters(shapes)
+    arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
+    draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
+    request = TraceRequest(name, prepared.model, call.method, arguments, variables, draw)
+    traced, _, record = trace(request)
+    output, updates = traced.out_info
+    if model.holds_variables:
+        updates = dict.fromkeys(holding.commit(updates, record).changed)
+    rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]
+    if updates:
+        rows.append(("writes", ", ".join(sorted(updates))))
+    asked = [f"{stream} → {', '.join(dict.fromkeys(map(join, paths)))}" for stream, paths in record.asked.items()]
+    rows.append(("streams", "; ".join(asked) or "none as written"))
+    switches = [*prepared.switch, *(n for n in prepared.signature.parameters if n in WHEN_TRAINING)]
+    names = dict.fromkeys(switch.partition("=")[0] for switch in switches)
+    rows.append(("switch", ", ".join(names) or "none"))
+    return tuple(rows)
