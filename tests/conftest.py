@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "kernels" if nodeid.startswith("tests/notebooks/") else nodeid.partition("::")[0]
+            return "kernels" if nodeid.startswith("tests/kernels/") else nodeid.partition("::")[0]
 
     return Files(config, log)
 

@@ -13,12 +13,12 @@ import io
 import shlex
 from typing import Any
 
+import made
 import nbformat
 import numpy as np
 import pytest
 from advice import SITES, Follower, Recorder, Scenario, site_of
 from flax import configurations
-from verify import made
 
 from flax_magics.base.measures import Limits
 from flax_magics.line.commands import COMMANDS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 
+import golden
 import pytest
-from support import golden
 
 from flax_magics import Session, _session
 

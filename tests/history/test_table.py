@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from html_reader import EVIL, Reader
 from rich.cells import cell_len
 from runs_to_show import DRAW, INIT, KEY, REUSED
-from test_html import EVIL, Reader
 
 from flax_magics.base.compare import Agreement, Difference
 from flax_magics.history import table

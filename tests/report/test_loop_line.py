@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from html_reader import EVIL, Reader
 from runs_to_show import COMPILED, KEY, NOTE, NOTED, REUSED
-from test_html import EVIL, Reader
 
 from flax_magics.base.measures import Timing
 from flax_magics.report import html

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax
 import flax.linen as nn
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import apply_by_hand, bits, keys_of, notebook_x
+from linen_kinds import Batch, Graph, GraphNet, Heads, Plain, Sampler, Settings, Sows, Takes
 
 from flax_magics import FlaxMagicsError, Session
 
@@ -225,14 +226,6 @@ def test_a_stream_that_a_transform_keeps_out_is_one_message(session):
 # -- variables
 
 
-class Sows(nn.Module):
-    @nn.compact
-    def __call__(self, x, _=None):
-        x = nn.Dense(4)(x)
-        self.sow("intermediates", "hidden", x)
-        return x, None
-
-
 class SowsInScan(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -438,20 +431,6 @@ def test_setup_with_methods(session):
     )
 
 
-class Heads(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(4, name="body")(x)
-
-    @nn.nowrap
-    def helper(self, x):
-        return x
-
-    @nn.compact_name_scope
-    def head(self, x):
-        return nn.Dense(4, name="head_dense")(self.helper(x))
-
-
 def test_several_methods_with_variables_of_their_own(session):
     x = notebook_x()
     session.register("net", Heads())
@@ -507,49 +486,15 @@ def test_share_scope(session):
 # -- arguments
 
 
-class Graph(NamedTuple):
-    nodes: Any
-    edges: Any
-    senders: Any
-    globals: Any = None
-
-
-class GraphNet(nn.Module):
-    @nn.compact
-    def __call__(self, graph):
-        messages = nn.Dense(4)(graph.edges) * nn.Dense(4)(graph.nodes)[graph.senders]
-        nodes = jax.ops.segment_sum(messages, graph.senders, graph.nodes.shape[0])
-        return graph._replace(nodes=nodes, edges=None)
-
-
 def test_a_graph_in_and_a_graph_out(session):
     graph = Graph(jnp.ones((3, 4)), jnp.arange(16.0).reshape(4, 4), jnp.array([0, 1, 2, 0]))
     run = runs_as_by_hand(session, GraphNet(), graph)
     assert isinstance(run.output, Graph)
 
 
-@flax.struct.dataclass
-class Batch:
-    image: Any
-    scale: float = 1.0
-    name: str = flax.struct.field(pytree_node=False, default="batch")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    width: int = 4
-    bias: bool = True
-
-
 @dataclasses.dataclass
 class Loose:
     width: int = 4
-
-
-class Takes(nn.Module):
-    @nn.compact
-    def __call__(self, batch, settings):
-        return nn.Dense(settings.width, use_bias=getattr(settings, "bias", True))(batch.image) * batch.scale
 
 
 @pytest.mark.parametrize("settings", [Settings(), Loose()], ids=["frozen", "loose"])
@@ -565,16 +510,6 @@ def test_static_fields_of_a_pytree_compile_again(session):
     session.apply("net", Batch(notebook_x()), Settings())
     run = session.apply("net", Batch(notebook_x(), name="other"), Settings())
     assert run.output.shape == (3, 4, 4)
-
-
-class Plain(nn.Module):
-    @nn.compact
-    def __call__(self, x, n=1, how="relu", twice=False, act=None, shift=0.5):
-        x = nn.Dense(4)(x) + shift
-        for _ in range(n):
-            x = getattr(nn, how)(x)
-        x = act(x) if act is not None else x
-        return x * 2 if twice else x
 
 
 @pytest.mark.parametrize(
@@ -606,12 +541,6 @@ def test_a_float_is_data_and_does_not_compile_again(session):
     session.register("net", Plain())
     session.apply("net", notebook_x(), shift=0.25)
     assert session.apply("net", notebook_x(), shift=0.75).program == "reused"
-
-
-class Sampler(nn.Module):
-    @nn.compact
-    def __call__(self, x, key):
-        return nn.Dense(4)(x) + jax.random.normal(key, (4,))
 
 
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "legacy"])

@@ -10,13 +10,12 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import Normed, bits, notebook_x
+from by_hand import SUPPORT, Normed, bits, notebook_x
 from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
@@ -241,7 +240,7 @@ ENDING = """
 
 
 def test_a_process_that_ends_writes_what_is_left(path):
-    command = [sys.executable, "-c", textwrap.dedent(ENDING), str(path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", textwrap.dedent(ENDING), str(path), SUPPORT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert draws_in(path) == 2
@@ -281,7 +280,7 @@ NURSERY = """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no kill -9 on Windows")
 def test_killed_at_fifty_moments_the_file_is_whole_each_time_and_the_next_one_is_written(path):
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NURSERY), str(path), str(Path(__file__).parent)]
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NURSERY), str(path), SUPPORT]
     rng = random.Random(0)
     numbers, left, pace = [], 0, 0.0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as nursery:

@@ -4,51 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_reader import EVIL, Reader
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
 from flax_magics.base.measures import Cost, Limits
 from flax_magics.report.html import details_html, figures, line_html, normal_html, report_html, segments
 from flax_magics.run import InitStats, Note
-
-EVIL = "<script>alert('&')</script>"
-VOID = {"br"}
-INLINE = {"span", "strong", "code"}
-
-
-class Reader(HTMLParser):
-    """Text as a reader sees it where styles are stripped; fails on tags that do not match."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: set[str] = set()
-        self.words: list[str] = []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        if tag not in INLINE:
-            self.words.append(" ")
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        if tag not in INLINE:
-            self.words.append(" ")
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
 
 
 def test_without_styles_a_line_reads_as_in_the_terminal() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
+
+SUPPORT = str(Path(__file__).parent)
+"""For scripts in processes of their own."""
 
 
 class MyModel(nn.Module):

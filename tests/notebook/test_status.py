@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from textwrap import dedent
 
+from html_reader import EVIL, Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from runs_to_show import COMPILED, REUSED
-from test_html import EVIL, Reader
 
 from flax_magics.notebook import status
 from flax_magics.notebook.status import (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 
+from html_reader import EVIL, Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from test_html import EVIL, Reader
 
 from flax_magics.report.notice import Notice
 from flax_magics.run import Note

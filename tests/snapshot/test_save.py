@@ -9,18 +9,17 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import MyModel, Normed, bits, keys_of, notebook_x
+from by_hand import SUPPORT, MyModel, Normed, bits, keys_of, notebook_x
 from flax import nnx
+from linen_kinds import Structured, Weak
 from safetensors.numpy import load_file
 
 from flax_magics import FlaxMagicsError, Session
@@ -193,16 +192,6 @@ def test_a_module_of_the_users_own_gets_the_values_where_it_is(path):
     assert bits(session.apply("net", x).output) == bits(other.apply("net", x).output)
 
 
-class Weak(nn.Module):
-    """Variables that take the dtype of what they are combined with."""
-
-    @nn.compact
-    def __call__(self, x):
-        steps = self.variable("steps", "n", lambda: jnp.asarray(0))
-        steps.value = steps.value + 1
-        return x * self.param("scale", lambda key: jnp.asarray(1.5)) + steps.value
-
-
 def test_a_file_that_does_not_say_which_variables_are_weakly_typed_is_read(path):
     x = jnp.ones((3,), jnp.bfloat16)
     session, other = Session(), Session()
@@ -306,25 +295,6 @@ def test_variables_of_the_users_own_come_back_as_they_were_assigned(path):
         "Dense_0/bias [4]→[5]",
         "Dense_0/kernel [4,4]→[4,5]",
     )
-
-
-class Pair(NamedTuple):
-    weight: Any
-    bias: Any
-
-
-@flax.struct.dataclass
-class Weights:
-    pair: Pair
-    scale: Any
-
-
-class Structured(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        made = self.param("all", lambda key: Weights(Pair(jax.random.normal(key, (4,)), jnp.zeros(4)), jnp.ones(())))
-        boxed = self.param("mesh", nn.with_partitioning(nn.initializers.ones, ("a",)), (4,))
-        return (x * made.pair.weight + made.pair.bias) * made.scale + boxed
 
 
 def test_a_state_of_optax_as_a_collection_of_the_users_is_told_where_nothing_can_tell_what_it_is(path):
@@ -550,7 +520,7 @@ CROSS = """
 
 def test_another_process_goes_on_as_the_first_did(path):
     def run(what):
-        command = [sys.executable, "-c", textwrap.dedent(CROSS), str(path), str(Path(__file__).parent), what]
+        command = [sys.executable, "-c", textwrap.dedent(CROSS), str(path), SUPPORT, what]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     first = run("save")

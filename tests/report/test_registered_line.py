@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from html_reader import EVIL, Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from test_html import EVIL, Reader
 
 from flax_magics.cells.journal import Registered
 from flax_magics.report import html

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from by_hand import MyModel, bits, notebook_x
+from by_hand import SUPPORT, MyModel, bits, notebook_x
 
 from flax_magics import Session
 from flax_magics.compile.disk_cache import DiskCache, default_folder
@@ -46,7 +46,7 @@ print(json.dumps({'program': run.program, 'compilations': here, 'bits': digest})
 
 
 def start(environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    script = SCRIPT.replace("TESTS", repr(str(Path(__file__).parent)))
+    script = SCRIPT.replace("TESTS", repr(SUPPORT))
     return subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,

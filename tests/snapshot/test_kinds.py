@@ -13,14 +13,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import linen_kinds as of_linen
+import nnx_kinds as of_nnx
 import numpy as np
 import pytest
-import test_linen_kinds as of_linen
-import test_nnx_kinds as of_nnx
 from by_hand import Normed, bits, notebook_x
 from flax import nnx
 from flax.core import freeze
-from test_saving import Structured, Weak
+from linen_kinds import Structured, Weak
 
 from flax_magics import Session
 from flax_magics.base.critical import at_once

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,30 +13,35 @@ import optax
 import pytest
 from by_hand import bits, keys_of, sown_off, values
 from flax import nnx
+from nnx_kinds import (
+    WARNINGS,
+    AroundNnx,
+    Dict,
+    Holding,
+    Keyed,
+    List,
+    Noise,
+    Odd,
+    OfLinen,
+    OfNnx,
+    Remembered,
+    a_sequence,
+    an_input,
+    scanned,
+    stack,
+    with_refs,
+)
 
 from flax_magics import FlaxMagicsError, Session
 
-WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 pytestmark = [WARNINGS, pytest.mark.usefixtures("optimised")]
 
-List = getattr(nnx, "List", list)
-Dict = getattr(nnx, "Dict", dict)
 WRAPPERS = [getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)]
-NO_CHECKS: dict[str, Any] = {"pytree": False} if hasattr(nnx, "List") else {}
-"""What newer versions want of a class that keeps layers in plain lists."""
 
 
 @pytest.fixture
 def session():
     return Session(seed=0)
-
-
-def an_input() -> jax.Array:
-    return jax.random.uniform(jax.random.key(42), (5, 4))
-
-
-def a_sequence(features: int = 4) -> jax.Array:
-    return jax.random.normal(jax.random.key(7), (2, 5, features))
 
 
 def runs_as_by_hand(
@@ -87,35 +90,7 @@ def runs_as_by_hand(
     return run
 
 
-class Noise(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(4, 4, rngs=rngs)
-        self.rngs = rngs.fork()
-
-    def __call__(self, x: Any) -> Any:
-        return self.linear(x) + jax.random.uniform(self.rngs.noise(), x.shape)
-
-
-class Holding(nnx.Module):
-    """Layers that `make` gives, and a call that `run` makes of them."""
-
-    def __init__(self, make: Any, run: Any, **streams: Any):
-        self.run = run
-        self.block = make(nnx.Rngs(**streams or {"params": 0, "noise": 1}))
-
-    def __call__(self, x: Any) -> Any:
-        return self.run(self.block, x)
-
-
 # -- transforms
-
-
-def stack(cls: Any, n: int = 3) -> Any:
-    return nnx.split_rngs(splits=n)(nnx.vmap(cls, in_axes=(0,), out_axes=0))
-
-
-def scanned(block: Any, x: Any) -> Any:
-    return nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(block, x)
 
 
 def mapped(block: Any, x: Any) -> Any:
@@ -149,16 +124,6 @@ def test_a_stream_of_any_name_inside_a_transform(session, make, run):
     ran = runs_as_by_hand(session, lambda: Holding(make, run), an_input())
     assert ran.used["noise"] == ("block",)
     assert ran.changed == {}
-
-
-class Remembered(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    @nnx.jit
-    def __call__(self, x: Any) -> Any:
-        return self.dropout(self.norm(x))
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -462,29 +427,6 @@ def test_recurrent_cells(session, cell):
 # -- what a model holds
 
 
-class Odd(nnx.Module, **NO_CHECKS):
-    """Numbers and 64-bit arrays in variables, bare arrays, plain containers, functions, a layer twice."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.count, self.factor, self.flag = nnx.Variable(0), nnx.BatchStat(1.5), nnx.Variable(True)
-        self.table = nnx.Variable(np.arange(4.0))
-        self.bare, self.of_numpy = jnp.zeros(()), np.arange(4.0)
-        self.layers = [nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)]
-        self.more = {"first": self.layers[0], "pair": (nnx.BatchNorm(4, rngs=rngs), nnx.relu)}
-        self.layers[1].kernel = self.layers[0].kernel
-        self.pool = functools.partial(jnp.clip, max=2.0)
-        self.tree = nnx.Variable({"a": jnp.ones(4), "b": (jnp.zeros(()),)})
-
-    def __call__(self, x: Any) -> Any:
-        self.count.value = self.count.value + 1
-        self.bare = self.bare + 1
-        tree = self.tree.value
-        self.tree.value = {"a": tree["a"] * 2, "b": (tree["b"][0] + 1,)}
-        for layer in (*self.layers, self.more["first"], *self.more["pair"]):
-            x = layer(x)
-        return self.pool(x) * self.factor.value + self.table.value + self.of_numpy + self.bare + tree["a"]
-
-
 def test_whatever_a_module_may_hold(session):
     """Numbers and 64-bit arrays become JAX's own with the first run, as `nnx.jit` makes them."""
     run = runs_as_by_hand(session, lambda: Odd(nnx.Rngs(0)), an_input(), mode="train")
@@ -529,22 +471,8 @@ def test_a_function_in_the_place_of_a_layer(session):
     assert bits(session.apply("net", an_input()).output) == bits(expected * 2)
 
 
-class Keyed(nnx.Module):
-    def __init__(self):
-        self.typed, self.legacy = nnx.Variable(jax.random.key(3)), nnx.Variable(jax.random.PRNGKey(3))
-
-    def __call__(self, x):
-        key, self.typed[...] = jax.random.split(self.typed[...])
-        self.legacy[...] = jax.random.split(self.legacy[...])[0]
-        return x + jax.random.normal(key, x.shape)
-
-
 def test_keys_in_variables_typed_and_legacy(session):
     runs_as_by_hand(session, Keyed, an_input())
-
-
-def with_refs(net: Any) -> Any:
-    return nnx.to_refs(net) if hasattr(nnx, "to_refs") else nnx.with_vars(net, ref=True)
 
 
 def contents(net: Any) -> list[Any]:
@@ -736,13 +664,6 @@ def test_an_optimizer_and_a_metric_in_the_call_move_on_as_by_hand(session):
 # -- linen inside NNX, and NNX inside linen
 
 
-class OfLinen(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any, train: bool = True) -> Any:
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-        return nn.Dropout(0.5, deterministic=not train)(x)
-
-
 @pytest.mark.parametrize("options", [{"train": False}, {"mutable": ["batch_stats"]}], ids=["eval", "train"])
 def test_a_linen_module_inside_an_nnx_one(session, options):
     class Around(nnx.Module):
@@ -758,23 +679,6 @@ def test_a_linen_module_inside_an_nnx_one(session, options):
         return net
 
     runs_as_by_hand(session, make, an_input(), options)
-
-
-class OfNnx(nnx.Module):
-    def __init__(self, features: int, rngs: nnx.Rngs):
-        self.linear, self.norm = nnx.Linear(4, features, rngs=rngs), nnx.BatchNorm(features, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs, rng_collection="mask")
-
-    def __call__(self, x: Any) -> Any:
-        y = self.dropout(self.norm(self.linear(x)))
-        self.sow(nnx.Intermediate, "seen", y)
-        return y
-
-
-class AroundNnx(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return nn.Dropout(0.5, deterministic=False)(nnx.bridge.to_linen(OfNnx, 4, name="inner")(x))
 
 
 @pytest.mark.parametrize(

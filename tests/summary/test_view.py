@@ -8,10 +8,10 @@ from textwrap import dedent
 import numpy as np
 import pytest
 import treescope
+from html_reader import EVIL, Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from test_html import EVIL, Reader
 
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.summary import view
