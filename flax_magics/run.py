@@ -161,7 +161,7 @@ class Run:
     causes: tuple[Cause, ...] = ()
     switch: str = ""
     static: tuple[str, ...] = ()
-    timing: Timing = Timing()
+    timing: Timing = field(default_factory=Timing)
     memory: Memory | None = None
     cost: Cost | None = None
     limits: Limits | None = None
@@ -223,7 +223,6 @@ class Run:
         """The run as JSON data: what it was, with a few values of its output alone. Keys are given in full, their words in
         hex.
         """
-
         timing: dict[str, Any] = {
             name: getattr(self.timing, name)
             for name in ("trace", "lower", "compile", "beside", "run", "wait", "busy", "init")

@@ -1,4 +1,4 @@
-"""What can be told of an array or a tree of them: a digest of every bit, its shape in words, its range, a few of its values."""
+"""What can be told of a tree of arrays: a digest of every bit, its shape in words, its range, a few of its values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for people: numbers with their units, and columns that wrap at a width in terminal cells and cut nothing unless asked."""
+"""Text for people: numbers with units, and columns that wrap at a width in terminal cells and cut nothing unless asked."""
 
 from __future__ import annotations
 
@@ -239,5 +239,4 @@ def join(path: Iterable[str]) -> str:
 
 def quoted_name(name: str, limit: int = 80) -> str:
     """A name that stood in a file, safe to print."""
-
     return f"`{cut(clean(name), limit)}`"

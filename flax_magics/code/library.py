@@ -1,4 +1,4 @@
-"""Which code is the user's and which was installed, what Flax's own code is now, and what code reads from outside of the program."""
+"""Which code is the user's and which was installed, how Flax's own stands now, and what code reads from outside."""
 
 from __future__ import annotations
 

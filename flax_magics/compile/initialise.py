@@ -82,10 +82,7 @@ class Initialising:
         """The variables, once the device has them, and how they were made."""
         self.begin_rest()
         key = self._draw.stream("params", taken=self._taken)
-        if self._running is not None:
-            variables = self._running.finish(key)
-        else:
-            variables = self._model.init(key, *self._call)
+        variables = self._running.finish(key) if self._running is not None else self._model.init(key, *self._call)
         jax.block_until_ready(variables)
         return variables, record(self._traced, key, *self._call)
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 def history_html(found: History, *, everything: bool = False) -> str:
     """What `%flax_history` shows."""
-
     shown, said = rows(found, everything=everything)
     context: dict[str, object] = {
         "heading": [part for part in heading(found) if part],
@@ -42,14 +41,12 @@ def history_html(found: History, *, everything: bool = False) -> str:
 
 def history_bundle(found: History, everything: bool, style: str) -> dict[str, Any]:
     """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
-
     plain = history_text(found, everything=everything)
     return shown_bundle(plain, lambda: history_html(found, everything=everything), style)
 
 
 def replay_bundle(run: Run, style: str) -> dict[str, Any]:
     """The MIME bundle of a replay."""
-
     return notice_bundle(notice_of(run), style)
 
 

@@ -1,4 +1,4 @@
-"""The commands as data: usage, help, options, examples, and the kinds of sharp bits. What help, completion and `%flax` are made of."""
+"""The commands as data: usage, help, options, examples. What help, completion and `%flax` are made of."""
 
 from __future__ import annotations
 

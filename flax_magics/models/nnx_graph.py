@@ -1,4 +1,4 @@
-"""The graph of an NNX module: its parts and their paths, the values that its variables hold, and how a run's changes get into it."""
+"""The graph of an NNX module: its parts and their paths, what its variables hold, and how a run's changes get into it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 def status_html(now: Status) -> str:
     """What `%flax` shows."""
-
     runs = [
         (facts.name_of(run), [part for part in (facts.mode_of(run), clean(run.device), *facts.brief(run)) if part])
         for run in now.runs[-KEPT:]
@@ -50,13 +49,11 @@ def key_card_html(card: KeyCard) -> str:
 
 def status_bundle(now: Status, style: str) -> dict[str, Any]:
     """The MIME bundle of `%flax`."""
-
     return shown_bundle(status_text(now), lambda: status_html(now), style)
 
 
 def key_bundle(card: KeyCard, style: str) -> dict[str, Any]:
     """The MIME bundle of a bare `%flax_key`."""
-
     return shown_bundle(key_text(card), lambda: key_card_html(card), style)
 
 

@@ -178,6 +178,7 @@ def prepare() -> None:
 
 
 def render(name: str, context: dict[str, object]) -> str:
+    """The template of that name, filled in."""
     return _environment().get_template(name).render(context).strip()
 
 
@@ -230,4 +231,5 @@ def registered_bundle(models: Sequence[journal.Registered], style: str) -> dict[
 
 
 def shown_bundle(plain: str, rich: Callable[[], str], style: str) -> dict[str, Any]:
+    """The MIME bundle of a text and its HTML, which is made where `style` is not `text`."""
     return {"text/plain": plain} if style == "text" else {"text/plain": plain, "text/html": rich()}

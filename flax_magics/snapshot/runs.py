@@ -1,4 +1,4 @@
-"""Runs as JSON data, and back: what each was, without its arrays. A run that was read has its inputs and output `RELEASED`."""
+"""Runs as JSON data, and back: what each was, without its arrays. Inputs and output of one that was read are `RELEASED`."""
 
 from __future__ import annotations
 

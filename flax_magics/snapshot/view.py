@@ -30,7 +30,6 @@ def loaded_html(found: Loaded) -> str:
 
 def loaded_bundle(found: Loaded, style: str) -> dict[str, Any]:
     """The MIME bundle of a file that was loaded; quiet, of its sharp bits alone."""
-
     if found.quiet:
         return notice_bundle(found.notice, style) if found.notice.notes else {}
     return shown_bundle(loaded_text(found), lambda: loaded_html(found), style)

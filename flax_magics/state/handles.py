@@ -77,7 +77,6 @@ class RegisteredModel:
 
     def names(self) -> ModelNames:
         """What tab completion offers: methods with their arguments, fields, streams seen so far."""
-
         entry = self._entry()
         methods = {}
         for name in ("__call__", *entry.model.methods()):

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 def summary_html(found: Summary, depth: int | None = None) -> str:
     """What `%flax_summary` shows: each row folds. At first those with others inside are open, as deep as the text goes."""
-
     root = tree(found)
     deep = shown_depth(root, depth)
 
@@ -51,7 +50,6 @@ def summary_html(found: Summary, depth: int | None = None) -> str:
 
 def summary_bundle(found: Summary, depth: int | None, style: str) -> dict[str, Any]:
     """The MIME bundle of a summary; for `depth` see `summary.summary_text`."""
-
     return shown_bundle(summary_text(found, depth), lambda: summary_html(found, depth), style)
 
 
@@ -61,7 +59,6 @@ def tree_bundle(name: str, variables: Any, style: str) -> dict[str, Any]:
     Raises:
       FlaxMagicsError: there are none.
     """
-
     check(name, variables)
     return shown_bundle(tree_text(variables), lambda: tree_html(variables), style)
 
