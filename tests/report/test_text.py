@@ -271,7 +271,7 @@ def test_nothing_is_ever_wider_than_80_columns(
         static=tuple(static),
         reason=note,
         by_hand=write,
-        notes=(Note("k", note, write), NOTE),
+        notes=(Note("k", note, form=write), NOTE),  # a line to be pasted stays one line
         made=InitStats(15, 60, (path, stream)),
     )
     for shown in (report(run, "line"), normal(run), details(run), report(replace(run, command="key"), "details")):
