@@ -508,8 +508,7 @@ class Session:
     def variables(self, name: str, module: Any = None) -> Any:
         """The variables of a model as `models[name].variables` gives them; see `run_apply` for `module`."""
         entry, _ = entry_now(self._state.models, name, module)
-        model: Any = entry.model
-        return model.state() if model.holds_variables else entry.variables
+        return entry.read_variables()
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""

@@ -94,6 +94,7 @@ def trace_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwar
 
     What the model raises is passed on, and what JAX raises where it looks at values.
     """
+    assert not model.holds_variables  # an NNX module is initialised where it is built
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [leaf for leaf in leaves if is_array(leaf)]
     made: list[Any] = []

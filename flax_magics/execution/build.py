@@ -15,7 +15,8 @@ import jax
 from ..base.digest import bytes_of
 from ..code.arrays import arrays_in
 from ..errors import FlaxMagicsError, written
-from ..models.adopt import adopt, spell_construction
+from ..models.adopt import adopt_built, spell_construction
+from ..models.base import ModelWithVariables
 from ..models.construction import BuiltBySession, Construction, keys_of
 from ..rng.keys import Draw
 from ..run import Run
@@ -63,7 +64,7 @@ class Building:
         started, start = time.time(), self.clock()
         keys = keys_of(now)
         self.on_phase(f"building {name}")
-        model = adopted(recipe.build(keys), name, recipe)
+        model = adopt_built(recipe.build(keys), recipe.text)
         run = record.run_of_build(
             name, recipe, model, now, keys, started, self._since(start, model), cell=cell, first=state.runs is None
         )
@@ -95,7 +96,7 @@ class Building:
         started, start = time.time(), self.clock()
         keys = keys_of(now)
         with plain_errors(call):
-            model = adopted(recipe.build(keys), name, recipe)
+            model = adopt_built(recipe.build(keys), recipe.text)
         seconds = self._since(start, model)
         run = record.run_of_build(
             name,
@@ -110,7 +111,8 @@ class Building:
             replayed=draw is not None,
             first=state.runs is None,
         )
-        own: Any = entry.model
+        registered = entry.model
+        assert registered.holds_variables
         replaced, notes = replaced_by_init(entry, limit)
         if notes:
             run = replace(run, notes=(*run.notes, *notes))
@@ -124,15 +126,15 @@ class Building:
             source=_source(now, model),
             replaced=replaced,
         )
-        return BuildResult(run, now, entry, lambda: own.become(model), _kept(name, recipe, run))
+        return BuildResult(run, now, entry, lambda: registered.become(model), _kept(name, recipe, run))
 
-    def _since(self, start: float, model: Any) -> float:
+    def _since(self, start: float, model: ModelWithVariables) -> float:
         """Seconds since `start`, once what `model` holds is there."""
         jax.block_until_ready(model.collections())
         return self.clock() - start
 
 
-def _source(draw: Draw, model: Any) -> WeightSource:
+def _source(draw: Draw, model: ModelWithVariables) -> WeightSource:
     return WeightSource.initialised(draw, model.collections(), in_module=True)
 
 
@@ -158,7 +160,7 @@ def built_with(
     old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, Any]
 ) -> tuple[ModelEntry, Registration]:
     """The module of `recipe` built with keys of an earlier draw, held against `old`."""
-    model = adopted(recipe.build(keys), name, recipe)
+    model = adopt_built(recipe.build(keys), recipe.text)
     return models.register_holding(old, name, model, BuiltBySession.of(recipe, keys))
 
 
@@ -171,11 +173,6 @@ def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
     assert entry.built is not None
     recipe = entry.built.recipe
     keys = keys_of(draw, taken=taken)
-    model = adopted(recipe.build(keys), entry.name, recipe)
+    model = adopt_built(recipe.build(keys), recipe.text)
     built, first = BuiltBySession.of(recipe, keys), model.sample()
     return replace(entry, model=model, built=built, stale=False, first=first, source=_source(draw, model))
-
-
-def adopted(module: Any, name: str, recipe: Construction) -> Any:
-    """The Model of a module that `recipe` built."""
-    return replace(adopt(module, name), written=recipe.text)  # type: ignore[type-var]

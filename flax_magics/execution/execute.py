@@ -70,7 +70,7 @@ class Execution:
     steady: tuple[Note, ...]
     """Notes that every run of this kind has."""
     commit: Commit | None
-    """What the run changed in a model that holds its own variables, None if nothing is to be kept."""
+    """What the run changed, None if nothing is to be kept."""
     mutable: tuple[str, ...] = ()
     """Collections that were asked for: then the output is `(output, updates)`."""
 
@@ -133,9 +133,9 @@ def execute(
     output, updates, sown = hand_back(output, updates, record, options.mutable)
     keep = options.variables is None and options.draw is None
     commit = prepared.model.commit(updates, record)
-    changed = tuple(updates) if commit is None else commit.changed
-    kept = _kept(start.entry, updates if keep and commit is None else {}, ready, call, prepared.mode)
-    if commit is not None and keep:
+    changed = commit.changed
+    kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
+    if keep and prepared.model.holds_variables:
         kept = replace(kept, updates={**kept.updates, **{name: kept.updates.get(name, 0) + 1 for name in changed}})
     names = {name: (name, False) for name in (*SPLIT, *options.key, *sorted(ready.ask.streams))}
     if start.taken and "params" in ready.ask.streams:
@@ -341,8 +341,7 @@ def left_behind(
     """
     one = line.without_option("--draws", "[0-9]+")
     one_by_one = f"for _ in range({size}):\n    {one}"
-    commit = model.commit(updates, record)
-    changed = tuple(updates) if commit is None else commit.changed
+    changed = model.commit(updates, record).changed
     if record.structure is not None and not changed:
         changed = ("its own structure",)
     if changed:

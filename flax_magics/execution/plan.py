@@ -164,8 +164,10 @@ def with_added(start: Start, wanted: Wanted, error: MissingVariables) -> Start:
         raise error.__cause__ or error
     key = entry.made.key if entry.made is not None else wanted.draw.first.stream("params", taken=start.taken)
     prepared = prepare_init(entry.name, entry.model, call)
+    model = prepared.model
+    assert not model.holds_variables  # an NNX module lacks none
     begin = programs.clock()
-    fresh = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
+    fresh = model.init(key, call.method, prepared.args, prepared.kwargs)
     jax.block_until_ready(fresh)
     seconds = programs.clock() - begin
     variables, added = merged(start.variables, fresh)

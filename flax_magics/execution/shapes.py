@@ -70,10 +70,8 @@ def _trace_with(
 
 
 def _variables(entry: ModelEntry, call: Call, draw: Draw) -> Mapping[str, Any]:
-    held = entry.model.take()
-    if held is not None:
-        return held
-    return entry.variables if entry.variables is not None else _fresh(entry, call, draw)
+    held = entry.held
+    return _fresh(entry, call, draw) if held is None else held
 
 
 def _fresh(entry: ModelEntry, call: Call, draw: Draw) -> Mapping[str, Any]:

@@ -100,7 +100,7 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
     said = f"{call.command} {call.text} stands {where}."
     if entry.model.holds_variables:
         return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
-    model: Any = entry.model
+    model = entry.model
     lines: list[str] = []
     if call.cell is not None:
         with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone

@@ -121,7 +121,7 @@ class Warm:
         dynamic = known = self._known(call.args, kwargs)
         if dynamic is None:
             dynamic = self._dynamic(call.args, kwargs)
-        variables = entry.variables if entry.variables is not None else given.take()
+        variables = entry.held
         if dynamic is None or variables is None:
             return None
         leaves, treedef = jax.tree_util.tree_flatten(variables)
@@ -154,11 +154,10 @@ class Warm:
                 kept = altered(entry, {"source": source})
         if updates:
             commit = model.commit(updates, self.record)
-            written = tuple(updates) if commit is None else commit.changed
-            changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(written)}
+            changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(commit.changed)}
             if changed:
                 kept = altered(kept or entry, {"updates": {**entry.updates, **changed}})
-            if commit is None:
+            if not model.holds_variables:
                 kept = altered(kept or entry, {"variables": {**variables, **updates}})
             self._know(updates)
         run = like(

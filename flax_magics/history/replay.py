@@ -24,7 +24,7 @@ from ..errors import FlaxMagicsError
 from ..execution.call import Call, prepare_init
 from ..execution.execute import execute, hand_back, plain_errors
 from ..execution.notes import SeenKeys
-from ..models.adopt import adopt
+from ..models.adopt import adopt_built
 from ..run import RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
 from ..state.runs import StoredRun
@@ -158,8 +158,8 @@ class Replaying:
         entry = replace(how.entry, variables=variables)
         if how.skeleton is not None:
             written: Any = how.entry.model
-            model: Any = adopt(how.skeleton.rebuild(variables), how.name)
-            entry = replace(how.entry, model=replace(model, written=written.written), stale=False)
+            model = adopt_built(how.skeleton.rebuild(variables), written.written)
+            entry = replace(how.entry, model=model, stale=False)
         draw = facts["keys"].draw
         options = replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
@@ -201,8 +201,7 @@ class Replaying:
         if how.print is None or how.recipe.print() != how.print:
             said = ("what the module is built of may have changed since",)
         begin = self.programs.clock()
-        model: Any = adopt(how.recipe.build(facts["keys"]), how.name)
-        state = model.state()
+        state = adopt_built(how.recipe.build(facts["keys"]), how.recipe.text).state()
         jax.block_until_ready(state)
         return Repeat(state, {}, "eager", Timing(init=self.programs.clock() - begin), said)
 

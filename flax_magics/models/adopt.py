@@ -9,7 +9,7 @@ from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, written
 
 if TYPE_CHECKING:
-    from .base import Model
+    from .base import Model, ModelWithVariables
 
 
 def adopt(module: Any, name: str) -> Model:
@@ -39,6 +39,13 @@ def adopt(module: Any, name: str) -> Model:
             **written(spell_construction(module, "%flaxmodel", module.__name__, name)),
         )
     raise FlaxMagicsError(f"`{name}` is {_kind(module)}, not a Flax module.")
+
+
+def adopt_built(module: Any, written: str) -> ModelWithVariables:
+    """The Model for an NNX module that the session built; `written`: its construction as a person wrote it."""
+    from .nnx import NnxModel
+
+    return NnxModel(module, written=written)
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a session needs of a model: one Protocol, answered once for linen (`linen.py`) and once for NNX (`nnx.py`).
+"""What a session needs of a model, as Protocols: `ModelWithInit` is answered by linen.py, `ModelWithVariables` by nnx.py.
 
 A model is configured, traced and run. A linen model holds no variables, keys or counts: those are the session's. An NNX
 module holds its own, so a session asks it for them in every run, and writes back what the run changed.
@@ -12,12 +12,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..base.critical import Assignment, at_once
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError
+from ..run import Settings
 from .calls import Calls, Path
+
+if TYPE_CHECKING:
+    from .nnx_graph import RebuiltGraph
+    from .nnx_layout import Layout, Values
 
 Variables = Mapping[str, Any]
 Forward = Callable[[Variables, Mapping[str, Any], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -102,7 +107,7 @@ class CallTrace:
     """Variables (type and path) that were handed back by a transform inside the model as they were (NNX)."""
     held: set[str] = field(default_factory=set)
     """Streams that the model is given whether or not it consumes them: those that an NNX module holds."""
-    structure: Any = None
+    structure: RebuiltGraph | None = None
     """How the run changed the model's graph (NNX), None if it did not."""
     calls: Calls | None = None
     """Where the calls of modules are noted, None where nobody asks for them."""
@@ -131,12 +136,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a run leaves behind in a model that holds its own variables."""
+    """What a run changed, and how a module that holds its own variables is given that."""
 
     changed: tuple[str, ...]
-    """Types of the variables that the run wrote, random streams left out."""
-    assignments: tuple[Assignment, ...]
-    """What writes them."""
+    """Collections (of NNX: types of variables, random streams left out) that the run wrote."""
+    assignments: tuple[Assignment, ...] = ()
+    """What writes them into the module; none where the session holds them."""
     write: Callable[[], None] | None = None
     """Writes a graph that was changed, which takes more than assignments."""
 
@@ -195,8 +200,8 @@ def check_name(owner: Any, name: str) -> None:
         raise Idiom(method=name, linen=scoped or resolved[0] is resolved[1])
 
 
-class Model(Protocol):
-    """A module as a session sees it."""
+class AnyModel(Protocol):
+    """A module as a session sees it: what linen's and NNX's answer alike."""
 
     @property
     def module(self) -> Any:
@@ -206,15 +211,11 @@ class Model(Protocol):
     def steady(self) -> AbstractContextManager[None]:
         """A block in which nobody changes the module, so that it is looked at once."""
 
-    @property
-    def holds_variables(self) -> bool:
-        """Whether the variables are the module's own (NNX), not the session's (linen)."""
-
     def describe(self) -> str:
         """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
 
     def methods(self) -> list[str]:
-        """Names that can be called as `net.NAME(…)`."""
+        """Names that can be called as `net.NAME(…)`, in order of definition."""
 
     def fields(self) -> list[str]:
         """Names of the module's own fields."""
@@ -235,17 +236,8 @@ class Model(Protocol):
     def fields_as_written(self) -> tuple[str, ...]:
         """The module's own switches as they stand."""
 
-    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Fresh variables; `key` is the `params` key, the only one that an init gets."""
-
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
-
-    def take(self) -> Mapping[str, Any] | None:
-        """The variables that the model itself holds, as they are now; None if the session holds them."""
-
-    def read_state(self, name: str, value: Any) -> Mapping[str, Any]:
-        """What `take` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
 
     def key(self) -> Any:
         """What tells this model's programs from another's; None where that cannot be told."""
@@ -253,14 +245,17 @@ class Model(Protocol):
     def print(self) -> bytes | None:
         """A digest of what the model computes: equal for what an unchanged cell makes again. None: cannot be told."""
 
+    def code(self) -> bytes | None:
+        """A digest of the model's code and of its plain values; None where that cannot be told."""
+
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
         """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
 
     def supplies(self) -> tuple[str, ...]:
         """Names of the arguments that the model adds to the call itself."""
 
-    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit | None:
-        """How to write a run's updates into the model; None if the session holds them."""
+    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
+        """What a run's updates change, and how they are written into a module that holds its own variables."""
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
@@ -278,6 +273,69 @@ class Model(Protocol):
         self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
     ) -> str:
         """The run as a person would have written it in plain Flax."""
+
+
+class ModelWithInit(AnyModel, Protocol):
+    """A linen module: an init makes its variables, and the session holds them."""
+
+    @property
+    def holds_variables(self) -> Literal[False]:
+        """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
+
+    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fresh variables; `key` is the `params` key, the only one that an init gets."""
+
+    @property
+    def init_streams(self) -> tuple[str, ...]:
+        """Streams that an init by hand has to be given besides `params`, known once it has run."""
+
+    def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
+        """The init as a person would have written it, with switches added to the call and set on the module.
+
+        Args:
+          module: the module with its switches set, `MODULE` in the place of its name.
+        """
+
+
+class ModelWithVariables(AnyModel, Protocol):
+    """An NNX module: it holds its own variables, so that a session reads them in every run and writes what changed."""
+
+    @property
+    def holds_variables(self) -> Literal[True]:
+        """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
+
+    @property
+    def written(self) -> str:
+        """The construction as it was written, where the session made it: `Net(8, 3)`."""
+
+    @property
+    def layout(self) -> Layout:
+        """The module taken apart, as it is now."""
+
+    def take(self) -> Values:
+        """The variables as they are now, by type and path; the keys and counts of random streams are the draw's to give."""
+
+    def collections(self) -> Values:
+        """The same without anything that belongs to random streams."""
+
+    def state(self) -> Any:
+        """`nnx.state` of the module, its variables copies: later runs do not change them."""
+
+    def read_state(self, name: str, value: Any) -> Values:
+        """What `take` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
+
+    def sample(self) -> bytes:
+        """A digest of some elements of every variable: tells a module of another seed from one of the same."""
+
+    def assign(self, values: Values) -> None:
+        """Puts `values` into the module."""
+
+    def become(self, other: ModelWithVariables) -> None:
+        """Gives the module's own objects the values of `other`, a newly built one, or all that it holds."""
+
+
+Model = ModelWithInit | ModelWithVariables
+"""Either kind; asking `holds_variables` says which."""
 
 
 def own_methods(cls: type, *, but: str) -> list[str]:

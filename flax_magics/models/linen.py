@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import errors as flax_errors
@@ -21,6 +21,7 @@ from ..run import MODULE, Settings
 from .base import (
     FLAX_ARGUMENTS,
     CallTrace,
+    Commit,
     Forward,
     Incomplete,
     MissingVariables,
@@ -73,12 +74,12 @@ class LinenModel:
 
     @property
     def steady(self) -> AbstractContextManager[None]:
-        """See `ModelLine`."""
+        """A block that does nothing: a linen module does not change."""
         return _STEADY
 
     @property
-    def holds_variables(self) -> bool:
-        """See `ModelLine`."""
+    def holds_variables(self) -> Literal[False]:
+        """The session holds them."""
         return False
 
     def describe(self) -> str:
@@ -122,7 +123,7 @@ class LinenModel:
         return type(self.module).setup is not nn.Module.setup
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """See `ModelLine`."""
+        """A clone with the switches among its fields set. Clones are kept for as long as the module is the same."""
         digest = self.print()
         if digest is None:  # fields may change where they are
             module, done = set_fields(self.module, train, fixed)
@@ -136,11 +137,11 @@ class LinenModel:
         return kept.modes[train, fixed]
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """See `ModelLine`."""
+        """A clone whose unset switches stand for evaluation."""
         return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._kept.init_streams))
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """See `ModelLine`."""
+        """The switches among the module's fields, as they stand."""
         return read_fields(self.module)
 
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -155,19 +156,16 @@ class LinenModel:
         """None: a stream is given because a trace asked for it."""
         return frozenset()
 
-    def take(self) -> None:
-        """None: the session holds them."""
-
-    def read_state(self, name: str, value: Any) -> Variables:
-        """Never asked: the session holds them."""
-        raise NotImplementedError
-
     def key(self) -> bytes | None:
-        """See `ModelLine`."""
+        """The fingerprint, which holds all that a program is made from."""
+        return self.print()
+
+    def code(self) -> bytes | None:
+        """The fingerprint, fields included."""
         return self.print()
 
     def print(self) -> bytes | None:
-        """See `ModelLine`."""
+        """A digest of the module's classes and fields, kept for as long as nothing that it was read from changes."""
         if self._kept.print is None:
             self._kept.print = Fingerprint(self.module)
         return self._kept.print.digest()
@@ -180,11 +178,12 @@ class LinenModel:
         """None."""
         return ()
 
-    def commit(self, updates: Variables, record: CallTrace) -> None:
-        """None: the session holds them."""
+    def commit(self, updates: Variables, record: CallTrace) -> Commit:
+        """The collections that were written; the session holds them, and there is nothing to assign."""
+        return Commit(tuple(updates))
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
-        """See `ModelLine`. Raises MissingVariables for variables that are not there."""
+        """The module's `apply`, watched. Raises MissingVariables for variables that are not there."""
         mutable = sorted(ask.mutable)
 
         def run(
@@ -242,7 +241,7 @@ class LinenModel:
         return {(): type(self.module).__name__}
 
     def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
-        """See `ModelLine`."""
+        """Collection, path, value and partitioning names of every array."""
         for name, tree in variables.items():
             for keys, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_boxed)[0]:
                 path = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)

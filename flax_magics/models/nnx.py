@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from flax import nnx
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from . import nnx_trace
-from .base import CallTrace, Commit, Forward, Model, Needs, Variables, check_name, own_methods
+from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
 from .calls import Path
 from .construction import constructor
 from .nnx_graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, transplant, walk
@@ -49,12 +49,12 @@ class NnxModel:
 
     @property
     def steady(self) -> AbstractContextManager[None]:
-        """See `ModelLine`."""
+        """A block in which the module is taken apart once."""
         return self._kept
 
     @property
-    def holds_variables(self) -> bool:
-        """See `ModelLine`."""
+    def holds_variables(self) -> Literal[True]:
+        """The module holds them."""
         return True
 
     # -- what it is
@@ -80,7 +80,7 @@ class NnxModel:
         return [str(name) for name, _ in parts_of(self.module) or ()]
 
     def signature(self, method: Path) -> inspect.Signature:
-        """See `ModelLine`."""
+        """The signature of a method of the module or of a part of it; one that takes anything where none can be read."""
         cls = type(self.module).__name__
         target: Any = self.module
         for i, name in enumerate(method):
@@ -105,11 +105,11 @@ class NnxModel:
         return replace(self, mode=train), self._switches_read(train)
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """See `ModelLine`; an NNX module is initialised where it is built."""
+        """The model itself: an NNX module is initialised where it is built."""
         return self
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """See `ModelLine`."""
+        """The switches of all modules in the graph, as they stand."""
         return self._switches_read(None)
 
     def _switches_read(self, train: bool | None) -> tuple[str, ...]:
@@ -160,7 +160,7 @@ class NnxModel:
         return out
 
     def key(self) -> Any:
-        """See `ModelLine`: the code of all classes in the graph, the graph itself with its static attributes, the mode."""
+        """The code of all classes in the graph, the graph itself with its static attributes, and the mode."""
         code = self.code()
         layout = self.layout
         if code is None:
@@ -214,10 +214,6 @@ class NnxModel:
 
     # -- running
 
-    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """See `ModelLine`; never asked of an NNX module."""
-        raise NotImplementedError
-
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
         """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some.
 
@@ -249,12 +245,12 @@ class NnxModel:
         return ("rngs",) if self.gives_rngs else ()
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
-        """See `ModelLine`. The streams of the copy are those of `keys`, by tag, as `nnx.reseed` would set them."""
+        """The run on a copy whose streams are those of `keys`, by tag, as `nnx.reseed` would set them."""
         rngs = sorted(ask.streams - self._own_tags) if self.gives_rngs else None
         return nnx_trace.forward(self.layout, method, ask, record, mode=self.mode, held=self.streams(), rngs=rngs)
 
     def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
-        """See `ModelLine`. What is written is the module's own objects."""
+        """What writes `updates` into the module's own objects."""
         return nnx_trace.commit(self.layout, self.passed, updates, record.structure)
 
     def parts(self) -> dict[Path, str]:
@@ -266,7 +262,7 @@ class NnxModel:
         }
 
     def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
-        """See `ModelLine`; what earlier calls sowed is left out."""
+        """Type, path, value and metadata of every array; what earlier calls sowed is left out."""
         for slot in self.layout.slots:
             if slot.sown:
                 continue
@@ -279,7 +275,7 @@ class NnxModel:
         """Puts `values` into the module."""
         self.layout.write(values)
 
-    def become(self, other: NnxModel) -> None:
+    def become(self, other: ModelWithVariables) -> None:
         """The module's own objects get the values of another, newly built one; where that one is built otherwise, all."""
         if self.layout.graphdef == other.layout.graphdef:
             self.layout.write(other.layout.values())

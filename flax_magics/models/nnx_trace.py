@@ -53,7 +53,7 @@ def forward(
     held: frozenset[str],
     rngs: list[str] | None,
 ) -> Forward:
-    """The run of a module as a pure function; see `ModelLine.forward`.
+    """The run of a module as a pure function; see `AnyModel.forward`.
 
     Args:
       mode: what the switches of the copy are set to; None: they stay.

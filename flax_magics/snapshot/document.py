@@ -82,7 +82,7 @@ def take(state: State) -> Snapshot:
 
 
 def _taken(entry: ModelEntry) -> SavedModel:
-    model: Any = entry.model
+    model = entry.model
     made = entry.made or entry.made_before
     if model.holds_variables:
         slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]

@@ -19,7 +19,7 @@ from ..code.source import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
 from ..execution.build import built_with
-from ..models.base import Model
+from ..models.base import Model, ModelWithVariables
 from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
@@ -75,7 +75,7 @@ def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
 
 
 def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
-    model: Any = entry.model
+    model = entry.model
     if saved.holds_variables is not model.holds_variables:
         there, here = ("an NNX", "a linen") if saved.holds_variables else ("a linen", "an NNX")
         raise Unfit((f"{there} model is in the file, and {here} one is registered",))
@@ -155,7 +155,7 @@ class _Other:
     shape: tuple[int, ...] = ()
 
 
-def _into_module(saved: SavedModel, entry: ModelEntry, model: Any) -> Matched:
+def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables) -> Matched:
     """The variables of an NNX module, each for the one that stands at its path."""
     slots = {slot.path: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
     values_by_path: dict[Any, Any] = {}

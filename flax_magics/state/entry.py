@@ -66,6 +66,14 @@ class ModelEntry:
         """The variables by collection, where the session or the module holds them now."""
         return self.model.take() if self.model.holds_variables else self.variables
 
+    def collections(self) -> Mapping[str, Any] | None:
+        """The same without the random streams of an NNX module."""
+        return self.model.collections() if self.model.holds_variables else self.variables
+
+    def read_variables(self) -> Mapping[str, Any] | None:
+        """What the user reads as the model's variables: its collections, or a copy of an NNX module's `nnx.state`."""
+        return self.model.state() if self.model.holds_variables else self.variables
+
     def source_now(self) -> WeightSource | None:
         """Where the variables came from that are held now."""
         held = self.held

@@ -34,9 +34,7 @@ class RegisteredModel:
     @property
     def variables(self) -> Mapping[str, Any] | None:
         """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
-        entry = self._entry()
-        model: Any = entry.model
-        return model.state() if model.holds_variables else entry.variables
+        return self._entry().read_variables()
 
     @variables.setter
     def variables(self, value: Mapping[str, Any] | None) -> None:
@@ -71,9 +69,7 @@ class RegisteredModel:
 
     def collections(self) -> Mapping[str, Any] | None:
         """The variables by collection (of an NNX module: by type, random streams left out); None before the first init."""
-        entry = self._entry()
-        model: Any = entry.model
-        return model.collections() if model.holds_variables else entry.variables
+        return self._entry().collections()
 
     def names(self) -> ModelNames:
         """What tab completion offers: methods with their arguments, fields, streams seen so far."""

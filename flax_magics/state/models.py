@@ -13,7 +13,7 @@ from ..compile import init_trace
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError
 from ..models.adopt import adopt
-from ..models.base import Model
+from ..models.base import Model, ModelWithVariables
 from ..models.construction import BuiltBySession
 from ..run import Note
 from .entry import ModelEntry, Replaced
@@ -81,7 +81,7 @@ def unchanged(old: ModelEntry) -> Registration:
 
 
 def register_holding(
-    old: ModelEntry | None, name: str, model: Any, built: BuiltBySession | None = None
+    old: ModelEntry | None, name: str, model: ModelWithVariables, built: BuiltBySession | None = None
 ) -> tuple[ModelEntry, Registration]:
     """`register` for a module that holds its own variables (NNX).
 
@@ -94,8 +94,7 @@ def register_holding(
         return entry, Registration(name, "new")
     if not old.model.holds_variables:
         return entry, Registration(name, "changed", variables="own")
-    before: Any = old.model
-    if model.module is before.module:
+    if model.module is old.model.module:
         return replace(old, model=model, print=print_), Registration(name, "changed", variables="kept")
     if old.stale:
         return entry, Registration(name, "changed", variables="own")
@@ -103,15 +102,15 @@ def register_holding(
         if first == old.first:
             return old, unchanged(old)
         return entry, Registration(name, "changed", ("initial values",), "own")
-    changes = differences(_shapes(before), _shapes(model))
+    changes = differences(_shapes(old.model), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
-    values = before.collections()
+    values = old.model.collections()
     entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.first, source=old.source)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
-def _shapes(model: Any) -> dict[str, Any]:
+def _shapes(model: ModelWithVariables) -> dict[str, Any]:
     variables = {name: value for tree in model.collections().values() for name, value in tree.items()}
     return jax.eval_shape(lambda: variables)  # type: ignore[no-any-return]
 
@@ -190,9 +189,8 @@ def assigned(
       FlaxMagicsError: they do not fit, or an array of them was deleted.
     """
     entry = replace(entry, made=None, made_before=entry.made or entry.made_before, updates={}, outdated=False)
-    model: Any = entry.model
-    if model.holds_variables:
-        return _into_module(entry, model, variables, written, cell)
+    if entry.model.holds_variables:
+        return _into_module(entry, entry.model, variables, written, cell)
     if variables is None:
         return replace(entry, variables=None, source=None), None
     expected, optional = _expected(entry)
@@ -217,7 +215,7 @@ def _expected(entry: ModelEntry) -> tuple[Mapping[str, Any] | None, frozenset[st
 
 
 def _into_module(
-    entry: ModelEntry, model: Any, variables: Any, written: Written, cell: int | None
+    entry: ModelEntry, model: ModelWithVariables, variables: Any, written: Written, cell: int | None
 ) -> tuple[ModelEntry, Callable[[], None]]:
     """The same for an NNX module; variables that are not among those given stay, as in `nnx.update`."""
     name = entry.name
@@ -248,8 +246,7 @@ def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tu
     source = entry.source_now()
     if not entry.ready or source is None or (source.is_initial and not entry.updates):
         return entry.replaced, ()
-    model: Any = entry.model
-    replaced = Replaced(model.state() if model.holds_variables else entry.variables, source, entry.updates)
+    replaced = Replaced(entry.read_variables(), source, entry.updates)
     runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.updates.items())
     text = f"this init replaced weights of {entry.name}: {source.describe()}" + (f", {runs}" if runs else "")
     if replaced.size > limit:
