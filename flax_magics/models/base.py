@@ -6,6 +6,8 @@ module holds its own, so a session asks it for them in every run, and writes bac
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import sys
 import threading
@@ -111,6 +113,11 @@ class CallTrace:
     """How the run changed the model's graph (NNX), None if it did not."""
     calls: Calls | None = None
     """Where the calls of modules are noted, None where nobody asks for them."""
+
+    def passed(self, layer: Layer) -> None:
+        """Notes a layer, once."""
+        if layer not in self.layers:
+            self.layers.append(layer)
 
     def with_what(self, traced: CallTrace) -> CallTrace:
         """With the streams and layers that a trace saw and this run did not: inside a jitted function of the model's own."""
@@ -350,5 +357,40 @@ def own_methods(cls: type, *, but: str) -> list[str]:
     return list(names)
 
 
-REPLACING = threading.RLock()
-"""Held from before the first name is read until the last is put back, so that nobody puts back a replacement."""
+_REPLACING = threading.RLock()
+
+
+@contextlib.contextmanager
+def replaced(*replacements: tuple[Any, str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block, `owner.name(…)` of each replacement is `replacement(original, …)` for calls of this thread alone.
+
+    A lock is held from before the first name is read until the last is put back, so that no other thread takes a
+    replacement for the original.
+    """
+    thread = threading.get_ident()
+
+    def here(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)  # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            return replacement(original, *args, **kwargs)
+
+        return call
+
+    with _REPLACING:
+        originals = [(owner, name, vars(owner).get(name)) for owner, name, _ in replacements]
+        try:  # an interrupt may come at any moment
+            for owner, name, replacement in replacements:
+                method = vars(owner).get(name, getattr(owner, name))
+                if isinstance(method, classmethod):
+                    setattr(owner, name, classmethod(here(method.__func__, replacement)))
+                else:
+                    setattr(owner, name, here(method, replacement))
+            yield
+        finally:
+            for owner, name, original in originals:
+                if original is not None:
+                    setattr(owner, name, original)
+                elif name in vars(owner):  # the base class has it
+                    delattr(owner, name)

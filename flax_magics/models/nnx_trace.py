@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import sys
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,6 @@ from .arguments import has_tracer
 from .base import (
     ARGUMENTS,
     CONVERTED,
-    REPLACING,
     SOWN,
     CallTrace,
     Commit,
@@ -32,6 +30,7 @@ from .base import (
     KeyUse,
     Needs,
     Variables,
+    replaced,
 )
 from .calls import Path
 from .layers import layer_of, mask_of
@@ -262,112 +261,68 @@ class Watcher:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Replaces the methods for the time of the block, for calls of this thread alone."""
-        with REPLACING, self._watching():
+        """Inside the block, what the module does on this thread fills the record."""
+        modules = [part for part in self.parts.values() if isinstance(part, nnx.Module)]
+        noted = [] if self.record.calls is None else list(dict.fromkeys(map(type, modules)))
+        with replaced(
+            (nnx.RngStream, "__call__", self._draw),
+            (nnx.Rngs, "_get_stream", self._look_up),
+            (nnx.Module, "sow", self._sow),
+            (nnx.Dropout, "__call__", self._dropout),
+            (nnx.BatchNorm, "__call__", self._norm),
+            *((cls, name, functools.partial(self._noted, name)) for cls in noted for name in _public(cls)),
+        ):
             yield
 
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        thread = threading.get_ident()
-        draw, sow, dropout, norm = nnx.RngStream.__call__, nnx.Module.sow, nnx.Dropout.__call__, nnx.BatchNorm.__call__
-        lookup = nnx.Rngs._get_stream
+    def _draw(self, draw: Callable[..., Any], stream: Any) -> Any:
+        self._consumed(stream)
+        return draw(stream)
 
-        def draw_(stream: Any) -> Any:
-            if threading.get_ident() == thread:
-                self._consumed(stream)
-            return draw(stream)
-
-        def lookup_(rngs: Any, name: str, error: Any) -> Any:
-            if threading.get_ident() == thread and self._lacks(rngs, name):
-                self.missing = (
-                    name  # with a `default` NNX would fall back on that: in each draw a stream has its own key
-                )
-                raise error(f"No RngStream named '{name}' found in Rngs.")
-            try:
-                return lookup(rngs, name, error)
-            except (AttributeError, KeyError):
-                if threading.get_ident() == thread and self.handed is not None and not name.startswith("_"):
-                    self.missing = name
-                raise
-
-        def sow_(module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            ours = threading.get_ident() == thread
-            new = ours and not hasattr(module, name)
-            if ours and _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
-                args, kwargs = args[:3], {**kwargs, "capture_noop": False}
-            with warnings.catch_warnings():
-                if ours:
-                    warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
-                result = sow(module, variable_type, name, *args, **kwargs)
-            variable = vars(module).get(name)
-            if new and isinstance(variable, nnx.Variable):
-                object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
-            return result
-
-        def dropout_(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return dropout(module, *args, **kwargs)
-            if module.rate != 0.0:
-                self._layer(module, "dropout", "deterministic", kwargs)
-            self.drawing = mask_of(module, args, kwargs)
-            try:
-                return dropout(module, *args, **kwargs)
-            finally:
-                self.drawing = None
-
-        def norm_(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                self._layer(module, "norm", "use_running_average", kwargs)
-            return norm(module, *args, **kwargs)
-
-        replaced: list[tuple[Any, str, Any, Any]] = [
-            (nnx.RngStream, "__call__", draw, draw_),
-            (nnx.Rngs, "_get_stream", lookup, lookup_),
-            (nnx.Module, "sow", sow, sow_),
-            (nnx.Dropout, "__call__", dropout, dropout_),
-            (nnx.BatchNorm, "__call__", norm, norm_),
-        ]
+    def _look_up(self, look_up: Callable[..., Any], rngs: Any, name: str, error: Any) -> Any:
+        if self._lacks(rngs, name):
+            # With a `default` NNX would fall back on that: in each draw a stream has its own key.
+            self.missing = name
+            raise error(f"No RngStream named '{name}' found in Rngs.")
         try:
-            for cls, name, old, new in replaced:
-                # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some.
-                setattr(cls, name, functools.wraps(old)(new))
-            with self._noting(thread):
-                yield
-        finally:
-            for cls, name, old, _ in replaced:
-                setattr(cls, name, old)
+            return look_up(rngs, name, error)
+        except (AttributeError, KeyError):
+            if self.handed is not None and not name.startswith("_"):
+                self.missing = name
+            raise
 
-    @contextlib.contextmanager
-    def _noting(self, thread: int) -> Iterator[None]:
-        """Inside the block, calls of the public methods of the graph's modules are noted, if the record has a place."""
-        calls = self.record.calls
-        replaced: list[tuple[type, str, Any]] = []
+    def _sow(
+        self, sow: Callable[..., Any], module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        is_new = not hasattr(module, name)
+        if _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
+            args, kwargs = args[:3], {**kwargs, "capture_noop": False}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
+            result = sow(module, variable_type, name, *args, **kwargs)
+        variable = vars(module).get(name)
+        if is_new and isinstance(variable, nnx.Variable):
+            object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
+        return result
+
+    def _dropout(self, dropout: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if module.rate != 0.0:
+            self._layer(module, "dropout", "deterministic", kwargs)
+        self.drawing = mask_of(module, args, kwargs)
         try:
-            modules = [part for part in self.parts.values() if isinstance(part, nnx.Module)]
-            for cls in dict.fromkeys(map(type, modules)) if calls is not None else ():
-                for name, method in _public(cls):
-                    own = vars(cls).get(name)
-                    replaced.append((cls, name, own))
-                    setattr(cls, name, self._noted(name, method, thread))
-            yield
+            return dropout(module, *args, **kwargs)
         finally:
-            for cls, name, own in reversed(replaced):
-                if own is None:
-                    delattr(cls, name)
-                else:
-                    setattr(cls, name, own)
+            self.drawing = None
 
-    def _noted(self, name: str, method: Any, thread: int) -> Any:
-        @functools.wraps(method)
-        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            calls = self.record.calls
-            path = self._path(module) if threading.get_ident() == thread else None
-            if calls is None or path is None:
-                return method(module, *args, **kwargs)
-            run = functools.partial(method, module)
-            return calls.note(tuple(map(str, path)), type(module).__name__, name, run, args, kwargs)
+    def _norm(self, norm: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self._layer(module, "norm", "use_running_average", kwargs)
+        return norm(module, *args, **kwargs)
 
-        return call
+    def _noted(self, name: str, method: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        calls, path = self.record.calls, self._path(module)
+        if calls is None or path is None:
+            return method(module, *args, **kwargs)
+        run = functools.partial(method, module)
+        return calls.note(tuple(map(str, path)), type(module).__name__, name, run, args, kwargs)
 
     def _lacks(self, rngs: Any, name: str) -> bool:
         """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""
@@ -431,9 +386,7 @@ class Watcher:
         if isinstance(value, bool):
             around = [self.parts[path[:n]] for n in reversed(range(len(path))) if path[:n] in self.parts]
             around = [part for part in around if isinstance(part, nnx.Module)]
-            layer = layer_of(kind, tuple(map(str, path)), module, around, (switch, value, in_call))
-            if layer not in self.record.layers:
-                self.record.layers.append(layer)
+            self.record.passed(layer_of(kind, tuple(map(str, path)), module, around, (switch, value, in_call)))
 
 
 def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
@@ -448,10 +401,9 @@ def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
     return found
 
 
-def _public(cls: type) -> list[tuple[str, Any]]:
+def _public(cls: type) -> list[str]:
     """The call and the public methods of a module class, without those that every module has."""
+    methods = inspect.getmembers(cls, inspect.isfunction)
     return [
-        (name, method)
-        for name, method in inspect.getmembers(cls, inspect.isfunction)
-        if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
+        name for name, _ in methods if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
     ]
