@@ -38,8 +38,7 @@ from .rng.keys import Draw, DrawBatch, RootKey
 from .run import Note, Run
 from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of, checked_limit
 from .state.entry import ModelEntry
-from .state.handles import Models, RegisteredModel, entry_now, entry_of
-from .state.models import Registration, assigned, register
+from .state.models import Models, RegisteredModel, Registration, assigned, entry_now, entry_of, register
 from .state.runs import StoredRun, backwards, newest
 from .state.state import Restart, State
 from .state.weights import Written

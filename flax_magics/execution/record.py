@@ -294,7 +294,7 @@ def facts_of_apply(call: Call, done: Execution) -> ExportFacts:
 
 
 def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
-    from ..models.nnx_switch import back_by_hand, mode_by_hand
+    from ..models.nnx_graph import back_by_hand, mode_by_hand
 
     nodes = model.layout.nodes
     return ModeByHand(mode_by_hand(MODULE, nodes, train), back_by_hand(MODULE, nodes, train))

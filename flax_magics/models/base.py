@@ -21,6 +21,7 @@ from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError
 from ..run import Settings
 from .calls import Calls, Path
+from .switch import Layer
 
 if TYPE_CHECKING:
     from .nnx_graph import RebuiltGraph
@@ -36,35 +37,6 @@ CONVERTED = "(converted)"
 """Where they keep Python numbers and 64-bit arrays of NumPy that a variable held, unchanged: JAX hands back its own."""
 SOWN = "(sown)"
 """Where they keep what NNX sowed, by type: a type may be that of variables which stay, too."""
-
-
-@dataclass(frozen=True)
-class CodePlace:
-    """The expression that gives a layer its switch: its text, empty where it was not found, and whether it is a literal."""
-
-    text: str = ""
-    literal: bool = False
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
-
-    kind: str
-    """`dropout` or `norm`."""
-    path: Path
-    training: bool
-    owner: str
-    """The class that made the layer, with the line that gives it its switch where that is known: `MyModel (line 8)`."""
-    switch: str
-    """The layer's own argument, such as `deterministic`."""
-    value: bool
-    """What it is given for that."""
-    source: CodePlace = CodePlace()
-    own_switch: str = ""
-    """The owner's own switch as its code writes it, such as `train` or `self.training`; empty if it has none."""
-    method: str = ""
-    """The owner's method that called the layer."""
 
 
 @dataclass(frozen=True)

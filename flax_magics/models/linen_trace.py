@@ -16,7 +16,7 @@ from flax.core.scope import Scope
 from flax.linen import transforms
 
 from .base import CallTrace, KeyUse, Needs, replaced
-from .layers import layer_of, mask_of
+from .switch import layer_of, mask_of
 
 _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 

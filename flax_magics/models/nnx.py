@@ -19,9 +19,20 @@ from . import nnx_trace
 from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
 from .calls import Path
 from .construction import constructor
-from .nnx_graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, transplant, walk
+from .nnx_graph import (
+    GRAPH,
+    SIMPLE,
+    flat_state,
+    is_ref,
+    mode_by_hand,
+    parts_of,
+    raw,
+    spell,
+    switches_read,
+    transplant,
+    walk,
+)
 from .nnx_layout import Layout, LayoutCache, Values
-from .nnx_switch import mode_by_hand, switches_read
 
 SUPPLIED = ("params", "dropout")
 """Streams of the Rngs that the session makes."""

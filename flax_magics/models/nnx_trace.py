@@ -33,10 +33,21 @@ from .base import (
     replaced,
 )
 from .calls import Path
-from .layers import layer_of, mask_of
-from .nnx_graph import RebuiltGraph, assignment, is_other, is_sown, parts_of, raw, same, set_raw, taken_from, walk
+from .nnx_graph import (
+    RebuiltGraph,
+    assignment,
+    is_other,
+    is_sown,
+    parts_of,
+    raw,
+    same,
+    set_mode,
+    set_raw,
+    taken_from,
+    walk,
+)
 from .nnx_layout import Layout
-from .nnx_switch import set_mode
+from .switch import layer_of, mask_of
 
 STRUCTURE = "(structure)"
 """Where a run's result keeps the variables of a graph that the run changed."""
