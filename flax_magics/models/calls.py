@@ -9,7 +9,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -48,19 +48,26 @@ class Calls:
     _running: list[Path] = field(default_factory=list)
 
     def note(
-        self, path: Path, cls: str, method: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        path: Path,
+        cls: str,
+        method: str,
     ) -> Any:
         """Makes the call, and gives what it gives."""
         mark = next(_numbers)
-        inputs, inside = spell_inputs(args, kwargs), path in self._running
-        self.made[mark] = Called(path, cls, method, inputs, "", mark, inside)
+        called = Called(path, cls, method, spell_inputs(args, kwargs), "", mark, path in self._running)
+        self.made[mark] = called
         self._running.append(path)
         try:
             with jax.named_scope(f"flax_magics_call_{mark}"):
                 output = call(*args, **kwargs)
         finally:
             self._running.pop()
-        self.made[mark] = Called(path, cls, method, inputs, _spell(output), mark, inside)
+        self.made[mark] = replace(called, outputs=_spell(output))
         return output
 
 

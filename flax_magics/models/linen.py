@@ -70,7 +70,7 @@ class LinenModel:
     """Wraps `flax.linen.Module`; holds no variables."""
 
     module: nn.Module
-    _kept: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
+    _cache: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
 
     @property
     def steady(self) -> AbstractContextManager[None]:
@@ -85,13 +85,12 @@ class LinenModel:
     def describe(self) -> str:
         """The module's fields as they differ from their defaults, in one line."""
         parts = []
-        for name, own in type(self.module).__dataclass_fields__.items():
+        for name in self.fields():
+            one = type(self.module).__dataclass_fields__[name]
             value = getattr(self.module, name, None)
-            if name in ("parent", "name") or not own.init:
-                continue
-            if value is own.default or (isinstance(value, (bool, int, float, str)) and value == own.default):
-                continue
-            parts.append(f"{name}={_short(value)}")
+            is_default = value is one.default or (isinstance(value, (bool, int, float, str)) and value == one.default)
+            if one.init and not is_default:
+                parts.append(f"{name}={_short(value)}")
         return f"{type(self.module).__name__}({', '.join(parts)})"
 
     def methods(self) -> list[str]:
@@ -124,21 +123,17 @@ class LinenModel:
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """A clone with the switches among its fields set. Clones are kept for as long as the module is the same."""
-        digest = self.print()
-        if digest is None:  # fields may change where they are
-            module, done = set_fields(self.module, train, fixed)
-            return LinenModel(module), done
-        kept = self._kept
-        if digest != kept.digest:
-            kept.digest, kept.modes = digest, {}
-        if (train, fixed) not in kept.modes:
-            module, done = set_fields(self.module, train, fixed)
-            kept.modes[train, fixed] = (LinenModel(module), done)
-        return kept.modes[train, fixed]
+        cache, digest = self._cache, self.print()
+        if digest is None or digest != cache.digest:  # without one, fields may change where they are
+            cache.digest, cache.modes = digest, {}
+        if (train, fixed) not in cache.modes:
+            module, settings = set_fields(self.module, train, fixed)
+            cache.modes[train, fixed] = LinenModel(module), settings
+        return cache.modes[train, fixed]
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
         """A clone whose unset switches stand for evaluation."""
-        return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._kept.init_streams))
+        return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._cache.init_streams))
 
     def fields_as_written(self) -> tuple[str, ...]:
         """The switches among the module's fields, as they stand."""
@@ -147,7 +142,7 @@ class LinenModel:
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
         across = nnx_bridge()
-        with sowing() as sown, nullcontext() if across is None else across.initialising(self._kept.init_streams):
+        with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
             target, kwargs = self._target(method, kwargs)
             variables = self.module.init(key, *args, method=target, **kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
@@ -166,9 +161,9 @@ class LinenModel:
 
     def print(self) -> bytes | None:
         """A digest of the module's classes and fields, kept for as long as nothing that it was read from changes."""
-        if self._kept.print is None:
-            self._kept.print = Fingerprint(self.module)
-        return self._kept.print.digest()
+        if self._cache.print is None:
+            self._cache.print = Fingerprint(self.module)
+        return self._cache.print.digest()
 
     def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
         """Nothing is added: linen's streams are no arguments."""
@@ -272,7 +267,7 @@ class LinenModel:
     @property
     def init_streams(self) -> tuple[str, ...]:
         """Streams that an init by hand has to be given besides `params`: those of NNX modules inside, once it has run."""
-        return tuple(sorted(self._kept.init_streams))
+        return tuple(sorted(self._cache.init_streams))
 
     def _spelled(self, verb: str, first: str, call: str, how: tuple[Path, str], more: list[str]) -> str:
         """`call` as one of `verb` with `first` before its arguments; `how`: the method, and the module by its `MODULE`."""

@@ -145,33 +145,33 @@ class Recorder:
         module = context.module
         if context.method_name == "__call__" and module.scope is not None:
             if isinstance(module, nn.Dropout) and module.rate != 0.0:
-                self._layer(module, "dropout", "deterministic", context, args, kwargs)
+                self._layer("dropout", "deterministic", context, args, kwargs)
             elif isinstance(module, nn.BatchNorm):
-                self._layer(module, "norm", "use_running_average", context, args, kwargs)
-        if type(module) is nn.Dropout:
-            self.drawing = mask_of(module, args, kwargs)
-            try:
-                return self._noted(call, args, kwargs, context)
-            finally:
-                self.drawing = None
-        return self._noted(call, args, kwargs, context)
+                self._layer("norm", "use_running_average", context, args, kwargs)
+        if type(module) is not nn.Dropout:
+            return self._noted(call, args, kwargs, context)
+        self.drawing = mask_of(module, args, kwargs)
+        try:
+            return self._noted(call, args, kwargs, context)
+        finally:
+            self.drawing = None
 
     def _noted(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name, calls = context.module, context.method_name, self.record.calls
         # A transformed class has a method without a name around the module's own.
         if calls is None or module.scope is None or name == "setup" or not hasattr(type(module), name):
             return call(*args, **kwargs)
-        return calls.note(tuple(module.scope.path), type(module).__name__, name, call, args, kwargs)
+        path, cls = tuple(module.scope.path), type(module).__name__
+        return calls.note(call, args, kwargs, path=path, cls=cls, method=name)
 
-    def _layer(self, module: Any, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
-        value = getattr(module, switch)
+    def _layer(self, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
+        module = context.module
         try:
-            bound = inspect.signature(context.orig_method).bind(*args, **kwargs)
-        except TypeError:
+            arguments = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
+        except TypeError:  # the call itself raises it
             return
-        in_call = bound.arguments.get(switch) is not None
-        if in_call:
-            value = bound.arguments[switch]
+        in_call = arguments.get(switch) is not None
+        value = arguments[switch] if in_call else getattr(module, switch)
         if isinstance(value, bool):
             around, parent = [], module.parent
             while isinstance(parent, nn.Module):

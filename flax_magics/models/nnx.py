@@ -51,17 +51,17 @@ class NnxModel:
     """Variables of the NNX objects in the call, in order."""
     written: str = ""
     """The construction, where the session made it: `Net(8, 3)`."""
-    _kept: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
+    _cache: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:
         """The module taken apart, as it is now."""
-        return self._kept.of(self.module)
+        return self._cache.of(self.module)
 
     @property
     def steady(self) -> AbstractContextManager[None]:
         """A block in which the module is taken apart once."""
-        return self._kept
+        return self._cache
 
     @property
     def holds_variables(self) -> Literal[True]:

@@ -70,7 +70,7 @@ class Slot:
     path: Path
     leaf: Any
     holder: Any
-    """What a bare array is an attribute or item of; None for a Variable."""
+    """The dict of attributes, or the container, that a bare array is in; None for a Variable."""
     drawn: bool = False
     """Whether it is a stream's key or count: every run begins with those of its draw, whatever stands there."""
     fixed: bool = False
@@ -90,7 +90,7 @@ class Slot:
         if self.ref:
             with jax.ensure_compile_time_eval():  # a program that is being made must not read it when it runs
                 return raw(self.leaf)[...]
-        return raw(self.leaf) if self.holder is None else _get(self.holder, self.path[-1])
+        return raw(self.leaf) if self.holder is None else self.holder[self._key]
 
     def assignment(self, value: Any) -> Assignment:
         """What replaces its value."""
@@ -98,14 +98,12 @@ class Slot:
             return (setitem, raw(self.leaf), ..., value)
         if self.holder is None:
             return assignment(self.leaf, value)
-        if isinstance(self.holder, nnx.Pytree):
-            key, own = self.path[-1], vars(self.holder)
-            return (setitem, own, key if key in own else str(key), value)
-        return (setitem, self.holder, self.path[-1], value)
+        return (setitem, self.holder, self._key, value)
 
-
-def _get(holder: Any, key: Any) -> Any:
-    return vars(holder)[key if key in vars(holder) else str(key)] if isinstance(holder, nnx.Pytree) else holder[key]
+    @property
+    def _key(self) -> Any:
+        key = self.path[-1]
+        return str(key) if isinstance(self.holder, dict) and key not in self.holder else key
 
 
 @dataclass
@@ -170,13 +168,19 @@ class Layout:
                 )
             collection = type(leaf).__name__ if variable else "Array"
             holder = parts.get(path[:-1])
-            drawn = isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream)
-            fixed = not variable and is_fixed(leaf)
-            structure = jax.tree_util.tree_structure(leaf) if variable else None
-            own = parts.get(path, leaf) if variable else leaf
-            ref = variable and is_ref(raw(own))
+            part = parts.get(path, leaf) if variable else leaf
             slots.append(
-                Slot(collection, spell(path), path, own, None if variable else holder, drawn, fixed, structure, ref)
+                Slot(
+                    collection,
+                    spell(path),
+                    path,
+                    part,
+                    None if variable else vars(holder) if isinstance(holder, nnx.Pytree) else holder,
+                    drawn=isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream),
+                    fixed=not variable and is_fixed(leaf),
+                    structure=jax.tree_util.tree_structure(leaf) if variable else None,
+                    ref=variable and is_ref(raw(part)),
+                )
             )
         nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
         held = Guards()
@@ -240,17 +244,6 @@ class Layout:
     def random(self) -> frozenset[str]:
         """Types of the variables that are a random stream's."""
         return frozenset(slot.collection for slot in self.slots if isinstance(slot.leaf, nnx.RngState))
-
-    def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
-        """A copy of the module that holds `values`, all of its variables its own."""
-        flat = []
-        for slot in self.slots:
-            given = values.get(slot.collection, {})
-            value = given[slot.name] if slot.name in given else slot.read()
-            if slot.structure is not None:
-                value = jax.tree_util.tree_unflatten(slot.structure, jax.tree_util.tree_leaves(value))
-            flat.append((slot.path, value))
-        return nnx.merge(self.graphdef.value, nnx.from_flat_state(flat))
 
     @cached_property
     def skeleton(self) -> Skeleton:

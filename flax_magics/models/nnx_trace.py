@@ -74,7 +74,7 @@ def forward(
     def run(
         variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        copy = layout.rebuild(variables)
+        copy = layout.skeleton.rebuild(variables)
         before = dict(walk(copy))
         values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
         _pop(copy, is_sown)
@@ -332,8 +332,8 @@ class Watcher:
         calls, path = self.record.calls, self._path(module)
         if calls is None or path is None:
             return method(module, *args, **kwargs)
-        run = functools.partial(method, module)
-        return calls.note(tuple(map(str, path)), type(module).__name__, name, run, args, kwargs)
+        run, cls = functools.partial(method, module), type(module).__name__
+        return calls.note(run, args, kwargs, path=tuple(map(str, path)), cls=cls, method=name)
 
     def _lacks(self, rngs: Any, name: str) -> bool:
         """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""

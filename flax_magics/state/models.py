@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 
 from ..base.text import bytes_
+from ..code.library import is_module_class
 from ..compile import init_trace
 from ..compile.initialise import initialised
-from ..errors import FlaxMagicsError
-from ..models.adopt import adopt
+from ..errors import FlaxMagicsError, did_you_mean, written
+from ..models.adopt import adopt, spell_construction
 from ..models.base import Model, ModelWithVariables
 from ..models.construction import BuiltBySession
 from ..run import Note
@@ -28,15 +29,6 @@ from .weights import (
     misfits,
     unfit,
 )
-
-if TYPE_CHECKING:
-    from ..compile.initialise import InitRecord
-
-from typing import TYPE_CHECKING, NamedTuple
-
-from ..code.library import is_module_class
-from ..errors import did_you_mean, written
-from ..models.adopt import spell_construction
 
 if TYPE_CHECKING:
     from .state import State
@@ -125,44 +117,31 @@ def _shapes(model: ModelWithVariables) -> dict[str, Any]:
 
 
 def _edited(old: ModelEntry, model: Model, print_: bytes | None) -> tuple[ModelEntry, Registration]:
+    """An edited linen model: the old variables stay where what the new code would initialise has their shapes."""
     entry = replace(old, model=model, print=print_, forced=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
-    if old.made is None:  # assigned by the user: how they were made is not known
-        edit, now = EditEffect((), fits=True, outdated=False), None
-    else:
-        edit, now = compare(old.made, model)
-    if not edit.fits:
-        entry = replace(entry, variables=None, made=None, updates={}, outdated=False, source=None)
-        return entry, Registration(old.name, "changed", edit.changes, "dropped")
-    made = old.made if now is None or edit.outdated else now
-    entry = replace(entry, made=made, outdated=old.outdated or edit.outdated)
-    return entry, Registration(old.name, "changed", variables="kept")
-
-
-@dataclass(frozen=True)
-class EditEffect:
-    """What became of a model's variables: the leaves that differ, whether they still fit, whether they are outdated."""
-
-    changes: tuple[str, ...]
-    fits: bool
-    outdated: bool
-
-
-def compare(before: InitRecord, model: Model) -> tuple[EditEffect, InitRecord | None]:
-    """What `model`, a later version, would initialise, held against how the variables that are there were made."""
+    before = old.made
+    if before is None:  # assigned by the user: how they were made is not known
+        return entry, Registration(old.name, "changed", variables="kept")
+    changes: tuple[str, ...] = ()
+    init = before
     try:
-        now = initialised(model, before.key, before.method, before.args, before.kwargs)
-        if now.traced is not None:
-            init_trace.keep(now.traced, model, before.key, before.method, before.args, before.kwargs)
+        init = initialised(model, before.key, before.method, before.args, before.kwargs)
+        if init.traced is not None:
+            init_trace.keep(init.traced, model, before.key, before.method, before.args, before.kwargs)
     except Exception as error:  # the user's new code does not take the old call
-        return EditEffect(
-            (f"the last init's call fails now ({type(error).__name__})",), fits=False, outdated=True
-        ), None
-    if now.shapes is None or before.shapes is None:
-        return EditEffect((), fits=True, outdated=True), now
-    changes = differences(before.shapes, now.shapes)
-    return EditEffect(changes, not changes, now.program is None or now.program != before.program), now
+        changes = (f"the last init's call fails now ({type(error).__name__})",)
+    comparable = init.shapes is not None and before.shapes is not None
+    changes = changes or (differences(before.shapes, init.shapes) if comparable else ())
+    if changes:
+        entry = replace(entry, variables=None, made=None, updates={}, outdated=False, source=None)
+        return entry, Registration(old.name, "changed", changes, "dropped")
+    if not comparable or init.program is None or init.program != before.program:
+        entry = replace(entry, outdated=True)
+    else:
+        entry = replace(entry, made=init)
+    return entry, Registration(old.name, "changed", variables="kept")
 
 
 def differences(old: Any, new: Any) -> tuple[str, ...]:
