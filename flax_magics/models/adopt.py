@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, written
+from .construction import constructor, takes_rngs
 
 if TYPE_CHECKING:
     from .base import Model, ModelWithVariables
@@ -55,19 +56,12 @@ def _kind(value: Any) -> str:
 
 def needed_fields(cls: type) -> list[str]:
     """Arguments that the class cannot be built without."""
-    from .construction import constructor
-
-    try:
-        signature = constructor(cls)
-    except (TypeError, ValueError):
-        return []
-    needed = []
-    for name, parameter in signature.parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if parameter.default is parameter.empty:
-            needed.append(name)
-    return needed
+    return [
+        name
+        for name, parameter in constructor(cls).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
 
 
 def modules_in(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -84,8 +78,6 @@ def spell_construction(cls: type, command: str, spelled: str = "", name: str = "
       spelled: the class as it is written where that is not its own name.
       name: the model's; left out, one like the class's.
     """
-    from .construction import takes_rngs
-
     supplied = takes_rngs(cls, (), {})
     fields = ", ".join(f"{name}=…" for name in needed_fields(cls) if name != "rngs" or not supplied)
     return f"{command} {name or variable_name(cls.__name__)} = {spelled or cls.__name__}({fields})"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..code.fingerprint import fingerprint
+from ..code.library import nnx_modules
 from ..rng.keys import SPLIT, Draw
 
 
@@ -72,27 +74,38 @@ def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, Any]:
     return {name: draw.stream(name, taken=taken and name == "params") for name in SPLIT}
 
 
+TAKES_ANYTHING = inspect.signature(lambda *args, **kwargs: None)
+
+
+def readable_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `function`, `TAKES_ANYTHING` where Python cannot read one."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return TAKES_ANYTHING
+
+
 def constructor(cls: Any) -> inspect.Signature:
-    """The signature of a class's construction. Raises TypeError or ValueError where there is none.
+    """The signature of a class's construction, as `readable_signature` gives it.
 
     NNX's metaclass takes anything and hands it to `__init__`, so that is where to look.
     """
-    from ..code.library import nnx_modules
-
-    if not (isinstance(cls, type) and issubclass(cls, nnx_modules())):
-        return inspect.signature(cls)
-    signature = inspect.signature(cls.__init__)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+    if not _is_nnx(cls):
+        return readable_signature(cls)
+    signature = readable_signature(cls.__init__)
+    parameters = list(signature.parameters.values())
+    return signature if signature is TAKES_ANYTHING else signature.replace(parameters=parameters[1:])
 
 
 def takes_rngs(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `function` is an NNX module class whose constructor takes `rngs`, and the call gives none."""
-    from ..code.library import nnx_modules
-
-    if not (isinstance(function, type) and issubclass(function, nnx_modules())):
+    if not _is_nnx(function):
         return False
-    try:
-        signature = constructor(function)
+    signature = constructor(function)
+    with suppress(TypeError):  # arguments that do not fit, which the construction itself says
         return "rngs" in signature.parameters and "rngs" not in signature.bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return False
+    return False
+
+
+def _is_nnx(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, nnx_modules())

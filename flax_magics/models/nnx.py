@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from flax import nnx
 
+from ..base.digest import quick_digest
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from . import nnx_trace
 from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
 from .calls import Path
-from .construction import constructor
+from .construction import constructor, readable_signature
 from .nnx_graph import (
     GRAPH,
     SIMPLE,
@@ -75,11 +75,10 @@ class NnxModel:
         if self.written:
             return self.written
         cls = type(self.module)
-        parts = []
-        for name in _parameters(cls):
-            value = vars(self.module).get(name)
-            if isinstance(value, (bool, int, float, str)):
-                parts.append(f"{name}={value!r}")
+        attributes = {name: vars(self.module).get(name) for name in constructor(cls).parameters}
+        parts = [
+            f"{name}={value!r}" for name, value in attributes.items() if isinstance(value, (bool, int, float, str))
+        ]
         return f"{cls.__name__}({', '.join(parts)})"
 
     def methods(self) -> list[str]:
@@ -107,7 +106,7 @@ class NnxModel:
             known = ", ".join(self.methods()) or "none"
             what = f"`{'.'.join(method)}` is no method of {cls}" if method else f"{cls} defines no `__call__`"
             raise FlaxMagicsError(f"{what}; its methods: {known}.")
-        return _signature(target)
+        return readable_signature(target)
 
     # -- its switch
 
@@ -200,28 +199,20 @@ class NnxModel:
         return hashlib.sha256(code + repr((shapes, values)).encode()).digest()
 
     def sample(self) -> bytes:
-        """A digest of the first elements of every variable but the streams' own: tells a new seed from the same one.
+        """A digest of some elements of every variable but the streams' own: tells a new seed from the same one.
 
         Raises:
           FlaxMagicsError: the module holds shapes in place of arrays.
         """
-        hasher = hashlib.sha256()
-        for name, tree in sorted(self.collections().items()):
-            for path, value in sorted(tree.items()):
-                hasher.update(f"{name}/{path}".encode())
-                for leaf in jax.tree_util.tree_leaves(value):
-                    if isinstance(leaf, jax.Array):
-                        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                            continue
-                        leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
-                    elif isinstance(leaf, jax.ShapeDtypeStruct):
-                        raise FlaxMagicsError(
-                            f"`{path}` is a shape without values: the module was made by nnx.eval_shape. Its values come"
-                            " from a checkpoint, or from the state of another module.",
-                            form="nnx.update(…, …)",
-                        )
-                    hasher.update(np.asarray(leaf if np.ndim(leaf) == 0 else leaf.ravel()[:64]).tobytes())
-        return hasher.digest()
+        collections = self.collections()
+        for (_, name, *_), leaf in jax.tree_util.tree_leaves_with_path(collections):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise FlaxMagicsError(
+                    f"`{name.key}` is a shape without values: the module was made by nnx.eval_shape. Its values come"
+                    " from a checkpoint, or from the state of another module.",
+                    form="nnx.update(…, …)",
+                )
+        return quick_digest(jax.tree_util.tree_leaves(collections))
 
     # -- running
 
@@ -316,15 +307,7 @@ def _hands_rngs_on(module: Any) -> bool:
     """Whether it is an `nnx.Sequential` with a layer that takes `rngs`: the newest take any keyword and hand it on."""
     if not isinstance(module, nnx.Sequential):
         return False
-    return any("rngs" in _signature(layer).parameters for layer in module.layers if callable(layer))
-
-
-def _signature(function: Any) -> inspect.Signature:
-    """The signature, one that takes anything where there is none to read."""
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return inspect.signature(lambda *args, **kwargs: None)
+    return any("rngs" in readable_signature(layer).parameters for layer in module.layers if callable(layer))
 
 
 def _about(variable: Any) -> str:
@@ -336,13 +319,6 @@ def _about(variable: Any) -> str:
     return ", ".join(
         f"{name}={value}" for name, value in told.items() if not (value in (None, True, False, ()) or callable(value))
     )
-
-
-def _parameters(cls: type) -> list[str]:
-    try:
-        return list(constructor(cls).parameters)
-    except (TypeError, ValueError):
-        return []
 
 
 def _shape(value: Any) -> str:

@@ -122,10 +122,7 @@ def build(expression: Expression, user_ns: Namespace, local_ns: Mapping[str, Any
 
 def check_fields(cls: type, names: Iterable[str]) -> None:
     """Raises FlaxMagicsError where one of `names` is no field (NNX: no argument of the constructor)."""
-    try:
-        parameters = constructor(cls).parameters
-    except (TypeError, ValueError):
-        return
+    parameters = constructor(cls).parameters
     unknown = next((name for name in names if name not in parameters), None)
     if unknown is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import weakref
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
+from ..base.digest import quick_digest
 from ..errors import FlaxMagicsError, nearest
 from ..rng.keys import Draw
 
@@ -21,8 +21,6 @@ CURRENT = "flax_magics.session().models['{}'].variables"
 PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
 """The line that brings replaced weights back."""
 FOR_THIS_RUN = "given for this run"
-SAMPLED = 64
-"""Elements of an array that are compared, about: evenly spaced ones on a CPU, elsewhere the first."""
 SHOWN = 12
 """Leaves that a message names."""
 
@@ -42,7 +40,7 @@ class Mark(NamedTuple):
     def of(cls, tree: Any, *, sampled: bool) -> Mark:
         """The mark of the arrays of `tree`. `sampled`: their elements count, not the objects."""
         leaves = jax.tree_util.tree_leaves(tree)
-        return cls(tuple(map(_reference, leaves)), sample(leaves) if sampled else None)
+        return cls(tuple(map(_reference, leaves)), quick_digest(leaves) if sampled else None)
 
     def has(self, leaves: list[Any]) -> bool:
         """Whether `leaves` are the very arrays."""
@@ -53,21 +51,6 @@ class Mark(NamedTuple):
 
 def _reference(leaf: Any) -> weakref.ref[Any] | None:
     return weakref.ref(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else None
-
-
-def sample(leaves: list[Any]) -> bytes:
-    """A digest of some elements of every array, random keys left out: where it is another, so are the values."""
-    hasher = hashlib.sha256()
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
-                continue
-            leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
-            if leaf.ndim and all(device.platform != "cpu" for device in leaf.devices()):
-                leaf = leaf.ravel()[:SAMPLED]  # the program that `NnxModel.sample` has for this shape
-        flat = np.asarray(leaf).ravel()  # on a CPU where it is
-        hasher.update(flat[:: max(1, flat.size // SAMPLED)].tobytes())
-    return hasher.digest()
 
 
 @dataclass(frozen=True)
@@ -136,7 +119,7 @@ class WeightSource:
             leaves = jax.tree_util.tree_leaves(variables.get(name))
             if mark.has(leaves):
                 continue
-            if mark.digest is None or sample(leaves) != mark.digest:
+            if mark.digest is None or quick_digest(leaves) != mark.digest:
                 return replace(self, changed=True, marks={})
             fresh[name] = Mark(tuple(map(_reference, leaves)), mark.digest)
         return replace(self, marks={**self.marks, **fresh}) if fresh else self
