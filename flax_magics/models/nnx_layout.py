@@ -245,9 +245,17 @@ class Layout:
         """Types of the variables that are a random stream's."""
         return frozenset(slot.collection for slot in self.slots if isinstance(slot.leaf, nnx.RngState))
 
+    def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
+        """A copy of the module that holds `values`, all of its variables its own."""
+        return self._bare().rebuild(values)
+
     @cached_property
     def skeleton(self) -> Skeleton:
-        """The module without its arrays."""
+        """The module without its arrays, its streams as they were when it was first asked for."""
+        return self._bare()
+
+    def _bare(self) -> Skeleton:
+        # Streams are read anew for every copy: NNX's `fork` gives the same Variable keys of another shape.
         rows = []
         for slot in self.slots:
             value = slot.read() if slot.drawn or slot.fixed or slot.sown else None

@@ -74,7 +74,7 @@ def forward(
     def run(
         variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        copy = layout.skeleton.rebuild(variables)
+        copy = layout.rebuild(variables)
         before = dict(walk(copy))
         values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
         _pop(copy, is_sown)
@@ -82,10 +82,9 @@ def forward(
         reseed(copy, keys)
         trace = object() if has_tracer(variables, keys, args, kwargs) else None
         mark(copy, trace)
-        nodes = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
+        nodes = [(node, parts) for _, node in walk(copy) if (parts := parts_of(node)) is not None]
         handed = None
-        passed = variables_in((args, kwargs))
-        given = [raw(variable) for variable in passed]
+        passed = [(variable, raw(variable)) for variable in variables_in((args, kwargs))]
         if rngs is not None:
             handed = nnx.Rngs(**{name: keys[name] for name in rngs})
             mark(handed, trace, handed=True)
@@ -111,13 +110,9 @@ def forward(
         if sown:
             record.sown.add(SOWN)
             updates[SOWN] = sown
-        moved = {
-            str(i): raw(variable)
-            for i, (variable, old) in enumerate(zip(passed, given, strict=True))
-            if not same(old, raw(variable))
-        }
-        if moved:
-            updates[ARGUMENTS] = moved
+        changed = {str(i): raw(variable) for i, (variable, old) in enumerate(passed) if not same(old, raw(variable))}
+        if changed:
+            updates[ARGUMENTS] = changed
         if any(is_other(node, parts) for node, parts in nodes):
             undo()
             record.structure, updates[STRUCTURE] = taken_from(copy, before)
