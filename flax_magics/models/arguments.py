@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,27 +36,27 @@ class Arguments:
         """Takes `(args, kwargs)` apart; leaves are named after the parameters that they are given to."""
         paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
         positional = positional_names(signature, len(args))
-        names, leaves, traced = [], [], []
-        for (which, first, *rest), leaf in paths:
-            name = positional[first.idx] if which.idx == 0 else first.key
-            name += jax.tree_util.keystr(tuple(rest))
-            names.append(name)
-            leaves.append(leaf)
-            traced.append(is_traced(leaf) and name not in forced)
-        parameters = (*positional, *sorted(kwargs))
-        return cls(treedef, parameters, tuple(names), tuple(leaves), tuple(traced), forced)
+        names = tuple(
+            (positional[argument.idx] if which.idx == 0 else argument.key) + jax.tree_util.keystr(tuple(inside))
+            for (which, argument, *inside), _ in paths
+        )
+        leaves = tuple(leaf for _, leaf in paths)
+        traced = tuple(is_traced(leaf) and name not in forced for name, leaf in zip(names, leaves, strict=True))
+        return cls(treedef, (*positional, *sorted(kwargs)), names, leaves, traced, forced)
+
+    @property
+    def _rows(self) -> Iterator[tuple[str, Any, bool]]:
+        return zip(self.names, self.leaves, self.traced, strict=True)
 
     @property
     def dynamic(self) -> dict[str, Any]:
         """The traced leaves by name: JAX's messages then say `arguments['n']`."""
-        rows = zip(self.names, self.leaves, self.traced, strict=True)
-        return {name: leaf for name, leaf, traced in rows if traced}
+        return {name: leaf for name, leaf, traced in self._rows if traced}
 
     @property
     def static(self) -> tuple[tuple[str, Any], ...]:
         """Names and values of the static leaves, in order."""
-        rows = zip(self.names, self.leaves, self.traced, strict=True)
-        return tuple((name, leaf) for name, leaf, traced in rows if not traced)
+        return tuple((name, leaf) for name, leaf, traced in self._rows if not traced)
 
     def leaf(self, name: str) -> Any:
         """The leaf of that name, None where there is none."""
@@ -65,13 +65,11 @@ class Arguments:
     @property
     def numbers(self) -> tuple[str, ...]:
         """Names of the traced leaves that are Python ints."""
-        rows = zip(self.names, self.leaves, self.traced, strict=True)
-        return tuple(name for name, leaf, traced in rows if traced and type(leaf) is int)
+        return tuple(name for name, leaf, traced in self._rows if traced and type(leaf) is int)
 
     def rebuild(self, dynamic: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`(args, kwargs)` with other traced leaves in the places of these."""
-        rows = zip(self.names, self.leaves, self.traced, strict=True)
-        leaves = [dynamic[name] if traced else leaf for name, leaf, traced in rows]
+        leaves = [dynamic[name] if traced else leaf for name, leaf, traced in self._rows]
         args, kwargs = jax.tree_util.tree_unflatten(self.treedef, leaves)
         return args, kwargs
 

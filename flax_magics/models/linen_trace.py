@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import re
@@ -23,23 +24,19 @@ _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 
 def unbound_axis(error: BaseException) -> str | None:
     """The axis that JAX misses, None for any other error."""
-    found = _UNBOUND.search(str(error)) if isinstance(error, (NameError, KeyError)) else None
-    return found[1] if found else None
+    match = _UNBOUND.search(str(error)) if isinstance(error, (NameError, KeyError)) else None
+    return match[1] if match else None
 
 
 def bound(function: Callable[[], Any], axes: Iterable[str]) -> Any:
     """The result of `function()`, run where each of `axes` is there with size 1."""
     for name in axes:
-        function = _bind(function, name)
+        function = functools.partial(_first, jax.vmap(function, axis_name=name, axis_size=1))
     return function()
 
 
-def _bind(function: Callable[[], Any], name: str) -> Callable[[], Any]:
-    def run() -> Any:
-        outputs = jax.vmap(function, axis_name=name, axis_size=1)()
-        return jax.tree_util.tree_map(lambda leaf: leaf[0], outputs)
-
-    return run
+def _first(function: Callable[[], Any]) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: leaf[0], function())
 
 
 def inside(axes: Iterable[str], code: str) -> str:

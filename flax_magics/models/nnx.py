@@ -15,6 +15,7 @@ from flax import nnx
 from ..base.digest import quick_digest
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
+from ..line.variant import with_arguments
 from . import nnx_trace
 from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
 from .calls import Path
@@ -282,7 +283,7 @@ class NnxModel:
         if self.layout.graphdef == other.layout.graphdef:
             self.layout.write(other.layout.values())
         else:
-            transplant({id(other.module): self.module}, dict(walk(other.module)))
+            transplant({id(other.module): self.module}, [part for _, part in walk(other.module)])
 
     def by_hand(
         self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
@@ -297,9 +298,8 @@ class NnxModel:
             keys = ", ".join(f"{stream}={stream}_key" for stream in held)
             parts.append(f"nnx.reseed({name}, policy='match_shape', {keys})")
         if self.gives_rngs:
-            made = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in self._own_tags)
-            inside = call.rpartition(")")[0].rstrip(", ")
-            call = f"{inside}{'' if inside.endswith('(') else ', '}rngs=nnx.Rngs({made}))"
+            keys = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in self._own_tags)
+            call = with_arguments(call, [f"rngs=nnx.Rngs({keys})"])
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
 
 
@@ -315,9 +315,10 @@ def _about(variable: Any) -> str:
     if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
         return ""
     usual = getattr(type(variable), "required_metadata", ())
-    told = {name: value for name, value in variable._var_metadata.items() if name not in usual}
     return ", ".join(
-        f"{name}={value}" for name, value in told.items() if not (value in (None, True, False, ()) or callable(value))
+        f"{name}={value}"
+        for name, value in variable._var_metadata.items()
+        if name not in usual and not (value in (None, True, False, ()) or callable(value))
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,17 +104,17 @@ def same(old: Any, new: Any) -> bool:
     """Whether two values hold the very same arrays."""
     if old is new:
         return True
-    before: tuple[list[Any], Any] = jax.tree_util.tree_flatten(old)
-    after: tuple[list[Any], Any] = jax.tree_util.tree_flatten(new)
-    return bool(before[1] == after[1]) and all(a is b for a, b in zip(before[0], after[0], strict=True))
+    old_flat: tuple[list[Any], Any] = jax.tree_util.tree_flatten(old)
+    new_flat: tuple[list[Any], Any] = jax.tree_util.tree_flatten(new)
+    return bool(old_flat[1] == new_flat[1]) and all(map(operator.is_, old_flat[0], new_flat[0]))
 
 
 def is_other(node: Any, held: Any) -> bool:
     """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
-    now = parts_of(node)
-    if now is None or len(now) != len(held):
+    parts = parts_of(node)
+    if parts is None or len(parts) != len(held):
         return True
-    for (name, value), (old_name, old) in zip(now, held, strict=True):
+    for (name, value), (old_name, old) in zip(parts, held, strict=True):
         if name != old_name:
             return True
         if value is old or (_is_array(value) and _is_array(old)):
@@ -138,10 +139,11 @@ def taken_from(module: Any, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, l
     Args:
       before: its parts by path, as they were before the run.
     """
-    was = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    now = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
-    added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
+    old_paths = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    parts = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    matches = {path: old_paths[id(part)] for path, part in parts.items() if id(part) in old_paths}
+    new = [part for part in parts.values() if id(part) not in old_paths]
+    added = [type(part).__name__ for part in new if isinstance(part, nnx.Variable)]
     graphdef, state = nnx.split(module, **GRAPH)
     skeleton, values, fixed = [], [], []
     for path, leaf in flat_state(state):
@@ -174,21 +176,27 @@ class RebuiltGraph:
             for (path, structure), value in zip(self.skeleton, values, strict=True)
         ]
         copy = nnx.merge(self.graphdef, nnx.from_flat_state([*flat, *self.fixed]))
-        before, now = dict(walk(module)), dict(walk(copy))
-        own = {id(now[path]): before[old] for path, old in self.matches.items() if path in now and old in before}
-        transplant(own, now)
+        originals, copies = dict(walk(module)), dict(walk(copy))
+        transplant(
+            {
+                id(copies[path]): originals[old]
+                for path, old in self.matches.items()
+                if path in copies and old in originals
+            },
+            copies.values(),
+        )
 
 
-def transplant(own: Mapping[int, Any], now: Mapping[Path, Any]) -> None:
-    """Gives each object of `own` (id of its copy → the object) what the copy in `now` holds.
+def transplant(originals: Mapping[int, Any], copies: Iterable[Any]) -> None:
+    """Gives each original (by the id of its copy) what its copy holds.
 
-    A part of a copy that stands for an object of `own` becomes that object; what is new is taken over as it is.
+    A part of a copy that is itself the copy of an original becomes that original; what is new is taken over as it is.
     """
     writes: list[Callable[[], None]] = []
 
     def swap(value: Any) -> Any:
-        if id(value) in own:
-            return own[id(value)]
+        if id(value) in originals:
+            return originals[id(value)]
         if type(value) in (list, tuple):
             return type(value)(map(swap, value))
         if type(value) is dict:
@@ -218,8 +226,8 @@ def transplant(own: Mapping[int, Any], now: Mapping[Path, Any]) -> None:
 
         return write
 
-    for copy in now.values():
-        target = own.get(id(copy))
+    for copy in copies:
+        target = originals.get(id(copy))
         if isinstance(target, (nnx.Variable, nnx.Pytree)):
             writes.append(write_to(target, copy))
         elif target is None and isinstance(copy, nnx.Pytree):
@@ -251,9 +259,9 @@ def mode_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...]:
         where = f"{module}{''.join(steps)}.{name}"
         settings = map(setting_of, set_fields(new, train, frozenset())[1])
         out[f"{where} = {cloned(where, new, settings)}"] = None
-    own = ", ".join(f"{name}={value}" for name, value in of_modules.items() if name not in _FLAX_SWITCHES)
-    first = [f"{module}.{'train' if train else 'eval'}({own})"] if of_modules else []
-    return (*first, *out)
+    arguments = ", ".join(f"{name}={value}" for name, value in of_modules.items() if name not in _FLAX_SWITCHES)
+    call = [f"{module}.{'train' if train else 'eval'}({arguments})"] if of_modules else []
+    return (*call, *out)
 
 
 def back_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...] | None:
@@ -267,22 +275,21 @@ def back_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...] | None
 
 def switches_read(nodes: Any, train: bool | None) -> tuple[str, ...]:
     """How the switches of a graph's `nodes` read in a mode; as they stand for None. Each with how many modules have it."""
-    found = Counter(setting for _, _, _, setting in _switches(nodes, train))
-    return tuple(setting if n == 1 else f"{setting} in {n} modules" for setting, n in sorted(found.items()))
+    counts = Counter(setting for _, _, _, setting in _switches(nodes, train))
+    return tuple(setting if n == 1 else f"{setting} in {n} modules" for setting, n in sorted(counts.items()))
 
 
 def set_mode(module: Any, train: bool | None) -> Callable[[], None]:
     """Sets every switch of `module`; gives what sets them back, where the model has not set them itself since."""
     if train is None:
         return lambda: None
-    done = []
-    nodes = [(path, node) for path, node in walk(module)]
-    for node, name, new, _ in list(_switches(nodes, train)):
-        done.append((node, name, vars(node).get(name, _MISSING), new))
+    changes = []
+    for node, name, new, _ in list(_switches(walk(module), train)):
+        changes.append((node, name, vars(node).get(name, _MISSING), new))
         vars(node)[name] = new
 
     def undo() -> None:
-        for node, name, old, new in reversed(done):
+        for node, name, old, new in reversed(changes):
             if vars(node).get(name, _MISSING) is not new:
                 continue
             if old is _MISSING:
@@ -304,22 +311,14 @@ def _switches(nodes: Any, train: bool | None) -> Iterator[tuple[Any, str, Any, s
         for name, value in parts_of(node) or ():
             if name in WHEN_TRAINING or isinstance(value, nnx.Pytree) or not dataclasses.is_dataclass(value):
                 continue
-            if train is None:
-                for setting in read_fields(value):
-                    yield node, name, value, setting.rpartition(".")[2]
-            else:
-                new, done = set_fields(value, train, frozenset())
-                for setting in done:
-                    yield node, name, new, setting.rpartition(".")[2]
+            new, settings = (value, read_fields(value)) if train is None else set_fields(value, train, frozenset())
+            for setting in settings:
+                yield node, name, new, setting.rpartition(".")[2]
         for name in WHEN_TRAINING:
-            value = (
-                getattr(node, name, _MISSING) if name in vars(node) or name in _class_names(type(node)) else _MISSING
-            )
+            if name not in vars(node) and not isinstance(getattr(type(node), name, None), bool):
+                continue
+            value = getattr(node, name, _MISSING)
             if value is None or isinstance(value, bool):
                 new = value if train is None else value_of(name, train)
                 if new is not None:
                     yield node, name, new, f"{name}={new}"
-
-
-def _class_names(cls: type) -> set[str]:
-    return {name for name in WHEN_TRAINING if isinstance(getattr(cls, name, None), bool)}

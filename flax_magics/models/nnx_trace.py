@@ -154,13 +154,13 @@ def commit(
 
 def variables_in(tree: Any) -> tuple[Any, ...]:
     """The variables of all NNX objects in a tree of arguments, in order."""
-    found = []
+    variables = []
     for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
         if isinstance(leaf, nnx.Variable):
-            found.append(leaf)
+            variables.append(leaf)
         elif isinstance(leaf, nnx.Pytree):
-            found += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
-    return tuple(found)
+            variables += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
+    return tuple(variables)
 
 
 def reseed(module: Any, keys: Mapping[str, Any]) -> None:
@@ -231,8 +231,8 @@ def mark(module: Any, trace: object, handed: bool = False) -> None:
 
 def path_of(variable: Any) -> Path | None:
     """The path that a variable carries, None for one that the user passed or that the model made itself."""
-    found = variable._var_metadata.get(MARK)
-    return None if found is None else found[0]
+    path, _ = variable._var_metadata.get(MARK, (None, None))
+    return path  # type: ignore[no-any-return]
 
 
 def was_sown(part: Any) -> bool:
@@ -397,14 +397,14 @@ class Watcher:
 
 def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
     """For each stream of a graph its tag, and which of the streams of that tag it is, as `reseed` goes through them."""
-    found: dict[Path, tuple[Any, ...]] = {}
+    places: dict[Path, tuple[Any, ...]] = {}
     numbers: Counter[str] = Counter()
     for path, part in parts.items():
         if isinstance(part, nnx.RngStream):
             tag = str(part.key.tag)
-            found[path] = (tag, numbers[tag])
+            places[path] = (tag, numbers[tag])
             numbers[tag] += 1
-    return found
+    return places
 
 
 def _public(cls: type) -> list[str]:

@@ -80,10 +80,10 @@ def set_fields(value: Any, train: bool, fixed: frozenset[str]) -> tuple[Any, tup
     """
     setter = _Setter(train, fixed, bool)
     result = setter.visit(value, "")
-    if not setter.done and not fixed:
+    if not setter.settings and not fixed:
         setter = _Setter(train, fixed, NoneType)
         result = setter.visit(value, "")
-    return result, tuple(setter.done)
+    return result, tuple(setter.settings)
 
 
 def set_unset_fields(value: Any, fixed: frozenset[str]) -> Any:
@@ -97,7 +97,7 @@ def read_fields(value: Any) -> tuple[str, ...]:
     """The switches of `value` as they stand: `('training=False', 'config.deterministic=True')`."""
     setter = _Setter(None, frozenset(), bool)
     setter.visit(value, "")
-    return tuple(setter.done)
+    return tuple(setter.settings)
 
 
 def setting_of(text: str) -> tuple[str, bool]:
@@ -190,7 +190,7 @@ class _Setter:
         self.train = train
         self.fixed = fixed
         self.kind = kind
-        self.done: list[str] = []
+        self.settings: list[str] = []
         self.memo: dict[int, Any] = {}
 
     def visit(self, value: Any, path: str) -> Any:
@@ -225,7 +225,7 @@ class _Setter:
         if not isinstance(old, self.kind):
             return old
         new = old if self.train is None else value_of(name, self.train)
-        self.done.append(f"{where}={new}")
+        self.settings.append(f"{where}={new}")
         return new
 
 

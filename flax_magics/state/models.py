@@ -67,10 +67,8 @@ def register(old: ModelEntry | None, name: str, module: Any) -> tuple[ModelEntry
     if model.holds_variables:
         return register_holding(old, name, model)
     print_ = model.print()
-    if old is not None and old.model.holds_variables:
-        return ModelEntry(name, model, print_), Registration(name, "changed")
-    if old is None:
-        return ModelEntry(name, model, print_), Registration(name, "new")
+    if old is None or old.model.holds_variables:
+        return ModelEntry(name, model, print_), Registration(name, "new" if old is None else "changed")
     if print_ is not None and print_ == old.print:
         return old, unchanged(old)
     return _edited(old, model, print_)
@@ -112,7 +110,7 @@ def register_holding(
 
 
 def _shapes(model: ModelWithVariables) -> dict[str, Any]:
-    variables = {name: value for tree in model.collections().values() for name, value in tree.items()}
+    variables = _by_path(model.collections())
     return jax.eval_shape(lambda: variables)  # type: ignore[no-any-return]
 
 
@@ -192,13 +190,10 @@ def assigned(
 
 def _expected(entry: ModelEntry) -> tuple[Mapping[str, Any] | None, frozenset[str]]:
     """Variables that fit the model, and collections that its first init did not make; None where no init is known."""
-    made = entry.made_before
-    if made is None:
-        return None, frozenset()
-    shapes = made.shapes
-    if entry.variables is None:
-        return shapes, frozenset()
-    by_init = entry.variables if shapes is None else shapes
+    init = entry.made_before
+    if init is None or entry.variables is None:
+        return None if init is None else init.shapes, frozenset()
+    by_init = entry.variables if init.shapes is None else init.shapes
     return entry.variables, frozenset(name for name in entry.variables if name not in by_init)
 
 
