@@ -291,7 +291,7 @@ class ModelWithVariables(AnyModel, Protocol):
     def layout(self) -> Layout:
         """The module taken apart, as it is now."""
 
-    def take(self) -> Values:
+    def own_variables(self) -> Values:
         """The variables as they are now, by type and path; the keys and counts of random streams are the draw's to give."""
 
     def collections(self) -> Values:
@@ -301,7 +301,7 @@ class ModelWithVariables(AnyModel, Protocol):
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
 
     def read_state(self, name: str, value: Any) -> Values:
-        """What `take` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
+        """What `own_variables` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
 
     def sample(self) -> bytes:
         """A digest of some elements of every variable: tells a module of another seed from one of the same."""

@@ -140,7 +140,7 @@ class NnxModel:
         """Tags that are no names in the Rngs which the session makes."""
         return self.layout.tags - frozenset(SUPPLIED)
 
-    def take(self) -> Values:
+    def own_variables(self) -> Values:
         """The module's variables as they are now, by type; the keys and counts of its streams are the draw's to give."""
         return self.layout.given()
 
@@ -160,7 +160,7 @@ class NnxModel:
           FlaxMagicsError: `value` has a variable that the module has not.
         """
         slots = {slot.path: slot for slot in self.layout.slots}
-        out = self.take()
+        out = self.own_variables()
         for path, leaf in flat_state(value if isinstance(value, nnx.State) else nnx.State(dict(value))):
             slot = slots.get(path)
             if slot is None:

@@ -64,7 +64,7 @@ class ModelEntry:
     @property
     def held(self) -> Mapping[str, Any] | None:
         """The variables by collection, where the session or the module holds them now."""
-        return self.model.take() if self.model.holds_variables else self.variables
+        return self.model.own_variables() if self.model.holds_variables else self.variables
 
     def collections(self) -> Mapping[str, Any] | None:
         """The same without the random streams of an NNX module."""

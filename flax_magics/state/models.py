@@ -203,7 +203,7 @@ def _into_module(
     """The same for an NNX module; variables that are not among those given stay, as in `nnx.update`."""
     name = entry.name
     check_state(name, variables, written, model.module)
-    held = model.take()
+    held = model.own_variables()
     values = model.read_state(name, variables)
     wrong = misfits(_by_path(held), {path: leaf for path, leaf in _by_path(values).items() if path in _by_path(held)})
     if wrong:

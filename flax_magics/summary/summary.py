@@ -141,7 +141,7 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     variables: Mapping[str, Any]
     shapes: Mapping[str, Any]
     if model.holds_variables:
-        variables, shapes = model.take(), model.collections()
+        variables, shapes = model.own_variables(), model.collections()
     else:
         shapes = variables = initialised(first.model, key, call.method, first.args, first.kwargs).shapes or {}
     parameters, size = count_parameters(shapes)
