@@ -227,7 +227,9 @@ class AnyModel(Protocol):
     def code(self) -> bytes | None:
         """A digest of the model's code and of its plain values; None where that cannot be told."""
 
-    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+    def with_rngs(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Model, bool]:
         """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
 
     def supplies(self) -> tuple[str, ...]:

@@ -166,7 +166,9 @@ class LinenModel:
             self._cache.print = Fingerprint(self.module)
         return self._cache.print.digest()
 
-    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+    def with_rngs(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Model, bool]:
         """Nothing is added: linen's streams are no arguments."""
         return self, False
 

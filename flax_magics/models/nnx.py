@@ -217,7 +217,9 @@ class NnxModel:
 
     # -- running
 
-    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+    def with_rngs(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Model, bool]:
         """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some.
 
         Raises:
