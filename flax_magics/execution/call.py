@@ -101,7 +101,7 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
         switch += fields
         model = in_mode if switch else model
     model, own_rngs = model.with_rngs(signature, call.args, kwargs)
-    supplied = model.supplies()
+    supplied = model.supplied_arguments()
     check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(supplied)})
     return BoundCall(model, call.args, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
 

@@ -272,7 +272,7 @@ def facts_of_apply(call: Call, done: Execution) -> ExportFacts:
         containers=tuple((name, _part(value, name, static)) for name, value in passed if _holds(name, static)),
         streams=tuple(sorted(ask.streams)),
         held=model.layout.tags if model.holds_variables else frozenset(),
-        handed=bool(model.supplies()),
+        handed=bool(model.supplied_arguments()),
         taken="params (folded)" in done.names,
         arguments=arguments,
         nnx=holds,

@@ -80,7 +80,7 @@ def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: Ap
         filled = with_keys(entry, call, options, state.root.draw())
         arguments = [f"{key}={key}_key" for key in options.key]
         keys = dict.fromkeys(options.key)
-        if prepare(name, entry.model, filled, options.mode).model.supplies():
+        if prepare(name, entry.model, filled, options.mode).model.supplied_arguments():
             arguments.append("rngs=nnx.Rngs(dropout_key)")
             keys["dropout"] = None
         lines += [] if options.mode is None else [f"{name}.{options.mode}()"]

@@ -232,7 +232,7 @@ class AnyModel(Protocol):
     ) -> tuple[Model, bool]:
         """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
 
-    def supplies(self) -> tuple[str, ...]:
+    def supplied_arguments(self) -> tuple[str, ...]:
         """Names of the arguments that the model adds to the call itself."""
 
     def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:

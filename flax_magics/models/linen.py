@@ -172,7 +172,7 @@ class LinenModel:
         """Nothing is added: linen's streams are no arguments."""
         return self, False
 
-    def supplies(self) -> tuple[str, ...]:
+    def supplied_arguments(self) -> tuple[str, ...]:
         """None."""
         return ()
 

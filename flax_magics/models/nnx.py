@@ -245,7 +245,7 @@ class NnxModel:
         """Whether it is a layer of Flax's own that holds streams: without `rngs` it uses those, the draw's."""
         return type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
 
-    def supplies(self) -> tuple[str, ...]:
+    def supplied_arguments(self) -> tuple[str, ...]:
         """`rngs`, where the call takes some and has none."""
         return ("rngs",) if self.gives_rngs else ()
 
