@@ -630,7 +630,7 @@ class Session:
         library.look()
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
-            with entry.model.steady:
+            with entry.model.held_still:
                 again = self._again(entry, call, options) if options.plain and not notes else None
                 return again or self._run(entry, notes, call, options)
         entry, more = self._entry_now(name, module)

@@ -187,7 +187,7 @@ class AnyModel(Protocol):
         """The user's own object."""
 
     @property
-    def steady(self) -> AbstractContextManager[None]:
+    def held_still(self) -> AbstractContextManager[None]:
         """A block in which nobody changes the module, so that it is looked at once."""
 
     def describe(self) -> str:

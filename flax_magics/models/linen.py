@@ -74,7 +74,7 @@ class LinenModel:
     _cache: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
 
     @property
-    def steady(self) -> AbstractContextManager[None]:
+    def held_still(self) -> AbstractContextManager[None]:
         """A block that does nothing: a linen module does not change."""
         return _STEADY
 

@@ -60,7 +60,7 @@ class NnxModel:
         return self._cache.of(self.module)
 
     @property
-    def steady(self) -> AbstractContextManager[None]:
+    def held_still(self) -> AbstractContextManager[None]:
         """A block in which the module is taken apart once."""
         return self._cache
 
