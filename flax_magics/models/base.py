@@ -241,7 +241,7 @@ class AnyModel(Protocol):
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
 
-    def parts(self) -> Mapping[Path, str]:
+    def module_classes(self) -> Mapping[Path, str]:
         """Classes of the modules, by path, that are known without a call."""
 
     def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:

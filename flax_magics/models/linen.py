@@ -234,7 +234,7 @@ class LinenModel:
 
         return call, {} if shadowed else kwargs
 
-    def parts(self) -> dict[Path, str]:
+    def module_classes(self) -> dict[Path, str]:
         """The model itself: its submodules are made in a call."""
         return {(): type(self.module).__name__}
 

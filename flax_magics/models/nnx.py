@@ -258,7 +258,7 @@ class NnxModel:
         """What writes `updates` into the module's own objects."""
         return nnx_trace.commit(self.layout, self.passed, updates, record.structure)
 
-    def parts(self) -> dict[Path, str]:
+    def module_classes(self) -> dict[Path, str]:
         """The modules of the graph."""
         return {
             tuple(map(str, path)): type(node).__name__
