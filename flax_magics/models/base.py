@@ -244,7 +244,7 @@ class AnyModel(Protocol):
     def module_classes(self) -> Mapping[Path, str]:
         """Classes of the modules, by path, that are known without a call."""
 
-    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
         """Collection, path, value and metadata (such as `names=(None, 'mlp')`) of every array of `variables`.
 
         The keys and counts of random streams that a module holds are one collection, `RngState`.

@@ -238,7 +238,7 @@ class LinenModel:
         """The model itself: its submodules are made in a call."""
         return {(): type(self.module).__name__}
 
-    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
         """Collection, path, value and partitioning names of every array."""
         for name, tree in variables.items():
             for keys, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_boxed)[0]:

@@ -266,7 +266,7 @@ class NnxModel:
             if isinstance(node, nnx.Module)
         }
 
-    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
         """Type, path, value and metadata of every array; what earlier calls sowed is left out."""
         for slot in self.layout.slots:
             if slot.sown:

@@ -109,7 +109,7 @@ def modules_of(
 ) -> tuple[Module, ...]:
     """The modules that were called or hold variables, each with what is its own."""
     classes = dict(model.module_classes())
-    leaves = sorted(model.leaves(variables), key=lambda leaf: (leaf[0], leaf[1]))
+    leaves = sorted(model.iter_variables(variables), key=lambda leaf: (leaf[0], leaf[1]))
     if not called:
         classes = _around(leaves, classes)
     paths = {(), *called}
