@@ -208,7 +208,7 @@ def take(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: di
 
 def _identity(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
     """Equal ones trace the same; None where that cannot be told."""
-    print_ = model.key()
+    print_ = model.cache_key()
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     static = fingerprint([leaf for leaf in leaves if not is_array(leaf)])
     now, structure = settings(), Structure.of(treedef)

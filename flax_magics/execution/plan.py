@@ -389,7 +389,7 @@ def eager(job: Job, programs: ProgramCache) -> Ready:
 
 def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
     """Equal keys mean that tracing would give the same program; None if that cannot be told."""
-    model = job.prepared.model.key()
+    model = job.prepared.model.cache_key()
     static = fingerprint(arguments.static)
     leaves, treedef = jax.tree_util.tree_flatten(job.variables)
     passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)

@@ -52,7 +52,7 @@ def origin_of(entry: ModelEntry, options: ApplyOptions, done: Execution, method:
         options=replace(options, variables=None),
         taken=any(taken for _, taken in done.names.values()),
         settings=settings(),
-        key=prepared.model.key(),
+        key=prepared.model.cache_key(),
         program=None if ready.program is None else weakref.ref(ready.program),
         names=tuple(name if traced else None for name, traced in zip(arguments.names, arguments.traced, strict=True)),
         record=ready.record,

@@ -113,7 +113,7 @@ class Warm:
             return None
         if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
             return None
-        if given.key() != self.print or library.edition != self.library:
+        if given.cache_key() != self.print or library.edition != self.library:
             return None
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
@@ -268,13 +268,13 @@ def remember(
     ready, prepared = done.ready, done.prepared
     program, arguments = ready.program, ready.arguments
     model = entry.model
-    print_ = model.key()
+    print_ = model.cache_key()
     if (
         not options.plain
         or program is None
         or program.effects
         or print_ is None
-        or prepared.model.key() is None
+        or prepared.model.cache_key() is None
         or entry.outdated
         or done.keys_in_call
         or prepared.own_rngs

@@ -175,7 +175,7 @@ class Replaying:
             pass
         elif how.key is None:
             said = ("the program was made anew: whether all that the model reads is as it was cannot be told",)
-        elif done.prepared.model.key() != how.key:
+        elif done.prepared.model.cache_key() != how.key:
             said = ("the program was made anew: something that the model's code reads is another now",)
         return Repeat(done.output, done.sown, done.program, done.timing, said)
 

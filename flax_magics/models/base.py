@@ -218,7 +218,7 @@ class AnyModel(Protocol):
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
 
-    def key(self) -> Any:
+    def cache_key(self) -> Any:
         """What tells this model's programs from another's; None where that cannot be told."""
 
     def print(self) -> bytes | None:

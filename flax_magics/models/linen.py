@@ -152,7 +152,7 @@ class LinenModel:
         """None: a stream is given because a trace asked for it."""
         return frozenset()
 
-    def key(self) -> bytes | None:
+    def cache_key(self) -> bytes | None:
         """The fingerprint, which holds all that a program is made from."""
         return self.print()
 

@@ -170,7 +170,7 @@ class NnxModel:
             out.setdefault(slot.collection, {})[slot.name] = new[...] if is_ref(new) else new
         return out
 
-    def key(self) -> Any:
+    def cache_key(self) -> Any:
         """The code of all classes in the graph, the graph itself with its static attributes, and the mode."""
         code = self.code()
         layout = self.layout
