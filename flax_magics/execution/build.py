@@ -48,8 +48,8 @@ class Building:
         """
         old = state.models.get(name)
         if old is not None and old.built is not None and not old.stale:
-            print_ = recipe.print()
-            if print_ is not None and print_ == old.built.print:
+            print_ = recipe.fingerprint()
+            if print_ is not None and print_ == old.built.fingerprint:
                 return old, models.unchanged(old), None, None
             # An edit: what the old keys give now is held against what is there.
             entry, change = built_with(old, name, recipe, old.built.keys)
@@ -142,7 +142,7 @@ def _kept(name: str, recipe: Construction, run: Run) -> StoredRun:
     """A construction as the session keeps it."""
     pinned = tuple(arrays_in((recipe.args, recipe.kwargs)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *pinned)))
-    return StoredRun(run, Origin(entry.BuildRecipe(name, recipe, recipe.print(), pinned), []), size)
+    return StoredRun(run, Origin(entry.BuildRecipe(name, recipe, recipe.fingerprint(), pinned), []), size)
 
 
 @dataclass(frozen=True)

@@ -431,4 +431,6 @@ def _purpose(job: Job, arguments: Arguments, key: Hashable | None) -> cache.Prog
     if job.keyed:
         options["--key"] = ", ".join(sorted(job.keyed))
     model, mode, keys = job.prepared.model, job.prepared.mode, job.draw.impl
-    return reasons.purpose(key, job.method, mode, model.print(), model.module, arguments, job.variables, options, keys)
+    return reasons.purpose(
+        key, job.method, mode, model.fingerprint(), model.module, arguments, job.variables, options, keys
+    )

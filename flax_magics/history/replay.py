@@ -198,7 +198,7 @@ class Replaying:
     def _build(self, how: BuildRecipe, facts: Any) -> Repeat:
         self.on_phase(f"building {how.name}")
         said: tuple[str, ...] = ()
-        if how.print is None or how.recipe.print() != how.print:
+        if how.fingerprint is None or how.recipe.fingerprint() != how.fingerprint:
             said = ("what the module is built of may have changed since",)
         begin = self.programs.clock()
         state = adopt_built(how.recipe.build(facts["keys"]), how.recipe.text).state()
@@ -208,11 +208,11 @@ class Replaying:
     def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
         """Whether the model is another now."""
         now = self.models.get(how.entry.name)
-        if now is not None and now.print is not None and now.print == how.entry.print:
+        if now is not None and now.fingerprint is not None and now.fingerprint == how.entry.fingerprint:
             return ()
-        if now is not None and now.print is None and now.model is how.entry.model:
+        if now is not None and now.fingerprint is None and now.model is how.entry.model:
             return ()
-        if now is not None and how.entry.print is None and now.model.holds_variables:
+        if now is not None and how.entry.fingerprint is None and now.model.holds_variables:
             return ()
         return (f"{how.entry.name} was edited since: this is its code as it was then",)
 

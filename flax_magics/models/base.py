@@ -221,7 +221,7 @@ class AnyModel(Protocol):
     def cache_key(self) -> Any:
         """What tells this model's programs from another's; None where that cannot be told."""
 
-    def print(self) -> bytes | None:
+    def fingerprint(self) -> bytes | None:
         """A digest of what the model computes: equal for what an unchanged cell makes again. None: cannot be told."""
 
     def code(self) -> bytes | None:

@@ -39,7 +39,7 @@ class Construction:
 
         return nnx.eval_shape(lambda: self.cls(*self.args, **self.kwargs, rngs=nnx.Rngs(params=0, dropout=1)))
 
-    def print(self) -> bytes | None:
+    def fingerprint(self) -> bytes | None:
         """A digest of all that it says, None where something is not plain."""
         return fingerprint((self.cls, self.args, dict(self.kwargs)))
 
@@ -57,12 +57,12 @@ class BuiltBySession:
 
     recipe: Construction
     keys: Mapping[str, Any] = field(repr=False)
-    print: bytes | None
+    fingerprint: bytes | None
 
     @classmethod
     def of(cls, recipe: Construction, keys: Mapping[str, Any]) -> BuiltBySession:
         """As the recipe stands now."""
-        return cls(recipe, keys, recipe.print())
+        return cls(recipe, keys, recipe.fingerprint())
 
 
 def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, Any]:

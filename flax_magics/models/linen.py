@@ -59,7 +59,7 @@ def nnx_bridge() -> Any:
 class ModeCache:
     """What was worked out about a module, for as long as nothing it was read from has changed."""
 
-    print: Fingerprint | None = None
+    fingerprint: Fingerprint | None = None
     init_streams: set[str] = field(default_factory=set)
     """Streams that an init by hand has to be given besides `params`."""
     digest: bytes | None = None
@@ -124,7 +124,7 @@ class LinenModel:
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """A clone with the switches among its fields set. Clones are kept for as long as the module is the same."""
-        cache, digest = self._cache, self.print()
+        cache, digest = self._cache, self.fingerprint()
         if digest is None or digest != cache.digest:  # without one, fields may change where they are
             cache.digest, cache.modes = digest, {}
         if (train, fixed) not in cache.modes:
@@ -154,17 +154,17 @@ class LinenModel:
 
     def cache_key(self) -> bytes | None:
         """The fingerprint, which holds all that a program is made from."""
-        return self.print()
+        return self.fingerprint()
 
     def code(self) -> bytes | None:
         """The fingerprint, fields included."""
-        return self.print()
+        return self.fingerprint()
 
-    def print(self) -> bytes | None:
+    def fingerprint(self) -> bytes | None:
         """A digest of the module's classes and fields, kept for as long as nothing that it was read from changes."""
-        if self._cache.print is None:
-            self._cache.print = Fingerprint(self.module)
-        return self._cache.print.digest()
+        if self._cache.fingerprint is None:
+            self._cache.fingerprint = Fingerprint(self.module)
+        return self._cache.fingerprint.digest()
 
     def with_rngs(
         self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -183,9 +183,9 @@ class NnxModel:
 
         None where something is not plain. Where each value stands is the graphdef's to say.
         """
-        return self.layout.print.digest()
+        return self.layout.fingerprint.digest()
 
-    def print(self) -> bytes | None:
+    def fingerprint(self) -> bytes | None:
         """The same with the graph's shape: what an unchanged cell makes again."""
         code = self.code()
         if code is None:

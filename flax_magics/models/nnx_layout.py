@@ -145,7 +145,7 @@ class Layout:
             yield from () if slot.structure is None else static_data(slot.structure)
 
     @cached_property
-    def print(self) -> Fingerprint:
+    def fingerprint(self) -> Fingerprint:
         """The fingerprint of `static`."""
         return Fingerprint(self.static)
 

@@ -25,7 +25,7 @@ class ModelEntry:
     """A registered model as the session's state has it.
 
     Attributes:
-      print: fingerprint at registration, None where the model is not plain.
+      fingerprint: at registration, None where the model is not plain.
       variables: None until initialised.
       made: how the variables were initialised; None if they were assigned.
       updates: collection → how many runs have written it since the init.
@@ -35,7 +35,7 @@ class ModelEntry:
 
     name: str
     model: Model
-    print: bytes | None
+    fingerprint: bytes | None
     variables: Mapping[str, Any] | None = None
     made: InitRecord | None = None
     updates: Mapping[str, int] = field(default_factory=dict)
@@ -144,7 +144,7 @@ class BuildRecipe:
 
     name: str
     recipe: Construction
-    print: bytes | None
+    fingerprint: bytes | None
     pinned: tuple[Any, ...] = ()
 
 

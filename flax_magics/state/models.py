@@ -60,18 +60,18 @@ def register(old: ModelEntry | None, name: str, module: Any) -> tuple[ModelEntry
     if not name.isidentifier():
         raise FlaxMagicsError(f"`{name}` is not a name that a model can have.")
     if old is not None and module is old.model.module:
-        print_ = old.model.print()
-        if print_ is not None and print_ == old.print:
+        fingerprint = old.model.fingerprint()
+        if fingerprint is not None and fingerprint == old.fingerprint:
             return old, unchanged(old)
     model = adopt(module, name)
     if model.holds_variables:
         return register_holding(old, name, model)
-    print_ = model.print()
+    fingerprint = model.fingerprint()
     if old is None or old.model.holds_variables:
-        return ModelEntry(name, model, print_), Registration(name, "new" if old is None else "changed")
-    if print_ is not None and print_ == old.print:
+        return ModelEntry(name, model, fingerprint), Registration(name, "new" if old is None else "changed")
+    if fingerprint is not None and fingerprint == old.fingerprint:
         return old, unchanged(old)
-    return _edited(old, model, print_)
+    return _edited(old, model, fingerprint)
 
 
 def unchanged(old: ModelEntry) -> Registration:
@@ -87,17 +87,17 @@ def register_holding(
     One that an unchanged cell made again gives way to the one that is there. After an edit the old variables go into the
     new module if they all fit; otherwise, and where nothing but the initial values differs, its own stand.
     """
-    print_, first = model.print(), model.sample()
-    entry = ModelEntry(name, model, print_, built=built, first=first, source=WeightSource.own(name))
+    fingerprint, first = model.fingerprint(), model.sample()
+    entry = ModelEntry(name, model, fingerprint, built=built, first=first, source=WeightSource.own(name))
     if old is None:
         return entry, Registration(name, "new")
     if not old.model.holds_variables:
         return entry, Registration(name, "changed", variables="own")
     if model.module is old.model.module:
-        return replace(old, model=model, print=print_), Registration(name, "changed", variables="kept")
+        return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
     if old.stale:
         return entry, Registration(name, "changed", variables="own")
-    if print_ is not None and print_ == old.print:
+    if fingerprint is not None and fingerprint == old.fingerprint:
         if first == old.first:
             return old, unchanged(old)
         return entry, Registration(name, "changed", ("initial values",), "own")
@@ -114,9 +114,9 @@ def _shapes(model: ModelWithVariables) -> dict[str, Any]:
     return jax.eval_shape(lambda: variables)  # type: ignore[no-any-return]
 
 
-def _edited(old: ModelEntry, model: Model, print_: bytes | None) -> tuple[ModelEntry, Registration]:
+def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
     """An edited linen model: the old variables stay where what the new code would initialise has their shapes."""
-    entry = replace(old, model=model, print=print_, forced=frozenset())
+    entry = replace(old, model=model, fingerprint=fingerprint, forced=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
     before = old.made
