@@ -303,7 +303,7 @@ class ModelWithVariables(AnyModel, Protocol):
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
 
     def read_state(self, name: str, value: Any) -> Values:
-        """What `own_variables` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
+        """Its own variables with those of `value` in their places. Raises FlaxMagicsError where these do not fit."""
 
     def sample(self) -> bytes:
         """A digest of some elements of every variable: tells a module of another seed from one of the same."""
