@@ -145,7 +145,7 @@ def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start
     variables, made = making.finish()
     seconds = programs.clock() - since
     source = WeightSource.initialised(wanted.draw.first, variables)
-    entry = replace(start.entry, variables=variables, made=made, updates={}, outdated=False, source=source)
+    entry = replace(start.entry, variables=variables, init=made, updates={}, outdated=False, source=source)
     weights = source.describe(wanted.draw.first.seed)
     start = Start(entry, variables, made_of(variables), seconds, weights=weights, taken=True)
     return start, None if begun is None else finish(begun, programs, variables)
@@ -162,7 +162,7 @@ def with_added(start: Start, wanted: Wanted, error: MissingVariables) -> Start:
     entry, call, programs = start.entry, wanted.call, wanted.programs
     if wanted.options.variables is not None or (start.made is not None and start.made.added):
         raise error.__cause__ or error
-    key = entry.made.key if entry.made is not None else wanted.draw.first.stream("params", taken=start.taken)
+    key = entry.init.key if entry.init is not None else wanted.draw.first.stream("params", taken=start.taken)
     prepared = prepare_init(entry.name, entry.model, call)
     model = prepared.model
     assert not model.holds_variables  # an NNX module lacks none

@@ -82,13 +82,13 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     if model.holds_variables:
         return _into_module(saved, entry, model)
     if saved.variables is None:
-        return Matched(replace(entry, variables=None, made=None, updates={}, outdated=False, source=None))
+        return Matched(replace(entry, variables=None, init=None, updates={}, outdated=False, source=None))
     variables, made, outdated = _held_against(saved, model)
     assigned = saved.assigned or made is None
     entry = replace(
         entry,
         variables=variables,
-        made=None if assigned else made,
+        init=None if assigned else made,
         made_before=made if assigned else None,
         updates=dict(saved.updates),
         outdated=outdated,

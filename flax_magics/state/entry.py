@@ -27,7 +27,7 @@ class ModelEntry:
     Attributes:
       fingerprint: at registration, None where the model is not plain.
       variables: None until initialised.
-      made: how the variables were initialised; None if they were assigned.
+      init: how the variables were initialised; None if they were assigned.
       updates: collection → how many runs have written it since the init.
       outdated: the variables are from before an edit that changed how they are made.
       guesses: what runs asked for last, by method and mode; spares a trace, never decides one.
@@ -37,7 +37,7 @@ class ModelEntry:
     model: Model
     fingerprint: bytes | None
     variables: Mapping[str, Any] | None = None
-    made: InitRecord | None = None
+    init: InitRecord | None = None
     updates: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
     guesses: Mapping[Any, Needs] = field(default_factory=dict)

@@ -119,7 +119,7 @@ def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[M
     entry = replace(old, model=model, fingerprint=fingerprint, forced=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
-    before = old.made
+    before = old.init
     if before is None:  # assigned by the user: how they were made is not known
         return entry, Registration(old.name, "changed", variables="kept")
     changes: tuple[str, ...] = ()
@@ -133,12 +133,12 @@ def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[M
     comparable = init.shapes is not None and before.shapes is not None
     changes = changes or (differences(before.shapes, init.shapes) if comparable else ())
     if changes:
-        entry = replace(entry, variables=None, made=None, updates={}, outdated=False, source=None)
+        entry = replace(entry, variables=None, init=None, updates={}, outdated=False, source=None)
         return entry, Registration(old.name, "changed", changes, "dropped")
     if not comparable or init.program is None or init.program != before.program:
         entry = replace(entry, outdated=True)
     else:
-        entry = replace(entry, made=init)
+        entry = replace(entry, init=init)
     return entry, Registration(old.name, "changed", variables="kept")
 
 
@@ -174,7 +174,7 @@ def assigned(
     Raises:
       FlaxMagicsError: they do not fit, or an array of them was deleted.
     """
-    entry = replace(entry, made=None, made_before=entry.made or entry.made_before, updates={}, outdated=False)
+    entry = replace(entry, init=None, made_before=entry.init or entry.made_before, updates={}, outdated=False)
     if entry.model.holds_variables:
         return _into_module(entry, entry.model, variables, written, cell)
     if variables is None:

@@ -56,7 +56,7 @@ class State:
                 name: replace(
                     entry,
                     variables=None,
-                    made=None,
+                    init=None,
                     updates={},
                     outdated=False,
                     stale=entry.model.holds_variables,
