@@ -83,7 +83,7 @@ def take(state: State) -> Snapshot:
 
 def _taken(entry: ModelEntry) -> SavedModel:
     model = entry.model
-    made = entry.init or entry.made_before
+    made = entry.init or entry.previous_init
     if model.holds_variables:
         slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
         variables: Any = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)

@@ -89,7 +89,7 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
         entry,
         variables=variables,
         init=None if assigned else made,
-        made_before=made if assigned else None,
+        previous_init=made if assigned else None,
         updates=dict(saved.updates),
         outdated=outdated,
         source=WeightSource.loaded(saved.file, variables),

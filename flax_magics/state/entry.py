@@ -49,7 +49,7 @@ class ModelEntry:
     """A module that holds its variables is to be built anew at its next use."""
     first: bytes | None = None
     """A digest of such a module's variables as they were when it was registered."""
-    made_before: InitRecord | None = None
+    previous_init: InitRecord | None = None
     """How the variables were made in whose place the user has put others: what the model's own look like."""
     source: WeightSource | None = None
     """Where the variables came from; None as long as there are none."""

@@ -174,7 +174,7 @@ def assigned(
     Raises:
       FlaxMagicsError: they do not fit, or an array of them was deleted.
     """
-    entry = replace(entry, init=None, made_before=entry.init or entry.made_before, updates={}, outdated=False)
+    entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, updates={}, outdated=False)
     if entry.model.holds_variables:
         return _into_module(entry, entry.model, variables, written, cell)
     if variables is None:
@@ -190,7 +190,7 @@ def assigned(
 
 def _expected(entry: ModelEntry) -> tuple[Mapping[str, Any] | None, frozenset[str]]:
     """Variables that fit the model, and collections that its first init did not make; None where no init is known."""
-    init = entry.made_before
+    init = entry.previous_init
     if init is None or entry.variables is None:
         return None if init is None else init.shapes, frozenset()
     by_init = entry.variables if init.shapes is None else init.shapes
