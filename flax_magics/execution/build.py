@@ -122,7 +122,7 @@ class Building:
             updates={},
             outdated=False,
             stale=False,
-            first=model.sample(),
+            initial_sample=model.sample(),
             source=_source(now, model),
             replaced=replaced,
         )
@@ -175,4 +175,4 @@ def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
     keys = keys_of(draw, taken=taken)
     model = adopt_built(recipe.build(keys), recipe.text)
     built, first = BuiltBySession.of(recipe, keys), model.sample()
-    return replace(entry, model=model, built=built, stale=False, first=first, source=_source(draw, model))
+    return replace(entry, model=model, built=built, stale=False, initial_sample=first, source=_source(draw, model))

@@ -47,7 +47,7 @@ class ModelEntry:
     """How the session built the module (NNX), None where the user did."""
     stale: bool = False
     """A module that holds its variables is to be built anew at its next use."""
-    first: bytes | None = None
+    initial_sample: bytes | None = None
     """A digest of such a module's variables as they were when it was registered."""
     previous_init: InitRecord | None = None
     """How the variables were made in whose place the user has put others: what the model's own look like."""

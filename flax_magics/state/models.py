@@ -88,7 +88,7 @@ def register_holding(
     new module if they all fit; otherwise, and where nothing but the initial values differs, its own stand.
     """
     fingerprint, first = model.fingerprint(), model.sample()
-    entry = ModelEntry(name, model, fingerprint, built=built, first=first, source=WeightSource.own(name))
+    entry = ModelEntry(name, model, fingerprint, built=built, initial_sample=first, source=WeightSource.own(name))
     if old is None:
         return entry, Registration(name, "new")
     if not old.model.holds_variables:
@@ -98,14 +98,14 @@ def register_holding(
     if old.stale:
         return entry, Registration(name, "changed", variables="own")
     if fingerprint is not None and fingerprint == old.fingerprint:
-        if first == old.first:
+        if first == old.initial_sample:
             return old, unchanged(old)
         return entry, Registration(name, "changed", ("initial values",), "own")
     changes = differences(_shapes(old.model), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
     values = old.model.collections()
-    entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.first, source=old.source)
+    entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.initial_sample, source=old.source)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
