@@ -141,7 +141,7 @@ def execute(
     if start.taken and "params" in ready.ask.streams:
         names["params (folded)"] = ("params", True)
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
-    told = {name for ask in entry.guesses.values() for name in ask.streams}
+    told = {name for ask in entry.known_needs.values() for name in ask.streams}
     collections = {*ready.variables, *updates, *sown}
     steady = (*of_mode(entry.name, prepared, mode, record), *of_mutable(options.mutable, collections, line))
     notes = [*steady, *of_streams(record, told)]
@@ -319,7 +319,7 @@ def _kept(entry: ModelEntry, updates: Mapping[str, Any], ready: Ready, call: Cal
     """The entry with what the run wrote, and with what was learned about the call."""
     learned = replace(
         entry,
-        guesses={**entry.guesses, (call.method, mode): ready.ask},
+        known_needs={**entry.known_needs, (call.method, mode): ready.ask},
         forced=entry.forced | {(call.method, name) for name in ready.arguments.forced},
     )
     if not updates or entry.variables is None:

@@ -52,7 +52,7 @@ def _trace_with(
             variables,
             draw,
             training=prepared.mode == "train",
-            guess=entry.guesses.get((call.method, prepared.mode), Needs()),
+            guess=entry.known_needs.get((call.method, prepared.mode), Needs()),
             noted=True,
         )
         try:

@@ -165,7 +165,7 @@ def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyO
     try:
         call = with_keys(entry, call, options, state.root.draw())
         prepared = prepare(entry.name, entry.model, call, options.mode)
-        ask = entry.guesses.get((call.method, prepared.mode))
+        ask = entry.known_needs.get((call.method, prepared.mode))
         if ask is None and where == COMMAND:  # what the other command runs may be this very model
             ask = Needs(frozenset({"dropout"}))
         ask = ask or trace_call(entry, prepared, call, state.root.draw())[1]

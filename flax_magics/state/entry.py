@@ -30,7 +30,7 @@ class ModelEntry:
       init: how the variables were initialised; None if they were assigned.
       updates: collection → how many runs have written it since the init.
       outdated: the variables are from before an edit that changed how they are made.
-      guesses: what runs asked for last, by method and mode; spares a trace, never decides one.
+      known_needs: what runs asked for last, by method and mode; spares a trace, never decides one.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ModelEntry:
     init: InitRecord | None = None
     updates: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
-    guesses: Mapping[Any, Needs] = field(default_factory=dict)
+    known_needs: Mapping[Any, Needs] = field(default_factory=dict)
     forced: frozenset[tuple[Any, str]] = frozenset()
     """Int arguments, by method, whose value the model needs."""
     built: BuiltBySession | None = None

@@ -303,7 +303,7 @@ class RegisteredModel:
             except FlaxMagicsError:  # a module without a call
                 continue
             methods[name] = tuple(signature.parameters)
-        streams = {stream: None for ask in entry.guesses.values() for stream in sorted(ask.streams)}
+        streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
         return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
 
     def describe(self) -> str:
