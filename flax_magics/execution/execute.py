@@ -320,7 +320,7 @@ def _kept(entry: ModelEntry, updates: Mapping[str, Any], ready: Ready, call: Cal
     learned = replace(
         entry,
         known_needs={**entry.known_needs, (call.method, mode): ready.ask},
-        forced=entry.forced | {(call.method, name) for name in ready.arguments.forced},
+        static_ints=entry.static_ints | {(call.method, name) for name in ready.arguments.forced},
     )
     if not updates or entry.variables is None:
         return learned

@@ -191,7 +191,7 @@ def _job(start: Start, variables: Mapping[str, Any], wanted: Wanted) -> Job:
         taken=start.taken,
         keyed=frozenset(options.key if wanted.draw.size is not None else ()),
         guess=entry.known_needs.get((call.method, prepared.mode), Needs()),
-        forced=frozenset(name for method, name in entry.forced if method == call.method),
+        forced=frozenset(name for method, name in entry.static_ints if method == call.method),
         phase=lambda phase: wanted.on_phase(f"{phase} {entry.name}"),
     )
 

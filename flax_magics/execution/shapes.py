@@ -22,7 +22,7 @@ def trace_call(
     entry: ModelEntry, prepared: BoundCall, call: Call, draw: Draw
 ) -> tuple[Any, Needs, CallTrace, Mapping[str, Any]]:
     """The program of the call, what it asks for, what its trace saw, modules' calls too, and the variables it was given."""
-    forced = frozenset(name for method, name in entry.forced if method == call.method)
+    forced = frozenset(name for method, name in entry.static_ints if method == call.method)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced)
     try:
         return _trace_with(entry, prepared, call, draw, arguments)

@@ -41,7 +41,7 @@ class ModelEntry:
     updates: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
     known_needs: Mapping[Any, Needs] = field(default_factory=dict)
-    forced: frozenset[tuple[Any, str]] = frozenset()
+    static_ints: frozenset[tuple[Any, str]] = frozenset()
     """Int arguments, by method, whose value the model needs."""
     built: BuiltBySession | None = None
     """How the session built the module (NNX), None where the user did."""

@@ -116,7 +116,7 @@ def _shapes(model: ModelWithVariables) -> dict[str, Any]:
 
 def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
     """An edited linen model: the old variables stay where what the new code would initialise has their shapes."""
-    entry = replace(old, model=model, fingerprint=fingerprint, forced=frozenset())
+    entry = replace(old, model=model, fingerprint=fingerprint, static_ints=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
     before = old.init
