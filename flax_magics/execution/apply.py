@@ -85,7 +85,7 @@ def apply_model(
     now = begin if options.draws is None else _series(state, begin, options)
     started = time.time()
     registered = entry.model
-    anew = entry.stale and entry.built is not None and replayed is None and options.variables is None
+    anew = entry.rebuild_next and entry.built is not None and replayed is None and options.variables is None
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
     rebuilt = entry.model

@@ -47,7 +47,7 @@ class Building:
           What the session is to keep of it, what became of the name, and of one that was built its run and draw.
         """
         old = state.models.get(name)
-        if old is not None and old.built is not None and not old.stale:
+        if old is not None and old.built is not None and not old.rebuild_next:
             print_ = recipe.fingerprint()
             if print_ is not None and print_ == old.built.fingerprint:
                 return old, models.unchanged(old), None, None
@@ -121,7 +121,7 @@ class Building:
             built=BuiltBySession.of(recipe, keys),
             updates={},
             outdated=False,
-            stale=False,
+            rebuild_next=False,
             initial_sample=model.sample(),
             source=_source(now, model),
             replaced=replaced,
@@ -175,4 +175,6 @@ def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
     keys = keys_of(draw, taken=taken)
     model = adopt_built(recipe.build(keys), recipe.text)
     built, first = BuiltBySession.of(recipe, keys), model.sample()
-    return replace(entry, model=model, built=built, stale=False, initial_sample=first, source=_source(draw, model))
+    return replace(
+        entry, model=model, built=built, rebuild_next=False, initial_sample=first, source=_source(draw, model)
+    )

@@ -111,7 +111,7 @@ class Warm:
         given, model = entry.model, self.model
         if programs.unfinished.wait is not None:
             return None
-        if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
+        if given is not self.given or entry.outdated or entry.rebuild_next or settings() != self.settings:
             return None
         if given.cache_key() != self.print or library.edition != self.library:
             return None

@@ -159,7 +159,7 @@ class Replaying:
         if how.skeleton is not None:
             written: Any = how.entry.model
             model = adopt_built(how.skeleton.rebuild(variables), written.written)
-            entry = replace(how.entry, model=model, stale=False)
+            entry = replace(how.entry, model=model, rebuild_next=False)
         draw = facts["keys"].draw
         options = replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})

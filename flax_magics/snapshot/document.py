@@ -99,7 +99,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
         variables,
         dict(entry.updates),
         entry.outdated,
-        entry.stale,
+        entry.rebuild_next,
         made,
         entry.init is None,
         None if entry.built is None else dict(entry.built.keys),

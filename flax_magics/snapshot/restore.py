@@ -196,7 +196,12 @@ def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables
         values.setdefault(slots[path].collection, {})[slots[path].name] = value
     source = WeightSource.loaded(saved.file, values, in_module=True)
     entry = replace(
-        entry, updates=dict(saved.updates), outdated=saved.outdated, stale=saved.stale, built=built, source=source
+        entry,
+        updates=dict(saved.updates),
+        outdated=saved.outdated,
+        rebuild_next=saved.stale,
+        built=built,
+        source=source,
     )
     return Matched(entry, lambda: at_once(assignments))
 

@@ -45,7 +45,7 @@ class ModelEntry:
     """Int arguments, by method, whose value the model needs."""
     built: BuiltBySession | None = None
     """How the session built the module (NNX), None where the user did."""
-    stale: bool = False
+    rebuild_next: bool = False
     """A module that holds its variables is to be built anew at its next use."""
     initial_sample: bytes | None = None
     """A digest of such a module's variables as they were when it was registered."""

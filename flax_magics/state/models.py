@@ -95,7 +95,7 @@ def register_holding(
         return entry, Registration(name, "changed", variables="own")
     if model.module is old.model.module:
         return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
-    if old.stale:
+    if old.rebuild_next:
         return entry, Registration(name, "changed", variables="own")
     if fingerprint is not None and fingerprint == old.fingerprint:
         if first == old.initial_sample:
@@ -210,7 +210,7 @@ def _into_module(
         raise unfit(name, wrong)
     check_alive(f"these variables of `{name}`", values)
     source = WeightSource.assigned(cell, {kind: values[kind] for kind in model.collections()}, in_module=True)
-    return replace(entry, stale=False, source=source), lambda: model.assign(values)
+    return replace(entry, rebuild_next=False, source=source), lambda: model.assign(values)
 
 
 def _by_path(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
