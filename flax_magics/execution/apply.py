@@ -201,5 +201,7 @@ def init_model(
     )
     how = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(entry.model.module)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))
-    entry = replace(entry, variables=variables, init=made, updates={}, outdated=False, source=source, replaced=replaced)
+    entry = replace(
+        entry, variables=variables, init=made, update_counts={}, outdated=False, source=source, replaced=replaced
+    )
     return InitialisedRun(run, now, entry, StoredRun(run, Origin(how, []), size))

@@ -119,7 +119,7 @@ class Building:
         entry = replace(
             entry,
             built=BuiltBySession.of(recipe, keys),
-            updates={},
+            update_counts={},
             outdated=False,
             rebuild_next=False,
             initial_sample=model.sample(),

@@ -136,7 +136,10 @@ def execute(
     changed = commit.changed
     kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
     if keep and prepared.model.holds_variables:
-        kept = replace(kept, updates={**kept.updates, **{name: kept.updates.get(name, 0) + 1 for name in changed}})
+        kept = replace(
+            kept,
+            update_counts={**kept.update_counts, **{name: kept.update_counts.get(name, 0) + 1 for name in changed}},
+        )
     names = {name: (name, False) for name in (*SPLIT, *options.key, *sorted(ready.ask.streams))}
     if start.taken and "params" in ready.ask.streams:
         names["params (folded)"] = ("params", True)
@@ -158,7 +161,7 @@ def execute(
         sown=sown,
         keys=RunKeys(draw, names),
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
-        changed={name: kept.updates[name] for name in sorted(changed)} if keep else {},
+        changed={name: kept.update_counts[name] for name in sorted(changed)} if keep else {},
         device=ready.device or devices_of((output, ready.variables)),
         program=ready.origin,
         reason=ready.reason,
@@ -324,8 +327,8 @@ def _kept(entry: ModelEntry, updates: Mapping[str, Any], ready: Ready, call: Cal
     )
     if not updates or entry.variables is None:
         return learned
-    counts = {**entry.updates, **{name: entry.updates.get(name, 0) + 1 for name in updates}}
-    return replace(learned, variables={**entry.variables, **updates}, updates=counts)
+    counts = {**entry.update_counts, **{name: entry.update_counts.get(name, 0) + 1 for name in updates}}
+    return replace(learned, variables={**entry.variables, **updates}, update_counts=counts)
 
 
 def left_behind(

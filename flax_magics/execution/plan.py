@@ -145,7 +145,7 @@ def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start
     variables, made = making.finish()
     seconds = programs.clock() - since
     source = WeightSource.initialised(wanted.draw.first, variables)
-    entry = replace(start.entry, variables=variables, init=made, updates={}, outdated=False, source=source)
+    entry = replace(start.entry, variables=variables, init=made, update_counts={}, outdated=False, source=source)
     weights = source.describe(wanted.draw.first.seed)
     start = Start(entry, variables, made_of(variables), seconds, weights=weights, taken=True)
     return start, None if begun is None else finish(begun, programs, variables)

@@ -74,8 +74,8 @@ def without_variables(entry: ModelEntry) -> ModelEntry:
     if model.holds_variables:
         # The module itself is the user's, and would keep its arrays alive for as long as this is kept.
         nobody: Any = _NoModel(model.written)
-        return replace(entry, model=nobody, variables=None, init=None, updates={}, built=None, replaced=None)
-    return replace(entry, variables=None, init=None, updates={}, replaced=None)
+        return replace(entry, model=nobody, variables=None, init=None, update_counts={}, built=None, replaced=None)
+    return replace(entry, variables=None, init=None, update_counts={}, replaced=None)
 
 
 @dataclass(frozen=True)

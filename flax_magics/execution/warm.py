@@ -149,14 +149,14 @@ class Warm:
         source = entry.source
         kept, changed, commit = None, {}, None
         if fresh and source is not None:
-            source = source.now(variables, entry.updates)
+            source = source.now(variables, entry.update_counts)
             if source is not entry.source:
                 kept = altered(entry, {"source": source})
         if updates:
             commit = model.commit(updates, self.record)
-            changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(commit.changed)}
+            changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
             if changed:
-                kept = altered(kept or entry, {"updates": {**entry.updates, **changed}})
+                kept = altered(kept or entry, {"update_counts": {**entry.update_counts, **changed}})
             if not model.holds_variables:
                 kept = altered(kept or entry, {"variables": {**variables, **updates}})
             self._know(updates)

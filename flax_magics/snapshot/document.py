@@ -97,7 +97,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
         model.describe(),
         "",
         variables,
-        dict(entry.updates),
+        dict(entry.update_counts),
         entry.outdated,
         entry.rebuild_next,
         made,

@@ -82,7 +82,7 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     if model.holds_variables:
         return _into_module(saved, entry, model)
     if saved.variables is None:
-        return Matched(replace(entry, variables=None, init=None, updates={}, outdated=False, source=None))
+        return Matched(replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None))
     variables, made, outdated = _held_against(saved, model)
     assigned = saved.assigned or made is None
     entry = replace(
@@ -90,7 +90,7 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
         variables=variables,
         init=None if assigned else made,
         previous_init=made if assigned else None,
-        updates=dict(saved.updates),
+        update_counts=dict(saved.updates),
         outdated=outdated,
         source=WeightSource.loaded(saved.file, variables),
     )
@@ -197,7 +197,7 @@ def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables
     source = WeightSource.loaded(saved.file, values, in_module=True)
     entry = replace(
         entry,
-        updates=dict(saved.updates),
+        update_counts=dict(saved.updates),
         outdated=saved.outdated,
         rebuild_next=saved.stale,
         built=built,

@@ -28,7 +28,7 @@ class ModelEntry:
       fingerprint: at registration, None where the model is not plain.
       variables: None until initialised.
       init: how the variables were initialised; None if they were assigned.
-      updates: collection → how many runs have written it since the init.
+      update_counts: collection → how many runs have written it since the init.
       outdated: the variables are from before an edit that changed how they are made.
       known_needs: what runs asked for last, by method and mode; spares a trace, never decides one.
     """
@@ -38,7 +38,7 @@ class ModelEntry:
     fingerprint: bytes | None
     variables: Mapping[str, Any] | None = None
     init: InitRecord | None = None
-    updates: Mapping[str, int] = field(default_factory=dict)
+    update_counts: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
     known_needs: Mapping[Any, Needs] = field(default_factory=dict)
     static_ints: frozenset[tuple[Any, str]] = frozenset()
@@ -77,7 +77,7 @@ class ModelEntry:
     def source_now(self) -> WeightSource | None:
         """Where the variables came from that are held now."""
         held = self.held
-        return self.source if held is None or self.source is None else self.source.now(held, self.updates)
+        return self.source if held is None or self.source is None else self.source.now(held, self.update_counts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,7 +105,9 @@ def register_holding(
     if changes:
         return entry, Registration(name, "changed", changes, "own")
     values = old.model.collections()
-    entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.initial_sample, source=old.source)
+    entry = replace(
+        entry, update_counts=old.update_counts, outdated=old.outdated or first != old.initial_sample, source=old.source
+    )
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
@@ -133,7 +135,7 @@ def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[M
     comparable = init.shapes is not None and before.shapes is not None
     changes = changes or (differences(before.shapes, init.shapes) if comparable else ())
     if changes:
-        entry = replace(entry, variables=None, init=None, updates={}, outdated=False, source=None)
+        entry = replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None)
         return entry, Registration(old.name, "changed", changes, "dropped")
     if not comparable or init.program is None or init.program != before.program:
         entry = replace(entry, outdated=True)
@@ -174,7 +176,7 @@ def assigned(
     Raises:
       FlaxMagicsError: they do not fit, or an array of them was deleted.
     """
-    entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, updates={}, outdated=False)
+    entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, update_counts={}, outdated=False)
     if entry.model.holds_variables:
         return _into_module(entry, entry.model, variables, written, cell)
     if variables is None:
@@ -227,10 +229,10 @@ def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tu
       limit: bytes that are kept at most.
     """
     source = entry.source_now()
-    if not entry.ready or source is None or (source.is_initial and not entry.updates):
+    if not entry.ready or source is None or (source.is_initial and not entry.update_counts):
         return entry.replaced, ()
-    replaced = Replaced(entry.read_variables(), source, entry.updates)
-    runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.updates.items())
+    replaced = Replaced(entry.read_variables(), source, entry.update_counts)
+    runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.update_counts.items())
     text = f"this init replaced weights of {entry.name}: {source.describe()}" + (f", {runs}" if runs else "")
     if replaced.size > limit:
         gone = f"; they are not kept: {bytes_(replaced.size)} are more than replay_bytes, {bytes_(limit)}"
@@ -271,7 +273,7 @@ class RegisteredModel:
     @property
     def updates(self) -> Mapping[str, int]:
         """Collection → how many runs have written it since."""
-        return dict(self._entry().updates)
+        return dict(self._entry().update_counts)
 
     @property
     def previous(self) -> Any:

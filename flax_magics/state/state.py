@@ -57,7 +57,7 @@ class State:
                     entry,
                     variables=None,
                     init=None,
-                    updates={},
+                    update_counts={},
                     outdated=False,
                     rebuild_next=entry.model.holds_variables,
                     source=entry.source if entry.model.holds_variables else None,
