@@ -302,9 +302,9 @@ SCENARIOS = [
     Scenario("notebook.model_cell.from_cell", "%%flaxmodel nett\nnet = nn.Dense(2)", (), ("net = nn.Dense(2)",)),
     Scenario("notebook.model_cell.from_cell", "%%flaxmodel\na = 1", ("net = nn.Dense(2)",), ("net",)),
     Scenario("notebook.model_cell._from_defaults", f"%%flaxmodel\n{CLASS}", (), ("2",), use=f"{{}}\n{CLASS}"),
-    Scenario("models.adopt.adopt", f"{SESSION}\nsession.register('net', Net)", (CLASS,), ("2",)),
+    Scenario("models.construction.adopt", f"{SESSION}\nsession.register('net', Net)", (CLASS,), ("2",)),
     Scenario(
-        "models.adopt.adopt",
+        "models.construction.adopt",
         "%flaxmodel net",
         ("net = nn.Dense(2)\nnet = net.bind(net.init(jax.random.key(0), x))",),
         edit=lambda cell, advice: f"{cell}\n{advice}",

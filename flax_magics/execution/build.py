@@ -15,9 +15,8 @@ import jax
 from ..base.digest import bytes_of
 from ..code.arrays import arrays_in
 from ..errors import FlaxMagicsError, written
-from ..models.adopt import adopt_built, spell_construction
 from ..models.base import ModelWithVariables
-from ..models.construction import BuiltBySession, Construction, keys_of
+from ..models.construction import BuiltBySession, Construction, adopt_built, keys_of, spell_construction
 from ..rng.keys import Draw
 from ..run import Run
 from ..state import entry, models

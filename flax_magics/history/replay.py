@@ -24,7 +24,7 @@ from ..errors import FlaxMagicsError
 from ..execution.call import Call, prepare_init
 from ..execution.execute import execute, hand_back, plain_errors
 from ..execution.notes import SeenKeys
-from ..models.adopt import adopt_built
+from ..models.construction import adopt_built
 from ..run import RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
 from ..state.runs import StoredRun

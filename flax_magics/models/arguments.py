@@ -1,15 +1,19 @@
-"""The arguments of a call, taken apart: leaves that a program is given when it runs, and values that it is made for."""
+"""The arguments of a call, taken apart: leaves that a program is given when it runs, and values that it is made for.
+
+And what takes them: signatures of methods and constructors.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from ..code.library import nnx_modules
 from ..line.variant import positional_names
 
 
@@ -101,3 +105,31 @@ def signature_of(leaf: Any) -> tuple[Any, ...]:
     if isinstance(leaf, jax.ShapeDtypeStruct):  # an array that is yet to be computed
         return leaf.shape, leaf.dtype, leaf.weak_type, None
     return (), type(leaf), True, None
+
+
+TAKES_ANYTHING = inspect.signature(lambda *args, **kwargs: None)
+
+
+def readable_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `function`, `TAKES_ANYTHING` where Python cannot read one."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return TAKES_ANYTHING
+
+
+def constructor(cls: Any) -> inspect.Signature:
+    """The signature of a class's construction, as `readable_signature` gives it.
+
+    NNX's metaclass takes anything and hands it to `__init__`, so that is where to look.
+    """
+    if not is_nnx_class(cls):
+        return readable_signature(cls)
+    signature = readable_signature(cls.__init__)
+    parameters = list(signature.parameters.values())
+    return signature if signature is TAKES_ANYTHING else signature.replace(parameters=parameters[1:])
+
+
+def is_nnx_class(cls: Any) -> bool:
+    """Whether `cls` is a class of NNX modules."""
+    return isinstance(cls, type) and issubclass(cls, nnx_modules())

@@ -18,6 +18,7 @@ from flax.core import meta
 from ..code.fingerprint import Fingerprint
 from ..errors import FlaxMagicsError, did_you_mean
 from ..run import MODULE, Settings
+from .arguments import TAKES_ANYTHING
 from .base import (
     FLAX_ARGUMENTS,
     CallTrace,
@@ -32,7 +33,6 @@ from .base import (
     own_methods,
 )
 from .calls import Path
-from .construction import TAKES_ANYTHING
 from .linen_trace import Recorder, bound, sowing, unbound_axis
 from .switch import cloned, read_fields, set_fields, set_unset_fields, setting_of
 

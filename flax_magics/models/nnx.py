@@ -17,9 +17,9 @@ from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.variant import with_arguments
 from . import nnx_trace
+from .arguments import constructor, readable_signature
 from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
 from .calls import Path
-from .construction import constructor, readable_signature
 from .nnx_graph import (
     GRAPH,
     SIMPLE,

@@ -15,8 +15,8 @@ from ..code.library import is_module, is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import Assignment, parse_assignment, parse_call
 from ..line.expression import Expression, segment
-from ..models.adopt import adopt, modules_in, needed_fields, spell_construction
-from ..models.construction import Construction, constructor, takes_rngs
+from ..models.arguments import constructor
+from ..models.construction import Construction, adopt, modules_in, needed_fields, spell_construction, takes_rngs
 
 Namespace = dict[str, Any]
 

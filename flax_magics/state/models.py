@@ -13,9 +13,8 @@ from ..code.library import is_module_class
 from ..compile import init_trace
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError, did_you_mean, written
-from ..models.adopt import adopt, spell_construction
 from ..models.base import Model, ModelWithVariables
-from ..models.construction import BuiltBySession
+from ..models.construction import BuiltBySession, adopt, spell_construction
 from ..run import Note
 from .entry import ModelEntry, Replaced
 from .weights import (

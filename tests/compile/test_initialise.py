@@ -16,7 +16,7 @@ from flax_magics import Session
 from flax_magics.compile.init_trace import trace_init
 from flax_magics.compile.initialise import Initialising
 from flax_magics.execution.call import Call, prepare_init
-from flax_magics.models.adopt import adopt
+from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
 
 
