@@ -78,7 +78,7 @@ class Arguments:
         return args, kwargs
 
 
-def is_traced(leaf: Any) -> bool:
+def is_traced(leaf: object) -> bool:
     """Whether a leaf is data (an array or a number), as opposed to a choice that the program is made for."""
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return isinstance(leaf, jax.Array) or leaf.dtype.kind not in "OUSMm"
@@ -90,7 +90,7 @@ def has_tracer(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
 
 
-def signature_of(leaf: Any) -> tuple[Any, ...]:
+def signature_of(leaf: object) -> tuple[Any, ...]:
     """What a compiled program is specialised on, of one traced leaf: shape, dtype, weak type, and where it is if that
     was chosen.
     """
@@ -130,6 +130,6 @@ def constructor(cls: Any) -> inspect.Signature:
     return signature if signature is TAKES_ANYTHING else signature.replace(parameters=parameters[1:])
 
 
-def is_nnx_class(cls: Any) -> bool:
+def is_nnx_class(cls: object) -> bool:
     """Whether `cls` is a class of NNX modules."""
     return isinstance(cls, type) and issubclass(cls, nnx_modules())

@@ -163,7 +163,7 @@ class Idiom(FlaxMagicsError):
         self.method, self.argument, self.linen = method, argument, linen
 
 
-def check_name(owner: Any, name: str) -> None:
+def check_name(owner: object, name: str) -> None:
     """Raises Idiom where `owner.name` is what `nn.Module`, `nnx.Module` or their bases define, and the model does not."""
     from flax import linen
 
@@ -263,7 +263,7 @@ class ModelWithInit(AnyModel, Protocol):
     def holds_variables(self) -> Literal[False]:
         """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
 
-    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def init(self, key: object, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Fresh variables; `key` is the `params` key, the only one that an init gets."""
 
     @property
@@ -302,7 +302,7 @@ class ModelWithVariables(AnyModel, Protocol):
     def state(self) -> Any:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
 
-    def read_state(self, name: str, value: Any) -> Values:
+    def read_state(self, name: str, value: object) -> Values:
         """Its own variables with those of `value` in their places. Raises FlaxMagicsError where these do not fit."""
 
     def sample(self) -> bytes:

@@ -41,7 +41,7 @@ def watching(recorder: Recorder) -> Iterator[None]:
         finally:
             recorder.forking = before
 
-    def look_up(original: Callable[..., Any], rngs: Any, name: str, error: Any) -> Any:
+    def look_up(original: Callable[..., Any], rngs: nnx.Rngs, name: str, error: object) -> Any:
         outer = _current()
         # What `params` gives when the module is built anew is replaced by the variables.
         if outer is not None and name != "params" and not name.startswith("_"):
@@ -49,7 +49,7 @@ def watching(recorder: Recorder) -> Iterator[None]:
             recorder.incomplete |= name not in recorder.ask.streams
         return original(rngs, name, error)
 
-    def update(original: Callable[..., None], outer: Any, module: Any) -> None:
+    def update(original: Callable[..., None], outer: wrappers.ToLinen, module: nnx.Module) -> None:
         for collection, sown in _written(outer, module):
             recorder.record.written.add(collection)
             if sown:
@@ -72,7 +72,7 @@ def initialising(streams: set[str]) -> Iterator[None]:
     `streams` is filled with those that did: by hand they have to be given.
     """
 
-    def look_up(original: Callable[..., Any], rngs: Any, name: str, error: Any) -> Any:
+    def look_up(original: Callable[..., Any], rngs: nnx.Rngs, name: str, error: object) -> Any:
         outer = _current()
         if outer is not None and not name.startswith("_") and not {name, "default"} & set(vars(rngs)):
             streams.add(name)
@@ -83,7 +83,7 @@ def initialising(streams: set[str]) -> Iterator[None]:
         yield
 
 
-def _written(outer: Any, module: Any) -> Iterator[tuple[str, bool]]:
+def _written(outer: wrappers.ToLinen, module: nnx.Module) -> Iterator[tuple[str, bool]]:
     """Collections that the module holds other values of than its variables were, and whether they were sown."""
     before = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
     for _, part in walk(module):

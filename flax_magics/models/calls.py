@@ -76,7 +76,7 @@ def spell_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     return ", ".join([*map(_spell, args), *(f"{name}={_spell(value)}" for name, value in kwargs.items())])
 
 
-def _spell(value: Any) -> str:
+def _spell(value: object) -> str:
     nnx = sys.modules.get("flax.nnx")  # without it nothing can be one of its objects
     whole = nnx is not None and isinstance(value, nnx.Pytree)
     return f"{type(value).__name__}(…)" if whole else describe(value, LONGEST)

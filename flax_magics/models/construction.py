@@ -46,14 +46,14 @@ def adopt(module: Any, name: str) -> Model:
     raise FlaxMagicsError(f"`{name}` is {_kind(module)}, not a Flax module.")
 
 
-def adopt_built(module: Any, written: str) -> ModelWithVariables:
+def adopt_built(module: object, written: str) -> ModelWithVariables:
     """The Model for an NNX module that the session built; `written`: its construction as a person wrote it."""
     from .nnx import NnxModel
 
     return NnxModel(module, written=written)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     name = type(value).__name__
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
@@ -109,7 +109,7 @@ class Construction:
     text: str
 
     @classmethod
-    def of(cls, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], text: str) -> Construction | None:
+    def of(cls, function: object, args: tuple[Any, ...], kwargs: Mapping[str, Any], text: str) -> Construction | None:
         """The recipe of a call that is for the session to make, None for every other."""
         return cls(function, args, kwargs, text) if takes_rngs(function, args, kwargs) else None
 
@@ -160,7 +160,7 @@ def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, Any]:
     return {name: draw.stream(name, taken=taken and name == "params") for name in SPLIT}
 
 
-def takes_rngs(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def takes_rngs(function: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether `function` is an NNX module class whose constructor takes `rngs`, and the call gives none."""
     if not is_nnx_class(function):
         return False

@@ -296,11 +296,11 @@ def _keywords(call: str) -> set[str]:
     return set()
 
 
-def _boxed(value: Any) -> bool:
+def _boxed(value: object) -> bool:
     return isinstance(value, meta.AxisMetadata)
 
 
-def _short(value: Any, limit: int = 40) -> str:
+def _short(value: object, limit: int = 40) -> str:
     if isinstance(value, nn.Module):
         return f"{type(value).__name__}(…)"
     if callable(value) and hasattr(value, "__name__"):

@@ -111,7 +111,9 @@ class Recorder:
             self.record.queried.add(name)
         return has_rng(scope, name)
 
-    def _put_variable(self, put_variable: Callable[..., None], scope: Scope, col: str, name: str, value: Any) -> None:
+    def _put_variable(
+        self, put_variable: Callable[..., None], scope: Scope, col: str, name: str, value: object
+    ) -> None:
         self.record.written.add(col)
         if col not in self.ask.mutable and scope.has_variable(col, name):
             self.incomplete = True

@@ -305,14 +305,14 @@ class NnxModel:
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
 
 
-def _hands_rngs_on(module: Any) -> bool:
+def _hands_rngs_on(module: nnx.Module) -> bool:
     """Whether it is an `nnx.Sequential` with a layer that takes `rngs`: the newest take any keyword and hand it on."""
     if not isinstance(module, nnx.Sequential):
         return False
     return any("rngs" in readable_signature(layer).parameters for layer in module.layers if callable(layer))
 
 
-def _about(variable: Any) -> str:
+def _about(variable: object) -> str:
     """What a Variable says of itself besides its value: `sharding_names=(None, 'mlp')`."""
     if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
         return ""
@@ -324,6 +324,6 @@ def _about(variable: Any) -> str:
     )
 
 
-def _shape(value: Any) -> str:
+def _shape(value: object) -> str:
     leaves = jax.tree_util.tree_leaves(value)
     return str([(getattr(leaf, "shape", None), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves])

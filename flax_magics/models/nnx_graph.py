@@ -33,7 +33,7 @@ _PRIVATE = ("_pytree__state", "_pytree__nodes")
 """What NNX itself keeps on an object: when it was made, and which attributes hold data."""
 
 
-def raw(variable: Any) -> Any:
+def raw(variable: object) -> Any:
     """The value that a Variable holds, without its hooks.
 
     Raises:
@@ -49,32 +49,32 @@ def raw(variable: Any) -> Any:
         ) from None
 
 
-def set_raw(variable: Any, value: Any) -> None:
+def set_raw(variable: nnx.Variable[Any], value: object) -> None:
     """Puts a value into a Variable, without its hooks, as `nnx.update` does."""
     object.__setattr__(variable, RAW, value)
 
 
-def assignment(variable: Any, value: Any) -> Assignment:
+def assignment(variable: nnx.Variable[Any], value: object) -> Assignment:
     """`set_raw` as an assignment that is still to be made."""
     return (object.__setattr__, variable, RAW, value)
 
 
-def is_ref(value: Any) -> bool:
+def is_ref(value: object) -> bool:
     """Whether a value is a reference of JAX's, which programs change where it is."""
     return variablelib.is_array_ref(value)
 
 
-def walk(module: Any) -> Iterator[tuple[Path, Any]]:
+def walk(module: object) -> Iterator[tuple[Path, Any]]:
     """Paths and parts of the graph, each part once: modules, variables, containers, and what is static."""
     return nnx.iter_graph(module, **GRAPH)  # type: ignore[return-value]
 
 
-def flat_state(state: Any) -> list[tuple[Path, Any]]:
+def flat_state(state: object) -> list[tuple[Path, Any]]:
     """Paths and variables (or bare arrays) of an `nnx.State`."""
     return list(nnx.to_flat_state(state))  # type: ignore[arg-type]
 
 
-def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
+def parts_of(node: object) -> tuple[tuple[Any, Any], ...] | None:
     """Names and values of what a node holds, None for what cannot be changed in place."""
     if isinstance(node, nnx.Pytree):
         return tuple((name, value) for name, value in vars(node).items() if name not in _PRIVATE)
@@ -85,12 +85,12 @@ def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
     return None
 
 
-def is_sown(part: Any) -> bool:
+def is_sown(part: object) -> bool:
     """Whether a part is an intermediate value: handed back, never kept."""
     return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)  # held for its gradient
 
 
-def is_fixed(leaf: Any) -> bool:
+def is_fixed(leaf: object) -> bool:
     """Whether a leaf of the graph is no data, such as a function in the place of a layer."""
     return not isinstance(leaf, (nnx.Variable, bool)) and not is_traced(leaf)
 
@@ -100,7 +100,7 @@ def spell(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def same(old: Any, new: Any) -> bool:
+def same(old: object, new: object) -> bool:
     """Whether two values hold the very same arrays."""
     if old is new:
         return True
@@ -129,11 +129,11 @@ def is_other(node: Any, held: Any) -> bool:
     return False
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return isinstance(value, (jax.Array, np.ndarray))
 
 
-def taken_from(module: Any, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, list[Any]]:
+def taken_from(module: nnx.Module, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, list[Any]]:
     """The graph of `module`, which a run changed, and the values of its variables.
 
     Args:
@@ -169,7 +169,7 @@ class RebuiltGraph:
     added: tuple[str, ...]
     """Types of variables that are new."""
 
-    def put_into(self, module: Any, values: list[Any]) -> None:
+    def put_into(self, module: nnx.Module, values: list[Any]) -> None:
         """Gives the objects of `module` the attributes that the run's copy has."""
         flat = [
             (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
@@ -238,11 +238,14 @@ def transplant(originals: Mapping[int, Any], copies: Iterable[Any]) -> None:
 
 _MISSING = object()
 
+Nodes = Iterable[tuple[Path, Any]]
+"""Modules and containers of a graph, with their paths."""
+
 _FLAX_SWITCHES = ("deterministic", "use_running_average")
 """The switches that `train()` and `eval()` set themselves."""
 
 
-def mode_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...]:
+def mode_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...]:
     """The statements that set every switch of a graph, where `module` is the expression that it stands for.
 
     `net.train(is_training=True)` for those of modules, with the user's own as arguments, and
@@ -264,7 +267,7 @@ def mode_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...]:
     return (*call, *out)
 
 
-def back_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...] | None:
+def back_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...] | None:
     """The statements that set the switches back to how they stand; None where one mode does not describe them."""
     as_they_stand = [(id(node), name, value) for node, name, value, _ in _switches(nodes, None)]
     for other in (train, not train):
@@ -273,13 +276,13 @@ def back_by_hand(module: str, nodes: Any, train: bool) -> tuple[str, ...] | None
     return None
 
 
-def switches_read(nodes: Any, train: bool | None) -> tuple[str, ...]:
+def switches_read(nodes: Nodes, train: bool | None) -> tuple[str, ...]:
     """How the switches of a graph's `nodes` read in a mode; as they stand for None. Each with how many modules have it."""
     counts = Counter(setting for _, _, _, setting in _switches(nodes, train))
     return tuple(setting if n == 1 else f"{setting} in {n} modules" for setting, n in sorted(counts.items()))
 
 
-def set_mode(module: Any, train: bool | None) -> Callable[[], None]:
+def set_mode(module: nnx.Module, train: bool | None) -> Callable[[], None]:
     """Sets every switch of `module`; gives what sets them back, where the model has not set them itself since."""
     if train is None:
         return lambda: None
@@ -300,7 +303,7 @@ def set_mode(module: Any, train: bool | None) -> Callable[[], None]:
     return undo
 
 
-def _switches(nodes: Any, train: bool | None) -> Iterator[tuple[Any, str, Any, str]]:
+def _switches(nodes: Nodes, train: bool | None) -> Iterator[tuple[Any, str, Any, str]]:
     """Every switch of the graph: the module that has it, the attribute to set and its value, and how that reads.
 
     A switch is an attribute of the module, of its class, or a field of a config dataclass that it holds.

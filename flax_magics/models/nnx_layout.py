@@ -37,7 +37,7 @@ _NO_NUMPY: set[type] = set()
 """Types of values that were met and that nobody changes where they are."""
 
 
-def _own(value: Any) -> Any:
+def _own(value: object) -> Any:
     """The value, a copy of one of NumPy's: a run op by op could change it in place."""
     if not isinstance(value, np.ndarray):
         _NO_NUMPY.add(type(value))
@@ -47,7 +47,7 @@ def _own(value: Any) -> Any:
 class Same:
     """A graphdef as part of a key: compared for equality, which is quick for the very same one; hashed once."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: nnx.GraphDef[Any]) -> None:
         self.value = value
 
     @cached_property
@@ -92,7 +92,7 @@ class Slot:
                 return raw(self.leaf)[...]
         return raw(self.leaf) if self.holder is None else self.holder[self._key]
 
-    def assignment(self, value: Any) -> Assignment:
+    def assignment(self, value: object) -> Assignment:
         """What replaces its value."""
         if self.ref:
             return (setitem, raw(self.leaf), ..., value)
@@ -150,7 +150,7 @@ class Layout:
         return Fingerprint(self.static)
 
     @classmethod
-    def of(cls, module: Any) -> Layout:
+    def of(cls, module: nnx.Module) -> Layout:
         """Takes `module` apart.
 
         Raises:
@@ -293,7 +293,7 @@ class Layout:
         at_once(self.assignments(values))
 
 
-def _on_arrays(module: Any) -> Any:
+def _on_arrays(module: nnx.Module) -> Any:
     """A copy that holds arrays where the module holds references; the module itself if it holds none."""
     if not any(isinstance(part, nnx.Variable) and is_ref(raw(part)) for _, part in walk(module)):
         return module
@@ -339,7 +339,7 @@ class LayoutCache:
     def __exit__(self, *_: object) -> None:
         self.steady -= 1
 
-    def of(self, module: Any) -> Layout:
+    def of(self, module: nnx.Module) -> Layout:
         """The layout of `module` as it is now."""
         layout = self.layout
         if self.steady and layout is not None and layout.module is module:

@@ -163,7 +163,7 @@ def variables_in(tree: Any) -> tuple[Any, ...]:
     return tuple(variables)
 
 
-def reseed(module: Any, keys: Mapping[str, Any]) -> None:
+def reseed(module: object, keys: Mapping[str, Any]) -> None:
     """`nnx.reseed(module, policy='match_shape', **keys)`: a key of its own for each stream of a tag, in graph order."""
     drawn: Counter[str] = Counter()
     for _, stream in walk(module):
@@ -183,13 +183,13 @@ def _plain_variables() -> Any:
     return nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
 
 
-def _is_converted(held: Any, traced: Any) -> bool:
+def _is_converted(held: object, traced: object) -> bool:
     """Whether JAX has made another dtype of a value by taking it into a program."""
     before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
     return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
 
 
-def _pop(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+def _pop(module: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
     """Takes the parts that are `wanted` off the graph: type → nested by path."""
     out: dict[str, Any] = {}
     for path, node in list(walk(module)):
@@ -215,7 +215,7 @@ HANDED: Path = ("(rngs of the call)",)
 """In place of a path: a stream that the session made for the call."""
 
 
-def mark(module: Any, trace: object, handed: bool = False) -> None:
+def mark(module: object, trace: object, handed: bool = False) -> None:
     """Every variable of the graph carries its path.
 
     Args:
@@ -229,18 +229,18 @@ def mark(module: Any, trace: object, handed: bool = False) -> None:
             object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: (where, trace)})
 
 
-def path_of(variable: Any) -> Path | None:
+def path_of(variable: nnx.Variable[Any]) -> Path | None:
     """The path that a variable carries, None for one that the user passed or that the model made itself."""
     path, _ = variable._var_metadata.get(MARK, (None, None))
     return path  # type: ignore[no-any-return]
 
 
-def was_sown(part: Any) -> bool:
+def was_sown(part: object) -> bool:
     """Whether a variable came to be by `sow` in this run."""
     return isinstance(part, nnx.Variable) and SOWED in getattr(part, "_var_metadata", ())
 
 
-def unmark(module: Any) -> None:
+def unmark(module: nnx.Module) -> None:
     """Takes the paths off again."""
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and MARK in getattr(part, "_var_metadata", ()):  # hijax has none
@@ -255,7 +255,7 @@ class Watcher:
       handed: the Rngs that the session made for the call, None if it made none.
     """
 
-    def __init__(self, module: Any, record: CallTrace, handed: Any) -> None:
+    def __init__(self, module: nnx.Module, record: CallTrace, handed: object) -> None:
         self.record = record
         self.handed = handed
         self.missing: str | None = None
@@ -280,7 +280,7 @@ class Watcher:
         ):
             yield
 
-    def _draw(self, draw: Callable[..., Any], stream: Any) -> Any:
+    def _draw(self, draw: Callable[..., Any], stream: nnx.RngStream) -> Any:
         self._consumed(stream)
         return draw(stream)
 
@@ -297,7 +297,7 @@ class Watcher:
             raise
 
     def _sow(
-        self, sow: Callable[..., Any], module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any
+        self, sow: Callable[..., Any], module: nnx.Module, variable_type: object, name: str, *args: Any, **kwargs: Any
     ) -> Any:
         is_new = not hasattr(module, name)
         if _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
@@ -319,25 +319,25 @@ class Watcher:
         finally:
             self.drawing = None
 
-    def _norm(self, norm: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _norm(self, norm: Callable[..., Any], module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         self._layer(module, "norm", "use_running_average", kwargs)
         return norm(module, *args, **kwargs)
 
-    def _noted(self, name: str, method: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _noted(self, name: str, method: Callable[..., Any], module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         calls, path = self.record.calls, self._path(module)
         if calls is None or path is None:
             return method(module, *args, **kwargs)
         run, cls = functools.partial(method, module), type(module).__name__
         return calls.note(run, args, kwargs, path=tuple(map(str, path)), cls=cls, method=name)
 
-    def _lacks(self, rngs: Any, name: str) -> bool:
+    def _lacks(self, rngs: object, name: str) -> bool:
         """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""
         if self.handed is None or name.startswith("_") or name in vars(rngs):
             return False
         streams = [part for part in vars(rngs).values() if isinstance(part, nnx.RngStream)]
         return rngs is self.handed or any(path_of(stream.key) == HANDED for stream in streams)
 
-    def _consumed(self, stream: Any) -> None:
+    def _consumed(self, stream: nnx.RngStream) -> None:
         path = path_of(stream.key)
         if path is not None:
             consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
@@ -349,7 +349,7 @@ class Watcher:
             self.record.takes.append(KeyUse(tag, where, (place, self.drawn[place]), self.drawing, inside))
             self.drawn[place] += 1
 
-    def _own(self, stream: Any, path: Path) -> bool:
+    def _own(self, stream: nnx.RngStream, path: Path) -> bool:
         """Whether a stream is the model's own or the call's, and no copy of a transform's."""
         if path == HANDED:
             return any(part is stream for part in vars(self.handed).values())
@@ -373,7 +373,7 @@ class Watcher:
             frame = frame.f_back
         return ()
 
-    def _path(self, module: Any) -> Path | None:
+    def _path(self, module: object) -> Path | None:
         if id(module) in self.paths and self.parts[self.paths[id(module)]] is module:
             return self.paths[id(module)]
         for part in vars(module).values():  # a transform's copy

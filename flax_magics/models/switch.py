@@ -71,7 +71,7 @@ def check_agreement(train: bool, written: dict[str, Any]) -> None:
             raise FlaxMagicsError(f"{option} contradicts {name}={value}, written in the call. Leave one of them out.")
 
 
-def set_fields(value: Any, train: bool, fixed: frozenset[str]) -> tuple[Any, tuple[str, ...]]:
+def set_fields(value: object, train: bool, fixed: frozenset[str]) -> tuple[Any, tuple[str, ...]]:
     """`value` (a dataclass: a linen module or a config) with its switches set, and what was set.
 
     Fields are found on the value itself, on dataclasses that it holds, however deep, and in tuples, lists and dicts of
@@ -86,14 +86,14 @@ def set_fields(value: Any, train: bool, fixed: frozenset[str]) -> tuple[Any, tup
     return result, tuple(setter.settings)
 
 
-def set_unset_fields(value: Any, fixed: frozenset[str]) -> Any:
+def set_unset_fields(value: object, fixed: frozenset[str]) -> Any:
     """`value` with the switches that have no value in evaluation, if it has no other switch."""
     if fixed or read_fields(value):
         return value
     return _Setter(False, fixed, NoneType).visit(value, "")
 
 
-def read_fields(value: Any) -> tuple[str, ...]:
+def read_fields(value: object) -> tuple[str, ...]:
     """The switches of `value` as they stand: `('training=False', 'config.deterministic=True')`."""
     setter = _Setter(None, frozenset(), bool)
     setter.visit(value, "")
@@ -106,7 +106,7 @@ def setting_of(text: str) -> tuple[str, bool]:
     return name, value.startswith("True")
 
 
-def cloned(name: str, module: Any, settings: Iterable[tuple[str, Any]]) -> str:
+def cloned(name: str, module: object, settings: Iterable[tuple[str, Any]]) -> str:
     """`net.clone(training=True)`, and what sets a switch on what is in a field; `name` itself for no settings.
 
     Args:
@@ -120,19 +120,19 @@ def cloned(name: str, module: Any, settings: Iterable[tuple[str, Any]]) -> str:
 class _FieldWriter:
     """Writes the expression that sets switches anew, visiting in the order of `_Setter`, so that paths are the same."""
 
-    def __init__(self, settings: Mapping[str, Any], module: Any) -> None:
+    def __init__(self, settings: Mapping[str, Any], module: object) -> None:
         self.settings = settings
         self.visits: Counter[int] = Counter()
         self._count(module)
         self.shared: dict[int, str] = {}
 
-    def _count(self, value: Any) -> None:
+    def _count(self, value: object) -> None:
         self.visits[id(value)] += 1
         if self.visits[id(value)] == 1:
             for _, inner in _parts(value):
                 self._count(inner)
 
-    def of(self, value: Any, path: str, name: str) -> str:
+    def of(self, value: object, path: str, name: str) -> str:
         """The expression for `value` with its switches set, where `name` stands for it as it is; `name` if it has none."""
         if id(value) in self.shared:
             return self.shared[id(value)] or name
@@ -150,7 +150,7 @@ class _FieldWriter:
         return f"({self.shared[id(value)]} := {text})" if changed else name
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def _parts(value: object) -> Iterator[tuple[str, Any]]:
     """What switches are looked for in, each with its step in an expression: `.config`, `[0]`, `['head']`."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         yield from ((f"[{i}]", item) for i, item in enumerate(value))
@@ -161,7 +161,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", getattr(value, name, None)) for name in names)
 
 
-def _expression(value: Any, name: str, changed: Mapping[str, str]) -> str:
+def _expression(value: object, name: str, changed: Mapping[str, str]) -> str:
     """The expression for `value` with some of its parts changed, by their steps."""
     if isinstance(value, Mapping):
         text = ", ".join([f"**{name}", *(f"{step[1:-1]}: {part}" for step, part in changed.items())])
@@ -179,7 +179,7 @@ def _expression(value: Any, name: str, changed: Mapping[str, str]) -> str:
     return f"{name}.clone({fields})" if _is_linen(value) else f"dataclasses.replace({name}, {fields})"
 
 
-def _is_linen(value: Any) -> bool:
+def _is_linen(value: object) -> bool:
     return hasattr(value, "clone") and hasattr(value, "scope")
 
 
@@ -193,14 +193,14 @@ class _Setter:
         self.settings: list[str] = []
         self.memo: dict[int, Any] = {}
 
-    def visit(self, value: Any, path: str) -> Any:
+    def visit(self, value: object, path: str) -> Any:
         if id(value) in self.memo:
             return self.memo[id(value)]
         result = self._visit(value, path)
         self.memo[id(value)] = result
         return result
 
-    def _visit(self, value: Any, path: str) -> Any:
+    def _visit(self, value: object, path: str) -> Any:
         if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
             items = {step: self.visit(item, path + step) for step, item in _parts(value)}
             if all(items[step] is item for step, item in _parts(value)):
@@ -219,7 +219,7 @@ class _Setter:
                 changes[name] = new
         return _replaced(value, changes) if changes else value
 
-    def _switch(self, name: str, old: Any, where: str, *, top: bool) -> Any:
+    def _switch(self, name: str, old: object, where: str, *, top: bool) -> Any:
         if top and name in self.fixed:
             return old
         if not isinstance(old, self.kind):
@@ -286,7 +286,7 @@ class _SwitchPlace(NamedTuple):
     keyword: bool
 
 
-def layer_of(kind: str, path: Path, module: Any, around: list[Any], switch: tuple[str, bool, bool]) -> Layer:
+def layer_of(kind: str, path: Path, module: object, around: list[Any], switch: tuple[str, bool, bool]) -> Layer:
     """The layer `module` at `path`, called while its trace runs.
 
     Args:
@@ -320,7 +320,7 @@ def _is_flax(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "flax"
 
 
-def _frame_of(module: Any) -> FrameType | None:
+def _frame_of(module: object) -> FrameType | None:
     """The innermost frame of the user's in which a method of `module` runs."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -332,7 +332,7 @@ def _frame_of(module: Any) -> FrameType | None:
     return None
 
 
-def _own_switch(module: Any, frame: FrameType | None) -> str:
+def _own_switch(module: object, frame: FrameType | None) -> str:
     """A module's own switch as its methods write it: `train`, `self.training`, `self.config.deterministic`."""
     if frame is not None:
         code = frame.f_code

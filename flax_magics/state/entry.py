@@ -163,12 +163,12 @@ class Origin:
         self.leaves = leaves
 
 
-def is_plain(leaf: Any) -> bool:
+def is_plain(leaf: object) -> bool:
     """Whether an input is an array or a plain value, which are what they were."""
     return hasattr(leaf, "dtype") or leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes))
 
 
-def objects_in(treedef: Any, leaves: Iterable[Any], structure: Any) -> list[Any]:
+def objects_in(treedef: object, leaves: Iterable[Any], structure: object) -> list[Any]:
     """What may have changed where it is: inputs that are no arrays and not plain, static data of these and of variables.
 
     Args:
@@ -192,7 +192,7 @@ class Replaced:
       origin, inputs: as `Kept` has them, so that they count like a run; None once they were let go of.
     """
 
-    def __init__(self, variables: Any, source: WeightSource, updates: Mapping[str, int]) -> None:
+    def __init__(self, variables: object, source: WeightSource, updates: Mapping[str, int]) -> None:
         self.source, self.updates = source, updates
         nothing: Any = _Nothing()
         leaves, self._structure = jax.tree_util.tree_flatten(variables)

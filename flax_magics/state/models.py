@@ -50,7 +50,7 @@ class Registration:
     """Carries the variables over into a module that holds its own."""
 
 
-def register(old: ModelEntry | None, name: str, module: Any) -> tuple[ModelEntry, Registration]:
+def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEntry, Registration]:
     """The entry for `module` under `name`, and how it compares with `old`. Nothing is changed here.
 
     Raises:
@@ -143,7 +143,7 @@ def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[M
     return entry, Registration(old.name, "changed", variables="kept")
 
 
-def differences(old: Any, new: Any) -> tuple[str, ...]:
+def differences(old: object, new: object) -> tuple[str, ...]:
     """Leaf by leaf: `Dense_0/kernel [4,3]→[4,5]`, `Dense_1/bias added`. `params` needs no naming."""
     before, after = _leaves(old), _leaves(new)
     out = []
@@ -161,7 +161,7 @@ def differences(old: Any, new: Any) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def _leaves(tree: object) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
     return {name.removeprefix("params/"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
@@ -199,7 +199,7 @@ def _expected(entry: ModelEntry) -> tuple[Mapping[str, Any] | None, frozenset[st
 
 
 def _into_module(
-    entry: ModelEntry, model: ModelWithVariables, variables: Any, written: Written, cell: int | None
+    entry: ModelEntry, model: ModelWithVariables, variables: object, written: Written, cell: int | None
 ) -> tuple[ModelEntry, Callable[[], None]]:
     """The same for an NNX module; variables that are not among those given stay, as in `nnx.update`."""
     name = entry.name
@@ -369,7 +369,7 @@ def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
     raise FlaxMagicsError("this model is not registered.", **written(line))
 
 
-def entry_now(models: Mapping[str, ModelEntry], name: str, module: Any) -> tuple[ModelEntry, tuple[Note, ...]]:
+def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
     """The entry of a name that stands for `module` now (None: for what it stood for), and what is to be said of that."""
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:

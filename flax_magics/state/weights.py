@@ -37,7 +37,7 @@ class Mark(NamedTuple):
     digest: bytes | None
 
     @classmethod
-    def of(cls, tree: Any, *, sampled: bool) -> Mark:
+    def of(cls, tree: object, *, sampled: bool) -> Mark:
         """The mark of the arrays of `tree`. `sampled`: their elements count, not the objects."""
         leaves = jax.tree_util.tree_leaves(tree)
         return cls(tuple(map(_reference, leaves)), quick_digest(leaves) if sampled else None)
@@ -49,7 +49,7 @@ class Mark(NamedTuple):
         )
 
 
-def _reference(leaf: Any) -> weakref.ref[Any] | None:
+def _reference(leaf: object) -> weakref.ref[Any] | None:
     return weakref.ref(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else None
 
 
@@ -163,7 +163,7 @@ class Written:
         return "{}" if isinstance(tree, simple) else "({})"
 
 
-def check_collections(name: str, value: Any, written: Written, expected: Mapping[str, Any] | None = None) -> None:
+def check_collections(name: str, value: object, written: Written, expected: Mapping[str, Any] | None = None) -> None:
     """Checks that `value` is a mapping of collections.
 
     Args:
@@ -199,7 +199,7 @@ def check_collections(name: str, value: Any, written: Written, expected: Mapping
         )
 
 
-def check_state(name: str, value: Any, written: Written, module: Any) -> None:
+def check_state(name: str, value: object, written: Written, module: object) -> None:
     """Checks that `value` is like an `nnx.State`; `module` is the one whose variables it is to give.
 
     Raises:
@@ -261,7 +261,7 @@ def unfit(name: str, problems: list[str]) -> FlaxMagicsError:
     return FlaxMagicsError(f"these variables do not fit `{name}`, and none of them was taken:", hint="\n".join(lines))
 
 
-def misfits(expected: Any, value: Any) -> list[str]:
+def misfits(expected: object, value: object) -> list[str]:
     """What keeps `value` from being like `expected`, a line for each leaf; names of `params` are given without it."""
     wanted, has = _leaves(expected), _leaves(value)
     lines = []
@@ -277,23 +277,23 @@ def misfits(expected: Any, value: Any) -> list[str]:
     return lines
 
 
-def _leaves(tree: Any) -> dict[str, str]:
+def _leaves(tree: object) -> dict[str, str]:
     """Name → dtype and shape, without the boxes of `nn.with_partitioning`."""
     leaves = jax.tree_util.tree_flatten_with_path(jax.tree_util.tree_map(_unboxed, tree, is_leaf=_boxed))[0]
     names = (jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/") for path, _ in leaves)
     return {name: _describe(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-def _boxed(leaf: Any) -> bool:
+def _boxed(leaf: object) -> bool:
     return isinstance(leaf, meta.AxisMetadata)
 
 
-def _unboxed(leaf: Any) -> Any:
+def _unboxed(leaf: object) -> Any:
     inside = jax.tree_util.tree_leaves(leaf) if _boxed(leaf) else []
     return inside[0] if len(inside) == 1 else leaf
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: object) -> str:
     """`float32[3,4]`; a number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
     if isinstance(leaf, (bool, int, float, complex)):
         leaf = np.asarray(leaf)
@@ -305,7 +305,7 @@ def _describe(leaf: Any) -> str:
     return f"{dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def check_alive(what: str, variables: Any, line: str | None = None) -> None:
+def check_alive(what: str, variables: object, line: str | None = None) -> None:
     """Checks that no array of the variables was donated or deleted.
 
     Args:
