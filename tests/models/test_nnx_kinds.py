@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import bits, keys_of, sown_off, values
+from by_hand import STATIC_ARGUMENTS, STATIC_CHANGES, bits, keys_of, sown_off, values
 from flax import nnx
 from nnx_kinds import (
     WARNINGS,
@@ -603,16 +603,7 @@ def test_graphs_and_other_trees_in_and_out_and_nothing_at_all(session):
     runs_as_by_hand(Session(seed=0), lambda: OnGraphs(nnx.Rngs(0)), method="parameters")
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"n": 2}, "n: 1 → 2"),
-        ({"how": "tanh"}, "how: 'relu' → 'tanh'"),
-        ({"twice": True}, "twice: False → True"),
-        ({"act": nnx.sigmoid}, "act: softplus → sigmoid"),
-        ({"act": None}, "act: given before"),
-    ],
-)
+@pytest.mark.parametrize(("change", "reason"), STATIC_CHANGES)
 def test_static_arguments_compile_again_and_say_so(session, change, reason):
     class Plain(nnx.Module):
         def __init__(self, rngs):
@@ -625,12 +616,12 @@ def test_static_arguments_compile_again_and_say_so(session, change, reason):
             x = act(x) if act is not None else x
             return x * 2 if twice else x
 
-    net, first = Plain(nnx.Rngs(0)), {"n": 1, "how": "relu", "twice": False, "act": nnx.softplus}
+    net, changed = Plain(nnx.Rngs(0)), {**STATIC_ARGUMENTS, **change}
     session.register("net", net)
-    session.apply("net", an_input(), **first)
-    run = session.apply("net", an_input(), **{**first, **change})
+    session.apply("net", an_input(), **STATIC_ARGUMENTS)
+    run = session.apply("net", an_input(), **changed)
     assert (run.program, reason in run.reason) == ("compiled", True)
-    by_hand = nnx.jit(lambda net, x: net(x, **{**first, **change}))
+    by_hand = nnx.jit(lambda net, x: net(x, **changed))
     assert bits(run.output) == bits(by_hand(net, an_input()))
 
 
