@@ -297,6 +297,7 @@ def test_a_run_that_fails_or_is_interrupted_leaves_every_bit_and_every_object(se
             super().__call__(x)
             self.config = None
             self.dropout = None
+            self.extra = nnx.Variable(jnp.ones(2))
             self.sow(nnx.Intermediate, "seen", x)
             raise error("no")
 
@@ -307,6 +308,8 @@ def test_a_run_that_fails_or_is_interrupted_leaves_every_bit_and_every_object(se
     attributes = {path: dict(vars(part)) for path, part in nnx.iter_graph(net) if isinstance(part, nnx.Pytree)}
     with pytest.raises(error, match="no"):
         session.apply("net", an_input(), mode=mode, eager=eager)
+    assert session.runs == []
+    assert bits(jax.random.key_data(session.root_key)) == bits(jax.random.key_data(jax.random.key(0)))
     assert bits(nnx.state(net)) == state
     assert {path: id(part) for path, part in nnx.iter_graph(net)} == parts
     for path, part in nnx.iter_graph(net):
