@@ -108,7 +108,8 @@ class LinenModel:
         if method:
             check_name(self.module, name)
         function = getattr(type(self.module), name, None)
-        if len(method) > 1 or (function is None and (name in self.fields() or self._has_setup())):
+        has_setup = type(self.module).setup is not nn.Module.setup
+        if len(method) > 1 or (function is None and (name in self.fields() or has_setup)):
             return TAKES_ANYTHING
         if not callable(function):
             hint = did_you_mean(name, self.methods())
@@ -118,9 +119,6 @@ class LinenModel:
             raise FlaxMagicsError(f"{what}; its methods: {known}.", hint=hint)
         signature = inspect.signature(function)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def _has_setup(self) -> bool:
-        return type(self.module).setup is not nn.Module.setup
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """A clone with the switches among its fields set. Clones are kept for as long as the module is the same."""

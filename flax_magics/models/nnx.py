@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
+from ..base.critical import at_once
 from ..base.digest import quick_digest
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
@@ -278,12 +279,12 @@ class NnxModel:
 
     def assign(self, values: Values) -> None:
         """Puts `values` into the module."""
-        self.layout.write(values)
+        at_once(self.layout.assignments(values))
 
     def become(self, other: ModelWithVariables) -> None:
         """The module's own objects get the values of another, newly built one; where that one is built otherwise, all."""
         if self.layout.graphdef == other.layout.graphdef:
-            self.layout.write(other.layout.values())
+            at_once(self.layout.copying(other.layout))
         else:
             transplant({id(other.module): self.module}, [part for _, part in walk(other.module)])
 

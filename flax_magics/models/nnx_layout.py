@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..base.critical import Assignment, at_once
+from ..base.critical import Assignment
 from ..base.digest import own
 from ..code.fingerprint import Fingerprint
 from ..code.guards import Guards
@@ -195,17 +195,13 @@ class Layout:
         """Whether every module and container holds the very objects that it held."""
         return self.held.hold()
 
-    def values(self) -> Values:
-        """The arrays as they are now, those that an earlier call sowed left out."""
-        out: Values = {}
-        for slot in self.slots:
-            if slot.sown or slot.fixed:
-                continue
-            out.setdefault(slot.collection, {})[slot.name] = _own(slot.read())
-        return out
+    def copying(self, other: Layout) -> list[Assignment]:
+        """What gives the module the values of another with the same graphdef; what earlier calls sowed stays."""
+        pairs = zip(self.slots, other.slots, strict=True)
+        return [slot.assignment(_own(new.read())) for slot, new in pairs if not (slot.sown or slot.fixed)]
 
     def given(self) -> Values:
-        """The same without the streams' own: what a program is given."""
+        """The arrays that a program is given, as they are now: neither streams' own nor what earlier calls sowed."""
         out: Values = {}
         for collection, names, leaves in self._given[0]:
             values = list(map(_SLOT.__get__, leaves))
@@ -287,10 +283,6 @@ class Layout:
     @cached_property
     def _by_name(self) -> dict[tuple[str, str], Slot]:
         return {(slot.collection, slot.name): slot for slot in self.slots}
-
-    def write(self, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """Makes these assignments."""
-        at_once(self.assignments(values))
 
 
 def _on_arrays(module: nnx.Module) -> Any:
