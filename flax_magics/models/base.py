@@ -60,7 +60,7 @@ class KeyUse:
 
 @dataclass
 class CallTrace:
-    """What one trace saw. Filled while the model runs; read-only afterwards."""
+    """Records what one trace saw of the model. Filled while the model runs; read-only afterwards."""
 
     asked: dict[str, list[Path]] = field(default_factory=dict)
     """stream → paths of the modules that called `make_rng` for it."""
@@ -92,7 +92,7 @@ class CallTrace:
             self.layers.append(layer)
 
     def with_what(self, traced: CallTrace) -> CallTrace:
-        """With the streams and layers that a trace saw and this run did not: inside a jitted function of the model's own."""
+        """This record, completed by streams and layers that only a trace sees: inside the model's own jitted functions."""
         asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
         layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
         return replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
@@ -100,7 +100,7 @@ class CallTrace:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one run of a model is given besides its variables: streams it may draw from, collections it may write, and
+    """The needs of one run besides variables: streams it may draw from, collections it may write, and
     mapped axes of size 1 that stand for this one device.
     """
 
@@ -109,18 +109,18 @@ class Needs:
     axes: frozenset[str] = frozenset()
 
     def and_what(self, record: CallTrace) -> Needs:
-        """With what a trace that was incomplete asked for."""
+        """These needs and those that an incomplete trace showed."""
         return Needs(self.streams | set(record.asked), self.mutable | record.written, self.axes | record.axes)
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What a run changed, and how a module that holds its own variables is given that."""
+    """The changes of a run, and how a module that holds its own variables is given them."""
 
     changed: tuple[str, ...]
     """Collections (of NNX: types of variables, random streams left out) that the run wrote."""
     assignments: tuple[Assignment, ...] = ()
-    """What writes them into the module; none where the session holds them."""
+    """They write the changes into the module; there are none where the session holds the variables."""
     write: Callable[[], None] | None = None
     """Writes a graph that was changed, which takes more than assignments."""
 
@@ -219,7 +219,7 @@ class AnyModel(Protocol):
         """Streams that every run is given, whether or not it consumes them."""
 
     def cache_key(self) -> Any:
-        """What tells this model's programs from another's; None where that cannot be told."""
+        """A value that differs from another model's where its programs do; None where that cannot be told."""
 
     def fingerprint(self) -> bytes | None:
         """A digest of what the model computes: equal for what an unchanged cell makes again. None: cannot be told."""
@@ -236,7 +236,7 @@ class AnyModel(Protocol):
         """Names of the arguments that the model adds to the call itself."""
 
     def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
-        """What a run's updates change, and how they are written into a module that holds its own variables."""
+        """The collections that a run's updates change, and the assignments that write them into the module."""
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
@@ -297,7 +297,7 @@ class ModelWithVariables(AnyModel, Protocol):
         """The variables as they are now, by type and path; the keys and counts of random streams are the draw's to give."""
 
     def collections(self) -> Values:
-        """The same without anything that belongs to random streams."""
+        """The variables as they are now, without anything that belongs to random streams."""
 
     def state(self) -> Any:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""

@@ -47,7 +47,7 @@ _STEADY = nullcontext()
 
 
 def nnx_bridge() -> Any:
-    """What watches NNX modules inside linen ones; None where nobody has imported what puts them there."""
+    """The module that watches NNX modules inside linen ones; None as long as nobody has imported Flax's bridge."""
     if "flax.nnx.bridge" not in sys.modules:
         return None
     from . import bridge
@@ -57,7 +57,7 @@ def nnx_bridge() -> Any:
 
 @dataclass
 class ModeCache:
-    """What was worked out about a module, for as long as nothing it was read from has changed."""
+    """Results about a module that hold for as long as its code and its fields are the same."""
 
     fingerprint: Fingerprint | None = None
     init_streams: set[str] = field(default_factory=set)
@@ -147,7 +147,7 @@ class LinenModel:
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
 
     def streams(self) -> frozenset[str]:
-        """None: a stream is given because a trace asked for it."""
+        """No stream: one is given only because a trace asked for it."""
         return frozenset()
 
     def cache_key(self) -> bytes | None:
@@ -171,7 +171,7 @@ class LinenModel:
         return self, False
 
     def supplied_arguments(self) -> tuple[str, ...]:
-        """None."""
+        """No argument: streams are given to linen's `apply`, not to the method."""
         return ()
 
     def commit(self, updates: Variables, record: CallTrace) -> Commit:
@@ -215,7 +215,7 @@ class LinenModel:
         return run
 
     def _target(self, method: Path, kwargs: dict[str, Any]) -> tuple[str | Callable[..., Any] | None, dict[str, Any]]:
-        """What Flax's `apply` and `init` take as `method`, and the keywords they hand on to it."""
+        """The `method` for Flax's `apply` and `init`, and the keywords that they hand on to it."""
         shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}  # Flax would take them for its own
         if not method and not shadowed:
             return None, kwargs

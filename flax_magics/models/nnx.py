@@ -146,7 +146,7 @@ class NnxModel:
         return self.layout.given()
 
     def collections(self) -> dict[str, dict[str, Any]]:
-        """The same without all that is random streams' own."""
+        """The variables as they are now, without keys and counts of random streams."""
         layout = self.layout
         return {name: tree for name, tree in layout.given().items() if name not in layout.random}
 
@@ -187,7 +187,7 @@ class NnxModel:
         return self.layout.fingerprint.digest()
 
     def fingerprint(self) -> bytes | None:
-        """The same with the graph's shape: what an unchanged cell makes again."""
+        """A digest of the code and of the graph's shapes and plain values: equal for what an unchanged cell makes again."""
         code = self.code()
         if code is None:
             return None
@@ -243,7 +243,7 @@ class NnxModel:
         return (model, True) if written else (replace(model, gives_rngs=True), False)
 
     def _falls_back(self) -> bool:
-        """Whether it is a layer of Flax's own that holds streams: without `rngs` it uses those, the draw's."""
+        """Whether the module is one of Flax's own layers that holds streams: called without `rngs` it uses these."""
         return type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
 
     def supplied_arguments(self) -> tuple[str, ...]:
@@ -256,7 +256,7 @@ class NnxModel:
         return nnx_trace.forward(self.layout, method, ask, record, mode=self.mode, held=self.streams(), rngs=rngs)
 
     def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
-        """What writes `updates` into the module's own objects."""
+        """The assignments that write `updates` into the module's own objects."""
         return nnx_trace.commit(self.layout, self.passed, updates, record.structure)
 
     def module_classes(self) -> dict[Path, str]:
@@ -307,14 +307,14 @@ class NnxModel:
 
 
 def _hands_rngs_on(module: nnx.Module) -> bool:
-    """Whether it is an `nnx.Sequential` with a layer that takes `rngs`: the newest take any keyword and hand it on."""
+    """Whether `module` is an `nnx.Sequential` that hands `rngs` on: its own call takes any keyword."""
     if not isinstance(module, nnx.Sequential):
         return False
     return any("rngs" in readable_signature(layer).parameters for layer in module.layers if callable(layer))
 
 
 def _about(variable: object) -> str:
-    """What a Variable says of itself besides its value: `sharding_names=(None, 'mlp')`."""
+    """A Variable's metadata as text: `sharding_names=(None, 'mlp')`."""
     if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
         return ""
     usual = getattr(type(variable), "required_metadata", ())

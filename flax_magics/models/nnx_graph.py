@@ -30,7 +30,7 @@ _HIJAX: Any = getattr(configurations, "flax_hijax_variable", None)
 # Graph mode, where this version has another: models may share modules.
 GRAPH: dict[str, Any] = {"graph": True} if "graph" in inspect.signature(nnx.split).parameters else {}
 _PRIVATE = ("_pytree__state", "_pytree__nodes")
-"""What NNX itself keeps on an object: when it was made, and which attributes hold data."""
+"""Attributes in which NNX notes when an object was made, and which of its attributes hold data."""
 
 
 def raw(variable: object) -> Any:
@@ -157,7 +157,7 @@ def taken_from(module: nnx.Module, before: Mapping[Path, Any]) -> tuple[RebuiltG
 
 @dataclass
 class RebuiltGraph:
-    """What a run left behind that is more than other values: attributes that were set, taken away or replaced."""
+    """The graph after a run that set, removed or replaced attributes: more than other values of the same variables."""
 
     graphdef: Any
     skeleton: tuple[tuple[Path, Any], ...]

@@ -72,9 +72,9 @@ class Slot:
     holder: Any
     """The dict of attributes, or the container, that a bare array is in; None for a Variable."""
     drawn: bool = False
-    """Whether it is a stream's key or count: every run begins with those of its draw, whatever stands there."""
+    """A stream's key or count: every run begins with those of its draw, whatever the module holds."""
     fixed: bool = False
-    """Whether it is no data at all, such as a function in the place of a layer: part of what the program is made for."""
+    """No data, such as a function in the place of a layer: the program is made for it."""
     structure: Any = None
     """Of a Variable: what it is apart from its value."""
     ref: bool = False
@@ -82,7 +82,7 @@ class Slot:
 
     @cached_property
     def sown(self) -> bool:
-        """Whether it is what an earlier call by hand sowed: a run starts without it."""
+        """Whether an earlier call by hand sowed it: a run starts without it."""
         return is_sown(self.leaf)
 
     def read(self) -> Any:
@@ -93,7 +93,7 @@ class Slot:
         return raw(self.leaf) if self.holder is None else self.holder[self._key]
 
     def assignment(self, value: object) -> Assignment:
-        """What replaces its value."""
+        """The assignment that replaces its value."""
         if self.ref:
             return (setitem, raw(self.leaf), ..., value)
         if self.holder is None:
@@ -196,7 +196,7 @@ class Layout:
         return self.held.hold()
 
     def copying(self, other: Layout) -> list[Assignment]:
-        """What gives the module the values of another with the same graphdef; what earlier calls sowed stays."""
+        """The assignments that give the module the values of `other`, which has the same graphdef. Sown values stay."""
         pairs = zip(self.slots, other.slots, strict=True)
         return [slot.assignment(_own(new.read())) for slot, new in pairs if not (slot.sown or slot.fixed)]
 
@@ -271,7 +271,7 @@ class Layout:
         return frozenset(str(part.key.tag) for _, part in walk(self.module) if isinstance(part, nnx.RngStream))
 
     def assignments(self, values: Mapping[str, Mapping[str, Any]]) -> list[Assignment]:
-        """What puts `values` (of all or of some variables) into the module's own objects."""
+        """The assignments that put `values`, of all or of some variables, into the module's own objects."""
         slots = self._by_name
         return [
             slots[collection, name].assignment(value)

@@ -33,7 +33,7 @@ WHEN_TRAINING = {
 
 
 def value_of(name: str, train: bool) -> bool:
-    """What switch `name` has to be for training (or not)."""
+    """The value of switch `name` for training (or not)."""
     return WHEN_TRAINING[name] is train
 
 
@@ -151,7 +151,7 @@ class _FieldWriter:
 
 
 def _parts(value: object) -> Iterator[tuple[str, Any]]:
-    """What switches are looked for in, each with its step in an expression: `.config`, `[0]`, `['head']`."""
+    """The parts of a value in which switches are looked for, each with its step: `.config`, `[0]`, `['head']`."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         yield from ((f"[{i}]", item) for i, item in enumerate(value))
     elif isinstance(value, Mapping):
@@ -262,7 +262,7 @@ class Layer:
     switch: str
     """The layer's own argument, such as `deterministic`."""
     value: bool
-    """What it is given for that."""
+    """The value of that argument."""
     source: CodePlace = CodePlace()
     own_switch: str = ""
     """The owner's own switch as its code writes it, such as `train` or `self.training`; empty if it has none."""
@@ -392,7 +392,7 @@ def _call_of(layer: type) -> Callable[..., Any]:
 
 
 def _makes(call: ast.Call, layer: type) -> bool:
-    """Whether it is `nn.Dropout(…)` or `partial(nn.Dropout, …)`."""
+    """Whether a call makes the layer: `nn.Dropout(…)` or `partial(nn.Dropout, …)`."""
     return layer.__name__ in {_last(call.func), *(_last(arg) for arg in call.args if _last(call.func) == "partial")}
 
 

@@ -67,11 +67,11 @@ class ModelEntry:
         return self.model.own_variables() if self.model.holds_variables else self.variables
 
     def collections(self) -> Mapping[str, Any] | None:
-        """The same without the random streams of an NNX module."""
+        """The variables by collection, random streams of an NNX module left out."""
         return self.model.collections() if self.model.holds_variables else self.variables
 
     def read_variables(self) -> Mapping[str, Any] | None:
-        """What the user reads as the model's variables: its collections, or a copy of an NNX module's `nnx.state`."""
+        """The variables as the user reads them: the collections, or a copy of an NNX module's `nnx.state`."""
         return self.model.state() if self.model.holds_variables else self.variables
 
     def source_now(self) -> WeightSource | None:

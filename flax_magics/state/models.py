@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Registration:
-    """What registering did: is the model new, the same, or changed; what changed; what became of its variables."""
+    """The result of registering: whether the model is new, the same or changed, and what became of its variables."""
 
     name: str
     state: Literal["new", "unchanged", "changed"]
@@ -45,7 +45,7 @@ class Registration:
     """Where variables wait for this model that were restored from there, or that do not fit it: see `unfit`."""
     unfit: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
-    """What is other about the model than when those variables were saved."""
+    """Differences from the model for which those variables were saved."""
     write: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     """Carries the variables over into a module that holds its own."""
 
@@ -74,7 +74,7 @@ def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEn
 
 
 def unchanged(old: ModelEntry) -> Registration:
-    """What registering the same again says."""
+    """The result of registering the same model again."""
     return Registration(old.name, "unchanged", variables="kept" if old.ready else "none")
 
 
@@ -201,7 +201,7 @@ def _expected(entry: ModelEntry) -> tuple[Mapping[str, Any] | None, frozenset[st
 def _into_module(
     entry: ModelEntry, model: ModelWithVariables, variables: object, written: Written, cell: int | None
 ) -> tuple[ModelEntry, Callable[[], None]]:
-    """The same for an NNX module; variables that are not among those given stay, as in `nnx.update`."""
+    """Assigns to an NNX module; variables that are not among those given stay, as in `nnx.update`."""
     name = entry.name
     check_state(name, variables, written, model.module)
     held = model.own_variables()
@@ -220,7 +220,7 @@ def _by_path(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tuple[Note, ...]]:
-    """What an init is about to replace, if that is more than an init's own; and the note that says so.
+    """The variables that an init is about to replace, unless an init made them just so; and the note that says it.
 
     An init over fresh variables leaves those that an earlier one replaced where they are.
 
@@ -295,7 +295,7 @@ class RegisteredModel:
         return self._entry().collections()
 
     def names(self) -> ModelNames:
-        """What tab completion offers: methods with their arguments, fields, streams seen so far."""
+        """Names for tab completion: methods with their arguments, fields, streams seen so far."""
         entry = self._entry()
         methods = {}
         for name in ("__call__", *entry.model.methods()):
@@ -387,7 +387,7 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
 
 
 class ModelNames(NamedTuple):
-    """What completion knows of a registered model.
+    """The names of a registered model that completion offers.
 
     Attributes:
       methods: method → names of its arguments; `__call__` for the model's own call.

@@ -26,7 +26,7 @@ SHOWN = 12
 
 
 class Mark(NamedTuple):
-    """What tells the arrays of one collection from others that take their place.
+    """Recognises the arrays of one collection, so that others in their place are noticed.
 
     Attributes:
       leaves: the arrays, held weakly; None for what cannot be (a number of Python's).
@@ -148,7 +148,7 @@ class Written:
         return cls(f"{CURRENT.format(name)} = {{}}")
 
     def advice(self, pattern: str) -> dict[str, str]:
-        """What to write with `pattern` around the expression: a line to run, or one with a gap."""
+        """Advice for an error: the line with `pattern` around the expression, to run, or with a gap to fill."""
         text = self.line.replace("{}", pattern.replace("{}", self.expression or "…"), 1)
         return {"form" if self.expression is None else "write": text}
 
@@ -213,7 +213,7 @@ def check_state(name: str, value: object, written: Written, module: object) -> N
 
 
 def _from_attributes(name: str, value: Any, written: Written, expected: Any) -> dict[str, str]:
-    """What to write for a train state, which has the collections as attributes."""
+    """Advice for a train state, which has the collections as attributes."""
     names = [one for one in (expected or {"params": None}) if isinstance(getattr(value, one, None), Mapping)]
     if "params" not in names:
         return Written(written.line).advice("{'params': {}}")
@@ -262,7 +262,7 @@ def unfit(name: str, problems: list[str]) -> FlaxMagicsError:
 
 
 def misfits(expected: object, value: object) -> list[str]:
-    """What keeps `value` from being like `expected`, a line for each leaf; names of `params` are given without it."""
+    """The differences between `value` and `expected`, a line for each leaf; names in `params` stand without it."""
     wanted, has = _leaves(expected), _leaves(value)
     lines = []
     for name, leaf in wanted.items():
