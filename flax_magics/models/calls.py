@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,7 +59,8 @@ class Calls:
     ) -> Any:
         """Makes the call, and gives what it gives."""
         mark = next(_numbers)
-        called = Called(path, cls, method, spell_inputs(args, kwargs), "", mark, path in self._running)
+        inputs = ", ".join([*map(_spell, args), *(f"{name}={_spell(value)}" for name, value in kwargs.items())])
+        called = Called(path, cls, method, inputs, "", mark, path in self._running)
         self.made[mark] = called
         self._running.append(path)
         try:
@@ -69,11 +70,6 @@ class Calls:
             self._running.pop()
         self.made[mark] = replace(called, outputs=_spell(output))
         return output
-
-
-def spell_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """`float32[4,8], train=True`"""
-    return ", ".join([*map(_spell, args), *(f"{name}={_spell(value)}" for name, value in kwargs.items())])
 
 
 def _spell(value: object) -> str:

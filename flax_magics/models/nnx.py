@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -234,17 +234,14 @@ class NnxModel:
             )
         model = replace(self, passed=passed) if passed else self
         takes = "rngs" in signature.parameters or _hands_rngs_on(self.module)
-        if not takes or self._falls_back():
+        # A layer of Flax's own that holds streams uses these where it is called without `rngs`.
+        holds_its_own = type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
+        if not takes or holds_its_own:
             return model, False
-        try:
-            written = "rngs" in {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
-        except TypeError:
-            written = "rngs" in kwargs
-        return (model, True) if written else (replace(model, gives_rngs=True), False)
-
-    def _falls_back(self) -> bool:
-        """Whether the module is one of Flax's own layers that holds streams: called without `rngs` it uses these."""
-        return type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
+        arguments = dict(kwargs)
+        with suppress(TypeError):  # arguments that do not fit, which is said later
+            arguments |= signature.bind_partial(*args, **kwargs).arguments
+        return (model, True) if "rngs" in arguments else (replace(model, gives_rngs=True), False)
 
     def supplied_arguments(self) -> tuple[str, ...]:
         """`rngs`, where the call takes some and has none."""

@@ -354,7 +354,8 @@ def _own_switch(module: object, frame: FrameType | None) -> str:
 
 def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_SwitchPlace]:
     """Every place in the class's methods that gives `switch` to a layer, where it is made or where it is called."""
-    parameters = list(inspect.signature(layer if not in_call else _call_of(layer)).parameters)
+    function: Callable[..., Any] = layer.__call__.__get__(object()) if in_call else layer
+    parameters = list(inspect.signature(function).parameters)  # without `self`
     position = parameters.index(switch) if switch in parameters else None
     for base in cls.__mro__:
         if _is_flax(base) or base is object:
@@ -384,11 +385,6 @@ def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_
                 if expression is not None:
                     line = expression.lineno + start - 1
                     yield _SwitchPlace(expression, line, place, names.get(id(call), ""), keyword)
-
-
-def _call_of(layer: type) -> Callable[..., Any]:
-    """The layer's call without `self`."""
-    return layer.__call__.__get__(object())  # type: ignore[no-any-return]
 
 
 def _makes(call: ast.Call, layer: type) -> bool:
