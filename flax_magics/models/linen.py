@@ -254,25 +254,24 @@ class LinenModel:
             more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
         if mutable:
             more.append(f"mutable={list(mutable)!r}")
-        return self._spelled(
-            "apply", "variables", call, (method, cloned(MODULE, self.module, map(setting_of, switch))), more
-        )
+        module = cloned(MODULE, self.module, map(setting_of, switch))
+        return self._in_plain_flax("apply", call, method, module, first="variables", more=more)
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
         """`net.init(params_key, x)`; `call` with the switches in `arguments` and in `module`: see `ExportFacts.module`."""
         key = "params_key"
         if self.init_streams:
             key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"
-        return self._spelled("init", key, call, (method, module), [f"{name}={value}" for name, value in arguments])
+        more = [f"{name}={value}" for name, value in arguments]
+        return self._in_plain_flax("init", call, method, module, first=key, more=more)
 
     @property
     def init_streams(self) -> tuple[str, ...]:
         """Streams that an init by hand has to be given besides `params`: those of NNX modules inside, once it has run."""
         return tuple(sorted(self._cache.init_streams))
 
-    def _spelled(self, verb: str, first: str, call: str, how: tuple[Path, str], more: list[str]) -> str:
-        """`call` as one of `verb` with `first` before its arguments; `how`: the method, and the module by its `MODULE`."""
-        method, module = how
+    def _in_plain_flax(self, verb: str, call: str, method: Path, module: str, *, first: str, more: list[str]) -> str:
+        """`call` as one of Flax's `verb` on `module`, with `first` before the call's own arguments and `more` after them."""
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
         shadowed = any(f"{name}=" in arguments for name in FLAX_ARGUMENTS) and _keywords(call) & {*FLAX_ARGUMENTS}
