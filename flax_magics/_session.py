@@ -38,8 +38,7 @@ from .rng.keys import Draw, DrawBatch, RootKey
 from .run import Note, Run
 from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of, checked_limit
 from .state.entry import ModelEntry
-from .state.handles import Models, RegisteredModel, entry_now, entry_of
-from .state.models import Registration, assigned, register
+from .state.models import Models, RegisteredModel, Registration, assigned, entry_now, entry_of, register
 from .state.runs import StoredRun, backwards, newest
 from .state.state import Restart, State
 from .state.weights import Written
@@ -508,8 +507,7 @@ class Session:
     def variables(self, name: str, module: Any = None) -> Any:
         """The variables of a model as `models[name].variables` gives them; see `run_apply` for `module`."""
         entry, _ = entry_now(self._state.models, name, module)
-        model: Any = entry.model
-        return model.state() if model.holds_variables else entry.variables
+        return entry.read_variables()
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""
@@ -632,7 +630,7 @@ class Session:
         library.look()
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
-            with entry.model.steady:
+            with entry.model.held_still:
                 again = self._again(entry, call, options) if options.plain and not notes else None
                 return again or self._run(entry, notes, call, options)
         entry, more = self._entry_now(name, module)

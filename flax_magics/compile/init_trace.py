@@ -94,6 +94,7 @@ def trace_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwar
 
     What the model raises is passed on, and what JAX raises where it looks at values.
     """
+    assert not model.holds_variables  # an NNX module is initialised where it is built
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [leaf for leaf in leaves if is_array(leaf)]
     made: list[Any] = []
@@ -207,7 +208,7 @@ def take(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: di
 
 def _identity(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
     """Equal ones trace the same; None where that cannot be told."""
-    print_ = model.key()
+    print_ = model.cache_key()
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     static = fingerprint([leaf for leaf in leaves if not is_array(leaf)])
     now, structure = settings(), Structure.of(treedef)

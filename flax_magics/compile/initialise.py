@@ -47,6 +47,7 @@ class Initialising:
         units: Units,
         taken: bool = False,
     ) -> None:
+        assert not model.holds_variables  # an NNX module is initialised where it is built
         self._model = model
         self._call = method, args, kwargs
         self._draw, self._taken = draw, taken

@@ -84,21 +84,20 @@ def apply_model(
     begin = replayed or (opened[1] if shares and opened else state.root.draw())
     now = begin if options.draws is None else _series(state, begin, options)
     started = time.time()
-    own: Any = entry.model
-    anew = entry.stale and entry.built is not None and replayed is None and options.variables is None
+    registered = entry.model
+    anew = entry.rebuild_next and entry.built is not None and replayed is None and options.variables is None
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
-    new: Any = entry.model
-    made = made_of(new.collections()) if anew else None
+    rebuilt = entry.model
     done = execute(entry, call, options, now, programs, seen, on_phase, params_taken=shares)
-    kept, write = done.entry, None
-    if anew:
-        kept = replace(kept, model=own)
+    kept, write, made = done.entry, None, done.made
+    if anew and registered.holds_variables and rebuilt.holds_variables:
+        kept, made = replace(kept, model=registered), made_of(rebuilt.collections())
 
         def write() -> None:
             if done.commit is not None:
                 done.commit.make()
-            own.become(new)
+            registered.become(rebuilt)
 
     notes = (*notes, *done.notes)
     if replayed is not None:
@@ -116,7 +115,7 @@ def apply_model(
         now,
         started,
         notes,
-        done.made or made,
+        made,
         replayed=replayed is not None,
         first=state.runs is None,
     )
@@ -184,7 +183,6 @@ def init_model(
             prepared.model, call.method, prepared.args, prepared.kwargs, draw=now, units=programs.units
         ).finish()
     seconds = clock() - start
-    own: Any = entry.model
     inputs, first = (prepared.args, prepared.kwargs), state.runs is None
     source = WeightSource.initialised(now, variables)
     replaced, more = replaced_by_init(entry, limit)
@@ -201,7 +199,9 @@ def init_model(
         replayed=draw is not None,
         first=first,
     )
-    how = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(own.module)))
+    how = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(entry.model.module)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))
-    entry = replace(entry, variables=variables, made=made, updates={}, outdated=False, source=source, replaced=replaced)
+    entry = replace(
+        entry, variables=variables, init=made, update_counts={}, outdated=False, source=source, replaced=replaced
+    )
     return InitialisedRun(run, now, entry, StoredRun(run, Origin(how, []), size))

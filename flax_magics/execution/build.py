@@ -15,8 +15,8 @@ import jax
 from ..base.digest import bytes_of
 from ..code.arrays import arrays_in
 from ..errors import FlaxMagicsError, written
-from ..models.adopt import adopt, spell_construction
-from ..models.construction import BuiltBySession, Construction, keys_of
+from ..models.base import ModelWithVariables
+from ..models.construction import BuiltBySession, Construction, adopt_built, keys_of, spell_construction
 from ..rng.keys import Draw
 from ..run import Run
 from ..state import entry, models
@@ -46,9 +46,9 @@ class Building:
           What the session is to keep of it, what became of the name, and of one that was built its run and draw.
         """
         old = state.models.get(name)
-        if old is not None and old.built is not None and not old.stale:
-            print_ = recipe.print()
-            if print_ is not None and print_ == old.built.print:
+        if old is not None and old.built is not None and not old.rebuild_next:
+            print_ = recipe.fingerprint()
+            if print_ is not None and print_ == old.built.fingerprint:
                 return old, models.unchanged(old), None, None
             # An edit: what the old keys give now is held against what is there.
             entry, change = built_with(old, name, recipe, old.built.keys)
@@ -63,7 +63,7 @@ class Building:
         started, start = time.time(), self.clock()
         keys = keys_of(now)
         self.on_phase(f"building {name}")
-        model = adopted(recipe.build(keys), name, recipe)
+        model = adopt_built(recipe.build(keys), recipe.text)
         run = record.run_of_build(
             name, recipe, model, now, keys, started, self._since(start, model), cell=cell, first=state.runs is None
         )
@@ -95,7 +95,7 @@ class Building:
         started, start = time.time(), self.clock()
         keys = keys_of(now)
         with plain_errors(call):
-            model = adopted(recipe.build(keys), name, recipe)
+            model = adopt_built(recipe.build(keys), recipe.text)
         seconds = self._since(start, model)
         run = record.run_of_build(
             name,
@@ -110,29 +110,30 @@ class Building:
             replayed=draw is not None,
             first=state.runs is None,
         )
-        own: Any = entry.model
+        registered = entry.model
+        assert registered.holds_variables
         replaced, notes = replaced_by_init(entry, limit)
         if notes:
             run = replace(run, notes=(*run.notes, *notes))
         entry = replace(
             entry,
             built=BuiltBySession.of(recipe, keys),
-            updates={},
+            update_counts={},
             outdated=False,
-            stale=False,
-            first=model.sample(),
+            rebuild_next=False,
+            initial_sample=model.sample(),
             source=_source(now, model),
             replaced=replaced,
         )
-        return BuildResult(run, now, entry, lambda: own.become(model), _kept(name, recipe, run))
+        return BuildResult(run, now, entry, lambda: registered.become(model), _kept(name, recipe, run))
 
-    def _since(self, start: float, model: Any) -> float:
+    def _since(self, start: float, model: ModelWithVariables) -> float:
         """Seconds since `start`, once what `model` holds is there."""
         jax.block_until_ready(model.collections())
         return self.clock() - start
 
 
-def _source(draw: Draw, model: Any) -> WeightSource:
+def _source(draw: Draw, model: ModelWithVariables) -> WeightSource:
     return WeightSource.initialised(draw, model.collections(), in_module=True)
 
 
@@ -140,7 +141,7 @@ def _kept(name: str, recipe: Construction, run: Run) -> StoredRun:
     """A construction as the session keeps it."""
     pinned = tuple(arrays_in((recipe.args, recipe.kwargs)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *pinned)))
-    return StoredRun(run, Origin(entry.BuildRecipe(name, recipe, recipe.print(), pinned), []), size)
+    return StoredRun(run, Origin(entry.BuildRecipe(name, recipe, recipe.fingerprint(), pinned), []), size)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def built_with(
     old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, Any]
 ) -> tuple[ModelEntry, Registration]:
     """The module of `recipe` built with keys of an earlier draw, held against `old`."""
-    model = adopted(recipe.build(keys), name, recipe)
+    model = adopt_built(recipe.build(keys), recipe.text)
     return models.register_holding(old, name, model, BuiltBySession.of(recipe, keys))
 
 
@@ -171,11 +172,8 @@ def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
     assert entry.built is not None
     recipe = entry.built.recipe
     keys = keys_of(draw, taken=taken)
-    model = adopted(recipe.build(keys), entry.name, recipe)
+    model = adopt_built(recipe.build(keys), recipe.text)
     built, first = BuiltBySession.of(recipe, keys), model.sample()
-    return replace(entry, model=model, built=built, stale=False, first=first, source=_source(draw, model))
-
-
-def adopted(module: Any, name: str, recipe: Construction) -> Any:
-    """The Model of a module that `recipe` built."""
-    return replace(adopt(module, name), written=recipe.text)  # type: ignore[type-var]
+    return replace(
+        entry, model=model, built=built, rebuild_next=False, initial_sample=first, source=_source(draw, model)
+    )

@@ -100,8 +100,8 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
         in_mode, fields = model.fields_in_mode(train, fixed=frozenset(given))
         switch += fields
         model = in_mode if switch else model
-    model, own_rngs = model.given(signature, call.args, kwargs)
-    supplied = model.supplies()
+    model, own_rngs = model.with_rngs(signature, call.args, kwargs)
+    supplied = model.supplied_arguments()
     check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(supplied)})
     return BoundCall(model, call.args, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
 

@@ -70,7 +70,7 @@ class Execution:
     steady: tuple[Note, ...]
     """Notes that every run of this kind has."""
     commit: Commit | None
-    """What the run changed in a model that holds its own variables, None if nothing is to be kept."""
+    """What the run changed, None if nothing is to be kept."""
     mutable: tuple[str, ...] = ()
     """Collections that were asked for: then the output is `(output, updates)`."""
 
@@ -133,15 +133,18 @@ def execute(
     output, updates, sown = hand_back(output, updates, record, options.mutable)
     keep = options.variables is None and options.draw is None
     commit = prepared.model.commit(updates, record)
-    changed = tuple(updates) if commit is None else commit.changed
-    kept = _kept(start.entry, updates if keep and commit is None else {}, ready, call, prepared.mode)
-    if commit is not None and keep:
-        kept = replace(kept, updates={**kept.updates, **{name: kept.updates.get(name, 0) + 1 for name in changed}})
+    changed = commit.changed
+    kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
+    if keep and prepared.model.holds_variables:
+        kept = replace(
+            kept,
+            update_counts={**kept.update_counts, **{name: kept.update_counts.get(name, 0) + 1 for name in changed}},
+        )
     names = {name: (name, False) for name in (*SPLIT, *options.key, *sorted(ready.ask.streams))}
     if start.taken and "params" in ready.ask.streams:
         names["params (folded)"] = ("params", True)
     in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
-    told = {name for ask in entry.guesses.values() for name in ask.streams}
+    told = {name for ask in entry.known_needs.values() for name in ask.streams}
     collections = {*ready.variables, *updates, *sown}
     steady = (*of_mode(entry.name, prepared, mode, record), *of_mutable(options.mutable, collections, line))
     notes = [*steady, *of_streams(record, told)]
@@ -158,7 +161,7 @@ def execute(
         sown=sown,
         keys=RunKeys(draw, names),
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
-        changed={name: kept.updates[name] for name in sorted(changed)} if keep else {},
+        changed={name: kept.update_counts[name] for name in sorted(changed)} if keep else {},
         device=ready.device or devices_of((output, ready.variables)),
         program=ready.origin,
         reason=ready.reason,
@@ -319,13 +322,13 @@ def _kept(entry: ModelEntry, updates: Mapping[str, Any], ready: Ready, call: Cal
     """The entry with what the run wrote, and with what was learned about the call."""
     learned = replace(
         entry,
-        guesses={**entry.guesses, (call.method, mode): ready.ask},
-        forced=entry.forced | {(call.method, name) for name in ready.arguments.forced},
+        known_needs={**entry.known_needs, (call.method, mode): ready.ask},
+        static_ints=entry.static_ints | {(call.method, name) for name in ready.arguments.forced},
     )
     if not updates or entry.variables is None:
         return learned
-    counts = {**entry.updates, **{name: entry.updates.get(name, 0) + 1 for name in updates}}
-    return replace(learned, variables={**entry.variables, **updates}, updates=counts)
+    counts = {**entry.update_counts, **{name: entry.update_counts.get(name, 0) + 1 for name in updates}}
+    return replace(learned, variables={**entry.variables, **updates}, update_counts=counts)
 
 
 def left_behind(
@@ -341,8 +344,7 @@ def left_behind(
     """
     one = line.without_option("--draws", "[0-9]+")
     one_by_one = f"for _ in range({size}):\n    {one}"
-    commit = model.commit(updates, record)
-    changed = tuple(updates) if commit is None else commit.changed
+    changed = model.commit(updates, record).changed
     if record.structure is not None and not changed:
         changed = ("its own structure",)
     if changed:

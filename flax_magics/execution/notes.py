@@ -15,9 +15,9 @@ from ..base.text import join
 from ..errors import nearest, written
 from ..line.variant import Line, as_array, new_key
 from ..models.arguments import Arguments
-from ..models.base import CallTrace, KeyUse, Layer
+from ..models.base import CallTrace, KeyUse
 from ..models.calls import Path
-from ..models.switch import WHEN_TRAINING, following
+from ..models.switch import WHEN_TRAINING, Layer, following
 from ..run import RELEASED, Note, Run, altered
 from ..state.weights import FOR_THIS_RUN
 from .call import BoundCall

@@ -145,7 +145,7 @@ def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start
     variables, made = making.finish()
     seconds = programs.clock() - since
     source = WeightSource.initialised(wanted.draw.first, variables)
-    entry = replace(start.entry, variables=variables, made=made, updates={}, outdated=False, source=source)
+    entry = replace(start.entry, variables=variables, init=made, update_counts={}, outdated=False, source=source)
     weights = source.describe(wanted.draw.first.seed)
     start = Start(entry, variables, made_of(variables), seconds, weights=weights, taken=True)
     return start, None if begun is None else finish(begun, programs, variables)
@@ -162,10 +162,12 @@ def with_added(start: Start, wanted: Wanted, error: MissingVariables) -> Start:
     entry, call, programs = start.entry, wanted.call, wanted.programs
     if wanted.options.variables is not None or (start.made is not None and start.made.added):
         raise error.__cause__ or error
-    key = entry.made.key if entry.made is not None else wanted.draw.first.stream("params", taken=start.taken)
+    key = entry.init.key if entry.init is not None else wanted.draw.first.stream("params", taken=start.taken)
     prepared = prepare_init(entry.name, entry.model, call)
+    model = prepared.model
+    assert not model.holds_variables  # an NNX module lacks none
     begin = programs.clock()
-    fresh = prepared.model.init(key, call.method, prepared.args, prepared.kwargs)
+    fresh = model.init(key, call.method, prepared.args, prepared.kwargs)
     jax.block_until_ready(fresh)
     seconds = programs.clock() - begin
     variables, added = merged(start.variables, fresh)
@@ -188,8 +190,8 @@ def _job(start: Start, variables: Mapping[str, Any], wanted: Wanted) -> Job:
         draw=wanted.draw,
         taken=start.taken,
         keyed=frozenset(options.key if wanted.draw.size is not None else ()),
-        guess=entry.guesses.get((call.method, prepared.mode), Needs()),
-        forced=frozenset(name for method, name in entry.forced if method == call.method),
+        guess=entry.known_needs.get((call.method, prepared.mode), Needs()),
+        forced=frozenset(name for method, name in entry.static_ints if method == call.method),
         phase=lambda phase: wanted.on_phase(f"{phase} {entry.name}"),
     )
 
@@ -387,7 +389,7 @@ def eager(job: Job, programs: ProgramCache) -> Ready:
 
 def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
     """Equal keys mean that tracing would give the same program; None if that cannot be told."""
-    model = job.prepared.model.key()
+    model = job.prepared.model.cache_key()
     static = fingerprint(arguments.static)
     leaves, treedef = jax.tree_util.tree_flatten(job.variables)
     passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
@@ -429,4 +431,6 @@ def _purpose(job: Job, arguments: Arguments, key: Hashable | None) -> cache.Prog
     if job.keyed:
         options["--key"] = ", ".join(sorted(job.keyed))
     model, mode, keys = job.prepared.model, job.prepared.mode, job.draw.impl
-    return reasons.purpose(key, job.method, mode, model.print(), model.module, arguments, job.variables, options, keys)
+    return reasons.purpose(
+        key, job.method, mode, model.fingerprint(), model.module, arguments, job.variables, options, keys
+    )

@@ -20,6 +20,7 @@ from ..compile.compiler import settings
 from ..compile.initialise import made_of
 from ..line.options import ApplyOptions
 from ..line.variant import positional_names
+from ..models.base import Model, ModelWithInit, ModelWithVariables
 from ..models.calls import Path
 from ..models.construction import Construction
 from ..models.switch import cloned, read_fields, setting_of, written_in_call
@@ -39,20 +40,19 @@ def origin_of(entry: ModelEntry, options: ApplyOptions, done: Execution, method:
       entry: the model as it was before the run.
     """
     ready, prepared = done.ready, done.prepared
-    model: Any = entry.model
-    holds = model.holds_variables
+    model = entry.model
     leaves, structure = jax.tree_util.tree_flatten(ready.variables)
     arguments = ready.arguments
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
     inputs, variables = sum(map(bytes_of, arguments.leaves)), sum(map(bytes_of, leaves))
     how = ApplyRecipe(
         entry=without_variables(entry),
-        skeleton=model.layout.skeleton if holds else None,
+        skeleton=model.layout.skeleton if model.holds_variables else None,
         method=method,
         options=replace(options, variables=None),
         taken=any(taken for _, taken in done.names.values()),
         settings=settings(),
-        key=prepared.model.key(),
+        key=prepared.model.cache_key(),
         program=None if ready.program is None else weakref.ref(ready.program),
         names=tuple(name if traced else None for name, traced in zip(arguments.names, arguments.traced, strict=True)),
         record=ready.record,
@@ -63,19 +63,19 @@ def origin_of(entry: ModelEntry, options: ApplyOptions, done: Execution, method:
         variables=variables,
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(dict(done.updates)))),
         # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
-        pinned=() if holds else tuple(arrays_in(model.module)),
+        pinned=() if model.holds_variables else tuple(arrays_in(model.module)),
     )
     return Origin(how, list(map(own, leaves)))
 
 
 def without_variables(entry: ModelEntry) -> ModelEntry:
     """The model as it is, holding no arrays: of a module that holds its own there is only the name, and what was learned."""
-    model: Any = entry.model
+    model = entry.model
     if model.holds_variables:
         # The module itself is the user's, and would keep its arrays alive for as long as this is kept.
         nobody: Any = _NoModel(model.written)
-        return replace(entry, model=nobody, variables=None, made=None, updates={}, built=None, replaced=None)
-    return replace(entry, variables=None, made=None, updates={}, replaced=None)
+        return replace(entry, model=nobody, variables=None, init=None, update_counts={}, built=None, replaced=None)
+    return replace(entry, variables=None, init=None, update_counts={}, replaced=None)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def run_of_init(
     first: bool,
 ) -> Run:
     """An init of a linen model; `seconds` is what it took."""
-    model: Any = entry.model
+    model = entry.model
+    assert not model.holds_variables
     by_hand = facts_of_init(call, model)
     return Run(
         command="init",
@@ -138,7 +139,7 @@ def run_of_init(
 def run_of_build(
     name: str,
     recipe: Construction,
-    model: Any,
+    model: ModelWithVariables,
     draw: Draw,
     keys: Mapping[str, Any],
     started: float,
@@ -247,8 +248,8 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
 def facts_of_apply(call: Call, done: Execution) -> ExportFacts:
     """The spelling of an apply, from its execution."""
     prepared, ask = done.prepared, done.ready.ask
-    model: Any = prepared.model
-    holds = prepared.model.holds_variables
+    model, registered = prepared.model, done.entry.model
+    holds = model.holds_variables
     arguments = _added(prepared.kwargs, call.kwargs)
     module = MODULE
     if prepared.mode != "as written":
@@ -260,7 +261,7 @@ def facts_of_apply(call: Call, done: Execution) -> ExportFacts:
     if done.made is not None and not holds:
         # With the keys that `--key` adds, and without the switches of the run.
         given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init_arguments, init_module = _switches_of_init(replace(call, kwargs=given), done.entry.model)
+        init_arguments, init_module = _switches_of_init(replace(call, kwargs=given), registered)
     written = () if holds else tuple(sorted(done.updates))
     parameters = tuple(positional_names(prepared.signature, len(call.args)))
     static = frozenset(name for name, _ in done.ready.arguments.static)
@@ -270,40 +271,42 @@ def facts_of_apply(call: Call, done: Execution) -> ExportFacts:
         static=static,
         containers=tuple((name, _part(value, name, static)) for name, value in passed if _holds(name, static)),
         streams=tuple(sorted(ask.streams)),
-        held=frozenset(model.layout.tags) if holds else frozenset(),
-        handed=bool(model.supplies()),
+        held=model.layout.tags if model.holds_variables else frozenset(),
+        handed=bool(model.supplied_arguments()),
         taken="params (folded)" in done.names,
         arguments=arguments,
         nnx=holds,
         module=module,
-        mode=_mode(done.entry.model, prepared.mode == "train") if holds and prepared.mode != "as written" else None,
+        mode=_mode(registered, prepared.mode == "train")
+        if registered.holds_variables and prepared.mode != "as written"
+        else None,
         mutable=() if holds else tuple(sorted({*written, *done.sown})),
         kept=written,
         sown=bool(done.sown),
         axes=tuple(sorted(ask.axes)),
         init_arguments=init_arguments,
         init_module=init_module,
-        init_streams=getattr(done.entry.model, "init_streams", ()),
+        init_streams=() if registered.holds_variables else registered.init_streams,
         returns=_returns(done.output),
-        given=tuple(_given(done)) if holds else (),
-        code=done.entry.model.code() if holds else done.entry.model.print(),  # type: ignore[attr-defined]
+        given=tuple(_given(done)),
+        code=registered.code(),
     )
 
 
-def _mode(model: Any, train: bool) -> ModeByHand:
-    from ..models.nnx_switch import back_by_hand, mode_by_hand
+def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
+    from ..models.nnx_graph import back_by_hand, mode_by_hand
 
     nodes = model.layout.nodes
     return ModeByHand(mode_by_hand(MODULE, nodes, train), back_by_hand(MODULE, nodes, train))
 
 
-def facts_of_init(call: Call, model: Any) -> ExportFacts:
+def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:
     """The spelling of the init of a linen model that has run."""
     arguments, module = _switches_of_init(call, model)
     return ExportFacts(init_arguments=arguments, init_module=module, init_streams=model.init_streams)
 
 
-def _switches_of_init(call: Call, model: Any) -> tuple[Settings, str]:
+def _switches_of_init(call: Call, model: Model) -> tuple[Settings, str]:
     prepared = prepare_init("", model, call)
     before, after = read_fields(model.module), read_fields(prepared.model.module)
     fields = tuple(map(setting_of, after)) if before != after else ()
@@ -333,8 +336,8 @@ def _part(value: Any, name: str, static: frozenset[str]) -> ContainerPart:
 
 def _given(done: Execution) -> Iterator[HandedBack]:
     """The collections in the updates of an NNX run that was asked for some."""
-    model: Any = done.prepared.model
-    if not done.mutable:
+    model = done.prepared.model
+    if not done.mutable or not model.holds_variables:
         return
     for name, tree in done.output[1].items():
         if name in done.sown:

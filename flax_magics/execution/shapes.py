@@ -22,7 +22,7 @@ def trace_call(
     entry: ModelEntry, prepared: BoundCall, call: Call, draw: Draw
 ) -> tuple[Any, Needs, CallTrace, Mapping[str, Any]]:
     """The program of the call, what it asks for, what its trace saw, modules' calls too, and the variables it was given."""
-    forced = frozenset(name for method, name in entry.forced if method == call.method)
+    forced = frozenset(name for method, name in entry.static_ints if method == call.method)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced)
     try:
         return _trace_with(entry, prepared, call, draw, arguments)
@@ -52,7 +52,7 @@ def _trace_with(
             variables,
             draw,
             training=prepared.mode == "train",
-            guess=entry.guesses.get((call.method, prepared.mode), Needs()),
+            guess=entry.known_needs.get((call.method, prepared.mode), Needs()),
             noted=True,
         )
         try:
@@ -70,10 +70,8 @@ def _trace_with(
 
 
 def _variables(entry: ModelEntry, call: Call, draw: Draw) -> Mapping[str, Any]:
-    held = entry.model.take()
-    if held is not None:
-        return held
-    return entry.variables if entry.variables is not None else _fresh(entry, call, draw)
+    held = entry.held
+    return _fresh(entry, call, draw) if held is None else held
 
 
 def _fresh(entry: ModelEntry, call: Call, draw: Draw) -> Mapping[str, Any]:

@@ -80,7 +80,7 @@ def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: Ap
         filled = with_keys(entry, call, options, state.root.draw())
         arguments = [f"{key}={key}_key" for key in options.key]
         keys = dict.fromkeys(options.key)
-        if prepare(name, entry.model, filled, options.mode).model.supplies():
+        if prepare(name, entry.model, filled, options.mode).model.supplied_arguments():
             arguments.append("rngs=nnx.Rngs(dropout_key)")
             keys["dropout"] = None
         lines += [] if options.mode is None else [f"{name}.{options.mode}()"]
@@ -100,7 +100,7 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
     said = f"{call.command} {call.text} stands {where}."
     if entry.model.holds_variables:
         return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
-    model: Any = entry.model
+    model = entry.model
     lines: list[str] = []
     if call.cell is not None:
         with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
@@ -165,7 +165,7 @@ def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyO
     try:
         call = with_keys(entry, call, options, state.root.draw())
         prepared = prepare(entry.name, entry.model, call, options.mode)
-        ask = entry.guesses.get((call.method, prepared.mode))
+        ask = entry.known_needs.get((call.method, prepared.mode))
         if ask is None and where == COMMAND:  # what the other command runs may be this very model
             ask = Needs(frozenset({"dropout"}))
         ask = ask or trace_call(entry, prepared, call, state.root.draw())[1]

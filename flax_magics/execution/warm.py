@@ -111,9 +111,9 @@ class Warm:
         given, model = entry.model, self.model
         if programs.unfinished.wait is not None:
             return None
-        if given is not self.given or entry.outdated or entry.stale or settings() != self.settings:
+        if given is not self.given or entry.outdated or entry.rebuild_next or settings() != self.settings:
             return None
-        if given.key() != self.print or library.edition != self.library:
+        if given.cache_key() != self.print or library.edition != self.library:
             return None
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
@@ -121,7 +121,7 @@ class Warm:
         dynamic = known = self._known(call.args, kwargs)
         if dynamic is None:
             dynamic = self._dynamic(call.args, kwargs)
-        variables = entry.variables if entry.variables is not None else given.take()
+        variables = entry.held
         if dynamic is None or variables is None:
             return None
         leaves, treedef = jax.tree_util.tree_flatten(variables)
@@ -149,16 +149,15 @@ class Warm:
         source = entry.source
         kept, changed, commit = None, {}, None
         if fresh and source is not None:
-            source = source.now(variables, entry.updates)
+            source = source.now(variables, entry.update_counts)
             if source is not entry.source:
                 kept = altered(entry, {"source": source})
         if updates:
             commit = model.commit(updates, self.record)
-            written = tuple(updates) if commit is None else commit.changed
-            changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(written)}
+            changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
             if changed:
-                kept = altered(kept or entry, {"updates": {**entry.updates, **changed}})
-            if commit is None:
+                kept = altered(kept or entry, {"update_counts": {**entry.update_counts, **changed}})
+            if not model.holds_variables:
                 kept = altered(kept or entry, {"variables": {**variables, **updates}})
             self._know(updates)
         run = like(
@@ -269,13 +268,13 @@ def remember(
     ready, prepared = done.ready, done.prepared
     program, arguments = ready.program, ready.arguments
     model = entry.model
-    print_ = model.key()
+    print_ = model.cache_key()
     if (
         not options.plain
         or program is None
         or program.effects
         or print_ is None
-        or prepared.model.key() is None
+        or prepared.model.cache_key() is None
         or entry.outdated
         or done.keys_in_call
         or prepared.own_rngs

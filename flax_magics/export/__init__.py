@@ -17,7 +17,7 @@ import jax
 
 from ..cells.journal import ExecutedCell
 from ..cells.names import Free, mentioned, reads
-from ..models.adopt import variable_name
+from ..models.construction import variable_name
 from ..run import Run
 from .cells import CellRun, CellSource, ExecutedStatement, Transform, match, read_cell
 from .context import RunGroups, ScriptModel

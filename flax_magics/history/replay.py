@@ -24,7 +24,7 @@ from ..errors import FlaxMagicsError
 from ..execution.call import Call, prepare_init
 from ..execution.execute import execute, hand_back, plain_errors
 from ..execution.notes import SeenKeys
-from ..models.adopt import adopt
+from ..models.construction import adopt_built
 from ..run import RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
 from ..state.runs import StoredRun
@@ -158,8 +158,8 @@ class Replaying:
         entry = replace(how.entry, variables=variables)
         if how.skeleton is not None:
             written: Any = how.entry.model
-            model: Any = adopt(how.skeleton.rebuild(variables), how.name)
-            entry = replace(how.entry, model=replace(model, written=written.written), stale=False)
+            model = adopt_built(how.skeleton.rebuild(variables), written.written)
+            entry = replace(how.entry, model=model, rebuild_next=False)
         draw = facts["keys"].draw
         options = replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
@@ -175,7 +175,7 @@ class Replaying:
             pass
         elif how.key is None:
             said = ("the program was made anew: whether all that the model reads is as it was cannot be told",)
-        elif done.prepared.model.key() != how.key:
+        elif done.prepared.model.cache_key() != how.key:
             said = ("the program was made anew: something that the model's code reads is another now",)
         return Repeat(done.output, done.sown, done.program, done.timing, said)
 
@@ -198,22 +198,21 @@ class Replaying:
     def _build(self, how: BuildRecipe, facts: Any) -> Repeat:
         self.on_phase(f"building {how.name}")
         said: tuple[str, ...] = ()
-        if how.print is None or how.recipe.print() != how.print:
+        if how.fingerprint is None or how.recipe.fingerprint() != how.fingerprint:
             said = ("what the module is built of may have changed since",)
         begin = self.programs.clock()
-        model: Any = adopt(how.recipe.build(facts["keys"]), how.name)
-        state = model.state()
+        state = adopt_built(how.recipe.build(facts["keys"]), how.recipe.text).state()
         jax.block_until_ready(state)
         return Repeat(state, {}, "eager", Timing(init=self.programs.clock() - begin), said)
 
     def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
         """Whether the model is another now."""
         now = self.models.get(how.entry.name)
-        if now is not None and now.print is not None and now.print == how.entry.print:
+        if now is not None and now.fingerprint is not None and now.fingerprint == how.entry.fingerprint:
             return ()
-        if now is not None and now.print is None and now.model is how.entry.model:
+        if now is not None and now.fingerprint is None and now.model is how.entry.model:
             return ()
-        if now is not None and how.entry.print is None and now.model.holds_variables:
+        if now is not None and how.entry.fingerprint is None and now.model.holds_variables:
             return ()
         return (f"{how.entry.name} was edited since: this is its code as it was then",)
 

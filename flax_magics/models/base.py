@@ -1,4 +1,4 @@
-"""What a session needs of a model: one Protocol, answered once for linen (`linen.py`) and once for NNX (`nnx.py`).
+"""What a session needs of a model, as Protocols: `ModelWithInit` is answered by linen.py, `ModelWithVariables` by nnx.py.
 
 A model is configured, traced and run. A linen model holds no variables, keys or counts: those are the session's. An NNX
 module holds its own, so a session asks it for them in every run, and writes back what the run changed.
@@ -6,18 +6,26 @@ module holds its own, so a session asks it for them in every run, and writes bac
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..base.critical import Assignment, at_once
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError
+from ..run import Settings
 from .calls import Calls, Path
+from .switch import Layer
+
+if TYPE_CHECKING:
+    from .nnx_graph import RebuiltGraph
+    from .nnx_layout import Layout, Values
 
 Variables = Mapping[str, Any]
 Forward = Callable[[Variables, Mapping[str, Any], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -29,35 +37,6 @@ CONVERTED = "(converted)"
 """Where they keep Python numbers and 64-bit arrays of NumPy that a variable held, unchanged: JAX hands back its own."""
 SOWN = "(sown)"
 """Where they keep what NNX sowed, by type: a type may be that of variables which stay, too."""
-
-
-@dataclass(frozen=True)
-class CodePlace:
-    """The expression that gives a layer its switch: its text, empty where it was not found, and whether it is a literal."""
-
-    text: str = ""
-    literal: bool = False
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
-
-    kind: str
-    """`dropout` or `norm`."""
-    path: Path
-    training: bool
-    owner: str
-    """The class that made the layer, with the line that gives it its switch where that is known: `MyModel (line 8)`."""
-    switch: str
-    """The layer's own argument, such as `deterministic`."""
-    value: bool
-    """What it is given for that."""
-    source: CodePlace = CodePlace()
-    own_switch: str = ""
-    """The owner's own switch as its code writes it, such as `train` or `self.training`; empty if it has none."""
-    method: str = ""
-    """The owner's method that called the layer."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class KeyUse:
 
 @dataclass
 class CallTrace:
-    """What one trace saw. Filled while the model runs; read-only afterwards."""
+    """Records what one trace saw of the model. Filled while the model runs; read-only afterwards."""
 
     asked: dict[str, list[Path]] = field(default_factory=dict)
     """stream → paths of the modules that called `make_rng` for it."""
@@ -102,13 +81,18 @@ class CallTrace:
     """Variables (type and path) that were handed back by a transform inside the model as they were (NNX)."""
     held: set[str] = field(default_factory=set)
     """Streams that the model is given whether or not it consumes them: those that an NNX module holds."""
-    structure: Any = None
+    structure: RebuiltGraph | None = None
     """How the run changed the model's graph (NNX), None if it did not."""
     calls: Calls | None = None
     """Where the calls of modules are noted, None where nobody asks for them."""
 
+    def passed(self, layer: Layer) -> None:
+        """Notes a layer, once."""
+        if layer not in self.layers:
+            self.layers.append(layer)
+
     def with_what(self, traced: CallTrace) -> CallTrace:
-        """With the streams and layers that a trace saw and this run did not: inside a jitted function of the model's own."""
+        """This record, completed by streams and layers that only a trace sees: inside the model's own jitted functions."""
         asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
         layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
         return replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
@@ -116,7 +100,7 @@ class CallTrace:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one run of a model is given besides its variables: streams it may draw from, collections it may write, and
+    """The needs of one run besides variables: streams it may draw from, collections it may write, and
     mapped axes of size 1 that stand for this one device.
     """
 
@@ -125,18 +109,18 @@ class Needs:
     axes: frozenset[str] = frozenset()
 
     def and_what(self, record: CallTrace) -> Needs:
-        """With what a trace that was incomplete asked for."""
+        """These needs and those that an incomplete trace showed."""
         return Needs(self.streams | set(record.asked), self.mutable | record.written, self.axes | record.axes)
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What a run leaves behind in a model that holds its own variables."""
+    """The changes of a run, and how a module that holds its own variables is given them."""
 
     changed: tuple[str, ...]
-    """Types of the variables that the run wrote, random streams left out."""
-    assignments: tuple[Assignment, ...]
-    """What writes them."""
+    """Collections (of NNX: types of variables, random streams left out) that the run wrote."""
+    assignments: tuple[Assignment, ...] = ()
+    """They write the changes into the module; there are none where the session holds the variables."""
     write: Callable[[], None] | None = None
     """Writes a graph that was changed, which takes more than assignments."""
 
@@ -179,7 +163,7 @@ class Idiom(FlaxMagicsError):
         self.method, self.argument, self.linen = method, argument, linen
 
 
-def check_name(owner: Any, name: str) -> None:
+def check_name(owner: object, name: str) -> None:
     """Raises Idiom where `owner.name` is what `nn.Module`, `nnx.Module` or their bases define, and the model does not."""
     from flax import linen
 
@@ -195,26 +179,22 @@ def check_name(owner: Any, name: str) -> None:
         raise Idiom(method=name, linen=scoped or resolved[0] is resolved[1])
 
 
-class Model(Protocol):
-    """A module as a session sees it."""
+class AnyModel(Protocol):
+    """A module as a session sees it: what linen's and NNX's answer alike."""
 
     @property
     def module(self) -> Any:
         """The user's own object."""
 
     @property
-    def steady(self) -> AbstractContextManager[None]:
+    def held_still(self) -> AbstractContextManager[None]:
         """A block in which nobody changes the module, so that it is looked at once."""
-
-    @property
-    def holds_variables(self) -> bool:
-        """Whether the variables are the module's own (NNX), not the session's (linen)."""
 
     def describe(self) -> str:
         """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
 
     def methods(self) -> list[str]:
-        """Names that can be called as `net.NAME(…)`."""
+        """Names that can be called as `net.NAME(…)`, in order of definition."""
 
     def fields(self) -> list[str]:
         """Names of the module's own fields."""
@@ -235,40 +215,36 @@ class Model(Protocol):
     def fields_as_written(self) -> tuple[str, ...]:
         """The module's own switches as they stand."""
 
-    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Fresh variables; `key` is the `params` key, the only one that an init gets."""
-
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
 
-    def take(self) -> Mapping[str, Any] | None:
-        """The variables that the model itself holds, as they are now; None if the session holds them."""
+    def cache_key(self) -> Any:
+        """A value that differs from another model's where its programs do; None where that cannot be told."""
 
-    def read_state(self, name: str, value: Any) -> Mapping[str, Any]:
-        """What `take` would give with the variables of `value` in their places. Raises FlaxMagicsError: they do not fit."""
-
-    def key(self) -> Any:
-        """What tells this model's programs from another's; None where that cannot be told."""
-
-    def print(self) -> bytes | None:
+    def fingerprint(self) -> bytes | None:
         """A digest of what the model computes: equal for what an unchanged cell makes again. None: cannot be told."""
 
-    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+    def code(self) -> bytes | None:
+        """A digest of the model's code and of its plain values; None where that cannot be told."""
+
+    def with_rngs(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Model, bool]:
         """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
 
-    def supplies(self) -> tuple[str, ...]:
+    def supplied_arguments(self) -> tuple[str, ...]:
         """Names of the arguments that the model adds to the call itself."""
 
-    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit | None:
-        """How to write a run's updates into the model; None if the session holds them."""
+    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
+        """The collections that a run's updates change, and the assignments that write them into the module."""
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
 
-    def parts(self) -> Mapping[Path, str]:
+    def module_classes(self) -> Mapping[Path, str]:
         """Classes of the modules, by path, that are known without a call."""
 
-    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
         """Collection, path, value and metadata (such as `names=(None, 'mlp')`) of every array of `variables`.
 
         The keys and counts of random streams that a module holds are one collection, `RngState`.
@@ -278,6 +254,69 @@ class Model(Protocol):
         self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
     ) -> str:
         """The run as a person would have written it in plain Flax."""
+
+
+class ModelWithInit(AnyModel, Protocol):
+    """A linen module: an init makes its variables, and the session holds them."""
+
+    @property
+    def holds_variables(self) -> Literal[False]:
+        """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
+
+    def init(self, key: object, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Fresh variables; `key` is the `params` key, the only one that an init gets."""
+
+    @property
+    def init_streams(self) -> tuple[str, ...]:
+        """Streams that an init by hand has to be given besides `params`, known once it has run."""
+
+    def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
+        """The init as a person would have written it, with switches added to the call and set on the module.
+
+        Args:
+          module: the module with its switches set, `MODULE` in the place of its name.
+        """
+
+
+class ModelWithVariables(AnyModel, Protocol):
+    """An NNX module: it holds its own variables, so that a session reads them in every run and writes what changed."""
+
+    @property
+    def holds_variables(self) -> Literal[True]:
+        """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
+
+    @property
+    def written(self) -> str:
+        """The construction as it was written, where the session made it: `Net(8, 3)`."""
+
+    @property
+    def layout(self) -> Layout:
+        """The module taken apart, as it is now."""
+
+    def own_variables(self) -> Values:
+        """The variables as they are now, by type and path; the keys and counts of random streams are the draw's to give."""
+
+    def collections(self) -> Values:
+        """The variables as they are now, without anything that belongs to random streams."""
+
+    def state(self) -> Any:
+        """`nnx.state` of the module, its variables copies: later runs do not change them."""
+
+    def read_state(self, name: str, value: object) -> Values:
+        """Its own variables with those of `value` in their places. Raises FlaxMagicsError where these do not fit."""
+
+    def sample(self) -> bytes:
+        """A digest of some elements of every variable: tells a module of another seed from one of the same."""
+
+    def assign(self, values: Values) -> None:
+        """Puts `values` into the module."""
+
+    def become(self, other: ModelWithVariables) -> None:
+        """Gives the module's own objects the values of `other`, a newly built one, or all that it holds."""
+
+
+Model = ModelWithInit | ModelWithVariables
+"""Either kind; asking `holds_variables` says which."""
 
 
 def own_methods(cls: type, *, but: str) -> list[str]:
@@ -292,5 +331,40 @@ def own_methods(cls: type, *, but: str) -> list[str]:
     return list(names)
 
 
-REPLACING = threading.RLock()
-"""Held from before the first name is read until the last is put back, so that nobody puts back a replacement."""
+_REPLACING = threading.RLock()
+
+
+@contextlib.contextmanager
+def replaced(*replacements: tuple[Any, str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside the block, `owner.name(…)` of each replacement is `replacement(original, …)` for calls of this thread alone.
+
+    A lock is held from before the first name is read until the last is put back, so that no other thread takes a
+    replacement for the original.
+    """
+    thread = threading.get_ident()
+
+    def here(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)  # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            return replacement(original, *args, **kwargs)
+
+        return call
+
+    with _REPLACING:
+        originals = [(owner, name, vars(owner).get(name)) for owner, name, _ in replacements]
+        try:  # an interrupt may come at any moment
+            for owner, name, replacement in replacements:
+                method = vars(owner).get(name, getattr(owner, name))
+                if isinstance(method, classmethod):
+                    setattr(owner, name, classmethod(here(method.__func__, replacement)))
+                else:
+                    setattr(owner, name, here(method, replacement))
+            yield
+        finally:
+            for owner, name, original in originals:
+                if original is not None:
+                    setattr(owner, name, original)
+                elif name in vars(owner):  # the base class has it
+                    delattr(owner, name)

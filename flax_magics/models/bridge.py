@@ -8,7 +8,6 @@ silence. Here both are asking, as in linen.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from flax.linen import module as linen_module
 from flax.nnx import variablelib
 from flax.nnx.bridge import wrappers
 
-from .base import REPLACING
+from .base import replaced
 from .nnx_graph import is_sown, walk
 
 if TYPE_CHECKING:
@@ -34,37 +33,35 @@ def _current() -> Any:
 @contextlib.contextmanager
 def watching(recorder: Recorder) -> Iterator[None]:
     """Tells `recorder` of the streams that are looked up inside `ToLinen` modules, and of what these write."""
-    thread = threading.get_ident()
-    streams_of, lookup = wrappers.linen_rngs_dict, nnx.Rngs._get_stream
-    update: Any = wrappers.ToLinen._update_variables
 
-    def streams_of_(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return streams_of(*args, **kwargs)
+    def streams_of(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         recorder.forking, before = True, recorder.forking  # it takes a key of every stream there is: that is no asking
         try:
-            return streams_of(*args, **kwargs)
+            return original(*args, **kwargs)
         finally:
             recorder.forking = before
 
-    def lookup_(rngs: Any, name: str, error: Any) -> Any:
-        outer = _current() if threading.get_ident() == thread else None
+    def look_up(original: Callable[..., Any], rngs: nnx.Rngs, name: str, error: object) -> Any:
+        outer = _current()
         # What `params` gives when the module is built anew is replaced by the variables.
         if outer is not None and name != "params" and not name.startswith("_"):
             recorder.record.asked.setdefault(name, []).append(tuple(outer.scope.path))
             recorder.incomplete |= name not in recorder.ask.streams
-        return lookup(rngs, name, error)
+        return original(rngs, name, error)
 
-    def update_(outer: Any, module: Any) -> None:
-        if threading.get_ident() == thread:
-            for collection, sown in _written(outer, module):
-                recorder.record.written.add(collection)
-                if sown:
-                    recorder.record.sown.add(collection)
-                recorder.incomplete |= collection not in recorder.ask.mutable
-        update(outer, module)
+    def update(original: Callable[..., None], outer: wrappers.ToLinen, module: nnx.Module) -> None:
+        for collection, sown in _written(outer, module):
+            recorder.record.written.add(collection)
+            if sown:
+                recorder.record.sown.add(collection)
+            recorder.incomplete |= collection not in recorder.ask.mutable
+        original(outer, module)
 
-    with _replaced(streams_of_, lookup_, update_):
+    with replaced(
+        (wrappers, "linen_rngs_dict", streams_of),
+        (nnx.Rngs, "_get_stream", look_up),
+        (wrappers.ToLinen, "_update_variables", update),
+    ):
         yield
 
 
@@ -74,27 +71,19 @@ def initialising(streams: set[str]) -> Iterator[None]:
 
     `streams` is filled with those that did: by hand they have to be given.
     """
-    with REPLACING, _initialising(streams):
-        yield
 
-
-@contextlib.contextmanager
-def _initialising(streams: set[str]) -> Iterator[None]:
-    thread = threading.get_ident()
-    lookup = nnx.Rngs._get_stream
-
-    def lookup_(rngs: Any, name: str, error: Any) -> Any:
-        outer = _current() if threading.get_ident() == thread else None
+    def look_up(original: Callable[..., Any], rngs: nnx.Rngs, name: str, error: object) -> Any:
+        outer = _current()
         if outer is not None and not name.startswith("_") and not {name, "default"} & set(vars(rngs)):
             streams.add(name)
             setattr(rngs, name, vars(nnx.Rngs(**{name: outer.make_rng(name)}))[name])
-        return lookup(rngs, name, error)
+        return original(rngs, name, error)
 
-    with _replaced(None, lookup_, None):
+    with replaced((nnx.Rngs, "_get_stream", look_up)):
         yield
 
 
-def _written(outer: Any, module: Any) -> Iterator[tuple[str, bool]]:
+def _written(outer: wrappers.ToLinen, module: nnx.Module) -> Iterator[tuple[str, bool]]:
     """Collections that the module holds other values of than its variables were, and whether they were sown."""
     before = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
     for _, part in walk(module):
@@ -102,23 +91,3 @@ def _written(outer: Any, module: Any) -> Iterator[tuple[str, bool]]:
             if all(id(leaf) in before for leaf in jax.tree_util.tree_leaves(part)):
                 continue
             yield variablelib.variable_name_from_type(type(part), allow_register=True), is_sown(part)
-
-
-@contextlib.contextmanager
-def _replaced(
-    streams_of: Callable[..., Any] | None, lookup: Callable[..., Any], update: Callable[..., Any] | None
-) -> Iterator[None]:
-    new: list[tuple[Any, str, Any]] = [
-        (wrappers, "linen_rngs_dict", streams_of),
-        (nnx.Rngs, "_get_stream", lookup),
-        (wrappers.ToLinen, "_update_variables", update),
-    ]
-    old = [(owner, name, owner.__dict__[name]) for owner, name, function in new if function is not None]
-    for owner, name, function in new:
-        if function is not None:
-            setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for owner, name, function in old:
-            setattr(owner, name, function)

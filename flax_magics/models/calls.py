@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -48,28 +48,31 @@ class Calls:
     _running: list[Path] = field(default_factory=list)
 
     def note(
-        self, path: Path, cls: str, method: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        path: Path,
+        cls: str,
+        method: str,
     ) -> Any:
         """Makes the call, and gives what it gives."""
         mark = next(_numbers)
-        inputs, inside = spell_inputs(args, kwargs), path in self._running
-        self.made[mark] = Called(path, cls, method, inputs, "", mark, inside)
+        inputs = ", ".join([*map(_spell, args), *(f"{name}={_spell(value)}" for name, value in kwargs.items())])
+        called = Called(path, cls, method, inputs, "", mark, path in self._running)
+        self.made[mark] = called
         self._running.append(path)
         try:
             with jax.named_scope(f"flax_magics_call_{mark}"):
                 output = call(*args, **kwargs)
         finally:
             self._running.pop()
-        self.made[mark] = Called(path, cls, method, inputs, _spell(output), mark, inside)
+        self.made[mark] = replace(called, outputs=_spell(output))
         return output
 
 
-def spell_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """`float32[4,8], train=True`"""
-    return ", ".join([*map(_spell, args), *(f"{name}={_spell(value)}" for name, value in kwargs.items())])
-
-
-def _spell(value: Any) -> str:
+def _spell(value: object) -> str:
     nnx = sys.modules.get("flax.nnx")  # without it nothing can be one of its objects
     whole = nnx is not None and isinstance(value, nnx.Pytree)
     return f"{type(value).__name__}(…)" if whole else describe(value, LONGEST)

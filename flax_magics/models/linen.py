@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import errors as flax_errors
@@ -18,9 +18,11 @@ from flax.core import meta
 from ..code.fingerprint import Fingerprint
 from ..errors import FlaxMagicsError, did_you_mean
 from ..run import MODULE, Settings
+from .arguments import TAKES_ANYTHING
 from .base import (
     FLAX_ARGUMENTS,
     CallTrace,
+    Commit,
     Forward,
     Incomplete,
     MissingVariables,
@@ -45,7 +47,7 @@ _STEADY = nullcontext()
 
 
 def nnx_bridge() -> Any:
-    """What watches NNX modules inside linen ones; None where nobody has imported what puts them there."""
+    """The module that watches NNX modules inside linen ones; None as long as nobody has imported Flax's bridge."""
     if "flax.nnx.bridge" not in sys.modules:
         return None
     from . import bridge
@@ -55,9 +57,9 @@ def nnx_bridge() -> Any:
 
 @dataclass
 class ModeCache:
-    """What was worked out about a module, for as long as nothing it was read from has changed."""
+    """Results about a module that hold for as long as its code and its fields are the same."""
 
-    print: Fingerprint | None = None
+    fingerprint: Fingerprint | None = None
     init_streams: set[str] = field(default_factory=set)
     """Streams that an init by hand has to be given besides `params`."""
     digest: bytes | None = None
@@ -69,28 +71,27 @@ class LinenModel:
     """Wraps `flax.linen.Module`; holds no variables."""
 
     module: nn.Module
-    _kept: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
+    _cache: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
 
     @property
-    def steady(self) -> AbstractContextManager[None]:
-        """See `ModelLine`."""
+    def held_still(self) -> AbstractContextManager[None]:
+        """A block that does nothing: a linen module does not change."""
         return _STEADY
 
     @property
-    def holds_variables(self) -> bool:
-        """See `ModelLine`."""
+    def holds_variables(self) -> Literal[False]:
+        """The session holds them."""
         return False
 
     def describe(self) -> str:
         """The module's fields as they differ from their defaults, in one line."""
         parts = []
-        for name, own in type(self.module).__dataclass_fields__.items():
+        for name in self.fields():
+            one = type(self.module).__dataclass_fields__[name]
             value = getattr(self.module, name, None)
-            if name in ("parent", "name") or not own.init:
-                continue
-            if value is own.default or (isinstance(value, (bool, int, float, str)) and value == own.default):
-                continue
-            parts.append(f"{name}={_short(value)}")
+            is_default = value is one.default or (isinstance(value, (bool, int, float, str)) and value == one.default)
+            if one.init and not is_default:
+                parts.append(f"{name}={_short(value)}")
         return f"{type(self.module).__name__}({', '.join(parts)})"
 
     def methods(self) -> list[str]:
@@ -107,8 +108,9 @@ class LinenModel:
         if method:
             check_name(self.module, name)
         function = getattr(type(self.module), name, None)
-        if len(method) > 1 or (function is None and (name in self.fields() or self._has_setup())):
-            return inspect.signature(lambda *args, **kwargs: None)
+        has_setup = type(self.module).setup is not nn.Module.setup
+        if len(method) > 1 or (function is None and (name in self.fields() or has_setup)):
+            return TAKES_ANYTHING
         if not callable(function):
             hint = did_you_mean(name, self.methods())
             known = ", ".join(self.methods()) or "none but the call itself"
@@ -118,73 +120,66 @@ class LinenModel:
         signature = inspect.signature(function)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
-    def _has_setup(self) -> bool:
-        return type(self.module).setup is not nn.Module.setup
-
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """See `ModelLine`."""
-        digest = self.print()
-        if digest is None:  # fields may change where they are
-            module, done = set_fields(self.module, train, fixed)
-            return LinenModel(module), done
-        kept = self._kept
-        if digest != kept.digest:
-            kept.digest, kept.modes = digest, {}
-        if (train, fixed) not in kept.modes:
-            module, done = set_fields(self.module, train, fixed)
-            kept.modes[train, fixed] = (LinenModel(module), done)
-        return kept.modes[train, fixed]
+        """A clone with the switches among its fields set. Clones are kept for as long as the module is the same."""
+        cache, digest = self._cache, self.fingerprint()
+        if digest is None or digest != cache.digest:  # without one, fields may change where they are
+            cache.digest, cache.modes = digest, {}
+        if (train, fixed) not in cache.modes:
+            module, settings = set_fields(self.module, train, fixed)
+            cache.modes[train, fixed] = LinenModel(module), settings
+        return cache.modes[train, fixed]
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """See `ModelLine`."""
-        return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._kept.init_streams))
+        """A clone whose unset switches stand for evaluation."""
+        return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._cache.init_streams))
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """See `ModelLine`."""
+        """The switches among the module's fields, as they stand."""
         return read_fields(self.module)
 
     def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
         across = nnx_bridge()
-        with sowing() as sown, nullcontext() if across is None else across.initialising(self._kept.init_streams):
+        with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
             target, kwargs = self._target(method, kwargs)
             variables = self.module.init(key, *args, method=target, **kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
 
     def streams(self) -> frozenset[str]:
-        """None: a stream is given because a trace asked for it."""
+        """No stream: one is given only because a trace asked for it."""
         return frozenset()
 
-    def take(self) -> None:
-        """None: the session holds them."""
+    def cache_key(self) -> bytes | None:
+        """The fingerprint, which holds all that a program is made from."""
+        return self.fingerprint()
 
-    def read_state(self, name: str, value: Any) -> Variables:
-        """Never asked: the session holds them."""
-        raise NotImplementedError
+    def code(self) -> bytes | None:
+        """The fingerprint, fields included."""
+        return self.fingerprint()
 
-    def key(self) -> bytes | None:
-        """See `ModelLine`."""
-        return self.print()
+    def fingerprint(self) -> bytes | None:
+        """A digest of the module's classes and fields, kept for as long as nothing that it was read from changes."""
+        if self._cache.fingerprint is None:
+            self._cache.fingerprint = Fingerprint(self.module)
+        return self._cache.fingerprint.digest()
 
-    def print(self) -> bytes | None:
-        """See `ModelLine`."""
-        if self._kept.print is None:
-            self._kept.print = Fingerprint(self.module)
-        return self._kept.print.digest()
-
-    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+    def with_rngs(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Model, bool]:
         """Nothing is added: linen's streams are no arguments."""
         return self, False
 
-    def supplies(self) -> tuple[str, ...]:
-        """None."""
+    def supplied_arguments(self) -> tuple[str, ...]:
+        """No argument: streams are given to linen's `apply`, not to the method."""
         return ()
 
-    def commit(self, updates: Variables, record: CallTrace) -> None:
-        """None: the session holds them."""
+    def commit(self, updates: Variables, record: CallTrace) -> Commit:
+        """The collections that were written; the session holds them, and there is nothing to assign."""
+        return Commit(tuple(updates))
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
-        """See `ModelLine`. Raises MissingVariables for variables that are not there."""
+        """The module's `apply`, watched. Raises MissingVariables for variables that are not there."""
         mutable = sorted(ask.mutable)
 
         def run(
@@ -220,7 +215,7 @@ class LinenModel:
         return run
 
     def _target(self, method: Path, kwargs: dict[str, Any]) -> tuple[str | Callable[..., Any] | None, dict[str, Any]]:
-        """What Flax's `apply` and `init` take as `method`, and the keywords they hand on to it."""
+        """The `method` for Flax's `apply` and `init`, and the keywords that they hand on to it."""
         shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}  # Flax would take them for its own
         if not method and not shadowed:
             return None, kwargs
@@ -237,12 +232,12 @@ class LinenModel:
 
         return call, {} if shadowed else kwargs
 
-    def parts(self) -> dict[Path, str]:
+    def module_classes(self) -> dict[Path, str]:
         """The model itself: its submodules are made in a call."""
         return {(): type(self.module).__name__}
 
-    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
-        """See `ModelLine`."""
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+        """Collection, path, value and partitioning names of every array."""
         for name, tree in variables.items():
             for keys, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_boxed)[0]:
                 path = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
@@ -259,25 +254,24 @@ class LinenModel:
             more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
         if mutable:
             more.append(f"mutable={list(mutable)!r}")
-        return self._spelled(
-            "apply", "variables", call, (method, cloned(MODULE, self.module, map(setting_of, switch))), more
-        )
+        module = cloned(MODULE, self.module, map(setting_of, switch))
+        return self._in_plain_flax("apply", call, method, module, first="variables", more=more)
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
         """`net.init(params_key, x)`; `call` with the switches in `arguments` and in `module`: see `ExportFacts.module`."""
         key = "params_key"
         if self.init_streams:
             key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"
-        return self._spelled("init", key, call, (method, module), [f"{name}={value}" for name, value in arguments])
+        more = [f"{name}={value}" for name, value in arguments]
+        return self._in_plain_flax("init", call, method, module, first=key, more=more)
 
     @property
     def init_streams(self) -> tuple[str, ...]:
         """Streams that an init by hand has to be given besides `params`: those of NNX modules inside, once it has run."""
-        return tuple(sorted(self._kept.init_streams))
+        return tuple(sorted(self._cache.init_streams))
 
-    def _spelled(self, verb: str, first: str, call: str, how: tuple[Path, str], more: list[str]) -> str:
-        """`call` as one of `verb` with `first` before its arguments; `how`: the method, and the module by its `MODULE`."""
-        method, module = how
+    def _in_plain_flax(self, verb: str, call: str, method: Path, module: str, *, first: str, more: list[str]) -> str:
+        """`call` as one of Flax's `verb` on `module`, with `first` before the call's own arguments and `more` after them."""
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
         shadowed = any(f"{name}=" in arguments for name in FLAX_ARGUMENTS) and _keywords(call) & {*FLAX_ARGUMENTS}
@@ -299,11 +293,11 @@ def _keywords(call: str) -> set[str]:
     return set()
 
 
-def _boxed(value: Any) -> bool:
+def _boxed(value: object) -> bool:
     return isinstance(value, meta.AxisMetadata)
 
 
-def _short(value: Any, limit: int = 40) -> str:
+def _short(value: object, limit: int = 40) -> str:
     if isinstance(value, nn.Module):
         return f"{type(value).__name__}(…)"
     if callable(value) and hasattr(value, "__name__"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -15,31 +16,27 @@ from flax import linen as nn
 from flax.core.scope import Scope
 from flax.linen import transforms
 
-from .base import REPLACING, CallTrace, KeyUse, Needs
-from .layers import layer_of, mask_of
+from .base import CallTrace, KeyUse, Needs, replaced
+from .switch import layer_of, mask_of
 
 _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 
 
 def unbound_axis(error: BaseException) -> str | None:
     """The axis that JAX misses, None for any other error."""
-    found = _UNBOUND.search(str(error)) if isinstance(error, (NameError, KeyError)) else None
-    return found[1] if found else None
+    match = _UNBOUND.search(str(error)) if isinstance(error, (NameError, KeyError)) else None
+    return match[1] if match else None
 
 
 def bound(function: Callable[[], Any], axes: Iterable[str]) -> Any:
     """The result of `function()`, run where each of `axes` is there with size 1."""
     for name in axes:
-        function = _bind(function, name)
+        function = functools.partial(_first, jax.vmap(function, axis_name=name, axis_size=1))
     return function()
 
 
-def _bind(function: Callable[[], Any], name: str) -> Callable[[], Any]:
-    def run() -> Any:
-        outputs = jax.vmap(function, axis_name=name, axis_size=1)()
-        return jax.tree_util.tree_map(lambda leaf: leaf[0], outputs)
-
-    return run
+def _first(function: Callable[[], Any]) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: leaf[0], function())
 
 
 def inside(axes: Iterable[str], code: str) -> str:
@@ -64,19 +61,11 @@ class Recorder:
         self.record = record
         self.keys = keys
         self.root_impl = root_impl
+        self.trace = next(_traces)
         self.incomplete = False
         self.asking = False
         self.forking = False
         self.drawing: tuple[tuple[int, ...], float] | None = None
-
-    @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
-        """Flax's `make_rng` calls `has_rng` itself: that is no question of the model's."""
-        self.asking = True
-        try:
-            yield
-        finally:
-            self.asking = False
 
     def _takes(self, name: str, scope: Scope) -> None:
         path = tuple(scope.path)
@@ -89,150 +78,115 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Replaces the four methods for the time of the block, for calls of this thread alone."""
-        with REPLACING, self._watching():
+        """Inside the block, calls of the model on this thread fill the record."""
+        with (
+            replaced(
+                (Scope, "make_rng", self._make_rng),
+                (Scope, "has_rng", self._has_rng),
+                (Scope, "put_variable", self._put_variable),
+                (nn.Module, "sow", self._sow),
+                # `nn.jit` traces what it wraps once more, and its forking of streams counts as nobody's.
+                (transforms, "fork_rngs", self._fork_rngs),
+                (transforms._HashableProxy, "from_module", self._of_this_trace),
+            ),
+            nn.intercept_methods(self._layers),
+        ):
             yield
 
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        thread = threading.get_ident()
-        make_rng, has_rng, put_variable, sow = Scope.make_rng, Scope.has_rng, Scope.put_variable, nn.Module.sow
-
-        def make(scope: Scope, name: str = "params") -> Any:
-            if threading.get_ident() != thread:
-                return make_rng(scope, name)
-            if self.forking:
-                with self._inside():
-                    return make_rng(scope, name)
+    def _make_rng(self, make_rng: Callable[..., Any], scope: Scope, name: str = "params") -> Any:
+        if not self.forking:
             self._takes(name, scope)
-            # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
-            if name in scope.rngs or name in self.ask.streams:
-                with self._inside():
-                    return make_rng(scope, name)
+        # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
+        if self.forking or name in scope.rngs or name in self.ask.streams:
+            self.asking = True  # it calls `has_rng` itself: that is no question of the model's
+            try:
+                return make_rng(scope, name)
+            finally:
+                self.asking = False
+        self.incomplete = True
+        return jax.random.key(0, impl=self.root_impl)
+
+    def _has_rng(self, has_rng: Callable[..., bool], scope: Scope, name: str) -> bool:
+        if not self.asking:
+            self.record.queried.add(name)
+        return has_rng(scope, name)
+
+    def _put_variable(
+        self, put_variable: Callable[..., None], scope: Scope, col: str, name: str, value: object
+    ) -> None:
+        self.record.written.add(col)
+        if col not in self.ask.mutable and scope.has_variable(col, name):
             self.incomplete = True
-            return jax.random.key(0, impl=self.root_impl)
-
-        def has(scope: Scope, name: str) -> bool:
-            if threading.get_ident() == thread and not self.asking:
-                self.record.queried.add(name)
-            return has_rng(scope, name)
-
-        def put(scope: Scope, col: str, name: str, value: Any) -> None:
-            if threading.get_ident() == thread:
-                self.record.written.add(col)
-                if col not in self.ask.mutable and scope.has_variable(col, name):
-                    self.incomplete = True
-                    return
+        else:
             put_variable(scope, col, name, value)
 
-        def sow_(module: nn.Module, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                self.record.sown.add(col)
-                self.record.written.add(col)
-                self.incomplete |= col not in self.ask.mutable
-            return sow(module, col, name, *args, **kwargs)
-
-        try:  # an interrupt may come at any moment
-            _replace(Scope, make_rng=make, has_rng=has, put_variable=put)
-            _replace(nn.Module, sow=sow_)
-            with self._jitted_anew(thread), nn.intercept_methods(self._layers):
-                yield
-        finally:
-            _replace(Scope, make_rng=make_rng, has_rng=has_rng, put_variable=put_variable)
-            _replace(nn.Module, sow=sow)
+    def _sow(self, sow: Callable[..., Any], module: nn.Module, col: str, *args: Any, **kwargs: Any) -> Any:
+        self.record.sown.add(col)
+        self.record.written.add(col)
+        self.incomplete |= col not in self.ask.mutable
+        return sow(module, col, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _jitted_anew(self, thread: int) -> Iterator[None]:
-        """Inside the block, `nn.jit` traces what it wraps once more, and its forking of streams counts as nobody's."""
-        trace = next(_traces)
-        fork_rngs, proxy = transforms.fork_rngs, transforms._HashableProxy
-        from_module = proxy.__dict__["from_module"]
-
-        @contextlib.contextmanager
-        def fork(module: nn.Module) -> Iterator[None]:
-            with contextlib.ExitStack() as stack:
-                self.forking = threading.get_ident() == thread
-                try:
-                    stack.enter_context(fork_rngs(module))
-                finally:
-                    self.forking = False
-                yield
-
-        def of_this_trace(cls: Any, module: nn.Module) -> Any:
-            made = from_module.__get__(None, cls)(module)
-            if threading.get_ident() != thread:
-                return made
-            return cls(made.module_ref, hash((made.hash_key, trace)))
-
-        try:
-            _replace(transforms, fork_rngs=fork)
-            _replace(proxy, from_module=classmethod(of_this_trace))
+    def _fork_rngs(self, fork_rngs: Callable[..., AbstractContextManager[None]], module: nn.Module) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            self.forking = True
+            try:
+                stack.enter_context(fork_rngs(module))
+            finally:
+                self.forking = False
             yield
-        finally:
-            _replace(transforms, fork_rngs=fork_rngs)
-            _replace(proxy, from_module=from_module)
+
+    def _of_this_trace(self, from_module: Callable[..., Any], cls: Any, module: nn.Module) -> Any:
+        proxy = from_module(cls, module)
+        return cls(proxy.module_ref, hash((proxy.hash_key, self.trace)))
 
     def _layers(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if context.method_name == "__call__" and module.scope is not None:
             if isinstance(module, nn.Dropout) and module.rate != 0.0:
-                self._layer(module, "dropout", "deterministic", context, args, kwargs)
+                self._layer("dropout", "deterministic", context, args, kwargs)
             elif isinstance(module, nn.BatchNorm):
-                self._layer(module, "norm", "use_running_average", context, args, kwargs)
-        if type(module) is nn.Dropout:
-            self.drawing = mask_of(module, args, kwargs)
-            try:
-                return self._noted(call, args, kwargs, context)
-            finally:
-                self.drawing = None
-        return self._noted(call, args, kwargs, context)
+                self._layer("norm", "use_running_average", context, args, kwargs)
+        if type(module) is not nn.Dropout:
+            return self._noted(call, args, kwargs, context)
+        self.drawing = mask_of(module, args, kwargs)
+        try:
+            return self._noted(call, args, kwargs, context)
+        finally:
+            self.drawing = None
 
     def _noted(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, name, calls = context.module, context.method_name, self.record.calls
         # A transformed class has a method without a name around the module's own.
         if calls is None or module.scope is None or name == "setup" or not hasattr(type(module), name):
             return call(*args, **kwargs)
-        return calls.note(tuple(module.scope.path), type(module).__name__, name, call, args, kwargs)
+        path, cls = tuple(module.scope.path), type(module).__name__
+        return calls.note(call, args, kwargs, path=path, cls=cls, method=name)
 
-    def _layer(self, module: Any, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
-        value = getattr(module, switch)
+    def _layer(self, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
+        module = context.module
         try:
-            bound = inspect.signature(context.orig_method).bind(*args, **kwargs)
-        except TypeError:
+            arguments = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
+        except TypeError:  # the call itself raises it
             return
-        in_call = bound.arguments.get(switch) is not None
-        if in_call:
-            value = bound.arguments[switch]
+        in_call = arguments.get(switch) is not None
+        value = arguments[switch] if in_call else getattr(module, switch)
         if isinstance(value, bool):
             around, parent = [], module.parent
             while isinstance(parent, nn.Module):
                 around.append(parent)
                 parent = parent.parent
-            layer = layer_of(kind, tuple(module.scope.path), module, around, (switch, value, in_call))
-            if layer not in self.record.layers:
-                self.record.layers.append(layer)
-
-
-def _replace(owner: Any, **methods: Any) -> None:
-    for name, method in methods.items():
-        setattr(owner, name, method)
+            self.record.passed(layer_of(kind, tuple(module.scope.path), module, around, (switch, value, in_call)))
 
 
 @contextlib.contextmanager
 def sowing() -> Iterator[set[str]]:
     """Gives the set of collections that are sown in the block. An init runs as Flax runs it, and is only listened to."""
-    thread = threading.get_ident()
     sown: set[str] = set()
-    with REPLACING:
-        sow = nn.Module.sow
 
-        def sow_(module: nn.Module, col: str, name: str, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                sown.add(col)
-            return sow(module, col, name, *args, **kwargs)
+    def note(sow: Callable[..., Any], module: nn.Module, col: str, *args: Any, **kwargs: Any) -> Any:
+        sown.add(col)
+        return sow(module, col, *args, **kwargs)
 
-        try:
-            _replace(nn.Module, sow=sow_)
-            yield sown
-        finally:
-            _replace(nn.Module, sow=sow)
+    with replaced((nn.Module, "sow", note)):
+        yield sown

@@ -5,23 +5,36 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import numpy as np
 from flax import nnx
 
+from ..base.critical import at_once
+from ..base.digest import quick_digest
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
+from ..line.variant import with_arguments
 from . import nnx_trace
-from .base import CallTrace, Commit, Forward, Model, Needs, Variables, check_name, own_methods
+from .arguments import constructor, readable_signature
+from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
 from .calls import Path
-from .construction import constructor
-from .nnx_graph import GRAPH, SIMPLE, flat_state, is_ref, parts_of, raw, spell, transplant, walk
+from .nnx_graph import (
+    GRAPH,
+    SIMPLE,
+    flat_state,
+    is_ref,
+    mode_by_hand,
+    parts_of,
+    raw,
+    spell,
+    switches_read,
+    transplant,
+    walk,
+)
 from .nnx_layout import Layout, LayoutCache, Values
-from .nnx_switch import mode_by_hand, switches_read
 
 SUPPLIED = ("params", "dropout")
 """Streams of the Rngs that the session makes."""
@@ -40,21 +53,21 @@ class NnxModel:
     """Variables of the NNX objects in the call, in order."""
     written: str = ""
     """The construction, where the session made it: `Net(8, 3)`."""
-    _kept: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
+    _cache: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
 
     @property
     def layout(self) -> Layout:
         """The module taken apart, as it is now."""
-        return self._kept.of(self.module)
+        return self._cache.of(self.module)
 
     @property
-    def steady(self) -> AbstractContextManager[None]:
-        """See `ModelLine`."""
-        return self._kept
+    def held_still(self) -> AbstractContextManager[None]:
+        """A block in which the module is taken apart once."""
+        return self._cache
 
     @property
-    def holds_variables(self) -> bool:
-        """See `ModelLine`."""
+    def holds_variables(self) -> Literal[True]:
+        """The module holds them."""
         return True
 
     # -- what it is
@@ -64,11 +77,10 @@ class NnxModel:
         if self.written:
             return self.written
         cls = type(self.module)
-        parts = []
-        for name in _parameters(cls):
-            value = vars(self.module).get(name)
-            if isinstance(value, (bool, int, float, str)):
-                parts.append(f"{name}={value!r}")
+        attributes = {name: vars(self.module).get(name) for name in constructor(cls).parameters}
+        parts = [
+            f"{name}={value!r}" for name, value in attributes.items() if isinstance(value, (bool, int, float, str))
+        ]
         return f"{cls.__name__}({', '.join(parts)})"
 
     def methods(self) -> list[str]:
@@ -80,7 +92,7 @@ class NnxModel:
         return [str(name) for name, _ in parts_of(self.module) or ()]
 
     def signature(self, method: Path) -> inspect.Signature:
-        """See `ModelLine`."""
+        """The signature of a method of the module or of a part of it; one that takes anything where none can be read."""
         cls = type(self.module).__name__
         target: Any = self.module
         for i, name in enumerate(method):
@@ -96,7 +108,7 @@ class NnxModel:
             known = ", ".join(self.methods()) or "none"
             what = f"`{'.'.join(method)}` is no method of {cls}" if method else f"{cls} defines no `__call__`"
             raise FlaxMagicsError(f"{what}; its methods: {known}.")
-        return _signature(target)
+        return readable_signature(target)
 
     # -- its switch
 
@@ -105,11 +117,11 @@ class NnxModel:
         return replace(self, mode=train), self._switches_read(train)
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """See `ModelLine`; an NNX module is initialised where it is built."""
+        """The model itself: an NNX module is initialised where it is built."""
         return self
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """See `ModelLine`."""
+        """The switches of all modules in the graph, as they stand."""
         return self._switches_read(None)
 
     def _switches_read(self, train: bool | None) -> tuple[str, ...]:
@@ -129,12 +141,12 @@ class NnxModel:
         """Tags that are no names in the Rngs which the session makes."""
         return self.layout.tags - frozenset(SUPPLIED)
 
-    def take(self) -> Values:
+    def own_variables(self) -> Values:
         """The module's variables as they are now, by type; the keys and counts of its streams are the draw's to give."""
         return self.layout.given()
 
     def collections(self) -> dict[str, dict[str, Any]]:
-        """The same without all that is random streams' own."""
+        """The variables as they are now, without keys and counts of random streams."""
         layout = self.layout
         return {name: tree for name, tree in layout.given().items() if name not in layout.random}
 
@@ -149,7 +161,7 @@ class NnxModel:
           FlaxMagicsError: `value` has a variable that the module has not.
         """
         slots = {slot.path: slot for slot in self.layout.slots}
-        out = self.take()
+        out = self.own_variables()
         for path, leaf in flat_state(value if isinstance(value, nnx.State) else nnx.State(dict(value))):
             slot = slots.get(path)
             if slot is None:
@@ -159,8 +171,8 @@ class NnxModel:
             out.setdefault(slot.collection, {})[slot.name] = new[...] if is_ref(new) else new
         return out
 
-    def key(self) -> Any:
-        """See `ModelLine`: the code of all classes in the graph, the graph itself with its static attributes, the mode."""
+    def cache_key(self) -> Any:
+        """The code of all classes in the graph, the graph itself with its static attributes, and the mode."""
         code = self.code()
         layout = self.layout
         if code is None:
@@ -172,10 +184,10 @@ class NnxModel:
 
         None where something is not plain. Where each value stands is the graphdef's to say.
         """
-        return self.layout.print.digest()
+        return self.layout.fingerprint.digest()
 
-    def print(self) -> bytes | None:
-        """The same with the graph's shape: what an unchanged cell makes again."""
+    def fingerprint(self) -> bytes | None:
+        """A digest of the code and of the graph's shapes and plain values: equal for what an unchanged cell makes again."""
         code = self.code()
         if code is None:
             return None
@@ -189,36 +201,26 @@ class NnxModel:
         return hashlib.sha256(code + repr((shapes, values)).encode()).digest()
 
     def sample(self) -> bytes:
-        """A digest of the first elements of every variable but the streams' own: tells a new seed from the same one.
+        """A digest of some elements of every variable but the streams' own: tells a new seed from the same one.
 
         Raises:
           FlaxMagicsError: the module holds shapes in place of arrays.
         """
-        hasher = hashlib.sha256()
-        for name, tree in sorted(self.collections().items()):
-            for path, value in sorted(tree.items()):
-                hasher.update(f"{name}/{path}".encode())
-                for leaf in jax.tree_util.tree_leaves(value):
-                    if isinstance(leaf, jax.Array):
-                        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                            continue
-                        leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
-                    elif isinstance(leaf, jax.ShapeDtypeStruct):
-                        raise FlaxMagicsError(
-                            f"`{path}` is a shape without values: the module was made by nnx.eval_shape. Its values come"
-                            " from a checkpoint, or from the state of another module.",
-                            form="nnx.update(…, …)",
-                        )
-                    hasher.update(np.asarray(leaf if np.ndim(leaf) == 0 else leaf.ravel()[:64]).tobytes())
-        return hasher.digest()
+        collections = self.collections()
+        for (_, name, *_), leaf in jax.tree_util.tree_leaves_with_path(collections):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise FlaxMagicsError(
+                    f"`{name.key}` is a shape without values: the module was made by nnx.eval_shape. Its values come"
+                    " from a checkpoint, or from the state of another module.",
+                    form="nnx.update(…, …)",
+                )
+        return quick_digest(jax.tree_util.tree_leaves(collections))
 
     # -- running
 
-    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """See `ModelLine`; never asked of an NNX module."""
-        raise NotImplementedError
-
-    def given(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Model, bool]:
+    def with_rngs(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Model, bool]:
         """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some.
 
         Raises:
@@ -232,32 +234,29 @@ class NnxModel:
             )
         model = replace(self, passed=passed) if passed else self
         takes = "rngs" in signature.parameters or _hands_rngs_on(self.module)
-        if not takes or self._falls_back():
+        # A layer of Flax's own that holds streams uses these where it is called without `rngs`.
+        holds_its_own = type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
+        if not takes or holds_its_own:
             return model, False
-        try:
-            written = "rngs" in {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
-        except TypeError:
-            written = "rngs" in kwargs
-        return (model, True) if written else (replace(model, gives_rngs=True), False)
+        arguments = dict(kwargs)
+        with suppress(TypeError):  # arguments that do not fit, which is said later
+            arguments |= signature.bind_partial(*args, **kwargs).arguments
+        return (model, True) if "rngs" in arguments else (replace(model, gives_rngs=True), False)
 
-    def _falls_back(self) -> bool:
-        """Whether it is a layer of Flax's own that holds streams: without `rngs` it uses those, the draw's."""
-        return type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
-
-    def supplies(self) -> tuple[str, ...]:
+    def supplied_arguments(self) -> tuple[str, ...]:
         """`rngs`, where the call takes some and has none."""
         return ("rngs",) if self.gives_rngs else ()
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
-        """See `ModelLine`. The streams of the copy are those of `keys`, by tag, as `nnx.reseed` would set them."""
+        """The run on a copy whose streams are those of `keys`, by tag, as `nnx.reseed` would set them."""
         rngs = sorted(ask.streams - self._own_tags) if self.gives_rngs else None
         return nnx_trace.forward(self.layout, method, ask, record, mode=self.mode, held=self.streams(), rngs=rngs)
 
     def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
-        """See `ModelLine`. What is written is the module's own objects."""
+        """The assignments that write `updates` into the module's own objects."""
         return nnx_trace.commit(self.layout, self.passed, updates, record.structure)
 
-    def parts(self) -> dict[Path, str]:
+    def module_classes(self) -> dict[Path, str]:
         """The modules of the graph."""
         return {
             tuple(map(str, path)): type(node).__name__
@@ -265,8 +264,8 @@ class NnxModel:
             if isinstance(node, nnx.Module)
         }
 
-    def leaves(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
-        """See `ModelLine`; what earlier calls sowed is left out."""
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+        """Type, path, value and metadata of every array; what earlier calls sowed is left out."""
         for slot in self.layout.slots:
             if slot.sown:
                 continue
@@ -277,14 +276,14 @@ class NnxModel:
 
     def assign(self, values: Values) -> None:
         """Puts `values` into the module."""
-        self.layout.write(values)
+        at_once(self.layout.assignments(values))
 
-    def become(self, other: NnxModel) -> None:
+    def become(self, other: ModelWithVariables) -> None:
         """The module's own objects get the values of another, newly built one; where that one is built otherwise, all."""
         if self.layout.graphdef == other.layout.graphdef:
-            self.layout.write(other.layout.values())
+            at_once(self.layout.copying(other.layout))
         else:
-            transplant({id(other.module): self.module}, dict(walk(other.module)))
+            transplant({id(other.module): self.module}, [part for _, part in walk(other.module)])
 
     def by_hand(
         self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
@@ -299,45 +298,30 @@ class NnxModel:
             keys = ", ".join(f"{stream}={stream}_key" for stream in held)
             parts.append(f"nnx.reseed({name}, policy='match_shape', {keys})")
         if self.gives_rngs:
-            made = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in self._own_tags)
-            inside = call.rpartition(")")[0].rstrip(", ")
-            call = f"{inside}{'' if inside.endswith('(') else ', '}rngs=nnx.Rngs({made}))"
+            keys = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in self._own_tags)
+            call = with_arguments(call, [f"rngs=nnx.Rngs({keys})"])
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
 
 
-def _hands_rngs_on(module: Any) -> bool:
-    """Whether it is an `nnx.Sequential` with a layer that takes `rngs`: the newest take any keyword and hand it on."""
+def _hands_rngs_on(module: nnx.Module) -> bool:
+    """Whether `module` is an `nnx.Sequential` that hands `rngs` on: its own call takes any keyword."""
     if not isinstance(module, nnx.Sequential):
         return False
-    return any("rngs" in _signature(layer).parameters for layer in module.layers if callable(layer))
+    return any("rngs" in readable_signature(layer).parameters for layer in module.layers if callable(layer))
 
 
-def _signature(function: Any) -> inspect.Signature:
-    """The signature, one that takes anything where there is none to read."""
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return inspect.signature(lambda *args, **kwargs: None)
-
-
-def _about(variable: Any) -> str:
-    """What a Variable says of itself besides its value: `sharding_names=(None, 'mlp')`."""
+def _about(variable: object) -> str:
+    """A Variable's metadata as text: `sharding_names=(None, 'mlp')`."""
     if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
         return ""
     usual = getattr(type(variable), "required_metadata", ())
-    told = {name: value for name, value in variable._var_metadata.items() if name not in usual}
     return ", ".join(
-        f"{name}={value}" for name, value in told.items() if not (value in (None, True, False, ()) or callable(value))
+        f"{name}={value}"
+        for name, value in variable._var_metadata.items()
+        if name not in usual and not (value in (None, True, False, ()) or callable(value))
     )
 
 
-def _parameters(cls: type) -> list[str]:
-    try:
-        return list(constructor(cls).parameters)
-    except (TypeError, ValueError):
-        return []
-
-
-def _shape(value: Any) -> str:
+def _shape(value: object) -> str:
     leaves = jax.tree_util.tree_leaves(value)
     return str([(getattr(leaf, "shape", None), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves])

@@ -1,9 +1,12 @@
-"""The graph of an NNX module: its parts and their paths, what its variables hold, and how a run's changes get into it."""
+"""The graph of an NNX module: its parts and their paths, its switches, and how a run's changes get into it."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ from ..base.critical import Assignment
 from ..errors import FlaxMagicsError
 from .arguments import is_traced
 from .calls import Path
+from .switch import WHEN_TRAINING, cloned, read_fields, set_fields, setting_of, value_of
 
 SIMPLE = (bool, int, float, complex, str, bytes)
 
@@ -26,10 +30,10 @@ _HIJAX: Any = getattr(configurations, "flax_hijax_variable", None)
 # Graph mode, where this version has another: models may share modules.
 GRAPH: dict[str, Any] = {"graph": True} if "graph" in inspect.signature(nnx.split).parameters else {}
 _PRIVATE = ("_pytree__state", "_pytree__nodes")
-"""What NNX itself keeps on an object: when it was made, and which attributes hold data."""
+"""Attributes in which NNX notes when an object was made, and which of its attributes hold data."""
 
 
-def raw(variable: Any) -> Any:
+def raw(variable: object) -> Any:
     """The value that a Variable holds, without its hooks.
 
     Raises:
@@ -45,32 +49,32 @@ def raw(variable: Any) -> Any:
         ) from None
 
 
-def set_raw(variable: Any, value: Any) -> None:
+def set_raw(variable: nnx.Variable[Any], value: object) -> None:
     """Puts a value into a Variable, without its hooks, as `nnx.update` does."""
     object.__setattr__(variable, RAW, value)
 
 
-def assignment(variable: Any, value: Any) -> Assignment:
+def assignment(variable: nnx.Variable[Any], value: object) -> Assignment:
     """`set_raw` as an assignment that is still to be made."""
     return (object.__setattr__, variable, RAW, value)
 
 
-def is_ref(value: Any) -> bool:
+def is_ref(value: object) -> bool:
     """Whether a value is a reference of JAX's, which programs change where it is."""
     return variablelib.is_array_ref(value)
 
 
-def walk(module: Any) -> Iterator[tuple[Path, Any]]:
+def walk(module: object) -> Iterator[tuple[Path, Any]]:
     """Paths and parts of the graph, each part once: modules, variables, containers, and what is static."""
     return nnx.iter_graph(module, **GRAPH)  # type: ignore[return-value]
 
 
-def flat_state(state: Any) -> list[tuple[Path, Any]]:
+def flat_state(state: object) -> list[tuple[Path, Any]]:
     """Paths and variables (or bare arrays) of an `nnx.State`."""
     return list(nnx.to_flat_state(state))  # type: ignore[arg-type]
 
 
-def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
+def parts_of(node: object) -> tuple[tuple[Any, Any], ...] | None:
     """Names and values of what a node holds, None for what cannot be changed in place."""
     if isinstance(node, nnx.Pytree):
         return tuple((name, value) for name, value in vars(node).items() if name not in _PRIVATE)
@@ -81,12 +85,12 @@ def parts_of(node: Any) -> tuple[tuple[Any, Any], ...] | None:
     return None
 
 
-def is_sown(part: Any) -> bool:
+def is_sown(part: object) -> bool:
     """Whether a part is an intermediate value: handed back, never kept."""
     return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)  # held for its gradient
 
 
-def is_fixed(leaf: Any) -> bool:
+def is_fixed(leaf: object) -> bool:
     """Whether a leaf of the graph is no data, such as a function in the place of a layer."""
     return not isinstance(leaf, (nnx.Variable, bool)) and not is_traced(leaf)
 
@@ -96,21 +100,21 @@ def spell(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def same(old: Any, new: Any) -> bool:
+def same(old: object, new: object) -> bool:
     """Whether two values hold the very same arrays."""
     if old is new:
         return True
-    before: tuple[list[Any], Any] = jax.tree_util.tree_flatten(old)
-    after: tuple[list[Any], Any] = jax.tree_util.tree_flatten(new)
-    return bool(before[1] == after[1]) and all(a is b for a, b in zip(before[0], after[0], strict=True))
+    old_flat: tuple[list[Any], Any] = jax.tree_util.tree_flatten(old)
+    new_flat: tuple[list[Any], Any] = jax.tree_util.tree_flatten(new)
+    return bool(old_flat[1] == new_flat[1]) and all(map(operator.is_, old_flat[0], new_flat[0]))
 
 
 def is_other(node: Any, held: Any) -> bool:
     """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
-    now = parts_of(node)
-    if now is None or len(now) != len(held):
+    parts = parts_of(node)
+    if parts is None or len(parts) != len(held):
         return True
-    for (name, value), (old_name, old) in zip(now, held, strict=True):
+    for (name, value), (old_name, old) in zip(parts, held, strict=True):
         if name != old_name:
             return True
         if value is old or (_is_array(value) and _is_array(old)):
@@ -125,20 +129,21 @@ def is_other(node: Any, held: Any) -> bool:
     return False
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> bool:
     return isinstance(value, (jax.Array, np.ndarray))
 
 
-def taken_from(module: Any, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, list[Any]]:
+def taken_from(module: nnx.Module, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, list[Any]]:
     """The graph of `module`, which a run changed, and the values of its variables.
 
     Args:
       before: its parts by path, as they were before the run.
     """
-    was = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    now = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
-    matches = {path: was[id(part)] for path, part in now.items() if id(part) in was}
-    added = [type(part).__name__ for part in now.values() if isinstance(part, nnx.Variable) and id(part) not in was]
+    old_paths = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    parts = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
+    matches = {path: old_paths[id(part)] for path, part in parts.items() if id(part) in old_paths}
+    new = [part for part in parts.values() if id(part) not in old_paths]
+    added = [type(part).__name__ for part in new if isinstance(part, nnx.Variable)]
     graphdef, state = nnx.split(module, **GRAPH)
     skeleton, values, fixed = [], [], []
     for path, leaf in flat_state(state):
@@ -152,7 +157,7 @@ def taken_from(module: Any, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, l
 
 @dataclass
 class RebuiltGraph:
-    """What a run left behind that is more than other values: attributes that were set, taken away or replaced."""
+    """The graph after a run that set, removed or replaced attributes: more than other values of the same variables."""
 
     graphdef: Any
     skeleton: tuple[tuple[Path, Any], ...]
@@ -164,28 +169,34 @@ class RebuiltGraph:
     added: tuple[str, ...]
     """Types of variables that are new."""
 
-    def put_into(self, module: Any, values: list[Any]) -> None:
+    def put_into(self, module: nnx.Module, values: list[Any]) -> None:
         """Gives the objects of `module` the attributes that the run's copy has."""
         flat = [
             (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
             for (path, structure), value in zip(self.skeleton, values, strict=True)
         ]
         copy = nnx.merge(self.graphdef, nnx.from_flat_state([*flat, *self.fixed]))
-        before, now = dict(walk(module)), dict(walk(copy))
-        own = {id(now[path]): before[old] for path, old in self.matches.items() if path in now and old in before}
-        transplant(own, now)
+        originals, copies = dict(walk(module)), dict(walk(copy))
+        transplant(
+            {
+                id(copies[path]): originals[old]
+                for path, old in self.matches.items()
+                if path in copies and old in originals
+            },
+            copies.values(),
+        )
 
 
-def transplant(own: Mapping[int, Any], now: Mapping[Path, Any]) -> None:
-    """Gives each object of `own` (id of its copy → the object) what the copy in `now` holds.
+def transplant(originals: Mapping[int, Any], copies: Iterable[Any]) -> None:
+    """Gives each original (by the id of its copy) what its copy holds.
 
-    A part of a copy that stands for an object of `own` becomes that object; what is new is taken over as it is.
+    A part of a copy that is itself the copy of an original becomes that original; what is new is taken over as it is.
     """
     writes: list[Callable[[], None]] = []
 
     def swap(value: Any) -> Any:
-        if id(value) in own:
-            return own[id(value)]
+        if id(value) in originals:
+            return originals[id(value)]
         if type(value) in (list, tuple):
             return type(value)(map(swap, value))
         if type(value) is dict:
@@ -215,11 +226,102 @@ def transplant(own: Mapping[int, Any], now: Mapping[Path, Any]) -> None:
 
         return write
 
-    for copy in now.values():
-        target = own.get(id(copy))
+    for copy in copies:
+        target = originals.get(id(copy))
         if isinstance(target, (nnx.Variable, nnx.Pytree)):
             writes.append(write_to(target, copy))
         elif target is None and isinstance(copy, nnx.Pytree):
             writes.append(write_to(copy, copy))
     for write in writes:
         write()
+
+
+_MISSING = object()
+
+Nodes = Iterable[tuple[Path, Any]]
+"""Modules and containers of a graph, with their paths."""
+
+_FLAX_SWITCHES = ("deterministic", "use_running_average")
+"""The switches that `train()` and `eval()` set themselves."""
+
+
+def mode_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...]:
+    """The statements that set every switch of a graph, where `module` is the expression that it stands for.
+
+    `net.train(is_training=True)` for those of modules, with the user's own as arguments, and
+    `net.config = dataclasses.replace(net.config, training=True)` for those of configs, which it does not reach.
+    """
+    of_modules: dict[str, bool] = {}
+    out: dict[str, None] = {}
+    for node, name, new, _ in _switches(nodes, train):
+        if isinstance(new, bool):
+            of_modules[name] = new
+            continue
+        path = next(path for path, other in nodes if other is node)
+        steps = (f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in path)
+        where = f"{module}{''.join(steps)}.{name}"
+        settings = map(setting_of, set_fields(new, train, frozenset())[1])
+        out[f"{where} = {cloned(where, new, settings)}"] = None
+    arguments = ", ".join(f"{name}={value}" for name, value in of_modules.items() if name not in _FLAX_SWITCHES)
+    call = [f"{module}.{'train' if train else 'eval'}({arguments})"] if of_modules else []
+    return (*call, *out)
+
+
+def back_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...] | None:
+    """The statements that set the switches back to how they stand; None where one mode does not describe them."""
+    as_they_stand = [(id(node), name, value) for node, name, value, _ in _switches(nodes, None)]
+    for other in (train, not train):
+        if as_they_stand == [(id(node), name, value) for node, name, value, _ in _switches(nodes, other)]:
+            return () if other is train else mode_by_hand(module, nodes, other)
+    return None
+
+
+def switches_read(nodes: Nodes, train: bool | None) -> tuple[str, ...]:
+    """How the switches of a graph's `nodes` read in a mode; as they stand for None. Each with how many modules have it."""
+    counts = Counter(setting for _, _, _, setting in _switches(nodes, train))
+    return tuple(setting if n == 1 else f"{setting} in {n} modules" for setting, n in sorted(counts.items()))
+
+
+def set_mode(module: nnx.Module, train: bool | None) -> Callable[[], None]:
+    """Sets every switch of `module`; gives what sets them back, where the model has not set them itself since."""
+    if train is None:
+        return lambda: None
+    changes = []
+    for node, name, new, _ in list(_switches(walk(module), train)):
+        changes.append((node, name, vars(node).get(name, _MISSING), new))
+        vars(node)[name] = new
+
+    def undo() -> None:
+        for node, name, old, new in reversed(changes):
+            if vars(node).get(name, _MISSING) is not new:
+                continue
+            if old is _MISSING:
+                del vars(node)[name]
+            else:
+                vars(node)[name] = old
+
+    return undo
+
+
+def _switches(nodes: Nodes, train: bool | None) -> Iterator[tuple[Any, str, Any, str]]:
+    """Every switch of the graph: the module that has it, the attribute to set and its value, and how that reads.
+
+    A switch is an attribute of the module, of its class, or a field of a config dataclass that it holds.
+    """
+    for _, node in nodes:
+        if not isinstance(node, nnx.Pytree):
+            continue
+        for name, value in parts_of(node) or ():
+            if name in WHEN_TRAINING or isinstance(value, nnx.Pytree) or not dataclasses.is_dataclass(value):
+                continue
+            new, settings = (value, read_fields(value)) if train is None else set_fields(value, train, frozenset())
+            for setting in settings:
+                yield node, name, new, setting.rpartition(".")[2]
+        for name in WHEN_TRAINING:
+            if name not in vars(node) and not isinstance(getattr(type(node), name, None), bool):
+                continue
+            value = getattr(node, name, _MISSING)
+            if value is None or isinstance(value, bool):
+                new = value if train is None else value_of(name, train)
+                if new is not None:
+                    yield node, name, new, f"{name}={new}"

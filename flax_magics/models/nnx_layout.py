@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..base.critical import Assignment, at_once
+from ..base.critical import Assignment
 from ..base.digest import own
 from ..code.fingerprint import Fingerprint
 from ..code.guards import Guards
@@ -37,7 +37,7 @@ _NO_NUMPY: set[type] = set()
 """Types of values that were met and that nobody changes where they are."""
 
 
-def _own(value: Any) -> Any:
+def _own(value: object) -> Any:
     """The value, a copy of one of NumPy's: a run op by op could change it in place."""
     if not isinstance(value, np.ndarray):
         _NO_NUMPY.add(type(value))
@@ -47,7 +47,7 @@ def _own(value: Any) -> Any:
 class Same:
     """A graphdef as part of a key: compared for equality, which is quick for the very same one; hashed once."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: nnx.GraphDef[Any]) -> None:
         self.value = value
 
     @cached_property
@@ -70,11 +70,11 @@ class Slot:
     path: Path
     leaf: Any
     holder: Any
-    """What a bare array is an attribute or item of; None for a Variable."""
+    """The dict of attributes, or the container, that a bare array is in; None for a Variable."""
     drawn: bool = False
-    """Whether it is a stream's key or count: every run begins with those of its draw, whatever stands there."""
+    """A stream's key or count: every run begins with those of its draw, whatever the module holds."""
     fixed: bool = False
-    """Whether it is no data at all, such as a function in the place of a layer: part of what the program is made for."""
+    """No data, such as a function in the place of a layer: the program is made for it."""
     structure: Any = None
     """Of a Variable: what it is apart from its value."""
     ref: bool = False
@@ -82,7 +82,7 @@ class Slot:
 
     @cached_property
     def sown(self) -> bool:
-        """Whether it is what an earlier call by hand sowed: a run starts without it."""
+        """Whether an earlier call by hand sowed it: a run starts without it."""
         return is_sown(self.leaf)
 
     def read(self) -> Any:
@@ -90,22 +90,20 @@ class Slot:
         if self.ref:
             with jax.ensure_compile_time_eval():  # a program that is being made must not read it when it runs
                 return raw(self.leaf)[...]
-        return raw(self.leaf) if self.holder is None else _get(self.holder, self.path[-1])
+        return raw(self.leaf) if self.holder is None else self.holder[self._key]
 
-    def assignment(self, value: Any) -> Assignment:
-        """What replaces its value."""
+    def assignment(self, value: object) -> Assignment:
+        """The assignment that replaces its value."""
         if self.ref:
             return (setitem, raw(self.leaf), ..., value)
         if self.holder is None:
             return assignment(self.leaf, value)
-        if isinstance(self.holder, nnx.Pytree):
-            key, own = self.path[-1], vars(self.holder)
-            return (setitem, own, key if key in own else str(key), value)
-        return (setitem, self.holder, self.path[-1], value)
+        return (setitem, self.holder, self._key, value)
 
-
-def _get(holder: Any, key: Any) -> Any:
-    return vars(holder)[key if key in vars(holder) else str(key)] if isinstance(holder, nnx.Pytree) else holder[key]
+    @property
+    def _key(self) -> Any:
+        key = self.path[-1]
+        return str(key) if isinstance(self.holder, dict) and key not in self.holder else key
 
 
 @dataclass
@@ -147,12 +145,12 @@ class Layout:
             yield from () if slot.structure is None else static_data(slot.structure)
 
     @cached_property
-    def print(self) -> Fingerprint:
+    def fingerprint(self) -> Fingerprint:
         """The fingerprint of `static`."""
         return Fingerprint(self.static)
 
     @classmethod
-    def of(cls, module: Any) -> Layout:
+    def of(cls, module: nnx.Module) -> Layout:
         """Takes `module` apart.
 
         Raises:
@@ -170,13 +168,19 @@ class Layout:
                 )
             collection = type(leaf).__name__ if variable else "Array"
             holder = parts.get(path[:-1])
-            drawn = isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream)
-            fixed = not variable and is_fixed(leaf)
-            structure = jax.tree_util.tree_structure(leaf) if variable else None
-            own = parts.get(path, leaf) if variable else leaf
-            ref = variable and is_ref(raw(own))
+            part = parts.get(path, leaf) if variable else leaf
             slots.append(
-                Slot(collection, spell(path), path, own, None if variable else holder, drawn, fixed, structure, ref)
+                Slot(
+                    collection,
+                    spell(path),
+                    path,
+                    part,
+                    None if variable else vars(holder) if isinstance(holder, nnx.Pytree) else holder,
+                    drawn=isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream),
+                    fixed=not variable and is_fixed(leaf),
+                    structure=jax.tree_util.tree_structure(leaf) if variable else None,
+                    ref=variable and is_ref(raw(part)),
+                )
             )
         nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
         held = Guards()
@@ -191,17 +195,13 @@ class Layout:
         """Whether every module and container holds the very objects that it held."""
         return self.held.hold()
 
-    def values(self) -> Values:
-        """The arrays as they are now, those that an earlier call sowed left out."""
-        out: Values = {}
-        for slot in self.slots:
-            if slot.sown or slot.fixed:
-                continue
-            out.setdefault(slot.collection, {})[slot.name] = _own(slot.read())
-        return out
+    def copying(self, other: Layout) -> list[Assignment]:
+        """The assignments that give the module the values of `other`, which has the same graphdef. Sown values stay."""
+        pairs = zip(self.slots, other.slots, strict=True)
+        return [slot.assignment(_own(new.read())) for slot, new in pairs if not (slot.sown or slot.fixed)]
 
     def given(self) -> Values:
-        """The same without the streams' own: what a program is given."""
+        """The arrays that a program is given, as they are now: neither streams' own nor what earlier calls sowed."""
         out: Values = {}
         for collection, names, leaves in self._given[0]:
             values = list(map(_SLOT.__get__, leaves))
@@ -243,18 +243,15 @@ class Layout:
 
     def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
         """A copy of the module that holds `values`, all of its variables its own."""
-        flat = []
-        for slot in self.slots:
-            given = values.get(slot.collection, {})
-            value = given[slot.name] if slot.name in given else slot.read()
-            if slot.structure is not None:
-                value = jax.tree_util.tree_unflatten(slot.structure, jax.tree_util.tree_leaves(value))
-            flat.append((slot.path, value))
-        return nnx.merge(self.graphdef.value, nnx.from_flat_state(flat))
+        return self._bare().rebuild(values)
 
     @cached_property
     def skeleton(self) -> Skeleton:
-        """The module without its arrays."""
+        """The module without its arrays, its streams as they were when it was first asked for."""
+        return self._bare()
+
+    def _bare(self) -> Skeleton:
+        # Streams are read anew for every copy: NNX's `fork` gives the same Variable keys of another shape.
         rows = []
         for slot in self.slots:
             value = slot.read() if slot.drawn or slot.fixed or slot.sown else None
@@ -274,7 +271,7 @@ class Layout:
         return frozenset(str(part.key.tag) for _, part in walk(self.module) if isinstance(part, nnx.RngStream))
 
     def assignments(self, values: Mapping[str, Mapping[str, Any]]) -> list[Assignment]:
-        """What puts `values` (of all or of some variables) into the module's own objects."""
+        """The assignments that put `values`, of all or of some variables, into the module's own objects."""
         slots = self._by_name
         return [
             slots[collection, name].assignment(value)
@@ -287,12 +284,8 @@ class Layout:
     def _by_name(self) -> dict[tuple[str, str], Slot]:
         return {(slot.collection, slot.name): slot for slot in self.slots}
 
-    def write(self, values: Mapping[str, Mapping[str, Any]]) -> None:
-        """Makes these assignments."""
-        at_once(self.assignments(values))
 
-
-def _on_arrays(module: Any) -> Any:
+def _on_arrays(module: nnx.Module) -> Any:
     """A copy that holds arrays where the module holds references; the module itself if it holds none."""
     if not any(isinstance(part, nnx.Variable) and is_ref(raw(part)) for _, part in walk(module)):
         return module
@@ -338,7 +331,7 @@ class LayoutCache:
     def __exit__(self, *_: object) -> None:
         self.steady -= 1
 
-    def of(self, module: Any) -> Layout:
+    def of(self, module: nnx.Module) -> Layout:
         """The layout of `module` as it is now."""
         layout = self.layout
         if self.steady and layout is not None and layout.module is module:

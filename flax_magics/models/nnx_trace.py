@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 import sys
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +22,6 @@ from .arguments import has_tracer
 from .base import (
     ARGUMENTS,
     CONVERTED,
-    REPLACING,
     SOWN,
     CallTrace,
     Commit,
@@ -32,12 +30,24 @@ from .base import (
     KeyUse,
     Needs,
     Variables,
+    replaced,
 )
 from .calls import Path
-from .layers import layer_of, mask_of
-from .nnx_graph import RebuiltGraph, assignment, is_other, is_sown, parts_of, raw, same, set_raw, taken_from, walk
+from .nnx_graph import (
+    RebuiltGraph,
+    assignment,
+    is_other,
+    is_sown,
+    parts_of,
+    raw,
+    same,
+    set_mode,
+    set_raw,
+    taken_from,
+    walk,
+)
 from .nnx_layout import Layout
-from .nnx_switch import set_mode
+from .switch import layer_of, mask_of
 
 STRUCTURE = "(structure)"
 """Where a run's result keeps the variables of a graph that the run changed."""
@@ -53,7 +63,7 @@ def forward(
     held: frozenset[str],
     rngs: list[str] | None,
 ) -> Forward:
-    """The run of a module as a pure function; see `ModelLine.forward`.
+    """The run of a module as a pure function; see `AnyModel.forward`.
 
     Args:
       mode: what the switches of the copy are set to; None: they stay.
@@ -72,10 +82,9 @@ def forward(
         reseed(copy, keys)
         trace = object() if has_tracer(variables, keys, args, kwargs) else None
         mark(copy, trace)
-        nodes = [(node, parts_of(node)) for _, node in walk(copy) if parts_of(node) is not None]
+        nodes = [(node, parts) for _, node in walk(copy) if (parts := parts_of(node)) is not None]
         handed = None
-        passed = variables_in((args, kwargs))
-        given = [raw(variable) for variable in passed]
+        passed = [(variable, raw(variable)) for variable in variables_in((args, kwargs))]
         if rngs is not None:
             handed = nnx.Rngs(**{name: keys[name] for name in rngs})
             mark(handed, trace, handed=True)
@@ -101,13 +110,9 @@ def forward(
         if sown:
             record.sown.add(SOWN)
             updates[SOWN] = sown
-        moved = {
-            str(i): raw(variable)
-            for i, (variable, old) in enumerate(zip(passed, given, strict=True))
-            if not same(old, raw(variable))
-        }
-        if moved:
-            updates[ARGUMENTS] = moved
+        changed = {str(i): raw(variable) for i, (variable, old) in enumerate(passed) if not same(old, raw(variable))}
+        if changed:
+            updates[ARGUMENTS] = changed
         if any(is_other(node, parts) for node, parts in nodes):
             undo()
             record.structure, updates[STRUCTURE] = taken_from(copy, before)
@@ -149,16 +154,16 @@ def commit(
 
 def variables_in(tree: Any) -> tuple[Any, ...]:
     """The variables of all NNX objects in a tree of arguments, in order."""
-    found = []
+    variables = []
     for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
         if isinstance(leaf, nnx.Variable):
-            found.append(leaf)
+            variables.append(leaf)
         elif isinstance(leaf, nnx.Pytree):
-            found += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
-    return tuple(found)
+            variables += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
+    return tuple(variables)
 
 
-def reseed(module: Any, keys: Mapping[str, Any]) -> None:
+def reseed(module: object, keys: Mapping[str, Any]) -> None:
     """`nnx.reseed(module, policy='match_shape', **keys)`: a key of its own for each stream of a tag, in graph order."""
     drawn: Counter[str] = Counter()
     for _, stream in walk(module):
@@ -178,13 +183,13 @@ def _plain_variables() -> Any:
     return nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
 
 
-def _is_converted(held: Any, traced: Any) -> bool:
+def _is_converted(held: object, traced: object) -> bool:
     """Whether JAX has made another dtype of a value by taking it into a program."""
     before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
     return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
 
 
-def _pop(module: Any, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+def _pop(module: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
     """Takes the parts that are `wanted` off the graph: type → nested by path."""
     out: dict[str, Any] = {}
     for path, node in list(walk(module)):
@@ -210,7 +215,7 @@ HANDED: Path = ("(rngs of the call)",)
 """In place of a path: a stream that the session made for the call."""
 
 
-def mark(module: Any, trace: object, handed: bool = False) -> None:
+def mark(module: object, trace: object, handed: bool = False) -> None:
     """Every variable of the graph carries its path.
 
     Args:
@@ -224,18 +229,18 @@ def mark(module: Any, trace: object, handed: bool = False) -> None:
             object.__setattr__(part, "_var_metadata", {**part._var_metadata, MARK: (where, trace)})
 
 
-def path_of(variable: Any) -> Path | None:
+def path_of(variable: nnx.Variable[Any]) -> Path | None:
     """The path that a variable carries, None for one that the user passed or that the model made itself."""
-    found = variable._var_metadata.get(MARK)
-    return None if found is None else found[0]
+    path, _ = variable._var_metadata.get(MARK, (None, None))
+    return path  # type: ignore[no-any-return]
 
 
-def was_sown(part: Any) -> bool:
+def was_sown(part: object) -> bool:
     """Whether a variable came to be by `sow` in this run."""
     return isinstance(part, nnx.Variable) and SOWED in getattr(part, "_var_metadata", ())
 
 
-def unmark(module: Any) -> None:
+def unmark(module: nnx.Module) -> None:
     """Takes the paths off again."""
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and MARK in getattr(part, "_var_metadata", ()):  # hijax has none
@@ -250,7 +255,7 @@ class Watcher:
       handed: the Rngs that the session made for the call, None if it made none.
     """
 
-    def __init__(self, module: Any, record: CallTrace, handed: Any) -> None:
+    def __init__(self, module: nnx.Module, record: CallTrace, handed: object) -> None:
         self.record = record
         self.handed = handed
         self.missing: str | None = None
@@ -262,121 +267,77 @@ class Watcher:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Replaces the methods for the time of the block, for calls of this thread alone."""
-        with REPLACING, self._watching():
+        """Inside the block, what the module does on this thread fills the record."""
+        modules = [part for part in self.parts.values() if isinstance(part, nnx.Module)]
+        noted = [] if self.record.calls is None else list(dict.fromkeys(map(type, modules)))
+        with replaced(
+            (nnx.RngStream, "__call__", self._draw),
+            (nnx.Rngs, "_get_stream", self._look_up),
+            (nnx.Module, "sow", self._sow),
+            (nnx.Dropout, "__call__", self._dropout),
+            (nnx.BatchNorm, "__call__", self._norm),
+            *((cls, name, functools.partial(self._noted, name)) for cls in noted for name in _public(cls)),
+        ):
             yield
 
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        thread = threading.get_ident()
-        draw, sow, dropout, norm = nnx.RngStream.__call__, nnx.Module.sow, nnx.Dropout.__call__, nnx.BatchNorm.__call__
-        lookup = nnx.Rngs._get_stream
+    def _draw(self, draw: Callable[..., Any], stream: nnx.RngStream) -> Any:
+        self._consumed(stream)
+        return draw(stream)
 
-        def draw_(stream: Any) -> Any:
-            if threading.get_ident() == thread:
-                self._consumed(stream)
-            return draw(stream)
-
-        def lookup_(rngs: Any, name: str, error: Any) -> Any:
-            if threading.get_ident() == thread and self._lacks(rngs, name):
-                self.missing = (
-                    name  # with a `default` NNX would fall back on that: in each draw a stream has its own key
-                )
-                raise error(f"No RngStream named '{name}' found in Rngs.")
-            try:
-                return lookup(rngs, name, error)
-            except (AttributeError, KeyError):
-                if threading.get_ident() == thread and self.handed is not None and not name.startswith("_"):
-                    self.missing = name
-                raise
-
-        def sow_(module: Any, variable_type: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-            ours = threading.get_ident() == thread
-            new = ours and not hasattr(module, name)
-            if ours and _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
-                args, kwargs = args[:3], {**kwargs, "capture_noop": False}
-            with warnings.catch_warnings():
-                if ours:
-                    warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
-                result = sow(module, variable_type, name, *args, **kwargs)
-            variable = vars(module).get(name)
-            if new and isinstance(variable, nnx.Variable):
-                object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
-            return result
-
-        def dropout_(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return dropout(module, *args, **kwargs)
-            if module.rate != 0.0:
-                self._layer(module, "dropout", "deterministic", kwargs)
-            self.drawing = mask_of(module, args, kwargs)
-            try:
-                return dropout(module, *args, **kwargs)
-            finally:
-                self.drawing = None
-
-        def norm_(module: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                self._layer(module, "norm", "use_running_average", kwargs)
-            return norm(module, *args, **kwargs)
-
-        replaced: list[tuple[Any, str, Any, Any]] = [
-            (nnx.RngStream, "__call__", draw, draw_),
-            (nnx.Rngs, "_get_stream", lookup, lookup_),
-            (nnx.Module, "sow", sow, sow_),
-            (nnx.Dropout, "__call__", dropout, dropout_),
-            (nnx.BatchNorm, "__call__", norm, norm_),
-        ]
+    def _look_up(self, look_up: Callable[..., Any], rngs: Any, name: str, error: Any) -> Any:
+        if self._lacks(rngs, name):
+            # With a `default` NNX would fall back on that: in each draw a stream has its own key.
+            self.missing = name
+            raise error(f"No RngStream named '{name}' found in Rngs.")
         try:
-            for cls, name, old, new in replaced:
-                # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some.
-                setattr(cls, name, functools.wraps(old)(new))
-            with self._noting(thread):
-                yield
-        finally:
-            for cls, name, old, _ in replaced:
-                setattr(cls, name, old)
+            return look_up(rngs, name, error)
+        except (AttributeError, KeyError):
+            if self.handed is not None and not name.startswith("_"):
+                self.missing = name
+            raise
 
-    @contextlib.contextmanager
-    def _noting(self, thread: int) -> Iterator[None]:
-        """Inside the block, calls of the public methods of the graph's modules are noted, if the record has a place."""
-        calls = self.record.calls
-        replaced: list[tuple[type, str, Any]] = []
+    def _sow(
+        self, sow: Callable[..., Any], module: nnx.Module, variable_type: object, name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        is_new = not hasattr(module, name)
+        if _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
+            args, kwargs = args[:3], {**kwargs, "capture_noop": False}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
+            result = sow(module, variable_type, name, *args, **kwargs)
+        variable = vars(module).get(name)
+        if is_new and isinstance(variable, nnx.Variable):
+            object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
+        return result
+
+    def _dropout(self, dropout: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if module.rate != 0.0:
+            self._layer(module, "dropout", "deterministic", kwargs)
+        self.drawing = mask_of(module, args, kwargs)
         try:
-            modules = [part for part in self.parts.values() if isinstance(part, nnx.Module)]
-            for cls in dict.fromkeys(map(type, modules)) if calls is not None else ():
-                for name, method in _public(cls):
-                    own = vars(cls).get(name)
-                    replaced.append((cls, name, own))
-                    setattr(cls, name, self._noted(name, method, thread))
-            yield
+            return dropout(module, *args, **kwargs)
         finally:
-            for cls, name, own in reversed(replaced):
-                if own is None:
-                    delattr(cls, name)
-                else:
-                    setattr(cls, name, own)
+            self.drawing = None
 
-    def _noted(self, name: str, method: Any, thread: int) -> Any:
-        @functools.wraps(method)
-        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-            calls = self.record.calls
-            path = self._path(module) if threading.get_ident() == thread else None
-            if calls is None or path is None:
-                return method(module, *args, **kwargs)
-            run = functools.partial(method, module)
-            return calls.note(tuple(map(str, path)), type(module).__name__, name, run, args, kwargs)
+    def _norm(self, norm: Callable[..., Any], module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        self._layer(module, "norm", "use_running_average", kwargs)
+        return norm(module, *args, **kwargs)
 
-        return call
+    def _noted(self, name: str, method: Callable[..., Any], module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
+        calls, path = self.record.calls, self._path(module)
+        if calls is None or path is None:
+            return method(module, *args, **kwargs)
+        run, cls = functools.partial(method, module), type(module).__name__
+        return calls.note(run, args, kwargs, path=tuple(map(str, path)), cls=cls, method=name)
 
-    def _lacks(self, rngs: Any, name: str) -> bool:
+    def _lacks(self, rngs: object, name: str) -> bool:
         """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""
         if self.handed is None or name.startswith("_") or name in vars(rngs):
             return False
         streams = [part for part in vars(rngs).values() if isinstance(part, nnx.RngStream)]
         return rngs is self.handed or any(path_of(stream.key) == HANDED for stream in streams)
 
-    def _consumed(self, stream: Any) -> None:
+    def _consumed(self, stream: nnx.RngStream) -> None:
         path = path_of(stream.key)
         if path is not None:
             consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
@@ -388,7 +349,7 @@ class Watcher:
             self.record.takes.append(KeyUse(tag, where, (place, self.drawn[place]), self.drawing, inside))
             self.drawn[place] += 1
 
-    def _own(self, stream: Any, path: Path) -> bool:
+    def _own(self, stream: nnx.RngStream, path: Path) -> bool:
         """Whether a stream is the model's own or the call's, and no copy of a transform's."""
         if path == HANDED:
             return any(part is stream for part in vars(self.handed).values())
@@ -412,7 +373,7 @@ class Watcher:
             frame = frame.f_back
         return ()
 
-    def _path(self, module: Any) -> Path | None:
+    def _path(self, module: object) -> Path | None:
         if id(module) in self.paths and self.parts[self.paths[id(module)]] is module:
             return self.paths[id(module)]
         for part in vars(module).values():  # a transform's copy
@@ -431,27 +392,24 @@ class Watcher:
         if isinstance(value, bool):
             around = [self.parts[path[:n]] for n in reversed(range(len(path))) if path[:n] in self.parts]
             around = [part for part in around if isinstance(part, nnx.Module)]
-            layer = layer_of(kind, tuple(map(str, path)), module, around, (switch, value, in_call))
-            if layer not in self.record.layers:
-                self.record.layers.append(layer)
+            self.record.passed(layer_of(kind, tuple(map(str, path)), module, around, (switch, value, in_call)))
 
 
 def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
     """For each stream of a graph its tag, and which of the streams of that tag it is, as `reseed` goes through them."""
-    found: dict[Path, tuple[Any, ...]] = {}
+    places: dict[Path, tuple[Any, ...]] = {}
     numbers: Counter[str] = Counter()
     for path, part in parts.items():
         if isinstance(part, nnx.RngStream):
             tag = str(part.key.tag)
-            found[path] = (tag, numbers[tag])
+            places[path] = (tag, numbers[tag])
             numbers[tag] += 1
-    return found
+    return places
 
 
-def _public(cls: type) -> list[tuple[str, Any]]:
+def _public(cls: type) -> list[str]:
     """The call and the public methods of a module class, without those that every module has."""
+    methods = inspect.getmembers(cls, inspect.isfunction)
     return [
-        (name, method)
-        for name, method in inspect.getmembers(cls, inspect.isfunction)
-        if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
+        name for name, _ in methods if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
     ]

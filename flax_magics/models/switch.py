@@ -1,16 +1,26 @@
-"""The switch between training and evaluation, under the names that Flax models use for it, of linen and of NNX."""
+"""The switch between training and evaluation, under the names that Flax models use for it, of linen and of NNX.
+
+It is set on the fields of models and configs; of a dropout or normalisation layer that a trace passed through it is found
+where the source gives it.
+"""
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import inspect
+import re
+import sys
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from types import NoneType
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType, NoneType
+from typing import Any, NamedTuple
 
 from ..errors import FlaxMagicsError
+from .calls import Path
 
 WHEN_TRAINING = {
     "train": True,
@@ -23,7 +33,7 @@ WHEN_TRAINING = {
 
 
 def value_of(name: str, train: bool) -> bool:
-    """What switch `name` has to be for training (or not)."""
+    """The value of switch `name` for training (or not)."""
     return WHEN_TRAINING[name] is train
 
 
@@ -61,7 +71,7 @@ def check_agreement(train: bool, written: dict[str, Any]) -> None:
             raise FlaxMagicsError(f"{option} contradicts {name}={value}, written in the call. Leave one of them out.")
 
 
-def set_fields(value: Any, train: bool, fixed: frozenset[str]) -> tuple[Any, tuple[str, ...]]:
+def set_fields(value: object, train: bool, fixed: frozenset[str]) -> tuple[Any, tuple[str, ...]]:
     """`value` (a dataclass: a linen module or a config) with its switches set, and what was set.
 
     Fields are found on the value itself, on dataclasses that it holds, however deep, and in tuples, lists and dicts of
@@ -70,24 +80,24 @@ def set_fields(value: Any, train: bool, fixed: frozenset[str]) -> tuple[Any, tup
     """
     setter = _Setter(train, fixed, bool)
     result = setter.visit(value, "")
-    if not setter.done and not fixed:
+    if not setter.settings and not fixed:
         setter = _Setter(train, fixed, NoneType)
         result = setter.visit(value, "")
-    return result, tuple(setter.done)
+    return result, tuple(setter.settings)
 
 
-def set_unset_fields(value: Any, fixed: frozenset[str]) -> Any:
+def set_unset_fields(value: object, fixed: frozenset[str]) -> Any:
     """`value` with the switches that have no value in evaluation, if it has no other switch."""
     if fixed or read_fields(value):
         return value
     return _Setter(False, fixed, NoneType).visit(value, "")
 
 
-def read_fields(value: Any) -> tuple[str, ...]:
+def read_fields(value: object) -> tuple[str, ...]:
     """The switches of `value` as they stand: `('training=False', 'config.deterministic=True')`."""
     setter = _Setter(None, frozenset(), bool)
     setter.visit(value, "")
-    return tuple(setter.done)
+    return tuple(setter.settings)
 
 
 def setting_of(text: str) -> tuple[str, bool]:
@@ -96,7 +106,7 @@ def setting_of(text: str) -> tuple[str, bool]:
     return name, value.startswith("True")
 
 
-def cloned(name: str, module: Any, settings: Iterable[tuple[str, Any]]) -> str:
+def cloned(name: str, module: object, settings: Iterable[tuple[str, Any]]) -> str:
     """`net.clone(training=True)`, and what sets a switch on what is in a field; `name` itself for no settings.
 
     Args:
@@ -110,19 +120,19 @@ def cloned(name: str, module: Any, settings: Iterable[tuple[str, Any]]) -> str:
 class _FieldWriter:
     """Writes the expression that sets switches anew, visiting in the order of `_Setter`, so that paths are the same."""
 
-    def __init__(self, settings: Mapping[str, Any], module: Any) -> None:
+    def __init__(self, settings: Mapping[str, Any], module: object) -> None:
         self.settings = settings
         self.visits: Counter[int] = Counter()
         self._count(module)
         self.shared: dict[int, str] = {}
 
-    def _count(self, value: Any) -> None:
+    def _count(self, value: object) -> None:
         self.visits[id(value)] += 1
         if self.visits[id(value)] == 1:
             for _, inner in _parts(value):
                 self._count(inner)
 
-    def of(self, value: Any, path: str, name: str) -> str:
+    def of(self, value: object, path: str, name: str) -> str:
         """The expression for `value` with its switches set, where `name` stands for it as it is; `name` if it has none."""
         if id(value) in self.shared:
             return self.shared[id(value)] or name
@@ -132,7 +142,7 @@ class _FieldWriter:
             text = str(self.settings[where]) if where in self.settings else self.of(inner, where, name + step)
             if text != name + step:
                 changed[step] = text
-        text = _written(value, name, changed) if changed else name
+        text = _expression(value, name, changed) if changed else name
         if self.visits[id(value)] == 1:
             return text
         # What stands in two places is one module, with one place among the variables: it must be made once.
@@ -140,8 +150,8 @@ class _FieldWriter:
         return f"({self.shared[id(value)]} := {text})" if changed else name
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """What switches are looked for in, each with its step in an expression: `.config`, `[0]`, `['head']`."""
+def _parts(value: object) -> Iterator[tuple[str, Any]]:
+    """The parts of a value in which switches are looked for, each with its step: `.config`, `[0]`, `['head']`."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         yield from ((f"[{i}]", item) for i, item in enumerate(value))
     elif isinstance(value, Mapping):
@@ -151,7 +161,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", getattr(value, name, None)) for name in names)
 
 
-def _written(value: Any, name: str, changed: Mapping[str, str]) -> str:
+def _expression(value: object, name: str, changed: Mapping[str, str]) -> str:
     """The expression for `value` with some of its parts changed, by their steps."""
     if isinstance(value, Mapping):
         text = ", ".join([f"**{name}", *(f"{step[1:-1]}: {part}" for step, part in changed.items())])
@@ -169,7 +179,7 @@ def _written(value: Any, name: str, changed: Mapping[str, str]) -> str:
     return f"{name}.clone({fields})" if _is_linen(value) else f"dataclasses.replace({name}, {fields})"
 
 
-def _is_linen(value: Any) -> bool:
+def _is_linen(value: object) -> bool:
     return hasattr(value, "clone") and hasattr(value, "scope")
 
 
@@ -180,17 +190,17 @@ class _Setter:
         self.train = train
         self.fixed = fixed
         self.kind = kind
-        self.done: list[str] = []
+        self.settings: list[str] = []
         self.memo: dict[int, Any] = {}
 
-    def visit(self, value: Any, path: str) -> Any:
+    def visit(self, value: object, path: str) -> Any:
         if id(value) in self.memo:
             return self.memo[id(value)]
         result = self._visit(value, path)
         self.memo[id(value)] = result
         return result
 
-    def _visit(self, value: Any, path: str) -> Any:
+    def _visit(self, value: object, path: str) -> Any:
         if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
             items = {step: self.visit(item, path + step) for step, item in _parts(value)}
             if all(items[step] is item for step, item in _parts(value)):
@@ -209,13 +219,13 @@ class _Setter:
                 changes[name] = new
         return _replaced(value, changes) if changes else value
 
-    def _switch(self, name: str, old: Any, where: str, *, top: bool) -> Any:
+    def _switch(self, name: str, old: object, where: str, *, top: bool) -> Any:
         if top and name in self.fixed:
             return old
         if not isinstance(old, self.kind):
             return old
         new = old if self.train is None else value_of(name, self.train)
-        self.done.append(f"{where}={new}")
+        self.settings.append(f"{where}={new}")
         return new
 
 
@@ -229,3 +239,170 @@ def _replaced(value: Any, changes: dict[str, Any]) -> Any:
         for name, item in changes.items():
             object.__setattr__(new, name, item)
         return new
+
+
+@dataclass(frozen=True)
+class CodePlace:
+    """The expression that gives a layer its switch: its text, empty where it was not found, and whether it is a literal."""
+
+    text: str = ""
+    literal: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
+
+    kind: str
+    """`dropout` or `norm`."""
+    path: Path
+    training: bool
+    owner: str
+    """The class that made the layer, with the line that gives it its switch where that is known: `MyModel (line 8)`."""
+    switch: str
+    """The layer's own argument, such as `deterministic`."""
+    value: bool
+    """The value of that argument."""
+    source: CodePlace = CodePlace()
+    own_switch: str = ""
+    """The owner's own switch as its code writes it, such as `train` or `self.training`; empty if it has none."""
+    method: str = ""
+    """The owner's method that called the layer."""
+
+
+class _SwitchPlace(NamedTuple):
+    """A place in the source that gives the switch of a layer.
+
+    Attributes:
+      expression: what it is given; `line`: of that, in the file or cell.
+      call: the lines of the call; `name`: of the attribute that the call's value is assigned to.
+      keyword: it is given by its name.
+    """
+
+    expression: ast.expr
+    line: int
+    call: range
+    name: str
+    keyword: bool
+
+
+def layer_of(kind: str, path: Path, module: object, around: list[Any], switch: tuple[str, bool, bool]) -> Layer:
+    """The layer `module` at `path`, called while its trace runs.
+
+    Args:
+      around: the modules around it, innermost first.
+      switch: its argument's name and value, and whether the call gave it, not the construction.
+    """
+    name, value, in_call = switch
+    owner = next((each for each in around if not _is_flax(type(each))), None)
+    if owner is None:
+        made_in = type(around[0] if around else module).__name__
+        return Layer(kind, path, value is WHEN_TRAINING[name], made_in, name, value)
+    frame = _frame_of(owner)
+    line = None if frame is None else frame.f_lineno
+    written = list(_places_of(type(owner), type(module), name, in_call))
+    named = [place for place in written if place.name and place.name == re.sub(r"_\d+$", "", path[-1] if path else "")]
+    here = [place for place in written if line in place.call]
+    places = named or here or [place for place in written if not place.name]
+    # Any call of two arguments might give one by its place.
+    places = [place for place in places if place.keyword] or places
+    texts = {ast.unparse(place.expression) for place in places}
+    made_in, source = type(owner).__name__, CodePlace()
+    literal = len(texts) == 1 and isinstance(places[0].expression, ast.Constant)
+    if len(texts) == 1 and (not literal or texts == {str(value)}):
+        source = CodePlace(texts.pop(), literal)
+        made_in += f" (line {places[0].line})"
+    own_switch, method = _own_switch(owner, frame), "" if frame is None else frame.f_code.co_name
+    return Layer(kind, path, value is WHEN_TRAINING[name], made_in, name, value, source, own_switch, method)
+
+
+def _is_flax(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "flax"
+
+
+def _frame_of(module: object) -> FrameType | None:
+    """The innermost frame of the user's in which a method of `module` runs."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        ours = str(frame.f_globals.get("__name__")).startswith(("flax.", "flax_magics."))
+        if not ours and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _own_switch(module: object, frame: FrameType | None) -> str:
+    """A module's own switch as its methods write it: `train`, `self.training`, `self.config.deterministic`."""
+    if frame is not None:
+        code = frame.f_code
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        switches = [name for name in arguments if name in WHEN_TRAINING]
+        if switches:
+            return switches[0]
+    configs = {
+        f"self.{name}.": value
+        for name, value in vars(module).items()
+        if dataclasses.is_dataclass(value) and not hasattr(value, "scope") and not name.startswith("_")
+    }
+    for prefix, value in {"self.": module, **configs}.items():
+        for name in WHEN_TRAINING:
+            if isinstance(getattr(value, name, None), bool):
+                return f"{prefix}{name}"
+    return ""
+
+
+def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_SwitchPlace]:
+    """Every place in the class's methods that gives `switch` to a layer, where it is made or where it is called."""
+    function: Callable[..., Any] = layer.__call__.__get__(object()) if in_call else layer
+    parameters = list(inspect.signature(function).parameters)  # without `self`
+    position = parameters.index(switch) if switch in parameters else None
+    for base in cls.__mro__:
+        if _is_flax(base) or base is object:
+            continue
+        for function in vars(base).values():
+            try:
+                lines, start = inspect.getsourcelines(inspect.unwrap(function))
+                tree = ast.parse(textwrap.dedent("".join(lines)))
+            except (OSError, TypeError, SyntaxError, ValueError):
+                continue
+            names = {
+                id(call): target.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Assign)
+                for target in node.targets
+                if isinstance(target, ast.Attribute)
+                for call in ast.walk(node.value)
+            }
+            for call in ast.walk(tree):
+                if not isinstance(call, ast.Call) or _makes(call, layer) is in_call:
+                    continue
+                place = range(call.lineno + start - 1, (call.end_lineno or call.lineno) + start)
+                expression = next((item.value for item in call.keywords if item.arg == switch), None)
+                keyword = expression is not None
+                if not keyword and position is not None and len(call.args) > position:
+                    expression = call.args[position] if _last(call.func) != "partial" else None
+                if expression is not None:
+                    line = expression.lineno + start - 1
+                    yield _SwitchPlace(expression, line, place, names.get(id(call), ""), keyword)
+
+
+def _makes(call: ast.Call, layer: type) -> bool:
+    """Whether a call makes the layer: `nn.Dropout(…)` or `partial(nn.Dropout, …)`."""
+    return layer.__name__ in {_last(call.func), *(_last(arg) for arg in call.args if _last(call.func) == "partial")}
+
+
+def _last(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def mask_of(module: Any, args: Any, kwargs: Any) -> tuple[tuple[int, ...], float] | None:
+    """Shape and rate of the mask that a dropout draws, of linen or NNX, for the arguments of its call."""
+    inputs = args[0] if args else kwargs.get("inputs")
+    shape, rate = getattr(inputs, "shape", None), module.rate
+    if shape is None or not isinstance(rate, (int, float)):
+        return None
+    whole = list(shape)
+    for dim in module.broadcast_dims:
+        whole[dim] = 1
+    return tuple(whole), float(rate)

@@ -15,7 +15,7 @@ from ..line.commands import COMMANDS
 from ..line.options import Command, Option
 
 if TYPE_CHECKING:
-    from ..state.handles import ModelNames
+    from ..state.models import ModelNames
 
 _COMMAND = re.compile(r"\s*(?:[^%#]*=\s*)?(?P<name>%{1,2}flax\w*)\s+(?P<rest>.*)", re.DOTALL)
 _PATH = re.compile(r"[^\W\d]\w*(\.\w*)*")

@@ -15,8 +15,8 @@ from ..code.library import is_module, is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import Assignment, parse_assignment, parse_call
 from ..line.expression import Expression, segment
-from ..models.adopt import adopt, modules_in, needed_fields, spell_construction
-from ..models.construction import Construction, constructor, takes_rngs
+from ..models.arguments import constructor
+from ..models.construction import Construction, adopt, modules_in, needed_fields, spell_construction, takes_rngs
 
 Namespace = dict[str, Any]
 
@@ -122,10 +122,7 @@ def build(expression: Expression, user_ns: Namespace, local_ns: Mapping[str, Any
 
 def check_fields(cls: type, names: Iterable[str]) -> None:
     """Raises FlaxMagicsError where one of `names` is no field (NNX: no argument of the constructor)."""
-    try:
-        parameters = constructor(cls).parameters
-    except (TypeError, ValueError):
-        return
+    parameters = constructor(cls).parameters
     unknown = next((name for name in names if name not in parameters), None)
     if unknown is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..cells.reruns import Rerun
     from ..report.live import Live
     from ..run import Note, Run
-    from ..state.handles import ModelNames
+    from ..state.models import ModelNames
     from .weight_names import WeightNames
 
 

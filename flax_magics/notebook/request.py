@@ -12,7 +12,7 @@ from ..errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, writt
 from ..execution.call import Call
 from ..line.call import CallExpression, root_name, values_first
 from ..line.options import ApplyOptions
-from ..models.adopt import adopt, modules_in, needed_fields, spell_construction
+from ..models.construction import adopt, modules_in, needed_fields, spell_construction
 from ..models.switch import call_switches, following
 from ..run import Run
 

@@ -82,8 +82,8 @@ def take(state: State) -> Snapshot:
 
 
 def _taken(entry: ModelEntry) -> SavedModel:
-    model: Any = entry.model
-    made = entry.made or entry.made_before
+    model = entry.model
+    made = entry.init or entry.previous_init
     if model.holds_variables:
         slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
         variables: Any = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
@@ -97,11 +97,11 @@ def _taken(entry: ModelEntry) -> SavedModel:
         model.describe(),
         "",
         variables,
-        dict(entry.updates),
+        dict(entry.update_counts),
         entry.outdated,
-        entry.stale,
+        entry.rebuild_next,
         made,
-        entry.made is None,
+        entry.init is None,
         None if entry.built is None else dict(entry.built.keys),
         parameters,
         size,

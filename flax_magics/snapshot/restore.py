@@ -19,7 +19,7 @@ from ..code.source import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
 from ..execution.build import built_with
-from ..models.base import Model
+from ..models.base import Model, ModelWithVariables
 from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
@@ -75,22 +75,22 @@ def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
 
 
 def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
-    model: Any = entry.model
+    model = entry.model
     if saved.holds_variables is not model.holds_variables:
         there, here = ("an NNX", "a linen") if saved.holds_variables else ("a linen", "an NNX")
         raise Unfit((f"{there} model is in the file, and {here} one is registered",))
     if model.holds_variables:
         return _into_module(saved, entry, model)
     if saved.variables is None:
-        return Matched(replace(entry, variables=None, made=None, updates={}, outdated=False, source=None))
+        return Matched(replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None))
     variables, made, outdated = _held_against(saved, model)
     assigned = saved.assigned or made is None
     entry = replace(
         entry,
         variables=variables,
-        made=None if assigned else made,
-        made_before=made if assigned else None,
-        updates=dict(saved.updates),
+        init=None if assigned else made,
+        previous_init=made if assigned else None,
+        update_counts=dict(saved.updates),
         outdated=outdated,
         source=WeightSource.loaded(saved.file, variables),
     )
@@ -155,7 +155,7 @@ class _Other:
     shape: tuple[int, ...] = ()
 
 
-def _into_module(saved: SavedModel, entry: ModelEntry, model: Any) -> Matched:
+def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables) -> Matched:
     """The variables of an NNX module, each for the one that stands at its path."""
     slots = {slot.path: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
     values_by_path: dict[Any, Any] = {}
@@ -196,7 +196,12 @@ def _into_module(saved: SavedModel, entry: ModelEntry, model: Any) -> Matched:
         values.setdefault(slots[path].collection, {})[slots[path].name] = value
     source = WeightSource.loaded(saved.file, values, in_module=True)
     entry = replace(
-        entry, updates=dict(saved.updates), outdated=saved.outdated, stale=saved.stale, built=built, source=source
+        entry,
+        update_counts=dict(saved.updates),
+        outdated=saved.outdated,
+        rebuild_next=saved.stale,
+        built=built,
+        source=source,
     )
     return Matched(entry, lambda: at_once(assignments))
 

@@ -241,10 +241,8 @@ def checked_limit(limit: Any) -> int:
 def arrays_of(models: Mapping[str, Any], pinned: bool) -> Iterable[Any]:
     """The variables of registered models, as the session or the module holds them; `pinned`: and what else models hold."""
     for entry in models.values():
-        held = entry.variables
         with contextlib.suppress(Exception):  # a module that its owner has made one that no run would take
-            held = entry.model.take() if held is None else held
-        yield from jax.tree_util.tree_leaves(held)
+            yield from jax.tree_util.tree_leaves(entry.held)
         if not pinned:
             continue
         if not entry.model.holds_variables:  # what such a module holds are its variables

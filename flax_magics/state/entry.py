@@ -25,31 +25,31 @@ class ModelEntry:
     """A registered model as the session's state has it.
 
     Attributes:
-      print: fingerprint at registration, None where the model is not plain.
+      fingerprint: at registration, None where the model is not plain.
       variables: None until initialised.
-      made: how the variables were initialised; None if they were assigned.
-      updates: collection → how many runs have written it since the init.
+      init: how the variables were initialised; None if they were assigned.
+      update_counts: collection → how many runs have written it since the init.
       outdated: the variables are from before an edit that changed how they are made.
-      guesses: what runs asked for last, by method and mode; spares a trace, never decides one.
+      known_needs: what runs asked for last, by method and mode; spares a trace, never decides one.
     """
 
     name: str
     model: Model
-    print: bytes | None
+    fingerprint: bytes | None
     variables: Mapping[str, Any] | None = None
-    made: InitRecord | None = None
-    updates: Mapping[str, int] = field(default_factory=dict)
+    init: InitRecord | None = None
+    update_counts: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
-    guesses: Mapping[Any, Needs] = field(default_factory=dict)
-    forced: frozenset[tuple[Any, str]] = frozenset()
+    known_needs: Mapping[Any, Needs] = field(default_factory=dict)
+    static_ints: frozenset[tuple[Any, str]] = frozenset()
     """Int arguments, by method, whose value the model needs."""
     built: BuiltBySession | None = None
     """How the session built the module (NNX), None where the user did."""
-    stale: bool = False
+    rebuild_next: bool = False
     """A module that holds its variables is to be built anew at its next use."""
-    first: bytes | None = None
+    initial_sample: bytes | None = None
     """A digest of such a module's variables as they were when it was registered."""
-    made_before: InitRecord | None = None
+    previous_init: InitRecord | None = None
     """How the variables were made in whose place the user has put others: what the model's own look like."""
     source: WeightSource | None = None
     """Where the variables came from; None as long as there are none."""
@@ -64,12 +64,20 @@ class ModelEntry:
     @property
     def held(self) -> Mapping[str, Any] | None:
         """The variables by collection, where the session or the module holds them now."""
-        return self.model.take() if self.model.holds_variables else self.variables
+        return self.model.own_variables() if self.model.holds_variables else self.variables
+
+    def collections(self) -> Mapping[str, Any] | None:
+        """The variables by collection, random streams of an NNX module left out."""
+        return self.model.collections() if self.model.holds_variables else self.variables
+
+    def read_variables(self) -> Mapping[str, Any] | None:
+        """The variables as the user reads them: the collections, or a copy of an NNX module's `nnx.state`."""
+        return self.model.state() if self.model.holds_variables else self.variables
 
     def source_now(self) -> WeightSource | None:
         """Where the variables came from that are held now."""
         held = self.held
-        return self.source if held is None or self.source is None else self.source.now(held, self.updates)
+        return self.source if held is None or self.source is None else self.source.now(held, self.update_counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +144,7 @@ class BuildRecipe:
 
     name: str
     recipe: Construction
-    print: bytes | None
+    fingerprint: bytes | None
     pinned: tuple[Any, ...] = ()
 
 
@@ -155,12 +163,12 @@ class Origin:
         self.leaves = leaves
 
 
-def is_plain(leaf: Any) -> bool:
+def is_plain(leaf: object) -> bool:
     """Whether an input is an array or a plain value, which are what they were."""
     return hasattr(leaf, "dtype") or leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes))
 
 
-def objects_in(treedef: Any, leaves: Iterable[Any], structure: Any) -> list[Any]:
+def objects_in(treedef: object, leaves: Iterable[Any], structure: object) -> list[Any]:
     """What may have changed where it is: inputs that are no arrays and not plain, static data of these and of variables.
 
     Args:
@@ -184,7 +192,7 @@ class Replaced:
       origin, inputs: as `Kept` has them, so that they count like a run; None once they were let go of.
     """
 
-    def __init__(self, variables: Any, source: WeightSource, updates: Mapping[str, int]) -> None:
+    def __init__(self, variables: object, source: WeightSource, updates: Mapping[str, int]) -> None:
         self.source, self.updates = source, updates
         nothing: Any = _Nothing()
         leaves, self._structure = jax.tree_util.tree_flatten(variables)

@@ -1,20 +1,20 @@
-"""Registering a model, editing it, assigning its variables: what becomes of what a session keeps of it."""
+"""The registered models: how one is registered, edited and assigned variables, and the handle that a person reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 
 from ..base.text import bytes_
+from ..code.library import is_module_class
 from ..compile import init_trace
 from ..compile.initialise import initialised
-from ..errors import FlaxMagicsError
-from ..models.adopt import adopt
-from ..models.base import Model
-from ..models.construction import BuiltBySession
+from ..errors import FlaxMagicsError, did_you_mean, written
+from ..models.base import Model, ModelWithVariables
+from ..models.construction import BuiltBySession, adopt, spell_construction
 from ..run import Note
 from .entry import ModelEntry, Replaced
 from .weights import (
@@ -30,12 +30,12 @@ from .weights import (
 )
 
 if TYPE_CHECKING:
-    from ..compile.initialise import InitRecord
+    from .state import State
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What registering did: is the model new, the same, or changed; what changed; what became of its variables."""
+    """The result of registering: whether the model is new, the same or changed, and what became of its variables."""
 
     name: str
     state: Literal["new", "unchanged", "changed"]
@@ -45,12 +45,12 @@ class Registration:
     """Where variables wait for this model that were restored from there, or that do not fit it: see `unfit`."""
     unfit: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
-    """What is other about the model than when those variables were saved."""
+    """Differences from the model for which those variables were saved."""
     write: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     """Carries the variables over into a module that holds its own."""
 
 
-def register(old: ModelEntry | None, name: str, module: Any) -> tuple[ModelEntry, Registration]:
+def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEntry, Registration]:
     """The entry for `module` under `name`, and how it compares with `old`. Nothing is changed here.
 
     Raises:
@@ -59,105 +59,91 @@ def register(old: ModelEntry | None, name: str, module: Any) -> tuple[ModelEntry
     if not name.isidentifier():
         raise FlaxMagicsError(f"`{name}` is not a name that a model can have.")
     if old is not None and module is old.model.module:
-        print_ = old.model.print()
-        if print_ is not None and print_ == old.print:
+        fingerprint = old.model.fingerprint()
+        if fingerprint is not None and fingerprint == old.fingerprint:
             return old, unchanged(old)
     model = adopt(module, name)
     if model.holds_variables:
         return register_holding(old, name, model)
-    print_ = model.print()
-    if old is not None and old.model.holds_variables:
-        return ModelEntry(name, model, print_), Registration(name, "changed")
-    if old is None:
-        return ModelEntry(name, model, print_), Registration(name, "new")
-    if print_ is not None and print_ == old.print:
+    fingerprint = model.fingerprint()
+    if old is None or old.model.holds_variables:
+        return ModelEntry(name, model, fingerprint), Registration(name, "new" if old is None else "changed")
+    if fingerprint is not None and fingerprint == old.fingerprint:
         return old, unchanged(old)
-    return _edited(old, model, print_)
+    return _edited(old, model, fingerprint)
 
 
 def unchanged(old: ModelEntry) -> Registration:
-    """What registering the same again says."""
+    """The result of registering the same model again."""
     return Registration(old.name, "unchanged", variables="kept" if old.ready else "none")
 
 
 def register_holding(
-    old: ModelEntry | None, name: str, model: Any, built: BuiltBySession | None = None
+    old: ModelEntry | None, name: str, model: ModelWithVariables, built: BuiltBySession | None = None
 ) -> tuple[ModelEntry, Registration]:
     """`register` for a module that holds its own variables (NNX).
 
     One that an unchanged cell made again gives way to the one that is there. After an edit the old variables go into the
     new module if they all fit; otherwise, and where nothing but the initial values differs, its own stand.
     """
-    print_, first = model.print(), model.sample()
-    entry = ModelEntry(name, model, print_, built=built, first=first, source=WeightSource.own(name))
+    fingerprint, first = model.fingerprint(), model.sample()
+    entry = ModelEntry(name, model, fingerprint, built=built, initial_sample=first, source=WeightSource.own(name))
     if old is None:
         return entry, Registration(name, "new")
     if not old.model.holds_variables:
         return entry, Registration(name, "changed", variables="own")
-    before: Any = old.model
-    if model.module is before.module:
-        return replace(old, model=model, print=print_), Registration(name, "changed", variables="kept")
-    if old.stale:
+    if model.module is old.model.module:
+        return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
+    if old.rebuild_next:
         return entry, Registration(name, "changed", variables="own")
-    if print_ is not None and print_ == old.print:
-        if first == old.first:
+    if fingerprint is not None and fingerprint == old.fingerprint:
+        if first == old.initial_sample:
             return old, unchanged(old)
         return entry, Registration(name, "changed", ("initial values",), "own")
-    changes = differences(_shapes(before), _shapes(model))
+    changes = differences(_shapes(old.model), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
-    values = before.collections()
-    entry = replace(entry, updates=old.updates, outdated=old.outdated or first != old.first, source=old.source)
+    values = old.model.collections()
+    entry = replace(
+        entry, update_counts=old.update_counts, outdated=old.outdated or first != old.initial_sample, source=old.source
+    )
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
-def _shapes(model: Any) -> dict[str, Any]:
-    variables = {name: value for tree in model.collections().values() for name, value in tree.items()}
+def _shapes(model: ModelWithVariables) -> dict[str, Any]:
+    variables = _by_path(model.collections())
     return jax.eval_shape(lambda: variables)  # type: ignore[no-any-return]
 
 
-def _edited(old: ModelEntry, model: Model, print_: bytes | None) -> tuple[ModelEntry, Registration]:
-    entry = replace(old, model=model, print=print_, forced=frozenset())
+def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
+    """An edited linen model: the old variables stay where what the new code would initialise has their shapes."""
+    entry = replace(old, model=model, fingerprint=fingerprint, static_ints=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
-    if old.made is None:  # assigned by the user: how they were made is not known
-        edit, now = EditEffect((), fits=True, outdated=False), None
+    before = old.init
+    if before is None:  # assigned by the user: how they were made is not known
+        return entry, Registration(old.name, "changed", variables="kept")
+    changes: tuple[str, ...] = ()
+    init = before
+    try:
+        init = initialised(model, before.key, before.method, before.args, before.kwargs)
+        if init.traced is not None:
+            init_trace.keep(init.traced, model, before.key, before.method, before.args, before.kwargs)
+    except Exception as error:  # the user's new code does not take the old call
+        changes = (f"the last init's call fails now ({type(error).__name__})",)
+    comparable = init.shapes is not None and before.shapes is not None
+    changes = changes or (differences(before.shapes, init.shapes) if comparable else ())
+    if changes:
+        entry = replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None)
+        return entry, Registration(old.name, "changed", changes, "dropped")
+    if not comparable or init.program is None or init.program != before.program:
+        entry = replace(entry, outdated=True)
     else:
-        edit, now = compare(old.made, model)
-    if not edit.fits:
-        entry = replace(entry, variables=None, made=None, updates={}, outdated=False, source=None)
-        return entry, Registration(old.name, "changed", edit.changes, "dropped")
-    made = old.made if now is None or edit.outdated else now
-    entry = replace(entry, made=made, outdated=old.outdated or edit.outdated)
+        entry = replace(entry, init=init)
     return entry, Registration(old.name, "changed", variables="kept")
 
 
-@dataclass(frozen=True)
-class EditEffect:
-    """What became of a model's variables: the leaves that differ, whether they still fit, whether they are outdated."""
-
-    changes: tuple[str, ...]
-    fits: bool
-    outdated: bool
-
-
-def compare(before: InitRecord, model: Model) -> tuple[EditEffect, InitRecord | None]:
-    """What `model`, a later version, would initialise, held against how the variables that are there were made."""
-    try:
-        now = initialised(model, before.key, before.method, before.args, before.kwargs)
-        if now.traced is not None:
-            init_trace.keep(now.traced, model, before.key, before.method, before.args, before.kwargs)
-    except Exception as error:  # the user's new code does not take the old call
-        return EditEffect(
-            (f"the last init's call fails now ({type(error).__name__})",), fits=False, outdated=True
-        ), None
-    if now.shapes is None or before.shapes is None:
-        return EditEffect((), fits=True, outdated=True), now
-    changes = differences(before.shapes, now.shapes)
-    return EditEffect(changes, not changes, now.program is None or now.program != before.program), now
-
-
-def differences(old: Any, new: Any) -> tuple[str, ...]:
+def differences(old: object, new: object) -> tuple[str, ...]:
     """Leaf by leaf: `Dense_0/kernel [4,3]→[4,5]`, `Dense_1/bias added`. `params` needs no naming."""
     before, after = _leaves(old), _leaves(new)
     out = []
@@ -175,7 +161,7 @@ def differences(old: Any, new: Any) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
+def _leaves(tree: object) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
     return {name.removeprefix("params/"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
@@ -189,10 +175,9 @@ def assigned(
     Raises:
       FlaxMagicsError: they do not fit, or an array of them was deleted.
     """
-    entry = replace(entry, made=None, made_before=entry.made or entry.made_before, updates={}, outdated=False)
-    model: Any = entry.model
-    if model.holds_variables:
-        return _into_module(entry, model, variables, written, cell)
+    entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, update_counts={}, outdated=False)
+    if entry.model.holds_variables:
+        return _into_module(entry, entry.model, variables, written, cell)
     if variables is None:
         return replace(entry, variables=None, source=None), None
     expected, optional = _expected(entry)
@@ -206,30 +191,27 @@ def assigned(
 
 def _expected(entry: ModelEntry) -> tuple[Mapping[str, Any] | None, frozenset[str]]:
     """Variables that fit the model, and collections that its first init did not make; None where no init is known."""
-    made = entry.made_before
-    if made is None:
-        return None, frozenset()
-    shapes = made.shapes
-    if entry.variables is None:
-        return shapes, frozenset()
-    by_init = entry.variables if shapes is None else shapes
+    init = entry.previous_init
+    if init is None or entry.variables is None:
+        return None if init is None else init.shapes, frozenset()
+    by_init = entry.variables if init.shapes is None else init.shapes
     return entry.variables, frozenset(name for name in entry.variables if name not in by_init)
 
 
 def _into_module(
-    entry: ModelEntry, model: Any, variables: Any, written: Written, cell: int | None
+    entry: ModelEntry, model: ModelWithVariables, variables: object, written: Written, cell: int | None
 ) -> tuple[ModelEntry, Callable[[], None]]:
-    """The same for an NNX module; variables that are not among those given stay, as in `nnx.update`."""
+    """Assigns to an NNX module; variables that are not among those given stay, as in `nnx.update`."""
     name = entry.name
     check_state(name, variables, written, model.module)
-    held = model.take()
+    held = model.own_variables()
     values = model.read_state(name, variables)
     wrong = misfits(_by_path(held), {path: leaf for path, leaf in _by_path(values).items() if path in _by_path(held)})
     if wrong:
         raise unfit(name, wrong)
     check_alive(f"these variables of `{name}`", values)
     source = WeightSource.assigned(cell, {kind: values[kind] for kind in model.collections()}, in_module=True)
-    return replace(entry, stale=False, source=source), lambda: model.assign(values)
+    return replace(entry, rebuild_next=False, source=source), lambda: model.assign(values)
 
 
 def _by_path(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -238,7 +220,7 @@ def _by_path(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tuple[Note, ...]]:
-    """What an init is about to replace, if that is more than an init's own; and the note that says so.
+    """The variables that an init is about to replace, unless an init made them just so; and the note that says it.
 
     An init over fresh variables leaves those that an earlier one replaced where they are.
 
@@ -246,13 +228,173 @@ def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tu
       limit: bytes that are kept at most.
     """
     source = entry.source_now()
-    if not entry.ready or source is None or (source.is_initial and not entry.updates):
+    if not entry.ready or source is None or (source.is_initial and not entry.update_counts):
         return entry.replaced, ()
-    model: Any = entry.model
-    replaced = Replaced(model.state() if model.holds_variables else entry.variables, source, entry.updates)
-    runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.updates.items())
+    replaced = Replaced(entry.read_variables(), source, entry.update_counts)
+    runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.update_counts.items())
     text = f"this init replaced weights of {entry.name}: {source.describe()}" + (f", {runs}" if runs else "")
     if replaced.size > limit:
         gone = f"; they are not kept: {bytes_(replaced.size)} are more than replay_bytes, {bytes_(limit)}"
         return None, (Note("replaced", text + gone),)
     return replaced, (Note("replaced", text, write=PREVIOUS.format(entry.name)),)
+
+
+class RegisteredModel:
+    """A model of a session. `variables` can be read, and assigned (weights from an optax loop of one's own)."""
+
+    def __init__(self, name: str, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
+        self.name = name
+        self._state, self._assign = state, assign
+
+    def _entry(self) -> ModelEntry:
+        return entry_of(self._state().models, self.name)
+
+    @property
+    def module(self) -> Any:
+        """The user's own module."""
+        return self._entry().model.module
+
+    @property
+    def variables(self) -> Mapping[str, Any] | None:
+        """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
+        return self._entry().read_variables()
+
+    @variables.setter
+    def variables(self, value: Mapping[str, Any] | None) -> None:
+        self._assign(self.name, value)
+
+    @property
+    def weights(self) -> str:
+        """Where the variables came from, such as `initialised in draw 1`; empty before the first init."""
+        source = self._entry().source_now()
+        return "" if source is None else source.describe(self._state().root.seed)
+
+    @property
+    def updates(self) -> Mapping[str, int]:
+        """Collection → how many runs have written it since."""
+        return dict(self._entry().update_counts)
+
+    @property
+    def previous(self) -> Any:
+        """The variables that the last init replaced: set, loaded or trained ones, or such as runs had written into.
+
+        Raises:
+          FlaxMagicsError: there are none, or they were let go of to stay within `replay_bytes`.
+        """
+        replaced = self._entry().replaced
+        if replaced is None:
+            raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
+        if replaced.origin is None:
+            raise FlaxMagicsError(
+                f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
+            )
+        return replaced.variables
+
+    def collections(self) -> Mapping[str, Any] | None:
+        """The variables by collection (of an NNX module: by type, random streams left out); None before the first init."""
+        return self._entry().collections()
+
+    def names(self) -> ModelNames:
+        """Names for tab completion: methods with their arguments, fields, streams seen so far."""
+        entry = self._entry()
+        methods = {}
+        for name in ("__call__", *entry.model.methods()):
+            try:
+                signature = entry.model.signature(() if name == "__call__" else (name,))
+            except FlaxMagicsError:  # a module without a call
+                continue
+            methods[name] = tuple(signature.parameters)
+        streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
+        return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
+
+    def describe(self) -> str:
+        """How it is built, in one line: `Net(features=8)`."""
+        return self._entry().model.describe()
+
+    def __repr__(self) -> str:
+        from ..base.digest import count_parameters
+        from ..base.text import bytes_, plural
+
+        entry = self._entry()
+        if not entry.ready:
+            state = "not initialised"
+        else:
+            parameters, size = count_parameters(self.collections() or {})
+            state = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
+        return f"<{self.name}: {entry.model.describe()}, {state}>"
+
+
+class Models(Mapping[str, RegisteredModel]):
+    """The registered models by name, in the order in which they were registered."""
+
+    def __init__(self, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
+        self._state, self._assign = state, assign
+
+    def __getitem__(self, name: str) -> RegisteredModel:
+        if name not in self._state().models:
+            raise KeyError(name)
+        return RegisteredModel(name, self._state, self._assign)
+
+    def __iter__(self) -> Any:
+        return iter(self._state().models)
+
+    def __len__(self) -> int:
+        return len(self._state().models)
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"'{name}': {self[name]!r}" for name in self) + "}"
+
+
+def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
+    """The entry of a registered name, of what `Session.models` gives, or of a module that is registered.
+
+    Raises:
+      FlaxMagicsError: there is none.
+    """
+    if isinstance(model, RegisteredModel):
+        model = model.name
+    if isinstance(model, str):
+        if model in models:
+            return models[model]
+        known = ", ".join(models) or "none yet"
+        raise FlaxMagicsError(
+            f"no model is registered as `{model}`; registered: {known}.",
+            hint=did_you_mean(model, models),
+            form=f"%flaxmodel {model} = …" if not models else None,
+        )
+    for entry in models.values():
+        if entry.model.module is model:
+            return entry
+    line = spell_construction(model, "%flaxmodel") if is_module_class(model) else "%flaxmodel net = …"
+    raise FlaxMagicsError("this model is not registered.", **written(line))
+
+
+def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
+    """The entry of a name that stands for `module` now (None: for what it stood for), and what is to be said of that."""
+    entry = entry_of(models, name)
+    if module is None or module is entry.model.module:
+        return entry, ()
+    if entry.model.holds_variables:
+        # The object in the namespace is the one truth.
+        entry, change = register(None, name, module)
+        text = f"{name} is another module now, {entry.model.describe()}: registered with what it holds"
+        return entry, (Note("rebound", text),)
+    entry, change = register(entry, name, module)
+    if change.state == "unchanged":
+        return entry, ()
+    became = {"own": "", "none": "", "kept": ", variables kept", "dropped": ", variables dropped"}[change.variables]
+    return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
+
+
+class ModelNames(NamedTuple):
+    """The names of a registered model that completion offers.
+
+    Attributes:
+      methods: method → names of its arguments; `__call__` for the model's own call.
+      fields: its dataclass fields or attributes.
+      streams: the random streams that it is known to ask for.
+    """
+
+    methods: Mapping[str, tuple[str, ...]]
+    fields: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -172,11 +173,7 @@ class RunLog(NamedTuple):
 
 def newest(chain: RunLog | None, n: int) -> list[Run]:
     """The last `n` runs, oldest first."""
-    out: list[Run] = []
-    while chain is not None and len(out) < n:
-        out.append(chain.kept.run())
-        chain = chain.before
-    return out[::-1]
+    return [kept.run() for kept in islice(backwards(chain), max(n, 0))][::-1]
 
 
 def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
@@ -191,16 +188,13 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
 
     Where a seed was started again it is the last time that counts.
     """
-    newest: StoredRun | None = None
-    for kept in backwards(chain):
+    own_draws = (kept for kept in backwards(chain) if not kept.facts["replayed"])
+    for kept in own_draws:
         facts = kept.facts
-        if facts["replayed"]:
-            continue
-        if newest is not None:
-            return [kept, newest] if _shared(facts, newest.facts) else [newest]
         if facts["seed"] == seed and facts["draw"] <= number < facts["draw"] + (facts["draws"] or 1):
-            newest = kept
-    return [] if newest is None else [newest]
+            before = next(own_draws, None)
+            return [before, kept] if before is not None and _shared(before.facts, facts) else [kept]
+    return []
 
 
 def _shared(init: Any, apply: Any) -> bool:
@@ -219,10 +213,6 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
     Args:
       reach: runs of any model that are looked at.
     """
-    out: list[tuple[str, tuple[Cause, ...]]] = []
-    while chain is not None and len(out) < n and reach > 0:
-        facts = chain.kept.facts
-        if facts["command"] == "apply" and facts["model"] == model:
-            out.append((facts["program"], facts["causes"]))
-        chain, reach = chain.before, reach - 1
-    return out
+    recent = (kept.facts for kept in islice(backwards(chain), reach))
+    applies = (facts for facts in recent if facts["command"] == "apply" and facts["model"] == model)
+    return [(facts["program"], facts["causes"]) for facts in islice(applies, n)]

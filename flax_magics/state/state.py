@@ -56,16 +56,18 @@ class State:
                 name: replace(
                     entry,
                     variables=None,
-                    made=None,
-                    updates={},
+                    init=None,
+                    update_counts={},
                     outdated=False,
-                    stale=entry.model.holds_variables,
+                    rebuild_next=entry.model.holds_variables,
                     source=entry.source if entry.model.holds_variables else None,
                 )
                 for name, entry in models.items()
             }
         keeping = tuple(
-            name for name, entry in models.items() if entry.ready and not (entry.stale and entry.built is not None)
+            name
+            for name, entry in models.items()
+            if entry.ready and not (entry.rebuild_next and entry.built is not None)
         )
         restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}

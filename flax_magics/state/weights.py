@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import weakref
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from flax.core import meta
 
+from ..base.digest import quick_digest
 from ..errors import FlaxMagicsError, nearest
 from ..rng.keys import Draw
 
@@ -21,14 +21,12 @@ CURRENT = "flax_magics.session().models['{}'].variables"
 PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
 """The line that brings replaced weights back."""
 FOR_THIS_RUN = "given for this run"
-SAMPLED = 64
-"""Elements of an array that are compared, about: evenly spaced ones on a CPU, elsewhere the first."""
 SHOWN = 12
 """Leaves that a message names."""
 
 
 class Mark(NamedTuple):
-    """What tells the arrays of one collection from others that take their place.
+    """Recognises the arrays of one collection, so that others in their place are noticed.
 
     Attributes:
       leaves: the arrays, held weakly; None for what cannot be (a number of Python's).
@@ -39,10 +37,10 @@ class Mark(NamedTuple):
     digest: bytes | None
 
     @classmethod
-    def of(cls, tree: Any, *, sampled: bool) -> Mark:
+    def of(cls, tree: object, *, sampled: bool) -> Mark:
         """The mark of the arrays of `tree`. `sampled`: their elements count, not the objects."""
         leaves = jax.tree_util.tree_leaves(tree)
-        return cls(tuple(map(_reference, leaves)), sample(leaves) if sampled else None)
+        return cls(tuple(map(_reference, leaves)), quick_digest(leaves) if sampled else None)
 
     def has(self, leaves: list[Any]) -> bool:
         """Whether `leaves` are the very arrays."""
@@ -51,23 +49,8 @@ class Mark(NamedTuple):
         )
 
 
-def _reference(leaf: Any) -> weakref.ref[Any] | None:
+def _reference(leaf: object) -> weakref.ref[Any] | None:
     return weakref.ref(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else None
-
-
-def sample(leaves: list[Any]) -> bytes:
-    """A digest of some elements of every array, random keys left out: where it is another, so are the values."""
-    hasher = hashlib.sha256()
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
-                continue
-            leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
-            if leaf.ndim and all(device.platform != "cpu" for device in leaf.devices()):
-                leaf = leaf.ravel()[:SAMPLED]  # the program that `NnxModel.sample` has for this shape
-        flat = np.asarray(leaf).ravel()  # on a CPU where it is
-        hasher.update(flat[:: max(1, flat.size // SAMPLED)].tobytes())
-    return hasher.digest()
 
 
 @dataclass(frozen=True)
@@ -136,7 +119,7 @@ class WeightSource:
             leaves = jax.tree_util.tree_leaves(variables.get(name))
             if mark.has(leaves):
                 continue
-            if mark.digest is None or sample(leaves) != mark.digest:
+            if mark.digest is None or quick_digest(leaves) != mark.digest:
                 return replace(self, changed=True, marks={})
             fresh[name] = Mark(tuple(map(_reference, leaves)), mark.digest)
         return replace(self, marks={**self.marks, **fresh}) if fresh else self
@@ -165,7 +148,7 @@ class Written:
         return cls(f"{CURRENT.format(name)} = {{}}")
 
     def advice(self, pattern: str) -> dict[str, str]:
-        """What to write with `pattern` around the expression: a line to run, or one with a gap."""
+        """Advice for an error: the line with `pattern` around the expression, to run, or with a gap to fill."""
         text = self.line.replace("{}", pattern.replace("{}", self.expression or "…"), 1)
         return {"form" if self.expression is None else "write": text}
 
@@ -180,7 +163,7 @@ class Written:
         return "{}" if isinstance(tree, simple) else "({})"
 
 
-def check_collections(name: str, value: Any, written: Written, expected: Mapping[str, Any] | None = None) -> None:
+def check_collections(name: str, value: object, written: Written, expected: Mapping[str, Any] | None = None) -> None:
     """Checks that `value` is a mapping of collections.
 
     Args:
@@ -216,7 +199,7 @@ def check_collections(name: str, value: Any, written: Written, expected: Mapping
         )
 
 
-def check_state(name: str, value: Any, written: Written, module: Any) -> None:
+def check_state(name: str, value: object, written: Written, module: object) -> None:
     """Checks that `value` is like an `nnx.State`; `module` is the one whose variables it is to give.
 
     Raises:
@@ -230,7 +213,7 @@ def check_state(name: str, value: Any, written: Written, module: Any) -> None:
 
 
 def _from_attributes(name: str, value: Any, written: Written, expected: Any) -> dict[str, str]:
-    """What to write for a train state, which has the collections as attributes."""
+    """Advice for a train state, which has the collections as attributes."""
     names = [one for one in (expected or {"params": None}) if isinstance(getattr(value, one, None), Mapping)]
     if "params" not in names:
         return Written(written.line).advice("{'params': {}}")
@@ -278,8 +261,8 @@ def unfit(name: str, problems: list[str]) -> FlaxMagicsError:
     return FlaxMagicsError(f"these variables do not fit `{name}`, and none of them was taken:", hint="\n".join(lines))
 
 
-def misfits(expected: Any, value: Any) -> list[str]:
-    """What keeps `value` from being like `expected`, a line for each leaf; names of `params` are given without it."""
+def misfits(expected: object, value: object) -> list[str]:
+    """The differences between `value` and `expected`, a line for each leaf; names in `params` stand without it."""
     wanted, has = _leaves(expected), _leaves(value)
     lines = []
     for name, leaf in wanted.items():
@@ -294,23 +277,23 @@ def misfits(expected: Any, value: Any) -> list[str]:
     return lines
 
 
-def _leaves(tree: Any) -> dict[str, str]:
+def _leaves(tree: object) -> dict[str, str]:
     """Name → dtype and shape, without the boxes of `nn.with_partitioning`."""
     leaves = jax.tree_util.tree_flatten_with_path(jax.tree_util.tree_map(_unboxed, tree, is_leaf=_boxed))[0]
     names = (jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/") for path, _ in leaves)
     return {name: _describe(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
-def _boxed(leaf: Any) -> bool:
+def _boxed(leaf: object) -> bool:
     return isinstance(leaf, meta.AxisMetadata)
 
 
-def _unboxed(leaf: Any) -> Any:
+def _unboxed(leaf: object) -> Any:
     inside = jax.tree_util.tree_leaves(leaf) if _boxed(leaf) else []
     return inside[0] if len(inside) == 1 else leaf
 
 
-def _describe(leaf: Any) -> str:
+def _describe(leaf: object) -> str:
     """`float32[3,4]`; a number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
     if isinstance(leaf, (bool, int, float, complex)):
         leaf = np.asarray(leaf)
@@ -322,7 +305,7 @@ def _describe(leaf: Any) -> str:
     return f"{dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def check_alive(what: str, variables: Any, line: str | None = None) -> None:
+def check_alive(what: str, variables: object, line: str | None = None) -> None:
     """Checks that no array of the variables was donated or deleted.
 
     Args:

@@ -108,8 +108,8 @@ def modules_of(
     backward: bool = False,
 ) -> tuple[Module, ...]:
     """The modules that were called or hold variables, each with what is its own."""
-    classes = dict(model.parts())
-    leaves = sorted(model.leaves(variables), key=lambda leaf: (leaf[0], leaf[1]))
+    classes = dict(model.module_classes())
+    leaves = sorted(model.iter_variables(variables), key=lambda leaf: (leaf[0], leaf[1]))
     if not called:
         classes = _around(leaves, classes)
     paths = {(), *called}

@@ -38,7 +38,7 @@ def of_variables(entry: ModelEntry) -> Summary:
       FlaxMagicsError: it has no variables yet.
     """
     name, model = entry.name, entry.model
-    variables = model.take() if model.holds_variables else entry.variables
+    variables = entry.held
     if variables is None:
         raise FlaxMagicsError(
             f"`{name}` has no variables yet, and without a call nobody knows which it will have.",
@@ -104,9 +104,7 @@ def of_call(
 def _updates(model: Model, traced: Any, record: CallTrace) -> dict[str, Any]:
     """Collection → shapes of what the call writes there."""
     _, updates = traced.out_info
-    commit = model.commit(updates, record)
-    names = updates if commit is None else commit.changed
-    return {name: updates[name] for name in sorted(names) if name in updates}
+    return {name: updates[name] for name in sorted(model.commit(updates, record).changed) if name in updates}
 
 
 def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> frozenset[Any]:
@@ -140,10 +138,10 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
 
     first = prepare_init(name, model, call)
     prepared = prepare(name, model, Call(call.method, first.args, first.kwargs, call.text), None)
-    holding: Any = model
+    variables: Mapping[str, Any]
+    shapes: Mapping[str, Any]
     if model.holds_variables:
-        variables = prepared.model.take() or {}
-        shapes = holding.collections()
+        variables, shapes = model.own_variables(), model.collections()
     else:
         shapes = variables = initialised(first.model, key, call.method, first.args, first.kwargs).shapes or {}
     parameters, size = count_parameters(shapes)
@@ -152,11 +150,10 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     request = TraceRequest(name, prepared.model, call.method, arguments, variables, draw)
     traced, _, record = trace(request)
     output, updates = traced.out_info
-    if model.holds_variables:
-        updates = dict.fromkeys(holding.commit(updates, record).changed)
+    changed = model.commit(updates, record).changed
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]
-    if updates:
-        rows.append(("writes", ", ".join(sorted(updates))))
+    if changed:
+        rows.append(("writes", ", ".join(sorted(changed))))
     asked = [f"{stream} → {', '.join(dict.fromkeys(map(join, paths)))}" for stream, paths in record.asked.items()]
     rows.append(("streams", "; ".join(asked) or "none as written"))
     switches = [*prepared.switch, *(n for n in prepared.signature.parameters if n in WHEN_TRAINING)]

@@ -16,7 +16,7 @@ from flax_magics import Session
 from flax_magics.compile.init_trace import trace_init
 from flax_magics.compile.initialise import Initialising
 from flax_magics.execution.call import Call, prepare_init
-from flax_magics.models.adopt import adopt
+from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
 
 
@@ -144,6 +144,8 @@ def test_the_forward_pass_is_left_out():
     key = jax.random.key(0)
 
     class Model:
+        holds_variables = False
+
         def init(self, key: Any, method: Any, args: Any, kwargs: Any) -> Any:
             return nn.Dense(4).init(key, *args)
 

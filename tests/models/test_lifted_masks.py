@@ -13,8 +13,8 @@ from flax_magics import Session
 from flax_magics.compile.trace import TraceRequest, trace
 from flax_magics.execution.call import Call, prepare
 from flax_magics.execution.notes import compare
-from flax_magics.models.adopt import adopt
 from flax_magics.models.arguments import Arguments
+from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
 
 x = jnp.ones((4, 8))
@@ -158,7 +158,7 @@ def seen(net, x):
     """What a trace of `net(x)` saw. Nothing is compiled."""
     prepared = prepare("net", adopt(net, "net"), Call((), (x,), {}, "net(x)"), None)
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
-    variables = prepared.model.take() or {}
+    variables = prepared.model.own_variables() if prepared.model.holds_variables else {}
     return trace(TraceRequest("net", prepared.model, (), arguments, variables, RootKey.from_seed(0).draw()))[2]
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import apply_by_hand, bits, keys_of, notebook_x
+from by_hand import STATIC_ARGUMENTS, STATIC_CHANGES, apply_by_hand, bits, keys_of, notebook_x
 from linen_kinds import Batch, Graph, GraphNet, Heads, Plain, Sampler, Settings, Sows, Takes
 
 from flax_magics import FlaxMagicsError, Session
@@ -313,10 +313,6 @@ class Lora(nn.Module):
         return nn.Dense(4)(x) + x @ a.value @ b.value
 
 
-def test_collections_made_by_a_function_at_init_alone(session):
-    runs_as_by_hand(session, Lora(), notebook_x())
-
-
 class Statistics(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
@@ -512,40 +508,24 @@ def test_static_fields_of_a_pytree_compile_again(session):
     assert run.output.shape == (3, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"n": 2}, "n: 1 → 2"),
-        ({"how": "tanh"}, "how: 'relu' → 'tanh'"),
-        ({"twice": True}, "twice: False → True"),
-        ({"act": nn.sigmoid}, "act: softplus → sigmoid"),
-        ({"act": None}, "act: given before"),
-    ],
-)
+@pytest.mark.parametrize(("change", "reason"), STATIC_CHANGES)
 def test_static_arguments_compile_again_and_say_so(session, change, reason):
-    x = notebook_x()
-    first = {"n": 1, "how": "relu", "twice": False, "act": nn.softplus}
+    x, changed = notebook_x(), {**STATIC_ARGUMENTS, **change}
     session.register("net", Plain())
-    session.apply("net", x, **first)
-    assert session.apply("net", x, **first).program == "reused"
-    run = session.apply("net", x, **{**first, **change})
+    session.apply("net", x, **STATIC_ARGUMENTS)
+    assert session.apply("net", x, **STATIC_ARGUMENTS).program == "reused"
+    run = session.apply("net", x, **changed)
     assert run.program == "compiled"
     assert reason in run.reason
-    variables = session.models["net"].variables
-    by_hand = jax.jit(lambda v, x: Plain().apply(v, x, **{**first, **change}))(variables, x)
+    by_hand = jax.jit(lambda v, x: Plain().apply(v, x, **changed))(session.models["net"].variables, x)
     assert bits(run.output) == bits(by_hand)
-    assert session.apply("net", x, **{**first, **change}).program == "reused"
+    assert session.apply("net", x, **changed).program == "reused"
 
 
 def test_a_float_is_data_and_does_not_compile_again(session):
     session.register("net", Plain())
     session.apply("net", notebook_x(), shift=0.25)
     assert session.apply("net", notebook_x(), shift=0.75).program == "reused"
-
-
-@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "legacy"])
-def test_typed_and_legacy_keys_as_arguments(session, make):
-    runs_as_by_hand(session, Sampler(), notebook_x(), make(9))
 
 
 def test_bfloat16(session):
@@ -576,11 +556,6 @@ class ManyOutputs(nn.Module):
         return {"a": nn.Dense(4)(x), "b": (None, [x, Batch(x)]), "n": 3}
 
 
-def test_models_with_no_inputs_and_outputs_that_are_pytrees(session):
-    runs_as_by_hand(session, NoInputs())
-    runs_as_by_hand(Session(seed=0), ManyOutputs(), notebook_x())
-
-
 @pytest.mark.parametrize(("net", "args"), [(NoParameters(), (notebook_x(),)), (Nothing(), ())])
 def test_models_with_no_parameters_and_no_output(session, net, args):
     run = runs_as_by_hand(session, net, *args)
@@ -602,23 +577,12 @@ class Recurrent(nn.Module):
         return rnn(x, initial_carry=carry)
 
 
-@pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.GRUCell])
-def test_recurrent_cells_with_a_carry_from_a_stream(session, cell):
-    normal = partial(cell, carry_init=nn.initializers.normal())
-    runs_as_by_hand(session, Recurrent(normal), notebook_x(), streams=("carry",))
-
-
 def test_rnn_makes_its_own_carry_from_params(session):
     net = nn.RNN(nn.GRUCell(4))
     session.register("net", net)
     run = session.apply("net", notebook_x())
     variables = session.models["net"].variables
     assert bits(run.output) == bits(apply_by_hand(net, variables, {}, notebook_x()))
-
-
-def test_bidirectional_and_embedding(session):
-    net = nn.Sequential([nn.Embed(10, 4), nn.Bidirectional(nn.RNN(nn.GRUCell(4)), nn.RNN(nn.GRUCell(4)))])
-    runs_as_by_hand(session, net, jnp.array([[1, 2, 3]]))
 
 
 class Attends(nn.Module):
@@ -628,19 +592,42 @@ class Attends(nn.Module):
         return embed.attend(nn.MultiHeadDotProductAttention(2)(embed(x), mask=mask))
 
 
-def test_embedding_shared_with_the_output_and_a_mask(session):
-    x = jnp.array([[1, 2, 3]])
-    runs_as_by_hand(session, Attends(), x, mask=nn.make_causal_mask(x))
-
-
 class Perturbed(nn.Module):
     @nn.compact
     def __call__(self, x):
         return self.perturb("hidden", nn.Dense(4)(x))
 
 
-def test_perturbations(session):
-    runs_as_by_hand(session, Perturbed(), notebook_x())
+def recurrent(cell: Any) -> nn.Module:
+    return Recurrent(partial(cell, carry_init=nn.initializers.normal()))
+
+
+TOKENS = jnp.array([[1, 2, 3]])
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]] = {
+    "collections made by a function at init alone": (Lora, (notebook_x(),), {}),
+    "a typed key as argument": (Sampler, (notebook_x(), jax.random.key(9)), {}),
+    "a legacy key as argument": (Sampler, (notebook_x(), jax.random.PRNGKey(9)), {}),
+    "no inputs": (NoInputs, (), {}),
+    "outputs that are pytrees": (ManyOutputs, (notebook_x(),), {}),
+    "an LSTM whose carry is from a stream": (
+        partial(recurrent, nn.OptimizedLSTMCell),
+        (notebook_x(),),
+        {"streams": ("carry",)},
+    ),
+    "a GRU whose carry is from a stream": (partial(recurrent, nn.GRUCell), (notebook_x(),), {"streams": ("carry",)}),
+    "bidirectional and embedding": (
+        lambda: nn.Sequential([nn.Embed(10, 4), nn.Bidirectional(nn.RNN(nn.GRUCell(4)), nn.RNN(nn.GRUCell(4)))]),
+        (TOKENS,),
+        {},
+    ),
+    "an embedding shared with the output, and a mask": (Attends, (TOKENS,), {"mask": nn.make_causal_mask(TOKENS)}),
+    "perturbations": (Perturbed, (notebook_x(),), {}),
+}
+
+
+@pytest.mark.parametrize(("make", "args", "options"), KINDS.values(), ids=KINDS)
+def test_a_small_model_of_every_other_kind(session, make, args, options):
+    runs_as_by_hand(session, make(), *args, **options)
 
 
 def test_everything_captured_through_mutable(session):

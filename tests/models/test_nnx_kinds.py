@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import bits, keys_of, sown_off, values
+from by_hand import STATIC_ARGUMENTS, STATIC_CHANGES, bits, keys_of, sown_off, values
 from flax import nnx
 from nnx_kinds import (
     WARNINGS,
@@ -297,6 +297,7 @@ def test_a_run_that_fails_or_is_interrupted_leaves_every_bit_and_every_object(se
             super().__call__(x)
             self.config = None
             self.dropout = None
+            self.extra = nnx.Variable(jnp.ones(2))
             self.sow(nnx.Intermediate, "seen", x)
             raise error("no")
 
@@ -307,6 +308,8 @@ def test_a_run_that_fails_or_is_interrupted_leaves_every_bit_and_every_object(se
     attributes = {path: dict(vars(part)) for path, part in nnx.iter_graph(net) if isinstance(part, nnx.Pytree)}
     with pytest.raises(error, match="no"):
         session.apply("net", an_input(), mode=mode, eager=eager)
+    assert session.runs == []
+    assert bits(jax.random.key_data(session.root_key)) == bits(jax.random.key_data(jax.random.key(0)))
     assert bits(nnx.state(net)) == state
     assert {path: id(part) for path, part in nnx.iter_graph(net)} == parts
     for path, part in nnx.iter_graph(net):
@@ -603,16 +606,7 @@ def test_graphs_and_other_trees_in_and_out_and_nothing_at_all(session):
     runs_as_by_hand(Session(seed=0), lambda: OnGraphs(nnx.Rngs(0)), method="parameters")
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"n": 2}, "n: 1 → 2"),
-        ({"how": "tanh"}, "how: 'relu' → 'tanh'"),
-        ({"twice": True}, "twice: False → True"),
-        ({"act": nnx.sigmoid}, "act: softplus → sigmoid"),
-        ({"act": None}, "act: given before"),
-    ],
-)
+@pytest.mark.parametrize(("change", "reason"), STATIC_CHANGES)
 def test_static_arguments_compile_again_and_say_so(session, change, reason):
     class Plain(nnx.Module):
         def __init__(self, rngs):
@@ -625,12 +619,12 @@ def test_static_arguments_compile_again_and_say_so(session, change, reason):
             x = act(x) if act is not None else x
             return x * 2 if twice else x
 
-    net, first = Plain(nnx.Rngs(0)), {"n": 1, "how": "relu", "twice": False, "act": nnx.softplus}
+    net, changed = Plain(nnx.Rngs(0)), {**STATIC_ARGUMENTS, **change}
     session.register("net", net)
-    session.apply("net", an_input(), **first)
-    run = session.apply("net", an_input(), **{**first, **change})
+    session.apply("net", an_input(), **STATIC_ARGUMENTS)
+    run = session.apply("net", an_input(), **changed)
     assert (run.program, reason in run.reason) == ("compiled", True)
-    by_hand = nnx.jit(lambda net, x: net(x, **{**first, **change}))
+    by_hand = nnx.jit(lambda net, x: net(x, **changed))
     assert bits(run.output) == bits(by_hand(net, an_input()))
 
 

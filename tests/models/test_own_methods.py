@@ -41,6 +41,14 @@ def own(function, command, gives):
     return f"`{function}` is Flax's own, and {command} is the command for it: the session gives {gives}."
 
 
+def init(function):
+    return own(function, "%flax_init", "a key")
+
+
+def apply(function):
+    return own(function, "%flax_apply", "variables and keys")
+
+
 def plain(function):
     return f"`{function}` is Flax's own and needs no command: a command runs a method of the model."
 
@@ -49,159 +57,113 @@ def bound(function):
     return f"`{function}` is Flax's own and for the code inside the model: a command runs a method of the model."
 
 
-BOTH = "variables and keys"
-METHODS = {
-    "%flax_init net.init(key, x)": (own("net.init", "%flax_init", "a key"), "%flax_init net(x)"),
-    "%flax_init --draw 1 net.init(rngs=key, x=x)": (
-        own("net.init", "%flax_init", "a key"),
-        "%flax_init --draw 1 net(x=x)",
-    ),
-    "%flax_apply net.init(key, x)": (own("net.init", "%flax_init", "a key"), "%flax_init net(x)"),
-    "%flax_init net.init_with_output(key, x)": (
-        own("net.init_with_output", "%flax_init", "a key"),
-        "%flax_init net(x)",
-    ),
-    "%flax_init net.lazy_init({'params': key}, x)": (own("net.lazy_init", "%flax_init", "a key"), "%flax_init net(x)"),
-    "%flax_init net.init(key, x, method='encode')": (
-        own("net.init", "%flax_init", "a key"),
+MAKE_RNG = "`net.make_rng` is Flax's own and draws inside the model: outside, %flax_key draws."
+GET = "`net.get_variable` is Flax's own and looks at variables inside the model: outside, %flax_vars gives them."
+TABULATE = own("net.tabulate", "%flax_summary", "a key")
+CALLS_ENCODER = "net.apply(variables, x, method=lambda net, x: net.encoder(x))"
+CAPTURES = "net.apply(variables, x, capture_intermediates=True)"
+SETS = "own.set_attributes(deterministic=True)"
+
+# line, what is said of it, what to write in its place
+METHODS = [
+    ("%flax_init net.init(key, x)", init("net.init"), "%flax_init net(x)"),
+    ("%flax_init --draw 1 net.init(rngs=key, x=x)", init("net.init"), "%flax_init --draw 1 net(x=x)"),
+    ("%flax_apply net.init(key, x)", init("net.init"), "%flax_init net(x)"),
+    ("%flax_init net.init_with_output(key, x)", init("net.init_with_output"), "%flax_init net(x)"),
+    ("%flax_init net.lazy_init({'params': key}, x)", init("net.lazy_init"), "%flax_init net(x)"),
+    ("%flax_init net.init(key, x, method='encode')", init("net.init"), "%flax_init net.encode(x)"),
+    (
+        "%flax_init net.init(key, x, method=Net.encode, mutable=['params'])",
+        init("net.init"),
         "%flax_init net.encode(x)",
     ),
-    "%flax_init net.init(key, x, method=Net.encode, mutable=['params'])": (
-        own("net.init", "%flax_init", "a key"),
-        "%flax_init net.encode(x)",
-    ),
-    "%flax_apply net.apply(variables, x)": (own("net.apply", "%flax_apply", BOTH), "%flax_apply net(x)"),
-    "%flax_apply --train -o run net.apply(variables, x, rngs={'dropout': key}, mutable=['batch_stats'])": (
-        own("net.apply", "%flax_apply", BOTH),
+    ("%flax_apply net.apply(variables, x)", apply("net.apply"), "%flax_apply net(x)"),
+    (
+        "%flax_apply --train -o run net.apply(variables, x, rngs={'dropout': key}, mutable=['batch_stats'])",
+        apply("net.apply"),
         "%flax_apply --train -o run --mutable batch_stats net(x)",
     ),
-    "%flax_apply net.apply(variables, x, method=lambda net, x: net.encoder(x))": (
-        own("net.apply", "%flax_apply", BOTH),
-        "net.apply(variables, x, method=lambda net, x: net.encoder(x))",
-    ),
-    "%flax_apply net.apply(variables, x, capture_intermediates=True)": (
-        own("net.apply", "%flax_apply", BOTH),
-        "net.apply(variables, x, capture_intermediates=True)",
-    ),
-    "%flax_apply net.apply(*(variables, x))": (
-        own("net.apply", "%flax_apply", BOTH),
-        "net.apply(*(variables, x))",
-    ),
-    "%flax_summary net.apply(variables, x)": (own("net.apply", "%flax_apply", BOTH), "%flax_apply net(x)"),
-    "%flax_apply net.tabulate(key, x)": (own("net.tabulate", "%flax_summary", "a key"), "%flax_summary net(x)"),
-    "%flax_summary net.tabulate(key, x, train=True)": (
-        own("net.tabulate", "%flax_summary", "a key"),
-        "%flax_summary net(x, train=True)",
-    ),
-    "%flax_apply net.encoder.apply(variables, x)": (
-        own("net.encoder.apply", "%flax_apply", BOTH),
-        "%flax_apply net.encoder(x)",
-    ),
-    "%flax_init net.encoder.init(key, x)": (
-        own("net.encoder.init", "%flax_init", "a key"),
-        "%flax_init net.encoder(x)",
-    ),
-    "%flax_apply net.make_rng('dropout')": (
-        "`net.make_rng` is Flax's own and draws inside the model: outside, %flax_key draws.",
-        "dropout_key = %flax_key dropout",
-    ),
-    "%flax_apply net.make_rng()": (
-        "`net.make_rng` is Flax's own and draws inside the model: outside, %flax_key draws.",
-        "params_key = %flax_key params",
-    ),
-    "%flax_apply net.get_variable('params', 'encoder')": (
-        "`net.get_variable` is Flax's own and looks at variables inside the model: outside, %flax_vars gives them.",
-        "%flax_vars net",
-    ),
-    "%flax_apply net.bind(variables)": (plain("net.bind"), "net.bind(variables)"),
-    "%flax_apply net.clone(name='other')": (plain("net.clone"), "net.clone(name='other')"),
-    "%flax_init net.copy()": (plain("net.copy"), "net.copy()"),
-    "%flax_apply net.module_paths(key, x)": (plain("net.module_paths"), "net.module_paths(key, x)"),
-    "%flax_apply own.train()": (plain("own.train"), "own.train()"),
-    "%flax_init own.eval()": (plain("own.eval"), "own.eval()"),
-    "%flax_summary own.set_attributes(deterministic=True)": (
-        plain("own.set_attributes"),
-        "own.set_attributes(deterministic=True)",
-    ),
-    "%flax_apply own.dropout.eval()": (plain("own.dropout.eval"), "own.dropout.eval()"),
-    "%flaxmodel --check 'own.train()' own": (plain("own.train"), "own.train()"),
-}
+    (f"%flax_apply {CALLS_ENCODER}", apply("net.apply"), CALLS_ENCODER),
+    (f"%flax_apply {CAPTURES}", apply("net.apply"), CAPTURES),
+    ("%flax_apply net.apply(*(variables, x))", apply("net.apply"), "net.apply(*(variables, x))"),
+    ("%flax_summary net.apply(variables, x)", apply("net.apply"), "%flax_apply net(x)"),
+    ("%flax_apply net.tabulate(key, x)", TABULATE, "%flax_summary net(x)"),
+    ("%flax_summary net.tabulate(key, x, train=True)", TABULATE, "%flax_summary net(x, train=True)"),
+    ("%flax_apply net.encoder.apply(variables, x)", apply("net.encoder.apply"), "%flax_apply net.encoder(x)"),
+    ("%flax_init net.encoder.init(key, x)", init("net.encoder.init"), "%flax_init net.encoder(x)"),
+    ("%flax_apply net.make_rng('dropout')", MAKE_RNG, "dropout_key = %flax_key dropout"),
+    ("%flax_apply net.make_rng()", MAKE_RNG, "params_key = %flax_key params"),
+    ("%flax_apply net.get_variable('params', 'encoder')", GET, "%flax_vars net"),
+    ("%flax_apply net.bind(variables)", plain("net.bind"), "net.bind(variables)"),
+    ("%flax_apply net.clone(name='other')", plain("net.clone"), "net.clone(name='other')"),
+    ("%flax_init net.copy()", plain("net.copy"), "net.copy()"),
+    ("%flax_apply net.module_paths(key, x)", plain("net.module_paths"), "net.module_paths(key, x)"),
+    ("%flax_apply own.train()", plain("own.train"), "own.train()"),
+    ("%flax_init own.eval()", plain("own.eval"), "own.eval()"),
+    (f"%flax_summary {SETS}", plain("own.set_attributes"), SETS),
+    ("%flaxmodel --check 'own.train()' own", plain("own.train"), "own.train()"),
+]
+OF_A_LAYER = ("%flax_apply own.dropout.eval()", plain("own.dropout.eval"), "own.dropout.eval()")
 
-HAS_NO = "net() has no argument"
-IN_THE_CALL = {
-    "%flax_apply --train net(x, mutable=['batch_stats'])": (
-        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
+IN_PLACE = {
+    "mutable": "--mutable hands a collection back",
+    "rngs": "each run is a draw, and the session gives its keys",
+    "method": "another method than the call is written by its name",
+    "variables": "the session gives its own, and --variables gives others",
+    "capture_intermediates": "it is one of Flax's `apply`",
+}
+PLAIN_INIT = "params_key = %flax_key params\nvariables = net.init(params_key, x, method=lambda net, x: net.encoder(x))"
+
+# line, the argument that is Flax's, what to write in its place
+IN_THE_CALL = [
+    (
+        "%flax_apply --train net(x, mutable=['batch_stats'])",
+        "mutable",
         "%flax_apply --train --mutable batch_stats net(x)",
     ),
-    "%flax_apply net(x, mutable=('a', 'b'), train=False)": (
-        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
+    (
+        "%flax_apply net(x, mutable=('a', 'b'), train=False)",
+        "mutable",
         "%flax_apply --mutable a --mutable b net(x, train=False)",
     ),
-    "%flax_apply net(x, mutable=False)": (
-        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
-        "%flax_apply net(x)",
-    ),
-    "%flax_apply net(x, mutable=True)": (
-        f"{HAS_NO} `mutable`: --mutable hands a collection back.",
+    ("%flax_apply net(x, mutable=False)", "mutable", "%flax_apply net(x)"),
+    (
+        "%flax_apply net(x, mutable=True)",
+        "mutable",
         "variables = %flax_vars net\nnet.apply(variables, x, mutable=True)",
     ),
-    "%flax_apply net(x, rngs={'dropout': key})": (
-        f"{HAS_NO} `rngs`: each run is a draw, and the session gives its keys.",
-        "%flax_apply net(x)",
-    ),
-    "%flax_apply net(x, method='encode')": (
-        f"{HAS_NO} `method`: another method than the call is written by its name.",
-        "%flax_apply net.encode(x)",
-    ),
-    "%flax_apply net(x, method=Net.encode)": (
-        f"{HAS_NO} `method`: another method than the call is written by its name.",
-        "%flax_apply net.encode(x)",
-    ),
-    "%flax_apply net(x, method=net.encode, rngs={}, mutable='batch_stats')": (
-        f"{HAS_NO} `method`: another method than the call is written by its name.",
+    ("%flax_apply net(x, rngs={'dropout': key})", "rngs", "%flax_apply net(x)"),
+    ("%flax_apply net(x, method='encode')", "method", "%flax_apply net.encode(x)"),
+    ("%flax_apply net(x, method=Net.encode)", "method", "%flax_apply net.encode(x)"),
+    (
+        "%flax_apply net(x, method=net.encode, rngs={}, mutable='batch_stats')",
+        "method",
         "%flax_apply --mutable batch_stats net.encode(x)",
     ),
-    "%flax_apply net(x, method=lambda net, x: net.encoder(x))": (
-        f"{HAS_NO} `method`: another method than the call is written by its name.",
-        "variables = %flax_vars net\nnet.apply(variables, x, method=lambda net, x: net.encoder(x))",
+    (
+        "%flax_apply net(x, method=lambda net, x: net.encoder(x))",
+        "method",
+        f"variables = %flax_vars net\n{CALLS_ENCODER}",
     ),
-    "%flax_apply net(x, variables=variables)": (
-        f"{HAS_NO} `variables`: the session gives its own, and --variables gives others.",
-        "%flax_apply --variables variables net(x)",
+    ("%flax_apply net(x, variables=variables)", "variables", "%flax_apply --variables variables net(x)"),
+    ("%flax_apply net(x, variables=variables | {})", "variables", "%flax_apply --variables (variables | {}) net(x)"),
+    (
+        "%flax_apply net(x, capture_intermediates=True)",
+        "capture_intermediates",
+        f"variables = %flax_vars net\n{CAPTURES}",
     ),
-    "%flax_apply net(x, variables=variables | {})": (
-        f"{HAS_NO} `variables`: the session gives its own, and --variables gives others.",
-        "%flax_apply --variables (variables | {}) net(x)",
-    ),
-    "%flax_apply net(x, capture_intermediates=True)": (
-        f"{HAS_NO} `capture_intermediates`: it is one of Flax's `apply`.",
-        "variables = %flax_vars net\nnet.apply(variables, x, capture_intermediates=True)",
-    ),
-    "%flax_init net(x, method='encode', mutable=True)": (
-        f"{HAS_NO} `method`: another method than the call is written by its name.",
-        "%flax_init net.encode(x)",
-    ),
-    "%flax_init net(x, method=lambda net, x: net.encoder(x))": (
-        f"{HAS_NO} `method`: another method than the call is written by its name.",
-        "params_key = %flax_key params\nvariables = net.init(params_key, x, method=lambda net, x: net.encoder(x))",
-    ),
-    "%flax_summary net(x, rngs={'dropout': key}, mutable=['batch_stats'])": (
-        f"{HAS_NO} `rngs`: each run is a draw, and the session gives its keys.",
-        "%flax_summary net(x)",
-    ),
-    "%flax_apply net.encoder(x, rngs={})": (
-        "net.encoder() has no argument `rngs`: each run is a draw, and the session gives its keys.",
-        "%flax_apply net.encoder(x)",
-    ),
-    "%flax_apply own(x, rngs=nnx.Rngs(0))": (
-        "own() has no argument `rngs`: each run is a draw, and the session gives its keys.",
-        "%flax_apply own(x)",
-    ),
-    "%flax_apply own(x, method='encode')": (
-        "own() has no argument `method`: another method than the call is written by its name.",
-        "%flax_apply own.encode(x)",
-    ),
-}
+    ("%flax_init net(x, method='encode', mutable=True)", "method", "%flax_init net.encode(x)"),
+    ("%flax_init net(x, method=lambda net, x: net.encoder(x))", "method", PLAIN_INIT),
+    ("%flax_summary net(x, rngs={'dropout': key}, mutable=['batch_stats'])", "rngs", "%flax_summary net(x)"),
+    ("%flax_apply net.encoder(x, rngs={})", "rngs", "%flax_apply net.encoder(x)"),
+    ("%flax_apply own(x, rngs=nnx.Rngs(0))", "rngs", "%flax_apply own(x)"),
+    ("%flax_apply own(x, method='encode')", "method", "%flax_apply own.encode(x)"),
+]
+
+
+def has_no(function, argument):
+    return f"{function}() has no argument `{argument}`: {IN_PLACE[argument]}."
+
 
 TAKES_NONE = "takes no variables: the session passes its own."
 VARIABLES_FIRST = {
@@ -254,17 +216,18 @@ def is_refused(models, line, message, advice):
 
 def test_methods_that_flax_has_left_in_a_class_of_its_own(models):
     models("_ = nnx.tabulate(own, x)")
-    is_refused(models, "%flax_apply own.dropout.eval()", *METHODS["%flax_apply own.dropout.eval()"])
+    is_refused(models, *OF_A_LAYER)
 
 
 def test_methods_of_flaxs_own(models):
-    for line, (message, advice) in METHODS.items():
+    for line, message, advice in (*METHODS, OF_A_LAYER):
         is_refused(models, line, message, advice)
 
 
 def test_arguments_of_flaxs_own(models):
-    for line, (message, advice) in IN_THE_CALL.items():
-        is_refused(models, line, message, advice)
+    for line, argument, advice in IN_THE_CALL:
+        function = next(word for word in line.split() if "(" in word).partition("(")[0]
+        is_refused(models, line, has_no(function, argument), advice)
 
 
 def test_the_variables_as_first_argument(models):
@@ -283,9 +246,9 @@ def test_methods_for_the_code_inside_the_model(models):
 
 
 CHECKED = [
-    ("net.apply(variables, x)", own("net.apply", "%flax_apply", BOTH)),
+    ("net.apply(variables, x)", apply("net.apply")),
     ("net(variables, x)", f"net() {TAKES_NONE}"),
-    ("net(x, rngs={})", f"{HAS_NO} `rngs`: each run is a draw, and the session gives its keys."),
+    ("net(x, rngs={})", has_no("net", "rngs")),
 ]
 
 
@@ -300,7 +263,7 @@ def test_a_cell_is_told_a_line_with_its_options(models):
     is_refused(
         models,
         "%%flax_apply --train -o run\ninputs = 3 * x\nnet.apply(variables, inputs, mutable=['batch_stats'])",
-        own("net.apply", "%flax_apply", BOTH),
+        apply("net.apply"),
         "%flax_apply --train -o run --mutable batch_stats net(inputs)",
     )
 
@@ -328,6 +291,7 @@ class Dense(nn.Module):
 
 
 X = jnp.ones((2, 3))
+FORM = "\n  form: session.{}('net', …)"
 
 
 @pytest.fixture(scope="module")
@@ -341,28 +305,18 @@ def session():
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (
-            lambda s: s.init("net", jax.random.key(0), X, method="init"),
-            own("net.init", "%flax_init", "a key") + "\n  form: session.init('net', …)",
-        ),
-        (
-            lambda s: s.apply("net", {}, X, method="apply"),
-            own("net.apply", "%flax_apply", BOTH) + "\n  form: session.apply('net', …)",
-        ),
+        (lambda s: s.init("net", jax.random.key(0), X, method="init"), f"{init('net.init')}{FORM.format('init')}"),
+        (lambda s: s.apply("net", {}, X, method="apply"), f"{apply('net.apply')}{FORM.format('apply')}"),
         (
             lambda s: s.apply("net", method="clone"),
-            plain("net.clone") + "\n  form: session.models['net'].module.clone(…)",
+            f"{plain('net.clone')}\n  form: session.models['net'].module.clone(…)",
         ),
-        (lambda s: s.apply("net", method="unbind"), bound("net.unbind") + "\n  form: session.apply('net', …)"),
+        (lambda s: s.apply("net", method="unbind"), f"{bound('net.unbind')}{FORM.format('apply')}"),
         (
             lambda s: s.apply("net", s.models["net"].variables, X),
-            f"net() {TAKES_NONE}\n  form: session.apply('net', …)\n        session.apply('net', …, variables=…)",
+            f"net() {TAKES_NONE}{FORM.format('apply')}\n        session.apply('net', …, variables=…)",
         ),
-        (
-            lambda s: s.apply("net", X, rngs={}),
-            "net() has no argument `rngs`: each run is a draw, and the session gives its keys.\n"
-            "  form: session.apply('net', …)",
-        ),
+        (lambda s: s.apply("net", X, rngs={}), f"{has_no('net', 'rngs')}{FORM.format('apply')}"),
     ],
 )
 def test_a_script_is_told_the_form(session, run, message):

@@ -24,7 +24,7 @@ from linen_kinds import Structured, Weak
 
 from flax_magics import Session
 from flax_magics.base.critical import at_once
-from flax_magics.models.adopt import adopt
+from flax_magics.models.construction import adopt
 
 pytestmark = of_nnx.WARNINGS
 

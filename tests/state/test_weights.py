@@ -43,6 +43,14 @@ def session_with(module, **settings):
     return session
 
 
+def session_with_set_weights(**settings):
+    """A session whose model was initialised, and then given weights twice as large."""
+    session = session_with(Plain(), **settings)
+    session.init("net", X)
+    session.models["net"].variables = doubled(session.models["net"].variables)
+    return session
+
+
 def nnx_session():
     from flax_magics.models.construction import Construction
 
@@ -78,7 +86,8 @@ def test_a_run_says_which_draw_initialised_its_weights():
 def test_a_run_that_initialises_says_so_and_a_key_says_nothing():
     session = session_with(Plain())
     session.key("noise")
-    assert session.apply("net", X).weights == "initialised in draw 2"
+    run = session.apply("net", X)
+    assert run.weights == run.to_json()["weights"] == recorded(run)["weights"] == "initialised in draw 2"
     assert [run.weights for run in session.runs] == ["", "initialised in draw 2"]
 
 
@@ -102,12 +111,6 @@ def test_weights_that_are_set_in_a_script_and_those_of_one_run():
     assert np.array_equal(run.output, Plain().apply(doubled(variables), X))
     session.models["net"].variables = None
     assert session.models["net"].weights == ""
-
-
-def test_a_run_as_data_has_it():
-    session = session_with(Plain())
-    run = session.apply("net", X)
-    assert run.to_json()["weights"] == recorded(run)["weights"] == "initialised in draw 1"
 
 
 def test_a_saved_session_keeps_it_and_one_that_is_loaded_says_from_where(tmp_path):
@@ -140,9 +143,7 @@ def test_the_same_for_an_nnx_module(tmp_path):
 
 
 def test_an_edit_that_keeps_the_weights_keeps_where_they_came_from():
-    session = session_with(Plain())
-    session.apply("net", X)
-    session.models["net"].variables = doubled(session.models["net"].variables)
+    session = session_with_set_weights()
 
     class Plain2(nn.Module):
         @nn.compact
@@ -243,24 +244,15 @@ def refused(session, value, message):
     assert session._state is before
 
 
-def test_without_a_collection(initialised):
-    refused(
-        initialised,
-        {"params": initialised.models["net"].variables["params"]},
-        "variables of `net` have no `batch_stats`, and the model has.\n"
-        "  form: flax_magics.session().models['net'].variables ="
-        " {**flax_magics.session().models['net'].variables, **…}",
-    )
+NOW = "flax_magics.session().models['net'].variables"
 
 
-def test_params_without_their_collection(initialised):
-    refused(
-        initialised,
-        initialised.models["net"].variables["params"],
-        "variables of `net` have no `params`, but `BatchNorm_0`: these look like the params themselves.\n"
-        "  form: flax_magics.session().models['net'].variables ="
-        " {**flax_magics.session().models['net'].variables, 'params': …}",
-    )
+def test_without_a_collection_and_params_without_theirs(initialised):
+    params = initialised.models["net"].variables["params"]
+    missing = "variables of `net` have no `batch_stats`, and the model has."
+    refused(initialised, {"params": params}, f"{missing}\n  form: {NOW} = {{**{NOW}, **…}}")
+    bare = "variables of `net` have no `params`, but `BatchNorm_0`: these look like the params themselves."
+    refused(initialised, params, f"{bare}\n  form: {NOW} = {{**{NOW}, 'params': …}}")
 
 
 def test_other_names_shapes_and_dtypes_leaf_by_leaf(initialised):
@@ -286,8 +278,7 @@ def test_what_is_no_dict_of_collections(initialised, value):
     refused(
         initialised,
         value,
-        f"variables of `net` are a dict of collections, not {type(value).__name__}.\n"
-        "  form: flax_magics.session().models['net'].variables = {'params': …}",
+        f"variables of `net` are a dict of collections, not {type(value).__name__}.\n  form: {NOW} = {{'params': …}}",
     )
 
 
@@ -432,10 +423,8 @@ def test_an_init_over_fresh_weights_replaces_nothing_worth_a_word():
 
 
 def test_weights_that_were_set_come_back():
-    session = session_with(Net())
-    session.init("net", X)
-    given = doubled(session.models["net"].variables)
-    session.models["net"].variables = given
+    session = session_with_set_weights()
+    given = session.models["net"].variables
     session.init("net", X)
     assert notes_of(session) == [("this init replaced weights of net: set in a script", PREVIOUS)]
     assert not same(session.models["net"].variables["params"], given["params"])
@@ -472,9 +461,7 @@ def test_those_of_an_nnx_module_that_was_trained_by_hand_come_back():
 
 
 def test_they_count_in_replay_bytes_and_are_let_go_of_with_the_oldest():
-    session = session_with(Plain())
-    session.init("net", X)
-    session.models["net"].variables = doubled(session.models["net"].variables)
+    session = session_with_set_weights()
     before = session.kept_bytes
     session.init("net", X)
     size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(session.models["net"].variables))
@@ -485,9 +472,7 @@ def test_they_count_in_replay_bytes_and_are_let_go_of_with_the_oldest():
 
 
 def test_where_they_are_too_large_to_be_kept_the_note_says_so():
-    session = session_with(Plain(), replay_bytes=10)
-    session.init("net", X)
-    session.models["net"].variables = doubled(session.models["net"].variables)
+    session = session_with_set_weights(replay_bytes=10)
     session.init("net", X)
     text = (
         "this init replaced weights of net: set in a script; they are not kept: 64 B are more than replay_bytes, 10 B"
@@ -510,10 +495,8 @@ def test_the_next_that_are_replaced_take_their_place():
 
 
 def test_an_init_that_fails_replaces_nothing():
-    session = session_with(Plain())
-    session.init("net", X)
-    given = doubled(session.models["net"].variables)
-    session.models["net"].variables = given
+    session = session_with_set_weights()
+    given = session.models["net"].variables
     with pytest.raises(FlaxMagicsError):
         session.init("net", X, wrong=1)
     assert session.models["net"].variables is given

@@ -133,3 +133,14 @@ def sown_off(net: Any) -> list[Any]:
 def values(tree: Any) -> list[bytes]:
     """The bytes of every leaf, wherever it is."""
     return sorted(row[-1] for row in bits(tree))
+
+
+STATIC_ARGUMENTS = {"n": 1, "how": "relu", "twice": False, "act": jax.nn.softplus}
+STATIC_CHANGES = [
+    ({"n": 2}, "n: 1 → 2"),
+    ({"how": "tanh"}, "how: 'relu' → 'tanh'"),
+    ({"twice": True}, "twice: False → True"),
+    ({"act": jax.nn.sigmoid}, "act: softplus → sigmoid"),
+    ({"act": None}, "act: given before"),
+]
+"""Static arguments of a call, and what is another in the next, with how its report says so."""
