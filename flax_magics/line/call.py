@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..base.tokens import pieces, point_at
 from ..errors import FlaxMagicsError, written
-from .expression import Expression, end_of, gathering, named, segment, start_of
+from .expression import Expression, end_of, segment, start_of
 
 
 class Argument(NamedTuple):
@@ -64,16 +64,8 @@ class CallExpression(Expression):
             given = _look_up(*self._plain, user_ns, user_ns if local_ns is None else local_ns)
             if given is not None:
                 return given
-
-        def gather(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return args, kwargs
-
-        call = self.tree
-        assert isinstance(call, ast.Call)
-        result: tuple[tuple[Any, ...], dict[str, Any]] = self._run(
-            lambda: gathering(call, call.args), named(gather, call), user_ns, local_ns
-        )
-        return result
+        assert isinstance(self.tree, ast.Call)
+        return self._gathered(self.tree.args, user_ns, local_ns)
 
     @cached_property
     def _plain(self) -> tuple[list[ast.Name | ast.Constant], dict[str, ast.Name | ast.Constant]] | None:
