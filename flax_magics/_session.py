@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .base.critical import at_once, uninterrupted
-from .cells.journal import cell_number, cells_of_notebook
+from .cells.journal import NotebookCells, cell_number, cells_of_notebook
 from .code.library import library
 from .compile.cache import ProgramCache
 from .compile.disk_cache import DiskCache
@@ -381,7 +381,17 @@ class Session:
         if mode not in (None, "train", "eval"):
             raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
         name = self._entry(model).name
-        options = ApplyOptions(mode, as_names(mutable), variables, as_names(key), draw, draws, repeat, eager, roofline)
+        options = ApplyOptions(
+            mode=mode,
+            mutable=as_names(mutable),
+            variables=variables,
+            key=as_names(key),
+            draw=draw,
+            draws=draws,
+            repeat=repeat,
+            eager=eager,
+            roofline=roofline,
+        )
         call = Call(method_path(method), args, kwargs, spell_call(name, method, args, kwargs), command=options.line)
         return self.run_apply(name, call, options)
 
@@ -404,10 +414,18 @@ class Session:
         Raises:
           FlaxMagicsError: the file cannot be written, or is somebody else's.
         """
-        from .export import of_session
+        from .export.file import write
 
-        cells = cells_of_notebook() if self is existing() else None
-        return of_session(self, cells, file, plain=plain, force=force)
+        script = self.run_export(cells_of_notebook() if self is existing() else None, plain=plain)
+        if file is not None:
+            write(file, script.text, force=force)
+        return script
+
+    def run_export(self, cells: NotebookCells | None, *, plain: bool) -> Exported:
+        """`export` from the cells of a notebook, None for a session without cells; it writes no file."""
+        from .export import export_session
+
+        return export_session(self._state.models, self.runs, cells, seed=self.seed, digests=not plain)
 
     def summary(
         self,

@@ -235,8 +235,8 @@ SCENARIOS = [
     Scenario("line.call._statement", "%flax_apply net(x); net(x + 1)", (NET,)),
     Scenario("line.call._statement", "%flax_apply y = net(x)", (NET,), check="y.shape == (3, 4, 2)"),
     Scenario("line.call._statement", "%flax_apply for i in x: pass", (NET,), ("net(x)",)),
-    Scenario("line.call._no_call", "%flax_apply net", (NET,), ("x",)),
-    Scenario("line.call._no_call", "%flax_apply --eager net(x) + 1", (NET,), check="y.shape == (3, 4, 2)"),
+    Scenario("line.call.parse_call", "%flax_apply net", (NET,), ("x",)),
+    Scenario("line.call.parse_call", "%flax_apply --eager net(x) + 1", (NET,), check="y.shape == (3, 4, 2)"),
     Scenario("line.call._path", "%flax_apply net(x).sum()", (NET,)),
     Scenario("line.call._path", "%flax_apply Net(2)(x)", (CLASS,), check="net.features == 2"),
     Scenario("line.call.parse_assignment", "%flaxmodel -q", (), ("net = nn.Dense(2)",), check="net.features == 2"),
@@ -265,7 +265,7 @@ SCENARIOS = [
     ),
     Scenario("notebook.command.read_body", "%%flax_apply --eager net(x)\ny = 1", (NET,)),
     # -- its options
-    Scenario("line.options._read", "%flax_apply --eager=yes net(x)", (NET,)),
+    Scenario("line.options.read", "%flax_apply --eager=yes net(x)", (NET,)),
     Scenario("line.options._wants", "%flax_apply --mutable net(x)", (NET,), ("params",)),
     Scenario("line.options._wants", "%flax_apply --repeat 0 net(x)", (NET,)),
     Scenario("line.options._unknown", "%flax_apply --eagr net(x)", (NET,)),
@@ -415,7 +415,7 @@ SCENARIOS = [
     if HIJAX in FLAGS
     else None,
     Scenario("summary.summary.of_variables", "%flax_summary net", (NET,), ("x",)),
-    Scenario("summary.view.check", "%flax_summary --tree net(x)", (NET,), ("x",), again=True),
+    Scenario("summary.view.tree_bundle", "%flax_summary --tree net(x)", (NET,), ("x",), again=True),
     # -- Flax's own words
     Scenario("execution.idioms._of_method", "%flax_apply net.sow('intermediates', 'h', x)", (NET,), ("x",)),
     Scenario("execution.idioms._error", f"{SESSION}\nsession.apply('net', x, rngs={{}})", (NET,), ("x",)),

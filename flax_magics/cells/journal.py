@@ -84,6 +84,22 @@ class ExecutedCell(NamedTuple):
         return self.cell or self.text.strip()
 
 
+class NotebookCells(NamedTuple):
+    """What an export of a notebook is made of.
+
+    Attributes:
+      executed: the cells that ran, in order; the last may be running.
+      transform: makes Python of a cell, as IPython does.
+      restarts: how many runs there were each time the root key was started again.
+      seed: what the root key started from, before any restart.
+    """
+
+    executed: list[ExecutedCell]
+    transform: Callable[[str], str]
+    restarts: list[int]
+    seed: int
+
+
 class Journal:
     """Keeps the executions of one shell, from the moment that it is told of them."""
 
@@ -109,17 +125,14 @@ class Journal:
 
     def end(self, result: Any = None) -> None:
         """`post_run_cell`"""
-        text, first, cell = (
-            self._open.pop() if self._open else (str(getattr(result.info, "raw_cell", "") or ""), 0, None)
-        )
+        unknown = str(getattr(result.info, "raw_cell", "") or ""), 0, None
+        text, first, cell = self._open.pop() if self._open else unknown
         error = result.error_before_exec or result.error_in_exec
-        if self._open:
-            if error is not None:  # the magic around it does not fail, and what came after the error has not run
-                self._inner = type(error).__name__, failing_line(error)
+        failed = None if error is None else (type(error).__name__, failing_line(error))
+        if self._open:  # the magic around it does not fail, and what came after the error has not run
+            self._inner = failed or self._inner
             return
-        name, line = (None, None) if error is None else (type(error).__name__, failing_line(error))
-        if name is None and self._inner is not None:
-            name, line = self._inner
+        name, line = failed or self._inner or (None, None)
         number = result.execution_count if getattr(result.info, "store_history", True) else None
         self.executed.append(self._done(ExecutedCell(number, text, first, self.runs(), name, line, cell=cell)))
 
@@ -152,11 +165,10 @@ class Journal:
 
     def so_far(self, number: int) -> list[ExecutedCell]:
         """All executions of which this journal was told, the running one, which has this number, last."""
-        return [*self.executed, self._running(number)] if self._open else list(self.executed)
-
-    def _running(self, number: int) -> ExecutedCell:
+        if not self._open:
+            return list(self.executed)
         text, first, cell = self._open[0]
-        return self._done(ExecutedCell(number, text, first, self.runs(), cell=cell))
+        return [*self.executed, self._done(ExecutedCell(number, text, first, self.runs(), cell=cell))]
 
     def loaded(self, load: Load) -> None:
         """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
@@ -207,11 +219,11 @@ def _in_order(earlier: list[ExecutedCell], kept: list[ExecutedCell]) -> list[Exe
     return out + earlier
 
 
-_cells: Callable[[], tuple[Any, ...]] | None = None
+_cells: Callable[[], NotebookCells] | None = None
 _cell_number: Callable[[], int] | None = None
 
 
-def in_notebook(cells: Callable[[], tuple[Any, ...]] | None, number: Callable[[], int] | None = None) -> None:
+def in_notebook(cells: Callable[[], NotebookCells] | None, number: Callable[[], int] | None = None) -> None:
     """The session of this process is that of a notebook. None: it is no more.
 
     Args:
@@ -227,9 +239,9 @@ def cell_number() -> int | None:
     return None if _cell_number is None else _cell_number()
 
 
-def cells_of_notebook() -> Callable[[], tuple[Any, ...]] | None:
-    """What was given to `in_notebook`."""
-    return _cells
+def cells_of_notebook() -> NotebookCells | None:
+    """The cells that an export is made of, None outside of a notebook."""
+    return None if _cells is None else _cells()
 
 
 def calling_frame(names: Any) -> FrameType | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import symtable
 import sys
 import textwrap
@@ -16,7 +17,7 @@ BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK - {"display"} | {"__name__", "__
 
 def reads(node: ast.stmt) -> set[str]:
     """Global names that running `node`, or a function that it defines, reads."""
-    found = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
+    updated = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
     text = ast.unparse(ast.fix_missing_locations(ast.Module([node], [])))
     # In a function a comprehension's own variables are no globals, on Python 3.12 and after too.
     own = sorted(assigned_names(node))
@@ -24,8 +25,8 @@ def reads(node: ast.stmt) -> set[str]:
     try:
         table = symtable.symtable("\n".join(lines), "<cell>", "exec")
     except SyntaxError:  # `from … import *`, and whatever else has its place at the top alone
-        return found | {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    return found | {name for child in table.get_children() for name in _read(child)}
+        return updated | {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return updated | {name for child in table.get_children() for name in _read(child)}
 
 
 def _read(table: symtable.SymbolTable) -> Iterator[str]:
@@ -95,14 +96,10 @@ class Free:
 
     def take(self, *wanted: str) -> str:
         """The first of `wanted` that is free, or the last with a number; it is used from then on."""
-        for name in wanted:
-            if name not in self.used:
-                self.used.add(name)
-                return name
-        number = 2
-        while f"{wanted[-1]}_{number}" in self.used:
-            number += 1
-        return self.take(f"{wanted[-1]}_{number}")
+        numbered = (f"{wanted[-1]}_{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain(wanted, numbered) if name not in self.used)
+        self.used.add(name)
+        return name
 
 
 def assigned_names(tree: ast.AST) -> tuple[str, ...]:

@@ -88,21 +88,15 @@ def reruns(
       transform: makes Python of a cell's text, as IPython does.
     """
     executed = _since_restart([cell for cell in cells if cell.number is not None])
+    bindings = _Bindings(executed, transform)
     by_cell: dict[str, list[ExecutedCell]] = {}
     for one in executed:
         by_cell.setdefault(one.identity, []).append(one)
-    bound: dict[object, frozenset[str]] = {}
-
-    def binds(one: ExecutedCell) -> frozenset[str]:
-        what = one.text, one.error, one.line, one.registered
-        if what not in bound:
-            bound[what] = _bound(one, transform)
-        return bound[what]
 
     def uses(one: ExecutedCell) -> frozenset[str]:
-        return _used(drew.get(_number(one), ()), one.text) - binds(one)
+        return _used(drew.get(_number(one), ()), one.text) - bindings.of(one)
 
-    found = []
+    rows = []
     for runs in by_cell.values():
         drawing = [run for run in runs if _number(run) in drew]
         if not drawing:
@@ -112,14 +106,12 @@ def reruns(
         # One that drew once is drawn from once in Run All too, unless it is another cell now.
         again = len(runs) > 1 and (len(drawing) > 1 or (edited and drawing[0] is not runs[-1]))
         last = runs[-1] if again else drawing[-1]
-        rebound = _rebound(uses(runs[-1]), executed, runs[0], runs[-1], binds, transform) if again else {}
-        since: dict[str, int] = {}
-        if last is drawing[-1]:
-            since = _since(uses(last), executed, last, binds, transform)
+        rebound = bindings.between(uses(last), runs[0], last) if again else {}
+        since = bindings.after(uses(last), last) if last is drawing[-1] else {}
         if again or since:
             numbers = tuple(map(_number, runs)) if again else (_number(last),)
-            found.append(Rerun(numbers, runs[0].cell is not None, edited, rebound, since))
-    return tuple(sorted(found, key=lambda rerun: rerun.numbers))
+            rows.append(Rerun(numbers, runs[0].cell is not None, edited, rebound, since))
+    return tuple(sorted(rows, key=lambda row: row.numbers))
 
 
 def _since_restart(executed: list[ExecutedCell]) -> list[ExecutedCell]:
@@ -133,60 +125,58 @@ def _since_restart(executed: list[ExecutedCell]) -> list[ExecutedCell]:
     return executed[start:]
 
 
-def _rebound(
-    names: frozenset[str],
-    executed: Sequence[ExecutedCell],
-    first: ExecutedCell,
-    last: ExecutedCell,
-    binds: Callable[[ExecutedCell], frozenset[str]],
-    transform: Callable[[str], str],
-) -> dict[str, int]:
-    """Those of `names` that another cell bound to something else between two executions of one."""
-    bound_by: dict[str, ExecutedCell] = {}
-    found: dict[str, int] = {}
-    for other in executed if names else ():
-        if _number(other) < _number(first):
-            bound_by |= dict.fromkeys(names & binds(other), other)
-        elif _number(other) < _number(last) and other.identity != first.identity:
-            again = {name for name in names & binds(other) if _anew(name, bound_by.get(name), other, transform)}
-            found |= dict.fromkeys(sorted(again), _number(other))
-    return found
+class _Bindings:
+    """Which names each of the executed cells bound."""
 
+    def __init__(self, executed: Sequence[ExecutedCell], transform: Callable[[str], str]) -> None:
+        self.executed, self.transform = executed, transform
+        self._known: dict[object, frozenset[str]] = {}
 
-def _anew(name: str, before: ExecutedCell | None, now: ExecutedCell, transform: Callable[[str], str]) -> bool:
-    """Whether `now` may have bound `name` to something else than `before`: not if it is the same cell, as it was."""
-    if before is None or before.identity != now.identity or before.text.strip() != now.text.strip():
-        return True
-    if any(row.name == name and row.state == "changed" for row in now.registered):
-        return True
-    return name in _going_on(now.text, transform)
+    def of(self, one: ExecutedCell) -> frozenset[str]:
+        """Names that an execution bound at the cell's top level; none where its text is no Python."""
+        what = one.text, one.error, one.line, one.registered
+        if what not in self._known:
+            self._known[what] = _bound(one, self.transform)
+        return self._known[what]
 
+    def between(self, names: frozenset[str], first: ExecutedCell, last: ExecutedCell) -> dict[str, int]:
+        """Those of `names` that another cell bound to something else between two executions of one."""
+        bound_by: dict[str, ExecutedCell] = {}
+        rebound: dict[str, int] = {}
+        for other in self.executed if names else ():
+            if _number(other) < _number(first):
+                bound_by |= dict.fromkeys(names & self.of(other), other)
+            elif _number(other) < _number(last) and other.identity != first.identity:
+                again = {name for name in names & self.of(other) if self._differs(name, bound_by.get(name), other)}
+                rebound |= dict.fromkeys(sorted(again), _number(other))
+        return rebound
 
-def _since(
-    names: frozenset[str],
-    executed: Sequence[ExecutedCell],
-    drew: ExecutedCell,
-    binds: Callable[[ExecutedCell], frozenset[str]],
-    transform: Callable[[str], str],
-) -> dict[str, int]:
-    """Those of `names` that a cell bound before the draw, and was run again to bind to something else after it.
+    def after(self, names: frozenset[str], drew: ExecutedCell) -> dict[str, int]:
+        """Those of `names` that a cell bound before the draw, and was run again to bind to something else after it.
 
-    What another cell binds after it is nothing to tell: it stands below, as far as anybody knows. Nor is a cell that is
-    what it was, and binds the same again as far as anybody knows.
-    """
-    before: dict[tuple[str, str], ExecutedCell] = {}
-    found: dict[str, int] = {}
-    for other in executed if names else ():
-        if other.identity == drew.identity:
-            continue
-        if _number(other) < _number(drew):
-            before |= {(other.identity, name): other for name in names & binds(other)}
-            continue
-        for name in sorted(names & binds(other)):
-            was = before.get((other.identity, name))
-            if was is not None and _anew(name, was, other, transform):
-                found[name] = _number(other)
-    return found
+        What another cell binds after it is nothing to tell: it stands below, as far as anybody knows. Nor is a cell that
+        is what it was, and binds the same again as far as anybody knows.
+        """
+        earlier: dict[tuple[str, str], ExecutedCell] = {}
+        rebound: dict[str, int] = {}
+        for other in self.executed if names else ():
+            if other.identity == drew.identity:
+                continue
+            for name in sorted(names & self.of(other)):
+                cell = other.identity, name
+                if _number(other) < _number(drew):
+                    earlier[cell] = other
+                elif cell in earlier and self._differs(name, earlier[cell], other):
+                    rebound[name] = _number(other)
+        return rebound
+
+    def _differs(self, name: str, earlier: ExecutedCell | None, later: ExecutedCell) -> bool:
+        """Whether a cell may have bound `name` to something else than `earlier` did: not if it is that cell, as it was."""
+        if earlier is None or earlier.identity != later.identity or earlier.text.strip() != later.text.strip():
+            return True
+        if any(row.name == name and row.state == "changed" for row in later.registered):
+            return True
+        return name in _going_on(later.text, self.transform)
 
 
 def _going_on(text: str, transform: Callable[[str], str]) -> frozenset[str]:
@@ -229,7 +219,6 @@ def _used(calls: Iterable[str], text: str) -> frozenset[str]:
 
 
 def _bound(one: ExecutedCell, transform: Callable[[str], str]) -> frozenset[str]:
-    """Names that an execution bound at the cell's top level; none where its text is no Python."""
     text = one.text
     first, _, body = text.lstrip().partition("\n")
     names: set[str] = set()

@@ -8,141 +8,97 @@ in its place.
 from __future__ import annotations
 
 import ast
-import importlib.metadata
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from ..cells.journal import ExecutedCell
-from ..cells.names import Free, mentioned, reads
+from ..cells.journal import ExecutedCell, NotebookCells
+from ..cells.names import Free, binds, mentioned, reads
+from ..models.base import Model
 from ..models.construction import variable_name
-from ..run import Run
-from .cells import CellRun, CellSource, ExecutedStatement, Transform, match, read_cell
-from .context import RunGroups, ScriptModel
-from .file import Exported, write
+from ..run import RELEASED, Run
+from ..state.entry import ModelEntry
+from .cells import CellRun, CellSource, ExecutedStatement, begin, end, match, read_cell
+from .context import RunGroups, ScriptContext, ScriptModel
+from .file import Exported
 from .script import RootKeyTracker, Script, assigned_by
-from .scripted import cell_runs_of
-from .writer import Lines, LineWriter, joined
+from .writer import LineWriter
 
 
-def export_cells(
-    session: Any,
-    cells: Sequence[ExecutedCell],
-    transform: Transform,
-    restarts: Sequence[int] = (),
-    seed: int = 0,
+def export_session(
+    models: Mapping[str, ModelEntry],
+    runs: Sequence[Run],
+    cells: NotebookCells | None,
     *,
+    seed: int,
     digests: bool = True,
 ) -> Exported:
-    """The script of a notebook's session.
+    """The script of a session.
 
     Args:
-      cells: as `Journal.cells` gives them; the last may be the one that asks for the export.
-      transform: makes Python of a cell: `shell.transform_cell`.
-      restarts: see `Journal`.
+      cells: those that a notebook ran; the last may be the one that asks for the export. None for a session that no
+        cells made, whose script is what `_cell_runs_of` finds.
+      seed: of the root key, where neither cells nor runs say what it was at first.
       digests: print a digest for each run.
-      seed: what the root key started from, before any restart.
-    """
-    cell_runs = match([(cell, read_cell(cell.text, transform)) for cell in cells], session.runs)
-    if cell_runs:
-        statements = cell_runs[-1].statements
-        asked = [i for i, statement in enumerate(statements) if _asks(statement)]
-        del statements[asked[-1] if asked else len(statements) :]
-    return _export(
-        session, cell_runs, restarts, seed, "The cells of a notebook in the order in which they ran", digests
-    )
-
-
-def export_script(session: Any, *, digests: bool = True) -> Exported:
-    """The script of a session that no cells made: see `cell_runs_of`."""
-    seed = session.runs[0].seed if session.runs else session.seed
-    return _export(session, cell_runs_of(session), (), seed, "The models and runs of a session", digests)
-
-
-def of_session(
-    session: Any,
-    cells: Callable[[], tuple[Any, ...]] | None,
-    file: str | os.PathLike[str] | None = None,
-    *,
-    plain: bool = False,
-    force: bool = False,
-) -> Exported:
-    """What `Session.export` gives.
-
-    Args:
-      cells: gives the cells that ran and what else `export_cells` wants, where `session` is that of a notebook.
     """
     if cells is None:
-        script = export_script(session, digests=not plain)
+        cell_runs, restarts = _cell_runs_of(models, runs), []
+        seed = runs[0].seed if runs else seed
+        title = "The models and runs of a session"
     else:
-        script = export_cells(session, *cells(), digests=not plain)
-    if file is not None:
-        write(file, script.text, force=force)
-    return script
-
-
-def _asks(statement: ExecutedStatement) -> bool:
-    """Whether it is the command that asks for the export: it, and what follows it in its cell, is no part of it."""
-    if statement.site is not None:
-        return statement.site.name == "flax_export"
-    return ".export(" in ast.unparse(statement.statement)
-
-
-def _export(
-    session: Any, cell_runs: Sequence[CellRun], restarts: Sequence[int], seed: int, title: str, digests: bool
-) -> Exported:
-    runs: list[Run] = session.runs
+        cell_runs = match([(cell, read_cell(cell.text, cells.transform)) for cell in cells.executed], runs)
+        restarts, seed = cells.restarts, cells.seed
+        title = "The cells of a notebook in the order in which they ran"
+        # The command that asks for the export, and what follows it in its cell, is no part of it.
+        statements = cell_runs[-1].statements if cell_runs else []
+        asking = [i for i, statement in enumerate(statements) if _asks(statement)]
+        del statements[asking[-1] if asking else len(statements) :]
     sources = [cell_run.source for cell_run in cell_runs]
-    free = Free(mentioned(source.tree for source in sources) | set(session.models))
+    free = Free(mentioned(source.tree for source in sources) | set(models))
     writer = LineWriter.like([cell_run.cell.text for cell_run in cell_runs], free, digests=digests)
-    groups = RunGroups.of(runs, cell_runs, restarts)
-    unexported: list[str] = []
-    models = _models(session.models, runs, free, sources)
-    script = Script(groups, models, writer, RootKeyTracker(groups, writer, seed, unexported), unexported)
+    script_models = {name: _model(name, models, runs, free, sources) for name in models}
+    context = ScriptContext(writer, RunGroups(runs, cell_runs, restarts), script_models)
+    script = Script(context, RootKeyTracker(context, seed))
     for cell_run in cell_runs:
         script.cell(cell_run)
     written = sum(any(map(any, (lines.text for lines in block))) for block in script.blocks)
-    _add_head(script, sources)
-    if script.failed:
-        many = (
-            "1 cell that failed and left nothing is"
-            if script.failed == 1
-            else (f"{script.failed} cells that failed and left nothing are")
-        )
-        script.blocks.append([Lines([f"# {many} left out."])])
-    lines = [*_docstring(script, title), "", *joined(script.blocks)]
-    return Exported("\n".join(lines) + "\n", written, len(runs), tuple(unexported))
+    text = script.finished(title, sources)
+    return Exported(text, written, len(runs), tuple(context.unexported))
 
 
-def _models(
-    registered: Mapping[str, Any], runs: Sequence[Run], free: Free, sources: Sequence[CellSource]
-) -> dict[str, ScriptModel]:
-    out: dict[str, ScriptModel] = {}
-    entries = {name: model._entry() for name, model in registered.items()}
-    linen = [name for name, entry in entries.items() if not entry.model.holds_variables]
-    for name, entry in entries.items():
-        module = entry.model.module
-        own = type(module).__name__ == name
-        instance = free.take(variable_name(name)) if own else name
-        if entry.model.holds_variables:
-            built = entry.built.recipe.text if entry.built is not None else ""
-            out[name] = ScriptModel(instance, module, True, "", built)
-            continue
-        variables = _name_of_init(name, runs, sources)
-        if not variables:
-            long = f"{instance}_variables"
-            variables = free.take(*(("variables", long) if len(linen) == 1 else (long,)))
-        added = any(run.model == name and run.made is not None and run.made.added for run in runs)
-        first_key = free.take(f"{instance}_init_key") if added else ""
-        out[name] = ScriptModel(instance, module, False, variables, first_key=first_key, loaded=entry.variables)
-    return out
+def _asks(executed: ExecutedStatement) -> bool:
+    if executed.site is not None:
+        return executed.site.name == "flax_export"
+    return ".export(" in ast.unparse(executed.statement)
+
+
+def _model(
+    name: str, entries: Mapping[str, ModelEntry], runs: Sequence[Run], free: Free, sources: Sequence[CellSource]
+) -> ScriptModel:
+    """A registered model, with names for what the script has of it."""
+    entry = entries[name]
+    module = entry.model.module
+    instance = free.take(variable_name(name)) if type(module).__name__ == name else name
+    if entry.model.holds_variables:
+        construction = entry.built.recipe.text if entry.built is not None else ""
+        return ScriptModel(instance, module, True, construction=construction)
+    variables = _name_of_init(name, runs, sources)
+    if not variables:
+        alone = sum(not other.model.holds_variables for other in entries.values()) == 1
+        variables = free.take(*(["variables"] if alone else []), f"{instance}_variables")
+    adds = any(run.model == name and run.made is not None and run.made.added for run in runs)
+    first_key = free.take(f"{instance}_init_key") if adds else ""
+    return ScriptModel(instance, module, False, variables, first_key=first_key, loaded=entry.variables)
 
 
 def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]) -> str:
     """The user's own name for a model's variables, where it always has what the session has; empty where it may not."""
-    inits = [site for source in sources for site in source.sites.values() if site.name == "flax_init" and site.call]
+    sites = [site for source in sources for site in source.sites.values()]
+    inits = [site for site in sites if site.name == "flax_init" and site.call]
     targets = [site.target.removesuffix("=").strip() for site in inits if site.call and site.call.target == model]
     if len(set(targets)) != 1 or not targets[0].isidentifier() or any(site.path for site in inits):
         return ""
@@ -155,65 +111,155 @@ def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]
         or (isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load))
     ]
     changed = any(run.changed or run.made is not None for run in runs if run.command == "apply" and run.model == model)
-    changed = changed or any(model in assigned_by(site) for source in sources for site in source.sites.values())
+    changed = changed or any(model in assigned_by(site) for site in sites)
     return "" if changed or len(bound) != len(targets) else targets[0]
 
 
-def _add_head(script: Script, sources: Sequence[CellSource]) -> None:
-    """Puts our imports and the function that prints digests above the first line of ours.
+@dataclass(eq=False)
+class _File:
+    """A module's own text, and its statements at the top level."""
 
-    They stand below the cell that imports JAX: what is set before that (`os.environ`) stays before it.
+    globals: Mapping[str, Any]
+    statements: list[ast.stmt]
+    text: str
+
+    @classmethod
+    def of(cls, name: str) -> _File | None:
+        """The module of that name, None where it has no text."""
+        module = sys.modules.get(name)
+        try:
+            text = inspect.getsource(module)  # type: ignore[arg-type]
+            return cls(vars(module), ast.parse(text).body, text)
+        except (OSError, TypeError, SyntaxError):
+            return None
+
+    def name_of(self, value: Any) -> str | None:
+        """The global name that stands for this very object, and that a top-level statement binds."""
+        for name, held in self.globals.items():
+            if held is value and not name.startswith("_") and any(name in binds(s) for s in self.statements):
+                return name
+        return None
+
+    def reached(self, names: set[str]) -> Iterator[str]:
+        """The texts of the statements that bind `names`, and of those that these need."""
+        needed: set[ast.stmt] = set()
+        waiting, seen = list(names), set[str]()
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            for statement in self.statements:
+                if name in binds(statement):
+                    needed.add(statement)
+                    waiting += reads(statement)
+        lines = self.text.split("\n")
+        for statement in self.statements:
+            if statement in needed:
+                yield "\n".join(lines[begin(statement) - 1 : end(statement)])
+
+
+class _Files:
+    """The files that a session's models come from, and the script that was run.
+
+    Attributes:
+      used: what the export takes from each, in the order in which it came to need them.
     """
-    writer, blocks = script.writer, script.blocks
-    places = [(i, j) for i, block in enumerate(blocks) for j, lines in enumerate(block) if lines.ours]
-    first = places[0] if places else (len(blocks), 0)
-    imports = [i for i, source in enumerate(sources) if any(map(_is_of_jax, ast.walk(source.tree)))]
-    if imports and imports[0] < first[0]:
-        first = imports[0] + 1, 0
-    if not places:
+
+    def __init__(self) -> None:
+        self.used: dict[_File, set[str]] = {}
+        self._by_module: dict[str, _File | None] = {}
+
+    def of(self, module: str) -> _File | None:
+        """The file of a module: one and the same each time."""
+        if module not in self._by_module:
+            self._by_module[module] = _File.of(module)
+        return self._by_module[module]
+
+    def use(self, file: _File, name: str) -> str:
+        """Notes that the export needs a global name of a file."""
+        self.used.setdefault(file, set()).add(name)
+        return name
+
+    def named(self, value: Any, file: _File | None) -> str | None:
+        """The name that stands for an object in `file`, or in the script that was run."""
+        for place in (file, self.of("__main__")):
+            name = None if place is None else place.name_of(value)
+            if place is not None and name is not None:
+                return self.use(place, name)
+        return None
+
+    def spelled(self, value: Any, file: _File | None) -> str:
+        """A value as an expression: a literal, or the name that stands for it; `…` where there is neither."""
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return repr(value)
+        return self.named(value, file) or "…"
+
+
+def _cell_runs_of(models: Mapping[str, ModelEntry], runs: Sequence[Run]) -> list[CellRun]:
+    """What stands for the cells of a session that has none: the code behind it, then one line for each run.
+
+    What has no name at the top level of the file that defines the model is left out, and said.
+    """
+    files = _Files()
+    of_model = {name: files.of(type(entry.model.module).__module__) for name, entry in models.items()}
+    lines: list[tuple[int | None, str]] = []
+    for name, entry in models.items():
+        lines += ((None, line) for line in _construction(name, entry.model, of_model[name], files))
+    for index, run in enumerate(runs):
+        lines.append((index, _line_of(run, of_model.get(run.model or ""), files)))
+    text = "\n\n".join(part for file, names in files.used.items() for part in file.reached(names))
+    source = read_cell(text, str) if text else CellSource("", ast.Module([], []))
+    statements = [ExecutedStatement(statement, None) for statement in source.tree.body]
+    cell_runs = [CellRun(ExecutedCell(None, text), source, statements)]
+    for made, line in lines:
+        source = read_cell(line, str)
+        statements = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
+        cell_run = CellRun(ExecutedCell(None, line), source, statements)
+        if made is not None and statements and statements[-1].site is not None:
+            statements[-1].made.append((made, statements[-1].site))
+        elif made is not None:
+            cell_run.loose.append(made)
+        cell_runs.append(cell_run)
+    return cell_runs
+
+
+def _construction(name: str, model: Model, file: _File | None, files: _Files) -> Iterator[str]:
+    known = files.named(model.module, file)
+    if known is not None:
+        if known != name:
+            yield f"{name} = {known}"
         return
-    above = "\n".join(line for block in blocks[: first[0]] for lines in block for line in lines.text)
-    above += "\n" + "\n".join(line for lines in blocks[first[0]][: first[1]] for line in lines.text)
-    there = {ast.unparse(statement) for statement in ast.parse(above).body}
-    writer.needs |= {"jax"} if writer.labels else set()
-    lines = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
-    head = [Lines(lines)] if lines else []
-    if writer.labels:
-        head.append(Lines(writer.fitted(writer.digest_function(_leaves(script))), apart=True))
-    if first[1]:
-        blocks[first[0]][first[1] : first[1]] = [Lines(part.text, apart=True) for part in head]
-    else:
-        blocks.insert(first[0], head)
+    cls = type(model.module)
+    if file is None or model.holds_variables:
+        what = "is the construction of" if file is not None else "is the code of"
+        yield f"# Left out: nobody knows where {what} `{name}`, {model.describe()}."
+        return
+    files.use(file, cls.__qualname__.partition(".")[0])
+    fields = []
+    for field_name, own_field in cls.__dataclass_fields__.items():
+        value = getattr(model.module, field_name, None)
+        if field_name in ("parent", "name") or not own_field.init or value is own_field.default:
+            continue
+        fields.append(f"{field_name}={files.spelled(value, file)}")
+    yield f"{name} = {cls.__qualname__}({', '.join(fields)})"
 
 
-def _is_of_jax(node: ast.AST) -> bool:
-    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-    names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-    return any(name.partition(".")[0] in ("jax", "flax") for name in names)
-
-
-def _leaves(script: Script) -> set[str]:
-    """What the results have besides arrays: see `LineWriter.digest_function`."""
-    found: set[str] = set()
-    for run in script.groups.runs:
-        model = script.models.get(run.model or "")
-        if run.command == "key" or (run.command == "init" and model is not None and model.holds):
-            found.add("keys")
-        found |= run.spelling.returns if run.spelling is not None else set()
-    return found
-
-
-def _docstring(script: Script, title: str) -> Iterator[str]:
-    versions = f"jax {jax.__version__} and flax {importlib.metadata.version('flax')}"
-    yield f'"""{title}, as plain JAX and Flax.'
-    yield ""
-    yield f"Written by %flax_export, with {versions}."
-    if script.writer.labels:
-        yield f"On the same versions and machine {script.writer.digest} prints the digests of the session."
-    yield '"""'
-    if script.futures:
-        yield ""
-        yield f"from __future__ import {', '.join(sorted(set(script.futures)))}"
-    statements = [s for block in script.blocks for lines in block for s in ast.parse("\n".join(lines.text)).body]
-    if "display" not in script.names.bound and any("display" in reads(statement) for statement in statements):
-        yield from ("", "display = print  # as a notebook has it")
+def _line_of(run: Run, file: _File | None, files: _Files) -> str:
+    if run.command == "key":
+        return f"get_ipython().run_line_magic('flax_key', {run.call!r})"
+    arguments = "…"
+    if run.inputs is not RELEASED and run.inputs:
+        args, kwargs = run.inputs
+        added = dict(run.spelling.arguments) if run.spelling is not None else {}
+        values = [files.spelled(value, file) for value in args]
+        values += [f"{name}={files.spelled(value, file)}" for name, value in kwargs.items() if name not in added]
+        arguments = ", ".join(values)
+    called = run.call.partition("(")[0]
+    if "…" in arguments:
+        return f"# Left out: {run.command} {called}({arguments}): its input has no name at the top of a file."
+    options = {"train": "--train ", "eval": "--eval "}.get(run.mode, "")
+    options += f"--draws {run.draws} " if run.draws is not None else ""
+    options += f"--draw {run.seed}:{run.draw} " if run.replayed else ""
+    options += "--eager " if run.command == "apply" and run.program == "eager" else ""
+    return f"get_ipython().run_line_magic('flax_{run.command}', {f'{options}{called}({arguments})'!r})"

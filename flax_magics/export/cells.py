@@ -7,7 +7,7 @@ is found here is what ran.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..errors import FlaxMagicsError
 from ..line.call import CallExpression, parse_call
 from ..line.commands import COMMANDS
 from ..line.expression import end_of, segment, start_of
-from ..line.options import LineOptions, read
+from ..line.options import Command, LineOptions, read
 from ..run import Run
 
 Transform = Callable[[str], str]
@@ -80,31 +80,29 @@ class CommandSite:
         options = self.given.options
         return "train" if options["train"] else "eval" if options["eval"] else "as written"
 
-    def matches(self, run: Any) -> bool:
+    def matches(self, run: Run) -> bool:
         """Whether `run` may be one of this place."""
-        command = self.name.removeprefix("flax_")
         if self.name == "flaxmodel":
-            name = self.given.rest.partition("=")[0].strip()
-            return run.command == "init" and is_build(run) and name in (run.model, MODELS)
-        if run.command != command:
+            return is_build(run) and self.given.rest.partition("=")[0].strip() in (run.model, MODELS)
+        if run.command != self.name.removeprefix("flax_"):
             return False
-        if command == "key":
-            return bool(run.call == self.given.rest)
+        if run.command == "key":
+            return run.call == self.given.rest
         options = self.given.options
         if self.call is None or run.call not in (self.call.call, self.call.text):
             return False
-        if bool(run.replayed) != (options["draw"] is not None):
+        if run.replayed != (options["draw"] is not None):
             return False
-        if command == "init":
+        if run.command == "init":
             return not is_build(run)
         # A model without a switch runs as written, whatever was asked.
         return run.mode in (self.mode, "as written") and run.draws == options["draws"]
 
 
-def is_build(run: Any) -> bool:
+def is_build(run: Run) -> bool:
     """Whether a module was built on a model's line, whose call is the construction itself."""
     inside = run.call.rstrip().removesuffix(")").rstrip(", ")
-    return run.command == "init" and bool(run.by_hand.partition(" = ")[2].startswith(inside))
+    return run.command == "init" and run.by_hand.partition(" = ")[2].startswith(inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,46 +148,58 @@ def read_cell(raw: str, transform: Transform) -> CellSource:
         return CellSource("", ast.Module([], []))
     try:
         text = _timed(transform(raw), transform)
-        tree = ast.parse(text)
+        body = ast.parse(text).body
     except (SyntaxError, ValueError, FlaxMagicsError) as error:
-        return CellSource("", ast.Module([], []), above=(*raw.rstrip().splitlines(), f"({error})"), opaque=True)
-    magic = _cell_magic(tree)
-    if magic is None:
-        return _found(text, tree, (), 0)
-    name, line, body = magic
-    try:
-        return _opened(name, line, body, transform)
-    except FlaxMagicsError as error:  # a line that the command refused
-        return CellSource("", ast.Module([], []), above=(f"%%{name} {line}", f"({error})"), opaque=True)
+        return _opaque(*raw.rstrip().splitlines(), f"({error})")
+    match body:
+        case [
+            ast.Expr(ast.Call(func, [ast.Constant(str(name)), ast.Constant(str(line)), ast.Constant(str(inner))]))
+        ] if _is_shell(func, "run_cell_magic"):
+            try:
+                return _opened(name, line, inner, transform)
+            except FlaxMagicsError as error:  # a line that the command refused
+                return _opaque(f"%%{name} {line}", f"({error})")
+    return _with_sites(text)
+
+
+def _opaque(*above: str) -> CellSource:
+    return CellSource("", ast.Module([], []), above=above, opaque=True)
 
 
 def _opened(name: str, line: str, body: str, transform: Transform) -> CellSource:
     """A cell magic's body as the cell that it is."""
     shown = f"%%{name} {line}".rstrip()
-    if name == "flaxmodel":
-        given = read(COMMANDS["%%flaxmodel"], line.rstrip("; "))
-        inner = read_cell(body, transform)
-        if inner.opaque:
-            return inner
-        register = f"\nget_ipython().run_line_magic('flaxmodel', {given.rest or MODELS!r})\n"
-        below = inner.text.rstrip() + register
-        return _found(below, ast.parse(below), inner.above, 1 + _blank(body))
-    if f"%{name}" in COMMANDS:
-        return _call_cell(name, line, body, transform)
+    if f"%{name}" not in COMMANDS and name not in ("flaxmodel", *AS_BODY):
+        return _opaque(shown, *body.rstrip().splitlines())
+    inner = read_cell(body, transform)
     if name in AS_BODY:
-        inner = read_cell(body, transform)
         names = line.split()[:1] if name == "capture" and not line.startswith("-") else []
         return replace(inner, captured=tuple(names), above=(shown, *inner.above))
-    return CellSource("", ast.Module([], []), above=(shown, *body.rstrip().splitlines()), opaque=True)
+    rest = read(COMMANDS["%%flaxmodel"], line.rstrip("; ")).rest if name == "flaxmodel" else ""
+    if inner.opaque:
+        return inner
+    # Empty lines at the top of a body, which IPython takes off, and the magic's own line.
+    offset = 1 + next((i for i, text in enumerate(body.splitlines()) if text.strip()), 0)
+    if name == "flaxmodel":
+        register = f"\nget_ipython().run_line_magic('flaxmodel', {rest or MODELS!r})\n"
+        return _with_sites(inner.text.rstrip() + register, inner.above, offset)
+    # `%%flax_apply` and its like: the last statement is the call, and becomes a line.
+    last: Any = inner.tree.body[-1] if inner.tree.body else None
+    value = getattr(last, "value", None)
+    if not isinstance(value, ast.Call):
+        return inner
+    start, stop = start_of(inner.text, last), end_of(inner.text, last)
+    target = inner.text[start : start_of(inner.text, value)]
+    semicolon = ";" if ends_quietly(inner.text) else ""
+    written = f"{line} {segment(inner.text, value)}{semicolon}".strip()
+    below = f"{inner.text[:start]}{target}get_ipython().run_line_magic({name!r}, {written!r})"
+    # The call may have stood over several lines: those after it keep their numbers.
+    below += "\n" * inner.text[start:stop].count("\n") + "\n"
+    return _with_sites(below, inner.above, offset)
 
 
 MODELS = "*"
 """Stands on the line of a `%%flaxmodel` cell that has none of its own: the models that it defined."""
-
-
-def _blank(body: str) -> int:
-    """Empty lines at the top of a body, which IPython takes off."""
-    return next((i for i, line in enumerate(body.splitlines()) if line.strip()), 0)
 
 
 def _timed(text: str, transform: Transform) -> str:
@@ -204,14 +214,6 @@ def _timed(text: str, transform: Transform) -> str:
     return text
 
 
-def _cell_magic(tree: ast.Module) -> tuple[str, str, str] | None:
-    """Name, line and body of the cell magic that IPython's transformers made a call of."""
-    match tree.body:
-        case [ast.Expr(ast.Call(func, [ast.Constant(str(name)), ast.Constant(str(line)), ast.Constant(str(body))]))]:
-            return (name, line, body) if _is_shell(func, "run_cell_magic") else None
-    return None
-
-
 def _is_shell(func: ast.expr, method: str) -> bool:
     match func:
         case ast.Attribute(ast.Call(ast.Name("get_ipython"), []), attr):
@@ -219,29 +221,9 @@ def _is_shell(func: ast.expr, method: str) -> bool:
     return False
 
 
-def _call_cell(name: str, line: str, body: str, transform: Transform) -> CellSource:
-    """`%%flax_apply` and its like: the last statement is the call, and becomes a line."""
-    inner = read_cell(body, transform)
-    if inner.opaque or not inner.tree.body:
-        return inner
-    last: Any = inner.tree.body[-1]
-    value = getattr(last, "value", None)
-    if not isinstance(value, ast.Call):
-        return inner
-    start, end = start_of(inner.text, last), end_of(inner.text, last)
-    target = inner.text[start : start_of(inner.text, value)]
-    semicolon = ";" if ends_quietly(inner.text) else ""
-    written = f"{line} {segment(inner.text, value)}{semicolon}".strip()
-    below = f"{inner.text[:start]}{target}get_ipython().run_line_magic({name!r}, {written!r})"
-    # The call may have stood over several lines: those after it keep their numbers.
-    below += "\n" * inner.text[start:end].count("\n") + "\n"
-    return _found(below, ast.parse(below), inner.above, 1 + _blank(body))
-
-
-def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> CellSource:
-    sites: dict[ast.stmt, CommandSite] = {}
-    foreign: dict[ast.stmt, ForeignMagic] = {}
-    for statement, path in _statements(tree.body, ()):
+def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> CellSource:
+    source = CellSource(text, ast.parse(text), above=above, offset=offset)
+    for statement, path in _statements(source.tree.body, ()):
         value = getattr(statement, "value", None)
         if not isinstance(statement, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign)):
             continue
@@ -253,37 +235,34 @@ def _found(text: str, tree: ast.Module, above: tuple[str, ...], offset: int) -> 
         match value.args:
             case [ast.Constant(str(name)), ast.Constant(str(line))] if _is_shell(value.func, "run_line_magic"):
                 command = COMMANDS.get(f"%{name}") or COMMANDS.get(f"%%{name}")
-                if command is not None:
-                    site = _site(statement, name, command, line, target, path, offset)
-                    if site is not None:
-                        sites[statement] = site
+                try:
+                    if command is not None:
+                        name, given, call = _read_line(name, command, line)
+                        site = CommandSite(statement, name, given, call, target, path, line, offset)
+                        source.sites[statement] = site
                         continue
+                except FlaxMagicsError:  # a line that the command refused, which ended the cell
+                    pass
                 of_ours = name.endswith("load_ext") and "flax_magics" in line
                 of_ours = of_ours or (name == "config" and "FlaxMagics" in line)
-                foreign[statement] = _foreign(statement, "" if of_ours else f"{target} %{name} {line}")
+                written = "" if of_ours else f"{target} %{name} {line}"
             case [ast.Constant(str(line))] if _is_shell(value.func, "system") or _is_shell(value.func, "getoutput"):
-                foreign[statement] = _foreign(statement, f"{target} !{line}")
-    return CellSource(text, tree, sites, foreign, above, offset=offset)
+                written = f"{target} !{line}"
+            case _:
+                continue
+        stored = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        names = tuple(name.id for name in stored)
+        source.foreign[statement] = ForeignMagic(tuple(written.strip().splitlines()), names)
+    return source
 
 
-def _site(
-    statement: ast.stmt, name: str, command: Any, line: str, target: str, path: tuple[ast.stmt, ...], above: int
-) -> CommandSite | None:
-    """The place of a command; None for a line that the command refuses (which ended the cell)."""
-    try:
-        given = read(command, line if command.takes == "call" else line.rstrip("; "))
-        if given.help or (not given.rest and name in ("flax_apply", "flax_init")):
-            return CommandSite(statement, "help", given, None, target, path, line)
-        bare = name == "flax_summary" and given.rest.rstrip("; ").isidentifier()
-        call = parse_call(given.rest, command.name) if command.takes == "call" and not bare else None
-    except FlaxMagicsError:
-        return None
-    return CommandSite(statement, name, given, call, target, path, line, above)
-
-
-def _foreign(statement: ast.stmt, written: str) -> ForeignMagic:
-    stored = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-    return ForeignMagic(tuple(written.strip().splitlines()), tuple(name.id for name in stored))
+def _read_line(name: str, command: Command, line: str) -> tuple[str, LineOptions, CallExpression | None]:
+    """What a command's line asks for: `help` or the command itself, its options, and its call where it takes one."""
+    given = read(command, line if command.takes == "call" else line.rstrip("; "))
+    if given.help or (not given.rest and name in ("flax_apply", "flax_init")):
+        return "help", given, None
+    bare = name == "flax_summary" and given.rest.rstrip("; ").isidentifier()
+    return name, given, parse_call(given.rest, command.name) if command.takes == "call" and not bare else None
 
 
 def _statements(body: list[ast.stmt], path: tuple[ast.stmt, ...]) -> Iterator[tuple[ast.stmt, tuple[ast.stmt, ...]]]:
@@ -296,12 +275,10 @@ def _statements(body: list[ast.stmt], path: tuple[ast.stmt, ...]) -> Iterator[tu
 
 def blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
     """The blocks of a compound statement, in the order of the text."""
-    found = [getattr(statement, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases")]
-    out: list[list[ast.stmt]] = []
-    for block in found:
-        for item in [block] if block and isinstance(block[0], ast.stmt) else block:
-            out.append(item if isinstance(item, list) else item.body)
-    return out
+    inside: list[list[ast.stmt]] = []
+    for block in (getattr(statement, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases")):
+        inside += [block] if block and isinstance(block[0], ast.stmt) else [part.body for part in block]
+    return inside
 
 
 @dataclass(eq=False)
@@ -337,39 +314,35 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
     the run has.
     """
     functions: list[CommandSite] = []
-    out = []
+    cell_runs = []
     for cell, source in cells:
-        steps = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
-        ran = _as_far_as_it_ran(cell, source, steps)
-        queue = list(range(cell.first, min(cell.end, len(runs))))
-        where = {place.run: place for place in cell.places}
-        for i, step in enumerate(ran):
-            later = [site for s in ran[i + 1 :] for site in _inside(source, s) if _single(site)]
-            if step.failed:
+        statements = _executed(cell, source)
+        sites = [_sites_in(source, statement) for statement in statements]
+        queue = _RunQueue(runs, list(range(cell.first, min(cell.end, len(runs)))), cell)
+        for i, statement in enumerate(statements):
+            if statement.failed:
                 continue
-            if step.site is not None:
-                _take_one(step, step.site, queue, runs)
+            if statement.site is not None:
+                queue.take_one(statement, statement.site)
                 continue
-            inside = _inside(source, step)
-            if not isinstance(step.statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                _take_many(step, [*inside, *reversed(functions)], later, queue, runs, where)
-            functions += [s for s in inside if s.in_function is not None]
-        out.append(CellRun(cell, source, ran, queue))
-    return out
+            later = [site for inside in sites[i + 1 :] for site in inside if site.draws or site.name == "flaxmodel"]
+            if not isinstance(statement.statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                queue.take_many(statement, [*sites[i], *reversed(functions)], later)
+            functions += [site for site in sites[i] if site.in_function is not None]
+        cell_runs.append(CellRun(cell, source, statements, queue.waiting))
+    return cell_runs
 
 
-def _as_far_as_it_ran(
-    cell: ExecutedCell, source: CellSource, steps: list[ExecutedStatement]
-) -> list[ExecutedStatement]:
-    if cell.error is None or not steps:
-        return steps
-    if cell.line is None:
-        return []
-    line = cell.line - source.offset
-    if line < 1:  # the command of the cell's first line failed, once the body had run
-        steps[-1].failed = True
-        return steps
-    ran = [step for step in steps if begin(step.statement) <= line]
+def _executed(cell: ExecutedCell, source: CellSource) -> list[ExecutedStatement]:
+    """The statements of a cell as far as they ran."""
+    statements = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
+    if cell.error is None or not statements:
+        return statements
+    line = 0 if cell.line is None else cell.line - source.offset
+    if cell.line is not None and line < 1:  # the command of the cell's first line failed, once the body had run
+        statements[-1].failed = True
+        return statements
+    ran = [statement for statement in statements if begin(statement.statement) <= line]
     if ran:
         ran[-1].failed = True
     return ran
@@ -381,65 +354,60 @@ def begin(statement: ast.stmt) -> int:
     return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
 
 
-def _single(site: CommandSite) -> bool:
-    return site.draws or site.name == "flaxmodel"
+def end(statement: ast.stmt) -> int:
+    """The last line of a statement."""
+    return statement.end_lineno or statement.lineno
 
 
-def _take_one(step: ExecutedStatement, site: CommandSite, queue: list[int], runs: Sequence[Run]) -> None:
-    """The run of a command: the next, and what nobody explains before it."""
-    if site.name == "flaxmodel":
-        while queue and site.matches(runs[queue[0]]):
-            step.made.append((queue.pop(0), site))
-        return
-    if not site.draws:
-        return
-    found = next((i for i, index in enumerate(queue) if site.matches(runs[index])), None)
-    if found is None:
-        return
-    step.made += [(index, None) for index in queue[:found]]
-    step.made.append((queue[found], site))
-    del queue[: found + 1]
+def _sites_in(source: CellSource, executed: ExecutedStatement) -> list[CommandSite]:
+    """The places of commands in a statement."""
+    if executed.site is not None:
+        return [executed.site]
+    return [site for site in source.sites.values() if executed.statement in site.path]
 
 
-def _inside(source: CellSource, step: ExecutedStatement) -> list[CommandSite]:
-    """The places of commands in a statement, functions that it only defines left out."""
-    if step.site is not None:
-        return [step.site]
-    return [site for site in source.sites.values() if step.statement in site.path]
+_REPEATING = (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef)
+"""In these a place can make more than one run in one execution of its statement."""
 
 
-def _repeats(site: CommandSite) -> bool:
-    """Whether a place can make more than one run in one execution of its statement."""
-    return any(
-        isinstance(node, (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef))
-        for node in site.path
-    )
+@dataclass(eq=False)
+class _RunQueue:
+    """The session's runs; those of one cell wait, by index, for the statement that made them."""
 
+    runs: Sequence[Run]
+    waiting: list[int]
+    cell: ExecutedCell
 
-def _take_many(
-    step: ExecutedStatement,
-    sites: list[CommandSite],
-    later: list[CommandSite],
-    queue: list[int],
-    runs: Sequence[Run],
-    where: Mapping[int, Place],
-) -> None:
-    used: set[CommandSite] = set()
-    while queue:
-        run, place = runs[queue[0]], where.get(queue[0])
-        # The first of them: a function that is defined again takes the place of the one before.
-        exact = next((site for site in sites if place and site.is_at(place) and site.matches(run)), None)
-        if exact is not None:
-            used.add(exact)
-            step.made.append((queue.pop(0), exact))
-            continue
-        fitting = [site for site in sites if site.matches(run) and (site not in used or _repeats(site))]
-        if not fitting:
+    def take_one(self, statement: ExecutedStatement, site: CommandSite) -> None:
+        """The run of a command: the next, and what nobody explains before it."""
+        if site.name == "flaxmodel":
+            while self.waiting and site.matches(self.runs[self.waiting[0]]):
+                statement.made.append((self.waiting.pop(0), site))
             return
-        # Where lines are alike, each of them has run before one has run again.
-        site = next((site for site in fitting if site not in used), fitting[0])
-        used.add(site)
-        needed = sum(1 for other in later if other.matches(run))
-        if needed and sum(1 for index in queue if site.matches(runs[index])) <= needed:
-            return
-        step.made.append((queue.pop(0), site))
+        first = next((i for i, index in enumerate(self.waiting) if site.matches(self.runs[index])), None)
+        if site.draws and first is not None:
+            statement.made += [(index, None) for index in self.waiting[:first]]
+            statement.made.append((self.waiting[first], site))
+            del self.waiting[: first + 1]
+
+    def take_many(self, statement: ExecutedStatement, sites: list[CommandSite], later: list[CommandSite]) -> None:
+        """The runs of a statement that has commands inside, or calls functions that have."""
+        places = {place.run: place for place in self.cell.places}
+        used: set[CommandSite] = set()
+        while self.waiting:
+            run, place = self.runs[self.waiting[0]], places.get(self.waiting[0])
+            fitting = [site for site in sites if site.matches(run)]
+            # The first of them: a function that is defined again takes the place of the one before.
+            site = next((site for site in fitting if place and site.is_at(place)), None)
+            if site is None:
+                # Where lines are alike, each of them has run before one has run again.
+                unused = [site for site in fitting if site not in used]
+                repeating = (site for site in fitting if any(isinstance(node, _REPEATING) for node in site.path))
+                site = next(iter([*unused, *repeating]), None)
+                if site is None:
+                    return
+                needed = sum(1 for other in later if other.matches(run))
+                if needed and sum(1 for index in self.waiting if site.matches(self.runs[index])) <= needed:
+                    return
+            used.add(site)
+            statement.made.append((self.waiting.pop(0), site))

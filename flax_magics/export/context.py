@@ -1,17 +1,21 @@
-"""What all that writes lines for commands has before it: the script's names, the models, and what the runs tell together."""
+"""What all that writes lines for commands has before it: models, runs and names of the script, and the command at hand."""
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..cells.journal import Load
+from ..cells.names import is_of_the_notebook
+from ..line.call import CallExpression
 from ..run import ExportFacts, Run
 from .cells import CellRun, CommandSite
-from .functions import CannotSay, JittedFunction
-from .writer import LineWriter
+from .functions import CannotSay, JittedFunction, verb_of
+from .writer import WIDTH, LineWriter, indented, label_of
 
 
 @dataclass(eq=False)
@@ -31,69 +35,55 @@ class ScriptModel:
     name: str
     module: Any
     holds: bool
-    variables: str
+    variables: str = ""
     construction: str = ""
     first_key: str = ""
     loaded: Any = None
 
 
-@dataclass(eq=False)
 class RunGroups:
     """The runs of a session with what they have to do with each other.
 
     Attributes:
       runs: all of them.
+      versions: what is equal for runs of a model whose code, and all that it reads, was the same.
       made_by: run → the place that made it, for those that a place explains.
       of_site: place → its runs, by index.
-      versions: place → for each statement that ran it, the versions of the model's code in its runs: see `version`.
+      versions_at: place → for each statement that ran it, the versions in its runs.
       follower: an init → the apply that took the rest of its draw; `leader` the other way round.
     """
 
-    runs: Sequence[Run]
-    made_by: dict[int, CommandSite] = field(default_factory=dict)
-    of_site: dict[CommandSite, list[int]] = field(default_factory=dict)
-    versions: dict[CommandSite, list[set[Any]]] = field(default_factory=dict)
-    follower: dict[int, int] = field(default_factory=dict)
-    leader: dict[int, int] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, runs: Sequence[Run], cell_runs: Sequence[CellRun], restarts: Sequence[int]) -> RunGroups:
-        """Reads it off the runs and the cells that made them; `restarts` as `Journal` has them."""
-        groups = cls(runs)
-        groups._code = _codes(runs)
+    def __init__(self, runs: Sequence[Run], cell_runs: Sequence[CellRun], restarts: Sequence[int]) -> None:
+        self.runs = runs
+        self.versions = _versions(runs)
+        self.made_by: dict[int, CommandSite] = {}
+        self.of_site: dict[CommandSite, list[int]] = {}
+        self.versions_at: dict[CommandSite, list[set[Any]]] = {}
+        self.follower: dict[int, int] = {}
         for statement in (statement for cell_run in cell_runs for statement in cell_run.statements):
-            sites = {site for _, site in statement.made if site is not None}
-            for site in sites:
+            for site in {site for _, site in statement.made if site is not None}:
                 indices = [index for index, other in statement.made if other is site]
-                groups.made_by |= dict.fromkeys(indices, site)
-                groups.of_site.setdefault(site, []).extend(indices)
-                groups.versions.setdefault(site, []).append({groups.version(index) for index in indices})
-        of_text = {(site.name, site.line, site.target): site for site in groups.of_site if site.in_function}
+                self.made_by |= dict.fromkeys(indices, site)
+                self.of_site.setdefault(site, []).extend(indices)
+                self.versions_at.setdefault(site, []).append({self.versions[index] for index in indices})
+        in_functions = {(site.name, site.line, site.target): site for site in self.of_site if site.in_function}
         for site in (site for cell_run in cell_runs for site in cell_run.source.sites.values()):
-            twin = of_text.get((site.name, site.line, site.target))
-            if twin is not None and site not in groups.of_site and site.in_function is not None:
+            twin = in_functions.get((site.name, site.line, site.target))
+            if twin is not None and site not in self.of_site and site.in_function is not None:
                 # The function was defined again before it was called: what its runs were is what they would be.
-                groups.of_site[site], groups.versions[site] = groups.of_site[twin], groups.versions[twin]
-        opened: int | None = None
-        again = set(restarts)
+                self.of_site[site], self.versions_at[site] = self.of_site[twin], self.versions_at[twin]
+        init: int | None = None
         for index, run in enumerate(runs):
-            if index in again:
-                opened = None
+            if index in restarts:
+                init = None
             if run.replayed:
                 continue
-            if opened is not None and run.command == "apply":
-                first = runs[opened]
+            if init is not None and run.command == "apply":
+                first = runs[init]
                 if (first.model, first.seed, first.draw) == (run.model, run.seed, run.draw):
-                    groups.follower[opened], groups.leader[index] = index, opened
-            opened = index if run.command == "init" else None
-        return groups
-
-    def __post_init__(self) -> None:
-        self._code: list[Any] = []
-
-    def version(self, index: int) -> Any:
-        """What is equal for runs of a model whose code, and all that it reads, was the same."""
-        return self._code[index]
+                    self.follower[init] = index
+            init = index if run.command == "init" else None
+        self.leader = {apply: init for init, apply in self.follower.items()}
 
     def shares_in_place(self, site: CommandSite) -> bool:
         """Whether each run of `site` finds the rest of a draw that an init left in the same block just before."""
@@ -101,112 +91,317 @@ class RunGroups:
         if not indices or site.given.options.get("draws") is not None:
             return False
         for index in indices:
-            leader = self.leader.get(index)
-            if leader is None or leader not in self.made_by:
-                return False
-            first = self.made_by[leader]
-            if first.path != site.path or (site.path and first.in_function is not site.in_function):
+            init = self.made_by.get(self.leader.get(index, -1))
+            if init is None or init.path != site.path or (site.path and init.in_function is not site.in_function):
                 return False
         return True
 
     def stays(self, site: CommandSite) -> bool:
         """Whether the draw of an init at `site` is made again by the apply that takes the rest of it."""
-        after = [self.follower.get(index) for index in self.of_site.get(site, [])]
-        sites = [None if index is None else self.made_by.get(index) for index in after]
-        return bool(sites) and all(other is not None and not self.shares_in_place(other) for other in sites)
+        after = [self.made_by.get(self.follower.get(index, -1)) for index in self.of_site.get(site, [])]
+        return bool(after) and all(other is not None and not self.shares_in_place(other) for other in after)
 
     def folded_later(self, site: CommandSite) -> tuple[tuple[str, ...], bool]:
         """The streams that the apply after an init at `site` takes of its draw, and whether it has its own `params`."""
-        streams: dict[str, None] = {}
+        streams: list[str] = []
         taken = False
-        for index in self.of_site.get(site, []):
-            after = self.follower.get(index)
-            other = None if after is None else self.made_by.get(after)
-            if after is None or other is None or not self.shares_in_place(other):
+        for after in (self.follower.get(index, -1) for index in self.of_site.get(site, [])):
+            other = self.made_by.get(after)
+            if other is None or not self.shares_in_place(other):
                 continue
-            spelling = self.runs[after].spelling
-            streams.update(dict.fromkeys(other.given.options["key"]))
-            if spelling is not None:
-                streams.update(dict.fromkeys(spelling.streams))
-                taken = taken or spelling.taken
-        return tuple(streams), taken
+            facts = self.runs[after].spelling or ExportFacts()
+            streams += [*other.given.options["key"], *facts.streams]
+            taken = taken or facts.taken
+        return tuple(dict.fromkeys(streams)), taken
 
 
-def _codes(runs: Sequence[Run]) -> list[Any]:
+def _versions(runs: Sequence[Run]) -> list[Any]:
     """The fingerprint of each run's model; where there is none, how often the model had been another until then."""
     changes: Counter[str | None] = Counter()
-    out: list[Any] = []
+    versions: list[Any] = []
     for run in runs:
         changes[run.model] += any(cause.kind == "model" for cause in run.causes)
         code = None if run.spelling is None else run.spelling.code
-        out.append(changes[run.model] if code is None else code)
-    return out
+        versions.append(changes[run.model] if code is None else code)
+    return versions
+
+
+FROM_PACKAGE = "it comes from flax_magics"
+
+
+@dataclass(eq=False)
+class SessionNames:
+    """Names that have no value in the script, each with the reason.
+
+    Those of flax_magics and of IPython, and what only lines gave that are comments. Every other name is the user's
+    affair: whether it is there, and what it stands for, is never asked.
+
+    Attributes:
+      bound: what the session's code has given something else: `_`, say.
+    """
+
+    gone: dict[str, str] = field(default_factory=lambda: {"flax_magics": FROM_PACKAGE})
+    bound: set[str] = field(default_factory=set)
+
+    def lose(self, names: Iterable[str], reason: str) -> None:
+        """`names` have no value from now on."""
+        self.gone.update(dict.fromkeys(names, reason))
+
+    def bind(self, names: Iterable[str]) -> None:
+        """`names` get a value in the script."""
+        for name in names:
+            self.gone.pop(name, None)
+            self.bound.add(name)
+
+    def missing(self, names: Iterable[str]) -> CannotSay | None:
+        """Why code that reads `names` cannot stand in the script; None where it can."""
+        for name in sorted(names):
+            reason = self.gone.get(name)
+            if reason is None and is_of_the_notebook(name) and name not in self.bound:
+                reason = "it is the notebook's own"
+            if reason:
+                return CannotSay(f"`{name}` is not there: {reason}", reason)
+        return None
 
 
 @dataclass(eq=False)
 class ScriptContext:
-    """Attributes:
-    models: by registered name.
-    define: makes sure that a function is in the script where it will be used, and gives its name.
-    assigned: names that the lines of the command at hand assign: a function has to declare them.
-    states: what became of the models that the cell registered: `new`, `unchanged`, `changed`.
-    load: what the `%flax_load` at hand read.
-    gone: the cell's runs are in no history any more.
-    lost: models whose variables the script has not, with the reason.
+    """A script as far as it is written.
+
+    Attributes:
+      models: by registered name.
+      names: those that the script has not.
+      unexported: what could not be exported, each with its reason.
+      lost: models whose variables the script has not, with the reason.
+      assigned: names that the lines of the command at hand assign: a function has to declare them.
+      states: what became of the models that the cell registered: `new`, `unchanged`, `changed`.
+      load: what the `%flax_load` at hand read.
+      gone: the cell's runs are in no history any more.
+      define: makes sure that a function is in the script where it will be used, and gives its name.
     """
 
     writer: LineWriter
     groups: RunGroups
     models: Mapping[str, ScriptModel]
-    define: Callable[[JittedFunction, CommandSite], str]
+    names: SessionNames = field(default_factory=SessionNames)
+    unexported: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
     assigned: set[str] = field(default_factory=set)
     states: Mapping[str, str] = field(default_factory=dict)
     load: Load | None = None
     gone: bool = False
-    lost: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def several(self) -> bool:
-        """Whether more than one model was run, so that functions are called after theirs."""
-        return len({run.model for run in self.groups.runs if run.command == "apply"}) > 1
+    define: Callable[[JittedFunction, CommandSite], str] = field(init=False)
 
     def is_conditional(self, site: CommandSite) -> bool:
         """Whether some runs of a place initialise and others do not, so that the script has to look."""
-        made = [run.made is not None and not run.made.added for run in self.runs(self.groups.of_site.get(site, []))]
+        made = [_initialises(self.groups.runs[index]) for index in self.groups.of_site.get(site, [])]
         return bool(site.path) and any(made) and (len(made) == 1 or not all(made))
-
-    def runs(self, indices: Sequence[int]) -> list[Run]:
-        """The runs of these indices."""
-        return [self.groups.runs[index] for index in indices]
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
         """These runs have no lines: models whose variables they made or changed are lost."""
-        for run in self.runs(indices):
+        for run in (self.groups.runs[index] for index in indices):
             if run.model is not None and not run.replayed and (run.made is not None or run.changed):
                 self.lost[run.model] = reason
 
+    def model(self, name: str) -> ScriptModel:
+        """A registered model. Raises `CannotSay` where it is known no more."""
+        if name not in self.models:
+            raise CannotSay(f"the model `{name}` is not known any more")
+        return self.models[name]
 
-def common(runs: Sequence[Run]) -> ExportFacts:
-    """What the runs of one place have in common; where a later one asked for more, that."""
-    spellings = [run.spelling for run in runs if run.spelling is not None]
-    if not spellings:
-        raise CannotSay("the session does not know how it was run")
-    last = spellings[-1]
-    streams = tuple(sorted({stream for each in spellings for stream in each.streams}))
-    mutable = tuple(sorted({name for each in spellings for name in each.mutable}))
-    kept = tuple(sorted({name for each in spellings for name in each.kept}))
-    if len({each.taken for each in spellings}) > 1:
-        raise CannotSay("its first run, which made the variables, had another `params` key than the others")
-    if any(each.containers != last.containers for each in spellings):
-        raise CannotSay("an argument was put together in another way each time")
-    modes = [(each.arguments, each.module, None if each.mode is None else each.mode.to) for each in spellings]
-    if any(mode != modes[-1] for mode in modes):
-        raise CannotSay("its model takes its mode in another way since an edit")
-    if any(each.mode != last.mode for each in spellings) and last.mode is not None:
-        last = replace(last, mode=replace(last.mode, back=None))
-    apart = tuple(f"{name}[" for name, part in last.containers if not part.has("other"))
-    names = (name for name in last.static if not name.isidentifier() and name not in last.parameters)
-    parts = sorted(name for name in names if not name.startswith(apart))
-    if parts:
-        raise CannotSay(f"`{parts[0]}` is part of the program, and jax.jit takes no such part of an argument")
-    return replace(last, streams=streams, mutable=mutable, kept=kept)
+
+def _initialises(run: Run) -> bool:
+    return run.made is not None and not run.made.added
+
+
+KeyNames = Callable[[str], str]
+"""The variable that holds a stream's key."""
+
+
+class CommandLines:
+    """The command at hand: its place with its runs, and what its lines are made of."""
+
+    def __init__(self, context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> None:
+        self.context, self.site, self.indices = context, site, indices
+        self.writer, self.options = context.writer, site.given.options
+        self.runs = [context.groups.runs[index] for index in indices]
+
+    @property
+    def call(self) -> CallExpression:
+        """What is called."""
+        assert self.site.call is not None
+        return self.site.call
+
+    @property
+    def model(self) -> ScriptModel:
+        """The model that it runs."""
+        return self.context.model(self.runs[-1].model or "")
+
+    @property
+    def initialising(self) -> list[Run]:
+        """Its runs that made all of the model's variables."""
+        return [run for run in self.runs if _initialises(run)]
+
+    @cached_property
+    def facts(self) -> ExportFacts:
+        """What its runs have in common; where a later one asked for more, that.
+
+        Raises:
+          CannotSay: they are not alike.
+        """
+        facts = [run.spelling for run in self.runs if run.spelling is not None]
+        if not facts:
+            raise CannotSay("the session does not know how it was run")
+        last = facts[-1]
+        if any(each.taken != last.taken for each in facts):
+            raise CannotSay("its first run, which made the variables, had another `params` key than the others")
+        if any(each.containers != last.containers for each in facts):
+            raise CannotSay("an argument was put together in another way each time")
+        modes = [(each.arguments, each.module, None if each.mode is None else each.mode.to) for each in facts]
+        if any(mode != modes[-1] for mode in modes):
+            raise CannotSay("its model takes its mode in another way since an edit")
+        mode = last.mode
+        if mode is not None and any(each.mode != mode for each in facts):
+            mode = replace(mode, back=None)
+        taken_apart = tuple(f"{name}[" for name, part in last.containers if not part.has("other"))
+        names = (name for name in last.static if not name.isidentifier() and name not in last.parameters)
+        parts = sorted(name for name in names if not name.startswith(taken_apart))
+        if parts:
+            raise CannotSay(f"`{parts[0]}` is part of the program, and jax.jit takes no such part of an argument")
+        return replace(
+            last,
+            mode=mode,
+            streams=tuple(sorted({stream for each in facts for stream in each.streams})),
+            mutable=tuple(sorted({name for each in facts for name in each.mutable})),
+            kept=tuple(sorted({name for each in facts for name in each.kept})),
+        )
+
+    # -- the keys of its draw
+
+    def keys(self) -> tuple[list[str], KeyNames, str]:
+        """The lines that make its keys; the variable of each stream's; and that of the `params` key for an init."""
+        context, writer, facts, size = self.context, self.writer, self.facts, self.options["draws"]
+        streams = (*facts.streams, *self.options["key"])
+        if size is not None and facts.taken and "params" in streams:
+            raise CannotSay("the first of its draws has another `params` key than the others")
+        makes = any(run.made for run in self.runs)
+        if self.options["draw"] is not None:
+            return self.replayed_keys((*streams, *(("params", "dropout") if makes else ())), taken=facts.taken)
+        context.assigned.add(writer.root)
+
+        def key(stream: str) -> str:
+            return writer.key(stream, taken=facts.taken)
+
+        if size is not None:
+            return self._many_keys(writer.root, (*streams, *(("params",) if makes else ())), key)
+        if context.groups.shares_in_place(self.site):
+            context.assigned |= {writer.params, writer.dropout, *(key(stream) for stream in streams)}
+            return [], key, writer.params
+        return writer.draw(streams, taken=facts.taken), key, writer.params
+
+    def replayed_keys(self, streams: Iterable[str], *, taken: bool = False) -> tuple[list[str], KeyNames, str]:
+        """The keys of an earlier draw, or of as many draws as one run takes from that on, made again from its seed."""
+        writer, size = self.writer, self.options.get("draws")
+        draws = {(run.seed, run.draw) for run in self.runs}
+        if len(draws) > 1:
+            raise CannotSay("--draw stood for another draw each time")
+        ((seed, number),) = draws
+        writer.needs.add("jax")
+        root = writer.variable("replayed_root_key")
+        names = {name: writer.variable(f"replayed_{name}_key") for name in streams}
+        which = f"draw {number}" if size in (None, 1) else f"draws {number} to {number + size - 1}"
+        lines = [f"{root} = jax.random.key({seed})  # {which} again"]
+        lines += writer.advance(number - 1, root) if number > 1 else []
+        if size is not None:
+            moves, many, params = self._many_keys(root, names, names.__getitem__)
+            return [*lines, *moves], many, params
+        lines += writer.keys_of(root, names, names.__getitem__, taken=taken)
+        return lines, names.__getitem__, names.get("params", "")
+
+    def _many_keys(self, root: str, streams: Iterable[str], key: KeyNames) -> tuple[list[str], KeyNames, str]:
+        """As many draws from `root` as one run takes: their keys in lists."""
+        writer, size = self.writer, self.options["draws"]
+        names = {stream: writer.variable(f"{stream}_keys") for stream in dict.fromkeys(streams)}
+        if not names:
+            return writer.advance(size, root), key, writer.params
+        body = writer.draw(names) if root == writer.root else writer.keys_of(root, names, key, moves=True)
+        body += [f"{many}.append({key(stream)})" for stream, many in names.items()]
+        empty = ", ".join(["[]"] * len(names))
+        lines = [f"{', '.join(names.values())} = {empty}", f"for _ in range({size}):", *indented(body, writer.unit)]
+        return lines, names.__getitem__, f"{names.get('params', '')}[0]"
+
+    # -- its function
+
+    def jitted(
+        self, decorator: str, parameters: Sequence[str], static: Sequence[str], body: Sequence[str], *, mode: str = ""
+    ) -> JittedFunction:
+        """The function that it calls; `mode` where that is not part of it."""
+        model = self.model.name
+        verb = verb_of(mode or self.site.mode, self.call.method)
+        verb += "" if self.options["draws"] is None else "_draws"
+        # With several models each function is called after its own.
+        several = len({run.model for run in self.context.groups.runs if run.command == "apply"}) > 1
+        names = (f"{verb}_{model}",) if several else (verb, f"{verb}_{model}")
+        return JittedFunction(model, names, decorator, tuple(parameters), tuple(static), tuple(body))
+
+    # -- its value
+
+    @property
+    def label(self) -> str:
+        """What its digest is called."""
+        return label_of(self.call.call, self.site.mode)
+
+    @cached_property
+    def target(self) -> str:
+        """The name of `y =`; empty for a target that is anything else."""
+        return name_of(self.site.target)
+
+    @cached_property
+    def targets(self) -> list[str]:
+        """The names of `y, updates =`; empty for a target that is anything else."""
+        match ast.parse(f"{self.site.target} 0").body if self.site.target else []:
+            case [ast.Assign([ast.Tuple(parts)])] if all(isinstance(part, ast.Name) for part in parts):
+                return [part.id for part in parts if isinstance(part, ast.Name)]
+        return []
+
+    def value_lines(
+        self, value: str, *, after: Sequence[str] = (), parts: bool = False, updates: str = ""
+    ) -> list[str]:
+        """The lines that run `value`, hold or drop the output, and print its digest.
+
+        Args:
+          after: lines that follow the run.
+          parts: the output is a tuple, so that names in its place are the whole of it.
+          updates: `value` is a pair of the output and of what gets this name; `_` where nobody wants it.
+        """
+        writer, target, label = self.writer, self.site.target, self.label
+        if not target and not updates:
+            line = f"{writer.digest}({writer.text(label)}, {value})" if writer.digests else value
+            if not writer.digests or len(line) <= WIDTH - 2 * len(writer.unit):
+                writer.labels += [label] * writer.digests
+                return [line, *after]
+        whole = f"({', '.join(self.targets)})"
+        if not updates and (not writer.digests or (self.targets and parts)):
+            return [f"{target} {value}", *after, *writer.show(label, whole)]
+        if updates and self.targets and (not writer.digests or parts):
+            return [f"{whole}, {updates} = {value}", *after, *writer.show(label, whole)]
+        output = self.target or (writer.variable("output", "result") if target or writer.digests else "_")
+        lines = [f"{output}{', ' if updates else ''}{updates} = {value}", *after, *writer.show(label, output)]
+        return lines if self.target or not target else [*lines, f"{target} {output}"]
+
+    @property
+    def output(self) -> str:
+        """The variable that holds the output where the cell gets `(output, updates)`."""
+        return self.targets[0] if len(self.targets) == 2 else self.writer.variable("output", "result")
+
+    def pair_lines(self, updates: str) -> list[str]:
+        """The lines that give the cell `(output, updates)`, once `output` holds the first of them."""
+        if len(self.targets) != 2:
+            return self.value_lines(f"({self.output}, {updates})")
+        return [f"{self.targets[1]} = {updates}", *self.writer.show(self.label, f"({', '.join(self.targets)})")]
+
+
+def name_of(target: str) -> str:
+    """The name of `y =`; empty for a target that is anything else."""
+    name = target.removesuffix("=").strip()
+    return name if target.endswith("=") and name.isidentifier() else ""

@@ -8,19 +8,17 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ..cells.names import binds, is_of_the_notebook, reads
+from ..cells.names import binds, reads
 from ..line.expression import segment
-from .cells import CellSource, CommandSite, begin, blocks
+from .cells import CellSource, CommandSite, begin, blocks, end
+from .context import FROM_PACKAGE, ScriptContext
 from .functions import CannotSay
-from .writer import LineWriter, indented
+from .writer import indented
 
 _MAGIC = re.compile(r"get_ipython\(\)\.run_line_magic\((['\"])(\w+)\1, (['\"])(.*)\3\)")
 _SHELL = re.compile(r"get_ipython\(\)\.(?:system|getoutput)\((['\"])(.*)\1\)")
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
 _A_RUN = "it is a Run of the session"
-_OURS = "it comes from flax_magics"
 
 
 def as_typed(line: str) -> str:
@@ -34,43 +32,11 @@ def commented(lines: Iterable[str], indent: str = "") -> list[str]:
 
 
 @dataclass(eq=False)
-class SessionNames:
-    """Names that have no value in the script, each with the reason.
-
-    Those of flax_magics and of IPython, and what only lines gave that are comments. Every other name is the user's
-    affair: whether it is there, and what it stands for, is never asked.
-    """
-
-    gone: dict[str, str] = field(default_factory=lambda: {"flax_magics": _OURS})
-    bound: set[str] = field(default_factory=set)
-    """What the session's code has given something else: `_`, say."""
-
-    def lose(self, names: Iterable[str], reason: str) -> None:
-        """`names` have no value from now on."""
-        self.gone.update(dict.fromkeys(names, reason))
-
-    def bind(self, names: Iterable[str]) -> None:
-        """`names` get a value in the script."""
-        for name in names:
-            self.gone.pop(name, None)
-            self.bound.add(name)
-
-    def missing(self, names: Iterable[str]) -> CannotSay | None:
-        """Why code that reads `names` cannot stand in the script; None where it can."""
-        for name in sorted(names):
-            reason = self.gone.get(name) or ("it is the notebook's own" if is_of_the_notebook(name) else "")
-            if reason and (name in self.gone or name not in self.bound):
-                return CannotSay(f"`{name}` is not there: {reason}", reason)
-        return None
-
-
-@dataclass(eq=False)
 class Edit:
     """Writes one statement at the top of a cell.
 
     Attributes:
       source: the cell.
-      names: those that the script has not.
       command: gives the lines in the place of a command; raises `CannotSay`.
       left_out: filled with what became a comment: the line, and the reason.
       written: places of commands that have lines.
@@ -79,9 +45,8 @@ class Edit:
     """
 
     source: CellSource
-    names: SessionNames
+    context: ScriptContext
     command: Callable[[CommandSite], list[str]]
-    writer: LineWriter
     left_out: list[tuple[str, str]] = field(default_factory=list)
     written: set[CommandSite] = field(default_factory=set)
     declared: dict[ast.stmt, set[str]] = field(default_factory=dict)
@@ -90,14 +55,26 @@ class Edit:
     """First and last line, and the lines in their place."""
 
     def statement(self, statement: ast.stmt) -> tuple[list[str], bool]:
-        """The lines of `statement`, and whether there is code among them."""
-        code = self._whole(statement)
-        for function, names in self.declared.items() if code else ():
-            self._declare(function, names)
-        first = begin(statement)
-        lines = self._lines(statement)
-        for start, end, new in sorted(self._edits, key=lambda edit: edit[0], reverse=True):
-            lines[start - first : end - first + 1] = new
+        """The lines of `statement`, and whether there is code among them.
+
+        One of whose commands some have no lines becomes a comment as a whole.
+        """
+        try:
+            code = self._one(statement)
+        except CannotSay as error:
+            self.written.clear()
+            code = self._leave_out(statement, error)
+        for function, names in self.declared.items():
+            if not code or not names:
+                continue
+            first = function.body[0]  # type: ignore[attr-defined]
+            docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            at = first.end_lineno + 1 if docstring else begin(first)
+            self._edits.append((at, at - 1, [f"{self._indent(first)}global {', '.join(sorted(names))}"]))
+        first_line = begin(statement)
+        lines = lines_of_statement(self.source, statement)
+        for start, last, new in sorted(self._edits, key=lambda edit: edit[0], reverse=True):
+            lines[start - first_line : last - first_line + 1] = new
         try:
             compile("\n".join(lines), "<script>", "exec", dont_inherit=True)
         except SyntaxError as error:  # `await` at the top
@@ -105,25 +82,16 @@ class Edit:
             return self._edits[-1][2], code
         return lines, code
 
-    def _whole(self, statement: ast.stmt) -> bool:
-        """The edits of a statement at the top: a comment in its place if one of its commands has no lines in there."""
-        if statement in self.source.sites:
-            return self._one(statement)
-        try:
-            return self._one(statement)
-        except CannotSay as error:
-            self.written.clear()
-            return self._leave_out(statement, error)
-
     def _one(self, statement: ast.stmt, *, here: bool = True) -> bool:
         """Notes the edits of `statement`; whether code is left of it. `here`: it is in no function and no class."""
-        if statement in self.source.sites:
-            return self._site(statement, self.source.sites[statement], here)
-        if statement in self.source.foreign:
-            magic = self.source.foreign[statement]
+        names, source = self.context.names, self.source
+        if statement in source.sites:
+            return self._site(statement, source.sites[statement], here)
+        if statement in source.foreign:
+            magic = source.foreign[statement]
             if magic.names and not here:
                 raise CannotSay(f"a magic or the shell gives `{magic.names[0]}`")
-            self.names.lose(magic.names, "a magic or the shell gives it")
+            names.lose(magic.names, "a magic or the shell gives it")
             self._replace(statement, commented(magic.shown, self._indent(statement)))
             return False
         if not here:
@@ -131,53 +99,60 @@ class Edit:
             return True
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             return self._import(statement)
-        inside = [site for site in self.source.sites.values() if statement in site.path]
-        self.names.lose((out for site in inside if (out := site.given.options.get("out"))), _A_RUN)
+        inside = [site for site in source.sites.values() if statement in site.path]
+        names.lose((out for site in inside if (out := site.given.options.get("out"))), _A_RUN)
         package = _imports_package(statement)
-        reason = self.names.missing(reads(_bare(statement, self.source)))
-        if (
-            not reason
-            and not package
-            and not inside
-            and not any(self._contains(statement, f) for f in self.source.foreign)
-        ):
-            self.names.bind(binds(statement))
+        reason = names.missing(self._reads(statement))
+        magics = any(begin(statement) <= magic.lineno <= end(statement) for magic in source.foreign)
+        if not reason and not package and not inside and not magics:
+            names.bind(binds(statement))
             return True
         if isinstance(statement, _DEFINITIONS) or not blocks(statement):
             if reason or package:
                 return self._leave_out(statement, reason or CannotSay("it imports flax_magics"))
             self._blocks(statement, here=False)
-            self.names.bind(binds(statement))
+            names.bind(binds(statement))
             return True
         # A loop, a branch, `with` and `try` run what is inside of them here and now.
-        head = _head(statement)
-        reason = self.names.missing(reads(head))
+        head = copy.deepcopy(statement)
+        for block in blocks(head):
+            block[:] = [ast.Pass()]
+        reason = names.missing(reads(head))
         if reason is not None:
             return self._leave_out(statement, reason)
-        self.names.bind(binds(head))
+        names.bind(binds(head))
         if self._blocks(statement, here=True):
             return True
-        ours = "flax_magics" in "".join(self._lines(statement))
-        self._replace(statement, [] if ours else commented(self._lines(statement), self._indent(statement)))
+        lines = lines_of_statement(source, statement)
+        ours = "flax_magics" in "".join(lines)
+        self._replace(statement, [] if ours else commented(lines, self._indent(statement)))
         return False
+
+    def _reads(self, statement: ast.stmt) -> set[str]:
+        """Global names that a statement reads; the shell, of which commands and magics are calls, is none of them."""
+        nodes = list(ast.walk(statement))
+        calls = sum(node in self.source.sites or node in self.source.foreign for node in nodes)
+        shells = sum(isinstance(node, ast.Name) and node.id == "get_ipython" for node in nodes)
+        return reads(statement) - ({"get_ipython"} if shells == calls else set())
 
     def _blocks(self, statement: ast.stmt, *, here: bool) -> bool:
         """The edits of the blocks of `statement`, with `pass` in one of which nothing is left; whether some code is."""
         some = False
         for block in filter(None, blocks(statement)):
-            before = len(self._edits)
+            edits = len(self._edits)
             code = [self._one(inner, here=here) for inner in block]
             some = some or any(code)
-            lines = [inner.lineno for inner in block] + [inner.end_lineno for inner in block]
-            if len(self._edits) > before and (statement.lineno in lines or len(set(lines[: len(block)])) < len(block)):
+            starts = [inner.lineno for inner in block]
+            shared = len(set(starts)) < len(block) or statement.lineno in (*starts, *map(end, block))
+            if shared and len(self._edits) > edits:
                 raise CannotSay("what has to be replaced shares its line with another statement")
             if not any(code):
-                at = block[-1].end_lineno or block[-1].lineno
+                at = end(block[-1])
                 self._edits.append((at + 1, at, [self._indent(block[-1]) + "pass"]))
         return some
 
     def _site(self, statement: ast.stmt, site: CommandSite, here: bool) -> bool:
-        indent = self._indent(statement)
+        names, indent = self.context.names, self._indent(statement)
         try:
             lines = self.command(site)
         except CannotSay as error:
@@ -185,14 +160,15 @@ class Edit:
                 raise
             return self._leave_out(statement, error)
         self.written.add(site)
-        self._replace(statement, indented(self.writer.fitted(lines, len(indent)), indent))
+        self._replace(statement, indented(self.context.writer.fitted(lines, len(indent)), indent))
         if here and lines:
-            self.names.bind(binds(statement))
+            names.bind(binds(statement))
         if here and site.given.options.get("out"):
-            self.names.lose([site.given.options["out"]], _A_RUN)
+            names.lose([site.given.options["out"]], _A_RUN)
         return bool(lines)
 
     def _import(self, statement: ast.Import | ast.ImportFrom) -> bool:
+        names = self.context.names
         if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
             self.futures += [alias.name for alias in statement.names]
             self._replace(statement, [])
@@ -202,39 +178,24 @@ class Edit:
         else:
             kept = [] if _is_package(statement.module or "") and not statement.level else statement.names
         gone = [alias for alias in statement.names if alias not in kept]
-        self.names.bind(binds(statement))
-        self.names.lose(((alias.asname or alias.name).partition(".")[0] for alias in gone), _OURS)
+        names.bind(binds(statement))
+        names.lose(((alias.asname or alias.name).partition(".")[0] for alias in gone), FROM_PACKAGE)
         if gone:
             self._replace(statement, [self._indent(statement) + ast.unparse(ast.Import(kept))] if kept else [])
         return bool(kept)
 
     def _leave_out(self, statement: ast.stmt, reason: CannotSay) -> bool:
         """A comment in the place of `statement`, whose names have no value then."""
-        first, last = begin(statement), statement.end_lineno or statement.lineno
+        first, last = begin(statement), end(statement)
         self._edits = [edit for edit in self._edits if not first <= edit[0] <= last + 1]
-        indent, lines = self._indent(statement), self._lines(statement)
+        indent, lines = self._indent(statement), lines_of_statement(self.source, statement)
         self._replace(statement, [f"{indent}# Left out: {reason}.", *commented(lines, indent)])
         self.left_out.append((as_typed(lines[0]).strip(), str(reason)))
-        self.names.lose(binds(statement), reason.cause)
+        self.context.names.lose(binds(statement), reason.cause)
         return False
 
     def _replace(self, statement: ast.stmt, lines: list[str]) -> None:
-        self._edits.append((begin(statement), statement.end_lineno or statement.lineno, lines))
-
-    def _declare(self, function: ast.stmt, names: set[str]) -> None:
-        """A `global` at the top of a function."""
-        body = function.body  # type: ignore[attr-defined]
-        first = body[0]
-        docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-        at = (first.end_lineno + 1) if docstring else begin(first)
-        if names:
-            self._edits.append((at, at - 1, [f"{self._indent(first)}global {', '.join(sorted(names))}"]))
-
-    def _contains(self, statement: ast.stmt, inner: ast.stmt) -> bool:
-        return begin(statement) <= inner.lineno <= (statement.end_lineno or statement.lineno)
-
-    def _lines(self, statement: ast.stmt) -> list[str]:
-        return lines_of_statement(self.source, statement)
+        self._edits.append((begin(statement), end(statement), lines))
 
     def _indent(self, statement: ast.stmt) -> str:
         line = self.source.text.split("\n")[begin(statement) - 1]
@@ -243,14 +204,10 @@ class Edit:
 
 def lines_of_statement(source: CellSource, statement: ast.stmt) -> list[str]:
     """The text of a statement: its lines, or its own part of a line that others share with a `;`."""
-    if any(
-        other is not statement
-        and other.lineno <= (statement.end_lineno or 0)
-        and statement.lineno <= (other.end_lineno or 0)
-        for other in source.tree.body
-    ):
+    others = (other for other in source.tree.body if other is not statement)
+    if any(other.lineno <= end(statement) and statement.lineno <= end(other) for other in others):
         return segment(source.text, statement).split("\n")
-    return source.text.split("\n")[begin(statement) - 1 : statement.end_lineno]
+    return source.text.split("\n")[begin(statement) - 1 : end(statement)]
 
 
 def _is_package(module: str) -> bool:
@@ -269,39 +226,3 @@ def _imports_package(statement: ast.stmt) -> bool:
                 if name in ("__import__", "import_module") and _is_package(module):
                     return True
     return False
-
-
-def _bare(statement: ast.stmt, source: CellSource) -> ast.stmt:
-    """A copy of `statement` in which the commands, and the magics of others, give None."""
-
-    class Without(ast.NodeTransformer):
-        def visit(self, node: ast.AST) -> ast.AST:
-            if node in source.sites or node in source.foreign:
-                node = copy.copy(node)
-                node.value = ast.Constant(None)  # type: ignore[attr-defined]
-                return node
-            own = copy.copy(node)
-            for name, value in ast.iter_fields(node):
-                if isinstance(value, list):
-                    setattr(own, name, [self.visit(item) if isinstance(item, ast.AST) else item for item in value])
-                elif isinstance(value, ast.AST):
-                    setattr(own, name, self.visit(value))
-            return own
-
-    bare: ast.stmt = Without().visit(statement)  # type: ignore[assignment]
-    return bare
-
-
-def _head(statement: ast.stmt) -> ast.stmt:
-    """A compound statement with nothing in its blocks."""
-    if isinstance(statement, ast.Match):
-        cases = [ast.match_case(case.pattern, case.guard, [ast.Pass()]) for case in statement.cases]
-        return ast.Match(statement.subject, cases)
-    if hasattr(statement, "handlers"):
-        handlers = [ast.ExceptHandler(one.type, one.name, [ast.Pass()]) for one in statement.handlers]
-        return ast.Try([ast.Pass()], handlers, [], [ast.Pass()])
-    head = copy.copy(statement)
-    for name in ("body", "orelse"):
-        if getattr(head, name, None):
-            setattr(head, name, [ast.Pass()] if name == "body" else [])
-    return head

@@ -1,10 +1,10 @@
-"""The jitted functions of a script: one for each way in which a model is run."""
+"""What a call becomes: its arguments parted, and the jitted function for each way in which a model is run."""
 
 from __future__ import annotations
 
 import ast
 import keyword
-from collections.abc import Container, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,131 +25,109 @@ class CannotSay(Exception):
         self.cause = cause or message
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SplitArguments:
     """The arguments of a call, parted into those of a jitted function and those that are written into its body.
 
     Attributes:
+      used: names that no further parameter may have.
       parameters: names of the function's own parameters.
       inside: the arguments as its body passes them on.
       outside: what is given for the parameters, as the cell has it.
       static: parameters that are no data.
     """
 
-    parameters: tuple[str, ...]
-    inside: tuple[str, ...]
-    outside: tuple[str, ...]
-    static: tuple[str, ...]
-
-
-def split(writer: LineWriter, call: CallExpression, spelling: ExportFacts, used: Sequence[str]) -> SplitArguments:
-    """The arguments of `call`. `used` are names that no parameter may have."""
-    containers = dict(spelling.containers)
-    parameters: list[str] = []
-    inside: list[str] = []
-    outside: list[str] = []
-    static: list[str] = []
-    place = 0
-    if any(name in ("*", "**") for name, _ in call.arguments):
-        # Which of them come by `**`, only the call itself knows.
-        written = {name for name, _ in call.arguments}
-        unknown = sorted(spelling.static - written - set(spelling.parameters))
-        static += [name for name in unknown if name.isidentifier()]
-    for argument in call.arguments:
-        name, text = argument.name, one_line(argument.text)
-        if name in ("*", "**"):
-            own = "args" if name == "*" else "kwargs"
-            parameters.append(name + own)
-            inside.append(name + own)
-            outside.append(name + text)
-            continue
-        leaf = name
-        if name is None:
-            leaf = spelling.parameters[place] if place < len(spelling.parameters) else f"argument_{place}"
-            place += 1
-        assert leaf is not None
-        before = "" if name is None else f"{name}="
-        if _is_choice(text) or (leaf in spelling.static and _is_literal(text)):
-            inside.append(before + text)
-            continue
-        if leaf in containers:
-            apart = _Apart(writer, {*used, *parameters})
-            inside.append(before + apart.text(text, containers[leaf], leaf))
-            parameters += apart.parameters
-            outside += apart.outside
-            static += apart.static
-            continue
-        parameter = _free_name(leaf, {*used, *parameters})
-        parameters.append(parameter)
-        inside.append(before + parameter)
-        outside.append(text)
-        if leaf in spelling.static:
-            static.append(parameter)
-    return SplitArguments(tuple(parameters), tuple(inside), tuple(outside), tuple(static))
-
-
-@dataclass(eq=False)
-class _Apart:
-    """Writes a container into a function's body, with parameters for what is no literal in it."""
-
     writer: LineWriter
     used: set[str]
     parameters: list[str] = field(default_factory=list)
+    inside: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     static: list[str] = field(default_factory=list)
 
-    def text(self, written: str, part: ContainerPart, name: str) -> str:
-        """The expression for `part`, where the call has `written`; `name` is for a parameter."""
+    def expression(self, written: str, part: ContainerPart, name: str) -> str:
+        """What the function's body has for an argument, or for a part of one that is a container.
+
+        Args:
+          written: what the call has there.
+          name: for the parameter, where it becomes one.
+        """
         if part.kind == "none":
             return "None"
         if part.kind == "choice" and _is_literal(written):
             return written
         if part.kind in ("data", "choice"):
-            parameter = _free_name(name, self.used)
+            parameter = "".join(letter if letter.isalnum() else "_" for letter in name).strip("_") or "x"
+            while parameter in self.used or keyword.iskeyword(parameter):
+                parameter += "_"
             self.used.add(parameter)
             self.parameters.append(parameter)
             self.outside.append(written)
-            if part.kind == "choice":
-                self.static.append(parameter)
+            self.static += [parameter] * (part.kind == "choice")
             return parameter
-        inner = _elements(written, part)
+        elements = _elements(written, part)
         rows = []
-        for key, item in part.inside:
+        for key, inner in part.inside:
             literal = self.writer.text(key) if isinstance(key, str) else str(key)
-            own = key if isinstance(key, str) and key.isidentifier() else f"{name}_{key}"
-            row = self.text(inner.get(key, f"{written}[{literal}]"), item, own)
+            inner_name = key if isinstance(key, str) and key.isidentifier() else f"{name}_{key}"
+            row = self.expression(elements.get(key, f"{written}[{literal}]"), inner, inner_name)
             rows.append(f"{literal}: {row}" if part.kind == "dict" else row)
         if part.kind == "tuple":
             return f"({', '.join(rows)}{',' * (len(rows) == 1)})"
         return ("{%s}" if part.kind == "dict" else "[%s]") % ", ".join(rows)
 
 
+def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: Iterable[str]) -> SplitArguments:
+    """The arguments of `call`. `used` are names that no parameter may have."""
+    containers = dict(facts.containers)
+    arguments = SplitArguments(writer, set(used))
+    if any(name in ("*", "**") for name, _ in call.arguments):
+        # Which of them come by `**`, only the call itself knows.
+        unknown = sorted(facts.static - {name for name, _ in call.arguments} - set(facts.parameters))
+        arguments.static += [name for name in unknown if name.isidentifier()]
+    place = 0
+    for name, text in ((argument.name, one_line(argument.text)) for argument in call.arguments):
+        if name in ("*", "**"):
+            parameter = f"{name}args" if name == "*" else f"{name}kwargs"
+            arguments.parameters.append(parameter)
+            arguments.inside.append(parameter)
+            arguments.outside.append(f"{name}{text}")
+            continue
+        leaf = name
+        if leaf is None:
+            leaf = facts.parameters[place] if place < len(facts.parameters) else f"argument_{place}"
+            place += 1
+        part = containers.get(leaf) or ContainerPart("choice" if leaf in facts.static else "data")
+        # True, None, a string: no data, whatever the run made of it.
+        constants = (object,) if leaf in facts.static else (bool, str, bytes, type(None))
+        value = text if _is_literal(text, constants) else arguments.expression(text, part, leaf)
+        arguments.inside.append(value if name is None else f"{name}={value}")
+    return arguments
+
+
 def _elements(written: str, part: ContainerPart) -> dict[str | int, str]:
     """The elements of a container that is spelled out in the call; none of one that has a name."""
-    node = ast.parse(written.strip(), mode="eval").body
-    found: dict[str | int, ast.expr] = {}
-    match node:
+    elements: dict[str | int, ast.expr] = {}
+    match ast.parse(written.strip(), mode="eval").body:
         case ast.Dict(keys, values):
-            for key, value in zip(keys, values, strict=True):
-                match key:
-                    case ast.Constant(str() | int() as name):
-                        found[name] = value
+            pairs = zip(keys, values, strict=True)
+            elements = {
+                key.value: value
+                for key, value in pairs
+                if isinstance(key, ast.Constant) and isinstance(key.value, (str, int))
+            }
         case ast.List(items) | ast.Tuple(items) if not any(isinstance(item, ast.Starred) for item in items):
-            found = dict(enumerate(items))
+            elements = dict(enumerate(items))
         case ast.Name() | ast.Attribute() | ast.Subscript():
             return {}
-    if set(found) != {key for key, _ in part.inside}:
+    if set(elements) != {key for key, _ in part.inside}:
         raise CannotSay("an argument is put together in the call")
-    return {key: ast.get_source_segment(written.strip(), value) or "" for key, value in found.items()}
+    return {key: ast.get_source_segment(written.strip(), value) or "" for key, value in elements.items()}
 
 
 def as_written(arguments: Sequence[Argument]) -> list[str]:
     """The arguments of a call as the cell has them."""
-    out = []
-    for name, text in arguments:
-        before = "" if name is None else name if name in ("*", "**") else f"{name}="
-        out.append(before + one_line(text))
-    return out
+    signs = {None: "", "*": "*", "**": "**"}
+    return [signs.get(name, f"{name}=") + one_line(text) for name, text in arguments]
 
 
 def one_line(text: str) -> str:
@@ -157,32 +135,12 @@ def one_line(text: str) -> str:
     return text if "\n" not in text else ast.unparse(ast.parse(text.strip(), mode="eval").body)
 
 
-def _free_name(leaf: str, used: Container[str]) -> str:
-    name = _plain_name(leaf)
-    while name in used or keyword.iskeyword(name):
-        name += "_"
-    return name
-
-
-def _plain_name(leaf: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in leaf).strip("_") or "x"
-
-
-def _is_literal(text: str) -> bool:
+def _is_literal(text: str, kinds: tuple[type, ...] = (object,)) -> bool:
+    """Whether it is a literal of one of these types."""
     try:
-        ast.literal_eval(text)
+        return isinstance(ast.literal_eval(text), kinds)
     except (ValueError, SyntaxError):
         return False
-    return True
-
-
-def _is_choice(text: str) -> bool:
-    """Whether it is a literal that is no data: True, None, a string."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return False
-    return value is None or isinstance(value, (bool, str, bytes))
 
 
 @dataclass(eq=False)

@@ -2,141 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from ..line.call import CallExpression
 from ..run import MODULE, ExportFacts, Run
-from . import values
-from .cells import CommandSite
-from .context import ScriptContext, ScriptModel, common
-from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split, verb_of
-from .values import lines_of, lines_of_pair, merged, name_of, names_of
+from .context import CommandLines
+from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split
 from .writer import LineWriter, call, indented, label_of
 
-
-@dataclass(frozen=True)
-class LinenCall:
-    """A linen run: what is called, with which keys.
-
-    Attributes:
-      model: the name of the module in the script.
-      module: the module itself, as it is registered now.
-      variables: the expression for the variables.
-      keys: stream → the variable that holds its key.
-      arguments: arguments that are given a key of the draw (`--key`), which `keys` has too.
-      mutable: collections.
-    """
-
-    model: str
-    module: Any
-    call: CallExpression
-    spelling: ExportFacts
-    variables: str
-    keys: Mapping[str, str]
-    arguments: tuple[str, ...]
-    mutable: tuple[str, ...]
+Keys = Mapping[str, str]
+"""Stream, or argument that is given a key of the draw (`--key`) → the variable that holds its key."""
 
 
-def init_items(writer: LineWriter, called: LinenCall, key: str) -> tuple[str, list[str]]:
-    """`net.init(` and its arguments, for the init that is part of a run (or is the run)."""
-    spelling = called.spelling
-    extra = [f"{name}={value}" for name, value in spelling.init_arguments]
-    extra += [f"{name}={called.keys[name]}" for name in called.arguments]
-    model = _module(writer, called.model, spelling.init_module)
-    if spelling.init_streams:
-        key = "{" + ", ".join(f"{writer.text(stream)}: {key}" for stream in ("params", *spelling.init_streams)) + "}"
-    items = [key, *as_written(called.call.arguments), *extra, *_method(writer, called)]
-    return f"{model}.init(", items
-
-
-def apply_items(writer: LineWriter, called: LinenCall, given: Sequence[str], variables: str) -> tuple[str, list[str]]:
-    """`net.apply(` and its arguments, `given` being those of the call."""
-    spelling = called.spelling
-    model = _module(writer, called.model, spelling.module)
-    items = [variables, *given, *(f"{name}={value}" for name, value in spelling.arguments)]
-    items += [f"{name}={called.keys[name]}" for name in called.arguments]
-    if spelling.streams:
-        rngs = ", ".join(f"{writer.text(stream)}: {called.keys[stream]}" for stream in spelling.streams)
-        items.append(f"rngs={{{rngs}}}")
-    if called.mutable:
-        items.append(f"mutable={writer.texts(called.mutable)}")
-    return f"{model}.apply(", [*items, *_method(writer, called)]
-
-
-def function(
-    writer: LineWriter, called: LinenCall, mode: str, several: bool, draws: int | None
-) -> tuple[JittedFunction, SplitArguments]:
-    """The jitted function for a run, and what it is called with besides variables and keys.
-
-    Args:
-      several: other models have functions too, so that this one's name says whose it is.
-      draws: it is mapped over that many keys.
-    """
-    called = replace(called, keys={stream: f"{stream}_key" for stream in called.keys})
-    keys = list(called.keys.values())
-    many = keys if draws is None else [f"{key}s" for key in keys]
-    used = ("jax", called.model, "variables", *keys, *many)
-    arguments = split(writer, called.call, called.spelling, used)
-    before, items = apply_items(writer, called, arguments.inside, "variables")
-    parameters = ("variables", *many, *arguments.parameters)
-    if not any(name.startswith("*") for name in arguments.parameters):
-        parameters = ("variables", *arguments.parameters, *many)
-    if draws is not None:
-        body = _mapped(writer, before, items, keys, draws)
-    elif called.spelling.axes:
-        body = _bound(writer, before, items, called.spelling.axes)
-    else:
-        body = [call(f"return {before}", items)]
-    verb = verb_of(mode, called.call.method) + ("" if draws is None else "_draws")
-    names = (f"{verb}_{called.model}",) if several else (verb, f"{verb}_{called.model}")
-    writer.needs.add("jax")
-    return JittedFunction(called.model, names, "jax.jit", parameters, arguments.static, tuple(body)), arguments
-
-
-def _mapped(writer: LineWriter, before: str, items: list[str], keys: list[str], draws: int) -> list[str]:
-    body = [call(f"return {before}", items)]
-    if not keys:
-        return [f"return jax.vmap(lambda: {call(before, items)}, axis_size={draws})()"]
-    inner = [f"def one_draw({', '.join(keys)}):", *(writer.unit + line for line in body)]
-    return [*inner, "", f"return jax.vmap(one_draw)({', '.join(f'{key}s' for key in keys)})"]
-
-
-def _bound(writer: LineWriter, before: str, items: list[str], axes: Sequence[str]) -> list[str]:
-    """Around a model that names a mapped axis: the axis with one element, which stands for this device."""
-    lines = ["def one_device():", writer.unit + call(f"return {before}", items), ""]
-    mapped = "one_device"
-    for axis in sorted(axes):
-        mapped = f"jax.vmap({mapped}, axis_name={writer.text(axis)}, axis_size=1)"
-    first = ", ".join("0" for _ in axes)
-    return [*lines, f"outputs = {mapped}()", f"return jax.tree.map(lambda leaf: leaf[{first}], outputs)"]
-
-
-def _module(writer: LineWriter, name: str, module: str) -> str:
-    text = module.replace(MODULE, name)
-    if "dataclasses.replace(" in text:
-        writer.needs.add("dataclasses")
-    return text
-
-
-def _method(writer: LineWriter, called: LinenCall) -> list[str]:
-    method = called.call.method
-    if not method:
-        return []
-    if len(method) == 1 and hasattr(type(called.module), method[0]):
-        return [f"method={writer.text(method[0])}"]
-    return [f"method=lambda module, *args, **kwargs: module.{'.'.join(method)}(*args, **kwargs)"]
-
-
-def init(context: ScriptContext, site: CommandSite, model: ScriptModel, indices: Sequence[int]) -> list[str]:
+def init(command: CommandLines) -> list[str]:
     """The lines of `%flax_init`."""
-    writer, run = context.writer, context.groups.runs[indices[-1]]
-    assert site.call is not None
-    spelling = run.spelling or ExportFacts()
-    called = _called(context, site, model, spelling, lambda s: s)
-    if site.given.options["draw"] is not None:
-        lines, _, params = values.replayed(context, indices, ("params",), False)
+    context, writer, model, site = command.context, command.writer, command.model, command.site
+    if command.options["draw"] is not None:
+        lines, _, params = command.replayed_keys(("params",))
     else:
         streams, taken = context.groups.folded_later(site)
         params = writer.params
@@ -145,138 +26,182 @@ def init(context: ScriptContext, site: CommandSite, model: ScriptModel, indices:
         else:
             lines = writer.draw(streams, taken=taken)
         context.assigned |= {writer.root, params, writer.dropout}
-    before, items = init_items(writer, called, params)
-    target = name_of(site.target)
-    left = f"{target} = " if target and target != model.variables else ""
-    lines.append(call(f"{left}{model.variables} = {before}", items))
-    if site.target and not target:
+    before, items = _init_items(command, command.runs[-1].spelling or ExportFacts(), {}, params)
+    assigned = f"{command.target} = " if command.target and command.target != model.variables else ""
+    lines.append(call(f"{assigned}{model.variables} = {before}", items))
+    if site.target and not command.target:
         lines.append(f"{site.target} {model.variables}")
     context.assigned.add(model.variables)
-    lines += _keep_first(context, model, params)
+    lines += _keep_first_key(command, params)
     return [*lines, *writer.show(label_of(call(f"{model.name}.init(", items[1:])), model.variables)]
 
 
-def apply(context: ScriptContext, site: CommandSite, model: ScriptModel, indices: Sequence[int]) -> list[str]:
+def apply(command: CommandLines) -> list[str]:
     """The lines of `%flax_apply`.
 
     Raises:
       CannotSay: its runs were not alike.
     """
-    writer, options = context.writer, site.given.options
-    assert site.call is not None
-    runs, size = context.runs(indices), options["draws"]
-    spelling = common(runs)
-    lines, key, params = values.keys_of_run(context, site, indices, spelling)
-    called = _called(context, site, model, spelling, key)
-    lines += _made(context, site, model, called, runs, params)
+    writer, model, options, facts = command.writer, command.model, command.options, command.facts
+    lines, key, params = command.keys()
+    keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
+    variables = options["variables"] or model.variables
+    lines += _init_lines(command, keys, params)
     if options["eager"]:
-        value = call(*apply_items(writer, called, as_written(called.call.arguments), called.variables))
+        value = call(*_apply_items(command, keys, as_written(command.call.arguments), variables))
     else:
-        jitted, arguments = function(writer, called, site.mode, context.several, size)
-        keys = list(called.keys.values())
-        if size is not None and keys:
+        jitted, arguments = _function(command, tuple(keys))
+        passed = list(keys.values())
+        if options["draws"] is not None and keys:
             writer.needs.add("jnp")
-            keys = [f"jnp.stack({name})" for name in keys]
-        starred = any(name.startswith("*") for name in arguments.parameters)
-        items = [*keys, *arguments.outside] if starred else [*arguments.outside, *keys]
-        value = call(f"{context.define(jitted, site)}(", [called.variables, *items])
-    keeps = options["variables"] is None and options["draw"] is None and size is None
-    kept = tuple(name for name in spelling.kept if name in called.mutable) if keeps else ()
+            passed = [f"jnp.stack({name})" for name in passed]
+        function = command.context.define(jitted, command.site)
+        value = call(f"{function}(", [variables, *_with_keys(arguments.outside, passed)])
+    mutable = _mutable(command)
+    keeps = options["variables"] is None and options["draw"] is None and options["draws"] is None
+    kept = [name for name in facts.kept if name in mutable] if keeps else []
     if kept:
-        context.assigned.add(model.variables)
-    label = label_of(site.call.call, site.mode)
-    parts = "parts" in spelling.returns
-    if not called.mutable:
-        return [*lines, *lines_of(writer, site.target, label, value, parts=parts)]
-    if options["mutable"]:
-        given = tuple(name for name in options["mutable"] if name in spelling.mutable)
-        return [*lines, *_with_updates(writer, site.target, label, value, called, given=given, kept=kept)]
-    updates = writer.variable("updates", "new_values") if kept else "_"
-    after = merged(writer, model.variables, kept, called.mutable, updates)
-    return [*lines, *lines_of_pair(writer, site.target, label, value, updates, after=after, parts=parts)]
+        command.context.assigned.add(model.variables)
+    parts = "parts" in facts.returns
+    if not mutable:
+        return [*lines, *command.value_lines(value, parts=parts)]
+    if not options["mutable"]:
+        updates = writer.variable("updates", "new_values") if kept else "_"
+        after = _merged(command, kept, updates)
+        return [*lines, *command.value_lines(value, after=after, parts=parts, updates=updates)]
+    # The cell gets (output, updates), with the collections in them that it asked for.
+    asked = [name for name in options["mutable"] if name in facts.mutable]
+    pair = len(command.targets) == 2
+    if set(asked) == set(mutable) and (command.target or pair or not kept):
+        updates = command.targets[1] if pair else f"{command.target}[1]"
+        return [*lines, *command.value_lines(value, after=_merged(command, kept, updates), parts=pair)]
+    output, updates = command.output, writer.variable("updates", "new_values")
+    lines += [f"{output}, {updates} = {value}", *_merged(command, kept, updates)]
+    return [*lines, *command.pair_lines(f"{{{_picked(writer, asked, updates)}}}")]
 
 
-def _with_updates(
-    writer: LineWriter,
-    target: str,
-    label: str,
-    value: str,
-    called: LinenCall,
-    *,
-    given: Sequence[str],
-    kept: Sequence[str],
-) -> list[str]:
-    """The lines for a run that gives `(output, updates)`, with the collections `given` in the updates."""
-    variables = called.variables
-    name, names = name_of(target), names_of(target)
-    pair = names if len(names) == 2 else []
-    if set(given) == set(called.mutable) and (name or pair or not kept):
-        updates = pair[1] if pair else f"{name}[1]"
-        after = merged(writer, variables, kept, called.mutable, updates)
-        return lines_of(writer, target, label, value, after=after, parts=bool(pair))
-    output = pair[0] if pair else writer.variable("output", "result")
-    updates = writer.variable("updates", "new_values")
-    after = merged(writer, variables, kept, called.mutable, updates)
-    picked = ", ".join(f"{writer.text(name)}: {updates}[{writer.text(name)}]" for name in given)
-    lines = [f"{output}, {updates} = {value}", *after]
-    if pair:
-        return [*lines, f"{pair[1]} = {{{picked}}}", *writer.show(label, f"({', '.join(pair)})")]
-    return [*lines, *lines_of(writer, target, label, f"({output}, {{{picked}}})")]
+def _function(command: CommandLines, streams: Sequence[str]) -> tuple[JittedFunction, SplitArguments]:
+    """The jitted function for a run, and what it is called with besides variables and keys."""
+    writer, name, draws = command.writer, command.model.name, command.options["draws"]
+    keys = {stream: f"{stream}_key" for stream in streams}
+    one = list(keys.values())
+    many = one if draws is None else [f"{key}s" for key in one]
+    arguments = split(writer, command.call, command.facts, ("jax", name, "variables", *one, *many))
+    value = call(*_apply_items(command, keys, arguments.inside, "variables"))
+    body = [f"return {value}"]
+    if draws is not None and one:
+        mapped = f"return jax.vmap(one_draw)({', '.join(many)})"
+        body = [f"def one_draw({', '.join(one)}):", f"{writer.unit}return {value}", "", mapped]
+    elif draws is not None:
+        body = [f"return jax.vmap(lambda: {value}, axis_size={draws})()"]
+    elif command.facts.axes:
+        # Around a model that names a mapped axis: the axis with one element, which stands for this device.
+        mapped = "one_device"
+        for axis in sorted(command.facts.axes):
+            mapped = f"jax.vmap({mapped}, axis_name={writer.text(axis)}, axis_size=1)"
+        first = ", ".join("0" for _ in command.facts.axes)
+        body = ["def one_device():", f"{writer.unit}return {value}", "", f"outputs = {mapped}()"]
+        body.append(f"return jax.tree.map(lambda leaf: leaf[{first}], outputs)")
+    writer.needs.add("jax")
+    parameters = ("variables", *_with_keys(arguments.parameters, many))
+    return command.jitted("jax.jit", parameters, arguments.static, body), arguments
 
 
-def _called(
-    context: ScriptContext, site: CommandSite, model: ScriptModel, spelling: ExportFacts, key: Callable[[str], str]
-) -> LinenCall:
-    assert site.call is not None
-    options = site.given.options
-    given = options.get("variables")
-    arguments = tuple(options.get("key") or ())
-    return LinenCall(
-        model.name,
-        model.module,
-        site.call,
-        spelling,
-        given or model.variables,
-        {stream: key(stream) for stream in (*spelling.streams, *arguments)},
-        arguments,
-        tuple(sorted({*spelling.mutable, *(options.get("mutable") or ())})),
-    )
+def _with_keys(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Arguments of the call, or parameters for them, with the keys: before them where one is starred."""
+    starred = any(argument.startswith("*") for argument in arguments)
+    return [*keys, *arguments] if starred else [*arguments, *keys]
 
 
-def _made(
-    context: ScriptContext, site: CommandSite, model: ScriptModel, called: LinenCall, runs: Sequence[Run], params: str
-) -> list[str]:
+def _init_items(command: CommandLines, facts: ExportFacts, keys: Keys, key: str) -> tuple[str, list[str]]:
+    """`net.init(` and its arguments, for the init that is part of a run (or is the run)."""
+    writer = command.writer
+    if facts.init_streams:
+        key = "{" + ", ".join(f"{writer.text(stream)}: {key}" for stream in ("params", *facts.init_streams)) + "}"
+    items = [key, *as_written(command.call.arguments), *(f"{name}={value}" for name, value in facts.init_arguments)]
+    return f"{_module(command, facts.init_module)}.init(", [*items, *_keys_passed(command, keys), *_method(command)]
+
+
+def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], variables: str) -> tuple[str, list[str]]:
+    """`net.apply(` and its arguments, `arguments` being those of the call."""
+    writer, facts, mutable = command.writer, command.facts, _mutable(command)
+    items = [variables, *arguments, *(f"{name}={value}" for name, value in facts.arguments)]
+    items += _keys_passed(command, keys)
+    if facts.streams:
+        rngs = ", ".join(f"{writer.text(stream)}: {keys[stream]}" for stream in facts.streams)
+        items.append(f"rngs={{{rngs}}}")
+    if mutable:
+        items.append(f"mutable={writer.texts(mutable)}")
+    return f"{_module(command, facts.module)}.apply(", [*items, *_method(command)]
+
+
+def _keys_passed(command: CommandLines, keys: Keys) -> list[str]:
+    return [f"{name}={keys[name]}" for name in command.options.get("key") or ()]
+
+
+def _mutable(command: CommandLines) -> list[str]:
+    return sorted({*command.facts.mutable, *command.options["mutable"]})
+
+
+def _module(command: CommandLines, expression: str) -> str:
+    if "dataclasses.replace(" in expression:
+        command.writer.needs.add("dataclasses")
+    return expression.replace(MODULE, command.model.name)
+
+
+def _method(command: CommandLines) -> list[str]:
+    method = command.call.method
+    if not method:
+        return []
+    if len(method) == 1 and hasattr(type(command.model.module), method[0]):
+        return [f"method={command.writer.text(method[0])}"]
+    return [f"method=lambda module, *args, **kwargs: module.{'.'.join(method)}(*args, **kwargs)"]
+
+
+def _merged(command: CommandLines, kept: Sequence[str], updates: str) -> list[str]:
+    """The line that puts what a run wrote, `updates`, into the variables."""
+    if not kept:
+        return []
+    variables = command.model.variables
+    whole = set(kept) == set(_mutable(command))
+    new = f"**{updates}" if whole else _picked(command.writer, kept, updates)
+    return [f"{variables} = {{**{variables}, {new}}}"]
+
+
+def _picked(writer: LineWriter, names: Sequence[str], updates: str) -> str:
+    return ", ".join(f"{writer.text(name)}: {updates}[{writer.text(name)}]" for name in names)
+
+
+def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
     """The init that is part of a run, or what a method adds to the variables."""
-    writer = context.writer
-    made = [run for run in runs if run.made is not None and not run.made.added]
-    added = [run for run in runs if run.made is not None and run.made.added]
+    context, writer, model = command.context, command.writer, command.model
+
+    def init_of(run: Run, key: str) -> tuple[str, list[str]]:
+        context.assigned.add(model.variables)
+        return _init_items(command, run.spelling or command.facts, keys, key)
+
     lines: list[str] = []
-    if made:
-        context.assigned.add(model.variables)
-        first = replace(called, spelling=made[0].spelling or called.spelling)
-        before, items = init_items(writer, first, params)
-        if context.is_conditional(site):
-            inner = [call(f"{model.variables} = {before}", items), *_keep_first(context, model, params)]
-            lines += [f"if {model.variables} is None:", *indented(inner, writer.unit)]
-        else:
-            lines += [call(f"{model.variables} = {before}", items), *_keep_first(context, model, params)]
-    if added:
-        if site.path and len(added) < len(runs):
+    if command.initialising:
+        before, items = init_of(command.initialising[0], params)
+        lines = [call(f"{model.variables} = {before}", items), *_keep_first_key(command, params)]
+        if context.is_conditional(command.site):
+            lines = [f"if {model.variables} is None:", *indented(lines, writer.unit)]
+    adding = [run for run in command.runs if run.made is not None and run.made.added]
+    if adding:
+        if command.site.path and len(adding) < len(command.runs):
             raise CannotSay("its first run added variables to those that were there, and the others did not")
-        context.assigned.add(model.variables)
         writer.needs.add("traverse_util")
         flat = writer.variable("flat_variables")
-        first = replace(called, spelling=added[0].spelling or called.spelling)
-        before, items = init_items(writer, first, model.first_key or params)
+        before, items = init_of(adding[0], model.first_key or params)
         lines.append(call(f"{flat} = traverse_util.flatten_dict({before}", items, "))"))
         lines.append(f"{flat}.update(traverse_util.flatten_dict({model.variables}))")
         lines.append(f"{model.variables} = traverse_util.unflatten_dict({flat})")
     return lines
 
 
-def _keep_first(context: ScriptContext, model: ScriptModel, params: str) -> list[str]:
+def _keep_first_key(command: CommandLines, params: str) -> list[str]:
     """The line that keeps the key of the first init, where a method adds variables later."""
-    if not model.first_key:
+    if not command.model.first_key:
         return []
-    context.assigned.add(model.first_key)
-    return [f"{model.first_key} = {params}"]
+    command.context.assigned.add(command.model.first_key)
+    return [f"{command.model.first_key} = {params}"]

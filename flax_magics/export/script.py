@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import importlib.metadata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
-from ..cells.journal import ExecutedCell, Load
+import jax
+
+from ..cells.journal import Load, Registered
 from ..cells.names import binds, reads
-from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, begin, blocks
+from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, begin, blocks, end
 from .commands import SESSION_VARIABLES, lines_of_command
-from .context import RunGroups, ScriptContext, ScriptModel
-from .edit import Edit, SessionNames, commented, lines_of_statement
+from .context import CommandLines, ScriptContext
+from .edit import Edit, commented, lines_of_statement
 from .functions import CannotSay, Function, JittedFunction
-from .writer import Lines, LineWriter
+from .writer import Lines, joined
 
 
 @dataclass(eq=False)
@@ -24,56 +28,52 @@ class RootKeyTracker:
     Attributes:
       seed: what it starts from, before any restart.
       at: seed and number of the last draw that was made of it; None while it is not there.
-      unexported: filled with what the script's own lines do not explain.
     """
 
-    groups: RunGroups
-    writer: LineWriter
+    context: ScriptContext
     seed: int
-    unexported: list[str]
     at: tuple[int, int] | None = None
 
     def before(self, statement: ExecutedStatement) -> list[str]:
         """The lines that bring the root key to where the runs of `statement` find it; none where it is there."""
-        site = statement.site
+        site, groups, writer = statement.site, self.context.groups, self.context.writer
         if site is not None and site.name == "flax_key" and site.given.options["seed"] is not None:
             self.at = site.given.options["seed"], 0
             return []
-        runs = self.groups.runs
-        drawn = [index for index, site in statement.made if site is not None and not runs[index].replayed]
+        drawn = [index for index, site in statement.made if site is not None and not groups.runs[index].replayed]
         if not drawn:
             return []
-        run = runs[drawn[0]]
-        lines = self._start()
-        assert self.at is not None
-        seed, number = self.at
-        if drawn[0] in self.groups.leader and (seed, number) == (run.seed, run.draw):
+        run = groups.runs[drawn[0]]
+        lines, (seed, number) = self._started()
+        if drawn[0] in groups.leader and (seed, number) == (run.seed, run.draw):
             return lines
         if seed != run.seed or run.draw - 1 < number:
-            lines, number = [self.writer.start(run.seed)], 0
+            lines, number = [writer.start(run.seed)], 0
         behind = run.draw - 1 - number
         if behind:
-            many = "a draw" if behind == 1 else f"{behind} draws"
-            self.unexported.append(f"{many} before draw {run.draw} of seed {run.seed} that no cell made")
-            lines += [f"# Left out: {many} that no cell made.", *self.writer.advance(behind)]
+            many = _draws(behind)
+            self.context.unexported.append(f"{many} before draw {run.draw} of seed {run.seed} that no cell made")
+            lines += [f"# Left out: {many} that no cell made.", *writer.advance(behind)]
         self.at = run.seed, run.draw - 1
         return lines
 
     def after(self, statement: ExecutedStatement) -> None:
         """The statement has run."""
-        drawn = [(index, site) for index, site in statement.made if not self.groups.runs[index].replayed]
+        groups = self.context.groups
+        drawn = [(index, site) for index, site in statement.made if not groups.runs[index].replayed]
         if drawn:
             index, site = drawn[-1]
-            stays = site is not None and self.groups.runs[index].command == "init" and self.groups.stays(site)
+            stays = site is not None and groups.runs[index].command == "init" and groups.stays(site)
             self._stand(index, stays=stays)
 
     def skip(self, indices: Sequence[int]) -> list[str]:
         """The lines that move the root key on in the place of runs that have none."""
-        moving = (i for i in indices if not self.groups.runs[i].replayed and i not in self.groups.leader)
-        draws = sum(self.groups.runs[index].draws or 1 for index in moving)
+        runs, leader = self.context.groups.runs, self.context.groups.leader
+        moving = (index for index in indices if not runs[index].replayed and index not in leader)
+        draws = sum(runs[index].draws or 1 for index in moving)
         if not draws:
             return []
-        lines = [*self._start(), *self.writer.advance(draws)]
+        lines = [*self._started()[0], *self.context.writer.advance(draws)]
         self._stand(indices[-1])
         return lines
 
@@ -82,25 +82,27 @@ class RootKeyTracker:
         lines = self.skip(indices)
         if not lines:
             return []
-        runs = [self.groups.runs[index] for index in indices]
+        runs = [self.context.groups.runs[index] for index in indices]
         calls = ", ".join(dict.fromkeys(" ".join(run.call.split()) for run in runs))
-        draws = sum(run.draws or 1 for run in runs if not run.replayed)
-        self.unexported.append(
-            f"{'a draw' if draws == 1 else f'{draws} draws'} that no line of the cells explains: {calls}"
-        )
-        at = 1 if lines[0].startswith(f"{self.writer.root} = jax.random.key(") else 0
-        return [*lines[:at], f"# Left out: {self.unexported[-1]}.", *lines[at:]]
+        draws = _draws(sum(run.draws or 1 for run in runs if not run.replayed))
+        self.context.unexported.append(f"{draws} that no line of the cells explains: {calls}")
+        at = 1 if lines[0].startswith(f"{self.context.writer.root} = jax.random.key(") else 0
+        return [*lines[:at], f"# Left out: {self.context.unexported[-1]}.", *lines[at:]]
 
     def _stand(self, index: int, *, stays: bool = False) -> None:
-        run = self.groups.runs[index]
+        run = self.context.groups.runs[index]
         self.at = run.seed, run.draw + (run.draws or 1) - 1 - stays
 
-    def _start(self) -> list[str]:
-        """The line that makes the root key, where it is not there yet."""
+    def _started(self) -> tuple[list[str], tuple[int, int]]:
+        """The line that makes the root key, where it is not there yet; and where it stands then."""
         if self.at is not None:
-            return []
+            return [], self.at
         self.at = self.seed, 0
-        return [self.writer.start(self.seed)]
+        return [self.context.writer.start(self.seed)], self.at
+
+
+def _draws(many: int) -> str:
+    return "a draw" if many == 1 else f"{many} draws"
 
 
 @dataclass(eq=False)
@@ -109,8 +111,6 @@ class Script:
 
     Attributes:
       root: the root key.
-      names: those that the script has not.
-      unexported: what could not be exported, each with its reason.
       blocks: what has been written, one block for each execution of a cell.
       functions: the jitted functions that are there; `of_site` has those that each place calls.
       bound_in: name → the block in which it was given a value last.
@@ -118,12 +118,8 @@ class Script:
       failed: how many cells failed and left nothing.
     """
 
-    groups: RunGroups
-    models: Mapping[str, ScriptModel]
-    writer: LineWriter
+    context: ScriptContext
     root: RootKeyTracker
-    unexported: list[str]
-    names: SessionNames = field(default_factory=SessionNames)
     blocks: list[list[Lines]] = field(default_factory=list)
     functions: dict[JittedFunction, Function] = field(default_factory=dict)
     of_site: dict[CommandSite, JittedFunction] = field(default_factory=dict)
@@ -132,7 +128,7 @@ class Script:
     failed: int = 0
 
     def __post_init__(self) -> None:
-        self.context = ScriptContext(self.writer, self.groups, self.models, self._define)
+        self.context.define = self._define
         self._before: list[Lines] = []
         self._inline: list[str] = []
         self._made: list[tuple[int, CommandSite | None]] = []
@@ -149,12 +145,13 @@ class Script:
         self.context.states = {row.name: row.state for row in cell.registered}
         self.context.load, self.context.gone = None, cell.gone
         self._loads = iter(cell.loads)
-        if cell.error is not None and _left_nothing(cell_run):
+        fails_at_once = all(each.failed and not blocks(each.statement) for each in statements)
+        if cell.error is not None and cell.first == cell.end and fails_at_once:
             self.failed += 1
             return
         if any(not statement.failed for statement in statements) or source.opaque:
             self._write([f"# {line}".rstrip() for line in source.above])
-        self.names.lose(source.captured, "a magic captures it")
+        self.context.names.lose(source.captured, "a magic captures it")
         keep, restore = self._kept_modules(cell.registered)
         self._write(keep, ours=True)
         text = source.text.split("\n")
@@ -163,13 +160,13 @@ class Script:
             start = len(self.blocks[-1])
             for statement in on_one_line:
                 gap = text[last : begin(statement.statement) - 1]
-                last = statement.statement.end_lineno or statement.statement.lineno
+                last = end(statement.statement)
                 if statement.failed:
-                    self._write_failed(cell, source, statement.statement, gap)
+                    self._write_failed(cell_run, statement.statement, gap)
                 else:
                     self._write_statement(statement, source, gap)
             written = [line for lines in self.blocks[-1][start:] for line in lines.text]
-            parts = [line for s in on_one_line for line in lines_of_statement(source, s.statement)]
+            parts = [line for each in on_one_line for line in lines_of_statement(source, each.statement)]
             if len(on_one_line) > 1 and written[-len(parts) :] == parts:  # nothing of it was replaced
                 gap = written[: -len(parts)]
                 self.blocks[-1][start:] = [Lines([*gap, *text[begin(on_one_line[0].statement) - 1 : last]], ours=False)]
@@ -182,13 +179,13 @@ class Script:
         if lines:
             self.blocks[-1].append(Lines(lines, ours=ours))
 
-    def _write_failed(self, cell: ExecutedCell, source: CellSource, statement: ast.stmt, gap: list[str]) -> None:
+    def _write_failed(self, cell_run: CellRun, statement: ast.stmt, gap: list[str]) -> None:
         """The statement in which a cell failed. Of one that runs others it is not known which of its names have a value."""
+        cell, names = cell_run.cell, self.context.names
         what = "A cell" if cell.number is None else f"In [{cell.number}]"
-        lines = commented(lines_of_statement(source, statement))
+        lines = commented(lines_of_statement(cell_run.source, statement))
         self._write([*gap, f"# {what} failed here with {cell.error}:", *lines])
-        unknown = binds(statement) if blocks(statement) else binds(statement) - self.names.bound
-        self.names.lose(unknown, f"{what} failed")
+        names.lose(binds(statement) if blocks(statement) else binds(statement) - names.bound, f"{what} failed")
 
     def _skip(self, indices: Sequence[int]) -> None:
         """Runs that no line of the cells explains."""
@@ -199,28 +196,27 @@ class Script:
 
     def _write_statement(self, executed: ExecutedStatement, source: CellSource, gap: list[str]) -> None:
         """Writes a statement below the lines of comment and the empty ones above it."""
-        statement, site = executed.statement, executed.site
+        context, statement, site = self.context, executed.statement, executed.site
         self._before, self._made = [], executed.made
         if site is not None and site.name == "flax_load":
-            self.context.load = next(self._loads, None)
-            if self.context.load is not None:
-                self.root.at = self.context.load.seed, self.context.load.draws
+            context.load = next(self._loads, None)
+            if context.load is not None:
+                self.root.at = context.load.seed, context.load.draws
         self._skip([index for index, site in executed.made if site is None])
         self._prepare(executed)
-        edit = Edit(source, self.names, self._command, self.writer)
+        edit = Edit(source, context, self._command)
         self._declared = edit.declared
         lines, code = edit.statement(statement)
         self._written |= edit.written
         self.futures += edit.futures
         for line, reason in edit.left_out:
-            self.unexported.append(f"{line}: {reason}")
-            assigned = self.models if _assigns_variables(statement) else assigned_by(site)
-            self.context.lost.update(dict.fromkeys(assigned, "its variables were set by a line that is left out"))
+            context.unexported.append(f"{line}: {reason}")
+            assigned = context.models if _assigns_variables(statement) else assigned_by(site)
+            context.lost.update(dict.fromkeys(assigned, "its variables were set by a line that is left out"))
         skipped = [i for i, place in executed.made if place is not None and not (code and place in self._written)]
-        self.context.skipped(skipped, "its variables come from a line that is left out")
+        context.skipped(skipped, "its variables come from a line that is left out")
         self.root.after(executed)
-        for name in binds(statement):
-            self.bound_in[name] = len(self.blocks) - 1
+        self.bound_in.update(dict.fromkeys(binds(statement), len(self.blocks) - 1))
         self.blocks[-1] += self._before
         if lines or gap:
             self.blocks[-1].append(Lines([*gap, *lines], ours=bool(edit.written)))
@@ -229,38 +225,39 @@ class Script:
 
     def _command(self, site: CommandSite) -> list[str]:
         """The lines of a command. Raises `CannotSay`."""
-        self._inline = []
-        indices = self.groups.of_site.get(site, [])
-        reason = self.names.missing(_read_by(site))
+        context, self._inline = self.context, []
+        indices = context.groups.of_site.get(site, [])
+        reason = context.names.missing(_read_by(site))
         if reason is not None:
             raise reason
         try:
-            lines = lines_of_command(self.context, site, indices)
+            lines = lines_of_command(CommandLines(context, site, indices))
         except CannotSay as error:
             if indices or not site.path or not site.draws:
                 raise
             shown = " ".join(f"{site.target} %{site.name} {site.line}".split())
-            return [f"# Left out: {error}.", f"# {shown}", f"raise NotImplementedError({self.writer.text(shown)})"]
-        assigned = self.context.assigned
+            return [f"# Left out: {error}.", f"# {shown}", f"raise NotImplementedError({context.writer.text(shown)})"]
         if site.in_function is not None:
-            self._declared.setdefault(site.in_function, set()).update(assigned if lines else ())
+            self._declared.setdefault(site.in_function, set()).update(context.assigned if lines else ())
         else:
-            self.names.bind(assigned)
-            self.bound_in.update(dict.fromkeys(assigned, len(self.blocks) - 1))
+            context.names.bind(context.assigned)
+            self.bound_in.update(dict.fromkeys(context.assigned, len(self.blocks) - 1))
         return [*self._inline, *lines]
 
     def _prepare(self, executed: ExecutedStatement) -> None:
         """What must stand before a statement: the root key where it has to be, variables that are not there yet."""
+        groups = self.context.groups
         lines = self.root.before(executed)
         self._before += [Lines(lines)] if lines else []
         unset: set[str] = set()
         for index, site in executed.made:
             if site is None:
                 continue
-            run = self.groups.runs[index]
+            run = groups.runs[index]
             if site.in_function is not None and executed.statement not in site.path and site in self.of_site:
-                self._define_again(self.of_site[site], {self.groups.version(i) for i, s in executed.made if s is site})
-            model = self.models.get(run.model or "")
+                versions = {groups.versions[other] for other, place in executed.made if place is site}
+                self._define_again(self.of_site[site], versions)
+            model = self.context.models.get(run.model or "")
             if model is None or run.made is None or run.made.added or model.holds or model.name in unset:
                 continue
             if self.context.is_conditional(site):
@@ -271,17 +268,17 @@ class Script:
 
     def _define(self, jitted: JittedFunction, site: CommandSite) -> str:
         """See `ScriptContext.define`."""
-        here = len(self.blocks) - 1
+        groups, writer = self.context.groups, self.context.writer
         self.of_site[site] = jitted
         known = self.functions.get(jitted)
-        name = known.name if known is not None else self.writer.free.take(*jitted.names)
-        by_statement = self.groups.versions.get(site, [])
+        name = known.name if known is not None else writer.free.take(*jitted.names)
+        by_statement = groups.versions_at.get(site, [])
         if site.in_function is None:
-            by_statement = [{self.groups.version(index) for index, place in self._made if place is site}]
+            by_statement = [{groups.versions[index] for index, place in self._made if place is site}]
         if any(len(versions) > 1 for versions in by_statement):  # the model changes while the statement runs
-            self._inline = jitted.lines(self.writer, name)
+            self._inline = jitted.lines(writer, name)
             if known is None or site.in_function is None:
-                self.functions[jitted] = Function(name, object(), here)
+                self.functions[jitted] = Function(name, object(), len(self.blocks) - 1)
             return name
         if known is None:
             version = next((version for versions in by_statement for version in versions), None)
@@ -301,51 +298,93 @@ class Script:
 
     def _write_function(self, jitted: JittedFunction) -> None:
         """Writes a function beside its model, or before the statement at hand where an older one is used in between."""
-        function, here = self.functions[jitted], len(self.blocks) - 1
-        lines = Lines(self.writer.fitted(jitted.lines(self.writer, function.name)), apart=True)
+        function, here, writer = self.functions[jitted], len(self.blocks) - 1, self.context.writer
+        lines = Lines(writer.fitted(jitted.lines(writer, function.name)), apart=True)
         place = self.bound_in.get(jitted.model, here)
         (self.blocks[place] if function.used < place < here else self._before).append(lines)
         function.used = here
 
     # -- NNX modules that a cell made again
 
-    def _kept_modules(self, rows: Sequence[Any]) -> tuple[list[str], list[str]]:
+    def _kept_modules(self, rows: Sequence[Registered]) -> tuple[list[str], list[str]]:
         """Lines around a cell that builds anew what the session kept."""
         keep: list[str] = []
         restore: list[str] = []
         for row in rows:
-            model = self.models.get(row.name)
+            model = self.context.models.get(row.name)
             if model is None or not model.holds or row.variables != "kept" or row.state == "new":
                 continue
-            if (row.state == "unchanged" and model.construction) or model.name not in self.names.bound:
+            if (row.state == "unchanged" and model.construction) or model.name not in self.context.names.bound:
                 continue  # its line is left out
-            old = self.writer.variable(f"{model.name}_before")
+            old = self.context.writer.variable(f"{model.name}_before")
             keep.append(f"{old} = {model.name}")
             if row.state == "unchanged":
                 restore.append(f"{model.name} = {old}")
             else:
-                self.writer.needs.add("nnx")
+                self.context.writer.needs.add("nnx")
                 restore.append(f"nnx.update({model.name}, nnx.state({old}, nnx.Not(nnx.RngState)))")
         return keep, restore
 
+    # -- the whole of it
 
-def _left_nothing(cell_run: CellRun) -> bool:
-    """Whether nothing of a cell that failed is left: no statement had run, and the one that failed runs no others."""
-    cell = cell_run.cell
-    return cell.first == cell.end and all(
-        statement.failed and not blocks(statement.statement) for statement in cell_run.statements
-    )
+    def finished(self, title: str, sources: Sequence[CellSource]) -> str:
+        """The text of the script once all cells are written; `sources` are the cells."""
+        self._add_head(sources)
+        if self.failed:
+            many = "1 cell that failed and left nothing is"
+            if self.failed > 1:
+                many = f"{self.failed} cells that failed and left nothing are"
+            self.blocks.append([Lines([f"# {many} left out."])])
+        writer, versions = self.context.writer, f"jax {jax.__version__} and flax {importlib.metadata.version('flax')}"
+        above = [f'"""{title}, as plain JAX and Flax.', "", f"Written by %flax_export, with {versions}."]
+        if writer.labels:
+            above.append(f"On the same versions and machine {writer.digest} prints the digests of the session.")
+        above.append('"""')
+        if self.futures:
+            above += ["", f"from __future__ import {', '.join(sorted(set(self.futures)))}"]
+        parsed = [ast.parse("\n".join(lines.text)) for lines in chain.from_iterable(self.blocks)]
+        displays = any("display" in reads(statement) for tree in parsed for statement in tree.body)
+        if displays and "display" not in self.context.names.bound:
+            above += ["", "display = print  # as a notebook has it"]
+        return "\n".join([*above, "", *joined(self.blocks)]) + "\n"
+
+    def _add_head(self, sources: Sequence[CellSource]) -> None:
+        """Puts our imports and the function that prints digests above the first line of ours.
+
+        They stand below the cell that imports JAX: what is set before that (`os.environ`) stays before it.
+        """
+        writer, blocks = self.context.writer, self.blocks
+        first = next(((i, j) for i, block in enumerate(blocks) for j, lines in enumerate(block) if lines.ours), None)
+        if first is None:
+            return
+        imports = next((i for i, source in enumerate(sources) if any(map(_is_of_jax, ast.walk(source.tree)))), None)
+        if imports is not None and imports < first[0]:
+            first = imports + 1, 0
+        block, place = first
+        above = [
+            line for lines in [*chain.from_iterable(blocks[:block]), *blocks[block][:place]] for line in lines.text
+        ]
+        there = {ast.unparse(statement) for statement in ast.parse("\n".join(above)).body}
+        writer.needs |= {"jax"} if writer.labels else set()
+        missing = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
+        head = [Lines(missing, apart=place > 0)] if missing else []
+        if writer.labels:
+            head.append(Lines(writer.fitted(writer.digest_function(_leaves(self.context))), apart=True))
+        if place:
+            blocks[block][place:place] = head
+        else:
+            blocks.insert(block, head)
 
 
 def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedStatement]]:
     """The statements, those together that share a line."""
-    out: list[list[ExecutedStatement]] = []
+    lines: list[list[ExecutedStatement]] = []
     for statement in statements:
-        if out and begin(statement.statement) <= (out[-1][-1].statement.end_lineno or 0):
-            out[-1].append(statement)
+        if lines and begin(statement.statement) <= end(lines[-1][-1].statement):
+            lines[-1].append(statement)
         else:
-            out.append([statement])
-    return out
+            lines.append([statement])
+    return lines
 
 
 def _read_by(site: CommandSite) -> set[str]:
@@ -353,13 +392,13 @@ def _read_by(site: CommandSite) -> set[str]:
     texts = [site.given.options.get("variables") or ""]
     if site.name in ("flax_apply", "flax_init", "flax_vars", "flaxmodel"):
         texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.given.rest))
-    found: set[str] = set()
+    names: set[str] = set()
     for text in texts:
         try:
-            found |= {name for statement in ast.parse(text).body for name in reads(statement)}
+            names |= {name for statement in ast.parse(text).body for name in reads(statement)}
         except SyntaxError:  # the models of a `%%flaxmodel` cell
             continue
-    return found
+    return names
 
 
 def assigned_by(site: CommandSite | None) -> Iterable[str]:
@@ -375,3 +414,20 @@ def _assigns_variables(statement: ast.stmt) -> bool:
         isinstance(node, ast.Attribute) and node.attr == "variables" and isinstance(node.ctx, ast.Store)
         for node in ast.walk(statement)
     )
+
+
+def _is_of_jax(node: ast.AST) -> bool:
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    return any(name.partition(".")[0] in ("jax", "flax") for name in names)
+
+
+def _leaves(context: ScriptContext) -> set[str]:
+    """What the results have besides arrays: see `LineWriter.digest_function`."""
+    kinds: set[str] = set()
+    for run in context.groups.runs:
+        model = context.models.get(run.model or "")
+        if run.command == "key" or (run.command == "init" and model is not None and model.holds):
+            kinds.add("keys")
+        kinds |= run.spelling.returns if run.spelling is not None else set()
+    return kinds

@@ -131,14 +131,12 @@ class LineWriter:
           stay: the root key does not move: the next draw is the same one.
         """
         self.needs.add("jax")
-        root = "_" if stay else self.root
-        folds = [
-            f"{self.key(stream, taken=taken)} = {self.fold(stream)}  # stream {self.text(stream)}"
-            for stream in streams
-            if stream not in SPLIT or (taken and stream == "params")
-        ]
-        split = f"{root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"
+        folds = [self._folded(stream, self.key(stream, taken=taken)) for stream in _apart(streams, taken)]
+        split = f"{'_' if stay else self.root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"
         return [*([self.STAYS] if stay else []), *folds, split]
+
+    def _folded(self, stream: str, key: str, root: str | None = None) -> str:
+        return f"{key} = {self.fold(stream, root)}  # stream {self.text(stream)}"
 
     def start(self, seed: int) -> str:
         """The root key at draw 1 of `seed`."""
@@ -156,8 +154,8 @@ class LineWriter:
           moves: `root` is that of the next draw then.
         """
         self.needs.add("jax")
-        folded = [stream for stream in streams if stream not in SPLIT or (taken and stream == "params")]
-        lines = [f"{key(stream)} = {self.fold(stream, root)}  # stream {self.text(stream)}" for stream in folded]
+        folded = _apart(streams, taken)
+        lines = [self._folded(stream, key(stream), root) for stream in folded]
         split = [root if moves else "_"]
         split += [key(stream) if stream in streams and stream not in folded else "_" for stream in SPLIT]
         if any(name != "_" for name in split):
@@ -221,6 +219,11 @@ class LineWriter:
         return [line.replace("\t", self.unit) for line in lines]
 
 
+def _apart(streams: Iterable[str], taken: bool) -> list[str]:
+    """The streams whose keys the split does not give."""
+    return [stream for stream in streams if stream not in SPLIT or (taken and stream == "params")]
+
+
 def label_of(call: str, mode: str = "") -> str:
     """How a run is called where its digest is printed: `train net(x)`."""
     call = " ".join(call.split())
@@ -241,45 +244,42 @@ def indented(lines: Iterable[str], by: str) -> list[str]:
 
 def joined(blocks: Sequence[Sequence[Lines]]) -> list[str]:
     """The lines of all cells: one empty line between them, two around functions and classes."""
-    out: list[str] = []
-    before = Lines([])
+    script: list[str] = []
+    last = Lines([])
     for block in blocks:
         begins = True
         for lines in block:
-            text = [line.rstrip() for line in lines.text]
-            parted = begins or lines.apart or before.apart
-            while parted and text and not text[0]:
-                del text[0]
-            if not any(text):
+            parted = begins or lines.apart or last.apart
+            text = "\n".join(line.rstrip() for line in lines.text)
+            text = text.lstrip("\n") if parted else text
+            if not text.strip():
                 continue
-            if out and parted:
-                while not out[-1]:
-                    del out[-1]
-                far = lines.apart or before.apart or _defines(text, 0) or _defines(before.text, -1)
-                out += [""] * (2 if far else 1)
-            out += text
-            before, begins = Lines(text, lines.apart), False
-    while out and not out[-1]:
-        del out[-1]
-    return out
+            if script and parted:
+                while not script[-1]:
+                    del script[-1]
+                far = lines.apart or last.apart or _defines(text, 0) or _defines("\n".join(last.text), -1)
+                script += [""] * (2 if far else 1)
+            last, begins = Lines(text.split("\n"), lines.apart), False
+            script += last.text
+    while script and not script[-1]:
+        del script[-1]
+    return script
 
 
-def _defines(text: Sequence[str], place: int) -> bool:
+def _defines(text: str, place: int) -> bool:
     """Whether the first statement of `text`, or the last, is a function or a class."""
-    body = ast.parse("\n".join(text)).body
+    body = ast.parse(text).body
     return bool(body) and isinstance(body[place], (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
 
 
 def _indentation(text: str) -> str:
     """The indentation that the blocks of `text` have first; empty where it has none."""
-    depth, start = 0, True
+    depth, line_begins = 0, True
     for piece in pieces(text):
-        if piece.kind == "newline":
-            start = True
-        elif piece.kind == "space" and start and not depth:
+        if piece.kind == "space" and line_begins and not depth:
             return text[piece.start : piece.end]
-        else:
-            start, depth = False, piece.depth
+        line_begins = piece.kind == "newline"
+        depth = depth if line_begins else piece.depth
     return ""
 
 
@@ -311,9 +311,8 @@ def _last_brackets(text: str) -> tuple[int, int, list[str]]:
         return start, end, text[start:end].split(", ")
     named = _NAMED.match(text)
     if named is not None:
-        before = named.end()
-        start, end, items = _last_brackets(text[before:])
-        return before + start, before + end, items
+        start, end, items = _last_brackets(text[named.end() :])
+        return named.end() + start, named.end() + end, items
     try:
         node = getattr(ast.parse(text).body[0], "value", None)
     except SyntaxError:  # a decorator
@@ -324,12 +323,6 @@ def _last_brackets(text: str) -> tuple[int, int, list[str]]:
         inside: list[Any] = [*node.args, *node.keywords]
         items = [segment(text, one) for one in sorted(inside, key=lambda one: one.col_offset)]
         return text.index("(", end_of(text, node.func)) + 1, len(text) - 1, items
-    rows = zip(node.keys, node.values, strict=True)
-    return (
-        start_of(text, node) + 1,
-        len(text) - 1,
-        [
-            f"{segment(text, key)}: {segment(text, value)}" if key is not None else f"**{segment(text, value)}"
-            for key, value in rows
-        ],
-    )
+    before = ("**" if key is None else f"{segment(text, key)}: " for key in node.keys)
+    items = [sign + segment(text, value) for sign, value in zip(before, node.values, strict=True)]
+    return start_of(text, node) + 1, len(text) - 1, items

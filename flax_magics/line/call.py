@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from ..base.tokens import pieces, point_at
 from ..errors import FlaxMagicsError, written
-from .expression import Expression, end_of, gathering, named, segment, start_of
+from .expression import Expression, end_of, segment, start_of
 
 
 class Argument(NamedTuple):
@@ -64,16 +64,8 @@ class CallExpression(Expression):
             given = _look_up(*self._plain, user_ns, user_ns if local_ns is None else local_ns)
             if given is not None:
                 return given
-
-        def gather(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return args, kwargs
-
-        call = self.tree
-        assert isinstance(call, ast.Call)
-        result: tuple[tuple[Any, ...], dict[str, Any]] = self._run(
-            lambda: gathering(call, call.args), named(gather, call), user_ns, local_ns
-        )
-        return result
+        assert isinstance(self.tree, ast.Call)
+        return self._gathered(self.tree.args, user_ns, local_ns)
 
     @cached_property
     def _plain(self) -> tuple[list[ast.Name | ast.Constant], dict[str, ast.Name | ast.Constant]] | None:
@@ -109,17 +101,22 @@ def parse_call(text: str, command: str = "%flax_apply") -> CallExpression:
     """
     text, source, quiet = _bare(text)
     if not source.strip():
-        raise FlaxMagicsError(f"{_name(command)} needs a call, such as net(x).", form=f"{command} …")
+        raise _refused(f"{_name(command)} needs a call, such as net(x).", f"{command} …")
     try:
         tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError) as error:
         raise _statement(text, source, command) or _syntax(text, error, command) from None
+    if isinstance(tree, (ast.Name, ast.Attribute)):
+        raise _refused(f"`{_short(text)}` is not a call.", f"{command} {segment(text, tree)}(…)")
     if not isinstance(tree, ast.Call):
-        raise _no_call(text, tree, command)
+        awaited = isinstance(tree, ast.Await) and root_name(tree.value) is not None
+        line = f"{command} {segment(text, tree.value)}" if awaited else values_first(text, tree, command)  # type: ignore[attr-defined]
+        raise _refused(f"`{_short(text)}` is not one call.", line)
     target, method = _path(text, tree, command)
     _validate(tree, text, command)
     arguments = [
-        Argument("*" if isinstance(arg, ast.Starred) else None, segment(text, _unstarred(arg))) for arg in tree.args
+        Argument("*", segment(text, arg.value)) if isinstance(arg, ast.Starred) else Argument(None, segment(text, arg))
+        for arg in tree.args
     ]
     arguments += [Argument(item.arg or "**", segment(text, item.value)) for item in tree.keywords]
     return CallExpression(
@@ -161,13 +158,13 @@ def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net 
     """
     text, source, _ = _bare(text)
     if not source.strip():
-        raise FlaxMagicsError(f"{command} needs a name, such as {sample}.", form=f"{command} …")
+        raise _refused(f"{command} needs a name, such as {sample}.", f"{command} …")
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError) as error:
         raise _bad_name(source, command) or _syntax(text, error, command) from None
     if len(body) > 1:
-        raise FlaxMagicsError("one model at a time.", **_registrations(text, body, command))
+        raise _refused("one model at a time.", _registrations(text, body, command))
     match body[0]:
         case ast.Expr(ast.Name(name)):
             return Assignment(name, None)
@@ -185,17 +182,16 @@ def _look_up(
     local_ns: Mapping[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The values of names and constants; None where a name is in neither namespace (a builtin, or a mistake)."""
-    values = []
-    for node in (*args, *kwargs.values()):
+
+    def value_of(node: ast.Name | ast.Constant) -> Any:
         if isinstance(node, ast.Constant):
-            values.append(node.value)
-        elif node.id in local_ns:
-            values.append(local_ns[node.id])
-        elif node.id in user_ns:
-            values.append(user_ns[node.id])
-        else:
-            return None
-    return tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+            return node.value
+        return local_ns[node.id] if node.id in local_ns else user_ns[node.id]
+
+    try:
+        return tuple(map(value_of, args)), {name: value_of(node) for name, node in kwargs.items()}
+    except KeyError:
+        return None
 
 
 def _bare(text: str) -> tuple[str, str, bool]:
@@ -213,8 +209,9 @@ def _bare(text: str) -> tuple[str, str, bool]:
     return text, "".join(source).rstrip(), quiet
 
 
-def _unstarred(node: ast.expr) -> ast.expr:
-    return node.value if isinstance(node, ast.Starred) else node
+def _refused(message: str, line: str) -> FlaxMagicsError:
+    """The error for what cannot be read; `line` is what to write instead."""
+    return FlaxMagicsError(message, **written(line))
 
 
 def _short(text: str, limit: int = 40) -> str:
@@ -256,19 +253,11 @@ def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
         lines = [_run_first(text, node, command) for node in calls]
         if len(calls) < len(body) or len({root for call in calls if (root := root_name(call.value))}) > 1:  # type: ignore[attr-defined]
             lines = [*lines[:1], "…"]  # whether the others are for the command cannot be told
-        return FlaxMagicsError("one call at a time.", **written("\n".join(lines)))
+        return _refused("one call at a time.", "\n".join(lines))
     if isinstance(body[0], (ast.Assign, ast.AnnAssign)) and body[0].value is not None:
-        line = _run_first(text, body[0], command)
-        return FlaxMagicsError(f"{_name(command)} takes the call alone, and gives its value.", **written(line))
-    return FlaxMagicsError(f"`{_short(text)}` is a statement, not a call.", form=f"{command} …")
-
-
-def _no_call(text: str, tree: ast.expr, command: str) -> FlaxMagicsError:
-    if isinstance(tree, (ast.Name, ast.Attribute)):
-        return FlaxMagicsError(f"`{_short(text)}` is not a call.", form=f"{command} {segment(text, tree)}(…)")
-    awaited = isinstance(tree, ast.Await) and root_name(tree.value) is not None
-    line = f"{command} {segment(text, tree.value)}" if awaited else values_first(text, tree, command)  # type: ignore[attr-defined]
-    return FlaxMagicsError(f"`{_short(text)}` is not one call.", **written(line))
+        message = f"{_name(command)} takes the call alone, and gives its value."
+        return _refused(message, _run_first(text, body[0], command))
+    return _refused(f"`{_short(text)}` is a statement, not a call.", f"{command} …")
 
 
 def _run_first(text: str, statement: ast.stmt, command: str) -> str:
@@ -298,16 +287,12 @@ def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list
         inner = any(isinstance(node, ast.Call) for call in calls for node in list(ast.walk(call))[1:])
         if lazy or inner or len({root_name(call) for call in calls}) != 1 or root_name(calls[0]) is None:
             return f"{command} …"
-    names = fresh_names("y", tree)
-    lines, rest = [], text
-    for call in sorted(calls, key=lambda call: start_of(text, call)):
-        lines.append((next(names), call))
-    for name, call in reversed(lines):
+    named_calls = list(zip(fresh_names("y", tree), sorted(calls, key=lambda call: start_of(text, call)), strict=False))
+    rest = text[: end_of(text, tree)]
+    for name, call in reversed(named_calls):
         rest = f"{rest[: start_of(text, call)]}{name}{rest[end_of(text, call) :]}"
-    start, end = start_of(text, tree), len(text) - end_of(text, tree)
-    return "\n".join(
-        [*(f"{name} = {command} {segment(text, call)}" for name, call in lines), rest[start : len(rest) - end]]
-    )
+    lines = [f"{name} = {command} {segment(text, call)}" for name, call in named_calls]
+    return "\n".join([*lines, rest[start_of(text, tree) :]])
 
 
 def fresh_names(name: str, tree: ast.AST) -> Iterator[str]:
@@ -342,33 +327,33 @@ def _path(text: str, call: ast.Call, command: str) -> tuple[str, tuple[str, ...]
         node = node.value
     if isinstance(root, ast.Name):
         return root.id, tuple(reversed(method))
-    made = ""
-    if isinstance(root, ast.Call):
-        while isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
-            root = _root(root.func)
-            assert isinstance(root, ast.Call)
-        function = root.func
-        made = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-        if method and not made[:1].isupper():
-            # `net(x).sum()`: the model is called, and then something is done with its value.
-            message = f"`{_short(text)}` is more than the model's call."
-            raise FlaxMagicsError(message, **written(values_first(text, call, command, [root])))
-    name = next(fresh_names(_name_for(root, made), call))
+    while isinstance(root, ast.Call) and isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
+        root = _root(root.func)
+    if isinstance(root, ast.Call) and method and not _function_name(root)[:1].isupper():
+        # `net(x).sum()`: the model is called, and then something is done with its value.
+        message = f"`{_short(text)}` is more than the model's call."
+        raise _refused(message, values_first(text, call, command, [root]))
+    name = next(fresh_names(_name_for(root, root), call))
     start, end = start_of(text, root), end_of(text, root)
-    register, rest = f"%flaxmodel {name} = {text[start:end]}", f"{text[:start]}{name}{text[end:]}"
+    rest = f"{text[:start]}{name}{text[end:]}"
     try:
         parse_call(rest, command)
         run = f"{command} {rest}"
     except FlaxMagicsError as error:  # `Net(3)(x).sum()`
         run = error.write or error.form or f"{command} …"
-    raise FlaxMagicsError(
-        f"`{_short(text[start:end])}` has no name: register it first.",
-        **written(f"{register}\n{run}"),
-    )
+    message = f"`{_short(text[start:end])}` has no name: register it first."
+    raise _refused(message, f"%flaxmodel {name} = {text[start:end]}\n{run}")
 
 
-def _name_for(root: ast.expr, made: str) -> str:
-    """A variable's name for what `root` gives: `net` for `Net(3)`, `a` for `nets['a']`."""
+def _function_name(node: ast.expr) -> str:
+    """`Dense` of `nn.Dense(3)`; empty for what is no call of something that has a name."""
+    function = getattr(node, "func", None)
+    return str(getattr(function, "id", getattr(function, "attr", "")))
+
+
+def _name_for(root: ast.expr, value: ast.expr) -> str:
+    """A variable's name for `value`: `net` for `Net(3)`; where `root` is what gives it, `a` for `nets['a']`."""
+    made = _function_name(value)
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made).lower() if made != made.lower() else ""
     if isinstance(root, ast.Subscript) and isinstance(root.slice, ast.Constant) and isinstance(root.slice.value, str):
         name = root.slice.value
@@ -379,16 +364,16 @@ def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
     """The error for an assignment whose name, sign or missing value Python refuses; None if it is something else."""
     walrus = re.match(r"(\w+)\s*:=\s*(.+)", source, re.DOTALL)
     if walrus and _is_expression(walrus[2]):
-        return FlaxMagicsError("write `=`, not `:=`.", **written(f"{command} {walrus[1]} = {walrus[2]}"))
-    found = re.fullmatch(r"([^\s=()\[\]{}.,'\"]+)\s*(?:=(?!=)\s*(.*))?", source, re.DOTALL)
-    if not found:
+        return _refused("write `=`, not `:=`.", f"{command} {walrus[1]} = {walrus[2]}")
+    assignment = re.fullmatch(r"([^\s=()\[\]{}.,'\"]+)\s*(?:=(?!=)\s*(.*))?", source, re.DOTALL)
+    if not assignment:
         return None
-    name, value = found[1], found[2]
+    name, value = assignment[1], assignment[2]
     if name.isidentifier() and not keyword.iskeyword(name):
-        return None if value else FlaxMagicsError(f"`{name} =` needs a value.", form=f"{command} {name} = …")
+        return None if value else _refused(f"`{name} =` needs a value.", f"{command} {name} = …")
     kind = "a word of Python, not a name" if keyword.iskeyword(name) else "not a Python name"
     line = f"{command} {plain_name(name, 'net')} = {value if value and _is_expression(value) else '…'}"
-    return FlaxMagicsError(f"`{name}` is {kind}.", **written(line))
+    return _refused(f"`{name}` is {kind}.", line)
 
 
 def plain_name(text: str, otherwise: str) -> str:
@@ -406,7 +391,6 @@ def _is_expression(text: str) -> bool:
 
 
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
-    advice = _registrations(text, [statement], command)
     match statement:
         case ast.Assign([_, _, *_]):
             message = "one name at a time: `a = b = …` would give one model two names."
@@ -422,30 +406,27 @@ def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsEr
             message = f"`{_short(text)}` has no name."
         case _:
             message = f"`{_short(text)}` is no name and no assignment."
-    return FlaxMagicsError(message, **advice)
+    return _refused(message, _registrations(text, [statement], command))
 
 
-def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> dict[str, str]:
+def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> str:
     """The lines that register what `statements` name or make, one model each, or a form where that cannot be told."""
     taken: set[str] = set()
     lines = []
     for target, value in (pair for statement in statements for pair in _models(statement)):
         if target is None:
-            return written(f"{command} … = …")
+            return f"{command} … = …"
         if value is None:
             lines.append(segment(text, target))
             continue
         name = target.id if isinstance(target, ast.Name) else getattr(target, "attr", "")
         if not name:
-            function = getattr(value, "func", None)
-            made = getattr(function, "id", getattr(function, "attr", ""))
-            names = fresh_names(_name_for(target, made), value)
-            name = next(each for each in names if each not in taken)
+            name = next(each for each in fresh_names(_name_for(target, value), value) if each not in taken)
         taken.add(name)
         lines.append(f"{name} = {segment(text, value)}")
     if command.startswith("%%") and len(lines) > 1:  # the cell registers what it assigns
-        return written("\n".join([command, "…", *(line for line in lines if "=" in line)]))
-    return written("\n".join(f"{command} {line}" for line in lines))
+        return "\n".join([command, "…", *(line for line in lines if "=" in line)])
+    return "\n".join(f"{command} {line}" for line in lines)
 
 
 def _models(statement: ast.stmt) -> list[tuple[ast.expr | None, ast.expr | None]]:

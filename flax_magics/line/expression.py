@@ -64,16 +64,30 @@ class Expression:
         self, user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None = None
     ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """`(function, args, kwargs)` of an expression that is a call, everything evaluated but the call itself."""
+        assert isinstance(self.tree, ast.Call)
+        (function, *args), kwargs = self._gathered([self.tree.func, *self.tree.args], user_ns, local_ns)
+        return function, tuple(args), kwargs
 
-        def gather(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-            return args[0], args[1:], kwargs
+    def _gathered(
+        self, args: list[ast.expr], user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a function would get that is called with `args` and with the keyword arguments of this call."""
+
+        def gather(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, kwargs
 
         call = self.tree
         assert isinstance(call, ast.Call)
-        result: tuple[Any, tuple[Any, ...], dict[str, Any]] = self._run(
-            lambda: gathering(call, [call.func, *call.args]), named(gather, call), user_ns, local_ns
-        )
-        return result
+        # Python names the function when it refuses a call: `net() got multiple values for keyword argument 'x'`.
+        gather.__qualname__ = ast.unparse(call.func)
+        gather.__module__ = "builtins"
+
+        def tree() -> ast.expr:
+            function = ast.copy_location(ast.Name(_GATHER, ast.Load()), call.func)
+            return ast.copy_location(ast.Call(function, args, call.keywords), call)
+
+        gathered: tuple[tuple[Any, ...], dict[str, Any]] = self._run(tree, gather, user_ns, local_ns)
+        return gathered
 
     def _run(
         self,
@@ -120,20 +134,6 @@ class Expression:
                 hint = f"{point_at(self.text, start_of(self.text, node))}\n{hint}"
                 break
         return FlaxMagicsError(f"name '{name}' is not defined.", hint=hint)
-
-
-def gathering(call: ast.Call, args: list[ast.expr]) -> ast.expr:
-    """`call` with its arguments handed to the function named `_GATHER`."""
-    function = ast.copy_location(ast.Name(_GATHER, ast.Load()), call.func)
-    return ast.copy_location(ast.Call(function, args, call.keywords), call)
-
-
-def named(gather: Callable[..., Any], call: ast.Call) -> Callable[..., Any]:
-    """`gather` under the name of what is called."""
-    # Python names the function when it refuses a call: `net() got multiple values for keyword argument 'x'`.
-    gather.__qualname__ = ast.unparse(call.func)
-    gather.__module__ = "builtins"
-    return gather
 
 
 def _compile(tree: ast.expr, names: tuple[str, ...], filename: str) -> CodeType:

@@ -151,109 +151,150 @@ _READ: OrderedDict[tuple[str, str], LineOptions] = OrderedDict()
 def read(command: Command, line: str) -> LineOptions:
     """The options at the beginning of `line`, and what follows them. Not to be changed: the next call may get the same.
 
-    See `_read` for what it raises.
-    """
-    known = _READ.get((command.name, line))
-    if known is None:
-        known = _READ[command.name, line] = _read(command, line)
-        if len(_READ) > 256:
-            _READ.popitem(last=False)
-    return known
-
-
-def _read(command: Command, line: str) -> LineOptions:
-    """Reads a line.
-
     A value is one token: text up to white space that is in no string and no bracket. `--` ends the options.
 
     Raises:
       FlaxMagicsError: an option that the command has not, without its value, with a wrong one, or after the call.
     """
-    options = {option.key: option.default for option in command.options}
-    position = _skip(line, 0)
-    while line[position : position + 1] in _DASHES and position < len(line):
-        start, position = position, _end_of(command, line, position)
-        flag, equals, value = line[start:position].partition("=")
-        if flag == "--":
-            position = _skip(line, position)
-            break
-        option = command.flags.get(flag)
-        if option is None:
-            raise _unknown(command, line, start, flag)
-        if option is HELP:
+    known = _READ.get((command.name, line))
+    if known is None:
+        known = _READ[command.name, line] = _Reader(command, line).read()
+        if len(_READ) > 256:
+            _READ.popitem(last=False)
+    return known
+
+
+class _Reader:
+    """Reads one line of a command."""
+
+    def __init__(self, command: Command, line: str) -> None:
+        self.command, self.line = command, line
+
+    def read(self) -> LineOptions:
+        """See `read`."""
+        command, line = self.command, self.line
+        options = {option.key: option.default for option in command.options}
+        position = self._skip(0)
+        while position < len(line) and line[position] in _DASHES:
+            start, position = position, self._end_of(position)
+            flag, equals, value = line[start:position].partition("=")
+            if flag == "--":
+                position = self._skip(position)
+                break
+            option = command.flags.get(flag)
+            if option is None:
+                raise self._unknown(start, flag)
+            if option is HELP:
+                return LineOptions({}, help=True)
+            if option.kind == "flag":
+                if equals:
+                    advice = self._corrected(f"{line[:start]}{flag}{line[position:]}")
+                    raise FlaxMagicsError(f"{flag} takes no value.", **advice)
+                options[option.key] = True
+                position = self._skip(position)
+                continue
+            begin = position - len(value) if equals else self._skip(position)
+            if not equals:
+                # Another option there is no value, and neither is nothing.
+                word = (line[begin:].split(None, 1) or ["--"])[0]
+                position = begin if word.startswith("--") or word in command.flags else self._end_of(begin)
+            value = line[begin:position]
+            converted = _convert(option, value) if value else None
+            if converted is None:
+                raise self._wants(option, line[: start + len(flag)], value, line[position:])
+            options[option.key] = (*options[option.key], converted) if option.kind == "many" else converted
+            position = self._skip(position)
+        rest = line[position:].rstrip()
+        if self._after_the_call(position, position + len(rest)):
             return LineOptions({}, help=True)
-        if option.kind == "flag":
-            if equals:
-                advice = _corrected(command, f"{line[:start]}{flag}{line[position:]}")
-                raise FlaxMagicsError(f"{flag} takes no value.", **advice)
-            options[option.key] = True
-            position = _skip(line, position)
-            continue
-        begin = start + len(flag) + 1 if equals else _skip(line, position)
-        end = position if equals else begin
-        if not equals and begin < len(line) and not _is_option(command, line, begin):
-            end = _end_of(command, line, begin)
-        value = line[begin:end]
-        converted = _convert(option, value) if value else None
-        if converted is None:
-            raise _wants(command, option, line, start + len(flag), begin, end)
-        options[option.key] = (*options[option.key], converted) if option.kind == "many" else converted
-        position = _skip(line, end)
-    rest = line[position:].rstrip()
-    if _after_the_call(command, line, position, position + len(rest)):
-        return LineOptions({}, help=True)
-    return LineOptions(options, rest, position)
+        return LineOptions(options, rest, position)
 
+    def _skip(self, position: int) -> int:
+        """Where the next word begins."""
+        for piece in pieces(self.line, position):
+            if piece.kind not in ("space", "newline", "join"):
+                return piece.start
+        return len(self.line)
 
-def _skip(line: str, position: int) -> int:
-    for piece in pieces(line, position):
-        if piece.kind not in ("space", "newline", "join"):
-            return piece.start
-    return len(line)
+    def _end_of(self, start: int) -> int:
+        try:
+            return token_end(self.line, start)
+        except Unbalanced as error:
+            prefix = f"{self.command.name} "
+            pointed = point_at(prefix + self.line, len(prefix) + error.position)
+            raise FlaxMagicsError(f"{self.command.name}: {error.reason}", hint=pointed) from None
 
+    def _wants(self, option: Option, before: str, value: str, after: str) -> FlaxMagicsError:
+        """The error for an option, written up to `before`, whose value is missing or wrong."""
+        wanted = "a Python name" if option.identifier else f"a value ({option.metavar})"
+        sample = "…"
+        if option.type is int:
+            wanted, sample = "a whole number", str(max(option.least or 0, 0) * 20)
+            if option.least is not None:
+                wanted = "a positive whole number" if option.least == 1 else f"a whole number from {option.least} on"
+        message = f"{before.split()[-1]} needs {wanted}" + (f", not {value}." if value else ".")
+        # `--repeat net(x)`: the value was left out, and the call read in its place.
+        rest = (value + after if "(" in value else after).strip()
+        rest = rest or ("…" if self.command.needs_rest(self.line) else "")
+        return FlaxMagicsError(message, **self._corrected(f"{before.strip()} {sample} {rest}"))
 
-def _end_of(command: Command, line: str, start: int) -> int:
-    try:
-        return token_end(line, start)
-    except Unbalanced as error:
-        prefix = f"{command.name} "
-        pointed = point_at(prefix + line, len(prefix) + error.position)
-        raise FlaxMagicsError(f"{command.name}: {error.reason}", hint=pointed) from None
+    def _unknown(self, start: int, flag: str) -> FlaxMagicsError:
+        command, line, bare = self.command, self.line, flag.lstrip(_DASHES)
+        near = [known for known in command.flags if bare and known.startswith(f"--{bare}")]
+        long = [known[2:] for known in command.flags if known.startswith("--")]
+        near = near or [f"--{name}" for name in nearest(bare, long, 1)]
+        message, advice = f"{command.name} has no option {flag}.", {}
+        if near:
+            message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
+            advice = self._corrected(f"{line[:start]}{near[0]}{line[start + len(flag) :]}")
+        listed = "options: " + "  ".join("/".join(option.flags) for option in (*command.options, HELP))
+        hint = textwrap.fill(listed, WIDTH - 2, subsequent_indent=" " * 9, break_on_hyphens=False)
+        return FlaxMagicsError(message, hint=hint, **advice)
 
+    def _after_the_call(self, start: int, end: int) -> bool:
+        """Whether help is asked for after the call; any other option there is an error.
 
-def _is_option(command: Command, line: str, position: int) -> bool:
-    word = line[position:].split(None, 1)[0]
-    return word.startswith("--") or word in command.flags
+        Python would read `net(x) --train` as `net(x) - (-train)`.
+        """
+        command, line = self.command, self.line
+        flags: list[tuple[int, str]] = []
+        spaced = False
+        for piece in pieces(line[:end], start):
+            if piece.kind == "comment":
+                end = piece.start
+                break
+            if spaced and not piece.depth and piece.kind == "word" and piece.start > start:
+                word = line[piece.start : piece.end].partition("=")[0].rstrip(";")
+                if word in command.flags or (word.startswith("--") and word[2:3].isalpha()):
+                    flags.append((piece.start, word))
+            spaced = piece.kind in ("space", "newline", "join")
+        if not flags:
+            return False
+        if any(command.flags.get(word) is HELP for _, word in flags):
+            return True
+        for position, word in flags:
+            if word not in command.flags:
+                raise self._unknown(position, word)
+        first, word = flags[0]
+        call = line[start:first].strip()
+        options = line[first:end].strip().rstrip("; ")
+        last = command.flags.get(options.split()[-1])
+        gap = "" if last is None or last.kind == "flag" else " …"  # else the call would be its value
+        advice = self._corrected(f"{line[:start]}{options}{gap} {call}")
+        raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", **advice)
 
-
-def _wants(command: Command, option: Option, line: str, after: int, begin: int, end: int) -> FlaxMagicsError:
-    """The error for an option, written up to `after`, whose value `line[begin:end]` is missing or wrong."""
-    value = line[begin:end]
-    wanted = "a Python name" if option.identifier else f"a value ({option.metavar})"
-    sample = "…"
-    if option.type is int:
-        wanted, sample = "a whole number", str(max(option.least or 0, 0) * 20)
-        if option.least is not None:
-            wanted = "a positive whole number" if option.least == 1 else f"a whole number from {option.least} on"
-    message = f"{line[:after].split()[-1]} needs {wanted}" + (f", not {value}." if value else ".")
-    # `--repeat net(x)`: the value was left out, and the call read in its place.
-    rest = (line[begin:] if "(" in value or not value else line[end:]).strip()
-    rest = rest or ("…" if command.needs_rest(line) else "")
-    return FlaxMagicsError(message, **_corrected(command, f"{line[:after].strip()} {sample} {rest}"))
-
-
-def _corrected(command: Command, line: str) -> dict[str, str]:
-    """A line with a mistake taken out as the advice of a message; of one that has another, that one's own advice."""
-    line = line.strip()
-    if "…" in line:
-        return written(f"{command.name} {line}")
-    try:
-        corrected = _read(command, line)
-    except FlaxMagicsError as error:
-        return written(error.write or error.form or "") if error.write or error.form else {}
-    if corrected.options.get("train") and corrected.options.get("eval"):
-        return {}
-    return written(f"{command.name} {line}" + (" …" if not corrected.rest and command.needs_rest(line) else ""))
+    def _corrected(self, line: str) -> dict[str, str]:
+        """A line with a mistake taken out as the advice of a message; of one that has another, that one's own advice."""
+        command, line = self.command, line.strip()
+        if "…" in line:
+            return written(f"{command.name} {line}")
+        try:
+            corrected = _Reader(command, line).read()
+        except FlaxMagicsError as error:
+            return written(error.write or error.form or "") if error.write or error.form else {}
+        if corrected.options.get("train") and corrected.options.get("eval"):
+            return {}
+        return written(f"{command.name} {line}" + (" …" if not corrected.rest and command.needs_rest(line) else ""))
 
 
 def _convert(option: Option, value: str) -> str | int | None:
@@ -298,57 +339,11 @@ def file_name(rest: str, command: Command) -> str:
     return name
 
 
-def _unknown(command: Command, line: str, start: int, flag: str) -> FlaxMagicsError:
-    bare = flag.lstrip(_DASHES)
-    near = [known for known in command.flags if bare and known.startswith(f"--{bare}")]
-    near = near or [f"--{name}" for name in nearest(bare, [flag[2:] for flag in command.flags if flag[:2] == "--"], 1)]
-    message = f"{command.name} has no option {flag}."
-    advice: dict[str, str] = {}
-    if near:
-        message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
-        advice = _corrected(command, f"{line[:start]}{near[0]}{line[start + len(flag) :]}")
-    listed = "options: " + "  ".join("/".join(option.flags) for option in (*command.options, HELP))
-    hint = textwrap.fill(listed, WIDTH - 2, subsequent_indent=" " * 9, break_on_hyphens=False)
-    return FlaxMagicsError(message, hint=hint, **advice)
-
-
-def _after_the_call(command: Command, line: str, start: int, end: int) -> bool:
-    """Whether help is asked for after the call; any other option there is an error.
-
-    Python would read `net(x) --train` as `net(x) - (-train)`.
-    """
-    found: list[tuple[int, str]] = []
-    spaced = False
-    for piece in pieces(line[:end], start):
-        if piece.kind == "comment":
-            end = piece.start
-            break
-        if spaced and not piece.depth and piece.kind == "word" and piece.start > start:
-            word = line[piece.start : piece.end].partition("=")[0].rstrip(";")
-            if word in command.flags or (word.startswith("--") and word[2:3].isalpha()):
-                found.append((piece.start, word))
-        spaced = piece.kind in ("space", "newline", "join")
-    if not found:
-        return False
-    if any(command.flags.get(word) is HELP for _, word in found):
-        return True
-    for position, word in found:
-        if word not in command.flags:
-            raise _unknown(command, line, position, word)
-    first, word = found[0]
-    call = line[start:first].strip()
-    options = line[first:end].strip().rstrip("; ")
-    last = command.flags.get(options.split()[-1])
-    gap = "" if last is None or last.kind == "flag" else " …"  # else the call would be its value
-    advice = _corrected(command, f"{line[:start]}{options}{gap} {call}")
-    raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", **advice)
-
-
 REPEAT = 20
 """Runs of `--roofline` by itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ApplyOptions:
     """The options of one apply; see `Session.apply`."""
 
@@ -372,26 +367,16 @@ class ApplyOptions:
     def line(self) -> str:
         """The command with these options, as far as they have a text."""
         draw = ":".join(map(str, self.draw)) if isinstance(self.draw, tuple) else self.draw
-        options = [
-            *([f"--{self.mode}"] if self.mode else []),
-            *(f"--mutable {name}" for name in self.mutable),
-            *(["--variables …"] if self.variables is not None else []),
-            *(f"--key {name}" for name in self.key),
-            *(f"--{name} {value}" for name, value in (("draw", draw), ("draws", self.draws)) if value is not None),
-            *([f"--repeat {self.repeat}"] if self.repeat > 1 else []),
-            *(f"--{name}" for name in ("roofline", "eager") if getattr(self, name)),
-        ]
+        options = [f"--{self.mode}"] if self.mode else []
+        options += [f"--mutable {name}" for name in self.mutable]
+        options += [] if self.variables is None else ["--variables …"]
+        options += [f"--key {name}" for name in self.key]
+        options += [f"--{name} {value}" for name, value in (("draw", draw), ("draws", self.draws)) if value is not None]
+        options += [f"--repeat {self.repeat}"] if self.repeat > 1 else []
+        options += [f"--{name}" for name in ("roofline", "eager") if getattr(self, name)]
         return " ".join(["%flax_apply", *options])
 
     @cached_property
     def plain(self) -> bool:
         """Whether it is one compiled run of the next draw with the model's own variables."""
-        return (
-            self.variables is None
-            and not self.key
-            and self.draw is None
-            and self.draws is None
-            and self.repeat == 1
-            and not self.eager
-            and not self.roofline
-        )
+        return self.variables is None and self == ApplyOptions(mode=self.mode, mutable=self.mutable)

@@ -310,7 +310,6 @@ class FlaxMagics(Magics):
     @command(FLAX_EXPORT)
     def flax_export(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> None:
         """`%flax_export [FILE]`"""
-        from ..export import export_cells
         from ..export.file import notice, script_bundle, write
         from ..report.html import notice_bundle
 
@@ -321,7 +320,7 @@ class FlaxMagics(Magics):
             raise FlaxMagicsError(
                 "--cell is instead of a file: leave one of them out.", write=f"%flax_export{plain} --cell"
             )
-        script = export_cells(self.session, *self.notebook.executed(), digests=not given["plain"])
+        script = self.session.run_export(self.notebook.executed(), plain=given["plain"])
         if name:
             path, replaced = write(name, script.text, force=given["force"])
             self.reporter.publish({} if given["quiet"] else notice_bundle(notice(script, path, replaced), self.style))

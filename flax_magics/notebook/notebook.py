@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..cells.journal import Journal
+from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
 from ..line.call import CallExpression
 from .interrupts import InterruptGuard
@@ -206,10 +206,10 @@ class Notebook:
 
         return reruns(self.journal.so_far(self.number), self.session.cells, self.shell.transform_cell)
 
-    def executed(self) -> tuple[Any, ...]:
-        """What an export is made of: the cells that ran, what makes Python of them, restarts, and the seed at first."""
+    def executed(self) -> NotebookCells:
+        """What an export is made of."""
         shell, journal = self.shell, self.journal
-        return journal.cells(shell), shell.transform_cell, journal.restarts, self.settings.seed
+        return NotebookCells(journal.cells(shell), shell.transform_cell, journal.restarts, self.settings.seed)
 
     # -- what is shown
 

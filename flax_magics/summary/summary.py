@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ..base.digest import count_parameters, data_of, describe
-from ..base.text import join
+from ..base.text import bytes_, join, plural
 from ..compile.initialise import initialised
 from ..compile.trace import TraceRequest, trace
 from ..errors import FlaxMagicsError
@@ -18,10 +18,10 @@ from ..execution.notes import of_mode
 from ..execution.shapes import trace_call
 from ..models.arguments import Arguments
 from ..models.base import CallTrace, Model
-from ..models.calls import LONGEST, Calls
+from ..models.calls import LONGEST
+from ..models.switch import WHEN_TRAINING
 from ..rng.keys import Draw
-from .flops import Costs, Flops, loops, marks_in, pieces
-from .modules import called_in, modules_of
+from .modules import TracedModules, equations, modules_of
 from .view import Summary
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def of_variables(entry: ModelEntry) -> Summary:
             f"`{name}` has no variables yet, and without a call nobody knows which it will have.",
             form=f"%flax_summary {name}(…)",
         )
-    modules = modules_of(model, variables, {}, {}, {})
+    modules = modules_of(model, variables, TracedModules())
     return Summary(name, model.describe(), "", "as written", model.fields_as_written(), True, modules)
 
 
@@ -73,38 +73,30 @@ def of_call(
         phase(f"tracing {entry.name}")
         traced, _, record, variables = trace_call(entry, prepared, call, draw)
         phase(f"counting {entry.name}")
-        calls, program = record.calls or Calls(), traced.jaxpr.jaxpr
-        back = _handed_back(prepared.model, traced, variables)
-        parts = pieces(program, {mark: called.path for mark, called in calls.made.items()}, back)
-        costs = Costs(backward)
-        flops = {path: costs.count(found) for path, found in parts.items()}
-    whole = flops.get(None, Flops(0, 0 if backward else None))
-    updates = _updates(prepared.model, traced, record)
-    called = called_in(calls, marks_in(program))
-    modules = modules_of(prepared.model, variables, called, record.asked, flops, backward)
+        program, handed_back = traced.jaxpr.jaxpr, _handed_back(prepared.model, traced, variables)
+        modules = TracedModules.of(record, program, handed_back, backward=backward)
+    whole = modules.flops.get(None, modules.nothing)
+    loops = any(equation.primitive.name in ("scan", "while") for equation in equations(program))
+    _, updates = traced.out_info
+    written = sorted(name for name in prepared.model.commit(updates, record).changed if name in updates)
+    mode = prepared.mode_of(record)
     return Summary(
         entry.name,
         entry.model.describe(),
         call.text,
-        prepared.mode_of(record),
+        mode,
         prepared.switch,
         entry.ready,
-        modules,
+        modules_of(prepared.model, variables, modules),
         whole.forward,
         whole.both,
-        tuple(name for name in updates if name not in record.sown),
-        {name: describe(updates[name], LONGEST) for name in updates if name in record.sown},
+        tuple(name for name in written if name not in record.sown),
+        {name: describe(updates[name], LONGEST) for name in written if name in record.sown},
         (
-            *(note.text for note in of_mode(entry.name, prepared, prepared.mode_of(record), CallTrace())),
-            *(note for note, said in ((LOOP, loops(program)), (NO_COUNT, whole.forward is None)) if said),
+            *(note.text for note in of_mode(entry.name, prepared, mode, CallTrace())),
+            *(note for note, said in ((LOOP, loops), (NO_COUNT, whole.forward is None)) if said),
         ),
     )
-
-
-def _updates(model: Model, traced: Any, record: CallTrace) -> dict[str, Any]:
-    """Collection → shapes of what the call writes there."""
-    _, updates = traced.out_info
-    return {name: updates[name] for name in sorted(model.commit(updates, record).changed) if name in updates}
 
 
 def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> frozenset[Any]:
@@ -133,9 +125,6 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     Raises:
       FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
     """
-    from ..base.text import bytes_, plural
-    from ..models.switch import WHEN_TRAINING
-
     first = prepare_init(name, model, call)
     prepared = prepare(name, model, Call(call.method, first.args, first.kwargs, call.text), None)
     variables: Mapping[str, Any]

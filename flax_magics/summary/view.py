@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import treescope  # type: ignore[import-untyped]
 from rich.cells import cell_len
@@ -18,39 +17,36 @@ from ..models.calls import Path
 from ..report.facts import Row as Fact
 from ..report.html import render, shown_bundle
 from ..report.text import columns
-from .modules import Module, Size, sizes
-
-if TYPE_CHECKING:
-    from .modules import Array
+from .modules import Array, Module, Size, sizes, total
 
 
-def summary_html(found: Summary, depth: int | None = None) -> str:
+def summary_html(summary: Summary, depth: int | None = None) -> str:
     """What `%flax_summary` shows: each row folds. At first those with others inside are open, as deep as the text goes."""
-    root = tree(found)
+    root = tree(summary)
     deep = shown_depth(root, depth)
 
     def node(row: ModuleRow, level: int) -> dict[str, object]:
         return {
             "name": row.name,
             "cls": row.cls,
-            "cells": cells(found, row),
-            "said": details(found, row),
+            "cells": cells(summary, row),
+            "said": details(summary, row),
             "rows": [node(part, level + 1) for part in row.rows],
             "open": bool(row.rows) and level < deep,
         }
 
     context: dict[str, object] = {
-        "heading": [part for part in heading(found) if part],
-        "labels": labels(found),
+        "heading": [part for part in heading(summary) if part],
+        "labels": labels(summary),
         "root": node(root, 0),
-        "facts": facts(found),
+        "facts": facts(summary),
     }
     return render("summary.html", context)
 
 
-def summary_bundle(found: Summary, depth: int | None, style: str) -> dict[str, Any]:
+def summary_bundle(summary: Summary, depth: int | None, style: str) -> dict[str, Any]:
     """The MIME bundle of a summary; for `depth` see `summary.summary_text`."""
-    return shown_bundle(summary_text(found, depth), lambda: summary_html(found, depth), style)
+    return shown_bundle(summary_text(summary, depth), lambda: summary_html(summary, depth), style)
 
 
 def tree_bundle(name: str, variables: Any, style: str) -> dict[str, Any]:
@@ -59,8 +55,18 @@ def tree_bundle(name: str, variables: Any, style: str) -> dict[str, Any]:
     Raises:
       FlaxMagicsError: there are none.
     """
-    check(name, variables)
-    return shown_bundle(tree_text(variables), lambda: tree_html(variables), style)
+    if variables is None:
+        raise FlaxMagicsError(f"`{name}` has no variables yet that a tree could show.", form=f"%flax_init {name}(…)")
+
+    def html() -> str:
+        with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
+            return str(treescope.render_to_html(variables, ignore_exceptions=True))
+
+    with warnings.catch_warnings():
+        # To know things by their names treescope looks at all that NumPy has, and NumPy warns of what it will drop.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        text = clean_lines(treescope.render_to_text(variables, ignore_exceptions=True))
+        return shown_bundle("\n".join(text), html, style)
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,14 +126,11 @@ class Summary:
         return sizes(a for m in self.modules if m.path[: len(path)] == path for a in m.arrays)
 
     def __repr__(self) -> str:
-        from ..base.text import count, plural
-
         flops = "" if self.flops is None else f", {count(self.flops)} FLOPs"
         modules = plural(len(self.modules), "module")
         return f"<Summary of {self.call or self.name}: {modules}, {plural(self.parameters, 'parameter')}{flops}>"
 
     def __str__(self) -> str:
-
         return summary_text(self)
 
 
@@ -198,12 +201,8 @@ def tree(summary: Summary) -> ModuleRow:
 
 def _alike(row: ModuleRow) -> object:
     """Equal for rows that differ in their own name alone."""
-    inside = tuple((part.name, _alike(part)) for part in row.rows)
-    module = row.module
-    if module is None:
-        return (row.cls, inside)
-    return (row.cls, module.calls, module.inputs, module.outputs, module.arrays, module.streams, row.flops,
-            row.vjp_flops, inside)  # fmt: skip
+    module = None if row.module is None else replace(row.module, path=())
+    return (row.cls, module, tuple((part.name, _alike(part)) for part in row.rows))
 
 
 def fold(rows: Sequence[ModuleRow]) -> Iterator[ModuleRow]:
@@ -228,21 +227,14 @@ def _folded(rows: Sequence[ModuleRow], turn: int) -> ModuleRow:
     times, first, last = len(rows) // turn, rows[0], rows[-1]
     name = f"{first.name}{', ' if len(rows) == 2 else ' … '}{last.name}"
     if turn == 1:
-        return ModuleRow(name, f"{times} × {first.cls}".rstrip(" ×"), first.module, first.sizes, first.flops,
-                   first.vjp_flops, first.rows, first.path)  # fmt: skip
+        return replace(first, name=name, cls=f"{times} × {first.cls}".rstrip(" ×"))
     one = rows[:turn]
-    names: dict[str, Size] = {}
-    for row in one:
-        for collection, size in row.sizes.items():
-            names[collection] = names[collection] + size if collection in names else size
+    sizes: dict[str, Size] = {}
+    for collection, size in (item for row in one for item in row.sizes.items()):
+        sizes[collection] = sizes.get(collection, Size()) + size
     kinds = ", ".join(row.cls or row.name for row in one)
-    flops, both = _sum([row.flops for row in one]), _sum([row.vjp_flops for row in one])
-    return ModuleRow(name, f"{times} × ({kinds})", None, names, flops, both, tuple(one), first.path)
-
-
-def _sum(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
+    flops, both = total([row.flops for row in one]), total([row.vjp_flops for row in one])
+    return ModuleRow(name, f"{times} × ({kinds})", None, sizes, flops, both, tuple(one), first.path)
 
 
 def heading(summary: Summary) -> tuple[str, ...]:
@@ -266,12 +258,12 @@ def primary(summary: Summary) -> str:
 def cells(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
     """The numbers of a row, as many as there are `labels`."""
     size = row.sizes.get(primary(summary))
-    found = ["", ""] if size is None else [number(size.elements), bytes_(size.bytes)]
+    numbers = ["", ""] if size is None else [number(size.elements), bytes_(size.bytes)]
     if summary.flops is not None:
-        found.append(number(row.flops))
+        numbers.append(number(row.flops))
     if summary.vjp_flops is not None:
-        found.append(number(row.vjp_flops))
-    return tuple(found)
+        numbers.append(number(row.vjp_flops))
+    return tuple(numbers)
 
 
 def number(value: int | None) -> str:
@@ -284,24 +276,24 @@ def details(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
     module = row.module
     if module is None:
         return ()
-    found = []
+    said = []
     if module.calls:
         inputs = clean(module.inputs) or "nothing"
-        found.append(f"{inputs} → {clean(module.outputs)}")
+        said.append(f"{inputs} → {clean(module.outputs)}")
     elif summary.call:
-        found.append("not called")
+        said.append("not called")
     if module.calls > 1:
-        found.append(f"{module.calls} calls")
+        said.append(f"{module.calls} calls")
     for collection, size in row.sizes.items():
-        own = [array for array in module.arrays if array.collection == collection]
+        arrays = [array for array in module.arrays if array.collection == collection]
         many = "" if collection == primary(summary) else f" {number(size.elements)}, {bytes_(size.bytes)}"
-        if own and collection != "RngState":
-            found.append(f"{clean(collection)}{many}: {', '.join(map(spell, own))}")
+        if arrays and collection != "RngState":
+            said.append(f"{clean(collection)}{many}: {', '.join(map(spell, arrays))}")
         elif many:
-            found.append(f"{clean(collection)}{many}")
+            said.append(f"{clean(collection)}{many}")
     if module.streams:
-        found.append(f"takes {clean(', '.join(module.streams))}")
-    return tuple(found)
+        said.append(f"takes {clean(', '.join(module.streams))}")
+    return tuple(said)
 
 
 def spell(array: Array) -> str:
@@ -390,30 +382,3 @@ def _line(left: str, figures: Sequence[str], widths: Sequence[int]) -> str:
     room = WIDTH - sum(widths) - 2 * len(widths)
     right = "".join("  " + " " * (wide - cell_len(text)) + text for text, wide in zip(figures, widths, strict=True))
     return (left + " " * (room - cell_len(left)) + right).rstrip()
-
-
-def check(name: str, variables: Any) -> None:
-    """Raises FlaxMagicsError if there are no variables."""
-    if variables is None:
-        raise FlaxMagicsError(f"`{name}` has no variables yet that a tree could show.", form=f"%flax_init {name}(…)")
-
-
-def tree_text(variables: Any) -> str:
-    """The tree as text."""
-    with _unwarned():
-        return "\n".join(clean_lines(treescope.render_to_text(variables, ignore_exceptions=True)))
-
-
-def tree_html(variables: Any) -> str:
-    """The tree as HTML. A part that cannot be rendered is named, and the rest stands."""
-    with _unwarned(), treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
-        html: str = treescope.render_to_html(variables, ignore_exceptions=True)
-    return html
-
-
-@contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
-    """To know things by their names treescope looks at all that NumPy has, and NumPy warns of what it will drop."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from flax_magics.cells.journal import ExecutedCell, Registered
@@ -18,11 +19,6 @@ def log(*cells):
     ]
 
 
-def test_cells_that_ran_once_are_nobodys_business():
-    found = log(("a", "x = 1"), ("b", "%flax_apply net(x)"))
-    assert reruns(found, {2: ["net(x)"]}, transform) == ()
-
-
 def test_a_cell_that_drew_and_was_run_again():
     found = log(("a", "%flax_apply net(x)"), ("b", "1"), ("a", "%flax_apply net(x)"), ("a", "%flax_apply net(x)"))
     (rerun,) = reruns(found, {1: ["net(x)"], 3: ["net(x)"], 4: ["net(x)"]}, transform)
@@ -31,16 +27,19 @@ def test_a_cell_that_drew_and_was_run_again():
     assert dict(rerun.marks()) == {1: ("cell run again since, as [4]",), 3: ("cell run again since, as [4]",)}
 
 
-def test_one_that_did_not_draw_is_none():
-    found = log(("a", "x = 1"), ("a", "x = 1"))
-    assert reruns(found, {}, transform) == ()
-
-
 def test_an_edited_one():
     found = log(("a", "%flax_apply net(x)"), ("a", "%flax_apply --train net(x)"))
     (rerun,) = reruns(found, {1: ["net(x)"], 2: ["net(x)"]}, transform)
     assert rerun.text == "cell [1] was edited and run again as [2]"
     assert dict(rerun.marks()) == {1: ("cell edited since, as [2]",)}
+
+
+def test_cells_that_ran_once_or_did_not_draw_or_bind_below_are_nobodys_business():
+    draw = ("a", "%flax_apply net(x)")
+    assert reruns(log(("x", "x = 1"), draw), {2: ["net(x)"]}, transform) == ()
+    assert reruns(log(("x", "x = 1"), ("x", "x = 1")), {}, transform) == ()
+    cells = [("x", "x = 1"), draw, ("b", "x = 2"), ("c", "%flax_apply net(x)")]
+    assert reruns(log(*cells), {2: ["net(x)"], 4: ["net(x)"]}, transform) == ()
 
 
 def test_a_variable_that_another_cell_rebound_in_between():
@@ -53,20 +52,19 @@ def test_a_variable_that_another_cell_rebound_in_between():
     }
 
 
-def test_what_the_cell_binds_itself_and_what_it_does_not_use_is_none():
-    cells = [("a", "x = 1\n%flax_apply net(x)"), ("b", "x = 2\nz = 3"), ("a", "x = 1\n%flax_apply net(x)")]
-    (rerun,) = reruns(log(*cells), {1: ["net(x)"], 3: ["net(x)"]}, transform)
-    assert rerun.rebound == {}
-
-
-def test_a_model_that_another_cell_registered_anew():
-    cells = [
-        ("a", "%flax_apply net(x)"),
-        ("m", "%%flaxmodel net = Net()\nclass Net(nn.Module): ..."),
-        ("a", "%flax_apply net(x)"),
-    ]
-    (rerun,) = reruns(log(*cells), {1: ["net(x)"], 3: ["net(x)"]}, transform)
-    assert rerun.rebound == {"net": 2}
+@pytest.mark.parametrize(
+    ("drawing", "between", "rebound"),
+    [
+        ("x = 1\n%flax_apply net(x)", "x = 2\nz = 3", {}),  # the cell binds it itself, or does not use it
+        ("%flax_apply net(x)", "%%flaxmodel net = Net()\nclass Net(nn.Module): ...", {"net": 2}),
+        ("%flax_apply net(x)", "x = = 1", {}),
+        ("%flax_apply net(x)", "%%bash\nx=2", {}),
+    ],
+)
+def test_what_a_cell_in_between_binds(drawing, between, rebound):
+    cells = log(("a", drawing), ("b", between), ("a", drawing))
+    (rerun,) = reruns(cells, {1: ["net(…)"], 3: ["net(…)", "net(x)"]}, transform)
+    assert rerun.rebound == rebound
 
 
 def test_without_ids_it_is_said_of_the_text_alone():
@@ -74,12 +72,6 @@ def test_without_ids_it_is_said_of_the_text_alone():
     (rerun,) = reruns(found, {1: ["net(x)"], 2: ["net(x)"], 3: ["net(y)"]}, transform)
     assert rerun.text == "the text of cell [1] was run again as [2]"
     assert dict(rerun.marks()) == {1: ("the same text run again since, as [2]",)}
-
-
-def test_a_cell_that_is_no_python_binds_nothing():
-    cells = [("a", "%flax_apply net(x)"), ("b", "x = = 1"), ("c", "%%bash\nx=2"), ("a", "%flax_apply net(x)")]
-    (rerun,) = reruns(log(*cells), {1: ["net(…)"], 4: ["net(…)", "net(x)"]}, transform)
-    assert rerun.rebound == {}
 
 
 def test_one_that_drew_once_and_is_the_same_draws_once_in_run_all_too():
@@ -114,11 +106,6 @@ def test_nor_is_it_anything_in_between_unless_another_had_bound_since():
     assert rerun.rebound == {}
     (rerun,) = reruns(log(one, two, draw, one, draw), {3: ["net(x)"], 5: ["net(x)"]}, transform)
     assert rerun.rebound == {"x": 4}
-
-
-def test_what_another_cell_binds_below_is_nobodys_business():
-    cells = [("x", "x = 1"), ("a", "%flax_apply net(x)"), ("b", "x = 2"), ("c", "%flax_apply net(x)")]
-    assert reruns(log(*cells), {2: ["net(x)"], 4: ["net(x)"]}, transform) == ()
 
 
 def test_run_again_and_rebound_since():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ import pytest
 from alone import run_alone
 from exporting import exported, printed
 
-RUFF = shutil.which("ruff", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
+from flax_magics.cells.names import Free
+from flax_magics.export.writer import LineWriter
 
-pytestmark = pytest.mark.skipif(RUFF is None, reason="ruff is not installed; it comes with the extra dev")
+RUFF = shutil.which("ruff", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 
 CELLS = [
     """\
@@ -62,6 +64,7 @@ class Module(nnx.Module):
 ]
 
 
+@pytest.mark.skipif(RUFF is None, reason="ruff is not installed; it comes with the extra dev")
 def test_the_file_is_as_ruff_formats_it_and_prints_what_the_shown_script_prints(notebook, tmp_path):
     for cell in CELLS:
         notebook(cell)
@@ -80,3 +83,26 @@ def test_where_nothing_formats_the_file_is_what_is_shown(notebook, tmp_path, mon
     notebook("net = nn.Dense(2)\n%flaxmodel net\ny = %flax_apply net(x)")
     notebook(f"%flax_export -q {tmp_path / 'session.py'}")
     assert (tmp_path / "session.py").read_text().startswith(exported(notebook))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "y = apply(variables, x)",
+        f"    return network.apply(variables, batch, train=True, rngs={{'dropout': key}}, method={'e' * 12!r})",
+        f"result = apply(variables, {', '.join(f'argument_{i}=value_{i}' for i in range(9))})",
+        f"updates = {{'BatchStat': {{{', '.join(f'{i}: net.norm_{i}.mean' for i in range(4))}}}, 'Count': net.count}}",
+        f"net.init(params_key, *[f(a, b) for a in x], method=lambda module, *args: module.{'e' * 20}(*args))",
+        f"a_rather_long_name_for_a_key = jax.random.fold_in(root_key, 0xEFE2A5C0)  # stream {'n' * 12!r}",
+        f"print_digest('a label, with commas (and brackets)', apply({', '.join(['a_long_name'] * 6)}))",
+        f"def train({', '.join(f'parameter_{i}' for i in range(9))}): pass",
+        f"flat = traverse_util.flatten_dict(net.init({', '.join(f'argument_{i}' for i in range(8))}))",
+    ],
+)
+@pytest.mark.parametrize("column", [0, 8])
+def test_our_own_lines_keep_to_88_columns_and_mean_the_same(line, column):
+    lines = LineWriter(Free(set())).fitted([line.removesuffix(" pass")], column)
+    assert max(map(len, lines)) <= 88 - column
+    text = "\n".join(lines) + (" pass" if line.endswith(" pass") else "")
+    assert ast.dump(ast.parse(text.strip())) == ast.dump(ast.parse(line.strip()))
+    assert (lines == [line]) == (len(line) <= 88 - column)

@@ -60,11 +60,6 @@ def each(xs):
         "net = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2), nn.Dropout(.5, deterministic=False)])\n%flaxmodel net",
         "y = %flax_apply --eval net(x)\ny = %flax_apply --train net(x)",
     ],
-    "names of the user's own that are ours": [
-        NET,
-        "def apply(a): return a\ntrain, variables, updates, root_key, result, hashlib, np = range(7)\n"
-        "def print_digest(a): print(a)\ny = %flax_apply net(x)\ny = %flax_apply --train net(x)\nprint_digest(apply(train))",
-    ],
     "switches without a value, and an init by itself": [
         NET.replace("train=False)", "train)"),
         "v = %flax_init net(x)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from exporting import assert_same, printed
+from exporting import NORMED, assert_same, printed
 
 MODEL = """\
 %%flaxmodel
@@ -18,18 +18,6 @@ class MyModel(nn.Module):
 
 my_model = MyModel(num_neurons=3, training=False)
 """
-
-NORMED = """\
-%%flaxmodel
-class Normed(nn.Module):
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.BatchNorm(use_running_average=not train)(x)
-    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
-
-normed = Normed()
-"""
-
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
@@ -342,10 +330,11 @@ def test_the_notebook_of_the_sharp_bits_is_the_code_that_it_has_by_hand(notebook
 
 def test_names_of_the_users_own_are_left_alone(notebook, tmp_path):
     notebook(MODEL)
-    notebook("root_key, variables, apply, np, updates = 1, 2, 3, 4, 5")
-    notebook("y = %flax_apply my_model(x)")
-    notebook("print(root_key, variables, apply)")
+    notebook("train, variables, updates, root_key, result, hashlib, np = range(7)\ndef apply(a): return a")
+    notebook("def print_digest(a): print(a)\ny = %flax_apply my_model(x)\ny = %flax_apply --train my_model(x)")
+    notebook("print_digest(apply(train))\nprint(root_key, variables, apply)")
     script = assert_same(notebook, tmp_path)
+    assert notebook.session.export().unexported == ()
     assert "session_root_key, session_params_key, session_dropout_key = " in script
     assert "my_model_variables = my_model.init(session_params_key, x)\n" in script
 

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from exporting import digests_of, exported, printed
+from exporting import NORMED, digests_of, exported, printed
 
 import flax_magics
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
-NORMED = """\
-%%flaxmodel
-class Normed(nn.Module):
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.BatchNorm(use_running_average=not train)(x)
-    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
-
-normed = Normed()
-"""
 HELD = """\
 %%flaxmodel held = Held()
 class Held(nnx.Module):
@@ -95,8 +85,7 @@ def test_what_ran_before_is_in_no_history_any_more_and_nnx_has_no_lines(notebook
     said = (
         "# Left out: the variables of `held` came from `s.safetensors`, and those of an NNX model have no lines yet.\n"
     )
-    assert (
-        "# Left out: the history of its run is gone: %flax_load brought another.\n# y = %flax_apply held(x)\n" in script
-    )
+    gone = "# Left out: the history of its run is gone: %flax_load brought another.\n# y = %flax_apply held(x)\n"
+    assert gone in script
     assert f"{said}# z = %flax_apply held(x)\n" in script
     assert printed(script, tmp_path) == []

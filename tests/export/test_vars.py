@@ -22,25 +22,19 @@ class Net(nnx.Module):
 """
 
 
-def test_variables_that_were_given_and_taken(notebook, tmp_path):
-    notebook(MODEL)
-    notebook("variables = %flax_init net(x)")
-    notebook(TRAINED + "%flax_vars net = {**variables, 'params': params}")
-    notebook("%flax_apply --train net(x)")
-    notebook("taken = %flax_vars net\nprint(sorted(taken))")
-    notebook("%flax_apply net(x)")
-    script = assert_same(notebook, tmp_path)
-    assert "\nnet_variables = {**variables, 'params': params}\n" in script
-    assert "\ntaken = net_variables\nprint(sorted(taken))\n" in script
-
-
-def test_the_line_that_a_message_writes_for_params_alone(notebook, tmp_path):
+def test_variables_that_were_given_as_a_message_writes_it_too_and_taken(notebook, tmp_path):
     notebook(MODEL)
     notebook("variables = %flax_init net(x)")
     message = notebook.fails(TRAINED + "%flax_vars net = {'params': params}")
     notebook(message.partition("write: ")[2])
+    notebook("%flax_apply net(x)\n%flax_vars net = {**variables, 'params': params}")
+    notebook("%flax_apply --train net(x)")
+    notebook("taken = %flax_vars net\nprint(sorted(taken))")
     notebook("%flax_apply net(x)")
-    assert "\nnet_variables = {**net_variables, **{'params': params}}\n" in assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path)
+    assert "\nnet_variables = {**net_variables, **{'params': params}}\n" in script
+    assert "\nnet_variables = {**variables, 'params': params}\n" in script
+    assert "\ntaken = net_variables\nprint(sorted(taken))\n" in script
 
 
 def test_an_nnx_module_is_updated(notebook, tmp_path):

@@ -368,11 +368,11 @@ def test_fifty_equal_blocks_are_lowered_once(monkeypatch):
                 x, _ = Block()(x)
             return x
 
-    from flax_magics.summary import flops
+    from flax_magics.summary import modules
 
     lowered: list[Any] = []
-    count = flops._flops
-    monkeypatch.setattr(flops, "_flops", lambda function, shapes: lowered.append(shapes) or count(function, shapes))
+    count = modules._flops
+    monkeypatch.setattr(modules, "_flops", lambda function, shapes: lowered.append(shapes) or count(function, shapes))
     summary = summarise(Stack(50), X)
     assert len(summary.modules) == 201
     assert len(lowered) == 5  # the model, a block, its three layers

@@ -21,6 +21,8 @@ ROOT = Path(flax_magics.__file__).parent
 TEXTS = {path: path.read_text("utf-8") for path in sorted(ROOT.rglob("*.py"))}
 ERRORS = {"FlaxMagicsError", *re.findall(r"class (\w+)\(FlaxMagicsError\)", "\n".join(TEXTS.values()))}
 LABELS = ("write", "form", "in your model")
+BUILDER = "_refused"
+"""A function that makes errors for others: the place is where it is called."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def _sites(node: ast.AST, file: str, function: str) -> Iterator[Site]:
     for child in ast.iter_child_nodes(node):
         inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
         name = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
-        if isinstance(child, ast.Call) and _advises(child, file):
+        if isinstance(child, ast.Call) and _advises(child, file) and function != BUILDER:
             says = ast.unparse(child.args[0])[:60] if child.args else ""
             yield Site(file, function, child.lineno, child.end_lineno or child.lineno, says)
         yield from _sites(child, file, name if inside else function)
@@ -62,6 +64,8 @@ def _advises(call: ast.Call, file: str) -> bool:
     keywords = {item.arg for item in call.keywords}
     if name == "Note" and len(call.args) > 2:
         return not isinstance(call.args[2], ast.Starred)  # read from a file: another place has made it
+    if name == BUILDER:
+        return True
     if name in {*ERRORS, "Note"}:
         return bool(keywords & {"write", "form", "edit", None})
     return name == "advice_lines" or (name == "Command" and file == "line/commands.py")
@@ -103,6 +107,8 @@ class Recorder:
 
     def _note(self, found: list[tuple[str, str]], depth: int) -> None:
         frame = sys._getframe(depth)
+        if frame.f_code.co_name == BUILDER:
+            frame = sys._getframe(depth + 1)
         file = Path(frame.f_code.co_filename)
         if file.is_relative_to(ROOT) and file.name != "errors.py":
             name = file.relative_to(ROOT).as_posix()

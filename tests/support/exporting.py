@@ -9,6 +9,17 @@ from alone import run_alone
 
 from flax_magics import session
 
+NORMED = """\
+%%flaxmodel
+class Normed(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
+
+normed = Normed()
+"""
+
 
 def exported(notebook: Any) -> str:
     """The script of a notebook's session, as it is shown: not formatted."""
