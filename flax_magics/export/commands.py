@@ -42,7 +42,7 @@ def _nothing(command: CommandLines) -> list[str]:
 
 def _key(command: CommandLines) -> list[str]:
     """`%flax_key`: shows the root key, restarts it, or draws from it."""
-    writer, options, site, name = command.writer, command.options, command.site, command.site.given.rest
+    writer, options, site, name = command.writer, command.options, command.site, command.site.parsed.rest
     if options["seed"] is not None:
         command.context.assigned.add(writer.root)
         return [writer.start(options["seed"])]
@@ -87,7 +87,7 @@ def _check_history(context: ScriptContext) -> None:
 def _register(command: CommandLines) -> list[str]:
     """`%flaxmodel net = Net(8)`, and what a cell registers by itself."""
     context, writer, site = command.context, command.writer, command.site
-    name, _, written = (part.strip() for part in site.given.rest.partition("="))
+    name, _, written = (part.strip() for part in site.parsed.rest.partition("="))
     lines: list[str] = []
     for registered in context.states if name == MODELS else (name,):
         model = context.models.get(registered)
@@ -123,7 +123,7 @@ def _register(command: CommandLines) -> list[str]:
 def _variables(command: CommandLines) -> list[str]:
     """`%flax_vars`: a model's variables as they are, or others in their place."""
     context, site = command.context, command.site
-    name, equals, value = (part.strip() for part in site.given.rest.partition("="))
+    name, equals, value = (part.strip() for part in site.parsed.rest.partition("="))
     model = context.model(name)
     if model.holds:
         command.writer.needs.add("nnx")

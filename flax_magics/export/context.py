@@ -88,7 +88,7 @@ class RunGroups:
     def shares_in_place(self, site: CommandSite) -> bool:
         """Whether each run of `site` finds the rest of a draw that an init left in the same block just before."""
         indices = self.of_site.get(site, [])
-        if not indices or site.given.options.get("draws") is not None:
+        if not indices or site.parsed.options.get("draws") is not None:
             return False
         for index in indices:
             init = self.made_by.get(self.leader.get(index, -1))
@@ -110,7 +110,7 @@ class RunGroups:
             if other is None or not self.shares_in_place(other):
                 continue
             facts = self.runs[after].spelling or ExportFacts()
-            streams += [*other.given.options["key"], *facts.streams]
+            streams += [*other.parsed.options["key"], *facts.streams]
             taken = taken or facts.taken
         return tuple(dict.fromkeys(streams)), taken
 
@@ -194,8 +194,8 @@ class ScriptContext:
 
     def is_conditional(self, site: CommandSite) -> bool:
         """Whether some runs of a place initialise and others do not, so that the script has to look."""
-        made = [_initialises(self.groups.runs[index]) for index in self.groups.of_site.get(site, [])]
-        return bool(site.path) and any(made) and (len(made) == 1 or not all(made))
+        initialises = [_initialises(self.groups.runs[index]) for index in self.groups.of_site.get(site, [])]
+        return bool(site.path) and any(initialises) and (len(initialises) == 1 or not all(initialises))
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
         """These runs have no lines: models whose variables they made or changed are lost."""
@@ -223,7 +223,7 @@ class CommandLines:
 
     def __init__(self, context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> None:
         self.context, self.site, self.indices = context, site, indices
-        self.writer, self.options = context.writer, site.given.options
+        self.writer, self.options = context.writer, site.parsed.options
         self.runs = [context.groups.runs[index] for index in indices]
 
     @property

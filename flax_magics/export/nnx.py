@@ -175,8 +175,8 @@ def _rngs(command: CommandLines, keys: Mapping[str, str]) -> str:
     if not facts.handed:
         return ""
     command.writer.needs.add("nnx")
-    own = facts.held - {"params", "dropout"}
-    return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in own)})"
+    in_module = facts.held - {"params", "dropout"}
+    return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in in_module)})"
 
 
 def _mode_lines(command: CommandLines, module: str, *, back: bool = False) -> list[str]:

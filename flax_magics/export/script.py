@@ -37,8 +37,8 @@ class RootKeyTracker:
     def before(self, statement: ExecutedStatement) -> list[str]:
         """The lines that bring the root key to where the runs of `statement` find it; none where it is there."""
         site, groups, writer = statement.site, self.context.groups, self.context.writer
-        if site is not None and site.name == "flax_key" and site.given.options["seed"] is not None:
-            self.at = site.given.options["seed"], 0
+        if site is not None and site.name == "flax_key" and site.parsed.options["seed"] is not None:
+            self.at = site.parsed.options["seed"], 0
             return []
         drawn = [index for index, site in statement.made if site is not None and not groups.runs[index].replayed]
         if not drawn:
@@ -389,9 +389,9 @@ def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedState
 
 def _read_by(site: CommandSite) -> set[str]:
     """Names that the line of a command reads."""
-    texts = [site.given.options.get("variables") or ""]
+    texts = [site.parsed.options.get("variables") or ""]
     if site.name in ("flax_apply", "flax_init", "flax_vars", "flaxmodel"):
-        texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.given.rest))
+        texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.parsed.rest))
     names: set[str] = set()
     for text in texts:
         try:
@@ -403,9 +403,9 @@ def _read_by(site: CommandSite) -> set[str]:
 
 def assigned_by(site: CommandSite | None) -> Iterable[str]:
     """The model whose variables `%flax_vars net = …` sets."""
-    if site is None or site.name != "flax_vars" or "=" not in site.given.rest:
+    if site is None or site.name != "flax_vars" or "=" not in site.parsed.rest:
         return ()
-    return (site.given.rest.partition("=")[0].strip(),)
+    return (site.parsed.rest.partition("=")[0].strip(),)
 
 
 def _assigns_variables(statement: ast.stmt) -> bool:
