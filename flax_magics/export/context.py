@@ -1,4 +1,4 @@
-"""What all that writes lines for commands has before it: models, runs and names of the script, and the command at hand."""
+"""The script as far as it is written: its models, runs and names; and the command whose lines are being written."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class ScriptModel:
 
 
 class RunGroups:
-    """The runs of a session with what they have to do with each other.
+    """The runs of a session: the places in its cells that made them, and which of them share a draw.
 
     Attributes:
       runs: all of them.
-      versions: what is equal for runs of a model whose code, and all that it reads, was the same.
+      versions: for each run a value that is the same where the model's code, and all that it reads, was the same.
       made_by: run → the place that made it, for those that a place explains.
       of_site: place → its runs, by index.
       versions_at: place → for each statement that ran it, the versions in its runs.
@@ -219,7 +219,7 @@ KeyNames = Callable[[str], str]
 
 
 class CommandLines:
-    """The command at hand: its place with its runs, and what its lines are made of."""
+    """One command of a cell with the runs that it made, and the parts of which its lines are put together."""
 
     def __init__(self, context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> None:
         self.context, self.site, self.indices = context, site, indices
@@ -279,7 +279,7 @@ class CommandLines:
     # -- the keys of its draw
 
     def keys(self) -> tuple[list[str], KeyNames, str]:
-        """The lines that make its keys; the variable of each stream's; and that of the `params` key for an init."""
+        """The lines that make its keys, which variable holds each stream's key, and the one that an init is given."""
         context, writer, facts, size = self.context, self.writer, self.facts, self.options["draws"]
         streams = (*facts.streams, *self.options["key"])
         if size is not None and facts.taken and "params" in streams:

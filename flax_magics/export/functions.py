@@ -148,8 +148,8 @@ class Function:
     """A function of the script.
 
     Attributes:
-      version: of the model's code when it was defined: see `RunGroups.version`. It is traced once, so that for another
-        it has to be defined again.
+      version: of the model's code when it was defined: see `RunGroups.versions`. JAX traces it once, so that for another
+        version it has to be defined again.
       used: the last cell, by number, that calls it.
     """
 
