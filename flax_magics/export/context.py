@@ -14,7 +14,7 @@ from ..cells.names import is_of_the_notebook
 from ..line.call import CallExpression
 from ..run import ExportFacts, Run
 from .cells import CellRun, CommandSite
-from .functions import CannotSay, JittedFunction, verb_of
+from .functions import CannotSay, JittedFunction
 from .writer import WIDTH, LineWriter, indented, label_of
 
 
@@ -330,14 +330,22 @@ class CommandLines:
         lines = [f"{', '.join(names.values())} = {empty}", f"for _ in range({size}):", *indented(body, writer.unit)]
         return lines, names.__getitem__, f"{names.get('params', '')}[0]"
 
+    def draw_of_init(self) -> list[str]:
+        """The draw of an init, with the keys that the apply after it takes of it too."""
+        streams, taken = self.context.groups.folded_later(self.site)
+        return self.writer.draw(streams, taken=taken, stay=self.context.groups.stays(self.site))
+
     # -- its function
 
     def jitted(
         self, decorator: str, parameters: Sequence[str], static: Sequence[str], body: Sequence[str], *, mode: str = ""
     ) -> JittedFunction:
         """The function that it calls; `mode` where that is not part of it."""
-        model = self.model.name
-        verb = verb_of(mode or self.site.mode, self.call.method)
+        model, method, mode = self.model.name, self.call.method, mode or self.site.mode
+        # `train`, `evaluate`, `apply`, `encode`, `train_encode`
+        verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
+        if method:
+            verb = method[-1] if mode == "as written" else f"{verb}_{method[-1]}"
         verb += "" if self.options["draws"] is None else "_draws"
         # With several models each function is called after its own.
         several = len({run.model for run in self.context.groups.runs if run.command == "apply"}) > 1

@@ -31,8 +31,7 @@ def build_again(command: CommandLines) -> list[str]:
         lines, key, params = command.replayed_keys(("params", "dropout"))
         dropout = key("dropout")
     else:
-        streams, taken = context.groups.folded_later(site)
-        lines = writer.draw(streams, taken=taken, stay=context.groups.stays(site))
+        lines = command.draw_of_init()
         params, dropout = writer.params, writer.dropout
         context.assigned |= {writer.root, params, dropout}
     lines += _rebuilt(command, command.runs[-1], params, dropout)

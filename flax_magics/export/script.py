@@ -14,7 +14,7 @@ import jax
 from ..cells.journal import Load, Registered
 from ..cells.names import binds, reads
 from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, begin, blocks, end
-from .commands import SESSION_VARIABLES, lines_of_command
+from .commands import LINES, SESSION_VARIABLES
 from .context import CommandLines, ScriptContext
 from .edit import Edit, commented, lines_of_statement
 from .functions import CannotSay, Function, JittedFunction
@@ -230,8 +230,11 @@ class Script:
         reason = context.names.missing(_read_by(site))
         if reason is not None:
             raise reason
+        context.assigned = set()
         try:
-            lines = lines_of_command(CommandLines(context, site, indices))
+            if site.name not in LINES:
+                raise CannotSay("what it does has no lines in a script")
+            lines = LINES[site.name](CommandLines(context, site, indices))
         except CannotSay as error:
             if indices or not site.path or not site.draws:
                 raise

@@ -91,10 +91,6 @@ class LineWriter:
             return f"{self.quote}{inner}{self.quote}"
         return plain
 
-    def texts(self, values: Iterable[str]) -> str:
-        """A list of string literals."""
-        return "[" + ", ".join(map(self.text, values)) + "]"
-
     def variable(self, name: str, other: str | None = None) -> str:
         """The variable of ours that is called so, or `other` where that name is not free."""
         if name not in self.spare:
