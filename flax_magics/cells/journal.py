@@ -182,8 +182,8 @@ class Journal:
         """All executions so far, the running one last; those from before this journal as the shell's history has them."""
         # The number that IPython shows: 7.34 counts after the cell, 9 before it.
         number = shell.displayhook.prompt_count if self._open else shell.execution_count
-        out = self.so_far(number)
-        known = {cell.number for cell in out}
+        told = self.so_far(number)
+        known = {cell.number for cell in told}
         history = list(getattr(shell.history_manager, "input_hist_raw", ()))
         failed = getattr(shell.history_manager, "exceptions", {})  # IPython 9 keeps them
         earlier = [
@@ -192,7 +192,7 @@ class Journal:
             if n and n not in known and n < number
         ]
         # Stable: cells without a number stay where they are.
-        return _in_order(earlier, out)
+        return _in_order(earlier, told)
 
 
 def load_of(file: str, restored: Any) -> Load:
@@ -204,19 +204,19 @@ def load_of(file: str, restored: Any) -> Load:
 def state_of(file: str) -> tuple[int, int] | None:
     """When a file was written, in ns, and its size in bytes; None where there is none."""
     try:
-        found = Path(file).expanduser().stat()
+        status = Path(file).expanduser().stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return status.st_mtime_ns, status.st_size
 
 
-def _in_order(earlier: list[ExecutedCell], kept: list[ExecutedCell]) -> list[ExecutedCell]:
-    out: list[ExecutedCell] = []
-    for cell in kept:
+def _in_order(earlier: list[ExecutedCell], told: list[ExecutedCell]) -> list[ExecutedCell]:
+    cells: list[ExecutedCell] = []
+    for cell in told:
         while earlier and cell.number is not None and (earlier[0].number or 0) < cell.number:
-            out.append(earlier.pop(0))
-        out.append(cell)
-    return out + earlier
+            cells.append(earlier.pop(0))
+        cells.append(cell)
+    return cells + earlier
 
 
 _cells: Callable[[], NotebookCells] | None = None
@@ -260,8 +260,8 @@ def failing_line(error: BaseException) -> int | None:
         code = trace.tb_frame.f_code
         top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # IPython 7
         # An argument of a command is code of its own, on one line; a file that is imported has other globals.
-        own = trace.tb_frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
-        if top and own:
+        in_cell = trace.tb_frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
+        if top and in_cell:
             line = trace.tb_lineno
         trace = trace.tb_next
     return line

@@ -20,8 +20,8 @@ def reads(node: ast.stmt) -> set[str]:
     updated = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
     text = ast.unparse(ast.fix_missing_locations(ast.Module([node], [])))
     # In a function a comprehension's own variables are no globals, on Python 3.12 and after too.
-    own = sorted(assigned_names(node))
-    lines = ["async def cell():", *([f" global {', '.join(own)}"] if own else []), textwrap.indent(text, " ")]
+    assigned = sorted(assigned_names(node))
+    lines = ["async def cell():", *([f" global {', '.join(assigned)}"] if assigned else []), textwrap.indent(text, " ")]
     try:
         table = symtable.symtable("\n".join(lines), "<cell>", "exec")
     except SyntaxError:  # `from … import *`, and whatever else has its place at the top alone
@@ -71,10 +71,10 @@ def _mentioned(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, (ast.Global, ast.Nonlocal)):
         yield from node.names
     for child in ast.iter_child_nodes(node):
-        own: set[str] = set()
+        methods_own: set[str] = set()
         if isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))}
-        yield from (name for name in _mentioned(child) if name not in own)
+            methods_own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))}
+        yield from (name for name in _mentioned(child) if name not in methods_own)
 
 
 def is_of_the_notebook(name: str) -> bool:

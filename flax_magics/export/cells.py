@@ -33,7 +33,7 @@ class CommandSite:
     Attributes:
       statement: the statement that it is, in the cell's syntax tree.
       name: of the command, such as `flax_apply`.
-      given: its options and what follows them, read.
+      parsed: its options and what follows them, read.
       call: its call, where it takes one.
       target: what stands left of its value, with the sign: `y =`, `total +=`; empty if nothing does.
       path: the compound statements and functions that it is inside, outermost first.
@@ -43,7 +43,7 @@ class CommandSite:
 
     statement: ast.stmt
     name: str
-    given: LineOptions
+    parsed: LineOptions
     call: CallExpression | None
     target: str
     path: tuple[ast.stmt, ...]
@@ -61,7 +61,7 @@ class CommandSite:
     def draws(self) -> bool:
         """Whether a run comes of it."""
         if self.name == "flax_key":
-            return bool(self.given.rest)
+            return bool(self.parsed.rest)
         return self.name in ("flax_apply", "flax_init")
 
     @property
@@ -77,18 +77,18 @@ class CommandSite:
         """The mode of its runs, as a Run says it; empty where a run has none."""
         if self.name != "flax_apply":
             return ""
-        options = self.given.options
+        options = self.parsed.options
         return "train" if options["train"] else "eval" if options["eval"] else "as written"
 
     def matches(self, run: Run) -> bool:
         """Whether `run` may be one of this place."""
         if self.name == "flaxmodel":
-            return is_build(run) and self.given.rest.partition("=")[0].strip() in (run.model, MODELS)
+            return is_build(run) and self.parsed.rest.partition("=")[0].strip() in (run.model, MODELS)
         if run.command != self.name.removeprefix("flax_"):
             return False
         if run.command == "key":
-            return run.call == self.given.rest
-        options = self.given.options
+            return run.call == self.parsed.rest
+        options = self.parsed.options
         if self.call is None or run.call not in (self.call.call, self.call.text):
             return False
         if run.replayed != (options["draw"] is not None):
@@ -237,8 +237,8 @@ def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> Cell
                 command = COMMANDS.get(f"%{name}") or COMMANDS.get(f"%%{name}")
                 try:
                     if command is not None:
-                        name, given, call = _read_line(name, command, line)
-                        site = CommandSite(statement, name, given, call, target, path, line, offset)
+                        name, parsed, call = _read_line(name, command, line)
+                        site = CommandSite(statement, name, parsed, call, target, path, line, offset)
                         source.sites[statement] = site
                         continue
                 except FlaxMagicsError:  # a line that the command refused, which ended the cell
@@ -258,11 +258,11 @@ def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> Cell
 
 def _read_line(name: str, command: Command, line: str) -> tuple[str, LineOptions, CallExpression | None]:
     """What a command's line asks for: `help` or the command itself, its options, and its call where it takes one."""
-    given = read(command, line if command.takes == "call" else line.rstrip("; "))
-    if given.help or (not given.rest and name in ("flax_apply", "flax_init")):
-        return "help", given, None
-    bare = name == "flax_summary" and given.rest.rstrip("; ").isidentifier()
-    return name, given, parse_call(given.rest, command.name) if command.takes == "call" and not bare else None
+    parsed = read(command, line if command.takes == "call" else line.rstrip("; "))
+    if parsed.help or (not parsed.rest and name in ("flax_apply", "flax_init")):
+        return "help", parsed, None
+    bare = name == "flax_summary" and parsed.rest.rstrip("; ").isidentifier()
+    return name, parsed, parse_call(parsed.rest, command.name) if command.takes == "call" and not bare else None
 
 
 def _statements(body: list[ast.stmt], path: tuple[ast.stmt, ...]) -> Iterator[tuple[ast.stmt, tuple[ast.stmt, ...]]]:

@@ -21,18 +21,6 @@ SESSION_VARIABLES = re.compile(r"flax_magics\.session\(\)\.models\[(['\"])(\w+)\
 """A model's variables, as messages write them."""
 
 
-def lines_of_command(command: CommandLines) -> list[str]:
-    """The lines for a command.
-
-    Raises:
-      CannotSay: it cannot be written.
-    """
-    command.context.assigned = set()
-    if command.site.name not in LINES:
-        raise CannotSay("what it does has no lines in a script")
-    return LINES[command.site.name](command)
-
-
 def _nothing(command: CommandLines) -> list[str]:
     """A command that leaves the session as it was."""
     if command.site.target:
@@ -42,7 +30,7 @@ def _nothing(command: CommandLines) -> list[str]:
 
 def _key(command: CommandLines) -> list[str]:
     """`%flax_key`: shows the root key, restarts it, or draws from it."""
-    writer, options, site, name = command.writer, command.options, command.site, command.site.given.rest
+    writer, options, site, name = command.writer, command.options, command.site, command.site.parsed.rest
     if options["seed"] is not None:
         command.context.assigned.add(writer.root)
         return [writer.start(options["seed"])]
@@ -87,7 +75,7 @@ def _check_history(context: ScriptContext) -> None:
 def _register(command: CommandLines) -> list[str]:
     """`%flaxmodel net = Net(8)`, and what a cell registers by itself."""
     context, writer, site = command.context, command.writer, command.site
-    name, _, written = (part.strip() for part in site.given.rest.partition("="))
+    name, _, written = (part.strip() for part in site.parsed.rest.partition("="))
     lines: list[str] = []
     for registered in context.states if name == MODELS else (name,):
         model = context.models.get(registered)
@@ -101,10 +89,9 @@ def _register(command: CommandLines) -> list[str]:
     for run in command.runs:
         model = context.models[run.model or name]
         context.lost.pop(run.model or name, None)
-        streams, taken = context.groups.folded_later(site)
         context.assigned |= {writer.root, model.name}
         writer.needs.add("nnx")
-        lines += writer.draw(streams, taken=taken, stay=context.groups.stays(site))
+        lines += command.draw_of_init()
         lines.append(f"{model.name} = {nnx.construction_of(run, writer.params, writer.dropout)}")
         lines += writer.show(label_of(f"{model.name} = {run.call}"), f"nnx.state({model.name})")
     if lines or name == MODELS or not written:
@@ -123,7 +110,7 @@ def _register(command: CommandLines) -> list[str]:
 def _variables(command: CommandLines) -> list[str]:
     """`%flax_vars`: a model's variables as they are, or others in their place."""
     context, site = command.context, command.site
-    name, equals, value = (part.strip() for part in site.given.rest.partition("="))
+    name, equals, value = (part.strip() for part in site.parsed.rest.partition("="))
     model = context.model(name)
     if model.holds:
         command.writer.needs.add("nnx")
@@ -210,4 +197,4 @@ LINES: Mapping[str, Callable[[CommandLines], list[str]]] = {
     "flax_vars": _variables,
     "flaxmodel": _register,
 }
-"""What writes each command; another one is a comment with its reason."""
+"""What writes each command, or raises `CannotSay`; another one is a comment with its reason."""

@@ -1,4 +1,4 @@
-"""What all that writes lines for commands has before it: models, runs and names of the script, and the command at hand."""
+"""The script as far as it is written: its models, runs and names; and the command whose lines are being written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..cells.names import is_of_the_notebook
 from ..line.call import CallExpression
 from ..run import ExportFacts, Run
 from .cells import CellRun, CommandSite
-from .functions import CannotSay, JittedFunction, verb_of
+from .functions import CannotSay, JittedFunction
 from .writer import WIDTH, LineWriter, indented, label_of
 
 
@@ -42,11 +42,11 @@ class ScriptModel:
 
 
 class RunGroups:
-    """The runs of a session with what they have to do with each other.
+    """The runs of a session: the places in its cells that made them, and which of them share a draw.
 
     Attributes:
       runs: all of them.
-      versions: what is equal for runs of a model whose code, and all that it reads, was the same.
+      versions: for each run a value that is the same where the model's code, and all that it reads, was the same.
       made_by: run → the place that made it, for those that a place explains.
       of_site: place → its runs, by index.
       versions_at: place → for each statement that ran it, the versions in its runs.
@@ -88,7 +88,7 @@ class RunGroups:
     def shares_in_place(self, site: CommandSite) -> bool:
         """Whether each run of `site` finds the rest of a draw that an init left in the same block just before."""
         indices = self.of_site.get(site, [])
-        if not indices or site.given.options.get("draws") is not None:
+        if not indices or site.parsed.options.get("draws") is not None:
             return False
         for index in indices:
             init = self.made_by.get(self.leader.get(index, -1))
@@ -110,7 +110,7 @@ class RunGroups:
             if other is None or not self.shares_in_place(other):
                 continue
             facts = self.runs[after].spelling or ExportFacts()
-            streams += [*other.given.options["key"], *facts.streams]
+            streams += [*other.parsed.options["key"], *facts.streams]
             taken = taken or facts.taken
         return tuple(dict.fromkeys(streams)), taken
 
@@ -194,8 +194,8 @@ class ScriptContext:
 
     def is_conditional(self, site: CommandSite) -> bool:
         """Whether some runs of a place initialise and others do not, so that the script has to look."""
-        made = [_initialises(self.groups.runs[index]) for index in self.groups.of_site.get(site, [])]
-        return bool(site.path) and any(made) and (len(made) == 1 or not all(made))
+        initialises = [_initialises(self.groups.runs[index]) for index in self.groups.of_site.get(site, [])]
+        return bool(site.path) and any(initialises) and (len(initialises) == 1 or not all(initialises))
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
         """These runs have no lines: models whose variables they made or changed are lost."""
@@ -219,11 +219,11 @@ KeyNames = Callable[[str], str]
 
 
 class CommandLines:
-    """The command at hand: its place with its runs, and what its lines are made of."""
+    """One command of a cell with the runs that it made, and the parts of which its lines are put together."""
 
     def __init__(self, context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> None:
         self.context, self.site, self.indices = context, site, indices
-        self.writer, self.options = context.writer, site.given.options
+        self.writer, self.options = context.writer, site.parsed.options
         self.runs = [context.groups.runs[index] for index in indices]
 
     @property
@@ -279,7 +279,7 @@ class CommandLines:
     # -- the keys of its draw
 
     def keys(self) -> tuple[list[str], KeyNames, str]:
-        """The lines that make its keys; the variable of each stream's; and that of the `params` key for an init."""
+        """The lines that make its keys, which variable holds each stream's key, and the one that an init is given."""
         context, writer, facts, size = self.context, self.writer, self.facts, self.options["draws"]
         streams = (*facts.streams, *self.options["key"])
         if size is not None and facts.taken and "params" in streams:
@@ -330,14 +330,22 @@ class CommandLines:
         lines = [f"{', '.join(names.values())} = {empty}", f"for _ in range({size}):", *indented(body, writer.unit)]
         return lines, names.__getitem__, f"{names.get('params', '')}[0]"
 
+    def draw_of_init(self) -> list[str]:
+        """The draw of an init, with the keys that the apply after it takes of it too."""
+        streams, taken = self.context.groups.folded_later(self.site)
+        return self.writer.draw(streams, taken=taken, stay=self.context.groups.stays(self.site))
+
     # -- its function
 
     def jitted(
         self, decorator: str, parameters: Sequence[str], static: Sequence[str], body: Sequence[str], *, mode: str = ""
     ) -> JittedFunction:
         """The function that it calls; `mode` where that is not part of it."""
-        model = self.model.name
-        verb = verb_of(mode or self.site.mode, self.call.method)
+        model, method, mode = self.model.name, self.call.method, mode or self.site.mode
+        # `train`, `evaluate`, `apply`, `encode`, `train_encode`
+        verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
+        if method:
+            verb = method[-1] if mode == "as written" else f"{verb}_{method[-1]}"
         verb += "" if self.options["draws"] is None else "_draws"
         # With several models each function is called after its own.
         several = len({run.model for run in self.context.groups.runs if run.command == "apply"}) > 1

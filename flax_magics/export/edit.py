@@ -100,7 +100,7 @@ class Edit:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             return self._import(statement)
         inside = [site for site in source.sites.values() if statement in site.path]
-        names.lose((out for site in inside if (out := site.given.options.get("out"))), _A_RUN)
+        names.lose((out for site in inside if (out := site.parsed.options.get("out"))), _A_RUN)
         package = _imports_package(statement)
         reason = names.missing(self._reads(statement))
         magics = any(begin(statement) <= magic.lineno <= end(statement) for magic in source.foreign)
@@ -163,8 +163,8 @@ class Edit:
         self._replace(statement, indented(self.context.writer.fitted(lines, len(indent)), indent))
         if here and lines:
             names.bind(binds(statement))
-        if here and site.given.options.get("out"):
-            names.lose([site.given.options["out"]], _A_RUN)
+        if here and site.parsed.options.get("out"):
+            names.lose([site.parsed.options["out"]], _A_RUN)
         return bool(lines)
 
     def _import(self, statement: ast.Import | ast.ImportFrom) -> bool:

@@ -22,15 +22,10 @@ from ..run import Note
 
 def script_bundle(code: str, style: str) -> dict[str, Any]:
     """The MIME bundle of Python code: as Markdown, every notebook gives it the colours of its cells."""
-    fence = "`" * max(3, *(len(found) + 1 for found in re.findall("`+", code)), 3)
-    return (
-        {"text/plain": code}
-        if style == "text"
-        else {
-            "text/plain": code,
-            "text/markdown": f"{fence}python\n{code}{fence}\n",
-        }
-    )
+    if style == "text":
+        return {"text/plain": code}
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", code)), 3)
+    return {"text/plain": code, "text/markdown": f"{fence}python\n{code}{fence}\n"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,7 @@ class Exported:
     unexported: tuple[str, ...] = ()
 
 
+# The last line, with a digest of those above: by it can be told whether somebody has changed the file.
 _MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
 
 
@@ -76,14 +72,19 @@ def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tu
             f"there is no folder `{Path(file).parent}`.",
             write=f"!mkdir -p {_quoted(Path(file).parent)}\n%flax_export {file}",
         )
-    there = path.exists()
-    if there and not force:
+    replaces = path.exists()
+    if replaces and not force:
         _check(path, file)
+    code = formatted(text, path)
+
+    def write_signed(name: str) -> None:
+        Path(name).write_text(f"{code}\n{_MARK}{_digest(code)}\n", encoding="utf-8", newline="\n")
+
     try:
-        replace_file(path, lambda made: _write(made, signed(formatted(text, path))))
+        replace_file(path, write_signed)
     except OSError as error:
         raise FlaxMagicsError(f"`{file}` could not be written: {error.strerror or error}.") from error
-    return path, there
+    return path, replaces
 
 
 def _quoted(path: Path) -> str:
@@ -101,31 +102,19 @@ def formatted(text: str, path: Path) -> str:
             continue
         command = [program, *options, "--stdin-filename", str(path), "-"]
         try:
-            done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=30)
+            result = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=30)
         except (OSError, subprocess.SubprocessError):
             continue
-        if done.returncode == 0 and done.stdout:
-            return done.stdout
+        if result.returncode == 0 and result.stdout:
+            return result.stdout
     return text
 
 
 def notice(script: Exported, path: Path, replaced: bool) -> Notice:
     """`session.py · written · 12 cells · 9 runs`, and below it what could not be exported."""
     notes = tuple(Note("export", f"not in the script: {reason}") for reason in script.unexported)
-    return Notice(
-        path.name,
-        ("replaced" if replaced else "written", plural(script.cells, "cell"), plural(script.runs, "run")),
-        notes,
-    )
-
-
-def signed(text: str) -> str:
-    """`text` with a last line by which it can be told whether somebody has changed it."""
-    return f"{text}\n{_MARK}{_digest(text)}\n"
-
-
-def _write(name: str, text: str) -> None:
-    Path(name).write_text(text, encoding="utf-8", newline="\n")
+    parts = ("replaced" if replaced else "written", plural(script.cells, "cell"), plural(script.runs, "run"))
+    return Notice(path.name, parts, notes)
 
 
 def _digest(text: str) -> str:

@@ -148,8 +148,8 @@ class Function:
     """A function of the script.
 
     Attributes:
-      version: of the model's code when it was defined: see `RunGroups.version`. It is traced once, so that for another
-        it has to be defined again.
+      version: of the model's code when it was defined: see `RunGroups.versions`. JAX traces it once, so that for another
+        version it has to be defined again.
       used: the last cell, by number, that calls it.
     """
 
@@ -189,11 +189,3 @@ class JittedFunction:
             call(f"def {name}(", self.parameters, "):"),
             *indented(self.body, writer.unit),
         ]
-
-
-def verb_of(mode: str, method: Sequence[str]) -> str:
-    """What a function is called that runs a model: `train`, `evaluate`, `apply`, `encode`, `train_encode`."""
-    verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
-    if not method:
-        return verb
-    return method[-1] if mode == "as written" else f"{verb}_{method[-1]}"

@@ -19,12 +19,11 @@ def init(command: CommandLines) -> list[str]:
     if command.options["draw"] is not None:
         lines, _, params = command.replayed_keys(("params",))
     else:
-        streams, taken = context.groups.folded_later(site)
         params = writer.params
         if context.groups.stays(site):
             lines = [writer.STAYS, *writer.keys_of(writer.root, ("params",), writer.key)]
         else:
-            lines = writer.draw(streams, taken=taken)
+            lines = command.draw_of_init()
         context.assigned |= {writer.root, params, writer.dropout}
     before, items = _init_items(command, command.runs[-1].spelling or ExportFacts(), {}, params)
     assigned = f"{command.target} = " if command.target and command.target != model.variables else ""
@@ -131,7 +130,7 @@ def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], va
         rngs = ", ".join(f"{writer.text(stream)}: {keys[stream]}" for stream in facts.streams)
         items.append(f"rngs={{{rngs}}}")
     if mutable:
-        items.append(f"mutable={writer.texts(mutable)}")
+        items.append(f"mutable=[{', '.join(map(writer.text, mutable))}]")
     return f"{_module(command, facts.module)}.apply(", [*items, *_method(command)]
 
 

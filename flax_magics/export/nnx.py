@@ -7,7 +7,7 @@ from typing import Any
 
 from ..run import MODULE, Run
 from .cells import is_build
-from .context import CommandLines
+from .context import CommandLines, KeyNames
 from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split
 from .writer import LineWriter, call, indented, label_of
 
@@ -31,8 +31,7 @@ def build_again(command: CommandLines) -> list[str]:
         lines, key, params = command.replayed_keys(("params", "dropout"))
         dropout = key("dropout")
     else:
-        streams, taken = context.groups.folded_later(site)
-        lines = writer.draw(streams, taken=taken, stay=context.groups.stays(site))
+        lines = command.draw_of_init()
         params, dropout = writer.params, writer.dropout
         context.assigned |= {writer.root, params, dropout}
     lines += _rebuilt(command, command.runs[-1], params, dropout)
@@ -57,18 +56,9 @@ def apply(command: CommandLines) -> list[str]:
     many = options["draws"] is not None
     lines, key, params = command.keys()
     if command.initialising:
-        if many:
-            raise CannotSay("many draws at once, the first of which built the module anew, have no lines yet")
-        if len(command.initialising) < len(command.runs):
-            raise CannotSay("its first run built the module anew, and the others did not")
-        earlier = command.context.groups.runs[: command.indices[0]]
-        builds = [run for run in earlier if run.model == command.runs[0].model and is_build(run)]
-        if not builds:
-            raise CannotSay("nobody knows how the module was built")
-        lines += _rebuilt(command, builds[-1], params, key("dropout"))
+        lines += _rebuilt(command, _build_before(command), params, key("dropout"))
     if many and options["mutable"]:
         raise CannotSay("--mutable of many draws of an NNX model at once has no lines yet")
-    keys = {stream: f"{stream}_key" if many else key(stream) for stream in (*facts.streams, *options["key"])}
     keeps = options["variables"] is None and options["draw"] is None
     module = model
     if options["variables"] is not None or (not many and (not keeps or (facts.mode and facts.mode.back is None))):
@@ -77,33 +67,18 @@ def apply(command: CommandLines) -> list[str]:
         writer.needs.add("nnx")
         lines.append(f"{module} = nnx.clone({model})")
         lines += [] if options["variables"] is None else [f"nnx.update({module}, {options['variables']})"]
+    parts = "parts" in facts.returns
     if many:
-        jitted, arguments = _many_draws(command, keys)
-        if keys:
-            writer.needs.add("jnp")
-        stacked = [f"jnp.stack({key(stream)})" for stream in keys]
-        value = call(f"{command.context.define(jitted, command.site)}(", [module, *arguments.outside, *stacked])
-        return [*lines, *command.value_lines(value, parts="parts" in facts.returns)]
+        return [*lines, *command.value_lines(_value_of_many(command, key, module), parts=parts)]
+    keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
     lines += [*_reseeded(command, keys, module), *_mode_lines(command, module)]
-    rngs = _rngs(command, keys)
-    if options["eager"]:
-        items = [*as_written(command.call.arguments), *(f"{name}={value}" for name, value in facts.arguments)]
-        items += [f"{name}={keys[name]}" for name in options["key"]]
-        items += [f"rngs={rngs}"] if rngs else []
-        value = call(".".join((module, *command.call.method)) + "(", items)
-    else:
-        arguments, parameters, body = _call_in_function(command)
-        # The mode is the module's own, unless the call has it as an argument.
-        mode = "" if facts.arguments else "as written"
-        jitted = command.jitted("nnx.jit", parameters, arguments.static, body, mode=mode)
-        passed = [*arguments.outside, *(keys[name] for name in options["key"]), *([rngs] if rngs else [])]
-        value = call(f"{command.context.define(jitted, command.site)}(", [module, *_starred_last(passed)])
+    value = _value(command, keys, module)
     after = _mode_lines(command, module, back=True) if module == model else []
     kept = [f"nnx.update({model}, nnx.state({module}))"] if module != model and keeps else []
     popped = f"nnx.pop({module}, nnx.Intermediate)" if facts.sown else ""
     if not options["mutable"]:
         after += [*([popped] if popped else []), *kept]
-        return [*lines, *command.value_lines(value, after=after, parts="parts" in facts.returns)]
+        return [*lines, *command.value_lines(value, after=after, parts=parts)]
     # The cell gets (output, updates).
     lines += [f"{command.output} = {value}", *after, *kept]
     if popped:
@@ -116,6 +91,46 @@ def apply(command: CommandLines) -> list[str]:
             lines.append(f"{values} = nnx.to_pure_dict({popped})")
             popped = values
     return [*lines, *command.pair_lines(_updates(command, module, popped))]
+
+
+def _build_before(command: CommandLines) -> Run:
+    """The init that built the module which runs of the command have built anew."""
+    if command.options["draws"] is not None:
+        raise CannotSay("many draws at once, the first of which built the module anew, have no lines yet")
+    if len(command.initialising) < len(command.runs):
+        raise CannotSay("its first run built the module anew, and the others did not")
+    earlier = command.context.groups.runs[: command.indices[0]]
+    builds = [run for run in earlier if run.model == command.runs[0].model and is_build(run)]
+    if not builds:
+        raise CannotSay("nobody knows how the module was built")
+    return builds[-1]
+
+
+def _value(command: CommandLines, keys: Mapping[str, str], module: str) -> str:
+    """The call of the model's function, or with `--eager` of the model."""
+    options, facts, rngs = command.options, command.facts, _rngs(command, keys)
+    if options["eager"]:
+        items = [*as_written(command.call.arguments), *(f"{name}={value}" for name, value in facts.arguments)]
+        items += [f"{name}={keys[name]}" for name in options["key"]]
+        items += [f"rngs={rngs}"] if rngs else []
+        return call(".".join((module, *command.call.method)) + "(", items)
+    arguments, parameters, body = _call_in_function(command)
+    # The mode is the module's own, unless the call has it as an argument.
+    mode = "" if facts.arguments else "as written"
+    jitted = command.jitted("nnx.jit", parameters, arguments.static, body, mode=mode)
+    passed = [*arguments.outside, *(keys[name] for name in options["key"]), *([rngs] if rngs else [])]
+    return call(f"{command.context.define(jitted, command.site)}(", [module, *_starred_last(passed)])
+
+
+def _value_of_many(command: CommandLines, key: KeyNames, module: str) -> str:
+    """The call of a function that puts the module together once for each draw."""
+    facts = command.facts
+    keys = {stream: f"{stream}_key" for stream in (*facts.streams, *command.options["key"])}
+    jitted, arguments = _many_draws(command, keys)
+    if keys:
+        command.writer.needs.add("jnp")
+    stacked = [f"jnp.stack({key(stream)})" for stream in keys]
+    return call(f"{command.context.define(jitted, command.site)}(", [module, *arguments.outside, *stacked])
 
 
 def _call_in_function(command: CommandLines) -> tuple[SplitArguments, list[str], list[str]]:
@@ -175,8 +190,8 @@ def _rngs(command: CommandLines, keys: Mapping[str, str]) -> str:
     if not facts.handed:
         return ""
     command.writer.needs.add("nnx")
-    own = facts.held - {"params", "dropout"}
-    return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in own)})"
+    in_module = facts.held - {"params", "dropout"}
+    return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in in_module)})"
 
 
 def _mode_lines(command: CommandLines, module: str, *, back: bool = False) -> list[str]:

@@ -14,7 +14,7 @@ import jax
 from ..cells.journal import Load, Registered
 from ..cells.names import binds, reads
 from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, begin, blocks, end
-from .commands import SESSION_VARIABLES, lines_of_command
+from .commands import LINES, SESSION_VARIABLES
 from .context import CommandLines, ScriptContext
 from .edit import Edit, commented, lines_of_statement
 from .functions import CannotSay, Function, JittedFunction
@@ -37,8 +37,8 @@ class RootKeyTracker:
     def before(self, statement: ExecutedStatement) -> list[str]:
         """The lines that bring the root key to where the runs of `statement` find it; none where it is there."""
         site, groups, writer = statement.site, self.context.groups, self.context.writer
-        if site is not None and site.name == "flax_key" and site.given.options["seed"] is not None:
-            self.at = site.given.options["seed"], 0
+        if site is not None and site.name == "flax_key" and site.parsed.options["seed"] is not None:
+            self.at = site.parsed.options["seed"], 0
             return []
         drawn = [index for index, site in statement.made if site is not None and not groups.runs[index].replayed]
         if not drawn:
@@ -230,8 +230,11 @@ class Script:
         reason = context.names.missing(_read_by(site))
         if reason is not None:
             raise reason
+        context.assigned = set()
         try:
-            lines = lines_of_command(CommandLines(context, site, indices))
+            if site.name not in LINES:
+                raise CannotSay("what it does has no lines in a script")
+            lines = LINES[site.name](CommandLines(context, site, indices))
         except CannotSay as error:
             if indices or not site.path or not site.draws:
                 raise
@@ -389,9 +392,9 @@ def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedState
 
 def _read_by(site: CommandSite) -> set[str]:
     """Names that the line of a command reads."""
-    texts = [site.given.options.get("variables") or ""]
+    texts = [site.parsed.options.get("variables") or ""]
     if site.name in ("flax_apply", "flax_init", "flax_vars", "flaxmodel"):
-        texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.given.rest))
+        texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.parsed.rest))
     names: set[str] = set()
     for text in texts:
         try:
@@ -403,9 +406,9 @@ def _read_by(site: CommandSite) -> set[str]:
 
 def assigned_by(site: CommandSite | None) -> Iterable[str]:
     """The model whose variables `%flax_vars net = …` sets."""
-    if site is None or site.name != "flax_vars" or "=" not in site.given.rest:
+    if site is None or site.name != "flax_vars" or "=" not in site.parsed.rest:
         return ()
-    return (site.given.rest.partition("=")[0].strip(),)
+    return (site.parsed.rest.partition("=")[0].strip(),)
 
 
 def _assigns_variables(statement: ast.stmt) -> bool:

@@ -76,8 +76,8 @@ class LineWriter:
 
     def __post_init__(self) -> None:
         names = ("root_key", "params_key", "dropout_key")
-        before = "session_" if any(name in self.free.used for name in names) else ""
-        self.root, self.params, self.dropout = (self.free.take(before + name) for name in names)
+        prefix = "session_" if any(name in self.free.used for name in names) else ""
+        self.root, self.params, self.dropout = (self.free.take(prefix + name) for name in names)
         self.digest = self.free.take("print_digest")
         self._streams = {"params": self.params, "dropout": self.dropout}
 
@@ -90,10 +90,6 @@ class LineWriter:
         if self.quote not in value and plain[0] != self.quote and "\\" not in inner:
             return f"{self.quote}{inner}{self.quote}"
         return plain
-
-    def texts(self, values: Iterable[str]) -> str:
-        """A list of string literals."""
-        return "[" + ", ".join(map(self.text, values)) + "]"
 
     def variable(self, name: str, other: str | None = None) -> str:
         """The variable of ours that is called so, or `other` where that name is not free."""
@@ -184,7 +180,7 @@ class LineWriter:
         Args:
           has: `keys` and `objects`, where some result has leaves that are such.
         """
-        before = ""
+        key_type = ""
         inner = ["path = jax.tree_util.keystr(path)"]
         if "objects" in has:
             inner += [
@@ -198,7 +194,7 @@ class LineWriter:
                 "if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):",
                 "\tkey_type, leaf = str(dtype), jax.random.key_data(leaf)",
             ]
-            before = "{key_type}"
+            key_type = "{key_type}"
         lines = [
             f"def {self.digest}(call, result):",
             '\t"""Prints a digest of the bits of a result, by which two runs can be compared."""',
@@ -210,7 +206,7 @@ class LineWriter:
             "\tfor path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:",
             *("\t\t" + line for line in inner),
             '\t\tarray = np.asarray(leaf, order="C")',
-            f'\t\theader = f"{{path}}\\0{before}{{array.dtype.name}}{{list(array.shape)}}\\0"',
+            f'\t\theader = f"{{path}}\\0{key_type}{{array.dtype.name}}{{list(array.shape)}}\\0"',
             "\t\thasher.update(header.encode() + array.tobytes())",
             f'\tprint(f"{{call:<{min(max(map(len, self.labels)), 48)}}}  {{hasher.hexdigest()[:16]}}")',
         ]
@@ -323,6 +319,6 @@ def _last_brackets(text: str) -> tuple[int, int, list[str]]:
         inside: list[Any] = [*node.args, *node.keywords]
         items = [segment(text, one) for one in sorted(inside, key=lambda one: one.col_offset)]
         return text.index("(", end_of(text, node.func)) + 1, len(text) - 1, items
-    before = ("**" if key is None else f"{segment(text, key)}: " for key in node.keys)
-    items = [sign + segment(text, value) for sign, value in zip(before, node.values, strict=True)]
+    signs = ("**" if key is None else f"{segment(text, key)}: " for key in node.keys)
+    items = [sign + segment(text, value) for sign, value in zip(signs, node.values, strict=True)]
     return start_of(text, node) + 1, len(text) - 1, items

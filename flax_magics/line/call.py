@@ -61,9 +61,9 @@ class CallExpression(Expression):
         See `Expression.evaluate` for arguments and errors.
         """
         if self._plain is not None:
-            given = _look_up(*self._plain, user_ns, user_ns if local_ns is None else local_ns)
-            if given is not None:
-                return given
+            values = _look_up(*self._plain, user_ns, user_ns if local_ns is None else local_ns)
+            if values is not None:
+                return values
         assert isinstance(self.tree, ast.Call)
         return self._gathered(self.tree.args, user_ns, local_ns)
 

@@ -166,8 +166,8 @@ def _walrus(tree: ast.AST) -> list[str]:
         return [
             name for default in (*tree.args.defaults, *tree.args.kw_defaults) if default for name in _walrus(default)
         ]
-    own = [tree.target.id] if isinstance(tree, ast.NamedExpr) else []
-    return own + [name for child in ast.iter_child_nodes(tree) for name in _walrus(child)]
+    bound = [tree.target.id] if isinstance(tree, ast.NamedExpr) else []
+    return bound + [name for child in ast.iter_child_nodes(tree) for name in _walrus(child)]
 
 
 def start_of(text: str, node: ast.expr | ast.stmt) -> int:

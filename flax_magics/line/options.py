@@ -54,8 +54,6 @@ class Option:
     def __post_init__(self) -> None:
         if self.kind == "flag" and self.metavar is not None:
             object.__setattr__(self, "kind", "value")
-        if self.kind != "flag" and self.metavar is None:
-            object.__setattr__(self, "metavar", "N" if self.type is int else "VALUE")
         if not self.key:
             object.__setattr__(self, "key", self.flag.lstrip("-").replace("-", "_"))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 
 from ..models.base import CallTrace, Model
 from ..models.calls import Called, Calls, Path, marks_of
@@ -116,7 +116,7 @@ class TracedModules:
     nothing: Flops = Flops(0)
 
     @classmethod
-    def of(cls, record: CallTrace, program: Any, handed_back: frozenset[Any], *, backward: bool) -> TracedModules:
+    def of(cls, record: CallTrace, program: Jaxpr, handed_back: frozenset[Var], *, backward: bool) -> TracedModules:
         """Reads them off a trace.
 
         Args:
@@ -148,8 +148,8 @@ def _called_in(calls: Calls, traced: Mapping[int, int]) -> dict[Path, tuple[Call
         for one in several:
             kind = (one.method, one.inputs)
             most[kind] = max(most.get(kind, 0), traced.get(one.mark, 0))
-        kept = sum(0 < most[one.method, one.inputs] < 2 * traced.get(one.mark, 0) for one in several)
-        first_and_many[path] = (several[0], max(kept, 1))
+        calls_there = sum(0 < most[one.method, one.inputs] < 2 * traced.get(one.mark, 0) for one in several)
+        first_and_many[path] = (several[0], max(calls_there, 1))
     return first_and_many
 
 
@@ -177,8 +177,8 @@ def modules_of(model: Model, variables: Mapping[str, Any], traced: TracedModules
             streams.setdefault(_owner(taker, paths), {})[stream] = None
     modules = []
     for path in _ordered(paths, list(called)):
-        own = tuple(arrays.get(path, ()))
-        module = Module(path, classes.get(path, ""), arrays=own, streams=tuple(streams.get(path, ())))
+        variables_here = tuple(arrays.get(path, ()))
+        module = Module(path, classes.get(path, ""), arrays=variables_here, streams=tuple(streams.get(path, ())))
         if path in called:
             first, times = called[path]
             cost = traced.flops.get(path, traced.nothing)
@@ -225,12 +225,12 @@ class ModuleEquations:
       back: inputs of the jaxpr that count as handed back as they are: linen's `apply` does that with what it may write.
     """
 
-    jaxpr: Any
-    equations: list[Any]
-    back: frozenset[Any]
+    jaxpr: Jaxpr
+    equations: list[JaxprEqn]
+    back: frozenset[Var]
 
 
-def _pieces(jaxpr: Any, paths: Mapping[int, Path], back: frozenset[Any]) -> dict[Path | None, list[ModuleEquations]]:
+def _pieces(jaxpr: Jaxpr, paths: Mapping[int, Path], back: frozenset[Var]) -> dict[Path | None, list[ModuleEquations]]:
     """The pieces of each module, by path; of all modules together under None.
 
     Args:
@@ -240,7 +240,7 @@ def _pieces(jaxpr: Any, paths: Mapping[int, Path], back: frozenset[Any]) -> dict
     """
     pieces: dict[Path | None, list[ModuleEquations]] = {}
 
-    def collect(jaxpr: Any, back: frozenset[Any], around: frozenset[Path | None]) -> None:
+    def collect(jaxpr: Jaxpr, back: frozenset[Var], around: frozenset[Path | None]) -> None:
         here: dict[Path | None, ModuleEquations] = {}
         for equation in jaxpr.eqns:
             owners: dict[Path | None, None] = {paths[mark]: None for mark in marks_of(equation) if mark in paths}
@@ -261,7 +261,7 @@ def _pieces(jaxpr: Any, paths: Mapping[int, Path], back: frozenset[Any]) -> dict
     return pieces
 
 
-def equations(jaxpr: Any) -> Iterator[Any]:
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
     """The equations of a program, at any depth."""
     for equation in jaxpr.eqns:
         yield equation
@@ -269,12 +269,12 @@ def equations(jaxpr: Any) -> Iterator[Any]:
             yield from equations(inner)
 
 
-def _inner(equation: Any) -> Iterator[Any]:
+def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
     """The jaxprs in an equation's parameters."""
     for value in equation.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(part, "eqns"):
-                yield getattr(part, "jaxpr", part)
+            if isinstance(part, (ClosedJaxpr, Jaxpr)):
+                yield part.jaxpr if isinstance(part, ClosedJaxpr) else part
 
 
 def _is_literal(var: Any) -> bool:
@@ -287,7 +287,7 @@ class _Costs:
 
     backward: bool
     _known: dict[str, Flops] = field(default_factory=dict)
-    _uses: dict[Any, Counter[Any]] = field(default_factory=dict)
+    _uses: dict[Jaxpr, Counter[Any]] = field(default_factory=dict)
     """Jaxpr → how often each of its variables is read."""
 
     def count(self, pieces: list[ModuleEquations]) -> Flops:
@@ -306,17 +306,17 @@ class _Costs:
             self._known[text] = Flops(_flops(function, shapes), both)
         return self._known[text]
 
-    def _closed(self, piece: ModuleEquations) -> Any:
+    def _closed(self, piece: ModuleEquations) -> ClosedJaxpr:
         """The equations of a piece as a program: of all that they read, giving what the rest reads of them."""
         jaxpr = piece.jaxpr
         if jaxpr not in self._uses:
             self._uses[jaxpr] = _reads([*(var for each in jaxpr.eqns for var in each.invars), *jaxpr.outvars])
         uses, inside = self._uses[jaxpr], _reads([var for each in piece.equations for var in each.invars])
-        made = dict.fromkeys(var for each in piece.equations for var in each.outvars)
-        read = [var for var in inside if var not in made]
-        given = [var for var in made if uses[var] > inside[var]] + [var for var in read if var in piece.back]
+        results = dict.fromkeys(var for each in piece.equations for var in each.outvars)
+        read = [var for var in inside if var not in results]
+        outputs = [var for var in results if uses[var] > inside[var]] + [var for var in read if var in piece.back]
         debug_info = jaxpr.debug_info.with_unknown_names()
-        parts = {"constvars": [], "invars": read, "outvars": given, "eqns": piece.equations}
+        parts = {"constvars": [], "invars": read, "outvars": outputs, "eqns": piece.equations}
         return ClosedJaxpr(jaxpr.replace(**parts, debug_info=debug_info), [])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.extend.core import Var
 
 from ..base.digest import count_parameters, data_of, describe
 from ..base.text import bytes_, join, plural
@@ -99,7 +100,7 @@ def of_call(
     )
 
 
-def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> frozenset[Any]:
+def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> frozenset[Var]:
     """Inputs of the program that hold the variables which the model does not write.
 
     Flax's own count of the backward pass has linen's `apply` hand back all that it may write, which is everything: a
@@ -110,9 +111,9 @@ def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> fro
     _, updates = traced.out_info
     written = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]}
     leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
-    given = traced.jaxpr.jaxpr.invars[: len(leaves)]
+    inputs = traced.jaxpr.jaxpr.invars[: len(leaves)]
     return frozenset(
-        var for var, (path, _) in zip(given, leaves, strict=True) if jax.tree_util.keystr(path) not in written
+        var for var, (path, _) in zip(inputs, leaves, strict=True) if jax.tree_util.keystr(path) not in written
     )
 
 

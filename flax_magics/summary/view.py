@@ -313,11 +313,11 @@ def facts(summary: Summary) -> tuple[Fact, ...]:
     if summary.vjp_flops is not None:
         flops.append(f"forward and backward {summary.vjp_flops:,}")
     keys = [f"{clean(stream)} → {_takers(paths)}" for stream, paths in summary.streams.items()]
-    made = [] if summary.initialised else ["not initialised: variables are those that an init would make"]
+    unset = [] if summary.initialised else ["not initialised: variables are those that an init would make"]
     sown = [f"{clean(name)}: {clean(value)}" for name, value in summary.sown.items()]
     rows = [Fact("total", tuple(totals) or ("no variables",)), Fact("FLOPs", tuple(flops)), Fact("keys", tuple(keys))]
     rows += [Fact("writes", tuple(map(clean, summary.written))), Fact("sown", tuple(sown))]
-    return tuple(row for row in [*rows, Fact("note", (*made, *summary.notes))] if row.items)
+    return tuple(row for row in [*rows, Fact("note", (*unset, *summary.notes))] if row.items)
 
 
 def _takers(paths: Sequence[tuple[str, ...]], most: int = 3) -> str:
