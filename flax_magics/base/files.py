@@ -17,12 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import FlaxMagicsError
 
 _OURS = ".flax-tmp"
 _STALE = 60.0
 """Seconds from which a temporary folder that nobody holds is somebody's who was killed."""
+
+
+def open_without_waiting(path: Path) -> BinaryIO:
+    """Opens a file to read it. A named pipe does not wait here until somebody writes: the caller is to refuse it."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
 
 
 class Cancelled(Exception):

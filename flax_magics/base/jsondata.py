@@ -143,3 +143,13 @@ def loads(text: str, what: str) -> Any:
         raise Damaged(f"{what} is nested too deeply") from None
     except ValueError:  # no JSON, or an int of thousands of digits
         raise Damaged(f"{what} is no JSON") from None
+
+
+def convert(data: Any, kind: type[T], what: str) -> T:
+    """JSON data as records of the type `kind`. Raises Damaged: it is something else; `what` names it."""
+    import msgspec  # takes some 10 ms, which loading the extension has no use for
+
+    try:
+        return msgspec.convert(data, kind)
+    except (msgspec.ValidationError, ValueError) as error:  # of half a surrogate pair msgspec says so by itself
+        raise Damaged(f"{what} is not what it should be: {error}") from None
