@@ -42,14 +42,12 @@ HEADER_LIMIT = 100_000_000
 """Bytes: the library reads no longer header."""
 
 
-def write(
-    path: Path, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]], ticket: Ticket | None = None
-) -> int:
+def write(path: Path, document: Any, arrays: Mapping[str, np.ndarray[Any, Any]], ticket: Ticket | None = None) -> int:
     """Writes the file, whole or not at all; gives its size in bytes.
 
     Args:
       path: where to; see `replace_file`.
-      document: what JSON can hold.
+      document: what JSON can hold, or records of it.
       arrays: of dtypes that `can_store`, by names that are not `__metadata__`.
       ticket: calls the write off.
 
@@ -57,16 +55,16 @@ def write(
       FlaxMagicsError: the file cannot be written; the one that was there is as it was.
     """
     stored: dict[str, np.ndarray[Any, Any]] = {}
-    parts: dict[str, Any] = {}
+    parts: dict[str, PartRecord] = {}
     for name, array in arrays.items():
         array = np.asarray(array, order="C")
         if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
             array = array.astype(array.dtype.newbyteorder("<"))
         plain = array if array.dtype.name in CODES else _as_bytes(array)
         digest = hashlib.sha256(_bytes_of(plain)).hexdigest()
-        parts[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": digest}
+        parts[name] = PartRecord(array.dtype.name, list(array.shape), digest)
         stored[name] = plain
-    text = json_of({"parts": parts, "document": document})
+    text = json_of(ContentsRecord(parts, document))
     metadata = {"flax_magics": str(VERSION), "sha256": hashlib.sha256(text.encode()).hexdigest(), "json": text}
     if 2 * len(text) > HEADER_LIMIT:
         raise FlaxMagicsError(f"`{path}` cannot be written: what is to stand in its header is too long.")
@@ -97,9 +95,9 @@ def _why(error: Exception) -> str:
 
 
 def json_of(value: Any) -> str:
-    """`value` as JSON text that `loads` reads. Raises FlaxMagicsError: it is nested too deeply."""
+    """Records, or other JSON data, as text that `loads` reads. Raises FlaxMagicsError: it is nested too deeply."""
     try:
-        return json.dumps(value, allow_nan=False, separators=(",", ":"))
+        return json.dumps(msgspec.to_builtins(value, enc_hook=float.hex), allow_nan=False, separators=(",", ":"))
     except RecursionError:
         raise FlaxMagicsError("the session cannot be saved: something in it is nested too deeply.") from None
 

@@ -24,8 +24,7 @@ from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
 from ..state.models import Registration, differences
-from ..state.saved import SavedModel
-from ..state.state import State
+from ..state.state import SavedModel, State
 from ..state.trees import Differs, foreign_in, graft
 from ..state.weights import WeightSource
 from .document import versions

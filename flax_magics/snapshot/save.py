@@ -18,12 +18,10 @@ from ..errors import FlaxMagicsError
 from ..run import Note, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, newest
-from ..state.saved import SavedModel
-from ..state.state import State
+from ..state.state import SavedModel, State
 from . import document, restore
-from .document import Snapshot
+from .document import Snapshot, WrittenRuns
 from .restore import Unfit
-from .runs import WrittenRuns
 
 
 @dataclass(frozen=True)

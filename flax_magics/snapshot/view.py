@@ -12,7 +12,7 @@ from ..line.options import quoted
 from ..report.html import _notes, notice_bundle, render, shown_bundle
 from ..report.notice import Notice, notice_text
 from ..run import Note
-from ..state.saved import SavedModel
+from ..state.state import SavedModel
 from .save import Autosave, Restored, Saved
 
 if TYPE_CHECKING:

@@ -649,7 +649,7 @@ def test_a_dict_that_jax_cannot_take_apart_is_told(path):
         with pytest.raises(FlaxMagicsError) as error:
             session.load(path)
         assert re.fullmatch(
-            "`.*` cannot be loaded: (the variables of `net`|the arguments in `session.models.made`) are no tree.",
+            "`.*` cannot be loaded: (the variables of `net`|the arguments that `net` was initialised with) are no tree.",
             str(error.value),
         )
 
