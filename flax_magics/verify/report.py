@@ -6,11 +6,13 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..base.text import clean, count, cut, flow, plural, table, ulp, wrap
 from ..errors import advice_lines
-from .compare import Outcome, Tolerance, Verdict
+
+if TYPE_CHECKING:
+    from .compare import Outcome, Tolerance, Verdict
 
 Status = Literal["agrees", "differs", "could not run", "not comparable", "nothing to verify"]
 EXIT: dict[Status, int] = {
@@ -198,7 +200,7 @@ def _difference(verdict: Verdict) -> dict[str, Any]:
         "outcome": verdict.outcome,
         "what": verdict.what,
         "command": run.command if run else None,
-        "model": run.model if run else None,
+        "model": (run.model or "") if run else None,
         "call": run.call if run else None,
         "seed": run.seed if run else None,
         "draw": run.draw if run else None,
