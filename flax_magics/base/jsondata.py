@@ -22,10 +22,10 @@ def loads(text: str, what: str) -> Any:
     """JSON, read strictly. Raises Damaged for what is none, for a name that stands twice, and for NaN."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
             raise Damaged(f"{what} has a name that stands twice")
-        return found
+        return fields
 
     def number(text: str) -> NoReturn:
         raise Damaged(f"{what} has the number {text}")

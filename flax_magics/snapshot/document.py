@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,6 @@ from msgspec.structs import asdict
 
 from ..base.compare import Spread
 from ..base.digest import Values, count_parameters, own
-from ..base.files import Ticket
 from ..base.jsondata import Damaged, Hex, convert, loads
 from ..base.measures import Cost, Limits, Memory, Steady, Timing
 from ..base.version import __version__
@@ -145,8 +145,8 @@ def _own(tree: Any) -> Any:
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Of what a run's bits depend on. Not to be changed."""
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
-    return {"flax_magics": __version__, "python": platform.python_version(), **found}
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {"flax_magics": __version__, "python": platform.python_version(), **packages}
 
 
 def settings() -> dict[str, str]:
@@ -160,12 +160,14 @@ def device() -> str:
     return f"{first.platform} {first.device_kind}" if first.device_kind != first.platform else first.platform
 
 
-def write(path: Path, snapshot: Snapshot, history: WrittenRuns | None = None, ticket: Ticket | None = None) -> int:
+def write(
+    path: Path, snapshot: Snapshot, history: WrittenRuns | None = None, ticket: threading.Lock | None = None
+) -> int:
     """Writes a snapshot, whole or not at all; gives the size in bytes.
 
     Args:
       history: has noted down the runs of earlier snapshots.
-      ticket: calls it off.
+      ticket: see `replace_file`.
 
     Raises:
       FlaxMagicsError: something in it cannot be saved, or the file cannot be written; the old one is as it was.
@@ -358,7 +360,7 @@ def _model_of(record: ModelRecord, reader: Reader, path: str) -> SavedModel:
         keys = {stream: reader.tree(node) for stream, node in record.keys.items()}
         if not all(_is_key(key) and not key.shape for key in keys.values()):
             raise Damaged(f"what `{name}` was built with is no key")
-    given = ("text", "source", "updates", "outdated", "stale", "assigned", "parameters", "bytes", "versions")
+    same = ("text", "source", "updates", "outdated", "stale", "assigned", "parameters", "bytes", "versions")
     return SavedModel(
         name=name,
         holds_variables=record.api == "nnx",
@@ -366,7 +368,7 @@ def _model_of(record: ModelRecord, reader: Reader, path: str) -> SavedModel:
         made=None if record.made is None else _init_of(record.made, name, reader),
         keys=keys,
         file=path,
-        **{field: getattr(record, field) for field in given},
+        **{field: getattr(record, field) for field in same},
     )
 
 

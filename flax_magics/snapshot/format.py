@@ -23,6 +23,7 @@ import os
 import re
 import stat
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any, BinaryIO, NoReturn
 import msgspec
 import numpy as np
 
-from ..base.files import Ticket, open_without_waiting, replace_file
+from ..base.files import open_without_waiting, replace_file
 from ..base.jsondata import Damaged, convert, loads
 from ..base.text import quoted_name
 from ..errors import FlaxMagicsError
@@ -42,14 +43,16 @@ HEADER_LIMIT = 100_000_000
 """Bytes: the library reads no longer header."""
 
 
-def write(path: Path, document: Any, arrays: Mapping[str, np.ndarray[Any, Any]], ticket: Ticket | None = None) -> int:
+def write(
+    path: Path, document: Any, arrays: Mapping[str, np.ndarray[Any, Any]], ticket: threading.Lock | None = None
+) -> int:
     """Writes the file, whole or not at all; gives its size in bytes.
 
     Args:
       path: where to; see `replace_file`.
       document: what JSON can hold, or records of it.
       arrays: of dtypes that `can_store`, by names that are not `__metadata__`.
-      ticket: calls the write off.
+      ticket: see `replace_file`.
 
     Raises:
       FlaxMagicsError: the file cannot be written; the one that was there is as it was.
@@ -60,8 +63,11 @@ def write(path: Path, document: Any, arrays: Mapping[str, np.ndarray[Any, Any]],
         array = np.asarray(array, order="C")
         if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
             array = array.astype(array.dtype.newbyteorder("<"))
-        plain = array if array.dtype.name in CODES else _as_bytes(array)
-        digest = hashlib.sha256(_bytes_of(plain)).hexdigest()
+        plain = array
+        if array.dtype.name not in CODES:  # the elements' bytes, on an axis of their own
+            plain = np.frombuffer(array.tobytes(), np.uint8).reshape(*array.shape, array.dtype.itemsize)
+        raw: Any = plain.reshape(-1).view(np.uint8)
+        digest = hashlib.sha256(raw).hexdigest()
         parts[name] = PartRecord(array.dtype.name, list(array.shape), digest)
         stored[name] = plain
     text = json_of(ContentsRecord(parts, document))
@@ -100,16 +106,6 @@ def json_of(value: Any) -> str:
         return json.dumps(msgspec.to_builtins(value, enc_hook=float.hex), allow_nan=False, separators=(",", ":"))
     except RecursionError:
         raise FlaxMagicsError("the session cannot be saved: something in it is nested too deeply.") from None
-
-
-def _as_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The elements' bytes, on an axis of their own."""
-    flat = np.frombuffer(array.tobytes(), np.uint8)
-    return flat.reshape(*array.shape, array.dtype.itemsize)
-
-
-def _bytes_of(array: np.ndarray[Any, Any]) -> Any:
-    return array.reshape(-1).view(np.uint8) if array.size else b""
 
 
 @dataclass(frozen=True)
@@ -270,5 +266,5 @@ def _fits(data: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> bool:
     if dtype.name == "bool":
         return bool((data < 2).all())
     every = np.arange(256, dtype=np.uint8)
-    kept = every.view(dtype).astype(np.float32).astype(dtype).view(np.uint8) == every
-    return bool(kept[data].all())
+    is_value = every.view(dtype).astype(np.float32).astype(dtype).view(np.uint8) == every
+    return bool(is_value[data].all())

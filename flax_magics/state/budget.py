@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from operator import is_not
+from operator import is_
 from typing import Any
 
 import jax
@@ -77,7 +77,7 @@ class ReplayBudget:
         with uninterrupted():
             self._take_in()
             anyway = {id(array) for array in self._current(self._pinned)}
-            self._known = self._held_besides(anyway)
+            self._known = sum(self._sizes.values()) - sum(self._sizes.get(array, 0) for array in anyway)
             if self._known > self.limit:
                 self._let_go_of_oldest(anyway)
 
@@ -92,9 +92,6 @@ class ReplayBudget:
                 for kept in self._held:
                     self._sizes |= _sizes_in(kept, self._sizes)
 
-    def _held_besides(self, anyway: set[int]) -> int:
-        return sum(self._sizes.values()) - sum(self._sizes.get(array, 0) for array in anyway)
-
     def _take_in(self) -> None:
         for kept in self.noted:
             if kept.origin is None or kept.inputs is None:
@@ -104,10 +101,10 @@ class ReplayBudget:
                 before = self._last.get(how.name)
                 if before is not None and before.origin is not None and before.inputs is not None:
                     _share(kept.inputs[1], before.inputs[1])
-                    if kept.origin.leaves is not before.origin.leaves:
-                        _share(kept.origin.leaves, before.origin.leaves)
-                        if not _differ(kept.origin.leaves, before.origin.leaves):
-                            kept.origin.leaves = before.origin.leaves  # one list of them, too
+                    leaves, old = kept.origin.leaves, before.origin.leaves
+                    _share(leaves, old)
+                    if len(leaves) == len(old) and all(map(is_, leaves, old)):
+                        kept.origin.leaves = old  # one list of them, too
                 self._last[how.name] = kept
             self._held.append(kept)
             self._sizes |= _sizes_in(kept, self._sizes)
@@ -141,10 +138,6 @@ def _sizes_in(kept: _Held, known: Mapping[int, int]) -> dict[int, int]:
     assert kept.inputs is not None
     leaves = (*kept.origin.leaves, *kept.inputs[1], *kept.origin.how.pinned)
     return {id(leaf): size for leaf in leaves if id(leaf) not in known and (size := bytes_of(leaf))}
-
-
-def _differ(leaves: list[Any], old: list[Any]) -> bool:
-    return len(leaves) != len(old) or any(map(is_not, leaves, old))
 
 
 def _share(leaves: list[Any], old: list[Any]) -> None:

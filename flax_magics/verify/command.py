@@ -139,8 +139,8 @@ async def verify(
     task = asyncio.current_task()
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel if task else _ignore)
-    found = {file: _read(file) for file in files}
-    read_ones = {file: notebook for file, (notebook, _) in found.items() if notebook is not None}
+    notebooks = {file: _read(file) for file in files}
+    read_ones = {file: notebook for file, (notebook, _) in notebooks.items() if notebook is not None}
     cells = sum(len(code_cells(notebook)) for notebook in read_ones.values())
     limit = asyncio.Semaphore(jobs)
     with tqdm(total=cells, unit="cell", leave=False, disable=not _terminal(), file=sys.stderr) as bar:
@@ -160,7 +160,7 @@ async def verify(
             for running in tasks.values():
                 running.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
-    return [tasks[file].result() if file in tasks else found[file][1] for file in found]
+    return [tasks[file].result() if file in tasks else notebooks[file][1] for file in notebooks]
 
 
 def _read(file: str) -> tuple[Any, Result]:

@@ -147,13 +147,13 @@ def _of_further(stored: Cell, now: Cell, changed: Mapping[str, tuple[str, str]])
 
 def changed_environment(stored: Recorded, now: Recorded) -> dict[str, tuple[str, str]]:
     """What the bits depend on, and is another now than was stored: name → both."""
-    found = {}
+    changed = {}
     for name, value in now.environment.items():
         if name not in stored.environment:
-            found[NAMES.get(name, name)] = ("not stored", value or "none")
+            changed[NAMES.get(name, name)] = ("not stored", value or "none")
         elif stored.environment[name] != value:
-            found[NAMES.get(name, name)] = (stored.environment[name] or "none", value or "none")
-    return found
+            changed[NAMES.get(name, name)] = (stored.environment[name] or "none", value or "none")
+    return changed
 
 
 def _other_key(stored: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:

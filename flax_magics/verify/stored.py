@@ -153,14 +153,14 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise FlaxMagicsError(f"it cannot be read: {error.strerror or type(error).__name__}.") from None
     try:
-        found = json.loads(data.decode("utf-8"))
-        version = found.get("nbformat") if isinstance(found, dict) else None
+        content = json.loads(data.decode("utf-8"))
+        version = content.get("nbformat") if isinstance(content, dict) else None
         if version != 4 or isinstance(version, bool):
             raise FlaxMagicsError("it is no notebook of format 4, which Jupyter writes: open it there and save it.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
-            nbformat.validate(nbformat.from_dict(found))
-            notebook = JSONReader().to_notebook(found)
+            nbformat.validate(nbformat.from_dict(content))
+            notebook = JSONReader().to_notebook(content)
     except RecursionError:
         raise FlaxMagicsError("it is no notebook: it is nested too deeply.") from None
     except nbformat.ValidationError as error:
