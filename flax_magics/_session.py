@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .export.file import Exported
     from .history.table import History
     from .snapshot.save import Autosave, Restored, Saved
-    from .state.saved import SavedModel
+    from .state.state import SavedModel
     from .summary.view import Summary
 
 

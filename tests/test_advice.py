@@ -580,7 +580,7 @@ SCENARIOS = [
         after="%flax_init net(x);\n%flax",
     ),
     Scenario(
-        "snapshot.format._metadata",
+        "snapshot.format._json_in",
         "%flax_load a.safetensors",
         (
             "import safetensors.numpy, numpy as np\nsafetensors.numpy.save_file({'a': np.ones(2)}, 'a.safetensors')",
@@ -588,9 +588,7 @@ SCENARIOS = [
         ),
         check="arrays['a'].tolist() == [1, 1]",
     ),
-    Scenario(
-        "snapshot.format._metadata", "%flax_load a", (NET, RAN, "%flax_save -q a", FAKE_PIP, UPGRADED), again=True
-    ),
+    Scenario("snapshot.format._json_in", "%flax_load a", (NET, RAN, "%flax_save -q a", FAKE_PIP, UPGRADED), again=True),
     Scenario(
         "history.replay._again",
         "%flax_replay 1",

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import FlaxMagicsError
 
@@ -25,45 +26,34 @@ _STALE = 60.0
 """Seconds from which a temporary folder that nobody holds is somebody's who was killed."""
 
 
+def open_without_waiting(path: Path) -> BinaryIO:
+    """Opens a file to read it. A named pipe does not wait here until somebody writes: the caller is to refuse it."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+
+
 class Cancelled(Exception):
     """The write was called off before it took the old file's place."""
 
 
-class Ticket:
-    """Lets one thread call off a write of another: once `cancel` has returned, the file is not replaced any more."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """Calls it off, if it has not happened yet."""
-        with self._lock:
-            self._cancelled = True
-
-    def do(self, step: Callable[[], None]) -> None:
-        """Takes the step, unless it was called off. Raises Cancelled."""
-        with self._lock:
-            if self._cancelled:
-                raise Cancelled
-            step()
-
-
-def replace_file(path: Path, write: Callable[[str], None], ticket: Ticket | None = None) -> None:
+def replace_file(path: Path, write: Callable[[str], None], ticket: threading.Lock | None = None) -> None:
     """Replaces the file at `path` by the one that `write` makes under the name that it is given.
 
     A link stays one: what it points at is replaced. A new file has the rights that the umask gives, an old one keeps
     its own.
 
+    Args:
+      ticket: taken before the old file is replaced. Another thread that takes it first has called the write off.
+
     Raises:
       FlaxMagicsError: there is no such folder, or something that is no file stands there.
       OSError: the disk is full, or may not be written.
-      Cancelled: see `Ticket`.
+      Cancelled: see `ticket`.
     """
     target = Path(os.path.realpath(path))
     old = checked_target(path, target)
     _sweep(target.parent, target.name)
-    # A folder of our own, since what writes the file may have temporary files, too; nobody else can look into it.
+    # A folder of our own, since what writes the file may have temporary files, too (safetensors has, which a kill leaves
+    # behind under names that nobody would know); nobody else can look into it.
     workshop = target.parent / f".{target.name}.{secrets.token_hex(4)}{_OURS}"
     os.mkdir(workshop, 0o700)
     try:
@@ -77,7 +67,9 @@ def replace_file(path: Path, write: Callable[[str], None], ticket: Ticket | None
                         os.fchown(file.fileno(), -1, old.st_gid)
                 os.chmod(made, rights)
                 os.fsync(file.fileno())
-            (ticket or Ticket()).do(lambda: os.replace(made, target))
+            if ticket is not None and not ticket.acquire(blocking=False):
+                raise Cancelled
+            os.replace(made, target)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
     _sync_folder(target.parent)

@@ -1,34 +1,40 @@
-"""A session at one moment as data: taken, written into a file, and read out of one."""
+"""A session at one moment as data: taken, written into a file as its records, and read out of one."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import msgspec
 import numpy as np
+from msgspec.structs import asdict
 
-from ..base import jsondata
-from ..base.digest import count_parameters, own
-from ..base.files import Ticket
-from ..base.jsondata import Damaged, JsonObject, finite, from_hex
+from ..base.compare import Spread
+from ..base.digest import Values, count_parameters, own
+from ..base.jsondata import Damaged, Hex, convert, loads
+from ..base.measures import Cost, Limits, Memory, Steady, Timing
 from ..base.version import __version__
 from ..code.source import source_of
 from ..errors import FlaxMagicsError
-from ..rng.keys import Draw, RootKey
+from ..rng.keys import Draw, RootKey, RunKeys, as_key
+from ..run import RELEASED, InitStats, Note, OutputFacts, Run, altered
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun
-from ..state.saved import SavedInit, SavedModel
-from ..state.state import State
+from ..state.state import SavedInit, SavedModel, State
 from ..state.trees import Reader, Writer, foreign_in, key_of, key_read, key_type
 from . import format
-from .runs import WrittenRuns, kept_of
+from .records import DrawRecord, InitCallRecord, ModelRecord, OpenedRecord, RunRecord, SessionRecord, VariableRows
+
+T = TypeVar("T")
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """Settings of JAX's that change the bits of a run."""
@@ -83,7 +89,6 @@ def take(state: State) -> Snapshot:
 
 def _taken(entry: ModelEntry) -> SavedModel:
     model = entry.model
-    made = entry.init or entry.previous_init
     if model.holds_variables:
         slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
         variables: Any = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
@@ -92,20 +97,20 @@ def _taken(entry: ModelEntry) -> SavedModel:
         variables = None if entry.variables is None else _own(entry.variables)
         parameters, size = count_parameters(variables or {})
     return SavedModel(
-        entry.name,
-        model.holds_variables,
-        model.describe(),
-        "",
-        variables,
-        dict(entry.update_counts),
-        entry.outdated,
-        entry.rebuild_next,
-        made,
-        entry.init is None,
-        None if entry.built is None else dict(entry.built.keys),
-        parameters,
-        size,
-        versions(),
+        name=entry.name,
+        holds_variables=model.holds_variables,
+        text=model.describe(),
+        source="",
+        variables=variables,
+        updates=dict(entry.update_counts),
+        outdated=entry.outdated,
+        stale=entry.rebuild_next,
+        made=entry.init or entry.previous_init,
+        assigned=entry.init is None,
+        keys=None if entry.built is None else dict(entry.built.keys),
+        parameters=parameters,
+        bytes=size,
+        versions=versions(),
     )
 
 
@@ -140,8 +145,8 @@ def _own(tree: Any) -> Any:
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Of what a run's bits depend on. Not to be changed."""
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
-    return {"flax_magics": __version__, "python": platform.python_version(), **found}
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {"flax_magics": __version__, "python": platform.python_version(), **packages}
 
 
 def settings() -> dict[str, str]:
@@ -155,136 +160,224 @@ def device() -> str:
     return f"{first.platform} {first.device_kind}" if first.device_kind != first.platform else first.platform
 
 
+def write(
+    path: Path, snapshot: Snapshot, history: WrittenRuns | None = None, ticket: threading.Lock | None = None
+) -> int:
+    """Writes a snapshot, whole or not at all; gives the size in bytes.
+
+    Args:
+      history: has noted down the runs of earlier snapshots.
+      ticket: see `replace_file`.
+
+    Raises:
+      FlaxMagicsError: something in it cannot be saved, or the file cannot be written; the old one is as it was.
+    """
+    writer = Writer()
+    runs = format.json_of((history or WrittenRuns(digest=True)).of(snapshot.runs)).encode()
+    opened, root = snapshot.opened, snapshot.root
+    record = SessionRecord(
+        saved=Hex(snapshot.saved),
+        versions=dict(snapshot.versions),
+        settings=dict(snapshot.settings),
+        device=snapshot.device,
+        root=DrawRecord(str(root.seed), root.draws, root.data.hex(), root.impl),
+        opened=opened
+        and OpenedRecord(str(opened[1].seed), opened[1].number - 1, opened[1].root.hex(), opened[1].impl, opened[0]),
+        seeds=[(str(seed), last, impl) for seed, (last, impl) in snapshot.seeds.items()],
+        models=[_record_of(model, writer) for model in snapshot.models],
+    )
+    return format.write(path, record, {**writer.arrays, "history": np.frombuffer(runs, np.uint8)}, ticket)
+
+
+def _record_of(model: SavedModel, writer: Writer) -> ModelRecord:
+    name = model.name
+    made = _call_of(model, writer)
+    if model.holds_variables:
+        variables: Any = [
+            (collection, [writer.key(step, name) for step in path], writer.tree(value, at))
+            for collection, path, value in model.variables
+            for at in ["/".join((name, collection, *map(str, path)))]
+        ]
+    else:
+        tree_writer = Writer(writer.arrays)
+        variables = tree_writer.tree(model.variables, name)
+        if tree_writer.foreign is not None and made is None:
+            where, cls = tree_writer.foreign
+            raise FlaxMagicsError(
+                f"`{where}` cannot be saved: it is of {cls}, and no init of `{name}` is known here that would tell what"
+                " to make of it."
+            )
+    keys = None
+    if model.keys is not None:
+        keys = {stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()}
+    same = {field: getattr(model, field) for field in ("name", "text", "source", "outdated", "stale", "assigned")}
+    return ModelRecord(
+        **same,
+        api="nnx" if model.holds_variables else "linen",
+        variables=variables,
+        updates=dict(model.updates),
+        made=made,
+        keys=keys,
+        parameters=model.parameters,
+        bytes=model.bytes,
+        versions=dict(model.versions),
+    )
+
+
+def _call_of(model: SavedModel, writer: Writer) -> InitCallRecord | None:
+    """How the variables were made; None where that cannot be said without code of the user's."""
+    made = model.made
+    if made is None or made.program is None:
+        return None
+    # An array of a call that cannot be written is not to be in the file.
+    call_writer, at = Writer(), f"{model.name} initialised with"
+    try:
+        key, args, kwargs = (
+            call_writer.tree(getattr(made, part), f"{at}/{part}") for part in ("key", "args", "kwargs")
+        )
+    except FlaxMagicsError:
+        return None
+    if call_writer.foreign is not None:
+        return None
+    writer.arrays.update(call_writer.arrays)
+    return InitCallRecord(key, args, kwargs, made.method, made.program)
+
+
+class WrittenRuns:
+    """The runs of a session as JSON data, each made once: a session that is saved again and again adds few each time.
+
+    Args:
+      digest: take the digest of an output that is still there, which reads all of it.
+    """
+
+    def __init__(self, *, digest: bool) -> None:
+        self._digest = digest
+        self._last: RunLog | None = None
+        self._data: list[tuple[dict[str, Any], StoredRun]] = []
+
+    def of(self, chain: RunLog | None) -> list[dict[str, Any]]:
+        """The data of every run, oldest first."""
+        new = []
+        at = chain
+        while at is not None and at is not self._last:
+            new.append(at.kept)
+            at = at.before
+        if at is None:
+            self._data = []
+        self._data += [(self._data_of(kept), kept) for kept in reversed(new)]
+        self._last = chain
+        return [_as_it_is_now(data, kept) for data, kept in self._data]
+
+    def _data_of(self, kept: StoredRun) -> dict[str, Any]:
+        run = kept.run()
+        if not self._digest:
+            _ = run.shape  # while there is an output to read it from
+            run = altered(run, {"output": RELEASED})
+        impl: str | None
+        match run.keys:
+            case RunKeys(draw=draw):
+                impl = draw.impl
+            case WrittenKeys(impl=impl):
+                pass
+            case keys:
+                impl = next((str(jax.random.key_impl(key)) for key in keys.values()), None)
+        data = {**run.to_json(), "impl": impl, "inputs": kept.shapes, "replays": kept.replays}
+        written: dict[str, Any] = msgspec.to_builtins(convert(data, RunRecord, "a run"), enc_hook=float.hex)
+        return written
+
+
+def _as_it_is_now(data: dict[str, Any], kept: StoredRun) -> dict[str, Any]:
+    """With what became of a run after it was noted down: its digest was taken, it was run again."""
+    digest = data["digest"] or kept.facts["_taken"].digest
+    if digest == data["digest"] and kept.replays == tuple(data["replays"]):
+        return data
+    return {**data, "digest": digest, "replays": list(kept.replays)}
+
+
 def read(path: Path) -> Snapshot:
     """What a file has. Raises FlaxMagicsError: it is no session, or not as it was written."""
-    found = format.read(path)
+    contents = format.read(path)
     try:
-        return _snapshot(found.document, Reader(found.arrays), str(path))
+        record = convert(contents.document, SessionRecord, "its session")
+        return _snapshot(record, Reader(contents.arrays), str(path))
     except Damaged as error:
         format.refuse(path, str(error))
     except RecursionError:
         format.refuse(path, "something in it is nested too deeply")
 
 
-def _snapshot(document: Any, reader: Reader, path: str) -> Snapshot:
-    names = ("saved", "versions", "settings", "device", "root", "opened", "seeds", "models")
-    own = JsonObject(document, "session", names)
-    root = _draw_of(own.inner("root", ("seed", "draws", "key", "impl")))
-    opened = None
-    if own.get("opened") is not None:
-        inner = own.inner("opened", ("model", "seed", "draws", "key", "impl"))
-        opened = inner.text("model"), _draw_of(inner)
-    models = tuple(_model_of(data, reader, path) for data in own.items("models"))
-    if len({model.name for model in models}) != len(models):
+def _snapshot(record: SessionRecord, reader: Reader, path: str) -> Snapshot:
+    if len({model.name for model in record.models}) != len(record.models):
         raise Damaged("two of its models have one name")
+    for _, _, impl in record.seeds:
+        if impl:  # none where no draw was made
+            key_type(impl)
+    root = _draw_of(record.root)
+    try:
+        history = reader.stored("history").tobytes().decode()
+    except UnicodeDecodeError:
+        raise Damaged("its history is no text") from None
+    runs = convert(loads(history, "its history"), list[RunRecord], "its history")
     return Snapshot(
         root=RootKey(root.seed, root.number - 1, root.root, root.impl),
-        opened=opened,
-        seeds=dict(_seed(row) for row in own.items("seeds")),
-        models=models,
-        written=_runs(reader),
-        versions=own.mapping("versions", JsonObject.text),
-        device=own.text("device"),
-        settings=own.mapping("settings", JsonObject.text),
-        saved=own.real("saved"),
+        opened=None if record.opened is None else (record.opened.model, _draw_of(record.opened)),
+        seeds={int(seed): (last, impl) for seed, last, impl in record.seeds},
+        models=tuple(_model_of(model, reader, path) for model in record.models),
+        written=tuple(_run_of(run, first=not i) for i, run in enumerate(runs)),
+        versions=record.versions,
+        device=record.device,
+        settings=record.settings,
+        saved=record.saved,
     )
 
 
-def _runs(reader: Reader) -> tuple[StoredRun, ...]:
-    stored = reader.stored("history")
-    if stored.dtype != np.uint8 or stored.ndim != 1:
-        raise Damaged("its history is no text")
-    try:
-        text = stored.tobytes().decode()
-    except UnicodeDecodeError:
-        raise Damaged("its history is no text") from None
-    data = jsondata.loads(text, "its history")
-    if not isinstance(data, list):
-        raise Damaged("its history is no list")
-    return tuple(kept_of(one, f"history[{i}]", first=not i) for i, one in enumerate(data))
-
-
-def _whole(text: str, where: str) -> int:
-    digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 60:
-        raise Damaged(f"`{where}` is no whole number")
-    return int(text)
-
-
-def _draw_of(own: JsonObject) -> Draw:
+def _draw_of(record: DrawRecord) -> Draw:
     """The draw that comes next from a root."""
-    seed, impl = _whole(own.text("seed"), f"{own.where}.seed"), own.text("impl")
-    data = from_hex(own.text("key"), f"{own.where}.key")
-    if len(data) % 4:
-        raise Damaged(f"`{own.where}.key` is no key")
-    key_of(np.frombuffer(data, np.uint32), impl)
-    return Draw(seed, own.whole("draws") + 1, data, impl)
+    data = bytes.fromhex(record.key)
+    key_of(np.frombuffer(data, np.uint32), record.impl)
+    return Draw(int(record.seed), record.draws + 1, data, record.impl)
 
 
-def _seed(row: Any) -> tuple[int, tuple[int, str]]:
-    if not isinstance(row, list) or len(row) != 3:
-        raise Damaged("`session.seeds` has a row that is none")
-    own = JsonObject({"seed": row[0], "last": row[1], "impl": row[2]}, "session.seeds")
-    impl = own.text("impl")
-    if impl:  # none where no draw was made
-        key_type(impl)
-    return _whole(own.text("seed"), "session.seeds"), (own.whole("last"), impl)
-
-
-_MODEL = (
-    "name",
-    "api",
-    "text",
-    "source",
-    "variables",
-    "updates",
-    "outdated",
-    "stale",
-    "made",
-    "assigned",
-    "keys",
-    "parameters",
-    "bytes",
-    "versions",
-)
-
-
-def _model_of(data: Any, reader: Reader, path: str) -> SavedModel:
-    own = JsonObject(data, "session.models", _MODEL)
-    name, api = own.text("name"), own.text("api")
-    if not name.isidentifier() or api not in ("linen", "nnx"):
+def _model_of(record: ModelRecord, reader: Reader, path: str) -> SavedModel:
+    name = record.name
+    if not name.isidentifier():
         raise Damaged("one of its models is none")
-    if api == "nnx":
-        variables: Any = tuple(_variable(row, name, reader) for row in own.items("variables"))
-        if len({path for _, path, _ in variables}) != len(variables):
+    variables: Any
+    if record.api == "nnx":
+        rows = convert(record.variables, VariableRows, f"what it has of `{name}`")
+        variables = tuple(
+            (collection, tuple(map(key_read, steps)), reader.tree(node)) for collection, steps, node in rows
+        )
+        if len({steps for _, steps, _ in variables}) != len(variables):
             raise Damaged(f"`{name}` has a variable that stands twice")
     else:
-        variables = reader.tree(own.get("variables"))
-        if variables is not None and not (
-            isinstance(variables, Mapping) and all(type(key) is str for key in variables)
-        ):
+        variables = reader.tree(record.variables)
+        if variables is not None and not _has_names(variables):
             raise Damaged(f"the variables of `{name}` are no collections")
     _check_tree(variables, f"the variables of `{name}`")
     keys = None
-    if own.get("keys") is not None:
-        keys = own.mapping("keys", lambda inner, stream: _key(reader.tree(inner.get(stream)), name))
+    if record.keys is not None:
+        keys = {stream: reader.tree(node) for stream, node in record.keys.items()}
+        if not all(_is_key(key) and not key.shape for key in keys.values()):
+            raise Damaged(f"what `{name}` was built with is no key")
+    same = ("text", "source", "updates", "outdated", "stale", "assigned", "parameters", "bytes", "versions")
     return SavedModel(
-        name,
-        api == "nnx",
-        own.text("text"),
-        own.text("source"),
-        variables,
-        own.mapping("updates", JsonObject.whole),
-        own.flag("outdated"),
-        own.flag("stale"),
-        _made_of(own, reader),
-        own.flag("assigned"),
-        keys,
-        own.whole("parameters"),
-        own.whole("bytes"),
-        own.mapping("versions", JsonObject.text),
-        path,
+        name=name,
+        holds_variables=record.api == "nnx",
+        variables=variables,
+        made=None if record.made is None else _init_of(record.made, name, reader),
+        keys=keys,
+        file=path,
+        **{field: getattr(record, field) for field in same},
     )
+
+
+def _has_names(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and all(type(key) is str for key in tree)
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _check_tree(tree: Any, what: str) -> None:
@@ -295,124 +388,80 @@ def _check_tree(tree: Any, what: str) -> None:
         raise Damaged(f"{what} are no tree") from None
 
 
-def _variable(row: Any, name: str, reader: Reader) -> tuple[str, tuple[Any, ...], Any]:
-    if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str) or not isinstance(row[1], list):
-        raise Damaged(f"`{name}` has a variable that is none")
-    value = reader.tree(row[2])
-    _check_tree(value, f"the variables of `{name}`")
-    return row[0], tuple(map(key_read, row[1])), value
+def _init_of(record: InitCallRecord, name: str, reader: Reader) -> SavedInit:
+    key, args, kwargs = map(reader.tree, (record.key, record.args, record.kwargs))
+    _check_tree((args, kwargs), f"the arguments that `{name}` was initialised with")
+    if type(args) is not tuple or not _has_names(kwargs) or foreign_in((args, kwargs)) is not None or not _is_key(key):
+        raise Damaged(f"what `{name}` was initialised with is no call")
+    return SavedInit(key, record.method, args, dict(kwargs), record.program)
 
 
-def _key(value: Any, name: str) -> Any:
-    if not isinstance(value, jax.Array) or not jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) or value.shape:
-        raise Damaged(f"what `{name}` was built with is no key")
-    return value
+def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
+    """The run that `WrittenRuns` wrote; its inputs and its output are `RELEASED`."""
+    if record.keys and record.impl is None:
+        raise Damaged("a run in its history does not say what its keys are")
+    digits = 0 if record.impl is None else 8 * math.prod(key_type(record.impl)[1]) * (record.draws or 1)
+    if any(len(words) != digits for words in record.keys.values()):
+        raise Damaged("a run in its history has a key that is none")
+    elsewhere = {name: getattr(record, name) for name in ("versions", "device_kind", "processor", "threads")}
+    if record.leaves is not None:
+        elsewhere |= {"leaves": list(map(asdict, record.leaves)), "bits": record.bits}
+    timing = asdict(record.timing)
+    steady = timing.pop("steady")
+    spread = tuple(Spread(**asdict(one)) for one in record.spread)
+    values = tuple(Values(**asdict(one)) for one in record.values)
+    run = Run(
+        **{name: getattr(record, name) for name in _SAME},
+        inputs=RELEASED,
+        output=RELEASED,
+        keys=WrittenKeys(record.keys, record.impl or "", record.draws),
+        timing=Timing(**timing, steady=None if steady is None else Steady(steady)),
+        memory=_made_of(Memory, record.memory),
+        cost=_made_of(Cost, record.cost),
+        limits=_made_of(Limits, record.limits),
+        made=_made_of(InitStats, record.made),
+        notes=tuple(Note(**asdict(note)) for note in record.notes),
+        first=first,
+        elsewhere=elsewhere,
+        _taken=OutputFacts(record.digest, record.output, None if record.draws is None else spread, values),
+    )
+    return StoredRun.read(run, record.inputs, record.replays)
 
 
-def _made_of(own: JsonObject, reader: Reader) -> SavedInit | None:
-    if own.get("made") is None:
-        return None
-    inner = own.inner("made", ("key", "args", "kwargs", "method", "program"))
-    args, kwargs = reader.tree(inner.get("args")), reader.tree(inner.get("kwargs"))
-    if type(args) is not tuple or type(kwargs) is not dict or not all(type(key) is str for key in kwargs):
-        raise Damaged(f"`{inner.where}` is no call")
-    _check_tree((args, kwargs), f"the arguments in `{inner.where}`")
-    if foreign_in((args, kwargs)) is not None:
-        raise Damaged(f"`{inner.where}` is no call")
-    key = reader.tree(inner.get("key"))
-    if not (hasattr(key, "dtype") and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        raise Damaged(f"`{inner.where}.key` is no key")
-    return SavedInit(key, inner.texts("method"), args, kwargs, inner.maybe_text("program"))
+_SAME = (
+    *("command", "model", "mode", "call", "seed", "draw", "draws", "device", "started", "used", "changed", "program"),
+    *("reason", "switch", "static", "cell", "by_hand", "weights", "replayed"),
+)
+"""Fields of a Run that its record has as they are."""
 
 
-def write(path: Path, snapshot: Snapshot, history: WrittenRuns | None = None, ticket: Ticket | None = None) -> int:
-    """Writes a snapshot, whole or not at all; gives the size in bytes.
+def _made_of(kind: Callable[..., T], record: msgspec.Struct | None) -> T | None:
+    return None if record is None else kind(**asdict(record))
 
-    Args:
-      history: has noted down the runs of earlier snapshots.
-      ticket: calls it off.
 
-    Raises:
-      FlaxMagicsError: something in it cannot be saved, or the file cannot be written; the old one is as it was.
+@dataclass(frozen=True)
+class WrittenKeys(Mapping[str, jax.Array]):
+    """The keys of a run that was read, made when they are looked at.
+
+    Attributes:
+      words: stream → its words in hex, of all its keys one after the other.
+      size: of how many draws each has the keys; None for one key of shape ().
     """
-    writer = Writer()
-    runs = format.json_of((history or WrittenRuns(digest=True)).of(snapshot.runs)).encode()
-    document = {
-        "saved": finite(snapshot.saved),
-        "versions": dict(snapshot.versions),
-        "settings": dict(snapshot.settings),
-        "device": snapshot.device,
-        "root": _root(snapshot.root),
-        "opened": None if snapshot.opened is None else {"model": snapshot.opened[0], **_draw(snapshot.opened[1])},
-        "seeds": [[str(seed), last, impl] for seed, (last, impl) in snapshot.seeds.items()],
-        "models": [_model(model, writer) for model in snapshot.models],
-    }
-    arrays = {**writer.arrays, "history": np.frombuffer(runs, np.uint8)}
-    return format.write(path, document, arrays, ticket)
 
+    words: Mapping[str, str]
+    impl: str
+    size: int | None = None
 
-def _root(root: RootKey) -> dict[str, Any]:
-    return {"seed": str(root.seed), "draws": root.draws, "key": root.data.hex(), "impl": root.impl}
+    def data(self, name: str) -> bytes:
+        """Key data."""
+        text = self.words[name]
+        return np.array([int(text[i : i + 8], 16) for i in range(0, len(text), 8)], np.uint32).tobytes()
 
+    def __getitem__(self, name: str) -> jax.Array:
+        return as_key(self.data(name), self.impl, self.size)
 
-def _draw(draw: Draw) -> dict[str, Any]:
-    return {"seed": str(draw.seed), "draws": draw.number - 1, "key": draw.root.hex(), "impl": draw.impl}
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.words)
 
-
-def _model(model: SavedModel, writer: Writer) -> dict[str, Any]:
-    name = model.name
-    made = _made(model, writer)
-    if model.holds_variables:
-        variables: Any = [
-            [collection, [writer.key(step, name) for step in path], writer.tree(value, at)]
-            for collection, path, value in model.variables
-            for at in ["/".join((name, collection, *map(str, path)))]
-        ]
-    else:
-        own = Writer(writer.arrays)
-        variables = own.tree(model.variables, name)
-        if own.foreign is not None and made is None:
-            where, cls = own.foreign
-            raise FlaxMagicsError(
-                f"`{where}` cannot be saved: it is of {cls}, and no init of `{name}` is known here that would tell what"
-                " to make of it."
-            )
-    keys = None
-    if model.keys is not None:
-        keys = {stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()}
-    return {
-        "name": name,
-        "api": "nnx" if model.holds_variables else "linen",
-        "text": model.text,
-        "source": model.source,
-        "variables": variables,
-        "updates": dict(model.updates),
-        "outdated": model.outdated,
-        "stale": model.stale,
-        "made": made,
-        "assigned": model.assigned,
-        "keys": keys,
-        "parameters": model.parameters,
-        "bytes": model.bytes,
-        "versions": dict(model.versions),
-    }
-
-
-def _made(model: SavedModel, writer: Writer) -> Any:
-    """How the variables were made, as data; None where that cannot be said without code of the user's."""
-    made = model.made
-    if made is None:
-        return None
-    own = Writer()
-    try:
-        call = {
-            "key": own.tree(made.key, f"{model.name} initialised with/key"),
-            "args": own.tree(made.args, f"{model.name} initialised with/args"),
-            "kwargs": own.tree(made.kwargs, f"{model.name} initialised with/kwargs"),
-        }
-    except FlaxMagicsError:
-        return None
-    if own.foreign is not None or made.program is None:
-        return None
-    writer.arrays.update(own.arrays)
-    return {**call, "method": list(made.method), "program": made.program}
+    def __len__(self) -> int:
+        return len(self.words)

@@ -24,8 +24,7 @@ from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
 from ..state.models import Registration, differences
-from ..state.saved import SavedModel
-from ..state.state import State
+from ..state.state import SavedModel, State
 from ..state.trees import Differs, foreign_in, graft
 from ..state.weights import WeightSource
 from .document import versions
@@ -67,9 +66,9 @@ def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
     """What is other about a model than when it was saved. Its variables may fit nevertheless, and give something else."""
     if not saved.ready:
         return ()
-    now = model.describe()
+    text = model.describe()
     # What is said of an NNX module depends on how its construction was written.
-    fields = (f"was {saved.text} there",) if saved.text != now and not saved.holds_variables else ()
+    fields = (f"was {saved.text} there",) if saved.text != text and not saved.holds_variables else ()
     names = edited(saved.source, source_of(model.module)) if saved.source else ()
     return (*fields, f"{', '.join(names)} edited since") if names else fields
 
@@ -83,13 +82,13 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
         return _into_module(saved, entry, model)
     if saved.variables is None:
         return Matched(replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None))
-    variables, made, outdated = _held_against(saved, model)
-    assigned = saved.assigned or made is None
+    variables, init, outdated = _held_against(saved, model)
+    assigned = saved.assigned or init is None
     entry = replace(
         entry,
         variables=variables,
-        init=None if assigned else made,
-        previous_init=made if assigned else None,
+        init=None if assigned else init,
+        previous_init=init if assigned else None,
         update_counts=dict(saved.updates),
         outdated=outdated,
         source=WeightSource.loaded(saved.file, variables),
@@ -99,38 +98,38 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
 
 def _held_against(saved: SavedModel, model: Model) -> tuple[Any, InitRecord | None, bool]:
     """The variables as the model has them, how they are made, and whether the model would now make others."""
-    before, variables = saved.made, saved.variables
-    if before is None:
+    saved_init, variables = saved.made, saved.variables
+    if saved_init is None:
         return _whole(variables), None, saved.outdated
     try:
-        now = initialised(model, before.key, before.method, before.args, before.kwargs)
+        init = initialised(model, saved_init.key, saved_init.method, saved_init.args, saved_init.kwargs)
     except Exception as error:  # the user's code does not take the old call
         raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
-    if now.shapes is None:  # the init looks at values: only running it would tell
-        return _whole(variables), now, saved.outdated
+    if init.shapes is None:  # the init looks at values: only running it would tell
+        return _whole(variables), init, saved.outdated
     try:
-        variables = graft(variables, now.shapes)
+        variables = graft(variables, init.shapes)
     except Differs as error:
         raise Unfit((str(error),)) from None
     except Exception as error:  # a class that cannot be put together of these children
         raise Unfit((f"its variables cannot be put together ({type(error).__name__})",)) from error
     # What runs have written may have grown, and collections that only a run makes are not the init's to know.
-    names = [name for name in now.shapes if name not in saved.updates and (name in variables or not saved.assigned)]
-    if "params" in now.shapes and "params" not in names:
+    names = [name for name in init.shapes if name not in saved.updates and (name in variables or not saved.assigned)]
+    if "params" in init.shapes and "params" not in names:
         names.append("params")
-    have = {name: variables[name] for name in names if name in variables}
-    changes = differences(_leaves_only(have), _leaves_only({name: now.shapes[name] for name in names}))
+    present = {name: variables[name] for name in names if name in variables}
+    changes = differences(_leaves_only(present), _leaves_only({name: init.shapes[name] for name in names}))
     if changes:
         raise Unfit(changes)
     # Another version may trace the same code to another program.
-    outdated = saved.outdated or (saved.versions == versions() and now.program != before.program)
-    return variables, now, outdated
+    outdated = saved.outdated or (saved.versions == versions() and init.program != saved_init.program)
+    return variables, init, outdated
 
 
 def _whole(variables: Any) -> Any:
-    found = foreign_in(variables)
-    if found is not None:
-        raise Unfit((f"{found[0]} is a {found[1]} in the file, and the model does not say what to make of it",))
+    opaque = foreign_in(variables)
+    if opaque is not None:
+        raise Unfit((f"{opaque[0]} is a {opaque[1]} in the file, and the model does not say what to make of it",))
     return variables
 
 
@@ -211,21 +210,21 @@ def _spell(line: str, name: str) -> str:
     return f"{name}/{line}" if not line.startswith(" ") else f"{name}{line}"
 
 
-def unfit(saved: Mapping[str, tuple[SavedModel, Unfit]], path: str) -> FlaxMagicsError:
+def unfit(errors: Mapping[str, Unfit], path: str) -> FlaxMagicsError:
     """The error for models that are registered and that a file does not fit."""
-    lines = [f"{name}: {change}" for name, (_, found) in saved.items() for change in found.lines]
-    names = ", ".join(f"`{name}`" for name in saved)
-    verb = "does" if len(saved) == 1 else "do"
+    lines = [f"{name}: {change}" for name, error in errors.items() for change in error.lines]
+    names = ", ".join(f"`{name}`" for name in errors)
+    verb = "does" if len(errors) == 1 else "do"
     message = f"the variables in `{path}` do not fit: {names} as registered {verb} not have them. Nothing was loaded."
     return FlaxMagicsError(message, hint="\n".join(lines))
 
 
 def registered(state: State, entry: ModelEntry, change: Registration) -> tuple[State, Registration]:
     """The state in which `entry` is registered, with the variables that wait for it if they fit; and what to say."""
-    found = matched(state.waiting, entry, change)
-    if found is None:
+    restored = matched(state.waiting, entry, change)
+    if restored is None:
         return replace(state, models={**state.models, entry.name: entry}), change
-    entry, change = found
+    entry, change = restored
     waiting = state.waiting
     if not change.unfit:
         waiting = {name: model for name, model in waiting.items() if name != entry.name}
@@ -252,11 +251,11 @@ def matched(
     if saved is None or not saved.ready:
         return None
     try:
-        found = match(saved, entry)
+        fitting = match(saved, entry)
     except Unfit as error:
         return entry, replace(change, file=saved.file, unfit=error.lines)
-    write = found.write or change.write
-    return found.entry, replace(change, file=saved.file, variables="restored", write=write, other=found.other)
+    write = fitting.write or change.write
+    return fitting.entry, replace(change, file=saved.file, variables="restored", write=write, other=fitting.other)
 
 
 def rebound(
@@ -268,10 +267,10 @@ def rebound(
     """
     if entry.name not in waiting or entry.ready:
         return entry, notes
-    found = matched(waiting, entry, Registration(entry.name, "changed"))
-    if found is None:
+    restored = matched(waiting, entry, Registration(entry.name, "changed"))
+    if restored is None:
         return entry, notes
-    entry, change = found
+    entry, change = restored
     if change.unfit:
         text = f"the variables in {change.file} do not fit {entry.name}: {', '.join(change.unfit)}"
     else:

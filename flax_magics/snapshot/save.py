@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..base.critical import uninterrupted
-from ..base.files import Ticket, checked_target
+from ..base.files import checked_target
 from ..base.text import plural
 from ..base.workers import Workers, wait_for
 from ..errors import FlaxMagicsError
 from ..run import Note, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, newest
-from ..state.saved import SavedModel
-from ..state.state import State
+from ..state.state import SavedModel, State
 from . import document, restore
-from .document import Snapshot
+from .document import Snapshot, WrittenRuns
 from .restore import Unfit
-from .runs import WrittenRuns
 
 
 @dataclass(frozen=True)
@@ -85,41 +83,42 @@ def path_of(path: str | os.PathLike[str]) -> Path:
 def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
     """Writes a session into a file. An interrupt returns at once, and leaves the old file or the whole new one."""
     target = path_of(path)
-    now = document.with_sources(document.take(state), state)
-    ticket = Ticket()
-    work = _writers.submit(lambda: document.write(target, now, None, ticket))
+    snapshot = document.with_sources(document.take(state), state)
+    ticket = threading.Lock()
+    work = _writers.submit(lambda: document.write(target, snapshot, None, ticket))
     try:
         size = wait_for(work)
     except KeyboardInterrupt:
-        ticket.cancel()
+        ticket.acquire(blocking=False)  # the writer replaces nothing once it is ours
         raise
-    return saved_of(target, size, now, state)
+    return _saved(target, size, snapshot)
 
 
-def saved_of(target: Path, size: int, now: Snapshot, state: State) -> Saved:
-    """What to say of a file that was written."""
-    models = tuple(model.name for model in now.models if model.ready)
-    runs = 0 if state.runs is None else state.runs.length
-    return Saved(os.fspath(target), size, models, now.parameters, state.root.seed, state.root.draws, runs, now.saved)
+def _saved(path: Path, size: int, snapshot: Snapshot, *, kept: bool = False) -> Saved:
+    """What to say of a file that has `snapshot`."""
+    models = tuple(model.name for model in snapshot.models if model.ready)
+    runs = len(snapshot.written) if snapshot.runs is None else snapshot.runs.length
+    root = snapshot.root
+    return Saved(os.fspath(path), size, models, snapshot.parameters, root.seed, root.draws, runs, snapshot.saved, kept)
 
 
-def load_session(before: State, path: str | os.PathLike[str]) -> tuple[State, list[Callable[[], None]], Restored]:
+def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, list[Callable[[], None]], Restored]:
     """Reads a session out of a file. Changes nothing.
 
     Args:
-      before: the session that it is to take the place of.
+      current: the session that it is to take the place of.
 
     Returns:
       What the session then is, what writes the variables of NNX modules into the user's own objects, and what to say.
     """
     target = path_of(path)
-    found = document.read(target)
-    models: dict[str, ModelEntry] = dict(before.models)
+    snapshot = document.read(target)
+    models: dict[str, ModelEntry] = dict(current.models)
     waiting: dict[str, SavedModel] = {}
     others: dict[str, tuple[str, ...]] = {}
     writes: list[Callable[[], None]] = []
-    unfit: dict[str, tuple[SavedModel, Unfit]] = {}
-    for saved in found.models:
+    unfit: dict[str, Unfit] = {}
+    for saved in snapshot.models:
         entry = models.get(saved.name)
         if entry is None:
             waiting[saved.name] = saved
@@ -127,7 +126,7 @@ def load_session(before: State, path: str | os.PathLike[str]) -> tuple[State, li
         try:
             matched = restore.match(saved, entry)
         except Unfit as error:
-            unfit[saved.name] = saved, error
+            unfit[saved.name] = error
             continue
         models[saved.name], others[saved.name] = matched.entry, matched.other
         if matched.write is not None:
@@ -135,44 +134,51 @@ def load_session(before: State, path: str | os.PathLike[str]) -> tuple[State, li
     if unfit:
         raise restore.unfit(unfit, os.fspath(target))
     runs: RunLog | None = None
-    for kept in found.written:
+    for kept in snapshot.written:
         runs = RunLog.add(runs, kept)
-    state = State(found.root, models, found.opened, runs, found.seeds, waiting)
-    names = tuple(saved.name for saved in found.models if saved.name not in waiting and saved.ready)
-    notes = (*_lost(before, found), *_edited(others), *_other(found))
+    state = State(snapshot.root, models, snapshot.opened, runs, snapshot.seeds, waiting)
+    names = tuple(saved.name for saved in snapshot.models if saved.name not in waiting and saved.ready)
+    edited = tuple(
+        Note("edited", f"{name} is not as it was saved, so that its runs may give something else: {', '.join(what)}")
+        for name, what in others.items()
+        if what
+    )
+    notes = (*_lost(current, snapshot), *edited, *_other(snapshot))
     restored = Restored(
         os.fspath(target),
-        found.root.seed,
-        found.root.draws,
-        len(found.written),
+        snapshot.root.seed,
+        snapshot.root.draws,
+        len(snapshot.written),
         names,
         tuple(saved for saved in waiting.values() if saved.ready),
-        found.parameters,
-        found.saved,
+        snapshot.parameters,
+        snapshot.saved,
         notes,
     )
     return state, writes, restored
 
 
-def _lost(before: State, found: Snapshot) -> tuple[Note, ...]:
+def _lost(current: State, snapshot: Snapshot) -> tuple[Note, ...]:
     """What was in the session that the file replaced, and what stays that the file does not have.
 
     That models were built or initialised is not worth a word.
     """
     notes = []
-    there = {_identity(kept.run()) for kept in found.written}
-    runs = newest(before.runs, 0 if before.runs is None else before.runs.length)
+    there = {_identity(kept.run()) for kept in snapshot.written}
+    runs = newest(current.runs, 0 if current.runs is None else current.runs.length)
     lost = sum(run.command != "init" and _identity(run) not in there for run in runs)
     if lost:
         what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
         notes.append(Note("replaced", f"{what}: its root key and its history are now those of the file"))
-    empty = [saved.name for saved in found.models if not saved.ready and _has_variables(before.models.get(saved.name))]
+    empty = [
+        saved.name for saved in snapshot.models if not saved.ready and _has_variables(current.models.get(saved.name))
+    ]
     if empty:
         verb = "has" if len(empty) == 1 else "have"
         text = f"{', '.join(empty)} {verb} no variables in the file: those that were here are dropped"
         notes.append(Note("dropped", text))
-    names = {saved.name for saved in found.models}
-    stays = [name for name, entry in before.models.items() if name not in names and _has_variables(entry)]
+    names = {saved.name for saved in snapshot.models}
+    stays = [name for name, entry in current.models.items() if name not in names and _has_variables(entry)]
     if stays:
         verbs = ("is", "keeps its") if len(stays) == 1 else ("are", "keep their")
         notes.append(Note("stays", f"{', '.join(stays)} {verbs[0]} not in the file, and {verbs[1]} variables"))
@@ -188,26 +194,17 @@ def _has_variables(entry: ModelEntry | None) -> bool:
     return entry is not None and entry.ready
 
 
-def _edited(others: Mapping[str, tuple[str, ...]]) -> tuple[Note, ...]:
-    """Models that are registered, and other than they were when they were saved."""
-    return tuple(
-        Note("edited", f"{name} is not as it was saved, so that its runs may give something else: {', '.join(what)}")
-        for name, what in others.items()
-        if what
-    )
-
-
-def _other(found: Snapshot) -> tuple[Note, ...]:
+def _other(snapshot: Snapshot) -> tuple[Note, ...]:
     """What is other here than where the file was saved, if that may change bits."""
-    now = {**document.versions(), **document.settings()}
-    then = {**found.versions, **found.settings}
+    here = {**document.versions(), **document.settings()}
+    there = {**snapshot.versions, **snapshot.settings}
     names = [
-        name for name in ("jax", "jaxlib", "flax", *document.settings()) if name in then and then[name] != now[name]
+        name for name in ("jax", "jaxlib", "flax", *document.settings()) if name in there and there[name] != here[name]
     ]
-    parts = [f"{name} {then[name]} → {now[name]}" for name in names]
+    parts = [f"{name} {there[name]} → {here[name]}" for name in names]
     kind = document.device()
-    if found.device != kind:
-        parts.append(f"device {found.device} → {kind}")
+    if snapshot.device != kind:
+        parts.append(f"device {snapshot.device} → {kind}")
     if not parts:
         return ()
     text = f"saved with other versions or settings, so that runs may differ in their bits: {', '.join(parts)}"
@@ -234,19 +231,17 @@ def _there(state: State, path: str | os.PathLike[str]) -> Saved | None:
         return None
     target = path_of(path)
     try:
-        found = document.read(target)
+        snapshot = document.read(target)
         size = os.stat(target).st_size
     except (FlaxMagicsError, OSError):  # none, or none of ours: the first time tells what there is to tell
         return None
-    if not found.written:
+    if not snapshot.written:
         return None
     try:
         checked_target(target)
     except OSError as error:
         raise FlaxMagicsError(f"`{target}` cannot be written: {error.strerror}.") from None
-    models = tuple(model.name for model in found.models if model.ready)
-    root, runs = found.root, len(found.written)
-    return Saved(os.fspath(target), size, models, found.parameters, root.seed, root.draws, runs, found.saved, kept=True)
+    return _saved(target, size, snapshot, kept=True)
 
 
 REST = 4.0
@@ -286,13 +281,13 @@ class Autosave:
     def offer(self, state: State) -> None:
         """Notes the session down, to be written soon."""
         try:
-            now = document.take(state)
+            snapshot = document.take(state)
         except Exception as error:  # the run has succeeded, whatever is the matter here
             self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
             return
         with uninterrupted():  # a snapshot that no thread takes would never be written
             with self._lock:
-                self._pending = now, state
+                self._pending = snapshot, state
                 start, self._running = not self._running, True
             if start:
                 threading.Thread(target=self._work, name="flax_magics autosave").start()
@@ -322,17 +317,16 @@ class Autosave:
                     self._running = False
                     self._idle.notify_all()
                     return
-                (now, state), self._pending = self._pending, None
+                (snapshot, state), self._pending = self._pending, None
             start = self._clock()
-            self._write(now, state)
-            del now, state
+            self._write(snapshot, state)
+            del snapshot, state
             self._rest(REST * (self._clock() - start))
 
-    def _write(self, now: Snapshot, state: State) -> None:
-
+    def _write(self, snapshot: Snapshot, state: State) -> None:
         try:
-            size = document.write(self.path, document.with_sources(now, state, self._sources), self._history)
-            self.last = replace(saved_of(self.path, size, now, state), path=self.last.path)
+            size = document.write(self.path, document.with_sources(snapshot, state, self._sources), self._history)
+            self.last = replace(_saved(self.path, size, snapshot), path=self.last.path)
             self.error = self._told = None
         except FlaxMagicsError as error:
             self.error = error.message

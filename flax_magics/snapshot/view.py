@@ -5,34 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..base.text import bytes_, clean, clean_lines, dotted, plural
 from ..line.options import quoted
 from ..report.html import _notes, notice_bundle, render, shown_bundle
 from ..report.notice import Notice, notice_text
 from ..run import Note
-from ..state.saved import SavedModel
+from ..state.state import SavedModel
 from .save import Autosave, Restored, Saved
 
-if TYPE_CHECKING:
-    pass
 
-
-def loaded_html(found: Loaded) -> str:
+def loaded_html(loaded: Loaded) -> str:
     """A file that was loaded, the code of each model that waits folded away."""
-    notes = _notes(found.notice.notes)
-    texts = [clean(text) for text in found.notice.texts]
+    notes = _notes(loaded.notice.notes)
+    texts = [clean(text) for text in loaded.notice.texts]
     return render(
-        "loaded.html", {"name": clean(found.notice.name), "texts": texts, "notes": notes, "waiting": found.waiting}
+        "loaded.html", {"name": clean(loaded.notice.name), "texts": texts, "notes": notes, "waiting": loaded.waiting}
     )
 
 
-def loaded_bundle(found: Loaded, style: str) -> dict[str, Any]:
+def loaded_bundle(loaded: Loaded, style: str) -> dict[str, Any]:
     """The MIME bundle of a file that was loaded; quiet, of its sharp bits alone."""
-    if found.quiet:
-        return notice_bundle(found.notice, style) if found.notice.notes else {}
-    return shown_bundle(loaded_text(found), lambda: loaded_html(found), style)
+    if loaded.quiet:
+        return notice_bundle(loaded.notice, style) if loaded.notice.notes else {}
+    return shown_bundle(loaded_text(loaded), lambda: loaded_html(loaded), style)
 
 
 SHORT = 24
@@ -93,30 +90,30 @@ def loaded_text(loaded: Loaded) -> str:
     return "\n".join(lines)
 
 
-def saved(done: Saved, *, autosaving: bool = False) -> Notice:
+def saved(saved: Saved, *, autosaving: bool = False) -> Notice:
     """What `%flax_save` answers."""
-    what = plural(done.parameters, "parameter")
-    models = f"{', '.join(done.models)}: {what}" if done.models else "no model has variables yet"
-    if done.kept:
-        return _not_replaced(done)
+    what = plural(saved.parameters, "parameter")
+    models = f"{', '.join(saved.models)}: {what}" if saved.models else "no model has variables yet"
+    if saved.kept:
+        return _not_replaced(saved)
     texts = (
         "autosave on, saved" if autosaving else "saved",
         models,
-        plural(done.runs, "run"),
-        f"next is draw {done.draws + 1} of seed {done.seed}",
-        bytes_(done.bytes),
+        plural(saved.runs, "run"),
+        f"next is draw {saved.draws + 1} of seed {saved.seed}",
+        bytes_(saved.bytes),
     )
-    return Notice(done.path, texts)
+    return Notice(saved.path, texts)
 
 
-def _not_replaced(done: Saved) -> Notice:
+def _not_replaced(saved: Saved) -> Notice:
     """What `%flax_save --autosave` answers in a session that has nothing yet, where the file has something."""
     text = (
-        f"{done.path} has a session of {plural(done.runs, 'run')}, saved {_when(done.when)}: what changes variables next"
+        f"{saved.path} has a session of {plural(saved.runs, 'run')}, saved {_when(saved.when)}: what changes variables next"
         " replaces it, unless it is loaded first"
     )
-    note = Note("kept", text, write=f"%flax_load {quoted(done.path)}")
-    return Notice(done.path, ("autosave on", "nothing saved yet"), (note,))
+    note = Note("kept", text, write=f"%flax_load {quoted(saved.path)}")
+    return Notice(saved.path, ("autosave on", "nothing saved yet"), (note,))
 
 
 def _when(seconds: float) -> str:
@@ -145,18 +142,20 @@ def _left(autosaving: Autosave) -> str:
     return f"{path} stays as it was saved last" if autosaving.path.is_file() else f"{path} is not there any more"
 
 
-def loaded(done: Restored, *, quiet: bool) -> Loaded:
+def loaded(restored: Restored, *, quiet: bool) -> Loaded:
     """What `%flax_load` answers."""
     texts = [
         "loaded",
-        f"{', '.join(done.models)} restored" if done.models else "",
-        _waiting(done.waiting),
-        plural(done.parameters, "parameter") if done.parameters else "no model had variables",
-        plural(done.runs, "run"),
-        f"next is draw {done.draws + 1} of seed {done.seed}",
+        f"{', '.join(restored.models)} restored" if restored.models else "",
+        _waiting(restored.waiting),
+        plural(restored.parameters, "parameter") if restored.parameters else "no model had variables",
+        plural(restored.runs, "run"),
+        f"next is draw {restored.draws + 1} of seed {restored.seed}",
     ]
-    notice = Notice(done.path, tuple(text for text in texts if text), done.notes)
-    waiting = tuple(Waiting(model.name, model.text, model.source, f"%flaxmodel {model.name}") for model in done.waiting)
+    notice = Notice(restored.path, tuple(text for text in texts if text), restored.notes)
+    waiting = tuple(
+        Waiting(model.name, model.text, model.source, f"%flaxmodel {model.name}") for model in restored.waiting
+    )
     return Loaded(notice, waiting, quiet)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -58,7 +59,7 @@ class Writer:
         if tree is None:
             return None
         if isinstance(tree, (bool, int, float, complex, str)):
-            return self._number(tree, path)
+            return _number(tree, path)
         if isinstance(tree, jax.ShapeDtypeStruct):
             weak = {"weak": True} if getattr(tree, "weak_type", False) else {}
             return {"shape": list(tree.shape), **_dtype(tree.dtype, path), **weak}
@@ -84,18 +85,6 @@ class Writer:
         if type(key) is tuple:
             return [self.key(part, path) for part in key]
         raise _cannot(path, f"it has the key {key!r}, which is neither text nor a whole number")
-
-    def _number(self, value: Any, path: str) -> Node:
-        kind = type(value)
-        if kind is float:
-            return {"float": value.hex()}
-        if kind is complex:
-            return {"complex": [value.real.hex(), value.imag.hex()]}
-        if kind is int and abs(value) < 1 << 200:
-            return {"int": str(value)}
-        if kind in (bool, str):
-            return {kind.__name__: value}
-        raise _cannot(path, "it is a whole number of more than 200 bits" if kind is int else f"it is a {kind.__name__}")
 
     def _array(self, array: Any, path: str) -> Node:
         name = self._name(path)
@@ -127,6 +116,19 @@ class Writer:
             name = f"{plain}#{n}"
         self.arrays[name] = np.empty(0)  # taken
         return name
+
+
+def _number(value: Any, path: str) -> Node:
+    kind = type(value)
+    if kind is float:
+        return {"float": value.hex()}
+    if kind is complex:
+        return {"complex": [value.real.hex(), value.imag.hex()]}
+    if kind is int and abs(value) < 1 << 200:
+        return {"int": str(value)}
+    if kind in (bool, str):
+        return {kind.__name__: value}
+    raise _cannot(path, "it is a whole number of more than 200 bits" if kind is int else f"it is a {kind.__name__}")
 
 
 def _cannot(path: str, why: str) -> FlaxMagicsError:
@@ -167,95 +169,62 @@ class Reader:
             raise Damaged("a tree in it is nested too deeply")
         if node is None:
             return None
-        if not isinstance(node, dict) or not node:
-            raise Damaged("a tree in it has a node that is none")
-        kind, value = next(iter(node.items()))
-        if kind == "shape" and node.keys() - {"weak"} in ({"shape", "dtype"}, {"shape", "key"}):
-            return self._shape(node)
-        read = self._kinds.get(kind) if len(node) == 1 else None
-        if read is None:
-            raise Damaged("a tree in it has a node that is none")
-        return read(self, value, depth)
+        if not isinstance(node, dict) or (len(node) != 1 and "shape" not in node):
+            raise Damaged(_NO_NODE)
+        if "shape" in node:
+            return _shape_node(node)
 
-    def _dict(self, value: Any, depth: int) -> dict[Any, Any]:
-        pairs = [_pair(pair) for pair in _list(value)]
-        found = {key_read(key): self.tree(child, depth + 1) for key, child in pairs}
-        if len(found) != len(pairs):
-            raise Damaged("a dict in it has a key that stands twice")
-        return found
+        def inside(children: list[Node]) -> list[Any]:
+            return [self.tree(child, depth + 1) for child in children]
 
-    def _frozen(self, value: Any, depth: int) -> Any:
-        return freeze(self._dict(value, depth))
+        match next(iter(node.items())):
+            case ("dict" | "frozen" as kind, list(pairs)):
+                if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+                    raise Damaged(_NO_NODE)
+                keys = [key_read(key) for key, _ in pairs]
+                tree = dict(zip(keys, inside([child for _, child in pairs]), strict=True))
+                if len(tree) != len(pairs):
+                    raise Damaged("a dict in it has a key that stands twice")
+                return tree if kind == "dict" else freeze(tree)
+            case ("list", list(children)):
+                return inside(children)
+            case ("tuple", list(children)):
+                return tuple(inside(children))
+            case ("partitioned" | "logical" as kind, [list(names), child]):
+                box: Any = nn.Partitioned if kind == "partitioned" else nn.LogicallyPartitioned
+                return box(self.tree(child, depth + 1), tuple(map(_axis, names)))
+            case ("other", [str(cls), list(children)]):
+                return OpaqueNode(cls, tuple(inside(children)))
+            case ("bool", bool(value)) | ("str", str(value)):
+                return value
+            case ("int", str(digits)) if re.fullmatch("-?[0-9]{1,69}", digits):
+                return int(digits)
+            case ("float", str(number)):
+                return _float(number)
+            case ("complex", [str(real), str(imaginary)]):
+                return complex(_float(real), _float(imaginary))
+            case ("array", str(name)):
+                return self._array(name)
+            case ("weak", str(name)):
+                array = self._array(name)
+                with jax.transfer_guard("allow"):
+                    return weakly_typed(array)
+            case ("numpy", str(name)):
+                return self.stored(name).copy()  # two leaves that name one array are two
+            case ("scalar", str(name)) if not self.stored(name).shape:
+                return self.stored(name)[()]
+            case ("key", [str(name), str(impl)]):
+                return key_of(self.stored(name), impl)
+        raise Damaged(_NO_NODE)
 
-    def _items(self, value: Any, depth: int) -> list[Any]:
-        return [self.tree(child, depth + 1) for child in _list(value)]
-
-    def _tuple(self, value: Any, depth: int) -> tuple[Any, ...]:
-        return tuple(self._items(value, depth))
-
-    def _box(self, cls: Any) -> Callable[[Any, int], Any]:
-        def read(value: Any, depth: int) -> Any:
-            names, child = _pair(value)
-            return cls(self.tree(child, depth + 1), tuple(map(_axis, _list(names))))
-
-        return read
-
-    def _other(self, value: Any, depth: int) -> OpaqueNode:
-        cls, children = _pair(value)
-        return OpaqueNode(_text(cls), self._tuple(children, depth))
-
-    def _shape(self, node: dict[str, Any]) -> jax.ShapeDtypeStruct:
-        shape = shape_of("a tree in it", node["shape"])
-        if "key" in node:
-            return jax.ShapeDtypeStruct(shape, key_type(_text(node["key"]))[0])
-        if node.get("weak", True) is not True:
-            raise Damaged("a tree in it has a bool that is none")
-        return jax.ShapeDtypeStruct(shape, dtype_named(_text(node["dtype"])), weak_type="weak" in node)
-
-    def _plain(self, kind: type) -> Callable[[Any, int], Any]:
-        def read(value: Any, depth: int) -> Any:
-            if type(value) is not kind:
-                raise Damaged(f"a tree in it has a {kind.__name__} that is none")
-            return value
-
-        return read
-
-    def _int(self, value: Any, depth: int) -> int:
-        text = _text(value)
-        if len(text) > 70 or not text.removeprefix("-").isascii() or not text.removeprefix("-").isdigit():
-            raise Damaged("a tree in it has an int that is none")
-        return int(text)
-
-    def _float(self, value: Any, depth: int) -> float:
-        text = _text(value)
-        try:
-            if len(text) > 40:
-                raise ValueError
-            return float.fromhex(text)
-        except (ValueError, OverflowError):
-            raise Damaged("a tree in it has a float that is none") from None
-
-    def _complex(self, value: Any, depth: int) -> complex:
-        real, imaginary = _pair(value)
-        return complex(self._float(real, depth), self._float(imaginary, depth))
-
-    def stored(self, name: Any) -> np.ndarray[Any, Any]:
+    def stored(self, name: str) -> np.ndarray[Any, Any]:
         """The array of that name as it was stored."""
-        if not isinstance(name, str) or name not in self.arrays:
+        if name not in self.arrays:
             raise Damaged("a tree in it names an array that is not there")
         return self.arrays[name]
 
-    def _numpy(self, value: Any, depth: int) -> np.ndarray[Any, Any]:
-        return self.stored(value).copy()  # two leaves that name one array are two
-
-    def _scalar(self, value: Any, depth: int) -> Any:
-        stored = self.stored(value)
-        if stored.shape:
-            raise Damaged("a number in it is an array")
-        return stored[()]
-
-    def _array(self, value: Any, depth: int) -> jax.Array:
-        stored = self.stored(value)
+    def _array(self, name: str) -> jax.Array:
+        stored = self.stored(name)
         with jax.transfer_guard("allow"):
             # A copy: on a CPU JAX may go on using NumPy's memory.
             array: jax.Array = jax.device_put(stored.copy())
@@ -265,52 +234,25 @@ class Reader:
             )
         return array
 
-    def _weak(self, value: Any, depth: int) -> jax.Array:
-        array = self._array(value, depth)
-        with jax.transfer_guard("allow"):
-            return weakly_typed(array)
 
-    def _typed_key(self, value: Any, depth: int) -> jax.Array:
-        name, impl = _pair(value)
-        return key_of(self.stored(name), _text(impl))
-
-    _kinds: ClassVar[dict[str, Callable[[Any, Any, int], Any]]] = {
-        "dict": _dict,
-        "frozen": _frozen,
-        "list": _items,
-        "tuple": _tuple,
-        "partitioned": lambda self, value, depth: self._box(nn.Partitioned)(value, depth),
-        "logical": lambda self, value, depth: self._box(nn.LogicallyPartitioned)(value, depth),
-        "other": _other,
-        "bool": lambda self, value, depth: self._plain(bool)(value, depth),
-        "str": lambda self, value, depth: self._plain(str)(value, depth),
-        "int": _int,
-        "float": _float,
-        "complex": _complex,
-        "array": _array,
-        "weak": _weak,
-        "numpy": _numpy,
-        "scalar": _scalar,
-        "key": _typed_key,
-    }
+_NO_NODE = "a tree in it has a node that is none"
 
 
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise Damaged("a tree in it has a list that is none")
-    return value
+def _shape_node(node: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    shape = shape_of("a tree in it", node["shape"])
+    match {name: value for name, value in node.items() if name != "shape"}:
+        case {"key": str(impl), **others} if not others:
+            return jax.ShapeDtypeStruct(shape, key_type(impl)[0])
+        case {"dtype": str(dtype), **others} if others in ({}, {"weak": True}):
+            return jax.ShapeDtypeStruct(shape, dtype_named(dtype), weak_type=bool(others))
+    raise Damaged(_NO_NODE)
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise Damaged("a tree in it has a pair that is none")
-    return value[0], value[1]
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise Damaged("a tree in it has a text that is none")
-    return value
+def _float(text: str) -> float:
+    try:
+        return float.fromhex(text)
+    except (ValueError, OverflowError):
+        raise Damaged("a tree in it has a float that is none") from None
 
 
 def key_read(value: Any, depth: int = 0) -> Any:
@@ -325,7 +267,9 @@ def key_read(value: Any, depth: int = 0) -> Any:
 def _axis(value: Any) -> Any:
     if value is None or isinstance(value, str):
         return value
-    return tuple(map(_text, _list(value)))
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        raise Damaged("an axis in it has a name that is none")
+    return tuple(value)
 
 
 @lru_cache(maxsize=16)
@@ -476,9 +420,9 @@ NARROW = ("bool", "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float6_e2m
 def dtype_named(name: str) -> np.dtype[Any]:
     """The dtype of that name. Raises Damaged: there is none that a file can have, or that is known here."""
     if name in CODES or name in _RAW:
-        found = getattr(ml_dtypes, name, None) or getattr(np, name, None)
-        if found is not None:
-            dtype: np.dtype[Any] = np.dtype(found)
+        scalar_type = getattr(ml_dtypes, name, None) or getattr(np, name, None)
+        if scalar_type is not None:
+            dtype: np.dtype[Any] = np.dtype(scalar_type)
             return dtype
         raise Damaged(f"the dtype {name} is not known to the installed ml_dtypes")
     raise Damaged(f"{quoted_name(name)} is no dtype")

@@ -12,15 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..base.text import clean_lines
 from ..base.version import __version__
 from ..errors import FlaxMagicsError
-from .compare import Tolerance, compare
 from .kernels import check_installed, executed
 from .report import EXIT, Result, exit_status, text, to_json
 from .stored import code_cells, other_order, read, runs_of
+
+if TYPE_CHECKING:
+    from .compare import Tolerance
 
 INTERRUPTED = 130
 
@@ -101,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = top.parse_args(arguments)
     if options.atol is not None and options.rtol is None:
         top.error("--atol goes with --rtol")
+    from .compare import Tolerance  # with NumPy, which the help has no use for
+
     tolerance = None if options.rtol is None else Tolerance(options.rtol, options.atol or 0.0)
     try:
         check_installed()
@@ -135,8 +139,8 @@ async def verify(
     task = asyncio.current_task()
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel if task else _ignore)
-    found = {file: _read(file) for file in files}
-    read_ones = {file: notebook for file, (notebook, _) in found.items() if notebook is not None}
+    notebooks = {file: _read(file) for file in files}
+    read_ones = {file: notebook for file, (notebook, _) in notebooks.items() if notebook is not None}
     cells = sum(len(code_cells(notebook)) for notebook in read_ones.values())
     limit = asyncio.Semaphore(jobs)
     with tqdm(total=cells, unit="cell", leave=False, disable=not _terminal(), file=sys.stderr) as bar:
@@ -156,7 +160,7 @@ async def verify(
             for running in tasks.values():
                 running.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
-    return [tasks[file].result() if file in tasks else found[file][1] for file in found]
+    return [tasks[file].result() if file in tasks else notebooks[file][1] for file in notebooks]
 
 
 def _read(file: str) -> tuple[Any, Result]:
@@ -172,6 +176,8 @@ def _read(file: str) -> tuple[Any, Result]:
 async def _verify(
     file: str, notebook: Any, tolerance: Tolerance | None, timeout: int | None, on_cell: Callable[[], None]
 ) -> Result:
+    from .compare import compare
+
     started = time.monotonic()
     folder = Path(file).absolute().parent
     now, done, failed = await executed(notebook, folder, timeout, on_cell)

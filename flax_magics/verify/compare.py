@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import FlaxMagicsError
-from .stored import Cell, Further, Recorded, unreadable
+import ml_dtypes
+import numpy as np
+
+from ..base.jsondata import Damaged
+from ..base.ulp import largest_ulp
+from .stored import Cell, Further, Leaf, Recorded, unreadable
 
 Outcome = Literal["agrees", "within", "not comparable", "differs"]
+_INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)))
+_FLOATS = ("float16", "bfloat16", "float32", "float64", *(name for name in dir(ml_dtypes) if name.startswith("float")))
+_COMPLEX = {"complex64": "float32", "complex128": "float64"}
 NAMES = {"device_kind": "device kind"}
 """How a fact of the environment is called, where it is not by its own name."""
 
@@ -20,6 +27,28 @@ class Tolerance:
 
     rtol: float
     atol: float = 0.0
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the values kept of one output are from those of another.
+
+    Attributes:
+      values: how many were compared.
+      of: how many elements the output has.
+      differ: how many of the values differ.
+      ulp: the largest distance in units in the last place, over the floating-point values that differ; None where there
+        is none, and where one of two is NaN.
+      absolute: the largest distance, over all; infinite or NaN where a value is. Of the array that `array` names.
+      array: the path of the array with the largest distance; empty where the output is one array, and where none differs.
+    """
+
+    values: int
+    of: int
+    differ: int
+    ulp: int | None
+    absolute: float
+    array: str
 
 
 @dataclass(frozen=True)
@@ -34,7 +63,7 @@ class Verdict:
       runs: how many runs it stands for.
       what: what differs: `runs`, `keys`, `shape` or `digest`; empty where every bit agrees.
       stored, now: that, in a few words.
-      distance: a `values.Distance` between the values that are stored, None where that cannot be told.
+      distance: between the values that are stored, None where that cannot be told.
       changed: what the bits depend on, and is another now: name → stored and now, `not stored` where it was not.
     """
 
@@ -46,7 +75,7 @@ class Verdict:
     what: str = ""
     stored: str = ""
     now: str = ""
-    distance: Any = None
+    distance: Distance | None = None
     changed: Mapping[str, tuple[str, str]] | None = None
 
 
@@ -76,7 +105,7 @@ def _of_cell(stored: Cell, now: Cell, tolerance: Tolerance | None) -> Iterable[V
 def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | None) -> Verdict:
     changed = changed_environment(stored, now)
 
-    def verdict(outcome: Outcome, what: str, was: str, is_now: str, distance: Any = None) -> Verdict:
+    def verdict(outcome: Outcome, what: str, was: str, is_now: str, distance: Distance | None = None) -> Verdict:
         return Verdict(cell.number, cell.line, outcome, stored, 1, what, was, is_now, distance, changed)
 
     if stored.keys != now.keys:
@@ -86,12 +115,10 @@ def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | 
         return verdict("differs", "shape", *shape)
     if stored.digest == now.digest and stored.digest is not None:
         return verdict("agrees", "", "", "")
-    from .values import distance, within
-
     try:
         apart = distance(stored, now)
-        close = None if tolerance is None else within(stored, now, tolerance.rtol, tolerance.atol)
-    except FlaxMagicsError as error:
+        close = None if tolerance is None else within(stored, now, tolerance)
+    except Damaged as error:
         raise unreadable(cell.number, error) from None
     outcome: Outcome = "differs"
     if close:
@@ -120,13 +147,13 @@ def _of_further(stored: Cell, now: Cell, changed: Mapping[str, tuple[str, str]])
 
 def changed_environment(stored: Recorded, now: Recorded) -> dict[str, tuple[str, str]]:
     """What the bits depend on, and is another now than was stored: name → both."""
-    found = {}
+    changed = {}
     for name, value in now.environment.items():
         if name not in stored.environment:
-            found[NAMES.get(name, name)] = ("not stored", value or "none")
+            changed[NAMES.get(name, name)] = ("not stored", value or "none")
         elif stored.environment[name] != value:
-            found[NAMES.get(name, name)] = (stored.environment[name] or "none", value or "none")
-    return found
+            changed[NAMES.get(name, name)] = (stored.environment[name] or "none", value or "none")
+    return changed
 
 
 def _other_key(stored: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:
@@ -150,3 +177,93 @@ def _other_shape(stored: Recorded, now: Recorded) -> tuple[str, str] | None:
     both = [pair for pair in zip(one, other, strict=False) if pair[0] != pair[1]]
     first, second = both[0] if both else (("", f"{len(one)} arrays"), ("", f"{len(other)} arrays"))
     return " ".join(filter(None, first)), " ".join(filter(None, second))
+
+
+def distance(stored: Recorded, now: Recorded) -> Distance | None:
+    """Of two runs whose outputs have the same arrays; None where that cannot be told.
+
+    Raises:
+      Damaged: the values are not what their description says.
+    """
+    if not _alike(stored, now):
+        return None
+    values = differing = 0
+    ulp: int | None = None
+    lost = False
+    worst, array = 0.0, ""
+    for leaf, one, other in _pairs(stored, now):
+        values += leaf.values
+        differs = _differs(one, other)
+        if not differs.any():
+            continue
+        differing += int(differs.sum())
+        apart = largest_ulp(one[differs], other[differs])
+        if apart is not None:
+            ulp = max(apart, ulp or 0)
+        lost = lost or bool((_is_nan(one) != _is_nan(other)).any())
+        largest = _absolute(leaf.dtype, one[differs], other[differs])
+        if worst == worst and not largest <= worst:  # NaN is the furthest
+            worst, array = largest, leaf.path
+    of = sum(leaf.size for leaf in stored.leaves or ())
+    return Distance(values, of, differing, None if lost else ulp, worst, array)
+
+
+def within(stored: Recorded, now: Recorded, tolerance: Tolerance) -> bool | None:
+    """Whether all values that are kept agree: floating-point ones within `tolerance`, as numpy has
+    it, all others exactly. None where that cannot be told. Raises what `distance` raises.
+    """
+    if not _alike(stored, now) or (not stored.bits and not now.bits and stored.digest != now.digest):
+        return None
+    for leaf, one, other in _pairs(stored, now):
+        if leaf.dtype in _INTEGERS:
+            if _differs(one, other).any():
+                return False
+        else:
+            with np.errstate(all="ignore"):
+                if not np.allclose(_wide(other), _wide(one), rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True):
+                    return False
+    return True
+
+
+def _alike(stored: Recorded, now: Recorded) -> bool:
+    known = (*_INTEGERS, *_FLOATS, *_COMPLEX)
+    leaves = stored.leaves
+    return leaves is not None and leaves == now.leaves and all(leaf.dtype in known for leaf in leaves)
+
+
+def _pairs(stored: Recorded, now: Recorded) -> Iterator[tuple[Leaf, Any, Any]]:
+    """Each array with its values in the one and in the other."""
+    start = 0
+    for leaf in stored.leaves or ():
+        dtype = np.dtype(getattr(ml_dtypes, leaf.dtype, None) or leaf.dtype).newbyteorder("<")
+        end = start + leaf.values * dtype.itemsize
+        if end > len(stored.bits) or end > len(now.bits):
+            break
+        yield leaf, np.frombuffer(stored.bits[start:end], dtype), np.frombuffer(now.bits[start:end], dtype)
+        start = end
+    else:
+        if start == len(stored.bits) == len(now.bits):
+            return
+    raise Damaged("`bits` is not as long as the values are")
+
+
+def _differs(one: Any, other: Any) -> Any:
+    """Where the bits differ; one NaN is like another."""
+    bits = [array.view(np.uint8).reshape(len(array), -1) for array in (one, other)]
+    return (bits[0] != bits[1]).any(axis=1) & ~(_is_nan(one) & _is_nan(other))
+
+
+def _is_nan(array: Any) -> Any:
+    wide = _wide(array)
+    return wide != wide
+
+
+def _wide(array: Any) -> Any:
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _absolute(dtype: str, one: Any, other: Any) -> float:
+    if dtype in _INTEGERS:  # exactly, where a float would not hold them
+        return float(max(abs(int(a) - int(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)))
+    with np.errstate(all="ignore"):
+        return float(np.abs(_wide(other) - _wide(one)).max())

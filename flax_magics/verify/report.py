@@ -6,11 +6,13 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..base.text import clean, count, cut, flow, plural, table, ulp, wrap
 from ..errors import advice_lines
-from .compare import Outcome, Tolerance, Verdict
+
+if TYPE_CHECKING:
+    from .compare import Outcome, Tolerance, Verdict
 
 Status = Literal["agrees", "differs", "could not run", "not comparable", "nothing to verify"]
 EXIT: dict[Status, int] = {
@@ -63,8 +65,8 @@ class Result:
 
 def exit_status(results: Iterable[Result]) -> int:
     """That of the worst of them; none is as good as nothing to verify."""
-    found = {result.status for result in results} or {"nothing to verify"}
-    return EXIT[next(status for status in _WORST if status in found)]
+    statuses = {result.status for result in results} or {"nothing to verify"}
+    return EXIT[next(status for status in _WORST if status in statuses)]
 
 
 def text(result: Result) -> str:
@@ -102,16 +104,16 @@ def _summary(result: Result) -> str:
     bits, within, apart, differ = (result.runs(o) for o in ("agrees", "within", "not comparable", "differs"))
     if bits == runs:
         return f"agrees: {plural(runs, 'run')}, keys and every bit"
-    found = [f"keys and every bit in {count(bits)}"] if bits else []
+    parts = [f"keys and every bit in {count(bits)}"] if bits else []
     if within and result.tolerance is not None:
         atol = f", atol {result.tolerance.atol:g}" if result.tolerance.atol else ""
         kept, of = _kept(verdict for verdict in result.verdicts if verdict.outcome == "within")
         values = f"{count(kept)} of their {plural(of, 'value')}"
-        found.append(f"keys and values within rtol {result.tolerance.rtol:g}{atol} in {count(within)} (by {values})")
+        parts.append(f"keys and values within rtol {result.tolerance.rtol:g}{atol} in {count(within)} (by {values})")
     if apart:
-        found.append(f"keys alone in {count(apart)}")
+        parts.append(f"keys alone in {count(apart)}")
     head = f"differs: {count(differ)} of {plural(runs, 'run')}" if differ else f"{result.status}: {plural(runs, 'run')}"
-    return ", ".join([head, *found])
+    return ", ".join([head, *parts])
 
 
 def _kept(verdicts: Iterable[Verdict]) -> tuple[int, int]:
@@ -121,10 +123,10 @@ def _kept(verdicts: Iterable[Verdict]) -> tuple[int, int]:
 
 
 def _changed(verdicts: Iterable[Verdict]) -> dict[str, tuple[str, str]]:
-    found: dict[str, tuple[str, str]] = {}
+    changed: dict[str, tuple[str, str]] = {}
     for verdict in verdicts:
-        found = {**(verdict.changed or {}), **found}
-    return found
+        changed = {**(verdict.changed or {}), **changed}
+    return changed
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:
@@ -171,7 +173,7 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _notebook(result: Result) -> dict[str, Any]:
-    found = [verdict for verdict in result.verdicts if verdict.outcome != "agrees"]
+    told = [verdict for verdict in result.verdicts if verdict.outcome != "agrees"]
     return {
         "file": result.file,
         "status": result.status,
@@ -186,7 +188,7 @@ def _notebook(result: Result) -> dict[str, Any]:
             "differ": result.runs("differs"),
         },
         "environment": {name: {"stored": was, "now": now} for name, (was, now) in _changed(result.verdicts).items()},
-        "differences": [_difference(verdict) for verdict in found[:_GIVEN]],
+        "differences": [_difference(verdict) for verdict in told[:_GIVEN]],
     }
 
 
@@ -198,7 +200,7 @@ def _difference(verdict: Verdict) -> dict[str, Any]:
         "outcome": verdict.outcome,
         "what": verdict.what,
         "command": run.command if run else None,
-        "model": run.model if run else None,
+        "model": (run.model or "") if run else None,
         "call": run.call if run else None,
         "seed": run.seed if run else None,
         "draw": run.draw if run else None,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 import os
-import re
 import stat
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from ..base.jsondata import RUN_JSON, RUNS_JSON
+import msgspec
+
+from ..base.files import open_without_waiting
+from ..base.jsondata import RUN_JSON, RUNS_JSON, Damaged, convert
 from ..base.text import clean, cut
 from ..errors import FlaxMagicsError
 
@@ -25,16 +24,23 @@ LARGEST = 256 << 20
 _LEAVES = 1000
 _ROWS = 100_000
 _VERSIONS = ("jax", "jaxlib", "flax")
-_ARRAY = re.compile(r"([a-z][a-z0-9_]{0,30})\[((?:\d{1,18}(?:,\d{1,18}){0,99})?)\]")
+_ARRAY = r"\A[a-z][a-z0-9_]{0,30}\[(?:[0-9]{1,18}(?:,[0-9]{1,18}){0,99})?\]\Z"
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Leaf:
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class Leaf(msgspec.Struct, frozen=True):
     """One array of an output: its path, what it is (`float32[3,4]`), and how many of its values are kept."""
 
     path: str
-    array: str
-    values: int
+    array: Annotated[str, msgspec.Meta(pattern=_ARRAY)]
+    values: Number
+
+    def __post_init__(self) -> None:
+        if self.values > min(self.size, _LEAVES):
+            raise ValueError("`values` is more than there can be")
 
     @property
     def dtype(self) -> str:
@@ -48,38 +54,63 @@ class Leaf:
         return math.prod(int(size) for size in shape.split(",")) if shape else 1
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """One run, as `recorded.recorded` has it.
+class Recorded(msgspec.Struct, frozen=True):
+    """One run, as `Run.to_json` has it; what else stands there, of a later version, is passed over.
 
     Attributes:
       keys: stream → the words of its key in hex.
       leaves, bits: the values that are kept of the output; None where the run was stored without them.
-      environment: what its bits depend on: name → value, None where it does not apply, left out where it was not stored.
+      versions, device, device_kind, processor, threads: see `environment`; `UNSET` where one was not stored.
     """
 
+    version: Literal[1]
     command: str
-    model: str
     call: str
     output: str
     seed: int
-    draw: int
-    draws: int | None
-    keys: Mapping[str, str]
-    digest: str | None
-    leaves: tuple[Leaf, ...] | None
-    bits: bytes
+    draw: Number
+    keys: dict[str, str]
     started: float
-    environment: Mapping[str, str | None]
+    device: str
+    model: str | None = None
+    draws: Number | None = None
+    digest: str | None = None
+    leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=_LEAVES)] | None = None
+    bits: bytes = b""
+    versions: dict[str, str] = {}
+    device_kind: str | msgspec.UnsetType | None = msgspec.UNSET
+    processor: str | msgspec.UnsetType | None = msgspec.UNSET
+    threads: Number | msgspec.UnsetType | None = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if self.seed.bit_length() > 128:
+            raise ValueError("`seed` is too large")
+        if not math.isfinite(self.started):
+            raise ValueError("`started` is not finite")
+
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """What its bits depend on: name → value, None where it does not apply, left out where it was not stored."""
+        facts = {name: self.versions[name] for name in _VERSIONS if name in self.versions}
+        more = {name: getattr(self, name) for name in ("device", "device_kind", "processor", "threads")}
+        stored = {name: value for name, value in more.items() if value is not msgspec.UNSET}
+        return facts | {name: None if value is None else str(value) for name, value in stored.items()}
 
 
-@dataclass(frozen=True)
-class Further:
+class Further(msgspec.Struct, frozen=True):
     """Runs of a loop beyond those that are kept one by one: how many, a digest of their keys, one of their digests."""
 
-    runs: int
+    runs: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
     keys: str
     digest: str
+
+
+class Loop(msgspec.Struct, frozen=True):
+    """The runs of a counting line. Of each row stands there what differs from the row before."""
+
+    version: Literal[1]
+    runs: list[dict[str, Any]]
+    further: Further | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +143,7 @@ def read(path: Path) -> Any:
     from nbformat.v4.nbjson import JSONReader
 
     try:
-        with open(path, "rb", opener=_opened) as file:
+        with open_without_waiting(path) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise FlaxMagicsError("it is no file.")
@@ -122,14 +153,14 @@ def read(path: Path) -> Any:
     except OSError as error:
         raise FlaxMagicsError(f"it cannot be read: {error.strerror or type(error).__name__}.") from None
     try:
-        found = json.loads(data.decode("utf-8"))
-        version = found.get("nbformat") if isinstance(found, dict) else None
+        content = json.loads(data.decode("utf-8"))
+        version = content.get("nbformat") if isinstance(content, dict) else None
         if version != 4 or isinstance(version, bool):
             raise FlaxMagicsError("it is no notebook of format 4, which Jupyter writes: open it there and save it.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
-            nbformat.validate(nbformat.from_dict(found))
-            notebook = JSONReader().to_notebook(found)
+            nbformat.validate(nbformat.from_dict(content))
+            notebook = JSONReader().to_notebook(content)
     except RecursionError:
         raise FlaxMagicsError("it is no notebook: it is nested too deeply.") from None
     except nbformat.ValidationError as error:
@@ -137,11 +168,6 @@ def read(path: Path) -> Any:
     except ValueError as error:  # no UTF-8, no JSON, or an integer of thousands of digits
         raise FlaxMagicsError(f"it is no notebook: {brief(str(error))}") from None
     return notebook
-
-
-def _opened(path: str, flags: int) -> int:
-    # A named pipe would wait for somebody to write.
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def brief(text: str) -> str:
@@ -202,134 +228,37 @@ def runs_of_cell(number: int, cell: Any) -> Cell:
         for output in cell.outputs if is_run(cell) else ():
             data = output.get("data", {})
             if RUN_JSON in data:
-                runs.append(_recorded(_object(data[RUN_JSON], "the run")))
+                runs.append(_recorded(data[RUN_JSON]))
             if RUNS_JSON in data:
-                rows, rest = _rows(_object(data[RUNS_JSON], "the loop"))
-                if rest is not None and further is not None:
-                    raise FlaxMagicsError("there are two loops of more runs than are kept.")
-                runs += rows
-                further = rest or further
-    except FlaxMagicsError as error:
+                loop = _of_this_version(data[RUNS_JSON], Loop, "the loop")
+                if len(loop.runs) > _ROWS:
+                    raise Damaged(f"the loop has more than {_ROWS} rows")
+                if loop.further is not None and further is not None:
+                    raise Damaged("there are two loops of more runs than are kept")
+                row: dict[str, Any] = {"version": 1}
+                for changes in loop.runs:
+                    row = {**row, **changes}
+                    runs.append(_recorded(row))
+                further = loop.further or further
+    except Damaged as error:
         raise unreadable(number, error) from None
     # A run that had news has a report of its own, and the others share one: only together they are in order.
     return Cell(number, first_line(cell), tuple(sorted(runs, key=lambda run: run.started)), further)
 
 
-def unreadable(number: int, error: FlaxMagicsError) -> FlaxMagicsError:
+def unreadable(number: int, error: Damaged) -> FlaxMagicsError:
     """`error`, said of the cell that holds what cannot be read."""
-    return FlaxMagicsError(f"cell {number} holds an output of flax_magics that cannot be read: {error.message}")
+    return FlaxMagicsError(f"cell {number} holds an output of flax_magics that cannot be read: {clean(str(error))}.")
 
 
-def _rows(data: Mapping[str, Any]) -> tuple[list[Recorded], Further | None]:
-    _version(data)
-    rows = data.get("runs")
-    if not isinstance(rows, list) or len(rows) > _ROWS:
-        raise FlaxMagicsError("`runs` is no list.")
-    runs, row = [], {"version": 1}
-    for one in rows:
-        row = {**row, **_object(one, "a row")}
-        runs.append(_recorded(row))
-    rest = data.get("further")
-    if rest is None:
-        return runs, None
-    rest = _object(rest, "`further`")
-    count = _integer(rest, "runs")
-    if count < 1:
-        raise FlaxMagicsError("`runs` is less than 1.")
-    return runs, Further(count, _text(rest, "keys"), _text(rest, "digest"))
+def _recorded(data: Any) -> Recorded:
+    return _of_this_version(data, Recorded, "the run")
 
 
-def _recorded(data: Mapping[str, Any]) -> Recorded:
-    _version(data)
-    keys = _object(data.get("keys"), "`keys`")
-    return Recorded(
-        command=_text(data, "command"),
-        model=_text(data, "model", ""),
-        call=_text(data, "call"),
-        output=_text(data, "output"),
-        seed=_integer(data, "seed"),
-        draw=_integer(data, "draw"),
-        draws=None if data.get("draws") is None else _integer(data, "draws"),
-        keys={stream: _text(keys, stream) for stream in keys},
-        digest=None if data.get("digest") is None else _text(data, "digest"),
-        leaves=_leaves(data),
-        bits=_bits(data),
-        started=_number(data, "started"),
-        environment=_environment(data),
-    )
-
-
-def _version(data: Mapping[str, Any]) -> None:
-    version = _integer(data, "version")
-    if version != 1:
-        raise FlaxMagicsError(f"it was written by another version of flax_magics (its format is {version}, not 1).")
-
-
-def _environment(data: Mapping[str, Any]) -> dict[str, str | None]:
-    versions = _object(data.get("versions", {}), "`versions`")
-    found: dict[str, str | None] = {name: _text(versions, name) for name in _VERSIONS if name in versions}
-    found["device"] = _text(data, "device")
-    for name in ("device_kind", "processor"):
-        if name in data:
-            found[name] = None if data[name] is None else _text(data, name)
-    if "threads" in data:
-        found["threads"] = None if data["threads"] is None else str(_integer(data, "threads"))
-    return found
-
-
-def _leaves(data: Mapping[str, Any]) -> tuple[Leaf, ...] | None:
-    leaves = data.get("leaves")
-    if leaves is None:
-        return None
-    if not isinstance(leaves, list) or len(leaves) > _LEAVES:
-        raise FlaxMagicsError("`leaves` is no list.")
-    found = []
-    for leaf in leaves:
-        leaf = _object(leaf, "a leaf")
-        array, values = _text(leaf, "array"), _integer(leaf, "values")
-        if not _ARRAY.fullmatch(array):
-            raise FlaxMagicsError("`array` is no dtype with a shape.")
-        found.append(Leaf(_text(leaf, "path"), array, values))
-        if not 0 <= values <= min(found[-1].size, _LEAVES):
-            raise FlaxMagicsError("`values` is more than there can be.")
-    return tuple(found)
-
-
-def _bits(data: Mapping[str, Any]) -> bytes:
-    if data.get("bits") is None:
-        return b""
-    try:
-        return base64.b64decode(_text(data, "bits"), validate=True)
-    except (binascii.Error, ValueError):
-        raise FlaxMagicsError("`bits` is no base64.") from None
-
-
-def _object(data: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(data, dict):
-        raise FlaxMagicsError(f"{what} is no object.")
-    return data
-
-
-def _text(data: Mapping[str, Any], name: str, default: str | None = None) -> str:
-    value = data.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise FlaxMagicsError(f"`{cut(clean(name), 40)}` is no text.")
-    return value
-
-
-def _integer(data: Mapping[str, Any], name: str) -> int:
-    value = data.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value.bit_length() > 128:
-        raise FlaxMagicsError(f"`{name}` is no whole number.")
-    return value
-
-
-def _number(data: Mapping[str, Any], name: str) -> float:
-    value = data.get(name)
-    if isinstance(value, int):
-        return float(_integer(data, name))
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise FlaxMagicsError(f"`{name}` is no number.")
-    return value
+def _of_this_version(data: Any, kind: type[T], what: str) -> T:
+    version = data.get("version") if isinstance(data, dict) else None
+    if type(version) is int and version != 1:
+        raise Damaged(
+            f"{what} was written by another version of flax_magics (its format is {cut(str(version), 20)}, not 1)"
+        )
+    return convert(data, kind, what)

@@ -8,11 +8,12 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
 
-from flax_magics.base.files import Cancelled, Ticket, replace_file
+from flax_magics.base.files import Cancelled, replace_file
 from flax_magics.errors import FlaxMagicsError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="rights and links are those of POSIX")
@@ -74,12 +75,12 @@ def test_whatever_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 
 
 def test_a_write_that_is_called_off_replaces_nothing(tmp_path):
-    path, ticket = tmp_path / "file", Ticket()
+    path, ticket = tmp_path / "file", threading.Lock()
     path.write_text("old")
 
     def write(name):
         Path(name).write_text("new")
-        ticket.cancel()
+        ticket.acquire()
 
     with pytest.raises(Cancelled):
         replace_file(path, write, ticket)

@@ -34,16 +34,9 @@ def says(stored: Any, now: Any, tolerance: Tolerance | None = None) -> list[str]
 HEAD = "  cell  first line              draw  what    how far, in how many values"
 
 
-def test_every_bit_agrees():
-    assert says(run(), run()) == ["a.ipynb: agrees: 1 run, keys and every bit"]
-
-
-def test_what_else_a_run_says_of_itself_does_not_count():
-    now = run(call="net(y)", mode="eval", model="other", started=20.0, replayed=True)
-    assert says(run(), now) == ["a.ipynb: agrees: 1 run, keys and every bit"]
-
-
-def test_bits_that_agree_on_another_machine_agree():
+def test_bits_that_agree_agree_whatever_else_a_run_says_of_itself_and_on_another_machine():
+    other = run(call="net(y)", mode="eval", model="other", started=20.0, replayed=True)
+    assert says(run(), run()) == says(run(), other) == ["a.ipynb: agrees: 1 run, keys and every bit"]
     assert says(run(), run(**OTHER_MACHINE)) == [
         "a.ipynb: agrees: 1 run, keys and every bit",
         "  other than stored  processor x86_64-A → x86_64-B   threads 2 → 8",

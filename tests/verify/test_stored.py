@@ -66,63 +66,71 @@ def test_cells_are_counted_as_code_cells_and_skipped_ones_hold_nothing():
 DEEP: Any = []
 for _ in range(200):
     DEEP = [DEEP]
+LEAF = {"path": "", "array": "float32[2]", "values": 1}
+RUN, LOOP = (f"the {what} is not what it should be: " for what in ("run", "loop"))
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"version": 2}, "it was written by another version of flax_magics (its format is 2, not 1)."),
-        ({"version": None}, "`version` is no whole number."),
-        ({"version": True}, "`version` is no whole number."),
-        ({"draw": "1"}, "`draw` is no whole number."),
-        ({"draw": 10**60}, "`draw` is no whole number."),
-        ({"seed": 1.5}, "`seed` is no whole number."),
-        ({"draws": []}, "`draws` is no whole number."),
-        ({"keys": ["a"]}, "`keys` is no object."),
-        ({"keys": {"dropout\x1b[2J\u202e": 1}}, "`dropout\\x1b[2J\\u202e` is no text."),
-        ({"keys": DEEP}, "`keys` is no object."),
-        ({"digest": 5}, "`digest` is no text."),
-        ({"call": None}, "`call` is no text."),
-        ({"output": DEEP}, "`output` is no text."),
-        ({"started": "now"}, "`started` is no number."),
-        ({"started": float("inf")}, "`started` is no number."),
-        ({"started": 10**400}, "`started` is no whole number."),
-        ({"versions": "all"}, "`versions` is no object."),
-        ({"versions": {"jax": {}}}, "`jax` is no text."),
-        ({"threads": "many"}, "`threads` is no whole number."),
-        ({"processor": 1}, "`processor` is no text."),
-        ({"leaves": {}}, "`leaves` is no list."),
-        ({"leaves": [0] * 1001}, "`leaves` is no list."),
-        ({"leaves": [0]}, "a leaf is no object."),
-        ({"leaves": [{"path": "", "array": "float32[2", "values": 1}]}, "`array` is no dtype with a shape."),
-        ({"leaves": [{"path": "", "array": "O" * 99 + "[]", "values": 1}]}, "`array` is no dtype with a shape."),
-        ({"leaves": [{"path": "", "array": "float32[2]", "values": 3}]}, "`values` is more than there can be."),
-        ({"leaves": [{"path": "", "array": "float32[2]", "values": -1}]}, "`values` is more than there can be."),
+        ({"version": 2}, "the run was written by another version of flax_magics (its format is 2, not 1)."),
+        ({"version": None}, RUN + "Expected `int`, got `null` - at `$.version`."),
+        ({"version": True}, RUN + "Expected `int`, got `bool` - at `$.version`."),
+        ({"draw": "1"}, RUN + "Expected `int`, got `str` - at `$.draw`."),
+        ({"draw": 10**60}, RUN + "Expected `int` <= 9223372036854775807 - at `$.draw`."),
+        ({"seed": 1.5}, RUN + "Expected `int`, got `float` - at `$.seed`."),
+        ({"seed": 10**60}, RUN + "`seed` is too large."),
+        ({"draws": []}, RUN + "Expected `int | null`, got `array` - at `$.draws`."),
+        ({"keys": ["a"]}, RUN + "Expected `object`, got `array` - at `$.keys`."),
+        ({"keys": {"dropout\x1b[2J\u202e": 1}}, RUN + "Expected `str`, got `int` - at `$.keys[...]`."),
+        ({"keys": DEEP}, RUN + "Expected `object`, got `array` - at `$.keys`."),
+        ({"digest": 5}, RUN + "Expected `str | null`, got `int` - at `$.digest`."),
+        ({"call": None}, RUN + "Expected `str`, got `null` - at `$.call`."),
+        ({"output": DEEP}, RUN + "Expected `str`, got `array` - at `$.output`."),
+        ({"started": "now"}, RUN + "Expected `float`, got `str` - at `$.started`."),
+        ({"started": float("inf")}, RUN + "`started` is not finite."),
+        ({"started": 10**400}, RUN + "Number out of range - at `$.started`."),
+        ({"versions": "all"}, RUN + "Expected `object`, got `str` - at `$.versions`."),
+        ({"versions": {"jax": {}}}, RUN + "Expected `str`, got `object` - at `$.versions[...]`."),
+        ({"threads": "many"}, RUN + "Expected `int | null`, got `str` - at `$.threads`."),
+        ({"processor": 1}, RUN + "Expected `str | null`, got `int` - at `$.processor`."),
+        ({"leaves": {}}, RUN + "Expected `array | null`, got `object` - at `$.leaves`."),
+        ({"leaves": [LEAF] * 1001}, RUN + "Expected `array` of length <= 1000 - at `$.leaves`."),
+        ({"leaves": [0]}, RUN + "Expected `object`, got `int` - at `$.leaves[0]`."),
+        ({"leaves": [{**LEAF, "array": "float32[2"}]}, RUN + "Expected `str` matching regex"),
+        ({"leaves": [{**LEAF, "array": "O" * 99 + "[]"}]}, RUN + "Expected `str` matching regex"),
+        ({"leaves": [{**LEAF, "values": 3}]}, RUN + "`values` is more than there can be - at `$.leaves[0]`."),
+        ({"leaves": [{**LEAF, "values": -1}]}, RUN + "Expected `int` >= 0 - at `$.leaves[0].values`."),
         (
             {"leaves": [{"path": "", "array": "float32[9999999]", "values": 1001}]},
-            "`values` is more than there can be.",
+            RUN + "`values` is more than there can be - at `$.leaves[0]`.",
         ),
-        ({"bits": "no base64"}, "`bits` is no base64."),
-        ({"bits": "ä"}, "`bits` is no base64."),
+        ({"bits": "no base64"}, RUN + "Invalid base64 encoded string - at `$.bits`."),
+        ({"bits": "ä"}, RUN + "Invalid base64 encoded string - at `$.bits`."),
     ],
 )
 def test_a_run_that_is_not_what_we_write_is_refused(changes, why):
     with pytest.raises(FlaxMagicsError) as error:
         runs_of(notebook(cell(), cell(run(**changes))))
-    assert str(error.value) == f"cell 2 holds an output of flax_magics that cannot be read: {why}"
+    assert str(error.value).startswith(f"cell 2 holds an output of flax_magics that cannot be read: {why}")
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize(
     ("loop", "why"),
     [
-        ([], "the loop is no object."),
-        ("text", "the loop is no object."),
-        ({"version": 1}, "`runs` is no list."),
-        ({"version": 1, "runs": [1]}, "a row is no object."),
-        ({"version": 1, "runs": [{}]}, "`keys` is no object."),
-        ({"version": 1, "runs": [], "further": 1}, "`further` is no object."),
-        ({"version": 1, "runs": [], "further": {"runs": 0}}, "`runs` is less than 1."),
-        ({"version": 1, "runs": [], "further": {"runs": 1, "keys": "k"}}, "`digest` is no text."),
+        ([], LOOP + "Expected `object`, got `array`."),
+        ("text", LOOP + "Expected `object`, got `str`."),
+        ({"version": 3}, "the loop was written by another version of flax_magics (its format is 3, not 1)."),
+        ({"version": 1}, LOOP + "Object missing required field `runs`."),
+        ({"version": 1, "runs": [1]}, LOOP + "Expected `object`, got `int` - at `$.runs[0]`."),
+        ({"version": 1, "runs": [{}]}, RUN + "Object missing required field `command`."),
+        ({"version": 1, "runs": [], "further": 1}, LOOP + "Expected `object | null`, got `int` - at `$.further`."),
+        ({"version": 1, "runs": [], "further": {"runs": 0}}, LOOP + "Expected `int` >= 1 - at `$.further.runs`."),
+        (
+            {"version": 1, "runs": [], "further": {"runs": 1, "keys": "k"}},
+            LOOP + "Object missing required field `digest` - at `$.further`.",
+        ),
     ],
 )
 def test_a_loop_that_is_not_what_we_write_is_refused(loop, why):
@@ -133,7 +141,7 @@ def test_a_loop_that_is_not_what_we_write_is_refused(loop, why):
 
 def test_more_rows_than_there_can_be_are_refused(monkeypatch):
     monkeypatch.setattr(stored, "_ROWS", 2)
-    with pytest.raises(FlaxMagicsError, match="`runs` is no list"):
+    with pytest.raises(FlaxMagicsError, match="the loop has more than 2 rows"):
         runs_of(notebook(cell(loop={"version": 1, "runs": [run(), {}, {}]})))
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from made import cell, notebook, run, sample
 
-from flax_magics.errors import FlaxMagicsError
+from flax_magics.base.jsondata import Damaged
+from flax_magics.verify.compare import Distance, Tolerance, distance, within
 from flax_magics.verify.stored import Recorded, runs_of
-from flax_magics.verify.values import Distance, distance, within
 
 
 def recorded(*arrays: Any, paths: tuple[str, ...] = ("",), **changes: Any) -> Recorded:
@@ -104,14 +104,14 @@ def test_of_a_large_output_some_values_are_compared():
 )
 def test_what_cannot_be_compared_is_not(changes):
     one, other = recorded(np.zeros(2, np.float32)), recorded(np.zeros(2, np.float32), **changes)
-    assert (distance(one, other), within(one, other, 1.0, 1.0)) == (None, None)
+    assert (distance(one, other), within(one, other, Tolerance(1.0, 1.0))) == (None, None)
     assert distance(other, other) is None or changes["leaves"][0]["array"] == "float32[3]"
 
 
 @pytest.mark.parametrize("bits", ["", "AAAA", "AAAAAAAAAAAAAAAAAAAAAAAAAAAA"])
 def test_bits_of_another_length_are_refused(bits):
     one = recorded(np.zeros(2, np.float32), bits=bits)
-    with pytest.raises(FlaxMagicsError, match="`bits` is not as long as the values are"):
+    with pytest.raises(Damaged, match="`bits` is not as long as the values are"):
         distance(one, one)
 
 
@@ -128,9 +128,9 @@ def test_bits_of_another_length_are_refused(bits):
     ],
 )
 def test_a_tolerance_is_numpys(one, other, rtol, atol, agrees):
-    assert within(recorded(np.array(one)), recorded(np.array(other)), rtol, atol) is agrees
+    assert within(recorded(np.array(one)), recorded(np.array(other)), Tolerance(rtol, atol)) is agrees
 
 
 def test_integers_must_be_equal():
-    assert within(recorded(np.array([100])), recorded(np.array([101])), 1.0, 1.0) is False
-    assert within(recorded(np.array([100])), recorded(np.array([100])), 0.0, 0.0) is True
+    assert within(recorded(np.array([100])), recorded(np.array([101])), Tolerance(1.0, 1.0)) is False
+    assert within(recorded(np.array([100])), recorded(np.array([100])), Tolerance(0.0, 0.0)) is True
