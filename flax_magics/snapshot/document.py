@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..base import jsondata
+from ..base import __version__, jsondata
 from ..base.digest import count_parameters, own
 from ..base.files import Ticket
 from ..base.jsondata import Damaged, JsonObject, finite, from_hex
-from ..base.version import __version__
 from ..code.source import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, RootKey
