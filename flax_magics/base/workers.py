@@ -101,7 +101,9 @@ def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinish
       arguments: a pytree; what is no array in it becomes one here, under this thread's settings.
       settings: gives those of the thread that asks.
     """
-    arguments = jax.tree_util.tree_map(_array, arguments)
+    arguments = jax.tree_util.tree_map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf), arguments
+    )
     here = settings()
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
@@ -125,7 +127,3 @@ def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinish
 
 
 _HERE = object()
-
-
-def _array(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf)
