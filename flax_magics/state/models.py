@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from ..base.text import bytes_
-from ..compile import init_trace
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError
 from ..models.adopt import adopt
@@ -145,8 +144,6 @@ def compare(before: InitRecord, model: Model) -> tuple[EditEffect, InitRecord | 
     """What `model`, a later version, would initialise, held against how the variables that are there were made."""
     try:
         now = initialised(model, before.key, before.method, before.args, before.kwargs)
-        if now.traced is not None:
-            init_trace.keep(now.traced, model, before.key, before.method, before.args, before.kwargs)
     except Exception as error:  # the user's new code does not take the old call
         return EditEffect(
             (f"the last init's call fails now ({type(error).__name__})",), fits=False, outdated=True
