@@ -59,12 +59,12 @@ def with_output(was: Any, now: Any) -> Agreement:
         return Agreement(
             False, "output", (Difference("", text=f"{len(old)} leaves → {len(new)}, put together otherwise"),)
         )
-    found = [
+    differences = [
         difference
         for (path, one), (_, other) in zip(old, new, strict=True)
         if (difference := _difference(jax.tree_util.keystr(path), one, other)) is not None
     ]
-    return Agreement(not found, "output", tuple(found))
+    return Agreement(not differences, "output", tuple(differences))
 
 
 def with_digest(was: str, now: Any) -> Agreement:
@@ -138,7 +138,7 @@ class Spread:
 
 def spread_of(output: Any) -> tuple[Spread, ...]:
     """The spread of every array of numbers in `output`, draws on its first axis; empty arrays and keys left out."""
-    found = []
+    spreads = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size:
             continue
@@ -146,5 +146,5 @@ def spread_of(output: Any) -> tuple[Spread, ...]:
         if values.dtype.kind != "c":
             values = values.astype(np.float64)
         deviation = float(np.std(values, axis=0, ddof=1).mean()) if len(values) > 1 else float("nan")
-        found.append(Spread(jax.tree_util.keystr(path), float(values.mean().real), deviation))
-    return tuple(found)
+        spreads.append(Spread(jax.tree_util.keystr(path), float(values.mean().real), deviation))
+    return tuple(spreads)

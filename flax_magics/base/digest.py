@@ -45,7 +45,7 @@ def on_host(leaf: Any) -> np.ndarray[Any, Any]:
 
 
 def spelled(array: np.ndarray[Any, Any]) -> str:
-    """`float32[3,4]`."""
+    """Dtype and shape: `float32[3,4]`."""
     return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
 
 
@@ -63,10 +63,12 @@ def sample_of(tree: Any) -> dict[str, Any]:
       `leaves`: of each array its `path` as `jax.tree_util.keystr` writes it, `array` (`float32[3,4]`), and how many
       `values` it gives. `bits`: the values of all of them one after the other, little-endian, in base64.
     """
-    found = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][:VALUES]
-    each = max(1, VALUES // max(1, len(found)))
+    numbers = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][
+        :VALUES
+    ]
+    each = max(1, VALUES // max(1, len(numbers)))
     leaves, bits = [], []
-    for path, leaf in found:
+    for path, leaf in numbers:
         array = on_host(leaf)
         values = array.flat[_positions(array.size, each)]
         if values.dtype.byteorder == ">":
@@ -132,7 +134,7 @@ def has_nan(tree: Any) -> bool:
 
 
 def _is_inexact(leaf: Any) -> bool:
-    """Whether it can hold NaN, and all of it is in reach."""
+    """Whether a leaf is an array of floats or complex numbers, all of which this process can read."""
     if isinstance(leaf, (float, complex)):
         return True
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -144,7 +146,7 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _parts(leaf: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """The numbers, some at a time, in a dtype that NumPy itself has."""
+    """The numbers of an array, `CHUNK` at a time, in a dtype that NumPy itself has."""
     flat = np.asarray(leaf).reshape(-1)
     for start in range(0, flat.size, CHUNK):
         part = flat[start : start + CHUNK]

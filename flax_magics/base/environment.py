@@ -47,7 +47,7 @@ def _on(kind: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def flax_version() -> str:
-    """Flax's, without importing it."""
+    """Flax's version, without importing it."""
     return importlib.metadata.version("flax")
 
 
@@ -95,7 +95,7 @@ def default_device() -> Any:
 
 
 def devices_of(tree: Any) -> str:
-    """Where the arrays of `tree` are."""
+    """The names of the devices that hold the arrays of `tree`; see `name_devices`."""
     leaves = [leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array)]
     return name_devices({device for leaf in leaves for device in leaf.devices()} or {default_device()})
 

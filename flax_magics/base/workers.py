@@ -85,7 +85,7 @@ class Unfinished:
 
 
 def smallest(result: Any) -> Callable[[], Any] | None:
-    """Waits for all of a program's result, of which it holds the smallest array alone; None where there is none."""
+    """A function that waits for a program, and holds of its result the smallest array alone; None where it has no array."""
     arrays = [leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)]
     least: Any = min(arrays, key=lambda array: array.nbytes, default=None)
     return None if least is None else least.block_until_ready

@@ -127,22 +127,23 @@ class _Digest:
             return
         self.guards.note(kind, value)
         for edge, name, part in parts_of(value, kind):
-            if edge == "item":
-                if kind == "mapping":
-                    self.visit(name)
-            elif edge == "owner":
-                continue  # the class is visited where the function was reached from
-            elif edge == "field":
-                if name == "parent":  # linen: where the module is bound, None for a model
-                    continue
+            if edge == "owner":  # the class is visited where the function was reached from
+                continue
+            if edge == "field" and name == "parent":  # linen: where the module is bound, None for a model
+                continue
+            if (
+                edge == "attribute"
+                and kind == "object"
+                and (name.startswith("_") or name in ("scope", "parent", "name"))
+            ):
+                continue
+            if kind == "mapping":
+                self.visit(name)
+            elif edge not in ("item", "inner"):
                 self.tag(edge, name)
-                if part is MISSING:
-                    self.guards.attribute(value, name)
-                    part = getattr(value, name, MISSING)
-            elif edge == "attribute":
-                if kind == "object" and (name.startswith("_") or name in ("scope", "parent", "name")):
-                    continue
-                self.tag(edge, name)
+            if edge == "field" and part is MISSING:
+                self.guards.attribute(value, name)
+                part = getattr(value, name, MISSING)
             self.visit(part)
 
     def _label(self, kind: Kind, value: Any) -> bool:

@@ -131,8 +131,8 @@ class _Inventory:
                     for _, key, item in parts_of(value, kind):
                         self.visit(f"{name}[{key!r}]", item)
             case "partial":
-                for _, part, item in parts_of(value, kind):
-                    self.visit(f"{name}.{part}", item)
+                for _, attribute, item in parts_of(value, kind):
+                    self.visit(f"{name}.{attribute}", item)
             case "method":
                 self.visit(name, value.__func__)
                 self.visit(name.rpartition(".")[0] or name, value.__self__)
@@ -216,11 +216,11 @@ class _Inventory:
             self.add(name, "value", inner.__name__)
             name = inner.__name__
         self.add(name, "method" if method else "function", inner.__name__, code_print(inner))
-        for edge, part, item in parts_of(inner, "function"):
+        for edge, variable, item in parts_of(inner, "function"):
             if edge == "default":
-                self.visit(f"{part} of {name}", item)
+                self.visit(f"{variable} of {name}", item)
             elif edge == "closure":
-                self.visit(part, item)
+                self.visit(variable, item)
         for spelled, namespace, read in reads_of(code, inner.__globals__):
             if namespace is None or read not in namespace:  # it may be anything, or a builtin
                 continue

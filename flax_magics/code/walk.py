@@ -153,7 +153,7 @@ def _parts_of_class(cls: type) -> Iterator[Part]:
 
 def _is_from_a_string(item: Any) -> bool:
     """Whether a method is one that `dataclass` executes as text, or Flax's wrapping of one."""
-    while hasattr(item, "__wrapped__"):
+    while isinstance(item, types.FunctionType) and hasattr(item, "__wrapped__"):
         item = item.__wrapped__
     return isinstance(item, types.FunctionType) and item.__code__.co_filename == "<string>"
 
@@ -184,9 +184,9 @@ def reads_of(code: types.CodeType, namespace: Mapping[str, Any]) -> Iterator[Rea
     if not _REFLECTION.isdisjoint(loads.names):
         yield Read(", ".join(_REFLECTION.intersection(loads.names)))
         return
-    own = namespace.get("__name__")
+    module = namespace.get("__name__")
     for name in loads.names:
-        yield Read(name if own == "__main__" else f"{own}.{name}", namespace, name)
+        yield Read(name if module == "__main__" else f"{module}.{name}", namespace, name)
         value = namespace.get(name)
         if isinstance(value, types.ModuleType):
             if reads_outside(name, value, code):
@@ -224,15 +224,15 @@ def arrays_in(value: Any) -> list[Any]:
     seen: set[int] = set()
     waiting = [value]
     while waiting and len(seen) < MOST:
-        one = waiting.pop()
-        if type(one) in ATOMS or id(one) in seen:
+        thing = waiting.pop()
+        if type(thing) in ATOMS or id(thing) in seen:
             continue
-        seen.add(id(one))
-        kind = kind_of(one)
-        if isinstance(one, (jax.Array, np.ndarray)):
-            arrays.append(one)
-        elif kind == "function" and library_file(one.__code__.co_filename) and not hasattr(one, "__wrapped__"):
+        seen.add(id(thing))
+        kind = kind_of(thing)
+        if isinstance(thing, (jax.Array, np.ndarray)):
+            arrays.append(thing)
+        elif kind == "function" and library_file(thing.__code__.co_filename) and not hasattr(thing, "__wrapped__"):
             continue
-        elif kind != "class" or not library_module(one.__module__):
-            waiting += [part for _, _, part in parts_of(one, kind)]
+        elif kind != "class" or not library_module(thing.__module__):
+            waiting += [part for _, _, part in parts_of(thing, kind)]
     return arrays

@@ -25,7 +25,7 @@ from ..code.inventory import Inventory
 from ..code.structure import Structure
 from ..models.arguments import signature_of
 from ..models.base import CallTrace, Needs
-from .compiler import Compiled, Compiler, Units, jax_settings, program_key
+from .compiler import Compiled, Compiler, Units, jax_settings, keep, program_key
 from .jaxpr import identity
 from .trace import TraceRequest, trace
 
@@ -85,7 +85,7 @@ class PendingProgram:
 
 @dataclass
 class ProgramCache:
-    """Programs kept, and compilations under way. `clock` gives seconds."""
+    """The compiled programs of a session, and the compilations that are under way. `clock` gives seconds."""
 
     clock: Callable[[], float]
     by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
@@ -107,7 +107,7 @@ class ProgramCache:
         return len(self.by_text)
 
     def find(self, key: Hashable | None) -> Program | None:
-        """The program made for exactly this call, if it is kept. None for a key of None."""
+        """The program made for exactly this call; None if there is none, or the key is None."""
         program = None if key is None else self.by_call.get(key)
         if program is not None:
             self.by_call.move_to_end(key)
@@ -167,7 +167,7 @@ class ProgramCache:
             text_key = shared_key or key or object()
             trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
             if shareable and equations is not None:
-                _keep(self.by_equations, equations, (text_key, trees))
+                keep(self.by_equations, equations, (text_key, trees), KEPT)
             executable = self._executable(text_key, trees)
             resumed = text_key in self.compiling
             if executable is None and not resumed:
@@ -179,7 +179,7 @@ class ProgramCache:
         return PendingProgram(key, ask, record, text_key, trees, shareable, effects, executable, timing, resumed)
 
     def _executable(self, text_key: Hashable, trees: tuple[Structure, Structure] | None) -> Any:
-        """The one that is kept for a lowered program, None where there is none of such trees."""
+        """The executable of a lowered program whose trees are these, None where none is kept."""
         executable, known = self.by_text.get(text_key, (None, None))
         if executable is None or known != trees:
             return None
@@ -208,31 +208,24 @@ class ProgramCache:
             beside = max(0.0, compiled.seconds - waited) if self.clock is time.perf_counter else 0.0
             timing = replace(timing, compile=waited + beside, beside=beside)
             if pending.shareable:
-                _keep(self.by_text, text_key, (executable, pending.trees))
+                keep(self.by_text, text_key, (executable, pending.trees), KEPT)
         program = Program(
             executable, pending.ask, pending.record, device_of(executable), analysis(executable), pending.effects
         )
         if pending.key is not None:
-            _keep(self.by_call, pending.key, program)
+            keep(self.by_call, pending.key, program, KEPT)
         return program, origin, timing
 
 
 def _equations(traced: Any, request: TraceRequest) -> Hashable | None:
-    """What a trace computes, of what it is made and under which settings; None where it has to be lowered to tell."""
+    """What tells a traced program from others before it is lowered; None where only the lowered text can tell."""
     equations = identity(traced.jaxpr)
     trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
     return equations and (equations, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
 
 
-def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
-
-
 def placed(request: TraceRequest) -> tuple[Any, ...]:
-    """Where the arguments are, those that were put there: it decides where the results are, and whether they stay there."""
+    """The devices of the arguments that the user placed: they decide where the results are, and are part of the program."""
     leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
 
@@ -278,13 +271,13 @@ class LeafSpec:
 
     @property
     def dtype(self) -> str:
-        """Of an array: `float32`."""
+        """The dtype of an array: `float32`."""
         return self.text.partition("[")[0]
 
 
 @dataclass(frozen=True)
 class LastCall:
-    """A run, as far as the next one of its model is compared with it: what was called, and each argument's kind."""
+    """What the next run of a model is compared with: what was called, and the kind of each argument."""
 
     method: tuple[str, ...]
     kinds: Mapping[str, str]

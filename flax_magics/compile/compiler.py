@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -23,6 +23,8 @@ from ..base.private import is_compiled_alone, trace_context_names, trace_context
 from ..base.workers import Future, Workers
 from ..code.flax_state import Unknown, flax_state, flax_state_in_words
 from .disk_cache import DiskCache
+
+T = TypeVar("T")
 
 trace_context = trace_context_of()
 _TRACED = (
@@ -63,17 +65,17 @@ def jax_settings() -> tuple[Any, ...]:
 
 
 def settings() -> tuple[Any, ...]:
-    """The same with what Flax keeps: all that a trace depends on besides the call, the model, and installed code."""
+    """JAX's settings and Flax's: all that a trace depends on besides the call, the model, and installed code."""
     return (jax_settings(), flax_state())
 
 
-def is_unknown(found: tuple[Any, ...]) -> bool:
-    """Whether there is something in what `settings` gave of which nobody can tell if it will be the same again."""
-    return any(isinstance(part, Unknown) for part in found[1])
+def is_unknown(settings: tuple[Any, ...]) -> bool:
+    """Whether something in what `settings` gave cannot be compared: nobody can tell if it will be the same again."""
+    return any(isinstance(state, Unknown) for state in settings[1])
 
 
 def settings_in_words() -> dict[str, Any]:
-    """The same by name, for a person. Of an older JAX not all of its contexts have one."""
+    """The settings of JAX and Flax by name, for a person. Of an older JAX not all of its contexts have one."""
     words = dict(zip((*_NAMES, _FLAG), jax_settings()[1:], strict=True))
     names, contexts = trace_context_names(), trace_context()
     if names and len(names) == len(contexts):
@@ -94,7 +96,7 @@ class Compiled:
 
 @dataclass
 class Compiler:
-    """What compiles. `disk` is None where nothing is to be kept on disk."""
+    """Compiles lowered programs on threads. `disk` is None where nothing is kept on disk."""
 
     disk: DiskCache | None = None
     workers: Workers = field(default_factory=Workers)
@@ -164,6 +166,14 @@ def program_key(traced: Any, lowered: Any, where: Hashable = ()) -> Hashable | N
     return hasher.hexdigest(), jax_settings(), trees, jax.default_backend(), where, types
 
 
+def keep(kept: OrderedDict[Hashable, T], key: Hashable, value: T, most: int) -> None:
+    """Keeps `value` as the last one used, and drops those that were used longest ago beyond `most`."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+
+
 UNITS = 128
 """Units kept at most, the least recently used dropped first."""
 
@@ -204,10 +214,8 @@ class Units:
             unit.__name__ = str(equation.params.get("name", equation.primitive.name))
             traced = jax.jit(unit).trace(*shapes)
             lowered = traced.lower()
-            future = self.kept[key] = self.compiler.start(lowered, program_key(traced, lowered))
-            while len(self.kept) > UNITS:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(key)
+            future = self.compiler.start(lowered, program_key(traced, lowered))
+        keep(self.kept, key, future, UNITS)
         return future
 
 

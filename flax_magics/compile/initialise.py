@@ -117,7 +117,7 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def _no_inlining(key: Any) -> Iterator[bool]:
-    """Keeps what is jitted by itself one equation in the trace that `key` belongs to. Gives whether that can be done.
+    """In the trace of `key`, each function jitted by itself stays one equation. Yields whether this JAX can do that.
 
     JAX runs a jitted function as one program, and inlines some (most of `jax.numpy`) where they are traced.
     """
@@ -156,7 +156,7 @@ def _needed(jaxpr: Any) -> tuple[Any, ...]:
 
 
 def _variables(atoms: Iterable[Any]) -> set[Any]:
-    """Atoms of a jaxpr without the literals among them."""
+    """The variables among atoms of a jaxpr: the others are literals."""
     return {atom for atom in atoms if not hasattr(atom, "val")}
 
 
@@ -181,7 +181,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 class Initialising:
-    """Variables that are being made: `begin` has what takes long compiled, `finish` gives them.
+    """An initialisation under way: `begin` starts to compile what takes long, `finish` gives the variables.
 
     Args:
       model, method, args, kwargs: the call, made ready for an init.
@@ -222,11 +222,11 @@ class Initialising:
         return None if self._in_units is None else self._in_units.variables
 
     def begin(self) -> None:
-        """Has the functions among the units compiled, on other threads: they take as long as a small model."""
+        """Starts to compile the units that are functions, on other threads: they take as long as a small model."""
         self._begin(lambda equation: "jaxpr" in equation.params)
 
     def begin_rest(self) -> None:
-        """Has the other units compiled as well: single ops, which take little."""
+        """Starts to compile the other units, too: single ops, which take little."""
         self.begin()
         self._begin(lambda equation: not _folds_a_constant(equation))
 
@@ -317,7 +317,7 @@ def can_run(traced: TracedInit) -> bool:
 
 
 def _same_in_a_trace(equation: Any) -> bool:
-    """Whether op-by-op execution runs what the equation says: not Python functions, which it runs op by op in their turn."""
+    """Whether op by op, too, JAX runs the equation as one program; Python functions it would run op by op in turn."""
     name = equation.primitive.name
     return not (
         equation.primitive.call_primitive
@@ -371,7 +371,7 @@ def shapes_of_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], 
 def record(
     traced: TracedInit | None, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> InitRecord:
-    """How variables were made that `traced` is the program of; None where it cannot be traced."""
+    """The record of an init whose program is `traced`, None where it cannot be traced."""
     if traced is not None:
         traced = replace(traced, inputs=())  # they are the user's arrays
         if traced.closed.consts or any(map(is_array, traced.leaves)):
@@ -384,7 +384,7 @@ def _abstract(tree: Any) -> Any:
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`old` with what only `new` has, and that part alone. What is there is never replaced."""
+    """`(old and what only new has, what only new has)`: of nested mappings. What is in `old` is never replaced."""
     both, added = dict(old), {}
     for name, item in new.items():
         if name not in old:
@@ -397,6 +397,6 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
 
 
 def made_of(variables: Mapping[str, Any], *, added: bool = False) -> InitStats:
-    """How much of variables was made, or was added to those that were there."""
+    """How many parameters and bytes were made; `added`: to variables that were there."""
     parameters, size = count_parameters(variables)
     return InitStats(parameters, size, tuple(variables), added)

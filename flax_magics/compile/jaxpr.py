@@ -37,7 +37,7 @@ _EQUATION = {"invars", "outvars", "primitive", "params", "effects", "source_info
 
 
 class _Unknown(Exception):
-    """Something of which it is not known when two of it are the same."""
+    """Raised at a value of a kind for which nobody knows when two of them are the same."""
 
 
 def identity(closed: Any) -> Hashable | None:
@@ -68,7 +68,7 @@ class _Writer:
         self.words.append(f"{word!r};")
 
     def seen(self, thing: Any) -> bool:
-        """Whether the very thing was written before: then, and now, its number is."""
+        """Writes the number of this very object, a new one at the first time. Whether it was written before."""
         before = id(thing) in self._once
         self.word(self._once.setdefault(id(thing), len(self._once)))
         return before

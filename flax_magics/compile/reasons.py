@@ -34,7 +34,7 @@ FIRST = "first run of this program"
 
 
 def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> LastCall:
-    """What the next run is compared with."""
+    """This run as the next one of its model will be compared with it."""
     kinds = {
         name: str(leaf.dtype) if (kind := _kind(leaf, traced)) == "array" else kind
         for name, leaf, traced in _rows(arguments)
@@ -43,7 +43,7 @@ def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> 
 
 
 def scalars(before: LastCall | None, now: LastCall) -> dict[str, str]:
-    """Arguments that are Python numbers, and were arrays in the model's run before: their dtypes then."""
+    """Maps each argument that is a Python number now, and was an array in the model's last run, to its dtype then."""
     if before is None or before.method != now.method:
         return {}
     was = {name: before.kinds.get(name, "static") for name, kind in now.kinds.items() if kind == "number"}
@@ -120,7 +120,7 @@ def remember(known: dict[str, deque[ProgramSpec]], name: str, now: ProgramSpec) 
 
 
 def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
-    """All that differs, the most telling first."""
+    """Everything that differs between what two programs were made for, the most telling first."""
     if old.method != now.method:  # its arguments are others altogether
         before, after = (".".join(spec.method) or "the call" for spec in (old, now))
         return [Cause("method", "", f"method: {before} → {after}")]

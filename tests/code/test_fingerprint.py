@@ -175,6 +175,8 @@ def test_plain_values_have_a_fingerprint(value):
         (Config(), Config(width=4)),
         (nn.Dense(3), nn.Dense(4)),
         (lambda x: x + 1, lambda x: x + 2),
+        (lambda x, *, by=1: x, lambda x=1, *, by: x),
+        (lambda x, by=1: x, lambda x=1, by=1: x),
     ],
 )
 def test_values_that_differ_have_fingerprints_that_differ(one, other):
