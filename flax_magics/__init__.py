@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base.version import __version__ as __version__
+from .base import __version__ as __version__
 from .errors import FlaxMagicsError
 
 if TYPE_CHECKING:

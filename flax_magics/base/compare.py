@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .digest import digest_of
+from .digest import digest_of, is_key, on_host, spelled
 from .ulp import largest_ulp
 
 
@@ -59,12 +59,12 @@ def with_output(was: Any, now: Any) -> Agreement:
         return Agreement(
             False, "output", (Difference("", text=f"{len(old)} leaves → {len(new)}, put together otherwise"),)
         )
-    found = [
+    differences = [
         difference
         for (path, one), (_, other) in zip(old, new, strict=True)
         if (difference := _difference(jax.tree_util.keystr(path), one, other)) is not None
     ]
-    return Agreement(not found, "output", tuple(found))
+    return Agreement(not differences, "output", tuple(differences))
 
 
 def with_digest(was: str, now: Any) -> Agreement:
@@ -81,7 +81,7 @@ def _difference(path: str, was: Any, now: Any) -> Difference | None:
             None if type(was) is type(now) and repr(was) == repr(now) else Difference(path, text=f"{was!r} → {now!r}")
         )
     if one.dtype != other.dtype or one.shape != other.shape:
-        return Difference(path, text=f"{_spelled(one)} → {_spelled(other)}")
+        return Difference(path, text=f"{spelled(one)} → {spelled(other)}")
     differ = _bits(one) != _bits(other)
     if one.ndim < differ.ndim:  # a complex number is two
         differ = differ.any(-1)
@@ -89,7 +89,7 @@ def _difference(path: str, was: Any, now: Any) -> Difference | None:
     if not count:
         return None
     numbers = one.dtype.kind in "iufc" or one.dtype.kind == "V"
-    if jax.dtypes.issubdtype(getattr(was, "dtype", None), jax.dtypes.prng_key) or not numbers:
+    if is_key(was) or not numbers:
         return Difference(path, count, one.size)
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):  # infinite ones, and NaN
@@ -101,13 +101,7 @@ def _difference(path: str, was: Any, now: Any) -> Difference | None:
 def _values(leaf: Any) -> np.ndarray[Any, Any] | None:
     if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
         return None
-    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
-
-
-def _spelled(array: np.ndarray[Any, Any]) -> str:
-    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+    return on_host(leaf)
 
 
 def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -144,13 +138,13 @@ class Spread:
 
 def spread_of(output: Any) -> tuple[Spread, ...]:
     """The spread of every array of numbers in `output`, draws on its first axis; empty arrays and keys left out."""
-    found = []
+    spreads = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
-        if not isinstance(leaf, jax.Array) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or not leaf.size:
+        if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size:
             continue
         values = np.asarray(leaf)
         if values.dtype.kind != "c":
             values = values.astype(np.float64)
         deviation = float(np.std(values, axis=0, ddof=1).mean()) if len(values) > 1 else float("nan")
-        found.append(Spread(jax.tree_util.keystr(path), float(values.mean().real), deviation))
-    return tuple(found)
+        spreads.append(Spread(jax.tree_util.keystr(path), float(values.mean().real), deviation))
+    return tuple(spreads)

@@ -20,7 +20,7 @@ Assignment = tuple[Any, ...]
 
 
 def at_once(assignments: Iterable[Assignment]) -> None:
-    """Makes them all, with no bytecode between one and the next."""
+    """Makes all assignments, with no bytecode between one and the next."""
     collections.deque(starmap(call, tuple(assignments)), maxlen=0)
 
 

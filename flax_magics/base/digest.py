@@ -14,7 +14,7 @@ import numpy as np
 
 
 def own(leaf: Any) -> Any:
-    """The leaf, a copy of an array of NumPy's."""
+    """A copy of an array of NumPy's, which its owner may write into; any other leaf itself."""
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
@@ -31,6 +31,22 @@ def weakly_typed(array: Any) -> jax.Array:
             )
     weak: jax.Array = array
     return weak
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed keys."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def on_host(leaf: Any) -> np.ndarray[Any, Any]:
+    """A leaf's numbers, on the host, once the device has them; of typed keys their key data."""
+    return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+
+
+def spelled(array: np.ndarray[Any, Any]) -> str:
+    """Dtype and shape: `float32[3,4]`."""
+    return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
 
 
 SAMPLED = 64
@@ -66,18 +82,17 @@ def sample_of(tree: Any) -> dict[str, Any]:
       `leaves`: of each array its `path` as `jax.tree_util.keystr` writes it, `array` (`float32[3,4]`), and how many
       `values` it gives. `bits`: the values of all of them one after the other, little-endian, in base64.
     """
-    found = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][:VALUES]
-    each = max(1, VALUES // max(1, len(found)))
+    numbers = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][
+        :VALUES
+    ]
+    each = max(1, VALUES // max(1, len(numbers)))
     leaves, bits = [], []
-    for path, leaf in found:
-        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
+    for path, leaf in numbers:
+        array = on_host(leaf)
         values = array.flat[_positions(array.size, each)]
         if values.dtype.byteorder == ">":
             values = values.astype(values.dtype.newbyteorder("<"))
-        text = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
-        leaves.append({"path": jax.tree_util.keystr(path), "array": text, "values": int(values.size)})
+        leaves.append({"path": jax.tree_util.keystr(path), "array": spelled(array), "values": int(values.size)})
         bits.append(values.tobytes())
     return {"leaves": leaves, "bits": base64.b64encode(b"".join(bits)).decode()}
 
@@ -138,7 +153,7 @@ def has_nan(tree: Any) -> bool:
 
 
 def _is_inexact(leaf: Any) -> bool:
-    """Whether it can hold NaN, and all of it is in reach."""
+    """Whether a leaf is an array of floats or complex numbers, all of which this process can read."""
     if isinstance(leaf, (float, complex)):
         return True
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -150,7 +165,7 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _parts(leaf: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """The numbers, some at a time, in a dtype that NumPy itself has."""
+    """The numbers of an array, `CHUNK` at a time, in a dtype that NumPy itself has."""
     flat = np.asarray(leaf).reshape(-1)
     for start in range(0, flat.size, CHUNK):
         part = flat[start : start + CHUNK]
@@ -182,9 +197,7 @@ def _values(path: str, leaf: Any) -> Values:
 
 def data_of(key: Any) -> bytes:
     """Host key data of a typed or a legacy (uint32) key; waits for the device."""
-    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    return np.asarray(key).tobytes()
+    return on_host(key).tobytes()
 
 
 def words(key: Any) -> str:
@@ -222,10 +235,9 @@ def digest_of(tree: Any) -> str:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
             hasher.update(repr(leaf).encode() + b"\0")
             continue
-        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             hasher.update(str(leaf.dtype).encode())
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf, order="C")
+        array = on_host(leaf)
         hasher.update(f"{array.dtype.name}{list(array.shape)}".encode() + b"\0")
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("<"))

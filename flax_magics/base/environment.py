@@ -26,16 +26,20 @@ def environment(device: str) -> dict[str, Any]:
     none; and where the device is a CPU, `processor` (see `processor`) and `threads`, how many XLA computes with, both None
     elsewhere.
     """
-    found = dict(_on(device.partition(":")[0]))
-    return {**found, "versions": dict(found["versions"])}
+    facts = _on(device.partition(":")[0])
+    return {**facts, "versions": dict(facts["versions"])}
 
 
 @lru_cache(maxsize=8)
 def _on(kind: str) -> dict[str, Any]:
     cpu = kind == "cpu"
+    try:
+        device_kind = str(jax.devices(kind)[0].device_kind) if kind else None
+    except RuntimeError:  # no such backend in this process
+        device_kind = None
     return {
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib_version.__version__, "flax": flax_version()},
-        "device_kind": _device_kind(kind),
+        "device_kind": device_kind,
         "processor": processor() if cpu else None,
         "threads": threads() if cpu else None,
     }
@@ -43,25 +47,14 @@ def _on(kind: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def flax_version() -> str:
-    """Flax's, without importing it."""
+    """Flax's version, without importing it."""
     return importlib.metadata.version("flax")
-
-
-def _device_kind(kind: str) -> str | None:
-    try:
-        return str(jax.devices(kind)[0].device_kind) if kind else None
-    except RuntimeError:  # no such backend in this process
-        return None
 
 
 def threads() -> int:
     """How many threads XLA's CPU client computes with: `NPROC` if that is set, else the CPUs that this process may use."""
-    with contextlib.suppress(ValueError):
-        return int(os.environ["NPROC"]) if "NPROC" in os.environ else _usable()
-    return _usable()
-
-
-def _usable() -> int:
+    with contextlib.suppress(ValueError, KeyError):
+        return int(os.environ["NPROC"])
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -73,13 +66,13 @@ def processor() -> str:
 
     XLA compiles for the processor that it finds, so that sums may be taken in another order on another one.
     """
-    found, rows = [platform.machine() or "unknown"], first_core()
+    machine, rows = platform.machine() or "unknown", first_core()
     if not rows:
-        return "-".join(filter(None, [*found, *re.findall(r"\w+", platform.processor())]))
-    found += [rows[name] for name in _NAMES if rows.get(name)]
+        return "-".join([machine, *re.findall(r"\w+", platform.processor())])
+    make = [rows[name] for name in _NAMES if rows.get(name)]
     words = (rows.get("flags") or rows.get("Features") or "").split()
     vectors = " ".join(sorted(word for word in words if _VECTORS.match(word)))
-    return "-".join([*found, hashlib.sha256(vectors.encode()).hexdigest()[:8]])
+    return "-".join([machine, *make, hashlib.sha256(vectors.encode()).hexdigest()[:8]])
 
 
 @lru_cache(maxsize=1)
@@ -102,7 +95,7 @@ def default_device() -> Any:
 
 
 def devices_of(tree: Any) -> str:
-    """Where the arrays of `tree` are."""
+    """The names of the devices that hold the arrays of `tree`; see `name_devices`."""
     leaves = [leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array)]
     return name_devices({device for leaf in leaves for device in leaf.devices()} or {default_device()})
 

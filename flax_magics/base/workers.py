@@ -85,7 +85,7 @@ class Unfinished:
 
 
 def smallest(result: Any) -> Callable[[], Any] | None:
-    """Waits for all of a program's result, of which it holds the smallest array alone; None where there is none."""
+    """A function that waits for a program, and holds of its result the smallest array alone; None where it has no array."""
     arrays = [leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)]
     least: Any = min(arrays, key=lambda array: array.nbytes, default=None)
     return None if least is None else least.block_until_ready
@@ -101,7 +101,9 @@ def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinish
       arguments: a pytree; what is no array in it becomes one here, under this thread's settings.
       settings: gives those of the thread that asks.
     """
-    arguments = jax.tree_util.tree_map(_array, arguments)
+    arguments = jax.tree_util.tree_map(
+        lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf), arguments
+    )
     here = settings()
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
@@ -125,7 +127,3 @@ def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinish
 
 
 _HERE = object()
-
-
-def _array(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf)

@@ -2,40 +2,40 @@
 
 Two equal fingerprints mean that tracing again would give the same program. That is claimed only for what is plain:
 code, classes, modules of libraries, numbers, text, arrays and containers of these. Anything else (an open file, an
-iterator, an object with state of its own) raises `NotPlain`, and whoever asked traces again instead of guessing.
+iterator, an object with state of its own) has no fingerprint, and whoever asked traces again instead of guessing.
 
 What a library defines counts by identity: editing an installed package needs a restart, as everywhere in Python.
 Comments, layout, docstrings, annotations and line numbers do not count.
+
+With the digest come guards: the places that it was read from and that can change (a global, a class's attributes, a
+list's items, an array's bytes), with what stood there. While they all hold the same objects, the fingerprint is the same,
+and asking again costs a look at each place and no walk. Another object of the same value breaks a guard, and only costs
+the walk.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import enum
 import functools
 import hashlib
+import inspect
 import types
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import jax
 import numpy as np
 
-from .guards import Guards
-from .library import (
-    DERIVED,
-    NotPlain,
-    arguments_of,
-    global_names,
-    imported,
-    is_generated,
-    is_outside,
-    is_outside_module,
-    library_file,
-    library_module,
-    reads_outside,
-)
+from ..base.digest import is_key, on_host
+from ..base.private import contents_of
+from .library import is_outside, library_file, library_module
+from .walk import ATOMS, MISSING, Kind, kind_of, parts_of, reads_of
+
+
+class NotPlain(Exception):
+    """Something was reached whose value cannot be told from the outside."""
 
 
 def fingerprint(value: Any) -> bytes | None:
@@ -45,29 +45,51 @@ def fingerprint(value: Any) -> bytes | None:
 
 def guarded(value: Any) -> tuple[bytes | None, Guards]:
     """`fingerprint(value)`, and what tells whether it would still be the same."""
-    walk = _Walk()
+    digest = _Digest()
     try:
-        walk.visit(value)
+        digest.visit(value)
     except (NotPlain, RecursionError):
         return None, Guards(open=True)
-    return walk.hasher.digest(), walk.guards
+    return digest.hasher.digest(), digest.guards
 
 
 def code_print(function: types.FunctionType) -> bytes:
     """A digest of a function's own code, nothing that it reaches included; equal for another layout or docstring."""
-    walk = _Walk()
-    with contextlib.suppress(NotPlain):  # a constant that is not plain: it stands where it stood
-        walk._code(function.__code__, function.__doc__)
-    return walk.hasher.digest()
+    try:
+        return code_digest(function.__code__, function.__doc__)
+    except NotPlain:
+        return b""
 
 
-@dataclasses.dataclass
+@functools.lru_cache(maxsize=4096)
+def code_digest(code: types.CodeType, doc: str | None = None) -> bytes:
+    """A digest of instructions and constants, `doc` left out, those of functions inside it, too; nothing that it reads."""
+    # Names of the arguments, which a call can use; other locals have a number and no name that code could read.
+    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred]
+    digest = _Digest()
+    digest.tag(
+        code.co_code, code.co_names, arguments, code.co_nlocals, code.co_freevars, code.co_cellvars, code.co_flags,
+        code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_exceptiontable,
+    )  # fmt: skip
+    for i, constant in enumerate(code.co_consts):
+        if isinstance(constant, types.CodeType):
+            first = constant.co_consts[0] if constant.co_consts else None
+            digest.tag(
+                code_digest(constant, first if isinstance(first, str) and constant.co_flags & 0x4000000 else None)
+            )
+        else:
+            digest.visit(None if i == 0 and isinstance(constant, str) and constant == doc else constant)
+    return digest.hasher.digest()
+
+
+@dataclass
 class Fingerprint:
     """The fingerprint of one value, taken when it is asked for and again when something it was read from has changed."""
 
     value: Any
     _digest: bytes | None = None
-    _guards: Guards = dataclasses.field(default_factory=lambda: Guards(open=True))
+    _guards: Guards = field(default_factory=lambda: Guards(open=True))
 
     def digest(self) -> bytes | None:
         """`fingerprint(value)`."""
@@ -76,268 +98,273 @@ class Fingerprint:
         return self._digest
 
 
-class _Walk:
+class _Digest:
+    """Hashes a value and all that it holds and reads, each thing once; keeps the guards of it."""
+
     def __init__(self) -> None:
         self.hasher = hashlib.sha256()
         self.guards = Guards()
         # id → order of first visit; the objects are kept so that no id is used again during the walk.
-        self.seen: dict[int, int] = {}
-        self.kept: list[Any] = []
+        self._seen: dict[int, int] = {}
+        self._kept: list[Any] = []
 
-    def tag(self, *parts: object) -> None:
-        for part in parts:
-            data = part if isinstance(part, bytes) else str(part).encode()
-            self.hasher.update(len(data).to_bytes(8, "little"))
-            self.hasher.update(data)
+    def tag(self, *words: object) -> None:
+        """Hashes plain values, which their repr tells from all others."""
+        self.hasher.update(repr(words).encode())
 
     def visit(self, value: Any) -> None:
-        if value is None or type(value) in (bool, int, float, complex, str, bytes):
-            self.tag(type(value).__name__, repr(value))
+        if type(value) in ATOMS or value is ... or value is NotImplemented or value is MISSING:
+            self.tag(value)
             return
-        if value is ... or value is NotImplemented or value is dataclasses.MISSING:
-            self.tag(repr(value))
+        first = self._seen.get(id(value))
+        if first is not None:
+            self.tag("again", first)
             return
-        known = self.seen.get(id(value))
-        if known is not None:
-            self.tag("again", known)
+        self._seen[id(value)] = len(self._seen)
+        self._kept.append(value)
+        kind = kind_of(value)
+        if not self._label(kind, value):
             return
-        self.seen[id(value)] = len(self.seen)
-        self.kept.append(value)
-        self._visit_new(value)
+        self.guards.note(kind, value)
+        for edge, name, part in parts_of(value, kind):
+            if edge == "owner":  # the class is visited where the function was reached from
+                continue
+            if edge == "field" and name == "parent":  # linen: where the module is bound, None for a model
+                continue
+            if (
+                edge == "attribute"
+                and kind == "object"
+                and (name.startswith("_") or name in ("scope", "parent", "name"))
+            ):
+                continue
+            if kind == "mapping":
+                self.visit(name)
+            elif edge not in ("item", "inner"):
+                self.tag(edge, name)
+            if edge == "field" and part is MISSING:
+                self.guards.attribute(value, name)
+                part = getattr(value, name, MISSING)
+            self.visit(part)
 
-    def _visit_new(self, value: Any) -> None:
-        if isinstance(value, types.FunctionType):
-            self._function(value)
-        elif isinstance(value, type):
-            self._class(value)
-        elif isinstance(value, types.CodeType):
-            self._code(value)
-        elif isinstance(value, types.ModuleType):
-            if not library_module(value.__name__) or is_outside(value):
-                raise NotPlain(value.__name__)  # its attributes are visited where they are read
-            self.tag("module", value.__name__)
-        elif isinstance(value, (tuple, list)):
-            self.tag(type(value).__qualname__, len(value))
-            if type(value) not in (tuple, list):
+    def _label(self, kind: Kind, value: Any) -> bool:
+        """Hashes what `value` itself is. Whether what it holds counts, too: what a library defines is told by its name."""
+        match kind:
+            case "function":
+                return self._function(value)
+            case "class":
+                if library_module(value.__module__):
+                    self.tag("library class", value.__module__, value.__qualname__, id(value))
+                    return False
+                self.tag("class", value.__qualname__)
                 self.visit(type(value))
-            if isinstance(value, list):
-                self.guards.items(value)
-            for item in value:
-                self.visit(item)
-        elif isinstance(value, Mapping):
-            self._mapping(value)
-        elif isinstance(value, (set, frozenset)):
-            parts = []
-            for item in value:
-                inner = fingerprint(item)
-                if inner is None:
-                    raise NotPlain(repr(item))
-                parts.append(inner)
-            if not all(type(item) in (bool, int, float, complex, str, bytes) for item in value):
-                self.guards.open = True  # its members may change where they are
-            elif isinstance(value, set):
-                self.guards.members(value)
-            self.tag("set", *sorted(parts))
-        elif isinstance(value, np.dtype):
-            self.tag("dtype", value.str, value.name)
-        elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
-            self._array(value)
-        elif isinstance(value, functools.partial):
-            self.tag("partial")
-            self.visit((value.func, value.args, value.keywords))
-        elif isinstance(value, (classmethod, staticmethod)):
-            self.tag(type(value).__name__)
-            self.visit(value.__func__)
-        elif isinstance(value, (property, functools.cached_property)):
-            self.tag(type(value).__name__)
-            accessors = ("fget", "fset", "fdel") if isinstance(value, property) else ("func",)
-            for accessor in accessors:
-                self.visit(getattr(value, accessor))
-        elif isinstance(value, types.MethodType):
-            self.tag("method")
-            self.visit((value.__func__, value.__self__))
-        elif isinstance(value, enum.Enum):
-            self.tag("enum", type(value).__qualname__, value.name)
-            self.visit(value.value)
-        elif self._of_library(value):
-            self.tag("library", type(value).__qualname__, value.__module__, value.__qualname__, id(value))
-        elif hasattr(value, "__wrapped__") and self._of_library_type(value) and callable(value):
-            # A function inside jax.jit, custom_jvp and the like: the wrapping's own options cannot be read.
-            raise NotPlain(repr(type(value)))
-        elif dataclasses.is_dataclass(value):
-            self._dataclass(value)
-        else:
-            raise NotPlain(repr(type(value)))
+                for declared in vars(value).get("__dataclass_fields__", {}).values():
+                    if declared.name != "parent":  # linen's own, with a sentinel for default
+                        self.tag("field", declared.name, declared.init, declared.kw_only, declared._field_type.name)
+                        self.visit(declared.default)
+                        self.visit(declared.default_factory)
+            case "code":
+                self.tag("code", code_digest(value))
+            case "module":
+                if not library_module(value.__name__) or is_outside(value):
+                    raise NotPlain(value.__name__)  # its attributes are visited where they are read
+                self.tag("module", value.__name__)
+            case "sequence":
+                self.tag(type(value).__qualname__, len(value))
+                if type(value) not in (tuple, list):
+                    self.visit(type(value))
+            case "mapping":
+                cls = type(value)
+                root = cls.__module__.partition(".")[0]
+                if not library_module(cls.__module__) or root not in ("builtins", "collections", "types", "flax"):
+                    raise NotPlain(repr(cls))
+                self.tag(cls.__qualname__, len(value))
+            case "set":
+                self._set(value)
+                return False
+            case "dtype":
+                self.tag("dtype", value.str, value.name)
+            case "array":
+                self._array(value)
+            case "enum":
+                self.tag("enum", type(value).__qualname__, value.name)
+            case "object":
+                return self._object(value)
+            case _:
+                self.tag(kind, "")
+        return True
 
-    def _of_library(self, value: Any) -> bool:
-        """Builtins, ufuncs, jitted library functions: things with a name in an installed module, found there again."""
+    def _object(self, value: Any) -> bool:
         if is_outside(value):
             raise NotPlain(repr(value))
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-        if not isinstance(module, str) or not isinstance(name, str):
+        if isinstance(module, str) and isinstance(name, str) and library_module(module) and callable(value):
+            # Builtins, ufuncs, jitted library functions: they have a name in an installed module, and are found there again.
+            self.tag("library", type(value).__qualname__, module, name, id(value))
             return False
-        return library_module(module) and callable(value) and not isinstance(value, types.FunctionType)
-
-    def _of_library_type(self, value: Any) -> bool:
-        return library_module(type(value).__module__)
-
-    def _mapping(self, value: Mapping[Any, Any]) -> None:
-        if not (library_module(type(value).__module__) or type(value) is dict):
+        if hasattr(value, "__wrapped__") and library_module(type(value).__module__) and callable(value):
+            # A function inside jax.jit, custom_jvp and the like: the wrapping's own options cannot be read.
             raise NotPlain(repr(type(value)))
-        if type(value).__module__.partition(".")[0] not in ("builtins", "collections", "types", "flax"):
+        if not dataclasses.is_dataclass(value):
             raise NotPlain(repr(type(value)))
-        self.tag(type(value).__qualname__, len(value))
-        self.guards.whole(getattr(value, "_dict", value))  # Flax's frozen one wraps what it gives anew each time
-        for key, item in value.items():
-            self.visit(key)
-            self.visit(item)
+        self.tag("dataclass", "")
+        return True
+
+    def _set(self, value: Any) -> None:
+        prints = [fingerprint(item) for item in value]
+        if None in prints:
+            raise NotPlain(repr(value))
+        if not all(type(item) in ATOMS for item in value):
+            self.guards.open = True  # its members may change where they are
+        else:
+            self.guards.note("set", value)
+        self.tag("set", sorted(filter(None, prints)))
 
     def _array(self, value: Any) -> None:
         if isinstance(value, jax.core.Tracer):
             raise NotPlain("tracer")
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            self.tag("key", value.dtype)
-            value = jax.random.key_data(value)
-        array = np.asarray(value)
+        if is_key(value):
+            self.tag("key", str(value.dtype))
+        array = on_host(value)
         if array.dtype.hasobject:
             raise NotPlain("object array")
         self.tag("array", type(value).__name__, array.dtype.str, array.dtype.name, array.shape)
-        self.tag(getattr(value, "weak_type", False))
-        if isinstance(value, np.ndarray):
-            self.guards.array(value)
-        self.hasher.update(np.ascontiguousarray(array).tobytes())
+        self.tag("weak", getattr(value, "weak_type", False))
+        self.hasher.update(array.tobytes())
 
-    def _dataclass(self, value: Any) -> None:
-        self.tag("dataclass")
-        self.visit(type(value))
-        fields = dataclasses.fields(value)
-        names = {field.name for field in fields}
-        own = getattr(value, "__dict__", {})
-        self.guards.whole(own)
-        for field in fields:
-            if field.name == "parent":  # linen: where the module is bound, None for a model
-                continue
-            self.tag(field.name)
-            if field.name not in own:  # in a slot, or the class's default
-                self.guards.attribute(value, field.name)
-            self.visit(getattr(value, field.name, dataclasses.MISSING))
-        for name, item in own.items():
-            if name not in names and not (name.startswith("_") or name in ("scope", "parent", "name")):
-                self.tag(name)
-                self.visit(item)
-
-    def _class(self, cls: type) -> None:
-        if library_module(cls.__module__):
-            self.tag("library class", cls.__module__, cls.__qualname__, id(cls))
-            return
-        self.tag("class", cls.__qualname__)
-        self.guards.whole(vars(cls))
-        self.guards.attribute(cls, "__bases__")
-        self.visit(type(cls))
-        for base in cls.__bases__:
-            self.visit(base)
-        fields = cls.__dict__.get("__dataclass_fields__")
-        if fields is not None:
-            for field in fields.values():
-                if field.name == "parent":  # linen's own, with a sentinel for default
-                    continue
-                self.tag("field", field.name, field.init, field.kw_only, field._field_type.name)
-                self.visit(field.default)
-                self.visit(field.default_factory)
-        for name, item in vars(cls).items():
-            if name in DERIVED or name == "__dataclass_fields__":
-                continue
-            if fields is not None and is_generated(name, item):
-                continue
-            if isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
-                continue
-            if name in ("parent", "scope") and self._of_library_type(item):
-                continue  # linen's descriptor
-            self.tag("attribute", name)
-            self.visit(item)
-
-    def _function(self, function: types.FunctionType) -> None:
-        library = library_file(function.__code__.co_filename)
-        self.guards.function(function)
-        if library and is_outside(function):
+    def _function(self, function: types.FunctionType) -> bool:
+        code = function.__code__
+        if not library_file(code.co_filename):
+            self.tag("function", function.__name__, code_digest(code, function.__doc__))
+            self._reads(function)
+            return True
+        if is_outside(function):
             raise NotPlain(function.__qualname__)
-        if library and function.__closure__ is None and not hasattr(function, "__wrapped__"):
-            self.tag("library function", function.__module__, function.__qualname__, id(function.__code__))
-            return
-        self.tag("function", function.__name__)
-        if library:
-            self.tag(id(function.__code__))  # a wrapper: what it wraps is in its closure
-        else:
-            self._code(function.__code__, function.__doc__)
-            self._globals(function.__code__, function.__globals__, set())
-        self.visit(function.__defaults__)
-        self.visit(function.__kwdefaults__)
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-            if name == "__class__":  # the class is visited where the function was reached from
-                continue
-            try:
-                contents = cell.cell_contents
-            except ValueError:
-                self.tag("empty")
-                continue
-            self.visit(contents)
-        self.guards.whole(vars(function))
-        for name, item in vars(function).items():
-            if name != "__wrapped__" or not library:
-                self.tag(name)
-                self.visit(item)
+        if function.__closure__ is None and not hasattr(function, "__wrapped__"):
+            self.guards.function(function)
+            self.tag("library function", function.__module__, function.__qualname__, id(code))
+            return False
+        self.tag("library wrapper", function.__name__, id(code))  # what it wraps is in its closure
+        return True
 
-    def _code(self, code: types.CodeType, doc: str | None = None) -> None:
-        self.tag(
-            "code", code.co_code, code.co_names, arguments_of(code), code.co_freevars, code.co_cellvars, code.co_flags,
-            code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount, code.co_exceptiontable,
-        )  # fmt: skip
-        constants = list(code.co_consts)
-        if constants and isinstance(constants[0], str) and constants[0] == doc:
-            constants[0] = None
-        for constant in constants:
-            if isinstance(constant, types.CodeType):
-                inner = constant.co_consts[0] if constant.co_consts else None
-                self._code(constant, inner if isinstance(inner, str) and constant.co_flags & 0x4000000 else None)
-            else:
-                self.visit(constant)
-
-    def _globals(self, code: types.CodeType, namespace: dict[str, Any], done: set[int]) -> None:
-        """Visits what `code` reads from its module: the names it loads, and attributes of the user's own modules."""
-        if id(code) in done:
-            return
-        done.add(id(code))
-        for name in imported(code):
-            if is_outside_module(name) or not library_module(name):
-                raise NotPlain(name)
-        for name in global_names(code):
+    def _reads(self, function: types.FunctionType) -> None:
+        """What its code reads from its module: the names it loads, and attributes of the user's own modules."""
+        for spelled, namespace, name in reads_of(function.__code__, function.__globals__):
+            if namespace is None:
+                raise NotPlain(spelled)
             self.guards.name(namespace, name)
-            if name in namespace:
-                value = namespace[name]
-                self.tag("global", name)
-                if isinstance(value, types.ModuleType) and reads_outside(name, value, code):
-                    raise NotPlain(name)
-                if isinstance(value, types.ModuleType) and not library_module(value.__name__):
-                    self._user_module(value, code)
-                else:
-                    self.visit(value)
+            if name not in namespace:
+                self.tag("builtin", name)
+            elif isinstance(value := namespace[name], types.ModuleType):
+                self.tag("module", value.__name__)  # what is read from it, if it is the user's, follows
             else:
-                self.tag("builtin", name, name in namespace)
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                self._globals(constant, namespace, done)
+                self.tag("global", name)
+                self.visit(value)
 
-    def _user_module(self, module: types.ModuleType, code: types.CodeType) -> None:
-        # Which attributes are read from it is not known exactly: every name in the code that it has is visited.
-        self.tag("user module", module.__name__)
-        for name in code.co_names:
-            self.guards.name(vars(module), name)
-            if name in vars(module):
-                value = vars(module)[name]
-                self.tag(name)
-                if isinstance(value, types.ModuleType) and not library_module(value.__name__):
-                    if id(value) not in self.seen:
-                        self.seen[id(value)] = len(self.seen)
-                        self._user_module(value, code)
-                else:
-                    self.visit(value)
+
+BYTES = 1 << 20
+"""Arrays of NumPy beyond this size are not guarded: comparing costs as much as reading them."""
+
+_ABSENT = object()
+_NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass
+class Guards:
+    """Places and what stood in them. `open` tells that something was met which cannot be guarded."""
+
+    open: bool = False
+    _names: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
+    _attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
+    _wholes: list[tuple[Mapping[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
+    _lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
+    _sets: list[tuple[set[Any], frozenset[Any]]] = field(default_factory=list)
+    _functions: list[tuple[types.FunctionType, Any, Any, Any]] = field(default_factory=list)
+    _cells: list[tuple[types.CellType, Any]] = field(default_factory=list)
+    _arrays: list[tuple[Any, Any, Any, bytes]] = field(default_factory=list)
+
+    def note(self, kind: Kind, value: Any) -> None:
+        """All that may change of a thing and of what it holds, as far as this is not a thing of its own."""
+        if kind == "function":
+            self.function(value)
+            if value.__kwdefaults__:
+                self.whole(value.__kwdefaults__)
+            self.whole(vars(value))
+        elif kind == "class":
+            self.whole(vars(value))
+            self.attribute(value, "__bases__")
+        elif kind == "mapping":
+            self.whole(contents_of(value))
+        elif kind == "object":
+            self.whole(getattr(value, "__dict__", _NOTHING))
+        elif isinstance(value, list):
+            self.items(value)
+        elif isinstance(value, set):  # its members have to be compared by value
+            self._sets.append((value, frozenset(value)))
+        elif isinstance(value, np.ndarray):
+            if value.nbytes > BYTES:
+                self.open = True
+            else:
+                self._arrays.append((value, value.shape, value.dtype, value.tobytes()))
+
+    def name(self, namespace: Mapping[str, Any], name: str) -> None:
+        """What `name` is bound to, or that it is not."""
+        self._names.append((namespace, name, namespace.get(name, _ABSENT)))
+
+    def attribute(self, owner: Any, name: str) -> None:
+        """An attribute of an object that keeps it elsewhere than in a dict."""
+        self._attributes.append((owner, name, getattr(owner, name, _ABSENT)))
+
+    def whole(self, mapping: Mapping[Any, Any]) -> None:
+        """All keys and values, in order."""
+        self._wholes.append((mapping, tuple(mapping), tuple(mapping.values())))
+
+    def items(self, value: list[Any]) -> None:
+        """The items of a list."""
+        self._lists.append((value, tuple(value)))
+
+    def function(self, function: types.FunctionType) -> None:
+        """Code, defaults, and what its closure holds."""
+        self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
+        for cell in function.__closure__ or ():
+            self._cells.append((cell, _contents(cell)))
+
+    def hold(self) -> bool:
+        """Whether everything stands where it stood."""
+        if self.open:
+            return False
+        for namespace, name, old in self._names:
+            if namespace.get(name, _ABSENT) is not old:
+                return False
+        for mapping, keys, values in self._wholes:
+            if len(mapping) != len(keys) or not all(map(is_, mapping.values(), values)) or tuple(mapping) != keys:
+                return False
+        for function, code, defaults, kwdefaults in self._functions:
+            if (
+                function.__code__ is not code
+                or function.__defaults__ is not defaults
+                or function.__kwdefaults__ is not kwdefaults
+            ):
+                return False
+        for cell, old in self._cells:
+            if _contents(cell) is not old:
+                return False
+        for owner, name, old in self._attributes:
+            if getattr(owner, name, _ABSENT) is not old:
+                return False
+        for value, kept in self._lists:
+            if len(value) != len(kept) or not all(map(is_, value, kept)):
+                return False
+        for members, before in self._sets:
+            if members != before:
+                return False
+        return all(
+            array.shape == shape and array.dtype == dtype and array.tobytes() == data
+            for array, shape, dtype, data in self._arrays
+        )
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _ABSENT

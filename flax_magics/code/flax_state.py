@@ -19,22 +19,12 @@ Of Flax 0.11.2, 0.12.8 and 0.12.12 all that is kept outside of modules and scope
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from operator import is_
 from typing import Any
 
+from ..base.private import NNX_STACKS, flax_globals, nnx_stacks
 from .fingerprint import Fingerprint
-
-_STACKS = {
-    "variable_hijax_stack": "nnx.var_defaults(hijax=…)",
-    "variable_ref_stack": "nnx.var_defaults(ref=…)",
-    "mutable_variable_stack": "nnx.use_refs",
-    "eager_shard_stack": "nnx.use_eager_sharding",
-    "graph_mode_stack": "nnx.set_graph_mode",
-    "graph_updates_stack": "nnx.set_graph_updates",
-}
 
 
 class Unknown:
@@ -72,11 +62,11 @@ _interceptor_contents, _rule_contents = _Contents(), _Contents()
 
 
 def flax_state() -> tuple[Any, ...]:
-    """All of it, on this thread now; equal ones give the same trace. It takes about a microsecond."""
+    """What Flax keeps, on this thread now: two equal ones give the same trace. It takes about a microsecond."""
     if "flax.linen" not in sys.modules:  # then nobody has set anything
         return ()
     try:
-        flags, interceptors, rules, stacks = _read()
+        flags, interceptors, rules, stacks = flax_globals()
     except (AttributeError, KeyError):  # a Flax that keeps it elsewhere: every run is traced
         return (Unknown(),)
     return (
@@ -88,9 +78,9 @@ def flax_state() -> tuple[Any, ...]:
 
 
 def flax_state_in_words() -> dict[str, Any]:
-    """The same by name, for a person."""
+    """What Flax keeps, by name, for a person."""
     try:
-        flags, interceptors, rules, stacks = _read()
+        flags, interceptors, rules, stacks = flax_globals()
     except (AttributeError, KeyError):
         return {}
     words = dict(flags)
@@ -98,26 +88,6 @@ def flax_state_in_words() -> dict[str, Any]:
     contents = _interceptor_contents.of(*interceptors)
     words["interceptors"] = Described(names or "none", None if isinstance(contents, Unknown) else contents)
     words["logical axis rules"] = Described(str(rules) if rules else "none", None)
-    for (_, name), stack in zip(_nnx_stacks() if stacks else (), stacks, strict=True):
-        words[_STACKS[name]] = stack[-1] if stack else "not set"
+    for (_, name), stack in zip(nnx_stacks() if stacks else (), stacks, strict=True):
+        words[NNX_STACKS[name]] = stack[-1] if stack else "not set"
     return words
-
-
-def _read() -> tuple[Mapping[str, Any], list[Any], Any, list[list[Any]]]:
-    """The flags, the interceptors, the logical axis rules, and NNX's stacks."""
-    modules: Mapping[str, Any] = sys.modules
-    return (
-        modules["flax.configurations"].config._values,
-        modules["flax.linen.module"]._global_interceptor_stack._storage,
-        modules["flax.core.spmd"]._axis_rules.rules,
-        [getattr(owner, name) for owner, name in _nnx_stacks()] if "flax.nnx" in modules else [],
-    )
-
-
-@cache
-def _nnx_stacks() -> list[tuple[Any, str]]:
-    """The stacks that this version of NNX has: what holds them, a lot for each thread, and their names."""
-    modules: Mapping[str, Any] = sys.modules
-    graphs = modules.get("flax.nnx.graphlib") or modules["flax.nnx.graph"]
-    owners = modules["flax.nnx.variablelib"].VARIABLE_CONTEXT, graphs.GRAPH_CONTEXT
-    return [(owner, name) for owner in owners for name in _STACKS if hasattr(owner, name)]

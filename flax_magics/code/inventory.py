@@ -8,22 +8,21 @@ say. So an inventory may leave things out, and it never raises.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
-import functools
 import hashlib
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from . import library
+from ..base.digest import on_host
 from .fingerprint import code_print
-from .library import nnx_modules
+from .library import library_file, library_module, nnx_modules
+from .walk import ATOMS, MISSING, kind_of, parts_of, reads_of
 
 MOST = 2000
 """Pieces in an inventory; a model of more is described by these."""
@@ -34,14 +33,14 @@ LONGEST = 64
 _MADE = ("_abc", "__dataclass", "_pytree__", "_compact_name_scope")
 _FLAX = ("parent", "scope", "name")
 
-Kind = Literal["value", "function", "method", "class"]
+PieceKind = Literal["value", "function", "method", "class"]
 
 
 @dataclass(frozen=True)
 class CodePiece:
     """One thing that a model is made of: what kind, how a person would write it, and what tells it from another."""
 
-    kind: Kind
+    kind: PieceKind
     text: str
     print: bytes
 
@@ -100,55 +99,49 @@ class _Inventory:
         self.pieces: dict[str, CodePiece] = {}
         self._seen: dict[int, Any] = {}
 
-    def add(self, name: str, kind: Kind, text: str, data: bytes | None = None) -> None:
+    def add(self, name: str, kind: PieceKind, text: str, data: bytes | None = None) -> None:
         if len(self.pieces) < MOST:
             self.pieces.setdefault(name, CodePiece(kind, _short(text), data if data is not None else text.encode()))
 
     def visit(self, name: str, value: Any) -> None:
         """`value`, which a person knows as `name`."""
-        if value is None or type(value) in (bool, int, float, complex, str, bytes) or isinstance(value, enum.Enum):
+        if type(value) in ATOMS or isinstance(value, enum.Enum):
             self.add(name, "value", repr(value))
             return
         if id(value) in self._seen or len(self.pieces) >= MOST:
             return
         self._seen[id(value)] = value
-        if isinstance(value, types.FunctionType):
-            self.function(name, value)
-        elif isinstance(value, type):
-            self.cls(value)
-        elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
-            self.array(name, value)
-        elif isinstance(value, np.dtype):
-            self.add(name, "value", value.name)
-        elif isinstance(value, Mapping):
-            self.items(name, ((f"{name}[{key!r}]", item) for key, item in value.items()), len(value))
-        elif isinstance(value, (tuple, list)):
-            self.items(name, ((f"{name}[{i}]", item) for i, item in enumerate(value)), len(value))
-        elif isinstance(value, (set, frozenset)):
-            self.add(name, "value", "{" + ", ".join(sorted(map(repr, value))) + "}")
-        elif isinstance(value, functools.partial):
-            self.visit(f"{name}.func", value.func)
-            self.visit(f"{name}.args", value.args)
-            self.visit(f"{name}.keywords", value.keywords)
-        elif isinstance(value, types.MethodType):
-            self.visit(name, value.__func__)
-            self.visit(name.rpartition(".")[0] or name, value.__self__)
-        elif isinstance(value, (classmethod, staticmethod)):
-            self.visit(name, value.__func__)
-        elif isinstance(value, (property, functools.cached_property)):
-            self.visit(name, value.fget if isinstance(value, property) else value.func)
-        elif isinstance(value, types.ModuleType):
-            self.add(name, "value", value.__name__)
-        elif isinstance(value, jax.sharding.Sharding):
-            self.add(name, "value", str(value))
-        else:
-            self.instance(name, value)
-
-    def items(self, name: str, pairs: Iterator[tuple[str, Any]], size: int) -> None:
-        self.add(name, "value", f"{size} item{'' if size == 1 else 's'}")
-        if size <= LONGEST:
-            for inner, item in pairs:
-                self.visit(inner, item)
+        kind = kind_of(value)
+        match kind:
+            case "function":
+                self.function(name, value)
+            case "class":
+                self.cls(value)
+            case "array":
+                self.array(name, value)
+            case "dtype":
+                self.add(name, "value", value.name)
+            case "module":
+                self.add(name, "value", value.__name__)
+            case "set":
+                self.add(name, "value", "{" + ", ".join(sorted(map(repr, value))) + "}")
+            case "mapping" | "sequence":
+                self.add(name, "value", f"{len(value)} item{'' if len(value) == 1 else 's'}")
+                if len(value) <= LONGEST:
+                    for _, key, item in parts_of(value, kind):
+                        self.visit(f"{name}[{key!r}]", item)
+            case "partial":
+                for _, attribute, item in parts_of(value, kind):
+                    self.visit(f"{name}.{attribute}", item)
+            case "method":
+                self.visit(name, value.__func__)
+                self.visit(name.rpartition(".")[0] or name, value.__self__)
+            case "wrapper" | "property" | "cached property":
+                self.visit(name, next(parts_of(value, kind))[2])
+            case _ if isinstance(value, jax.sharding.Sharding):
+                self.add(name, "value", str(value))
+            case _:
+                self.instance(name, value)
 
     def array(self, name: str, value: Any) -> None:
         if isinstance(value, jax.core.Tracer):
@@ -156,41 +149,50 @@ class _Inventory:
         text = f"{value.dtype}[{','.join(map(str, value.shape))}]"
         if value.size == 1 and np.asarray(value).dtype.kind in "biufc":
             text = f"{text} {np.asarray(value).item()!r}" if value.shape else f"{value.dtype} {value!s}"
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
-        self.add(name, "value", text, hashlib.sha256(np.ascontiguousarray(value).tobytes() + text.encode()).digest())
+        self.add(name, "value", text, hashlib.sha256(on_host(value).tobytes() + text.encode()).digest())
 
     def instance(self, name: str, value: Any) -> None:
         """A module, a config, or any other object: its class, and what it holds."""
-        cls = type(value)
-        named = getattr(value, "__qualname__", None)
-        if isinstance(named, str) and callable(value):  # a jitted function, a ufunc, a builtin
+        from flax import linen
+
+        qualified = getattr(value, "__qualname__", None)
+        if isinstance(qualified, str) and callable(value):  # a jitted function, a ufunc, a builtin
             wrapped = getattr(value, "__wrapped__", None)
-            if isinstance(wrapped, types.FunctionType) and not library.library_file(wrapped.__code__.co_filename):
+            if isinstance(wrapped, types.FunctionType) and not library_file(wrapped.__code__.co_filename):
                 self.visit(name, wrapped)
             else:
-                self.add(name, "value", named)
+                self.add(name, "value", qualified)
             return
-        if _is_variable(value):
-            return
+        nnx = sys.modules.get("flax.nnx")  # without it nothing can be a variable or a random stream
+        if nnx is not None and isinstance(value, (nnx.Variable, nnx.RngStream, nnx.Rngs)):
+            return  # not what the model is made of, but what it is run with
+        cls = type(value)
         self.add(name, "class", cls.__qualname__)
         self.cls(cls)
-        for attribute, item in _attributes(value):
-            self.visit(f"{name}.{attribute}" if name else attribute, item)
+        hidden = _FLAX if isinstance(value, linen.Module) else ()
+        # What a library's NNX layer keeps follows from its variables' shapes and from how its owner built it.
+        follows = isinstance(value, nnx_modules()) and library_module(cls.__module__)
+        for edge, attribute, item in parts_of(value, "object"):
+            if edge == "type" or attribute in hidden or attribute.startswith("_"):
+                continue
+            if item is MISSING and not hasattr(value, attribute):
+                continue
+            item = getattr(value, attribute) if item is MISSING else item
+            if not follows or isinstance(item, (*nnx_modules(), list, tuple, dict)) or callable(item):
+                self.visit(f"{name}.{attribute}" if name else attribute, item)
 
     def cls(self, cls: type) -> None:
         """A class of the user's: what it and its bases define. A library's is known by name."""
-        if library.library_module(cls.__module__):
+        if library_module(cls.__module__):
             return
         self._seen[id(cls)] = cls
-        for base in cls.__bases__:
-            if id(base) not in self._seen:
-                self.cls(base)
         fields = getattr(cls, "__dataclass_fields__", {})
-        for name, item in vars(cls).items():
-            if name in library.DERIVED or name in fields or name in _FLAX or name.startswith(_MADE):
+        for edge, name, item in parts_of(cls, "class"):
+            if edge == "base":
+                if id(item) not in self._seen:
+                    self.cls(item)
                 continue
-            if isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
+            if name in fields or name in _FLAX or name.startswith(_MADE):
                 continue
             item = getattr(item, "__func__", item)  # of a class or static method
             if isinstance(item, types.FunctionType) and id(item) not in self._seen:
@@ -205,7 +207,7 @@ class _Inventory:
         while isinstance(getattr(inner, "__wrapped__", None), types.FunctionType):
             inner = inner.__wrapped__  # type: ignore[attr-defined]
         code = inner.__code__
-        if library.library_file(code.co_filename) or code.co_filename == "<string>":
+        if library_file(code.co_filename) or code.co_filename == "<string>":
             if "." not in name:
                 self.add(name, "value", inner.__name__)
             return
@@ -214,58 +216,14 @@ class _Inventory:
             self.add(name, "value", inner.__name__)
             name = inner.__name__
         self.add(name, "method" if method else "function", inner.__name__, code_print(inner))
-        parameters = code.co_varnames[: code.co_argcount][-len(inner.__defaults__ or ()) :]
-        for parameter, default in zip(parameters, inner.__defaults__ or (), strict=False):
-            self.visit(f"{parameter} of {name}", default)
-        for parameter, default in (inner.__kwdefaults__ or {}).items():
-            self.visit(f"{parameter} of {name}", default)
-        for variable, cell in zip(code.co_freevars, inner.__closure__ or (), strict=False):
-            if variable != "__class__":
-                try:
-                    self.visit(variable, cell.cell_contents)
-                except ValueError:  # empty
-                    continue
-        self._read(code, inner.__globals__)
-
-    def _read(self, code: types.CodeType, namespace: Mapping[str, Any]) -> None:
-        """Globals that `code` and the functions inside it load; of the user's own modules the attributes it names."""
-        own = namespace.get("__name__")
-        try:
-            names = library.global_names(code)
-        except library.NotPlain:  # it may read anything
-            return
-        for name in names:
-            value = namespace.get(name)
-            if isinstance(value, types.ModuleType):
-                if not library.library_module(value.__name__):
-                    for attribute in code.co_names:
-                        if attribute in vars(value):
-                            self.visit(f"{name}.{attribute}", vars(value)[attribute])
-            elif name in namespace:
-                self.visit(name if own == "__main__" else f"{own}.{name}", value)
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):
-                self._read(constant, namespace)
-
-
-def _is_variable(value: Any) -> bool:
-    """Variables and random streams of NNX: not what the model is made of, but what it is run with."""
-    nnx = sys.modules.get("flax.nnx")  # without it nothing can be one
-    return nnx is not None and isinstance(value, (nnx.Variable, nnx.RngStream, nnx.Rngs))
-
-
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, without what Flax keeps on it and without variables, which have places of their own."""
-    from flax import linen
-
-    fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
-    own = getattr(value, "__dict__", {})
-    hidden = _FLAX if isinstance(value, linen.Module) else ()
-    # What a library's NNX layer keeps follows from its variables' shapes and from how its owner built it.
-    follows = isinstance(value, nnx_modules()) and library.library_module(type(value).__module__)
-    for name in dict.fromkeys([*fields, *own]):
-        if name in hidden or name.startswith("_") or not hasattr(value, name):
-            continue
-        item = getattr(value, name)
-        if not follows or isinstance(item, (*nnx_modules(), list, tuple, dict)) or callable(item):
-            yield name, item
+        for edge, variable, item in parts_of(inner, "function"):
+            if edge == "default":
+                self.visit(f"{variable} of {name}", item)
+            elif edge == "closure":
+                self.visit(variable, item)
+        for spelled, namespace, read in reads_of(code, inner.__globals__):
+            if namespace is None or read not in namespace:  # it may be anything, or a builtin
+                continue
+            value = namespace[read]
+            if not isinstance(value, types.ModuleType) or namespace is not inner.__globals__:
+                self.visit(spelled, value)

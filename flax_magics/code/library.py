@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dis
 import functools
-import inspect
 import sys
 import sysconfig
-import types
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from operator import is_
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 _ROOTS = ("flax.core", "flax.linen", "flax.nnx")
 _PUBLIC = ("jax", "jax.lax", "jax.nn", "jax.nn.initializers", "jax.numpy", "jax.random")
@@ -20,7 +17,10 @@ _PUBLIC = ("jax", "jax.lax", "jax.nn", "jax.nn.initializers", "jax.numpy", "jax.
 
 
 class FlaxPatches:
-    """`edition` counts how often what was looked at had been changed."""
+    """Notices when Flax's own modules and classes are patched: `edition` is another number after each change.
+
+    A script has them looked at before every run, a notebook before the first run of each cell.
+    """
 
     def __init__(self) -> None:
         self.edition = 0
@@ -30,35 +30,27 @@ class FlaxPatches:
         self._looked = False
 
     def in_cells(self, value: bool) -> None:
-        """Whether cells are told of, each by `new_cell`."""
+        """Whether `new_cell` will be called for each cell; then one look lasts until the next cell."""
         self._in_cells = value
         self._looked = False
 
     def new_cell(self) -> None:
-        """The next `look` is a look again."""
+        """Has the next `look` compare again."""
         self._looked = False
 
     def look(self) -> None:
-        """Brings `edition` up to date."""
+        """Compares Flax's modules and classes with how they were, and brings `edition` up to date."""
         if self._looked:
             return
-        if self._loaded != len(sys.modules):
-            self._take(keep=self._loaded != 0 and self._same())
-        elif not self._same():
-            self._take(keep=False)
-        self._looked = self._in_cells
-
-    def _same(self) -> bool:
-        return all(
+        is_same = all(
             len(values) == len(place) and all(map(is_, place.values(), values)) for place, values in self._places
         )
-
-    def _take(self, keep: bool) -> None:
-        """Notes where everything stands. More modules than before are no change of those that were there."""
-        if not keep:
+        if not is_same or not self._loaded:
             self.edition += 1
-        self._loaded = len(sys.modules)
-        self._places = [(place, tuple(place.values())) for place in _places()]
+        if not is_same or self._loaded != len(sys.modules):  # more modules are no change of those that were there
+            self._loaded = len(sys.modules)
+            self._places = [(place, tuple(place.values())) for place in _places()]
+        self._looked = self._in_cells
 
 
 def _places() -> Iterator[Mapping[str, Any]]:
@@ -76,56 +68,61 @@ def _places() -> Iterator[Mapping[str, Any]]:
 
 
 library = FlaxPatches()
-"""Of this process, as Flax is."""
+"""The patches of this process."""
 
-_MODULES = frozenset(
+OUTSIDE = frozenset(
     [
         "builtins", "datetime", "gc", "glob", "importlib", "inspect", "io", "locale", "numpy.random", "os", "os.path",
         "pathlib", "pickle", "platform", "posix", "posixpath", "random", "requests", "secrets", "shutil", "socket",
         "subprocess", "sys", "tempfile", "threading", "time", "urllib", "uuid", "zoneinfo",
     ]
 )  # fmt: skip
+"""Modules through which code reads the clock, the environment, files or the host's random numbers."""
 
 
-@lru_cache(maxsize=4096)
-def _chains(code: CodeType) -> dict[str, set[tuple[str, ...]]]:
-    """Global names that `code` loads, each with the attributes that it reads one from another after it."""
-    found: dict[str, set[tuple[str, ...]]] = {}
-    name, attributes = None, []
+class Loads(NamedTuple):
+    """What code itself, the functions inside it left out, takes from elsewhere: by its instructions.
+
+    Attributes:
+      imports: names of the modules that it imports when it runs.
+      names: those that it loads from its module, each with the attributes that it reads one from another after it.
+    """
+
+    imports: list[str]
+    names: dict[str, list[list[str]]]
+
+
+@functools.lru_cache(maxsize=4096)
+def loads_of(code: CodeType) -> Loads:
+    """The loads of `code`, worked out once. The result is shared: it must not be changed."""
+    loads = Loads([], {})
+    attributes: list[str] | None = None
     for step in dis.get_instructions(code):
-        if name is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            attributes = []
+            loads.names.setdefault(step.argval, []).append(attributes)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and attributes is not None:
             attributes.append(step.argval)
-            continue
-        if name is not None:
-            found.setdefault(name, set()).add(tuple(attributes))
-        name, attributes = (step.argval, []) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") else (None, [])
-    return found
-
-
-def is_outside_module(name: str) -> bool:
-    """Whether the module of this name is one."""
-    return name in _MODULES
-
-
-@lru_cache(maxsize=4096)
-def imported(code: CodeType) -> tuple[str, ...]:
-    """Names of the modules that `code` itself imports when it runs."""
-    return tuple(step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME")
+        else:
+            attributes = None
+            if step.opname == "IMPORT_NAME":
+                loads.imports.append(step.argval)
+    return loads
 
 
 def is_outside(value: Any) -> bool:
-    """Whether `value` is such a module, or something that one of them defines."""
+    """Whether `value` is a module of `OUTSIDE`, or something that one of them defines."""
     if isinstance(value, ModuleType):
-        return value.__name__ in _MODULES
+        return value.__name__ in OUTSIDE
     module = getattr(value, "__module__", None)
-    return isinstance(module, str) and module in _MODULES and module != "builtins"
+    return isinstance(module, str) and module in OUTSIDE and module != "builtins"
 
 
 def reads_outside(name: str, module: ModuleType, code: CodeType) -> bool:
-    """Whether `code`, in which `name` is the library `module`, reaches one of them through it: `np.random.rand()`."""
+    """Whether `code`, in which `name` is the library `module`, reaches one of `OUTSIDE` through it: `np.random.rand()`."""
     if is_outside(module):
         return True
-    for attributes in _chains(code).get(name, ()):
+    for attributes in loads_of(code).names.get(name, ()):
         value: Any = module
         for attribute in attributes:
             value = vars(value).get(attribute)
@@ -137,10 +134,6 @@ def reads_outside(name: str, module: ModuleType, code: CodeType) -> bool:
         if isinstance(value, ModuleType) and any(is_outside(vars(value).get(other)) for other in code.co_names):
             return True
     return False
-
-
-class NotPlain(Exception):
-    """Something was reached whose value cannot be told from the outside."""
 
 
 _PATHS = sysconfig.get_paths()
@@ -164,79 +157,6 @@ def library_module(name: str | None) -> bool:
     if file is None:  # built in, or a namespace package
         return name.partition(".")[0] in sys.builtin_module_names or hasattr(module, "__path__")
     return library_file(file)
-
-
-# Class attributes that Python, dataclasses or Flax make from the rest of the class.
-DERIVED = frozenset(
-    [
-        "__dict__",
-        "__weakref__",
-        "__doc__",
-        "__module__",
-        "__annotations__",
-        "__annotate__",
-        "__annotate_func__",
-        "__annotations_cache__",
-        "__qualname__",
-        "__firstlineno__",
-        "__static_attributes__",
-        "__dataclass_params__",
-        "__match_args__",
-        "__abstractmethods__",
-        "_abc_impl",
-        "__type_params__",
-        "__orig_bases__",
-        "__parameters__",
-        "__hash__",
-        "__eq__",
-        "__repr__",
-        "__replace__",
-        "_kw_only_dataclass_fields",
-        "__slots__",
-        "_state",
-        "_parent_ref",
-    ]
-)
-
-# Methods that `dataclass` writes. A user's own, in code that was executed from a string, has the same file name.
-_WRITTEN = frozenset(
-    ["__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__", "__delattr__"]
-)
-
-
-def is_generated(name: str, item: Any) -> bool:
-    """Whether an attribute of a dataclass is a method that `dataclass` writes, or Flax's wrapping of one."""
-    if name not in _WRITTEN or not isinstance(item, types.FunctionType):
-        return False
-    inner = item
-    while hasattr(inner, "__wrapped__"):
-        inner = inner.__wrapped__
-    return inner.__code__.co_filename == "<string>"
-
-
-def arguments_of(code: types.CodeType) -> tuple[Any, ...]:
-    """Names of the arguments, which a call can use; other locals have a number and no name that code could read."""
-    starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
-    return (*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred], code.co_nlocals)
-
-
-# What a walk cannot follow: reading names by a string.
-_REFLECTION = frozenset({"globals", "locals", "vars", "eval", "exec", "open", "next", "iter", "input", "__import__"})
-
-
-@functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Names that `code` itself loads from its module. Raises NotPlain where it reads names by a string."""
-    names = tuple(
-        dict.fromkeys(
-            instruction.argval
-            for instruction in dis.get_instructions(code)
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
-        )
-    )
-    if _REFLECTION.intersection(names):
-        raise NotPlain(", ".join(_REFLECTION.intersection(names)))
-    return names
 
 
 def nnx_modules() -> tuple[type, ...]:

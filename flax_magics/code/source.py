@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 from .library import is_module, is_module_class, library_file
+from .walk import kind_of, parts_of
 
 LIMIT = 200_000
 """Characters of code that are kept of a model."""
@@ -21,45 +22,29 @@ def source_of(module: Any) -> str:
 
     Empty where the code is not to be had: in a plain Python prompt.
     """
-    found: dict[str, None] = {}
-    for cls in _classes(module):
-        text = _text(cls)
-        if text:
-            found.setdefault(text)
-    return "\n\n".join(found)[:LIMIT]
+    texts = dict.fromkeys(map(_text, _classes(module)))
+    return "\n\n".join(filter(None, texts))[:LIMIT]
 
 
 def _classes(module: Any) -> list[type]:
     """The user's own classes of a module and of the modules that it holds, bases first."""
-    found: dict[type, None] = {}
+    classes: dict[type, None] = {}
     seen: set[int] = set()
 
     def visit(value: Any, depth: int) -> None:
         if id(value) in seen or depth > 8:
             return
         seen.add(id(value))
-        if is_module(value):
-            add(type(value))
-            fields = vars(value)
-            for inner in list(fields.values()):
-                visit(inner, depth + 1)
-        elif is_module_class(value):
-            add(value)
-        elif isinstance(value, (list, tuple)):
-            for inner in value:
-                visit(inner, depth + 1)
-        elif isinstance(value, dict):
-            for inner in list(value.values()):
-                visit(inner, depth + 1)
-
-    def add(cls: type) -> None:
-        for base in reversed(cls.__mro__):
-            filename = _filename(base)
-            if filename and not library_file(filename):
-                found.setdefault(base)
+        kind = kind_of(value)
+        if is_module_class(value):
+            files = {base: _filename(base) for base in reversed(value.__mro__)}
+            classes.update(dict.fromkeys(base for base, file in files.items() if file and not library_file(file)))
+        elif kind in ("sequence", "mapping") or is_module(value):
+            for _, _, part in parts_of(value, kind):
+                visit(part, depth + 1)
 
     visit(module, 0)
-    return list(found)
+    return list(classes)
 
 
 def _filename(cls: type) -> str:
@@ -106,13 +91,11 @@ def _definitions(code: str) -> dict[str, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Python thinks of somebody's backslashes
             tree = ast.parse(plain)
-            found = [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+            kinds = (ast.ClassDef, ast.FunctionDef)
             for node in ast.walk(tree):
-                if (
-                    isinstance(node, (ast.ClassDef, ast.FunctionDef))
-                    and ast.get_docstring(node, clean=False) is not None
-                ):
+                if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
                     node.body = node.body[1:]
-            return {node.name: ast.dump(node) for node in found}
+            definitions = [node for node in tree.body if isinstance(node, kinds)]
+            return {node.name: ast.dump(node) for node in definitions}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}

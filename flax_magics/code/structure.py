@@ -17,18 +17,18 @@ from ..base.compare import alike
 from .fingerprint import fingerprint
 
 _WITHOUT = (dict, list, tuple, type(None))
-"""Nodes that have no static data but the keys of a dict."""
+"""Nodes that have no static data but the keys of a dict, which JAX compares well."""
 _EXACT = (
     *(str, bytes, type(None), type, enum.Enum, np.dtype),
     *(jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.sharding.PartitionSpec),
 )
-"""What never changes, and is equal only to the same: comparing it is enough."""
+"""Types whose values never change, and are equal only where they are the same: JAX's `==` is enough."""
 
 
 class Structure:
     """A treedef and a digest of its static data as it was when this was made, None where that cannot be told.
 
-    Two are equal where the trees are put together alike now, and the contents were the same.
+    Two are equal where the trees are put together alike, and the static data had the same contents when each was made.
     """
 
     __slots__ = ("contents", "treedef")
@@ -61,17 +61,16 @@ class Structure:
 
 
 def static_data(treedef: Any) -> list[Any]:
-    """The static data of all nodes, in order, without what is as good as compared."""
+    """The static data of all nodes, in order, without values that JAX's own comparison tells apart (`_EXACT`)."""
     data: list[Any] = []
     waiting = [treedef]
     while waiting:
         node = waiting.pop()
-        kind, own = node.node_data() or (None, None)
-        if kind is None:
-            continue
-        if kind not in _WITHOUT:
-            _collect(own, data)
-        waiting += node.children()
+        kind, static = node.node_data() or (None, None)
+        if kind is not None:
+            if kind not in _WITHOUT:
+                _collect(static, data)
+            waiting += node.children()
     return data
 
 

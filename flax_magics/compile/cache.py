@@ -12,29 +12,28 @@ import concurrent.futures
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import jax
 
 from ..base.environment import default_device, name_devices
-from ..base.measures import Memory
+from ..base.measures import Memory, Timing
 from ..base.workers import Unfinished, elsewhere, smallest, wait_for
 from ..code.inventory import Inventory
 from ..code.structure import Structure
 from ..models.arguments import signature_of
 from ..models.base import CallTrace, Needs
-from .compiler import Compiled, Compiler, jax_settings, program_key
+from .compiler import Compiled, Compiler, Units, jax_settings, keep, program_key
 from .jaxpr import identity
 from .trace import TraceRequest, trace
-from .units import Units
 
 KEPT = 128
 """Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
 
 LEFT = 4
-"""Programs kept at most whose compilation was interrupted, once it is done."""
+"""Compilations kept at most that were interrupted, have ended since, and that no run has come back for."""
 
 
 @dataclass(frozen=True)
@@ -61,43 +60,32 @@ class Program:
 
 
 @dataclass(frozen=True)
-class BuiltProgram:
-    """A program, where it came from (`compiled`, `disk cache`, `reused`), and seconds per phase (0.0: did not happen).
+class PendingProgram:
+    """A program that has been traced, and lowered unless it is known, and that may still be being compiled.
 
-    `beside` is the part of `compile` that nobody waited for. `resumed`: an interrupted run had begun to compile it.
+    Attributes:
+      key: of the call, None where that cannot be told.
+      text_key: of the lowered program; `shareable`: another call may use it, too.
+      executable: None where it is still being compiled.
+      timing: of tracing and lowering.
+      resumed: an interrupted run had begun to compile it.
     """
 
-    program: Program
-    origin: str
-    trace: float = 0.0
-    lower: float = 0.0
-    compile: float = 0.0
-    beside: float = 0.0
-    resumed: bool = False
-
-
-@dataclass(frozen=True)
-class PendingProgram:
-    """A program that has been traced and lowered, and is being compiled."""
-
     key: Hashable | None
-    request: TraceRequest
-    traced: Any
-    trees: tuple[Structure, Structure]
     ask: Needs
     record: CallTrace
     text_key: Hashable
+    trees: tuple[Structure, Structure]
     shareable: bool
+    effects: bool
     executable: Any
-    """None where it is still being compiled."""
-    trace: float
-    lower: float
+    timing: Timing
     resumed: bool
 
 
 @dataclass
 class ProgramCache:
-    """Programs kept, and compilations under way. `clock` gives seconds."""
+    """The compiled programs of a session, and the compilations that are under way. `clock` gives seconds."""
 
     clock: Callable[[], float]
     by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
@@ -119,7 +107,7 @@ class ProgramCache:
         return len(self.by_text)
 
     def find(self, key: Hashable | None) -> Program | None:
-        """The program made for exactly this call, if it is kept. None for a key of None."""
+        """The program made for exactly this call; None if there is none, or the key is None."""
         program = None if key is None else self.by_call.get(key)
         if program is not None:
             self.by_call.move_to_end(key)
@@ -163,62 +151,48 @@ class ProgramCache:
         start = self.clock() if since is None else since
         traced, ask, record = trace(request)
         equations = _equations(traced, request)
-        trace_seconds = self.clock() - start
-        same = self._lowered_before(equations)
-        if same is not None:
-            text_key, trees, executable = same
-            return PendingProgram(
-                key,
-                request,
-                traced,
-                trees,
-                ask,
-                record,
-                text_key,
-                True,
-                executable,
-                trace_seconds,
-                0.0,
-                executable is None,
-            )
-
-        phase("lowering")
-        start = self.clock()
-        lowered = traced.lower()
-        shared_key = program_key(traced, lowered, placed(request))
-        lower_seconds = self.clock() - start
-        # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
-        text_key = shared_key or key or object()
-        trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
-        if shared_key is not None and equations is not None:
-            _keep(self.by_equations, equations, (text_key, trees))
-        known = self.by_text.get(text_key)
-        executable, resumed = None, text_key in self.compiling
-        if known is not None and known[1] == trees:
-            executable = known[0]
-            self.by_text.move_to_end(text_key)
-        elif text_key not in self.compiling:
-            self._let_go()
-            self.compiling[text_key] = self.compiler.start(lowered, shared_key)
-        return PendingProgram(
-            key, request, traced, trees, ask, record, text_key, shared_key is not None, executable, trace_seconds,
-            lower_seconds, resumed,
-        )  # fmt: skip
-
-    def _lowered_before(self, equations: Hashable | None) -> tuple[Hashable, Any, Any] | None:
-        """What the program of such a trace is kept by, its trees and executable (None while it is being compiled)."""
+        timing, shareable, resumed = Timing(trace=self.clock() - start), True, True
         text_key, trees = self.by_equations.get(equations, (None, None))
-        known = self.by_text.get(text_key)
-        if known is not None and known[1] == trees:
+        executable = self._executable(text_key, trees)
+        if executable is not None or text_key in self.compiling:
             self.by_equations.move_to_end(equations)
-            self.by_text.move_to_end(text_key)
-            return text_key, trees, known[0]
-        return (text_key, trees, None) if text_key in self.compiling else None
+        else:
+            phase("lowering")
+            start = self.clock()
+            lowered = traced.lower()
+            shared_key = program_key(traced, lowered, placed(request))
+            timing = replace(timing, lower=self.clock() - start)
+            # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
+            shareable = shared_key is not None
+            text_key = shared_key or key or object()
+            trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
+            if shareable and equations is not None:
+                keep(self.by_equations, equations, (text_key, trees), KEPT)
+            executable = self._executable(text_key, trees)
+            resumed = text_key in self.compiling
+            if executable is None and not resumed:
+                # Those that were interrupted, are done, and that nobody came back for are forgotten, but for the last few.
+                for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
+                    del self.compiling[forgotten]
+                self.compiling[text_key] = self.compiler.start(lowered, shared_key)
+        effects = bool(traced.jaxpr.effects) or not shareable
+        return PendingProgram(key, ask, record, text_key, trees, shareable, effects, executable, timing, resumed)
 
-    def finish(self, building: PendingProgram, phase: Callable[[str], None]) -> BuiltProgram:
-        """Waits until `building` is compiled, and keeps it."""
-        origin, compile_seconds, waited = "reused", 0.0, 0.0
-        executable, text_key = building.executable, building.text_key
+    def _executable(self, text_key: Hashable, trees: tuple[Structure, Structure] | None) -> Any:
+        """The executable of a lowered program whose trees are these, None where none is kept."""
+        executable, known = self.by_text.get(text_key, (None, None))
+        if executable is None or known != trees:
+            return None
+        self.by_text.move_to_end(text_key)
+        return executable
+
+    def finish(self, pending: PendingProgram, phase: Callable[[str], None]) -> tuple[Program, str, Timing]:
+        """Waits until `pending` is compiled, and keeps it.
+
+        Returns:
+          The program, where it came from (`compiled`, `disk cache`, `reused`), and how long each phase took.
+        """
+        origin, timing, text_key, executable = "reused", pending.timing, pending.text_key, pending.executable
         if executable is None:
             phase("compiling")
             start = self.clock()
@@ -229,46 +203,29 @@ class ProgramCache:
                 raise
             waited = self.clock() - start
             del self.compiling[text_key]
-            executable, origin, compile_seconds = compiled.executable, compiled.origin, compiled.seconds
-            if building.shareable:
-                _keep(self.by_text, text_key, (executable, building.trees))
+            executable, origin = compiled.executable, compiled.origin
+            # The threads go by the machine's clock, which cannot be held against another.
+            beside = max(0.0, compiled.seconds - waited) if self.clock is time.perf_counter else 0.0
+            timing = replace(timing, compile=waited + beside, beside=beside)
+            if pending.shareable:
+                keep(self.by_text, text_key, (executable, pending.trees), KEPT)
         program = Program(
-            executable,
-            building.ask,
-            building.record,
-            device_of(executable),
-            analysis(executable),
-            bool(building.traced.jaxpr.effects) or not building.shareable,
+            executable, pending.ask, pending.record, device_of(executable), analysis(executable), pending.effects
         )
-        if building.key is not None:
-            _keep(self.by_call, building.key, program)
-        # The threads go by the machine's clock, which cannot be held against another.
-        beside = max(0.0, compile_seconds - waited) if self.clock is time.perf_counter else 0.0
-        return BuiltProgram(program, origin, building.trace, building.lower, waited + beside, beside, building.resumed)
-
-    def _let_go(self) -> None:
-        """Forgets compilations that were interrupted, are done, and that nobody came back for, but for the last few."""
-        done = [key for key, future in self.compiling.items() if future.done()]
-        for key in done[:-LEFT]:
-            del self.compiling[key]
+        if pending.key is not None:
+            keep(self.by_call, pending.key, program, KEPT)
+        return program, origin, timing
 
 
 def _equations(traced: Any, request: TraceRequest) -> Hashable | None:
-    """What a trace computes, of what it is made and under which settings; None where it has to be lowered to tell."""
-    found = identity(traced.jaxpr)
+    """What tells a traced program from others before it is lowered; None where only the lowered text can tell."""
+    equations = identity(traced.jaxpr)
     trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
-    return found and (found, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
-
-
-def _keep(kept: OrderedDict[Hashable, Any], key: Hashable, value: Any) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
+    return equations and (equations, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
 
 
 def placed(request: TraceRequest) -> tuple[Any, ...]:
-    """Where the arguments are, those that were put there: it decides where the results are, and whether they stay there."""
+    """The devices of the arguments that the user placed: they decide where the results are, and are part of the program."""
     leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
 
@@ -314,13 +271,13 @@ class LeafSpec:
 
     @property
     def dtype(self) -> str:
-        """Of an array: `float32`."""
+        """The dtype of an array: `float32`."""
         return self.text.partition("[")[0]
 
 
 @dataclass(frozen=True)
 class LastCall:
-    """A run, as far as the next one of its model is compared with it: what was called, and each argument's kind."""
+    """What the next run of a model is compared with: what was called, and the kind of each argument."""
 
     method: tuple[str, ...]
     kinds: Mapping[str, str]

@@ -1,4 +1,7 @@
-"""A lowered program becomes an executable: from the disk cache, or by XLA on a thread of its own."""
+"""A lowered program becomes an executable: from the disk cache, or by XLA on a thread of its own.
+
+`Compiler` does so for whole programs, `Units` for the single ops that an initialisation runs.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,24 @@ import hashlib
 import operator
 import threading
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
+from ..base.digest import data_of
+from ..base.private import is_compiled_alone, trace_context_names, trace_context_of
 from ..base.workers import Future, Workers
 from ..code.flax_state import Unknown, flax_state, flax_state_in_words
 from .disk_cache import DiskCache
 
-try:
-    from jax._src.config import trace_context
-except ImportError:  # a private name: without it the contexts of `with jax.set_mesh` and the like are not told apart
+T = TypeVar("T")
 
-    def trace_context() -> tuple[Any, ...]:
-        """Nothing."""
-        return ()
-
-
+trace_context = trace_context_of()
 _TRACED = (
     "jax_enable_x64",
     "jax_default_matmul_precision",
@@ -51,7 +52,7 @@ _OTHERS = (
     "jax_compiler_enable_remat_pass",
     "jax_ragged_dot_use_ragged_dot_instruction",
 )
-"""Settings that it lacks."""
+"""Settings that change a program and are not part of `trace_context`."""
 _FLAG = "jax_disable_most_optimizations"  # `jax.config` has it, and no attribute of that name
 
 _NAMES = tuple(name for name in (_OTHERS if trace_context() else (*_OTHERS, *_TRACED)) if hasattr(jax.config, name))
@@ -64,24 +65,22 @@ def jax_settings() -> tuple[Any, ...]:
 
 
 def settings() -> tuple[Any, ...]:
-    """The same with what Flax keeps: all that a trace depends on besides the call, the model, and installed code."""
+    """JAX's settings and Flax's: all that a trace depends on besides the call, the model, and installed code."""
     return (jax_settings(), flax_state())
 
 
-def is_unknown(found: tuple[Any, ...]) -> bool:
-    """Whether there is something in what `settings` gave of which nobody can tell if it will be the same again."""
-    return any(isinstance(part, Unknown) for part in found[1])
+def is_unknown(settings: tuple[Any, ...]) -> bool:
+    """Whether something in what `settings` gave cannot be compared: nobody can tell if it will be the same again."""
+    return any(isinstance(state, Unknown) for state in settings[1])
 
 
 def settings_in_words() -> dict[str, Any]:
-    """The same by name, for a person. Of an older JAX not all of its contexts have one."""
+    """The settings of JAX and Flax by name, for a person. Of an older JAX not all of its contexts have one."""
     words = dict(zip((*_NAMES, _FLAG), jax_settings()[1:], strict=True))
-    try:
-        from jax._src.config import trace_context_names
-
-        contexts = zip(trace_context_names(), trace_context(), strict=True)
-        words |= {name.removesuffix("_context_manager"): value for name, value in contexts}
-    except (ImportError, NotImplementedError, ValueError):
+    names, contexts = trace_context_names(), trace_context()
+    if names and len(names) == len(contexts):
+        words |= {name.removesuffix("_context_manager"): value for name, value in zip(names, contexts, strict=True)}
+    else:
         words |= {name: getattr(jax.config, name) for name in _TRACED if hasattr(jax.config, name)}
     return words | flax_state_in_words()
 
@@ -97,7 +96,7 @@ class Compiled:
 
 @dataclass
 class Compiler:
-    """What compiles. `disk` is None where nothing is to be kept on disk."""
+    """Compiles lowered programs on threads. `disk` is None where nothing is kept on disk."""
 
     disk: DiskCache | None = None
     workers: Workers = field(default_factory=Workers)
@@ -153,34 +152,82 @@ def program_key(traced: Any, lowered: Any, where: Hashable = ()) -> Hashable | N
     Args:
       where: the devices that its arguments were placed on: the text does not say for which a program is.
     """
-    digest = digest_of(traced, lowered)
-    if digest is None:
-        return None
-    trees = f"{lowered.in_tree} {lowered.out_tree}"
-    types = tuple(map(_type_of, (*traced.jaxpr.in_avals, None, *traced.jaxpr.out_avals)))
-    return digest, jax_settings(), trees, jax.default_backend(), where, types
-
-
-def _type_of(aval: Any) -> Hashable:
-    return aval and (aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False)))
-
-
-def digest_of(traced: Any, lowered: Any) -> str | None:
-    """A digest of a lowered program and its constants; None if two programs of the same text may differ.
-
-    Host callbacks are numbered in the text, not named.
-    """
     text = lowered.as_text()
-    if "callback" in text:
+    if "callback" in text:  # host callbacks are numbered in the text, not named
         return None
     hasher = hashlib.sha256(text.encode())
     # The text holds constants in full unless JAX is set to pass them as arguments.
     for constant in traced.jaxpr.consts:
         if hasattr(constant, "dtype"):
-            data = (
-                jax.random.key_data(constant)
-                if jax.dtypes.issubdtype(constant.dtype, jax.dtypes.prng_key)
-                else constant
-            )
-            hasher.update(np.asarray(data).tobytes())
-    return hasher.hexdigest()
+            hasher.update(data_of(constant))
+    trees = f"{lowered.in_tree} {lowered.out_tree}"
+    avals = (*traced.jaxpr.in_avals, None, *traced.jaxpr.out_avals)
+    types = tuple(aval and (aval.shape, str(aval.dtype), bool(getattr(aval, "weak_type", False))) for aval in avals)
+    return hasher.hexdigest(), jax_settings(), trees, jax.default_backend(), where, types
+
+
+def keep(kept: OrderedDict[Hashable, T], key: Hashable, value: T, most: int) -> None:
+    """Keeps `value` as the last one used, and drops those that were used longest ago beyond `most`."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+
+
+UNITS = 128
+"""Units kept at most, the least recently used dropped first."""
+
+
+@dataclass
+class Units:
+    """Small programs that JAX makes one by one where code runs op by op: an op, or a function that is jitted by itself.
+
+    An initialisation is made of few kinds of them, many times over. Each kind is compiled once, on threads beside each
+    other, instead of one after the other as they are met. What a unit computes is what JAX's own op-by-op execution
+    compiles, so its bits are the same.
+    """
+
+    compiler: Compiler
+    kept: OrderedDict[Hashable, Future] = field(default_factory=OrderedDict)
+
+    def of_equation(self, equation: Any) -> Future | None:
+        """A future of the `Compiled` of one equation of a jaxpr; its arguments are literals too.
+
+        None for one that is run as JAX runs it.
+        """
+        identity = _equation_key(equation)
+        if identity is None:
+            return None
+        shapes = [
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+            for aval in (atom.aval for atom in equation.invars)
+        ]
+        types = tuple((shape.shape, shape.dtype, shape.weak_type) for shape in shapes)
+        key = (identity, types, jax_settings(), jax.default_backend())
+        future = self.kept.get(key)
+        if future is None or (future.done() and future.exception() is not None):
+            bind = partial(equation.primitive.bind, **equation.params)
+
+            def unit(*arguments: Any) -> Any:
+                return bind(*arguments)
+
+            unit.__name__ = str(equation.params.get("name", equation.primitive.name))
+            traced = jax.jit(unit).trace(*shapes)
+            lowered = traced.lower()
+            future = self.compiler.start(lowered, program_key(traced, lowered))
+        keep(self.kept, key, future, UNITS)
+        return future
+
+
+def _equation_key(equation: Any) -> Hashable | None:
+    """What tells an equation from another, holding nothing of the user's; None where that cannot be told."""
+    primitive = equation.primitive
+    if primitive.name not in ("jit", "pjit", "random_fold_in") and not is_compiled_alone(primitive):
+        return None
+    params = [(name, weakref.ref(value) if name == "jaxpr" else value) for name, value in equation.params.items()]
+    identity = (primitive.name, tuple(sorted(params, key=lambda param: param[0])))
+    try:
+        hash(identity)
+    except TypeError:
+        return None
+    return identity

@@ -29,8 +29,8 @@ from typing import Any
 import jax
 from jaxlib import version as jaxlib_version
 
+from ..base import __version__
 from ..base.environment import first_core
-from ..base.version import __version__
 
 LIMIT = 1 << 30
 """Bytes kept at most, what was used longest ago dropped first."""
@@ -199,8 +199,6 @@ def _processor() -> str:
 
     `environment.processor` is of those alone that may change a sum.
     """
-    rows = first_core()
-    names = ("model name", "flags", "Features", "CPU part")
-    return " ".join(
-        [platform.machine(), platform.processor(), *(f"{name}: {rows[name]}" for name in names if name in rows)]
-    )
+    names, core = ("model name", "flags", "Features", "CPU part"), first_core()
+    rows = [f"{name}: {core[name]}" for name in names if name in core]
+    return " ".join([platform.machine(), platform.processor(), *rows])

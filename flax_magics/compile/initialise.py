@@ -8,27 +8,181 @@ values, it has side effects or callbacks, its functions run differently in a tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import contextlib
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 
-from ..base.digest import count_parameters, data_of, weakly_typed
-from ..base.workers import Future
+from ..base.digest import count_parameters, data_of, is_key, weakly_typed
+from ..base.private import is_in_mesh, staging_of
+from ..base.workers import Future, wait_for
 from ..models.base import Model
 from ..models.calls import Path
 from ..rng import threefry
 from ..rng.keys import Draw, as_key, shape_of_key
-from ..run import InitStats, altered
-from . import init_trace
-from .init_trace import COMPUTED, TracedInit, is_array, read_by, trace_init
-from .units import Units, run
+from ..run import InitStats
+from .compiler import Units
+
+COMPUTED = object()
+"""Stands for a leaf of the variables that has to be computed."""
+
+
+@dataclass(frozen=True)
+class TracedInit:
+    """An initialisation as a jaxpr over the key and the arrays among the arguments.
+
+    Attributes:
+      closed: the jaxpr, its outputs the variables' leaves that it computes.
+      needed: its equations that these depend on, in order.
+      leaves: the variables' leaves, `COMPUTED` in place of each output.
+      treedef: how the variables are put together.
+      inputs: the arrays among the arguments.
+      whole: JAX's own inlining was kept off: each equation is one program where code runs op by op.
+    """
+
+    closed: Any
+    needed: tuple[Any, ...]
+    leaves: tuple[Any, ...]
+    treedef: Any
+    inputs: tuple[Any, ...]
+    whole: bool
+
+    @property
+    def variables(self) -> Any:
+        """The variables as far as they are known before they are computed: shapes in place of what is not."""
+        computed = map(_shape, self.closed.out_avals)
+        return jax.tree_util.tree_unflatten(
+            self.treedef, [next(computed) if leaf is COMPUTED else leaf for leaf in self.leaves]
+        )
+
+    @property
+    def shapes(self) -> Any:
+        """The variables, shapes in place of arrays."""
+        return jax.tree_util.tree_map(_shape, self.variables)
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of what the variables depend on, the forward pass left out."""
+        jaxpr = self.closed.jaxpr
+        text = str(jaxpr.replace(eqns=list(self.needed)))
+        text = re.sub(r"0x[0-9a-f]+", "", text)  # functions are printed with their address
+        hasher = hashlib.sha256(text.encode())
+        read = _read_by(self.needed) | _variables(jaxpr.outvars)
+        for var, constant in zip(jaxpr.constvars, self.closed.consts, strict=True):
+            if var in read and _is_plain_array(constant):
+                hasher.update(np.asarray(constant).tobytes())
+        for leaf in self.leaves:
+            if _is_plain_array(leaf):
+                hasher.update(np.asarray(leaf).tobytes())
+            elif leaf is not COMPUTED:
+                hasher.update(repr(leaf).encode())
+        return hasher.hexdigest()
+
+
+def trace_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedInit:
+    """Traces the initialisation by shapes; nothing is computed. `key`, `args` and `kwargs` may hold arrays or shapes.
+
+    What the model raises is passed on, and what JAX raises where it looks at values.
+    """
+    assert not model.holds_variables  # an NNX module is initialised where it is built
+    leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
+    dynamic = [leaf for leaf in leaves if is_array(leaf)]
+    variables: Any = None
+    whole = False
+
+    def init(key: Any, dynamic: list[Any]) -> list[Any]:
+        nonlocal variables, whole
+        arrays = iter(dynamic)
+        args, kwargs = jax.tree_util.tree_unflatten(
+            treedef, [next(arrays) if is_array(leaf) else leaf for leaf in leaves]
+        )
+        with _no_inlining(key) as whole:
+            variables = model.init(key, method, args, kwargs)
+        return [leaf for leaf in jax.tree_util.tree_leaves(variables) if isinstance(leaf, jax.core.Tracer)]
+
+    closed = jax.make_jaxpr(init)(key, dynamic)
+    traced, structure = jax.tree_util.tree_flatten(variables)
+    parts = tuple(COMPUTED if isinstance(leaf, jax.core.Tracer) else leaf for leaf in traced)
+    return TracedInit(closed, _needed(closed.jaxpr), parts, structure, tuple(dynamic), whole)
+
+
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _no_inlining(key: Any) -> Iterator[bool]:
+    """In the trace of `key`, each function jitted by itself stays one equation. Yields whether this JAX can do that.
+
+    JAX runs a jitted function as one program, and inlines some (most of `jax.numpy`) where they are traced.
+    """
+    staging = staging_of(key)
+    if staging is None:
+        yield False
+        return
+    rules, jit, thread = staging.rules, staging.jit, threading.get_ident()
+    with _lock:
+        rule = rules[jit]
+
+        def stage(trace: Any, source: Any, *args: Any, **params: Any) -> Any:
+            inline = params.get("inline")
+            inlined = inline is True or getattr(inline, "name", "") == "JAX_EARLY"
+            is_ours = trace is staging.trace and threading.get_ident() == thread
+            if is_ours and inlined and not params["compiler_options_kvs"]:
+                return trace.default_process_primitive(jit, args, params, source_info=source)
+            return rule(trace, source, *args, **params)
+
+        try:
+            rules[jit] = stage
+            yield True
+        finally:
+            rules[jit] = rule
+
+
+def _needed(jaxpr: Any) -> tuple[Any, ...]:
+    """The equations that a jaxpr's outputs depend on."""
+    wanted = _variables(jaxpr.outvars)
+    needed = []
+    for equation in reversed(jaxpr.eqns):
+        if wanted.intersection(equation.outvars):
+            needed.append(equation)
+            wanted |= _variables(equation.invars)
+    return tuple(needed[::-1])
+
+
+def _variables(atoms: Iterable[Any]) -> set[Any]:
+    """The variables among atoms of a jaxpr: the others are literals."""
+    return {atom for atom in atoms if not hasattr(atom, "val")}
+
+
+def _read_by(equations: tuple[Any, ...]) -> set[Any]:
+    return _variables(atom for equation in equations for atom in equation.invars)
+
+
+def _is_plain_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of anything but keys."""
+    return hasattr(leaf, "dtype") and not is_key(leaf)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or the shape of one: what an initialisation is traced over."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    if not is_array(leaf):
+        leaf = jax.eval_shape(lambda: leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
 class Initialising:
-    """Variables that are being made: `begin` has what takes long compiled, `finish` gives them.
+    """An initialisation under way: `begin` starts to compile what takes long, `finish` gives the variables.
 
     Args:
       model, method, args, kwargs: the call, made ready for an init.
@@ -51,70 +205,52 @@ class Initialising:
         self._model = model
         self._call = method, args, kwargs
         self._draw, self._taken = draw, taken
+        self._units = units
+        self._unit_of: dict[int, Future | None] = {}
+        """Number of an equation → its unit, once this is being compiled; None for one that runs as JAX runs it."""
         self._traced: TracedInit | None = None
-        self._running: Running | None = None
-        self._units: Units | None = None
+        self._in_units: TracedInit | None = None
+        """The trace, if it can be run unit by unit."""
         try:
-            init = (model, shape_of_key(draw.impl), *self._call)
-            self._traced = init_trace.take(*init) or trace_init(*init)
+            self._traced = trace_init(model, shape_of_key(draw.impl), *self._call)
         except Exception:  # `module.init` raises it, or does without a trace
             return
         if can_run(self._traced):
-            self._units = units
+            self._in_units = self._traced
 
     @property
     def expected(self) -> Mapping[str, Any] | None:
         """The variables, shapes in place of arrays that are to be computed; None where only running can tell."""
-        return None if self._units is None or self._traced is None else self._traced.variables
+        return None if self._in_units is None else self._in_units.variables
 
     def begin(self) -> None:
-        """Has the functions among the units compiled, on other threads: they take as long as a small model."""
-        if self._units is not None and self._running is None:
-            assert self._traced is not None
-            self._running = Running(self._traced, self._units)
+        """Starts to compile the units that are functions, on other threads: they take as long as a small model."""
+        self._begin(lambda equation: "jaxpr" in equation.params)
 
     def begin_rest(self) -> None:
-        """Has the other units compiled as well: single ops, which take little."""
+        """Starts to compile the other units, too: single ops, which take little."""
         self.begin()
-        if self._running is not None:
-            self._running.begin_rest()
+        self._begin(lambda equation: not _folds_a_constant(equation))
+
+    def _begin(self, which: Callable[[Any], bool]) -> None:
+        for i, equation in enumerate(() if self._in_units is None else self._in_units.needed):
+            if i not in self._unit_of and which(equation):
+                self._unit_of[i] = self._units.of_equation(equation)
 
     def finish(self) -> tuple[dict[str, Any], InitRecord]:
         """The variables, once the device has them, and how they were made."""
         self.begin_rest()
         key = self._draw.stream("params", taken=self._taken)
-        variables = self._running.finish(key) if self._running is not None else self._model.init(key, *self._call)
+        traced = self._in_units
+        variables = self._model.init(key, *self._call) if traced is None else self._run(traced, key)
         jax.block_until_ready(variables)
         return variables, record(self._traced, key, *self._call)
 
-
-class Running:
-    """An initialisation as its units: functions, which are being compiled, and single ops, once `begin_rest` was called."""
-
-    def __init__(self, traced: TracedInit, units: Units) -> None:
-        self.traced = traced
-        self._kinds = units
-        self._on_host = {i for i, equation in enumerate(traced.needed) if _folds_a_constant(equation)}
-        self._units: dict[int, Future | None] = {}
-        self._begin(lambda equation: "jaxpr" in equation.params)
-
-    def begin_rest(self) -> None:
-        """Has the single ops compiled as well."""
-        self._begin(lambda equation: True)
-
-    def _begin(self, which: Callable[[Any], bool]) -> None:
-        for i, equation in enumerate(self.traced.needed):
-            if i not in self._units and i not in self._on_host and which(equation):
-                self._units[i] = self._kinds.of_equation(equation)
-
-    def finish(self, key: Any) -> dict[str, Any]:
+    def _run(self, traced: TracedInit, key: Any) -> dict[str, Any]:
         """The variables, computed. What is not needed any more is let go of on the way."""
-        traced = self.traced
         jaxpr = traced.closed.jaxpr
-        last = {
-            var: i for i, equation in enumerate(traced.needed) for var in equation.invars if not hasattr(var, "val")
-        }
-        last.update(dict.fromkeys((var for var in jaxpr.outvars if not hasattr(var, "val")), len(traced.needed)))
+        last = {var: i for i, equation in enumerate(traced.needed) for var in _variables(equation.invars)}
+        last.update(dict.fromkeys(_variables(jaxpr.outvars), len(traced.needed)))
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, traced.closed.consts, strict=True))
         values.update(zip(jaxpr.invars, (key, *traced.inputs), strict=True))
 
@@ -122,29 +258,28 @@ class Running:
             return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else values[atom]
 
         for i, equation in enumerate(traced.needed):
-            arguments = list(map(read, equation.invars))
-            results = self._evaluate(i, equation, arguments)
+            results = self._evaluate(i, equation, [read(atom) for atom in equation.invars])
             values.update(
                 (var, value) for var, value in zip(equation.outvars, results, strict=True) if last.get(var, -1) >= i
             )
-            for atom in equation.invars:
-                if not hasattr(atom, "val") and last[atom] == i:
-                    values.pop(atom, None)
+            for var in _variables(equation.invars):
+                if last[var] == i:
+                    values.pop(var, None)
         computed = (_as_array(read(atom), weak=atom.aval.weak_type) for atom in jaxpr.outvars)
         leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in traced.leaves]
         variables: dict[str, Any] = jax.tree_util.tree_unflatten(traced.treedef, leaves)
         return variables
 
     def _evaluate(self, i: int, equation: Any, arguments: list[Any]) -> list[Any]:
-        if i in self._on_host:
+        if i not in self._unit_of:  # it folds a constant
             key, constant = arguments
-            return [as_key(threefry.hashes(data_of(key), (int(constant),))[0], _KEYS)]
-        unit = self._units[i]
-        results: Any = equation.primitive.bind(*arguments, **equation.params) if unit is None else run(unit, *arguments)
+            return [as_key(threefry.hashes(data_of(key), (int(constant),))[0], threefry.IMPL)]
+        unit = self._unit_of[i]
+        if unit is None:
+            results: Any = equation.primitive.bind(*arguments, **equation.params)
+        else:
+            results = wait_for(unit).executable(*arguments)
         return list(results) if equation.primitive.multiple_results else [results]
-
-
-_KEYS = "threefry2x32"
 
 
 def _as_array(value: Any, *, weak: bool) -> Any:
@@ -161,8 +296,8 @@ def _folds_a_constant(equation: Any) -> bool:
     key, constant = equation.invars
     return (
         key.aval.shape == ()
-        and str(key.aval.dtype._impl.name) == _KEYS
-        and threefry.is_in_force(_KEYS)
+        and str(key.aval.dtype) == "key<fry>"
+        and threefry.is_in_force(threefry.IMPL)
         and hasattr(constant, "val")
         and constant.aval.dtype == np.uint32
     )
@@ -170,31 +305,21 @@ def _folds_a_constant(equation: Any) -> bool:
 
 def can_run(traced: TracedInit) -> bool:
     """Whether its equations give what `module.init` gives."""
-    if not traced.whole or traced.closed.effects or _special_settings():
+    # Set so, JAX runs op by op in its own way: looking for NaN, without jit, or over a mesh.
+    special = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
+    if any(getattr(jax.config, name, False) for name in special) or is_in_mesh():
         return False
-    read = read_by(traced.needed)
-    inputs = dict(zip(traced.closed.jaxpr.invars[1:], traced.inputs, strict=True))
-    if any(var in read and getattr(leaf, "committed", False) for var, leaf in inputs.items()):
+    if not traced.whole or traced.closed.effects:
+        return False
+    read = _read_by(traced.needed)
+    inputs = zip(traced.closed.jaxpr.invars[1:], traced.inputs, strict=True)
+    if any(var in read and getattr(leaf, "committed", False) for var, leaf in inputs):
         return False  # where the arguments are decides where the variables are
     return all(map(_same_in_a_trace, traced.needed))
 
 
-def _special_settings() -> bool:
-    """Whether JAX is set to run op by op in its own way: looking for NaN, without jit, or over a mesh."""
-    config = jax.config
-    special = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
-    if any(getattr(config, name, False) for name in special):
-        return True
-    try:
-        from jax._src import mesh
-
-        return not (mesh.get_abstract_mesh().empty and mesh.thread_resources.env.physical_mesh.empty)
-    except (ImportError, AttributeError):  # private names: where they are others, it cannot be told
-        return True
-
-
 def _same_in_a_trace(equation: Any) -> bool:
-    """Whether op-by-op execution runs what the equation says: not Python functions, which it runs op by op in their turn."""
+    """Whether op by op, too, JAX runs the equation as one program; Python functions it would run op by op in turn."""
     name = equation.primitive.name
     return not (
         equation.primitive.call_primitive
@@ -248,27 +373,20 @@ def shapes_of_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], 
 def record(
     traced: TracedInit | None, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> InitRecord:
-    """How variables were made that `traced` is the program of; None where it cannot be traced."""
+    """The record of an init whose program is `traced`, None where it cannot be traced."""
     if traced is not None:
-        traced = altered(traced, {"inputs": ()})  # they are the user's arrays
+        traced = replace(traced, inputs=())  # they are the user's arrays
         if traced.closed.consts or any(map(is_array, traced.leaves)):
             _ = traced.digest  # of arrays as they are now: they may be let go of, or written into
     return InitRecord(key, method, _abstract(args), _abstract(kwargs), traced)
 
 
 def _abstract(tree: Any) -> Any:
-    def one(leaf: Any) -> Any:
-        return (
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
-            if is_array(leaf)
-            else leaf
-        )
-
-    return jax.tree_util.tree_map(one, tree)
+    return jax.tree_util.tree_map(lambda leaf: _shape(leaf) if is_array(leaf) else leaf, tree)
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`old` with what only `new` has, and that part alone. What is there is never replaced."""
+    """`(old and what only new has, what only new has)`: of nested mappings. What is in `old` is never replaced."""
     both, added = dict(old), {}
     for name, item in new.items():
         if name not in old:
@@ -281,6 +399,6 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
 
 
 def made_of(variables: Mapping[str, Any], *, added: bool = False) -> InitStats:
-    """How much of variables was made, or was added to those that were there."""
+    """How many parameters and bytes were made; `added`: to variables that were there."""
     parameters, size = count_parameters(variables)
     return InitStats(parameters, size, tuple(variables), added)

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from ..base.digest import on_host
+
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _VALUES = {
     *("ShapedArray", "KeyTy", "ManualAxisType", "PRNGImpl", "PyTreeDef", "UnspecifiedValue", "XlaMetadata"),
@@ -35,7 +37,7 @@ _EQUATION = {"invars", "outvars", "primitive", "params", "effects", "source_info
 
 
 class _Unknown(Exception):
-    """Something of which it is not known when two of it are the same."""
+    """Raised at a value of a kind for which nobody knows when two of them are the same."""
 
 
 def identity(closed: Any) -> Hashable | None:
@@ -66,7 +68,7 @@ class _Writer:
         self.words.append(f"{word!r};")
 
     def seen(self, thing: Any) -> bool:
-        """Whether the very thing was written before: then, and now, its number is."""
+        """Writes the number of this very object, a new one at the first time. Whether it was written before."""
         before = id(thing) in self._once
         self.word(self._once.setdefault(id(thing), len(self._once)))
         return before
@@ -103,7 +105,8 @@ class _Writer:
         name = equation.primitive.name
         self.value(equation.primitive)
         if not self.seen(equation.ctx):
-            self.named(_fields(equation.ctx))
+            names = getattr(type(equation.ctx), "__slots__", None) or vars(equation.ctx)
+            self.named((name, getattr(equation.ctx, name, None)) for name in names if name != "__weakref__")
         self.named(
             (key, value) for key, value in equation.params.items() if (name, key) not in _FUNCTIONS_OF_DERIVATIVES
         )
@@ -161,14 +164,6 @@ class _Writer:
             raise _Unknown(value)
 
 
-def _fields(context: Any) -> list[tuple[str, Any]]:
-    """What an equation's context holds."""
-    names = getattr(type(context), "__slots__", None)
-    if names is None:
-        return list(vars(context).items())
-    return [(name, getattr(context, name, None)) for name in names if name != "__weakref__"]
-
-
 def _bits_of(value: Any) -> tuple[Any, ...]:
     """A constant or literal: its bits, its type, and where it is if it was put there."""
     if type(value) in _PLAIN:
@@ -179,10 +174,8 @@ def _bits_of(value: Any) -> tuple[Any, ...]:
     where = None
     if isinstance(value, jax.Array):
         where = value.sharding if value.committed else None
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)
     weak = bool(getattr(value, "weak_type", False))
-    data = np.asarray(value)
+    data = on_host(value)
     if data.dtype.hasobject:
         raise _Unknown(value)
     return "constant", dtype, data.shape, weak, where, hashlib.sha256(data.tobytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..base.environment import default_device, name_devices
 from ..base.measures import Cost, Limits, Memory
+from ..base.text import bytes_
 from ..errors import FlaxMagicsError
 from .compiler import jax_settings
 
@@ -25,19 +25,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> FlaxMagicsError:
     """The error to show instead of XLA's, which names no line of the user's."""
-    found = re.search(r"allocat\w+ (\d+)(?: ?bytes)?", str(error))
+    allocation = re.search(r"allocat\w+ (\d+)(?: ?bytes)?", str(error))
     device = default_device()
     rows = []
     if memory is not None:
         rows.append(
-            f"needed: arguments {_size(memory.arguments)} · outputs {_size(memory.outputs)} · "
-            f"temporaries {_size(memory.temporaries)}"
+            f"needed: arguments {bytes_(memory.arguments)} · outputs {bytes_(memory.outputs)} · "
+            f"temporaries {bytes_(memory.temporaries)}"
         )
-    if found:
-        rows.append(f"could not allocate {_size(int(found.group(1)))} in one piece")
+    if allocation:
+        rows.append(f"could not allocate {bytes_(int(allocation.group(1)))} in one piece")
     free = free_bytes(device)
     if free is not None:
-        rows.append(f"free on {device.platform}:{device.id}: {_size(free)}")
+        rows.append(f"free on {device.platform}:{device.id}: {bytes_(free)}")
     rows.append("try: a smaller batch; bfloat16; nn.remat on the blocks; del what holds large arrays, and `Out`")
     return FlaxMagicsError(f"out of memory on {device.platform}:{device.id} in {call}", hint="\n".join(rows))
 
@@ -64,12 +64,6 @@ def free_bytes(device: Any) -> int | None:
     return None
 
 
-def _size(n: int) -> str:
-    from ..base.text import bytes_
-
-    return bytes_(n)
-
-
 SIDES = {"cpu": 1024}
 """Rows of the square matrices of the matmul, by platform."""
 SIDE = 8192
@@ -86,16 +80,12 @@ _FLOATS = re.compile(r"\b(?:f|bf|c)\d+")
 def cost_of(executable: Any) -> Cost | None:
     """What XLA counts for one run of a compiled program on one device; None where the backend does not say."""
     try:
-        found = executable.cost_analysis()
+        counts = executable.cost_analysis()
     except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
         return None
-    found = found[0] if isinstance(found, list) and found else found
-    if not found:
-        return None
-    flops, moved = float(found.get("flops") or 0), float(found.get("bytes accessed") or 0)
-    return (
-        Cost(max(flops, 0.0), max(moved, 0.0), _loops(executable.as_text() or "")) if flops > 0 or moved > 0 else None
-    )
+    counts = counts[0] if isinstance(counts, list) and counts else counts or {}
+    flops, moved = (max(float(counts.get(name) or 0), 0.0) for name in ("flops", "bytes accessed"))
+    return Cost(flops, moved, _loops(executable.as_text() or "")) if flops > 0 or moved > 0 else None
 
 
 def _loops(text: str) -> bool:
@@ -135,36 +125,26 @@ def limits(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
 
 
 def _measure(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
+    def fastest(function: Callable[[Any], Any], n: int, axes: int) -> tuple[int, float]:
+        """`n`, halved until an array of such axes fits on the device, and the seconds of the fastest run."""
+        while True:
+            try:
+                x = jax.device_put(np.ones((n,) * axes, jax.numpy.dtype(dtype)), device)
+                program = jax.jit(function).lower(x).compile()
+                jax.block_until_ready(program(x))
+                times = []
+                for _ in range(TIMES):
+                    start = clock()
+                    jax.block_until_ready(program(x))
+                    times.append(clock() - start)
+                return n, max(min(times), 1e-9)
+            except Exception as error:
+                if not is_out_of_memory(error) or n <= LEAST:
+                    raise
+                n //= 2
+
     side, size = SIDES.get(device.platform, SIDE), COPIED.get(device.platform, COPY)
     width = jax.numpy.dtype(dtype).itemsize
-    best = functools.partial(_fastest, device=device, dtype=dtype, clock=clock)
-    rows, matmul = best(lambda x: x @ x, side, lambda n: (n, n))
-    items, copy = best(jax.numpy.copy, size // width, lambda n: (n,))
+    rows, matmul = fastest(lambda x: x @ x, side, 2)
+    items, copy = fastest(jax.numpy.copy, size // width, 1)
     return Limits(name_devices({device}), dtype, 2 * rows**3 / matmul, 2 * items * width / copy)
-
-
-def _fastest(
-    function: Callable[[Any], Any],
-    n: int,
-    shape: Callable[[int], tuple[int, ...]],
-    *,
-    device: Any,
-    dtype: str,
-    clock: Callable[[], float],
-) -> tuple[int, float]:
-    """`n`, halved until its array fits on the device, and the seconds of the fastest run, the device waited for."""
-    while True:
-        try:
-            x = jax.device_put(np.ones(shape(n), jax.numpy.dtype(dtype)), device)
-            program = jax.jit(function).lower(x).compile()
-            jax.block_until_ready(program(x))
-            times = []
-            for _ in range(TIMES):
-                start = clock()
-                jax.block_until_ready(program(x))
-                times.append(clock() - start)
-            return n, max(min(times), 1e-9)
-        except Exception as error:
-            if not is_out_of_memory(error) or n <= LEAST:
-                raise
-            n //= 2

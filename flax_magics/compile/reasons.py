@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,60 +21,70 @@ from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note
 from .cache import KEPT, LastCall, LeafSpec, ProgramSpec
 from .compiler import jax_settings, settings_in_words
+from .trace import TraceRequest
 
 REMEMBERED = 16
 """Programs of one model that a new one is held against."""
 NAMED = 2
 """Changes that the sentence names; it counts the others."""
 
+T = TypeVar("T")
+
 FIRST = "first run of this program"
 
 
 def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> LastCall:
-    """What the next run is compared with."""
-    rows = zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
-    kinds = {name: str(leaf.dtype) if (kind := _kind(leaf, traced)) == "array" else kind for name, leaf, traced in rows}
+    """This run as the next one of its model will be compared with it."""
+    kinds = {
+        name: str(leaf.dtype) if (kind := _kind(leaf, traced)) == "array" else kind
+        for name, leaf, traced in _rows(arguments)
+    }
     return LastCall(method, kinds, key)
 
 
 def scalars(before: LastCall | None, now: LastCall) -> dict[str, str]:
-    """Arguments that are Python numbers, and were arrays in the model's run before: their dtypes then."""
+    """Maps each argument that is a Python number now, and was an array in the model's last run, to its dtype then."""
     if before is None or before.method != now.method:
         return {}
     was = {name: before.kinds.get(name, "static") for name, kind in now.kinds.items() if kind == "number"}
     return {name: kind for name, kind in was.items() if kind not in ("number", "static")}
 
 
-def purpose(
-    key: Hashable | None,
-    method: tuple[str, ...],
-    mode: str,
-    edition: bytes | None,
-    module: Any,
-    arguments: Arguments,
-    variables: Any,
-    options: Mapping[str, str],
-    keys: str,
-) -> ProgramSpec:
+def purpose(request: TraceRequest, key: Hashable | None, mode: str) -> ProgramSpec:
     """All that a program was made for, as a person would say it. Some milliseconds for a large model."""
-    rows = zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
-    leaves, held = jax.tree_util.tree_flatten_with_path(variables)
+    model, arguments = request.model, request.arguments
+    leaves, held = jax.tree_util.tree_flatten_with_path(request.variables)
     parts = [part for which in arguments.treedef.children() for part in which.children()]
+    options = {
+        "--mutable": ", ".join(sorted(request.mutable)),
+        "--draws": "" if request.draw.size is None else str(request.draw.size),
+        "--key": ", ".join(sorted(request.keyed)),
+    }
     return ProgramSpec(
-        key,
-        method,
-        mode,
-        edition,
-        inventory(module),
-        {name: _facet(leaf, traced) for name, leaf, traced in rows},
-        dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
-        {_leaf_name(path): _facet(leaf, True) for path, leaf in leaves},
-        Structure.of(held),
-        options,
-        settings_in_words(),
-        jax_settings(),
-        keys,
+        key=key,
+        method=request.method,
+        mode=mode,
+        edition=model.fingerprint(),
+        inventory=inventory(model.module),
+        arguments={name: _leaf_spec(leaf, traced) for name, leaf, traced in _rows(arguments)},
+        structures=dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
+        variables={
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            .removeprefix("params/")
+            .removeprefix("Param/"): _leaf_spec(leaf, True)
+            for path, leaf in leaves
+        },
+        held=Structure.of(held),
+        options={name: value for name, value in options.items() if value},
+        settings=settings_in_words(),
+        context=jax_settings(),
+        keys=request.draw.impl,
     )
+
+
+def _rows(arguments: Arguments) -> Iterator[tuple[str, Any, bool]]:
+    """Name of each leaf of the arguments, the leaf, and whether it is traced."""
+    return zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
 
 
 def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) -> tuple[Cause, ...]:
@@ -110,33 +120,34 @@ def remember(known: dict[str, deque[ProgramSpec]], name: str, now: ProgramSpec) 
 
 
 def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
-    """All that differs, the most telling first."""
+    """Everything that differs between what two programs were made for, the most telling first."""
     if old.method != now.method:  # its arguments are others altogether
-        return [Cause("method", "", f"method: {_method(old)} → {_method(now)}")]
-    found = []
+        before, after = (".".join(spec.method) or "the call" for spec in (old, now))
+        return [Cause("method", "", f"method: {before} → {after}")]
+    causes = []
     if old.mode != now.mode:
-        found.append(Cause("mode", "", f"mode: {old.mode} → {now.mode}"))
-    found += _of_model(old, now)
+        causes.append(Cause("mode", "", f"mode: {old.mode} → {now.mode}"))
+    causes += _of_model(old, now)
     if _is_changed(old.held, now.held):
-        found.append(Cause("variables", "", "the variables: a static field changed"))
-    found += _of_arguments(old, now)
-    found += _of_pairs("option", old.options, now.options)
+        causes.append(Cause("variables", "", "the variables: a static field changed"))
+    causes += _of_arguments(old, now)
+    causes += _of_pairs("option", old.options, now.options)
     settings = list(_of_pairs("setting", old.settings, now.settings))
     if not settings and old.context != now.context:
         settings.append(Cause("setting", "", "a context of JAX's is another: a mesh, metadata or the like"))
-    found += settings
+    causes += settings
     if old.keys != now.keys:
-        found.append(Cause("keys", "", f"keys: {old.keys} → {now.keys}"))
-    return found
+        causes.append(Cause("keys", "", f"keys: {old.keys} → {now.keys}"))
+    return causes
 
 
-def _method(one: ProgramSpec) -> str:
-    return ".".join(one.method) or "the call"
+def _side_by_side(old: Mapping[str, T], now: Mapping[str, T]) -> Iterator[tuple[str, T | None, T | None]]:
+    """Each name of two mappings with what it stands for in both, None where it is missing."""
+    return ((name, old.get(name), now.get(name)) for name in dict.fromkeys([*old, *now]))
 
 
 def _of_pairs(kind: str, old: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Cause]:
-    for name in dict.fromkeys([*old, *now]):
-        before, after = old.get(name), now.get(name)
+    for name, before, after in _side_by_side(old, now):
         if before is not after and before != after:
             one, other = str("none" if before is None and kind == "option" else before), str(after)
             yield Cause(kind, name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
@@ -144,15 +155,16 @@ def _of_pairs(kind: str, old: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
 
 def _of_model(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
     """The model itself, and its variables' shapes, which follow from it."""
-    found = changes(_without_switches(old, now), _without_switches(now, old))
+    texts = changes(_without_switches(old, now), _without_switches(now, old))
     leaves = list(_of_leaves(old.variables, now.variables))
     edited = old.edition != now.edition
-    if found and leaves and all(" → " not in text for text in found):
-        found[-1] = f"{found[-1]}: {_some(leaves)}"
-    elif leaves and not found:
-        found = [f"{'the model' if edited else 'the variables'} changed: {_some(leaves)}"]
+    some = "".join(leaves[:1]) + (f" and {len(leaves) - 1} more" if len(leaves) > 1 else "")
+    if texts and leaves and all(" → " not in text for text in texts):
+        texts[-1] = f"{texts[-1]}: {some}"
+    elif leaves and not texts:
+        texts = [f"{'the model' if edited else 'the variables'} changed: {some}"]
     kind = "model" if edited or not leaves else "variables"
-    yield from (Cause(kind, "", text) for text in found)
+    yield from (Cause(kind, "", text) for text in texts)
 
 
 def _without_switches(one: ProgramSpec, other: ProgramSpec) -> Inventory:
@@ -163,8 +175,7 @@ def _without_switches(one: ProgramSpec, other: ProgramSpec) -> Inventory:
 
 
 def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iterator[str]:
-    for name in dict.fromkeys([*old, *now]):
-        before, after = old.get(name), now.get(name)
+    for name, before, after in _side_by_side(old, now):
         if before == after:
             continue
         if before is None or after is None:
@@ -178,31 +189,24 @@ def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iter
         yield f"{name} {one}→{other}"
 
 
-def _some(texts: list[str]) -> str:
-    return texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else "")
-
-
 def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
-    found = False
-    for name in dict.fromkeys([*old.arguments, *now.arguments]):
-        before, after = old.arguments.get(name), now.arguments.get(name)
+    differs = False
+    for name, before, after in _side_by_side(old.arguments, now.arguments):
         if before == after or (name in WHEN_TRAINING and old.mode != now.mode):
             continue
-        found = True
+        differs = True
         if before is None or after is None:
             yield Cause("given", name, f"{name}: {'not given before' if before is None else 'given before'}")
             continue
         one, other = _pair(before, after)
-        text = f"{name}: {one} → {other}"
-        if before.kind == after.kind == "array":
-            yield Cause(_what(before, after), name, text, (before.shape, after.shape), (before.dtype, after.dtype))
-        else:
-            yield Cause(_what(before, after), name, text)
+        are_arrays = before.kind == after.kind == "array"
+        types = ((before.shape, after.shape), (before.dtype, after.dtype)) if are_arrays else ()
+        yield Cause(_what(before, after), name, f"{name}: {one} → {other}", *types)
     for name, structure in now.structures.items():
         if _is_changed(old.structures.get(name), structure):
-            found = True
+            differs = True
             yield Cause("structure", name, f"{name}: a static field changed")
-    if not found and old.structures != now.structures and old.mode == now.mode:
+    if not differs and old.structures != now.structures and old.mode == now.mode:
         yield Cause("structure", "", "the arguments are put together in another way")
 
 
@@ -225,21 +229,20 @@ def _what(before: LeafSpec, after: LeafSpec) -> str:
 
 def _pair(before: LeafSpec, after: LeafSpec) -> tuple[str, str]:
     """Both as they are written, without what they have in common."""
-    one, other = before.text, after.text
-    if before.weak != after.weak and before.kind == after.kind:
-        one, other = (text + " (weak type)" * facet.weak for text, facet in ((one, before), (other, after)))
-    if before.where != after.where:
-        one, other = (
-            text + (f" on {facet.where}" if facet.where else "") for text, facet in ((one, before), (other, after))
-        )
-    return one, other
+    weak = before.weak != after.weak and before.kind == after.kind
+
+    def written(spec: LeafSpec) -> str:
+        place = f" on {spec.where}" if spec.where and before.where != after.where else ""
+        return spec.text + (" (weak type)" if weak and spec.weak else "") + place
+
+    return written(before), written(after)
 
 
 def _kind(leaf: Any, traced: bool) -> str:
     return "static" if not traced else "array" if hasattr(leaf, "dtype") else "number"
 
 
-def _facet(leaf: Any, traced: bool) -> LeafSpec:
+def _leaf_spec(leaf: Any, traced: bool) -> LeafSpec:
     kind = _kind(leaf, traced)
     if kind == "static":
         return LeafSpec(kind, describe(leaf))
@@ -247,8 +250,7 @@ def _facet(leaf: Any, traced: bool) -> LeafSpec:
         return LeafSpec(kind, f"a Python {type(leaf).__name__}", weak=True)
     if isinstance(leaf, (np.ndarray, np.generic)):
         return LeafSpec(kind, describe(leaf), leaf.shape)
-    committed = getattr(leaf, "committed", getattr(leaf, "_committed", False))
-    where = _where(leaf.sharding) if committed else ""
+    where = _where(leaf.sharding) if getattr(leaf, "committed", False) else ""
     return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where)
 
 
@@ -256,11 +258,6 @@ def _where(sharding: Any) -> str:
     devices = name_devices(sharding.device_set)
     spec = getattr(sharding, "spec", None)
     return devices if len(sharding.device_set) == 1 or spec is None else f"{devices} as P{tuple(spec)}"
-
-
-def _leaf_name(path: Any) -> str:
-    name: str = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.removeprefix("params/").removeprefix("Param/")
 
 
 WINDOW = 10

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ..base.digest import bytes_of
-from ..code.arrays import arrays_in
+from ..code.walk import arrays_in
 from ..compile.cache import ProgramCache
 from ..compile.initialise import Initialising, made_of
 from ..compile.reasons import WINDOW, of_programs

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from ..base.digest import bytes_of
-from ..code.arrays import arrays_in
+from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError, written
 from ..models.base import ModelWithVariables
 from ..models.construction import BuiltBySession, Construction, adopt_built, keys_of, spell_construction

@@ -14,7 +14,7 @@ from ..base.measures import Cost, Memory
 from ..code.fingerprint import fingerprint
 from ..code.library import library
 from ..code.structure import Structure
-from ..compile import cache, reasons
+from ..compile import reasons
 from ..compile.cache import PendingProgram, Program, ProgramCache
 from ..compile.compiler import is_unknown, settings
 from ..compile.initialise import Initialising, made_of, merged
@@ -327,17 +327,16 @@ def finish(begun: Begun, programs: ProgramCache, variables: Mapping[str, Any] | 
         ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
     else:
         assert begun.building is not None
-        built = programs.finish(begun.building, job.phase)
-        program = built.program
+        program, origin, timing = programs.finish(begun.building, job.phase)
         ready = Ready(
-            lambda: None, job.variables, arguments, program.ask, program.record, built.origin,
-            trace=built.trace, lower=built.lower, compile=built.compile, beside=built.beside,
+            lambda: None, job.variables, arguments, program.ask, program.record, origin,
+            trace=timing.trace, lower=timing.lower, compile=timing.compile, beside=timing.beside,
         )  # fmt: skip
-        purpose = _purpose(job, arguments, key)
-        if built.origin == "compiled":
+        purpose = reasons.purpose(job.request(arguments), key, job.prepared.mode)
+        if origin == "compiled":
             known = programs.purposes.get(job.name)
             ready.causes = reasons.compare(known, last, purpose) if known else ()
-            ready.reason = reasons.sentence(ready.causes) + ("; " + RESUMED if built.resumed else "")
+            ready.reason = reasons.sentence(ready.causes) + ("; " + RESUMED if begun.building.resumed else "")
         reasons.remember(programs.purposes, job.name, purpose)
     programs.parts[job.name] = now
     ready.memory, ready.device, ready.scalars = program.memory, program.device, reasons.scalars(last, now)
@@ -419,18 +418,3 @@ def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
     except TypeError:
         return None
     return key
-
-
-def _purpose(job: Job, arguments: Arguments, key: Hashable | None) -> cache.ProgramSpec:
-    """What the program is made for."""
-    options = {}
-    if job.mutable:
-        options["--mutable"] = ", ".join(sorted(job.mutable))
-    if job.draw.size is not None:
-        options["--draws"] = str(job.draw.size)
-    if job.keyed:
-        options["--key"] = ", ".join(sorted(job.keyed))
-    model, mode, keys = job.prepared.model, job.prepared.mode, job.draw.impl
-    return reasons.purpose(
-        key, job.method, mode, model.fingerprint(), model.module, arguments, job.variables, options, keys
-    )

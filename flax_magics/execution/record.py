@@ -13,9 +13,9 @@ import jax
 from ..base.digest import bytes_of, own
 from ..base.environment import devices_of
 from ..base.measures import Timing
-from ..code.arrays import arrays_in
 from ..code.fingerprint import fingerprint
 from ..code.library import nnx_modules
+from ..code.walk import arrays_in
 from ..compile.compiler import settings
 from ..compile.initialise import made_of
 from ..line.options import ApplyOptions

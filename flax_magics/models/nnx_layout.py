@@ -19,8 +19,7 @@ from flax import nnx
 
 from ..base.critical import Assignment
 from ..base.digest import own
-from ..code.fingerprint import Fingerprint
-from ..code.guards import Guards
+from ..code.fingerprint import Fingerprint, Guards
 from ..code.structure import static_data
 from ..errors import FlaxMagicsError
 from .calls import Path

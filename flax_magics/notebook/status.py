@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .._session import Session
+from ..base import __version__
 from ..base.digest import count_parameters
 from ..base.text import WIDTH, bytes_, clean, count, dotted, plural, table, wrap
-from ..base.version import __version__
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
 from ..line.commands import MEANINGS

@@ -138,10 +138,10 @@ class DrawBatch:
     @cached_property
     def draws(self) -> tuple[Draw, ...]:
         """The draws, in order."""
-        found = [self.first]
-        while len(found) < self.size:
-            found.append(found[-1].next())
-        return tuple(found)
+        draws = [self.first]
+        while len(draws) < self.size:
+            draws.append(draws[-1].next())
+        return tuple(draws)
 
     @property
     def last(self) -> Draw:

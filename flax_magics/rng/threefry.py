@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 import jax
 import numpy as np
 
+IMPL = "threefry2x32"
 _MASK = 0xFFFFFFFF
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _KNOWN = (0, 13)
@@ -24,7 +25,7 @@ _KNOWN = (0, 13)
 
 def is_in_force(impl: str) -> bool:
     """Whether JAX makes keys of `impl` this way."""
-    return impl == "threefry2x32" and bool(getattr(jax.config, "jax_threefry_partitionable", False)) and _is_known()
+    return impl == IMPL and bool(getattr(jax.config, "jax_threefry_partitionable", False)) and _is_known()
 
 
 def hashes(key: bytes, counters: Sequence[int]) -> list[bytes]:

@@ -18,11 +18,11 @@ import msgspec
 import numpy as np
 from msgspec.structs import asdict
 
+from ..base import __version__
 from ..base.compare import Spread
 from ..base.digest import Values, count_parameters, own
 from ..base.jsondata import Damaged, Hex, convert, loads
 from ..base.measures import Cost, Limits, Memory, Steady, Timing
-from ..base.version import __version__
 from ..code.source import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, RootKey, RunKeys, as_key

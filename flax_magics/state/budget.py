@@ -18,7 +18,7 @@ import numpy as np
 
 from ..base.critical import uninterrupted
 from ..base.digest import bytes_of
-from ..code.arrays import arrays_in
+from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError
 from .entry import ApplyRecipe, Replaced
 from .runs import StoredRun

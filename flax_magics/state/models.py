@@ -10,7 +10,6 @@ import jax
 
 from ..base.text import bytes_
 from ..code.library import is_module_class
-from ..compile import init_trace
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..models.base import Model, ModelWithVariables
@@ -127,8 +126,6 @@ def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[M
     init = before
     try:
         init = initialised(model, before.key, before.method, before.args, before.kwargs)
-        if init.traced is not None:
-            init_trace.keep(init.traced, model, before.key, before.method, before.args, before.kwargs)
     except Exception as error:  # the user's new code does not take the old call
         changes = (f"the last init's call fails now ({type(error).__name__})",)
     comparable = init.shapes is not None and before.shapes is not None

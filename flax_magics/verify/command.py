@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..base import __version__
 from ..base.text import clean_lines
-from ..base.version import __version__
 from ..errors import FlaxMagicsError
 from .kernels import check_installed, executed
 from .report import EXIT, Result, exit_status, text, to_json

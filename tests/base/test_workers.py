@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import Ticks, bits
+from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.base.workers import Unfinished, elsewhere
@@ -123,8 +124,7 @@ heard: list[str] = []
 
 
 def test_a_program_that_calls_back_gives_the_bits_by_hand_run_after_run():
-    session = Session(seed=0)
-    session.register("net", Calls())
+    session = session_of(Calls())
     x = jnp.ones((2, 4))
     for scale in (2.0, 3.0):
         run = session.apply("net", x, scale)

@@ -1,11 +1,21 @@
-"""Equal fingerprints only for what traces to the same program."""
+"""Equal fingerprints only for what traces to the same program.
+
+Code that reads the clock, the environment, files or the host's random numbers has none, and is known by what it names.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import itertools
+import math
+import os
+import random
+import time
 import types
+from random import gauss
+from time import time as now
 from typing import Any
 
 import flax.linen as nn
@@ -165,6 +175,8 @@ def test_plain_values_have_a_fingerprint(value):
         (Config(), Config(width=4)),
         (nn.Dense(3), nn.Dense(4)),
         (lambda x: x + 1, lambda x: x + 2),
+        (lambda x, *, by=1: x, lambda x=1, *, by: x),
+        (lambda x, by=1: x, lambda x=1, by=1: x),
     ],
 )
 def test_values_that_differ_have_fingerprints_that_differ(one, other):
@@ -205,3 +217,55 @@ values = st.recursive(
 @settings(max_examples=200, deadline=None)
 def test_two_values_have_the_same_fingerprint_exactly_if_they_look_the_same(one, other):
     assert (fingerprint(one) == fingerprint(other)) is (repr(one) == repr(other))
+
+
+def aliased() -> Any:
+    library = np
+    return library.random.rand()
+
+
+def importing() -> Any:
+    import os as system
+
+    return system.environ
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: time.time(),
+        lambda: now(),
+        lambda: os.environ["WIDTH"],
+        lambda: os.getenv("WIDTH"),
+        lambda: np.random.rand(),
+        lambda: random.random(),
+        lambda: gauss(0, 1),
+        lambda: datetime.datetime.now(),
+        lambda: open("file").read(),  # noqa: SIM115 - what is tested is the name
+        aliased,
+        importing,
+        lambda: [time.time() for _ in range(2)],
+    ],
+)
+def test_what_is_outside_of_the_program_is_not_plain(function):
+    assert fingerprint(function) is None
+
+
+def inner_import(x: Any) -> Any:
+    import math
+
+    return math.pi * x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jax.random.normal(jax.random.key(0), x.shape) * np.pi,
+        lambda x: jnp.sum(x, dtype=jnp.float32) * math.sqrt(2),
+        lambda x: nn.relu(jax.nn.gelu(x)) + np.float32(1),
+        lambda x: max(len(x), sum(x)),
+        inner_import,
+    ],
+)
+def test_the_rest_of_the_libraries_is(function):
+    assert fingerprint(function) is not None

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from by_hand import apply_by_hand, bits, keys_of
 from flax import nnx
+from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.compile.compiler import settings, settings_in_words
@@ -51,8 +52,7 @@ def runs_as_by_hand(session: Session, net: Any, *contexts: Any) -> list[Any]:
 
 def registered(net: Any) -> Session:
     """A session in which `net` is initialised."""
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     session.init("net", X)
     return session
 
@@ -161,8 +161,7 @@ def test_an_interceptor_that_changed_is_another(change):
 
 def test_an_init_inside_the_block_is_that_of_a_run_by_hand():
     net = Net()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     contexts = contextlib.nullcontext, functools.partial(nn.intercept_methods, halved), contextlib.nullcontext
     for draw, context in enumerate(contexts, 1):
         with context():
@@ -279,8 +278,7 @@ def test_what_nnx_is_set_to_counts_at_once(name):
         assert name not in str(settings_in_words())
         return
     net = Asking(rngs=nnx.Rngs(0))
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     key = name if name.startswith("set") else f"{name.replace('use', 'using', 1)}"
     now = getattr(nnx, key)() if name.startswith("use") else True
     outputs = []
@@ -335,8 +333,7 @@ def test_code_that_asks_for_the_mesh_is_traced_in_it():
             return nn.Dense(3)(x) * (1 if jax.sharding.get_abstract_mesh().empty else 5)
 
     net = Meshed()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     session.init("net", X)
     outputs = []
     for context in (contextlib.nullcontext, JAX["a mesh"], contextlib.nullcontext):

@@ -17,6 +17,7 @@ from flax import nnx, struct
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.code.structure import Structure, static_data
@@ -134,8 +135,7 @@ def test_static_data_changed_in_place_counts_at_once_and_so_does_taking_it_back(
     make, change = CONFIGS[kind]
     where = PLACES[place]
     net = Net()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     batch = Batch(X, make(2.0))
     args, kwargs = where(batch)
     session.init("net", *args, **kwargs)
@@ -154,8 +154,7 @@ def test_static_data_changed_in_place_counts_at_once_and_so_does_taking_it_back(
 @pytest.mark.parametrize("cls", [Registered, Custom])
 def test_every_kind_of_registered_tree_is_read(cls):
     net = Net()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     batch = cls(X, [2.0])
     session.init("net", batch)
     for rate in (2.0, 5.0, 2.0, 7.0):
@@ -170,8 +169,7 @@ def test_a_partial_is_known_by_what_its_function_does():
             return function(nn.Dense(3)(x))
 
     net = Calling()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     rate = calling(2.0)
     function = jax.tree_util.Partial(lambda by, x: x * by * rate(), jnp.float32(3.0))
     session.init("net", function, X)
@@ -191,8 +189,7 @@ def test_numbers_that_are_equal_are_not_the_same(values):
             return batch.x / jnp.asarray(float(batch.cfg)), type(batch.cfg).__name__ == "int"
 
     net = Typed()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     session.init("net", Batch(X, values[0]))
     for value in values:
         for _ in range(2):
@@ -211,8 +208,7 @@ def test_names_of_boxed_variables_are_read():
             return x * len(names[0])
 
     net = Boxed()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     variables = session.init("net", X)
     for name, reason in (("in", "first run of this program"), ("inner", "the variables: a static field changed")):
         variables["params"]["kernel"].names[0] = name
@@ -228,8 +224,7 @@ def test_a_result_is_put_together_as_it_is_by_hand():
         def __call__(self, batch: Any) -> Any:
             return Batch(nn.Dense(3)(batch.x), batch.cfg)
 
-    session = Session(seed=0)
-    session.register("net", Handing())
+    session = session_of(Handing())
     first = Batch(X, [1.0])
     session.init("net", first)
     for cfg in ([1.0], [2.0], [1.0]):
@@ -241,8 +236,7 @@ def test_a_result_is_put_together_as_it_is_by_hand():
 
 
 def test_a_replay_says_that_a_static_field_may_have_changed():
-    session = Session(seed=0)
-    session.register("net", Net())
+    session = session_of(Net())
     batch = Batch(X, [2.0])
     run = session.apply("net", batch)
     assert session.replay(run.draw).agreement.said == ()
@@ -273,8 +267,7 @@ HELD = sorted(set(CONFIGS) - {"an array"})  # NNX takes an array for data
 def test_what_an_nnx_module_holds_counts_at_once(kind, where):
     make, change = CONFIGS[kind]
     net = Holding(make(2.0), make(3.0))
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     outputs = []
     for value in (2.0, 5.0, 2.0):
         change(net.cfg if where == "an attribute" else net.kernel.about, value)
@@ -295,8 +288,7 @@ def test_equal_numbers_that_an_nnx_module_holds_are_not_the_same():
             return x * self.gain
 
     net = Typed()
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     x = jnp.arange(3)
     for gain in (1, 1.0, True, 1):
         net.gain = gain

@@ -40,10 +40,19 @@ def plain(width: int = 3, other: Any = None, scale: Any = (2.0,)) -> Any:
     return model(PLAIN, WIDTH=width, other=other or (lambda x: x), scale=scale)
 
 
+def is_compiled_and_right(session: Session, run: Any, net: Any, x: Any) -> bool:
+    """Whether a run is of a new program, and gives what the model gives under `jax.jit` now."""
+    by_hand = jax.jit(net.apply)(session.models["net"].variables, x)
+    return run.program == "compiled" and bits(run.output) == bits(by_hand)
+
+
+X = jnp.ones((2, 4))
+
+
 def test_a_warm_run_is_reused_and_another_shape_says_which(session):
     session.register("net", plain())
-    assert session.apply("net", jnp.ones((2, 4))).reason == "first run of this program"
-    assert session.apply("net", jnp.ones((2, 4))).program == "reused"
+    assert session.apply("net", X).reason == "first run of this program"
+    assert session.apply("net", X).program == "reused"
     run = session.apply("net", jnp.ones((5, 4)))
     assert (run.program, run.reason) == ("compiled", "x: float32[2,4] → float32[5,4]")
     run = session.apply("net", jnp.ones((5, 4), jnp.bfloat16))
@@ -52,14 +61,14 @@ def test_a_warm_run_is_reused_and_another_shape_says_which(session):
 
 def test_a_renamed_local_is_no_change_and_a_refactored_helper_is_traced_but_not_compiled(session):
     session.register("net", plain())
-    session.apply("net", jnp.ones((2, 4)))
+    session.apply("net", X)
     session.register("net", model(PLAIN.replace("hidden", "h"), WIDTH=3, other=lambda x: x, scale=(2.0,)))
-    run = session.apply("net", jnp.ones((2, 4)))
+    run = session.apply("net", X)
     assert (run.program, run.timing.building) == ("reused", 0)
     refactored = PLAIN.replace("nn.Dense(WIDTH)(x)", "dense(x)")
     helper = "def dense(x):\n  return nn.Dense(WIDTH)(x)\n"
     session.register("net", model(helper + refactored, WIDTH=3, other=lambda x: x, scale=(2.0,)))
-    run = session.apply("net", jnp.ones((2, 4)))
+    run = session.apply("net", X)
     assert run.program == "reused"
     assert run.timing.trace > 0
     assert run.timing.compile == 0
@@ -72,9 +81,7 @@ def test_a_class_executed_from_a_string_is_never_stale(session):
         exec(source.replace("SCALE", str(scale)), namespace)
         net = namespace["Net"]()
         session.register("net", net)
-        run = session.apply("net", jnp.ones((2, 4)))
-        assert run.program == "compiled"
-        assert bits(run.output) == bits(jax.jit(net.apply)(session.models["net"].variables, jnp.ones((2, 4))))
+        assert is_compiled_and_right(session, session.apply("net", X), net, X)
 
 
 def test_dropped_models_are_freed_and_their_arrays_with_them():
@@ -86,7 +93,7 @@ def test_dropped_models_are_freed_and_their_arrays_with_them():
         net = model(PLAIN, WIDTH=3 + i, other=lambda x: x, scale=(float(i),))
         classes.append(weakref.ref(type(net)))
         session.register("net", net)
-        session.apply("net", jnp.ones((2, 4)))
+        session.apply("net", X)
         session.settle()
         del net
         gc.collect()
@@ -100,11 +107,10 @@ def test_a_global_that_changed_is_never_stale(session):
     scale = [2.0]
     net = model(PLAIN, WIDTH=3, other=lambda x: x, scale=scale)
     session.register("net", net)
-    first = session.apply("net", jnp.ones((2, 4)))
+    first = session.apply("net", X)
     scale[0] = 3.0
-    second = session.apply("net", jnp.ones((2, 4)))
-    assert second.program == "compiled"
-    assert bits(second.output) == bits(jax.jit(net.apply)(session.models["net"].variables, jnp.ones((2, 4))))
+    second = session.apply("net", X)
+    assert is_compiled_and_right(session, second, net, X)
     assert bits(second.output) != bits(first.output)
 
 
@@ -118,25 +124,20 @@ def test_a_helper_that_is_not_plain_is_traced_each_time_and_never_stale(session)
     helper = Stateful()
     net = plain(other=helper)
     session.register("net", net)
-    session.apply("net", jnp.ones((2, 4)))
-    assert session.apply("net", jnp.ones((2, 4))).program == "reused"
+    session.apply("net", X)
+    assert session.apply("net", X).program == "reused"
     helper.factor = 5.0
-    run = session.apply("net", jnp.ones((2, 4)))
-    assert run.program == "compiled"
-    assert bits(run.output) == bits(jax.jit(net.apply)(session.models["net"].variables, jnp.ones((2, 4))))
+    assert is_compiled_and_right(session, session.apply("net", X), net, X)
 
 
 def test_closed_over_arrays_count(session):
     def closing(array: Any) -> Any:
         return lambda x: x + array
 
-    x = jnp.ones((2, 4))
     for value in (1.0, 2.0):
         net = plain(other=closing(jnp.full((3,), value)))
         session.register("net", net)
-        run = session.apply("net", x)
-        assert bits(run.output) == bits(jax.jit(net.apply)(session.models["net"].variables, x))
-        assert run.program == "compiled"
+        assert is_compiled_and_right(session, session.apply("net", X), net, X)
 
 
 def test_two_callbacks_with_the_same_program_text_are_two_programs(session):
@@ -152,9 +153,9 @@ def test_two_callbacks_with_the_same_program_text_are_two_programs(session):
     for name in ("one", "two"):
         session.register("net", plain(other=calling(name)))
         if name == "one":
-            session.init("net", jnp.ones((2, 4)))
+            session.init("net", X)
             heard.clear()  # an init runs the forward pass, as by hand
-        session.apply("net", jnp.ones((2, 4)))
+        session.apply("net", X)
     assert heard == ["one", "two"]
 
 
@@ -166,9 +167,9 @@ def test_a_run_ends_after_its_callbacks(session):
         return x
 
     session.register("net", plain(other=other))
-    session.init("net", jnp.ones((2, 4)))
+    session.init("net", X)
     printed.clear()
-    run = session.apply("net", jnp.ones((2, 4)))
+    run = session.apply("net", X)
     assert len(printed) == 1
     assert run.program == "compiled"
 
@@ -231,7 +232,7 @@ def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session,
         raise KeyboardInterrupt
 
     session.register("net", plain())
-    session.init("net", jnp.ones((2, 4)))
+    session.init("net", X)
     for rows in range(1, 9):
         with monkeypatch.context() as patch:
             patch.setattr(cache.concurrent.futures, "wait", interrupted)
@@ -245,7 +246,7 @@ def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session,
 def test_no_thread_is_left_behind(session):
     session.register("net", plain())
     before = set(threading.enumerate())
-    session.apply("net", jnp.ones((2, 4)))
+    session.apply("net", X)
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
     assert set(threading.enumerate()) <= before
@@ -272,7 +273,7 @@ class Structured(nn.Module):
 
 
 def test_pytrees_bools_and_strings_as_arguments(session):
-    batch = {"x": jnp.ones((2, 4)), "y": [jnp.ones(2), 3]}
+    batch = {"x": X, "y": [jnp.ones(2), 3]}
     session.register("net", Structured())
     run = session.apply("net", batch, True)
     variables = session.models["net"].variables
@@ -332,7 +333,7 @@ def test_the_process_can_leave_while_something_compiles(tmp_path):
 def test_an_input_that_nothing_reads_may_have_another_shape(tmp_path, disk_cache):
     session = Session(seed=0, disk_cache=tmp_path if disk_cache else False)
     session.register("net", model(PLAIN.replace("(x)", "(jnp.ones((1, 4)))"), WIDTH=3, other=lambda x: x, scale=(2.0,)))
-    first = session.apply("net", jnp.ones((2, 4)))
+    first = session.apply("net", X)
     second = session.apply("net", jnp.ones((5, 4), jnp.bfloat16))
     assert second.reason == "x: float32[2,4] → bfloat16[5,4]"
     assert bits(first.output) == bits(second.output)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import bits, keys_of
+from sessions import session_of
 
 from flax_magics import Session
-from flax_magics.compile.init_trace import trace_init
-from flax_magics.compile.initialise import Initialising
+from flax_magics.compile.initialise import Initialising, trace_init
 from flax_magics.execution.call import Call, prepare_init
 from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
@@ -118,14 +118,12 @@ def is_taken_apart(module: Any, *args: Any) -> bool:
 def test_what_is_taken_apart_has_the_bits_of_init_by_hand(module, apart):
     x = jnp.linspace(0.0, 1.0, 12).reshape(3, 4)
     assert is_taken_apart(module, x) is apart
-    session = Session(seed=0)
-    session.register("net", module)
+    session = session_of(module)
     assert bits(session.init("net", x)) == bits(of_hand(module, x))
 
 
 def test_every_bit_and_type_is_that_of_init_by_hand():
-    session = Session(seed=0)
-    session.register("net", Everything())
+    session = session_of(Everything())
     x = jnp.linspace(0.0, 1.0, 12).reshape(3, 4)
     run = session.apply("net", x)
     made, expected = session.models["net"].variables, of_hand(Everything(), x)
@@ -134,8 +132,7 @@ def test_every_bit_and_type_is_that_of_init_by_hand():
     assert types[0] == types[1]
     weak = [[getattr(leaf, "weak_type", None) for leaf in jax.tree_util.tree_leaves(tree)] for tree in (made, expected)]
     assert weak[0] == weak[1]
-    again = Session(seed=0)
-    again.register("net", Everything())
+    again = session_of(Everything())
     assert bits(again.init("net", x)) == bits(made)
     assert bits(run.output) == bits(jax.jit(Everything().apply)(expected, x))
 
@@ -155,15 +152,13 @@ def test_the_forward_pass_is_left_out():
 
 
 def test_a_model_that_looks_at_values_is_initialised_by_hand():
-    session = Session(seed=0)
-    session.register("net", LooksAtValues())
+    session = session_of(LooksAtValues())
     assert bits(session.init("net", jnp.ones((2, 4)))) == bits(of_hand(LooksAtValues(), jnp.ones((2, 4))))
 
 
 def test_callbacks_are_called_once_as_by_hand():
     heard: list[int] = []
-    session = Session(seed=0)
-    session.register("net", Heard(lambda: heard.append(1)))
+    session = session_of(Heard(lambda: heard.append(1)))
     session.init("net", jnp.ones((2, 4)))
     jax.effects_barrier()
     assert heard == [1]
@@ -176,8 +171,7 @@ def test_a_value_by_the_arguments_is_computed_where_they_are():
             return self.variable("state", "mean", lambda: x.mean()).value
 
     x = jax.device_put(jnp.arange(4.0), jax.devices()[0])
-    session = Session(seed=0)
-    session.register("net", Mean())
+    session = session_of(Mean())
     assert bits(session.init("net", x)) == bits(of_hand(Mean(), x))
 
 
@@ -187,8 +181,7 @@ def test_looking_for_nan_runs_all_of_it():
         def __call__(self, x: Any) -> Any:
             return nn.Dense(3)(x) / (x.sum() * 0)
 
-    session = Session(seed=0)
-    session.register("net", Broken())
+    session = session_of(Broken())
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         session.init("net", jnp.zeros((2, 4)))
     assert session.draws == 0
@@ -200,8 +193,7 @@ def test_what_the_model_raises_names_the_users_line():
         def __call__(self, x: Any) -> Any:
             raise ValueError("this line")
 
-    session = Session(seed=0)
-    session.register("net", Failing())
+    session = session_of(Failing())
     with pytest.raises(ValueError, match="this line") as caught:
         session.apply("net", jnp.ones(2))
     assert caught.traceback[-1].name == "__call__"
@@ -211,15 +203,14 @@ def test_what_the_model_raises_names_the_users_line():
 def test_an_interrupted_init_changes_nothing_and_is_done_again(monkeypatch):
     from flax_magics.compile import initialise
 
-    session = Session(seed=0)
-    session.register("net", Everything())
+    session = session_of(Everything())
     x = jnp.ones((3, 4))
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(initialise, "run", interrupted)
+        patch.setattr(initialise, "wait_for", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.apply("net", x)
     assert (session.draws, session.models["net"].variables, session.runs) == (0, None, [])
@@ -230,8 +221,7 @@ def test_an_interrupted_init_changes_nothing_and_is_done_again(monkeypatch):
 def test_the_phases_add_up_to_what_passed():
     import time
 
-    session = Session(seed=0)
-    session.register("net", Everything())
+    session = session_of(Everything())
     begin = time.perf_counter()
     timing = session.apply("net", jnp.ones((3, 4))).timing
     passed = time.perf_counter() - begin
@@ -242,8 +232,7 @@ def test_the_phases_add_up_to_what_passed():
 
 def test_no_thread_is_left_behind():
     before = threading.active_count()
-    session = Session(seed=0)
-    session.register("net", Everything())
+    session = session_of(Everything())
     session.init("net", jnp.ones((3, 4)))
     while session.programs.compiler.workers.busy:
         pass
@@ -256,8 +245,7 @@ def test_a_constant_of_no_dimensions_is_an_array_as_by_hand():
         def __call__(self, x):
             return x * self.param("scale", nn.initializers.ones, ())
 
-    session = Session(seed=0)
-    session.register("net", Scaled())
+    session = session_of(Scaled())
     scale = session.init("net", jnp.ones((3, 4)))["params"]["scale"]
     by_hand = Scaled().init(jax.random.key(0), jnp.ones((3, 4)))["params"]["scale"]
     assert type(scale) is type(by_hand)
@@ -272,8 +260,7 @@ def test_a_constant_that_is_weakly_typed_is_so_as_by_hand():
             return x * self.param("scale", lambda key: jnp.asarray(1.5))
 
     x = jnp.ones((3,), jnp.bfloat16)
-    session = Session(seed=0)
-    session.register("net", Scaled())
+    session = session_of(Scaled())
     run = session.apply("net", x)
     by_hand = Scaled().init(jax.random.key(0), x)
     assert is_taken_apart(Scaled(), x)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from by_hand import Ticks
+from sessions import session_of
 
-from flax_magics import Session
 from flax_magics.base.measures import Cost, Memory, Steady
 from flax_magics.compile import limits as limits_module
 from flax_magics.compile.limits import cost_of, devices_in, dtype_of, limits, with_peak
@@ -93,8 +93,7 @@ class Net(nn.Module):
 
 
 def test_a_repeated_run_has_its_cost_and_the_limits_where_they_were_asked_for():
-    session = Session(seed=0)
-    session.register("net", Net())
+    session = session_of(Net())
     x = jnp.ones((64, 64))
     assert session.apply("net", x).cost is None
     run = session.apply("net", x, repeat=3)
@@ -116,8 +115,7 @@ def test_a_repeated_run_has_its_cost_and_the_limits_where_they_were_asked_for():
 
 
 def test_an_interrupted_measurement_leaves_the_session_as_it_was(monkeypatch):
-    session = Session(seed=0)
-    session.register("net", Net())
+    session = session_of(Net())
     session.apply("net", jnp.ones((4, 64)))
     before = session._state
 

@@ -30,12 +30,18 @@ class Namespace(dict):
         return self
 
 
+X = jnp.ones((2, 4))
+
+
+def first_run(session: Session, net: Any) -> None:
+    """Registers `net` in the session and runs it once."""
+    session.register("net", net)
+    session.apply("net", X)
+
+
 def why(run: Any) -> str:
     assert run.program == "compiled"
     return run.reason
-
-
-X = jnp.ones((2, 4))
 
 
 # -- an argument
@@ -48,13 +54,6 @@ class Takes(nn.Module):
         for _ in range(n):
             x = getattr(nn, how)(x)
         return x * scale if mask is None else x * scale * mask
-
-
-def test_another_shape_or_dtype(session):
-    session.register("net", Takes())
-    assert why(session.apply("net", X)) == "first run of this program"
-    assert why(session.apply("net", jnp.ones((5, 4)))) == "x: float32[2,4] → float32[5,4]"
-    assert why(session.apply("net", jnp.ones((5, 4), jnp.bfloat16))) == "x: float32[5,4] → bfloat16[5,4]"
 
 
 def test_it_is_held_against_the_most_similar_program_not_the_last(session):
@@ -135,24 +134,8 @@ class Net(nn.Module):
 """
 
 
-def test_another_value_of_a_field(session):
-    cells = Namespace().cell(FIELDS)
-    session.register("net", cells["Net"]())
-    session.apply("net", X)
-    session.register("net", cells["Net"](features=5))
-    assert why(session.apply("net", X)) == "features: 3 → 5"
-
-
-def test_a_changed_default_in_a_cell_that_is_run_again(session):
-    session.register("net", Namespace().cell(FIELDS)["Net"]())
-    session.apply("net", X)
-    session.register("net", Namespace().cell(FIELDS.replace("= 3", "= 5"))["Net"]())
-    assert why(session.apply("net", X)) == "features: 3 → 5"
-
-
 def test_edited_code_and_the_leaf_that_it_changes(session):
-    session.register("net", Namespace().cell(FIELDS)["Net"]())
-    session.apply("net", X)
+    first_run(session, Namespace().cell(FIELDS)["Net"]())
     session.register("net", Namespace().cell(FIELDS.replace("self.features", "5"))["Net"]())
     assert why(session.apply("net", X)) == "Net.__call__ was edited: Dense_0/bias [3]→[5] and 1 more"
     session.register(
@@ -198,24 +181,34 @@ net = Net()
 )
 def test_what_the_model_reads(session, edit, sentence):
     cells = Namespace().cell(READS)
-    session.register("net", cells["net"])
-    session.apply("net", X)
+    first_run(session, cells["net"])
     cells.cell(edit)
     assert why(session.apply("net", X)) == sentence
 
 
-def test_a_closure(session):
-    cells = Namespace().cell(
-        "def make(offset):\n"
-        "  class Net(nn.Module):\n"
-        "    def __call__(self, x):\n"
-        "      return x + offset\n"
-        "  return Net()\n"
-    )
-    session.register("net", cells["make"](1.0))
-    session.apply("net", X)
-    session.register("net", cells["make"](2.5))
-    assert why(session.apply("net", X)) == "offset: 1.0 → 2.5"
+CLOSURE = """
+def make(offset):
+  class Net(nn.Module):
+    def __call__(self, x):
+      return x + offset
+  return Net()
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "first", "edit", "then", "sentence"),
+    [
+        (FIELDS, "Net()", "", "Net(features=5)", "features: 3 → 5"),
+        (FIELDS, "Net()", FIELDS.replace("= 3", "= 5"), "Net()", "features: 3 → 5"),
+        (CLOSURE, "make(1.0)", "", "make(2.5)", "offset: 1.0 → 2.5"),
+    ],
+    ids=["field", "default", "closure"],
+)
+def test_a_value_that_the_model_is_made_with(session, source, first, edit, then, sentence):
+    cells = Namespace().cell(source)
+    first_run(session, eval(first, cells))
+    session.register("net", eval(then, cells.cell(edit)))
+    assert why(session.apply("net", X)) == sentence
 
 
 def test_a_config_object_that_was_changed_where_it_is(session):
@@ -231,15 +224,13 @@ def test_a_config_object_that_was_changed_where_it_is(session):
         "    return x * self.config.width\n"
     )
     config = cells["Config"]()
-    session.register("net", cells["Net"](config))
-    session.apply("net", X)
+    first_run(session, cells["Net"](config))
     config.width = 5
     assert why(session.apply("net", X)) == "config.width: 3 → 5"
 
 
 def test_layers_in_a_field(session):
-    session.register("net", nn.Sequential([nn.Dense(3), nn.relu]))
-    session.apply("net", X)
+    first_run(session, nn.Sequential([nn.Dense(3), nn.relu]))
     session.register("net", nn.Sequential([nn.Dense(5), nn.relu]))
     assert why(session.apply("net", X)) == "layers[0].features: 3 → 5"
     session.register("net", nn.Sequential([nn.Dense(5), nn.tanh]))
@@ -249,8 +240,7 @@ def test_layers_in_a_field(session):
 
 
 def test_another_class_under_the_name(session):
-    session.register("net", Takes())
-    session.apply("net", X)
+    first_run(session, Takes())
     session.register("net", MyModel(3, True))
     assert why(session.apply("net", X)).startswith("the model: Takes → MyModel")
 
@@ -266,8 +256,7 @@ def test_state_of_an_object_that_is_not_plain(session):
         "  def __call__(self, x):\n"
         "    return scale(x)\n"
     )
-    session.register("net", cells["Net"]())
-    session.apply("net", X)
+    first_run(session, cells["Net"]())
     cells["scale"].factor = 5.0
     assert why(session.apply("net", X)) == "scale.factor: not there before"
     cells["scale"].factor = 6.0
@@ -286,8 +275,7 @@ class Net(nnx.Module):
 
 def test_nnx_says_the_field_the_code_or_the_leaf(session):
     cells = Namespace().cell(NNX)
-    session.register("net", cells["Net"](3, rngs=nnx.Rngs(0)))
-    session.apply("net", X)
+    first_run(session, cells["Net"](3, rngs=nnx.Rngs(0)))
     session.register("net", cells["Net"](5, rngs=nnx.Rngs(0)))
     assert why(session.apply("net", X)) == "features: 3 → 5"
     cells.cell(NNX.replace("relu", "tanh"))
@@ -314,8 +302,7 @@ class Both(nn.Module):
 
 
 def test_another_mode_or_method(session):
-    session.register("net", Both())
-    session.apply("net", X)
+    first_run(session, Both())
     assert why(session.apply("net", X, mode="train")) == "mode: as written → train"
     assert why(session.apply("net", X, method="encode")) == "method: the call → encode"
     assert why(session.apply("net", jnp.ones((5, 4)), mode="train")) == "x: float32[2,4] → float32[5,4]"
@@ -333,16 +320,14 @@ class Asks(nn.Module):
 
 
 def test_options(session):
-    session.register("net", Asks())
-    session.apply("net", X)
+    first_run(session, Asks())
     assert why(session.apply("net", X, mutable="cache")) == "--mutable: none → cache"
     assert why(session.apply("net", X, draws=3)) == "--draws: none → 3"
     assert why(session.apply("net", X, draws=4)) == "--draws: 3 → 4"
 
 
 def test_a_setting_of_jax_by_name_and_value(session):
-    session.register("net", Takes())
-    session.apply("net", X)
+    first_run(session, Takes())
     with jax.default_matmul_precision("float32"):
         run = session.apply("net", X)
     assert why(run) == "jax_default_matmul_precision: None → float32"
@@ -351,8 +336,7 @@ def test_a_setting_of_jax_by_name_and_value(session):
 def test_a_flag_that_jax_reads_at_each_compilation(session):
     flag = "jax_disable_most_optimizations"
     before = jax.config.read(flag)
-    session.register("net", Takes())
-    session.apply("net", X)
+    first_run(session, Takes())
     jax.config.update(flag, not before)
     try:
         run = session.apply("net", X)
@@ -362,16 +346,14 @@ def test_a_flag_that_jax_reads_at_each_compilation(session):
 
 
 def test_variables_of_another_dtype(session):
-    session.register("net", nn.Dense(3))
-    session.apply("net", X)
+    first_run(session, nn.Dense(3))
     half = jax.tree_util.tree_map(lambda leaf: leaf.astype(jnp.bfloat16), session.models["net"].variables)
     run = session.apply("net", X, variables=half)
     assert why(run) == "the variables changed: bias float32→bfloat16 and 1 more"
 
 
 def test_arrays_that_were_placed(session):
-    session.register("net", Takes())
-    session.apply("net", X)
+    first_run(session, Takes())
     run = session.apply("net", jax.device_put(X, jax.devices()[0]))
     if run.program == "compiled":  # JAX lowers a committed array as one that is not, where there is one device
         assert run.reason == "x: float32[2,4] → float32[2,4] on cpu:0"
@@ -414,8 +396,7 @@ def test_another_device(tmp_path):
 
 
 def test_no_reason_where_nothing_was_compiled(session):
-    session.register("net", Takes())
-    session.apply("net", X)
+    first_run(session, Takes())
     run = session.apply("net", X)
     assert (run.program, run.reason, run.causes) == ("reused", "", ())
     run = session.apply("net", X, eager=True)
@@ -426,8 +407,7 @@ def test_a_program_that_was_dropped(session, monkeypatch):
     from flax_magics.compile import cache
 
     monkeypatch.setattr(cache, "KEPT", 1)
-    session.register("net", Takes())
-    session.apply("net", X)
+    first_run(session, Takes())
     session.apply("net", jnp.ones((3, 4)))
     assert why(session.apply("net", X)) == "made before, and dropped since: the last 128 programs are kept"
 
@@ -446,17 +426,19 @@ def advice(run: Any) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(note.text, note.advice) for note in run.notes if note.kind == "programs"]
 
 
+def one_note(text: str, advice: tuple[str, str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [(text, [advice])]
+
+
 def test_a_batch_size_that_varies(session):
     session.register("net", Takes())
     said = [advice(session.apply("net", jnp.ones((rows, 4)))) for rows in (128, 64, 64, 32)]
     assert said[:3] == [[], [], []]
-    assert said[3] == [
-        (
-            "3 of the last 4 runs of net compiled: the batch size of `x` varies (32, 64, 128), and each size is a program"
-            " of its own: leave out the last batch, which is smaller, or pad it",
-            [("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 128 - len(…)), (0, 0)]))")],
-        )
-    ]
+    assert said[3] == one_note(
+        "3 of the last 4 runs of net compiled: the batch size of `x` varies (32, 64, 128), and each size is a program"
+        " of its own: leave out the last batch, which is smaller, or pad it",
+        ("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 128 - len(…)), (0, 0)]))"),
+    )
 
 
 def test_other_models_under_one_name_are_no_reason_for_a_note(session):
@@ -464,42 +446,32 @@ def test_other_models_under_one_name_are_no_reason_for_a_note(session):
         session.register("net", nn.Dense(features))
         assert advice(session.apply("net", jnp.ones((2, features)))) == []
     session.apply("net", jnp.ones((3, 6)))
-    assert advice(session.apply("net", jnp.ones((4, 6)))) == [
-        (
-            "3 of the last 3 runs of net compiled: the batch size of `inputs` varies (2, 3, 4), and each size is a program"
-            " of its own: leave out the last batch, which is smaller, or pad it",
-            [("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 4 - len(…)), (0, 0)]))")],
-        )
-    ]
+    assert advice(session.apply("net", jnp.ones((4, 6)))) == one_note(
+        "3 of the last 3 runs of net compiled: the batch size of `inputs` varies (2, 3, 4), and each size is a program"
+        " of its own: leave out the last batch, which is smaller, or pad it",
+        ("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 4 - len(…)), (0, 0)]))"),
+    )
 
 
 def test_another_axis_that_varies(session):
     session.register("net", Takes())
     for length in (4, 5):
         session.apply("net", jnp.ones((2, 2, length)))
-    assert advice(session.apply("net", jnp.ones((2, 2, 9)))) == [
-        (
-            "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
-            " what is padding takes a mask",
-            [("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 0), (0, 0), (0, 9 - ….shape[2])]))")],
-        )
-    ]
+    assert advice(session.apply("net", jnp.ones((2, 2, 9)))) == one_note(
+        "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
+        " what is padding takes a mask",
+        ("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 0), (0, 0), (0, 9 - ….shape[2])]))"),
+    )
 
 
 def test_a_static_number_that_varies(session):
     session.register("net", Takes())
     said = [advice(session.apply("net", X, n=n)) for n in (1, 2, 3)]
-    assert said == [
-        [],
-        [],
-        [
-            (
-                "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of"
-                " its own",
-                [("in your model: ", "jax.lax.fori_loop(0, n, …) for range(n), jnp.where for if")],
-            )
-        ],
-    ]
+    assert said[:2] == [[], []]
+    assert said[2] == one_note(
+        "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of its own",
+        ("in your model: ", "jax.lax.fori_loop(0, n, …) for range(n), jnp.where for if"),
+    )
 
 
 def test_a_weak_type_and_a_dtype_that_vary(session):
@@ -507,26 +479,22 @@ def test_a_weak_type_and_a_dtype_that_vary(session):
     half = X[0].astype(jnp.bfloat16)
     session.apply("net", half, jnp.float32(2.0))
     session.apply("net", half, jnp.float16(2.0))
-    assert advice(session.apply("net", half, jnp.asarray(2.0))) == [
-        (
-            "3 of the last 3 runs of net compiled: the dtype of `scale` varies (float16, float32, weak types too), and each"
-            " is a program of its own",
-            [("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))")],
-        )
-    ]
+    assert advice(session.apply("net", half, jnp.asarray(2.0))) == one_note(
+        "3 of the last 3 runs of net compiled: the dtype of `scale` varies (float16, float32, weak types too), and each"
+        " is a program of its own",
+        ("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"),
+    )
 
 
 def test_numbers_of_python_that_vary_in_kind(session):
     session.register("net", Takes())
     session.apply("net", X, jnp.float32(2.0))
     session.apply("net", X, 2.0)
-    assert advice(session.apply("net", X, 2)) == [
-        (
-            "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
-            " kind is a program of its own",
-            [("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))")],
-        )
-    ]
+    assert advice(session.apply("net", X, 2)) == one_note(
+        "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
+        " kind is a program of its own",
+        ("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"),
+    )
 
 
 def test_modes_that_alternate_and_edits_are_no_cause(session):

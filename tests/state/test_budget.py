@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.code.arrays import arrays_in
+from flax_magics.code.walk import arrays_in
 from flax_magics.models.construction import Construction
 
 MB = 1_000_000

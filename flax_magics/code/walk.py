@@ -1,0 +1,238 @@
+"""One walk over the user's code and values: what a thing is, what it holds, and what its code reads from its module.
+
+Three accounts of a model are folds of it: the digest of what it computes (`fingerprint`), its pieces by name
+(`inventory`), and the arrays that it keeps alive (`arrays_in`). Each decides for itself what counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import jax
+import numpy as np
+
+from .library import OUTSIDE, is_outside, library_file, library_module, loads_of, reads_outside
+
+ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+"""Types of values that hold nothing."""
+MISSING = dataclasses.MISSING
+"""Stands where a field is not in the object's own dict: in a slot, or left to the class's default."""
+
+# fmt: off
+Kind = Literal[
+    "function", "class", "code", "module", "sequence", "mapping", "set", "dtype", "array", "partial", "wrapper",
+    "property", "cached property", "method", "enum", "object",
+]
+Edge = Literal["type", "base", "field", "attribute", "item", "default", "closure", "owner", "inner"]
+# fmt: on
+Part = tuple[Edge, Any, Any]
+"""How something is held, under which name (a key or an index of a container), and what it is."""
+
+_KINDS: tuple[tuple[Kind, Any], ...] = (
+    ("function", types.FunctionType),
+    ("class", type),
+    ("code", types.CodeType),
+    ("module", types.ModuleType),
+    ("sequence", (tuple, list)),
+    ("mapping", Mapping),
+    ("set", (set, frozenset)),
+    ("dtype", np.dtype),
+    ("array", (np.ndarray, np.generic, jax.Array)),
+    ("partial", functools.partial),
+    ("wrapper", (classmethod, staticmethod)),
+    ("property", property),
+    ("cached property", functools.cached_property),
+    ("method", types.MethodType),
+    ("enum", enum.Enum),
+)
+_OBJECT: Kind = "object"
+_INNER: Mapping[str, tuple[str, ...]] = {
+    "partial": ("func", "args", "keywords"),
+    "wrapper": ("__func__",),
+    "property": ("fget", "fset", "fdel"),
+    "cached property": ("func",),
+    "method": ("__func__", "__self__"),
+    "enum": ("value",),
+}
+_kind_of_type: WeakKeyDictionary[type, Kind] = WeakKeyDictionary()
+
+
+def kind_of(value: Any) -> Kind:
+    """What `value` is; `object` for an instance of any other class."""
+    cls = type(value)
+    kind = _kind_of_type.get(cls)
+    if kind is None:
+        kind = _kind_of_type[cls] = next((kind for kind, classes in _KINDS if isinstance(value, classes)), _OBJECT)
+    return kind
+
+
+def parts_of(value: Any, kind: Kind) -> Iterator[Part]:
+    """What `value` holds, one step deep."""
+    if kind == "sequence" or kind == "set":
+        for index, item in enumerate(value):
+            yield "item", index, item
+    elif kind == "mapping":
+        for key, item in value.items():
+            yield "item", key, item
+    elif kind == "function":
+        yield from _parts_of_function(value)
+    elif kind == "class":
+        yield from _parts_of_class(value)
+    elif kind == "object":
+        yield "type", "", type(value)
+        held = getattr(value, "__dict__", None)
+        held = held if isinstance(held, dict) else {}
+        fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+        for name in fields:
+            yield "field", name, held.get(name, MISSING)
+        for name, item in list(held.items()):
+            if name not in fields:
+                yield "attribute", name, item
+    else:
+        for name in _INNER.get(kind, ()):
+            yield "inner", name, getattr(value, name)
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[Part]:
+    """Its defaults by parameter, what it closes over by variable (`owner`: its class, for `super()`), its attributes."""
+    code, defaults = function.__code__, function.__defaults__ or ()
+    # More defaults than parameters can be set by hand: those have no name.
+    names = ("",) * len(defaults) + code.co_varnames[: code.co_argcount]
+    for name, default in zip(names[len(names) - len(defaults) :], defaults, strict=True):
+        yield "default", name, default
+    for name, default in (function.__kwdefaults__ or {}).items():
+        yield "default", name, default
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            contents = cell.cell_contents
+        except ValueError:  # nothing was put into it
+            continue
+        yield "owner" if name == "__class__" else "closure", name, contents
+    for name, item in vars(function).items():
+        if name != "__wrapped__" or not library_file(code.co_filename):  # a library's wrapper closes over it
+            yield "attribute", name, item
+
+
+# Class attributes that Python, dataclasses or Flax make from the rest of the class.
+_DERIVED = frozenset(
+    [
+        *("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__firstlineno__", "__slots__"),
+        *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__", "__static_attributes__"),
+        *("__dataclass_fields__", "__dataclass_params__", "_kw_only_dataclass_fields", "__match_args__"),
+        *("__abstractmethods__", "_abc_impl", "__type_params__", "__orig_bases__", "__parameters__"),
+        *("__hash__", "__eq__", "__repr__", "__replace__", "_state", "_parent_ref"),
+    ]
+)
+
+# Methods that `dataclass` writes. A user's own, in code that was executed from a string, has the same file name.
+_WRITTEN = frozenset(
+    ["__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__", "__delattr__"]
+)
+
+
+def _parts_of_class(cls: type) -> Iterator[Part]:
+    """Its bases and what it defines, without what is made from that."""
+    for base in cls.__bases__:
+        yield "base", base.__name__, base
+    is_dataclass = "__dataclass_fields__" in vars(cls)
+    for name, item in list(vars(cls).items()):
+        if name in _DERIVED or isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
+            continue
+        if is_dataclass and name in _WRITTEN and _is_from_a_string(item):
+            continue
+        if name in ("parent", "scope") and library_module(type(item).__module__):
+            continue  # linen's descriptor
+        yield "attribute", name, item
+
+
+def _is_from_a_string(item: Any) -> bool:
+    """Whether a method is one that `dataclass` executes as text, or Flax's wrapping of one."""
+    while isinstance(item, types.FunctionType) and hasattr(item, "__wrapped__"):
+        item = item.__wrapped__
+    return isinstance(item, types.FunctionType) and item.__code__.co_filename == "<string>"
+
+
+class Read(NamedTuple):
+    """One name that code reads from a module of the user's.
+
+    Attributes:
+      spelled: as a person would write it; the reason where what is read cannot be told.
+      namespace: what it is looked up in, None where what is read cannot be told; `name`: under which name.
+    """
+
+    spelled: str
+    namespace: Mapping[str, Any] | None = None
+    name: str = ""
+
+
+# What a walk cannot follow: reading names by a string.
+_REFLECTION = frozenset({"globals", "locals", "vars", "eval", "exec", "open", "next", "iter", "input", "__import__"})
+
+
+def reads_of(code: types.CodeType, namespace: Mapping[str, Any]) -> Iterator[Read]:
+    """What `code` and the functions inside it read from their module, and from the user's modules that this imports."""
+    loads = loads_of(code)
+    for name in loads.imports:
+        if name in OUTSIDE or not library_module(name):
+            yield Read(name)
+    if not _REFLECTION.isdisjoint(loads.names):
+        yield Read(", ".join(_REFLECTION.intersection(loads.names)))
+        return
+    module = namespace.get("__name__")
+    for name in loads.names:
+        yield Read(name if module == "__main__" else f"{module}.{name}", namespace, name)
+        value = namespace.get(name)
+        if isinstance(value, types.ModuleType):
+            if reads_outside(name, value, code):
+                yield Read(name)
+            if not library_module(value.__name__):
+                yield from _reads_of_module(name, value, code, {id(value)})
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from reads_of(constant, namespace)
+
+
+def _reads_of_module(spelled: str, module: types.ModuleType, code: types.CodeType, seen: set[int]) -> Iterator[Read]:
+    # Which attributes are read from it is not known exactly: every name in the code counts.
+    for name in code.co_names:
+        yield Read(f"{spelled}.{name}", vars(module), name)
+        value = vars(module).get(name)
+        if isinstance(value, types.ModuleType):
+            if is_outside(value):
+                yield Read(name)
+            elif not library_module(value.__name__) and id(value) not in seen:
+                seen.add(id(value))
+                yield from _reads_of_module(f"{spelled}.{name}", value, code, seen)
+
+
+MOST = 10_000
+"""Objects that are looked at for arrays: one behind more of them is not counted."""
+
+
+def arrays_in(value: Any) -> list[Any]:
+    """Every array that `value` keeps alive: a module or a class, and what their fields, defaults and closures hold.
+
+    What the code reads from its module by name is not held by it: the module is the user's, and stays.
+    """
+    arrays: list[Any] = []
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting and len(seen) < MOST:
+        thing = waiting.pop()
+        if type(thing) in ATOMS or id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        kind = kind_of(thing)
+        if isinstance(thing, (jax.Array, np.ndarray)):
+            arrays.append(thing)
+        elif kind == "function" and library_file(thing.__code__.co_filename) and not hasattr(thing, "__wrapped__"):
+            continue
+        elif kind != "class" or not library_module(thing.__module__):
+            waiting += [part for _, _, part in parts_of(thing, kind)]
+    return arrays
