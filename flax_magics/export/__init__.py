@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 from ..cells.journal import ExecutedCell, NotebookCells
 from ..cells.names import Free, binds, mentioned, reads
 from ..models.base import Model
