@@ -20,6 +20,9 @@ Settings = tuple[tuple[str, bool], ...]
 """Switches by name, or by path, and their values."""
 
 
+DrawNumber = int | tuple[int, int]
+"""A draw by its number under the seed that is in use, or by `(seed, number)`."""
+
 MODULE = "\0"
 """What stands for the module's name in an expression that is kept."""
 

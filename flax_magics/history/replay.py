@@ -7,7 +7,7 @@ was; what the model reads from outside may then be another, which is said.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,16 @@ class Replaying:
     programs: ProgramCache
     limit: int
     on_phase: Callable[[str], None]
+
+    def replay_all(self, draw: Iterable[StoredRun]) -> list[Run]:
+        """The runs of a draw as new ones. Each is counted, and whether any gave other bits."""
+        runs = []
+        for kept in draw:
+            run = self.replay(kept)
+            differs = run.agreement is not None and run.agreement.identical is False
+            kept.replays = (kept.replays[0] + 1, kept.replays[1] or differs)
+            runs.append(run)
+        return runs
 
     def replay(self, kept: StoredRun) -> Run:
         """The run as a new Run, marked as replayed, with its `agreement`.

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..base.tokens import Unbalanced, pieces, point_at, token_end
 from ..errors import FlaxMagicsError, nearest, written
+from ..run import DrawNumber
 
 WIDTH = 80
 _DASHES = "-–—"
@@ -348,7 +349,7 @@ REPEAT = 20
 """Runs of `--roofline` by itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ApplyOptions:
     """The options of one apply; see `Session.apply`."""
 
@@ -356,7 +357,7 @@ class ApplyOptions:
     mutable: tuple[str, ...] = ()
     variables: Mapping[str, Any] | None = None
     key: tuple[str, ...] = ()
-    draw: int | tuple[int, int] | None = None
+    draw: DrawNumber | None = None
     draws: int | None = None
     repeat: int = 1
     eager: bool = False

@@ -101,7 +101,9 @@ def options(
     roofline: bool,
 ) -> ApplyOptions:
     """The options of an apply, but for variables. A loop asks for the same ones many times."""
-    return ApplyOptions(mode, mutable, None, key, draw, draws, repeat, eager, roofline)
+    return ApplyOptions(
+        mode=mode, mutable=mutable, key=key, draw=draw, draws=draws, repeat=repeat, eager=eager, roofline=roofline
+    )
 
 
 def replay_of(text: str, session: Session, user_ns: Namespace, local_ns: Namespace, line: str) -> Any:

@@ -92,6 +92,16 @@ class ReplayBudget:
                 self._held.remove(replaced)
                 self._let_go(replaced, set())
 
+    def replace(self, before: Replaced | None, after: Replaced | None) -> None:
+        """Counts the variables that an init has replaced in the place of those that an earlier one replaced."""
+        if after is before:
+            return
+        if before is not None:
+            self.drop(before)
+        if after is not None:
+            self.noted.append(after)
+            self.look(after.size)
+
     def _settle(self) -> None:
         self._take_in()
         anyway = {id(array) for array in self._current(bool(self._pinning))}

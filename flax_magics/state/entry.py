@@ -66,6 +66,11 @@ class ModelEntry:
         """The variables by collection, where the session or the module holds them now."""
         return self.model.take() if self.model.holds_variables else self.variables
 
+    def variables_to_read(self) -> Any:
+        """The variables as a user gets them: collections by name; of an NNX module its `nnx.state`."""
+        model: Any = self.model
+        return model.state() if model.holds_variables else self.variables
+
     def source_now(self) -> WeightSource | None:
         """Where the variables came from that are held now."""
         held = self.held

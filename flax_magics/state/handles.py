@@ -1,18 +1,26 @@
-"""The handle of a model that a person reads and assigns, and which registered model is meant by a name or a module."""
+"""What a session shows of its state: models as handles that a person reads and assigns, runs, the root key.
+
+And which registered model is meant by a name or a module.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+
 from ..code.library import is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..models.adopt import spell_construction
-from ..run import Note
+from ..run import Note, Run
+from .budget import ReplayBudget, checked_limit
 from .entry import ModelEntry
 from .models import register
+from .runs import calls_by_cell, newest
 
 if TYPE_CHECKING:
+    from .saved import SavedModel
     from .state import State
 
 
@@ -34,9 +42,7 @@ class RegisteredModel:
     @property
     def variables(self) -> Mapping[str, Any] | None:
         """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
-        entry = self._entry()
-        model: Any = entry.model
-        return model.state() if model.holds_variables else entry.variables
+        return self._entry().variables_to_read()  # type: ignore[no-any-return]
 
     @variables.setter
     def variables(self, value: Mapping[str, Any] | None) -> None:
@@ -124,6 +130,99 @@ class Models(Mapping[str, RegisteredModel]):
 
     def __repr__(self) -> str:
         return "{" + ", ".join(f"'{name}': {self[name]!r}" for name in self) + "}"
+
+
+class SessionView:
+    """What there is in a session, and how much of it is kept."""
+
+    _state: State
+    _keeping: ReplayBudget
+
+    @property
+    def seed(self) -> int:
+        """The seed that the root key came from."""
+        return self._state.root.seed
+
+    @property
+    def draws(self) -> int:
+        """How many draws have been made under this seed."""
+        return self._state.root.draws
+
+    @property
+    def root_key(self) -> jax.Array:
+        """The typed key, shape (), that the next draw will split. Not to be used: it would be used twice."""
+        return self._state.root.key
+
+    @property
+    def models(self) -> Mapping[str, RegisteredModel]:
+        """Registered models by name."""
+        return Models(lambda: self._state, self.assign)
+
+    def assign(self, name: str, variables: Mapping[str, Any] | None) -> Any:
+        """Gives a model other variables, as `models[name].variables = …` does."""
+        raise NotImplementedError
+
+    def module(self, name: str) -> Any:
+        """The module that is registered as `name`, None if there is none."""
+        entry = self._state.models.get(name)
+        return None if entry is None else entry.model.module
+
+    @property
+    def collections(self) -> dict[str, Mapping[str, Any] | None]:
+        """The variables that the session holds, by model; None for an NNX module, and before the first init."""
+        return {name: entry.variables for name, entry in self._state.models.items()}
+
+    def variables(self, name: str, module: Any = None) -> Any:
+        """The variables of a model as `models[name].variables` gives them; see `entry_now` for `module`."""
+        return entry_now(self._state.models, name, module)[0].variables_to_read()
+
+    @property
+    def waiting(self) -> Mapping[str, SavedModel]:
+        """Models of a file that was loaded whose variables nobody has yet: they are given to what is registered so."""
+        return {name: saved for name, saved in self._state.waiting.items() if saved.ready}
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run so far, newest last; outputs that nobody holds any more are gone."""
+        return self.last(len(self))
+
+    def last(self, n: int) -> list[Run]:
+        """The last `n` runs, newest last."""
+        return newest(self._state.runs, n)
+
+    @property
+    def cells(self) -> dict[int, tuple[str, ...]]:
+        """Numbers of this kernel's cells that drew → the calls that they made, as they were written."""
+        return calls_by_cell(self._state.runs)
+
+    @property
+    def replay_bytes(self) -> int:
+        """How many bytes are kept for replays at most; can be set."""
+        return self._keeping.limit
+
+    @replay_bytes.setter
+    def replay_bytes(self, limit: int) -> None:
+        self._keeping.limit = checked_limit(limit)
+        self._keeping.settle()
+
+    def settle(self) -> None:
+        """Lets go at once of what is more than `replay_bytes`. A session does so by itself, some runs later."""
+        self._keeping.settle()
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes only replays need now."""
+        return self._keeping.bytes
+
+    def __len__(self) -> int:
+        return 0 if self._state.runs is None else self._state.runs.length
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        models = ", ".join(self._state.models) or "none"
+        return f"<{type(self).__name__}: seed {self.seed}, {self.draws} draws, models: {models}>"
 
 
 def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:

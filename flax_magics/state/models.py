@@ -248,8 +248,7 @@ def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tu
     source = entry.source_now()
     if not entry.ready or source is None or (source.is_initial and not entry.updates):
         return entry.replaced, ()
-    model: Any = entry.model
-    replaced = Replaced(model.state() if model.holds_variables else entry.variables, source, entry.updates)
+    replaced = Replaced(entry.variables_to_read(), source, entry.updates)
     runs = ", ".join(f"{name}: update {updates}" for name, updates in entry.updates.items())
     text = f"this init replaced weights of {entry.name}: {source.describe()}" + (f", {runs}" if runs else "")
     if replaced.size > limit:

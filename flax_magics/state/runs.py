@@ -186,6 +186,16 @@ def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
         chain = chain.before
 
 
+def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
+    """Numbers of this kernel's cells that drew → the calls that they made, as they were written; of a key an empty one."""
+    calls: dict[int, set[str]] = {}
+    for kept in backwards(chain):
+        facts = kept.facts
+        if facts["cell"] is not None and not facts["replayed"] and facts["elsewhere"] is None:
+            calls.setdefault(facts["cell"], set()).add("" if facts["command"] == "key" else facts["call"])
+    return {number: tuple(texts) for number, texts in calls.items()}
+
+
 def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
     """The runs that took draw `number` of `seed`, in order: one, or an init and the apply that went on with its draw.
 
