@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +17,6 @@ from .base.critical import at_once, uninterrupted
 from .cells.journal import cell_number, cells_of_notebook
 from .code.library import library
 from .compile.cache import ProgramCache
-from .compile.disk_cache import DiskCache
 from .errors import FlaxMagicsError
 from .execution import record, surroundings
 from .execution.apply import apply_model, init_model
@@ -28,6 +26,7 @@ from .execution.idioms import Translation
 from .execution.notes import SeenKeys
 from .execution.warm import WarmRuns
 from .line.call import plain_name
+from .line.commands import restart_line
 from .line.options import ApplyOptions
 from .models.base import Commit
 from .rng.keys import Draw, DrawBatch, RootKey
@@ -53,12 +52,10 @@ class Session(SessionView):
     Every `apply` is one draw: `root, params, dropout = jax.random.split(root, 3)`, made only once the run has succeeded.
     A method raises FlaxMagicsError for a mistake, and passes on what the model raises: nothing has changed then.
 
-    Args:
-      seed: what the root key starts from.
-      clock: gives seconds; for tests that own time.
-      disk_cache: keep compiled programs on disk, in the user's cache directory or in a folder of that name, and use what
-        is there; see `DiskCache` for what that trusts. The commands of a notebook do, a script does if it asks for it.
-      replay_bytes: how much is kept of what only replays need: inputs, and variables that later runs overwrote.
+    `seed` is what the root key starts from. `disk_cache` keeps compiled programs on disk, in the user's cache directory or
+    in a folder of that name, and uses what is there (see `DiskCache` for what that trusts): a notebook's commands do, a
+    script if it asks for it. `replay_bytes` is how much is kept of what only replays need: inputs, and variables that
+    later runs overwrote. `clock` gives seconds, for tests that own time.
 
     Example::
 
@@ -79,7 +76,7 @@ class Session(SessionView):
         self._state = State(RootKey.from_seed(seed))
         self._seen = SeenKeys(self._state.root.data)
         self.programs = ProgramCache(clock)
-        self.keep_on_disk(disk_cache)
+        self.programs.compiler.keep_on_disk(disk_cache)
         self._warm = WarmRuns()
         self._keeping = ReplayBudget(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))
         self.clock = clock
@@ -87,11 +84,6 @@ class Session(SessionView):
         """Told what a command is doing, as it begins: `compiling net`."""
         self.autosaving: Autosave | None = None
         """What saves the session in the background, None where nothing does."""
-
-    def keep_on_disk(self, where: bool | str | os.PathLike[str]) -> None:
-        """Turns the disk cache on or off: see `disk_cache` of the class."""
-        folder = None if isinstance(where, bool) else Path(where)
-        self.programs.compiler.disk = None if where is False else DiskCache(folder)
 
     # -- models
 
@@ -130,8 +122,8 @@ class Session(SessionView):
         for change in changes:
             if change.state != "unchanged":
                 self._warm.forget(change.name)
-        if state.runs is not runs_before:  # something was built
-            self._autosave()
+        if state.runs is not runs_before and self.autosaving is not None:  # something was built
+            self.autosaving.offer(state)
         return changes
 
     def assign(
@@ -152,7 +144,8 @@ class Session(SessionView):
             self._state = self._state.with_variables(after)
         if notes:
             self._warm.forget(name)
-        self._autosave()
+        if self.autosaving is not None:
+            self.autosaving.offer(self._state)
         return notes
 
     def _stand_outside(self, refused: Callable[[str], FlaxMagicsError]) -> None:
@@ -176,10 +169,6 @@ class Session(SessionView):
 
     def _translation(self, entry: ModelEntry, call: Call) -> Translation:
         return Translation(entry.name, entry.model, call, entry.variables)
-
-    def _autosave(self) -> None:
-        if self.autosaving is not None:
-            self.autosaving.offer(self._state)
 
     # -- draws
 
@@ -246,7 +235,7 @@ class Session(SessionView):
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""
-        line = f"%flax_key --seed {seed}{' --fresh' if fresh else ''}"
+        line = restart_line(seed, fresh=fresh)
         self._stand_outside(lambda where: surroundings.of_state(where, line, line))
         root = RootKey.from_seed(seed)
         self._state, restart = self._state.restarted(root, fresh=fresh)
@@ -280,8 +269,8 @@ class Session(SessionView):
     ) -> History:
         """Every draw of the session, oldest first: what drew, keys, input shapes, digest, cell and time, a record each.
 
-        A command that failed drew nothing and is not there. Digests are taken of outputs that are still there. `last`
-        and `model` choose the last draws, and those of one model; `cells` says by number what became of a cell since.
+        `last` and `model` choose the last draws, and those of one model; `cells` says what became of a cell since. Digests
+        are taken of outputs that are still there.
         """
         from .history import table
 
@@ -289,10 +278,10 @@ class Session(SessionView):
         return table.of_runs(self._state.runs, self._state.root, last, name, cells or {})
 
     def replay(self, draw: DrawNumber | str | Run) -> Run:
-        """Runs a draw again, with its keys, its variables and its inputs. Moves nothing, and is no draw.
+        """Runs a draw (its number, `(seed, number)`, `"last"`), or a Run alone, again: same keys, variables and inputs.
 
-        The draw is its number, `(seed, number)`, `"last"`, or a Run, for which it is the run alone. Of a draw that an init
-        and an apply shared, the apply's Run is given. Its `agreement` tells whether every bit is the same.
+        Moves nothing, and is no draw. Of a draw that an init and an apply shared, the apply's Run is given; its
+        `agreement` tells whether every bit is the same.
         """
         return self.run_replay(draw)[-1]
 
@@ -338,17 +327,17 @@ class Session(SessionView):
         return restored
 
     def autosave(self, path: str | os.PathLike[str] | None) -> Saved | None:
-        """From now on, saves in the background after whatever changes variables; None ends that.
+        """From now on, `autosaving` saves in the background after whatever changes variables; None ends that.
 
-        The first time is now, so that what cannot be saved is told at once. `autosaving` is what does it.
+        The first time is now, so that what cannot be saved is told at once.
         """
         from .snapshot.save import autosave_session
 
         autosaving = None if path is None else autosave_session(self._state, path)
         saved = None if autosaving is None else autosaving.last
-        before, self.autosaving = self.autosaving, autosaving
-        if before is not None:
-            before.flush()
+        earlier, self.autosaving = self.autosaving, autosaving
+        if earlier is not None:
+            earlier.flush()
         return saved
 
     # -- how: one Run each, committed at the end
@@ -401,9 +390,8 @@ class Session(SessionView):
     def run_apply(
         self, name: str, call: Call, options: ApplyOptions, *, module: Any = None, notes: tuple[Note, ...] = ()
     ) -> Run:
-        """`apply` with the call as it was written; `notes` are to be said besides what the run itself shows.
-
-        `module` is what the name stands for now: one other than was registered takes its place once the run succeeded.
+        """`apply` with the call as it was written; `notes` are to be said besides what the run itself shows, and `module`,
+        if it is not the one that is registered, takes its place once the run has succeeded.
         """
         self._stand_outside(lambda where: surroundings.of_apply(where, self._state, self._entry(name), call, options))
         library.look()
@@ -450,9 +438,9 @@ class Session(SessionView):
             line = f"%flax_key {plain_name(name, 'latent')}"
             raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write=line)
         self._stand_outside(lambda where: surroundings.of_key(where, name, cell))
-        now = self._state.root.draw()
-        run = record.run_of_key(name, now, cell, first=self._state.runs is None)
-        self._commit(StoredRun(run), now, None)
+        draw = self._state.root.draw()
+        run = record.run_of_key(name, draw, cell, first=self._state.runs is None)
+        self._commit(StoredRun(run), draw, None)
         return run
 
     def _commit(

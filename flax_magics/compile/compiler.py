@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 import threading
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -101,6 +103,10 @@ class Compiler:
 
     disk: DiskCache | None = None
     workers: Workers = field(default_factory=Workers)
+
+    def keep_on_disk(self, where: bool | str | os.PathLike[str]) -> None:
+        """Turns the disk cache on or off: in the user's cache directory, or in the folder of that name."""
+        self.disk = None if where is False else DiskCache(None if where is True else Path(where))
 
     def start(self, lowered: Any, key: Hashable | None) -> Future:
         """A future of the `Compiled`. `key` is the program's `program_key`."""

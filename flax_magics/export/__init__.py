@@ -154,7 +154,7 @@ def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]
         or getattr(node, "name", getattr(node, "arg", None)) == targets[0]
         or (isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load))
     ]
-    changed = any(run.changed or run.made is not None for run in runs if run.command == "apply" and run.model == model)
+    changed = any(run.changed or run.made is not None for run in runs if run.kind.forward and run.model == model)
     changed = changed or any(model in assigned_by(site) for source in sources for site in source.sites.values())
     return "" if changed or len(bound) != len(targets) else targets[0]
 
@@ -197,7 +197,7 @@ def _leaves(script: Script) -> set[str]:
     found: set[str] = set()
     for run in script.groups.runs:
         model = script.models.get(run.model or "")
-        if run.command == "key" or (run.command == "init" and model is not None and model.holds):
+        if not run.kind.model or (run.kind.opens and model is not None and model.holds):
             found.add("keys")
         found |= run.spelling.returns if run.spelling is not None else set()
     return found

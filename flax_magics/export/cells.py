@@ -85,26 +85,32 @@ class CommandSite:
         command = self.name.removeprefix("flax_")
         if self.name == "flaxmodel":
             name = self.given.rest.partition("=")[0].strip()
-            return run.command == "init" and is_build(run) and name in (run.model, MODELS)
-        if run.command != command:
-            return False
-        if command == "key":
-            return bool(run.call == self.given.rest)
-        options = self.given.options
+            return is_build(run) and name in (run.model, MODELS)
+        return bool(run.command == command and MATCHES[command](self, run))
+
+    def has_call_of(self, run: Any) -> bool:
+        """Whether the call that is written here is that of `run`, in a draw of its own or in an earlier one."""
         if self.call is None or run.call not in (self.call.call, self.call.text):
             return False
-        if bool(run.replayed) != (options["draw"] is not None):
-            return False
-        if command == "init":
-            return not is_build(run)
-        # A model without a switch runs as written, whatever was asked.
-        return run.mode in (self.mode, "as written") and run.draws == options["draws"]
+        return bool(run.replayed) == (self.given.options["draw"] is not None)
+
+    def has_mode_of(self, run: Any) -> bool:
+        """Whether mode and number of draws are those of `run`. A model without a switch runs as written in any mode."""
+        return run.mode in (self.mode, "as written") and run.draws == self.given.options["draws"]
 
 
 def is_build(run: Any) -> bool:
     """Whether a module was built on a model's line, whose call is the construction itself."""
     inside = run.call.rstrip().removesuffix(")").rstrip(", ")
-    return run.command == "init" and bool(run.by_hand.partition(" = ")[2].startswith(inside))
+    return run.kind.opens and bool(run.by_hand.partition(" = ")[2].startswith(inside))
+
+
+MATCHES: dict[str, Callable[[CommandSite, Any], bool]] = {
+    "apply": lambda site, run: site.has_call_of(run) and site.has_mode_of(run),
+    "init": lambda site, run: site.has_call_of(run) and not is_build(run),
+    "key": lambda site, run: run.call == site.given.rest,
+}
+"""For each command of a run, whether a place where that command stands may have made the run."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,11 +81,11 @@ class RunGroups:
                 opened = None
             if run.replayed:
                 continue
-            if opened is not None and run.command == "apply":
+            if opened is not None and run.kind.forward:
                 first = runs[opened]
                 if (first.model, first.seed, first.draw) == (run.model, run.seed, run.draw):
                     groups.follower[opened], groups.leader[index] = index, opened
-            opened = index if run.command == "init" else None
+            opened = index if run.kind.opens else None
         return groups
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class ScriptContext:
     @property
     def several(self) -> bool:
         """Whether more than one model was run, so that functions are called after theirs."""
-        return len({run.model for run in self.groups.runs if run.command == "apply"}) > 1
+        return len({run.model for run in self.groups.runs if run.kind.forward}) > 1
 
     def is_conditional(self, site: CommandSite) -> bool:
         """Whether some runs of a place initialise and others do not, so that the script has to look."""

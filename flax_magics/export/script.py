@@ -64,7 +64,7 @@ class RootKeyTracker:
         drawn = [(index, site) for index, site in statement.made if not self.groups.runs[index].replayed]
         if drawn:
             index, site = drawn[-1]
-            stays = site is not None and self.groups.runs[index].command == "init" and self.groups.stays(site)
+            stays = site is not None and self.groups.runs[index].kind.opens and self.groups.stays(site)
             self._stand(index, stays=stays)
 
     def skip(self, indices: Sequence[int]) -> list[str]:

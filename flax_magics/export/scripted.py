@@ -136,7 +136,7 @@ def _spelled(value: Any, file: _File | None, main: _File | None, want: Any) -> s
 
 
 def _run(run: Run, file: _File | None, main: _File | None, want: Any) -> Iterator[str]:
-    if run.command == "key":
+    if not run.kind.model:
         yield f"get_ipython().run_line_magic('flax_key', {run.call!r})"
         return
     inputs: Sequence[Any] = () if run.inputs is RELEASED else run.inputs
@@ -153,6 +153,6 @@ def _run(run: Run, file: _File | None, main: _File | None, want: Any) -> Iterato
     options = {"train": "--train ", "eval": "--eval "}.get(run.mode, "")
     options += f"--draws {run.draws} " if run.draws is not None else ""
     options += f"--draw {run.seed}:{run.draw} " if run.replayed else ""
-    options += "--eager " if run.command == "apply" and run.program == "eager" else ""
+    options += "--eager " if run.kind.forward and run.program == "eager" else ""
     line = f"{options}{called}({arguments})"
     yield f"get_ipython().run_line_magic('flax_{run.command}', {line!r})"

@@ -25,7 +25,7 @@ from ..execution.call import Call, prepare_init
 from ..execution.execute import execute, hand_back, plain_errors
 from ..execution.notes import SeenKeys
 from ..models.adopt import adopt
-from ..run import RELEASED, Run, like
+from ..run import COMMANDS, RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
 from ..state.runs import StoredRun
 
@@ -107,7 +107,7 @@ class Replaying:
 
     def _again(self, kept: StoredRun) -> Repeat:
         facts, origin = kept.facts, kept.origin
-        if facts["command"] == "key":
+        if not COMMANDS[facts["command"]].model:
             return Repeat(facts["keys"][facts["call"]], {}, "", Timing())
         what = f"draw {facts['draw']} of seed {facts['seed']}"
         if facts["elsewhere"] is not None:
@@ -230,7 +230,7 @@ class Replaying:
 
 def _same_keys(facts: Mapping[str, Any]) -> str:
     """The line that runs a call with the keys of an earlier draw, its arguments left open: they are not in the file."""
-    command = "%flax_init" if facts["command"] == "init" else "%flax_apply"
+    command = f"%flax_{facts['command']}"
     mode = {"train": " --train", "eval": " --eval"}.get(facts["mode"], "")
     return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call'].partition('(')[0]}(…)"
 

@@ -12,11 +12,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..base.tokens import Unbalanced, pieces, point_at, token_end
 from ..errors import FlaxMagicsError, nearest, written
-from ..run import DrawNumber
+
+if TYPE_CHECKING:
+    from ..run import DrawNumber
 
 WIDTH = 80
 _DASHES = "-–—"

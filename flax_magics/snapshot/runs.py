@@ -15,7 +15,7 @@ from ..base.digest import Values
 from ..base.jsondata import Damaged, JsonObject, finite
 from ..base.measures import Cost, Limits, Memory, Steady, Timing
 from ..rng.keys import RunKeys, as_key
-from ..run import RELEASED, InitStats, Note, OutputFacts, Run, altered
+from ..run import COMMANDS, RELEASED, InitStats, Note, OutputFacts, Run, altered
 from ..state.runs import RunLog, StoredRun
 from ..state.trees import key_type
 
@@ -86,6 +86,8 @@ def run_of(data: Any, where: str, *, first: bool) -> Run:
     own = JsonObject(data, where)
     if own.whole("version") != 1:
         raise Damaged(f"`{where}` is of a version that is not known here")
+    if own.text("command") not in COMMANDS:
+        raise Damaged(f"`{where}.command` is not known here")
     draws = own.maybe_whole("draws")
     spread = _spread(own) if draws is not None else None
     taken = OutputFacts(own.maybe_text("digest"), own.text("output"), spread, _values(own))

@@ -162,7 +162,7 @@ def _lost(before: State, found: Snapshot) -> tuple[Note, ...]:
     notes = []
     there = {_identity(kept.run()) for kept in found.written}
     runs = newest(before.runs, 0 if before.runs is None else before.runs.length)
-    lost = sum(run.command != "init" and _identity(run) not in there for run in runs)
+    lost = sum(not run.kind.opens and _identity(run) not in there for run in runs)
     if lost:
         what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
         notes.append(Note("replaced", f"{what}: its root key and its history are now those of the file"))

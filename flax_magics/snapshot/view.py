@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.text import bytes_, clean, clean_lines, dotted, plural
 from ..line.options import quoted
-from ..report.html import _notes, notice_bundle, render, shown_bundle
-from ..report.notice import Notice, notice_text
+from ..report.html import note_lines, notice_bundle, render, shown_bundle
+from ..report.text import Notice, notice_text
 from ..run import Note
 from ..state.saved import SavedModel
 from .save import Autosave, Restored, Saved
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def loaded_html(found: Loaded) -> str:
     """A file that was loaded, the code of each model that waits folded away."""
-    notes = _notes(found.notice.notes)
+    notes = note_lines(found.notice.notes)
     texts = [clean(text) for text in found.notice.texts]
     return render(
         "loaded.html", {"name": clean(found.notice.name), "texts": texts, "notes": notes, "waiting": found.waiting}

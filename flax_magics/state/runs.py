@@ -10,7 +10,7 @@ import jax
 
 from ..base.digest import describe, own
 from ..models.base import CallTrace
-from ..run import RELEASED, Cause, Run
+from ..run import COMMANDS, RELEASED, Cause, Run
 from .entry import Origin
 
 
@@ -192,7 +192,7 @@ def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
     for kept in backwards(chain):
         facts = kept.facts
         if facts["cell"] is not None and not facts["replayed"] and facts["elsewhere"] is None:
-            calls.setdefault(facts["cell"], set()).add("" if facts["command"] == "key" else facts["call"])
+            calls.setdefault(facts["cell"], set()).add(facts["call"] if COMMANDS[facts["command"]].model else "")
     return {number: tuple(texts) for number, texts in calls.items()}
 
 
@@ -215,7 +215,8 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
 
 def _shared(init: Any, apply: Any) -> bool:
     """Whether an apply went on with the draw that an init opened."""
-    if (init["command"], apply["command"], init["model"]) != ("init", "apply", apply["model"]):
+    opens, continues = COMMANDS[init["command"]].opens, COMMANDS[apply["command"]].forward
+    if not (opens and continues and init["model"] == apply["model"]):
         return False
     opened, taken = getattr(init["keys"], "draw", None), getattr(apply["keys"], "draw", None)
     if opened is None or taken is None:  # keys of a module that was built, or of a file, not what they were drawn from
@@ -232,7 +233,7 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
     out: list[tuple[str, tuple[Cause, ...]]] = []
     while chain is not None and len(out) < n and reach > 0:
         facts = chain.kept.facts
-        if facts["command"] == "apply" and facts["model"] == model:
+        if COMMANDS[facts["command"]].forward and facts["model"] == model:
             out.append((facts["program"], facts["causes"]))
         chain, reach = chain.before, reach - 1
     return out

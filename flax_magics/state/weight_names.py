@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ..run import Note
-from ..state.weights import CURRENT, Written, misfits, sample
+from .weights import CURRENT, Written, misfits, sample
 
 Models = Mapping[str, Mapping[str, Any] | None]
 """Variables by model; None where they are not the session's, or not there."""
