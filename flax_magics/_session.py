@@ -334,11 +334,10 @@ class Session(SessionView):
         from .snapshot.save import autosave_session
 
         autosaving = None if path is None else autosave_session(self._state, path)
-        saved = None if autosaving is None else autosaving.last
         earlier, self.autosaving = self.autosaving, autosaving
         if earlier is not None:
             earlier.flush()
-        return saved
+        return None if autosaving is None else autosaving.last
 
     # -- how: one Run each, committed at the end
 

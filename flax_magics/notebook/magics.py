@@ -37,6 +37,7 @@ from .run_cell import assigned_to, run_body
 
 if TYPE_CHECKING:
     from .._session import Session
+    from ..report.text import Notice
     from ..run import Note, Run
 
 
@@ -131,6 +132,12 @@ class FlaxMagics(Magics):
         """Shows a MIME bundle, but for a command that is quiet."""
         if use is None or not use["quiet"]:
             self.notebook.reporter.publish(bundle)
+
+    def tell(self, notice: Notice, use: CommandUse) -> None:
+        """Shows a line of news, but for a command that is quiet."""
+        from ..report.html import notice_bundle
+
+        self.publish(notice_bundle(notice, self.style), use)
 
     @line_magic
     @no_var_expand
@@ -237,7 +244,6 @@ class FlaxMagics(Magics):
     @command(FLAX_KEY)
     def flax_key(self, use: CommandUse) -> Any:
         """`%flax_key [--seed N [--fresh] | NAME]`"""
-        from ..report.html import notice_bundle
         from .status import key_bundle, key_card, restarted
 
         seed, fresh, name = use["seed"], use["fresh"], use.rest
@@ -249,7 +255,7 @@ class FlaxMagics(Magics):
                 )
             notice = restarted(self.session.restart(seed, fresh=fresh))
             self.notebook.journal.restarted(fresh=fresh)
-            self.publish(notice_bundle(notice, self.style), use)
+            self.tell(notice, use)
             return None
         if fresh:
             raise FlaxMagicsError("--fresh goes with --seed.", write=restart_line(self.session.seed, fresh=True))
@@ -267,7 +273,6 @@ class FlaxMagics(Magics):
     @command(FLAX_VARS)
     def flax_vars(self, use: CommandUse) -> Any:
         """`%flax_vars net [= EXPR]`"""
-        from ..report.html import notice_bundle
         from ..state.weights import Written
         from .status import variables
 
@@ -287,7 +292,7 @@ class FlaxMagics(Magics):
             written = Written(f"%flax_vars {name} = {{}}", expression.source)
             notes = self.session.assign(name, weights, module=module, written=written)
             self.notebook.has_set_weights(name)
-        self.publish(notice_bundle(variables(self.session, name, notes), self.style), use)
+        self.tell(variables(self.session, name, notes), use)
         return None if use.silenced else value
 
     @line_magic
@@ -297,7 +302,6 @@ class FlaxMagics(Magics):
         """`%flax_export [FILE]`"""
         from ..export import export_cells
         from ..export.file import notice, script_bundle, write
-        from ..report.html import notice_bundle
 
         name = unquoted(use.rest).strip()
         if name and use["cell"]:
@@ -308,7 +312,7 @@ class FlaxMagics(Magics):
         script = export_cells(self.session, *self.notebook.executed(), digests=not use["plain"])
         if name:
             path, replaced = write(name, script.text, force=use["force"])
-            self.publish(notice_bundle(notice(script, path, replaced), self.style), use)
+            self.tell(notice(script, path, replaced), use)
         elif use["cell"]:
             self.shell.set_next_input(script.text)
         else:
