@@ -243,7 +243,7 @@ def test_flax_shows_the_session_at_a_glance(sharp_bits):
         assert line in out
 
 
-@pytest.mark.parametrize("command", ["%flaxmodel", "%flax_init", "%flax_apply", "%flax_summary", "%flax_vars"])
+@pytest.mark.parametrize("command", ["%flaxmodel", "%flax_init", "%flax_apply"])
 def test_a_bare_command_help_and_a_question_mark_all_help(notebook, command):
     bare = notebook(command)
     assert bare == notebook(f"{command} --help") == notebook(f"{command} -h")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from flax_magics.line.commands import FLAX_SUMMARY
+
 SUMMARY = """\
 my_model · MyModel(num_neurons=3, training=False) ·
     as written (training=False) · my_model(x)
@@ -51,6 +53,10 @@ def test_train_and_backward(sharp_bits):
 
 def test_depth(sharp_bits):
     assert "2 rows inside" in sharp_bits("%flax_summary --depth 0 my_model(x)")
+
+
+def test_help(sharp_bits):
+    assert sharp_bits("%flax_summary") == sharp_bits("%flax_summary --help") == FLAX_SUMMARY.render_help()
 
 
 def test_a_cell_of_statements(sharp_bits):
