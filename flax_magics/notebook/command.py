@@ -99,6 +99,10 @@ class CommandUse:
         names: Namespace = self.notebook.shell.user_ns
         return names
 
+    def names(self) -> Namespace:
+        """All names that the line can use. Not to be held by a local: the traceback of an error would hold their arrays."""
+        return {**self.user_ns, **self.local_ns}
+
     @property
     def silenced(self) -> bool:
         """Whether a `;` keeps the value of the line from being displayed."""
@@ -169,7 +173,7 @@ class CommandUse:
         from ..models.adopt import adopt, modules_in, spell_construction
 
         session, name = self.notebook.session, expression.target
-        known, names = session.models, {**self.user_ns, **self.local_ns}
+        known, names = session.models, self.names()
         if is_module(value):
             try:
                 adopt(value, name)
@@ -222,10 +226,9 @@ class CommandUse:
         run = self.local_ns.get(text, self.user_ns.get(text))
         if isinstance(run, Run):
             return run.seed, run.draw
-        # No local has the namespace: the error's traceback would hold on to arrays in it.
         choices = [
             "last",
-            *(name for name, value in {**self.user_ns, **self.local_ns}.items() if isinstance(value, Run)),
+            *(name for name, value in self.names().items() if isinstance(value, Run)),
         ]
         taker = "%flax_replay" if line.startswith("%flax_replay") else "--draw"
         near = next(iter(nearest(text, choices)), "last")

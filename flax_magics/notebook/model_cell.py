@@ -52,14 +52,13 @@ def from_line(use: CommandUse) -> Found:
         if not isinstance(value, Construction):
             adopt(value, name)
         return Found({name: value}, {name: value})
-    names = {**use.user_ns, **use.local_ns}
-    if name not in names:
-        modules = modules_in(names)
+    if name not in use.local_ns and name not in use.user_ns:
+        modules = modules_in(use.names())
         hint = did_you_mean(name, *modules)
         near = nearest(name, modules[0], 1)
         line = f"%flaxmodel {near[0]}" if near else f"%flaxmodel {name} = …"
         raise FlaxMagicsError(f"name '{name}' is not defined.", hint=hint, **written(line))
-    value = names[name]
+    value = use.local_ns[name] if name in use.local_ns else use.user_ns[name]
     return Found({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
 
 
