@@ -33,7 +33,7 @@ from .rng.keys import Draw, DrawBatch, RootKey
 from .run import DrawNumber, Note, Run
 from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of
 from .state.entry import ModelEntry
-from .state.handles import RegisteredModel, SessionView, entry_now, entry_of
+from .state.handles import Models, RegisteredModel, SessionView, entry_now, entry_of
 from .state.models import Registration, assigned
 from .state.runs import StoredRun
 from .state.state import Restart, State
@@ -86,6 +86,11 @@ class Session(SessionView):
         """What saves the session in the background, None where nothing does."""
 
     # -- models
+
+    @property
+    def models(self) -> Mapping[str, RegisteredModel]:
+        """Registered models by name; their `variables` can be read and assigned."""
+        return Models(lambda: self._state, self.assign)
 
     def register(self, name: str, module: Any) -> RegisteredModel:
         """Registers a Flax module under `name`, or an edited one in its place.

@@ -153,15 +153,6 @@ class SessionView:
         """The typed key, shape (), that the next draw will split. Not to be used: it would be used twice."""
         return self._state.root.key
 
-    @property
-    def models(self) -> Mapping[str, RegisteredModel]:
-        """Registered models by name."""
-        return Models(lambda: self._state, self.assign)
-
-    def assign(self, name: str, variables: Mapping[str, Any] | None) -> Any:
-        """Gives a model other variables, as `models[name].variables = …` does."""
-        raise NotImplementedError
-
     def module(self, name: str) -> Any:
         """The module that is registered as `name`, None if there is none."""
         entry = self._state.models.get(name)
