@@ -57,7 +57,7 @@ def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[
 
 
 def advice_lines(write: str | None = None, form: str | None = None, edit: str | None = None) -> list[str]:
-    """The same as lines of text, what goes on below what it goes on from."""
+    """`advice` as lines of text; further lines of a text stand under its first."""
     lines = []
     for label, text in advice(write, form, edit):
         first, *rest = text.splitlines()

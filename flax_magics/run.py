@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .base.digest import Values, all_words, describe, digest_of, sample_of, values_of
 from .base.environment import environment
@@ -20,8 +20,33 @@ Settings = tuple[tuple[str, bool], ...]
 """Switches by name, or by path, and their values."""
 
 
+DrawNumber = int | tuple[int, int]
+"""A draw by its number under the seed that is in use, or by `(seed, number)`."""
+
 MODULE = "\0"
 """What stands for the module's name in an expression that is kept."""
+
+
+class CommandKind(NamedTuple):
+    """What runs of one command have in common.
+
+    Attributes:
+      model: they run a registered model.
+      forward: the model is called, by a program or op by op, and gives the output.
+      opens: they make variables, of a draw's `params`; a forward run of the model that comes next has the rest of the draw.
+    """
+
+    model: bool
+    forward: bool
+    opens: bool
+
+
+COMMANDS = {
+    "apply": CommandKind(model=True, forward=True, opens=False),
+    "init": CommandKind(model=True, forward=False, opens=True),
+    "key": CommandKind(model=False, forward=False, opens=False),
+}
+"""What draws. Where a room tells these apart in more than that, it has a dict of its own with the same keys."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,7 @@ class OutputFacts:
     values: tuple[Values, ...] | None = None
 
     def take(self, output: Any) -> None:
-        """Takes the digest, if it was not, while the output is there; and looks at its numbers, as all is read anyway."""
+        """Computes digest and values of an output that is still there, where they are not known yet."""
         if self.digest is None:
             self.digest = digest_of(output)
         if self.values is None:
@@ -108,7 +133,7 @@ class Run:
     """One run.
 
     Attributes:
-      command: what drew: `apply`, `init` or `key`.
+      command: what drew, one of `COMMANDS`.
       model: the registered name, None for a key.
       mode: `train`, `eval` or `as written`; empty for an init or a key.
       switch: the model's own switches and their values, such as `training=True`; empty if it has none.
@@ -180,6 +205,11 @@ class Run:
     """Of an apply and an init: what it takes to write them as plain Flax."""
 
     @property
+    def kind(self) -> CommandKind:
+        """What the run has in common with all of its command."""
+        return COMMANDS[self.command]
+
+    @property
     def digest(self) -> str | None:
         """`digest_of(output)`, taken when first asked for; None if the output was let go before."""
         if self.output is not RELEASED:
@@ -213,7 +243,7 @@ class Run:
 
         Empty for an init and a key, and where the output was let go before.
         """
-        if self.command != "apply":
+        if not self.kind.forward:
             return ()
         if self._taken.values is None and self.output is not RELEASED:
             self._taken.values = values_of(self.output)

@@ -271,25 +271,25 @@ SCENARIOS = [
     Scenario("line.options._unknown", "%flax_apply --eagr net(x)", (NET,)),
     Scenario("line.options._after_the_call", "%flax_apply net(x) --eager", (NET,)),
     Scenario("line.options.file_name", "%flax_save -q", (NET,), ("a.safetensors",)),
-    Scenario("notebook.request.draw_of", "%flax_apply --draw frst net(x)", (NET, RAN)),
-    Scenario("notebook.request.draw_of", "%flax_replay x", (NET, RAN)),
-    Scenario("notebook.request.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
+    Scenario("notebook.command.draw_of", "%flax_apply --draw frst net(x)", (NET, RAN)),
+    Scenario("notebook.command.draw_of", "%flax_replay x", (NET, RAN)),
+    Scenario("notebook.command.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
     Scenario("state.state.check_draw", "%flax_replay 9", (NET, RAN)),
     # -- which model
-    Scenario("notebook.request._unknown", "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
-    Scenario("notebook.request._unknown", "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
+    Scenario("notebook.command._unknown", "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
+    Scenario("notebook.command._unknown", "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
     Scenario(
-        "notebook.request._unknown", "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"
+        "notebook.command._unknown", "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"
     ),
-    Scenario("notebook.request._unknown", "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
+    Scenario("notebook.command._unknown", "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
     Scenario(
-        "notebook.request._unknown",
+        "notebook.command._unknown",
         "%flax_apply net(x)",
         (NET, RAN, "%flax_save -q a", NEW_SESSION, "del net", "%flax_load -q a"),
         again=True,
     ),
     Scenario(
-        "notebook.request._unknown",
+        "notebook.command._unknown",
         "%flax_apply net(x)",
         (NET, RAN, "%flax_save -q a", NEW_SESSION, "Other = Net\ndel net, Net", "%flax_load -q a"),
         ("Other(2)",),
@@ -327,8 +327,8 @@ SCENARIOS = [
     # -- runs
     Scenario("execution.call.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
     Scenario("execution.call.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
-    Scenario("notebook.request.of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
-    Scenario("notebook.request.of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
+    Scenario("notebook.command._of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
+    Scenario("notebook.command._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
     Scenario("notebook.command._hints", "%flax_apply Net(x)", (BRANCHES,)),
     Scenario("execution.build.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
     Scenario("execution.plan.start", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
@@ -385,19 +385,19 @@ SCENARIOS = [
         "state.weights.check_alive", "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True
     ),
     Scenario(
-        "notebook.weight_names._note",
+        "state.weight_names._note",
         "%flax_apply net(x);",
         (NET, INIT, f"variables = {ZEROS}"),
         check=f"{KERNEL} == 0",
     ),
-    Scenario("notebook.weight_names._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario("state.weight_names._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
     Scenario(
-        "notebook.weight_names._note",
+        "state.weight_names._note",
         "%flax_apply --eval net(x);",
         (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP),
     ),
     Scenario(
-        "notebook.weight_names._note",
+        "state.weight_names._note",
         "%flax_apply net(x);",
         (NET, INIT, "params = variables['params']\n%flax", f"variables = {ZEROS}\nparams = variables['params']"),
         ("variables",),

@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import hashlib
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,13 @@ import numpy as np
 import pytest
 from by_hand import MyModel, notebook_x
 
+import flax_magics
 from flax_magics import Session
 from flax_magics.base.digest import describe, digest_of
 from flax_magics.base.measures import Steady
+from flax_magics.export.cells import MATCHES
+from flax_magics.report.facts import REPORTED
+from flax_magics.run import COMMANDS
 
 
 def test_a_digest_is_what_its_documentation_says():
@@ -92,6 +98,16 @@ def test_a_run_as_json_says_everything_but_the_arrays():
     assert (data["output"], data["draw"], data["seed"], data["program"]) == ("float32[3,4,3]", 1, 0, "compiled")
     assert len(data["timing"]["steady"]) == 2
     assert data["versions"]["jax"] == jax.__version__
+
+
+def test_every_room_that_tells_commands_apart_knows_every_command():
+    assert REPORTED.keys() == MATCHES.keys() == COMMANDS.keys()
+
+
+def test_no_room_tells_commands_apart_anywhere_else():
+    compared = re.compile(rf"""command["')\]]* (==|!=|in|not in) \(?["']({"|".join(COMMANDS)})["']""")
+    files = Path(flax_magics.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if compared.search(file.read_text(encoding="utf-8"))] == []
 
 
 def test_median_and_spread():

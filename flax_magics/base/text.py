@@ -47,10 +47,10 @@ def cut(text: str, width: int) -> str:
     """`text` in at most `width` cells, its end replaced by `…` if it is longer."""
     if cell_len(text) <= width:
         return text
-    kept = text
-    while kept and cell_len(kept) > width - 1:
-        kept = kept[: max(0, min(len(kept) - 1, width - 1))]
-    return kept.rstrip() + "…"
+    shorter = text
+    while shorter and cell_len(shorter) > width - 1:
+        shorter = shorter[: max(0, min(len(shorter) - 1, width - 1))]
+    return shorter.rstrip() + "…"
 
 
 def wrap(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:

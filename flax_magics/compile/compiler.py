@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 import threading
 import time
 import weakref
@@ -14,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -100,6 +102,10 @@ class Compiler:
 
     disk: DiskCache | None = None
     workers: Workers = field(default_factory=Workers)
+
+    def keep_on_disk(self, where: bool | str | os.PathLike[str]) -> None:
+        """Turns the disk cache on or off: in the user's cache directory, or in the folder of that name."""
+        self.disk = None if where is False else DiskCache(None if where is True else Path(where))
 
     def start(self, lowered: Any, key: Hashable | None) -> Future:
         """A future of the `Compiled`. `key` is the program's `program_key`."""

@@ -6,7 +6,7 @@ Works on one State and gives another; what is to be written into the user's own 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,38 @@ class Building:
 
     clock: Callable[[], float]
     on_phase: Callable[[str], None]
+
+    def register_all(
+        self, state: State, modules: Mapping[str, Any], anew: Container[str] = (), cell: int | None = None
+    ) -> tuple[State, list[Registration], list[StoredRun]]:
+        """The state with all of `modules`, what became of each, and the runs of those that were built now.
+
+        See `Session.register_all` for the arguments.
+        """
+        changes, builds = [], []
+        for name, module in modules.items():
+            state, change, build = self.register(state, name, module, anew=name in anew, cell=cell)
+            changes.append(change)
+            builds += [] if build is None else [build]
+            gone = change.variables in ("dropped", "own") and not isinstance(module, Construction)
+            if (gone or change.unfit) and state.opened is not None and state.opened[0] == name:
+                state = replace(state, opened=None)  # its `params` went into variables that are no more
+        return state, changes, builds
+
+    def register(
+        self, state: State, name: str, module: Any, *, anew: bool, cell: int | None
+    ) -> tuple[State, Registration, StoredRun | None]:
+        """The state with one module, what became of the name, and the run if the module was built now."""
+        if isinstance(module, Construction):
+            entry, change, run, draw = self.build(state, name, module, cell)
+            if run is not None and draw is not None:
+                return state.after(run, draw, entry, (name, draw)), change, run
+        else:
+            old = state.models.get(name)
+            if old is not None and anew and old.model.holds_variables and old.built is None:
+                old = None
+            entry, change = models.register(old, name, module)
+        return replace(state, models={**state.models, name: entry}), change, None
 
     def build(
         self, state: State, name: str, recipe: Construction, cell: int | None = None

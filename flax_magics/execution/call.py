@@ -27,6 +27,13 @@ class Call:
     command: str = "%flax_apply"
     """Of whose line the call is, with the options that were given."""
 
+    @classmethod
+    def of(cls, name: str, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, command: str) -> Call:
+        """A call that nobody wrote as text: arguments by place, keywords by name; `method` is `encoder.embed`, or None."""
+        arguments = ", ".join(["…"] * len(args) + [f"{key}=…" for key in kwargs])
+        path = tuple(method.split(".")) if method else ()
+        return cls(path, args, kwargs, f"{'.'.join((name, *path))}({arguments})", command=command)
+
     @property
     def is_text(self) -> bool:
         """Whether somebody wrote it as the text of a command, and not a script as arguments of a method."""
@@ -172,17 +179,6 @@ def _plain(signature: inspect.Signature) -> str:
 def as_names(value: str | Iterable[str]) -> tuple[str, ...]:
     """One name or several, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
-
-
-def method_path(method: str | None) -> tuple[str, ...]:
-    """`encoder.embed` → `('encoder', 'embed')`; None is the call itself."""
-    return tuple(method.split(".")) if method else ()
-
-
-def spell_call(name: str, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """A call that nobody wrote as text: arguments by place, keywords by name."""
-    parts = ["…"] * len(args) + [f"{key}=…" for key in kwargs]
-    return f"{name}{'.' + method if method else ''}({', '.join(parts)})"
 
 
 def of_module(name: str, model: Model, lines: list[str]) -> list[str]:

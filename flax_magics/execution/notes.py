@@ -216,8 +216,8 @@ def _finding_nan(run: Run) -> dict[str, str]:
 class SeenKeys:
     """Keys that went into runs, and roots that the session has split or will split."""
 
-    def __init__(self) -> None:
-        self.roots: set[bytes] = set()
+    def __init__(self, *roots: bytes) -> None:
+        self.roots = set(roots)
         self.runs: dict[bytes, str] = {}
 
     def find(self, arguments: Arguments) -> Iterator[tuple[str, bytes]]:

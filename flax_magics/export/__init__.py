@@ -108,7 +108,7 @@ def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]
         or getattr(node, "name", getattr(node, "arg", None)) == targets[0]
         or (isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load))
     ]
-    changed = any(run.changed or run.made is not None for run in runs if run.command == "apply" and run.model == model)
+    changed = any(run.changed or run.made is not None for run in runs if run.kind.forward and run.model == model)
     changed = changed or any(model in assigned_by(site) for site in sites)
     return "" if changed or len(bound) != len(targets) else targets[0]
 
@@ -244,7 +244,7 @@ def _construction(name: str, model: Model, file: _File | None, files: _Files) ->
 
 
 def _line_of(run: Run, file: _File | None, files: _Files) -> str:
-    if run.command == "key":
+    if not run.kind.model:
         return f"get_ipython().run_line_magic('flax_key', {run.call!r})"
     arguments = "…"
     if run.inputs is not RELEASED and run.inputs:
@@ -259,5 +259,5 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
     options = {"train": "--train ", "eval": "--eval "}.get(run.mode, "")
     options += f"--draws {run.draws} " if run.draws is not None else ""
     options += f"--draw {run.seed}:{run.draw} " if run.replayed else ""
-    options += "--eager " if run.command == "apply" and run.program == "eager" else ""
+    options += "--eager " if run.kind.forward and run.program == "eager" else ""
     return f"get_ipython().run_line_magic('flax_{run.command}', {f'{options}{called}({arguments})'!r})"

@@ -83,26 +83,34 @@ class CommandSite:
     def matches(self, run: Run) -> bool:
         """Whether `run` may be one of this place."""
         if self.name == "flaxmodel":
-            return is_build(run) and self.parsed.rest.partition("=")[0].strip() in (run.model, MODELS)
-        if run.command != self.name.removeprefix("flax_"):
-            return False
-        if run.command == "key":
-            return run.call == self.parsed.rest
-        options = self.parsed.options
+            name = self.parsed.rest.partition("=")[0].strip()
+            return is_build(run) and name in (run.model, MODELS)
+        command = self.name.removeprefix("flax_")
+        return run.command == command and MATCHES[command](self, run)
+
+    def has_call_of(self, run: Run) -> bool:
+        """Whether the call that is written here is that of `run`, in a draw of its own or in an earlier one."""
         if self.call is None or run.call not in (self.call.call, self.call.text):
             return False
-        if run.replayed != (options["draw"] is not None):
-            return False
-        if run.command == "init":
-            return not is_build(run)
-        # A model without a switch runs as written, whatever was asked.
-        return run.mode in (self.mode, "as written") and run.draws == options["draws"]
+        return run.replayed == (self.parsed.options["draw"] is not None)
+
+    def has_mode_of(self, run: Run) -> bool:
+        """Whether mode and number of draws are those of `run`. A model without a switch runs as written in any mode."""
+        return run.mode in (self.mode, "as written") and run.draws == self.parsed.options["draws"]
 
 
 def is_build(run: Run) -> bool:
     """Whether a module was built on a model's line, whose call is the construction itself."""
     inside = run.call.rstrip().removesuffix(")").rstrip(", ")
-    return run.command == "init" and run.by_hand.partition(" = ")[2].startswith(inside)
+    return run.kind.opens and run.by_hand.partition(" = ")[2].startswith(inside)
+
+
+MATCHES: dict[str, Callable[[CommandSite, Run], bool]] = {
+    "apply": lambda site, run: site.has_call_of(run) and site.has_mode_of(run),
+    "init": lambda site, run: site.has_call_of(run) and not is_build(run),
+    "key": lambda site, run: run.call == site.parsed.rest,
+}
+"""For each command of a run, whether a place where that command stands may have made the run."""
 
 
 @dataclass(frozen=True, eq=False)

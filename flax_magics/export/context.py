@@ -78,11 +78,11 @@ class RunGroups:
                 init = None
             if run.replayed:
                 continue
-            if init is not None and run.command == "apply":
+            if init is not None and run.kind.forward:
                 first = runs[init]
                 if (first.model, first.seed, first.draw) == (run.model, run.seed, run.draw):
                     self.follower[init] = index
-            init = index if run.command == "init" else None
+            init = index if run.kind.opens else None
         self.leader = {apply: init for init, apply in self.follower.items()}
 
     def shares_in_place(self, site: CommandSite) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from ..base.files import replace_file
 from ..base.text import plural
 from ..errors import FlaxMagicsError
-from ..report.notice import Notice
+from ..report.text import Notice
 from ..run import Note
 
 

@@ -63,7 +63,7 @@ class RootKeyTracker:
         drawn = [(index, site) for index, site in statement.made if not groups.runs[index].replayed]
         if drawn:
             index, site = drawn[-1]
-            stays = site is not None and groups.runs[index].command == "init" and groups.stays(site)
+            stays = site is not None and groups.runs[index].kind.opens and groups.stays(site)
             self._stand(index, stays=stays)
 
     def skip(self, indices: Sequence[int]) -> list[str]:

@@ -7,7 +7,7 @@ was; what the model reads from outside may then be another, which is said.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..execution.call import Call, prepare_init
 from ..execution.execute import execute, hand_back, plain_errors
 from ..execution.notes import SeenKeys
 from ..models.construction import adopt_built
-from ..run import RELEASED, Run, like
+from ..run import COMMANDS, RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
 from ..state.runs import StoredRun
 
@@ -54,6 +54,16 @@ class Replaying:
     programs: ProgramCache
     limit: int
     on_phase: Callable[[str], None]
+
+    def replay_all(self, draw: Iterable[StoredRun]) -> list[Run]:
+        """The runs of a draw as new ones. Each is counted, and whether any gave other bits."""
+        runs = []
+        for kept in draw:
+            run = self.replay(kept)
+            differs = run.agreement is not None and run.agreement.identical is False
+            kept.replays = (kept.replays[0] + 1, kept.replays[1] or differs)
+            runs.append(run)
+        return runs
 
     def replay(self, kept: StoredRun) -> Run:
         """The run as a new Run, marked as replayed, with its `agreement`.
@@ -97,7 +107,7 @@ class Replaying:
 
     def _again(self, kept: StoredRun) -> Repeat:
         facts, origin = kept.facts, kept.origin
-        if facts["command"] == "key":
+        if not COMMANDS[facts["command"]].model:
             return Repeat(facts["keys"][facts["call"]], {}, "", Timing())
         what = f"draw {facts['draw']} of seed {facts['seed']}"
         if facts["elsewhere"] is not None:
@@ -219,7 +229,7 @@ class Replaying:
 
 def _same_keys(facts: Mapping[str, Any]) -> str:
     """The line that runs a call with the keys of an earlier draw, its arguments left open: they are not in the file."""
-    command = "%flax_init" if facts["command"] == "init" else "%flax_apply"
+    command = f"%flax_{facts['command']}"
     mode = {"train": " --train", "eval": " --eval"}.get(facts["mode"], "")
     return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call'].partition('(')[0]}(…)"
 

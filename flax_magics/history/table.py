@@ -16,9 +16,9 @@ from ..base.text import WIDTH, clean, count, cut, dotted, plural, ulp, wrap
 from ..errors import FlaxMagicsError
 from ..report import facts
 from ..report.html import notice_bundle, render, shown_bundle
-from ..report.notice import Notice
+from ..report.text import Notice
 from ..rng.keys import RootKey, RunKeys, short_key
-from ..run import Run
+from ..run import COMMANDS, Run
 from ..state import runs
 from ..state.runs import RunLog, StoredRun
 from ..state.state import State
@@ -88,14 +88,15 @@ class DrawRow:
         """Stream → the first word of its key, of the streams that something took."""
         facts = self._kept.facts
         keys, made = facts["keys"], facts["made"] is not None
-        taken = [*(["params"] if made and self.command == "apply" else []), *facts["used"]]
-        names = [name for name in dict.fromkeys(taken) if name in keys] if self.command == "apply" else list(keys)
-        return {name: _word(keys, name) for name in names}
+        if not COMMANDS[self.command].forward:
+            return {name: _word(keys, name) for name in keys}
+        taken = [*(["params"] if made else []), *facts["used"]]
+        return {name: _word(keys, name) for name in dict.fromkeys(taken) if name in keys}
 
     @cached_property
     def inputs(self) -> str:
         """Dtypes and shapes of the arguments: `float32[3,4,4], train=True`."""
-        return "" if self.command == "key" else self._kept.shapes
+        return self._kept.shapes if COMMANDS[self.command].model else ""
 
     @cached_property
     def digest(self) -> str | None:
@@ -195,7 +196,7 @@ def _drawn(kept: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
         facts["draw"],
         facts["draws"],
         facts["command"],
-        facts["call"] if facts["command"] == "key" else facts["model"],
+        facts["model"] if COMMANDS[facts["command"]].model else facts["call"],
         facts["mode"],
         facts["call"],
         facts["cell"],
@@ -292,8 +293,9 @@ def _weights(groups: list[list[DrawRow]]) -> list[str]:
     for group in groups:
         row = group[0]
         known = last.get(row.name, row.weights)
-        news.append("" if row.command == "key" or row.initialises or row.weights == known else row.weights)
-        if row.command != "key":
+        has_model = COMMANDS[row.command].model
+        news.append(row.weights if has_model and not row.initialises and row.weights != known else "")
+        if has_model:
             last[row.name] = group[-1].weights
     return news
 
@@ -361,7 +363,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
         # By turns: others are in between.
         through = last.last - first.draw < sum(row.draws or 1 for row in group)
         draw += f"–{last.last}" if through else f" … {last.last}"
-    what = f"key {first.name}" if first.command == "key" else f"{first.command} {first.name}"
+    what = f"{first.command} {first.name}"
     mode = "" if first.mode in ("", "as written") else f" {first.mode}"
     inputs = first.inputs if first.inputs == last.inputs else f"{first.inputs} … {last.inputs}"
     keys = [f"{clean(stream)} {word}" for stream, word in first.keys.items()]

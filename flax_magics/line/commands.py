@@ -274,6 +274,12 @@ COMMANDS = {
     )
 }
 
+
+def restart_line(seed: int, *, fresh: bool) -> str:
+    """The line that starts the root key again."""
+    return f"%flax_key --seed {seed}{' --fresh' if fresh else ''}"
+
+
 MEANINGS = (
     ("%flax", "the session at a glance"),
     ("%%flaxmodel [net = Net(…)]", "runs the cell, then registers the model(s) it defined"),

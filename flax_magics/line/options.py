@@ -12,10 +12,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ..base.tokens import Unbalanced, pieces, point_at, token_end
 from ..errors import FlaxMagicsError, nearest, written
+
+if TYPE_CHECKING:
+    from ..run import DrawNumber
 
 WIDTH = 80
 _DASHES = "-–—"
@@ -349,7 +352,7 @@ class ApplyOptions:
     mutable: tuple[str, ...] = ()
     variables: Mapping[str, Any] | None = None
     key: tuple[str, ...] = ()
-    draw: int | tuple[int, int] | None = None
+    draw: DrawNumber | None = None
     draws: int | None = None
     repeat: int = 1
     eager: bool = False

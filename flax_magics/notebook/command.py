@@ -1,4 +1,7 @@
-"""What all commands do alike when they are used: help, errors that a person can read, a call read, run and reported."""
+"""What all commands do alike when they are used: help, errors that a person can read, a call read, run and reported.
+
+What a line asks for is put in the session's terms here. JAX and Flax are imported once that happens, not before.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +9,37 @@ import ast
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..base.private import is_tracing
-from ..errors import FlaxMagicsError, advice_lines, written
-from ..line.call import Assignment, CallExpression, parse_assignment, parse_call
+from ..code.library import is_module, is_module_class
+from ..errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, written
+from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
 from ..line.commands import FLAX_VARS
 from ..line.options import Command, LineOptions, read
 from .notebook import Notebook
-from .run_cell import displayed_quietly, run_statements_with_call
+from .run_cell import displayed, displayed_quietly, run_statements_with_call
 from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
-    from ..run import Run
+    from ..execution.call import Call
+    from ..run import DrawNumber, Run
 
 Namespace = dict[str, Any]
 
 
-class InNotebook(Protocol):
-    """Whose commands they are."""
-
-    @property
-    def notebook(self) -> Notebook:
-        """Where they are used."""
-
-
-def command(spec: Command) -> Callable[[Any], Any]:
-    """Gives a command its help, and errors that a person can read."""
+def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
+    """Makes a magic of a method that takes a `CommandUse`: with help, and errors that a person can read."""
     as_line, as_cell = (spec._replace(name=sign + spec.name.lstrip("%")) for sign in ("%", "%%"))
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: Callable[[Any, CommandUse], Any]) -> Any:
         @wraps(function)
-        def run(self: InNotebook, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
-            notebook = self.notebook
+        def run(self: Any, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
+            notebook: Notebook = self.notebook
             notebook.called = None
+            options = LineOptions({})
             try:
                 # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
                 options = read(
@@ -49,15 +48,16 @@ def command(spec: Command) -> Callable[[Any], Any]:
                 if options.help or (not line.strip() and cell is None and not spec.bare):
                     notebook.reporter.publish({"text/plain": spec.render_help()})
                     return None
-                before = notebook.journal.runs()
-                value = function(self, line, options, cell, notebook.shell.user_ns if local_ns is None else local_ns)
-                notebook.journal.drew(before, notebook.shell.user_global_ns)
+                runs_before = notebook.journal.runs()
+                names = notebook.shell.user_ns if local_ns is None else local_ns
+                value = function(self, CommandUse(notebook, spec, line, cell, options, names))
+                notebook.journal.drew(runs_before, notebook.shell.user_global_ns)
                 notebook.tell_of_autosave()
                 return value
             except FlaxMagicsError:
                 raise
             except Exception as error:
-                show_user_frames(error, notebook.shell, hint=_hints(error, notebook, options))
+                show_user_frames(error, notebook.shell, hint=_hints(error, notebook, options.options))
                 raise
 
         del run.__wrapped__  # IPython 7 calls by the signature that it finds behind it
@@ -67,7 +67,196 @@ def command(spec: Command) -> Callable[[Any], Any]:
     return decorate
 
 
-def _hints(error: Exception, notebook: Notebook, options: LineOptions) -> tuple[str, ...]:
+@dataclass(frozen=True, eq=False)
+class CommandUse:
+    """One use of a command. `use["train"]` is the value of an option.
+
+    Attributes:
+      line: what stands after the command's name.
+      cell: the lines below, None for a line magic.
+      read: the line, read.
+      local_ns: names of the function that the line stands in, else those of the notebook.
+    """
+
+    notebook: Notebook
+    spec: Command
+    line: str
+    cell: str | None
+    read: LineOptions
+    local_ns: Namespace
+
+    def __getitem__(self, option: str) -> Any:
+        return self.read.options[option]
+
+    @property
+    def rest(self) -> str:
+        """What stands after the options."""
+        return self.read.rest
+
+    @property
+    def user_ns(self) -> Namespace:
+        """The names of the notebook."""
+        names: Namespace = self.notebook.shell.user_ns
+        return names
+
+    def names(self) -> Namespace:
+        """All names that the line can use. Not to be held by a local: the traceback of an error would hold their arrays."""
+        return {**self.user_ns, **self.local_ns}
+
+    @property
+    def silenced(self) -> bool:
+        """Whether a `;` keeps the value of the line from being displayed."""
+        return displayed_quietly(self.notebook.shell, self.line)
+
+    def value_once(self, value: Any) -> Any:
+        """The value of a line that has shown it: None where it would be displayed once more, or a `;` keeps it back."""
+        shown = not self["quiet"] and (self.cell is not None or displayed(self.notebook.shell))
+        return None if shown or self.silenced else value
+
+    @property
+    def mode(self) -> str | None:
+        """What `--train` and `--eval` ask for."""
+        if self["train"] and self["eval"]:
+            raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
+        return "train" if self["train"] else "eval" if self["eval"] else None
+
+    def run(self, run: Callable[[CallExpression], Run]) -> Any:
+        """Runs the call of a line or of a cell, reports it, and gives its value."""
+        expression, assign = self.read_body()
+        notebook = self.notebook
+        with notebook.working("preparing") as live:
+            finished = run(expression)
+        if self["out"]:
+            self.user_ns[self["out"]] = finished
+        notebook.report(finished, live, quiet=self["quiet"])
+        if assign is not None:
+            assign(finished.output)
+            return None
+        quiet = expression.quiet if self.cell is not None else self.silenced
+        return None if quiet else finished.output
+
+    def read_body(self) -> tuple[CallExpression, Callable[[Any], None] | None]:
+        """The call of a line or of a cell, whose other statements are run; and what binds its value, in a cell."""
+        name = self.spec.name
+        if self.cell is None:
+            return parse_call(self.rest, f"{name} {self.line[: self.read.offset]}".strip()), None
+        if self.rest:
+            raise FlaxMagicsError(
+                f"%{name} takes its call from the cell's last line; `{self.rest}` stands on the first.",
+                **written(f"{name} {self.line.strip()}"),
+            )
+        return run_statements_with_call(self.notebook.shell, self.cell, self.line, f"%{name}")
+
+    def resolve(self, expression: CallExpression) -> tuple[str, Call, Any]:
+        """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
+        from ..execution.call import Call
+
+        target = expression.target
+        value: Any = self.local_ns[target] if target in self.local_ns else self.user_ns.get(target)
+        registered = self.notebook.session.module(target)
+        if registered is None:
+            raise self._unknown(expression, value)
+        args, kwargs = expression.evaluate(self.user_ns, self.local_ns)
+        call = Call(expression.method, args, kwargs, expression.call, self.notebook.number, expression.command)
+        self.notebook.called = expression
+        if value is registered:
+            return target, call, None
+        if is_module_class(value) and type(registered).__name__ == value.__name__ and type(registered) is not value:
+            # A class registered under its own name, and defined again in a cell without the magic.
+            from ..models.construction import needed_fields
+
+            value = None if needed_fields(value) else value()
+        return target, call, value if is_module(value) else None
+
+    def _unknown(self, expression: CallExpression, value: Any) -> FlaxMagicsError:
+        """The error for a name that is not registered, and stands for `value` in the namespace."""
+        from ..models.construction import adopt, modules_in, spell_construction
+
+        session, name = self.notebook.session, expression.target
+        known, names = session.models, self.names()
+        if is_module(value):
+            try:
+                adopt(value, name)
+            except FlaxMagicsError as error:
+                return error
+            return FlaxMagicsError(f"`{name}` is not registered yet.", write=f"%flaxmodel {name}")
+        if is_module_class(value):
+            message = f"`{name}` is a class, and a model is an instance of it."
+            return FlaxMagicsError(message, **written(spell_construction(value, "%flaxmodel", name)))
+        saved = session.waiting.get(name)
+        if saved is not None and value is None:
+            text = f"no model is registered as `{name}` yet: its variables from `{saved.file}` wait for it"
+            if is_module_class(names.get(saved.text.partition("(")[0])):
+                return FlaxMagicsError(f"{text}.", **written(f"%flaxmodel {name} = {saved.text}"))
+            return FlaxMagicsError(f"{text}, until the cell that defines it is run.", form=f"%flaxmodel {name} = …")
+        listed = f"registered: {', '.join(known)}" if known else "no model is registered yet"
+        hint = did_you_mean(name, known, *modules_in(names))
+        text = f"no model is called `{name}`; {listed}."
+        if value is not None:
+            text = f"`{name}` is no model but {type(value).__name__}; {listed}."
+            tree = expression.tree
+            calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and root_name(node) in known]
+            if calls:  # `jnp.sum(net(x))`
+                return FlaxMagicsError(text, **written(values_first(expression.text, tree, expression.command, calls)))
+        return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")
+
+    def draw(self) -> DrawNumber | None:
+        """The draw that `--draw` names."""
+        text = self["draw"]
+        if text is None:
+            return None
+        sign = "%" if self.cell is None else "%%"
+        typed = f"{sign}{self.spec.name.lstrip('%')} {self.line}".strip()
+        return self.draw_of(text, re.sub(rf"(--draw[\s=]+){re.escape(text)}", r"\1{}", typed, count=1))
+
+    def draw_of(self, text: str, line: str) -> DrawNumber:
+        """A number, `last`, `seed:N`, or the name of a Run, as `Session.apply` takes it.
+
+        Args:
+          line: the whole one, `{}` in the place of `text`.
+        """
+        from ..run import Run
+
+        session = self.notebook.session
+        seed, colon, number = text.rpartition(":")
+        if number.isdigit() and (not colon or seed.lstrip("-").isdigit()):
+            return (int(seed), int(number)) if colon else int(number)
+        if text == "last":
+            return session.draws
+        run = self.local_ns.get(text, self.user_ns.get(text))
+        if isinstance(run, Run):
+            return run.seed, run.draw
+        choices = [
+            "last",
+            *(name for name, value in self.names().items() if isinstance(value, Run)),
+        ]
+        taker = "%flax_replay" if line.startswith("%flax_replay") else "--draw"
+        near = next(iter(nearest(text, choices)), "last")
+        raise FlaxMagicsError(
+            f"{taker} takes a number, last, seed:N or the name of a Run, not `{text}`.",
+            hint=did_you_mean(text, choices),
+            **(written(line.replace("{}", near)) if session.draws else {}),
+        )
+
+    def replay_of(self) -> DrawNumber | str | Run:
+        """What `%flax_replay` is of, as `Session.replay` takes it: of the name of a Run it is that run itself.
+
+        Raises:
+          FlaxMagicsError: nothing has been drawn, or the line names none of these.
+        """
+        from ..run import Run
+
+        text = self.rest
+        value = self.local_ns.get(text, self.user_ns.get(text))
+        if text != "last" and isinstance(value, Run):
+            return value
+        if not len(self.notebook.session):
+            message = "nothing has been drawn in this session that could be run again."
+            raise FlaxMagicsError(message, form="%flax_apply …")
+        return text if text == "last" else self.draw_of(text, f"%flax_replay {self.line[: self.read.offset]}{{}}")
+
+
+def _hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tuple[str, ...]:
     """What to add to an error of the model's own."""
     from ..compile.trace import is_tracer_error
 
@@ -79,20 +268,33 @@ def _hints(error: Exception, notebook: Notebook, options: LineOptions) -> tuple[
         return (f"{said}; op by op it can", *advice_lines(f"{called.command} --eager {called.call}"))
     unset = re.search(r'"(\w+)" must be passed to the constructor or at call time', str(error))
     if isinstance(error, ValueError) and unset is not None and called is not None:
-        mode = options.options.get("train") or options.options.get("eval")
-        return notebook.asked.of_unset(unset[1], called, notebook.session, bool(mode))  # type: ignore[no-any-return]
+        mode = options.get("train") or options.get("eval")
+        return _of_unset(unset[1], called, notebook.session.module(called.target), has_mode=bool(mode))
     lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
     if lacking is not None:
         return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
     return ()
 
 
-def mode_of(options: LineOptions) -> str | None:
-    """What `--train` and `--eval` ask for."""
-    train, evaluation = options.options["train"], options.options["eval"]
-    if train and evaluation:
-        raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
-    return "train" if train else "eval" if evaluation else None
+def _of_unset(parameter: str, expression: CallExpression, module: Any, *, has_mode: bool) -> tuple[str, ...]:
+    """What to say where a layer of the model has no value for `parameter`: the option that sets it, or an edit.
+
+    `--train` and `--eval` set what stands for the call or for the model itself, and not what the model keeps to itself.
+    """
+    from ..models.construction import adopt
+    from ..models.switch import call_switches, following
+
+    model = adopt(module, expression.target)
+    signature = model.signature(expression.method)
+    in_call = call_switches(signature)
+    standing = {setting.partition("=")[0] for setting in model.fields_as_written()}
+    fields = {setting.partition("=")[0] for setting in model.fields_in_mode(True, fixed=frozenset())[1]}
+    if not has_mode and (fields - standing or any(signature.parameters[name].default is None for name in in_call)):
+        lines = "\n".join(f"{expression.command} {option} {expression.call}" for option in ("--train", "--eval"))
+        return ("it is the model's own switch, and has no value as written", *advice_lines(lines))
+    switch = next(iter((*in_call, *(f"self.{name}" for name in sorted(fields)))), "")
+    edit = following(parameter, switch, "".join(expression.method[-1:]))
+    return (f"`{parameter}` has no value, and no switch of the model's sets it", *advice_lines(edit=edit))
 
 
 def parse_variables(text: str) -> Assignment:
@@ -121,41 +323,3 @@ def with_package(user_ns: Namespace, local_ns: Namespace) -> Namespace:
     if "flax_magics" not in user_ns:
         names.setdefault("flax_magics", sys.modules["flax_magics"])
     return names
-
-
-def run_call(
-    notebook: Notebook,
-    spec: Command,
-    line: str,
-    options: LineOptions,
-    cell: str | None,
-    run: Callable[[CallExpression], Run],
-) -> Any:
-    """A command that takes a call, as a line or as a cell: runs it, reports it, gives its value."""
-    parsed, assign = read_body(notebook, spec, line, options, cell)
-    with notebook.working("preparing") as live:
-        done = run(parsed)
-    name = options.options["out"]
-    if name:
-        notebook.shell.user_ns[name] = done
-    notebook.report(done, live, quiet=options.options["quiet"])
-    if assign is not None:
-        assign(done.output)
-        return None
-    quiet = parsed.quiet if cell is not None else displayed_quietly(notebook.shell, line)
-    return None if quiet else done.output
-
-
-def read_body(
-    notebook: Notebook, spec: Command, line: str, options: LineOptions, cell: str | None
-) -> tuple[CallExpression, Callable[[Any], None] | None]:
-    """The call of a line or of a cell, whose other statements are run; and what binds its value, in a cell."""
-    if cell is None:
-        return parse_call(options.rest, f"{spec.name} {line[: options.offset]}".strip()), None
-    if options.rest:
-        raise FlaxMagicsError(
-            f"%{spec.name} takes its call from the cell's last line; `{options.rest}` stands on the first.",
-            **written(f"{spec.name} {line.strip()}"),
-        )
-    body = run_statements_with_call(notebook.shell, cell, line, f"%{spec.name}")
-    return body.call, body.assign

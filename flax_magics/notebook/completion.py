@@ -15,7 +15,7 @@ from ..line.commands import COMMANDS
 from ..line.options import Command, Option
 
 if TYPE_CHECKING:
-    from ..state.models import ModelNames
+    from ..state.handles import ModelNames
 
 _COMMAND = re.compile(r"\s*(?:[^%#]*=\s*)?(?P<name>%{1,2}flax\w*)\s+(?P<rest>.*)", re.DOTALL)
 _PATH = re.compile(r"[^\W\d]\w*(\.\w*)*")
@@ -31,24 +31,24 @@ def completions(line: str, text: str, commands: Mapping[str, Command], models: M
       commands: by name, `%` signs included.
       models: the registered ones, by name.
     """
-    found = _COMMAND.fullmatch(line)
-    if found is None:
+    line_match = _COMMAND.fullmatch(line)
+    if line_match is None:
         return []
-    name, rest = found["name"], found["rest"]
+    name, rest = line_match["name"], line_match["rest"]
     bare = name.lstrip("%")
     command = commands.get(name) or commands.get(f"%{bare}") or commands.get(f"%%{bare}")
     if command is None:
         return []
-    given, position, waiting = _options_before(command, rest)
+    complete_options, position, waiting = _options_before(command, rest)
     if waiting is not None:
         return files(rest[position:], text) if waiting.metavar == "FILE" else []
     rest = rest[position:]
     if command.takes == "file" and not rest.startswith("-"):
-        return [*files(rest, text), *(_options(command, "--", given) if not rest else ())]
+        return [*files(rest, text), *(_options(command, "--", complete_options) if not rest else ())]
     if rest.startswith("-"):
-        return _options(command, rest, given)
+        return _options(command, rest, complete_options)
     if not rest:
-        return [*_targets(command, "", models), *_options(command, "--", given)]
+        return [*_targets(command, "", models), *_options(command, "--", complete_options)]
     if _PATH.fullmatch(rest):
         return _attributes(rest, text, models) if "." in rest else _targets(command, rest, models)
     return _arguments(rest, text, models) if command.takes == "call" else []
@@ -100,20 +100,20 @@ def files(start: str, text: str, most: int = 200) -> list[str]:
     start, text = start.lstrip("'\""), text.lstrip("'\"")
     folder, _, name = start.rpartition("/")
     where = os.path.expanduser(folder + "/" if "/" in start else ".")
-    found = []
+    names = []
     try:
         with os.scandir(where) as entries:
             for entry in entries:
                 if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
-                    found.append(entry.name + ("/" if entry.is_dir() else ""))
+                    names.append(entry.name + ("/" if entry.is_dir() else ""))
     except OSError:
         return []
-    found.sort(key=lambda one: (not one.endswith(".safetensors"), not one.endswith("/"), one))
+    names.sort(key=lambda one: (not one.endswith(".safetensors"), not one.endswith("/"), one))
     over = len(name) - len(text)  # what is typed may be cut at a bracket, or have a folder before it
     return (
-        [one[over:] if over > 0 else text[: len(text) - len(name)] + one for one in found[:most]]
+        [one[over:] if over > 0 else text[: len(text) - len(name)] + one for one in names[:most]]
         if text
-        else found[:most]
+        else names[:most]
     )
 
 
@@ -133,9 +133,9 @@ def _attributes(path: str, text: str, models: Mapping[str, ModelNames]) -> list[
     model = models.get(owner)
     if model is None:
         return []
-    before = text[: len(text) - len(start)]
+    path_start = text[: len(text) - len(start)]
     names = [name for name in (*model.methods, *model.fields) if name != "__call__"]
-    return [before + name for name in dict.fromkeys(names) if name.startswith(start)]
+    return [path_start + name for name in dict.fromkeys(names) if name.startswith(start)]
 
 
 def _arguments(rest: str, text: str, models: Mapping[str, ModelNames]) -> list[str]:
@@ -196,10 +196,10 @@ class Matcher:
 
         line = self.shell.Completer.text_until_cursor
         token = re.split(r"[\s`!@#$^&*()=+\[{\]}\\|;:'\",<>?]", line)[-1]
-        found = self.flax_matches(token)
-        only = bool(found) and not found[0].endswith("=")
+        matches = self.flax_matches(token)
+        only = bool(matches) and not matches[0].endswith("=")
         return {
-            "completions": [SimpleCompletion(text=name, type="magic") for name in found],
+            "completions": [SimpleCompletion(text=name, type="magic") for name in matches],
             "suppress": only,
             "matched_fragment": token,
         }
@@ -208,7 +208,7 @@ class Matcher:
 
     @property
     def hook(self) -> Callable[[Any], Any]:
-        """The one of the two that this IPython takes."""
+        """The matcher that this version of IPython takes."""
         from IPython.core import completer
 
         return self.flax_matcher if hasattr(completer, "SimpleCompletion") else self.flax_matches

@@ -11,9 +11,19 @@ from ..cells.journal import in_notebook
 from ..code.library import library
 from .completion import Matcher, install, uninstall
 from .magics import FlaxMagics
+from .notebook import Notebook
 from .run_cell import line_magic_transformer
 
 _loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher, Preload]] = weakref.WeakKeyDictionary()
+
+
+def _hooks(notebook: Notebook) -> tuple[tuple[str, Callable[[Any], None]], ...]:
+    """The shell's events and what is called at each, in order."""
+    return (
+        ("pre_run_cell", notebook.begin_cell),
+        ("post_run_cell", notebook.journal.end),
+        ("post_run_cell", notebook.end_cell),
+    )
 
 
 def load(shell: Any) -> None:
@@ -23,14 +33,14 @@ def load(shell: Any) -> None:
     magics = FlaxMagics(shell=shell, parent=shell)  # adds itself to the shell's configurables, for %config
     shell.register_magics(magics)
     shell.input_transformers_cleanup.append(line_magic_transformer)
-    matcher = Matcher(shell, magics.model_names)
+    notebook = magics.notebook
+    matcher = Matcher(shell, notebook.model_names)
     install(shell, matcher)
-    shell.events.register("pre_run_cell", magics.begin_cell)
-    shell.events.register("post_run_cell", magics.journal.end)
-    shell.events.register("post_run_cell", magics.end_cell)
+    for event, hook in _hooks(notebook):
+        shell.events.register(event, hook)
     library.in_cells(True)
-    in_notebook(magics.executed, magics.cell_number)
-    preload = Preload(shell.events, magics.notebook.prepare)
+    in_notebook(notebook.executed, lambda: notebook.number)
+    preload = Preload(shell.events, notebook.prepare)
     preload.begin()
     _loaded[shell] = magics, matcher, preload
 
@@ -41,11 +51,10 @@ def unload(shell: Any) -> None:
         return
     magics, matcher, preload = _loaded.pop(shell)
     preload.stop()
-    shell.events.unregister("pre_run_cell", magics.begin_cell)
+    for event, hook in _hooks(magics.notebook):
+        shell.events.unregister(event, hook)
     library.in_cells(False)
     in_notebook(None)
-    shell.events.unregister("post_run_cell", magics.journal.end)
-    shell.events.unregister("post_run_cell", magics.end_cell)
     uninstall(shell, matcher)
     transformers = shell.input_transformers_cleanup
     if line_magic_transformer in transformers:
@@ -106,7 +115,8 @@ def _import() -> None:
     from ..compile import disk_cache  # noqa: F401
     from ..models import linen  # noqa: F401
     from ..report import html, live  # noqa: F401
-    from . import model_cell, request, weight_names  # noqa: F401
+    from ..state import weight_names  # noqa: F401
+    from . import model_cell  # noqa: F401
 
     if "flax.nnx" in sys.modules:
         from ..models import nnx  # noqa: F401

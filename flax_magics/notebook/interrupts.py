@@ -41,7 +41,7 @@ class InterruptGuard:
         self._hook: Any = None
 
     def begin(self) -> None:
-        """Takes Python's own handler's place."""
+        """Replaces Python's own handler of SIGINT, if that is the one in place. Does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
         if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
@@ -51,7 +51,7 @@ class InterruptGuard:
             _signal.signal(_signal.SIGINT, self._ours)
 
     def end(self, error: BaseException | None) -> KeyboardInterrupt | None:
-        """Gives the place back.
+        """Puts Python's own handler back.
 
         Args:
           error: what the command ends with.
@@ -97,7 +97,7 @@ class InterruptGuard:
                 _thread.interrupt_main()
 
     def _unraisable(self, lost: Any) -> None:
-        """Python says what it drops. What strikes again is not told of."""
+        """Keeps Python from printing an interrupt that it dropped, where that one is raised again."""
         if self._struck is None or lost.exc_value is not self._struck:
             self._hook(lost)
 

@@ -5,7 +5,7 @@ Nothing here imports JAX or Flax before a command is used.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
@@ -28,14 +28,16 @@ from ..line.commands import (
     FLAX_VARS,
     FLAXMODEL,
     KINDS,
+    restart_line,
 )
-from ..line.options import LineOptions, file_name, quoted, unquoted
-from .command import Namespace, command, mode_of, parse_variables, read_body, run_call, with_package
-from .notebook import Notebook, existing
-from .run_cell import assigned_to, displayed, displayed_quietly, run_body
+from ..line.options import ApplyOptions, file_name, quoted, unquoted
+from .command import CommandUse, command, parse_variables, with_package
+from .notebook import Notebook, Settings, existing
+from .run_cell import assigned_to, run_body
 
 if TYPE_CHECKING:
     from .._session import Session
+    from ..report.text import Notice
     from ..run import Note, Run
 
 
@@ -73,12 +75,10 @@ class FlaxMagics(Magics):
 
     def __init__(self, shell: Any, **kwargs: Any) -> None:
         self._ready = False
-        self.notebook = Notebook(shell, self)
-        self.reporter, self.journal = self.notebook.reporter, self.notebook.journal
-        # What `extension.py` hooks into the shell.
-        self.begin_cell, self.end_cell = self.notebook.begin_cell, self.notebook.end_cell
-        self.executed, self.model_names = self.notebook.executed, self.notebook.model_names
-        self.cell_number = lambda: self.notebook.number
+        self.notebook = Notebook(
+            shell,
+            lambda: Settings(self.seed, self.report, self.style, self.notes, self.disk_cache, self.replay_bytes),
+        )
         super().__init__(shell=shell, **kwargs)
         self._ready = True
 
@@ -97,23 +97,17 @@ class FlaxMagics(Magics):
             )
         return seed
 
-    @observe("seed")
-    def _start_from(self, change: Any) -> None:
+    @observe("seed", "disk_cache", "replay_bytes")
+    def _tell_session(self, change: Any) -> None:
         session = existing()
-        if session is not None and not session.draws:
-            session.restart(change["new"])
-
-    @observe("disk_cache")
-    def _keep_on_disk(self, change: Any) -> None:
-        session = existing()
-        if session is not None:
-            session.keep_on_disk(change["new"])
-
-    @observe("replay_bytes")
-    def _keep_for_replays(self, change: Any) -> None:
-        session = existing()
-        if session is not None:
+        if session is None:
+            return
+        if change["name"] == "disk_cache":
+            session.programs.compiler.keep_on_disk(change["new"])
+        elif change["name"] == "replay_bytes":
             session.replay_bytes = change["new"]
+        elif not session.draws:
+            session.restart(change["new"])
 
     @validate("notes")
     def _check_notes(self, proposal: Any) -> dict[str, bool]:
@@ -134,161 +128,157 @@ class FlaxMagics(Magics):
 
     # -- commands
 
+    def publish(self, bundle: Mapping[str, Any], use: CommandUse | None = None) -> None:
+        """Shows a MIME bundle, but for a command that is quiet."""
+        if use is None or not use["quiet"]:
+            self.notebook.reporter.publish(bundle)
+
+    def tell(self, notice: Notice, use: CommandUse) -> None:
+        """Shows a line of news, but for a command that is quiet."""
+        from ..report.html import notice_bundle
+
+        self.publish(notice_bundle(notice, self.style), use)
+
     @line_magic
     @no_var_expand
     @command(FLAX)
-    def flax(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> None:
+    def flax(self, use: CommandUse) -> None:
         """`%flax`"""
         from .status import status, status_bundle
 
-        if options.rest:
-            raise FlaxMagicsError(f"%flax takes nothing after it, and `{options.rest}` stands there.", write="%flax")
-        self.reporter.publish(status_bundle(status(self.session, self.notebook.reruns()), self.style))
+        if use.rest:
+            raise FlaxMagicsError(f"%flax takes nothing after it, and `{use.rest}` stands there.", write="%flax")
+        self.publish(status_bundle(status(self.session, self.notebook.reruns()), self.style))
 
     @line_cell_magic
     @no_var_expand
     @needs_local_scope
     @command(FLAXMODEL)
-    def flaxmodel(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> None:
+    def flaxmodel(self, use: CommandUse) -> None:
         """`%%flaxmodel [net = Net(…)]` and `%flaxmodel net [= Net(…)]`"""
         from ..report.html import registered_bundle
         from . import model_cell
 
-        if cell is None:
-            found = model_cell.from_line(options.rest, self.shell.user_ns, local_ns)
+        if use.cell is None:
+            modules = model_cell.from_line(use)
         else:
-            model_cell.read_line(options.rest)  # a mistake there is told before anything runs
-            before = dict(self.shell.user_ns)
-            body = run_body(self.shell, cell, line)
-            found = model_cell.from_cell(options.rest, self.shell.user_ns, body.names, before)
+            model_cell.read_line(use.rest)  # a mistake there is told before anything runs
+            names_before = dict(use.user_ns)
+            assigned = run_body(self.shell, use.cell, use.line)
+            modules = model_cell.from_cell(use, assigned, names_before)
         with self.notebook.working("registering") as live:
-            rows = model_cell.check(found, options.options["check"], self.session, self.shell.user_ns, local_ns)
-            registered = model_cell.register(found, self.session, self.shell.user_ns, rows, self.notebook.number)
-            self.journal.registered(registered)
-        live.show({} if options.options["quiet"] else registered_bundle(registered, self.style))
+            registered = model_cell.register(modules, use, model_cell.check(modules, use))
+            self.notebook.journal.registered(registered)
+        live.show({} if use["quiet"] else registered_bundle(registered, self.style))
 
     @line_cell_magic
     @no_var_expand
     @needs_local_scope
     @command(FLAX_INIT)
-    def flax_init(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> Any:
+    def flax_init(self, use: CommandUse) -> Any:
         """`%flax_init net(x)`"""
 
-        def run(parsed: CallExpression) -> Run:
-            name, call, module = self.notebook.read_call(parsed, local_ns)
-            typed = f"{'%' if cell is None else '%%'}flax_init {line}"
-            draw = self.notebook.draw(options.options["draw"], local_ns, typed)
-            init_run = self.session.run_init(name, call, draw=draw, module=module)
-            if cell is None:
+        def run(expression: CallExpression) -> Run:
+            name, call, module = use.resolve(expression)
+            init_run = self.session.run_init(name, call, draw=use.draw(), module=module)
+            if use.cell is None:
                 self.notebook.holds_weights(name, assigned_to(self.shell))
             return init_run
 
-        return run_call(self.notebook, FLAX_INIT, line, options, cell, run)
+        return use.run(run)
 
     @line_cell_magic
     @no_var_expand
     @needs_local_scope
     @command(FLAX_APPLY)
-    def flax_apply(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> Any:
+    def flax_apply(self, use: CommandUse) -> Any:
         """`%flax_apply net(x)`"""
-        given = options.options
-        mode = mode_of(options)
+        mode = use.mode
 
-        def run(parsed: CallExpression) -> Run:
-            name, call, module = self.notebook.read_call(parsed, local_ns)
-            typed = f"{'%' if cell is None else '%%'}flax_apply {line}"
-            chosen = self.notebook.asked.options(
-                mode,
-                given["mutable"],
-                given["key"],
-                self.notebook.draw(options.options["draw"], local_ns, typed),
-                given["draws"],
-                given["repeat"] or 1,
-                given["eager"],
-                given["roofline"],
+        def run(expression: CallExpression) -> Run:
+            name, call, module = use.resolve(expression)
+            options = ApplyOptions(
+                mode=mode,
+                mutable=use["mutable"],
+                key=use["key"],
+                draw=use.draw(),
+                draws=use["draws"],
+                repeat=use["repeat"] or 1,
+                eager=use["eager"],
+                roofline=use["roofline"],
+                variables=None
+                if use["variables"] is None
+                else parse_expression(use["variables"], "--variables").evaluate(use.user_ns, use.local_ns),
             )
-            if given["variables"] is not None:
-                expression = parse_expression(given["variables"], "--variables")
-                chosen = replace(chosen, variables=expression.evaluate(self.shell.user_ns, local_ns))
-            notes = self.notebook.weight_notes(name) if chosen.variables is None else ()
-            return self.session.run_apply(name, call, chosen, module=module, notes=notes)
+            notes = self.notebook.weight_notes(name) if options.variables is None else ()
+            return self.session.run_apply(name, call, options, module=module, notes=notes)
 
-        return run_call(self.notebook, FLAX_APPLY, line, options, cell, run)
+        return use.run(run)
 
     @line_cell_magic
     @no_var_expand
     @needs_local_scope
     @command(FLAX_SUMMARY)
-    def flax_summary(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> Any:
+    def flax_summary(self, use: CommandUse) -> Any:
         """`%flax_summary net(x)`"""
         from ..summary.view import summary_bundle, tree_bundle
 
-        given, mode = options.options, mode_of(options)
-        bare = options.rest.rstrip("; ") if cell is None and options.rest.rstrip("; ").isidentifier() else None
-        parsed, assign = (
-            read_body(self.notebook, FLAX_SUMMARY, line, options, cell)
-            if bare is None
-            else (parse_call(f"{bare}()", "%flax_summary"), None)
-        )
-        name, call, module = self.notebook.read_call(parsed, local_ns)
+        mode, target = use.mode, use.rest.rstrip("; ")
+        bare = use.cell is None and target.isidentifier()
+        expression, assign = (parse_call(f"{target}()", "%flax_summary"), None) if bare else use.read_body()
+        name, call, module = use.resolve(expression)
         with self.notebook.working("summarising") as live:
             summary = self.session.run_summary(
-                name, call if bare is None else None, mode, backward=given["backward"], module=module
+                name, None if bare else call, mode, backward=use["backward"], module=module
             )
-            tree = tree_bundle(name, self.session.variables(name, module), self.style) if given["tree"] else {}
-        quiet = given["quiet"]
-        live.show({} if quiet else summary_bundle(summary, given["depth"], self.style))
-        self.reporter.publish({} if quiet else tree)
+            tree = tree_bundle(name, self.session.variables(name, module), self.style) if use["tree"] else {}
+        live.show({} if use["quiet"] else summary_bundle(summary, use["depth"], self.style))
+        self.publish(tree, use)
         if assign is not None:
             assign(summary)
             return None
-        shown = not quiet and (cell is not None or displayed(self.shell))  # once is enough
-        return None if shown or parsed.quiet or displayed_quietly(self.shell, line) else summary
+        return None if expression.quiet else use.value_once(summary)
 
     @line_magic
     @no_var_expand
     @command(FLAX_KEY)
-    def flax_key(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> Any:
+    def flax_key(self, use: CommandUse) -> Any:
         """`%flax_key [--seed N [--fresh] | NAME]`"""
-        from ..report.html import notice_bundle
         from .status import key_bundle, key_card, restarted
 
-        seed, fresh, quiet = (options.options[name] for name in ("seed", "fresh", "quiet"))
-        name = options.rest
+        seed, fresh, name = use["seed"], use["fresh"], use.rest
         if seed is not None:
             if name:
-                restart = f"%flax_key --seed {seed}{' --fresh' if fresh else ''}"
                 raise FlaxMagicsError(
                     f"%flax_key restarts with --seed or draws `{name}`, not both in one line.",
-                    write=f"{restart}\n%flax_key {plain_name(name, 'latent')}",
+                    write=f"{restart_line(seed, fresh=fresh)}\n%flax_key {plain_name(name, 'latent')}",
                 )
             notice = restarted(self.session.restart(seed, fresh=fresh))
-            self.journal.restarted(fresh=fresh)
-            self.reporter.publish({} if quiet else notice_bundle(notice, self.style))
+            self.notebook.journal.restarted(fresh=fresh)
+            self.tell(notice, use)
             return None
         if fresh:
-            raise FlaxMagicsError("--fresh goes with --seed.", write=f"%flax_key --seed {self.session.seed} --fresh")
+            raise FlaxMagicsError("--fresh goes with --seed.", write=restart_line(self.session.seed, fresh=True))
         if not name:
-            self.reporter.publish(key_bundle(key_card(self.session), self.style))
+            self.publish(key_bundle(key_card(self.session), self.style))
             return None
         with self.notebook.working("drawing") as live:
             run = self.session.run_key(name, cell=self.notebook.number)
-        self.notebook.report(run, live, quiet=quiet)
-        return None if displayed_quietly(self.shell, line) else run.output
+        self.notebook.report(run, live, quiet=use["quiet"])
+        return None if use.silenced else run.output
 
     @line_magic
     @no_var_expand
     @needs_local_scope
     @command(FLAX_VARS)
-    def flax_vars(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> Any:
+    def flax_vars(self, use: CommandUse) -> Any:
         """`%flax_vars net [= EXPR]`"""
-        from ..report.html import notice_bundle
         from ..state.weights import Written
         from .status import variables
 
-        name, expression = parse_variables(options.rest)
-        name, _, module = self.notebook.read_call(parse_call(f"{name}()"), local_ns)
-        quiet, value = options.options["quiet"], None
+        name, expression = parse_variables(use.rest)
+        name, _, module = use.resolve(parse_call(f"{name}()"))
+        value = None
         notes: tuple[Note, ...] = ()
         if expression is None:
             value = self.session.variables(name, module)
@@ -298,106 +288,100 @@ class FlaxMagics(Magics):
                     form=f"%flax_init {name}(…)",
                 )
         else:
-            given = expression.evaluate(self.shell.user_ns, with_package(self.shell.user_ns, local_ns))
+            weights = expression.evaluate(use.user_ns, with_package(use.user_ns, use.local_ns))
             written = Written(f"%flax_vars {name} = {{}}", expression.source)
-            notes = self.session.assign(name, given, module=module, written=written)
+            notes = self.session.assign(name, weights, module=module, written=written)
             self.notebook.has_set_weights(name)
-        self.reporter.publish({} if quiet else notice_bundle(variables(self.session, name, notes), self.style))
-        return None if displayed_quietly(self.shell, line) else value
+        self.tell(variables(self.session, name, notes), use)
+        return None if use.silenced else value
 
     @line_magic
     @no_var_expand
     @command(FLAX_EXPORT)
-    def flax_export(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> None:
+    def flax_export(self, use: CommandUse) -> None:
         """`%flax_export [FILE]`"""
         from ..export.file import notice, script_bundle, write
-        from ..report.html import notice_bundle
 
-        given, shell = options.options, self.shell
-        name = unquoted(options.rest).strip()
-        if name and given["cell"]:
-            plain = " --plain" if given["plain"] else ""
+        name = unquoted(use.rest).strip()
+        if name and use["cell"]:
+            plain = " --plain" if use["plain"] else ""
             raise FlaxMagicsError(
                 "--cell is instead of a file: leave one of them out.", write=f"%flax_export{plain} --cell"
             )
-        script = self.session.run_export(self.notebook.executed(), plain=given["plain"])
+        script = self.session.run_export(self.notebook.executed(), plain=use["plain"])
         if name:
-            path, replaced = write(name, script.text, force=given["force"])
-            self.reporter.publish({} if given["quiet"] else notice_bundle(notice(script, path, replaced), self.style))
-        elif given["cell"]:
-            shell.set_next_input(script.text)
+            path, replaced = write(name, script.text, force=use["force"])
+            self.tell(notice(script, path, replaced), use)
+        elif use["cell"]:
+            self.shell.set_next_input(script.text)
         else:
-            self.reporter.publish(script_bundle(script.text, self.style))
+            self.publish(script_bundle(script.text, self.style))
 
     @line_magic
     @no_var_expand
     @command(FLAX_HISTORY)
-    def flax_history(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> None:
+    def flax_history(self, use: CommandUse) -> None:
         """`%flax_history`"""
         from ..history.table import history_bundle
 
         marks = dict(mark for rerun in self.notebook.reruns() for mark in rerun.marks())
-        given = options.options
-        found = self.session.history(last=given["last"], model=options.rest or None, cells=marks)
-        self.reporter.publish(history_bundle(found, given["all"], self.style))
+        history = self.session.history(last=use["last"], model=use.rest or None, cells=marks)
+        self.publish(history_bundle(history, use["all"], self.style))
 
     @line_magic
     @no_var_expand
     @needs_local_scope
     @command(FLAX_REPLAY)
-    def flax_replay(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> Any:
+    def flax_replay(self, use: CommandUse) -> Any:
         """`%flax_replay N`"""
         from ..history.table import replay_bundle
 
-        open_line = f"%flax_replay {line[: options.offset]}{{}}"
-        draw = self.notebook.asked.replay_of(options.rest, self.session, self.shell.user_ns, local_ns, open_line)
+        draw = use.replay_of()
         with self.notebook.working("preparing") as live:
             runs = self.session.run_replay(draw)
-        given = options.options
-        if given["out"]:
-            self.shell.user_ns[given["out"]] = runs[-1]
-        live.show({} if given["quiet"] else replay_bundle(runs[0], self.style))
+        if use["out"]:
+            use.user_ns[use["out"]] = runs[-1]
+        live.show({} if use["quiet"] else replay_bundle(runs[0], self.style))
         for run in runs[1:]:
-            self.reporter.publish({} if given["quiet"] else replay_bundle(run, self.style))
-        shown = not given["quiet"] and displayed(self.shell)  # once is enough
-        return None if shown or displayed_quietly(self.shell, line) else runs[-1]
+            self.publish(replay_bundle(run, self.style), use)
+        return use.value_once(runs[-1])
 
     @line_magic
     @no_var_expand
     @command(FLAX_SAVE)
-    def flax_save(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> None:
+    def flax_save(self, use: CommandUse) -> None:
         """`%flax_save [--autosave] FILE`"""
         from ..report.html import notice_bundle
         from ..snapshot.view import autosave_ended, saved
 
-        autosave, quiet = options.options["autosave"], options.options["quiet"]
-        if autosave is not None and options.rest:
+        autosave = use["autosave"]
+        if autosave is not None and use.rest:
             raise FlaxMagicsError(
-                f"--autosave takes its own file, and `{options.rest}` stands after it.",
-                write=f"%flax_save {options.rest}\n%flax_save --autosave {quoted(autosave)}",
+                f"--autosave takes its own file, and `{use.rest}` stands after it.",
+                write=f"%flax_save {use.rest}\n%flax_save --autosave {quoted(autosave)}",
             )
         with self.notebook.working("saving") as live:
             if autosave is None:
-                notice = saved(self.session.save(file_name(options.rest, FLAX_SAVE)))
+                notice = saved(self.session.save(file_name(use.rest, FLAX_SAVE)))
             else:
-                before = self.session.autosaving
-                done = self.session.autosave(None if autosave == "off" else autosave)
-                notice = autosave_ended(before) if done is None else saved(done, autosaving=True)
-        live.show({} if quiet else notice_bundle(notice, self.style))
+                autosaving_before = self.session.autosaving
+                first = self.session.autosave(None if autosave == "off" else autosave)
+                notice = autosave_ended(autosaving_before) if first is None else saved(first, autosaving=True)
+        live.show({} if use["quiet"] else notice_bundle(notice, self.style))
 
     @line_magic
     @no_var_expand
     @command(FLAX_LOAD)
-    def flax_load(self, line: str, options: LineOptions, cell: str | None, local_ns: Namespace) -> None:
+    def flax_load(self, use: CommandUse) -> None:
         """`%flax_load FILE`"""
         from ..snapshot.view import loaded, loaded_bundle
 
         with self.notebook.working("loading") as live:
-            file = file_name(options.rest, FLAX_LOAD)
+            file = file_name(use.rest, FLAX_LOAD)
             restored = self.session.load(file)
-            self.journal.loaded(load_of(file, restored))
-            found = loaded(restored, quiet=options.options["quiet"])
-        live.show(loaded_bundle(found, self.style))
+            self.notebook.journal.loaded(load_of(file, restored))
+            summary = loaded(restored, quiet=use["quiet"])
+        live.show(loaded_bundle(summary, self.style))
 
 
 for _names in FlaxMagics.magics.values():

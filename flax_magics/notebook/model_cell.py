@@ -6,9 +6,8 @@ import ast
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .._session import Session
 from ..cells.journal import Registered
 from ..code.fingerprint import fingerprint
 from ..code.library import is_module, is_module_class
@@ -18,14 +17,21 @@ from ..line.expression import Expression, segment
 from ..models.arguments import constructor
 from ..models.construction import Construction, adopt, modules_in, needed_fields, spell_construction, takes_rngs
 
+if TYPE_CHECKING:
+    from .command import CommandUse
+
 Namespace = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Found:
-    """Modules to register by name; names to bind once that has worked; names that the cell bound anew, as they were.
+    """What a cell or a line registers.
 
-    A Construction stands for an NNX module that the session is to build. `anew` are names that stood for nothing before.
+    Attributes:
+      modules: name → module, or the Construction of an NNX module that the session is to build.
+      bind: name → value to bind once all are registered.
+      before: names that the cell bound anew → what they stood for.
+      anew: names of models that stood for nothing before.
     """
 
     modules: Mapping[str, Any]
@@ -34,11 +40,11 @@ class Found:
     anew: frozenset[str] = frozenset()
 
 
-def from_line(text: str, user_ns: Namespace, local_ns: Namespace) -> Found:
+def from_line(use: CommandUse) -> Found:
     """`net = Net(3)`, or `net` for what is in the namespace already."""
-    name, expression = parse_assignment(text)
+    name, expression = parse_assignment(use.rest)
     if expression is not None:
-        value = build(expression, user_ns, local_ns)
+        value = build(expression, use.user_ns, use.local_ns)
         if is_module_class(value):
             spelled = segment(expression.text, expression.tree)
             line = spell_construction(value, "%flaxmodel", spelled, name)
@@ -46,14 +52,13 @@ def from_line(text: str, user_ns: Namespace, local_ns: Namespace) -> Found:
         if not isinstance(value, Construction):
             adopt(value, name)
         return Found({name: value}, {name: value})
-    names = {**user_ns, **local_ns}
-    if name not in names:
-        modules = modules_in(names)
+    if name not in use.local_ns and name not in use.user_ns:
+        modules = modules_in(use.names())
         hint = did_you_mean(name, *modules)
         near = nearest(name, modules[0], 1)
         line = f"%flaxmodel {near[0]}" if near else f"%flaxmodel {name} = …"
         raise FlaxMagicsError(f"name '{name}' is not defined.", hint=hint, **written(line))
-    value = names[name]
+    value = use.local_ns[name] if name in use.local_ns else use.user_ns[name]
     return Found({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
 
 
@@ -62,23 +67,21 @@ def read_line(text: str) -> Assignment | None:
     return parse_assignment(text, "%%flaxmodel") if text else None
 
 
-def from_cell(text: str, user_ns: Namespace, assigned: Iterable[str], before: Mapping[str, Any]) -> Found:
+def from_cell(use: CommandUse, assigned: Iterable[str], before: Mapping[str, Any]) -> Found:
     """The cell's own instances, and the assignment on its line; with neither, the last module class of the cell.
 
     Args:
-      text: what stands on the magic's line, options taken off.
       assigned: names that the cell's body assigned at top level, in order.
       before: the namespace as it was.
     """
-    assigned = list(assigned)
-    values = {name: user_ns[name] for name in assigned if name in user_ns}
+    values = {name: use.user_ns[name] for name in assigned if name in use.user_ns}
     modules = {name: value for name, value in values.items() if is_module(value) and not name.startswith("_")}
     bind = {}
-    line = read_line(text)
+    line = read_line(use.rest)
     if line is not None:
         name, expression = line
         if expression is not None:
-            bind[name] = modules[name] = build(expression, user_ns)
+            bind[name] = modules[name] = build(expression, use.user_ns)
         elif name in values and is_module_class(values[name]):
             modules = {name: _from_defaults(values[name], "%%flaxmodel", name)}
         elif name not in modules:
@@ -142,10 +145,9 @@ def _from_defaults(cls: Any, command: str, spelled: str) -> Any:
     return cls()
 
 
-def check(
-    found: Found, call: str | None, session: Session, user_ns: Namespace, local_ns: Namespace
-) -> tuple[tuple[str, str], ...]:
+def check(found: Found, use: CommandUse) -> tuple[tuple[str, str], ...]:
     """`--check`: the rows to show, for a call on one of the modules found. Nothing is computed or kept."""
+    call = use["check"]
     if call is None:
         return ()
     from ..execution.call import Call
@@ -159,28 +161,23 @@ def check(
     if parsed.target not in found.modules:
         known = ", ".join(found.modules)
         raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")
-    args, kwargs = parsed.evaluate(user_ns, local_ns)
+    args, kwargs = parsed.evaluate(use.user_ns, use.local_ns)
     module = found.modules[parsed.target]
     model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
     asked = Call(parsed.method, args, kwargs, parsed.call, command=parsed.command)
     with Translation(parsed.target, model, asked, None):
-        return check_call(parsed.target, model, asked, session.root_key)
+        return check_call(parsed.target, model, asked, use.notebook.session.root_key)
 
 
-def register(
-    found: Found,
-    session: Session,
-    user_ns: Namespace,
-    rows: tuple[tuple[str, str], ...],
-    cell: int | None = None,
-) -> list[Registered]:
+def register(found: Found, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
     """Registers all that was found or nothing, binds names, and says what became of each model.
 
     When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
     """
-    before = len(session)
-    changes = session.register_all(found.modules, anew=found.anew, cell=cell)
-    draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - before)}
+    session, user_ns = use.notebook.session, use.user_ns
+    runs_before = len(session)
+    changes = session.register_all(found.modules, anew=found.anew, cell=use.notebook.number)
+    draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - runs_before)}
     user_ns.update(
         {
             name: session.models[name].module if isinstance(value, Construction) else value
@@ -188,38 +185,31 @@ def register(
         }
     )
     if all(change.state == "unchanged" for change in changes):
-        same = set()
+        same_classes = set()
         for change in changes:
             if is_module(user_ns.get(change.name)):
-                kept = session.models[change.name].module
-                same.add((type(kept), type(user_ns[change.name])))
-                user_ns[change.name] = kept
+                module = session.models[change.name].module
+                same_classes.add((type(module), type(user_ns[change.name])))
+                user_ns[change.name] = module
         for name, old in found.before.items():
             new = user_ns[name]
-            if isinstance(old, (type, types.FunctionType)) and type(old) is type(new):
-                if (old, new) not in same:
-                    print_ = fingerprint(old)
-                    if print_ is None or print_ != fingerprint(new):
-                        continue
+            if not isinstance(old, (type, types.FunctionType)) or type(old) is not type(new):
+                continue
+            code = None if (old, new) in same_classes else fingerprint(old)
+            if (old, new) in same_classes or (code is not None and code == fingerprint(new)):
                 user_ns[name] = old
-    out = []
-    for i, change in enumerate(changes):
-        module = session.models[change.name].describe()
-        last = i == len(changes) - 1
-        check_rows = rows if last else ()
-        draw = draws.get(change.name, "")
-        out.append(
-            Registered(
-                change.name,
-                module,
-                change.state,
-                change.changes,
-                change.variables,
-                check_rows,
-                draw,
-                change.file,
-                change.unfit,
-                change.other,
-            )
+    return [
+        Registered(
+            change.name,
+            session.models[change.name].describe(),
+            change.state,
+            change.changes,
+            change.variables,
+            check=rows if change is changes[-1] else (),
+            draw=draws.get(change.name, ""),
+            file=change.file,
+            unfit=change.unfit,
+            other=change.other,
         )
-    return out
+        for change in changes
+    ]

@@ -5,12 +5,11 @@ Nothing here imports IPython: the shell comes in as an argument. Nothing imports
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
@@ -24,36 +23,19 @@ if TYPE_CHECKING:
     from ..cells.reruns import Rerun
     from ..report.live import Live
     from ..run import Note, Run
-    from ..state.models import ModelNames
-    from .weight_names import WeightNames
+    from ..state.handles import ModelNames
+    from ..state.weight_names import WeightNames
 
 
-class Settings(Protocol):
+class Settings(NamedTuple):
     """What a person has set; see `FlaxMagics`, which says what each is."""
 
-    @property
-    def seed(self) -> int:
-        """See `FlaxMagics`."""
-
-    @property
-    def report(self) -> str:
-        """See `FlaxMagics`."""
-
-    @property
-    def style(self) -> str:
-        """See `FlaxMagics`."""
-
-    @property
-    def notes(self) -> dict[str, bool]:
-        """See `FlaxMagics`."""
-
-    @property
-    def disk_cache(self) -> bool:
-        """See `FlaxMagics`."""
-
-    @property
-    def replay_bytes(self) -> int:
-        """See `FlaxMagics`."""
+    seed: int
+    report: str
+    style: str
+    notes: dict[str, bool]
+    disk_cache: bool
+    replay_bytes: int
 
 
 def existing() -> Session | None:
@@ -83,7 +65,7 @@ class CommandInProgress:
         return self._live
 
     def _doing(self, phase: str) -> None:
-        self._phase.doing(phase)
+        self._phase.text = phase
         if phase.startswith("compiling "):
             self._meanwhile()
 
@@ -100,9 +82,9 @@ class CommandInProgress:
 
 
 class Notebook:
-    """One shell, with what the commands in it share."""
+    """One shell, with what the commands in it share. `settings` gives what a person has set by now."""
 
-    def __init__(self, shell: Any, settings: Settings) -> None:
+    def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
         self.shell = shell
         self.settings = settings
         self.reporter = Reporter(shell)
@@ -118,35 +100,13 @@ class Notebook:
         """The session of this kernel, made at first use."""
         session = existing()
         if session is None:
-            settings = self.settings
             from .._session import current
 
+            settings = self.settings()
             session = current(settings.seed)
-            session.keep_on_disk(settings.disk_cache)
+            session.programs.compiler.keep_on_disk(settings.disk_cache)
             session.replay_bytes = settings.replay_bytes
         return session
-
-    @cached_property
-    def asked(self) -> Any:
-        """What lines ask for, read by a module that imports JAX and Flax."""
-        from . import request
-
-        return request
-
-    def read_call(self, parsed: CallExpression, local_ns: Mapping[str, Any]) -> tuple[str, Any, Any]:
-        """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
-        user_ns = self.shell.user_ns
-        call: tuple[str, Any, Any] = self.asked.read_call(parsed, self.session, user_ns, local_ns, self.number)
-        self.called = parsed
-        return call
-
-    def draw(self, text: str | None, local_ns: Mapping[str, Any], line: str) -> int | tuple[int, int] | None:
-        """`--draw`: a number, `last`, `seed:N`, or the name of a Run; `line` is all that was written."""
-        if text is None:
-            return None
-        open_line = re.sub(rf"(--draw[\s=]+){re.escape(text)}", r"\1{}", line.strip(), count=1)
-        draw: int | tuple[int, int] = self.asked.draw_of(text, self.session, self.shell.user_ns, local_ns, open_line)
-        return draw
 
     def model_names(self) -> dict[str, ModelNames]:
         """What completion needs to know; makes no session."""
@@ -166,7 +126,8 @@ class Notebook:
     def end_cell(self, *_: Any) -> None:
         """`post_run_cell`: reports come to their end, and what is more than may be kept goes."""
         self._cell = None
-        self.reporter.end_cell(self.settings.notes, self.settings.style)
+        settings = self.settings()
+        self.reporter.end_cell(settings.notes, settings.style)
         session = existing()
         if session is not None:
             session.settle()
@@ -175,7 +136,7 @@ class Notebook:
 
     @cached_property
     def _weight_names(self) -> WeightNames:
-        from .weight_names import WeightNames
+        from ..state.weight_names import WeightNames
 
         return WeightNames()
 
@@ -209,7 +170,7 @@ class Notebook:
     def executed(self) -> NotebookCells:
         """What an export is made of."""
         shell, journal = self.shell, self.journal
-        return NotebookCells(journal.cells(shell), shell.transform_cell, journal.restarts, self.settings.seed)
+        return NotebookCells(journal.cells(shell), shell.transform_cell, journal.restarts, self.settings().seed)
 
     # -- what is shown
 
@@ -219,24 +180,25 @@ class Notebook:
 
     def prepare(self) -> None:
         """Gets ready to show a run."""
-        if self.settings.style != "text" and self.settings.report != "off":
+        settings = self.settings()
+        if settings.style != "text" and settings.report != "off":
             from ..report.html import prepare
 
             prepare()
 
     def report(self, run: Run, live: Live, *, quiet: bool) -> None:
         """Shows a run in place of its live line, as the settings have it. `quiet`: a sharp bit not yet said alone."""
-        if not quiet and self.settings.report != "off":
+        settings = self.settings()
+        if not quiet and settings.report != "off":
             run = self._with_values(run)  # what is shown is read for its digest anyway
         if quiet and not run.notes:
             self.reporter.later(run)
             live.clear()
             return
-        shown, settings = run, self.settings
-        if run.notes:
-            notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
-            shown = run if len(notes) == len(run.notes) else replace(run, notes=notes)
-        self.reporter.report(shown, live, setting=settings.report, style=settings.style, quiet=quiet)
+        notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
+        if len(notes) < len(run.notes):
+            run = replace(run, notes=notes)
+        self.reporter.report(run, live, setting=settings.report, style=settings.style, quiet=quiet)
 
     @cached_property
     def _with_values(self) -> Callable[[Run], Run]:
@@ -254,14 +216,14 @@ class Notebook:
             from ..report.html import notice_bundle
             from ..snapshot.view import autosave_failed
 
-            self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings.style))
+            self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings().style))
 
 
 def _cell_id(info: Any, shell: Any) -> str | None:
     """The id of the cell that begins, None where the frontend sends none."""
-    found = getattr(info, "cell_id", None)
-    if found is None:  # older IPythons do not hand it on
+    cell_id = getattr(info, "cell_id", None)
+    if cell_id is None:  # older IPythons do not hand it on
         parent = getattr(shell, "parent_header", None)
         metadata = parent.get("metadata") if isinstance(parent, dict) else None
-        found = metadata.get("cellId") if isinstance(metadata, dict) else None
-    return found if isinstance(found, str) else None
+        cell_id = metadata.get("cellId") if isinstance(metadata, dict) else None
+    return cell_id if isinstance(cell_id, str) else None

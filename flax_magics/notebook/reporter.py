@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..report.live import Live
     from ..report.text import Loop, Rows
-    from ..run import Run
+    from ..run import Note, Run
 
 LATER_RUNS = 1000
 LATER_BYTES = 16_000_000
@@ -39,11 +38,11 @@ class Reporter:
         self._later: list[Run] = []
         self._later_bytes = 0
 
-    def begin_cell(self, *_: Any) -> None:
+    def begin_cell(self) -> None:
         """`pre_run_cell`: the runs of a cell are counted anew."""
         self._runs, self._loop, self._rows, self._display_id, self._pending = 0, None, None, None, False
 
-    def end_cell(self, notes: Mapping[str, bool] = MappingProxyType({}), style: str = "auto") -> None:
+    def end_cell(self, notes: Mapping[str, bool], style: str) -> None:
         """`post_run_cell`: the counting line as it is in the end, with its runs as data; and NaN that runs gave which
         showed nothing, if that was not said.
 
@@ -58,23 +57,28 @@ class Reporter:
         for run in later:
             run._taken.take(run.output)
             if any(values.nan for values in run.values) and notes.get("nan", True):
-                self._say_of_values(run, style)
+                from ..execution.notes import with_values
+                from ..report.html import bundle
 
-    def _say_of_values(self, run: Run, style: str) -> None:
-        from ..execution.notes import with_values
-        from ..report.html import bundle
+                noted = with_values(run)
+                noted = dataclasses.replace(noted, notes=self._unsaid(noted.notes))
+                self._said.update((note.kind, note.text) for note in noted.notes)
+                self.publish(bundle(noted, "off", style))
 
-        noted = with_values(run)
-        unsaid = tuple(note for note in noted.notes if (note.kind, note.text) not in self._said)
-        self._said.update((note.kind, note.text) for note in unsaid)
-        self.publish(bundle(dataclasses.replace(noted, notes=unsaid), "off", style))
+    def _unsaid(self, notes: Iterable[Note]) -> tuple[Note, ...]:
+        return tuple(note for note in notes if (note.kind, note.text) not in self._said)
 
     def later(self, run: Run) -> None:
         """Takes the digest of a run that shows none, once the cell has ended: so that a replay has something to go by.
 
         Until then its output is held. Of a cell that runs very often, or gives very much, the first runs have one.
         """
-        size = output_bytes(run)
+        if run.memory is not None:  # of the program: no array has to be looked at
+            size = run.memory.outputs
+        else:
+            import jax
+
+            size = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))
         if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
             from ..execution.notes import without_inputs
 
@@ -98,17 +102,17 @@ class Reporter:
         """Shows a run as long as its news, in place of its live line."""
         from ..report.html import bundle, level
 
-        unsaid = tuple(note for note in run.notes if (note.kind, note.text) not in self._said)
+        unsaid = self._unsaid(run.notes)
         if quiet:
             run, setting = dataclasses.replace(run, notes=unsaid), "off"
         self._said.update((note.kind, note.text) for note in run.notes)
         length = level(run, setting)
-        self._runs += run.command == "apply" and not quiet
+        self._runs += run.kind.forward and not quiet
         # In a loop a sharp bit that was said is no news: the counting line carries it.
         news = length if unsaid else level(dataclasses.replace(run, notes=()), setting)
         if quiet or setting == "off":
             self.later(run)
-        if news == "line" and self._runs > 1 and run.command == "apply":
+        if news == "line" and self._runs > 1 and run.kind.forward:
             self._count(run, style)
             live.clear()
             return
@@ -117,25 +121,20 @@ class Reporter:
     def _count(self, run: Run, style: str) -> None:
         """Adds a run to the cell's counting line. A line that stands for one run alone is that run's own."""
         from ..report.html import bundle
-        from ..report.text import Loop
+        from ..report.text import Loop, Rows
 
-        self._loop = (self._loop or Loop()).add(run)
+        loop = self._loop = self._loop or Loop()
+        loop.add(run)
         self._style, self._pending = style, True
-        self._single = bundle(run, "line", style) if self._loop.runs == 1 else {}
+        self._single = bundle(run, "line", style) if loop.runs == 1 else {}
         # A terminal cannot take a line back: there it is printed once, when the cell ends. Nor can one be saved.
-        if getattr(self._shell, "kernel", None) is not None:
-            self._record(run)  # with its digest
-            if time.monotonic() - self._shown > REFRESH:
-                self._show_loop()
-        else:
+        if getattr(self._shell, "kernel", None) is None:
             self.later(run)
-
-    def _record(self, run: Run) -> None:
-        """Keeps what a saved notebook is to have of a run, while its output is there."""
-        from ..report.text import Rows
-
+            return
         self._rows = self._rows or Rows()
-        self._rows.add(run)
+        self._rows.add(run)  # with its digest, while its output is there
+        if time.monotonic() - self._shown > REFRESH:
+            self._show_loop()
 
     def _show_loop(self, rows: Rows | None = None) -> None:
         """Shows the counting line, with `rows` for the last time."""
@@ -149,12 +148,3 @@ class Reporter:
         transient = {"display_id": self._display_id}
         self._shell.display_pub.publish(data=dict(data), metadata={}, transient=transient, update=update)
         self._shown, self._pending = time.monotonic(), False
-
-
-def output_bytes(run: Run) -> int:
-    """Bytes of what the run gave."""
-    if run.memory is not None:  # of the program: no array has to be looked at
-        return run.memory.outputs
-    import jax
-
-    return sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))

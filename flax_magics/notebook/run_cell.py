@@ -7,6 +7,7 @@ import dis
 import re
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from types import CodeType
 from typing import Any, NamedTuple
@@ -22,39 +23,7 @@ from ..line.options import read
 _VALUE = "__flax_value__"
 
 
-class CellBody(NamedTuple):
-    """A body that has run.
-
-    Attributes:
-      tree: its syntax, after IPython's and the user's transformations; positions are those in the user's cell.
-      names: what it assigned at top level and is there now, in order of first appearance.
-      source: the Python text behind `tree`; line 1 is the magic line, as a comment.
-      filename: the name of that text in `linecache`.
-    """
-
-    tree: ast.Module
-    names: tuple[str, ...]
-    source: str
-    filename: str
-
-
-class CallCell(NamedTuple):
-    """A body whose last statement is a call; those before it have run.
-
-    Attributes:
-      call: the call, read; it is quiet if the body ended in `;`.
-      target: what its value is assigned to, as it is written; empty for a call alone.
-      assign: makes that assignment, given the value; None for a call alone.
-      names: as in `CellBody`, of the statements that have run.
-    """
-
-    call: CallExpression
-    target: str
-    assign: Callable[[Any], None] | None
-    names: tuple[str, ...]
-
-
-def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> CellBody:
+def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> tuple[str, ...]:
     """Runs the body of a cell magic in the user's namespace, as an ordinary cell.
 
     Magics and `!commands` work, expressions are displayed as `ast_node_interactivity` says, `__future__` imports hold
@@ -66,25 +35,33 @@ def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> 
       line: what stands on the magic line, after `command`.
       command: the magic, such as `%%flaxmodel`.
 
+    Returns:
+      The names that it assigned at top level and that are there now, in order of first appearance.
+
     Raises:
       FlaxMagicsError: the body is no Python, or awaits; nothing of it has run.
       Exception: whatever a statement of the body raises; those before it have run.
     """
     cell = _read(shell, body, line, command)
     _run(shell, cell.tree.body, cell, shell.ast_node_interactivity)
-    return CellBody(cell.tree, _present(shell, cell.tree), cell.source, cell.filename)
+    return tuple(name for name in assigned_names(cell.tree) if name in shell.user_ns)
 
 
-def run_statements_with_call(shell: Any, body: str, line: str = "", command: str = "%%flax_apply") -> CallCell:
+def run_statements_with_call(
+    shell: Any, body: str, line: str = "", command: str = "%%flax_apply"
+) -> tuple[CallExpression, Callable[[Any], None] | None]:
     """Runs all of a body but its last statement, which must be a call with or without assignment.
 
-    Arguments and errors are those of `run_body`; the call is read before anything runs.
+    Arguments and errors are those of `run_body`; the call is read statements anything runs.
+
+    Returns:
+      The call, quiet if the body ended in `;`, and what makes the assignment, given the value: None for a call alone.
     """
     cell = _read(shell, body, line, command)
     first = f"{command} {line}".rstrip()
     if not cell.tree.body:
         raise FlaxMagicsError(f"{command} needs a call in the cell.", form=f"{first}\n…")
-    *before, last = cell.tree.body
+    *statements, last = cell.tree.body
     value = getattr(last, "value", None)
     if not isinstance(last, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign)) or not isinstance(value, ast.Call):
         pointed = point_at(cell.source, index_of(cell.source, last.lineno, last.col_offset))
@@ -95,14 +72,12 @@ def run_statements_with_call(shell: Any, body: str, line: str = "", command: str
         message = f"the last line of a {command} cell is the call itself, without a magic."
         options, call_text = typed
         start, end = (index_of(cell.source, node.lineno, node.col_offset) for node in (last, value))
-        lines = (f"{first} {options}".rstrip(), *(["…"] if before else []), cell.source[start:end] + call_text)
+        lines = (f"{first} {options}".rstrip(), *(["…"] if statements else []), cell.source[start:end] + call_text)
         raise FlaxMagicsError(message, **written("\n".join(lines)))
-    call = replace(parse_call(_segment(cell.source, value), first.replace("%%", "%", 1)), quiet=cell.quiet)
-    statements = ast.Module(before, [])
-    _run(shell, before, cell, "all" if shell.ast_node_interactivity == "all" else "none")
-    assign = None if isinstance(last, ast.Expr) else _assigner(last, cell.filename, shell.user_ns)
-    target = "" if assign is None else _target(cell.source, last, value)
-    return CallCell(call, target, assign, _present(shell, statements))
+    call_text = ast.get_source_segment(cell.source, value) or ast.unparse(value)
+    call = replace(parse_call(call_text, first.replace("%%", "%", 1)), quiet=cell.quiet)
+    _run(shell, statements, cell, "all" if shell.ast_node_interactivity == "all" else "none")
+    return call, None if isinstance(last, ast.Expr) else _assigner(last, cell.filename, shell.user_ns)
 
 
 def displayed_quietly(shell: Any, line: str) -> bool:
@@ -123,7 +98,7 @@ def assigned_to(shell: Any) -> str | None:
 
 
 def _following(shell: Any) -> dis.Instruction | None:
-    """What the code that runs a line magic does with its value."""
+    """The instruction after the line magic that is running: what the cell's code does with its value."""
     frame = calling_frame(shell.user_global_ns)
     if frame is None:
         return None
@@ -211,10 +186,6 @@ def _assigned_last(node: ast.stmt) -> str | None:
     return None
 
 
-def _present(shell: Any, tree: ast.AST) -> tuple[str, ...]:
-    return tuple(name for name in assigned_names(tree) if name in shell.user_ns)
-
-
 def _not_python(source: str, error: Exception) -> FlaxMagicsError:
     """A syntax error in a body.
 
@@ -230,7 +201,7 @@ def _not_python(source: str, error: Exception) -> FlaxMagicsError:
 
 
 def _awaits(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """What makes the scope of `node` itself asynchronous."""
+    """Yields what would make the code of `node` itself asynchronous, functions and classes in it left out."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
             continue
@@ -240,30 +211,14 @@ def _awaits(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         yield from _awaits(child)
 
 
-def _segment(source: str, node: ast.expr) -> str:
-    return ast.get_source_segment(source, node) or ast.unparse(node)
-
-
-def _target(source: str, statement: ast.stmt, value: ast.expr) -> str:
-    """What stands left of the last `=`."""
-    start = index_of(source, statement.lineno, statement.col_offset)
-    end = index_of(source, value.lineno, value.col_offset)
-    return source[start:end].rstrip().removesuffix("=").rstrip()
-
-
 def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Callable[[Any], None]:
     """A function that makes the assignment `statement`, given the value of its right side."""
     assert isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign))
     assert statement.value is not None
     value = ast.copy_location(ast.Name(_VALUE, ast.Load()), statement.value)
-    made: ast.stmt
-    if isinstance(statement, ast.Assign):
-        made = ast.Assign(statement.targets, value)
-    elif isinstance(statement, ast.AugAssign):
-        made = ast.AugAssign(statement.target, statement.op, value)
-    else:
-        made = ast.AnnAssign(statement.target, statement.annotation, value, statement.simple)
-    code = compile(ast.Module([ast.copy_location(made, statement)], []), filename, "exec")
+    assignment = copy(statement)
+    assignment.value = value
+    code = compile(ast.Module([assignment], []), filename, "exec")
 
     def assign(result: Any) -> None:
         user_ns[_VALUE] = result
@@ -276,7 +231,7 @@ def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Ca
 
 
 def _magic_argument(call: ast.Call) -> tuple[str, str] | None:
-    """Options and call of a magic that IPython's transformers made a call of, None if `call` is none."""
+    """Options and call of a line magic, where `call` is what IPython made of one; None for any other call."""
     match call:
         case ast.Call(
             ast.Attribute(ast.Call(ast.Name("get_ipython")), "run_line_magic"),
@@ -343,38 +298,38 @@ def _line_magics(text: str, leave_open: bool) -> str:
     A call whose bracket is never closed takes the rest of the text, as it does in Python, and is told so when it runs;
     with `leave_open` the bracket is left to be found.
     """
-    done, position = "", 0
+    rewritten, position = "", 0
     while position < len(text):
         magic = _magic_at(text, position)
         if magic is None:
             end = _physical_end(text, position) if _ESCAPED.match(text, position) else _statement_end(text, position)
             if end is None:
                 break
-            done += text[position : end + 1]
+            rewritten += text[position : end + 1]
         else:
             start = magic.end()
             end = logical_end(text, start)
             call = _open_call(text, start) if end is None else None
             if call is not None:
                 if leave_open:
-                    return done + magic["before"] + text[call:]
+                    return rewritten + magic["before"] + text[call:]
                 end = len(text.rstrip())
             if end is None or not _goes_on(text[start:end]):
                 end = _physical_end(text, position)
-                done += text[position : end + 1]
+                rewritten += text[position : end + 1]
             else:
-                done += magic["before"] + _as_call(magic["name"], text[start:end]) + text[end : end + 1]
+                rewritten += magic["before"] + _as_call(magic["name"], text[start:end]) + text[end : end + 1]
         position = end + 1
-    return done + text[position:]
+    return rewritten + text[position:]
 
 
 def _magic_at(text: str, position: int) -> re.Match[str] | None:
     """The magic line that begins at `position`, up to its name."""
-    found = _LINE.match(text, position)
-    target = found["target"] if found else None
+    magic = _LINE.match(text, position)
+    target = magic["target"] if magic else None
     if target and (target.rstrip()[-2:-1] in tuple("=!<>+-*/|&^@:") or logical_end(target, 0) is None):
         return None  # no assignment, or the `%` is inside a string or a bracket
-    return found
+    return magic
 
 
 def _physical_end(text: str, position: int) -> int:
@@ -424,6 +379,6 @@ def _as_call(name: str, argument: str) -> str:
         for piece in pieces(argument)
     )
     *first, last = line.removeprefix(" ").rstrip().split("\n")
-    strings = [*(repr(part + "\n") for part in first), repr(last)]
+    strings = [*(repr(text + "\n") for text in first), repr(last)]
     filler = "\n" * (argument.count("\n") - len(first))
     return f"get_ipython().run_line_magic({name!r}, " + "\n".join(strings) + filler + ")"

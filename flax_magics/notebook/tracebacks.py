@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import takewhile, zip_longest
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -37,11 +37,11 @@ def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ())
     """
     if shell is None or hasattr(type(exc), "_render_traceback_"):
         return
-    before = getattr(exc, "__dict__", {}).get("_render_traceback_")
+    rendering = getattr(exc, "__dict__", {}).get("_render_traceback_")
     end = None
-    if isinstance(before, _Rendering):
+    if isinstance(rendering, _Rendering):
         # Raised anew after it was shown: Python keeps the old traceback below the new one.
-        hint, end = (hint, before.shown) if before.shown else (hint or before.hint, before.end)
+        hint, end = (hint, rendering.shown) if rendering.shown else (hint or rendering.hint, rendering.end)
     with suppress(AttributeError):
         exc._render_traceback_ = _Rendering(shell, hint, end)  # type: ignore[attr-defined]
 
@@ -91,8 +91,8 @@ class _Rendering:
 
 def _rendered(exc: BaseException, shell: Any, end: _Step | None) -> list[str]:
     formatter = shell.InteractiveTB
-    with _users_view(exc, _inside(shell), end):
-        if any(link.__traceback__ is not None for link in _chain(exc)):
+    with _users_view(exc, _inside(shell), end) as links:
+        if any(link.__traceback__ is not None for link in links):
             lines = formatter.structured_traceback(type(exc), exc, exc.__traceback__, tb_offset=0)
         else:
             lines = formatter.get_exception_only(type(exc), exc)
@@ -100,7 +100,7 @@ def _rendered(exc: BaseException, shell: Any, end: _Step | None) -> list[str]:
 
 
 @contextmanager
-def _users_view(exc: BaseException, inside: Any, end: _Step | None) -> Iterator[None]:
+def _users_view(exc: BaseException, inside: Any, end: _Step | None) -> Iterator[list[BaseException]]:
     """The chain of `exc` with its frames and causes reduced to the user's, for as long as it is being formatted."""
     saved: list[tuple[Any, ...]] = []
     link: BaseException | None = exc
@@ -109,12 +109,15 @@ def _users_view(exc: BaseException, inside: Any, end: _Step | None) -> Iterator[
             notes = getattr(link, "__notes__", None)
             saved.append((link, link.__traceback__, link.__cause__, link.__context__, link.__suppress_context__, notes))
             cause, context = _next(link, inside)
-            link.__traceback__ = _of(_user_steps(link.__traceback__, inside, end))
+            trace = None
+            for step in reversed(_user_steps(link.__traceback__, inside, end)):
+                trace = TracebackType(trace, step.tb_frame, step.tb_lasti, step.tb_lineno)
+            link.__traceback__ = trace
             link.__cause__, link.__context__, link.__suppress_context__ = cause, context, context is None
             if isinstance(notes, list):
                 link.__notes__ = [note for note in notes if _JAX_NOTE not in str(note)]
             link = cause or context
-        yield
+        yield [entry[0] for entry in saved]
     finally:
         for link, trace, cause, context, suppress, notes in saved:
             link.__traceback__, link.__cause__, link.__context__ = trace, cause, context
@@ -139,37 +142,18 @@ def _next(exc: BaseException, inside: Any) -> tuple[BaseException | None, BaseEx
     return None, None
 
 
-def _chain(exc: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = exc
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or link.__context__
-
-
-def _steps(trace: TracebackType | None) -> Iterator[TracebackType]:
-    while trace is not None:
-        yield trace
-        trace = trace.tb_next
-
-
 def _user_steps(trace: TracebackType | None, inside: Any, end: _Step | None = None) -> list[TracebackType]:
     """The steps in the user's code before the one that `end` identifies, without those that only start a magic."""
-    steps = list(takewhile(lambda step: end is None or _identity(step) != end, _steps(trace)))
+    steps = []
+    while trace is not None and (end is None or _identity(trace) != end):
+        steps.append(trace)
+        trace = trace.tb_next
     return [step for step, following in zip_longest(steps, steps[1:]) if not inside(step, following)]
 
 
 def _identity(step: TracebackType | None) -> _Step | None:
     """What tells a step from others without keeping it alive."""
     return None if step is None else (id(step), id(step.tb_frame.f_code))
-
-
-def _of(steps: list[TracebackType]) -> TracebackType | None:
-    trace = None
-    for step in reversed(steps):
-        trace = TracebackType(trace, step.tb_frame, step.tb_lasti, step.tb_lineno)
-    return trace
 
 
 def _inside(shell: Any) -> Any:

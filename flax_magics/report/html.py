@@ -15,15 +15,13 @@ from ..base.jsondata import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
 from . import facts, text
 from .facts import LEVELS, Level, Phase
-from .notice import Notice, notice_text
 
 if TYPE_CHECKING:
     import jinja2
 
-    from ..cells import journal
     from ..cells.journal import Registered
     from ..run import Note, Run
-    from .text import Loop, Rows
+    from .text import Loop, Notice, Rows
 
 IN_FIGURES = ("init", "jit", "run")
 """Rows of the text that HTML shows as large numerals instead."""
@@ -52,53 +50,46 @@ class Segment:
     share: float
 
 
-def line_html(run: Run) -> str:
-    """The one-line form; sharp bits beneath."""
-    return report_html(run, "line")
-
-
-def normal_html(run: Run) -> str:
-    """The normal form, `<details>` closed."""
-    return report_html(run, "normal")
-
-
-def details_html(run: Run) -> str:
-    """The normal form, `<details>` open."""
-    return report_html(run, "details")
-
-
 def report_html(run: Run, level: Level) -> str:
     """The run at one level; `off` gives the sharp bits alone."""
-    name = "line.html" if level == "line" else "notes.html" if level == "off" else "run.html"
+    name, mode, device = facts.name_of(run), facts.mode_of(run), clean(run.device)
+    first, notes = facts.new_session(run), note_lines(run.notes)
+    if level == "off":
+        return render("notes.html", {"name": name, "notes": notes})
+    if level == "line" or facts.REPORTED[run.command].line_alone:
+        return line_html(name, facts.brief(run), run.notes, mode=mode, device=device, first=first)
     context: dict[str, object] = {
-        "first": facts.new_session(run),
-        "name": facts.name_of(run),
-        "mode": facts.mode_of(run),
-        "device": clean(run.device),
-        "notes": _notes(run.notes),
+        "first": first,
+        "name": name,
+        "mode": mode,
+        "device": device,
+        "switch": clean(run.switch),
+        "draw": facts.draw_of(run, seed=True),
+        "notes": notes,
+        "figures": figures(run),
+        "segments": segments(run),
+        "rows": [row for row in facts.rows(run) if row.label not in IN_FIGURES],
+        "open": level == "details",
+        "keys": facts.key_facts(run),
+        "memory": facts.memory_facts(run),
+        "call": clean_lines(run.call),
+        "by_hand": clean_lines(run.by_hand),
+        "digest": run.digest or "",
+        "values": facts.values_of(run),
     }
-    if level == "line" or run.command == "key":
-        context |= {"texts": [part for part in facts.brief(run) if part]}
-        name = "line.html" if level != "off" else name
-    elif level != "off":
-        context |= {
-            "switch": facts.switch_of(run),
-            "draw": facts.draw_of(run, seed=True),
-            "figures": figures(run),
-            "segments": segments(run),
-            "rows": [row for row in facts.rows(run) if row.label not in IN_FIGURES],
-            "open": level == "details",
-            "keys": facts.key_facts(run),
-            "memory": facts.memory_facts(run),
-            "call": clean_lines(run.call),
-            "by_hand": clean_lines(run.by_hand),
-            "digest": run.digest or "",
-            "values": facts.values_of(run),
-        }
-    return render(name, context)
+    return render("run.html", context)
 
 
-def _notes(notes: Iterable[Note]) -> list[tuple[list[str], list[tuple[str, list[str]]]]]:
+def line_html(
+    name: str, texts: Iterable[str], notes: Iterable[Note], *, mode: str = "", device: str = "", first: str = ""
+) -> str:
+    """One line, sharp bits beneath; `first` stands above it."""
+    shown = [text for text in texts if text]
+    context = {"first": first, "name": name, "mode": mode, "device": device, "texts": shown}
+    return render("line.html", {**context, "notes": note_lines(notes)})
+
+
+def note_lines(notes: Iterable[Note]) -> list[tuple[list[str], list[tuple[str, list[str]]]]]:
     """The lines of each note, and label and lines of what mends it."""
     return [(clean_lines(note.text), [(label, clean_lines(text)) for label, text in note.advice]) for note in notes]
 
@@ -106,52 +97,25 @@ def _notes(notes: Iterable[Note]) -> list[tuple[list[str], list[tuple[str, list[
 def figures(run: Run) -> tuple[Figure, ...]:
     """The largest numerals: initialisation, compilation and run, those that happened."""
     timing = run.timing
-    found = [Figure("init", seconds(timing.init), "eager")] if timing.init else []
-    if run.command != "apply":
-        return tuple(found)
+    shown = [Figure("init", seconds(timing.init), "eager")] if timing.init else []
+    if not run.kind.forward:
+        return tuple(shown)
     reason = clean(run.reason)
     if timing.building:
         label = {"compiled": "compile", "disk cache": "from the disk cache"}.get(run.program, run.program or "compile")
-        found.append(Figure(clean(label), seconds(timing.building), reason))
+        shown.append(Figure(clean(label), seconds(timing.building), reason))
     if timing.steady:
-        found.append(Figure("run, median", seconds(timing.steady.median), facts.spread_of(timing.steady)))
+        shown.append(Figure("run, median", seconds(timing.steady.median), facts.spread_of(timing.steady)))
     else:
-        found.append(Figure("run", seconds(timing.run), "" if timing.building else clean(run.program)))
-    return tuple(found)
+        shown.append(Figure("run", seconds(timing.run), "" if timing.building else clean(run.program)))
+    return tuple(shown)
 
 
 def segments(run: Run) -> tuple[Segment, ...]:
     """The bar from left to right; empty where there is nothing to compare."""
-    found = [phase for phase in facts.phases(run) if phase.name != "wait"]
-    whole = sum(phase.seconds for phase in found)
-    return tuple(Segment(phase, 100 * phase.seconds / whole) for phase in found) if len(found) > 1 else ()
-
-
-def loop_html(runs: Loop) -> str:
-    """The counting line."""
-    from .text import parts
-
-    notes = _notes(runs.notes)
-    shown = [part for part in parts(runs) if part]
-    return render(
-        "line.html",
-        {"first": "", "name": runs.model, "mode": runs.mode, "device": runs.device, "texts": shown, "notes": notes},
-    )
-
-
-def notice_html(found: Notice) -> str:
-    """A line of news."""
-    notes = _notes(found.notes)
-    texts = [clean(text) for text in found.texts]
-    return render(
-        "line.html",
-        {"first": "", "name": clean(found.name), "mode": "", "device": "", "texts": texts, "notes": notes},
-    )
-
-
-def registered_html(models: Sequence[Registered]) -> str:
-    """What `%%flaxmodel` registered."""
-    return render("registered.html", {"models": models})
+    busy = [phase for phase in facts.phases(run) if phase.name != "wait"]
+    whole = sum(phase.seconds for phase in busy)
+    return tuple(Segment(phase, 100 * phase.seconds / whole) for phase in busy) if len(busy) > 1 else ()
 
 
 @lru_cache(maxsize=1)
@@ -186,11 +150,11 @@ def level(run: Run, setting: str) -> Level:
     """How long the report of `run` should be: `setting`, or for `auto` as long as its news."""
     if setting in LEVELS:
         return LEVELS[setting]
-    if run.command == "key":
+    if facts.REPORTED[run.command].line_alone:
         return "normal" if run.first else "line"
-    made = run.made is not None or run.command == "init"
-    news = made or run.first or run.program == "compiled" or run.notes or run.timing.steady is not None
-    news = news or run.draws is not None
+    made = run.made is not None or run.kind.opens
+    repeated = run.draws is not None or run.timing.steady is not None
+    news = made or repeated or run.first or run.program == "compiled" or run.notes
     return "normal" if news else "line"
 
 
@@ -208,26 +172,28 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, Any]:
     return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
 
 
-def loop_bundle(runs: text.Loop, style: str, rows: Rows | None = None) -> dict[str, Any]:
-    """The MIME bundle of a counting line; with `rows`, which it has once no more are to come, the runs are in it."""
-    from . import text
-
-    shown = shown_bundle(text.loop_line(runs), lambda: loop_html(runs), style)
+def loop_bundle(loop: Loop, style: str, rows: Rows | None = None) -> dict[str, Any]:
+    """The MIME bundle of a counting line. `rows`, which are given once the cell has ended, add its runs as data."""
+    shown = shown_bundle(
+        text.loop_line(loop),
+        lambda: line_html(loop.model, loop.parts, loop.notes, mode=loop.mode, device=loop.device),
+        style,
+    )
     return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 
-def notice_bundle(found: Notice, style: str) -> dict[str, Any]:
+def notice_bundle(notice: Notice, style: str) -> dict[str, Any]:
     """The MIME bundle of a line of news."""
-    return shown_bundle(notice_text(found), lambda: notice_html(found), style)
+    return shown_bundle(
+        text.notice_text(notice), lambda: line_html(clean(notice.name), map(clean, notice.texts), notice.notes), style
+    )
 
 
-def registered_bundle(models: Sequence[journal.Registered], style: str) -> dict[str, Any]:
+def registered_bundle(models: Sequence[Registered], style: str) -> dict[str, Any]:
     """The MIME bundle of what `%%flaxmodel` registered; empty if that is nothing."""
-    from .notice import registered_text
-
     if not models:
         return {}
-    return shown_bundle(registered_text(models), lambda: registered_html(models), style)
+    return shown_bundle(text.registered_text(models), lambda: render("registered.html", {"models": models}), style)
 
 
 def shown_bundle(plain: str, rich: Callable[[], str], style: str) -> dict[str, Any]:

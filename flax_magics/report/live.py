@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from ..base.text import WIDTH, clean, cut, elapsed
@@ -15,40 +16,12 @@ from ..base.text import WIDTH, clean, cut, elapsed
 _ERASE = "\r\x1b[K"
 
 
+@dataclass
 class Progress:
-    """What is being done now, and since when."""
+    """What is being done now, and since when. Its text may change; the clock goes on."""
 
-    def __init__(self, text: str, started: float) -> None:
-        self.text = text
-        self.started = started
-
-    def doing(self, text: str) -> None:
-        """Changes the text; the clock goes on."""
-        self.text = text
-
-
-class LiveBlock:
-    """A block of work that a live line tells of."""
-
-    def __init__(self, live: Live, text: str) -> None:
-        self._live = live
-        self._text = text
-        self._outer: str | None = None
-
-    def __enter__(self) -> Progress:
-        live = self._live
-        if live._phase is None:
-            return live.begin(self._text)
-        self._outer = live._phase.text
-        live._phase.doing(self._text)
-        return live._phase
-
-    def __exit__(self, *_: object) -> None:
-        live = self._live
-        if self._outer is None:
-            live.end()
-        elif live._phase is not None:
-            live._phase.doing(self._outer)
+    text: str
+    started: float
 
 
 class Live:
@@ -83,18 +56,11 @@ class Live:
 
     @property
     def in_use(self) -> bool:
-        """Whether a block is running, or its line still waits for what takes its place."""
+        """Whether something is being done, or its line still waits for what takes its place."""
         return self._phase is not None or self.display_id is not None
 
-    def phase(self, text: str) -> LiveBlock:
-        """Shows `text` and the elapsed time for as long as the block runs, once it has run for `delay` seconds.
-
-        A phase inside a phase changes the text and gives it back. Nothing is drawn after the block, whatever it raises.
-        """
-        return LiveBlock(self, text)
-
     def begin(self, text: str) -> Progress:
-        """The beginning of such a block, for those that `end` it themselves, whatever happens."""
+        """Shows `text` and the elapsed time until `end`, once `delay` seconds have passed."""
         phase = Progress(text, self._clock())
         if self._visible():
             self._phase = phase
@@ -196,7 +162,7 @@ class Ticker:
         self._thread: threading.Thread | None = None
 
     def begin(self, job: Tick) -> None:
-        """Takes a job on. A thread that wakes early enough by itself is left asleep."""
+        """Starts to draw `job`. A thread that wakes early enough by itself is left asleep."""
         with self._changed:
             self._job = job
             if self._thread is None or not self._thread.is_alive():  # forked, or never started
@@ -207,7 +173,7 @@ class Ticker:
                 self._changed.notify()
 
     def end(self) -> None:
-        """Gives the job up, after a drawing that is under way."""
+        """Stops drawing, once a drawing that is under way is done."""
         self._job = None  # before the wait, which an interrupt may cut short
         with self._changed:
             pass

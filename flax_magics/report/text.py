@@ -1,10 +1,11 @@
-"""A run as text, complete by itself in 80 columns; further runs of its cell counted in one line."""
+"""A run as text, complete by itself in 80 columns; further runs of its cell in one line; other news in a line each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from . import facts
 from .facts import Level, Row
 
 if TYPE_CHECKING:
+    from ..cells.journal import Registered
     from ..run import Note, Run
 
 
@@ -32,23 +34,33 @@ def normal(run: Run) -> str:
 
 def details(run: Run) -> str:
     """The normal form with keys, phases, memory and digest in full, and the run by hand."""
-    keys = [(k.stream, k.fingerprint or "-", k.made_by, f"→ {k.takers}") for k in facts.key_facts(run)]
-    extra = {
-        "jit": Row("", tuple(f"{phase.name} {phase.text}" for phase in facts.building(run))),
-        "keys": Row("keys", tuple(table(keys, width=WIDTH - 10))),
-    }
-    found = [Row("call", (clean(run.call),))] if run.call else []
-    extra["out"] = Row("", facts.values_of(run))
-    for row in (row for row in facts.rows(run) if row.label != "memory"):
-        found += (
-            [row, extra[row.label]] if row.label in ("jit", "out") else [extra["keys"] if row.label == "keys" else row]
-        )
-    if "keys" not in {row.label for row in found}:
-        found.append(extra["keys"])
+    keys = [(key.stream, key.fingerprint or "-", key.made_by, f"→ {key.takers}") for key in facts.key_facts(run)]
+    key_row = Row("keys", tuple(table(keys, width=WIDTH - 10)))
+    rows = [Row("call", (clean(run.call),))] if run.call else []
+    for row in facts.rows(run):
+        if row.label not in ("keys", "memory"):
+            rows.append(row)
+        if row.label == "out":
+            rows.append(Row("", facts.values_of(run)))
+        elif row.label == "jit":
+            rows.append(Row("", tuple(f"{phase.name} {phase.text}" for phase in facts.building(run))))
+        elif row.label == "keys":
+            rows.append(key_row)
+    if key_row not in rows:
+        rows.append(key_row)
     memory = tuple(f"{name} {amount}" for name, amount in facts.memory_facts(run))
-    found.append(Row("memory", (*memory, "(by XLA's analysis)") if memory else ()))
-    found.append(Row("digest", (run.digest,) if run.digest else ()))
-    return "\n".join([*head(run), *columns(found, tables=("keys",)), *by_hand(run), *notes(run.notes)])
+    rows.append(Row("memory", (*memory, "(by XLA's analysis)") if memory else ()))
+    rows.append(Row("digest", (run.digest,) if run.digest else ()))
+    lines = [*head(run), *columns(rows, tables=("keys",))]
+    code = clean_lines(run.by_hand)
+    if code:
+        lines.append("  by hand")
+    for line in code:
+        # Breaks fall on spaces, which inside a bracket is still Python; what goes on hangs under its own indentation.
+        body = line.lstrip(" ")
+        indent = "    " + " " * min(len(line) - len(body), 40)
+        lines += wrap(body, indent, indent + "    ")
+    return "\n".join([*lines, *notes(run.notes)])
 
 
 def report(run: Run, level: Level) -> str:
@@ -66,9 +78,9 @@ def report(run: Run, level: Level) -> str:
 def head(run: Run) -> list[str]:
     """The header of the longer forms, below `new session, seed 0` if it is the first."""
     lines = [facts.new_session(run)] if run.first else []
-    if run.command == "key":
+    if facts.REPORTED[run.command].line_alone:
         return lines + dotted((facts.name_of(run), *facts.brief(run)))
-    mode, switch = facts.mode_of(run), facts.switch_of(run)
+    mode, switch = facts.mode_of(run), clean(run.switch)
     mode = f"{mode} ({switch})" if switch and mode else switch or mode
     return lines + dotted((facts.name_of(run), mode, clean(run.device), facts.draw_of(run, seed=True)))
 
@@ -93,26 +105,10 @@ def columns(rows: Iterable[Row], tables: Collection[str] = ()) -> list[str]:
     return lines
 
 
-def by_hand(run: Run) -> list[str]:
-    """The same run as plain Flax, to be copied; breaks fall on spaces, which inside a bracket is still Python."""
-    code = clean_lines(run.by_hand)
-    return ["  by hand", *code_lines(code, "    ")] if code else []
-
-
-def code_lines(code: Iterable[str], indent: str) -> list[str]:
-    """Lines of code, each hanging under its own indentation."""
-    lines: list[str] = []
-    for line in code:
-        body = line.lstrip(" ")
-        deep = indent + " " * min(len(line) - len(body), 40)
-        lines += wrap(body, deep, deep + "    ")
-    return lines
-
-
-def notes(found: Iterable[Note]) -> list[str]:
+def notes(sharp_bits: Iterable[Note]) -> list[str]:
     """The sharp bits: `! text`, and beneath each the line that mends it."""
     lines: list[str] = []
-    for note in found:
+    for note in sharp_bits:
         first, *others = clean_lines(note.text) or [""]
         lines += wrap(first, "! ", "  ")
         lines += [wrapped for other in others for wrapped in wrap(other, "  ")]
@@ -124,7 +120,7 @@ def notes(found: Iterable[Note]) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loop:
     """What the runs of one cell execution add up to. Begin with `Loop()` and `add` each run.
 
@@ -134,6 +130,7 @@ class Loop:
       runs: how many runs were added.
       programs: `compiled`, `reused`, `disk cache`, `eager` → how many runs.
       building: seconds of trace, lower and compile together.
+      times: seconds on the device of each forward run.
       changed: collection → updates after the latest run.
       weights: whose weights ran, in order, joined by commas.
       notes: the sharp bits, each once.
@@ -144,76 +141,79 @@ class Loop:
     device: str = ""
     draws: tuple[int, int] = (0, 0)
     runs: int = 0
-    programs: Mapping[str, int] = field(default_factory=dict)
+    programs: Counter[str] = field(default_factory=Counter)
     building: float = 0.0
-    changed: Mapping[str, int] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+    changed: dict[str, int] = field(default_factory=dict)
     weights: str = ""
     notes: tuple[Note, ...] = ()
-    _times: list[float] = field(default_factory=list, repr=False, compare=False)
-    _timed: int = 0
 
-    def add(self, run: Run) -> Loop:
-        """This and one more run. Costs the same for the thousandth run as for the first."""
-        programs = dict(self.programs)
-        if run.program and run.command == "apply":
-            programs[run.program] = programs.get(run.program, 0) + 1
-        times, timed = self._times, self._timed
-        if run.command == "apply":
-            # Loops that grow from one another share a list of which each reads its own beginning.
-            times = times if len(times) == timed else times[:timed]
-            times.append(run.timing.steady.median if run.timing.steady else run.timing.run)
-            timed += 1
-        last = facts.last_draw(run)
-        low, high = self.draws if self.runs else (run.draw, last)
-        return Loop(
-            model=_joined(self.model, facts.name_of(run)),
-            mode=_joined(self.mode, facts.mode_of(run)),
-            device=_joined(self.device, clean(run.device)),
-            draws=(min(low, run.draw), max(high, last)),
-            runs=self.runs + 1,
-            programs=programs,
-            building=self.building + run.timing.building,
-            changed={**self.changed, **run.changed},
-            weights=_joined(self.weights, facts.weights_of(run)),
-            notes=(*self.notes, *(note for note in run.notes if note not in self.notes)),
-            _times=times,
-            _timed=timed,
-        )
+    def add(self, run: Run) -> None:
+        """One more run. Costs the same for the thousandth run as for the first."""
+        if run.kind.forward:
+            self.programs.update([run.program] if run.program else [])
+            self.times.append(run.timing.steady.median if run.timing.steady else run.timing.run)
+        self.model = _joined(self.model, facts.name_of(run))
+        self.mode = _joined(self.mode, facts.mode_of(run))
+        self.device = _joined(self.device, clean(run.device))
+        self.weights = _joined(self.weights, facts.weights_of(run))
+        low, high = self.draws if self.runs else (run.draw, run.draw)
+        self.draws = min(low, run.draw), max(high, facts.last_draw(run))
+        self.runs += 1
+        self.building += run.timing.building
+        self.changed.update(run.changed)
+        self.notes += tuple(note for note in run.notes if note not in self.notes)
 
     @property
-    def median(self) -> float:
-        """Median of the runs' seconds on the device, 0.0 before the first."""
-        return median(self._times[: self._timed]) if self._timed else 0.0
+    def parts(self) -> tuple[str, ...]:
+        """What the counting line says after model, mode and device."""
+        low, high = self.draws
+        programs = []
+        for program, times in self.programs.items():
+            alone = len(self.programs) == 1 and times == self.runs
+            text = clean(program) if alone else f"{count(times)} {clean(program)}"
+            programs.append(f"{text} in {seconds(self.building)}" if program == "compiled" else text)
+        return (
+            f"draw {low}" if low == high else f"draws {low}–{high}",
+            f"{count(self.runs)} run" + ("s" if self.runs != 1 else ""),
+            ", ".join(programs),
+            f"run median {seconds(median(self.times))}" if self.times else "",
+            *(f"{clean(name)}: update {updates}" for name, updates in self.changed.items()),
+            self.weights,
+        )
 
 
 def _joined(names: str, name: str) -> str:
     return names if not name or name in names.split(", ") else f"{names}, {name}" if names else name
 
 
-def parts(loop: Loop) -> tuple[str, ...]:
-    """What the counting line says after model, mode and device."""
-    low, high = loop.draws
-    return (
-        f"draw {low}" if low == high else f"draws {low}–{high}",
-        f"{count(loop.runs)} run" + ("s" if loop.runs != 1 else ""),
-        _programs(loop),
-        f"run median {seconds(loop.median)}" if loop._timed else "",
-        *(f"{clean(name)}: update {updates}" for name, updates in loop.changed.items()),
-        loop.weights,
-    )
-
-
-def _programs(loop: Loop) -> str:
-    texts = []
-    for program, times in loop.programs.items():
-        text = clean(program) if len(loop.programs) == 1 and times == loop.runs else f"{count(times)} {clean(program)}"
-        texts.append(f"{text} in {seconds(loop.building)}" if program == "compiled" else text)
-    return ", ".join(texts)
-
-
 def loop_line(loop: Loop) -> str:
     """`net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`, sharp bits beneath."""
-    return "\n".join([*dotted((loop.model, loop.mode, loop.device, *parts(loop))), *notes(loop.notes)])
+    return "\n".join([*dotted((loop.model, loop.mode, loop.device, *loop.parts)), *notes(loop.notes)])
+
+
+@dataclass(frozen=True)
+class Notice:
+    """`root key · restarted · seed 0`: what it is about, what became of it, and what to look out for."""
+
+    name: str
+    texts: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
+
+
+def notice_text(notice: Notice) -> str:
+    """One line in 80 columns, sharp bits beneath."""
+    return "\n".join([*dotted(tuple(map(clean, (notice.name, *notice.texts)))), *notes(notice.notes)])
+
+
+def registered_text(models: Sequence[Registered]) -> str:
+    """A line for each model, with the rows of its check beneath."""
+    lines: list[str] = []
+    for model in models:
+        name = clean(model.name)
+        lines += dotted((f"{name} {model.headline}" if model.headline else name, *model.parts))
+        lines += table([(clean(label), clean(value)) for label, value in model.check], indent="  ")
+    return "\n".join(lines)
 
 
 ROWS = 1000

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from ..base.digest import words
+from ..errors import FlaxMagicsError
 from . import threefry
 
 SPLIT = ("params", "dropout")
@@ -210,7 +211,13 @@ class RootKey:
 
     @classmethod
     def from_seed(cls, seed: int) -> RootKey:
-        """Draw 0 of `seed`, under the PRNG implementation that JAX is set to now."""
+        """Draw 0 of `seed`, under the PRNG implementation that JAX is set to now.
+
+        Raises:
+          FlaxMagicsError: `seed` is no int.
+        """
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise FlaxMagicsError(f"a seed is an int, not {seed!r}.")
         with jax.ensure_compile_time_eval():  # a session may begin in a function that JAX traces
             key = jax.random.key(seed)
             return cls(seed, 0, np.asarray(jax.random.key_data(key)).tobytes(), str(jax.random.key_impl(key)))

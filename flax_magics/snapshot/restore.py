@@ -18,12 +18,13 @@ from ..base.text import clean
 from ..code.source import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
-from ..execution.build import built_with
+from ..execution.build import Building, built_with
 from ..models.base import Model, ModelWithVariables
 from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
 from ..state.models import Registration, differences
+from ..state.runs import StoredRun
 from ..state.state import SavedModel, State
 from ..state.trees import Differs, foreign_in, graft
 from ..state.weights import WeightSource
@@ -219,6 +220,29 @@ def unfit(errors: Mapping[str, Unfit], path: str) -> FlaxMagicsError:
     return FlaxMagicsError(message, hint="\n".join(lines))
 
 
+class RestoringBuilding(Building):
+    """Registers modules in a session to which variables of a file wait to be given."""
+
+    def register(
+        self, state: State, name: str, module: Any, *, anew: bool, cell: int | None
+    ) -> tuple[State, Registration, StoredRun | None]:
+        """As `Building.register`, with the variables that wait for the name if they fit.
+
+        A module that the file's session had built is built with the keys of that time, which is no draw, if its
+        variables then fit.
+        """
+        saved = state.waiting.get(name)
+        construction = module if isinstance(module, Construction) else None
+        if saved is not None and construction is not None and saved.keys is not None:
+            restored, change = registered(state, *built_with(None, name, construction, saved.keys))
+            if not change.unfit:
+                return restored, change, None
+        after, change, run = super().register(state, name, module, anew=anew, cell=cell)
+        if saved is None or not saved.ready or (construction is not None and run is None):
+            return after, change, run
+        return *registered(replace(after, waiting=state.waiting), after.models[name], change), run
+
+
 def registered(state: State, entry: ModelEntry, change: Registration) -> tuple[State, Registration]:
     """The state in which `entry` is registered, with the variables that wait for it if they fit; and what to say."""
     restored = matched(state.waiting, entry, change)
@@ -229,18 +253,6 @@ def registered(state: State, entry: ModelEntry, change: Registration) -> tuple[S
     if not change.unfit:
         waiting = {name: model for name, model in waiting.items() if name != entry.name}
     return replace(state, models={**state.models, entry.name: entry}, waiting=waiting), change
-
-
-def built_before(state: State, name: str, recipe: Construction) -> tuple[State, Registration] | None:
-    """The state with the module that a saved session had built, and its variables; None where they do not fit.
-
-    No draw: it was made then, and its keys are those of that time.
-    """
-    saved = state.waiting.get(name)
-    if saved is None or saved.keys is None:
-        return None
-    after, change = registered(state, *built_with(None, name, recipe, saved.keys))
-    return None if change.unfit else (after, change)
 
 
 def matched(

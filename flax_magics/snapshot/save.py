@@ -166,7 +166,7 @@ def _lost(current: State, snapshot: Snapshot) -> tuple[Note, ...]:
     notes = []
     there = {_identity(kept.run()) for kept in snapshot.written}
     runs = newest(current.runs, 0 if current.runs is None else current.runs.length)
-    lost = sum(run.command != "init" and _identity(run) not in there for run in runs)
+    lost = sum(not run.kind.opens and _identity(run) not in there for run in runs)
     if lost:
         what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
         notes.append(Note("replaced", f"{what}: its root key and its history are now those of the file"))

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..base.text import bytes_, clean, clean_lines, dotted, plural
 from ..line.options import quoted
-from ..report.html import _notes, notice_bundle, render, shown_bundle
-from ..report.notice import Notice, notice_text
+from ..report.html import note_lines, notice_bundle, render, shown_bundle
+from ..report.text import Notice, notice_text
 from ..run import Note
 from ..state.state import SavedModel
 from .save import Autosave, Restored, Saved
@@ -18,7 +18,7 @@ from .save import Autosave, Restored, Saved
 
 def loaded_html(loaded: Loaded) -> str:
     """A file that was loaded, the code of each model that waits folded away."""
-    notes = _notes(loaded.notice.notes)
+    notes = note_lines(loaded.notice.notes)
     texts = [clean(text) for text in loaded.notice.texts]
     return render(
         "loaded.html", {"name": clean(loaded.notice.name), "texts": texts, "notes": notes, "waiting": loaded.waiting}

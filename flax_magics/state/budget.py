@@ -92,6 +92,16 @@ class ReplayBudget:
                 for kept in self._held:
                     self._sizes |= _sizes_in(kept, self._sizes)
 
+    def replace(self, before: Replaced | None, after: Replaced | None) -> None:
+        """Counts the variables that an init has replaced in the place of those that an earlier one replaced."""
+        if after is before:
+            return
+        if before is not None:
+            self.drop(before)
+        if after is not None:
+            self.noted.append(after)
+            self.look(after.size)
+
     def _take_in(self) -> None:
         for kept in self.noted:
             if kept.origin is None or kept.inputs is None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
 from ..base.text import bytes_
-from ..code.library import is_module_class
 from ..compile.initialise import initialised
-from ..errors import FlaxMagicsError, did_you_mean, written
+from ..errors import FlaxMagicsError
 from ..models.base import Model, ModelWithVariables
-from ..models.construction import BuiltBySession, adopt, spell_construction
+from ..models.construction import BuiltBySession, adopt
 from ..run import Note
 from .entry import ModelEntry, Replaced
 from .weights import (
@@ -29,7 +28,7 @@ from .weights import (
 )
 
 if TYPE_CHECKING:
-    from .state import State
+    pass
 
 
 @dataclass(frozen=True)
@@ -234,164 +233,3 @@ def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tu
         gone = f"; they are not kept: {bytes_(replaced.size)} are more than replay_bytes, {bytes_(limit)}"
         return None, (Note("replaced", text + gone),)
     return replaced, (Note("replaced", text, write=PREVIOUS.format(entry.name)),)
-
-
-class RegisteredModel:
-    """A model of a session. `variables` can be read, and assigned (weights from an optax loop of one's own)."""
-
-    def __init__(self, name: str, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
-        self.name = name
-        self._state, self._assign = state, assign
-
-    def _entry(self) -> ModelEntry:
-        return entry_of(self._state().models, self.name)
-
-    @property
-    def module(self) -> Any:
-        """The user's own module."""
-        return self._entry().model.module
-
-    @property
-    def variables(self) -> Mapping[str, Any] | None:
-        """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
-        return self._entry().read_variables()
-
-    @variables.setter
-    def variables(self, value: Mapping[str, Any] | None) -> None:
-        self._assign(self.name, value)
-
-    @property
-    def weights(self) -> str:
-        """Where the variables came from, such as `initialised in draw 1`; empty before the first init."""
-        source = self._entry().source_now()
-        return "" if source is None else source.describe(self._state().root.seed)
-
-    @property
-    def updates(self) -> Mapping[str, int]:
-        """Collection → how many runs have written it since."""
-        return dict(self._entry().update_counts)
-
-    @property
-    def previous(self) -> Any:
-        """The variables that the last init replaced: set, loaded or trained ones, or such as runs had written into.
-
-        Raises:
-          FlaxMagicsError: there are none, or they were let go of to stay within `replay_bytes`.
-        """
-        replaced = self._entry().replaced
-        if replaced is None:
-            raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
-        if replaced.origin is None:
-            raise FlaxMagicsError(
-                f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
-            )
-        return replaced.variables
-
-    def collections(self) -> Mapping[str, Any] | None:
-        """The variables by collection (of an NNX module: by type, random streams left out); None before the first init."""
-        return self._entry().collections()
-
-    def names(self) -> ModelNames:
-        """Names for tab completion: methods with their arguments, fields, streams seen so far."""
-        entry = self._entry()
-        methods = {}
-        for name in ("__call__", *entry.model.methods()):
-            try:
-                signature = entry.model.signature(() if name == "__call__" else (name,))
-            except FlaxMagicsError:  # a module without a call
-                continue
-            methods[name] = tuple(signature.parameters)
-        streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
-        return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
-
-    def describe(self) -> str:
-        """How it is built, in one line: `Net(features=8)`."""
-        return self._entry().model.describe()
-
-    def __repr__(self) -> str:
-        from ..base.digest import count_parameters
-        from ..base.text import bytes_, plural
-
-        entry = self._entry()
-        if not entry.ready:
-            state = "not initialised"
-        else:
-            parameters, size = count_parameters(self.collections() or {})
-            state = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
-        return f"<{self.name}: {entry.model.describe()}, {state}>"
-
-
-class Models(Mapping[str, RegisteredModel]):
-    """The registered models by name, in the order in which they were registered."""
-
-    def __init__(self, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
-        self._state, self._assign = state, assign
-
-    def __getitem__(self, name: str) -> RegisteredModel:
-        if name not in self._state().models:
-            raise KeyError(name)
-        return RegisteredModel(name, self._state, self._assign)
-
-    def __iter__(self) -> Any:
-        return iter(self._state().models)
-
-    def __len__(self) -> int:
-        return len(self._state().models)
-
-    def __repr__(self) -> str:
-        return "{" + ", ".join(f"'{name}': {self[name]!r}" for name in self) + "}"
-
-
-def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
-    """The entry of a registered name, of what `Session.models` gives, or of a module that is registered.
-
-    Raises:
-      FlaxMagicsError: there is none.
-    """
-    if isinstance(model, RegisteredModel):
-        model = model.name
-    if isinstance(model, str):
-        if model in models:
-            return models[model]
-        known = ", ".join(models) or "none yet"
-        raise FlaxMagicsError(
-            f"no model is registered as `{model}`; registered: {known}.",
-            hint=did_you_mean(model, models),
-            form=f"%flaxmodel {model} = …" if not models else None,
-        )
-    for entry in models.values():
-        if entry.model.module is model:
-            return entry
-    line = spell_construction(model, "%flaxmodel") if is_module_class(model) else "%flaxmodel net = …"
-    raise FlaxMagicsError("this model is not registered.", **written(line))
-
-
-def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
-    """The entry of a name that stands for `module` now (None: for what it stood for), and what is to be said of that."""
-    entry = entry_of(models, name)
-    if module is None or module is entry.model.module:
-        return entry, ()
-    if entry.model.holds_variables:
-        # The object in the namespace is the one truth.
-        entry, change = register(None, name, module)
-        text = f"{name} is another module now, {entry.model.describe()}: registered with what it holds"
-        return entry, (Note("rebound", text),)
-    entry, change = register(entry, name, module)
-    if change.state == "unchanged":
-        return entry, ()
-    became = {"own": "", "none": "", "kept": ", variables kept", "dropped": ", variables dropped"}[change.variables]
-    return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
-
-
-class ModelNames(NamedTuple):
-    """The names of a registered model that completion offers.
-
-    Attributes:
-      methods: method → names of its arguments; `__call__` for the model's own call.
-      fields: its dataclass fields or attributes.
-      streams: the random streams that it is known to ask for.
-    """
-
-    methods: Mapping[str, tuple[str, ...]]
-    fields: tuple[str, ...] = ()
-    streams: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ import jax
 
 from ..base.digest import describe, own
 from ..models.base import CallTrace
-from ..run import RELEASED, Cause, Run
+from ..run import COMMANDS, RELEASED, Cause, Run
 from .entry import Origin
 
 
@@ -183,6 +183,16 @@ def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
         chain = chain.before
 
 
+def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
+    """Numbers of this kernel's cells that drew → the calls that they made, as they were written; of a key an empty one."""
+    calls: dict[int, set[str]] = {}
+    for kept in backwards(chain):
+        facts = kept.facts
+        if facts["cell"] is not None and not facts["replayed"] and facts["elsewhere"] is None:
+            calls.setdefault(facts["cell"], set()).add(facts["call"] if COMMANDS[facts["command"]].model else "")
+    return {number: tuple(texts) for number, texts in calls.items()}
+
+
 def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
     """The runs that took draw `number` of `seed`, in order: one, or an init and the apply that went on with its draw.
 
@@ -199,7 +209,8 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
 
 def _shared(init: Any, apply: Any) -> bool:
     """Whether an apply went on with the draw that an init opened."""
-    if (init["command"], apply["command"], init["model"]) != ("init", "apply", apply["model"]):
+    opens, continues = COMMANDS[init["command"]].opens, COMMANDS[apply["command"]].forward
+    if not (opens and continues and init["model"] == apply["model"]):
         return False
     opened, taken = getattr(init["keys"], "draw", None), getattr(apply["keys"], "draw", None)
     if opened is None or taken is None:  # keys of a module that was built, or of a file, not what they were drawn from
@@ -214,5 +225,5 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
       reach: runs of any model that are looked at.
     """
     recent = (kept.facts for kept in islice(backwards(chain), reach))
-    applies = (facts for facts in recent if facts["command"] == "apply" and facts["model"] == model)
+    applies = (facts for facts in recent if COMMANDS[facts["command"]].forward and facts["model"] == model)
     return [(facts["program"], facts["causes"]) for facts in islice(applies, n)]

@@ -14,7 +14,7 @@ from runs_to_show import DRAW, INIT, KEY, REUSED
 from flax_magics.base.compare import Agreement, Difference
 from flax_magics.history import table
 from flax_magics.history.table import SHOWN, DrawRow, History, history_text, notice_of
-from flax_magics.report.notice import notice_text
+from flax_magics.report.text import notice_text
 from flax_magics.rng.keys import RunKeys
 from flax_magics.run import Run
 from flax_magics.state.runs import StoredRun

@@ -8,7 +8,7 @@ import jax
 import pytest
 from by_hand import bits
 
-from .conftest import MODEL, MODEL_CELL
+from .conftest import MODEL_CELL
 
 
 def by_hand(notebook, *, training: bool = False, draws: int = 1):
@@ -249,19 +249,6 @@ def test_a_bare_command_help_and_a_question_mark_all_help(notebook, command):
     assert bare == notebook(f"{command} --help") == notebook(f"{command} -h")
     assert "examples:" in bare
     assert all(len(line) <= 80 for line in bare.splitlines())
-
-
-def test_the_examples_of_the_help_run(sharp_bits, tmp_path, monkeypatch):
-    from flax_magics.line.commands import COMMANDS
-
-    monkeypatch.chdir(tmp_path)  # one of them writes a file
-    sharp_bits(f"{MODEL}net = MyModel(3, False)\n")
-    sharp_bits("%flaxmodel net")
-    for spec in COMMANDS.values():
-        for example in spec.examples:
-            if "Net()" not in example:
-                sharp_bits(example)
-    sharp_bits(COMMANDS["%%flaxmodel"].examples[0])
 
 
 def test_a_sharp_bit_in_a_loop_is_said_once_and_carried_by_the_counting_line(notebook):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 
 import pytest
 
@@ -79,6 +81,18 @@ def test_a_mistake_is_one_short_message(sharp_bits, cell, message):
     before = state(sharp_bits)
     assert sharp_bits.fails(cell) == f"FlaxMagicsError: {message}"
     assert state(sharp_bits) == before
+
+
+@pytest.mark.parametrize(
+    "cell", ["%flax_apply --draw frst my_model(x)", "%flax_apply mymodel(x)", "%flaxmodel mymodel"]
+)
+def test_what_is_kept_of_an_error_holds_no_array_of_the_notebook(sharp_bits, cell):
+    sharp_bits("y = %flax_apply -q my_model(x)")
+    output = weakref.ref(sharp_bits["y"])
+    sharp_bits.fails(cell)
+    sharp_bits("y = None")
+    gc.collect()
+    assert output() is None
 
 
 def test_nothing_registered_yet(notebook):

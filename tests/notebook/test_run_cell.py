@@ -5,16 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import linecache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from flax_magics.cells.names import assigned_names
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.line.call import parse_call
+from flax_magics.line.call import CallExpression, parse_call
 from flax_magics.notebook.run_cell import (
-    CallCell,
-    CellBody,
     displayed_quietly,
     run_body,
     run_statements_with_call,
@@ -26,15 +25,16 @@ class Commands:
 
     def __init__(self, shell: Any) -> None:
         self.shell = shell
-        self.body: CellBody
-        self.call: CallCell
+        self.assigned: tuple[str, ...]
+        self.call: CallExpression
+        self.assign: Callable[[Any], None] | None
         shell.register_magic_function(self.model, "cell", "flaxmodel")
         shell.register_magic_function(self.apply_cell, "cell", "flax_apply")
         shell.register_magic_function(self.apply, "line", "flax_apply")
 
     def model(self, line: str, cell: str) -> None:
         """`%%flaxmodel`"""
-        self.body = run_body(self.shell, cell, line)
+        self.assigned = run_body(self.shell, cell, line)
 
     def apply(self, line: str) -> Any:
         """`%flax_apply double(x)`"""
@@ -43,12 +43,9 @@ class Commands:
 
     def apply_cell(self, line: str, cell: str) -> Any:
         """`%%flax_apply`"""
-        self.call = run_statements_with_call(self.shell, cell, line)
-        args, _ = self.call.call.evaluate(self.shell.user_ns)
-        if self.call.assign is None:
-            return args[0] * 2
-        self.call.assign(args[0] * 2)
-        return None
+        self.call, self.assign = run_statements_with_call(self.shell, cell, line)
+        args, _ = self.call.evaluate(self.shell.user_ns)
+        return args[0] * 2 if self.assign is None else self.assign(args[0] * 2)
 
 
 @pytest.fixture
@@ -73,13 +70,12 @@ def refused(shell: Any, cell: str) -> str:
 def test_the_body_runs_in_the_users_namespace(shell: Any, commands: Commands) -> None:
     run(shell, "%%flaxmodel net = Net()\nimport math\na = math.pi\nclass Net: pass\n")
     assert shell.user_ns["a"] > 3
-    assert commands.body.names == ("math", "a", "Net")
-    assert [type(node) for node in commands.body.tree.body] == [ast.Import, ast.Assign, ast.ClassDef]
+    assert commands.assigned == ("math", "a", "Net")
 
 
 def test_names_that_are_gone_again_are_not_reported(shell: Any, commands: Commands) -> None:
     run(shell, "%%flaxmodel\na = 1\nb = 2\ndel a\nfor i in []: pass")
-    assert commands.body.names == ("b",)
+    assert commands.assigned == ("b",)
 
 
 def test_line_numbers_are_those_of_the_whole_cell(shell: Any, commands: Commands) -> None:
@@ -168,7 +164,7 @@ def test_magics_and_commands_work_in_the_body(shell: Any, commands: Commands, ba
     run(shell, f"%%flaxmodel\nx = 3\ny = %flax_apply double(x)\nz = {bang}echo hello\n%flax_apply double(x)\n")
     assert shell.user_ns["y"] == 6
     assert list(shell.user_ns["z"]) == ["hello"]
-    assert commands.body.names == ("x", "y", "z")
+    assert commands.assigned == ("x", "y", "z")
     assert shell.user_ns["Out"] == {1: 6}
 
 
@@ -214,7 +210,7 @@ def test_a_body_that_is_no_python_runs_not_at_all(shell: Any, commands: Commands
 
 def test_an_async_function_may_be_defined(shell: Any, commands: Commands) -> None:
     run(shell, "%%flaxmodel\nasync def f():\n    await g()\n    return [i async for i in h]\n")
-    assert commands.body.names == ("f",)
+    assert commands.assigned == ("f",)
 
 
 def test_every_binding_is_an_assigned_name() -> None:
@@ -274,9 +270,8 @@ def test_the_last_call_is_assigned_to_any_target(shell: Any, commands: Commands,
     run(shell, "class Thing: pass\nthing = Thing()\nbox = {}")
     run(shell, f"%%flax_apply --train\nx = 3\nx = x + 1\n{target} = double(\n    x,\n)\n")
     assert read(shell.user_ns) == 8
-    assert commands.call.target == target
-    assert commands.call.call.call == "double(x)"
-    assert commands.call.names == ("x",)
+    assert commands.call.call == "double(x)"
+    assert shell.user_ns["x"] == 4
     assert not any(name.startswith("__flax") for name in shell.user_ns)
 
 
@@ -291,10 +286,10 @@ def test_the_value_may_be_unpacked_or_added(shell: Any, commands: Commands) -> N
 def test_a_call_alone_is_displayed(shell: Any, commands: Commands) -> None:
     result = run(shell, "%%flax_apply\nx = 5\ndouble(x)\n")
     assert result.result == 10
-    assert commands.call.assign is None
-    assert not commands.call.call.quiet
+    assert commands.assign is None
+    assert not commands.call.quiet
     run(shell, "%%flax_apply\nx = 5\ndouble(x);\n")
-    assert commands.call.call.quiet
+    assert commands.call.quiet
 
 
 @pytest.mark.parametrize(

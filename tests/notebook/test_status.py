@@ -10,33 +10,29 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from runs_to_show import COMPILED, REUSED
 
-from flax_magics.notebook import status
-from flax_magics.notebook.status import (
-    CommandHelp,
-    Device,
-    KeyCard,
-    ModelLine,
-    Status,
-    key_bundle,
-    key_text,
-    status_bundle,
-    status_text,
-)
+from flax_magics.notebook.status import KeyCard, Status, key_bundle, status_bundle
 
 CARD = KeyCard(seed=0, draws=3, root="375f238f", impl="threefry2x32")
 STATUS = Status(
-    devices=(Device("cpu:0", "cpu"), Device("gpu:0", "NVIDIA H100", 1_200_000_000, 80_000_000_000)),
+    devices=(("cpu:0", "cpu", ""), ("gpu:0", "NVIDIA H100", "1.2 GB of 80.0 GB")),
     key=CARD,
     models=(
-        ModelLine("net", "Net(features=8)", "15 parameters, 60 B"),
-        ModelLine("vae", "VAE(latents=20)", "not initialised"),
+        ("net", "Net(features=8)", "15 parameters, 60 B"),
+        ("vae", "VAE(latents=20)", "not initialised"),
     ),
     runs=(COMPILED, REUSED),
-    caches=(("programs kept", "3"),),
-    memory=(("kept for replay", "1.2 MB of 256 MB"),),
-    versions=(("flax_magics", "0.1.0"), ("jax", "0.10.2"), ("flax", "0.12.8")),
-    commands=(CommandHelp("%flax", "the session at a glance"), CommandHelp("%flax_init net(x)", "gives the variables")),
+    amounts=(("kept for replay", "1.2 MB of 256 MB"), ("programs kept", "3")),
+    versions=("flax_magics 0.1.0", "jax 0.10.2", "flax 0.12.8"),
+    commands=(("%flax", "the session at a glance"), ("%flax_init net(x)", "gives the variables")),
 )
+
+
+def status_text(status: Status) -> str:
+    return status_bundle(status, "text")["text/plain"]
+
+
+def key_text(card: KeyCard) -> str:
+    return key_bundle(card, "text")["text/plain"]
 
 
 def test_the_session_at_a_glance() -> None:
@@ -99,19 +95,19 @@ def test_the_root_key() -> None:
 
 def test_the_html_says_the_same_words() -> None:
     ignoring = str.maketrans("", "", "· ")
-    for text, page in ((status_text(STATUS), status.status_html(STATUS)), (key_text(CARD), status.key_card_html(CARD))):
-        words = "".join(text.split()).translate(ignoring).lower()
-        assert "".join(Reader(page).text.split()).translate(ignoring).lower() == words
+    for bundle in (status_bundle(STATUS, "auto"), key_bundle(CARD, "auto")):
+        words = "".join(bundle["text/plain"].split()).translate(ignoring).lower()
+        assert "".join(Reader(bundle["text/html"]).text.split()).translate(ignoring).lower() == words
 
 
 def test_they_are_escaped() -> None:
     status = Status(
-        devices=(Device(EVIL, EVIL),),
+        devices=((EVIL, EVIL, EVIL),),
         key=KeyCard(0, 1, EVIL, EVIL),
-        models=(ModelLine(EVIL, EVIL, EVIL),),
-        caches=((EVIL, EVIL),),
-        versions=((EVIL, EVIL), (EVIL, EVIL)),
-        commands=(CommandHelp(EVIL, EVIL),),
+        models=((EVIL, EVIL, EVIL),),
+        amounts=((EVIL, EVIL),),
+        versions=(EVIL, EVIL),
+        commands=((EVIL, EVIL),),
     )
     for page in (status_bundle(status, "auto")["text/html"], key_bundle(status.key, "auto")["text/html"]):
         assert "<script" not in page
@@ -122,13 +118,13 @@ def test_they_are_escaped() -> None:
 @given(st.text(max_size=120), st.text(max_size=120))
 def test_nothing_is_wider_than_80_columns(name: str, text: str) -> None:
     status = Status(
-        devices=(Device(name, text),),
+        devices=((name, text, ""),),
         key=KeyCard(12345678901234567890, 10**9, name, text),
-        models=(ModelLine(name, text, text), ModelLine("net", text, name)),
+        models=((name, text, text), ("net", text, name)),
         runs=(COMPILED,),
-        caches=((name, text),),
-        versions=((name, text),),
-        commands=(CommandHelp(name, text),),
+        amounts=((name, text),),
+        versions=(f"{name} {text}",),
+        commands=((name, text),),
     )
     for row in (status_text(status) + "\n" + key_text(status.key)).split("\n"):
         assert cell_len(row) <= 80, row

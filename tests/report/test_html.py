@@ -11,16 +11,16 @@ from html_reader import EVIL, Reader
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
 from flax_magics.base.measures import Cost, Limits
-from flax_magics.report.html import details_html, figures, line_html, normal_html, report_html, segments
+from flax_magics.report.html import figures, report_html, segments
 from flax_magics.run import InitStats, Note
 
 
 def test_without_styles_a_line_reads_as_in_the_terminal() -> None:
-    assert Reader(line_html(REUSED)).text == "net · train · cpu:0 · draw 2 · reused · run 0.22 ms"
+    assert Reader(report_html(REUSED, "line")).text == "net · train · cpu:0 · draw 2 · reused · run 0.22 ms"
 
 
 def test_without_styles_the_normal_form_reads_in_order() -> None:
-    text = Reader(normal_html(COMPILED)).text
+    text = Reader(report_html(COMPILED, "normal")).text
     assert text.startswith(
         "net · train · cpu:0 · training=True · draw 1 of seed 0 "
         "compile 0.41 s, first run of this program · run 0.22 ms "
@@ -38,13 +38,13 @@ def test_sharp_bits_and_the_line_to_write_are_there_at_every_level() -> None:
 
 
 def test_details_are_closed_until_asked_for() -> None:
-    assert "<details>" in normal_html(REUSED)
-    assert "<details open>" in details_html(REUSED)
-    assert "<details" not in line_html(REUSED)
+    assert "<details>" in report_html(REUSED, "normal")
+    assert "<details open>" in report_html(REUSED, "details")
+    assert "<details" not in report_html(REUSED, "line")
 
 
 def test_tables_have_header_cells() -> None:
-    html = details_html(REUSED)
+    html = report_html(REUSED, "details")
     assert '<th scope="col"' in html
     assert '<th scope="row"' in html
 
@@ -96,7 +96,7 @@ def test_every_string_is_escaped_and_nothing_is_fetched_or_run(level: str) -> No
 
 
 def test_it_brings_no_colour_of_its_own_and_no_rule_outside_its_class() -> None:
-    html = details_html(COMPILED)
+    html = report_html(COMPILED, "details")
     style = html[html.index("<style>") + 7 : html.index("</style>")]
     assert re.search(r"#[0-9a-fA-F]{3}|rgb|hsl", style) is None
     colours = set(re.findall(r"(?<![-\w])color:([^;}]+)", style))
@@ -108,12 +108,15 @@ def test_it_brings_no_colour_of_its_own_and_no_rule_outside_its_class() -> None:
 
 def test_a_key_is_a_line_at_every_level() -> None:
     text = "key latent · draw 3 of seed 0 · 33b04f44"
-    assert {Reader(html).text for html in (line_html(KEY), normal_html(KEY), details_html(KEY))} == {text}
+    assert {
+        Reader(html).text
+        for html in (report_html(KEY, "line"), report_html(KEY, "normal"), report_html(KEY, "details"))
+    } == {text}
 
 
 def test_the_rates_and_the_memory_of_a_repeated_run_are_rows() -> None:
     run = replace(REPEATED, cost=Cost(2e6, 4e3), limits=Limits("cpu:0", "float32", 2e10, 2e9))
-    html = normal_html(run)
+    html = report_html(run, "normal")
     for item in (
         "9.5 GFLOP/s, 48 % of a large float32 matmul&#39;s 20.0 GFLOP/s",
         "19.0 MB/s, 1 % of a large copy&#39;s 2.0 GB/s",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from flax_magics.report.notice import Notice
+from flax_magics.report.text import Notice
 from flax_magics.run import Note
 from flax_magics.snapshot import view
 from flax_magics.snapshot.view import SHORT, Loaded, Waiting, loaded_bundle, loaded_text

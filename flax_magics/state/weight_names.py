@@ -13,7 +13,7 @@ import jax
 
 from ..base.digest import quick_digest
 from ..run import Note
-from ..state.weights import CURRENT, Written, misfits
+from .weights import CURRENT, Written, misfits
 
 Models = Mapping[str, Mapping[str, Any] | None]
 """Variables by model; None where they are not the session's, or not there."""

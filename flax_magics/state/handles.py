@@ -1,0 +1,268 @@
+"""What a session shows of its state: models as handles that a person reads and assigns, runs, the root key.
+
+And which registered model is meant by a name or a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from ..code.library import is_module_class
+from ..errors import FlaxMagicsError, did_you_mean, written
+from ..models.construction import spell_construction
+from ..run import Note, Run
+from .budget import ReplayBudget, checked_limit
+from .entry import ModelEntry
+from .models import register
+from .runs import calls_by_cell, newest
+
+if TYPE_CHECKING:
+    from .state import SavedModel, State
+
+
+class RegisteredModel:
+    """A model of a session. `variables` can be read, and assigned (weights from an optax loop of one's own)."""
+
+    def __init__(self, name: str, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
+        self.name = name
+        self._state, self._assign = state, assign
+
+    def _entry(self) -> ModelEntry:
+        return entry_of(self._state().models, self.name)
+
+    @property
+    def module(self) -> Any:
+        """The user's own module."""
+        return self._entry().model.module
+
+    @property
+    def variables(self) -> Mapping[str, Any] | None:
+        """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
+        return self._entry().read_variables()
+
+    @variables.setter
+    def variables(self, value: Mapping[str, Any] | None) -> None:
+        self._assign(self.name, value)
+
+    @property
+    def weights(self) -> str:
+        """Where the variables came from, such as `initialised in draw 1`; empty before the first init."""
+        source = self._entry().source_now()
+        return "" if source is None else source.describe(self._state().root.seed)
+
+    @property
+    def updates(self) -> Mapping[str, int]:
+        """Collection → how many runs have written it since."""
+        return dict(self._entry().update_counts)
+
+    @property
+    def previous(self) -> Any:
+        """The variables that the last init replaced: set, loaded or trained ones, or such as runs had written into.
+
+        Raises:
+          FlaxMagicsError: there are none, or they were let go of to stay within `replay_bytes`.
+        """
+        replaced = self._entry().replaced
+        if replaced is None:
+            raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
+        if replaced.origin is None:
+            raise FlaxMagicsError(
+                f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
+            )
+        return replaced.variables
+
+    def collections(self) -> Mapping[str, Any] | None:
+        """The variables by collection (of an NNX module: by type, random streams left out); None before the first init."""
+        return self._entry().collections()
+
+    def names(self) -> ModelNames:
+        """Names for tab completion: methods with their arguments, fields, streams seen so far."""
+        entry = self._entry()
+        methods = {}
+        for name in ("__call__", *entry.model.methods()):
+            try:
+                signature = entry.model.signature(() if name == "__call__" else (name,))
+            except FlaxMagicsError:  # a module without a call
+                continue
+            methods[name] = tuple(signature.parameters)
+        streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
+        return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
+
+    def describe(self) -> str:
+        """How it is built, in one line: `Net(features=8)`."""
+        return self._entry().model.describe()
+
+    def __repr__(self) -> str:
+        from ..base.digest import count_parameters
+        from ..base.text import bytes_, plural
+
+        entry = self._entry()
+        if not entry.ready:
+            state = "not initialised"
+        else:
+            parameters, size = count_parameters(self.collections() or {})
+            state = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
+        return f"<{self.name}: {entry.model.describe()}, {state}>"
+
+
+class Models(Mapping[str, RegisteredModel]):
+    """The registered models by name, in the order in which they were registered."""
+
+    def __init__(self, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
+        self._state, self._assign = state, assign
+
+    def __getitem__(self, name: str) -> RegisteredModel:
+        if name not in self._state().models:
+            raise KeyError(name)
+        return RegisteredModel(name, self._state, self._assign)
+
+    def __iter__(self) -> Any:
+        return iter(self._state().models)
+
+    def __len__(self) -> int:
+        return len(self._state().models)
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"'{name}': {self[name]!r}" for name in self) + "}"
+
+
+class SessionView:
+    """What there is in a session, and how much of it is kept."""
+
+    _state: State
+    _keeping: ReplayBudget
+
+    @property
+    def seed(self) -> int:
+        """The seed that the root key came from."""
+        return self._state.root.seed
+
+    @property
+    def draws(self) -> int:
+        """How many draws have been made under this seed."""
+        return self._state.root.draws
+
+    @property
+    def root_key(self) -> jax.Array:
+        """The typed key, shape (), that the next draw will split. Not to be used: it would be used twice."""
+        return self._state.root.key
+
+    def module(self, name: str) -> Any:
+        """The module that is registered as `name`, None if there is none."""
+        entry = self._state.models.get(name)
+        return None if entry is None else entry.model.module
+
+    @property
+    def collections(self) -> dict[str, Mapping[str, Any] | None]:
+        """The variables that the session holds, by model; None for an NNX module, and before the first init."""
+        return {name: entry.variables for name, entry in self._state.models.items()}
+
+    def variables(self, name: str, module: Any = None) -> Any:
+        """The variables of a model as `models[name].variables` gives them; see `entry_now` for `module`."""
+        return entry_now(self._state.models, name, module)[0].read_variables()
+
+    @property
+    def waiting(self) -> Mapping[str, SavedModel]:
+        """Models of a file that was loaded whose variables nobody has yet: they are given to what is registered so."""
+        return {name: saved for name, saved in self._state.waiting.items() if saved.ready}
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run so far, newest last; outputs that nobody holds any more are gone."""
+        return self.last(len(self))
+
+    def last(self, n: int) -> list[Run]:
+        """The last `n` runs, newest last."""
+        return newest(self._state.runs, n)
+
+    @property
+    def cells(self) -> dict[int, tuple[str, ...]]:
+        """Numbers of this kernel's cells that drew → the calls that they made, as they were written."""
+        return calls_by_cell(self._state.runs)
+
+    @property
+    def replay_bytes(self) -> int:
+        """How many bytes are kept for replays at most; can be set."""
+        return self._keeping.limit
+
+    @replay_bytes.setter
+    def replay_bytes(self, limit: int) -> None:
+        self._keeping.limit = checked_limit(limit)
+        self._keeping.settle()
+
+    def settle(self) -> None:
+        """Lets go at once of what is more than `replay_bytes`. A session does so by itself, some runs later."""
+        self._keeping.settle()
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes only replays need now."""
+        return self._keeping.bytes
+
+    def __len__(self) -> int:
+        return 0 if self._state.runs is None else self._state.runs.length
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        models = ", ".join(self._state.models) or "none"
+        return f"<{type(self).__name__}: seed {self.seed}, {self.draws} draws, models: {models}>"
+
+
+def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
+    """The entry of a registered name, of what `Session.models` gives, or of a module that is registered.
+
+    Raises:
+      FlaxMagicsError: there is none.
+    """
+    if isinstance(model, RegisteredModel):
+        model = model.name
+    if isinstance(model, str):
+        if model in models:
+            return models[model]
+        known = ", ".join(models) or "none yet"
+        raise FlaxMagicsError(
+            f"no model is registered as `{model}`; registered: {known}.",
+            hint=did_you_mean(model, models),
+            form=f"%flaxmodel {model} = …" if not models else None,
+        )
+    for entry in models.values():
+        if entry.model.module is model:
+            return entry
+    line = spell_construction(model, "%flaxmodel") if is_module_class(model) else "%flaxmodel net = …"
+    raise FlaxMagicsError("this model is not registered.", **written(line))
+
+
+def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
+    """The entry of a name that stands for `module` now (None: for what it stood for), and what is to be said of that."""
+    entry = entry_of(models, name)
+    if module is None or module is entry.model.module:
+        return entry, ()
+    if entry.model.holds_variables:
+        # The object in the namespace is the one truth.
+        entry, change = register(None, name, module)
+        text = f"{name} is another module now, {entry.model.describe()}: registered with what it holds"
+        return entry, (Note("rebound", text),)
+    entry, change = register(entry, name, module)
+    if change.state == "unchanged":
+        return entry, ()
+    became = {"own": "", "none": "", "kept": ", variables kept", "dropped": ", variables dropped"}[change.variables]
+    return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
+
+
+class ModelNames(NamedTuple):
+    """The names of a registered model that completion offers.
+
+    Attributes:
+      methods: method → names of its arguments; `__call__` for the model's own call.
+      fields: its dataclass fields or attributes.
+      streams: the random streams that it is known to ask for.
+    """
+
+    methods: Mapping[str, tuple[str, ...]]
+    fields: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
