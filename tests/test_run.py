@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from flax_magics.base.measures import Steady
 from flax_magics.export.cells import MATCHES
 from flax_magics.report.facts import REPORTED
 from flax_magics.run import COMMANDS
+from flax_magics.snapshot.records import RunRecord
 
 
 def test_a_digest_is_what_its_documentation_says():
@@ -102,6 +104,7 @@ def test_a_run_as_json_says_everything_but_the_arrays():
 
 def test_every_room_that_tells_commands_apart_knows_every_command():
     assert REPORTED.keys() == MATCHES.keys() == COMMANDS.keys()
+    assert get_args(get_type_hints(RunRecord)["command"]) == tuple(COMMANDS)
 
 
 def test_no_room_tells_commands_apart_anywhere_else():

@@ -182,7 +182,7 @@ class RunRecord(_Record):
     """
 
     version: Literal[1]
-    command: str
+    command: Literal["apply", "init", "key"]
     model: str | None
     mode: str
     weights: str
