@@ -34,7 +34,7 @@ import numpy as np
 
 from ..base.files import open_without_waiting, replace_file
 from ..base.jsondata import Damaged, convert, loads
-from ..base.text import quoted_name
+from ..base.text import clean, quoted_name
 from ..errors import FlaxMagicsError
 from ..state.trees import CODES, NARROW, dtype_named, shape_of
 
@@ -184,8 +184,6 @@ def _beside(path: Path) -> str | None:
 
 def refuse(path: Path, why: str) -> NoReturn:
     """Raises the error for a file that is not as it was written; `why` may have names that stand in it."""
-    from ..base.text import clean
-
     raise FlaxMagicsError(f"`{path}` cannot be loaded: {clean(why)}.") from None
 
 
