@@ -19,15 +19,17 @@ from typing import Any
 import jax
 
 from ..base.environment import default_device, name_devices
-from ..base.measures import Memory
+from ..base.measures import Memory, Timing
 from ..base.workers import Unfinished, elsewhere, smallest, wait_for
+from ..code.fingerprint import fingerprint
 from ..code.inventory import Inventory
+from ..code.library import library
 from ..code.structure import Structure
 from ..models.arguments import signature_of
 from ..models.base import CallTrace, Needs
-from .compiler import Compiled, Compiler, jax_settings, program_key
+from .compiler import Compiled, Compiler, is_unknown, jax_settings, program_key, settings
 from .jaxpr import identity
-from .trace import TraceRequest, trace
+from .trace import TraceRequest, trace_call
 from .units import Units
 
 KEPT = 128
@@ -62,23 +64,27 @@ class Program:
 
 @dataclass(frozen=True)
 class BuiltProgram:
-    """A program, where it came from (`compiled`, `disk cache`, `reused`), and seconds per phase (0.0: did not happen).
+    """A program and where it came from.
 
-    `beside` is the part of `compile` that nobody waited for. `resumed`: an interrupted run had begun to compile it.
+    Attributes:
+      key: what it is kept by, None where tracing again could give another.
+      request: what it was made for.
+      origin: `compiled`, `disk cache` or `reused`.
+      timing: of its phases; those that did not happen took no time.
+      resumed: an interrupted run had begun to compile it.
     """
 
+    key: Hashable | None
+    request: TraceRequest
     program: Program
-    origin: str
-    trace: float = 0.0
-    lower: float = 0.0
-    compile: float = 0.0
-    beside: float = 0.0
+    origin: str = "reused"
+    timing: Timing = field(default_factory=Timing)
     resumed: bool = False
 
 
 @dataclass(frozen=True)
 class PendingProgram:
-    """A program that has been traced and lowered, and is being compiled."""
+    """A program that has been traced and lowered, and is being compiled; `executable` is None until then."""
 
     key: Hashable | None
     request: TraceRequest
@@ -89,7 +95,6 @@ class PendingProgram:
     text_key: Hashable
     shareable: bool
     executable: Any
-    """None where it is still being compiled."""
     trace: float
     lower: float
     resumed: bool
@@ -151,17 +156,32 @@ class ProgramCache:
         return result
 
     def start(
-        self, key: Hashable | None, request: TraceRequest, phase: Callable[[str], None], since: float | None = None
-    ) -> PendingProgram:
-        """Traces, and begins to compile unless a program of the same equations or, lowered, of the same text is kept.
+        self, request: TraceRequest, phase: Callable[[str], None], since: float | None = None
+    ) -> PendingProgram | BuiltProgram:
+        """Finds the program of a call, or traces it, and begins to compile unless a program of the same equations or,
+        lowered, of the same text is kept.
 
         `phase` is told the name of each phase as it begins; `since` is when tracing began, if that was before.
         Compiling happens on another thread, so that an interrupt returns at once; what it had begun is finished and used
         when it is asked for again.
         """
-        phase("tracing")
-        start = self.clock() if since is None else since
-        traced, ask, record = trace(request)
+        key: Hashable | None = None
+        start = since
+
+        def find(request: TraceRequest) -> Program | None:
+            nonlocal key, start
+            key = call_key(request)
+            program = self.find(key)
+            if program is None:
+                phase("tracing")
+                start = self.clock() if start is None else start
+            return program
+
+        call = trace_call(request, find=find)
+        request, traced, ask, record = call.request, call.traced, call.needs, call.record
+        if call.known is not None:
+            return BuiltProgram(key, request, call.known)
+        assert start is not None
         equations = _equations(traced, request)
         trace_seconds = self.clock() - start
         same = self._lowered_before(equations)
@@ -215,8 +235,10 @@ class ProgramCache:
             return text_key, trees, known[0]
         return (text_key, trees, None) if text_key in self.compiling else None
 
-    def finish(self, building: PendingProgram, phase: Callable[[str], None]) -> BuiltProgram:
+    def finish(self, building: PendingProgram | BuiltProgram, phase: Callable[[str], None]) -> BuiltProgram:
         """Waits until `building` is compiled, and keeps it."""
+        if isinstance(building, BuiltProgram):
+            return building
         origin, compile_seconds, waited = "reused", 0.0, 0.0
         executable, text_key = building.executable, building.text_key
         if executable is None:
@@ -244,13 +266,48 @@ class ProgramCache:
             _keep(self.by_call, building.key, program)
         # The threads go by the machine's clock, which cannot be held against another.
         beside = max(0.0, compile_seconds - waited) if self.clock is time.perf_counter else 0.0
-        return BuiltProgram(program, origin, building.trace, building.lower, waited + beside, beside, building.resumed)
+        timing = Timing(building.trace, building.lower, waited + beside, beside=beside)
+        return BuiltProgram(building.key, building.request, program, origin, timing, building.resumed)
 
     def _let_go(self) -> None:
         """Forgets compilations that were interrupted, are done, and that nobody came back for, but for the last few."""
         done = [key for key, future in self.compiling.items() if future.done()]
         for key in done[:-LEFT]:
             del self.compiling[key]
+
+
+def call_key(request: TraceRequest) -> Hashable | None:
+    """Equal keys mean that tracing would give the same program; None if that cannot be told."""
+    arguments = request.arguments
+    model, static = request.model.key(), fingerprint(arguments.static)
+    leaves, treedef = jax.tree_util.tree_flatten(request.variables)
+    passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
+    now = settings()
+    if None in (model, static, passed.contents, variables.contents) or is_unknown(now):
+        return None
+    key = (
+        request.name,
+        model,
+        request.method,
+        static,
+        passed,
+        arguments.traced,
+        tuple(map(signature_of, arguments.dynamic.values())),
+        variables,
+        tuple(map(signature_of, leaves)),
+        request.mutable,
+        request.mode == "train",
+        request.draw.impl,
+        request.draw.size,
+        request.keyed,
+        now,
+        library.edition,
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def _equations(traced: Any, request: TraceRequest) -> Hashable | None:

@@ -21,6 +21,7 @@ from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note
 from .cache import KEPT, LastCall, LeafSpec, ProgramSpec
 from .compiler import jax_settings, settings_in_words
+from .trace import TraceRequest
 
 REMEMBERED = 16
 """Programs of one model that a new one is held against."""
@@ -45,35 +46,31 @@ def scalars(before: LastCall | None, now: LastCall) -> dict[str, str]:
     return {name: kind for name, kind in was.items() if kind not in ("number", "static")}
 
 
-def purpose(
-    key: Hashable | None,
-    method: tuple[str, ...],
-    mode: str,
-    edition: bytes | None,
-    module: Any,
-    arguments: Arguments,
-    variables: Any,
-    options: Mapping[str, str],
-    keys: str,
-) -> ProgramSpec:
+def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
     """All that a program was made for, as a person would say it. Some milliseconds for a large model."""
+    arguments, model, draw = request.arguments, request.model, request.draw
     rows = zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
-    leaves, held = jax.tree_util.tree_flatten_with_path(variables)
+    leaves, held = jax.tree_util.tree_flatten_with_path(request.variables)
+    options = {
+        "--mutable": ", ".join(sorted(request.mutable)),
+        "--draws": "" if draw.size is None else str(draw.size),
+        "--key": ", ".join(sorted(request.keyed)),
+    }
     parts = [part for which in arguments.treedef.children() for part in which.children()]
     return ProgramSpec(
         key,
-        method,
-        mode,
-        edition,
-        inventory(module),
+        request.method,
+        request.mode,
+        model.print(),
+        inventory(model.module),
         {name: _facet(leaf, traced) for name, leaf, traced in rows},
         dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
         {_leaf_name(path): _facet(leaf, True) for path, leaf in leaves},
         Structure.of(held),
-        options,
+        {option: value for option, value in options.items() if value},
         settings_in_words(),
         jax_settings(),
-        keys,
+        draw.impl,
     )
 
 

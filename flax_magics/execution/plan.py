@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 
 from ..base.measures import Cost, Memory
-from ..code.fingerprint import fingerprint
-from ..code.library import library
-from ..code.structure import Structure
-from ..compile import cache, reasons
-from ..compile.cache import PendingProgram, Program, ProgramCache
-from ..compile.compiler import is_unknown, settings
+from ..compile import reasons
+from ..compile.cache import BuiltProgram, PendingProgram, Program, ProgramCache
 from ..compile.initialise import Initialising, made_of, merged
 from ..compile.limits import cost_of
-from ..compile.trace import TraceRequest, is_tracer_error, leave_out, running, static_choices, trace
+from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
 from ..errors import FlaxMagicsError, written
-from ..models.arguments import Arguments, signature_of
+from ..models.arguments import Arguments
 from ..models.base import CallTrace, Incomplete, MissingVariables, Needs
-from ..models.calls import Path
 from ..rng.keys import Draw, DrawBatch
 from ..run import Cause, InitStats
 from ..state.entry import ModelEntry
 from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
-from .call import BoundCall, Call, prepare_init, with_drawn_key
+from .call import BoundCall, Call, prepare_init, request_of, with_drawn_key
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -136,8 +131,8 @@ def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start
         # The one thread traces the run, and another compiles meanwhile.
         making.begin()
         with contextlib.suppress(MissingVariables):
-            begun = begin(_job(start, making.expected, wanted), programs, since)
-        if begun is not None and begun.building is not None:
+            begun = begin(start, making.expected, wanted, since)
+        if isinstance(begun, PendingProgram):
             since = programs.clock()
         # What the program takes to compile is what has to be waited for, so it comes before many small ones.
         making.begin_rest()
@@ -148,13 +143,14 @@ def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start
     entry = replace(start.entry, variables=variables, made=made, updates={}, outdated=False, source=source)
     weights = source.describe(wanted.draw.first.seed)
     start = Start(entry, variables, made_of(variables), seconds, weights=weights, taken=True)
-    return start, None if begun is None else finish(begun, programs, variables)
+    return start, None if begun is None else finish(start, begun, wanted, variables)
 
 
 def make_ready(start: Start, wanted: Wanted) -> Ready:
     """The program for variables that are there: found, or built."""
-    job = _job(start, start.variables, wanted)
-    return eager(job, wanted.programs) if wanted.op_by_op else compiled(job, wanted.programs)
+    if wanted.op_by_op:
+        return eager(start, wanted)
+    return finish(start, begin(start, start.variables, wanted), wanted)
 
 
 def with_added(start: Start, wanted: Wanted, error: MissingVariables) -> Start:
@@ -177,21 +173,8 @@ def with_added(start: Start, wanted: Wanted, error: MissingVariables) -> Start:
     return replace(start, entry=entry, variables=variables, made=made, seconds=seconds, taken=True)
 
 
-def _job(start: Start, variables: Mapping[str, Any], wanted: Wanted) -> Job:
-    entry, call, prepared, options = start.entry, wanted.call, wanted.prepared, wanted.options
-    return Job(
-        name=entry.name,
-        prepared=prepared,
-        method=call.method,
-        variables=variables,
-        mutable=frozenset(options.mutable),
-        draw=wanted.draw,
-        taken=start.taken,
-        keyed=frozenset(options.key if wanted.draw.size is not None else ()),
-        guess=entry.guesses.get((call.method, prepared.mode), Needs()),
-        forced=frozenset(name for method, name in entry.forced if method == call.method),
-        phase=lambda phase: wanted.on_phase(f"{phase} {entry.name}"),
-    )
+def _request(start: Start, variables: Mapping[str, Any], wanted: Wanted) -> TraceRequest:
+    return request_of(start.entry, wanted.prepared, wanted.draw, variables, wanted.options)
 
 
 RESUMED = "begun by the run that was interrupted"
@@ -224,152 +207,81 @@ class Ready:
     """Arguments that are Python numbers, and were arrays in the model's run before."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be run: a prepared call of a registered model with variables."""
-
-    name: str
-    prepared: BoundCall
-    method: Path
-    variables: Mapping[str, Any]
-    mutable: frozenset[str]
-    draw: Draw | DrawBatch
-    taken: bool
-    """The first draw's `params` key went into variables."""
-    keyed: frozenset[str]
-    """Arguments that have a key of the draw."""
-    guess: Needs
-    forced: frozenset[str]
-    phase: Callable[[str], None] = field(repr=False)
-
-    def takes(self, name: str) -> bool:
-        """Whether a stream's key of the draw went to something else: see `Draw.stream`."""
-        return self.taken and name == "params"
-
-    def arguments(self, forced: frozenset[str]) -> Arguments:
-        """The arguments, with the ints of `forced` as part of the program."""
-        prepared = self.prepared
-        return Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced)
-
-    def request(self, arguments: Arguments) -> TraceRequest:
-        """What a program for this job is made for."""
-        return TraceRequest(
-            self.name,
-            self.prepared.model,
-            self.method,
-            arguments,
-            self.variables,
-            self.draw,
-            self.keyed,
-            self.mutable,
-            self.prepared.mode == "train",
-            self.guess,
-        )
+def begin(
+    start: Start, variables: Mapping[str, Any], wanted: Wanted, since: float | None = None
+) -> PendingProgram | BuiltProgram:
+    """Finds the program, or traces and lowers it and has it compiled. The variables may be shapes."""
+    name = start.entry.name
+    request = _request(start, variables, wanted)
+    return wanted.programs.start(request, lambda phase: wanted.on_phase(f"{phase} {name}"), since)
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A program for a job: found, or traced and lowered and being compiled."""
+def finish(
+    start: Start, begun: PendingProgram | BuiltProgram, wanted: Wanted, variables: Mapping[str, Any] | None = None
+) -> Ready:
+    """Waits until the program is compiled, and says why it is new.
 
-    job: Job
-    arguments: Arguments
-    key: Hashable | None
-    program: Program | None
-    building: PendingProgram | None
-
-
-def compiled(job: Job, programs: ProgramCache) -> Ready:
-    """Finds the program or builds it. An int whose value the model needs is made static, one at a time, then all."""
-    return finish(begin(job, programs), programs)
-
-
-def begin(job: Job, programs: ProgramCache, since: float | None = None) -> Begun:
-    """`compiled`, up to where the compilation has to be waited for. The variables of the job may be shapes.
-
-    `since`: when the tracing began, on the clock of the programs, if that was before.
+    Args:
+      variables: those to run with, where `begin` was given shapes.
     """
-    arguments = job.arguments(job.forced)
-    try:
-        return _begin(job, arguments, programs, since)
-    except Exception as error:
-        if not is_tracer_error(error):
-            raise
-        for more in static_choices(arguments):
-            try:
-                return _begin(job, job.arguments(job.forced | more), programs, since)
-            except Exception as again:
-                if not is_tracer_error(again):
-                    raise again from None
-        raise
-
-
-def _begin(job: Job, arguments: Arguments, programs: ProgramCache, since: float | None) -> Begun:
-    key = _call_key(job, arguments)
-    program = programs.find(key)
-    building = None
-    if program is None:
-        building = programs.start(key, job.request(arguments), job.phase, since)
-        stale = building.record.sown & set(job.variables)
-        if stale:  # a sown collection starts empty: Flax would append to what is there
-            left = {name: tree for name, tree in job.variables.items() if name not in stale}
-            return _begin(replace(job, variables=left), arguments, programs, since)
-    return Begun(job, arguments, key, program, building)
-
-
-def finish(begun: Begun, programs: ProgramCache, variables: Mapping[str, Any] | None = None) -> Ready:
-    """Waits for what was begun. `variables`: those to run with, where the job had shapes."""
-    job = begun.job if variables is None else replace(begun.job, variables=variables)
-    arguments, key, program = begun.arguments, begun.key, begun.program
-    last, now = programs.parts.get(job.name), reasons.ran(job.method, arguments, key)
-    if program is not None:
-        ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
-    else:
-        assert begun.building is not None
-        built = programs.finish(begun.building, job.phase)
-        program = built.program
-        ready = Ready(
-            lambda: None, job.variables, arguments, program.ask, program.record, built.origin,
-            trace=built.trace, lower=built.lower, compile=built.compile, beside=built.beside,
-        )  # fmt: skip
-        purpose = _purpose(job, arguments, key)
+    programs, name = wanted.programs, start.entry.name
+    built = programs.finish(begun, lambda phase: wanted.on_phase(f"{phase} {name}"))
+    program, request, key = built.program, built.request, built.key
+    if variables is not None:
+        request = replace(request, variables={kind: variables[kind] for kind in request.variables})
+    arguments = request.arguments
+    last, now = programs.parts.get(name), reasons.ran(request.method, arguments, key)
+    timing = built.timing
+    ready = Ready(
+        lambda: None, request.variables, arguments, program.ask, program.record, built.origin,
+        trace=timing.trace, lower=timing.lower, compile=timing.compile, beside=timing.beside,
+    )  # fmt: skip
+    if built is not begun:
+        purpose = reasons.purpose(key, request)
         if built.origin == "compiled":
-            known = programs.purposes.get(job.name)
+            known = programs.purposes.get(name)
             ready.causes = reasons.compare(known, last, purpose) if known else ()
             ready.reason = reasons.sentence(ready.causes) + ("; " + RESUMED if built.resumed else "")
-        reasons.remember(programs.purposes, job.name, purpose)
-    programs.parts[job.name] = now
+        reasons.remember(programs.purposes, name, purpose)
+    programs.parts[name] = now
     ready.memory, ready.device, ready.scalars = program.memory, program.device, reasons.scalars(last, now)
     ready.cost = functools.partial(cost_of, program.executable)
     ready.program = program if key is not None else None
-    keys = {name: job.draw.words(name, taken=job.takes(name)) for name in sorted(program.ask.streams)}
+    draw = wanted.draw
+    keys = {
+        stream: draw.words(stream, taken=start.taken and stream == "params") for stream in sorted(program.ask.streams)
+    }
 
     def run() -> Any:
-        return programs.run(program, job.variables, keys, arguments.dynamic)
+        return programs.run(program, request.variables, keys, arguments.dynamic)
 
     ready.run = run
     return ready
 
 
-def eager(job: Job, programs: ProgramCache) -> Ready:
+def eager(start: Start, wanted: Wanted) -> Ready:
     """Runs op by op, as by hand. What the model asks for is found by shapes; if it cannot be traced, by running it."""
-    arguments = job.arguments(job.forced)
-    request = job.request(arguments)
+    request, draw, programs = _request(start, start.variables, wanted), wanted.draw, wanted.programs
     try:
-        _, ask, record = trace(request)
+        call: TracedCall[None] = trace_call(request)
+        request, ask, traced = call.request, call.needs, call.record
     except Exception as error:
         if not is_tracer_error(error):
             raise
-        streams = job.guess.streams | {"dropout"} | job.prepared.model.streams()
-        ask, record = Needs(streams, job.guess.mutable | job.mutable), CallTrace()
-    ready = Ready(lambda: None, job.variables, arguments, ask, record, "eager")
-    traced = record
+        streams = request.guess.streams | {"dropout"} | request.model.streams()
+        ask, traced = Needs(streams, request.guess.mutable | request.mutable), CallTrace()
+    ready = Ready(lambda: None, request.variables, request.arguments, ask, traced, "eager")
 
     def run() -> Any:
         while True:
             record = CallTrace()
-            keys = {name: job.draw.stream(name, taken=job.takes(name)) for name in sorted(ready.ask.streams)}
+            keys = {
+                name: draw.stream(name, taken=start.taken and name == "params") for name in sorted(ready.ask.streams)
+            }
             try:
-                output, updates = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
+                output, updates = running(request, ready.ask, record)(
+                    request.variables, keys, request.arguments.dynamic
+                )
             except Incomplete:
                 ready.ask = ready.ask.and_what(record)
                 continue
@@ -383,50 +295,3 @@ def eager(job: Job, programs: ProgramCache) -> Ready:
 
     ready.run = run
     return ready
-
-
-def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
-    """Equal keys mean that tracing would give the same program; None if that cannot be told."""
-    model = job.prepared.model.key()
-    static = fingerprint(arguments.static)
-    leaves, treedef = jax.tree_util.tree_flatten(job.variables)
-    passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
-    now = settings()
-    if None in (model, static, passed.contents, variables.contents) or is_unknown(now):
-        return None
-    key = (
-        job.name,
-        model,
-        job.method,
-        static,
-        passed,
-        arguments.traced,
-        tuple(map(signature_of, arguments.dynamic.values())),
-        variables,
-        tuple(map(signature_of, leaves)),
-        job.mutable,
-        job.prepared.mode == "train",
-        job.draw.impl,
-        job.draw.size,
-        job.keyed,
-        now,
-        library.edition,
-    )
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _purpose(job: Job, arguments: Arguments, key: Hashable | None) -> cache.ProgramSpec:
-    """What the program is made for."""
-    options = {}
-    if job.mutable:
-        options["--mutable"] = ", ".join(sorted(job.mutable))
-    if job.draw.size is not None:
-        options["--draws"] = str(job.draw.size)
-    if job.keyed:
-        options["--key"] = ", ".join(sorted(job.keyed))
-    model, mode, keys = job.prepared.model, job.prepared.mode, job.draw.impl
-    return reasons.purpose(key, job.method, mode, model.print(), model.module, arguments, job.variables, options, keys)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -45,6 +45,11 @@ class Arguments:
             traced.append(is_traced(leaf) and name not in forced)
         parameters = (*positional, *sorted(kwargs))
         return cls(treedef, parameters, tuple(names), tuple(leaves), tuple(traced), forced)
+
+    def with_static(self, names: Collection[str]) -> Arguments:
+        """The same with the values of `names` as part of the program."""
+        traced = tuple(traced and name not in names for name, traced in zip(self.names, self.traced, strict=True))
+        return replace(self, traced=traced, forced=self.forced.union(names))
 
     @property
     def dynamic(self) -> dict[str, Any]:

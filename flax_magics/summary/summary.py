@@ -10,12 +10,11 @@ import jax
 from ..base.digest import count_parameters, data_of, describe
 from ..base.text import join
 from ..compile.initialise import initialised
-from ..compile.trace import TraceRequest, trace
+from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError
-from ..execution.call import Call, prepare, prepare_init
+from ..execution.call import Call, prepare, prepare_init, trace_shapes
 from ..execution.execute import plain_errors
 from ..execution.notes import of_mode
-from ..execution.shapes import trace_call
 from ..models.arguments import Arguments
 from ..models.base import CallTrace, Model
 from ..models.calls import LONGEST, Calls
@@ -71,7 +70,8 @@ def of_call(
     prepared = prepare(entry.name, entry.model, call, mode)
     with plain_errors(call):
         phase(f"tracing {entry.name}")
-        traced, _, record, variables = trace_call(entry, prepared, call, draw)
+        call_traced = trace_shapes(entry, prepared, call, draw)
+        traced, record, variables = call_traced.traced, call_traced.record, call_traced.request.variables
         phase(f"counting {entry.name}")
         calls, program = record.calls or Calls(), traced.jaxpr.jaxpr
         back = _handed_back(prepared.model, traced, variables)
@@ -150,8 +150,8 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
     draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
     request = TraceRequest(name, prepared.model, call.method, arguments, variables, draw)
-    traced, _, record = trace(request)
-    output, updates = traced.out_info
+    call_traced: TracedCall[None] = trace_call(request)
+    record, (output, updates) = call_traced.record, call_traced.traced.out_info
     if model.holds_variables:
         updates = dict.fromkeys(holding.commit(updates, record).changed)
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]
