@@ -20,21 +20,20 @@ import jax
 from .base.critical import at_once, uninterrupted
 from .cells.journal import cell_number, cells_of_notebook
 from .code.library import library
-from .compile.cache import ProgramCache
+from .compile.cache import ProgramCache, Services
 from .compile.disk_cache import DiskCache
 from .errors import FlaxMagicsError
 from .execution import record, surroundings
-from .execution.apply import apply_model, init_model
-from .execution.build import Building
+from .execution.apply import apply_again, apply_model, init_model
+from .execution.build import build, rebuild
 from .execution.call import Call, as_names, method_path, spell_call
 from .execution.idioms import Translation
-from .execution.notes import SeenKeys
-from .execution.warm import WarmRuns
+from .execution.plan_cache import PlanCache
+from .execution.record import Outcome
 from .line.call import plain_name
 from .line.options import ApplyOptions
-from .models.base import Commit
 from .models.construction import Construction
-from .rng.keys import Draw, DrawBatch, RootKey
+from .rng.keys import RootKey, SeenKeys
 from .run import Note, Run
 from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of, checked_limit
 from .state.entry import ModelEntry
@@ -85,7 +84,7 @@ class Session:
         self._seen.roots.add(self._state.root.data)
         self.programs = ProgramCache(clock)
         self.keep_on_disk(disk_cache)
-        self._warm = WarmRuns()
+        self._plans = PlanCache()
         self._keeping = ReplayBudget(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))
         self.clock = clock
         self.on_phase: Callable[[str], None] = _ignore
@@ -199,13 +198,13 @@ class Session:
         """
         if modules:
             self._stand_outside(lambda where: surroundings.of_register(where, *next(iter(modules.items())), cell))
-        state, building = self._state, Building(self.clock, self.on_phase)
+        state = self._state
         before = state.runs
         changes: list[Registration] = []
         kept: list[StoredRun] = []
         for name, module in modules.items():
             if isinstance(module, Construction):
-                state, change, built = self._built(building, state, name, module, cell)
+                state, change, built = self._built(state, name, module, cell)
                 kept += [] if built is None else [built]
             else:
                 old = state.models.get(name)
@@ -232,13 +231,13 @@ class Session:
         self._keeping.look(sum(one.size for one in kept))
         for change in changes:
             if change.state != "unchanged":
-                self._warm.forget(change.name)
+                self._plans.forget(change.name)
         if state.runs is not before:  # something was built
             self._autosave()
         return changes
 
     def _built(
-        self, building: Building, state: State, name: str, recipe: Construction, cell: int | None
+        self, state: State, name: str, recipe: Construction, cell: int | None
     ) -> tuple[State, Registration, StoredRun | None]:
         """The state with the module of `recipe`, what became of the name, and the run if it was built now.
 
@@ -252,7 +251,7 @@ class Session:
             restored = restore.built_before(state, name, recipe)
             if restored is not None:
                 return (*restored, None)
-        entry, change, run, draw = building.build(state, name, recipe, cell)
+        entry, change, run, draw = build(state, name, recipe, self._services(), cell=cell)
         if run is None or draw is None:
             return replace(state, models={**state.models, name: entry}), change, None
         if name in waiting:
@@ -269,6 +268,9 @@ class Session:
         where = surroundings.surroundings()
         if where is not None:
             raise refused(where)
+
+    def _services(self) -> Services:
+        return Services(self.programs, self.clock, self.on_phase, self._seen)
 
     def _entry(self, model: Any) -> ModelEntry:
         return entry_of(self._state.models, model)
@@ -310,7 +312,7 @@ class Session:
                 write()
             self._state = self._state.with_variables(after)
         if notes:
-            self._warm.forget(name)
+            self._plans.forget(name)
         self._autosave()
         return notes
 
@@ -480,7 +482,7 @@ class Session:
         from .history import table
         from .history.replay import Replaying
 
-        replaying = Replaying(self._state.models, self.programs, self.replay_bytes, self.on_phase)
+        replaying = Replaying(self._state.models, self._services(), self.replay_bytes)
         runs = []
         for kept in table.find(self._state, draw):
             run = replaying.replay(kept)
@@ -560,7 +562,7 @@ class Session:
         with uninterrupted():
             for write in writes:
                 write()
-            self._state, self._seen, self._warm = state, seen, WarmRuns()
+            self._state, self._seen, self._plans = state, seen, PlanCache()
             self._keeping = self._keeping.emptied()
             self._keeping.noted += [entry.replaced for entry in state.models.values() if entry.replaced is not None]
         return restored
@@ -595,22 +597,19 @@ class Session:
         if entry.model.holds_variables:
             with self._translation(entry, call):
                 entry.model.signature(call.method)
-            built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw, self.replay_bytes)
-            opened = None if draw is not None else (name, built.draw)
-            self._commit(built.kept, built.draw, built.entry, opened, write=built.write)
-            self._keep_replaced(entry, built.entry)
-            return built.run
-        with self._translation(entry, call):
-            done = init_model(
-                self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase, self.replay_bytes
-            )
-        self._commit(done.kept, done.draw, done.entry, opened=None if draw is not None else (name, done.draw))
-        self._keep_replaced(entry, done.entry)
-        return done.run
+            outcome = rebuild(self._state, entry, call, self._services(), draw=draw, limit=self.replay_bytes)
+        else:
+            with self._translation(entry, call):
+                outcome = init_model(
+                    self._state, entry, call, self._services(), draw=draw, limit=self.replay_bytes, said=notes
+                )
+        self._commit(outcome)
+        self._keep_replaced(entry, outcome.entry)
+        return outcome.run
 
-    def _keep_replaced(self, before: ModelEntry, after: ModelEntry) -> None:
+    def _keep_replaced(self, before: ModelEntry, after: ModelEntry | None) -> None:
         """Counts the variables that an init replaced among what is kept, in the place of those that one replaced before."""
-        if after.replaced is before.replaced:
+        if after is None or after.replaced is before.replaced:
             return
         if before.replaced is not None:
             self._keeping.drop(before.replaced)
@@ -633,39 +632,30 @@ class Session:
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
             with entry.model.steady:
-                again = self._again(entry, call, options) if options.plain and not notes else None
-                return again or self._run(entry, notes, call, options)
+                state = self._state
+                shares = state.opened is not None and state.opened[0] == entry.name
+                last = None if shares or notes or not options.plain else self._plans.find(entry.name, call, options)
+                outcome = None if last is None else apply_again(last, state, entry, call, self._services())
+                if outcome is None:
+                    return self._run(entry, notes, call, options)
+                self._commit(outcome)
+                return outcome.run
         entry, more = self._entry_now(name, module)
         return self._run(entry, (*more, *notes), call, options)
 
     def _run(self, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
         with self._translation(entry, call):
-            done = apply_model(self._state, entry, notes, call, options, self.programs, self._seen, self.on_phase)
-        self._commit(done.kept, done.draw, done.after, write=done.write, commit=done.commit)
+            applied = apply_model(self._state, entry, call, options, self._services(), said=notes)
+        outcome = applied.outcome
+        self._commit(outcome)
         if notes:
-            self._warm.forget(entry.name)
-        elif done.write is None:
-            self._warm.keep(entry, call, options, done, self.programs)
-        for data in done.done.keys_in_call:
-            self._seen.runs.setdefault(data, f"draw {done.draw.first.number}")
-        return done.run
-
-    def _again(self, entry: ModelEntry, call: Call, options: ApplyOptions) -> Run | None:
-        """The run of a line that ran before, where nothing it depends on has changed; None: find everything out."""
-        warm = self._warm.find(entry.name, call, options)
-        state = self._state
-        if warm is None or (state.opened is not None and state.opened[0] == entry.name):
-            return None
-        draw = state.root.draw()
-        self.on_phase(f"running {entry.name}")
-        done = warm.again(
-            entry, call, draw, self.programs, time.time(), None if state.runs is None else state.runs.kept
-        )
-        if done is None:
-            return None
-        self._commit(done.kept, draw, done.entry, commit=done.commit)
-        return done.run
+            self._plans.forget(entry.name)
+        elif outcome.write is None:
+            self._plans.keep(entry, applied, self._services())
+        for data in applied.keys_in_call:
+            self._seen.runs.setdefault(data, f"draw {outcome.draw.first.number}")
+        return outcome.run
 
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
         """`key`, as a Run whose output is the key."""
@@ -675,19 +665,12 @@ class Session:
         self._stand_outside(lambda where: surroundings.of_key(where, name, cell))
         now = self._state.root.draw()
         run = record.run_of_key(name, now, cell, first=self._state.runs is None)
-        self._commit(StoredRun(run), now, None)
+        self._commit(Outcome(run, StoredRun(run), now))
         return run
 
-    def _commit(
-        self,
-        kept: StoredRun,
-        draw: Draw | DrawBatch,
-        entry: ModelEntry | None,
-        opened: tuple[str, Draw] | None = None,
-        write: Callable[[], None] | None = None,
-        commit: Commit | None = None,
-    ) -> None:
+    def _commit(self, outcome: Outcome) -> None:
         """Makes the run part of the session, with what it left behind in the user's own object: one step."""
+        _, kept, draw, entry, opened, write, commit = outcome
         new = self._state.after(kept, draw.last, entry, opened)
         for one in draw.draws:
             self._seen.roots.add(one.next_root)

@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,6 +27,8 @@ from ..code.library import library
 from ..code.structure import Structure
 from ..models.arguments import signature_of
 from ..models.base import CallTrace, Needs
+from ..rng.keys import SeenKeys
+from ..run import Cause
 from .compiler import Compiled, Compiler, is_unknown, jax_settings, program_key, settings
 from .jaxpr import identity
 from .trace import TraceRequest, trace_call
@@ -69,17 +71,23 @@ class BuiltProgram:
     Attributes:
       key: what it is kept by, None where tracing again could give another.
       request: what it was made for.
-      origin: `compiled`, `disk cache` or `reused`.
+      program: None where the model runs op by op.
+      origin: `compiled`, `disk cache`, `reused` or `eager`.
       timing: of its phases; those that did not happen took no time.
       resumed: an interrupted run had begun to compile it.
+      reason, causes: why it is new.
+      scalars: arguments that are Python numbers, and were arrays in the model's run before → their dtypes then.
     """
 
     key: Hashable | None
     request: TraceRequest
-    program: Program
+    program: Program | None
     origin: str = "reused"
     timing: Timing = field(default_factory=Timing)
     resumed: bool = False
+    reason: str = ""
+    causes: tuple[Cause, ...] = ()
+    scalars: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -274,6 +282,20 @@ class ProgramCache:
         done = [key for key, future in self.compiling.items() if future.done()]
         for key in done[:-LEFT]:
             del self.compiling[key]
+
+
+class Services(NamedTuple):
+    """What every command of a session works with.
+
+    Attributes:
+      clock: gives seconds.
+      on_phase: told what is being done, as it begins.
+    """
+
+    programs: ProgramCache
+    clock: Callable[[], float]
+    on_phase: Callable[[str], None]
+    seen: SeenKeys
 
 
 def call_key(request: TraceRequest) -> Hashable | None:

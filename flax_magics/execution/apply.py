@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 
-from ..base.digest import bytes_of
+from ..base.digest import bytes_of, has_nan, own
+from ..base.environment import devices_of
+from ..base.measures import Timing
 from ..code.arrays import arrays_in
-from ..compile.cache import ProgramCache
+from ..compile.cache import Services
 from ..compile.initialise import Initialising, made_of
+from ..compile.limits import devices_in, with_peak
 from ..compile.reasons import WINDOW, of_programs
 from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
-from ..line.variant import Line
 from ..models.base import Commit
-from ..rng.keys import Draw, DrawBatch
-from ..run import Note, Run
+from ..rng.keys import Draw, DrawBatch, RunKeys
+from ..run import Note, Run, altered, like
 from ..state import runs
-from ..state.entry import ApplyRecipe, InitRecipe, ModelEntry, Origin
+from ..state.entry import InitRecipe, ModelEntry, Origin
 from ..state.models import replaced_by_init
 from ..state.runs import StoredRun
 from ..state.state import State
@@ -30,48 +32,27 @@ from . import notes, record
 from .build import renewed
 from .call import Call, prepare_init
 from .execute import Execution, execute, plain_errors
-from .notes import OUTDATED, SeenKeys, outdated_own, with_values
-from .record import origin_of, without_variables
+from .notes import OUTDATED, outdated_own, with_values
+from .plan_cache import LastRun
+from .record import Applied, Outcome, recipe_of, without_variables
 
 LOOKED_AT = 4_000_000
 """Bytes of an output up to which it is looked at for NaN in any run; of a larger one that is shown, then."""
 
 
-@dataclass(frozen=True)
-class AppliedRun:
-    """An apply that is done.
-
-    Attributes:
-      draw: what it took from the root key.
-      after: the model as it is to be kept.
-      done: what the run found.
-      write: what writes a module that was built anew into the user's own object; None where none was.
-      commit: what the run changed in a module that holds its own variables.
-      kept: the run as the session keeps it.
-      how: what replays of its kind have in common.
-    """
-
-    run: Run
-    draw: Draw | DrawBatch
-    after: ModelEntry
-    done: Execution
-    write: Callable[[], None] | None
-    commit: Commit | None
-    kept: StoredRun
-    how: ApplyRecipe
-
-
 def apply_model(
     state: State,
     entry: ModelEntry,
-    notes: tuple[Note, ...],
     call: Call,
     options: ApplyOptions,
-    programs: ProgramCache,
-    seen: SeenKeys,
-    on_phase: Callable[[str], None],
-) -> AppliedRun:
-    """An apply where everything has to be found out; `notes` are on how the entry came to be.
+    services: Services,
+    *,
+    said: tuple[Note, ...] = (),
+) -> Applied:
+    """An apply where everything has to be found out.
+
+    Args:
+      said: notes on how the entry came to be.
 
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
@@ -82,56 +63,105 @@ def apply_model(
     # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
     shares = replayed is None and opened is not None and opened[0] == name and entry.ready
     begin = replayed or (opened[1] if shares and opened else state.root.draw())
-    now = begin if options.draws is None else _series(state, begin, options)
+    draw = begin if options.draws is None else _series(state, begin, options)
     started = time.time()
-    own: Any = entry.model
+    users_model: Any = entry.model
     anew = entry.stale and entry.built is not None and replayed is None and options.variables is None
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
-    new: Any = entry.model
-    made = made_of(new.collections()) if anew else None
-    done = execute(entry, call, options, now, programs, seen, on_phase, params_taken=shares)
-    kept, write = done.entry, None
-    if anew:
-        kept = replace(kept, model=own)
+    new_model: Any = entry.model
+    made = made_of(new_model.collections()) if anew else None
+    done = execute(entry, call, options, draw, services, params_taken=shares)
 
-        def write() -> None:
-            if done.commit is not None:
-                done.commit.make()
-            own.become(new)
-
-    notes = (*notes, *done.notes)
+    result, variables, bound = done.result, done.variables, done.request.bound
+    keep = options.variables is None and options.draw is None
+    commit = bound.model.commit(result.updates, result.trace)
+    changed = tuple(result.updates) if commit is None else commit.changed
+    after = _after(done, changed if keep else (), holds=commit is not None)
+    keys_in_call = {key: data for key, data in notes.keys_in(done.arguments, services.seen) if key not in options.key}
+    steady = tuple(_steady_notes(done))
+    found = [*said, *steady, *_notes(done, keys_in_call)]
     if replayed is not None:
-        notes = (*notes, *_of_masks(state, replayed, done))
-    if entry.outdated and done.made is None and options.variables is None:
-        notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
-    if done.causes:
-        line = Line(call.command, call.text, done.prepared.signature)
+        found += _of_masks(state, replayed, done)
+    if entry.outdated and variables.made is None and options.variables is None:
+        found.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+    if done.built.causes:
         earlier = runs.causes_of(state.runs, name, WINDOW)
-        notes = (*notes, *of_programs(line, done.causes, earlier, done.ready.arguments.leaf))
+        found += of_programs(done.request.line, done.built.causes, earlier, done.arguments.leaf)
     run = record.run_of_apply(
-        name,
-        call,
         done,
-        now,
-        started,
-        notes,
-        done.made or made,
+        changed,
+        tuple(found),
+        started=started,
+        made=variables.made or made,
+        changes={collection: after.updates[collection] for collection in sorted(changed)} if keep else {},
         replayed=replayed is not None,
         first=state.runs is None,
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
         run = with_values(run)
-    origin = origin_of(entry, options, done, call.method)
-    assert isinstance(origin.how, ApplyRecipe)
-    return AppliedRun(run, now, kept, done, write, done.commit, StoredRun(run, origin, origin.how.size), origin.how)
+    write = None
+    if anew:
+        after = replace(after, model=users_model)
+
+        def write() -> None:
+            if keep and commit is not None:
+                commit.make()
+            users_model.become(new_model)
+
+    recipe = recipe_of(done)
+    leaves = jax.tree_util.tree_leaves(done.built.request.variables)
+    stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
+    outcome = Outcome(run, stored, draw, after, write=write, commit=commit if keep else None)
+    return Applied(outcome, done, recipe, steady, tuple(keys_in_call.values()))
+
+
+def _after(done: Execution, changed: Iterable[str], *, holds: bool) -> ModelEntry:
+    """The model with what the run wrote of it, and with what was learned about the call.
+
+    Args:
+      changed: collections that are kept; `holds`: by the module itself.
+    """
+    entry, call, needs = done.variables.entry, done.request.call, done.result.needs
+    entry = replace(
+        entry,
+        guesses={**entry.guesses, (call.method, done.request.bound.mode): needs},
+        forced=entry.forced | {(call.method, name) for name in done.arguments.forced},
+        updates={**entry.updates, **{name: entry.updates.get(name, 0) + 1 for name in changed}},
+    )
+    if changed and not holds and entry.variables is not None:
+        entry = replace(entry, variables={**entry.variables, **done.result.updates})
+    return entry
+
+
+def _steady_notes(done: Execution) -> Iterator[Note]:
+    """Notes that every run of the line has."""
+    request, result = done.request, done.result
+    yield from notes.of_mode(request.entry.name, request.bound, done.mode, result.trace)
+    collections = {*done.built.request.variables, *result.updates, *result.sown}
+    yield from notes.of_mutable(request.options.mutable, collections, request.line)
+
+
+def _notes(done: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[Note]:
+    """Notes of this run alone."""
+    request, trace = done.request, done.result.trace
+    bound, options, line = request.bound, request.options, request.line
+    told = {name for needs in request.entry.guesses.values() for name in needs.streams}
+    yield from notes.of_streams(trace, told)
+    if options.draw is None:  # a replay brings its keys again, and means to
+        yield from notes.of_keys(keys_in_call, request.services.seen, line)
+    yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
+    if done.variables.made is not None:
+        yield from notes.of_params(done.variables.values)
+    yield from notes.of_scalars(done.built.scalars, line)
+    yield from notes.of_rngs(bound.own_rngs, trace)
 
 
 def _of_masks(state: State, draw: Draw, done: Execution) -> Iterator[Note]:
     """Where a run with an earlier draw's keys drew other numbers than that draw's own run."""
-    for kept in runs.of_draw(state.runs, draw.seed, draw.number)[-1:]:
-        if kept.record is not None:
-            yield from notes.compare(draw.number, kept.record, done.ready.record)
+    for stored in runs.of_draw(state.runs, draw.seed, draw.number)[-1:]:
+        if stored.record is not None:
+            yield from notes.compare(draw.number, stored.record, done.result.trace)
 
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
@@ -144,64 +174,121 @@ def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
     return DrawBatch(begin, size)
 
 
-@dataclass(frozen=True)
-class InitialisedRun:
-    """An init that is done: the run, the draw that it opens, and the model with its variables."""
-
-    run: Run
-    draw: Draw
-    entry: ModelEntry
-    kept: StoredRun
+def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, services: Services) -> Outcome | None:
+    """An apply of a line that ran before; None where something it depends on differs, and then nothing has happened."""
+    started = time.time()
+    inputs = last.accepts(entry, call, services)
+    if inputs is None:
+        return None
+    plan, draw, variables = last.plan, state.root.draw(), inputs.variables
+    try:
+        result = plan.run(draw, variables, inputs.arguments, services, inputs.pending)
+    except Exception:  # the long way finds out what it is, and says so
+        return None
+    services.programs.parts[entry.name] = last.parts
+    memory = last.template.memory
+    if memory is not None and memory.peak is not None:
+        memory = with_peak(memory, devices_in((result.output, result.updates, result.sown)))
+    source = entry.source
+    after: ModelEntry | None = None
+    changed: dict[str, int] = {}
+    commit: Commit | None = None
+    if inputs.fresh and source is not None:
+        source = source.now(variables, entry.updates)
+        if source is not entry.source:
+            after = altered(entry, {"source": source})
+    updates = result.updates
+    if updates:
+        commit = plan.model.commit(updates, result.trace)
+        written = tuple(updates) if commit is None else commit.changed
+        changed = {name: entry.updates.get(name, 0) + 1 for name in sorted(written)}
+        if changed:
+            after = altered(after or entry, {"updates": {**entry.updates, **changed}})
+        if commit is None:
+            after = altered(after or entry, {"variables": {**variables, **updates}})
+        last.wrote(updates)
+    before = None if state.runs is None else state.runs.kept
+    run = like(
+        last.template,
+        call=call.text,
+        inputs=(call.args, inputs.kwargs),
+        output=result.output,
+        seed=draw.seed,
+        draw=draw.number,
+        keys=RunKeys(draw, last.key_names),
+        started=started,
+        sown=result.sown,
+        changed=changed,
+        timing=result.timing,
+        memory=memory,
+        cell=call.cell,
+        first=before is None,
+        weights="" if source is None else source.describe(draw.seed),
+    )
+    if last.looked_at and has_nan(result.output):
+        run = with_values(run)
+    return Outcome(run, last.stored(run, inputs, before), draw, after, commit=commit)
 
 
 def init_model(
     state: State,
     entry: ModelEntry,
-    notes: tuple[Note, ...],
     call: Call,
-    draw: Any,
-    programs: ProgramCache,
-    clock: Callable[[], float],
-    on_phase: Callable[[str], None],
+    services: Services,
+    *,
+    draw: int | tuple[int, int] | None,
     limit: int,
-) -> InitialisedRun:
+    said: tuple[Note, ...] = (),
+) -> Outcome:
     """An init of a linen model.
 
     Args:
       draw: an earlier one whose key it takes, None for the next.
       limit: see `replaced_by_init`.
+      said: notes on how the entry came to be.
 
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
-    name = entry.name
-    prepared = prepare_init(name, entry.model, call)
-    now = state.find_draw(draw) or state.root.draw()
-    on_phase(f"initialising {name}")
+    name, clock = entry.name, services.clock
+    model: Any = entry.model
+    bound = prepare_init(name, entry.model, call)
+    opened = state.find_draw(draw) or state.root.draw()
+    services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):
         variables, made = Initialising(
-            prepared.model, call.method, prepared.args, prepared.kwargs, draw=now, units=programs.units
+            bound.model, call.method, bound.args, bound.kwargs, draw=opened, units=services.programs.units
         ).finish()
     seconds = clock() - start
-    own: Any = entry.model
-    inputs, first = (prepared.args, prepared.kwargs), state.runs is None
-    source = WeightSource.initialised(now, variables)
+    source = WeightSource.initialised(opened, variables)
     replaced, more = replaced_by_init(entry, limit)
-    run = record.run_of_init(
-        entry,
-        call,
-        inputs,
-        variables,
-        now,
-        started,
-        seconds,
-        (*notes, *more),
-        weights=source.describe(now.seed),
+    spelling = record.facts_of_init(call, model)
+    run = Run(
+        command="init",
+        model=name,
+        mode="",
+        call=call.text,
+        inputs=(bound.args, bound.kwargs),
+        output=variables,
+        seed=opened.seed,
+        draw=opened.number,
+        keys=RunKeys.of(opened, "params"),
+        device=devices_of(variables),
+        started=started,
+        program="eager",
+        timing=Timing(init=seconds),
+        cell=call.cell,
+        made=made_of(variables),
+        notes=(*said, *more, *notes.of_params(variables)),
+        by_hand=model.init_by_hand(call.text, call.method, spelling.init_arguments, spelling.init_module),
+        weights=source.describe(opened.seed),
         replayed=draw is not None,
-        first=first,
+        first=state.runs is None,
+        spelling=spelling,
     )
-    how = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(own.module)))
-    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))
+    recipe = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(model.module)))
+    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *recipe.pinned)))
     entry = replace(entry, variables=variables, made=made, updates={}, outdated=False, source=source, replaced=replaced)
-    return InitialisedRun(run, now, entry, StoredRun(run, Origin(how, []), size))
+    stored = StoredRun(run, Origin(recipe, []), size)
+    return Outcome(run, stored, opened, entry, opened=None if draw is not None else (name, opened))

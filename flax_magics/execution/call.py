@@ -131,6 +131,25 @@ def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
     return BoundCall(model, call.method, call.args, kwargs, signature, (), "init")
 
 
+def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw | DrawBatch) -> Call:
+    """The call with the keys that `--key` adds."""
+    if not options.key:
+        return call
+    parameters = entry.model.signature(call.method).parameters
+    keys = {}
+    for name in options.key:
+        if name in call.kwargs:
+            raise FlaxMagicsError(f"--key {name}: the call gives `{name}` already. Leave one of them out.")
+        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            known = ", ".join(parameters)
+            raise FlaxMagicsError(
+                f"--key {name}: {entry.name} has no argument `{name}`; it takes: {known}.",
+                hint=did_you_mean(name, parameters),
+            )
+        keys[name] = draw.stream(name)
+    return replace(call, kwargs={**call.kwargs, **keys})
+
+
 def request_of(
     entry: ModelEntry,
     bound: BoundCall,

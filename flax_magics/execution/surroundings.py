@@ -20,7 +20,7 @@ from ..models.base import Needs
 from ..models.construction import Construction
 from ..run import Run
 from . import record
-from .call import Call, of_module, prepare, trace_shapes
+from .call import Call, of_module, prepare, trace_shapes, with_keys
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -73,8 +73,6 @@ def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: A
 
 
 def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
-    from .execute import with_keys
-
     name, lines = entry.name, list[str]()
     with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
         filled = with_keys(entry, call, options, state.root.draw())
@@ -158,8 +156,6 @@ def _error(said: str, instead: str, lines: list[str], form: str | None = None) -
 
 def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:
     """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
-    from .execute import by_hand, with_keys
-
     options = replace(options, draws=None)
     try:
         call = with_keys(entry, call, options, state.root.draw())
@@ -168,7 +164,7 @@ def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyO
         if ask is None and where == COMMAND:  # what the other command runs may be this very model
             ask = Needs(frozenset({"dropout"}))
         ask = ask or trace_shapes(entry, prepared, call, state.root.draw()).needs
-        code = by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
+        code = record.by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
     except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
         return []
     # An argument that is traced is no value outside, whatever has its name there.
