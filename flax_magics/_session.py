@@ -80,15 +80,11 @@ class Session:
         replay_bytes: int = REPLAY_BYTES,
     ) -> None:
         self._state = State(RootKey.from_seed(_checked_seed(seed)))
-        self._seen = SeenKeys()
-        self._seen.roots.add(self._state.root.data)
-        self.programs = ProgramCache(clock)
+        self.services = Services(ProgramCache(clock), clock, _ignore, SeenKeys({self._state.root.data}))
+        """What commands work with; `on_phase` is told what one is doing, as it begins: `compiling net`."""
         self.keep_on_disk(disk_cache)
         self._plans = PlanCache()
         self._keeping = ReplayBudget(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))
-        self.clock = clock
-        self.on_phase: Callable[[str], None] = _ignore
-        """Told what a command is doing, as it begins: `compiling net`."""
         self.autosaving: Autosave | None = None
         """What saves the session in the background, None where nothing does."""
 
@@ -98,6 +94,11 @@ class Session:
         self.programs.compiler.disk = None if where is False else DiskCache(folder)
 
     # -- what there is
+
+    @property
+    def programs(self) -> ProgramCache:
+        """The programs that are kept."""
+        return self.services.programs
 
     @property
     def seed(self) -> int:
@@ -225,7 +226,7 @@ class Session:
             for change in changes:
                 if change.write is not None:
                     change.write()
-            self._seen.roots.add(state.root.data)
+            self.services.seen.roots.add(state.root.data)
             self._state = state
             self._keeping.noted += kept
         self._keeping.look(sum(one.size for one in kept))
@@ -251,7 +252,7 @@ class Session:
             restored = restore.built_before(state, name, recipe)
             if restored is not None:
                 return (*restored, None)
-        entry, change, run, draw = build(state, name, recipe, self._services(), cell=cell)
+        entry, change, run, draw = build(state, name, recipe, self.services, cell=cell)
         if run is None or draw is None:
             return replace(state, models={**state.models, name: entry}), change, None
         if name in waiting:
@@ -268,9 +269,6 @@ class Session:
         where = surroundings.surroundings()
         if where is not None:
             raise refused(where)
-
-    def _services(self) -> Services:
-        return Services(self.programs, self.clock, self.on_phase, self._seen)
 
     def _entry(self, model: Any) -> ModelEntry:
         return entry_of(self._state.models, model)
@@ -482,7 +480,7 @@ class Session:
         from .history import table
         from .history.replay import Replaying
 
-        replaying = Replaying(self._state.models, self._services(), self.replay_bytes)
+        replaying = Replaying(self._state.models, self.services, self.replay_bytes)
         runs = []
         for kept in table.find(self._state, draw):
             run = replaying.replay(kept)
@@ -505,7 +503,9 @@ class Session:
             return summary.of_variables(entry)
         with self._translation(entry, call):
             # The next draw is looked at, and not made.
-            return summary.of_call(entry, call, mode, self._state.root.draw(), backward=backward, phase=self.on_phase)
+            return summary.of_call(
+                entry, call, mode, self._state.root.draw(), backward=backward, phase=self.services.on_phase
+            )
 
     def variables(self, name: str, module: Any = None) -> Any:
         """The variables of a model as `models[name].variables` gives them; see `run_apply` for `module`."""
@@ -519,8 +519,7 @@ class Session:
         self._stand_outside(lambda where: surroundings.of_state(where, line, line))
         root = RootKey.from_seed(_checked_seed(seed))
         self._state, restart = self._state.restarted(root, fresh=fresh)
-        self._seen = SeenKeys()
-        self._seen.roots.add(root.data)
+        self.services.seen = SeenKeys({root.data})
         return restart
 
     # -- files
@@ -557,12 +556,10 @@ class Session:
         from .snapshot.save import load_session
 
         state, writes, restored = load_session(self._state, path)
-        seen = SeenKeys()
-        seen.roots.add(state.root.data)
         with uninterrupted():
             for write in writes:
                 write()
-            self._state, self._seen, self._plans = state, seen, PlanCache()
+            self._state, self.services.seen, self._plans = state, SeenKeys({state.root.data}), PlanCache()
             self._keeping = self._keeping.emptied()
             self._keeping.noted += [entry.replaced for entry in state.models.values() if entry.replaced is not None]
         return restored
@@ -597,11 +594,11 @@ class Session:
         if entry.model.holds_variables:
             with self._translation(entry, call):
                 entry.model.signature(call.method)
-            outcome = rebuild(self._state, entry, call, self._services(), draw=draw, limit=self.replay_bytes)
+            outcome = rebuild(self._state, entry, call, self.services, draw=draw, limit=self.replay_bytes)
         else:
             with self._translation(entry, call):
                 outcome = init_model(
-                    self._state, entry, call, self._services(), draw=draw, limit=self.replay_bytes, said=notes
+                    self._state, entry, call, self.services, draw=draw, limit=self.replay_bytes, said=notes
                 )
         self._commit(outcome)
         self._keep_replaced(entry, outcome.entry)
@@ -627,7 +624,9 @@ class Session:
           module: what the name stands for now, if it may be another module than was registered: then that one is
             registered in its place, once the run has succeeded.
         """
-        self._stand_outside(lambda where: surroundings.of_apply(where, self._state, self._entry(name), call, options))
+        where = surroundings.surroundings()  # `_stand_outside`, whose function takes longer to make than to look
+        if where is not None:
+            raise surroundings.of_apply(where, self._state, self._entry(name), call, options)
         library.look()
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
@@ -635,7 +634,7 @@ class Session:
                 state = self._state
                 shares = state.opened is not None and state.opened[0] == entry.name
                 last = None if shares or notes or not options.plain else self._plans.find(entry.name, call, options)
-                outcome = None if last is None else apply_again(last, state, entry, call, self._services())
+                outcome = None if last is None else apply_again(last, state, entry, call, self.services)
                 if outcome is None:
                     return self._run(entry, notes, call, options)
                 self._commit(outcome)
@@ -646,15 +645,15 @@ class Session:
     def _run(self, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
         with self._translation(entry, call):
-            applied = apply_model(self._state, entry, call, options, self._services(), said=notes)
+            applied = apply_model(self._state, entry, call, options, self.services, said=notes)
         outcome = applied.outcome
         self._commit(outcome)
         if notes:
             self._plans.forget(entry.name)
         elif outcome.write is None:
-            self._plans.keep(entry, applied, self._services())
+            self._plans.keep(entry, applied, self.services)
         for data in applied.keys_in_call:
-            self._seen.runs.setdefault(data, f"draw {outcome.draw.first.number}")
+            self.services.seen.runs.setdefault(data, f"draw {outcome.draw.first.number}")
         return outcome.run
 
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
@@ -673,7 +672,7 @@ class Session:
         _, kept, draw, entry, opened, write, commit = outcome
         new = self._state.after(kept, draw.last, entry, opened)
         for one in draw.draws:
-            self._seen.roots.add(one.next_root)
+            self.services.seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
             into = () if commit is None else commit.assignments

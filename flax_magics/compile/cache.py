@@ -12,9 +12,9 @@ import concurrent.futures
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -31,7 +31,7 @@ from ..rng.keys import SeenKeys
 from ..run import Cause
 from .compiler import Compiled, Compiler, is_unknown, jax_settings, program_key, settings
 from .jaxpr import identity
-from .trace import TraceRequest, trace_call
+from .trace import TracedCall, TraceRequest, trace_call
 from .units import Units
 
 KEPT = 128
@@ -46,22 +46,13 @@ class Program:
     """An executable and what its trace told about it."""
 
     executable: Callable[..., Any]
-    ask: Needs
-    record: CallTrace
+    """`executable(variables, keys, arguments) -> (output, updates)`, dispatched; `keys` are key data by stream."""
+    needs: Needs
+    trace: CallTrace
     device: str
     memory: Memory | None
     effects: bool
     """It calls back into Python, or has other effects: such a program holds an interrupt for as long as it runs."""
-
-    def __call__(self, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Any:
-        """`(output, updates)`, dispatched; the device may still be working. `keys` are key data by stream."""
-        return self.executable(variables, keys, dynamic)
-
-    def wait(self, result: Any) -> None:
-        """Returns when the device has finished, host callbacks included."""
-        jax.block_until_ready(result)
-        if self.effects:
-            jax.effects_barrier()
 
 
 @dataclass(frozen=True)
@@ -95,17 +86,18 @@ class PendingProgram:
     """A program that has been traced and lowered, and is being compiled; `executable` is None until then."""
 
     key: Hashable | None
-    request: TraceRequest
-    traced: Any
+    call: TracedCall[Program]
     trees: tuple[Structure, Structure]
-    ask: Needs
-    record: CallTrace
     text_key: Hashable
     shareable: bool
     executable: Any
-    trace: float
-    lower: float
+    timing: Timing
     resumed: bool
+
+    @property
+    def request(self) -> TraceRequest:
+        """What it is made for."""
+        return self.call.request
 
 
 @dataclass
@@ -148,12 +140,13 @@ class ProgramCache:
         if program.effects:
 
             def whole(*arguments: Any) -> Any:
-                result = program(*arguments)
-                program.wait(result)
+                result = program.executable(*arguments)
+                jax.block_until_ready(result)
+                jax.effects_barrier()  # host callbacks are through, too
                 return result
 
             return elsewhere(whole, (variables, keys, dynamic), self.unfinished, jax_settings)
-        result = program(variables, keys, dynamic)
+        result = program.executable(variables, keys, dynamic)
         self.unfinished.wait = partial(jax.block_until_ready, result)
         try:
             jax.block_until_ready(result)
@@ -186,7 +179,7 @@ class ProgramCache:
             return program
 
         call = trace_call(request, find=find)
-        request, traced, ask, record = call.request, call.traced, call.needs, call.record
+        request, traced = call.request, call.traced
         if call.known is not None:
             return BuiltProgram(key, request, call.known)
         assert start is not None
@@ -195,26 +188,14 @@ class ProgramCache:
         same = self._lowered_before(equations)
         if same is not None:
             text_key, trees, executable = same
-            return PendingProgram(
-                key,
-                request,
-                traced,
-                trees,
-                ask,
-                record,
-                text_key,
-                True,
-                executable,
-                trace_seconds,
-                0.0,
-                executable is None,
-            )
+            timing = Timing(trace_seconds)
+            return PendingProgram(key, call, trees, text_key, True, executable, timing, resumed=executable is None)
 
         phase("lowering")
         start = self.clock()
         lowered = traced.lower()
         shared_key = program_key(traced, lowered, placed(request))
-        lower_seconds = self.clock() - start
+        timing = Timing(trace_seconds, self.clock() - start)
         # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
         text_key = shared_key or key or object()
         trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
@@ -228,10 +209,7 @@ class ProgramCache:
         elif text_key not in self.compiling:
             self._let_go()
             self.compiling[text_key] = self.compiler.start(lowered, shared_key)
-        return PendingProgram(
-            key, request, traced, trees, ask, record, text_key, shared_key is not None, executable, trace_seconds,
-            lower_seconds, resumed,
-        )  # fmt: skip
+        return PendingProgram(key, call, trees, text_key, shared_key is not None, executable, timing, resumed)
 
     def _lowered_before(self, equations: Hashable | None) -> tuple[Hashable, Any, Any] | None:
         """What the program of such a trace is kept by, its trees and executable (None while it is being compiled)."""
@@ -264,17 +242,17 @@ class ProgramCache:
                 _keep(self.by_text, text_key, (executable, building.trees))
         program = Program(
             executable,
-            building.ask,
-            building.record,
+            building.call.needs,
+            building.call.trace,
             device_of(executable),
             analysis(executable),
-            bool(building.traced.jaxpr.effects) or not building.shareable,
+            bool(building.call.traced.jaxpr.effects) or not building.shareable,
         )
         if building.key is not None:
             _keep(self.by_call, building.key, program)
         # The threads go by the machine's clock, which cannot be held against another.
         beside = max(0.0, compile_seconds - waited) if self.clock is time.perf_counter else 0.0
-        timing = Timing(building.trace, building.lower, waited + beside, beside=beside)
+        timing = replace(building.timing, compile=waited + beside, beside=beside)
         return BuiltProgram(building.key, building.request, program, origin, timing, building.resumed)
 
     def _let_go(self) -> None:
@@ -284,7 +262,8 @@ class ProgramCache:
             del self.compiling[key]
 
 
-class Services(NamedTuple):
+@dataclass
+class Services:
     """What every command of a session works with.
 
     Attributes:

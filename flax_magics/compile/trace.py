@@ -78,7 +78,7 @@ class TracedCall(Generic[P]):
     known: P | None
     traced: Any
     needs: Needs
-    record: CallTrace
+    trace: CallTrace
 
 
 def trace_call(

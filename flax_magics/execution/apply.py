@@ -71,27 +71,29 @@ def apply_model(
         entry, shares = renewed(entry, begin, taken=shares), True
     new_model: Any = entry.model
     made = made_of(new_model.collections()) if anew else None
-    done = execute(entry, call, options, draw, services, params_taken=shares)
+    execution = execute(entry, call, options, draw, services, params_taken=shares)
 
-    result, variables, bound = done.result, done.variables, done.request.bound
+    result, variables, bound = execution.result, execution.variables, execution.request.bound
     keep = options.variables is None and options.draw is None
     commit = bound.model.commit(result.updates, result.trace)
     changed = tuple(result.updates) if commit is None else commit.changed
-    after = _after(done, changed if keep else (), holds=commit is not None)
-    keys_in_call = {key: data for key, data in notes.keys_in(done.arguments, services.seen) if key not in options.key}
-    steady = tuple(_steady_notes(done))
-    found = [*said, *steady, *_notes(done, keys_in_call)]
+    after = _after(execution, changed if keep else (), holds=commit is not None)
+    keys_in_call = {
+        key: data for key, data in notes.keys_in(execution.arguments, services.seen) if key not in options.key
+    }
+    steady = tuple(_steady_notes(execution))
+    run_notes = [*said, *steady, *_notes(execution, keys_in_call)]
     if replayed is not None:
-        found += _of_masks(state, replayed, done)
+        run_notes += _of_masks(state, replayed, execution)
     if entry.outdated and variables.made is None and options.variables is None:
-        found.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
-    if done.built.causes:
+        run_notes.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+    if execution.built.causes:
         earlier = runs.causes_of(state.runs, name, WINDOW)
-        found += of_programs(done.request.line, done.built.causes, earlier, done.arguments.leaf)
+        run_notes += of_programs(execution.request.line, execution.built.causes, earlier, execution.arguments.leaf)
     run = record.run_of_apply(
-        done,
+        execution,
         changed,
-        tuple(found),
+        tuple(run_notes),
         started=started,
         made=variables.made or made,
         changes={collection: after.updates[collection] for collection in sorted(changed)} if keep else {},
@@ -109,59 +111,59 @@ def apply_model(
                 commit.make()
             users_model.become(new_model)
 
-    recipe = recipe_of(done)
-    leaves = jax.tree_util.tree_leaves(done.built.request.variables)
+    recipe = recipe_of(execution)
+    leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
     outcome = Outcome(run, stored, draw, after, write=write, commit=commit if keep else None)
-    return Applied(outcome, done, recipe, steady, tuple(keys_in_call.values()))
+    return Applied(outcome, execution, recipe, steady, tuple(keys_in_call.values()))
 
 
-def _after(done: Execution, changed: Iterable[str], *, holds: bool) -> ModelEntry:
+def _after(execution: Execution, changed: Iterable[str], *, holds: bool) -> ModelEntry:
     """The model with what the run wrote of it, and with what was learned about the call.
 
     Args:
       changed: collections that are kept; `holds`: by the module itself.
     """
-    entry, call, needs = done.variables.entry, done.request.call, done.result.needs
+    entry, call, needs = execution.variables.entry, execution.request.call, execution.result.needs
     entry = replace(
         entry,
-        guesses={**entry.guesses, (call.method, done.request.bound.mode): needs},
-        forced=entry.forced | {(call.method, name) for name in done.arguments.forced},
+        guesses={**entry.guesses, (call.method, execution.request.bound.mode): needs},
+        forced=entry.forced | {(call.method, name) for name in execution.arguments.forced},
         updates={**entry.updates, **{name: entry.updates.get(name, 0) + 1 for name in changed}},
     )
     if changed and not holds and entry.variables is not None:
-        entry = replace(entry, variables={**entry.variables, **done.result.updates})
+        entry = replace(entry, variables={**entry.variables, **execution.result.updates})
     return entry
 
 
-def _steady_notes(done: Execution) -> Iterator[Note]:
+def _steady_notes(execution: Execution) -> Iterator[Note]:
     """Notes that every run of the line has."""
-    request, result = done.request, done.result
-    yield from notes.of_mode(request.entry.name, request.bound, done.mode, result.trace)
-    collections = {*done.built.request.variables, *result.updates, *result.sown}
+    request, result = execution.request, execution.result
+    yield from notes.of_mode(request.entry.name, request.bound, execution.mode, result.trace)
+    collections = {*execution.built.request.variables, *result.updates, *result.sown}
     yield from notes.of_mutable(request.options.mutable, collections, request.line)
 
 
-def _notes(done: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[Note]:
+def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[Note]:
     """Notes of this run alone."""
-    request, trace = done.request, done.result.trace
+    request, trace = execution.request, execution.result.trace
     bound, options, line = request.bound, request.options, request.line
     told = {name for needs in request.entry.guesses.values() for name in needs.streams}
     yield from notes.of_streams(trace, told)
     if options.draw is None:  # a replay brings its keys again, and means to
         yield from notes.of_keys(keys_in_call, request.services.seen, line)
     yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
-    if done.variables.made is not None:
-        yield from notes.of_params(done.variables.values)
-    yield from notes.of_scalars(done.built.scalars, line)
+    if execution.variables.made is not None:
+        yield from notes.of_params(execution.variables.values)
+    yield from notes.of_scalars(execution.built.scalars, line)
     yield from notes.of_rngs(bound.own_rngs, trace)
 
 
-def _of_masks(state: State, draw: Draw, done: Execution) -> Iterator[Note]:
+def _of_masks(state: State, draw: Draw, execution: Execution) -> Iterator[Note]:
     """Where a run with an earlier draw's keys drew other numbers than that draw's own run."""
     for stored in runs.of_draw(state.runs, draw.seed, draw.number)[-1:]:
         if stored.record is not None:
-            yield from notes.compare(draw.number, stored.record, done.result.trace)
+            yield from notes.compare(draw.number, stored.record, execution.result.trace)
 
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
@@ -227,7 +229,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     )
     if last.looked_at and has_nan(result.output):
         run = with_values(run)
-    return Outcome(run, last.stored(run, inputs, before), draw, after, commit=commit)
+    return Outcome(run, last.stored(run, inputs, before), draw, after, None, None, commit)
 
 
 def init_model(

@@ -177,26 +177,29 @@ def request_of(
     )
 
 
+def init_shapes(name: str, model: Model, call: Call, impl: str) -> Mapping[str, Any]:
+    """The shapes of the variables that an init by keys of `impl` would make."""
+    first = prepare_init(name, model, call)
+    shapes: Mapping[str, Any] = shapes_of_init(first.model, shape_of_key(impl), call.method, first.args, first.kwargs)
+    return shapes
+
+
 def trace_shapes(entry: ModelEntry, bound: BoundCall, call: Call, draw: Draw) -> TracedCall[None]:
     """Traces a call by shapes alone, with the variables that are there, or those that an init would make.
 
     The calls of modules are noted. Of `draw` only the kind of its keys matters.
     """
-
-    def initialised() -> Mapping[str, Any]:
-        first = prepare_init(entry.name, entry.model, call)
-        shapes: Mapping[str, Any] = shapes_of_init(
-            first.model, shape_of_key(draw.impl), call.method, first.args, first.kwargs
-        )
-        return shapes
-
     held = entry.held
-    request = replace(request_of(entry, bound, draw, initialised() if held is None else held), noted=True)
+    if held is None:
+        held = init_shapes(entry.name, entry.model, call, draw.impl)
+    request = replace(request_of(entry, bound, draw, held), noted=True)
     try:
         if entry.model.holds_variables:
             return trace_call(request)
         # A method may need what the first init did not make.
-        return trace_call(request, add=lambda variables: merged(variables, initialised())[0])
+        return trace_call(
+            request, add=lambda held: merged(held, init_shapes(entry.name, entry.model, call, draw.impl))[0]
+        )
     except MissingVariables as error:
         raise error.__cause__ or error from None
 

@@ -255,10 +255,10 @@ def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgr
             built = finish_program(begin_program(wanted, services), services)
     program = built.program
     if program is not None:
-        needs, trace = program.ask, program.record
+        needs, trace = program.needs, program.trace
     else:
         assert traced is not None
-        needs, trace = traced.needs, traced.record
+        needs, trace = traced.needs, traced.trace
     plan = Plan(
         request.entry.name, request.bound.model, request.call.text, options, variables.taken, program, needs, trace,
         None if traced is None else built.request,

@@ -70,7 +70,12 @@ class Plan:
     def of_recipe(cls, recipe: ApplyRecipe, program: Program, text: str) -> Plan:
         """The plan of a run that is run again by the very program that ran it, once."""
         options = replace(recipe.options, repeat=1, roofline=False)
-        return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program, program.ask, program.record)
+        return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program, program.needs, program.trace)
+
+    @cached_property
+    def runs(self) -> int:
+        """How often it runs, of one result."""
+        return self.options.runs
 
     @cached_property
     def streams(self) -> tuple[str, ...]:
@@ -102,9 +107,8 @@ class Plan:
         Raises:
           FlaxMagicsError: there was no memory. What the model raises is passed on.
         """
-        program, needs, trace = self.program, self.needs, self.trace
-        programs, clock, on_phase, _ = services
-        taken = self.taken
+        program, needs, trace, taken, runs = self.program, self.needs, self.trace, self.taken, self.runs
+        programs, clock, on_phase = services.programs, services.clock, services.on_phase
         keys = {name: draw.words(name, taken=taken and name == "params") for name in self.streams}
         begin = free = clock()
         if pending is None:
@@ -132,7 +136,7 @@ class Plan:
                 raise
             times.append(clock() - start)
             first = result if first is None else first
-            if len(times) == self.options.runs:
+            if len(times) == runs:
                 break
             start = clock()
         output, updates = first
@@ -141,6 +145,8 @@ class Plan:
         timing = altered(_NO_TIME, {"run": times[0], "wait": wait, "busy": free - begin})
         if len(times) > 1:
             timing = replace(timing, steady=Steady(tuple(times)))
+        if not updates and not self.options.mutable:  # as of most runs
+            return RunResult(output, updates, {}, timing, needs, trace)
         return RunResult(*_parted(output, updates, trace, self.options.mutable), timing, needs, trace)
 
     def _run_op_by_op(self, needs: Needs, services: Services) -> tuple[Any, Needs, CallTrace]:
@@ -173,8 +179,6 @@ def _parted(
     output: Any, updates: Mapping[str, Any], trace: CallTrace, mutable: tuple[str, ...]
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The output as it is handed back, what the run wrote, and what it sowed."""
-    if not updates and not mutable:  # as of most runs
-        return output, {}, {}
     updates = dict(updates)
     sown: dict[str, Any] = dict(updates.pop(SOWN, {}))
     for name in trace.sown:

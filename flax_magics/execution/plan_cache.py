@@ -204,21 +204,26 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     Args:
       entry: the model as it was before the run.
     """
-    done, run, after = applied.execution, applied.outcome.run, applied.outcome.entry
-    plan, program, bound, arguments = done.plan, done.plan.program, done.request.bound, done.arguments
+    execution, run, after = applied.execution, applied.outcome.run, applied.outcome.entry
+    plan, program, bound, arguments = (
+        execution.plan,
+        execution.plan.program,
+        execution.request.bound,
+        execution.arguments,
+    )
     model = entry.model
     print_ = model.key()
     if (
-        not done.request.options.plain
+        not execution.request.options.plain
         or program is None
-        or done.built.key is None
+        or execution.built.key is None
         or program.effects
         or print_ is None
         or bound.model.key() is None
         or entry.outdated
         or applied.keys_in_call
         or bound.own_rngs
-        or program.record.structure is not None
+        or program.trace.structure is not None
         or applied.recipe.taken
     ):
         return None
@@ -232,7 +237,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     assert after is not None
     if after.variables is None and not model.holds_variables:
         return None
-    variables = done.built.request.variables
+    variables = execution.built.request.variables
     values, treedef = jax.tree_util.tree_flatten(variables)
     structure: Any
     values_after, structure = jax.tree_util.tree_flatten(variables if after.variables is None else after.variables)
@@ -262,11 +267,11 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         leaves=tuple(leaves),
         structure=passed,
         flat=arguments.treedef == jax.tree_util.tree_structure(((0,) * len(leaves), {})),
-        added={name: value for name, value in bound.kwargs.items() if name not in done.request.call.kwargs},
+        added={name: value for name, value in bound.kwargs.items() if name not in execution.request.call.kwargs},
         variables=(held, signatures),
         known=list(map(_weakly, values_after)),
         passed=[_nothing] * len(leaves),
-        written=_places(variables, done.result.updates),
+        written=_places(variables, execution.result.updates),
         key_names={name: pair for name, pair in plan.key_names(plan.needs).items() if not pair[1]},
         parts=services.programs.parts[entry.name],
         numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),

@@ -68,31 +68,31 @@ class Applied:
     keys_in_call: tuple[bytes, ...]
 
 
-def recipe_of(done: Execution) -> ApplyRecipe:
+def recipe_of(execution: Execution) -> ApplyRecipe:
     """What running it again takes besides keys, variables and inputs. Its program is held weakly."""
-    request, plan, arguments = done.request, done.plan, done.arguments
+    request, plan, arguments = execution.request, execution.plan, execution.arguments
     model: Any = request.entry.model
     holds = model.holds_variables
-    leaves, structure = jax.tree_util.tree_flatten(done.built.request.variables)
+    leaves, structure = jax.tree_util.tree_flatten(execution.built.request.variables)
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
-    findable = plan.program if done.built.key is not None else None
+    findable = plan.program if execution.built.key is not None else None
     return ApplyRecipe(
         entry=without_variables(request.entry),
         skeleton=model.layout.skeleton if holds else None,
         method=request.call.method,
         options=replace(request.options, variables=None),
-        taken=plan.taken and "params" in done.result.needs.streams,
+        taken=plan.taken and "params" in execution.result.needs.streams,
         settings=settings(),
         key=plan.model.key(),
         program=None if findable is None else weakref.ref(findable),
         names=tuple(name if traced else None for name, traced in zip(arguments.names, arguments.traced, strict=True)),
-        record=done.result.trace,
+        record=execution.result.trace,
         structure=structure,
         objects=fingerprint(objects) if objects else b"",
         moving=any(isinstance(leaf, _moving()) for leaf in arguments.leaves),
         inputs=sum(map(bytes_of, arguments.leaves)),
         variables=sum(map(bytes_of, leaves)),
-        written=sum(map(bytes_of, jax.tree_util.tree_leaves(done.result.updates))),
+        written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
         # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
         pinned=() if holds else tuple(arrays_in(model.module)),
     )
@@ -124,7 +124,7 @@ def _moving() -> tuple[type, ...]:
 
 
 def run_of_apply(
-    done: Execution,
+    execution: Execution,
     changed: Iterable[str],
     notes: tuple[Note, ...],
     *,
@@ -139,7 +139,13 @@ def run_of_apply(
     Args:
       changed: collections that the run wrote; `changes`: those that are kept → how many runs have written them.
     """
-    request, variables, plan, built, result = done.request, done.variables, done.plan, done.built, done.result
+    request, variables, plan, built, result = (
+        execution.request,
+        execution.variables,
+        execution.plan,
+        execution.built,
+        execution.result,
+    )
     bound, call, options, draw = request.bound, request.call, request.options, request.draw
     program, arrays = plan.program, (result.output, result.updates, result.sown)
     timing, built_in = result.timing, built.timing
@@ -147,7 +153,7 @@ def run_of_apply(
     return Run(
         command="apply",
         model=plan.name,
-        mode=done.mode,
+        mode=execution.mode,
         call=call.text,
         inputs=(bound.args, bound.kwargs),
         output=result.output,
@@ -164,14 +170,14 @@ def run_of_apply(
         reason=built.reason,
         causes=built.causes,
         switch=", ".join((*bound.switch, *(f"axis {name}=1 device" for name in sorted(result.needs.axes)))),
-        static=tuple(f"{name}={value}" for name, value in done.arguments.static if name in done.arguments.forced),
+        static=tuple(f"{name}={value}" for name, value in execution.arguments.static if name in execution.arguments.forced),
         timing=replace(
             timing, trace=built_in.trace, lower=built_in.lower, compile=built_in.compile, beside=built_in.beside,
             init=variables.seconds,
         ),
         memory=None if program is None else with_peak(program.memory, devices_in(arrays)),
         cost=cost_of(program.executable) if program is not None and options.runs > 1 else None,
-        limits=done.limits,
+        limits=execution.limits,
         cell=call.cell,
         notes=notes,
         made=made,
@@ -179,7 +185,7 @@ def run_of_apply(
         weights=variables.weights,
         replayed=replayed,
         first=first,
-        spelling=facts_of_apply(done),
+        spelling=facts_of_apply(execution),
     )  # fmt: skip
 
 
@@ -204,10 +210,10 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
     )
 
 
-def facts_of_apply(done: Execution) -> ExportFacts:
+def facts_of_apply(execution: Execution) -> ExportFacts:
     """The spelling of an apply, from its execution."""
-    call, prepared, result = done.request.call, done.request.bound, done.result
-    entry = done.variables.entry
+    call, prepared, result = execution.request.call, execution.request.bound, execution.result
+    entry = execution.variables.entry
     model: Any = prepared.model
     users_model: Any = entry.model
     holds = prepared.model.holds_variables
@@ -219,13 +225,13 @@ def facts_of_apply(done: Execution) -> ExportFacts:
         module = MODULE if holds else cloned(MODULE, model.module, fields)
     init_arguments: Settings = ()
     init_module = MODULE
-    if done.variables.made is not None and not holds:
+    if execution.variables.made is not None and not holds:
         # With the keys that `--key` adds, and without the switches of the run.
         given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
         init_arguments, init_module = _switches_of_init(replace(call, kwargs=given), users_model)
     written = () if holds else tuple(sorted(result.updates))
     parameters = tuple(positional_names(prepared.signature, len(call.args)))
-    static = frozenset(name for name, _ in done.arguments.static)
+    static = frozenset(name for name, _ in execution.arguments.static)
     passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     return ExportFacts(
         parameters=parameters,
@@ -234,7 +240,7 @@ def facts_of_apply(done: Execution) -> ExportFacts:
         streams=tuple(sorted(result.needs.streams)),
         held=frozenset(model.layout.tags) if holds else frozenset(),
         handed=bool(model.supplies()),
-        taken=done.plan.taken and "params" in result.needs.streams,
+        taken=execution.plan.taken and "params" in result.needs.streams,
         arguments=arguments,
         nnx=holds,
         module=module,
@@ -247,7 +253,7 @@ def facts_of_apply(done: Execution) -> ExportFacts:
         init_module=init_module,
         init_streams=getattr(users_model, "init_streams", ()),
         returns=_returns(result.output),
-        given=tuple(_given(done)) if holds else (),
+        given=tuple(_given(execution)) if holds else (),
         code=users_model.code() if holds else users_model.print(),
     )
 
@@ -293,13 +299,13 @@ def _part(value: Any, name: str, static: frozenset[str]) -> ContainerPart:
     return ContainerPart(kind, tuple((key, _part(inner, f"{name}[{key!r}]", static)) for key, inner in rows))
 
 
-def _given(done: Execution) -> Iterator[HandedBack]:
+def _given(execution: Execution) -> Iterator[HandedBack]:
     """The collections in the updates of an NNX run that was asked for some."""
-    model: Any = done.plan.model
-    sown = done.result.sown
-    if not done.request.options.mutable:
+    model: Any = execution.plan.model
+    sown = execution.result.sown
+    if not execution.request.options.mutable:
         return
-    for name, tree in done.result.output[1].items():
+    for name, tree in execution.result.output[1].items():
         if name in sown:
             leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: not isinstance(part, dict))
             steps = [tuple(str(key.key) for key in path) for path, _ in leaves]

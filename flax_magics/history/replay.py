@@ -148,7 +148,7 @@ class Replaying:
         parts = self.services.programs.parts
         last = parts.get(how.name)
         try:
-            done = execute(entry, call, options, draw, self.services, params_taken=how.taken)
+            execution = execute(entry, call, options, draw, self.services, params_taken=how.taken)
         finally:  # the next run of the model is held against the last of its own
             parts.pop(how.name, None)
             if last is not None:
@@ -158,11 +158,11 @@ class Replaying:
             pass
         elif how.key is None:
             said = ("the program was made anew: whether all that the model reads is as it was cannot be told",)
-        elif done.plan.model.key() != how.key:
+        elif execution.plan.model.key() != how.key:
             said = ("the program was made anew: something that the model's code reads is another now",)
-        timing, built = done.result.timing, done.built.timing
+        timing, built = execution.result.timing, execution.built.timing
         timing = replace(timing, trace=built.trace, lower=built.lower, compile=built.compile, beside=built.beside)
-        return Repeat(done.result.output, done.result.sown, done.built.origin, timing, said)
+        return Repeat(execution.result.output, execution.result.sown, execution.built.origin, timing, said)
 
     def _init(self, how: InitRecipe, call: Call, facts: Any) -> Repeat:
         name, clock, units = how.entry.name, self.services.clock, self.services.programs.units

@@ -71,7 +71,7 @@ def of_call(
     with plain_errors(call):
         phase(f"tracing {entry.name}")
         call_traced = trace_shapes(entry, prepared, call, draw)
-        traced, record, variables = call_traced.traced, call_traced.record, call_traced.request.variables
+        traced, record, variables = call_traced.traced, call_traced.trace, call_traced.request.variables
         phase(f"counting {entry.name}")
         calls, program = record.calls or Calls(), traced.jaxpr.jaxpr
         back = _handed_back(prepared.model, traced, variables)
@@ -151,7 +151,7 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
     request = TraceRequest(name, prepared.model, call.method, arguments, variables, draw)
     call_traced: TracedCall[None] = trace_call(request)
-    record, (output, updates) = call_traced.record, call_traced.traced.out_info
+    record, (output, updates) = call_traced.trace, call_traced.traced.out_info
     if model.holds_variables:
         updates = dict.fromkeys(holding.commit(updates, record).changed)
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]

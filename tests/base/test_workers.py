@@ -93,7 +93,7 @@ def test_the_next_run_waits_before_its_clock_starts_and_says_so():
     session.register("net", Net())
     session.apply("net", jnp.ones((2, 4)))
     heard: list[str] = []
-    session.on_phase = heard.append
+    session.services.on_phase = heard.append
 
     def wait() -> None:
         clock.now += 40.0

@@ -403,7 +403,7 @@ STEPS = st.lists(
 )
 def test_after_any_session_every_draw_replays_identically_or_says_what_is_gone(kind, steps, limit):
     session = Session(seed=0, replay_bytes=limit)
-    session.programs = PROGRAMS
+    session.services.programs = PROGRAMS
     modules = {"linen": [Normed, Wider], "nnx": [lambda: Net(rngs=nnx.Rngs(0)), lambda: Net(rngs=nnx.Rngs(0))]}[kind]
     session.register("b", modules[0]())
     a, held, edits = np.array(x), [], 0
