@@ -16,20 +16,19 @@ import jax
 from .base.critical import at_once, uninterrupted
 from .cells.journal import NotebookCells, cell_number, cells_of_notebook
 from .code.library import library
-from .compile.cache import ProgramCache
+from .compile.cache import ProgramCache, Services
 from .errors import FlaxMagicsError
 from .execution import record, surroundings
-from .execution.apply import apply_model, init_model
-from .execution.build import Building
+from .execution.apply import apply_again, apply_model, init_model
+from .execution.build import Building, rebuild
 from .execution.call import Call, as_names
 from .execution.idioms import Translation
-from .execution.notes import SeenKeys
-from .execution.warm import WarmRuns
+from .execution.plan_cache import PlanCache
+from .execution.record import Outcome
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
-from .models.base import Commit
-from .rng.keys import Draw, DrawBatch, RootKey
+from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run
 from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of
 from .state.entry import ModelEntry
@@ -74,16 +73,18 @@ class Session(SessionView):
         replay_bytes: int = REPLAY_BYTES,
     ) -> None:
         self._state = State(RootKey.from_seed(seed))
-        self._seen = SeenKeys(self._state.root.data)
-        self.programs = ProgramCache(clock)
+        self.services = Services(ProgramCache(clock), clock, lambda phase: None, SeenKeys({self._state.root.data}))
+        """What commands work with; `on_phase` is told what one is doing, as it begins: `compiling net`."""
         self.programs.compiler.keep_on_disk(disk_cache)
-        self._warm = WarmRuns()
+        self._plans = PlanCache()
         self._keeping = ReplayBudget(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))
-        self.clock = clock
-        self.on_phase: Callable[[str], None] = lambda phase: None
-        """Told what a command is doing, as it begins: `compiling net`."""
         self.autosaving: Autosave | None = None
         """What saves the session in the background, None where nothing does."""
+
+    @property
+    def programs(self) -> ProgramCache:
+        """The programs that are kept."""
+        return self.services.programs
 
     # -- models
 
@@ -109,24 +110,24 @@ class Session(SessionView):
         """
         if modules:
             self._stand_outside(lambda where: surroundings.of_register(where, *next(iter(modules.items())), cell))
-        building = Building(self.clock, self.on_phase)
+        building = Building(self.services)
         if self._state.waiting:
             from .snapshot.restore import RestoringBuilding
 
-            building = RestoringBuilding(self.clock, self.on_phase)
+            building = RestoringBuilding(self.services)
         runs_before = self._state.runs
         state, changes, builds = building.register_all(self._state, modules, anew, cell)
         with uninterrupted():
             for change in changes:
                 if change.write is not None:
                     change.write()
-            self._seen.roots.add(state.root.data)
+            self.services.seen.roots.add(state.root.data)
             self._state = state
             self._keeping.noted += builds
         self._keeping.look(sum(build.size for build in builds))
         for change in changes:
             if change.state != "unchanged":
-                self._warm.forget(change.name)
+                self._plans.forget(change.name)
         if state.runs is not runs_before and self.autosaving is not None:  # something was built
             self.autosaving.offer(state)
         return changes
@@ -148,7 +149,7 @@ class Session(SessionView):
                 write()
             self._state = self._state.with_variables(after)
         if notes:
-            self._warm.forget(name)
+            self._plans.forget(name)
         if self.autosaving is not None:
             self.autosaving.offer(self._state)
         return notes
@@ -244,7 +245,7 @@ class Session(SessionView):
         self._stand_outside(lambda where: surroundings.of_state(where, line, line))
         root = RootKey.from_seed(seed)
         self._state, restart = self._state.restarted(root, fresh=fresh)
-        self._seen = SeenKeys(root.data)
+        self.services.seen = SeenKeys({root.data})
         return restart
 
     # -- what was drawn, and what would be
@@ -334,7 +335,7 @@ class Session(SessionView):
         with uninterrupted():
             for write in writes:
                 write()
-            self._state, self._seen, self._warm = state, SeenKeys(state.root.data), WarmRuns()
+            self._state, self.services.seen, self._plans = state, SeenKeys({state.root.data}), PlanCache()
             self._keeping = self._keeping.emptied()
             self._keeping.noted += [entry.replaced for entry in state.models.values() if entry.replaced is not None]
         return restored
@@ -360,7 +361,7 @@ class Session(SessionView):
         from .history import table
         from .history.replay import Replaying
 
-        replaying = Replaying(self._state.models, self.programs, self.replay_bytes, self.on_phase)
+        replaying = Replaying(self._state.models, self.services, self.replay_bytes)
         return replaying.replay_all(table.find(self._state, draw))
 
     def run_summary(
@@ -377,7 +378,9 @@ class Session(SessionView):
             return summary.of_variables(entry)
         with self._translation(entry, call):
             # The next draw is looked at, and not made.
-            return summary.of_call(entry, call, mode, self._state.root.draw(), backward=backward, phase=self.on_phase)
+            return summary.of_call(
+                entry, call, mode, self._state.root.draw(), backward=backward, phase=self.services.on_phase
+            )
 
     def run_init(self, name: str, call: Call, *, draw: Any = None, module: Any = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
@@ -386,18 +389,16 @@ class Session(SessionView):
         if entry.model.holds_variables:
             with self._translation(entry, call):
                 entry.model.signature(call.method)
-            built = Building(self.clock, self.on_phase).rebuild(self._state, entry, call, draw, self.replay_bytes)
-            opened = None if draw is not None else (name, built.draw)
-            self._commit(built.kept, built.draw, built.entry, opened=opened, write=built.write)
-            self._keeping.replace(entry.replaced, built.entry.replaced)
-            return built.run
-        with self._translation(entry, call):
-            done = init_model(
-                self._state, entry, notes, call, draw, self.programs, self.clock, self.on_phase, self.replay_bytes
-            )
-        self._commit(done.kept, done.draw, done.entry, opened=None if draw is not None else (name, done.draw))
-        self._keeping.replace(entry.replaced, done.entry.replaced)
-        return done.run
+            outcome = rebuild(self._state, entry, call, self.services, draw=draw, limit=self.replay_bytes)
+        else:
+            with self._translation(entry, call):
+                outcome = init_model(
+                    self._state, entry, call, self.services, draw=draw, limit=self.replay_bytes, said=notes
+                )
+        self._commit(outcome)
+        assert outcome.entry is not None
+        self._keeping.replace(entry.replaced, outcome.entry.replaced)
+        return outcome.run
 
     def run_apply(
         self, name: str, call: Call, options: ApplyOptions, *, module: Any = None, notes: tuple[Note, ...] = ()
@@ -405,44 +406,37 @@ class Session(SessionView):
         """`apply` with the call as it was written; `notes` are to be said besides what the run itself shows, and `module`,
         if it is not the one that is registered, takes its place once the run has succeeded.
         """
-        self._stand_outside(lambda where: surroundings.of_apply(where, self._state, self._entry(name), call, options))
+        where = surroundings.surroundings()  # `_stand_outside`, whose function takes longer to make than to look
+        if where is not None:
+            raise surroundings.of_apply(where, self._state, self._entry(name), call, options)
         library.look()
         entry = self._state.models.get(name) or self._entry(name)
         if module is None or module is entry.model.module:
             with entry.model.held_still:
-                again = self._again(entry, call, options) if options.plain and not notes else None
-                return again or self._run(entry, notes, call, options)
+                state = self._state
+                shares = state.opened is not None and state.opened[0] == entry.name
+                last = None if shares or notes or not options.plain else self._plans.find(entry.name, call, options)
+                outcome = None if last is None else apply_again(last, state, entry, call, self.services)
+                if outcome is None:
+                    return self._run(entry, notes, call, options)
+                self._commit(outcome)
+                return outcome.run
         entry, more = self._entry_now(name, module)
         return self._run(entry, (*more, *notes), call, options)
 
     def _run(self, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
         """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
         with self._translation(entry, call):
-            done = apply_model(self._state, entry, notes, call, options, self.programs, self._seen, self.on_phase)
-        self._commit(done.kept, done.draw, done.after, write=done.write, commit=done.commit)
+            applied = apply_model(self._state, entry, call, options, self.services, said=notes)
+        outcome = applied.outcome
+        self._commit(outcome)
         if notes:
-            self._warm.forget(entry.name)
-        elif done.write is None:
-            self._warm.keep(entry, call, options, done, self.programs)
-        for data in done.done.keys_in_call:
-            self._seen.runs.setdefault(data, f"draw {done.draw.first.number}")
-        return done.run
-
-    def _again(self, entry: ModelEntry, call: Call, options: ApplyOptions) -> Run | None:
-        """The run of a line that ran before, where nothing it depends on has changed; None: find everything out."""
-        warm = self._warm.find(entry.name, call, options)
-        state = self._state
-        if warm is None or (state.opened is not None and state.opened[0] == entry.name):
-            return None
-        draw = state.root.draw()
-        self.on_phase(f"running {entry.name}")
-        done = warm.again(
-            entry, call, draw, self.programs, time.time(), None if state.runs is None else state.runs.kept
-        )
-        if done is None:
-            return None
-        self._commit(done.kept, draw, done.entry, commit=done.commit)
-        return done.run
+            self._plans.forget(entry.name)
+        elif outcome.write is None:
+            self._plans.keep(entry, applied, self.services)
+        for data in applied.keys_in_call:
+            self.services.seen.runs.setdefault(data, f"draw {outcome.draw.first.number}")
+        return outcome.run
 
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
         """`key`, as a Run whose output is the key."""
@@ -452,23 +446,15 @@ class Session(SessionView):
         self._stand_outside(lambda where: surroundings.of_key(where, name, cell))
         draw = self._state.root.draw()
         run = record.run_of_key(name, draw, cell, first=self._state.runs is None)
-        self._commit(StoredRun(run), draw, None)
+        self._commit(Outcome(run, StoredRun(run), draw))
         return run
 
-    def _commit(
-        self,
-        kept: StoredRun,
-        draw: Draw | DrawBatch,
-        entry: ModelEntry | None,
-        *,
-        opened: tuple[str, Draw] | None = None,
-        write: Callable[[], None] | None = None,
-        commit: Commit | None = None,
-    ) -> None:
+    def _commit(self, outcome: Outcome) -> None:
         """Makes the run part of the session, with what it left behind in the user's own object: one step."""
+        _, kept, draw, entry, opened, write, commit = outcome
         new = self._state.after(kept, draw.last, entry, opened)
         for one in draw.draws:
-            self._seen.roots.add(one.next_root)
+            self.services.seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
             into = () if commit is None else commit.assignments

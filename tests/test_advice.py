@@ -331,8 +331,8 @@ SCENARIOS = [
     Scenario("notebook.command._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
     Scenario("notebook.command._hints", "%flax_apply Net(x)", (BRANCHES,)),
     Scenario("execution.build.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
-    Scenario("execution.plan.start", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
-    Scenario("execution.execute._check_clash", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
+    Scenario("execution.execute._variables", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
+    Scenario("execution.execute._check_keys", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
     Scenario(
         "execution.execute._kept_out",
         "%flax_apply Net(x)",
@@ -347,8 +347,8 @@ SCENARIOS = [
             "flax_magics.execution.execute.limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9)
         ),
     ),
-    Scenario("execution.execute.left_behind", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
-    Scenario("execution.execute.left_behind", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
+    Scenario("execution.execute._check_draws", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
+    Scenario("execution.execute._check_draws", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
     # -- weights
     Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
     Scenario("notebook.magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
@@ -537,10 +537,10 @@ SCENARIOS = [
         edit=lambda cell, advice: cell.replace("(x)\n", f"(x + {advice.replace('…', 'x.shape')})\n"),
     ),
     Scenario("execution.notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
-    Scenario("execution.notes.notes", "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
-    Scenario("execution.notes.notes", "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
+    Scenario("execution.notes.of_keys", "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
+    Scenario("execution.notes.of_keys", "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
     Scenario(
-        "execution.notes.notes",
+        "execution.notes.of_keys",
         "%flax_apply net(x, key);",
         (KEYED, "key = jax.random.key(5)\n%flax_apply net(x, key);"),
     ),

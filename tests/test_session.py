@@ -494,7 +494,7 @@ def test_an_interrupt_changes_nothing(session, monkeypatch):
             if text.startswith(phase):
                 raise KeyboardInterrupt
 
-        session.on_phase = interrupt
+        session.services.on_phase = interrupt
         with pytest.raises(KeyboardInterrupt):
             session.apply("net", jnp.ones((2, 7, 4)))
         assert snapshot(session) == before

@@ -21,13 +21,17 @@ import jax
 from ..base.environment import default_device, name_devices
 from ..base.measures import Memory, Timing
 from ..base.workers import Unfinished, elsewhere, smallest, wait_for
+from ..code.fingerprint import fingerprint
 from ..code.inventory import Inventory
+from ..code.library import library
 from ..code.structure import Structure
 from ..models.arguments import signature_of
 from ..models.base import CallTrace, Needs
-from .compiler import Compiled, Compiler, Units, jax_settings, keep, program_key
+from ..rng.keys import SeenKeys
+from ..run import Cause
+from .compiler import Compiled, Compiler, Units, is_unknown, jax_settings, keep, program_key, settings
 from .jaxpr import identity
-from .trace import TraceRequest, trace
+from .trace import TracedCall, TraceRequest, trace_call
 
 KEPT = 128
 """Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
@@ -41,46 +45,58 @@ class Program:
     """An executable and what its trace told about it."""
 
     executable: Callable[..., Any]
-    ask: Needs
-    record: CallTrace
+    """`executable(variables, keys, arguments) -> (output, updates)`, dispatched; `keys` are key data by stream."""
+    needs: Needs
+    trace: CallTrace
     device: str
     memory: Memory | None
     effects: bool
     """It calls back into Python, or has other effects: such a program holds an interrupt for as long as it runs."""
 
-    def __call__(self, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]) -> Any:
-        """`(output, updates)`, dispatched; the device may still be working. `keys` are key data by stream."""
-        return self.executable(variables, keys, dynamic)
 
-    def wait(self, result: Any) -> None:
-        """Returns when the device has finished, host callbacks included."""
-        jax.block_until_ready(result)
-        if self.effects:
-            jax.effects_barrier()
+@dataclass(frozen=True)
+class BuiltProgram:
+    """A program and where it came from.
+
+    Attributes:
+      key: what it is kept by, None where tracing again could give another.
+      request: what it was made for.
+      program: None where the model runs op by op.
+      origin: `compiled`, `disk cache`, `reused` or `eager`.
+      timing: of its phases; those that did not happen took no time.
+      resumed: an interrupted run had begun to compile it.
+      reason, causes: why it is new.
+      scalars: arguments that are Python numbers, and were arrays in the model's run before → their dtypes then.
+    """
+
+    key: Hashable | None
+    request: TraceRequest
+    program: Program | None
+    origin: str = "reused"
+    timing: Timing = field(default_factory=Timing)
+    resumed: bool = False
+    reason: str = ""
+    causes: tuple[Cause, ...] = ()
+    scalars: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PendingProgram:
-    """A program that has been traced, and lowered unless it is known, and that may still be being compiled.
-
-    Attributes:
-      key: of the call, None where that cannot be told.
-      text_key: of the lowered program; `shareable`: another call may use it, too.
-      executable: None where it is still being compiled.
-      timing: of tracing and lowering.
-      resumed: an interrupted run had begun to compile it.
-    """
+    """A program that has been traced and lowered, and is being compiled; `executable` is None until then."""
 
     key: Hashable | None
-    ask: Needs
-    record: CallTrace
-    text_key: Hashable
+    call: TracedCall[Program]
     trees: tuple[Structure, Structure]
+    text_key: Hashable
     shareable: bool
-    effects: bool
     executable: Any
     timing: Timing
     resumed: bool
+
+    @property
+    def request(self) -> TraceRequest:
+        """What it is made for."""
+        return self.call.request
 
 
 @dataclass
@@ -123,12 +139,13 @@ class ProgramCache:
         if program.effects:
 
             def whole(*arguments: Any) -> Any:
-                result = program(*arguments)
-                program.wait(result)
+                result = program.executable(*arguments)
+                jax.block_until_ready(result)
+                jax.effects_barrier()  # host callbacks are through, too
                 return result
 
             return elsewhere(whole, (variables, keys, dynamic), self.unfinished, jax_settings)
-        result = program(variables, keys, dynamic)
+        result = program.executable(variables, keys, dynamic)
         self.unfinished.wait = partial(jax.block_until_ready, result)
         try:
             jax.block_until_ready(result)
@@ -139,17 +156,32 @@ class ProgramCache:
         return result
 
     def start(
-        self, key: Hashable | None, request: TraceRequest, phase: Callable[[str], None], since: float | None = None
-    ) -> PendingProgram:
-        """Traces, and begins to compile unless a program of the same equations or, lowered, of the same text is kept.
+        self, request: TraceRequest, phase: Callable[[str], None], since: float | None = None
+    ) -> PendingProgram | BuiltProgram:
+        """Finds the program of a call, or traces it, and begins to compile unless a program of the same equations or,
+        lowered, of the same text is kept.
 
         `phase` is told the name of each phase as it begins; `since` is when tracing began, if that was before.
         Compiling happens on another thread, so that an interrupt returns at once; what it had begun is finished and used
         when it is asked for again.
         """
-        phase("tracing")
-        start = self.clock() if since is None else since
-        traced, ask, record = trace(request)
+        key: Hashable | None = None
+        start = since
+
+        def find(request: TraceRequest) -> Program | None:
+            nonlocal key, start
+            key = call_key(request)
+            program = self.find(key)
+            if program is None:
+                phase("tracing")
+                start = self.clock() if start is None else start
+            return program
+
+        call = trace_call(request, find=find)
+        request, traced = call.request, call.traced
+        if call.known is not None:
+            return BuiltProgram(key, request, call.known)
+        assert start is not None
         equations = _equations(traced, request)
         timing, shareable, resumed = Timing(trace=self.clock() - start), True, True
         text_key, trees = self.by_equations.get(equations, (None, None))
@@ -175,8 +207,7 @@ class ProgramCache:
                 for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
                     del self.compiling[forgotten]
                 self.compiling[text_key] = self.compiler.start(lowered, shared_key)
-        effects = bool(traced.jaxpr.effects) or not shareable
-        return PendingProgram(key, ask, record, text_key, trees, shareable, effects, executable, timing, resumed)
+        return PendingProgram(key, call, trees, text_key, shareable, executable, timing, resumed)
 
     def _executable(self, text_key: Hashable, trees: tuple[Structure, Structure] | None) -> Any:
         """The executable of a lowered program whose trees are these, None where none is kept."""
@@ -186,12 +217,10 @@ class ProgramCache:
         self.by_text.move_to_end(text_key)
         return executable
 
-    def finish(self, pending: PendingProgram, phase: Callable[[str], None]) -> tuple[Program, str, Timing]:
-        """Waits until `pending` is compiled, and keeps it.
-
-        Returns:
-          The program, where it came from (`compiled`, `disk cache`, `reused`), and how long each phase took.
-        """
+    def finish(self, pending: PendingProgram | BuiltProgram, phase: Callable[[str], None]) -> BuiltProgram:
+        """Waits until `pending` is compiled, and keeps it."""
+        if isinstance(pending, BuiltProgram):
+            return pending
         origin, timing, text_key, executable = "reused", pending.timing, pending.text_key, pending.executable
         if executable is None:
             phase("compiling")
@@ -210,11 +239,65 @@ class ProgramCache:
             if pending.shareable:
                 keep(self.by_text, text_key, (executable, pending.trees), KEPT)
         program = Program(
-            executable, pending.ask, pending.record, device_of(executable), analysis(executable), pending.effects
+            executable,
+            pending.call.needs,
+            pending.call.trace,
+            device_of(executable),
+            analysis(executable),
+            bool(pending.call.traced.jaxpr.effects) or not pending.shareable,
         )
         if pending.key is not None:
             keep(self.by_call, pending.key, program, KEPT)
-        return program, origin, timing
+        return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
+
+
+@dataclass
+class Services:
+    """What every command of a session works with.
+
+    Attributes:
+      clock: gives seconds.
+      on_phase: told what is being done, as it begins.
+    """
+
+    programs: ProgramCache
+    clock: Callable[[], float]
+    on_phase: Callable[[str], None]
+    seen: SeenKeys
+
+
+def call_key(request: TraceRequest) -> Hashable | None:
+    """Equal keys mean that tracing would give the same program; None if that cannot be told."""
+    arguments = request.arguments
+    model, static = request.model.cache_key(), fingerprint(arguments.static)
+    leaves, treedef = jax.tree_util.tree_flatten(request.variables)
+    passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
+    now = settings()
+    if None in (model, static, passed.contents, variables.contents) or is_unknown(now):
+        return None
+    key = (
+        request.name,
+        model,
+        request.method,
+        static,
+        passed,
+        arguments.traced,
+        tuple(map(signature_of, arguments.dynamic.values())),
+        variables,
+        tuple(map(signature_of, leaves)),
+        request.mutable,
+        request.mode == "train",
+        request.draw.impl,
+        request.draw.size,
+        request.keyed,
+        now,
+        library.edition,
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def _equations(traced: Any, request: TraceRequest) -> Hashable | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +20,7 @@ from ..line.variant import Line, changed
 from ..models.arguments import Arguments
 from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note
-from .cache import KEPT, LastCall, LeafSpec, ProgramSpec
+from .cache import KEPT, BuiltProgram, LastCall, LeafSpec, ProgramCache, ProgramSpec
 from .compiler import jax_settings, settings_in_words
 from .trace import TraceRequest
 
@@ -31,6 +32,7 @@ NAMED = 2
 T = TypeVar("T")
 
 FIRST = "first run of this program"
+RESUMED = "begun by the run that was interrupted"
 
 
 def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> LastCall:
@@ -50,7 +52,7 @@ def scalars(before: LastCall | None, now: LastCall) -> dict[str, str]:
     return {name: kind for name, kind in was.items() if kind not in ("number", "static")}
 
 
-def purpose(request: TraceRequest, key: Hashable | None, mode: str) -> ProgramSpec:
+def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
     """All that a program was made for, as a person would say it. Some milliseconds for a large model."""
     model, arguments = request.model, request.arguments
     leaves, held = jax.tree_util.tree_flatten_with_path(request.variables)
@@ -63,7 +65,7 @@ def purpose(request: TraceRequest, key: Hashable | None, mode: str) -> ProgramSp
     return ProgramSpec(
         key=key,
         method=request.method,
-        mode=mode,
+        mode=request.mode,
         edition=model.fingerprint(),
         inventory=inventory(model.module),
         arguments={name: _leaf_spec(leaf, traced) for name, leaf, traced in _rows(arguments)},
@@ -112,6 +114,26 @@ def sentence(causes: tuple[Cause, ...]) -> str:
         return FIRST
     more = len(causes) - NAMED
     return "; ".join([cause.text for cause in causes[:NAMED]] + ([f"and {more} more"] if more > 0 else []))
+
+
+def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> BuiltProgram:
+    """A program with why it is new, held against what its model ran before; the next one is held against this.
+
+    Args:
+      new: it was not found by its call.
+    """
+    request = built.request
+    last, now = programs.parts.get(request.name), ran(request.method, request.arguments, built.key)
+    programs.parts[request.name] = now
+    causes: tuple[Cause, ...] = ()
+    reason = ""
+    if new:
+        spec, known = purpose(built.key, request), programs.purposes.get(request.name)
+        if built.origin == "compiled":
+            causes = compare(known, last, spec) if known else ()
+            reason = sentence(causes) + (f"; {RESUMED}" if built.resumed else "")
+        remember(programs.purposes, request.name, spec)
+    return replace(built, reason=reason, causes=causes, scalars=scalars(last, now))
 
 
 def remember(known: dict[str, deque[ProgramSpec]], name: str, now: ProgramSpec) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.extend.core
 
 from ..models.arguments import Arguments
-from ..models.base import CallTrace, Incomplete, Model, Needs
+from ..models.base import CallTrace, Incomplete, MissingVariables, Model, Needs
 from ..models.calls import Calls, Path
 from ..rng.keys import Draw, DrawBatch
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class TraceRequest:
     keyed: frozenset[str] = frozenset()
     """Arguments that have a key of the draw; of a series of draws, one key each."""
     mutable: frozenset[str] = frozenset()
-    training: bool = False
+    mode: str = "as written"
+    """`train`, `eval` or `as written`."""
     guess: Needs = field(default_factory=Needs)
     noted: bool = False
     """The record notes the calls of modules."""
@@ -59,6 +62,78 @@ def trace(request: TraceRequest) -> tuple[Any, Needs, CallTrace]:
             return _without(traced, request, ask, record.unchanged), ask, record
         ask = needed
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
+
+
+@dataclass(frozen=True)
+class TracedCall(Generic[P]):
+    """A call traced with all that it needs.
+
+    Attributes:
+      request: what was asked for, with the ints that turned out to be static and the variables that the call takes.
+      known: what `find` gave for that; then nothing was traced, and the rest is None or empty.
+      traced: a `jax.stages.Traced`.
+    """
+
+    request: TraceRequest
+    known: P | None
+    traced: Any
+    needs: Needs
+    trace: CallTrace
+
+
+def trace_call(
+    request: TraceRequest,
+    *,
+    find: Callable[[TraceRequest], P | None] = lambda request: None,
+    add: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> TracedCall[P]:
+    """Traces a call again until it has what it asks for.
+
+    An int whose value the model needs is made static: one at a time, then all. A collection that the call sows starts
+    empty, because Flax would append to what is there. The variables may be shapes.
+
+    Args:
+      find: gives what is kept for such a request, which spares the trace.
+      add: the variables with those that an init makes besides. Asked once, where the model misses some.
+
+    Raises:
+      MissingVariables: the model misses variables, and there is no `add`. What the model raises is passed on.
+    """
+    try:
+        return _with_variables(request, find, add)
+    except Exception as error:
+        if not is_tracer_error(error):
+            raise
+        for names in static_choices(request.arguments):
+            try:
+                return _with_variables(replace(request, arguments=request.arguments.with_static(names)), find, add)
+            except Exception as again:
+                if not is_tracer_error(again):
+                    raise again from None
+        raise
+
+
+def _with_variables(
+    request: TraceRequest,
+    find: Callable[[TraceRequest], P | None],
+    add: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
+) -> TracedCall[P]:
+    while True:
+        known = find(request)
+        if known is not None:
+            return TracedCall(request, known, None, request.guess, CallTrace())
+        try:
+            traced, ask, record = trace(request)
+        except MissingVariables:
+            if add is None:
+                raise
+            request, add = replace(request, variables=add(request.variables)), None
+            continue
+        sown = record.sown & set(request.variables)
+        if not sown:
+            return TracedCall(request, None, traced, ask, record)
+        variables = {name: tree for name, tree in request.variables.items() if name not in sown}
+        request = replace(request, variables=variables)
 
 
 def inputs_of(request: TraceRequest, ask: Needs) -> tuple[Any, Any, Any]:
@@ -166,7 +241,7 @@ def needs(record: CallTrace, request: TraceRequest) -> Needs:
     `has_rng` alone is not asking, except that `--train` answers a model which uses `has_rng('dropout')` as its switch.
     """
     streams = set(record.asked) | record.held
-    if request.training and "dropout" in record.queried:
+    if request.mode == "train" and "dropout" in record.queried:
         streams.add("dropout")
     return Needs(frozenset(streams), frozenset(record.written) | request.mutable, frozenset(record.axes))
 

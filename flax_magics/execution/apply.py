@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import jax
 
-from ..base.digest import bytes_of
+from ..base.digest import bytes_of, has_nan, own
+from ..base.environment import devices_of
+from ..base.measures import Timing
 from ..code.walk import arrays_in
-from ..compile.cache import ProgramCache
+from ..compile.cache import Services
 from ..compile.initialise import Initialising, made_of
+from ..compile.limits import devices_in, with_peak
 from ..compile.reasons import WINDOW, of_programs
 from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
-from ..line.variant import Line
 from ..models.base import Commit
-from ..rng.keys import Draw, DrawBatch
-from ..run import Note, Run
+from ..rng.keys import Draw, DrawBatch, RunKeys
+from ..run import Note, Run, altered, like
 from ..state import runs
-from ..state.entry import ApplyRecipe, InitRecipe, ModelEntry, Origin
+from ..state.entry import InitRecipe, ModelEntry, Origin
 from ..state.models import replaced_by_init
 from ..state.runs import StoredRun
 from ..state.state import State
@@ -30,48 +31,27 @@ from . import notes, record
 from .build import renewed
 from .call import Call, prepare_init
 from .execute import Execution, execute, plain_errors
-from .notes import OUTDATED, SeenKeys, outdated_own, with_values
-from .record import origin_of, without_variables
+from .notes import OUTDATED, outdated_own, with_values
+from .plan_cache import LastRun
+from .record import Applied, Outcome, recipe_of, without_variables
 
 LOOKED_AT = 4_000_000
 """Bytes of an output up to which it is looked at for NaN in any run; of a larger one that is shown, then."""
 
 
-@dataclass(frozen=True)
-class AppliedRun:
-    """An apply that is done.
-
-    Attributes:
-      draw: what it took from the root key.
-      after: the model as it is to be kept.
-      done: what the run found.
-      write: what writes a module that was built anew into the user's own object; None where none was.
-      commit: what the run changed in a module that holds its own variables.
-      kept: the run as the session keeps it.
-      how: what replays of its kind have in common.
-    """
-
-    run: Run
-    draw: Draw | DrawBatch
-    after: ModelEntry
-    done: Execution
-    write: Callable[[], None] | None
-    commit: Commit | None
-    kept: StoredRun
-    how: ApplyRecipe
-
-
 def apply_model(
     state: State,
     entry: ModelEntry,
-    notes: tuple[Note, ...],
     call: Call,
     options: ApplyOptions,
-    programs: ProgramCache,
-    seen: SeenKeys,
-    on_phase: Callable[[str], None],
-) -> AppliedRun:
-    """An apply where everything has to be found out; `notes` are on how the entry came to be.
+    services: Services,
+    *,
+    said: tuple[Note, ...] = (),
+) -> Applied:
+    """An apply where everything has to be found out.
+
+    Args:
+      said: notes on how the entry came to be.
 
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
@@ -82,55 +62,106 @@ def apply_model(
     # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
     shares = replayed is None and opened is not None and opened[0] == name and entry.ready
     begin = replayed or (opened[1] if shares and opened else state.root.draw())
-    now = begin if options.draws is None else _series(state, begin, options)
+    draw = begin if options.draws is None else _series(state, begin, options)
     started = time.time()
-    registered = entry.model
+    users_model = entry.model
     anew = entry.rebuild_next and entry.built is not None and replayed is None and options.variables is None
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
-    rebuilt = entry.model
-    done = execute(entry, call, options, now, programs, seen, on_phase, params_taken=shares)
-    kept, write, made = done.entry, None, done.made
-    if anew and registered.holds_variables and rebuilt.holds_variables:
-        kept, made = replace(kept, model=registered), made_of(rebuilt.collections())
+    new_model = entry.model
+    execution = execute(entry, call, options, draw, services, params_taken=shares)
 
-        def write() -> None:
-            if done.commit is not None:
-                done.commit.make()
-            registered.become(rebuilt)
-
-    notes = (*notes, *done.notes)
+    result, variables, bound = execution.result, execution.variables, execution.request.bound
+    keep = options.variables is None and options.draw is None
+    commit = bound.model.commit(result.updates, result.trace)
+    changed = commit.changed
+    after = _after(execution, changed if keep else (), holds=bound.model.holds_variables)
+    keys_in_call = {
+        key: data for key, data in notes.keys_in(execution.arguments, services.seen) if key not in options.key
+    }
+    steady = tuple(_steady_notes(execution))
+    run_notes = [*said, *steady, *_notes(execution, keys_in_call)]
     if replayed is not None:
-        notes = (*notes, *_of_masks(state, replayed, done))
-    if entry.outdated and done.made is None and options.variables is None:
-        notes = (*notes, OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
-    if done.causes:
-        line = Line(call.command, call.text, done.prepared.signature)
+        run_notes += _of_masks(state, replayed, execution)
+    if entry.outdated and variables.made is None and options.variables is None:
+        run_notes.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+    if execution.built.causes:
         earlier = runs.causes_of(state.runs, name, WINDOW)
-        notes = (*notes, *of_programs(line, done.causes, earlier, done.ready.arguments.leaf))
+        run_notes += of_programs(execution.request.line, execution.built.causes, earlier, execution.arguments.leaf)
     run = record.run_of_apply(
-        name,
-        call,
-        done,
-        now,
-        started,
-        notes,
-        made,
+        execution,
+        changed,
+        tuple(run_notes),
+        started=started,
+        made=made_of(new_model.collections()) if anew and new_model.holds_variables else variables.made,
+        changes={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
         replayed=replayed is not None,
         first=state.runs is None,
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
         run = with_values(run)
-    origin = origin_of(entry, options, done, call.method)
-    assert isinstance(origin.how, ApplyRecipe)
-    return AppliedRun(run, now, kept, done, write, done.commit, StoredRun(run, origin, origin.how.size), origin.how)
+    write = None
+    if anew and users_model.holds_variables and new_model.holds_variables:
+        after = replace(after, model=users_model)
+
+        def write() -> None:
+            if keep:
+                commit.make()
+            users_model.become(new_model)
+
+    recipe = recipe_of(execution)
+    leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
+    stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
+    outcome = Outcome(run, stored, draw, after, write=write, commit=commit if keep else None)
+    return Applied(outcome, execution, recipe, steady, tuple(keys_in_call.values()))
 
 
-def _of_masks(state: State, draw: Draw, done: Execution) -> Iterator[Note]:
+def _after(execution: Execution, changed: Iterable[str], *, holds: bool) -> ModelEntry:
+    """The model with what the run wrote of it, and with what was learned about the call.
+
+    Args:
+      changed: collections that are kept; `holds`: by the module itself.
+    """
+    entry, call, needs = execution.variables.entry, execution.request.call, execution.result.needs
+    entry = replace(
+        entry,
+        known_needs={**entry.known_needs, (call.method, execution.request.bound.mode): needs},
+        static_ints=entry.static_ints | {(call.method, name) for name in execution.arguments.forced},
+        update_counts={**entry.update_counts, **{name: entry.update_counts.get(name, 0) + 1 for name in changed}},
+    )
+    if changed and not holds and entry.variables is not None:
+        entry = replace(entry, variables={**entry.variables, **execution.result.updates})
+    return entry
+
+
+def _steady_notes(execution: Execution) -> Iterator[Note]:
+    """Notes that every run of the line has."""
+    request, result = execution.request, execution.result
+    yield from notes.of_mode(request.entry.name, request.bound, execution.mode, result.trace)
+    collections = {*execution.built.request.variables, *result.updates, *result.sown}
+    yield from notes.of_mutable(request.options.mutable, collections, request.line)
+
+
+def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[Note]:
+    """Notes of this run alone."""
+    request, trace = execution.request, execution.result.trace
+    bound, options, line = request.bound, request.options, request.line
+    told = {name for needs in request.entry.known_needs.values() for name in needs.streams}
+    yield from notes.of_streams(trace, told)
+    if options.draw is None:  # a replay brings its keys again, and means to
+        yield from notes.of_keys(keys_in_call, request.services.seen, line)
+    yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
+    if execution.variables.made is not None:
+        yield from notes.of_params(execution.variables.values)
+    yield from notes.of_scalars(execution.built.scalars, line)
+    yield from notes.of_rngs(bound.own_rngs, trace)
+
+
+def _of_masks(state: State, draw: Draw, execution: Execution) -> Iterator[Note]:
     """Where a run with an earlier draw's keys drew other numbers than that draw's own run."""
-    for kept in runs.of_draw(state.runs, draw.seed, draw.number)[-1:]:
-        if kept.record is not None:
-            yield from notes.compare(draw.number, kept.record, done.ready.record)
+    for stored in runs.of_draw(state.runs, draw.seed, draw.number)[-1:]:
+        if stored.record is not None:
+            yield from notes.compare(draw.number, stored.record, execution.result.trace)
 
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
@@ -143,65 +174,123 @@ def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
     return DrawBatch(begin, size)
 
 
-@dataclass(frozen=True)
-class InitialisedRun:
-    """An init that is done: the run, the draw that it opens, and the model with its variables."""
-
-    run: Run
-    draw: Draw
-    entry: ModelEntry
-    kept: StoredRun
+def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, services: Services) -> Outcome | None:
+    """An apply of a line that ran before; None where something it depends on differs, and then nothing has happened."""
+    started = time.time()
+    inputs = last.accepts(entry, call, services)
+    if inputs is None:
+        return None
+    plan, draw, variables = last.plan, state.root.draw(), inputs.variables
+    try:
+        result = plan.run(draw, variables, inputs.arguments, services, inputs.pending)
+    except Exception:  # the long way finds out what it is, and says so
+        return None
+    services.programs.parts[entry.name] = last.parts
+    memory = last.template.memory
+    if memory is not None and memory.peak is not None:
+        memory = with_peak(memory, devices_in((result.output, result.updates, result.sown)))
+    source = entry.source
+    after: ModelEntry | None = None
+    changed: dict[str, int] = {}
+    commit: Commit | None = None
+    if inputs.fresh and source is not None:
+        source = source.now(variables, entry.update_counts)
+        if source is not entry.source:
+            after = altered(entry, {"source": source})
+    updates = result.updates
+    if updates:
+        commit = plan.model.commit(updates, result.trace)
+        changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
+        if changed:
+            after = altered(after or entry, {"update_counts": {**entry.update_counts, **changed}})
+        if not plan.model.holds_variables:
+            after = altered(after or entry, {"variables": {**variables, **updates}})
+        last.wrote(updates)
+    before = None if state.runs is None else state.runs.kept
+    run = like(
+        last.template,
+        call=call.text,
+        inputs=(call.args, inputs.kwargs),
+        output=result.output,
+        seed=draw.seed,
+        draw=draw.number,
+        keys=RunKeys(draw, last.key_names),
+        started=started,
+        sown=result.sown,
+        changed=changed,
+        timing=result.timing,
+        memory=memory,
+        cell=call.cell,
+        first=before is None,
+        weights="" if source is None else source.describe(draw.seed),
+    )
+    if last.looked_at and has_nan(result.output):
+        run = with_values(run)
+    return Outcome(run, last.stored(run, inputs, before), draw, after, None, None, commit)
 
 
 def init_model(
     state: State,
     entry: ModelEntry,
-    notes: tuple[Note, ...],
     call: Call,
-    draw: Any,
-    programs: ProgramCache,
-    clock: Callable[[], float],
-    on_phase: Callable[[str], None],
+    services: Services,
+    *,
+    draw: int | tuple[int, int] | None,
     limit: int,
-) -> InitialisedRun:
+    said: tuple[Note, ...] = (),
+) -> Outcome:
     """An init of a linen model.
 
     Args:
       draw: an earlier one whose key it takes, None for the next.
       limit: see `replaced_by_init`.
+      said: notes on how the entry came to be.
 
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
-    name = entry.name
-    prepared = prepare_init(name, entry.model, call)
-    now = state.find_draw(draw) or state.root.draw()
-    on_phase(f"initialising {name}")
+    name, clock = entry.name, services.clock
+    model = entry.model
+    assert not model.holds_variables
+    bound = prepare_init(name, entry.model, call)
+    opened = state.find_draw(draw) or state.root.draw()
+    services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):
         variables, made = Initialising(
-            prepared.model, call.method, prepared.args, prepared.kwargs, draw=now, units=programs.units
+            bound.model, call.method, bound.args, bound.kwargs, draw=opened, units=services.programs.units
         ).finish()
     seconds = clock() - start
-    inputs, first = (prepared.args, prepared.kwargs), state.runs is None
-    source = WeightSource.initialised(now, variables)
+    source = WeightSource.initialised(opened, variables)
     replaced, more = replaced_by_init(entry, limit)
-    run = record.run_of_init(
-        entry,
-        call,
-        inputs,
-        variables,
-        now,
-        started,
-        seconds,
-        (*notes, *more),
-        weights=source.describe(now.seed),
+    spelling = record.facts_of_init(call, model)
+    run = Run(
+        command="init",
+        model=name,
+        mode="",
+        call=call.text,
+        inputs=(bound.args, bound.kwargs),
+        output=variables,
+        seed=opened.seed,
+        draw=opened.number,
+        keys=RunKeys.of(opened, "params"),
+        device=devices_of(variables),
+        started=started,
+        program="eager",
+        timing=Timing(init=seconds),
+        cell=call.cell,
+        made=made_of(variables),
+        notes=(*said, *more, *notes.of_params(variables)),
+        by_hand=model.init_by_hand(call.text, call.method, spelling.init_arguments, spelling.init_module),
+        weights=source.describe(opened.seed),
         replayed=draw is not None,
-        first=first,
+        first=state.runs is None,
+        spelling=spelling,
     )
-    how = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(entry.model.module)))
-    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(inputs), *how.pinned)))
+    recipe = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(model.module)))
+    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *recipe.pinned)))
     entry = replace(
         entry, variables=variables, init=made, update_counts={}, outdated=False, source=source, replaced=replaced
     )
-    return InitialisedRun(run, now, entry, StoredRun(run, Origin(how, []), size))
+    stored = StoredRun(run, Origin(recipe, []), size)
+    return Outcome(run, stored, opened, entry, opened=None if draw is not None else (name, opened))

@@ -6,36 +6,43 @@ Works on one State and gives another; what is to be written into the user's own 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from ..base.digest import bytes_of
+from ..base.environment import devices_of
+from ..base.measures import Timing
 from ..code.walk import arrays_in
+from ..compile.cache import Services
+from ..compile.initialise import made_of
 from ..errors import FlaxMagicsError, written
 from ..models.base import ModelWithVariables
 from ..models.construction import BuiltBySession, Construction, adopt_built, keys_of, spell_construction
 from ..rng.keys import Draw
-from ..run import Run
-from ..state import entry, models
-from ..state.entry import ModelEntry, Origin
+from ..run import Run, altered
+from ..state import models
+from ..state.entry import BuildRecipe, ModelEntry, Origin
 from ..state.models import Registration, replaced_by_init
 from ..state.runs import StoredRun
 from ..state.state import State
 from ..state.weights import WeightSource
-from . import record
 from .call import Call
 from .execute import plain_errors
+from .record import Outcome
 
 
-@dataclass(frozen=True)
 class Building:
-    """How modules are built: `clock` gives seconds, `on_phase` is told what begins."""
+    """Registers modules, and builds those of which only the construction is there.
 
-    clock: Callable[[], float]
-    on_phase: Callable[[str], None]
+    Args:
+      services: what the session works with.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
 
     def register_all(
         self, state: State, modules: Mapping[str, Any], anew: Container[str] = (), cell: int | None = None
@@ -59,7 +66,7 @@ class Building:
     ) -> tuple[State, Registration, StoredRun | None]:
         """The state with one module, what became of the name, and the run if the module was built now."""
         if isinstance(module, Construction):
-            entry, change, run, draw = self.build(state, name, module, cell)
+            entry, change, run, draw = build(state, name, module, self.services, cell=cell)
             if run is not None and draw is not None:
                 return state.after(run, draw, entry, (name, draw)), change, run
         else:
@@ -69,122 +76,143 @@ class Building:
             entry, change = models.register(old, name, module)
         return replace(state, models={**state.models, name: entry}), change, None
 
-    def build(
-        self, state: State, name: str, recipe: Construction, cell: int | None = None
-    ) -> tuple[ModelEntry, Registration, StoredRun | None, Draw | None]:
-        """The module of `recipe`: the one that is there, if it was built of the same; or a new one, in the next draw.
 
-        Returns:
-          What the session is to keep of it, what became of the name, and of one that was built its run and draw.
-        """
-        old = state.models.get(name)
-        if old is not None and old.built is not None and not old.rebuild_next:
-            print_ = recipe.fingerprint()
-            if print_ is not None and print_ == old.built.fingerprint:
-                return old, models.unchanged(old), None, None
-            # An edit: what the old keys give now is held against what is there.
-            entry, change = built_with(old, name, recipe, old.built.keys)
-            if change.state == "unchanged":
-                return replace(entry, built=BuiltBySession.of(recipe, old.built.keys)), change, None, None
-            if change.variables == "kept":
-                return entry, change, None, None
-            changes = change.changes
-        else:
-            changes = ()
-        now = state.root.draw()
-        started, start = time.time(), self.clock()
-        keys = keys_of(now)
-        self.on_phase(f"building {name}")
-        model = adopt_built(recipe.build(keys), recipe.text)
-        run = record.run_of_build(
-            name, recipe, model, now, keys, started, self._since(start, model), cell=cell, first=state.runs is None
+def build(
+    state: State, name: str, recipe: Construction, services: Services, *, cell: int | None = None
+) -> tuple[ModelEntry, Registration, StoredRun | None, Draw | None]:
+    """The module of `recipe`: the one that is there, if it was built of the same; or a new one, in the next draw.
+
+    Returns:
+      What the session is to keep of it, what became of the name, and of one that was built its run and draw.
+    """
+    old = state.models.get(name)
+    changes: tuple[str, ...] = ()
+    if old is not None and old.built is not None and not old.rebuild_next:
+        print_ = recipe.fingerprint()
+        if print_ is not None and print_ == old.built.fingerprint:
+            return old, models.unchanged(old), None, None
+        # An edit: what the old keys give now is held against what is there.
+        entry, change = built_with(old, name, recipe, old.built.keys)
+        if change.state == "unchanged":
+            return replace(entry, built=BuiltBySession.of(recipe, old.built.keys)), change, None, None
+        if change.variables == "kept":
+            return entry, change, None, None
+        changes = change.changes
+    draw = state.root.draw()
+    model, run = _build_in(state, draw, name, recipe, services)
+    run = altered(run, {"cell": cell})
+    entry, change = models.register_holding(None, name, model, BuiltBySession.of(recipe, run.keys))
+    entry = replace(entry, source=_source(draw, model))
+    if old is not None:
+        change = Registration(name, "changed", changes, "own")
+    return entry, change, _stored(name, recipe, run), draw
+
+
+def rebuild(
+    state: State,
+    entry: ModelEntry,
+    call: Call,
+    services: Services,
+    *,
+    draw: int | tuple[int, int] | None,
+    limit: int,
+) -> Outcome:
+    """`init` of a model that holds its variables: the same construction again, into the same object.
+
+    Args:
+      draw: an earlier one whose keys it takes, None for the next.
+      limit: see `replaced_by_init`.
+
+    Raises:
+      FlaxMagicsError: the user's own code built the module.
+    """
+    name = entry.name
+    if entry.built is None:
+        raise FlaxMagicsError(
+            f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew."
+            " On a line, without rngs, the session builds it.",
+            **written(spell_construction(type(entry.model.module), "%flaxmodel", name=name)),
         )
-        entry, change = models.register_holding(None, name, model, BuiltBySession.of(recipe, keys))
-        entry = replace(entry, source=_source(now, model))
-        if old is not None:
-            change = Registration(name, "changed", changes, "own")
-        return entry, change, _kept(name, recipe, run), now
+    recipe = entry.built.recipe
+    opened = state.find_draw(draw) or state.root.draw()
+    with plain_errors(call):
+        model, run = _build_in(state, opened, name, recipe, services)
+    users_model = entry.model
+    assert users_model.holds_variables
+    replaced, notes = replaced_by_init(entry, limit)
+    run = altered(
+        run,
+        {
+            "call": call.text,
+            "inputs": (call.args, call.kwargs),
+            "cell": call.cell,
+            "replayed": draw is not None,
+            "notes": (*run.notes, *notes),
+        },
+    )
+    entry = replace(
+        entry,
+        built=BuiltBySession.of(recipe, run.keys),
+        update_counts={},
+        outdated=False,
+        rebuild_next=False,
+        initial_sample=model.sample(),
+        source=_source(opened, model),
+        replaced=replaced,
+    )
+    return Outcome(
+        run,
+        _stored(name, recipe, run),
+        opened,
+        entry,
+        opened=None if draw is not None else (name, opened),
+        write=lambda: users_model.become(model),
+    )
 
-    def rebuild(self, state: State, entry: ModelEntry, call: Call, draw: Any, limit: int) -> BuildResult:
-        """`init` of a model that holds its variables: the same construction again, into the same object.
 
-        Args:
-          limit: see `replaced_by_init`.
-
-        Raises:
-          FlaxMagicsError: the user's own code built the module.
-        """
-        name = entry.name
-        if entry.built is None:
-            raise FlaxMagicsError(
-                f"`{name}` was built by your own code, with rngs of its own: only that code can build it anew."
-                " On a line, without rngs, the session builds it.",
-                **written(spell_construction(type(entry.model.module), "%flaxmodel", name=name)),
-            )
-        recipe = entry.built.recipe
-        now = state.find_draw(draw) or state.root.draw()
-        self.on_phase(f"building {name}")
-        started, start = time.time(), self.clock()
-        keys = keys_of(now)
-        with plain_errors(call):
-            model = adopt_built(recipe.build(keys), recipe.text)
-        seconds = self._since(start, model)
-        run = record.run_of_build(
-            name,
-            recipe,
-            model,
-            now,
-            keys,
-            started,
-            seconds,
-            call,
-            cell=call.cell,
-            replayed=draw is not None,
-            first=state.runs is None,
-        )
-        registered = entry.model
-        assert registered.holds_variables
-        replaced, notes = replaced_by_init(entry, limit)
-        if notes:
-            run = replace(run, notes=(*run.notes, *notes))
-        entry = replace(
-            entry,
-            built=BuiltBySession.of(recipe, keys),
-            update_counts={},
-            outdated=False,
-            rebuild_next=False,
-            initial_sample=model.sample(),
-            source=_source(now, model),
-            replaced=replaced,
-        )
-        return BuildResult(run, now, entry, lambda: registered.become(model), _kept(name, recipe, run))
-
-    def _since(self, start: float, model: ModelWithVariables) -> float:
-        """Seconds since `start`, once what `model` holds is there."""
-        jax.block_until_ready(model.collections())
-        return self.clock() - start
+def _build_in(
+    state: State, draw: Draw, name: str, recipe: Construction, services: Services
+) -> tuple[ModelWithVariables, Run]:
+    """The module of `recipe` with the keys of `draw`, and the run that this is."""
+    clock = services.clock
+    started, start = time.time(), clock()
+    keys = keys_of(draw)
+    services.on_phase(f"building {name}")
+    model = adopt_built(recipe.build(keys), recipe.text)
+    jax.block_until_ready(model.collections())
+    seconds = clock() - start
+    held = model.state()
+    run = Run(
+        command="init",
+        model=name,
+        mode="",
+        call=recipe.text,
+        inputs=(recipe.args, dict(recipe.kwargs)),
+        output=held,
+        seed=draw.seed,
+        draw=draw.number,
+        keys=keys,
+        device=devices_of(held),
+        started=started,
+        program="eager",
+        timing=Timing(init=seconds),
+        made=made_of(model.collections()),
+        by_hand=recipe.by_hand(name),
+        weights=WeightSource.initialised(draw, {}).describe(draw.seed),
+        first=state.runs is None,
+    )
+    return model, run
 
 
 def _source(draw: Draw, model: ModelWithVariables) -> WeightSource:
     return WeightSource.initialised(draw, model.collections(), in_module=True)
 
 
-def _kept(name: str, recipe: Construction, run: Run) -> StoredRun:
+def _stored(name: str, recipe: Construction, run: Run) -> StoredRun:
     """A construction as the session keeps it."""
     pinned = tuple(arrays_in((recipe.args, recipe.kwargs)))
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *pinned)))
-    return StoredRun(run, Origin(entry.BuildRecipe(name, recipe, recipe.fingerprint(), pinned), []), size)
-
-
-@dataclass(frozen=True)
-class BuildResult:
-    """A module that was built anew: its run, the entry as it is to be kept, and what writes it into the user's object."""
-
-    run: Run
-    draw: Draw
-    entry: ModelEntry
-    write: Callable[[], None]
-    kept: StoredRun
+    return StoredRun(run, Origin(BuildRecipe(name, recipe, recipe.fingerprint(), pinned), []), size)
 
 
 def built_with(

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from ..compile.initialise import merged, shapes_of_init
+from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..line.variant import new_key, with_arguments, without_option
-from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, Model
+from ..models.arguments import Arguments
+from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, MissingVariables, Model, Needs
 from ..models.calls import Path
 from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
+from ..rng.keys import Draw, DrawBatch, shape_of_key
+
+if TYPE_CHECKING:
+    from ..line.options import ApplyOptions
+    from ..state.entry import ModelEntry
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class BoundCall:
     """
 
     model: Model
+    method: Path
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     signature: inspect.Signature
@@ -110,7 +119,7 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
     model, own_rngs = model.with_rngs(signature, call.args, kwargs)
     supplied = model.supplied_arguments()
     check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(supplied)})
-    return BoundCall(model, call.args, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
+    return BoundCall(model, call.method, call.args, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
 
 
 def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
@@ -126,7 +135,80 @@ def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
             kwargs[key] = value_of(key, train=False)
     check_arguments(name, call, signature, kwargs)
     model = model.fields_for_init(fixed=frozenset(switches))
-    return BoundCall(model, call.args, kwargs, signature, (), "init")
+    return BoundCall(model, call.method, call.args, kwargs, signature, (), "init")
+
+
+def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw | DrawBatch) -> Call:
+    """The call with the keys that `--key` adds."""
+    if not options.key:
+        return call
+    parameters = entry.model.signature(call.method).parameters
+    keys = {}
+    for name in options.key:
+        if name in call.kwargs:
+            raise FlaxMagicsError(f"--key {name}: the call gives `{name}` already. Leave one of them out.")
+        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            known = ", ".join(parameters)
+            raise FlaxMagicsError(
+                f"--key {name}: {entry.name} has no argument `{name}`; it takes: {known}.",
+                hint=did_you_mean(name, parameters),
+            )
+        keys[name] = draw.stream(name)
+    return replace(call, kwargs={**call.kwargs, **keys})
+
+
+def request_of(
+    entry: ModelEntry,
+    bound: BoundCall,
+    draw: Draw | DrawBatch,
+    variables: Mapping[str, Any],
+    options: ApplyOptions | None = None,
+) -> TraceRequest:
+    """What a program for a call is made for, with what earlier calls of the model were found to need."""
+    return TraceRequest(
+        entry.name,
+        bound.model,
+        bound.method,
+        Arguments.of(
+            bound.args,
+            bound.kwargs,
+            bound.signature,
+            frozenset(name for method, name in entry.static_ints if method == bound.method),
+        ),
+        variables,
+        draw,
+        keyed=frozenset(() if options is None or draw.size is None else options.key),
+        mutable=frozenset(() if options is None else options.mutable),
+        mode=bound.mode,
+        guess=entry.known_needs.get((bound.method, bound.mode), Needs()),
+    )
+
+
+def init_shapes(name: str, model: Model, call: Call, impl: str) -> Mapping[str, Any]:
+    """The shapes of the variables that an init by keys of `impl` would make."""
+    first = prepare_init(name, model, call)
+    shapes: Mapping[str, Any] = shapes_of_init(first.model, shape_of_key(impl), call.method, first.args, first.kwargs)
+    return shapes
+
+
+def trace_shapes(entry: ModelEntry, bound: BoundCall, call: Call, draw: Draw) -> TracedCall[None]:
+    """Traces a call by shapes alone, with the variables that are there, or those that an init would make.
+
+    The calls of modules are noted. Of `draw` only the kind of its keys matters.
+    """
+    held = entry.held
+    if held is None:
+        held = init_shapes(entry.name, entry.model, call, draw.impl)
+    request = replace(request_of(entry, bound, draw, held), noted=True)
+    try:
+        if entry.model.holds_variables:
+            return trace_call(request)
+        # A method may need what the first init did not make.
+        return trace_call(
+            request, add=lambda held: merged(held, init_shapes(entry.name, entry.model, call, draw.impl))[0]
+        )
+    except MissingVariables as error:
+        raise error.__cause__ or error from None
 
 
 def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, Any]) -> None:

@@ -1,78 +1,104 @@
-"""One apply, from a call to its result. Reads the session's records and gives new ones; changes nothing itself."""
+"""One apply, from a call to its result: its variables, its plan, its run. Changes nothing itself."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import errors as flax_errors
 
-from ..base.environment import devices_of, name_devices
-from ..base.measures import Cost, Limits, Memory, Steady, Timing
-from ..base.text import join
-from ..compile.cache import ProgramCache
-from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory, with_peak
-from ..errors import FlaxMagicsError, did_you_mean, written
-from ..line.variant import Line, with_arguments, without_option
-from ..models.base import ARGUMENTS, SOWN, CallTrace, Commit, MissingVariables, Model, Needs
-from ..models.linen_trace import inside
-from ..models.switch import written_in_call
-from ..rng.keys import SPLIT, Draw, DrawBatch, RunKeys
-from ..run import Cause, InitStats, Note
+from ..base.environment import name_devices
+from ..base.measures import Limits
+from ..compile.cache import BuiltProgram, PendingProgram, Services
+from ..compile.initialise import Initialising, made_of, merged
+from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
+from ..errors import FlaxMagicsError, written
+from ..line.variant import Line, without_option
+from ..models.arguments import Arguments
+from ..models.base import ARGUMENTS, MissingVariables, Variables
+from ..rng.keys import Draw, DrawBatch
+from ..run import InitStats
 from ..state.entry import ModelEntry
-from . import plan
-from .call import BoundCall, Call, prepare, with_drawn_key
-from .notes import SeenKeys, of_mode, of_mutable, of_params, of_rngs, of_scalars, of_streams, of_unused
-from .plan import Ready, Wanted, make_both, make_ready, with_added
+from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
+from .call import BoundCall, Call, prepare, prepare_init, request_of, with_drawn_key, with_keys
+from .plan import Plan, RunResult, begin_program, finish_program, needs_by_shapes
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
 
 
 @dataclass(frozen=True)
-class Execution:
-    """What one apply did and found (see `Run` for the fields of the same name), and the entry as it is to be kept."""
+class ApplyRequest:
+    """One apply as it is wanted.
+
+    Attributes:
+      entry: the model as it is before.
+      call: with the keys that `--key` adds; `bound`: the same, its mode set.
+      params_taken: an init took this draw's `params` key already.
+    """
 
     entry: ModelEntry
-    inputs: Any
-    output: Any
-    sown: Mapping[str, Any]
-    keys: Mapping[str, Any]
-    used: Mapping[str, tuple[str, ...]]
-    changed: Mapping[str, int]
-    device: str
-    program: str
-    reason: str
-    causes: tuple[Cause, ...]
-    mode: str
-    switch: tuple[str, ...]
-    static: tuple[str, ...]
-    timing: Timing
-    memory: Memory | None
-    cost: Cost | None
+    call: Call
+    bound: BoundCall
+    options: ApplyOptions
+    draw: Draw | DrawBatch
+    services: Services
+    params_taken: bool
+
+    @property
+    def op_by_op(self) -> bool:
+        """Whether nothing is to be compiled."""
+        return self.options.eager or bool(getattr(jax.config, "jax_disable_jit", False))
+
+    @property
+    def line(self) -> Line:
+        """As it was written."""
+        return Line(self.call.command, self.call.text, self.bound.signature)
+
+
+@dataclass(frozen=True)
+class RunVariables:
+    """Variables to run with, and how they came about in this draw.
+
+    Attributes:
+      entry: the model with them, where it is to keep them.
+      made: what was initialised for this run, None where nothing was.
+      seconds: that this took.
+      weights: whose they are.
+      taken: the draw's `params` key went into variables: the run's own `params` stream must be another.
+    """
+
+    entry: ModelEntry
+    values: Variables
+    made: InitStats | None = None
+    seconds: float = 0.0
+    weights: str = ""
+    taken: bool = False
+
+
+@dataclass(frozen=True)
+class Execution:
+    """An apply that was carried out."""
+
+    request: ApplyRequest
+    variables: RunVariables
+    plan: Plan
+    built: BuiltProgram
+    result: RunResult
     limits: Limits | None
-    notes: tuple[Note, ...]
-    made: InitStats | None
-    by_hand: str
-    weights: str
-    """Whose variables ran."""
-    keys_in_call: tuple[bytes, ...]
-    """Data of keys that the user passed in the call."""
-    updates: Mapping[str, Any]
-    """What the run wrote."""
-    ready: Ready
-    prepared: BoundCall
-    names: Mapping[str, tuple[str, bool]]
-    """See `RunKeys`."""
-    steady: tuple[Note, ...]
-    """Notes that every run of this kind has."""
-    commit: Commit | None
-    """What the run changed, None if nothing is to be kept."""
-    mutable: tuple[str, ...] = ()
-    """Collections that were asked for: then the output is `(output, updates)`."""
+
+    @property
+    def arguments(self) -> Arguments:
+        """The call's, as the program took them."""
+        return self.built.request.arguments
+
+    @property
+    def mode(self) -> str:
+        """The mode that the model ran in."""
+        return self.request.bound.mode_of(self.result.trace)
 
 
 def execute(
@@ -80,9 +106,7 @@ def execute(
     call: Call,
     options: ApplyOptions,
     draw: Draw | DrawBatch,
-    programs: ProgramCache,
-    seen: SeenKeys,
-    on_phase: Callable[[str], None],
+    services: Services,
     *,
     params_taken: bool,
 ) -> Execution:
@@ -102,129 +126,146 @@ def execute(
             **written(f"{without_option(call.command, '--eager')} {call.text}"),
         )
     call = with_keys(entry, call, options, draw)
-    prepared = prepare(entry.name, entry.model, call, options.mode)
-    wanted = Wanted(call, prepared, options, draw, programs, on_phase)
+    bound = prepare(entry.name, entry.model, call, options.mode)
+    request = ApplyRequest(entry, call, bound, options, draw, services, params_taken)
     with plain_errors(call):
-        start = plan.start(entry, wanted, params_taken=params_taken)
-        ready: Ready | None = None
-        if start.making is not None:
-            start, ready = make_both(start, start.making, wanted)
+        variables, built = _variables(request), None
+        if variables is None:
+            variables, built = _initialise(request)
         while True:
             try:
-                if ready is None:
-                    ready = make_ready(start, wanted)
-                wait, busy = _wait(entry.name, ready, programs, on_phase)
-                on_phase(f"running {entry.name}")
-                (output, updates), times = _run(ready, options.runs, programs, call)
+                plan, built = _make_plan(request, variables, built)
+                program_for = built.request
+                result = plan.run(draw, program_for.variables, program_for.arguments.dynamic, services)
                 break
             except MissingVariables as error:
-                start, ready = with_added(start, wanted, error), None
-    _check_clash(entry, options, ready, call)
-    devices = devices_in((output, updates))
-    limits = _limits(devices, ready, programs, on_phase) if options.roofline else None
-
-    record = ready.record
-    line = Line(call.command, call.text, prepared.signature)
-    mode = prepared.mode_of(record)
-    updates = dict(updates)
+                variables, built = _with_added(request, variables, error), None
+    _check_keys(request, result)
     if draw.size is not None:
-        kept_back = {name: tree for name, tree in updates.items() if name not in record.sown}
-        updates |= left_behind(entry.name, line, draw.size, prepared.model, kept_back, record)
-    output, updates, sown = hand_back(output, updates, record, options.mutable)
-    keep = options.variables is None and options.draw is None
-    commit = prepared.model.commit(updates, record)
-    changed = commit.changed
-    kept = _kept(start.entry, updates if keep else {}, ready, call, prepared.mode)
-    if keep and prepared.model.holds_variables:
-        kept = replace(
-            kept,
-            update_counts={**kept.update_counts, **{name: kept.update_counts.get(name, 0) + 1 for name in changed}},
+        _check_draws(request, draw.size, result)
+    reached = _limits(result, built, services) if options.roofline else None
+    return Execution(request, variables, plan, built, result, reached)
+
+
+def _variables(request: ApplyRequest) -> RunVariables | None:
+    """The variables to run with, given or there; None where they have to be initialised in this draw.
+
+    Raises:
+      FlaxMagicsError: the variables that are given are none, or `--key params` asks for the key that initialises.
+    """
+    entry, options, call = request.entry, request.options, request.call
+    held = None if options.variables is not None else entry.held
+    if "params" in options.key and (request.params_taken or (held is None and options.variables is None)):
+        raise FlaxMagicsError(
+            f"--key params: in this draw that key initialises `{entry.name}`.",
+            **written(with_drawn_key(call, "params")),
         )
-    names = {name: (name, False) for name in (*SPLIT, *options.key, *sorted(ready.ask.streams))}
-    if start.taken and "params" in ready.ask.streams:
-        names["params (folded)"] = ("params", True)
-    in_call = {name: data for name, data in seen.find(ready.arguments) if name not in options.key}
-    told = {name for ask in entry.known_needs.values() for name in ask.streams}
-    collections = {*ready.variables, *updates, *sown}
-    steady = (*of_mode(entry.name, prepared, mode, record), *of_mutable(options.mutable, collections, line))
-    notes = [*steady, *of_streams(record, told)]
-    if options.draw is None:  # a replay brings its keys again, and means to
-        notes += seen.notes(in_call, line)
-    notes += of_unused(prepared.switch, (*in_call, *options.key), record.unused, line)
-    notes += of_params(start.variables) if start.made is not None else ()
-    notes += of_scalars(ready.scalars, line)
-    notes += of_rngs(prepared.own_rngs, record)
-    return Execution(
-        entry=kept,
-        inputs=(prepared.args, prepared.kwargs),
-        output=output,
-        sown=sown,
-        keys=RunKeys(draw, names),
-        used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in record.asked.items()},
-        changed={name: kept.update_counts[name] for name in sorted(changed)} if keep else {},
-        device=ready.device or devices_of((output, ready.variables)),
-        program=ready.origin,
-        reason=ready.reason,
-        causes=ready.causes,
-        mode=mode,
-        switch=(*prepared.switch, *(f"axis {name}=1 device" for name in sorted(ready.ask.axes))),
-        static=tuple(f"{name}={value}" for name, value in ready.arguments.static if name in ready.arguments.forced),
-        timing=Timing(
-            trace=ready.trace,
-            lower=ready.lower,
-            compile=ready.compile,
-            run=times[0],
-            wait=wait,
-            busy=busy,
-            init=start.seconds,
-            beside=ready.beside,
-            steady=Steady(tuple(times)) if options.runs > 1 else None,
-        ),
-        memory=with_peak(ready.memory, devices),
-        cost=ready.cost() if options.runs > 1 else None,
-        limits=limits,
-        notes=tuple(notes),
-        made=start.made,
-        by_hand=by_hand(prepared, call, options, ready.ask, {*changed, *sown, *options.mutable}),
-        weights=start.weights,
-        commit=commit if keep else None,
-        keys_in_call=tuple(in_call.values()),
-        updates=updates,
-        ready=ready,
-        prepared=prepared,
-        names=names,
-        steady=steady,
-        mutable=options.mutable,
+    taken = request.params_taken or "params" in options.key
+    if options.variables is not None:
+        given = options.variables
+        line = Written(f"{options.line.replace('…', '{}')} {call.text}")
+        if entry.model.holds_variables:
+            check_state(entry.name, given, line, entry.model.module)
+            given = entry.model.read_state(entry.name, given)
+        else:
+            taken = request.params_taken
+            check_collections(entry.name, given, line)
+        return RunVariables(entry, given, weights=FOR_THIS_RUN, taken=taken)
+    if held is None:
+        return None
+    source = entry.source_now()
+    whose = f" ({source.describe()})" if source is not None else ""
+    check_alive(f"the weights of `{entry.name}`{whose}", held, f"%flax_init {call.text}")
+    entry = entry if source is entry.source else replace(entry, source=source)
+    weights = "" if source is None else source.describe(request.draw.first.seed)
+    return RunVariables(entry, held, weights=weights, taken=taken)
+
+
+def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | None]:
+    """Makes the variables while the program is compiled, for which their shapes are enough.
+
+    The program is None where it has to be made once the variables are there: they do not tell their shapes before, or
+    are not all that the call needs. Of the time until then, tracing both counts as trace, the rest as init.
+    """
+    entry, call, draw, services = request.entry, request.call, request.draw, request.services
+    services.on_phase(f"initialising {entry.name}")
+    bound = prepare_init(entry.name, entry.model, call)
+    since = services.clock()
+    # An init that the session opened and whose variables were dropped since has used this key already.
+    making = Initialising(
+        bound.model,
+        call.method,
+        bound.args,
+        bound.kwargs,
+        draw=draw.first,
+        units=services.programs.units,
+        taken=request.params_taken,
     )
+    begun: PendingProgram | BuiltProgram | None = None
+    if making.expected is not None and not request.op_by_op:
+        # The one thread traces the run, and another compiles meanwhile.
+        making.begin()
+        with contextlib.suppress(MissingVariables):
+            wanted = request_of(entry, request.bound, draw, making.expected, request.options)
+            begun = begin_program(wanted, services, since)
+        if isinstance(begun, PendingProgram):
+            since = services.clock()
+        # What the program takes to compile is what has to be waited for, so it comes before many small ones.
+        making.begin_rest()
+        services.on_phase(f"initialising {entry.name}")
+    values, made = making.finish()
+    seconds = services.clock() - since
+    source = WeightSource.initialised(draw.first, values)
+    entry = replace(entry, variables=values, init=made, update_counts={}, outdated=False, source=source)
+    weights = source.describe(draw.first.seed)
+    variables = RunVariables(entry, values, made_of(values), seconds, weights, taken=True)
+    return variables, None if begun is None else finish_program(begun, services, values)
 
 
-def hand_back(
-    output: Any, updates: Mapping[str, Any], record: CallTrace, mutable: tuple[str, ...]
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The output as it is given back, what the run wrote, and what it sowed."""
-    updates = dict(updates)
-    sown: dict[str, Any] = dict(updates.pop(SOWN, {}))
-    for name in record.sown:
-        if name in updates:
-            sown[name] = updates.pop(name)
-    if mutable:
-        both = {**updates, **sown}
-        output = (output, {name: both[name] for name in mutable if name in both})
-    return output, updates, sown
+def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:
+    """Adds the variables that a method needs and the first init did not make, from the first init's key."""
+    entry, call, clock = variables.entry, request.call, request.services.clock
+    if request.options.variables is not None or (variables.made is not None and variables.made.added):
+        raise error.__cause__ or error
+    first = request.draw.first
+    key = entry.init.key if entry.init is not None else first.stream("params", taken=variables.taken)
+    bound = prepare_init(entry.name, entry.model, call)
+    model = bound.model
+    assert not model.holds_variables  # an NNX module lacks none
+    begin = clock()
+    fresh = model.init(key, call.method, bound.args, bound.kwargs)
+    jax.block_until_ready(fresh)
+    seconds = clock() - begin
+    values, added = merged(variables.values, fresh)
+    if not jax.tree_util.tree_leaves(added):
+        raise error.__cause__ or error
+    source = entry.source and entry.source.over(values)
+    entry = replace(entry, variables=values, source=source)
+    return replace(variables, entry=entry, values=values, made=made_of(added, added=True), seconds=seconds, taken=True)
 
 
-def by_hand(prepared: BoundCall, call: Call, options: ApplyOptions, ask: Needs, mutable: set[str]) -> str:
-    """The run as plain Flax, with what the model asked for and the collections that are to be mutable."""
-    streams = tuple(sorted(ask.streams))
-    in_call = written_in_call(prepared.signature, prepared.args, prepared.kwargs)
-    switch = tuple(setting for setting in prepared.switch if options.mode and setting.partition("=")[0] not in in_call)
-    added = [f"{name}={value}" for name, value in prepared.kwargs.items() if name not in call.kwargs]
-    text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
-    code = prepared.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable)))
-    code = inside(ask.axes, code)
-    if options.draws is None:
-        return code
-    return draws_by_hand(code, (*options.key, *streams), prepared.model.holds_variables)
+def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgram | None) -> tuple[Plan, BuiltProgram]:
+    """How the call runs with variables that are there, by the program that is built, or else found or built now."""
+    services, options = request.services, request.options
+    traced = None
+    if built is None:
+        wanted = request_of(variables.entry, request.bound, request.draw, variables.values, options)
+        if request.op_by_op:
+            traced = needs_by_shapes(wanted)
+            built = BuiltProgram(None, traced.request, None, "eager")
+        else:
+            built = finish_program(begin_program(wanted, services), services)
+    program = built.program
+    if program is not None:
+        needs, trace = program.needs, program.trace
+    else:
+        assert traced is not None
+        needs, trace = traced.needs, traced.trace
+    plan = Plan(
+        request.entry.name, request.bound.model, request.call.text, options, variables.taken, program, needs, trace,
+        None if traced is None else built.request,
+    )  # fmt: skip
+    return plan, built
 
 
 class plain_errors:
@@ -253,99 +294,28 @@ def _kept_out(error: Exception) -> FlaxMagicsError:
     )
 
 
-def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw | DrawBatch) -> Call:
-    """The call with the keys that `--key` adds."""
-    if not options.key:
-        return call
-    parameters = entry.model.signature(call.method).parameters
-    given = {}
-    for name in options.key:
-        if name in call.kwargs:
-            raise FlaxMagicsError(f"--key {name}: the call gives `{name}` already. Leave one of them out.")
-        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            known = ", ".join(parameters)
-            raise FlaxMagicsError(
-                f"--key {name}: {entry.name} has no argument `{name}`; it takes: {known}.",
-                hint=did_you_mean(name, parameters),
-            )
-        given[name] = draw.stream(name)
-    return replace(call, kwargs={**call.kwargs, **given})
-
-
-def _check_clash(entry: ModelEntry, options: ApplyOptions, ready: Ready, call: Call) -> None:
-    both = sorted(set(options.key) & ready.ask.streams)
+def _check_keys(request: ApplyRequest, result: RunResult) -> None:
+    """Raises where a key is passed that the model draws from itself."""
+    both = sorted(set(request.options.key) & result.needs.streams)
     if both:
+        name = request.entry.name
         raise FlaxMagicsError(
-            f"{entry.name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
-            **written(with_drawn_key(call, both[0])),
+            f"{name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
+            **written(with_drawn_key(request.call, both[0])),
         )
 
 
-def _wait(name: str, ready: Ready, programs: ProgramCache, on_phase: Callable[[str], None]) -> tuple[float, float]:
-    """Seconds until the inputs were there, and until an interrupted run had left the device: not part of the run."""
-    begin = programs.clock()
-    if programs.unfinished.wait is not None:
-        on_phase(f"waiting for the interrupted run, then {name}")
-        programs.unfinished.finish()
-    free = programs.clock()
-    on_phase(f"waiting for the inputs of {name}")
-    jax.block_until_ready((ready.variables, ready.arguments.dynamic))
-    return programs.clock() - free, free - begin
+def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
+    """Raises where the model wrote something that each of `size` runs one by one would have handed on to the next.
 
-
-def _run(ready: Ready, repeat: int, programs: ProgramCache, call: Call) -> tuple[Any, list[float]]:
-    """The first result, and the seconds of each run until the device had finished."""
-    times = []
-    result: Any = None
-    for i in range(repeat):
-        begin = programs.clock()
-        try:
-            again = ready.run()
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(error, call.text, ready.memory) from None
-            raise
-        times.append(programs.clock() - begin)
-        if i == 0:
-            result = again
-    return result, times
-
-
-def _limits(devices: set[Any], ready: Ready, programs: ProgramCache, on_phase: Callable[[str], None]) -> Limits:
-    """What one of the devices reaches, in the dtype that most of the variables have."""
-    device = min(devices, key=lambda device: device.id)
-    on_phase(f"measuring what {name_devices({device})} reaches")
-    return limits(device, dtype_of(ready.variables, ready.arguments.dynamic), programs.clock)
-
-
-def _kept(entry: ModelEntry, updates: Mapping[str, Any], ready: Ready, call: Call, mode: str) -> ModelEntry:
-    """The entry with what the run wrote, and with what was learned about the call."""
-    learned = replace(
-        entry,
-        known_needs={**entry.known_needs, (call.method, mode): ready.ask},
-        static_ints=entry.static_ints | {(call.method, name) for name in ready.arguments.forced},
-    )
-    if not updates or entry.variables is None:
-        return learned
-    counts = {**entry.update_counts, **{name: entry.update_counts.get(name, 0) + 1 for name in updates}}
-    return replace(learned, variables={**entry.variables, **updates}, update_counts=counts)
-
-
-def left_behind(
-    name: str, line: Line, size: int, model: Model, updates: Mapping[str, Any], record: CallTrace
-) -> dict[str, Any]:
-    """What stays of `size` draws at once, as after as many runs one by one: the state of the random streams.
-
-    Args:
-      name, line: the model's, and that of the run.
-
-    Raises:
-      FlaxMagicsError: the model wrote something that each run by itself would have handed on to the next.
+    The state of the random streams alone may be written: it stays as after the last of them.
     """
+    name, line = request.entry.name, request.line
     one = line.without_option("--draws", "[0-9]+")
     one_by_one = f"for _ in range({size}):\n    {one}"
-    changed = model.commit(updates, record).changed
-    if record.structure is not None and not changed:
+    commit = request.bound.model.commit(result.updates, result.trace)
+    changed = commit.changed
+    if result.trace.structure is not None and not changed:
         changed = ("its own structure",)
     if changed:
         what = ", ".join(f"`{collection}`" for collection in changed)
@@ -354,22 +324,16 @@ def left_behind(
             " each hands it on to the next.",
             **written(one_by_one),
         )
-    if ARGUMENTS in updates:
+    if ARGUMENTS in result.updates:
         raise FlaxMagicsError(
             f"{line.call} passes rngs of its own: they would give all {size} draws the same keys.",
             **written(str(line.without_argument("rngs") or one_by_one)),
         )
-    last: dict[str, Any] = jax.tree_util.tree_map(lambda leaf: leaf[-1], dict(updates))
-    return last
 
 
-def draws_by_hand(code: str, keys: Iterable[str], holds_variables: bool) -> str:
-    """The run of one draw, `code`, for many: mapped over its keys (linen) or one by one (NNX)."""
-    names = [f"{name}_key" for name in dict.fromkeys(keys)]
-    if not names:
-        return code
-    many = ", ".join(f"{name}s" for name in names)
-    if holds_variables:
-        each = f"{names[0]} in {many}" if len(names) == 1 else f"{', '.join(names)} in zip({many})"
-        return f"for {each}:\n    {code}"
-    return f"jax.vmap(lambda {', '.join(names)}: {code})({many})"
+def _limits(result: RunResult, built: BuiltProgram, services: Services) -> Limits:
+    """What one of the devices reaches, in the dtype that most of the variables have."""
+    device = min(devices_in((result.output, result.updates)), key=lambda device: device.id)
+    services.on_phase(f"measuring what {name_devices({device})} reaches")
+    request = built.request
+    return limits(device, dtype_of(request.variables, request.arguments.dynamic), services.clock)

@@ -16,11 +16,10 @@ from typing import Any
 import jax
 from flax.core import unfreeze
 
-from ..compile.initialise import shapes_of_init
 from ..errors import FlaxMagicsError
 from ..models.base import FLAX_ARGUMENTS, Idiom, Model
 from ..models.switch import call_switches, written_in_call
-from .call import BadCall, Call, of_module, prepare_init
+from .call import BadCall, Call, init_shapes, of_module
 
 INIT, APPLY, SUMMARY, CHECK = "%flax_init", "%flax_apply", "%flax_summary", "--check"
 
@@ -152,9 +151,7 @@ class Translation:
         if variables is None:
             call = replace(self.call, args=self.call.args[1:])
             with contextlib.suppress(Exception):  # then the call is wrong in another way as well
-                first = prepare_init(self.name, self.model, call)
-                key = jax.eval_shape(lambda: jax.random.key(0))
-                variables = shapes_of_init(first.model, key, call.method, first.args, first.kwargs)
+                variables = init_shapes(self.name, self.model, call, "threefry2x32")
         return variables is not None and _structure(value) == _structure(variables)
 
     def _of_variables(self) -> FlaxMagicsError:

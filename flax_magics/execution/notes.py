@@ -18,6 +18,7 @@ from ..models.arguments import Arguments
 from ..models.base import CallTrace, KeyUse
 from ..models.calls import Path
 from ..models.switch import WHEN_TRAINING, Layer, following
+from ..rng.keys import SeenKeys
 from ..run import RELEASED, Note, Run, altered
 from ..state.weights import FOR_THIS_RUN
 from .call import BoundCall
@@ -213,41 +214,35 @@ def _finding_nan(run: Run) -> dict[str, str]:
     return {"form" if "…" in run.call else "write": lines}
 
 
-class SeenKeys:
-    """Keys that went into runs, and roots that the session has split or will split."""
+def keys_in(arguments: Arguments, seen: SeenKeys) -> Iterator[tuple[str, bytes]]:
+    """Names and data of the arguments that are keys: typed ones, and legacy ones that are known as keys."""
+    for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
+        if not traced or not isinstance(leaf, jax.Array):
+            continue
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if leaf.ndim == 0:
+                yield name, data_of(leaf)
+        elif leaf.dtype == "uint32" and leaf.shape in ((2,), (4,)):
+            data = data_of(leaf)
+            if data in seen.roots or data in seen.runs:
+                yield name, data
 
-    def __init__(self, *roots: bytes) -> None:
-        self.roots = set(roots)
-        self.runs: dict[bytes, str] = {}
 
-    def find(self, arguments: Arguments) -> Iterator[tuple[str, bytes]]:
-        """Names and data of the arguments that are keys: typed ones, and legacy ones that are known as keys."""
-        for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
-            if not traced or not isinstance(leaf, jax.Array):
-                continue
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                if leaf.ndim == 0:
-                    yield name, data_of(leaf)
-            elif leaf.dtype == "uint32" and leaf.shape in ((2,), (4,)):
-                data = data_of(leaf)
-                if data in self.roots or data in self.runs:
-                    yield name, data
-
-    def notes(self, found: Mapping[str, bytes], line: Line) -> Iterator[Note]:
-        """What is to be said of the keys in a call."""
-        first: dict[bytes, str] = {}
-        for name, data in found.items():
-            if data in first:
-                text = f"`{first[data]}` and `{name}` are given the same key: they get the same numbers"
-                yield Note("same key", text, **_with_keys(line, first[data], name))
-            first.setdefault(data, name)
-        for name, data in found.items():
-            if data in self.roots:
-                text = f"`{name}` is a root key that this session splits: its numbers meet the session's own"
-                yield Note("root key", text, **_with_keys(line, name))
-            elif data in self.runs:
-                text = f"`{name}` went into {self.runs[data]} too: the same key gives the same numbers"
-                yield Note("key again", text, **_with_keys(line, name))
+def of_keys(in_call: Mapping[str, bytes], seen: SeenKeys, line: Line) -> Iterator[Note]:
+    """What is to be said of the keys in a call."""
+    first: dict[bytes, str] = {}
+    for name, data in in_call.items():
+        if data in first:
+            text = f"`{first[data]}` and `{name}` are given the same key: they get the same numbers"
+            yield Note("same key", text, **_with_keys(line, first[data], name))
+        first.setdefault(data, name)
+    for name, data in in_call.items():
+        if data in seen.roots:
+            text = f"`{name}` is a root key that this session splits: its numbers meet the session's own"
+            yield Note("root key", text, **_with_keys(line, name))
+        elif data in seen.runs:
+            text = f"`{name}` went into {seen.runs[data]} too: the same key gives the same numbers"
+            yield Note("key again", text, **_with_keys(line, name))
 
 
 def _with_keys(line: Line, *names: str) -> dict[str, str]:

@@ -1,420 +1,229 @@
-"""An apply made ready to run: its variables, given, there or initialised, and its program, compiled, found or none."""
+"""How a line runs: its Plan, which its first run makes, and the one way in which anything is run."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from ..base.measures import Cost, Memory
-from ..code.fingerprint import fingerprint
-from ..code.library import library
-from ..code.structure import Structure
+from ..base.measures import Steady, Timing
 from ..compile import reasons
-from ..compile.cache import PendingProgram, Program, ProgramCache
-from ..compile.compiler import is_unknown, settings
-from ..compile.initialise import Initialising, made_of, merged
-from ..compile.limits import cost_of
-from ..compile.trace import TraceRequest, is_tracer_error, leave_out, running, static_choices, trace
-from ..errors import FlaxMagicsError, written
-from ..models.arguments import Arguments, signature_of
-from ..models.base import CallTrace, Incomplete, MissingVariables, Needs
-from ..models.calls import Path
-from ..rng.keys import Draw, DrawBatch
-from ..run import Cause, InitStats
-from ..state.entry import ModelEntry
-from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
-from .call import BoundCall, Call, prepare_init, with_drawn_key
+from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
+from ..compile.limits import is_out_of_memory, out_of_memory
+from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
+from ..models.base import SOWN, CallTrace, Incomplete, Model, Needs, Variables
+from ..rng.keys import SPLIT, Draw, DrawBatch
+from ..run import altered
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
+    from ..state.entry import ApplyRecipe
+
+_NO_TIME = Timing()
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """One apply as it is wanted, which every step of it has to know.
+class RunResult(NamedTuple):
+    """What one run gave.
 
     Attributes:
-      call: with the keys that `--key` adds; `prepared`: the same, its mode set.
-      on_phase: told what is being done, as it begins.
+      output: of the model; with `--mutable` it is `(output, updates)`.
+      updates: what was written, as it is after the last of the draws.
+      sown: what was sown.
+      timing: of the run and of what it waited for.
+      needs, trace: those of the plan; a run op by op may find out more.
     """
 
-    call: Call
-    prepared: BoundCall
-    options: ApplyOptions
-    draw: Draw | DrawBatch
-    programs: ProgramCache
-    on_phase: Callable[[str], None]
-
-    @property
-    def op_by_op(self) -> bool:
-        """Whether nothing is to be compiled."""
-        return self.options.eager or bool(getattr(jax.config, "jax_disable_jit", False))
+    output: Any
+    updates: dict[str, Any]
+    sown: dict[str, Any]
+    timing: Timing
+    needs: Needs
+    trace: CallTrace
 
 
-@dataclass(frozen=True)
-class Start:
-    """Variables to run with, and how they came about in this draw."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How one line runs: all that does not change from one run of it to the next.
 
-    entry: ModelEntry
-    variables: Mapping[str, Any]
-    made: InitStats | None = None
-    seconds: float = 0.0
-    weights: str = ""
-    """Whose they are."""
-    taken: bool = False
-    """The draw's `params` key went into variables: the run's own `params` stream must be another."""
-    making: Initialising | None = None
-    """Variables that are being made; until they are, `variables` is empty."""
-    since: float = 0.0
-    """When that began, on the clock of the programs."""
-
-
-def start(entry: ModelEntry, wanted: Wanted, *, params_taken: bool) -> Start:
-    """The variables to run with: given, there, or initialised in this draw.
-
-    Args:
-      params_taken: an init took this draw's `params` key already.
-
-    Raises:
-      FlaxMagicsError: the variables that are given are none, or `--key params` asks for the key that initialises.
+    Attributes:
+      model: in its mode.
+      text: the call as it was written.
+      taken: the draw's `params` key goes into variables: a stream of that name is another, see `Draw.stream`.
+      program: None where the model runs op by op; then `op_by_op` is what runs.
     """
-    options, call, programs = wanted.options, wanted.call, wanted.programs
-    held = None if options.variables is not None else entry.held
-    if "params" in options.key and (params_taken or (held is None and options.variables is None)):
-        raise FlaxMagicsError(
-            f"--key params: in this draw that key initialises `{entry.name}`.",
-            **written(with_drawn_key(call, "params")),
-        )
-    taken = params_taken or "params" in options.key
-    if options.variables is not None:
-        given = options.variables
-        line = Written(f"{options.line.replace('…', '{}')} {call.text}")
-        if entry.model.holds_variables:
-            check_state(entry.name, given, line, entry.model.module)
-            given = entry.model.read_state(entry.name, given)
-        else:
-            taken = params_taken
-            check_collections(entry.name, given, line)
-        return Start(entry, given, weights=FOR_THIS_RUN, taken=taken)
-    if held is not None:
-        source = entry.source_now()
-        whose = f" ({source.describe()})" if source is not None else ""
-        check_alive(f"the weights of `{entry.name}`{whose}", held, f"%flax_init {call.text}")
-        entry = entry if source is entry.source else replace(entry, source=source)
-        weights = "" if source is None else source.describe(wanted.draw.first.seed)
-        return Start(entry, held, weights=weights, taken=taken)
-    wanted.on_phase(f"initialising {entry.name}")
-    prepared = prepare_init(entry.name, entry.model, call)
-    since = programs.clock()
-    # An init that the session opened and whose variables were dropped since has used this key already.
-    making = Initialising(
-        prepared.model,
-        call.method,
-        prepared.args,
-        prepared.kwargs,
-        draw=wanted.draw.first,
-        units=programs.units,
-        taken=params_taken,
-    )
-    return Start(entry, {}, taken=True, making=making, since=since)
-
-
-def make_both(start: Start, making: Initialising, wanted: Wanted) -> tuple[Start, Ready | None]:
-    """Makes the variables while the program is compiled, for which their shapes are enough.
-
-    The program is None where it has to be made once the variables are there: they do not tell their shapes before, or
-    are not all that the call needs. Of the time until then, tracing both counts as trace, the rest as init.
-    """
-    programs = wanted.programs
-    begun, since = None, start.since
-    if making.expected is not None and not wanted.op_by_op:
-        # The one thread traces the run, and another compiles meanwhile.
-        making.begin()
-        with contextlib.suppress(MissingVariables):
-            begun = begin(_job(start, making.expected, wanted), programs, since)
-        if begun is not None and begun.building is not None:
-            since = programs.clock()
-        # What the program takes to compile is what has to be waited for, so it comes before many small ones.
-        making.begin_rest()
-        wanted.on_phase(f"initialising {start.entry.name}")
-    variables, made = making.finish()
-    seconds = programs.clock() - since
-    source = WeightSource.initialised(wanted.draw.first, variables)
-    entry = replace(start.entry, variables=variables, init=made, update_counts={}, outdated=False, source=source)
-    weights = source.describe(wanted.draw.first.seed)
-    start = Start(entry, variables, made_of(variables), seconds, weights=weights, taken=True)
-    return start, None if begun is None else finish(begun, programs, variables)
-
-
-def make_ready(start: Start, wanted: Wanted) -> Ready:
-    """The program for variables that are there: found, or built."""
-    job = _job(start, start.variables, wanted)
-    return eager(job, wanted.programs) if wanted.op_by_op else compiled(job, wanted.programs)
-
-
-def with_added(start: Start, wanted: Wanted, error: MissingVariables) -> Start:
-    """Adds the variables that a method needs and the first init did not make, from the first init's key."""
-    entry, call, programs = start.entry, wanted.call, wanted.programs
-    if wanted.options.variables is not None or (start.made is not None and start.made.added):
-        raise error.__cause__ or error
-    key = entry.init.key if entry.init is not None else wanted.draw.first.stream("params", taken=start.taken)
-    prepared = prepare_init(entry.name, entry.model, call)
-    model = prepared.model
-    assert not model.holds_variables  # an NNX module lacks none
-    begin = programs.clock()
-    fresh = model.init(key, call.method, prepared.args, prepared.kwargs)
-    jax.block_until_ready(fresh)
-    seconds = programs.clock() - begin
-    variables, added = merged(start.variables, fresh)
-    if not jax.tree_util.tree_leaves(added):
-        raise error.__cause__ or error
-    made = made_of(added, added=True)
-    source = entry.source and entry.source.over(variables)
-    entry = replace(entry, variables=variables, source=source)
-    return replace(start, entry=entry, variables=variables, made=made, seconds=seconds, taken=True)
-
-
-def _job(start: Start, variables: Mapping[str, Any], wanted: Wanted) -> Job:
-    entry, call, prepared, options = start.entry, wanted.call, wanted.prepared, wanted.options
-    return Job(
-        name=entry.name,
-        prepared=prepared,
-        method=call.method,
-        variables=variables,
-        mutable=frozenset(options.mutable),
-        draw=wanted.draw,
-        taken=start.taken,
-        keyed=frozenset(options.key if wanted.draw.size is not None else ()),
-        guess=entry.known_needs.get((call.method, prepared.mode), Needs()),
-        forced=frozenset(name for method, name in entry.static_ints if method == call.method),
-        phase=lambda phase: wanted.on_phase(f"{phase} {entry.name}"),
-    )
-
-
-RESUMED = "begun by the run that was interrupted"
-
-
-@dataclass
-class Ready:
-    """What to run, and what it was found to need. An eager run may find out more while it runs."""
-
-    run: Callable[[], Any]
-    """Gives `(output, updates)` when the device has finished."""
-    variables: Mapping[str, Any]
-    arguments: Arguments
-    ask: Needs
-    record: CallTrace
-    origin: str
-    reason: str = ""
-    causes: tuple[Cause, ...] = ()
-    trace: float = 0.0
-    lower: float = 0.0
-    compile: float = 0.0
-    beside: float = 0.0
-    memory: Memory | None = None
-    device: str | None = None
-    program: Program | None = None
-    """The program, where the next run of the same call would find it again."""
-    cost: Callable[[], Cost | None] = field(default=lambda: None, repr=False)
-    """What XLA counts in the program."""
-    scalars: Mapping[str, str] = field(default_factory=dict)
-    """Arguments that are Python numbers, and were arrays in the model's run before."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be run: a prepared call of a registered model with variables."""
 
     name: str
-    prepared: BoundCall
-    method: Path
-    variables: Mapping[str, Any]
-    mutable: frozenset[str]
-    draw: Draw | DrawBatch
+    model: Model
+    text: str
+    options: ApplyOptions
     taken: bool
-    """The first draw's `params` key went into variables."""
-    keyed: frozenset[str]
-    """Arguments that have a key of the draw."""
-    guess: Needs
-    forced: frozenset[str]
-    phase: Callable[[str], None] = field(repr=False)
-
-    def takes(self, name: str) -> bool:
-        """Whether a stream's key of the draw went to something else: see `Draw.stream`."""
-        return self.taken and name == "params"
-
-    def arguments(self, forced: frozenset[str]) -> Arguments:
-        """The arguments, with the ints of `forced` as part of the program."""
-        prepared = self.prepared
-        return Arguments.of(prepared.args, prepared.kwargs, prepared.signature, forced)
-
-    def request(self, arguments: Arguments) -> TraceRequest:
-        """What a program for this job is made for."""
-        return TraceRequest(
-            self.name,
-            self.prepared.model,
-            self.method,
-            arguments,
-            self.variables,
-            self.draw,
-            self.keyed,
-            self.mutable,
-            self.prepared.mode == "train",
-            self.guess,
-        )
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A program for a job: found, or traced and lowered and being compiled."""
-
-    job: Job
-    arguments: Arguments
-    key: Hashable | None
     program: Program | None
-    building: PendingProgram | None
+    needs: Needs
+    trace: CallTrace
+    op_by_op: TraceRequest | None = None
 
+    @classmethod
+    def of_recipe(cls, recipe: ApplyRecipe, program: Program, text: str) -> Plan:
+        """The plan of a run that is run again by the very program that ran it, once."""
+        options = replace(recipe.options, repeat=1, roofline=False)
+        return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program, program.needs, program.trace)
 
-def compiled(job: Job, programs: ProgramCache) -> Ready:
-    """Finds the program or builds it. An int whose value the model needs is made static, one at a time, then all."""
-    return finish(begin(job, programs), programs)
+    @cached_property
+    def runs(self) -> int:
+        """How often it runs, of one result."""
+        return self.options.runs
 
+    @cached_property
+    def streams(self) -> tuple[str, ...]:
+        """Streams of which a run is given the key."""
+        return tuple(sorted(self.needs.streams))
 
-def begin(job: Job, programs: ProgramCache, since: float | None = None) -> Begun:
-    """`compiled`, up to where the compilation has to be waited for. The variables of the job may be shapes.
+    def key_names(self, needs: Needs) -> dict[str, tuple[str, bool]]:
+        """The keys of a Run (see `RunKeys`) that turned out to need `needs`."""
+        names = {name: (name, False) for name in (*SPLIT, *self.options.key, *sorted(needs.streams))}
+        if self.taken and "params" in needs.streams:
+            names["params (folded)"] = ("params", True)
+        return names
 
-    `since`: when the tracing began, on the clock of the programs, if that was before.
-    """
-    arguments = job.arguments(job.forced)
-    try:
-        return _begin(job, arguments, programs, since)
-    except Exception as error:
-        if not is_tracer_error(error):
-            raise
-        for more in static_choices(arguments):
-            try:
-                return _begin(job, job.arguments(job.forced | more), programs, since)
-            except Exception as again:
-                if not is_tracer_error(again):
-                    raise again from None
-        raise
+    def run(
+        self,
+        draw: Draw | DrawBatch,
+        variables: Variables,
+        arguments: Mapping[str, Any],
+        services: Services,
+        pending: Any = None,
+    ) -> RunResult:
+        """Runs once, or as often as the options say, and waits for the device. Changes nothing.
 
+        Args:
+          arguments: the traced ones, by name.
+          pending: those of the inputs that may not be there yet; None for all of them, after a run that may have been
+            interrupted.
 
-def _begin(job: Job, arguments: Arguments, programs: ProgramCache, since: float | None) -> Begun:
-    key = _call_key(job, arguments)
-    program = programs.find(key)
-    building = None
-    if program is None:
-        building = programs.start(key, job.request(arguments), job.phase, since)
-        stale = building.record.sown & set(job.variables)
-        if stale:  # a sown collection starts empty: Flax would append to what is there
-            left = {name: tree for name, tree in job.variables.items() if name not in stale}
-            return _begin(replace(job, variables=left), arguments, programs, since)
-    return Begun(job, arguments, key, program, building)
-
-
-def finish(begun: Begun, programs: ProgramCache, variables: Mapping[str, Any] | None = None) -> Ready:
-    """Waits for what was begun. `variables`: those to run with, where the job had shapes."""
-    job = begun.job if variables is None else replace(begun.job, variables=variables)
-    arguments, key, program = begun.arguments, begun.key, begun.program
-    last, now = programs.parts.get(job.name), reasons.ran(job.method, arguments, key)
-    if program is not None:
-        ready = Ready(lambda: None, job.variables, arguments, program.ask, program.record, "reused")
-    else:
-        assert begun.building is not None
-        program, origin, timing = programs.finish(begun.building, job.phase)
-        ready = Ready(
-            lambda: None, job.variables, arguments, program.ask, program.record, origin,
-            trace=timing.trace, lower=timing.lower, compile=timing.compile, beside=timing.beside,
-        )  # fmt: skip
-        purpose = reasons.purpose(job.request(arguments), key, job.prepared.mode)
-        if origin == "compiled":
-            known = programs.purposes.get(job.name)
-            ready.causes = reasons.compare(known, last, purpose) if known else ()
-            ready.reason = reasons.sentence(ready.causes) + ("; " + RESUMED if begun.building.resumed else "")
-        reasons.remember(programs.purposes, job.name, purpose)
-    programs.parts[job.name] = now
-    ready.memory, ready.device, ready.scalars = program.memory, program.device, reasons.scalars(last, now)
-    ready.cost = functools.partial(cost_of, program.executable)
-    ready.program = program if key is not None else None
-    keys = {name: job.draw.words(name, taken=job.takes(name)) for name in sorted(program.ask.streams)}
-
-    def run() -> Any:
-        return programs.run(program, job.variables, keys, arguments.dynamic)
-
-    ready.run = run
-    return ready
-
-
-def eager(job: Job, programs: ProgramCache) -> Ready:
-    """Runs op by op, as by hand. What the model asks for is found by shapes; if it cannot be traced, by running it."""
-    arguments = job.arguments(job.forced)
-    request = job.request(arguments)
-    try:
-        _, ask, record = trace(request)
-    except Exception as error:
-        if not is_tracer_error(error):
-            raise
-        streams = job.guess.streams | {"dropout"} | job.prepared.model.streams()
-        ask, record = Needs(streams, job.guess.mutable | job.mutable), CallTrace()
-    ready = Ready(lambda: None, job.variables, arguments, ask, record, "eager")
-    traced = record
-
-    def run() -> Any:
+        Raises:
+          FlaxMagicsError: there was no memory. What the model raises is passed on.
+        """
+        program, needs, trace, taken, runs = self.program, self.needs, self.trace, self.taken, self.runs
+        programs, clock, on_phase = services.programs, services.clock, services.on_phase
+        keys = {name: draw.words(name, taken=taken and name == "params") for name in self.streams}
+        begin = free = clock()
+        if pending is None:
+            if programs.unfinished.wait is not None:
+                on_phase(f"waiting for the interrupted run, then {self.name}")
+                programs.unfinished.finish()
+            free, pending = clock(), (variables, arguments)
+        if pending:
+            on_phase(f"waiting for the inputs of {self.name}")
+            jax.block_until_ready(pending)
+        on_phase(f"running {self.name}")
+        start = clock()
+        wait = start - free
+        times: list[float] = []
+        first: Any = None
         while True:
-            record = CallTrace()
-            keys = {name: job.draw.stream(name, taken=job.takes(name)) for name in sorted(ready.ask.streams)}
             try:
-                output, updates = running(request, ready.ask, record)(job.variables, keys, arguments.dynamic)
+                if program is not None:
+                    result = programs.run(program, variables, keys, arguments)
+                else:
+                    result, needs, trace = self._run_op_by_op(needs, services)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise out_of_memory(error, self.text, None if program is None else program.memory) from None
+                raise
+            times.append(clock() - start)
+            first = result if first is None else first
+            if len(times) == runs:
+                break
+            start = clock()
+        output, updates = first
+        if draw.size is not None:  # as after as many runs one by one
+            updates = {name: tree if name in trace.sown else _last(tree) for name, tree in updates.items()}
+        timing = altered(_NO_TIME, {"run": times[0], "wait": wait, "busy": free - begin})
+        if len(times) > 1:
+            timing = replace(timing, steady=Steady(tuple(times)))
+        if not updates and not self.options.mutable:  # as of most runs
+            return RunResult(output, updates, {}, timing, needs, trace)
+        return RunResult(*_parted(output, updates, trace, self.options.mutable), timing, needs, trace)
+
+    def _run_op_by_op(self, needs: Needs, services: Services) -> tuple[Any, Needs, CallTrace]:
+        """As by hand. Gives what the model turned out to need too, which the next run is given at once."""
+        request, unfinished = self.op_by_op, services.programs.unfinished
+        assert request is not None
+        while True:
+            seen = CallTrace()
+            keys = {
+                name: request.draw.stream(name, taken=self.taken and name == "params") for name in sorted(needs.streams)
+            }
+            try:
+                output, updates = running(request, needs, seen)(request.variables, keys, request.arguments.dynamic)
             except Incomplete:
-                ready.ask = ready.ask.and_what(record)
+                needs = needs.and_what(seen)
                 continue
-            result = output, leave_out(updates, traced.unchanged)
-            programs.unfinished.wait = functools.partial(jax.block_until_ready, result)
+            result = output, leave_out(updates, self.trace.unchanged)
+            unfinished.wait = functools.partial(jax.block_until_ready, result)
             jax.block_until_ready(result)
             jax.effects_barrier()
-            programs.unfinished.wait = None
-            ready.record = record.with_what(traced)
-            return result
-
-    ready.run = run
-    return ready
+            unfinished.wait = None
+            return result, needs, seen.with_what(self.trace)
 
 
-def _call_key(job: Job, arguments: Arguments) -> Hashable | None:
-    """Equal keys mean that tracing would give the same program; None if that cannot be told."""
-    model = job.prepared.model.cache_key()
-    static = fingerprint(arguments.static)
-    leaves, treedef = jax.tree_util.tree_flatten(job.variables)
-    passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
-    now = settings()
-    if None in (model, static, passed.contents, variables.contents) or is_unknown(now):
-        return None
-    key = (
-        job.name,
-        model,
-        job.method,
-        static,
-        passed,
-        arguments.traced,
-        tuple(map(signature_of, arguments.dynamic.values())),
-        variables,
-        tuple(map(signature_of, leaves)),
-        job.mutable,
-        job.prepared.mode == "train",
-        job.draw.impl,
-        job.draw.size,
-        job.keyed,
-        now,
-        library.edition,
-    )
+def _last(tree: Any) -> Any:
+    return jax.tree_util.tree_map(lambda leaf: leaf[-1], tree)
+
+
+def _parted(
+    output: Any, updates: Mapping[str, Any], trace: CallTrace, mutable: tuple[str, ...]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The output as it is handed back, what the run wrote, and what it sowed."""
+    updates = dict(updates)
+    sown: dict[str, Any] = dict(updates.pop(SOWN, {}))
+    for name in trace.sown:
+        if name in updates:
+            sown[name] = updates.pop(name)
+    if mutable:
+        both = {**updates, **sown}
+        output = (output, {name: both[name] for name in mutable if name in both})
+    return output, updates, sown
+
+
+def needs_by_shapes(request: TraceRequest) -> TracedCall[None]:
+    """What a call that runs op by op needs; of a model that cannot be traced, all that it may need."""
     try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+        return trace_call(request)
+    except Exception as error:
+        if not is_tracer_error(error):
+            raise
+    streams = request.guess.streams | {"dropout"} | request.model.streams()
+    needs = Needs(streams, request.guess.mutable | request.mutable)
+    return TracedCall(request, None, None, needs, CallTrace())
+
+
+def begin_program(
+    request: TraceRequest, services: Services, since: float | None = None
+) -> PendingProgram | BuiltProgram:
+    """Finds the program, or traces and lowers it and has it compiled. The variables may be shapes.
+
+    Args:
+      since: when that began, if it was before.
+    """
+    return services.programs.start(request, lambda phase: services.on_phase(f"{phase} {request.name}"), since)
+
+
+def finish_program(
+    begun: PendingProgram | BuiltProgram, services: Services, variables: Variables | None = None
+) -> BuiltProgram:
+    """Waits until the program is compiled, and says why it is new.
+
+    Args:
+      variables: those to run with, where `begin_program` was given shapes.
+    """
+    request = begun.request
+    built = services.programs.finish(begun, lambda phase: services.on_phase(f"{phase} {request.name}"))
+    if variables is not None:
+        held = {name: variables[name] for name in request.variables}
+        built = replace(built, request=replace(request, variables=held))
+    return reasons.explained(services.programs, built, new=isinstance(begun, PendingProgram))

@@ -4,68 +4,98 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from ..base.digest import bytes_of, own
+from ..base.digest import bytes_of
 from ..base.environment import devices_of
-from ..base.measures import Timing
+from ..base.text import join
 from ..code.fingerprint import fingerprint
 from ..code.library import nnx_modules
 from ..code.walk import arrays_in
 from ..compile.compiler import settings
-from ..compile.initialise import made_of
+from ..compile.limits import cost_of, devices_in, with_peak
 from ..line.options import ApplyOptions
-from ..line.variant import positional_names
-from ..models.base import Model, ModelWithInit, ModelWithVariables
-from ..models.calls import Path
-from ..models.construction import Construction
+from ..line.variant import positional_names, with_arguments
+from ..models.base import Commit, Model, ModelWithInit, ModelWithVariables, Needs
+from ..models.linen_trace import inside
 from ..models.switch import cloned, read_fields, setting_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import MODULE, ContainerPart, ExportFacts, HandedBack, InitStats, ModeByHand, Note, Run, Settings
-from ..state.entry import ApplyRecipe, ModelEntry, Origin, objects_in
-from ..state.weights import WeightSource
-from .call import Call, prepare_init
+from ..state.entry import ApplyRecipe, ModelEntry, objects_in
+from ..state.runs import StoredRun
+from .call import BoundCall, Call, prepare_init
 from .execute import Execution
-from .notes import of_params
 
 
-def origin_of(entry: ModelEntry, options: ApplyOptions, done: Execution, method: Path) -> Origin:
-    """The origin of an apply that was found out about.
+class Outcome(NamedTuple):
+    """What a command worked out, for the session to make part of itself.
 
-    Args:
-      entry: the model as it was before the run.
+    Attributes:
+      draw: what it took from the root key.
+      entry: the model as it is to be kept, None: as it is.
+      opened: the model whose next apply goes on with the draw.
+      write: writes into the user's own object, where that takes more than `commit`.
+      commit: what the run changed in a module that holds its own variables.
     """
-    ready, prepared = done.ready, done.prepared
-    model = entry.model
-    leaves, structure = jax.tree_util.tree_flatten(ready.variables)
-    arguments = ready.arguments
+
+    run: Run
+    stored: StoredRun
+    draw: Draw | DrawBatch
+    entry: ModelEntry | None = None
+    opened: tuple[str, Draw] | None = None
+    write: Callable[[], None] | None = None
+    commit: Commit | None = None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """An apply where everything was found out.
+
+    Attributes:
+      recipe: what replays of its line have in common.
+      steady: notes that every run of its line has.
+      keys_in_call: data of keys that the user passed in the call.
+    """
+
+    outcome: Outcome
+    execution: Execution
+    recipe: ApplyRecipe
+    steady: tuple[Note, ...]
+    keys_in_call: tuple[bytes, ...]
+
+
+def recipe_of(execution: Execution) -> ApplyRecipe:
+    """What running it again takes besides keys, variables and inputs. Its program is held weakly."""
+    request, plan, arguments = execution.request, execution.plan, execution.arguments
+    model = request.entry.model
+    holds = model.holds_variables
+    leaves, structure = jax.tree_util.tree_flatten(execution.built.request.variables)
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
-    inputs, variables = sum(map(bytes_of, arguments.leaves)), sum(map(bytes_of, leaves))
-    how = ApplyRecipe(
-        entry=without_variables(entry),
-        skeleton=model.layout.skeleton if model.holds_variables else None,
-        method=method,
-        options=replace(options, variables=None),
-        taken=any(taken for _, taken in done.names.values()),
+    findable = plan.program if execution.built.key is not None else None
+    return ApplyRecipe(
+        entry=without_variables(request.entry),
+        skeleton=model.layout.skeleton if holds else None,
+        method=request.call.method,
+        options=replace(request.options, variables=None),
+        taken=plan.taken and "params" in execution.result.needs.streams,
         settings=settings(),
-        key=prepared.model.cache_key(),
-        program=None if ready.program is None else weakref.ref(ready.program),
+        key=plan.model.cache_key(),
+        program=None if findable is None else weakref.ref(findable),
         names=tuple(name if traced else None for name, traced in zip(arguments.names, arguments.traced, strict=True)),
-        record=ready.record,
+        record=execution.result.trace,
         structure=structure,
         objects=fingerprint(objects) if objects else b"",
         moving=any(isinstance(leaf, _moving()) for leaf in arguments.leaves),
-        inputs=inputs,
-        variables=variables,
-        written=sum(map(bytes_of, jax.tree_util.tree_leaves(dict(done.updates)))),
+        inputs=sum(map(bytes_of, arguments.leaves)),
+        variables=sum(map(bytes_of, leaves)),
+        written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
         # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
-        pinned=() if model.holds_variables else tuple(arrays_in(model.module)),
+        pinned=() if holds else tuple(arrays_in(model.module)),
     )
-    return Origin(how, list(map(own, leaves)))
 
 
 def without_variables(entry: ModelEntry) -> ModelEntry:
@@ -93,135 +123,70 @@ def _moving() -> tuple[type, ...]:
     return () if nnx is None else (*nnx_modules(), nnx.Variable)
 
 
-def run_of_init(
-    entry: ModelEntry,
-    call: Call,
-    inputs: Any,
-    variables: Mapping[str, Any],
-    draw: Draw,
-    started: float,
-    seconds: float,
-    notes: tuple[Note, ...],
-    *,
-    weights: str,
-    replayed: bool,
-    first: bool,
-) -> Run:
-    """An init of a linen model; `seconds` is what it took."""
-    model = entry.model
-    assert not model.holds_variables
-    by_hand = facts_of_init(call, model)
-    return Run(
-        command="init",
-        model=entry.name,
-        mode="",
-        call=call.text,
-        inputs=inputs,
-        output=variables,
-        seed=draw.seed,
-        draw=draw.number,
-        keys=RunKeys.of(draw, "params"),
-        device=devices_of(variables),
-        started=started,
-        program="eager",
-        timing=Timing(init=seconds),
-        cell=call.cell,
-        made=made_of(variables),
-        notes=(*notes, *of_params(variables)),
-        by_hand=model.init_by_hand(call.text, call.method, by_hand.init_arguments, by_hand.init_module),
-        weights=weights,
-        replayed=replayed,
-        first=first,
-        spelling=by_hand,
-    )
-
-
-def run_of_build(
-    name: str,
-    recipe: Construction,
-    model: ModelWithVariables,
-    draw: Draw,
-    keys: Mapping[str, Any],
-    started: float,
-    seconds: float,
-    call: Call | None = None,
-    *,
-    cell: int | None,
-    replayed: bool = False,
-    first: bool,
-) -> Run:
-    """An NNX module that the session built: on a magic's line, or with `call` for an init."""
-    state = model.state()
-    return Run(
-        command="init",
-        model=name,
-        mode="",
-        call=recipe.text if call is None else call.text,
-        inputs=(recipe.args, dict(recipe.kwargs)) if call is None else (call.args, call.kwargs),
-        output=state,
-        seed=draw.seed,
-        draw=draw.number,
-        keys=keys,
-        device=devices_of(state),
-        started=started,
-        program="eager",
-        timing=Timing(init=seconds),
-        cell=cell,
-        made=made_of(model.collections()),
-        by_hand=recipe.by_hand(name),
-        weights=WeightSource.initialised(draw, {}).describe(draw.seed),
-        replayed=replayed,
-        first=first,
-    )
-
-
 def run_of_apply(
-    name: str,
-    call: Call,
-    done: Execution,
-    draw: Draw | DrawBatch,
-    started: float,
+    execution: Execution,
+    changed: Iterable[str],
     notes: tuple[Note, ...],
-    made: InitStats | None,
     *,
+    started: float,
+    made: InitStats | None,
+    changes: Mapping[str, int],
     replayed: bool,
     first: bool,
 ) -> Run:
-    """An apply, from its execution."""
+    """An apply, from its execution.
+
+    Args:
+      changed: collections that the run wrote; `changes`: those that are kept → how many runs have written them.
+    """
+    request, variables, plan, built, result = (
+        execution.request,
+        execution.variables,
+        execution.plan,
+        execution.built,
+        execution.result,
+    )
+    bound, call, options, draw = request.bound, request.call, request.options, request.draw
+    program, arrays = plan.program, (result.output, result.updates, result.sown)
+    timing, built_in = result.timing, built.timing
+    handed = {*changed, *result.sown, *options.mutable}
     return Run(
         command="apply",
-        model=name,
-        mode=done.mode,
+        model=plan.name,
+        mode=execution.mode,
         call=call.text,
-        inputs=done.inputs,
-        output=done.output,
+        inputs=(bound.args, bound.kwargs),
+        output=result.output,
         seed=draw.first.seed,
         draw=draw.first.number,
         draws=draw.size,
-        keys=done.keys,
-        device=done.device,
+        keys=RunKeys(draw, plan.key_names(result.needs)),
+        device=devices_of((result.output, built.request.variables)) if program is None else program.device,
         started=started,
-        sown=done.sown,
-        used=done.used,
-        changed=done.changed,
-        program=done.program,
-        reason=done.reason,
-        causes=done.causes,
-        switch=", ".join(done.switch),
-        static=done.static,
-        timing=done.timing,
-        memory=done.memory,
-        cost=done.cost,
-        limits=done.limits,
+        sown=result.sown,
+        used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in result.trace.asked.items()},
+        changed=changes,
+        program=built.origin,
+        reason=built.reason,
+        causes=built.causes,
+        switch=", ".join((*bound.switch, *(f"axis {name}=1 device" for name in sorted(result.needs.axes)))),
+        static=tuple(f"{name}={value}" for name, value in execution.arguments.static if name in execution.arguments.forced),
+        timing=replace(
+            timing, trace=built_in.trace, lower=built_in.lower, compile=built_in.compile, beside=built_in.beside,
+            init=variables.seconds,
+        ),
+        memory=None if program is None else with_peak(program.memory, devices_in(arrays)),
+        cost=cost_of(program.executable) if program is not None and options.runs > 1 else None,
+        limits=execution.limits,
         cell=call.cell,
         notes=notes,
         made=made,
-        by_hand=done.by_hand,
-        weights=done.weights,
+        by_hand=by_hand(bound, call, options, result.needs, handed),
+        weights=variables.weights,
         replayed=replayed,
         first=first,
-        spelling=facts_of_apply(call, done),
-    )
+        spelling=facts_of_apply(execution),
+    )  # fmt: skip
 
 
 def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
@@ -245,10 +210,11 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
     )
 
 
-def facts_of_apply(call: Call, done: Execution) -> ExportFacts:
+def facts_of_apply(execution: Execution) -> ExportFacts:
     """The spelling of an apply, from its execution."""
-    prepared, ask = done.prepared, done.ready.ask
-    model, registered = prepared.model, done.entry.model
+    call, prepared, result = execution.request.call, execution.request.bound, execution.result
+    entry = execution.variables.entry
+    model, registered = prepared.model, entry.model
     holds = model.holds_variables
     arguments = _added(prepared.kwargs, call.kwargs)
     module = MODULE
@@ -258,37 +224,37 @@ def facts_of_apply(call: Call, done: Execution) -> ExportFacts:
         module = MODULE if holds else cloned(MODULE, model.module, fields)
     init_arguments: Settings = ()
     init_module = MODULE
-    if done.made is not None and not holds:
+    if execution.variables.made is not None and not holds:
         # With the keys that `--key` adds, and without the switches of the run.
         given = {n: v for n, v in prepared.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
         init_arguments, init_module = _switches_of_init(replace(call, kwargs=given), registered)
-    written = () if holds else tuple(sorted(done.updates))
+    written = () if holds else tuple(sorted(result.updates))
     parameters = tuple(positional_names(prepared.signature, len(call.args)))
-    static = frozenset(name for name, _ in done.ready.arguments.static)
+    static = frozenset(name for name, _ in execution.arguments.static)
     passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     return ExportFacts(
         parameters=parameters,
         static=static,
         containers=tuple((name, _part(value, name, static)) for name, value in passed if _holds(name, static)),
-        streams=tuple(sorted(ask.streams)),
+        streams=tuple(sorted(result.needs.streams)),
         held=model.layout.tags if model.holds_variables else frozenset(),
         handed=bool(model.supplied_arguments()),
-        taken="params (folded)" in done.names,
+        taken=execution.plan.taken and "params" in result.needs.streams,
         arguments=arguments,
         nnx=holds,
         module=module,
         mode=_mode(registered, prepared.mode == "train")
         if registered.holds_variables and prepared.mode != "as written"
         else None,
-        mutable=() if holds else tuple(sorted({*written, *done.sown})),
+        mutable=() if holds else tuple(sorted({*written, *result.sown})),
         kept=written,
-        sown=bool(done.sown),
-        axes=tuple(sorted(ask.axes)),
+        sown=bool(result.sown),
+        axes=tuple(sorted(result.needs.axes)),
         init_arguments=init_arguments,
         init_module=init_module,
         init_streams=() if registered.holds_variables else registered.init_streams,
-        returns=_returns(done.output),
-        given=tuple(_given(done)),
+        returns=_returns(result.output),
+        given=tuple(_given(execution)),
         code=registered.code(),
     )
 
@@ -334,17 +300,17 @@ def _part(value: Any, name: str, static: frozenset[str]) -> ContainerPart:
     return ContainerPart(kind, tuple((key, _part(inner, f"{name}[{key!r}]", static)) for key, inner in rows))
 
 
-def _given(done: Execution) -> Iterator[HandedBack]:
+def _given(execution: Execution) -> Iterator[HandedBack]:
     """The collections in the updates of an NNX run that was asked for some."""
-    model = done.prepared.model
-    if not done.mutable or not model.holds_variables:
+    model, sown = execution.plan.model, execution.result.sown
+    if not execution.request.options.mutable or not model.holds_variables:
         return
-    for name, tree in done.output[1].items():
-        if name in done.sown:
+    for name, tree in execution.result.output[1].items():
+        if name in sown:
             leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: not isinstance(part, dict))
             steps = [tuple(str(key.key) for key in path) for path, _ in leaves]
             paths = [tuple(int(step) if step.isdigit() else step for step in path) for path in steps]
-            whole = len(done.sown) == 1 and paths == steps
+            whole = len(sown) == 1 and paths == steps
             yield HandedBack(name, tuple((path, True) for path in paths), sown=True, whole=whole)
         else:
             slots = [slot for slot in model.layout.slots if slot.collection == name and slot.name in tree]
@@ -364,3 +330,29 @@ def _returns(output: Any) -> frozenset[str]:
 def _added(now: Mapping[str, Any], written: Mapping[str, Any]) -> Settings:
     """The switches that a call got besides what is written in it."""
     return tuple((name, value) for name, value in now.items() if name not in written and isinstance(value, bool))
+
+
+def by_hand(prepared: BoundCall, call: Call, options: ApplyOptions, ask: Needs, mutable: set[str]) -> str:
+    """The run as plain Flax, with what the model asked for and the collections that are to be mutable."""
+    streams = tuple(sorted(ask.streams))
+    in_call = written_in_call(prepared.signature, prepared.args, prepared.kwargs)
+    switch = tuple(setting for setting in prepared.switch if options.mode and setting.partition("=")[0] not in in_call)
+    added = [f"{name}={value}" for name, value in prepared.kwargs.items() if name not in call.kwargs]
+    text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
+    code = prepared.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable)))
+    code = inside(ask.axes, code)
+    if options.draws is None:
+        return code
+    return draws_by_hand(code, (*options.key, *streams), prepared.model.holds_variables)
+
+
+def draws_by_hand(code: str, keys: Iterable[str], holds_variables: bool) -> str:
+    """The run of one draw, `code`, for many: mapped over its keys (linen) or one by one (NNX)."""
+    names = [f"{name}_key" for name in dict.fromkeys(keys)]
+    if not names:
+        return code
+    many = ", ".join(f"{name}s" for name in names)
+    if holds_variables:
+        each = f"{names[0]} in {many}" if len(names) == 1 else f"{', '.join(names)} in zip({many})"
+        return f"for {each}:\n    {code}"
+    return f"jax.vmap(lambda {', '.join(names)}: {code})({many})"

@@ -20,7 +20,7 @@ from ..models.base import Needs
 from ..models.construction import Construction
 from ..run import Run
 from . import record
-from .call import Call, of_module, prepare
+from .call import Call, of_module, prepare, trace_shapes, with_keys
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -73,8 +73,6 @@ def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: A
 
 
 def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
-    from .execute import with_keys
-
     name, lines = entry.name, list[str]()
     with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
         filled = with_keys(entry, call, options, state.root.draw())
@@ -158,9 +156,6 @@ def _error(said: str, instead: str, lines: list[str], form: str | None = None) -
 
 def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:
     """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
-    from .execute import by_hand, with_keys
-    from .shapes import trace_call
-
     options = replace(options, draws=None)
     try:
         call = with_keys(entry, call, options, state.root.draw())
@@ -168,8 +163,8 @@ def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyO
         ask = entry.known_needs.get((call.method, prepared.mode))
         if ask is None and where == COMMAND:  # what the other command runs may be this very model
             ask = Needs(frozenset({"dropout"}))
-        ask = ask or trace_call(entry, prepared, call, state.root.draw())[1]
-        code = by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
+        ask = ask or trace_shapes(entry, prepared, call, state.root.draw()).needs
+        code = record.by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
     except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
         return []
     # An argument that is traced is no value outside, whatever has its name there.

@@ -7,9 +7,9 @@ was; what the model reads from outside may then be another, which is said.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,21 +17,20 @@ from ..base.compare import Agreement, with_digest, with_output
 from ..base.measures import Timing
 from ..base.text import bytes_
 from ..code.fingerprint import fingerprint
-from ..compile.cache import Program, ProgramCache
+from ..compile.cache import Services
 from ..compile.compiler import settings
 from ..compile.initialise import Initialising
 from ..errors import FlaxMagicsError
 from ..execution.call import Call, prepare_init
-from ..execution.execute import execute, hand_back, plain_errors
-from ..execution.notes import SeenKeys
+from ..execution.execute import execute, plain_errors
+from ..execution.plan import Plan
 from ..models.construction import adopt_built
 from ..run import COMMANDS, RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
 from ..state.runs import StoredRun
 
 
-@dataclass(frozen=True)
-class Repeat:
+class Repeat(NamedTuple):
     """What running once more gave: the output, what was sown, where the program came from, the time, what is to be said."""
 
     output: Any
@@ -51,9 +50,8 @@ class Replaying:
     """
 
     models: Mapping[str, ModelEntry]
-    programs: ProgramCache
+    services: Services
     limit: int
-    on_phase: Callable[[str], None]
 
     def replay_all(self, draw: Iterable[StoredRun]) -> list[Run]:
         """The runs of a draw as new ones. Each is counted, and whether any gave other bits."""
@@ -140,30 +138,14 @@ class Replaying:
             said = (*said, *_of_settings(how.settings, settings()))
             program = None  # it may not even take the same numbers
         if program is None:
-            done = self._execute(how, variables, call, facts)
-        else:
-            done = self._run(how, program, variables, given_by(how, kept.inputs), facts)
-        return replace(done, said=(*said, *done.said))
+            repeat = self._made_anew(how, variables, call, facts)
+        else:  # the very program
+            plan = Plan.of_recipe(how, program, call.text)
+            result = plan.run(facts["keys"].draw, variables, given_by(how, kept.inputs), self.services)
+            repeat = Repeat(result.output, result.sown, "reused", Timing(run=result.timing.run))
+        return repeat._replace(said=(*said, *repeat.said))
 
-    def _run(self, how: ApplyRecipe, program: Program, variables: Any, given: Mapping[str, Any], facts: Any) -> Repeat:
-        """The very program."""
-        programs, name = self.programs, how.name
-        if programs.unfinished.wait is not None:
-            self.on_phase(f"waiting for the interrupted run, then {name}")
-            programs.unfinished.finish()
-        self.on_phase(f"running {name}")
-        draw = facts["keys"].draw
-        keys = {
-            stream: draw.words(stream, taken=how.taken and stream == "params") for stream in sorted(program.ask.streams)
-        }
-        jax.block_until_ready((variables, given))
-        begin = programs.clock()
-        output, updates = programs.run(program, variables, keys, given)
-        seconds = programs.clock() - begin
-        output, _, sown = hand_back(output, updates, program.record, how.options.mutable)
-        return Repeat(output, sown, "reused", Timing(run=seconds))
-
-    def _execute(self, how: ApplyRecipe, variables: Any, call: Call, facts: Any) -> Repeat:
+    def _made_anew(self, how: ApplyRecipe, variables: Any, call: Call, facts: Any) -> Repeat:
         """The model as it was, its program made anew."""
         entry = replace(how.entry, variables=variables)
         if how.skeleton is not None:
@@ -173,47 +155,45 @@ class Replaying:
         draw = facts["keys"].draw
         options = replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
-        parts = self.programs.parts.get(how.name)
+        parts = self.services.programs.parts
+        last = parts.get(how.name)
         try:
-            done = execute(entry, call, options, draw, self.programs, SeenKeys(), self.on_phase, params_taken=how.taken)
+            execution = execute(entry, call, options, draw, self.services, params_taken=how.taken)
         finally:  # the next run of the model is held against the last of its own
-            self.programs.parts.pop(how.name, None)
-            if parts is not None:
-                self.programs.parts[how.name] = parts
+            parts.pop(how.name, None)
+            if last is not None:
+                parts[how.name] = last
         said: tuple[str, ...] = ()
         if how.options.eager:
             pass
         elif how.key is None:
             said = ("the program was made anew: whether all that the model reads is as it was cannot be told",)
-        elif done.prepared.model.cache_key() != how.key:
+        elif execution.plan.model.cache_key() != how.key:
             said = ("the program was made anew: something that the model's code reads is another now",)
-        return Repeat(done.output, done.sown, done.program, done.timing, said)
+        timing, built = execution.result.timing, execution.built.timing
+        timing = replace(timing, trace=built.trace, lower=built.lower, compile=built.compile, beside=built.beside)
+        return Repeat(execution.result.output, execution.result.sown, execution.built.origin, timing, said)
 
     def _init(self, how: InitRecipe, call: Call, facts: Any) -> Repeat:
-        programs, name = self.programs, how.entry.name
-        self.on_phase(f"initialising {name}")
-        prepared = prepare_init(name, how.entry.model, call)
-        begin = programs.clock()
+        name, clock, units = how.entry.name, self.services.clock, self.services.programs.units
+        self.services.on_phase(f"initialising {name}")
+        bound = prepare_init(name, how.entry.model, call)
+        begin = clock()
         with plain_errors(call):
             variables, _ = Initialising(
-                prepared.model,
-                call.method,
-                prepared.args,
-                prepared.kwargs,
-                draw=facts["keys"].draw,
-                units=programs.units,
+                bound.model, call.method, bound.args, bound.kwargs, draw=facts["keys"].draw, units=units
             ).finish()
-        return Repeat(variables, {}, "eager", Timing(init=programs.clock() - begin), self._edited(how))
+        return Repeat(variables, {}, "eager", Timing(init=clock() - begin), self._edited(how))
 
     def _build(self, how: BuildRecipe, facts: Any) -> Repeat:
-        self.on_phase(f"building {how.name}")
+        self.services.on_phase(f"building {how.name}")
         said: tuple[str, ...] = ()
         if how.fingerprint is None or how.recipe.fingerprint() != how.fingerprint:
             said = ("what the module is built of may have changed since",)
-        begin = self.programs.clock()
+        begin = self.services.clock()
         state = adopt_built(how.recipe.build(facts["keys"]), how.recipe.text).state()
         jax.block_until_ready(state)
-        return Repeat(state, {}, "eager", Timing(init=self.programs.clock() - begin), said)
+        return Repeat(state, {}, "eager", Timing(init=self.services.clock() - begin), said)
 
     def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
         """Whether the model is another now."""

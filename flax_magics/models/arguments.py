@@ -6,8 +6,8 @@ And what takes them: signatures of methods and constructors.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -51,6 +51,11 @@ class Arguments:
     @property
     def _rows(self) -> Iterator[tuple[str, Any, bool]]:
         return zip(self.names, self.leaves, self.traced, strict=True)
+
+    def with_static(self, names: Collection[str]) -> Arguments:
+        """The same with the values of `names` as part of the program."""
+        traced = tuple(traced and name not in names for name, traced in zip(self.names, self.traced, strict=True))
+        return replace(self, traced=traced, forced=self.forced.union(names))
 
     @property
     def dynamic(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class CommandInProgress:
 
     def __enter__(self) -> Live:
         self._phase = self._live.begin(self._what)
-        self._session.on_phase = self._doing
+        self._session.services.on_phase = self._doing
         self._interrupts.begin()
         return self._live
 

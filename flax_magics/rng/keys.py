@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -247,6 +247,14 @@ def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
     # `jnp.asarray` would compile a program for it.
     key: jax.Array = jax.random.wrap_key_data(jax.device_put(words), impl=impl)
     return key
+
+
+@dataclass
+class SeenKeys:
+    """Data of keys that a session has met: roots that it has split or will split, and keys → the run that they went into."""
+
+    roots: set[bytes] = field(default_factory=set)
+    runs: dict[bytes, str] = field(default_factory=dict)
 
 
 @cache

@@ -13,6 +13,7 @@ from ..compile.initialise import InitRecord
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
 from ..rng.keys import Draw, RootKey
+from ..run import altered
 from .entry import ModelEntry
 from .runs import RunLog, StoredRun
 
@@ -85,7 +86,8 @@ class State:
         root, opened = (self.root, self.opened) if kept.facts["replayed"] else (self.root.after(draw), opened)
         models = self.models if entry is None else {**self.models, entry.name: entry}
         waiting = self.waiting and self._still_waiting(entry)
-        return State(root, models, opened, RunLog.add(self.runs, kept), self.seeds, waiting)
+        log = RunLog.add(self.runs, kept)
+        return altered(self, {"root": root, "models": models, "opened": opened, "runs": log, "waiting": waiting})
 
     def with_variables(self, entry: ModelEntry) -> State:
         """The state once the user has given a model other variables."""

@@ -11,12 +11,11 @@ from jax.extend.core import Var
 from ..base.digest import count_parameters, data_of, describe
 from ..base.text import bytes_, join, plural
 from ..compile.initialise import initialised
-from ..compile.trace import TraceRequest, trace
+from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError
-from ..execution.call import Call, prepare, prepare_init
+from ..execution.call import Call, prepare, prepare_init, trace_shapes
 from ..execution.execute import plain_errors
 from ..execution.notes import of_mode
-from ..execution.shapes import trace_call
 from ..models.arguments import Arguments
 from ..models.base import CallTrace, Model
 from ..models.calls import LONGEST
@@ -72,7 +71,8 @@ def of_call(
     prepared = prepare(entry.name, entry.model, call, mode)
     with plain_errors(call):
         phase(f"tracing {entry.name}")
-        traced, _, record, variables = trace_call(entry, prepared, call, draw)
+        call_traced = trace_shapes(entry, prepared, call, draw)
+        traced, record, variables = call_traced.traced, call_traced.trace, call_traced.request.variables
         phase(f"counting {entry.name}")
         program, handed_back = traced.jaxpr.jaxpr, _handed_back(prepared.model, traced, variables)
         modules = TracedModules.of(record, program, handed_back, backward=backward)
@@ -138,8 +138,8 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
     draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
     request = TraceRequest(name, prepared.model, call.method, arguments, variables, draw)
-    traced, _, record = trace(request)
-    output, updates = traced.out_info
+    call_traced: TracedCall[None] = trace_call(request)
+    record, (output, updates) = call_traced.trace, call_traced.traced.out_info
     changed = model.commit(updates, record).changed
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]
     if changed:

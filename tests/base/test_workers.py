@@ -94,7 +94,7 @@ def test_the_next_run_waits_before_its_clock_starts_and_says_so():
     session.register("net", Net())
     session.apply("net", jnp.ones((2, 4)))
     heard: list[str] = []
-    session.on_phase = heard.append
+    session.services.on_phase = heard.append
 
     def wait() -> None:
         clock.now += 40.0
@@ -102,7 +102,7 @@ def test_the_next_run_waits_before_its_clock_starts_and_says_so():
     session.programs.unfinished.wait = wait
     run = session.apply("net", jnp.ones((2, 4)))
     assert (run.timing.busy, run.timing.wait, run.timing.run) == (41.0, 1.0, 1.0)
-    assert heard[1:] == ["waiting for the interrupted run, then net", "waiting for the inputs of net", "running net"]
+    assert heard == ["waiting for the interrupted run, then net", "waiting for the inputs of net", "running net"]
     assert "  wait  the interrupted run had the device for 41.0 s more\n        inputs were ready after" in normal(run)
     assert session.apply("net", jnp.ones((2, 4))).timing.busy == 0.0
 

@@ -101,7 +101,7 @@ def test_a_repeated_run_has_its_cost_and_the_limits_where_they_were_asked_for():
     assert run.cost.flops >= 2 * 64**3
     assert run.limits is None
     heard: list[str] = []
-    session.on_phase = heard.append
+    session.services.on_phase = heard.append
     run = session.apply("net", x, roofline=True)
     assert heard[-1] == "measuring what cpu:0 reaches"
     assert len(run.timing.steady.times) == 20

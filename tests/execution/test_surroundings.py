@@ -267,7 +267,7 @@ def used():
 @pytest.mark.parametrize("where", ["jit", "callback"])
 @pytest.mark.parametrize("method", REFUSING)
 def test_a_method_that_refuses_leaves_the_session_as_it_was(used, method, where):
-    state, seen, said = used._state, {name: set(value) for name, value in vars(used._seen).items()}, []
+    state, seen, said = used._state, {name: set(value) for name, value in vars(used.services.seen).items()}, []
 
     def call(x):
         try:
@@ -285,7 +285,7 @@ def test_a_method_that_refuses_leaves_the_session_as_it_was(used, method, where)
     assert len(said) == 1
     assert f" {TRACED if where == 'jit' else CALLED_BACK} " in said[0]
     assert used._state is state
-    assert {name: set(value) for name, value in vars(used._seen).items()} == seen
+    assert {name: set(value) for name, value in vars(used.services.seen).items()} == seen
 
 
 def test_variables_are_not_assigned_in_a_traced_function(used):

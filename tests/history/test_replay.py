@@ -95,7 +95,7 @@ def test_a_program_that_is_gone_is_made_anew(session, module):
     runs = [session.apply("b", x + i, mode="train") for i in range(2)]
     session.programs.by_call.clear()
     session.programs.by_text.clear()
-    session._warm.forget("b")
+    session._plans.forget("b")
     gc.collect()
     before = looked_at(session)
     again = [session.replay(run.draw) for run in runs]
@@ -121,7 +121,7 @@ def test_what_the_model_reads_from_outside_is_as_it_was_while_the_program_is_the
     assert session.replay(1).agreement.identical
     session.programs.by_call.clear()
     session.programs.by_text.clear()
-    session._warm.forget("net")
+    session._plans.forget("net")
     gc.collect()
     agreement = session.replay(1).agreement
     assert not agreement.identical
@@ -328,7 +328,7 @@ def test_a_replay_of_nnx_holds_no_array_of_the_module(session):
     session.register("net", net)
     session.apply("net", x, mode="train")
     session.register("net", nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
-    session._warm.forget("net")
+    session._plans.forget("net")
     module, final = weakref.ref(net), weakref.ref(raw(net.norm.mean))
     del net
     session.programs.by_call.clear()
@@ -403,7 +403,7 @@ STEPS = st.lists(
 )
 def test_after_any_session_every_draw_replays_identically_or_says_what_is_gone(kind, steps, limit):
     session = Session(seed=0, replay_bytes=limit)
-    session.programs = PROGRAMS
+    session.services.programs = PROGRAMS
     modules = {"linen": [Normed, Wider], "nnx": [lambda: Net(rngs=nnx.Rngs(0)), lambda: Net(rngs=nnx.Rngs(0))]}[kind]
     session.register("b", modules[0]())
     a, held, edits = np.array(x), [], 0

@@ -12,22 +12,21 @@ import pytest
 from by_hand import MyModel, Normed, apply_by_hand, bits, keys_of, notebook_x
 from flax import nnx
 
-from flax_magics import Session
-from flax_magics.execution.warm import Warm
+from flax_magics import Session, _session
 
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For every run that a Warm was asked for: whether it took the short way."""
+    """For every run of a line that ran before: whether it took the short way."""
     taken: list[bool] = []
-    again = Warm.again
+    again = _session.apply_again
 
-    def watched(self: Warm, *args: Any, **kwargs: Any) -> Any:
-        done = again(self, *args, **kwargs)
-        taken.append(done is not None)
-        return done
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        outcome = again(*args, **kwargs)
+        taken.append(outcome is not None)
+        return outcome
 
-    monkeypatch.setattr(Warm, "again", watched)
+    monkeypatch.setattr(_session, "apply_again", watched)
     return taken
 
 
