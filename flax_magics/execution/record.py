@@ -72,13 +72,12 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
     """What running it again takes besides keys, variables and inputs. Its program is held weakly."""
     request, plan, arguments = execution.request, execution.plan, execution.arguments
     model = request.entry.model
-    holds = model.holds_variables
     leaves, structure = jax.tree_util.tree_flatten(execution.built.request.variables)
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
     findable = plan.program if execution.built.key is not None else None
     return ApplyRecipe(
         entry=without_variables(request.entry),
-        skeleton=model.layout.skeleton if holds else None,
+        skeleton=model.layout.skeleton if model.holds_variables else None,
         method=request.call.method,
         options=replace(request.options, variables=None),
         taken=plan.taken and "params" in execution.result.needs.streams,
@@ -94,7 +93,7 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
         # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
-        pinned=() if holds else tuple(arrays_in(model.module)),
+        pinned=() if model.holds_variables else tuple(arrays_in(model.module)),
     )
 
 

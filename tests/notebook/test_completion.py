@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flax_magics.line.commands import COMMANDS as COMMANDS_THERE_ARE
 from flax_magics.line.options import Command, Option
 from flax_magics.notebook.completion import Matcher, completions, install, uninstall
-from flax_magics.state.models import ModelNames
+from flax_magics.state.handles import ModelNames
 
 COMMANDS = {
     command.name: command
