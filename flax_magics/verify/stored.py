@@ -105,7 +105,7 @@ class Further(msgspec.Struct, frozen=True):
     digest: str
 
 
-class LoopRecord(msgspec.Struct, frozen=True):
+class RecordedLoop(msgspec.Struct, frozen=True):
     """The runs of a counting line. Of each row stands there what differs from the row before."""
 
     version: Literal[1]
@@ -230,7 +230,7 @@ def runs_of_cell(number: int, cell: Any) -> Cell:
             if RUN_JSON in data:
                 runs.append(_recorded(data[RUN_JSON]))
             if RUNS_JSON in data:
-                loop = _of_this_version(data[RUNS_JSON], LoopRecord, "the loop")
+                loop = _of_this_version(data[RUNS_JSON], RecordedLoop, "the loop")
                 if len(loop.runs) > _ROWS:
                     raise Damaged(f"the loop has more than {_ROWS} rows")
                 if loop.further is not None and further is not None:
