@@ -247,7 +247,7 @@ REFUSING = {
 """Methods of a session that draw, run or change it; `run_init` and `run_apply` are what `init` and `apply` call."""
 HARMLESS = {
     "summary", "run_summary", "variables", "history", "last", "module", "save", "autosave", "export",
-    "settle",
+    "settle", "run_export",
 }  # fmt: skip
 
 
