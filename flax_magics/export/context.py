@@ -348,7 +348,7 @@ class CommandLines:
             verb = method[-1] if mode == "as written" else f"{verb}_{method[-1]}"
         verb += "" if self.options["draws"] is None else "_draws"
         # With several models each function is called after its own.
-        several = len({run.model for run in self.context.groups.runs if run.command == "apply"}) > 1
+        several = len({run.model for run in self.context.groups.runs if run.kind.forward}) > 1
         names = (f"{verb}_{model}",) if several else (verb, f"{verb}_{model}")
         return JittedFunction(model, names, decorator, tuple(parameters), tuple(static), tuple(body))
 

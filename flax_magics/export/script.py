@@ -430,7 +430,7 @@ def _leaves(context: ScriptContext) -> set[str]:
     kinds: set[str] = set()
     for run in context.groups.runs:
         model = context.models.get(run.model or "")
-        if run.command == "key" or (run.command == "init" and model is not None and model.holds):
+        if not run.kind.model or (run.kind.opens and model is not None and model.holds):
             kinds.add("keys")
         kinds |= run.spelling.returns if run.spelling is not None else set()
     return kinds

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 import msgspec
 import numpy as np
-from msgspec.structs import asdict
+from msgspec.structs import asdict, astuple
 
 from ..base import __version__
 from ..base.compare import Spread
@@ -420,7 +420,7 @@ def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
         cost=_made_of(Cost, record.cost),
         limits=_made_of(Limits, record.limits),
         made=_made_of(InitStats, record.made),
-        notes=tuple(Note(**asdict(note)) for note in record.notes),
+        notes=tuple(Note(*astuple(note)) for note in record.notes),
         first=first,
         elsewhere=elsewhere,
         _taken=OutputFacts(record.digest, record.output, None if record.draws is None else spread, values),
