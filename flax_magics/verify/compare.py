@@ -249,7 +249,7 @@ def _pairs(stored: Recorded, now: Recorded) -> Iterator[tuple[Leaf, Any, Any]]:
 
 def _differs(one: Any, other: Any) -> Any:
     """Where the bits differ; one NaN is like another."""
-    bits = [array.view(np.uint8).reshape(len(array), -1) for array in (one, other)]
+    bits = [array.view(np.uint8).reshape(len(array), array.itemsize) for array in (one, other)]
     return (bits[0] != bits[1]).any(axis=1) & ~(_is_nan(one) & _is_nan(other))
 
 
