@@ -5,13 +5,18 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from rich.cells import cell_len
-
 WIDTH = 80
 LEAST = 20
 """Cells that the last column of a table is never narrower than."""
 _BREAKS = " /,.:;·→([{=_-"
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def cell_len(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    from rich.cells import cell_len as columns  # `%load_ext` imports this file, and shows nothing
+
+    return columns(text)
 
 
 def clean(text: str) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import builtins
 import itertools
-import symtable
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import symtable
 
 _NOTEBOOK = {"get_ipython", "In", "Out", "__IPYTHON__"}
 BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK - {"display"} | {"__name__", "__doc__", "__builtins__", "exit", "quit"}
@@ -17,6 +20,8 @@ BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK - {"display"} | {"__name__", "__
 
 def reads(node: ast.stmt) -> set[str]:
     """Global names that running `node`, or a function that it defines, reads."""
+    import symtable  # an export's, and `%load_ext` imports this file
+
     updated = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
     text = ast.unparse(ast.fix_missing_locations(ast.Module([node], [])))
     # In a function a comprehension's own variables are no globals, on Python 3.12 and after too.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from operator import is_
 from types import CodeType, ModuleType
@@ -136,14 +135,18 @@ def reads_outside(name: str, module: ModuleType, code: CodeType) -> bool:
     return False
 
 
-_PATHS = sysconfig.get_paths()
-_LIBRARY_ROOTS = tuple({_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+@functools.cache
+def _library_roots() -> tuple[str, ...]:
+    import sysconfig  # some milliseconds, which `%load_ext` can do without
+
+    paths = sysconfig.get_paths()
+    return tuple({paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 @functools.lru_cache(maxsize=4096)
 def library_file(filename: str) -> bool:
     """Whether code of this file was installed, not written by the user."""
-    return filename.startswith(_LIBRARY_ROOTS) or filename.startswith("<frozen ")
+    return filename.startswith(_library_roots()) or filename.startswith("<frozen ")
 
 
 def library_module(name: str | None) -> bool:
