@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 WIDTH = 80
 LEAST = 20
@@ -14,9 +15,14 @@ _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 def cell_len(text: str) -> int:
     """How many columns of a terminal a text takes."""
-    from rich.cells import cell_len as columns  # `%load_ext` imports this file, and shows nothing
+    return _measure()(text)
 
-    return columns(text)
+
+@functools.cache
+def _measure() -> Callable[[str], int]:
+    from rich.cells import cell_len  # `%load_ext` imports this file, and shows nothing
+
+    return cell_len
 
 
 def clean(text: str) -> str:

@@ -1,10 +1,10 @@
-"""The registered models: how one is registered, edited and assigned variables, and the handle that a person reads."""
+"""The registered models: how one is registered, edited and assigned variables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 
@@ -26,9 +26,6 @@ from .weights import (
     misfits,
     unfit,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
