@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_magics.base.measures import Memory, Steady, Timing
 from flax_magics.rng.keys import RootKey
-from flax_magics.run import InitStats, Note, Run
+from flax_magics.run import InitStats, Note, Run, like
 
 DRAW = RootKey.from_seed(0).draw()
 BY_HAND = "net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})"
@@ -56,7 +56,7 @@ NOTE = Note(
     edit="deterministic=not self.training",
 )
 NOTED = replace(REUSED, draw=3, used={}, notes=(NOTE,))
-INIT = replace(
+INIT = like(
     REUSED,
     command="init",
     mode="",
