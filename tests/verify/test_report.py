@@ -12,8 +12,8 @@ from made import HERE, VALUES, cell, notebook, run, sample
 
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.verify.compare import Tolerance, compare
+from flax_magics.verify.notebooks import other_order, runs_of
 from flax_magics.verify.report import Result, exit_status, text, to_json
-from flax_magics.verify.stored import other_order, runs_of
 
 OTHER_MACHINE = {"processor": "x86_64-B", "threads": 8}
 NUDGED = np.nextafter(VALUES, np.float32(9))
