@@ -221,9 +221,9 @@ def write(
       FlaxMagicsError: something in it cannot be saved, or the file cannot be written; the old one is as it was.
     """
     writer = Writer()
-    log = format.json_of((history or WrittenRuns(digest=True)).of(runs)).encode()
+    records = format.json_of((history or WrittenRuns(digest=True)).of(runs)).encode()
     document = replace(snapshot, models=tuple(_written(model, writer) for model in snapshot.models))
-    return format.write(path, document, {**writer.arrays, "history": np.frombuffer(log, np.uint8)}, ticket)
+    return format.write(path, document, {**writer.arrays, "history": np.frombuffer(records, np.uint8)}, ticket)
 
 
 def _written(model: SavedModel, writer: Writer) -> SavedModel:

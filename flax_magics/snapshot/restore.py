@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -142,15 +143,9 @@ def _leaf(leaf: Leaf) -> object:
         return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(type(leaf)))
     if isinstance(leaf, (np.ndarray, np.generic)):
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-    return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else _Other(type(leaf).__name__)
-
-
-@dataclass(frozen=True)
-class _Other:
-    """A leaf that is no array: its type is all that is compared."""
-
-    dtype: str
-    shape: tuple[int, ...] = ()
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return leaf
+    return SimpleNamespace(dtype=type(leaf).__name__, shape=())  # its type is all that is compared
 
 
 def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables) -> Matched:

@@ -159,9 +159,9 @@ class RunLog(NamedTuple):
     length: int
 
     @staticmethod
-    def add(chain: RunLog | None, kept: StoredRun) -> RunLog:
+    def add(chain: RunLog | None, stored: StoredRun) -> RunLog:
         """`chain` with one more run."""
-        return RunLog(kept, chain, length(chain) + 1)
+        return RunLog(stored, chain, length(chain) + 1)
 
 
 def length(chain: RunLog | None) -> int:
@@ -171,7 +171,7 @@ def length(chain: RunLog | None) -> int:
 
 def newest(chain: RunLog | None, n: int) -> list[Run]:
     """The last `n` runs, oldest first."""
-    return [kept.run() for kept in islice(backwards(chain), max(n, 0))][::-1]
+    return [stored.run() for stored in islice(backwards(chain), max(n, 0))][::-1]
 
 
 def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
@@ -184,8 +184,8 @@ def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
 def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
     """Numbers of this kernel's cells that drew → the calls that they made, as they were written; of a key an empty one."""
     calls: dict[int, set[str]] = {}
-    for kept in backwards(chain):
-        facts = kept.facts
+    for stored in backwards(chain):
+        facts = stored.facts
         if facts["cell"] is not None and not facts["replayed"] and facts["elsewhere"] is None:
             calls.setdefault(facts["cell"], set()).add(facts["call"] if COMMANDS[facts["command"]].model else "")
     return {number: tuple(texts) for number, texts in calls.items()}
@@ -196,12 +196,12 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
 
     Where a seed was started again it is the last time that counts.
     """
-    own_draws = (kept for kept in backwards(chain) if not kept.facts["replayed"])
-    for kept in own_draws:
-        facts = kept.facts
+    drawn = (stored for stored in backwards(chain) if not stored.facts["replayed"])
+    for stored in drawn:
+        facts = stored.facts
         if facts["seed"] == seed and facts["draw"] <= number < facts["draw"] + (facts["draws"] or 1):
-            before = next(own_draws, None)
-            return [before, kept] if before is not None and _shared(before.facts, facts) else [kept]
+            before = next(drawn, None)
+            return [before, stored] if before is not None and _shared(before.facts, facts) else [stored]
     return []
 
 
@@ -222,7 +222,7 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
     Args:
       reach: runs of any model that are looked at.
     """
-    recent = (kept.facts for kept in islice(backwards(chain), reach))
+    recent = (stored.facts for stored in islice(backwards(chain), reach))
     applies = (facts for facts in recent if COMMANDS[facts["command"]].forward and facts["model"] == model)
     return [(facts["program"], facts["causes"]) for facts in islice(applies, n)]
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base import __version__
 from ..base.text import clean_lines
@@ -22,6 +22,8 @@ from .notebooks import check_installed, code_cells, executed, other_order, read,
 from .report import EXIT, Result, exit_status, text, to_json
 
 if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
     from .compare import Tolerance
 
 INTERRUPTED = 130
@@ -133,6 +135,7 @@ async def verify(
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         loop.add_signal_handler(signal.SIGTERM, task.cancel)  # type: ignore[union-attr]
     notebooks = {file: _read(file) for file in files}
+    results = {file: result for file, result in notebooks.items() if isinstance(result, Result)}
     to_run = {file: notebook for file, notebook in notebooks.items() if not isinstance(notebook, Result)}
     cells = sum(len(code_cells(notebook)) for notebook in to_run.values())
     limit = asyncio.Semaphore(jobs)
@@ -144,10 +147,11 @@ async def verify(
 
         async with asyncio.TaskGroup() as group:
             tasks = {file: group.create_task(one(file)) for file in to_run}
-    return [tasks[file].result() if file in tasks else notebooks[file] for file in notebooks]
+    results |= {file: task.result() for file, task in tasks.items()}
+    return [results[file] for file in notebooks]
 
 
-def _read(file: str) -> Any | Result:
+def _read(file: str) -> NotebookNode | Result:
     """The notebook; or, where it is not to be run, what is to be said of it."""
     try:
         notebook = read(Path(file))
@@ -157,7 +161,7 @@ def _read(file: str) -> Any | Result:
 
 
 async def _verify(
-    file: str, notebook: Any, tolerance: Tolerance | None, timeout: int | None, on_cell: Callable[[], object]
+    file: str, notebook: NotebookNode, tolerance: Tolerance | None, timeout: int | None, on_cell: Callable[[], object]
 ) -> Result:
     from .compare import compare
 

@@ -20,13 +20,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import msgspec
 
 from ..base.files import RUN_JSON, RUNS_JSON, Damaged, convert, open_without_waiting
 from ..base.text import clean, cut
 from ..errors import FlaxMagicsError
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbformat import NotebookNode
 
 LARGEST = 256 << 20
 """Bytes of the largest notebook that is read."""
@@ -145,7 +150,7 @@ class Cell:
         return len(self.runs) + (self.further.runs if self.further else 0)
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> NotebookNode:
     """The notebook of a file, as nbformat has it. The file is only read.
 
     Raises:
@@ -172,7 +177,7 @@ def read(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
             nbformat.validate(nbformat.from_dict(content))
-            notebook = JSONReader().to_notebook(content)
+            notebook: NotebookNode = JSONReader().to_notebook(content)
     except RecursionError:
         raise FlaxMagicsError("it is no notebook: it is nested too deeply.") from None
     except nbformat.ValidationError as error:
@@ -188,28 +193,28 @@ def brief(text: str) -> str:
     return cut(next(filter(None, lines), ""), 200)
 
 
-def code_cells(notebook: Any) -> list[tuple[int, Any]]:
+def code_cells(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
     """The code cells by their number, from 1."""
     return list(enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1))
 
 
-def is_run(cell: Any) -> bool:
+def is_run(cell: NotebookNode) -> bool:
     """Whether a code cell is run: it is not empty, and not tagged as one to skip."""
     return bool(cell.source.strip()) and "skip-execution" not in tags_of(cell)
 
 
-def tags_of(cell: Any) -> list[str]:
+def tags_of(cell: NotebookNode) -> list[str]:
     """The tags of a cell."""
     tags = cell.metadata.get("tags")
     return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
-def first_line(cell: Any) -> str:
+def first_line(cell: NotebookNode) -> str:
     """The first line of a cell that is not empty."""
     return next((clean(line[:1000]) for line in cell.source.splitlines() if line.strip()), "")
 
 
-def other_order(notebook: Any) -> str:
+def other_order(notebook: NotebookNode) -> str:
     """`cell 4 was run before cell 3`, of the first two cells that were; empty where they were run from top to bottom."""
     latest, before = 0, 0
     for number, cell in code_cells(notebook):
@@ -222,7 +227,7 @@ def other_order(notebook: Any) -> str:
     return ""
 
 
-def runs_of(notebook: Any) -> list[Cell]:
+def runs_of(notebook: NotebookNode) -> list[Cell]:
     """The runs that the outputs of each code cell hold; cells that are not run hold none.
 
     Raises:
@@ -231,7 +236,7 @@ def runs_of(notebook: Any) -> list[Cell]:
     return [runs_of_cell(number, cell) for number, cell in code_cells(notebook)]
 
 
-def runs_of_cell(number: int, cell: Any) -> Cell:
+def runs_of_cell(number: int, cell: NotebookNode) -> Cell:
     """The runs that the outputs of one code cell hold. Raises what `runs_of` raises."""
     runs: list[Recorded] = []
     further: Further | None = None
@@ -284,8 +289,8 @@ def check_installed() -> None:
 
 
 async def executed(
-    notebook: Any, folder: Path, timeout: int | None, on_cell: Callable[[], object]
-) -> tuple[Any, int, str | None]:
+    notebook: NotebookNode, folder: Path, timeout: int | None, on_cell: Callable[[], object]
+) -> tuple[NotebookNode, int, str | None]:
     """What the code cells of a notebook give now.
 
     Args:
@@ -322,21 +327,21 @@ async def executed(
     return client.nb, done, failed
 
 
-def _manager() -> Any:
+def _manager() -> AsyncKernelManager:
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
     class ThisPython(KernelSpecManager):  # type: ignore[misc,unused-ignore]
         """Gives one kernel under every name: of this Python."""
 
-        def get_kernel_spec(self, kernel_name: str) -> Any:
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=command, display_name="this Python", language="python")
 
     return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
 
 
-async def _run(client: Any, said: IO[bytes], on_cell: Callable[[], object]) -> tuple[int, str | None]:
+async def _run(client: NotebookClient, said: IO[bytes], on_cell: Callable[[], object]) -> tuple[int, str | None]:
     """Runs cell after cell; how many are done, and why it went no further, None where it ran to its end."""
     try:
         # What the kernel's process says would go through our table, and is wanted only if it dies.
@@ -352,7 +357,7 @@ async def _run(client: Any, said: IO[bytes], on_cell: Callable[[], object]) -> t
     return len(client.nb.cells), None
 
 
-async def _run_cell(client: Any, said: IO[bytes], index: int, cell: Any) -> str:
+async def _run_cell(client: NotebookClient, said: IO[bytes], index: int, cell: NotebookNode) -> str:
     """Why the cell did not run to its end, as what follows its name; empty where it did."""
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -374,7 +379,7 @@ async def _run_cell(client: Any, said: IO[bytes], index: int, cell: Any) -> str:
     return ""
 
 
-async def _stop(client: Any, manager: Any, gently: bool) -> None:
+async def _stop(client: NotebookClient, manager: AsyncKernelManager, gently: bool) -> None:
     """Ends the kernel, and what it started."""
     group = getattr(manager.provisioner, "pgid", None)
     try:

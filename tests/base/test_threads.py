@@ -108,18 +108,12 @@ def test_an_error_of_a_run_that_was_given_up_is_nobodys():
     assert unfinished.wait is None
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(x)
-
-
 def test_the_next_run_waits_before_its_clock_starts_and_says_so():
     from flax_magics.report.text import normal
 
     clock = Ticks()
     session = Session(seed=0, clock=clock)
-    session.register("net", Net())
+    session.register("net", nn.Dense(3))
     session.apply("net", jnp.ones((2, 4)))
     heard: list[str] = []
     session.services.on_phase = heard.append

@@ -21,9 +21,10 @@ import optax
 import pytest
 from by_hand import SUPPORT, MyModel, Normed, bits, keys_of, notebook_x
 from flax import nnx
-from linen_kinds import Structured, Weak
+from linen_kinds import Structured
 from nnx_kinds import Own
 from safetensors.numpy import load_file
+from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.models.construction import Construction
@@ -62,8 +63,7 @@ def loaded_session(path: Path, model: Any = None) -> Session:
 
 
 def test_the_next_draw_is_the_one_that_would_have_come(path):
-    session = Session(seed=7)
-    session.register("net", Normed())
+    session = session_of(Normed(), seed=7)
     for _ in range(3):
         session.apply("net", x, train=True)
     session.key("latent")
@@ -88,8 +88,7 @@ def test_the_next_draw_is_the_one_that_would_have_come(path):
 
 def test_a_model_that_is_registered_already_gets_its_variables_at_once(path):
     session = saved_session(path, Normed(), x, train=True, seed=7)
-    other = Session()
-    other.register("net", Normed())
+    other = session_of(Normed())
     other.apply("net", x, train=True)
     restored = other.load(path)
     assert (restored.models, restored.waiting) == (("net",), ())
@@ -130,8 +129,7 @@ class Rate(nn.Module):
 
 def test_a_model_that_fits_and_was_edited_since_is_told(path):
     saved_session(path, Rate(), x)
-    other = Session()
-    other.register("net", Rate(0.25))
+    other = session_of(Rate(0.25))
     assert [note.text for note in other.load(path).notes] == [
         "net is not as it was saved, so that its runs may give something else: was Rate() there"
     ]
@@ -149,8 +147,7 @@ def test_a_model_that_fits_and_was_edited_since_is_told(path):
 
 
 def test_a_draw_that_an_init_opened_is_still_open(path):
-    session = Session()
-    session.register("net", MyModel(3, True))
+    session = session_of(MyModel(3, True))
     session.init("net", x)
     session.save(path)
     other = loaded_session(path, MyModel(3, True))
@@ -187,22 +184,8 @@ def test_a_module_of_the_users_own_gets_the_values_where_it_is(path):
     assert bits(session.apply("net", x).output) == bits(other.apply("net", x).output)
 
 
-def test_a_file_that_does_not_say_which_variables_are_weakly_typed_is_read(path):
-    x = jnp.ones((3,), jnp.bfloat16)
-    session, other = saved_session(path, Weak(), x), Session()
-    found = format.read(path)
-    document = json.loads(json.dumps(found.document).replace('{"weak": "net', '{"array": "net'))
-    assert document != found.document
-    write(path, document, found.arrays)
-    other.register("net", Weak())
-    assert other.load(path).models == ("net",)
-    assert bits(other.models["net"].variables) == bits(session.models["net"].variables)
-    assert other.apply("net", x).shape == "float32[3]"
-
-
 def test_seeds_that_were_used_before_can_be_drawn_from_again(path):
-    session = Session(seed=1)
-    session.register("net", MyModel(3, True))
+    session = session_of(MyModel(3, True), seed=1)
     session.apply("net", x)
     session.apply("net", x)
     session.restart(4)
@@ -216,8 +199,7 @@ def test_seeds_that_were_used_before_can_be_drawn_from_again(path):
 
 
 def test_the_history_comes_back_without_its_arrays(path):
-    session = Session()
-    session.register("net", Normed())
+    session = session_of(Normed())
     held = [
         session.apply("net", x, train=True),
         session.apply("net", x, train=False),
@@ -245,8 +227,7 @@ def test_the_history_comes_back_without_its_arrays(path):
 
 
 def test_variables_of_the_users_own_come_back_as_they_were_assigned(path):
-    session = Session()
-    session.register("net", Normed())
+    session = session_of(Normed())
     session.apply("net", x, train=True)
     given = {name: jax.tree_util.tree_map(np.asarray, tree) for name, tree in session.models["net"].variables.items()}
     session.models["net"].variables = given
@@ -276,8 +257,7 @@ def test_variables_of_the_users_own_come_back_as_they_were_assigned(path):
 
 
 def test_a_state_of_optax_as_a_collection_of_the_users_is_told_where_nothing_can_tell_what_it_is(path):
-    session = Session()
-    session.register("net", MyModel(3, True))
+    session = session_of(MyModel(3, True))
     session.models["net"].variables = {"params": {"w": jnp.ones(2)}, "opt": optax.adam(1e-3).init(jnp.ones(2))}
     with pytest.raises(FlaxMagicsError, match=r"`net/opt/0` cannot be saved: it is of optax\..*ScaleByAdamState"):
         session.save(path)
@@ -311,8 +291,7 @@ def test_what_does_not_fit_is_told_leaf_by_leaf_and_none_of_it_is_used(path, sav
         assert bits(session.apply("net", x).output) == bits(other.apply("net", x).output)
 
     # Registered before: nothing is loaded.
-    third = Session(seed=3)
-    third.register("net", registered)
+    third = session_of(registered, seed=3)
     before = state_of(third)
     with pytest.raises(FlaxMagicsError) as error:
         third.load(path)
@@ -323,8 +302,7 @@ def test_what_does_not_fit_is_told_leaf_by_leaf_and_none_of_it_is_used(path, sav
 
 
 def test_an_nnx_module_that_does_not_fit_keeps_what_it_holds(path):
-    session = Session()
-    session.register("net", Own(3, rngs=nnx.Rngs(0)))
+    session = session_of(Own(3, rngs=nnx.Rngs(0)))
     session.save(path)
     other = loaded_session(path)
     net = Own(5, rngs=nnx.Rngs(1))
@@ -384,8 +362,7 @@ def test_the_code_of_a_model_is_in_the_file_and_not_run_and_its_arrays_are_there
 def test_a_root_key_of_another_prng_implementation(path):
     impl = "unsafe_rbg"
     with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else jax.enable_custom_prng():
-        session = Session(seed=3)
-    session.register("net", MyModel(3, True))
+        session = session_of(MyModel(3, True), seed=3)
     session.apply("net", x)
     session.save(path)
     other = loaded_session(path, MyModel(3, True))
@@ -469,8 +446,7 @@ def test_thousands_of_flips_are_told_or_change_nothing_and_so_is_every_truncatio
     expected = Session()
     expected.load(path)
     there = json.dumps([run.to_json() for run in expected.runs])
-    session = Session(seed=1)
-    session.register("net", MyModel(3, True))
+    session = session_of(MyModel(3, True), seed=1)
     session.apply("net", x)
     before = state_of(session)
     rng = random.Random(0)
@@ -638,8 +614,7 @@ def test_home_is_written_as_a_tilde(path, monkeypatch):
 
 
 def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(path):
-    session = Session()
-    session.register("net", MyModel(3, True))
+    session = session_of(MyModel(3, True))
     session.init("net", x)
     held = session.apply("net", x)
     session.replay(1)

@@ -32,27 +32,12 @@ def test_a_run_is_read():
     }
 
 
-def test_a_run_that_was_stored_before_values_were_is_read():
-    old = run(versions={"jax": "0.10.2", "flax": "0.12.8"})
-    for name in ("leaves", "bits", "device_kind", "processor", "threads"):
-        del old[name]
-    (one,) = runs_of(notebook(cell(old)))[0].runs
-    assert (one.leaves, one.bits) == (None, b"")
-    assert one.environment == {"jax": "0.10.2", "flax": "0.12.8", "device": "cpu:0"}
-
-
 def test_rows_of_a_loop_are_what_differs_from_the_row_before():
     rows = [run(draw=2, started=11.0), {"draw": 3, "started": 12.0}, {"draw": 5, "digest": "f", "started": 14.0}]
     loop = {"version": 1, "runs": rows, "further": {"runs": 7, "keys": "k", "digest": "d"}}
     # Of the runs of a cell, those that had news have a report of their own, wherever it stands.
     (found,) = runs_of(notebook(cell(run(draw=4, started=13.0), run(draw=1), loop=loop)))
-    assert [(one.draw, one.digest) for one in found.runs] == [
-        (1, "0123456789abcdef"),
-        (2, "0123456789abcdef"),
-        (3, "0123456789abcdef"),
-        (4, "0123456789abcdef"),
-        (5, "f"),
-    ]
+    assert [(one.draw, one.digest) for one in found.runs] == [*((n, "0123456789abcdef") for n in range(1, 5)), (5, "f")]
     assert found.further == Further(7, "k", "d")
     assert found.count == 12
 
@@ -89,10 +74,7 @@ RUN, LOOP = (f"the {what} is not what it should be: " for what in ("run", "loop"
         ({"leaves": [LEAF] * 1001}, RUN + "Expected `array` of length <= 1000 - at `$.leaves`."),
         ({"leaves": [{**LEAF, "array": "float32[2"}]}, RUN + "Expected `str` matching regex"),
         ({"leaves": [{**LEAF, "values": 3}]}, RUN + "`values` is more than there can be - at `$.leaves[0]`."),
-        (
-            {"leaves": [{"path": "", "array": "float32[9999999]", "values": 1001}]},
-            RUN + "`values` is more than there can be - at `$.leaves[0]`.",
-        ),
+        ({"leaves": [{**LEAF, "array": "float32[9999]", "values": 1001}]}, RUN + "`values` is more than there can be"),
         ({"bits": "no base64"}, RUN + "Invalid base64 encoded string - at `$.bits`."),
     ],
 )
@@ -111,10 +93,7 @@ def test_a_run_that_is_not_what_we_write_is_refused(changes, why):
         ({"version": 1}, LOOP + "Object missing required field `runs`."),
         ({"version": 1, "runs": [1]}, LOOP + "Expected `object`, got `int` - at `$.runs[0]`."),
         ({"version": 1, "runs": [{}]}, RUN + "Object missing required field `command`."),
-        (
-            {"version": 1, "runs": [], "further": {"runs": 1, "keys": "k"}},
-            LOOP + "Object missing required field `digest` - at `$.further`.",
-        ),
+        ({"version": 1, "runs": [], "further": {"runs": 0}}, LOOP + "Expected `int` >= 1 - at `$.further.runs`."),
     ],
 )
 def test_a_loop_that_is_not_what_we_write_is_refused(loop, why):

@@ -41,9 +41,7 @@ def test_a_step_to_the_next_float_is_one_ulp(dtype):
     assert found == Distance(compared=3, of=3, differ=2, ulp=3, absolute=step, array="")
 
 
-def test_ulps_are_counted_through_zero():
-    tiny = np.nextafter(np.float32(0), np.float32(1))
-    assert apart(np.array([-tiny]), np.array([tiny])).ulp == 2
+def test_zero_and_minus_zero_differ_by_no_ulp():
     assert apart(np.array([0.0]), np.array([-0.0])) == Distance(1, 1, 1, 0, 0.0, "")
 
 
@@ -84,14 +82,6 @@ def test_the_array_that_is_furthest_is_named():
     found = distance(one, other)
     assert found is not None
     assert (found.compared, found.differ, found.absolute, found.array) == (5, 2, 2.0, "['b']")
-
-
-def test_of_a_large_output_some_values_are_compared():
-    leaves = [{"path": "", "array": "float32[1000,1000]", "values": 2}]
-    one, other = (recorded(np.array(v, np.float32), leaves=leaves) for v in ([1, 2], [1, 3]))
-    found = distance(one, other)
-    assert found is not None
-    assert (found.compared, found.of, found.differ) == (2, 1_000_000, 1)
 
 
 @pytest.mark.parametrize(
