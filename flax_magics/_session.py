@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from .base.critical import at_once, uninterrupted
+from .base.threads import at_once, uninterrupted
 from .cells.journal import NotebookCells, cell_number, cells_of_notebook
 from .code.library import library
 from .compile.cache import ProgramCache, Services
@@ -30,11 +30,10 @@ from .line.commands import restart_line
 from .line.options import ApplyOptions
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run
-from .state.budget import REPLAY_BYTES, ReplayBudget, arrays_of
 from .state.entry import ModelEntry
 from .state.handles import Models, RegisteredModel, SessionView, entry_now, entry_of
 from .state.models import Registration, assigned
-from .state.runs import StoredRun
+from .state.runs import REPLAY_BYTES, ReplayBudget, StoredRun, arrays_of
 from .state.state import Restart, State
 from .state.weights import Written
 

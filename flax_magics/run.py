@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from .base.digest import Values, all_words, describe, digest_of, sample_of, values_of
-from .base.environment import environment
-from .base.measures import Timing
+from .base.digest import Agreement, Spread, Values, all_words, describe, digest_of, sample_of, spread_of, values_of
+from .base.measures import Cost, Limits, Memory, Timing, environment
 from .errors import advice
-
-if TYPE_CHECKING:
-    from .base.compare import Agreement, Spread
-    from .base.measures import Cost, Limits, Memory
-
 
 Settings = tuple[tuple[str, bool], ...]
 """Switches by name, or by path, and their values."""
@@ -232,8 +226,6 @@ class Run:
         if self.draws is None:
             return ()
         if self._taken.spread is None and self.output is not RELEASED:
-            from .base.compare import spread_of
-
             self._taken.spread = spread_of(self.output)
         return self._taken.spread or ()
 

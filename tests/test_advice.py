@@ -23,7 +23,7 @@ from flax import configurations
 from flax_magics.base.measures import Limits
 from flax_magics.line.commands import COMMANDS
 from flax_magics.snapshot import format
-from flax_magics.verify import command, kernels
+from flax_magics.verify import command, notebooks
 
 NET = """%%flaxmodel net = Net(2)
 class Net(nn.Module):
@@ -202,7 +202,7 @@ async def ran_here(*_: Any) -> tuple[Any, int, None]:
 def install(line: str) -> str:
     """In the place of a shell: what was missing is there."""
     assert shlex.split(line) == ["pip", "install", "flax_magics[verify]"]
-    kernels._NEEDED = ("nbclient",)
+    notebooks._NEEDED = ("nbclient",)
     return verify(VERIFY)
 
 
@@ -626,10 +626,13 @@ SCENARIOS = [
         patch=lambda m: m.setattr(command, "executed", ran_here),
     ),
     Scenario(
-        "verify.kernels.check_installed",
+        "verify.notebooks.check_installed",
         lambda: verify(VERIFY),
         paste=install,
-        patch=lambda m: [m.setattr(command, "executed", ran_here), m.setattr(kernels, "_NEEDED", ("no_such_package",))],
+        patch=lambda m: [
+            m.setattr(command, "executed", ran_here),
+            m.setattr(notebooks, "_NEEDED", ("no_such_package",)),
+        ],
     ),
 ]
 SCENARIOS = [scenario for scenario in SCENARIOS if scenario is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import pytest
 from by_hand import MyModel, notebook_x
 
 from flax_magics import Session
-from flax_magics.base import environment
+from flax_magics.base import measures
 from flax_magics.base.digest import VALUES, digest_of, sample_of
 from flax_magics.report import text
 from flax_magics.report.text import Rows
@@ -78,24 +79,24 @@ def test_what_is_no_number_is_left_out():
 
 def test_a_run_says_what_its_bits_depend_on(monkeypatch):
     monkeypatch.delenv("NPROC", raising=False)
-    environment._on.cache_clear()
-    found = environment.environment("cpu:0")
+    measures._on.cache_clear()
+    found = measures.environment("cpu:0")
     assert found == {
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": environment.flax_version()},
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "flax": importlib.metadata.version("flax")},
         "device_kind": "cpu",
-        "processor": environment.processor(),
+        "processor": measures.processor(),
         "threads": len(os.sched_getaffinity(0)),
     }
     assert found["processor"].startswith(platform.machine())
-    assert environment.environment("no such device:0")["device_kind"] is None
-    assert environment.environment("no such device:0")["threads"] is None
-    assert environment.environment("")["device_kind"] is None
+    assert measures.environment("no such device:0")["device_kind"] is None
+    assert measures.environment("no such device:0")["threads"] is None
+    assert measures.environment("")["device_kind"] is None
 
 
 @pytest.mark.parametrize(("nproc", "expected"), [("3", 3), ("many", len(os.sched_getaffinity(0)))])
 def test_threads_are_those_that_xla_takes(monkeypatch, nproc, expected):
     monkeypatch.setenv("NPROC", nproc)
-    assert environment.threads() == expected
+    assert measures.threads() == expected
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from flax_magics.base.measures import Steady
 from flax_magics.export.cells import MATCHES
 from flax_magics.report.facts import REPORTED
 from flax_magics.run import COMMANDS
-from flax_magics.snapshot.records import RunRecord
+from flax_magics.snapshot.document import RunRecord
 
 
 def test_a_digest_is_what_its_documentation_says():

@@ -1,4 +1,7 @@
-"""What can be told of a tree of arrays: a digest of every bit, its shape in words, its range, a few of its values."""
+"""What can be told of a tree of arrays: a digest of every bit, its shape in words, its range, a few of its values.
+
+And of two of them: whether they agree in every bit, and if not, which leaves differ and by how much.
+"""
 
 from __future__ import annotations
 
@@ -7,58 +10,69 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
+from .types import HostArray, Leaf, PyTree
+from .ulp import largest_ulp
 
-def own(leaf: Any) -> Any:
+
+def own(leaf: Leaf) -> Leaf:
     """A copy of an array of NumPy's, which its owner may write into; any other leaf itself."""
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
-def weakly_typed(array: Any) -> jax.Array:
+def weakly_typed(array: jax.Array | HostArray) -> jax.Array:
     """The array, weakly typed, with the same bits.
 
     `jnp.asarray(1.5)` is the one that JAX has a call for, of three dtypes; what a program gives may be of any.
     """
-    array = jax.device_put(array)
-    if not array.weak_type:
+    weak: jax.Array = jax.device_put(array)
+    if not weak.weak_type:
         with jax.debug_nans(False), jax.debug_infs(False):  # nothing is computed that could go wrong
-            array = jax.lax.convert_element_type_p.bind(
-                array, new_dtype=np.dtype(array.dtype), weak_type=True, sharding=None
+            weak = jax.lax.convert_element_type_p.bind(
+                weak, new_dtype=np.dtype(weak.dtype), weak_type=True, sharding=None
             )
-    weak: jax.Array = array
     return weak
 
 
-def is_key(leaf: Any) -> bool:
+def is_key(leaf: Leaf) -> bool:
     """Whether a leaf is an array of typed keys."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def on_host(leaf: Any) -> np.ndarray[Any, Any]:
+def on_host(leaf: Leaf) -> HostArray:
     """A leaf's numbers, on the host, once the device has them; of typed keys their key data."""
     return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
-def spelled(array: np.ndarray[Any, Any]) -> str:
+def little_endian(array: HostArray) -> HostArray:
+    """The array, its bytes in the order in which files and digests have them."""
+    return array.astype(array.dtype.newbyteorder("<")) if array.dtype.byteorder == ">" else array
+
+
+def spelled(array: HostArray) -> str:
     """Dtype and shape: `float32[3,4]`."""
     return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+
+
+def _has_bits(leaf: Leaf) -> bool:
+    """Whether a leaf is an array, or a number of Python's."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
 SAMPLED = 64
 """Elements of an array that `quick_digest` reads, about: evenly spaced ones on a CPU, elsewhere the first."""
 
 
-def quick_digest(leaves: list[Any]) -> bytes:
+def quick_digest(leaves: list[Leaf]) -> bytes:
     """A digest of some elements of every array, random keys left out: where it is another, so are the values."""
     hasher = hashlib.sha256()
     for leaf in leaves:
         if isinstance(leaf, jax.Array):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or leaf.is_deleted():
+            if is_key(leaf) or leaf.is_deleted():
                 continue
             leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
             if leaf.ndim and all(device.platform != "cpu" for device in leaf.devices()):
@@ -72,7 +86,7 @@ VALUES = 48
 """Values that are taken of one output at most."""
 
 
-def sample_of(tree: Any) -> dict[str, Any]:
+def sample_of(tree: PyTree) -> dict[str, object]:
     """Values of the arrays of `tree`, as JSON data.
 
     The first `VALUES` arrays share them: each gives as many, at least one, evenly spaced in C order from its first element
@@ -82,26 +96,20 @@ def sample_of(tree: Any) -> dict[str, Any]:
       `leaves`: of each array its `path` as `jax.tree_util.keystr` writes it, `array` (`float32[3,4]`), and how many
       `values` it gives. `bits`: the values of all of them one after the other, little-endian, in base64.
     """
-    numbers = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][
-        :VALUES
-    ]
-    each = max(1, VALUES // max(1, len(numbers)))
+    rows = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][:VALUES]
+    each = max(1, VALUES // max(1, len(rows)))
     leaves, bits = [], []
-    for path, leaf in numbers:
+    for path, leaf in rows:
         array = on_host(leaf)
         values = array.flat[_positions(array.size, each)]
-        if values.dtype.byteorder == ">":
-            values = values.astype(values.dtype.newbyteorder("<"))
         leaves.append({"path": jax.tree_util.keystr(path), "array": spelled(array), "values": int(values.size)})
-        bits.append(values.tobytes())
+        bits.append(little_endian(values).tobytes())
     return {"leaves": leaves, "bits": base64.b64encode(b"".join(bits)).decode()}
 
 
-def _is_number(leaf: Any) -> bool:
+def _is_number(leaf: Leaf) -> bool:
     dtype = getattr(leaf, "dtype", None)
-    if dtype is None:
-        return isinstance(leaf, (bool, int, float, complex))
-    return not isinstance(dtype, np.dtype) or dtype.kind not in "OSUMm"
+    return _has_bits(leaf) and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
 
 
 def _positions(size: int, most: int) -> list[int]:
@@ -134,13 +142,13 @@ class Values:
     mean: float | None
 
 
-def values_of(tree: Any) -> tuple[Values, ...]:
+def values_of(tree: PyTree) -> tuple[Values, ...]:
     """The arrays of `tree` that hold floating-point or complex numbers, in JAX's order. Reads all of them."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return tuple(_values(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if _is_inexact(leaf))
 
 
-def has_nan(tree: Any) -> bool:
+def has_nan(tree: PyTree) -> bool:
     """Whether any number in `tree` is NaN."""
     leaves = [tree] if isinstance(tree, jax.Array) else jax.tree_util.tree_leaves(tree)
     for leaf in leaves:
@@ -152,7 +160,7 @@ def has_nan(tree: Any) -> bool:
     return False
 
 
-def _is_inexact(leaf: Any) -> bool:
+def _is_inexact(leaf: Leaf) -> bool:
     """Whether a leaf is an array of floats or complex numbers, all of which this process can read."""
     if isinstance(leaf, (float, complex)):
         return True
@@ -164,7 +172,7 @@ def _is_inexact(leaf: Any) -> bool:
     return bool(getattr(leaf, "is_fully_addressable", True))
 
 
-def _parts(leaf: Any) -> Iterator[np.ndarray[Any, Any]]:
+def _parts(leaf: Leaf) -> Iterator[HostArray]:
     """The numbers of an array, `CHUNK` at a time, in a dtype that NumPy itself has."""
     flat = np.asarray(leaf).reshape(-1)
     for start in range(0, flat.size, CHUNK):
@@ -173,7 +181,7 @@ def _parts(leaf: Any) -> Iterator[np.ndarray[Any, Any]]:
         yield part if part.dtype.kind in "fc" and part.dtype.itemsize > 2 else part.astype(np.float32)
 
 
-def _values(path: str, leaf: Any) -> Values:
+def _values(path: str, leaf: Leaf) -> Values:
     nan = inf = finite = size = 0
     total, least, most = 0.0, np.inf, -np.inf
     ordered = True
@@ -195,35 +203,33 @@ def _values(path: str, leaf: Any) -> Values:
     return Values(path, size, nan, inf, least, most, total / finite)
 
 
-def data_of(key: Any) -> bytes:
+def data_of(key: jax.Array | HostArray) -> bytes:
     """Host key data of a typed or a legacy (uint32) key; waits for the device."""
     return on_host(key).tobytes()
 
 
-def words(key: Any) -> str:
+def words(key: jax.Array | HostArray) -> str:
     """The words of the key data in hex, 8 digits each: `375f238fcddb151d`."""
     return _hex(data_of(key))
 
 
-def all_words(keys: Mapping[str, Any]) -> dict[str, str]:
+def all_words(keys: Mapping[str, jax.Array]) -> dict[str, str]:
     """`words` of each key; of those of a draw (`RunKeys`), which has their data on the host, no array is made."""
-    data = getattr(keys, "data", None)
-    if data is not None:
-        return {name: _hex(data(name)) for name in keys}
-    return {name: words(key) for name, key in keys.items()}
+    data = getattr(keys, "data", lambda name: data_of(keys[name]))
+    return {name: _hex(data(name)) for name in keys}
 
 
 def _hex(data: bytes) -> str:
     return "".join(f"{word:08x}" for word in np.frombuffer(data, np.uint32))
 
 
-def bytes_of(leaf: Any) -> int:
+def bytes_of(leaf: Leaf) -> int:
     """Bytes of an array, 0 for what is none."""
     size = getattr(leaf, "nbytes", 0)
     return size if isinstance(size, int) else 0
 
 
-def digest_of(tree: Any) -> str:
+def digest_of(tree: PyTree) -> str:
     """sha256, first 16 hex digits, over each leaf of `tree` in JAX's order.
 
     Per leaf: its key path as `jax.tree_util.keystr` writes it, dtype and shape as text, each closed by a zero byte, then
@@ -232,26 +238,24 @@ def digest_of(tree: Any) -> str:
     hasher = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         hasher.update(jax.tree_util.keystr(path).encode() + b"\0")
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+        if not _has_bits(leaf):
             hasher.update(repr(leaf).encode() + b"\0")
             continue
         if is_key(leaf):
             hasher.update(str(leaf.dtype).encode())
         array = on_host(leaf)
         hasher.update(f"{array.dtype.name}{list(array.shape)}".encode() + b"\0")
-        if array.dtype.byteorder == ">":
-            array = array.astype(array.dtype.newbyteorder("<"))
-        hasher.update(array.tobytes())
+        hasher.update(little_endian(array).tobytes())
     return hasher.hexdigest()[:16]
 
 
-def describe(tree: Any, limit: int = 60) -> str:
+def describe(tree: PyTree, limit: int = 60) -> str:
     """The structure of `tree` with every array as `dtype[shape]`, cut to `limit` characters with `…`."""
     text = _describe(tree)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _describe(tree: Any) -> str:
+def _describe(tree: PyTree) -> str:
     if hasattr(tree, "shape") and hasattr(tree, "dtype"):
         return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
     if isinstance(tree, Mapping):
@@ -274,11 +278,139 @@ def _describe(tree: Any) -> str:
     return type(tree).__name__
 
 
-def count_parameters(tree: Mapping[str, Any]) -> tuple[int, int]:
+def count_parameters(tree: Mapping[str, PyTree]) -> tuple[int, int]:
     """Elements of `params` (of NNX's `Param`), and bytes of everything; of arrays or of their shapes."""
     parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", tree.get("Param", {}))))
     return parameters, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
 
 
-def _arrays(tree: Any) -> Iterator[Any]:
+def _arrays(tree: PyTree) -> Iterator[Leaf]:
     return (leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One leaf that differs.
+
+    Attributes:
+      path: where it is, as `jax.tree_util.keystr` writes it; empty where the result is one array.
+      elements, size: how many of its elements differ, and how many there are.
+      largest: the largest absolute difference of two elements, NaN where one of them is; None where they are no numbers.
+      ulp: the same in units in the last place, see `largest_ulp`. None for integers, and where one of two is NaN.
+      text: what it is in words, where it is no difference of numbers: another shape, dtype or value.
+    """
+
+    path: str
+    elements: int = 0
+    size: int = 0
+    largest: float | None = None
+    ulp: int | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a replay compares with the run.
+
+    Attributes:
+      identical: None where there was nothing to compare with.
+      against: `output`, or `digest` where the output was gone, which can only tell whether all is the same.
+      differences: the leaves that differ.
+      said: what is to be known about the replay: the model was edited since, its program was made anew.
+    """
+
+    identical: bool | None
+    against: str = ""
+    differences: tuple[Difference, ...] = ()
+    said: tuple[str, ...] = ()
+
+
+def with_output(was: PyTree, now: PyTree) -> Agreement:
+    """Compares two results leaf by leaf, bit by bit."""
+    old, old_tree = jax.tree_util.tree_flatten_with_path(was)
+    new, new_tree = jax.tree_util.tree_flatten_with_path(now)
+    if [path for path, _ in old] != [path for path, _ in new] or not alike(old_tree, new_tree):
+        return Agreement(
+            False, "output", (Difference("", text=f"{len(old)} leaves → {len(new)}, put together otherwise"),)
+        )
+    differences = [
+        difference
+        for (path, one), (_, other) in zip(old, new, strict=True)
+        if (difference := _difference(jax.tree_util.keystr(path), one, other)) is not None
+    ]
+    return Agreement(not differences, "output", tuple(differences))
+
+
+def with_digest(was: str, now: PyTree) -> Agreement:
+    """Compares a result with the digest of another."""
+    return Agreement(digest_of(now) == was, "digest")
+
+
+def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
+    if was is now:
+        return None
+    if not (_has_bits(was) and _has_bits(now)):
+        same = type(was) is type(now) and repr(was) == repr(now)
+        return None if same else Difference(path, text=f"{was!r} → {now!r}")
+    one, other = on_host(was), on_host(now)
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return Difference(path, text=f"{spelled(one)} → {spelled(other)}")
+    differ = _bits(one) != _bits(other)
+    if one.ndim < differ.ndim:  # a complex number is two
+        differ = differ.any(-1)
+    count = int(np.count_nonzero(differ))
+    if not count:
+        return None
+    if is_key(was) or one.dtype.kind not in "iufcV":
+        return Difference(path, count, one.size)
+    wide = np.complex128 if one.dtype.kind == "c" else np.float64
+    with np.errstate(all="ignore"):  # infinite ones, and NaN
+        apart = np.abs(one[differ].astype(wide) - other[differ].astype(wide))
+    largest = float(apart.max())  # NaN if any is
+    return Difference(path, count, one.size, largest, largest_ulp(one[differ], other[differ]))
+
+
+def _bits(array: HostArray) -> HostArray:
+    """The elements as integers of their size; of a complex number its parts, on a last axis of 2."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    if array.dtype.kind == "c":
+        array = array.view(f"f{array.dtype.itemsize // 2}").reshape(*array.shape, 2)
+    return array.view(f"i{array.dtype.itemsize}") if array.dtype.itemsize in (1, 2, 4, 8) else array
+
+
+def alike(one: object, other: object) -> bool:
+    """Whether two treedefs are equal, static data that cannot be compared being another."""
+    try:
+        return bool(one == other)
+    except Exception:  # an array among the static data, or whatever a class of the user's raises
+        return False
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How one array of the output differs between draws.
+
+    Attributes:
+      path: where it is in the output, as `jax.tree_util.keystr` writes it; empty where the output is one array.
+      mean: over all draws and elements.
+      deviation: each element's standard deviation over the draws (n - 1 in the denominator), averaged over the elements;
+        NaN for one draw.
+    """
+
+    path: str
+    mean: float
+    deviation: float
+
+
+def spread_of(output: PyTree) -> tuple[Spread, ...]:
+    """The spread of every array of numbers in `output`, draws on its first axis; empty arrays and keys left out."""
+    spreads = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
+        if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size:
+            continue
+        values = np.asarray(leaf)
+        if values.dtype.kind != "c":
+            values = values.astype(np.float64)
+        deviation = float(np.std(values, axis=0, ddof=1).mean()) if len(values) > 1 else float("nan")
+        spreads.append(Spread(jax.tree_util.keystr(path), float(values.mean().real), deviation))
+    return tuple(spreads)

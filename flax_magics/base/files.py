@@ -1,4 +1,4 @@
-"""A file that is replaced whole or not at all.
+"""A file that is replaced whole or not at all, and JSON out of a file, read by somebody who trusts nothing in it.
 
 What is written goes into a temporary folder beside the old file, reaches the disk, and takes the old one's name in one
 step. Whatever happens before that step, a full disk, an interrupt, a killed process, leaves the old file as it was; a
@@ -8,6 +8,7 @@ killed process leaves its temporary folder too, which the next one to write ther
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -17,9 +18,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from ..errors import FlaxMagicsError
+
+T = TypeVar("T")
+
+RUN_JSON = "application/vnd.flax-magics.run+json"
+"""The MIME type of a run as data, so that a saved notebook can be verified later."""
+RUNS_JSON = "application/vnd.flax-magics.runs+json"
+"""The same for the runs of a counting line."""
 
 _OURS = ".flax-tmp"
 _STALE = 60.0
@@ -49,30 +57,31 @@ def replace_file(path: Path, write: Callable[[str], None], ticket: threading.Loc
       OSError: the disk is full, or may not be written.
       Cancelled: see `ticket`.
     """
-    target = Path(os.path.realpath(path))
-    old = checked_target(path, target)
+    old, target = checked_target(path), Path(os.path.realpath(path))
     _sweep(target.parent, target.name)
     # A folder of our own, since what writes the file may have temporary files, too (safetensors has, which a kill leaves
     # behind under names that nobody would know); nobody else can look into it.
     workshop = target.parent / f".{target.name}.{secrets.token_hex(4)}{_OURS}"
     os.mkdir(workshop, 0o700)
     try:
-        with _held(workshop):
-            made = workshop / "new"
+        with _in_use(workshop):
+            new = workshop / "new"
             rights = _rights_of_new(workshop) if old is None else stat.S_IMODE(old.st_mode)
-            write(os.fspath(made))
-            with open(made, "rb+") as file:
+            write(os.fspath(new))
+            with open(new, "rb+") as file:
                 if old is not None and hasattr(os, "fchown"):
                     with contextlib.suppress(OSError):  # a group that the user is not in
                         os.fchown(file.fileno(), -1, old.st_gid)
-                os.chmod(made, rights)
+                os.chmod(new, rights)
                 os.fsync(file.fileno())
             if ticket is not None and not ticket.acquire(blocking=False):
                 raise Cancelled
-            os.replace(made, target)
+            os.replace(new, target)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-    _sync_folder(target.parent)
+    # The new name has to reach the disk. Where a folder cannot be synchronised, the file system sees to it.
+    with contextlib.suppress(OSError), _opened(target.parent) as handle:
+        os.fsync(handle)
 
 
 def _rights_of_new(folder: Path) -> int:
@@ -82,9 +91,9 @@ def _rights_of_new(folder: Path) -> int:
     return stat.S_IMODE(os.stat(probe).st_mode)
 
 
-def checked_target(path: Path, target: Path | None = None) -> os.stat_result | None:
+def checked_target(path: Path) -> os.stat_result | None:
     """The file that stands at `path`, None for nothing. Raises FlaxMagicsError: it could not be one of ours."""
-    target = Path(os.path.realpath(path)) if target is None else target
+    target = Path(os.path.realpath(path))
     try:
         old = os.stat(target)
     except FileNotFoundError:
@@ -104,20 +113,26 @@ def checked_target(path: Path, target: Path | None = None) -> os.stat_result | N
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _opened(folder: Path, flags: int = 0) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | flags)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
     """Marks a folder as in use, for as long as its writer lives."""
     if sys.platform == "win32":
         yield
         return
     import fcntl
 
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with _opened(folder) as handle:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(handle)
 
 
 def _sweep(folder: Path, name: str) -> None:
@@ -127,26 +142,40 @@ def _sweep(folder: Path, name: str) -> None:
     import fcntl
 
     with contextlib.suppress(OSError):
-        for one in os.listdir(folder):
-            if not (one.startswith(f".{name}.") and one.endswith(_OURS)):
-                continue
-            with contextlib.suppress(OSError):
-                handle = os.open(folder / one, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    if abs(time.time() - os.fstat(handle).st_mtime) > _STALE:
-                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        shutil.rmtree(folder / one, ignore_errors=True)
-                finally:
-                    os.close(handle)
+        leftovers = [one for one in os.listdir(folder) if one.startswith(f".{name}.") and one.endswith(_OURS)]
+        for one in leftovers:
+            with contextlib.suppress(OSError), _opened(folder / one, os.O_DIRECTORY | os.O_NOFOLLOW) as handle:
+                if abs(time.time() - os.fstat(handle).st_mtime) > _STALE:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder / one, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Has the new name reach the disk. Where a folder cannot be synchronised, the file system sees to it."""
-    if sys.platform == "win32":
-        return
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+class Damaged(Exception):
+    """What was read is not what was written; the text says where, as the end of a sentence."""
+
+
+def loads(text: str, what: str) -> object:
+    """JSON as `json` writes it. Raises Damaged for what is none, and for a name that stands twice; `what` names it."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            raise Damaged(f"{what} has a name that stands twice")
+        return fields
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise Damaged(f"{what} is nested too deeply") from None
+    except ValueError:  # no JSON, or an int of thousands of digits
+        raise Damaged(f"{what} is no JSON") from None
+
+
+def convert(data: object, kind: type[T], what: str) -> T:
+    """JSON data as records of the type `kind`. Raises Damaged: it is something else; `what` names it."""
+    import msgspec  # takes some 10 ms, which loading the extension has no use for
+
+    try:
+        return msgspec.convert(data, kind, str_keys=True)
+    except (msgspec.ValidationError, ValueError) as error:  # of half a surrogate pair msgspec says so by itself
+        raise Damaged(f"{what} is not what it should be: {error}") from None

@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from jax.extend.core import Primitive
+
+    from .types import Leaf
 
 CALLBACKS = frozenset({"jax._src.callback", "jax._src.debugging"})
 """Modules through which a running program calls Python."""
@@ -24,8 +29,7 @@ def _is_clean() -> Callable[[], bool]:
         from jax._src.core import trace_state_clean
     except ImportError:
         return lambda: True
-    clean: Callable[[], bool] = trace_state_clean
-    return clean
+    return trace_state_clean
 
 
 def role_of(module: str) -> Literal["callback", "trace"] | None:
@@ -35,7 +39,7 @@ def role_of(module: str) -> Literal["callback", "trace"] | None:
     return "trace" if module.startswith(TRANSFORMS) else None
 
 
-def trace_context_of() -> Callable[[], tuple[Any, ...]]:
+def trace_context_of() -> Callable[[], tuple[object, ...]]:
     """JAX's function that gives all settings of a thread that a trace depends on.
 
     Where there is none it gives nothing, and the contexts of `with jax.set_mesh` and the like are not told apart.
@@ -44,8 +48,7 @@ def trace_context_of() -> Callable[[], tuple[Any, ...]]:
         from jax._src.config import trace_context
     except ImportError:
         return tuple
-    context: Callable[[], tuple[Any, ...]] = trace_context
-    return context
+    return trace_context  # type: ignore[no-any-return]
 
 
 def trace_context_names() -> tuple[str, ...]:
@@ -70,7 +73,7 @@ def is_in_mesh() -> bool:
         return True
 
 
-def is_compiled_alone(primitive: Any) -> bool:
+def is_compiled_alone(primitive: Primitive) -> bool:
     """Whether JAX runs a primitive op by op by compiling it; False where it cannot be told."""
     try:
         from jax._src.dispatch import apply_primitive
@@ -82,14 +85,14 @@ def is_compiled_alone(primitive: Any) -> bool:
 class Staging(NamedTuple):
     """What decides whether a jitted function is one equation in the trace of a key, or inlined there."""
 
-    trace: Any
-    rules: dict[Any, Callable[..., Any]]
+    trace: object
+    rules: dict[Primitive, Callable[..., object]]
     """By primitive: what is done instead of writing an equation."""
-    jit: Any
+    jit: Primitive
     """The primitive of jitted functions, which has a rule."""
 
 
-def staging_of(key: Any) -> Staging | None:
+def staging_of(key: Leaf) -> Staging | None:
     """That of the trace in which `key` is a tracer; None where a version of JAX has other names for it."""
     try:
         from jax._src.interpreters.partial_eval import custom_staging_rules
@@ -100,17 +103,17 @@ def staging_of(key: Any) -> Staging | None:
         return None
 
 
-def contents_of(mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
+def contents_of(mapping: Mapping[str, object]) -> Mapping[str, object]:
     """The dict inside Flax's frozen one, which wraps what it gives anew each time; any other mapping itself."""
     return getattr(mapping, "_dict", mapping)
 
 
-def flax_globals() -> tuple[Mapping[str, Any], list[Any], Any, list[list[Any]]]:
+def flax_globals() -> tuple[Mapping[str, object], list[object], object, list[list[object]]]:
     """What Flax keeps of its own on this thread: its flags, interceptors, logical axis rules, and `nnx_stacks`.
 
     Raises AttributeError or KeyError where a version of Flax keeps them elsewhere.
     """
-    modules: Mapping[str, Any] = sys.modules
+    modules = sys.modules
     return (
         modules["flax.configurations"].config._values,
         modules["flax.linen.module"]._global_interceptor_stack._storage,
@@ -131,9 +134,9 @@ NNX_STACKS = {
 
 
 @cache
-def nnx_stacks() -> list[tuple[Any, str]]:
+def nnx_stacks() -> list[tuple[object, str]]:
     """The stacks that this version of NNX has: what holds them, a lot for each thread, and their names."""
-    modules: Mapping[str, Any] = sys.modules
+    modules = sys.modules
     graphs = modules.get("flax.nnx.graphlib") or modules["flax.nnx.graph"]
     owners = modules["flax.nnx.variablelib"].VARIABLE_CONTEXT, graphs.GRAPH_CONTEXT
     return [(owner, name) for owner in owners for name in NNX_STACKS if hasattr(owner, name)]

@@ -33,35 +33,23 @@ def clean(text: str) -> str:
     if text.isascii() and text.isprintable() and "  " not in text:
         return text.strip(" ")
     spaced = " ".join(text.split())
-    return "".join(_escape(c) if unicodedata.category(c) in _HIDDEN else c for c in spaced)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _HIDDEN else c for c in spaced)
 
 
 def clean_lines(text: str) -> list[str]:
     """`clean` for text whose lines and indentation mean something, such as code; empty lines at the ends go."""
     lines = []
     for line in text.expandtabs(4).splitlines():
-        body = line.lstrip(" ")
-        lines.append(" " * (len(line) - len(body)) + clean(body) if body.strip() else "")
-    while lines and not lines[-1]:
-        lines.pop()
-    while lines and not lines[0]:
-        lines.pop(0)
-    return lines
+        indent = " " * (len(line) - len(line.lstrip(" ")))
+        lines.append((indent + clean(line)).rstrip(" "))
+    return "\n".join(lines).strip("\n").splitlines()
 
 
 def cut(text: str, width: int) -> str:
     """`text` in at most `width` cells, its end replaced by `…` if it is longer."""
-    if cell_len(text) <= width:
-        return text
-    shorter = text
-    while shorter and cell_len(shorter) > width - 1:
-        shorter = shorter[: max(0, min(len(shorter) - 1, width - 1))]
-    return shorter.rstrip() + "…"
+    from rich.cells import set_cell_size
+
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def wrap(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:
@@ -147,12 +135,8 @@ def table(rows: Iterable[Sequence[str]], indent: str = "", gap: str = "  ", widt
     return lines
 
 
-_SECONDS = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"))
 # A tenth of the next unit is where that unit takes over: 0.22 ms reads better than 220 µs.
-_TAKES_OVER = (1e-4, 1e-1, 60.0)
-_BYTES = ("B", "KB", "MB", "GB", "TB", "PB")
-_FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
-_COUNTS = ("", "k", "M", "G", "T")
+_SECONDS = ((1e-6, "µs", 1e-4), (1e-3, "ms", 1e-1), (1.0, "s", 60.0))
 
 
 def seconds(value: float, like: float | None = None) -> str:
@@ -164,19 +148,11 @@ def seconds(value: float, like: float | None = None) -> str:
     """
     if value <= 0 and like is None:
         return "0 s"
-    index = _unit_of(value if like is None else like)
-    if index == len(_SECONDS):
-        return _long(value)
-    size, unit = _SECONDS[index]
-    return f"{_digits(value / size, index)} {unit}"
-
-
-def _unit_of(value: float) -> int:
-    """Index into `_SECONDS`, its length for minutes and hours. Decided after rounding: `100.0 ms` is never said."""
-    for index, (size, _) in enumerate(_SECONDS):
-        if float(_digits(value / size, index)) * size < _TAKES_OVER[index] * (1 - 1e-9):
-            return index
-    return len(_SECONDS)
+    for index, (size, unit, limit) in enumerate(_SECONDS):
+        # Decided after rounding: `100.0 ms` is never said.
+        if float(_digits((value if like is None else like) / size, index)) * size < limit * (1 - 1e-9):
+            return f"{_digits(value / size, index)} {unit}"
+    return _long(value)
 
 
 def _digits(value: float, index: int) -> str:
@@ -204,12 +180,12 @@ def _long(value: float) -> str:
 
 def bytes_(value: int) -> str:
     """`60 B`, `1.2 KB`, `3.4 MB`: steps of 1000."""
-    return _scaled(value, _BYTES, exact=1_000)
+    return _scaled(value, ("B", "KB", "MB", "GB", "TB", "PB"), exact=1_000)
 
 
 def flops(value: int) -> str:
     """`800 FLOP`, `1.2 MFLOP`: floating-point operations, in steps of 1000."""
-    return _scaled(value, _FLOPS, exact=1_000)
+    return _scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"), exact=1_000)
 
 
 def share(value: float) -> str:
@@ -220,7 +196,7 @@ def share(value: float) -> str:
 
 def count(value: int) -> str:
     """`15`, `1,234`, `12.3 k`, `1.2 M`: exact below ten thousand."""
-    return _scaled(value, _COUNTS, exact=10_000)
+    return _scaled(value, ("", "k", "M", "G", "T"), exact=10_000)
 
 
 def ulp(value: int) -> str:
@@ -248,6 +224,6 @@ def join(path: Iterable[str]) -> str:
     return "/".join(path) or "(the model)"
 
 
-def quoted_name(name: str, limit: int = 80) -> str:
+def quoted_name(name: str) -> str:
     """A name that stood in a file, safe to print."""
-    return f"`{cut(clean(name), limit)}`"
+    return f"`{cut(clean(name), 80)}`"

@@ -58,13 +58,13 @@ def pieces(text: str, start: int = 0) -> Iterator[Token]:
     """The pieces of `text` from `start` on; a closing bracket that nothing opened leaves the depth at 0."""
     depth = 0
     # Compiled at first use: loading the extension needs none of it.
-    for found in re.compile(_PIECE, re.VERBOSE | re.DOTALL).finditer(text, start):
-        kind = found.lastgroup or ""
+    for match in re.compile(_PIECE, re.VERBOSE | re.DOTALL).finditer(text, start):
+        kind = match.lastgroup or ""
         if kind == "open":
             depth += 1
         elif kind == "close":
             depth = max(depth - 1, 0)
-        yield Token(kind, found.start(), found.end(), depth)
+        yield Token(kind, match.start(), match.end(), depth)
 
 
 def token_end(text: str, start: int) -> int:
@@ -112,11 +112,8 @@ def logical_end(text: str, start: int) -> int | None:
 
 def ends_quietly(text: str) -> bool:
     """Whether the last thing in `text`, comments and white space aside, is a `;`."""
-    last = None
-    for piece in pieces(text):
-        if piece.kind not in ("comment", "space", "newline", "join"):
-            last = piece
-    return last is not None and last.kind == "word" and text[last.end - 1] == ";"
+    tokens = [piece for piece in pieces(text) if piece.kind not in ("comment", "space", "newline", "join")]
+    return bool(tokens) and tokens[-1].kind == "word" and text[tokens[-1].end - 1] == ";"
 
 
 def point_at(text: str, position: int) -> str:

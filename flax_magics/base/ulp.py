@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 
+from .types import HostArray
 
-def largest_ulp(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int | None:
+
+def largest_ulp(one: HostArray, other: HostArray) -> int | None:
     """The largest distance of two arrays of one dtype and shape, element by element, in units in the last place.
 
     That is how many steps from a float to the next lead from the one to the other. 0 and -0 are one number, so that they
@@ -34,7 +34,7 @@ def largest_ulp(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> int |
     return int((high.astype(np.uint64) - low.astype(np.uint64)).max())  # of doubles it may need 64 bits
 
 
-def _ordered(array: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
+def _ordered(array: HostArray, bits: int) -> HostArray:
     """Integers that are in the order of the floats, and count one for each step from a float to the next."""
     words = np.ascontiguousarray(array).view(np.dtype(f"u{array.dtype.itemsize}").newbyteorder(array.dtype.byteorder))
     sign = np.uint64(1 << (bits - 1))

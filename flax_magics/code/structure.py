@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..base.compare import alike
+from ..base.digest import alike
 from .fingerprint import fingerprint
 
 _WITHOUT = (dict, list, tuple, type(None))

@@ -18,9 +18,8 @@ from typing import Any
 
 import jax
 
-from ..base.environment import default_device, name_devices
-from ..base.measures import Memory, Timing
-from ..base.workers import Unfinished, elsewhere, smallest, wait_for
+from ..base.measures import Memory, Timing, default_device, name_devices
+from ..base.threads import Unfinished, elsewhere, smallest, wait_for
 from ..code.fingerprint import fingerprint
 from ..code.inventory import Inventory
 from ..code.library import library

@@ -22,7 +22,7 @@ import jax
 
 from ..base.digest import data_of
 from ..base.private import is_compiled_alone, trace_context_names, trace_context_of
-from ..base.workers import Future, Workers
+from ..base.threads import Future, Workers
 from ..code.flax_state import Unknown, flax_state, flax_state_in_words
 from .disk_cache import DiskCache
 

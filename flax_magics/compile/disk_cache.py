@@ -30,7 +30,7 @@ import jax
 from jaxlib import version as jaxlib_version
 
 from ..base import __version__
-from ..base.environment import first_core
+from ..base.measures import first_core
 
 LIMIT = 1 << 30
 """Bytes kept at most, what was used longest ago dropped first."""
@@ -197,7 +197,7 @@ def _surroundings() -> tuple[str, ...]:
 def _processor() -> str:
     """The processor with all its instructions: what XLA compiles for one may not run on another.
 
-    `environment.processor` is of those alone that may change a sum.
+    `measures.processor` is of those alone that may change a sum.
     """
     names, core = ("model name", "flags", "Features", "CPU part"), first_core()
     rows = [f"{name}: {core[name]}" for name in names if name in core]

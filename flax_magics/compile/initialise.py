@@ -22,7 +22,7 @@ import numpy as np
 
 from ..base.digest import count_parameters, data_of, is_key, weakly_typed
 from ..base.private import is_in_mesh, staging_of
-from ..base.workers import Future, wait_for
+from ..base.threads import Future, wait_for
 from ..models.base import Model
 from ..models.calls import Path
 from ..rng import threefry

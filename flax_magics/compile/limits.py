@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..base.environment import default_device, name_devices
-from ..base.measures import Cost, Limits, Memory
+from ..base.measures import Cost, Limits, Memory, default_device, name_devices
 from ..base.text import bytes_
 from ..errors import FlaxMagicsError
 from .compiler import jax_settings

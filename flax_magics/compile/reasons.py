@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base.digest import describe
-from ..base.environment import name_devices
+from ..base.measures import name_devices
 from ..code.inventory import Inventory, changes, inventory
 from ..code.structure import Structure
 from ..line.variant import Line, changed

@@ -9,8 +9,7 @@ from dataclasses import replace
 import jax
 
 from ..base.digest import bytes_of, has_nan, own
-from ..base.environment import devices_of
-from ..base.measures import Timing
+from ..base.measures import Timing, devices_of
 from ..code.walk import arrays_in
 from ..compile.cache import Services
 from ..compile.initialise import Initialising, made_of

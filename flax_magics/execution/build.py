@@ -13,8 +13,7 @@ from typing import Any
 import jax
 
 from ..base.digest import bytes_of
-from ..base.environment import devices_of
-from ..base.measures import Timing
+from ..base.measures import Timing, devices_of
 from ..code.walk import arrays_in
 from ..compile.cache import Services
 from ..compile.initialise import made_of

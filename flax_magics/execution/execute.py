@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from flax import errors as flax_errors
 
-from ..base.environment import name_devices
-from ..base.measures import Limits
+from ..base.measures import Limits, name_devices
 from ..compile.cache import BuiltProgram, PendingProgram, Services
 from ..compile.initialise import Initialising, made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ..base.digest import bytes_of
-from ..base.environment import devices_of
+from ..base.measures import devices_of
 from ..base.text import join
 from ..code.fingerprint import fingerprint
 from ..code.library import nnx_modules

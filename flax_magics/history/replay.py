@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ..base.compare import Agreement, with_digest, with_output
+from ..base.digest import Agreement, with_digest, with_output
 from ..base.measures import Timing
 from ..base.text import bytes_
 from ..code.fingerprint import fingerprint

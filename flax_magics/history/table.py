@@ -24,7 +24,7 @@ from ..state.runs import RunLog, StoredRun
 from ..state.state import State
 
 if TYPE_CHECKING:
-    from ..base.compare import Agreement, Difference
+    from ..base.digest import Agreement, Difference
 
 
 def history_html(found: History, *, everything: bool = False) -> str:

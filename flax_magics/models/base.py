@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..base.critical import Assignment, at_once
+from ..base.threads import Assignment, at_once
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError
 from ..run import Settings

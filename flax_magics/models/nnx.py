@@ -12,8 +12,8 @@ from typing import Any, Literal
 import jax
 from flax import nnx
 
-from ..base.critical import at_once
 from ..base.digest import quick_digest
+from ..base.threads import at_once
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.variant import with_arguments

@@ -15,7 +15,7 @@ import numpy as np
 from flax import configurations, nnx
 from flax.nnx import variablelib
 
-from ..base.critical import Assignment
+from ..base.threads import Assignment
 from ..errors import FlaxMagicsError
 from .arguments import is_traced
 from .calls import Path

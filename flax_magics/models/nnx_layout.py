@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..base.critical import Assignment
 from ..base.digest import own
+from ..base.threads import Assignment
 from ..code.fingerprint import Fingerprint, Guards
 from ..code.structure import static_data
 from ..errors import FlaxMagicsError

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ..base.critical import Assignment, at_once
+from ..base.threads import Assignment, at_once
 from .arguments import has_tracer
 from .base import (
     ARGUMENTS,

@@ -374,14 +374,13 @@ class FlaxMagics(Magics):
     @command(FLAX_LOAD)
     def flax_load(self, use: CommandUse) -> None:
         """`%flax_load FILE`"""
-        from ..snapshot.view import loaded, loaded_bundle
+        from ..snapshot.view import loaded_bundle
 
         with self.notebook.working("loading") as live:
             file = file_name(use.rest, FLAX_LOAD)
             restored = self.session.load(file)
             self.notebook.journal.loaded(load_of(file, restored))
-            summary = loaded(restored, quiet=use["quiet"])
-        live.show(loaded_bundle(summary, self.style))
+        live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
 
 
 for _names in FlaxMagics.magics.values():

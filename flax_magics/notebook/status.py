@@ -23,7 +23,7 @@ from ..report.text import line as run_line
 from ..rng.keys import short_key
 from ..run import Note
 from ..snapshot.save import Autosave
-from ..snapshot.view import _when
+from ..snapshot.view import clock
 from ..state.state import Restart
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _autosave(autosaving: Autosave) -> str:
         return f"fails: {autosaving.error}"
     last = autosaving.last
     draws = f"{plural(last.draws, 'draw')} of seed {last.seed}"
-    return f"{last.path}, last {_when(last.when)} with {draws}, {bytes_(last.bytes)}"
+    return f"{last.path}, last {clock(last.when)} with {draws}, {bytes_(last.bytes)}"
 
 
 def restarted(restart: Restart) -> Notice:

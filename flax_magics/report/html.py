@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..base.jsondata import RUN_JSON, RUNS_JSON
+from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
 from . import facts, text
 from .facts import LEVELS, Level, Phase

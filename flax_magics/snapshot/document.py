@@ -1,51 +1,53 @@
-"""A session at one moment as data: taken, written into a file as its records, and read out of one."""
+"""A session at one moment as data: taken, written into a file as its JSON and arrays, and read out of one."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
 
 import jax
 import msgspec
 import numpy as np
-from msgspec.structs import asdict, astuple
+from msgspec.structs import replace
 
 from ..base import __version__
-from ..base.compare import Spread
-from ..base.digest import Values, count_parameters, own
-from ..base.jsondata import Damaged, Hex, convert, loads
-from ..base.measures import Cost, Limits, Memory, Steady, Timing
+from ..base.digest import Spread, Values, count_parameters, is_key, own
+from ..base.files import Damaged, convert, loads
+from ..base.measures import Cost, Limits, Memory, Timing
+from ..base.types import PyTree
 from ..code.source import source_of
 from ..errors import FlaxMagicsError
-from ..rng.keys import Draw, RootKey, RunKeys, as_key
+from ..rng.keys import Draw, DrawBatch, RootKey, RunKeys, as_key
 from ..run import RELEASED, InitStats, Note, OutputFacts, Run, altered
 from ..state.entry import ModelEntry
-from ..state.runs import RunLog, StoredRun
+from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State
-from ..state.trees import Reader, Writer, foreign_in, key_of, key_read, key_type
+from ..state.trees import Node, Reader, Writer, foreign_in, key_read, key_type
 from . import format
-from .records import DrawRecord, InitCallRecord, ModelRecord, OpenedRecord, RunRecord, SessionRecord, VariableRows
-
-T = TypeVar("T")
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """Settings of JAX's that change the bits of a run."""
+KeyWords = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{8})*\Z")]
+VariableRows = list[tuple[str, list[Any], Node]]
+"""Of each variable of an NNX model its type, the steps of its path, and its value."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A session: its root key, what is open, its models and its runs; and what it ran on.
+class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A session: its root key, what is open and its models; and what it ran on. Its runs are a `RunLog` beside it.
+
+    A file's JSON has its fields, and those of the records in them, under these names: to rename one is to change the format.
 
     Attributes:
-      runs: of a session that is there; `written` has those of one that was read.
       saved: seconds since the epoch.
       settings: JAX's, as they were.
     """
@@ -54,17 +56,66 @@ class Snapshot:
     opened: tuple[str, Draw] | None
     seeds: Mapping[int, tuple[int, str]]
     models: tuple[SavedModel, ...]
-    runs: RunLog | None = None
-    written: tuple[StoredRun, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-    device: str = ""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    saved: float = 0.0
+    versions: Mapping[str, str]
+    device: str
+    settings: Mapping[str, str]
+    saved: float
 
     @property
     def parameters(self) -> int:
         """Of all models together."""
         return sum(model.parameters for model in self.models)
+
+
+class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """A run in a file: what `Run.to_json` says of it, with what the history has of it besides.
+
+    Attributes:
+      impl: the PRNG implementation of its keys, None where it has none.
+      inputs: their dtypes and shapes.
+      replays: how often it was run again, and whether any of these gave other bits.
+    """
+
+    version: Literal[1]
+    command: Literal["apply", "init", "key"]
+    model: str | None
+    mode: str
+    weights: str
+    call: str
+    output: str
+    seed: int
+    draw: int
+    draws: int | None
+    keys: dict[str, KeyWords]
+    digest: str | None
+    device: str
+    started: float
+    replayed: bool
+    versions: dict[str, str | None]
+    device_kind: str | None
+    processor: str | None
+    threads: int | None
+    switch: str
+    used: dict[str, tuple[str, ...]]
+    changed: dict[str, int]
+    made: InitStats | None
+    program: str
+    reason: str
+    static: tuple[str, ...]
+    timing: Timing
+    memory: Memory | None
+    cost: Cost | None
+    limits: Limits | None
+    spread: tuple[Spread, ...]
+    values: tuple[Values, ...]
+    cell: int | None
+    notes: tuple[Note, ...]
+    by_hand: str
+    impl: str | None
+    inputs: str
+    replays: tuple[int, bool]
+    leaves: list[dict[str, str | int]] | None = None
+    bits: str = ""
 
 
 def take(state: State) -> Snapshot:
@@ -75,27 +126,21 @@ def take(state: State) -> Snapshot:
     models = [_taken(entry) for entry in state.models.values()]
     waiting = [model for name, model in state.waiting.items() if name not in state.models]
     return Snapshot(
-        state.root,
-        state.opened,
-        state.seeds,
-        (*models, *waiting),
-        state.runs,
-        versions=versions(),
-        device=device(),
-        settings=settings(),
-        saved=time.time(),
+        state.root, state.opened, state.seeds, (*models, *waiting), versions(), device(), settings(), time.time()
     )
 
 
 def _taken(entry: ModelEntry) -> SavedModel:
-    model = entry.model
+    model, init = entry.model, entry.init or entry.previous_init
     if model.holds_variables:
         slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
-        variables: Any = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
-        parameters, size = count_parameters(model.collections())
+        variables: PyTree = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
     else:
-        variables = None if entry.variables is None else _own(entry.variables)
-        parameters, size = count_parameters(variables or {})
+        variables = _own(entry.variables)
+    made = None
+    if init is not None and init.program is not None:
+        made = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
+    parameters, size = count_parameters(entry.collections() or {})
     return SavedModel(
         name=entry.name,
         holds_variables=model.holds_variables,
@@ -105,7 +150,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
         updates=dict(entry.update_counts),
         outdated=entry.outdated,
         stale=entry.rebuild_next,
-        made=entry.init or entry.previous_init,
+        made=made,
         assigned=entry.init is None,
         keys=None if entry.built is None else dict(entry.built.keys),
         parameters=parameters,
@@ -114,26 +159,25 @@ def _taken(entry: ModelEntry) -> SavedModel:
     )
 
 
-def with_sources(snapshot: Snapshot, state: State, known: dict[str, tuple[Any, str]] | None = None) -> Snapshot:
+def with_sources(snapshot: Snapshot, state: State, known: dict[str, tuple[object, str]] | None = None) -> Snapshot:
     """With the code of the models that are registered in `state`.
 
     Args:
       known: name → module and its code, as they were looked up before.
     """
     known = {} if known is None else known
-    models = []
-    for model in snapshot.models:
-        entry = state.models.get(model.name)
-        if entry is not None:
-            module = entry.model.module
-            if model.name not in known or known[model.name][0] is not module:
-                known[model.name] = module, source_of(module)
-            model = replace(model, source=known[model.name][1])
-        models.append(model)
+    for name, entry in state.models.items():
+        module = entry.model.module
+        if name not in known or known[name][0] is not module:
+            known[name] = module, source_of(module)
+    models = (
+        dataclasses.replace(model, source=known[model.name][1]) if model.name in state.models else model
+        for model in snapshot.models
+    )
     return replace(snapshot, models=tuple(models))
 
 
-def _own(tree: Any) -> Any:
+def _own(tree: PyTree) -> PyTree:
     """The tree in containers that nobody else has, NumPy's arrays copied."""
     if type(tree) is dict:
         return {key: _own(value) for key, value in tree.items()}
@@ -161,9 +205,13 @@ def device() -> str:
 
 
 def write(
-    path: Path, snapshot: Snapshot, history: WrittenRuns | None = None, ticket: threading.Lock | None = None
+    path: Path,
+    snapshot: Snapshot,
+    runs: RunLog | None,
+    history: WrittenRuns | None = None,
+    ticket: threading.Lock | None = None,
 ) -> int:
-    """Writes a snapshot, whole or not at all; gives the size in bytes.
+    """Writes a session, whole or not at all; gives the size in bytes.
 
     Args:
       history: has noted down the runs of earlier snapshots.
@@ -173,74 +221,50 @@ def write(
       FlaxMagicsError: something in it cannot be saved, or the file cannot be written; the old one is as it was.
     """
     writer = Writer()
-    runs = format.json_of((history or WrittenRuns(digest=True)).of(snapshot.runs)).encode()
-    opened, root = snapshot.opened, snapshot.root
-    record = SessionRecord(
-        saved=Hex(snapshot.saved),
-        versions=dict(snapshot.versions),
-        settings=dict(snapshot.settings),
-        device=snapshot.device,
-        root=DrawRecord(str(root.seed), root.draws, root.data.hex(), root.impl),
-        opened=opened
-        and OpenedRecord(str(opened[1].seed), opened[1].number - 1, opened[1].root.hex(), opened[1].impl, opened[0]),
-        seeds=[(str(seed), last, impl) for seed, (last, impl) in snapshot.seeds.items()],
-        models=[_record_of(model, writer) for model in snapshot.models],
-    )
-    return format.write(path, record, {**writer.arrays, "history": np.frombuffer(runs, np.uint8)}, ticket)
+    records = format.json_of((history or WrittenRuns(digest=True)).of(runs)).encode()
+    document = replace(snapshot, models=tuple(_written(model, writer) for model in snapshot.models))
+    return format.write(path, document, {**writer.arrays, "history": np.frombuffer(records, np.uint8)}, ticket)
 
 
-def _record_of(model: SavedModel, writer: Writer) -> ModelRecord:
-    name = model.name
-    made = _call_of(model, writer)
+def _written(model: SavedModel, writer: Writer) -> SavedModel:
+    """The model with nodes in the place of its trees, whose arrays go into `writer`."""
+    name, init = model.name, _init_written(model, writer)
     if model.holds_variables:
-        variables: Any = [
-            (collection, [writer.key(step, name) for step in path], writer.tree(value, at))
+        variables: PyTree = [
+            (collection, writer.key(path, name), writer.tree(value, "/".join((name, collection, *map(str, path)))))
             for collection, path, value in model.variables
-            for at in ["/".join((name, collection, *map(str, path)))]
         ]
     else:
         tree_writer = Writer(writer.arrays)
         variables = tree_writer.tree(model.variables, name)
-        if tree_writer.foreign is not None and made is None:
+        if tree_writer.foreign is not None and init is None:
             where, cls = tree_writer.foreign
             raise FlaxMagicsError(
                 f"`{where}` cannot be saved: it is of {cls}, and no init of `{name}` is known here that would tell what"
                 " to make of it."
             )
-    keys = None
-    if model.keys is not None:
-        keys = {stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()}
-    same = {field: getattr(model, field) for field in ("name", "text", "source", "outdated", "stale", "assigned")}
-    return ModelRecord(
-        **same,
-        api="nnx" if model.holds_variables else "linen",
-        variables=variables,
-        updates=dict(model.updates),
-        made=made,
-        keys=keys,
-        parameters=model.parameters,
-        bytes=model.bytes,
-        versions=dict(model.versions),
-    )
+    keys = model.keys and {
+        stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()
+    }
+    return dataclasses.replace(model, variables=variables, made=init, keys=keys, file="")
 
 
-def _call_of(model: SavedModel, writer: Writer) -> InitCallRecord | None:
+def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
     """How the variables were made; None where that cannot be said without code of the user's."""
-    made = model.made
-    if made is None or made.program is None:
+    if model.made is None:
         return None
     # An array of a call that cannot be written is not to be in the file.
     call_writer, at = Writer(), f"{model.name} initialised with"
     try:
-        key, args, kwargs = (
-            call_writer.tree(getattr(made, part), f"{at}/{part}") for part in ("key", "args", "kwargs")
-        )
+        nodes = {
+            part: call_writer.tree(getattr(model.made, part), f"{at}/{part}") for part in ("key", "args", "kwargs")
+        }
     except FlaxMagicsError:
         return None
     if call_writer.foreign is not None:
         return None
     writer.arrays.update(call_writer.arrays)
-    return InitCallRecord(key, args, kwargs, made.method, made.program)
+    return dataclasses.replace(model.made, **nodes)
 
 
 class WrittenRuns:
@@ -252,135 +276,93 @@ class WrittenRuns:
 
     def __init__(self, *, digest: bool) -> None:
         self._digest = digest
-        self._last: RunLog | None = None
         self._data: list[tuple[dict[str, Any], StoredRun]] = []
 
-    def of(self, chain: RunLog | None) -> list[dict[str, Any]]:
+    def of(self, log: RunLog | None) -> list[dict[str, Any]]:
         """The data of every run, oldest first."""
-        new = []
-        at = chain
-        while at is not None and at is not self._last:
-            new.append(at.kept)
-            at = at.before
-        if at is None:
+        last = self._data[-1][1] if self._data else None
+        new = list(takewhile(lambda run: run is not last, backwards(log)))
+        if log is None or len(new) == log.length:  # another history than before
             self._data = []
-        self._data += [(self._data_of(kept), kept) for kept in reversed(new)]
-        self._last = chain
-        return [_as_it_is_now(data, kept) for data, kept in self._data]
+        self._data += [(self._data_of(run), run) for run in reversed(new)]
+        # A run's digest may be taken after it was noted down, and it may be run again.
+        return [
+            data | {"digest": data["digest"] or run.facts["_taken"].digest, "replays": run.replays}
+            for data, run in self._data
+        ]
 
-    def _data_of(self, kept: StoredRun) -> dict[str, Any]:
-        run = kept.run()
+    def _data_of(self, stored: StoredRun) -> dict[str, Any]:
+        run = stored.run()
         if not self._digest:
             _ = run.shape  # while there is an output to read it from
             run = altered(run, {"output": RELEASED})
         impl: str | None
         match run.keys:
-            case RunKeys(draw=draw):
-                impl = draw.impl
-            case WrittenKeys(impl=impl):
+            case WrittenKeys(impl=impl) | RunKeys(draw=Draw(impl=impl) | DrawBatch(impl=impl)):
                 pass
             case keys:
                 impl = next((str(jax.random.key_impl(key)) for key in keys.values()), None)
-        data = {**run.to_json(), "impl": impl, "inputs": kept.shapes, "replays": kept.replays}
-        written: dict[str, Any] = msgspec.to_builtins(convert(data, RunRecord, "a run"), enc_hook=float.hex)
-        return written
+        return {**run.to_json(), "timing": asdict(run.timing), "impl": impl or None, "inputs": stored.shapes}
 
 
-def _as_it_is_now(data: dict[str, Any], kept: StoredRun) -> dict[str, Any]:
-    """With what became of a run after it was noted down: its digest was taken, it was run again."""
-    digest = data["digest"] or kept.facts["_taken"].digest
-    if digest == data["digest"] and kept.replays == tuple(data["replays"]):
-        return data
-    return {**data, "digest": digest, "replays": list(kept.replays)}
-
-
-def read(path: Path) -> Snapshot:
+def read(path: Path) -> tuple[Snapshot, RunLog | None]:
     """What a file has. Raises FlaxMagicsError: it is no session, or not as it was written."""
     contents = format.read(path)
+    reader = Reader(contents.arrays)
     try:
-        record = convert(contents.document, SessionRecord, "its session")
-        return _snapshot(record, Reader(contents.arrays), str(path))
+        snapshot = convert(contents.document, Snapshot, "its session")
+        if len({model.name for model in snapshot.models}) != len(snapshot.models):
+            raise Damaged("two of its models have one name")
+        for _, impl in snapshot.seeds.values():
+            if impl:  # none where no draw was made
+                key_type(impl)
+        _check_key(snapshot.root.data, snapshot.root.impl)
+        if snapshot.opened is not None:
+            _check_key(snapshot.opened[1].root, snapshot.opened[1].impl)
+        models = tuple(_model_of(model, reader, str(path)) for model in snapshot.models)
+        return replace(snapshot, models=models), _runs_of(reader)
     except Damaged as error:
         format.refuse(path, str(error))
     except RecursionError:
         format.refuse(path, "something in it is nested too deeply")
 
 
-def _snapshot(record: SessionRecord, reader: Reader, path: str) -> Snapshot:
-    if len({model.name for model in record.models}) != len(record.models):
-        raise Damaged("two of its models have one name")
-    for _, _, impl in record.seeds:
-        if impl:  # none where no draw was made
-            key_type(impl)
-    root = _draw_of(record.root)
-    try:
-        history = reader.stored("history").tobytes().decode()
-    except UnicodeDecodeError:
-        raise Damaged("its history is no text") from None
-    runs = convert(loads(history, "its history"), list[RunRecord], "its history")
-    return Snapshot(
-        root=RootKey(root.seed, root.number - 1, root.root, root.impl),
-        opened=None if record.opened is None else (record.opened.model, _draw_of(record.opened)),
-        seeds={int(seed): (last, impl) for seed, last, impl in record.seeds},
-        models=tuple(_model_of(model, reader, path) for model in record.models),
-        written=tuple(_run_of(run, first=not i) for i, run in enumerate(runs)),
-        versions=record.versions,
-        device=record.device,
-        settings=record.settings,
-        saved=record.saved,
-    )
+def _check_key(data: bytes, impl: str) -> None:
+    if len(data) != 4 * math.prod(key_type(impl)[1]):
+        raise Damaged(f"it has keys that are none of {impl}")
 
 
-def _draw_of(record: DrawRecord) -> Draw:
-    """The draw that comes next from a root."""
-    data = bytes.fromhex(record.key)
-    key_of(np.frombuffer(data, np.uint32), record.impl)
-    return Draw(int(record.seed), record.draws + 1, data, record.impl)
-
-
-def _model_of(record: ModelRecord, reader: Reader, path: str) -> SavedModel:
-    name = record.name
+def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
+    """The model with its trees in the place of their nodes: what `_written` took apart."""
+    name = model.name
     if not name.isidentifier():
         raise Damaged("one of its models is none")
-    variables: Any
-    if record.api == "nnx":
-        rows = convert(record.variables, VariableRows, f"what it has of `{name}`")
-        variables = tuple(
-            (collection, tuple(map(key_read, steps)), reader.tree(node)) for collection, steps, node in rows
-        )
+    if model.holds_variables:
+        rows = convert(model.variables, VariableRows, f"what it has of `{name}`")
+        variables: PyTree = tuple((collection, key_read(steps), reader.tree(node)) for collection, steps, node in rows)
         if len({steps for _, steps, _ in variables}) != len(variables):
             raise Damaged(f"`{name}` has a variable that stands twice")
     else:
-        variables = reader.tree(record.variables)
+        variables = reader.tree(model.variables)
         if variables is not None and not _has_names(variables):
             raise Damaged(f"the variables of `{name}` are no collections")
     _check_tree(variables, f"the variables of `{name}`")
-    keys = None
-    if record.keys is not None:
-        keys = {stream: reader.tree(node) for stream, node in record.keys.items()}
-        if not all(_is_key(key) and not key.shape for key in keys.values()):
-            raise Damaged(f"what `{name}` was built with is no key")
-    same = ("text", "source", "updates", "outdated", "stale", "assigned", "parameters", "bytes", "versions")
-    return SavedModel(
-        name=name,
-        holds_variables=record.api == "nnx",
-        variables=variables,
-        made=None if record.made is None else _init_of(record.made, name, reader),
-        keys=keys,
-        file=path,
-        **{field: getattr(record, field) for field in same},
-    )
+    keys = model.keys and {stream: reader.tree(node) for stream, node in model.keys.items()}
+    if keys and not all(_is_key(key) and not key.shape for key in keys.values()):
+        raise Damaged(f"what `{name}` was built with is no key")
+    init = model.made and _init_of(model.made, name, reader)
+    return dataclasses.replace(model, variables=variables, made=init, keys=keys, file=path)
 
 
-def _has_names(tree: Any) -> bool:
+def _has_names(tree: PyTree) -> bool:
     return isinstance(tree, Mapping) and all(type(key) is str for key in tree)
 
 
-def _is_key(value: Any) -> bool:
-    return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+def _is_key(value: PyTree) -> bool:
+    return isinstance(value, jax.Array) and is_key(value)
 
 
-def _check_tree(tree: Any, what: str) -> None:
+def _check_tree(tree: PyTree, what: str) -> None:
     """Raises Damaged where JAX does not take something apart, such as a dict with keys of two types: none was saved."""
     try:
         jax.tree_util.tree_structure(tree)
@@ -388,16 +370,28 @@ def _check_tree(tree: Any, what: str) -> None:
         raise Damaged(f"{what} are no tree") from None
 
 
-def _init_of(record: InitCallRecord, name: str, reader: Reader) -> SavedInit:
-    key, args, kwargs = map(reader.tree, (record.key, record.args, record.kwargs))
+def _init_of(init: SavedInit, name: str, reader: Reader) -> SavedInit:
+    key, args, kwargs = map(reader.tree, (init.key, init.args, init.kwargs))
     _check_tree((args, kwargs), f"the arguments that `{name}` was initialised with")
-    if type(args) is not tuple or not _has_names(kwargs) or foreign_in((args, kwargs)) is not None or not _is_key(key):
+    opaque = foreign_in((args, kwargs)) is not None
+    if opaque or type(args) is not tuple or not _has_names(kwargs) or not _is_key(key):
         raise Damaged(f"what `{name}` was initialised with is no call")
-    return SavedInit(key, record.method, args, dict(kwargs), record.program)
+    return dataclasses.replace(init, key=key, args=args, kwargs=dict(kwargs))
+
+
+def _runs_of(reader: Reader) -> RunLog | None:
+    """The runs that `WrittenRuns` wrote; their inputs and outputs are `RELEASED`."""
+    try:
+        text = reader.stored("history").tobytes().decode()
+    except UnicodeDecodeError:
+        raise Damaged("its history is no text") from None
+    log = None
+    for record in convert(loads(text, "its history"), list[RunRecord], "its history"):
+        log = RunLog.add(log, _run_of(record, first=log is None))
+    return log
 
 
 def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
-    """The run that `WrittenRuns` wrote; its inputs and its output are `RELEASED`."""
     if record.keys and record.impl is None:
         raise Damaged("a run in its history does not say what its keys are")
     digits = 0 if record.impl is None else 8 * math.prod(key_type(record.impl)[1]) * (record.draws or 1)
@@ -405,38 +399,18 @@ def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
         raise Damaged("a run in its history has a key that is none")
     elsewhere = {name: getattr(record, name) for name in ("versions", "device_kind", "processor", "threads")}
     if record.leaves is not None:
-        elsewhere |= {"leaves": list(map(asdict, record.leaves)), "bits": record.bits}
-    timing = asdict(record.timing)
-    steady = timing.pop("steady")
-    spread = tuple(Spread(**asdict(one)) for one in record.spread)
-    values = tuple(Values(**asdict(one)) for one in record.values)
-    run = Run(
-        **{name: getattr(record, name) for name in _SAME},
-        inputs=RELEASED,
-        output=RELEASED,
-        keys=WrittenKeys(record.keys, record.impl or "", record.draws),
-        timing=Timing(**timing, steady=None if steady is None else Steady(steady)),
-        memory=_made_of(Memory, record.memory),
-        cost=_made_of(Cost, record.cost),
-        limits=_made_of(Limits, record.limits),
-        made=_made_of(InitStats, record.made),
-        notes=tuple(Note(*astuple(note)) for note in record.notes),
-        first=first,
-        elsewhere=elsewhere,
-        _taken=OutputFacts(record.digest, record.output, None if record.draws is None else spread, values),
-    )
-    return StoredRun.read(run, record.inputs, record.replays)
-
-
-_SAME = (
-    *("command", "model", "mode", "call", "seed", "draw", "draws", "device", "started", "used", "changed", "program"),
-    *("reason", "switch", "static", "cell", "by_hand", "weights", "replayed"),
-)
-"""Fields of a Run that its record has as they are."""
-
-
-def _made_of(kind: Callable[..., T], record: msgspec.Struct | None) -> T | None:
-    return None if record is None else kind(**asdict(record))
+        elsewhere |= {"leaves": record.leaves, "bits": record.bits}
+    taken = OutputFacts(record.digest, record.output, None if record.draws is None else record.spread, record.values)
+    facts: dict[str, Any] = {
+        **{field.name: getattr(record, field.name) for field in dataclasses.fields(Run) if hasattr(record, field.name)},
+        "inputs": RELEASED,
+        "output": RELEASED,
+        "keys": WrittenKeys(record.keys, record.impl or "", record.draws),
+        "first": first,
+        "elsewhere": elsewhere,
+        "_taken": taken,
+    }
+    return StoredRun.read(Run(**facts), record.inputs, record.replays)
 
 
 @dataclass(frozen=True)
@@ -454,8 +428,7 @@ class WrittenKeys(Mapping[str, jax.Array]):
 
     def data(self, name: str) -> bytes:
         """Key data."""
-        text = self.words[name]
-        return np.array([int(text[i : i + 8], 16) for i in range(0, len(text), 8)], np.uint32).tobytes()
+        return np.frombuffer(bytes.fromhex(self.words[name]), ">u4").astype(np.uint32).tobytes()
 
     def __getitem__(self, name: str) -> jax.Array:
         return as_key(self.data(name), self.impl, self.size)

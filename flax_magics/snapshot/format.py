@@ -22,7 +22,6 @@ import json
 import os
 import re
 import stat
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,9 +31,10 @@ from typing import Any, BinaryIO, NoReturn
 import msgspec
 import numpy as np
 
-from ..base.files import open_without_waiting, replace_file
-from ..base.jsondata import Damaged, convert, loads
+from ..base.digest import little_endian
+from ..base.files import Damaged, convert, loads, open_without_waiting, replace_file
 from ..base.text import clean, quoted_name
+from ..base.types import HostArray
 from ..errors import FlaxMagicsError
 from ..state.trees import CODES, NARROW, dtype_named, shape_of
 
@@ -43,53 +43,39 @@ HEADER_LIMIT = 100_000_000
 """Bytes: the library reads no longer header."""
 
 
-def write(
-    path: Path, document: Any, arrays: Mapping[str, np.ndarray[Any, Any]], ticket: threading.Lock | None = None
-) -> int:
+def write(path: Path, document: object, arrays: Mapping[str, HostArray], ticket: threading.Lock | None = None) -> int:
     """Writes the file, whole or not at all; gives its size in bytes.
 
     Args:
       path: where to; see `replace_file`.
       document: what JSON can hold, or records of it.
-      arrays: of dtypes that `can_store`, by names that are not `__metadata__`.
+      arrays: of dtypes that `dtype_named` knows, by names that are not `__metadata__`.
       ticket: see `replace_file`.
 
     Raises:
       FlaxMagicsError: the file cannot be written; the one that was there is as it was.
     """
-    stored: dict[str, np.ndarray[Any, Any]] = {}
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    stored: dict[str, HostArray] = {}
     parts: dict[str, PartRecord] = {}
     for name, array in arrays.items():
-        array = np.asarray(array, order="C")
-        if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
-            array = array.astype(array.dtype.newbyteorder("<"))
-        plain = array
+        plain = array = little_endian(np.asarray(array, order="C"))
         if array.dtype.name not in CODES:  # the elements' bytes, on an axis of their own
             plain = np.frombuffer(array.tobytes(), np.uint8).reshape(*array.shape, array.dtype.itemsize)
-        raw: Any = plain.reshape(-1).view(np.uint8)
-        digest = hashlib.sha256(raw).hexdigest()
+        digest = hashlib.sha256(plain.reshape(-1).view(np.uint8).data).hexdigest()
         parts[name] = PartRecord(array.dtype.name, list(array.shape), digest)
         stored[name] = plain
     text = json_of(ContentsRecord(parts, document))
     metadata = {"flax_magics": str(VERSION), "sha256": hashlib.sha256(text.encode()).hexdigest(), "json": text}
     if 2 * len(text) > HEADER_LIMIT:
         raise FlaxMagicsError(f"`{path}` cannot be written: what is to stand in its header is too long.")
-    size = 0
-
-    def put(temporary: str) -> None:
-        from safetensors.numpy import save_file
-
-        nonlocal size
-        save_file(stored, temporary, metadata)
-        size = os.stat(temporary).st_size
-
-    from safetensors import SafetensorError
-
     try:
-        replace_file(path, put, ticket)
+        replace_file(path, lambda temporary: save_file(stored, temporary, metadata), ticket)
+        return os.stat(path).st_size
     except (OSError, SafetensorError) as error:
         raise FlaxMagicsError(f"`{path}` cannot be written: {_why(error)}.") from error
-    return size
 
 
 def _why(error: Exception) -> str:
@@ -100,10 +86,10 @@ def _why(error: Exception) -> str:
     return os.strerror(int(number[1])) if number else str(error)
 
 
-def json_of(value: Any) -> str:
-    """Records, or other JSON data, as text that `loads` reads. Raises FlaxMagicsError: it is nested too deeply."""
+def json_of(value: object) -> str:
+    """JSON data, with records in it, as text that `loads` reads. Raises FlaxMagicsError: it is nested too deeply."""
     try:
-        return json.dumps(msgspec.to_builtins(value, enc_hook=float.hex), allow_nan=False, separators=(",", ":"))
+        return json.dumps(value, default=msgspec.to_builtins, separators=(",", ":"))
     except RecursionError:
         raise FlaxMagicsError("the session cannot be saved: something in it is nested too deeply.") from None
 
@@ -112,8 +98,8 @@ def json_of(value: Any) -> str:
 class FileContents:
     """What a file has: JSON data of which nothing is known yet, and arrays, which nobody else holds."""
 
-    document: Any
-    arrays: Mapping[str, np.ndarray[Any, Any]]
+    document: object
+    arrays: Mapping[str, HostArray]
 
 
 class PartRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -174,10 +160,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _beside(path: Path) -> str | None:
     """What is in the same folder and may have been meant."""
-    try:
+    names: list[str] = []
+    with contextlib.suppress(OSError):
         names = [name for name in os.listdir(path.parent) if not name.startswith(".")]
-    except OSError:
-        return None
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(os.fspath(path.parent / name) for name in near)}?" if near else None
 
@@ -238,18 +223,16 @@ def _json_in(file: BinaryIO, path: Path) -> str:
     return text
 
 
-def _arrays(stored: list[tuple[str, Any]], parts: Mapping[str, PartRecord]) -> dict[str, np.ndarray[Any, Any]]:
+def _arrays(stored: list[tuple[str, Any]], parts: Mapping[str, PartRecord]) -> dict[str, HostArray]:
     """The arrays, in the order of our JSON, each with the dtype and shape that it says."""
     by_name = dict(stored)
     if parts.keys() != by_name.keys():
         raise Damaged("its header and its JSON name other arrays")
     arrays = {}
     for name, part in parts.items():
-        dtype, shape, data = dtype_named(part.dtype), shape_of(name, part.shape), by_name[name]["data"]
-        plain = dtype.name in CODES
-        if by_name[name]["dtype"] != CODES.get(dtype.name, "U8") or (
-            by_name[name]["shape"] != [*shape, *(() if plain else (dtype.itemsize,))]
-        ):
+        dtype, shape, entry = dtype_named(part.dtype), shape_of(name, part.shape), by_name[name]
+        data, last = entry["data"], () if dtype.name in CODES else (dtype.itemsize,)
+        if (entry["dtype"], entry["shape"]) != (CODES.get(dtype.name, "U8"), [*shape, *last]):
             raise Damaged(f"{quoted_name(name)} has another dtype or shape in its header than in its JSON")
         if hashlib.sha256(data).hexdigest() != part.sha256:
             raise Damaged(f"{quoted_name(name)} has not the checksum that it was written with")
@@ -259,10 +242,8 @@ def _arrays(stored: list[tuple[str, Any]], parts: Mapping[str, PartRecord]) -> d
     return arrays
 
 
-def _fits(data: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> bool:
+def _fits(data: HostArray, dtype: np.dtype[Any]) -> bool:
     """Whether every byte is one that a value of this narrow dtype is kept as."""
-    if dtype.name == "bool":
-        return bool((data < 2).all())
     every = np.arange(256, dtype=np.uint8)
     is_value = every.view(dtype).astype(np.float32).astype(dtype).view(np.uint8) == every
     return bool(is_value[data].all())

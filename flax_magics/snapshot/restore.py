@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 
-from ..base.compare import alike
-from ..base.critical import at_once
+from ..base.digest import alike
 from ..base.text import clean
+from ..base.threads import at_once
+from ..base.types import Leaf, PyTree
 from ..code.source import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
@@ -97,17 +98,22 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     return Matched(entry)
 
 
-def _held_against(saved: SavedModel, model: Model) -> tuple[Any, InitRecord | None, bool]:
+def _held_against(saved: SavedModel, model: Model) -> tuple[PyTree, InitRecord | None, bool]:
     """The variables as the model has them, how they are made, and whether the model would now make others."""
-    saved_init, variables = saved.made, saved.variables
-    if saved_init is None:
-        return _whole(variables), None, saved.outdated
-    try:
-        init = initialised(model, saved_init.key, saved_init.method, saved_init.args, saved_init.kwargs)
-    except Exception as error:  # the user's code does not take the old call
-        raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
-    if init.shapes is None:  # the init looks at values: only running it would tell
-        return _whole(variables), init, saved.outdated
+    saved_init, variables, init = saved.made, saved.variables, None
+    if saved_init is not None:
+        try:
+            init = initialised(model, saved_init.key, saved_init.method, saved_init.args, saved_init.kwargs)
+        except Exception as error:  # the user's code does not take the old call
+            raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
+    if (
+        saved_init is None or init is None or init.shapes is None
+    ):  # the init looks at values: only running it would tell
+        opaque = foreign_in(variables)
+        if opaque is not None:
+            text = f"{opaque[0]} is a {opaque[1]} in the file, and the model does not say what to make of it"
+            raise Unfit((text,))
+        return variables, init, saved.outdated
     try:
         variables = graft(variables, init.shapes)
     except Differs as error:
@@ -127,88 +133,71 @@ def _held_against(saved: SavedModel, model: Model) -> tuple[Any, InitRecord | No
     return variables, init, outdated
 
 
-def _whole(variables: Any) -> Any:
-    opaque = foreign_in(variables)
-    if opaque is not None:
-        raise Unfit((f"{opaque[0]} is a {opaque[1]} in the file, and the model does not say what to make of it",))
-    return variables
-
-
-def _leaves_only(tree: Any) -> Any:
+def _leaves_only(tree: PyTree) -> PyTree:
     """Shape and dtype of every leaf. A number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
     return jax.tree_util.tree_map(_leaf, tree)
 
 
-def _leaf(leaf: Any) -> Any:
+def _leaf(leaf: Leaf) -> object:
     if isinstance(leaf, (bool, int, float, complex)):
         return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(type(leaf)))
     if isinstance(leaf, (np.ndarray, np.generic)):
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
-    return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else _Other(type(leaf).__name__)
-
-
-@dataclass(frozen=True)
-class _Other:
-    """A leaf that is no array: its type is all that is compared."""
-
-    dtype: Any
-    shape: tuple[int, ...] = ()
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return leaf
+    return SimpleNamespace(dtype=type(leaf).__name__, shape=())  # its type is all that is compared
 
 
 def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables) -> Matched:
     """The variables of an NNX module, each for the one that stands at its path."""
     slots = {slot.path: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
-    values_by_path: dict[Any, Any] = {}
-    changes = []
+    values_by_path = {}
+    changes: list[str] = []
     for collection, path, value in saved.variables:
         name = "/".join(map(str, path))
         slot = slots.get(path)
         if slot is None:
             changes.append(f"{name} removed")
-            continue
-        if slot.collection != collection:
+        elif slot.collection != collection:
             changes.append(f"{name} {collection}→{slot.collection}")
-            continue
-        there = slot.read()
-        try:
-            value = graft(value, there, name)
-        except Differs as error:
-            changes.append(str(error))
-            continue
-        except Exception as error:  # a class that cannot be put together of these children
-            changes.append(f"{name} cannot be put together ({type(error).__name__})")
-            continue
-        if not alike(jax.tree_util.tree_structure(value), jax.tree_util.tree_structure(there)):
-            changes.append(f"{name} is put together otherwise")
-        changes += [_spell(line, name) for line in differences(_leaves_only(value), _leaves_only(there))]
-        values_by_path[path] = value
-    changes += [
-        f"{'/'.join(map(str, path))} added" for path in slots if path not in {row[1] for row in saved.variables}
-    ]
+        else:
+            values_by_path[path], more = _fitted(value, slot.read(), name)
+            changes += more
+    saved_paths = {path for _, path, _ in saved.variables}
+    changes += [f"{'/'.join(map(str, path))} added" for path in slots if path not in saved_paths]
     if changes:
         raise Unfit(tuple(changes))
-    assignments = [slots[path].assignment(value) for path, value in values_by_path.items()]
+    values: dict[str, dict[str, PyTree]] = {}
+    for path, value in values_by_path.items():
+        values.setdefault(slots[path].collection, {})[slots[path].name] = value
     built = entry.built
     if built is not None and saved.keys is not None:
         built = replace(built, keys=saved.keys)
-    values: dict[str, dict[str, Any]] = {}
-    for path, value in values_by_path.items():
-        values.setdefault(slots[path].collection, {})[slots[path].name] = value
-    source = WeightSource.loaded(saved.file, values, in_module=True)
     entry = replace(
         entry,
         update_counts=dict(saved.updates),
         outdated=saved.outdated,
         rebuild_next=saved.stale,
         built=built,
-        source=source,
+        source=WeightSource.loaded(saved.file, values, in_module=True),
     )
+    assignments = [slots[path].assignment(value) for path, value in values_by_path.items()]
     return Matched(entry, lambda: at_once(assignments))
 
 
-def _spell(line: str, name: str) -> str:
-    """A difference within one variable, with the variable's name before it."""
-    return f"{name}/{line}" if not line.startswith(" ") else f"{name}{line}"
+def _fitted(value: PyTree, there: PyTree, name: str) -> tuple[PyTree, list[str]]:
+    """The value of a variable put together as the one that is `there`, and what is other about it."""
+    try:
+        value = graft(value, there, name)
+    except Differs as error:
+        return value, [str(error)]
+    except Exception as error:  # a class that cannot be put together of these children
+        return value, [f"{name} cannot be put together ({type(error).__name__})"]
+    same = alike(jax.tree_util.tree_structure(value), jax.tree_util.tree_structure(there))
+    changes = [] if same else [f"{name} is put together otherwise"]
+    # A line of the variable itself begins with a space, one of what is in it with its name.
+    lines = differences(_leaves_only(value), _leaves_only(there))
+    return value, changes + [f"{name}{line}" if line.startswith(" ") else f"{name}/{line}" for line in lines]
 
 
 def unfit(errors: Mapping[str, Unfit], path: str) -> FlaxMagicsError:
@@ -224,7 +213,7 @@ class RestoringBuilding(Building):
     """Registers modules in a session to which variables of a file wait to be given."""
 
     def register(
-        self, state: State, name: str, module: Any, *, anew: bool, cell: int | None
+        self, state: State, name: str, module: object, *, anew: bool, cell: int | None
     ) -> tuple[State, Registration, StoredRun | None]:
         """As `Building.register`, with the variables that wait for the name if they fit.
 
@@ -245,23 +234,20 @@ class RestoringBuilding(Building):
 
 def registered(state: State, entry: ModelEntry, change: Registration) -> tuple[State, Registration]:
     """The state in which `entry` is registered, with the variables that wait for it if they fit; and what to say."""
-    restored = matched(state.waiting, entry, change)
-    if restored is None:
-        return replace(state, models={**state.models, entry.name: entry}), change
-    entry, change = restored
+    entry, change = matched(state.waiting, entry, change)
     waiting = state.waiting
-    if not change.unfit:
+    if change.variables == "restored":
         waiting = {name: model for name, model in waiting.items() if name != entry.name}
     return replace(state, models={**state.models, entry.name: entry}, waiting=waiting), change
 
 
 def matched(
     waiting: Mapping[str, SavedModel], entry: ModelEntry, change: Registration
-) -> tuple[ModelEntry, Registration] | None:
-    """An entry with the variables that wait for it, if they fit; None where none wait."""
+) -> tuple[ModelEntry, Registration]:
+    """`entry` with the variables that wait for it, if they fit."""
     saved = waiting.get(entry.name)
     if saved is None or not saved.ready:
-        return None
+        return entry, change
     try:
         fitting = match(saved, entry)
     except Unfit as error:
@@ -277,12 +263,11 @@ def rebound(
 
     A module that holds its own keeps them: they are the user's to replace.
     """
-    if entry.name not in waiting or entry.ready:
+    if entry.ready:
         return entry, notes
-    restored = matched(waiting, entry, Registration(entry.name, "changed"))
-    if restored is None:
+    entry, change = matched(waiting, entry, Registration(entry.name, "changed"))
+    if not change.file:
         return entry, notes
-    entry, change = restored
     if change.unfit:
         text = f"the variables in {change.file} do not fit {entry.name}: {', '.join(change.unfit)}"
     else:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ..base.critical import uninterrupted
 from ..base.files import checked_target
 from ..base.text import plural
-from ..base.workers import Workers, wait_for
+from ..base.threads import Future, Workers, uninterrupted, wait_for
 from ..errors import FlaxMagicsError
-from ..run import Note, Run
-from ..state.entry import ModelEntry
-from ..state.runs import RunLog, newest
+from ..run import COMMANDS, Note
+from ..state.runs import RunLog, backwards, length
 from ..state.state import SavedModel, State
 from . import document, restore
 from .document import Snapshot, WrittenRuns
-from .restore import Unfit
+from .restore import Matched, Unfit
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class Restored:
     models: tuple[str, ...]
     waiting: tuple[SavedModel, ...]
     parameters: int
-    saved: float
     notes: tuple[Note, ...] = ()
 
 
@@ -85,21 +82,27 @@ def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
     target = path_of(path)
     snapshot = document.with_sources(document.take(state), state)
     ticket = threading.Lock()
-    work = _writers.submit(lambda: document.write(target, snapshot, None, ticket))
+    work = _writers.submit(lambda: document.write(target, snapshot, state.runs, None, ticket))
     try:
         size = wait_for(work)
     except KeyboardInterrupt:
         ticket.acquire(blocking=False)  # the writer replaces nothing once it is ours
         raise
-    return _saved(target, size, snapshot)
+    return _saved(target, size, snapshot, state.runs)
 
 
-def _saved(path: Path, size: int, snapshot: Snapshot, *, kept: bool = False) -> Saved:
-    """What to say of a file that has `snapshot`."""
-    models = tuple(model.name for model in snapshot.models if model.ready)
-    runs = len(snapshot.written) if snapshot.runs is None else snapshot.runs.length
-    root = snapshot.root
-    return Saved(os.fspath(path), size, models, snapshot.parameters, root.seed, root.draws, runs, snapshot.saved, kept)
+def _saved(path: Path, size: int, snapshot: Snapshot, runs: RunLog | None) -> Saved:
+    """What to say of a file that has `snapshot` and `runs`."""
+    return Saved(
+        path=os.fspath(path),
+        bytes=size,
+        models=tuple(model.name for model in snapshot.models if model.ready),
+        parameters=snapshot.parameters,
+        seed=snapshot.root.seed,
+        draws=snapshot.root.draws,
+        runs=length(runs),
+        when=snapshot.saved,
+    )
 
 
 def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, list[Callable[[], None]], Restored]:
@@ -112,103 +115,76 @@ def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, l
       What the session then is, what writes the variables of NNX modules into the user's own objects, and what to say.
     """
     target = path_of(path)
-    snapshot = document.read(target)
-    models: dict[str, ModelEntry] = dict(current.models)
-    waiting: dict[str, SavedModel] = {}
-    others: dict[str, tuple[str, ...]] = {}
-    writes: list[Callable[[], None]] = []
+    snapshot, runs = document.read(target)
+    matches: dict[str, Matched] = {}
     unfit: dict[str, Unfit] = {}
     for saved in snapshot.models:
-        entry = models.get(saved.name)
-        if entry is None:
-            waiting[saved.name] = saved
-            continue
-        try:
-            matched = restore.match(saved, entry)
-        except Unfit as error:
-            unfit[saved.name] = error
-            continue
-        models[saved.name], others[saved.name] = matched.entry, matched.other
-        if matched.write is not None:
-            writes.append(matched.write)
+        if saved.name in current.models:
+            try:
+                matches[saved.name] = restore.match(saved, current.models[saved.name])
+            except Unfit as error:
+                unfit[saved.name] = error
     if unfit:
         raise restore.unfit(unfit, os.fspath(target))
-    runs: RunLog | None = None
-    for kept in snapshot.written:
-        runs = RunLog.add(runs, kept)
-    state = State(snapshot.root, models, snapshot.opened, runs, snapshot.seeds, waiting)
-    names = tuple(saved.name for saved in snapshot.models if saved.name not in waiting and saved.ready)
-    edited = tuple(
-        Note("edited", f"{name} is not as it was saved, so that its runs may give something else: {', '.join(what)}")
-        for name, what in others.items()
-        if what
-    )
-    notes = (*_lost(current, snapshot), *edited, *_other(snapshot))
+    models = {**current.models, **{name: matched.entry for name, matched in matches.items()}}
+    waiting = {saved.name: saved for saved in snapshot.models if saved.name not in matches}
+    edits = {name: ", ".join(matched.other) for name, matched in matches.items() if matched.other}
+    edited = [
+        Note("edited", f"{name} is not as it was saved, so that its runs may give something else: {what}")
+        for name, what in edits.items()
+    ]
     restored = Restored(
-        os.fspath(target),
-        snapshot.root.seed,
-        snapshot.root.draws,
-        len(snapshot.written),
-        names,
-        tuple(saved for saved in waiting.values() if saved.ready),
-        snapshot.parameters,
-        snapshot.saved,
-        notes,
+        path=os.fspath(target),
+        seed=snapshot.root.seed,
+        draws=snapshot.root.draws,
+        runs=length(runs),
+        models=tuple(saved.name for saved in snapshot.models if saved.name in matches and saved.ready),
+        waiting=tuple(saved for saved in waiting.values() if saved.ready),
+        parameters=snapshot.parameters,
+        notes=(*_lost(current, snapshot, runs), *edited, *_other(snapshot)),
     )
-    return state, writes, restored
+    state = State(snapshot.root, models, snapshot.opened, runs, snapshot.seeds, waiting)
+    return state, [matched.write for matched in matches.values() if matched.write is not None], restored
 
 
-def _lost(current: State, snapshot: Snapshot) -> tuple[Note, ...]:
+def _lost(current: State, snapshot: Snapshot, runs: RunLog | None) -> list[Note]:
     """What was in the session that the file replaced, and what stays that the file does not have.
 
     That models were built or initialised is not worth a word.
     """
     notes = []
-    there = {_identity(kept.run()) for kept in snapshot.written}
-    runs = newest(current.runs, 0 if current.runs is None else current.runs.length)
-    lost = sum(not run.kind.opens and _identity(run) not in there for run in runs)
+    in_file = {_identity(stored.facts) for stored in backwards(runs)}
+    drawn = [stored.facts for stored in backwards(current.runs) if not COMMANDS[stored.facts["command"]].opens]
+    lost = sum(_identity(facts) not in in_file for facts in drawn)
     if lost:
         what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
         notes.append(Note("replaced", f"{what}: its root key and its history are now those of the file"))
-    empty = [
-        saved.name for saved in snapshot.models if not saved.ready and _has_variables(current.models.get(saved.name))
-    ]
+    ready = {name for name, entry in current.models.items() if entry.ready}
+    empty = [saved.name for saved in snapshot.models if not saved.ready and saved.name in ready]
     if empty:
         verb = "has" if len(empty) == 1 else "have"
         text = f"{', '.join(empty)} {verb} no variables in the file: those that were here are dropped"
         notes.append(Note("dropped", text))
-    names = {saved.name for saved in snapshot.models}
-    stays = [name for name, entry in current.models.items() if name not in names and _has_variables(entry)]
+    stays = [name for name in current.models if name in ready and name not in {saved.name for saved in snapshot.models}]
     if stays:
         verbs = ("is", "keeps its") if len(stays) == 1 else ("are", "keep their")
         notes.append(Note("stays", f"{', '.join(stays)} {verbs[0]} not in the file, and {verbs[1]} variables"))
-    return tuple(notes)
+    return notes
 
 
-def _identity(run: Run) -> tuple[Any, ...]:
+def _identity(facts: Mapping[str, object]) -> tuple[object, ...]:
     """What tells a run from every other, here and in a file."""
-    return run.seed, run.draw, run.command, run.model, run.started
+    return tuple(facts[name] for name in ("seed", "draw", "command", "model", "started"))
 
 
-def _has_variables(entry: ModelEntry | None) -> bool:
-    return entry is not None and entry.ready
-
-
-def _other(snapshot: Snapshot) -> tuple[Note, ...]:
+def _other(snapshot: Snapshot) -> list[Note]:
     """What is other here than where the file was saved, if that may change bits."""
-    here = {**document.versions(), **document.settings()}
-    there = {**snapshot.versions, **snapshot.settings}
-    names = [
-        name for name in ("jax", "jaxlib", "flax", *document.settings()) if name in there and there[name] != here[name]
-    ]
-    parts = [f"{name} {there[name]} → {here[name]}" for name in names]
-    kind = document.device()
-    if snapshot.device != kind:
-        parts.append(f"device {snapshot.device} → {kind}")
-    if not parts:
-        return ()
+    here = {**document.versions(), **document.settings(), "device": document.device()}
+    there = {**snapshot.versions, **snapshot.settings, "device": snapshot.device}
+    names = ("jax", "jaxlib", "flax", *document.settings(), "device")
+    parts = [f"{name} {there[name]} → {here[name]}" for name in names if name in there and there[name] != here[name]]
     text = f"saved with other versions or settings, so that runs may differ in their bits: {', '.join(parts)}"
-    return (Note("versions", text),)
+    return [Note("versions", text)] if parts else []
 
 
 def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:
@@ -217,11 +193,11 @@ def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:
     A session in which nothing has happened yet does not replace one that is in the file: a notebook that turns this on in
     its first cells would lose there what it is on for.
     """
-    saved = _there(state, path) or save_session(state, path)
+    saved = _there(state, path_of(path)) or save_session(state, path)
     return Autosave(path_of(path).absolute(), saved)
 
 
-def _there(state: State, path: str | os.PathLike[str]) -> Saved | None:
+def _there(state: State, target: Path) -> Saved | None:
     """The session that a file has; None where this one is to replace it, whatever it is.
 
     Raises:
@@ -229,19 +205,18 @@ def _there(state: State, path: str | os.PathLike[str]) -> Saved | None:
     """
     if state.runs is not None or state.waiting:
         return None
-    target = path_of(path)
     try:
-        snapshot = document.read(target)
+        snapshot, runs = document.read(target)
         size = os.stat(target).st_size
     except (FlaxMagicsError, OSError):  # none, or none of ours: the first time tells what there is to tell
         return None
-    if not snapshot.written:
+    if runs is None:
         return None
     try:
         checked_target(target)
     except OSError as error:
         raise FlaxMagicsError(f"`{target}` cannot be written: {error.strerror}.") from None
-    return _saved(target, size, snapshot, kept=True)
+    return replace(_saved(target, size, snapshot, runs), kept=True)
 
 
 REST = 4.0
@@ -266,14 +241,14 @@ class Autosave:
         self._told: str | None = None
         self._clock = clock
         self._history = WrittenRuns(digest=False)
-        self._sources: dict[str, tuple[Any, str]] = {}
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._pending: tuple[Snapshot, State] | None = None
-        self._running = False
+        self._sources: dict[str, tuple[object, str]] = {}
+        self._worker = Workers(1)
+        self._job: Future | None = None
+        """Writes what was noted down last."""
+        self._pending: deque[tuple[Snapshot, State]] = deque(maxlen=1)
         self._hurry = threading.Event()
 
-    def after(self, facts: Mapping[str, Any], state: State) -> None:
+    def after(self, facts: Mapping[str, object], state: State) -> None:
         """Notes the session down if the run, of which `facts` are the fields, changed variables."""
         if facts["changed"] or facts["made"] is not None:
             self.offer(state)
@@ -286,19 +261,15 @@ class Autosave:
             self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
             return
         with uninterrupted():  # a snapshot that no thread takes would never be written
-            with self._lock:
-                self._pending = snapshot, state
-                start, self._running = not self._running, True
-            if start:
-                threading.Thread(target=self._work, name="flax_magics autosave").start()
+            self._pending.append((snapshot, state))
+            self._job = self._worker.submit(self._work)
 
     def flush(self) -> None:
         """Waits until everything that was noted down is written, without rests."""
         self._hurry.set()
         try:
-            with self._idle:
-                while self._running:
-                    self._idle.wait(0.2)
+            if self._job is not None:
+                wait_for(self._job)
         finally:
             self._hurry.clear()
 
@@ -311,22 +282,17 @@ class Autosave:
         return error
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                if self._pending is None:
-                    self._running = False
-                    self._idle.notify_all()
-                    return
-                (snapshot, state), self._pending = self._pending, None
-            start = self._clock()
-            self._write(snapshot, state)
-            del snapshot, state
-            self._rest(REST * (self._clock() - start))
+        if not self._pending:  # written by an earlier job
+            return
+        start = self._clock()
+        self._write(*self._pending.pop())
+        self._rest(REST * (self._clock() - start))
 
     def _write(self, snapshot: Snapshot, state: State) -> None:
         try:
-            size = document.write(self.path, document.with_sources(snapshot, state, self._sources), self._history)
-            self.last = replace(_saved(self.path, size, snapshot), path=self.last.path)
+            snapshot = document.with_sources(snapshot, state, self._sources)
+            size = document.write(self.path, snapshot, state.runs, self._history)
+            self.last = _saved(Path(self.last.path), size, snapshot, state.runs)
             self.error = self._told = None
         except FlaxMagicsError as error:
             self.error = error.message

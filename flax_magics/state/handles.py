@@ -14,10 +14,9 @@ from ..code.library import is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..models.construction import spell_construction
 from ..run import Note, Run
-from .budget import ReplayBudget, checked_limit
 from .entry import ModelEntry
 from .models import register
-from .runs import calls_by_cell, newest
+from .runs import ReplayBudget, calls_by_cell, checked_limit, length, newest
 
 if TYPE_CHECKING:
     from .state import SavedModel, State
@@ -203,7 +202,7 @@ class SessionView:
         return self._keeping.bytes
 
     def __len__(self) -> int:
-        return 0 if self._state.runs is None else self._state.runs.length
+        return length(self._state.runs)
 
     def __bool__(self) -> bool:
         return True

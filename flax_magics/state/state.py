@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 
-from ..compile.initialise import InitRecord
+from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
 from ..rng.keys import Draw, RootKey
@@ -22,16 +21,18 @@ from .runs import RunLog, StoredRun
 class SavedInit:
     """How a linen model's variables came to be, as `InitRecord` has it; `program` is a digest."""
 
-    key: Any
+    key: PyTree
     method: Path
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    program: str | None
+    args: PyTree
+    kwargs: PyTree
+    program: str
 
 
 @dataclass(frozen=True)
 class SavedModel:
     """A model's variables, and what is needed to hold them against a model that is registered under its name.
+
+    A file's JSON has its fields under these names, with `Node`s in the place of trees.
 
     Attributes:
       holds_variables: an NNX module, not a linen one.
@@ -49,13 +50,13 @@ class SavedModel:
     holds_variables: bool
     text: str
     source: str
-    variables: Any
+    variables: PyTree
     updates: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
     stale: bool = False
-    made: InitRecord | SavedInit | None = None
+    made: SavedInit | None = None
     assigned: bool = False
-    keys: Mapping[str, Any] | None = None
+    keys: Mapping[str, PyTree] | None = None
     parameters: int = 0
     bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import ml_dtypes
@@ -15,15 +14,18 @@ import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict, freeze
 
-from ..base.digest import weakly_typed
-from ..base.jsondata import Damaged
+from ..base.digest import is_key, weakly_typed
+from ..base.files import Damaged
 from ..base.text import quoted_name
+from ..base.types import HostArray, PyTree
 from ..errors import FlaxMagicsError
 
 DEPTH = 200
 """Nodes inside one another: deeper trees are neither written nor read."""
+_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
+"""PRNG implementations that JAX has under these names."""
 
-Node = Any
+Node: TypeAlias = Any
 """JSON data that stands for a tree."""
 
 
@@ -33,13 +35,13 @@ class Writer:
 
     Attributes:
       arrays: what was met so far, by name.
-      foreign: path and class of the first node that is read as a `OpaqueNode`.
+      foreign: path and class of the first node that is read as an `OpaqueNode`.
     """
 
-    arrays: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    arrays: dict[str, HostArray] = field(default_factory=dict)
     foreign: tuple[str, str] | None = None
 
-    def tree(self, tree: Any, path: str, depth: int = 0) -> Node:
+    def tree(self, tree: PyTree, path: str, depth: int = 0) -> Node:
         """The node of `tree`.
 
         Args:
@@ -50,56 +52,56 @@ class Writer:
         """
         if depth > DEPTH:
             raise FlaxMagicsError(f"`{path[:60]}…` is nested too deeply to be saved.")
+        if tree is None or type(tree) in (bool, int, float, str):
+            if type(tree) is int and abs(tree) >> 200:
+                raise _cannot(path, "it is a whole number of more than 200 bits")
+            return tree
         if type(tree) in (dict, FrozenDict):
             pairs = [[self.key(key, path), self.tree(value, f"{path}/{key}", depth + 1)] for key, value in tree.items()]
             return {"dict" if type(tree) is dict else "frozen": pairs}
         if type(tree) in (list, tuple):
-            children = [self.tree(value, f"{path}/{i}", depth + 1) for i, value in enumerate(tree)]
-            return {"list" if type(tree) is list else "tuple": children}
-        if tree is None:
-            return None
-        if isinstance(tree, (bool, int, float, complex, str)):
-            return _number(tree, path)
+            return {type(tree).__name__: [self.tree(value, f"{path}/{i}", depth + 1) for i, value in enumerate(tree)]}
+        if type(tree) is complex:
+            return {"complex": [tree.real, tree.imag]}
         if isinstance(tree, jax.ShapeDtypeStruct):
-            weak = {"weak": True} if getattr(tree, "weak_type", False) else {}
-            return {"shape": list(tree.shape), **_dtype(tree.dtype, path), **weak}
+            kind = f"key {_impl_of(tree, path)}" if is_key(tree) else np.dtype(tree.dtype).name
+            return {"shape": [list(tree.shape), kind, bool(getattr(tree, "weak_type", False))]}
         if isinstance(tree, (jax.Array, np.ndarray, np.generic)):
             return self._array(tree, path)
+        if is_box(tree):
+            return {_BOXES[type(tree)]: [self.key(tree.names, path), self.tree(tree.value, path, depth + 1)]}
         if isinstance(tree, OpaqueNode):  # read from a file, and still not made anything of
-            self.foreign = self.foreign or (path, tree.cls)
-            return {"other": [tree.cls, [self.tree(c, f"{path}/{i}", depth + 1) for i, c in enumerate(tree.children)]]}
-        box = names_of(tree)
-        if box is not None:
-            kind = "logical" if type(tree) is nn.LogicallyPartitioned else "partitioned"
-            return {kind: [box, self.tree(tree.value, path, depth + 1)]}
-        children, treedef = children_of(tree)
-        if treedef is None:
-            raise _cannot(path, f"it is of type {type(tree).__name__}")
-        self.foreign = self.foreign or (path, class_name(type(tree)))
-        return {"other": [class_name(type(tree)), [self.tree(c, f"{path}/{n}", depth + 1) for n, c in children]]}
+            cls, children = tree.cls, [(str(i), child) for i, child in enumerate(tree.children)]
+        else:
+            children, treedef = children_of(tree)
+            if treedef is None:
+                raise _cannot(path, f"it is of type {type(tree).__name__}")
+            cls = class_name(type(tree))
+        self.foreign = self.foreign or (path, cls)
+        return {"other": [cls, [self.tree(child, f"{path}/{name}", depth + 1) for name, child in children]]}
 
-    def key(self, key: Any, path: str) -> Node:
-        """A key of a dict, or a step of a path. Raises FlaxMagicsError: a file cannot hold it."""
+    def key(self, key: object, path: str) -> Node:
+        """A key of a dict, or the steps of a path. Raises FlaxMagicsError: a file cannot hold it."""
         if key is None or type(key) in (str, int, bool):
             return key
         if type(key) is tuple:
             return [self.key(part, path) for part in key]
         raise _cannot(path, f"it has the key {key!r}, which is neither text nor a whole number")
 
-    def _array(self, array: Any, path: str) -> Node:
+    def _array(self, array: jax.Array | HostArray | np.generic, path: str) -> Node:
         name = self._name(path)
         if isinstance(array, jax.Array):
             if not array.is_fully_addressable:
                 raise _cannot(path, "other processes hold parts of it")
-            if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            if is_key(array):
                 self.arrays[name] = np.asarray(jax.random.key_data(array))
-                return {"key": [name, impl_of(array, path)]}
+                return {"key": [name, _impl_of(array, path)]}
             kind = "weak" if array.weak_type else "array"
         elif type(array) is np.ndarray or isinstance(array, np.generic):
             kind = "numpy" if isinstance(array, np.ndarray) else "scalar"
         else:
             raise _cannot(path, f"it is of type {type(array).__name__}")
-        if not can_store(array.dtype):
+        if array.dtype.name not in (*CODES, *_RAW):
             raise _cannot(path, f"it has the dtype {array.dtype}")
         try:
             self.arrays[name] = np.asarray(array)
@@ -118,106 +120,70 @@ class Writer:
         return name
 
 
-def _number(value: Any, path: str) -> Node:
-    kind = type(value)
-    if kind is float:
-        return {"float": value.hex()}
-    if kind is complex:
-        return {"complex": [value.real.hex(), value.imag.hex()]}
-    if kind is int and abs(value) < 1 << 200:
-        return {"int": str(value)}
-    if kind in (bool, str):
-        return {kind.__name__: value}
-    raise _cannot(path, "it is a whole number of more than 200 bits" if kind is int else f"it is a {kind.__name__}")
-
-
 def _cannot(path: str, why: str) -> FlaxMagicsError:
     return FlaxMagicsError(f"`{path}` cannot be saved: {why}.")
 
 
-def impl_of(key: Any, path: str) -> str:
-    """The name of a typed key's PRNG implementation. Raises FlaxMagicsError: it has none that a file can give."""
-    name = str(jax.random.key_impl(key))
-    try:
-        known = jax.random.key(0, impl=name).dtype == key.dtype
-    except (ValueError, TypeError):
-        known = False
-    if not known:
-        raise _cannot(path, f"its PRNG implementation {name} is not known by that name")
-    return name
-
-
-def _dtype(dtype: Any, path: str) -> dict[str, str]:
-    """A dtype of JAX's, that of typed keys too, as data."""
-    if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return {"dtype": np.dtype(dtype).name}
-    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
-        if jax.eval_shape(lambda impl=impl: jax.random.key(0, impl=impl)).dtype == dtype:
-            return {"key": impl}
-    raise _cannot(path, f"it has the dtype {dtype}")
+def _impl_of(keys: jax.Array | jax.ShapeDtypeStruct, path: str) -> str:
+    """The PRNG implementation of typed keys. Raises FlaxMagicsError: it has no name that a file can give."""
+    for impl in _IMPLS:
+        if key_type(impl)[0] == keys.dtype:
+            return impl
+    raise _cannot(path, f"its PRNG implementation is none of {', '.join(_IMPLS)}")
 
 
 @dataclass(frozen=True)
 class Reader:
     """Turns nodes into trees. Raises Damaged for what no Writer has written."""
 
-    arrays: Mapping[str, np.ndarray[Any, Any]]
+    arrays: Mapping[str, HostArray]
 
-    def tree(self, node: Node, depth: int = 0) -> Any:
+    def tree(self, node: Node, depth: int = 0) -> PyTree:
         """The tree that `node` stands for."""
         if depth > DEPTH:
             raise Damaged("a tree in it is nested too deeply")
-        if node is None:
-            return None
-        if not isinstance(node, dict) or (len(node) != 1 and "shape" not in node):
-            raise Damaged(_NO_NODE)
-        if "shape" in node:
-            return _shape_node(node)
+        if node is None or type(node) in (bool, int, float, str):
+            return node
 
-        def inside(children: list[Node]) -> list[Any]:
+        def inside(children: list[Node]) -> list[PyTree]:
             return [self.tree(child, depth + 1) for child in children]
 
-        match next(iter(node.items())):
-            case ("dict" | "frozen" as kind, list(pairs)):
-                if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-                    raise Damaged(_NO_NODE)
+        match list(node.items()) if isinstance(node, dict) else ():
+            case [("dict" | "frozen" as kind, list(pairs))] if all(type(p) is list and len(p) == 2 for p in pairs):
                 keys = [key_read(key) for key, _ in pairs]
                 tree = dict(zip(keys, inside([child for _, child in pairs]), strict=True))
                 if len(tree) != len(pairs):
                     raise Damaged("a dict in it has a key that stands twice")
                 return tree if kind == "dict" else freeze(tree)
-            case ("list", list(children)):
+            case [("list", list(children))]:
                 return inside(children)
-            case ("tuple", list(children)):
+            case [("tuple", list(children))]:
                 return tuple(inside(children))
-            case ("partitioned" | "logical" as kind, [list(names), child]):
-                box: Any = nn.Partitioned if kind == "partitioned" else nn.LogicallyPartitioned
-                return box(self.tree(child, depth + 1), tuple(map(_axis, names)))
-            case ("other", [str(cls), list(children)]):
+            case [("complex", [float(real), float(imaginary)])]:
+                return complex(real, imaginary)
+            case [("partitioned" | "logical" as kind, [list(names), child])]:
+                box = nn.Partitioned if kind == "partitioned" else nn.LogicallyPartitioned
+                return box(self.tree(child, depth + 1), key_read(names))
+            case [("other", [str(cls), list(children)])]:
                 return OpaqueNode(cls, tuple(inside(children)))
-            case ("bool", bool(value)) | ("str", str(value)):
-                return value
-            case ("int", str(digits)) if re.fullmatch("-?[0-9]{1,69}", digits):
-                return int(digits)
-            case ("float", str(number)):
-                return _float(number)
-            case ("complex", [str(real), str(imaginary)]):
-                return complex(_float(real), _float(imaginary))
-            case ("array", str(name)):
+            case [("shape", [shape, str(kind), bool(weak)])]:
+                impl = kind.removeprefix("key ")
+                dtype = dtype_named(kind) if impl == kind else key_type(impl)[0]
+                return jax.ShapeDtypeStruct(shape_of("a tree in it", shape), dtype, weak_type=weak)
+            case [("array", str(name))]:
                 return self._array(name)
-            case ("weak", str(name)):
-                array = self._array(name)
+            case [("weak", str(name))]:
                 with jax.transfer_guard("allow"):
-                    return weakly_typed(array)
-            case ("numpy", str(name)):
+                    return weakly_typed(self._array(name))
+            case [("numpy", str(name))]:
                 return self.stored(name).copy()  # two leaves that name one array are two
-            case ("scalar", str(name)) if not self.stored(name).shape:
+            case [("scalar", str(name))] if not self.stored(name).shape:
                 return self.stored(name)[()]
-            case ("key", [str(name), str(impl)]):
-                return key_of(self.stored(name), impl)
-        raise Damaged(_NO_NODE)
+            case [("key", [str(name), str(impl)])]:
+                return _keys_of(self.stored(name), impl)
+        raise Damaged("a tree in it has a node that is none")
 
-    def stored(self, name: str) -> np.ndarray[Any, Any]:
+    def stored(self, name: str) -> HostArray:
         """The array of that name as it was stored."""
         if name not in self.arrays:
             raise Damaged("a tree in it names an array that is not there")
@@ -235,28 +201,8 @@ class Reader:
         return array
 
 
-_NO_NODE = "a tree in it has a node that is none"
-
-
-def _shape_node(node: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    shape = shape_of("a tree in it", node["shape"])
-    match {name: value for name, value in node.items() if name != "shape"}:
-        case {"key": str(impl), **others} if not others:
-            return jax.ShapeDtypeStruct(shape, key_type(impl)[0])
-        case {"dtype": str(dtype), **others} if others in ({}, {"weak": True}):
-            return jax.ShapeDtypeStruct(shape, dtype_named(dtype), weak_type=bool(others))
-    raise Damaged(_NO_NODE)
-
-
-def _float(text: str) -> float:
-    try:
-        return float.fromhex(text)
-    except (ValueError, OverflowError):
-        raise Damaged("a tree in it has a float that is none") from None
-
-
-def key_read(value: Any, depth: int = 0) -> Any:
-    """A key of a dict, or a step of a path. Raises Damaged: it is none."""
+def key_read(value: Node, depth: int = 0) -> Any:
+    """A key of a dict, or the steps of a path. Raises Damaged: it is none."""
     if isinstance(value, list) and depth < DEPTH:
         return tuple(key_read(part, depth + 1) for part in value)
     if value is None or type(value) in (str, int, bool):
@@ -264,29 +210,20 @@ def key_read(value: Any, depth: int = 0) -> Any:
     raise Damaged("a dict in it has a key that is none")
 
 
-def _axis(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-        raise Damaged("an axis in it has a name that is none")
-    return tuple(value)
-
-
 @lru_cache(maxsize=16)
-def key_type(impl: str) -> tuple[Any, tuple[int, ...]]:
+def key_type(impl: str) -> tuple[object, tuple[int, ...]]:
     """The dtype of the keys of a PRNG implementation, and the shape of one's data. Raises Damaged: there is none."""
     try:
         key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
-        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impl)))
+        return key.dtype, jax.eval_shape(jax.random.key_data, key).shape
     except (ValueError, TypeError):
         raise Damaged("it has keys of a PRNG implementation that this JAX does not know") from None
-    return key.dtype, data.shape
 
 
-def key_of(words: np.ndarray[Any, Any], impl: str) -> jax.Array:
+def _keys_of(words: HostArray, impl: str) -> jax.Array:
     """Typed keys of their data, words on the last axis. Raises Damaged: they cannot be that."""
     _, shape = key_type(impl)
-    if words.dtype != np.uint32 or words.shape[len(words.shape) - len(shape) :] != shape or words.ndim < len(shape):
+    if words.dtype != np.uint32 or words.ndim < len(shape) or words.shape[words.ndim - len(shape) :] != shape:
         raise Damaged(f"it has keys that are none of {impl}")
     key: jax.Array = jax.random.wrap_key_data(jax.device_put(words.copy()), impl=impl)
     return key
@@ -297,7 +234,7 @@ class OpaqueNode:
     """A node of a class that is not ours to make: its name, and its children in JAX's order."""
 
     cls: str
-    children: tuple[Any, ...]
+    children: tuple[PyTree, ...]
 
 
 def class_name(cls: type) -> str:
@@ -305,24 +242,18 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def names_of(tree: Any) -> list[Any] | None:
-    """The names of a box that has nothing else but its value, None for everything else."""
-    if type(tree) not in (nn.Partitioned, nn.LogicallyPartitioned):
-        return None
-    if tree.mesh is not None or getattr(tree, "rules", None) is not None or type(tree.names) is not tuple:
-        return None
-    names: list[Any] = []
-    for name in tree.names:
-        if name is None or type(name) is str:
-            names.append(name)
-        elif type(name) is tuple and all(type(part) is str for part in name):
-            names.append(list(name))
-        else:
-            return None
-    return names
+_BOXES = {nn.Partitioned: "partitioned", nn.LogicallyPartitioned: "logical"}
+"""Flax's boxes with names of axes."""
 
 
-def children_of(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+def is_box(tree: PyTree) -> bool:
+    """Whether it is a box that has nothing else but names and its value."""
+    if type(tree) not in _BOXES or type(tree.names) is not tuple:
+        return False
+    return tree.mesh is None and getattr(tree, "rules", None) is None
+
+
+def children_of(tree: PyTree) -> tuple[list[tuple[str, PyTree]], jax.tree_util.PyTreeDef | None]:
     """The children of a node by name, and how it is put together of them; None in the place of that for a leaf."""
     children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)
     if len(children) == 1 and children[0][1] is tree:
@@ -330,20 +261,20 @@ def children_of(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), child) for path, child in children], treedef
 
 
-def foreign_in(tree: Any, path: str = "") -> tuple[str, str] | None:
-    """Where in a tree the first Foreign is, and its class; None where there is none."""
+def foreign_in(tree: PyTree) -> tuple[str, str] | None:
+    """Where in a tree the first `OpaqueNode` is, and its class; None where there is none."""
     for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, OpaqueNode):
-            return path + jax.tree_util.keystr(place, simple=True, separator="/"), leaf.cls
+            return jax.tree_util.keystr(place, simple=True, separator="/"), leaf.cls
     return None
 
 
 class Differs(Exception):
-    """A tree has another node in the place of a Foreign: the text says where."""
+    """A tree has another node in the place of an `OpaqueNode`: the text says where."""
 
 
-def graft(tree: Any, like: Any, path: str = "") -> Any:
-    """`tree` with every Foreign put together as the node of `like` that is in its place.
+def graft(tree: PyTree, like: PyTree, path: str = "") -> PyTree:
+    """`tree` with every `OpaqueNode` put together as the node of `like` that is in its place.
 
     Raises:
       Differs: there is no such node there, or one of another class or with other children.
@@ -354,20 +285,15 @@ def graft(tree: Any, like: Any, path: str = "") -> Any:
             raise Differs(f"{path.removeprefix('/')} is a {tree.cls} in the file")
         pairs = zip(tree.children, children, strict=True)
         return treedef.unflatten([graft(child, inner, f"{path}/{name}") for child, (name, inner) in pairs])
-    if type(tree) is dict:
-        return {key: graft(value, _get(like, key), f"{path}/{key}") for key, value in tree.items()}
-    if type(tree) is FrozenDict:
-        frozen: Any = tree
-        return freeze({key: graft(value, _get(like, key), f"{path}/{key}") for key, value in frozen.items()})
+    if type(tree) in (dict, FrozenDict):
+        grafted = {key: graft(value, _get(like, key), f"{path}/{key}") for key, value in tree.items()}
+        return grafted if type(tree) is dict else freeze(grafted)
     if type(tree) in (list, tuple):
         return type(tree)(graft(value, _get(like, i), f"{path}/{i}") for i, value in enumerate(tree))
-    if names_of(tree) is not None:
-        box: Any = tree
-        return box.replace(value=graft(box.value, getattr(like, "value", None), path))
-    return tree
+    return tree.replace(value=graft(tree.value, getattr(like, "value", None), path)) if is_box(tree) else tree
 
 
-def _get(like: Any, key: Any) -> Any:
+def _get(like: PyTree, key: object) -> PyTree:
     """The child of the other tree, None where there is none."""
     try:
         return like[key]
@@ -375,42 +301,19 @@ def _get(like: Any, key: Any) -> Any:
         return None
 
 
+_WIDTHS = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64)}
 CODES = {
     "bool": "BOOL",
-    "int8": "I8",
-    "int16": "I16",
-    "int32": "I32",
-    "int64": "I64",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
     "bfloat16": "BF16",
+    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind, widths in _WIDTHS.items() for bits in widths},
 }
-"""dtypes that every version of the library gives back as they are."""
+"""dtypes that every version of the library gives back as they are, and what it calls them."""
 
 _RAW = (
-    "complex64",
-    "complex128",
-    "int2",
-    "int4",
-    "uint2",
-    "uint4",
-    "float4_e2m1fn",
-    "float6_e2m3fn",
-    "float6_e3m2fn",
-    "float8_e3m4",
-    "float8_e4m3",
-    "float8_e4m3b11fnuz",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-)
+    "complex64", "complex128", "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn",
+    "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
+    "float8_e5m2fnuz", "float8_e8m0fnu",
+)  # fmt: skip
 """dtypes that are stored as bytes."""
 
 NARROW = ("bool", "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
@@ -419,21 +322,16 @@ NARROW = ("bool", "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float6_e2m
 
 def dtype_named(name: str) -> np.dtype[Any]:
     """The dtype of that name. Raises Damaged: there is none that a file can have, or that is known here."""
-    if name in CODES or name in _RAW:
-        scalar_type = getattr(ml_dtypes, name, None) or getattr(np, name, None)
-        if scalar_type is not None:
-            dtype: np.dtype[Any] = np.dtype(scalar_type)
-            return dtype
+    if name not in (*CODES, *_RAW):
+        raise Damaged(f"{quoted_name(name)} is no dtype")
+    scalar_type = getattr(ml_dtypes, name, None) or getattr(np, name, None)
+    if scalar_type is None:
         raise Damaged(f"the dtype {name} is not known to the installed ml_dtypes")
-    raise Damaged(f"{quoted_name(name)} is no dtype")
+    dtype: np.dtype[Any] = np.dtype(scalar_type)
+    return dtype
 
 
-def can_store(dtype: np.dtype[Any]) -> bool:
-    """Whether a file can hold arrays of this dtype."""
-    return dtype.name in CODES or dtype.name in _RAW
-
-
-def shape_of(name: str, value: Any) -> tuple[int, ...]:
+def shape_of(name: str, value: object) -> tuple[int, ...]:
     """A shape that an array can have. Raises Damaged for every other value."""
     if not isinstance(value, list) or len(value) > 32 or any(type(size) is not int or size < 0 for size in value):
         raise Damaged(f"the shape of {quoted_name(name)} is none")

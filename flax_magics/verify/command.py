@@ -11,17 +11,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..base import __version__
 from ..base.text import clean_lines
 from ..errors import FlaxMagicsError
-from .kernels import check_installed, executed
+from .notebooks import check_installed, code_cells, executed, other_order, read, runs_of
 from .report import EXIT, Result, exit_status, text, to_json
-from .stored import code_cells, other_order, read, runs_of
 
 if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
     from .compare import Tolerance
 
 INTERRUPTED = 130
@@ -79,21 +81,12 @@ def parser() -> argparse.ArgumentParser:
         "--atol", type=_tolerance, metavar="A", help="with --rtol, accept a difference of A in any case (default: 0)"
     )
     verify.add_argument("--json", action="store_true", help="print the result as JSON")
-    verify.add_argument(
-        "-j",
-        "--jobs",
-        type=_jobs,
-        default=1,
-        metavar="N",
-        help="so many notebooks at once, each in a kernel (default: 1)",
-    )
-    verify.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=600,
-        metavar="SECONDS",
-        help="what one cell may take; 0 for as long as it likes (default: 600)",
-    )
+    jobs = "so many notebooks at once, each in a kernel (default: 1)"
+    whole = partial(_whole, 1, "number of notebooks")
+    verify.add_argument("-j", "--jobs", type=whole, default=1, metavar="N", help=jobs)
+    timeout = "what one cell may take; 0 for as long as it likes (default: 600)"
+    whole = partial(_whole, 0, "time in seconds")
+    verify.add_argument("--timeout", type=whole, default=600, metavar="SECONDS", help=timeout)
     return top
 
 
@@ -118,7 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(to_json(results), indent=2, allow_nan=False))
     else:
-        _use_utf8()
+        # A result has arrows and dots, which a pipe on some systems would fail at.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         print("\n".join(text(result) for result in results))
     return exit_status(results)
 
@@ -136,53 +131,45 @@ async def verify(
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    task = asyncio.current_task()
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel if task else _ignore)
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)  # type: ignore[union-attr]
     notebooks = {file: _read(file) for file in files}
-    read_ones = {file: notebook for file, (notebook, _) in notebooks.items() if notebook is not None}
-    cells = sum(len(code_cells(notebook)) for notebook in read_ones.values())
+    results = {file: result for file, result in notebooks.items() if isinstance(result, Result)}
+    to_run = {file: notebook for file, notebook in notebooks.items() if not isinstance(notebook, Result)}
+    cells = sum(len(code_cells(notebook)) for notebook in to_run.values())
     limit = asyncio.Semaphore(jobs)
-    with tqdm(total=cells, unit="cell", leave=False, disable=not _terminal(), file=sys.stderr) as bar:
-
-        def on_cell() -> None:
-            bar.update(1)
+    with tqdm(total=cells, unit="cell", leave=False, disable=None, file=sys.stderr) as bar:  # None: on a terminal alone
 
         async def one(file: str) -> Result:
             async with limit:
-                return await _verify(file, read_ones[file], tolerance, timeout, on_cell)
+                return await _verify(file, to_run[file], tolerance, timeout, bar.update)
 
-        tasks = {file: asyncio.create_task(one(file)) for file in read_ones}
-        try:
-            if tasks:
-                await asyncio.gather(*tasks.values())
-        finally:
-            for running in tasks.values():
-                running.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
-    return [tasks[file].result() if file in tasks else notebooks[file][1] for file in notebooks]
+        async with asyncio.TaskGroup() as group:
+            tasks = {file: group.create_task(one(file)) for file in to_run}
+    results |= {file: task.result() for file, task in tasks.items()}
+    return [results[file] for file in notebooks]
 
 
-def _read(file: str) -> tuple[Any, Result]:
-    """The notebook, None where it is not to be run; and then what is to be said of it."""
+def _read(file: str) -> NotebookNode | Result:
+    """The notebook; or, where it is not to be run, what is to be said of it."""
     try:
         notebook = read(Path(file))
-        stored = runs_of(notebook)
+        return notebook if any(cell.count for cell in runs_of(notebook)) else Result(file)
     except FlaxMagicsError as error:
-        return None, Result(file, failed=_line(error))
-    return (notebook if any(cell.count for cell in stored) else None), Result(file)
+        return Result(file, failed=_line(error))
 
 
 async def _verify(
-    file: str, notebook: Any, tolerance: Tolerance | None, timeout: int | None, on_cell: Callable[[], None]
+    file: str, notebook: NotebookNode, tolerance: Tolerance | None, timeout: int | None, on_cell: Callable[[], object]
 ) -> Result:
     from .compare import compare
 
     started = time.monotonic()
     folder = Path(file).absolute().parent
-    now, done, failed = await executed(notebook, folder, timeout, on_cell)
+    outputs, done, failed = await executed(notebook, folder, timeout, on_cell)
     try:
-        verdicts = compare(runs_of(notebook)[:done], runs_of(now)[:done], tolerance)
+        verdicts = compare(runs_of(notebook)[:done], runs_of(outputs)[:done], tolerance)
     except FlaxMagicsError as error:
         return Result(file, failed=failed or _line(error), seconds=time.monotonic() - started, tolerance=tolerance)
     return Result(file, verdicts, failed, time.monotonic() - started, tolerance, other_order(notebook))
@@ -190,25 +177,6 @@ async def _verify(
 
 def _line(error: FlaxMagicsError) -> str:
     return " ".join(line.strip() for line in clean_lines(str(error)))
-
-
-def _terminal() -> bool:
-    try:
-        return sys.stderr.isatty()
-    except (AttributeError, ValueError):
-        return False
-
-
-def _use_utf8() -> None:
-    """A result has arrows and dots, which a pipe on some systems would fail at."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        with contextlib.suppress(ValueError, OSError):
-            reconfigure(errors="backslashreplace")
-
-
-def _ignore() -> None:
-    return None
 
 
 def _tolerance(value: str) -> float:
@@ -219,15 +187,7 @@ def _tolerance(value: str) -> float:
     raise argparse.ArgumentTypeError(f"{value!r} is no tolerance: it is 0 or more, such as 1e-5")
 
 
-def _jobs(value: str) -> int:
-    return _whole(value, 1, "number of notebooks")
-
-
-def _seconds(value: str) -> int:
-    return _whole(value, 0, "time in seconds")
-
-
-def _whole(value: str, least: int, what: str) -> int:
+def _whole(least: int, what: str, value: str) -> int:
     with contextlib.suppress(ValueError):
         number = int(value)
         if number >= least:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
-from ..base.jsondata import Damaged
+from ..base.files import Damaged
+from ..base.types import HostArray
 from ..base.ulp import largest_ulp
-from .stored import Cell, Further, Leaf, Recorded, unreadable
+from .notebooks import Cell, Further, Leaf, Recorded, unreadable
 
 Outcome = Literal["agrees", "within", "not comparable", "differs"]
 _INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16, 32, 64)))
 _FLOATS = ("float16", "bfloat16", "float32", "float64", *(name for name in dir(ml_dtypes) if name.startswith("float")))
-_COMPLEX = {"complex64": "float32", "complex128": "float64"}
+_KNOWN = {*_INTEGERS, *_FLOATS, "complex64", "complex128"}
 NAMES = {"device_kind": "device kind"}
 """How a fact of the environment is called, where it is not by its own name."""
 
@@ -34,7 +36,7 @@ class Distance:
     """How far the values kept of one output are from those of another.
 
     Attributes:
-      values: how many were compared.
+      compared: how many values were.
       of: how many elements the output has.
       differ: how many of the values differ.
       ulp: the largest distance in units in the last place, over the floating-point values that differ; None where there
@@ -43,7 +45,7 @@ class Distance:
       array: the path of the array with the largest distance; empty where the output is one array, and where none differs.
     """
 
-    values: int
+    compared: int
     of: int
     differ: int
     ulp: int | None
@@ -70,13 +72,13 @@ class Verdict:
     cell: int
     line: str
     outcome: Outcome
-    run: Recorded | None = None
-    runs: int = 1
     what: str = ""
     stored: str = ""
     now: str = ""
+    run: Recorded | None = None
+    runs: int = 1
     distance: Distance | None = None
-    changed: Mapping[str, tuple[str, str]] | None = None
+    changed: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def compare(stored: Iterable[Cell], now: Iterable[Cell], tolerance: Tolerance | None = None) -> list[Verdict]:
@@ -88,33 +90,27 @@ def compare(stored: Iterable[Cell], now: Iterable[Cell], tolerance: Tolerance | 
     return [verdict for one, other in zip(stored, now, strict=True) for verdict in _of_cell(one, other, tolerance)]
 
 
-def _of_cell(stored: Cell, now: Cell, tolerance: Tolerance | None) -> Iterable[Verdict]:
+def _of_cell(stored: Cell, now: Cell, tolerance: Tolerance | None) -> Iterator[Verdict]:
     if stored.count != now.count:
-        run = stored.runs[0] if stored.runs else None
-        yield Verdict(
-            stored.number, stored.line, "differs", run, stored.count, "runs", str(stored.count), str(now.count)
-        )
+        counts, run = (str(stored.count), str(now.count)), stored.runs[0] if stored.runs else None
+        yield Verdict(stored.number, stored.line, "differs", "runs", *counts, run=run, runs=stored.count)
         return
     for one, other in zip(stored.runs, now.runs, strict=False):
         yield _of_run(stored, one, other, tolerance)
     if stored.further or now.further:
-        both = stored.runs and now.runs
-        yield _of_further(stored, now, changed_environment(stored.runs[-1], now.runs[-1]) if both else {})
+        yield _of_further(stored, now)
 
 
 def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | None) -> Verdict:
     changed = changed_environment(stored, now)
-
-    def verdict(outcome: Outcome, what: str, was: str, is_now: str, distance: Distance | None = None) -> Verdict:
-        return Verdict(cell.number, cell.line, outcome, stored, 1, what, was, is_now, distance, changed)
-
+    verdict = partial(Verdict, cell.number, cell.line, run=stored, changed=changed)
     if stored.keys != now.keys:
         return verdict("differs", "keys", *_other_key(stored.keys, now.keys))
     shape = _other_shape(stored, now)
     if shape is not None:
         return verdict("differs", "shape", *shape)
     if stored.digest == now.digest and stored.digest is not None:
-        return verdict("agrees", "", "", "")
+        return verdict("agrees")
     try:
         apart = distance(stored, now)
         close = None if tolerance is None else within(stored, now, tolerance)
@@ -125,17 +121,14 @@ def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | 
         outcome = "within"
     elif close is None and (changed or stored.digest is None or now.digest is None):
         outcome = "not comparable"
-    return verdict(outcome, "digest", stored.digest or "not stored", now.digest or "none", apart)
+    return verdict(outcome, "digest", stored.digest or "not stored", now.digest or "none", distance=apart)
 
 
-def _of_further(stored: Cell, now: Cell, changed: Mapping[str, tuple[str, str]]) -> Verdict:
+def _of_further(stored: Cell, now: Cell) -> Verdict:
     """The runs of a loop beyond those that are kept one by one."""
     one, other = stored.further or Further(0, "", ""), now.further or Further(0, "", "")
-    runs = max(one.runs, other.runs)
-
-    def verdict(outcome: Outcome, what: str = "", was: str = "", is_now: str = "") -> Verdict:
-        return Verdict(stored.number, stored.line, outcome, None, runs, what, was, is_now, None, changed)
-
+    changed = changed_environment(stored.runs[-1], now.runs[-1]) if stored.runs and now.runs else {}
+    verdict = partial(Verdict, stored.number, stored.line, runs=max(one.runs, other.runs), changed=changed)
     if one.runs != other.runs:  # one had news now, or had then, and so is kept by itself
         return verdict("not comparable", "runs", f"{one.runs} in one", f"{other.runs} in one")
     if one.keys != other.keys:
@@ -147,22 +140,21 @@ def _of_further(stored: Cell, now: Cell, changed: Mapping[str, tuple[str, str]])
 
 def changed_environment(stored: Recorded, now: Recorded) -> dict[str, tuple[str, str]]:
     """What the bits depend on, and is another now than was stored: name → both."""
-    changed = {}
-    for name, value in now.environment.items():
-        if name not in stored.environment:
-            changed[NAMES.get(name, name)] = ("not stored", value or "none")
-        elif stored.environment[name] != value:
-            changed[NAMES.get(name, name)] = (stored.environment[name] or "none", value or "none")
-    return changed
+    was = stored.environment
+    return {
+        NAMES.get(name, name): ((was[name] or "none") if name in was else "not stored", value or "none")
+        for name, value in now.environment.items()
+        if name not in was or was[name] != value
+    }
 
 
 def _other_key(stored: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:
-    for stream in sorted(stored.keys() | now.keys()):
-        one, other = stored.get(stream, "none"), now.get(stream, "none")
-        if one != other:
-            short = 8 if one[:8] != other[:8] else 64
-            return f"{stream} {one[:short]}", f"{stream} {other[:short]}"
-    raise AssertionError("keys that are equal")
+    """The first key that is another, of two sets of keys that differ."""
+    streams = sorted(stored.keys() | now.keys())
+    pairs = ((stream, stored.get(stream, "none"), now.get(stream, "none")) for stream in streams)
+    stream, one, other = next((stream, one, other) for stream, one, other in pairs if one != other)
+    short = 8 if one[:8] != other[:8] else 64
+    return f"{stream} {one[:short]}", f"{stream} {other[:short]}"
 
 
 def _other_shape(stored: Recorded, now: Recorded) -> tuple[str, str] | None:
@@ -187,12 +179,12 @@ def distance(stored: Recorded, now: Recorded) -> Distance | None:
     """
     if not _alike(stored, now):
         return None
-    values = differing = 0
+    compared = differing = 0
     ulp: int | None = None
     lost = False
     worst, array = 0.0, ""
     for leaf, one, other in _pairs(stored, now):
-        values += leaf.values
+        compared += leaf.values
         differs = _differs(one, other)
         if not differs.any():
             continue
@@ -205,7 +197,7 @@ def distance(stored: Recorded, now: Recorded) -> Distance | None:
         if worst == worst and not largest <= worst:  # NaN is the furthest
             worst, array = largest, leaf.path
     of = sum(leaf.size for leaf in stored.leaves or ())
-    return Distance(values, of, differing, None if lost else ulp, worst, array)
+    return Distance(compared, of, differing, None if lost else ulp, worst, array)
 
 
 def within(stored: Recorded, now: Recorded, tolerance: Tolerance) -> bool | None:
@@ -226,12 +218,11 @@ def within(stored: Recorded, now: Recorded, tolerance: Tolerance) -> bool | None
 
 
 def _alike(stored: Recorded, now: Recorded) -> bool:
-    known = (*_INTEGERS, *_FLOATS, *_COMPLEX)
     leaves = stored.leaves
-    return leaves is not None and leaves == now.leaves and all(leaf.dtype in known for leaf in leaves)
+    return leaves is not None and leaves == now.leaves and all(leaf.dtype in _KNOWN for leaf in leaves)
 
 
-def _pairs(stored: Recorded, now: Recorded) -> Iterator[tuple[Leaf, Any, Any]]:
+def _pairs(stored: Recorded, now: Recorded) -> Iterator[tuple[Leaf, HostArray, HostArray]]:
     """Each array with its values in the one and in the other."""
     start = 0
     for leaf in stored.leaves or ():
@@ -247,22 +238,22 @@ def _pairs(stored: Recorded, now: Recorded) -> Iterator[tuple[Leaf, Any, Any]]:
     raise Damaged("`bits` is not as long as the values are")
 
 
-def _differs(one: Any, other: Any) -> Any:
+def _differs(one: HostArray, other: HostArray) -> HostArray:
     """Where the bits differ; one NaN is like another."""
     bits = [array.view(np.uint8).reshape(len(array), array.itemsize) for array in (one, other)]
-    return (bits[0] != bits[1]).any(axis=1) & ~(_is_nan(one) & _is_nan(other))
+    differs: HostArray = (bits[0] != bits[1]).any(axis=1) & ~(_is_nan(one) & _is_nan(other))
+    return differs
 
 
-def _is_nan(array: Any) -> Any:
-    wide = _wide(array)
-    return wide != wide
+def _is_nan(array: HostArray) -> HostArray:
+    return np.isnan(_wide(array))
 
 
-def _wide(array: Any) -> Any:
+def _wide(array: HostArray) -> HostArray:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
-def _absolute(dtype: str, one: Any, other: Any) -> float:
+def _absolute(dtype: str, one: HostArray, other: HostArray) -> float:
     if dtype in _INTEGERS:  # exactly, where a float would not hold them
         return float(max(abs(int(a) - int(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)))
     with np.errstate(all="ignore"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
 
 from ..base.text import clean, count, cut, flow, plural, table, ulp, wrap
 from ..errors import advice_lines
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 
 Status = Literal["agrees", "differs", "could not run", "not comparable", "nothing to verify"]
 EXIT: dict[Status, int] = {
-    "agrees": 0,
-    "differs": 1,
+    # The worst first: of several notebooks it is the status.
     "could not run": 2,
-    "not comparable": 3,
+    "differs": 1,
     "nothing to verify": 4,
+    "not comparable": 3,
+    "agrees": 0,
 }
-_WORST: tuple[Status, ...] = ("could not run", "differs", "nothing to verify", "not comparable", "agrees")
 SHOWN = 10
 """Differences of one notebook that the text shows."""
 _GIVEN = 1000
@@ -59,14 +60,19 @@ class Result:
         return "differs" if "differs" in outcomes else "not comparable" if "not comparable" in outcomes else "agrees"
 
     def runs(self, *outcomes: Outcome) -> int:
-        """How many runs have one of these outcomes."""
-        return sum(verdict.runs for verdict in self.verdicts if verdict.outcome in outcomes)
+        """How many runs have one of these outcomes; without any, how many there are."""
+        return sum(verdict.runs for verdict in self.verdicts if not outcomes or verdict.outcome in outcomes)
+
+    @property
+    def changed(self) -> dict[str, tuple[str, str]]:
+        """What the bits depend on, and was another when one of them was stored."""
+        return dict(ChainMap(*(verdict.changed for verdict in self.verdicts)))
 
 
 def exit_status(results: Iterable[Result]) -> int:
     """That of the worst of them; none is as good as nothing to verify."""
     statuses = {result.status for result in results} or {"nothing to verify"}
-    return EXIT[next(status for status in _WORST if status in statuses)]
+    return next(number for status, number in EXIT.items() if status in statuses)
 
 
 def text(result: Result) -> str:
@@ -81,9 +87,8 @@ def text(result: Result) -> str:
         lines += table(rows, indent="  ")
     if len(other) > SHOWN:
         lines.append(f"  … and {plural(sum(v.runs for v in other[SHOWN:]), 'run')} more")
-    changed = _changed(result.verdicts)
-    if changed:
-        parts = [f"{clean(name)} {clean(was)} → {clean(now)}" for name, (was, now) in changed.items()]
+    if result.changed:
+        parts = [f"{clean(name)} {clean(was)} → {clean(now)}" for name, (was, now) in result.changed.items()]
         lines += flow(parts, "  other than stored  ", gap="   ")
     if result.order and result.status in ("differs", "could not run"):
         lines += wrap(f"its cells were not run from top to bottom: {result.order}", "  ")
@@ -100,33 +105,23 @@ def _summary(result: Result) -> str:
         return f"could not run: {result.failed}" + (f" Before it, {plural(before, 'run')} differ." if before else "")
     if not result.verdicts:
         return "no flax_magics outputs: nothing to verify"
-    runs = result.runs("agrees", "within", "not comparable", "differs")
-    bits, within, apart, differ = (result.runs(o) for o in ("agrees", "within", "not comparable", "differs"))
+    runs, bits, within = result.runs(), result.runs("agrees"), result.runs("within")
+    apart, differ = result.runs("not comparable"), result.runs("differs")
     if bits == runs:
         return f"agrees: {plural(runs, 'run')}, keys and every bit"
     parts = [f"keys and every bit in {count(bits)}"] if bits else []
     if within and result.tolerance is not None:
         atol = f", atol {result.tolerance.atol:g}" if result.tolerance.atol else ""
-        kept, of = _kept(verdict for verdict in result.verdicts if verdict.outcome == "within")
-        values = f"{count(kept)} of their {plural(of, 'value')}"
+        distances = [
+            verdict.distance for verdict in result.verdicts if verdict.outcome == "within" and verdict.distance
+        ]
+        compared, of = sum(distance.compared for distance in distances), sum(distance.of for distance in distances)
+        values = f"{count(compared)} of their {plural(of, 'value')}"
         parts.append(f"keys and values within rtol {result.tolerance.rtol:g}{atol} in {count(within)} (by {values})")
     if apart:
         parts.append(f"keys alone in {count(apart)}")
     head = f"differs: {count(differ)} of {plural(runs, 'run')}" if differ else f"{result.status}: {plural(runs, 'run')}"
     return ", ".join([head, *parts])
-
-
-def _kept(verdicts: Iterable[Verdict]) -> tuple[int, int]:
-    """How many values were compared, and how many there are."""
-    apart = [verdict.distance for verdict in verdicts if verdict.distance is not None]
-    return sum(distance.values for distance in apart), sum(distance.of for distance in apart)
-
-
-def _changed(verdicts: Iterable[Verdict]) -> dict[str, tuple[str, str]]:
-    changed: dict[str, tuple[str, str]] = {}
-    for verdict in verdicts:
-        changed = {**(verdict.changed or {}), **changed}
-    return changed
 
 
 def _row(verdict: Verdict) -> tuple[str, ...]:
@@ -135,8 +130,10 @@ def _row(verdict: Verdict) -> tuple[str, ...]:
 
 
 def _draw(verdict: Verdict) -> str:
-    if verdict.run is None or verdict.what == "runs":
-        return "" if verdict.what == "runs" else "later ones"
+    if verdict.what == "runs":
+        return ""
+    if verdict.run is None:
+        return "later ones"
     first, many = verdict.run.draw, verdict.run.draws
     number = f"{first}–{first + many - 1}" if many else str(first)
     return cut(number if verdict.run.seed == 0 else f"{verdict.run.seed}:{number}", 20)
@@ -150,11 +147,8 @@ def how_far(verdict: Verdict) -> str:
         if verdict.what == "keys" and was.partition(" ")[0] == now.partition(" ")[0]:
             now = now.partition(" ")[2]  # the stream is named once
         return f"{was} → {now}" + (" (no values stored)" if verdict.what == "digest" else "")
-    among = (
-        f"{count(distance.values)} stored, of {count(distance.of)}"
-        if distance.values < distance.of
-        else count(distance.of)
-    )
+    stored = f"{count(distance.compared)} stored, of " if distance.compared < distance.of else ""
+    among = f"{stored}{count(distance.of)}"
     if not distance.differ:
         return f"in none of {among}"
     parts = [ulp(distance.ulp)] if distance.ulp is not None else []
@@ -163,17 +157,12 @@ def how_far(verdict: Verdict) -> str:
     return f"{', '.join(parts)}{where} in {count(distance.differ)} of {among}"
 
 
-def to_json(results: Sequence[Result]) -> dict[str, Any]:
+def to_json(results: Sequence[Result]) -> dict[str, object]:
     """All of it as JSON data; a number that is not finite is null."""
-    return {
-        "version": 1,
-        "status": exit_status(results),
-        "notebooks": [_notebook(result) for result in results],
-    }
+    return {"version": 1, "status": exit_status(results), "notebooks": list(map(_notebook, results))}
 
 
-def _notebook(result: Result) -> dict[str, Any]:
-    told = [verdict for verdict in result.verdicts if verdict.outcome != "agrees"]
+def _notebook(result: Result) -> dict[str, object]:
     return {
         "file": result.file,
         "status": result.status,
@@ -181,40 +170,28 @@ def _notebook(result: Result) -> dict[str, Any]:
         "order": result.order or None,
         "seconds": round(result.seconds, 3),
         "runs": {
-            "all": result.runs("agrees", "within", "not comparable", "differs"),
+            "all": result.runs(),
             "agree": result.runs("agrees"),
             "within": result.runs("within"),
             "not_comparable": result.runs("not comparable"),
             "differ": result.runs("differs"),
         },
-        "environment": {name: {"stored": was, "now": now} for name, (was, now) in _changed(result.verdicts).items()},
-        "differences": [_difference(verdict) for verdict in told[:_GIVEN]],
+        "environment": {name: {"stored": was, "now": now} for name, (was, now) in result.changed.items()},
+        "differences": [_difference(v) for v in result.verdicts if v.outcome != "agrees"][:_GIVEN],
     }
 
 
-def _difference(verdict: Verdict) -> dict[str, Any]:
+def _difference(verdict: Verdict) -> dict[str, object]:
     run, distance = verdict.run, verdict.distance
+    values = None
+    if distance is not None:
+        values = asdict(distance) | {"absolute": distance.absolute if math.isfinite(distance.absolute) else None}
     return {
-        "cell": verdict.cell,
-        "line": verdict.line,
-        "outcome": verdict.outcome,
-        "what": verdict.what,
-        "command": run.command if run else None,
-        "model": (run.model or "") if run else None,
-        "call": run.call if run else None,
-        "seed": run.seed if run else None,
-        "draw": run.draw if run else None,
-        "draws": run.draws if run else None,
+        **{name: getattr(verdict, name) for name in ("cell", "line", "outcome", "what")},
+        "command": run and run.command,
+        "model": run and (run.model or ""),
+        **{name: getattr(run, name, None) for name in ("call", "seed", "draw", "draws")},
         "stored": verdict.stored,
         "now": verdict.now,
-        "values": None
-        if distance is None
-        else {
-            "compared": distance.values,
-            "of": distance.of,
-            "differ": distance.differ,
-            "ulp": distance.ulp,
-            "absolute": distance.absolute if math.isfinite(distance.absolute) else None,
-            "array": distance.array,
-        },
+        "values": values,
     }

@@ -286,7 +286,7 @@ def test_pytrees_bools_and_strings_as_arguments(session):
 
 
 def test_devices_are_named():
-    from flax_magics.base.environment import name_devices
+    from flax_magics.base.measures import name_devices
 
     class Device:
         platform = "gpu"

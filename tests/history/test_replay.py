@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flax_magics import FlaxMagicsError, Session
-from flax_magics.base.compare import Agreement, Difference
+from flax_magics.base.digest import Agreement, Difference
 from flax_magics.models.nnx_graph import raw
 
 IDENTICAL = Agreement(True, "output")

@@ -25,7 +25,7 @@ import yaml
 from kernels import RUN_JSON, Kernels
 
 from flax_magics.rng.keys import short_key, stream_tag
-from flax_magics.verify.stored import read, runs_of
+from flax_magics.verify.notebooks import read, runs_of
 
 ROOT = Path(__file__).parents[2]
 RUNS_JSON = "application/vnd.flax-magics.runs+json"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED
 
-from flax_magics.base.jsondata import RUN_JSON
+from flax_magics.base.files import RUN_JSON
 from flax_magics.base.measures import Timing
 from flax_magics.cells.journal import Registered
 from flax_magics.report.html import bundle, level, loop_bundle, registered_bundle

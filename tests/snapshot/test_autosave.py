@@ -21,6 +21,8 @@ from flax import nnx
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.snapshot import document
 
+x = notebook_x()
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -60,7 +62,6 @@ def draws_in(path):
 
 
 def test_it_saves_after_runs_that_changed_variables_and_after_no_other(session, path):
-    x = notebook_x()
     session.autosave(path)
     assert draws_in(path) == 0
     session.apply("net", x, train=True)
@@ -89,7 +90,6 @@ def test_variables_that_are_assigned_are_saved_too(session, path):
 
 
 def test_off_is_how_it_begins_and_how_it_ends(session, path):
-    x = notebook_x()
     assert session.autosaving is None
     session.apply("net", x, train=True)
     assert not path.exists()
@@ -103,7 +103,6 @@ def test_off_is_how_it_begins_and_how_it_ends(session, path):
 
 
 def test_the_kernel_goes_on_while_it_writes_and_of_a_burst_the_last_is_written(session, path, monkeypatch):
-    x = notebook_x()
     session.autosave(path)
     gate = Gate(monkeypatch)
     session.apply("net", x, train=True)
@@ -154,7 +153,6 @@ def test_arrays_of_numpy_that_are_written_into_later_are_saved_as_they_were(sess
 
 
 def test_buffers_that_are_given_away_before_they_are_written_are_told_and_the_file_stays(session, path, monkeypatch):
-    x = notebook_x()
     session.apply("net", x, train=True)
     session.autosave(path)
     gate = Gate(monkeypatch)
@@ -174,7 +172,6 @@ def test_buffers_that_are_given_away_before_they_are_written_are_told_and_the_fi
 
 
 def test_a_failure_is_told_when_it_is_turned_on_and_later_once_and_another_one_again(session, path):
-    x = notebook_x()
     path.mkdir()
     with pytest.raises(FlaxMagicsError, match="is a folder, not a file"):
         session.autosave(path)
@@ -200,7 +197,6 @@ def test_a_failure_is_told_when_it_is_turned_on_and_later_once_and_another_one_a
 
 
 def test_a_digest_that_is_taken_later_is_in_the_next_one(session, path):
-    x = notebook_x()
     session.autosave(path)
     run = session.apply("net", x, train=True)
     session.autosaving.flush()

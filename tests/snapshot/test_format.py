@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 import textwrap
@@ -116,37 +115,30 @@ def told(path, data=None):
 
 
 NONE_OF_OURS = {
-    "empty": (b"", "`…/file` is no file of %flax_save: it does not begin as one (0 bytes)."),
-    "short": (b"abc", "`…/file` is no file of %flax_save: it does not begin as one (3 bytes)."),
-    "text": (b"import jax\n" * 9, "`…/file` is no file of %flax_save: it does not begin as one (99 bytes)."),
-    "pickle": (
-        pickle.dumps({"weights": list(range(99))}),
-        "`…/file` is no file of %flax_save, but a pickle, which would run code when it is loaded.",
-    ),
+    "empty": (b"", ": it does not begin as one (0 bytes)."),
+    "short": (b"abc", ": it does not begin as one (3 bytes)."),
+    "text": (b"import jax\n" * 9, ": it does not begin as one (99 bytes)."),
+    "zeros": (b"\0" * 999, ": it does not begin as one (999 bytes)."),
+    "pickle": (pickle.dumps(list(range(99))), ", but a pickle, which would run code when it is loaded."),
     "web page": (
         b"\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>",
-        "`…/file` is no file of %flax_save, but a web page (HTML).\n"
-        "  was the page saved in place of the file that it links to?",
+        ", but a web page (HTML).\n  was the page saved in place of the file that it links to?",
     ),
-    "npy": (b"\x93NUMPY\x01\x00v\x00{'descr'", "`…/file` is no file of %flax_save, but a NumPy array."),
-    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", "`…/file` is no file of %flax_save, but a gzip archive."),
-    "hdf5": (b"\x89HDF\r\n\x1a\n\x00\x00", "`…/file` is no file of %flax_save, but an HDF5 file."),
+    "npy": (b"\x93NUMPY\x01\x00v\x00{'descr'", ", but a NumPy array."),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00", ", but a gzip archive."),
+    "hdf5": (b"\x89HDF\r\n\x1a\n\x00\x00", ", but an HDF5 file."),
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-        "`…/file` is no file of %flax_save, but the pointer of a file that Git LFS has not fetched.",
+        ", but the pointer of a file that Git LFS has not fetched.",
     ),
-    "zip": (
-        b"PK\x03\x04\x14\x00\x00\x00",
-        "`…/file` is no file of %flax_save, but a zip archive (as .npz files and PyTorch checkpoints are).",
-    ),
-    "zeros": (b"\0" * 999, "`…/file` is no file of %flax_save: it does not begin as one (999 bytes)."),
+    "zip": (b"PK\x03\x04\x14\x00\x00\x00", ", but a zip archive (as .npz files and PyTorch checkpoints are)."),
 }
 
 
 @pytest.mark.parametrize("kind", NONE_OF_OURS)
 def test_another_kind_of_file_is_told_by_its_name(tmp_path, kind):
     data, text = NONE_OF_OURS[kind]
-    assert told(tmp_path / "file", data) == text
+    assert told(tmp_path / "file", data) == f"`…/file` is no file of %flax_save{text}"
 
 
 def test_weights_of_others_are_told_and_how_to_read_them(tmp_path):
@@ -205,34 +197,26 @@ class Parts:
         self.head = json.loads(data[8 : 8 + length])
         self.data = data[8 + length :]
 
-    @property
-    def inner(self):
-        return json.loads(self.head["__metadata__"]["json"])
-
     def set_inner(self, inner):
         text = inner if isinstance(inner, str) else json.dumps(inner)
-        self.head["__metadata__"]["json"] = text
-        self.head["__metadata__"]["sha256"] = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+        self.meta.update(json=text, sha256=hashlib.sha256(text.encode(errors="replace")).hexdigest())
 
     def part(self, name, **changes):
-        inner = self.inner
+        inner = json.loads(self.meta["json"])
         inner["parts"][name].update(changes)
         self.set_inner(inner)
 
-    def cut(self, start):
-        self.data = self.data[start:]
+    @property
+    def meta(self):
+        return self.head["__metadata__"]
+
+    def set(self, data):
+        self.data = data
 
     def bytes(self, head=None):
         head = json.dumps(self.head) if head is None else head
         head = head.encode() if isinstance(head, str) else head
         return len(head).to_bytes(8, "little") + head + self.data
-
-
-HUGE = 10**30
-
-
-def nested(parts, depth=100_000):
-    parts.set_inner("[" * depth + "]" * depth)
 
 
 def both(parts, name, shape, offsets=None):
@@ -243,65 +227,37 @@ def both(parts, name, shape, offsets=None):
 
 
 CUT = "it was cut short or altered"
+NAMES = "its header and its JSON name other arrays"
+CHECKSUM = "its JSON has not the checksum that it was written with"
+OTHERWISE = "`a` has another dtype or shape in its header than in its JSON"
 OTHER = "its JSON is not what it should be: "
 ALTERED = {
-    "an array": (
-        lambda p: setattr(p, "data", b"\1" + p.data[1:]),
-        "`a` has not the checksum that it was written with",
-    ),
-    "its JSON": (
-        lambda p: p.head["__metadata__"].update(json=p.head["__metadata__"]["json"].replace("seed", "sead")),
-        "its JSON has not the checksum that it was written with",
-    ),
-    "cut short": (lambda p: setattr(p, "data", p.data[:-1]), CUT),
-    "longer": (lambda p: setattr(p, "data", p.data + b"\0"), CUT),
+    "an array": (lambda p: p.set(b"\1" + p.data[1:]), "`a` has not the checksum that it was written with"),
+    "its JSON": (lambda p: p.meta.update(json=p.meta["json"].replace("seed", "sead")), CHECKSUM),
+    "cut short": (lambda p: p.set(p.data[:-1]), CUT),
+    "longer": (lambda p: p.set(p.data + b"\0"), CUT),
     "an array too many": (
-        lambda p: (p.head.update(c={**p.head["b"], "data_offsets": [19, 22]}), setattr(p, "data", p.data + b"\0\0\0")),
-        "its header and its JSON name other arrays",
+        lambda p: (p.head.update(c={**p.head["b"], "data_offsets": [19, 22]}), p.set(p.data + b"\0\0\0")),
+        NAMES,
     ),
-    "an array of the same place": (lambda p: p.head.update(c=p.head["a"]), CUT),
-    "an array too few": (
-        lambda p: (p.head.pop("b"), setattr(p, "data", p.data[:16])),
-        "its header and its JSON name other arrays",
-    ),
+    "an array too few": (lambda p: (p.head.pop("b"), p.set(p.data[:16])), NAMES),
     "overlapping": (lambda p: p.head["b"].update(data_offsets=[13, 16]), CUT),
-    "backwards": (lambda p: p.head["b"].update(data_offsets=[19, 16]), CUT),
-    "negative": (lambda p: p.head["b"].update(data_offsets=[-3, 0]), CUT),
     "a place of text": (lambda p: p.head["b"].update(data_offsets=["16", "19"]), CUT),
-    "a place of floats": (lambda p: p.head["b"].update(data_offsets=[16.0, 19.0]), CUT),
-    "far away": (lambda p: p.head["b"].update(data_offsets=[HUGE, HUGE + 3]), CUT),
+    "far away": (lambda p: p.head["b"].update(data_offsets=[10**30, 10**30 + 3]), CUT),
     "huge": (lambda p: both(p, "a", [1 << 50], [0, 1 << 52]), CUT),
-    "huger": (lambda p: both(p, "a", [HUGE], [0, 4 * HUGE]), CUT),
-    "a size of nothing": (lambda p: both(p, "a", [0, HUGE]), CUT),
     "nothing of a huge size": (
-        lambda p: (both(p, "a", [0, 1 << 62], [0, 0]), p.head["b"].update(data_offsets=[0, 3]), p.cut(16)),
+        lambda p: (both(p, "a", [0, 1 << 62], [0, 0]), p.head["b"].update(data_offsets=[0, 3]), p.set(p.data[16:])),
         "the shape of `a` is larger than any array",
     ),
     "too many axes": (lambda p: both(p, "a", [1] * 40 + [4]), "the shape of `a` is none"),
-    "a negative size": (lambda p: both(p, "a", [-4]), CUT),
     "a true size": (
         lambda p: both(p, "a", [True, 4]),
         OTHER + "Expected `int`, got `bool` - at `$.parts[...].shape[0]`",
     ),
-    "a text for a shape": (
-        lambda p: p.part("a", shape="4"),
-        OTHER + "Expected `array`, got `str` - at `$.parts[...].shape`",
-    ),
-    "another shape": (
-        lambda p: p.head["a"].update(shape=[2, 2]),
-        "`a` has another dtype or shape in its header than in its JSON",
-    ),
-    "another dtype": (
-        lambda p: p.head["a"].update(dtype="I32"),
-        "`a` has another dtype or shape in its header than in its JSON",
-    ),
+    "another shape": (lambda p: p.head["a"].update(shape=[2, 2]), OTHERWISE),
+    "another dtype": (lambda p: p.head["a"].update(dtype="I32"), OTHERWISE),
     "no dtype": (lambda p: p.part("a", dtype="object"), "`object` is no dtype"),
     "a dtype of escapes": (lambda p: p.part("a", dtype="\x1b[2J<b>"), "`\\x1b[2J<b>` is no dtype"),
-    "a number for a dtype": (
-        lambda p: p.part("a", dtype=4),
-        OTHER + "Expected `str`, got `int` - at `$.parts[...].dtype`",
-    ),
-    "a smaller dtype": (lambda p: (p.part("a", dtype="int16"), p.head["a"].update(dtype="I16")), CUT),
     "no checksum": (
         lambda p: p.part("a", sha256=None),
         OTHER + "Expected `str`, got `null` - at `$.parts[...].sha256`",
@@ -312,34 +268,18 @@ ALTERED = {
     ),
     "an entry that is none": (lambda p: p.head.update(a=[1]), CUT),
     "bytes that are no bool": (
-        lambda p: (
-            setattr(p, "data", p.data[:-1] + b"\2"),
-            p.part("b", sha256=hashlib.sha256(b"\0\0\2").hexdigest()),
-        ),
+        lambda p: (p.set(p.data[:-1] + b"\2"), p.part("b", sha256=hashlib.sha256(b"\0\0\2").hexdigest())),
         "`b` has bytes that are no bool",
     ),
-    "no metadata field": (
-        lambda p: p.head["__metadata__"].pop("sha256"),
-        "its JSON has not the checksum that it was written with",
-    ),
-    "a metadata field that is no text": (
-        lambda p: p.head["__metadata__"].update(json=[1]),
-        "its JSON has not the checksum that it was written with",
-    ),
-    "no version": (
-        lambda p: p.head["__metadata__"].update(flax_magics="x"),
-        "its format is `x`, and there is no such format",
-    ),
-    "version 0": (
-        lambda p: p.head["__metadata__"].update(flax_magics="0"),
-        "its format is `0`, and there is no such format",
-    ),
+    "no metadata field": (lambda p: p.meta.pop("sha256"), CHECKSUM),
+    "a metadata field that is no text": (lambda p: p.meta.update(json=[1]), CHECKSUM),
+    "no version": (lambda p: p.meta.update(flax_magics="x"), "its format is `x`, and there is no such format"),
+    "version 0": (lambda p: p.meta.update(flax_magics="0"), "its format is `0`, and there is no such format"),
     "a list for its JSON": (lambda p: p.set_inner([1]), OTHER + "Expected `object`, got `array`"),
     "no JSON": (lambda p: p.set_inner("{"), "its JSON is no JSON"),
-    "NaN": (lambda p: p.set_inner('{"parts": NaN}'), "its JSON has the number NaN"),
     "a number of many digits": (lambda p: p.set_inner('{"parts": ' + "9" * 9999 + "}"), "its JSON is no JSON"),
     "a name twice": (lambda p: p.set_inner('{"parts": 1, "parts": 2}'), "its JSON has a name that stands twice"),
-    "deep nesting": (nested, "its JSON is nested too deeply"),
+    "deep nesting": (lambda p: p.set_inner("[" * 99_999 + "]" * 99_999), "its JSON is nested too deeply"),
     "half a character": (
         lambda p: p.set_inner(json.dumps({"\ud800": 1})),
         OTHER + "'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed",
@@ -359,24 +299,17 @@ def test_an_altered_file_is_told(tmp_path, kind):
         assert text == f"`…/file` cannot be loaded: {why}."
 
 
-HEADERS = {
-    "a name twice": (
-        lambda p: json.dumps(p.head)[:-1] + ', "a": 1}',
-        "its header has a name that stands twice",
-    ),
-    "no JSON": (lambda p: "{" + json.dumps(p.head), "its header is no JSON"),
-    "no object": (lambda p: '{"a"', "its header is no JSON"),
-    "no text": (lambda p: b'{"\xff\xfe": 1}', "its header is no text"),
-    "deep nesting": (lambda p: '{"a": ' + "[" * 99_999 + "]" * 99_999 + "}", "its header is nested too deeply"),
-    "infinity": (lambda p: '{"a": Infinity}', "its header has the number Infinity"),
-}
-
-
-@pytest.mark.parametrize("kind", HEADERS)
-def test_an_altered_header_is_told(tmp_path, kind):
-    head, why = HEADERS[kind]
-    parts = Parts(tmp_path)
-    assert told(tmp_path / "file", parts.bytes(head(parts))) == f"`…/file` cannot be loaded: {why}."
+@pytest.mark.parametrize(
+    ("head", "why"),
+    [
+        ('{"a": 1, "a": 1}', "its header has a name that stands twice"),
+        ('{"a"', "its header is no JSON"),
+        (b'{"\xff\xfe": 1}', "its header is no text"),
+        ('{"a": ' + "[" * 99_999 + "]" * 99_999 + "}", "its header is nested too deeply"),
+    ],
+)
+def test_an_altered_header_is_told(tmp_path, head, why):
+    assert told(tmp_path / "file", Parts(tmp_path).bytes(head)) == f"`…/file` cannot be loaded: {why}."
 
 
 @pytest.mark.parametrize("length", [10**6, 2**31, 2**63 - 1, 2**64 - 1])
@@ -431,29 +364,3 @@ def test_a_file_that_is_cut_short_while_it_is_read_does_not_end_the_process(tmp_
     )
     assert done.stdout.splitlines()[0].endswith("cannot be loaded: it was cut short or altered")
     assert done.stdout.splitlines()[1] == "1048576.0"  # what was read before is there
-
-
-def test_every_truncation_is_told(tmp_path):
-    path = tmp_path / "file"
-    data = Parts(tmp_path).bytes()
-    for length in range(len(data)):
-        assert re.search(r"cannot be loaded|is no file of %flax_save", told(path, data[:length])), length
-
-
-def test_every_flipped_bit_is_told_or_changes_nothing(tmp_path):
-    path = tmp_path / "file"
-    whole = Parts(tmp_path).bytes()
-    path.write_bytes(whole)
-    before = read(path)
-    harmless = 0
-    for at in range(len(whole)):
-        for bit in (1, 32, 128):
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-            try:
-                found = read(path)
-            except FlaxMagicsError:
-                continue
-            harmless += 1
-            assert found.document == before.document
-            assert all(same(found.arrays[name], before.arrays[name]) for name in before.arrays)
-    assert harmless < 10  # white space between names

@@ -23,7 +23,7 @@ from flax.core import freeze
 from linen_kinds import Structured, Weak
 
 from flax_magics import Session
-from flax_magics.base.critical import at_once
+from flax_magics.base.threads import at_once
 from flax_magics.models.construction import adopt
 
 pytestmark = of_nnx.WARNINGS
@@ -128,6 +128,10 @@ def whole_sequence(session: Session) -> None:
     session.init("net", of_nnx.a_sequence(8))
 
 
+def attention() -> Any:
+    return nn.MultiHeadDotProductAttention(num_heads=2, decode=True)
+
+
 def decoding() -> Any:
     net = nnx.MultiHeadAttention(num_heads=2, in_features=8, decode=True, rngs=nnx.Rngs(0))
     net.init_cache((2, 5, 8))
@@ -142,6 +146,7 @@ def around_linen() -> Any:
 
 x, rows, step = notebook_x(), of_nnx.an_input(), of_nnx.a_sequence(8)[:, :1]
 graph = of_linen.Graph(jnp.ones((3, 4)), jnp.arange(16.0).reshape(4, 4), jnp.array([0, 1, 2, 0]))
+TRAIN = {"mode": "train"}
 KINDS = {
     "dicts, one of them updated": Kind(Normed, (x,), {"train": True}, runs=2),
     "FrozenDicts, assigned": Kind(Normed, (x,), {"train": True}, frozen),
@@ -151,23 +156,17 @@ KINDS = {
     "weakly typed": Kind(Weak, (jnp.linspace(0, 1, 12).astype(jnp.bfloat16),)),
     "bfloat16 and float8": Kind(Small, (x.astype(jnp.bfloat16),)),
     "keys of every implementation": Kind(Keys, (x,), runs=2),
-    "a cache that moves on": Kind(
-        lambda: nn.MultiHeadDotProductAttention(num_heads=2, decode=True), (step,), before=whole_sequence, runs=2
-    ),
+    "a cache that moves on": Kind(attention, (step,), before=whole_sequence, runs=2),
     "variables of two methods": Kind(of_linen.Heads, (x,), {"method": "head"}, head_first),
     "an init called with a named tuple": Kind(of_linen.GraphNet, (graph,)),
-    "an init called with dataclasses": Kind(of_linen.Takes, (of_linen.Batch(x, 2.0), of_linen.Settings()), {}),
+    "an init called with dataclasses": Kind(of_linen.Takes, (of_linen.Batch(x, 2.0), of_linen.Settings())),
     "an init called with what is static": Kind(of_linen.Plain, (x,), {"n": 2, "how": "tanh", "act": nn.softplus}),
     "an init called with a key": Kind(of_linen.Sampler, (x, jax.random.key(9))),
     "NNX's variables in linen": Kind(lambda: of_nnx.AroundNnx(), (rows,), runs=2),
-    "NNX: numbers, containers, shared leaves": Kind(
-        lambda: of_nnx.Odd(nnx.Rngs(0)), (rows,), {"mode": "train"}, runs=2
-    ),
-    "NNX: lists, dicts, metadata": Kind(lambda: OfNnx(nnx.Rngs(0)), (rows,), {"mode": "train"}, runs=2),
+    "NNX: numbers, containers, shared leaves": Kind(lambda: of_nnx.Odd(nnx.Rngs(0)), (rows,), TRAIN, runs=2),
+    "NNX: lists, dicts, metadata": Kind(lambda: OfNnx(nnx.Rngs(0)), (rows,), TRAIN, runs=2),
     "NNX: keys, typed and legacy": Kind(of_nnx.Keyed, (rows,), runs=2),
-    "NNX: references": Kind(
-        lambda: of_nnx.with_refs(of_nnx.Remembered(nnx.Rngs(0))), (rows,), {"mode": "train"}, runs=2
-    ),
+    "NNX: references": Kind(lambda: of_nnx.with_refs(of_nnx.Remembered(nnx.Rngs(0))), (rows,), TRAIN, runs=2),
     "NNX: layers and streams in stacks": Kind(
         lambda: of_nnx.Holding(of_nnx.stack(of_nnx.Noise), of_nnx.scanned), (rows,)
     ),

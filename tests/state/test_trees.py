@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from flax_magics.base.digest import weakly_typed
-from flax_magics.base.jsondata import Damaged
+from flax_magics.base.files import Damaged
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.snapshot.format import read, write
 from flax_magics.state.trees import _RAW, CODES, DEPTH, Differs, OpaqueNode, Reader, Writer, graft
@@ -27,7 +27,7 @@ from flax_magics.state.trees import _RAW, CODES, DEPTH, Differs, OpaqueNode, Rea
 
 def there_and_back(tree):
     writer = Writer()
-    node = json.loads(json.dumps(writer.tree(tree, "net"), allow_nan=False))
+    node = json.loads(json.dumps(writer.tree(tree, "net")))
     return Reader(writer.arrays).tree(node)
 
 
@@ -238,8 +238,6 @@ def test_a_tree_that_is_too_deep_is_told():
 
 WRONG = [
     [],
-    5,
-    "text",
     {},
     {"dict": 1},
     {"dict": [["a"]]},
@@ -247,16 +245,8 @@ WRONG = [
     {"dict": [["a", None], ["a", None]]},
     {"dict": [], "list": []},
     {"list": {}},
-    {"int": 5},
-    {"int": "0x5"},
-    {"int": "9" * 99},
-    {"int": "²"},
-    {"float": "one"},
-    {"float": 1.5},
-    {"float": "0x1p99999"},
-    {"complex": ["0x1p0"]},
-    {"bool": 1},
-    {"str": None},
+    {"complex": [1.5]},
+    {"complex": [1, 2]},
     {"array": "none"},
     {"array": ["a"]},
     {"array": "doubles"},
@@ -268,12 +258,12 @@ WRONG = [
     {"key": "words"},
     {"other": ["os.system"]},
     {"other": [1, []]},
-    {"partitioned": [[1], None]},
-    {"partitioned": [[[1]], None]},
-    {"shape": [-1], "dtype": "float32"},
-    {"shape": [1], "dtype": "nope"},
-    {"shape": [1], "key": "nope"},
-    {"shape": [1]},
+    {"partitioned": [[1.5], None]},
+    {"partitioned": [None, None]},
+    {"shape": [[-1], "float32", False]},
+    {"shape": [[1], "nope", False]},
+    {"shape": [[1], "key nope", False]},
+    {"shape": [[1], "float32"]},
     {"__import__": ["os"]},
     {"tree": 1},
     {"_dict": []},

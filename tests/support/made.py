@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 import numpy as np
 
-from flax_magics.base.jsondata import RUN_JSON, RUNS_JSON
+from flax_magics.base.files import RUN_JSON, RUNS_JSON
 
 HERE = {
     "versions": {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"},

@@ -33,6 +33,16 @@ def a_sequence(features: int = 4) -> jax.Array:
     return jax.random.normal(jax.random.key(7), (2, 5, features))
 
 
+class Own(nnx.Module):
+    def __init__(self, features, *, rngs):
+        self.linear = nnx.Linear(4, features, rngs=rngs)
+        self.norm = nnx.BatchNorm(features, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.linear(x)))
+
+
 class Noise(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from flax_magics.verify import kernels, main
+from flax_magics.verify import main, notebooks
 
 
 @pytest.mark.parametrize(
@@ -20,14 +20,9 @@ from flax_magics.verify import kernels, main
         ("verify a.ipynb --rtol -1", "argument --rtol: '-1' is no tolerance: it is 0 or more, such as 1e-5"),
         ("verify a.ipynb --rtol nan", "argument --rtol: 'nan' is no tolerance: it is 0 or more, such as 1e-5"),
         ("verify a.ipynb --atol 1", "--atol goes with --rtol"),
-        ("verify a.ipynb --rtol x", "argument --rtol: 'x' is no tolerance: it is 0 or more, such as 1e-5"),
         (
-            "verify a.ipynb --timeout -5",
-            "argument --timeout: '-5' is no time in seconds: it is a whole number, 0 or more",
-        ),
-        (
-            "verify a.ipynb --timeout soon",
-            "argument --timeout: 'soon' is no time in seconds: it is a whole number, 0 or more",
+            "verify a.ipynb --timeout x",
+            "argument --timeout: 'x' is no time in seconds: it is a whole number, 0 or more",
         ),
     ],
 )
@@ -39,7 +34,7 @@ def test_a_mistake_in_the_line_is_told(line, why, capsys):
 
 
 def test_what_is_missing_is_named_with_the_line_that_installs_it(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "_NEEDED", ("nbclient", "no_such_package", "nor_this"))
+    monkeypatch.setattr(notebooks, "_NEEDED", ("nbclient", "no_such_package", "nor_this"))
     assert main(["verify", "a.ipynb"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "notebooks are run with nbclient and ipykernel, and `no_such_package`, `nor_this` are not installed.",

@@ -1,22 +1,37 @@
-"""The runs that a notebook's outputs hold. Whatever stands there is checked, field by field, before it is used."""
+"""The runs that a notebook's outputs hold, and those that a fresh kernel gives.
+
+Whatever stands in a file is checked, field by field, before it is used. The kernel is of the Python that runs this command,
+and not one that a kernelspec names.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import math
 import os
+import signal
 import stat
+import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import msgspec
 
-from ..base.files import open_without_waiting
-from ..base.jsondata import RUN_JSON, RUNS_JSON, Damaged, convert
+from ..base.files import RUN_JSON, RUNS_JSON, Damaged, convert, open_without_waiting
 from ..base.text import clean, cut
 from ..errors import FlaxMagicsError
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbformat import NotebookNode
 
 LARGEST = 256 << 20
 """Bytes of the largest notebook that is read."""
@@ -25,9 +40,11 @@ _LEAVES = 1000
 _ROWS = 100_000
 _VERSIONS = ("jax", "jaxlib", "flax")
 _ARRAY = r"\A[a-z][a-z0-9_]{0,30}\[(?:[0-9]{1,18}(?:,[0-9]{1,18}){0,99})?\]\Z"
+STARTUP = 120
+"""Seconds that a kernel may take to start."""
+_OUTPUTS = 120
+_NEEDED = ("nbclient", "nbformat", "jupyter_client", "ipykernel", "tqdm")
 T = TypeVar("T")
-
-
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
@@ -109,7 +126,7 @@ class RecordedLoop(msgspec.Struct, frozen=True):
     """The runs of a counting line. Of each row stands there what differs from the row before."""
 
     version: Literal[1]
-    runs: list[dict[str, Any]]
+    runs: list[dict[str, object]]
     further: Further | None = None
 
 
@@ -133,7 +150,7 @@ class Cell:
         return len(self.runs) + (self.further.runs if self.further else 0)
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> NotebookNode:
     """The notebook of a file, as nbformat has it. The file is only read.
 
     Raises:
@@ -160,7 +177,7 @@ def read(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
             nbformat.validate(nbformat.from_dict(content))
-            notebook = JSONReader().to_notebook(content)
+            notebook: NotebookNode = JSONReader().to_notebook(content)
     except RecursionError:
         raise FlaxMagicsError("it is no notebook: it is nested too deeply.") from None
     except nbformat.ValidationError as error:
@@ -176,29 +193,28 @@ def brief(text: str) -> str:
     return cut(next(filter(None, lines), ""), 200)
 
 
-def code_cells(notebook: Any) -> list[tuple[int, Any]]:
+def code_cells(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
     """The code cells by their number, from 1."""
-    cells = (cell for cell in notebook.cells if cell.cell_type == "code")
-    return list(enumerate(cells, 1))
+    return list(enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1))
 
 
-def is_run(cell: Any) -> bool:
+def is_run(cell: NotebookNode) -> bool:
     """Whether a code cell is run: it is not empty, and not tagged as one to skip."""
     return bool(cell.source.strip()) and "skip-execution" not in tags_of(cell)
 
 
-def tags_of(cell: Any) -> list[str]:
+def tags_of(cell: NotebookNode) -> list[str]:
     """The tags of a cell."""
     tags = cell.metadata.get("tags")
     return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
-def first_line(cell: Any) -> str:
+def first_line(cell: NotebookNode) -> str:
     """The first line of a cell that is not empty."""
     return next((clean(line[:1000]) for line in cell.source.splitlines() if line.strip()), "")
 
 
-def other_order(notebook: Any) -> str:
+def other_order(notebook: NotebookNode) -> str:
     """`cell 4 was run before cell 3`, of the first two cells that were; empty where they were run from top to bottom."""
     latest, before = 0, 0
     for number, cell in code_cells(notebook):
@@ -211,7 +227,7 @@ def other_order(notebook: Any) -> str:
     return ""
 
 
-def runs_of(notebook: Any) -> list[Cell]:
+def runs_of(notebook: NotebookNode) -> list[Cell]:
     """The runs that the outputs of each code cell hold; cells that are not run hold none.
 
     Raises:
@@ -220,7 +236,7 @@ def runs_of(notebook: Any) -> list[Cell]:
     return [runs_of_cell(number, cell) for number, cell in code_cells(notebook)]
 
 
-def runs_of_cell(number: int, cell: Any) -> Cell:
+def runs_of_cell(number: int, cell: NotebookNode) -> Cell:
     """The runs that the outputs of one code cell hold. Raises what `runs_of` raises."""
     runs: list[Recorded] = []
     further: Further | None = None
@@ -228,17 +244,17 @@ def runs_of_cell(number: int, cell: Any) -> Cell:
         for output in cell.outputs if is_run(cell) else ():
             data = output.get("data", {})
             if RUN_JSON in data:
-                runs.append(_recorded(data[RUN_JSON]))
+                runs.append(_of_this_version(data[RUN_JSON], Recorded, "the run"))
             if RUNS_JSON in data:
                 loop = _of_this_version(data[RUNS_JSON], RecordedLoop, "the loop")
                 if len(loop.runs) > _ROWS:
                     raise Damaged(f"the loop has more than {_ROWS} rows")
                 if loop.further is not None and further is not None:
                     raise Damaged("there are two loops of more runs than are kept")
-                row: dict[str, Any] = {"version": 1}
+                row: dict[str, object] = {"version": 1}
                 for changes in loop.runs:
                     row = {**row, **changes}
-                    runs.append(_recorded(row))
+                    runs.append(_of_this_version(row, Recorded, "the run"))
                 further = loop.further or further
     except Damaged as error:
         raise unreadable(number, error) from None
@@ -251,14 +267,139 @@ def unreadable(number: int, error: Damaged) -> FlaxMagicsError:
     return FlaxMagicsError(f"cell {number} holds an output of flax_magics that cannot be read: {clean(str(error))}.")
 
 
-def _recorded(data: Any) -> Recorded:
-    return _of_this_version(data, Recorded, "the run")
-
-
-def _of_this_version(data: Any, kind: type[T], what: str) -> T:
+def _of_this_version(data: object, kind: type[T], what: str) -> T:
     version = data.get("version") if isinstance(data, dict) else None
     if type(version) is int and version != 1:
         raise Damaged(
             f"{what} was written by another version of flax_magics (its format is {cut(str(version), 20)}, not 1)"
         )
     return convert(data, kind, what)
+
+
+def check_installed() -> None:
+    """Raises FlaxMagicsError where something is missing that runs notebooks."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise FlaxMagicsError(
+            f"notebooks are run with nbclient and ipykernel, and {names} {verb} not installed.",
+            write="pip install 'flax_magics[verify]'",
+        )
+
+
+async def executed(
+    notebook: NotebookNode, folder: Path, timeout: int | None, on_cell: Callable[[], object]
+) -> tuple[NotebookNode, int, str | None]:
+    """What the code cells of a notebook give now.
+
+    Args:
+      notebook: as nbformat has it; not changed.
+      folder: where its kernel works.
+      timeout: seconds that one cell may take, None for as long as it likes.
+      on_cell: told after each code cell.
+
+    Returns:
+      A notebook of the code cells with their outputs; how many of them are done; and why it went no further, None where
+      it ran to its end.
+    """
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cells = [new_code_cell(cell.source, metadata={"tags": tags_of(cell)}) for _, cell in code_cells(notebook)]
+    with tempfile.TemporaryFile() as said:
+        manager = _manager()
+        client = NotebookClient(
+            new_notebook(cells=cells),
+            km=manager,
+            timeout=timeout,
+            startup_timeout=STARTUP,
+            iopub_timeout=_OUTPUTS,
+            raise_on_iopub_timeout=True,
+            resources={"metadata": {"path": str(folder)}},
+        )
+        gently = False
+        try:
+            done, failed = await _run(client, said, on_cell)
+            gently = failed is None
+        finally:
+            await _stop(client, manager, gently)
+    return client.nb, done, failed
+
+
+def _manager() -> AsyncKernelManager:
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisPython(KernelSpecManager):  # type: ignore[misc,unused-ignore]
+        """Gives one kernel under every name: of this Python."""
+
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            return KernelSpec(argv=command, display_name="this Python", language="python")
+
+    return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython())
+
+
+async def _run(client: NotebookClient, said: IO[bytes], on_cell: Callable[[], object]) -> tuple[int, str | None]:
+    """Runs cell after cell; how many are done, and why it went no further, None where it ran to its end."""
+    try:
+        # What the kernel's process says would go through our table, and is wanted only if it dies.
+        await client.async_start_new_kernel(stdout=said, stderr=said)
+        await client.async_start_new_kernel_client()
+    except Exception as error:  # whatever a kernel may fail with: its own last words tell more
+        return 0, f"its kernel did not start: {_last_words(said) or brief(str(error)) or type(error).__name__}"
+    for index, cell in enumerate(client.nb.cells):
+        why = await _run_cell(client, said, index, cell) if is_run(cell) else ""
+        if why:
+            return index, f"cell {index + 1} ({cut(first_line(cell), 40)}){why}"
+        on_cell()
+    return len(client.nb.cells), None
+
+
+async def _run_cell(client: NotebookClient, said: IO[bytes], index: int, cell: NotebookNode) -> str:
+    """Why the cell did not run to its end, as what follows its name; empty where it did."""
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    try:
+        await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
+    except CellExecutionError as error:
+        return f" fails: {cut(clean(error.ename), 60)}: {brief(error.evalue)}"
+    except CellTimeoutError as error:
+        if "IOPub" in str(error):
+            return ": its outputs did not arrive"
+        return f" takes longer than {client.timeout} s: --timeout SECONDS gives it more"
+    except DeadKernelError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # nbclient says so of a cell that was cancelled, too
+            raise asyncio.CancelledError from None
+        return f": the kernel died. {_last_words(said)}".rstrip()
+    except Exception as error:  # a source that cannot be sent, an output that cannot be read
+        return f" cannot be run: {type(error).__name__}: {brief(str(error))}"
+    return ""
+
+
+async def _stop(client: NotebookClient, manager: AsyncKernelManager, gently: bool) -> None:
+    """Ends the kernel, and what it started."""
+    group = getattr(manager.provisioner, "pgid", None)
+    try:
+        with contextlib.suppress(Exception):  # whatever it did not end by is ended below
+            if manager.has_kernel:
+                await manager.shutdown_kernel(now=not gently)
+    finally:
+        if group is not None and hasattr(os, "killpg") and group != os.getpgrp():
+            with contextlib.suppress(OSError):
+                os.killpg(group, signal.SIGKILL)
+        with contextlib.suppress(Exception):  # sockets of a kernel that is no more
+            if client.kc is not None:
+                client.kc.stop_channels()
+
+
+def _last_words(said: IO[bytes]) -> str:
+    """The last line that the kernel's process wrote."""
+    with contextlib.suppress(OSError, ValueError):
+        size = said.seek(0, os.SEEK_END)
+        said.seek(max(0, size - 4000))
+        lines = said.read().decode("utf-8", errors="replace").splitlines()
+        return next((cut(clean(line), 200) for line in reversed(lines) if line.strip()), "")
+    return ""

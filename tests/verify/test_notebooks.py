@@ -12,8 +12,8 @@ import pytest
 from made import HERE, cell, notebook, run
 
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.verify import stored
-from flax_magics.verify.stored import Further, Leaf, read, runs_of
+from flax_magics.verify import notebooks
+from flax_magics.verify.notebooks import Further, Leaf, read, runs_of
 
 
 def test_a_run_is_read():
@@ -32,27 +32,12 @@ def test_a_run_is_read():
     }
 
 
-def test_a_run_that_was_stored_before_values_were_is_read():
-    old = run(versions={"jax": "0.10.2", "flax": "0.12.8"})
-    for name in ("leaves", "bits", "device_kind", "processor", "threads"):
-        del old[name]
-    (one,) = runs_of(notebook(cell(old)))[0].runs
-    assert (one.leaves, one.bits) == (None, b"")
-    assert one.environment == {"jax": "0.10.2", "flax": "0.12.8", "device": "cpu:0"}
-
-
 def test_rows_of_a_loop_are_what_differs_from_the_row_before():
     rows = [run(draw=2, started=11.0), {"draw": 3, "started": 12.0}, {"draw": 5, "digest": "f", "started": 14.0}]
     loop = {"version": 1, "runs": rows, "further": {"runs": 7, "keys": "k", "digest": "d"}}
     # Of the runs of a cell, those that had news have a report of their own, wherever it stands.
     (found,) = runs_of(notebook(cell(run(draw=4, started=13.0), run(draw=1), loop=loop)))
-    assert [(one.draw, one.digest) for one in found.runs] == [
-        (1, "0123456789abcdef"),
-        (2, "0123456789abcdef"),
-        (3, "0123456789abcdef"),
-        (4, "0123456789abcdef"),
-        (5, "f"),
-    ]
+    assert [(one.draw, one.digest) for one in found.runs] == [*((n, "0123456789abcdef") for n in range(1, 5)), (5, "f")]
     assert found.further == Further(7, "k", "d")
     assert found.count == 12
 
@@ -74,39 +59,23 @@ RUN, LOOP = (f"the {what} is not what it should be: " for what in ("run", "loop"
     ("changes", "why"),
     [
         ({"version": 2}, "the run was written by another version of flax_magics (its format is 2, not 1)."),
-        ({"version": None}, RUN + "Expected `int`, got `null` - at `$.version`."),
         ({"version": True}, RUN + "Expected `int`, got `bool` - at `$.version`."),
         ({"draw": "1"}, RUN + "Expected `int`, got `str` - at `$.draw`."),
         ({"draw": 10**60}, RUN + "Expected `int` <= 9223372036854775807 - at `$.draw`."),
         ({"seed": 1.5}, RUN + "Expected `int`, got `float` - at `$.seed`."),
         ({"seed": 10**60}, RUN + "`seed` is too large."),
-        ({"draws": []}, RUN + "Expected `int | null`, got `array` - at `$.draws`."),
-        ({"keys": ["a"]}, RUN + "Expected `object`, got `array` - at `$.keys`."),
         ({"keys": {"dropout\x1b[2J\u202e": 1}}, RUN + "Expected `str`, got `int` - at `$.keys[...]`."),
         ({"keys": DEEP}, RUN + "Expected `object`, got `array` - at `$.keys`."),
-        ({"digest": 5}, RUN + "Expected `str | null`, got `int` - at `$.digest`."),
-        ({"call": None}, RUN + "Expected `str`, got `null` - at `$.call`."),
         ({"output": DEEP}, RUN + "Expected `str`, got `array` - at `$.output`."),
-        ({"started": "now"}, RUN + "Expected `float`, got `str` - at `$.started`."),
         ({"started": float("inf")}, RUN + "`started` is not finite."),
         ({"started": 10**400}, RUN + "Number out of range - at `$.started`."),
-        ({"versions": "all"}, RUN + "Expected `object`, got `str` - at `$.versions`."),
         ({"versions": {"jax": {}}}, RUN + "Expected `str`, got `object` - at `$.versions[...]`."),
-        ({"threads": "many"}, RUN + "Expected `int | null`, got `str` - at `$.threads`."),
         ({"processor": 1}, RUN + "Expected `str | null`, got `int` - at `$.processor`."),
-        ({"leaves": {}}, RUN + "Expected `array | null`, got `object` - at `$.leaves`."),
         ({"leaves": [LEAF] * 1001}, RUN + "Expected `array` of length <= 1000 - at `$.leaves`."),
-        ({"leaves": [0]}, RUN + "Expected `object`, got `int` - at `$.leaves[0]`."),
         ({"leaves": [{**LEAF, "array": "float32[2"}]}, RUN + "Expected `str` matching regex"),
-        ({"leaves": [{**LEAF, "array": "O" * 99 + "[]"}]}, RUN + "Expected `str` matching regex"),
         ({"leaves": [{**LEAF, "values": 3}]}, RUN + "`values` is more than there can be - at `$.leaves[0]`."),
-        ({"leaves": [{**LEAF, "values": -1}]}, RUN + "Expected `int` >= 0 - at `$.leaves[0].values`."),
-        (
-            {"leaves": [{"path": "", "array": "float32[9999999]", "values": 1001}]},
-            RUN + "`values` is more than there can be - at `$.leaves[0]`.",
-        ),
+        ({"leaves": [{**LEAF, "array": "float32[9999]", "values": 1001}]}, RUN + "`values` is more than there can be"),
         ({"bits": "no base64"}, RUN + "Invalid base64 encoded string - at `$.bits`."),
-        ({"bits": "ä"}, RUN + "Invalid base64 encoded string - at `$.bits`."),
     ],
 )
 def test_a_run_that_is_not_what_we_write_is_refused(changes, why):
@@ -120,17 +89,11 @@ def test_a_run_that_is_not_what_we_write_is_refused(changes, why):
     ("loop", "why"),
     [
         ([], LOOP + "Expected `object`, got `array`."),
-        ("text", LOOP + "Expected `object`, got `str`."),
         ({"version": 3}, "the loop was written by another version of flax_magics (its format is 3, not 1)."),
         ({"version": 1}, LOOP + "Object missing required field `runs`."),
         ({"version": 1, "runs": [1]}, LOOP + "Expected `object`, got `int` - at `$.runs[0]`."),
         ({"version": 1, "runs": [{}]}, RUN + "Object missing required field `command`."),
-        ({"version": 1, "runs": [], "further": 1}, LOOP + "Expected `object | null`, got `int` - at `$.further`."),
         ({"version": 1, "runs": [], "further": {"runs": 0}}, LOOP + "Expected `int` >= 1 - at `$.further.runs`."),
-        (
-            {"version": 1, "runs": [], "further": {"runs": 1, "keys": "k"}},
-            LOOP + "Object missing required field `digest` - at `$.further`.",
-        ),
     ],
 )
 def test_a_loop_that_is_not_what_we_write_is_refused(loop, why):
@@ -140,7 +103,7 @@ def test_a_loop_that_is_not_what_we_write_is_refused(loop, why):
 
 
 def test_more_rows_than_there_can_be_are_refused(monkeypatch):
-    monkeypatch.setattr(stored, "_ROWS", 2)
+    monkeypatch.setattr(notebooks, "_ROWS", 2)
     with pytest.raises(FlaxMagicsError, match="the loop has more than 2 rows"):
         runs_of(notebook(cell(loop={"version": 1, "runs": [run(), {}, {}]})))
 
@@ -163,8 +126,6 @@ def test_an_old_notebook_without_ids_and_with_lines_is_read(tmp_path, recwarn):
         (b"", "it is no notebook: Expecting value: line 1 column 1 (char 0)"),
         (b"\xff\xfe", "it is no notebook: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         (b"[" * 100_000, "it is no notebook: it is nested too deeply."),
-        (b"[1]", "it is no notebook of format 4, which Jupyter writes: open it there and save it."),
-        (b'{"nbformat": 3}', "it is no notebook of format 4, which Jupyter writes: open it there and save it."),
         (b'{"nbformat": true}', "it is no notebook of format 4, which Jupyter writes: open it there and save it."),
         (b'{"nbformat": 4', "it is no notebook: Expecting ',' delimiter: line 1 column 15 (char 14)"),
         (
@@ -198,6 +159,6 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, monkeypatch):
         with pytest.raises(FlaxMagicsError) as error:
             read(path)
         assert str(error.value) == why
-    monkeypatch.setattr(stored, "LARGEST", 4)
+    monkeypatch.setattr(notebooks, "LARGEST", 4)
     with pytest.raises(FlaxMagicsError, match="it has 5 bytes, and 4 is the most that is read"):
         read(tmp_path / "large")

@@ -5,24 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from flax_magics.base.compare import Agreement, Difference, with_digest, with_output
-from flax_magics.base.digest import digest_of
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@given(value=st.floats(-1000, 1000, width=16), steps=st.integers(1, 5))
-def test_the_distance_in_ulp_is_how_many_floats_lie_between(dtype, value, steps):
-    one = np.array([value], dtype=jnp.dtype(dtype))
-    other = one
-    for _ in range(steps):
-        other = np.nextafter(other, np.array([np.inf], other.dtype))
-    (difference,) = with_output(one, other).differences
-    assert difference.ulp == steps  # through 0, which is -0 too
-    assert difference.elements == 1
+from flax_magics.base.digest import Agreement, Difference, digest_of, with_digest, with_output
 
 
 def test_zero_and_minus_zero_differ_by_a_bit_and_nan_does_not():
@@ -30,15 +14,11 @@ def test_zero_and_minus_zero_differ_by_a_bit_and_nan_does_not():
     assert with_output(np.float32(np.nan), np.float32(np.nan)) == Agreement(True, "output")
 
 
-def test_a_nan_in_one_of_them():
-    (difference,) = with_output(np.array([1.0, np.nan], np.float32), np.array([1.0, 2.0], np.float32)).differences
-    assert (difference.elements, difference.size) == (1, 2)
-    assert np.isnan(difference.largest)
-    assert difference.ulp is None
-
-
-def test_infinite_numbers_are_compared_without_a_warning():
+def test_nan_in_one_of_them_and_infinite_numbers_are_compared_without_a_warning():
     inf = float("inf")
+    (difference,) = with_output(np.array([1.0, np.nan], np.float32), np.array([1.0, 2.0], np.float32)).differences
+    assert (difference.elements, difference.size, difference.ulp) == (1, 2, None)
+    assert np.isnan(difference.largest)
     (difference,) = with_output(np.array([1.0, inf, -inf]), np.array([2.0, inf, inf])).differences
     assert (difference.elements, difference.size, difference.largest) == (2, 3, inf)
 

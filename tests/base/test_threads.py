@@ -1,7 +1,8 @@
-"""What goes on behind an interrupt: waited for by the next run, and never part of its time."""
+"""Ctrl-C strikes after a commit, never inside; what goes on behind it is waited for by the next run, outside of its time."""
 
 from __future__ import annotations
 
+import signal
 import threading
 from typing import Any
 
@@ -14,7 +15,36 @@ from by_hand import Ticks, bits
 from sessions import session_of
 
 from flax_magics import Session
-from flax_magics.base.workers import Unfinished, elsewhere
+from flax_magics.base import threads
+from flax_magics.base.threads import Unfinished, elsewhere, uninterrupted
+
+
+def test_an_interrupt_waits_for_the_end_of_the_block():
+    done = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def commit():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        commit()
+    assert done == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_another_thread_is_left_alone():
+    done = []
+
+    def run():
+        with uninterrupted():
+            done.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [signal.getsignal(signal.SIGINT)]
 
 
 def test_elsewhere_is_another_thread_with_the_arguments_as_arrays():
@@ -50,8 +80,6 @@ def test_settings_of_this_thread_alone_keep_it_here():
 
 
 def test_an_interrupt_leaves_the_rest_to_be_waited_for(monkeypatch):
-    from flax_magics.base import workers
-
     unfinished, go_on, done = Unfinished(), threading.Event(), []
 
     def function() -> None:
@@ -62,7 +90,7 @@ def test_an_interrupt_leaves_the_rest_to_be_waited_for(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workers.concurrent.futures, "wait", interrupt)
+        patch.setattr(threads.concurrent.futures, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             elsewhere(function, (), unfinished, lambda: ())
     assert (done, unfinished.wait is None) == ([], False)
@@ -80,18 +108,12 @@ def test_an_error_of_a_run_that_was_given_up_is_nobodys():
     assert unfinished.wait is None
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(x)
-
-
 def test_the_next_run_waits_before_its_clock_starts_and_says_so():
     from flax_magics.report.text import normal
 
     clock = Ticks()
     session = Session(seed=0, clock=clock)
-    session.register("net", Net())
+    session.register("net", nn.Dense(3))
     session.apply("net", jnp.ones((2, 4)))
     heard: list[str] = []
     session.services.on_phase = heard.append

@@ -1,22 +1,58 @@
-"""Threads that compile or wait for the device, so that the main thread goes on and can be interrupted."""
+"""Assignments that an interrupt cannot part; and threads that compile or wait, so that the main thread can be interrupted.
+
+Python looks for signals between bytecodes. Assignments that one call of C makes have none between them; work that needs
+Python holds the signal back, which costs more.
+"""
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import contextvars
 import os
+import signal
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import starmap
+from operator import call
+from types import FrameType
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
-from .critical import uninterrupted
+from .types import PyTree
 
-Future = concurrent.futures.Future[Any]
+Assignment = tuple[Any, ...]
+"""A function of C and its arguments: `(object.__setattr__, owner, name, value)`, `(operator.setitem, items, key, value)`."""
+
+
+def at_once(assignments: Iterable[Assignment]) -> None:
+    """Makes all assignments, with no bytecode between one and the next."""
+    collections.deque(starmap(call, tuple(assignments)), maxlen=0)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back for the time of the block, and lets it strike afterwards. Threads get none anyway."""
+    before = signal.getsignal(signal.SIGINT)
+    # It may be ignored, or handled outside of Python.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signals: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: signals.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if signals:
+            before(*signals[0])
+
+
+Future: TypeAlias = "concurrent.futures.Future[Any]"
+T = TypeVar("T")
 
 
 class Workers:
@@ -28,7 +64,7 @@ class Workers:
     def __init__(self, threads: int | None = None) -> None:
         self._most = threads or os.cpu_count() or 1
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._waiting: collections.deque[tuple[Future, Callable[[], object]]] = collections.deque()
         self._running = 0
 
     @property
@@ -37,7 +73,7 @@ class Workers:
         with self._lock:
             return self._running > 0
 
-    def submit(self, work: Callable[[], Any]) -> Future:
+    def submit(self, work: Callable[[], object]) -> Future:
         """A future of what `work()` gives."""
         future: Future = concurrent.futures.Future()
         with uninterrupted():  # a future that no thread will fill would be waited for forever
@@ -56,10 +92,14 @@ class Workers:
                     self._running -= 1
                     return
                 future, work = self._waiting.popleft()
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
+            _fulfil(future, work)
+
+
+def _fulfil(future: Future, work: Callable[[], object]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def wait_for(future: Future) -> Any:
@@ -73,7 +113,7 @@ def wait_for(future: Future) -> Any:
 class Unfinished:
     """The run that the device is busy with, from its dispatch until somebody has waited for it."""
 
-    wait: Callable[[], Any] | None = None
+    wait: Callable[[], object] | None = None
     """Returns once the device has finished; None where nobody was interrupted."""
 
     def finish(self) -> None:
@@ -84,14 +124,15 @@ class Unfinished:
             self.wait = None
 
 
-def smallest(result: Any) -> Callable[[], Any] | None:
+def smallest(result: PyTree) -> Callable[[], object] | None:
     """A function that waits for a program, and holds of its result the smallest array alone; None where it has no array."""
     arrays = [leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)]
-    least: Any = min(arrays, key=lambda array: array.nbytes, default=None)
-    return None if least is None else least.block_until_ready
+    return min(arrays, key=lambda array: array.nbytes).block_until_ready if arrays else None
 
 
-def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinished, settings: Callable[[], Any]) -> Any:
+def elsewhere(
+    function: Callable[..., T], arguments: PyTree, unfinished: Unfinished, settings: Callable[[], object]
+) -> T:
     """`function(*arguments)` on another thread, so that an interrupt returns at once where the call itself would hold it.
 
     It costs 0.1 ms. Of JAX's settings another thread has the global ones alone: where this thread has others, by a
@@ -105,25 +146,23 @@ def elsewhere(function: Callable[..., Any], arguments: Any, unfinished: Unfinish
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf), arguments
     )
     here = settings()
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future: Future = concurrent.futures.Future()
 
-    def work() -> None:
-        try:
-            future.set_result(function(*arguments) if settings() == here else _HERE)
-        except BaseException as error:
-            future.set_exception(error)
+    def call_there() -> object:
+        return function(*arguments) if settings() == here else _HERE
 
     # The context carries the cell that output belongs to, in ipykernel 7 and after.
     context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(work,), name="flax_magics run")
+    thread = threading.Thread(target=context.run, args=(_fulfil, future, call_there), name="flax_magics run")
     with uninterrupted():  # a future that no thread will fill would be waited for forever
         unfinished.wait = future.result
         thread.start()
     while not future.done():
         concurrent.futures.wait([future], timeout=0.2)
     unfinished.wait = None
-    result = future.result()
+    result: T = future.result()
     return function(*arguments) if result is _HERE else result
 
 
 _HERE = object()
+"""What a thread answers that has other settings than the one that asks."""
