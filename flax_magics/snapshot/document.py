@@ -23,7 +23,7 @@ from ..base.compare import Spread
 from ..base.digest import Values, count_parameters, own
 from ..base.jsondata import Damaged, Hex, convert, loads
 from ..base.measures import Cost, Limits, Memory, Steady, Timing
-from ..code.source import source_of
+from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, RootKey, RunKeys, as_key
 from ..run import RELEASED, InitStats, Note, OutputFacts, Run, altered

@@ -15,7 +15,7 @@ import numpy as np
 from ..base.compare import alike
 from ..base.critical import at_once
 from ..base.text import clean
-from ..code.source import edited, source_of
+from ..code.inventory import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
 from ..execution.build import Building, built_with
