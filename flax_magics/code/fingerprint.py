@@ -38,12 +38,12 @@ class NotPlain(Exception):
     """Something was reached whose value cannot be told from the outside."""
 
 
-def fingerprint(value: Any) -> bytes | None:
+def fingerprint(value: object) -> bytes | None:
     """The digest of `value` and of everything it reaches, None where something is not plain."""
     return guarded(value)[0]
 
 
-def guarded(value: Any) -> tuple[bytes | None, Guards]:
+def guarded(value: object) -> tuple[bytes | None, Guards]:
     """`fingerprint(value)`, and what tells whether it would still be the same."""
     digest = _Digest()
     try:
@@ -53,12 +53,8 @@ def guarded(value: Any) -> tuple[bytes | None, Guards]:
     return digest.hasher.digest(), digest.guards
 
 
-def code_print(function: types.FunctionType) -> bytes:
-    """A digest of a function's own code, nothing that it reaches included; equal for another layout or docstring."""
-    try:
-        return code_digest(function.__code__, function.__doc__)
-    except NotPlain:
-        return b""
+_HAS_DOCSTRING = 0x4000000
+"""The flag of code whose first constant is a docstring, where this Python has one."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -74,10 +70,8 @@ def code_digest(code: types.CodeType, doc: str | None = None) -> bytes:
     )  # fmt: skip
     for i, constant in enumerate(code.co_consts):
         if isinstance(constant, types.CodeType):
-            first = constant.co_consts[0] if constant.co_consts else None
-            digest.tag(
-                code_digest(constant, first if isinstance(first, str) and constant.co_flags & 0x4000000 else None)
-            )
+            has_doc = constant.co_flags & _HAS_DOCSTRING
+            digest.tag(code_digest(constant, constant.co_consts[0] if has_doc else None))
         else:
             digest.visit(None if i == 0 and isinstance(constant, str) and constant == doc else constant)
     return digest.hasher.digest()
@@ -98,6 +92,10 @@ class Fingerprint:
         return self._digest
 
 
+OF_LINEN = ("scope", "parent", "name")
+"""Attributes by which linen binds a module."""
+
+
 class _Digest:
     """Hashes a value and all that it holds and reads, each thing once; keeps the guards of it."""
 
@@ -106,13 +104,13 @@ class _Digest:
         self.guards = Guards()
         # id → order of first visit; the objects are kept so that no id is used again during the walk.
         self._seen: dict[int, int] = {}
-        self._kept: list[Any] = []
+        self._kept: list[object] = []
 
     def tag(self, *words: object) -> None:
         """Hashes plain values, which their repr tells from all others."""
         self.hasher.update(repr(words).encode())
 
-    def visit(self, value: Any) -> None:
+    def visit(self, value: object) -> None:
         if type(value) in ATOMS or value is ... or value is NotImplemented or value is MISSING:
             self.tag(value)
             return
@@ -127,15 +125,9 @@ class _Digest:
             return
         self.guards.note(kind, value)
         for edge, name, part in parts_of(value, kind):
-            if edge == "owner":  # the class is visited where the function was reached from
-                continue
-            if edge == "field" and name == "parent":  # linen: where the module is bound, None for a model
-                continue
-            if (
-                edge == "attribute"
-                and kind == "object"
-                and (name.startswith("_") or name in ("scope", "parent", "name"))
-            ):
+            # A method's class is visited where the method was reached from; a model's `parent` is None.
+            is_hidden = edge == "attribute" and kind == "object" and (name.startswith("_") or name in OF_LINEN)
+            if edge == "owner" or (edge == "field" and name == "parent") or is_hidden:
                 continue
             if kind == "mapping":
                 self.visit(name)
@@ -179,7 +171,12 @@ class _Digest:
                     raise NotPlain(repr(cls))
                 self.tag(cls.__qualname__, len(value))
             case "set":
-                self._set(value)
+                prints = [fingerprint(item) for item in value]
+                if None in prints:
+                    raise NotPlain(repr(value))
+                self.guards.note("set", value)
+                self.guards.open |= any(type(item) not in ATOMS for item in value)  # they may change where they are
+                self.tag("set", sorted(filter(None, prints)))
                 return False
             case "dtype":
                 self.tag("dtype", value.str, value.name)
@@ -193,7 +190,7 @@ class _Digest:
                 self.tag(kind, "")
         return True
 
-    def _object(self, value: Any) -> bool:
+    def _object(self, value: object) -> bool:
         if is_outside(value):
             raise NotPlain(repr(value))
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -201,23 +198,12 @@ class _Digest:
             # Builtins, ufuncs, jitted library functions: they have a name in an installed module, and are found there again.
             self.tag("library", type(value).__qualname__, module, name, id(value))
             return False
-        if hasattr(value, "__wrapped__") and library_module(type(value).__module__) and callable(value):
-            # A function inside jax.jit, custom_jvp and the like: the wrapping's own options cannot be read.
-            raise NotPlain(repr(type(value)))
-        if not dataclasses.is_dataclass(value):
+        # A function inside jax.jit, custom_jvp and the like: the wrapping's own options cannot be read.
+        is_wrapping = hasattr(value, "__wrapped__") and library_module(type(value).__module__) and callable(value)
+        if is_wrapping or not dataclasses.is_dataclass(value):
             raise NotPlain(repr(type(value)))
         self.tag("dataclass", "")
         return True
-
-    def _set(self, value: Any) -> None:
-        prints = [fingerprint(item) for item in value]
-        if None in prints:
-            raise NotPlain(repr(value))
-        if not all(type(item) in ATOMS for item in value):
-            self.guards.open = True  # its members may change where they are
-        else:
-            self.guards.note("set", value)
-        self.tag("set", sorted(filter(None, prints)))
 
     def _array(self, value: Any) -> None:
         if isinstance(value, jax.core.Tracer):
@@ -265,7 +251,9 @@ BYTES = 1 << 20
 """Arrays of NumPy beyond this size are not guarded: comparing costs as much as reading them."""
 
 _ABSENT = object()
-_NOTHING: Mapping[str, Any] = {}
+_NOTHING: Mapping[str, object] = {}
+Contents = Mapping[Any, object]
+"""A mapping by whatever keys."""
 
 
 @dataclass
@@ -273,14 +261,14 @@ class Guards:
     """Places and what stood in them. `open` tells that something was met which cannot be guarded."""
 
     open: bool = False
-    _names: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
-    _attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
-    _wholes: list[tuple[Mapping[Any, Any], tuple[Any, ...], tuple[Any, ...]]] = field(default_factory=list)
-    _lists: list[tuple[list[Any], tuple[Any, ...]]] = field(default_factory=list)
-    _sets: list[tuple[set[Any], frozenset[Any]]] = field(default_factory=list)
-    _functions: list[tuple[types.FunctionType, Any, Any, Any]] = field(default_factory=list)
-    _cells: list[tuple[types.CellType, Any]] = field(default_factory=list)
-    _arrays: list[tuple[Any, Any, Any, bytes]] = field(default_factory=list)
+    _names: list[tuple[Mapping[str, object], str, object]] = field(default_factory=list)
+    _attributes: list[tuple[object, str, object]] = field(default_factory=list)
+    _wholes: list[tuple[Contents, tuple[object, ...], tuple[object, ...]]] = field(default_factory=list)
+    _lists: list[tuple[list[object], tuple[object, ...]]] = field(default_factory=list)
+    _sets: list[tuple[set[object], frozenset[object]]] = field(default_factory=list)
+    _functions: list[tuple[types.FunctionType, object, object, object]] = field(default_factory=list)
+    _cells: list[tuple[types.CellType, object]] = field(default_factory=list)
+    _arrays: list[tuple[np.ndarray[Any, Any], tuple[object, ...]]] = field(default_factory=list)
 
     def note(self, kind: Kind, value: Any) -> None:
         """All that may change of a thing and of what it holds, as far as this is not a thing of its own."""
@@ -304,29 +292,28 @@ class Guards:
             if value.nbytes > BYTES:
                 self.open = True
             else:
-                self._arrays.append((value, value.shape, value.dtype, value.tobytes()))
+                self._arrays.append((value, (value.shape, value.dtype, value.tobytes())))
 
-    def name(self, namespace: Mapping[str, Any], name: str) -> None:
+    def name(self, namespace: Mapping[str, object], name: str) -> None:
         """What `name` is bound to, or that it is not."""
         self._names.append((namespace, name, namespace.get(name, _ABSENT)))
 
-    def attribute(self, owner: Any, name: str) -> None:
+    def attribute(self, owner: object, name: str) -> None:
         """An attribute of an object that keeps it elsewhere than in a dict."""
         self._attributes.append((owner, name, getattr(owner, name, _ABSENT)))
 
-    def whole(self, mapping: Mapping[Any, Any]) -> None:
+    def whole(self, mapping: Contents) -> None:
         """All keys and values, in order."""
         self._wholes.append((mapping, tuple(mapping), tuple(mapping.values())))
 
-    def items(self, value: list[Any]) -> None:
+    def items(self, value: list[object]) -> None:
         """The items of a list."""
         self._lists.append((value, tuple(value)))
 
     def function(self, function: types.FunctionType) -> None:
         """Code, defaults, and what its closure holds."""
         self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
-        for cell in function.__closure__ or ():
-            self._cells.append((cell, _contents(cell)))
+        self._cells += [(cell, _contents(cell)) for cell in function.__closure__ or ()]
 
     def hold(self) -> bool:
         """Whether everything stands where it stood."""
@@ -339,31 +326,22 @@ class Guards:
             if len(mapping) != len(keys) or not all(map(is_, mapping.values(), values)) or tuple(mapping) != keys:
                 return False
         for function, code, defaults, kwdefaults in self._functions:
-            if (
-                function.__code__ is not code
-                or function.__defaults__ is not defaults
-                or function.__kwdefaults__ is not kwdefaults
-            ):
+            if function.__code__ is not code or function.__defaults__ is not defaults:
+                return False
+            if function.__kwdefaults__ is not kwdefaults:
                 return False
         for cell, old in self._cells:
             if _contents(cell) is not old:
                 return False
-        for owner, name, old in self._attributes:
-            if getattr(owner, name, _ABSENT) is not old:
-                return False
-        for value, kept in self._lists:
-            if len(value) != len(kept) or not all(map(is_, value, kept)):
-                return False
-        for members, before in self._sets:
-            if members != before:
-                return False
-        return all(
-            array.shape == shape and array.dtype == dtype and array.tobytes() == data
-            for array, shape, dtype, data in self._arrays
+        return (
+            all(getattr(owner, name, _ABSENT) is old for owner, name, old in self._attributes)
+            and all(len(items) == len(old) and all(map(is_, items, old)) for items, old in self._lists)
+            and all(members == old for members, old in self._sets)
+            and all((each.shape, each.dtype, each.tobytes()) == old for each, old in self._arrays)
         )
 
 
-def _contents(cell: types.CellType) -> Any:
+def _contents(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:

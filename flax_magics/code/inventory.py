@@ -1,4 +1,6 @@
-"""What a model is made of, by name: its fields, the code of its classes, and what that code reads.
+"""What a model is made of, for a person: its pieces by name, and the source of its classes.
+
+The pieces are its fields, the code of its classes, and what that code reads.
 
 Two inventories tell what changed between them (`features: 3 → 5`, `helper() was redefined`). They are an account for a
 person, taken when a program is compiled and at no other time; whether a program may be used again is `fingerprint`'s to
@@ -7,11 +9,16 @@ say. So an inventory may leave things out, and it never raises.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import enum
 import hashlib
+import inspect
+import linecache
+import re
 import sys
 import types
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,9 +26,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ..base.digest import on_host
-from .fingerprint import code_print
-from .library import library_file, library_module, nnx_modules
+from ..base.digest import describe, on_host
+from .fingerprint import OF_LINEN, NotPlain, code_digest
+from .library import is_module, is_module_class, library_file, library_module, nnx_modules
 from .walk import ATOMS, MISSING, kind_of, parts_of, reads_of
 
 MOST = 2000
@@ -31,7 +38,6 @@ LONGEST = 64
 
 # Class attributes that Python and Flax add.
 _MADE = ("_abc", "__dataclass", "_pytree__", "_compact_name_scope")
-_FLAX = ("parent", "scope", "name")
 
 PieceKind = Literal["value", "function", "method", "class"]
 
@@ -49,7 +55,7 @@ Inventory = Mapping[str, CodePiece]
 """Name → piece. Names are those that a person uses: `features`, `config.width`, `WIDTH`, `Net.__call__`, `helper`."""
 
 
-def inventory(module: Any) -> Inventory:
+def inventory(module: object) -> Inventory:
     """The pieces of a module of either API."""
     walk = _Inventory()
     # An account for a person: an odd object must not fail the run, and what was found before it still tells something.
@@ -87,7 +93,8 @@ def _spell(name: str, piece: CodePiece) -> str:
     return f"{name}()" if piece.kind == "function" else name
 
 
-def _short(text: str, limit: int = 40) -> str:
+def shorten(text: str, limit: int = 40) -> str:
+    """`text` in one line, cut to `limit` characters with `…`."""
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -97,11 +104,11 @@ class _Inventory:
 
     def __init__(self) -> None:
         self.pieces: dict[str, CodePiece] = {}
-        self._seen: dict[int, Any] = {}
+        self._seen: dict[int, object] = {}
 
     def add(self, name: str, kind: PieceKind, text: str, data: bytes | None = None) -> None:
         if len(self.pieces) < MOST:
-            self.pieces.setdefault(name, CodePiece(kind, _short(text), data if data is not None else text.encode()))
+            self.pieces.setdefault(name, CodePiece(kind, shorten(text), text.encode() if data is None else data))
 
     def visit(self, name: str, value: Any) -> None:
         """`value`, which a person knows as `name`."""
@@ -146,7 +153,7 @@ class _Inventory:
     def array(self, name: str, value: Any) -> None:
         if isinstance(value, jax.core.Tracer):
             return
-        text = f"{value.dtype}[{','.join(map(str, value.shape))}]"
+        text = describe(value)
         if value.size == 1 and np.asarray(value).dtype.kind in "biufc":
             text = f"{text} {np.asarray(value).item()!r}" if value.shape else f"{value.dtype} {value!s}"
         self.add(name, "value", text, hashlib.sha256(on_host(value).tobytes() + text.encode()).digest())
@@ -169,7 +176,7 @@ class _Inventory:
         cls = type(value)
         self.add(name, "class", cls.__qualname__)
         self.cls(cls)
-        hidden = _FLAX if isinstance(value, linen.Module) else ()
+        hidden = OF_LINEN if isinstance(value, linen.Module) else ()
         # What a library's NNX layer keeps follows from its variables' shapes and from how its owner built it.
         follows = isinstance(value, nnx_modules()) and library_module(cls.__module__)
         for edge, attribute, item in parts_of(value, "object"):
@@ -192,7 +199,7 @@ class _Inventory:
                 if id(item) not in self._seen:
                     self.cls(item)
                 continue
-            if name in fields or name in _FLAX or name.startswith(_MADE):
+            if name in fields or name in OF_LINEN or name.startswith(_MADE):
                 continue
             item = getattr(item, "__func__", item)  # of a class or static method
             if isinstance(item, types.FunctionType) and id(item) not in self._seen:
@@ -215,7 +222,10 @@ class _Inventory:
             # A field or a global that holds a function: which one counts, as well as how that is written.
             self.add(name, "value", inner.__name__)
             name = inner.__name__
-        self.add(name, "method" if method else "function", inner.__name__, code_print(inner))
+        digest = b""
+        with contextlib.suppress(NotPlain):
+            digest = code_digest(code, inner.__doc__)
+        self.add(name, "method" if method else "function", inner.__name__, digest)
         for edge, variable, item in parts_of(inner, "function"):
             if edge == "default":
                 self.visit(f"{variable} of {name}", item)
@@ -227,3 +237,90 @@ class _Inventory:
             value = namespace[read]
             if not isinstance(value, types.ModuleType) or namespace is not inner.__globals__:
                 self.visit(spelled, value)
+
+
+LIMIT = 200_000
+"""Characters of code that are kept of a model."""
+
+
+def source_of(module: object) -> str:
+    """The cells (whole) and files (of each the classes) that define the module's classes, its submodules' too.
+
+    Empty where the code is not to be had: in a plain Python prompt.
+    """
+    texts = dict.fromkeys(map(_text, _classes(module)))
+    return "\n\n".join(filter(None, texts))[:LIMIT]
+
+
+def _classes(module: object) -> list[type]:
+    """The user's own classes of a module and of the modules that it holds, bases first."""
+    classes: dict[type, None] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any, depth: int) -> None:
+        if id(value) in seen or depth > 8:
+            return
+        seen.add(id(value))
+        kind = kind_of(value)
+        if is_module_class(value):
+            files = {base: _filename(base) for base in reversed(value.__mro__)}
+            classes.update(dict.fromkeys(base for base, file in files.items() if file and not library_file(file)))
+        elif kind in ("sequence", "mapping") or is_module(value):
+            for _, _, part in parts_of(value, kind):
+                visit(part, depth + 1)
+
+    visit(module, 0)
+    return list(classes)
+
+
+def _filename(cls: type) -> str:
+    """The file or the cell of a class, by the code of its methods; empty where it has none of its own."""
+    for value in vars(cls).values():
+        value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
+        if isinstance(value, types.FunctionType) and value.__qualname__.startswith(f"{cls.__qualname__}."):
+            filename = value.__code__.co_filename
+            if filename != "<string>":  # what dataclasses write
+                return filename
+    return ""
+
+
+def _text(cls: type) -> str:
+    """The whole cell that defines a class; of a file the class alone."""
+    filename = _filename(cls)
+    lines = linecache.getlines(filename)
+    if not lines:
+        return ""
+    if not filename.endswith(".py") or "ipykernel_" in filename or filename.startswith("<"):
+        # The magic's line is kept as a comment there: with it, the cell can be run as it is.
+        return re.sub(r"\A# (?=%%flax)", "", "".join(lines).strip("\n"))
+    try:
+        return inspect.getsource(cls).strip("\n")
+    except (OSError, TypeError, SyntaxError):
+        return ""
+
+
+def edited(before: str, now: str) -> tuple[str, ...]:
+    """Names of classes and functions that both codes define, not alike; comments, layout and docstrings do not count.
+
+    Empty where a code cannot be read, as that of a file that was altered.
+    """
+    texts_now = _definitions(now)
+    return tuple(name for name, text in _definitions(before).items() if texts_now.get(name, text) != text)
+
+
+def _definitions(code: str) -> dict[str, str]:
+    """What a code defines at its top level: name → its syntax."""
+    if len(code) > LIMIT:
+        return {}
+    plain = "\n".join("" if line.startswith("%%flax") else line for line in code.splitlines())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python thinks of somebody's backslashes
+            tree = ast.parse(plain)
+            kinds = (ast.ClassDef, ast.FunctionDef)
+            for node in ast.walk(tree):
+                if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+                    node.body = node.body[1:]
+            return {node.name: ast.dump(node) for node in tree.body if isinstance(node, kinds)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return {}

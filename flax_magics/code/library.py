@@ -23,7 +23,7 @@ class FlaxPatches:
 
     def __init__(self) -> None:
         self.edition = 0
-        self._places: list[tuple[Mapping[str, Any], tuple[Any, ...]]] = []
+        self._places: list[tuple[Mapping[str, object], tuple[object, ...]]] = []
         self._loaded = 0
         self._in_cells = False
         self._looked = False
@@ -52,18 +52,15 @@ class FlaxPatches:
         self._looked = self._in_cells
 
 
-def _places() -> Iterator[Mapping[str, Any]]:
+def _places() -> Iterator[Mapping[str, object]]:
     """The namespaces of the modules, and of the classes that they define."""
     classes: dict[type, None] = {}
     for name, module in list(sys.modules.items()):
-        if not isinstance(module, ModuleType) or not (name in _PUBLIC or name.startswith(_ROOTS)):
-            continue
-        yield vars(module)
-        for value in list(vars(module).values()):
-            if isinstance(value, type) and str(value.__module__).startswith(_ROOTS):
-                classes.setdefault(value)
-    for cls in classes:
-        yield vars(cls)
+        if isinstance(module, ModuleType) and (name in _PUBLIC or name.startswith(_ROOTS)):
+            yield vars(module)
+            values = [value for value in vars(module).values() if isinstance(value, type)]
+            classes.update(dict.fromkeys(cls for cls in values if str(cls.__module__).startswith(_ROOTS)))
+    yield from map(vars, classes)
 
 
 library = FlaxPatches()
@@ -109,7 +106,7 @@ def loads_of(code: CodeType) -> Loads:
     return loads
 
 
-def is_outside(value: Any) -> bool:
+def is_outside(value: object) -> bool:
     """Whether `value` is a module of `OUTSIDE`, or something that one of them defines."""
     if isinstance(value, ModuleType):
         return value.__name__ in OUTSIDE
@@ -151,10 +148,8 @@ def library_file(filename: str) -> bool:
 
 def library_module(name: str | None) -> bool:
     """Whether `name` is a module that was installed, not one that the user writes."""
-    if name is None or name == "__main__":
-        return False
-    module = sys.modules.get(name)
-    if module is None:
+    module = sys.modules.get(name or "__main__")
+    if name is None or name == "__main__" or module is None:
         return False
     file = getattr(module, "__file__", None)
     if file is None:  # built in, or a namespace package
@@ -168,14 +163,14 @@ def nnx_modules() -> tuple[type, ...]:
     return () if nnx is None else (nnx.Module,)
 
 
-def is_module(value: Any) -> bool:
+def is_module(value: object) -> bool:
     """Whether `value` is an instance of a Flax module, of either API."""
     from flax import linen
 
     return isinstance(value, (linen.Module, *nnx_modules()))
 
 
-def is_module_class(value: Any) -> bool:
+def is_module_class(value: object) -> bool:
     """Whether `value` is a class of Flax modules, of either API."""
     from flax import linen
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -63,7 +64,7 @@ _INNER: Mapping[str, tuple[str, ...]] = {
 _kind_of_type: WeakKeyDictionary[type, Kind] = WeakKeyDictionary()
 
 
-def kind_of(value: Any) -> Kind:
+def kind_of(value: object) -> Kind:
     """What `value` is; `object` for an instance of any other class."""
     cls = type(value)
     kind = _kind_of_type.get(cls)
@@ -144,18 +145,13 @@ def _parts_of_class(cls: type) -> Iterator[Part]:
     for name, item in list(vars(cls).items()):
         if name in _DERIVED or isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
             continue
-        if is_dataclass and name in _WRITTEN and _is_from_a_string(item):
-            continue
+        if is_dataclass and name in _WRITTEN:
+            method = inspect.unwrap(item)  # Flax wraps what `dataclass` executes as text
+            if isinstance(method, types.FunctionType) and method.__code__.co_filename == "<string>":
+                continue
         if name in ("parent", "scope") and library_module(type(item).__module__):
             continue  # linen's descriptor
         yield "attribute", name, item
-
-
-def _is_from_a_string(item: Any) -> bool:
-    """Whether a method is one that `dataclass` executes as text, or Flax's wrapping of one."""
-    while isinstance(item, types.FunctionType) and hasattr(item, "__wrapped__"):
-        item = item.__wrapped__
-    return isinstance(item, types.FunctionType) and item.__code__.co_filename == "<string>"
 
 
 class Read(NamedTuple):
@@ -167,7 +163,7 @@ class Read(NamedTuple):
     """
 
     spelled: str
-    namespace: Mapping[str, Any] | None = None
+    namespace: Mapping[str, object] | None = None
     name: str = ""
 
 
@@ -175,7 +171,7 @@ class Read(NamedTuple):
 _REFLECTION = frozenset({"globals", "locals", "vars", "eval", "exec", "open", "next", "iter", "input", "__import__"})
 
 
-def reads_of(code: types.CodeType, namespace: Mapping[str, Any]) -> Iterator[Read]:
+def reads_of(code: types.CodeType, namespace: Mapping[str, object]) -> Iterator[Read]:
     """What `code` and the functions inside it read from their module, and from the user's modules that this imports."""
     loads = loads_of(code)
     for name in loads.imports:
@@ -215,14 +211,14 @@ MOST = 10_000
 """Objects that are looked at for arrays: one behind more of them is not counted."""
 
 
-def arrays_in(value: Any) -> list[Any]:
+def arrays_in(value: object) -> list[jax.Array | np.ndarray[Any, Any]]:
     """Every array that `value` keeps alive: a module or a class, and what their fields, defaults and closures hold.
 
     What the code reads from its module by name is not held by it: the module is the user's, and stays.
     """
-    arrays: list[Any] = []
+    arrays: list[jax.Array | np.ndarray[Any, Any]] = []
     seen: set[int] = set()
-    waiting = [value]
+    waiting: list[Any] = [value]
     while waiting and len(seen) < MOST:
         thing = waiting.pop()
         if type(thing) in ATOMS or id(thing) in seen:

@@ -8,29 +8,40 @@ Last by the lowered program's own text, which tells what the equations leave ope
 
 from __future__ import annotations
 
-import concurrent.futures
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import jax
 
 from ..base.measures import Memory, Timing, default_device, name_devices
-from ..base.threads import Unfinished, elsewhere, smallest, wait_for
+from ..base.threads import Future, Unfinished, elsewhere, smallest, wait_for
+from ..base.types import PyTree
+from ..code.contents import Structure, Unknown
 from ..code.fingerprint import fingerprint
 from ..code.inventory import Inventory
 from ..code.library import library
-from ..code.structure import Structure
-from ..models.arguments import signature_of
-from ..models.base import CallTrace, Needs
+from ..models.base import CallTrace, Needs, Variables
+from ..models.calls import signature_of
 from ..rng.keys import SeenKeys
 from ..run import Cause
-from .compiler import Compiled, Compiler, Units, is_unknown, jax_settings, keep, program_key, settings
+from .compiler import (
+    Compiled,
+    Compiler,
+    Executable,
+    Units,
+    devices_of,
+    hashable,
+    jax_settings,
+    keep,
+    program_key,
+    settings,
+)
 from .jaxpr import identity
-from .trace import TracedCall, TraceRequest, trace_call
+from .limits import memory_of
+from .trace import Traced, TracedCall, TraceRequest, trace_call
 
 KEPT = 128
 """Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
@@ -39,11 +50,16 @@ LEFT = 4
 """Compilations kept at most that were interrupted, have ended since, and that no run has come back for."""
 
 
+OnPhase = Callable[[str], None]
+Trees = tuple[Structure, Structure]
+"""How a program's arguments and its results are put together."""
+
+
 @dataclass(frozen=True)
 class Program:
     """An executable and what its trace told about it."""
 
-    executable: Callable[..., Any]
+    executable: Executable
     """`executable(variables, keys, arguments) -> (output, updates)`, dispatched; `keys` are key data by stream."""
     needs: Needs
     trace: CallTrace
@@ -85,10 +101,10 @@ class PendingProgram:
 
     key: Hashable | None
     call: TracedCall[Program]
-    trees: tuple[Structure, Structure]
+    trees: Trees
     text_key: Hashable
     shareable: bool
-    executable: Any
+    executable: Executable
     timing: Timing
     resumed: bool
 
@@ -104,10 +120,10 @@ class ProgramCache:
 
     clock: Callable[[], float]
     by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
-    by_text: OrderedDict[Hashable, tuple[Any, Any]] = field(default_factory=OrderedDict)
-    by_equations: OrderedDict[Hashable, tuple[Hashable, Any]] = field(default_factory=OrderedDict)
+    by_text: OrderedDict[Hashable, tuple[Executable, Trees]] = field(default_factory=OrderedDict)
+    by_equations: OrderedDict[Hashable, tuple[Hashable, Trees]] = field(default_factory=OrderedDict)
     """equations → what the program lowered from them is kept by in `by_text`, and its trees."""
-    compiling: dict[Hashable, concurrent.futures.Future[Any]] = field(default_factory=dict)
+    compiling: dict[Hashable, Future] = field(default_factory=dict)
     parts: dict[str, LastCall] = field(default_factory=dict)
     """model → its last run."""
     purposes: dict[str, deque[ProgramSpec]] = field(default_factory=dict)
@@ -128,16 +144,14 @@ class ProgramCache:
             self.by_call.move_to_end(key)
         return program
 
-    def run(
-        self, program: Program, variables: Mapping[str, Any], keys: Mapping[str, Any], dynamic: Mapping[str, Any]
-    ) -> Any:
+    def run(self, program: Program, variables: Variables, keys: Variables, dynamic: Variables) -> PyTree:
         """`(output, updates)` once the device has finished. An interrupt returns at once; the run goes on.
 
         `keys`: key data by stream, as `Draw.words` gives it.
         """
         if program.effects:
 
-            def whole(*arguments: Any) -> Any:
+            def whole(*arguments: PyTree) -> PyTree:
                 result = program.executable(*arguments)
                 jax.block_until_ready(result)
                 jax.effects_barrier()  # host callbacks are through, too
@@ -154,9 +168,7 @@ class ProgramCache:
         self.unfinished.wait = None
         return result
 
-    def start(
-        self, request: TraceRequest, phase: Callable[[str], None], since: float | None = None
-    ) -> PendingProgram | BuiltProgram:
+    def start(self, request: TraceRequest, phase: OnPhase, since: float | None = None) -> PendingProgram | BuiltProgram:
         """Finds the program of a call, or traces it, and begins to compile unless a program of the same equations or,
         lowered, of the same text is kept.
 
@@ -206,9 +218,10 @@ class ProgramCache:
                 for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
                     del self.compiling[forgotten]
                 self.compiling[text_key] = self.compiler.start(lowered, shared_key)
+        assert trees is not None  # they are kept with the program's text
         return PendingProgram(key, call, trees, text_key, shareable, executable, timing, resumed)
 
-    def _executable(self, text_key: Hashable, trees: tuple[Structure, Structure] | None) -> Any:
+    def _executable(self, text_key: Hashable, trees: Trees | None) -> Executable:
         """The executable of a lowered program whose trees are these, None where none is kept."""
         executable, known = self.by_text.get(text_key, (None, None))
         if executable is None or known != trees:
@@ -216,7 +229,7 @@ class ProgramCache:
         self.by_text.move_to_end(text_key)
         return executable
 
-    def finish(self, pending: PendingProgram | BuiltProgram, phase: Callable[[str], None]) -> BuiltProgram:
+    def finish(self, pending: PendingProgram | BuiltProgram, phase: OnPhase) -> BuiltProgram:
         """Waits until `pending` is compiled, and keeps it."""
         if isinstance(pending, BuiltProgram):
             return pending
@@ -237,14 +250,9 @@ class ProgramCache:
             timing = replace(timing, compile=waited + beside, beside=beside)
             if pending.shareable:
                 keep(self.by_text, text_key, (executable, pending.trees), KEPT)
-        program = Program(
-            executable,
-            pending.call.needs,
-            pending.call.trace,
-            device_of(executable),
-            analysis(executable),
-            bool(pending.call.traced.jaxpr.effects) or not pending.shareable,
-        )
+        call, effects = pending.call, bool(pending.call.traced.jaxpr.effects) or not pending.shareable
+        device = name_devices(devices_of(executable) or {default_device()})
+        program = Program(executable, call.needs, call.trace, device, memory_of(executable), effects)
         if pending.key is not None:
             keep(self.by_call, pending.key, program, KEPT)
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
@@ -261,7 +269,7 @@ class Services:
 
     programs: ProgramCache
     clock: Callable[[], float]
-    on_phase: Callable[[str], None]
+    on_phase: OnPhase
     seen: SeenKeys
 
 
@@ -271,68 +279,28 @@ def call_key(request: TraceRequest) -> Hashable | None:
     model, static = request.model.cache_key(), fingerprint(arguments.static)
     leaves, treedef = jax.tree_util.tree_flatten(request.variables)
     passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
-    now = settings()
-    if None in (model, static, passed.contents, variables.contents) or is_unknown(now):
+    state = settings()
+    # What is unknown now cannot be compared with what it will be.
+    if None in (model, static, passed.contents, variables.contents) or any(isinstance(s, Unknown) for s in state[1]):
         return None
-    key = (
-        request.name,
-        model,
-        request.method,
-        static,
-        passed,
-        arguments.traced,
-        tuple(map(signature_of, arguments.dynamic.values())),
-        variables,
-        tuple(map(signature_of, leaves)),
-        request.mutable,
-        request.mode == "train",
-        request.draw.impl,
-        request.draw.size,
-        request.keyed,
-        now,
-        library.edition,
-    )
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    call = (request.name, request.method, request.mutable, request.mode == "train", request.keyed)
+    draw = (request.draw.impl, request.draw.size)
+    types = (tuple(map(signature_of, arguments.dynamic.values())), tuple(map(signature_of, leaves)))
+    trees = (passed, arguments.traced, variables)
+    return hashable((*call, *draw, *types, *trees, model, static, state, library.edition))
 
 
-def _equations(traced: Any, request: TraceRequest) -> Hashable | None:
+def _equations(traced: Traced, request: TraceRequest) -> Hashable | None:
     """What tells a traced program from others before it is lowered; None where only the lowered text can tell."""
     equations = identity(traced.jaxpr)
     trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
     return equations and (equations, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
 
 
-def placed(request: TraceRequest) -> tuple[Any, ...]:
+def placed(request: TraceRequest) -> tuple[object, ...]:
     """The devices of the arguments that the user placed: they decide where the results are, and are part of the program."""
     leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
-
-
-def device_of(executable: Any) -> str:
-    """Where a compiled program runs: `cpu:0`, `gpu:0-7`."""
-    shardings = jax.tree_util.tree_leaves((executable.input_shardings, executable.output_shardings))
-    devices = {device for sharding in shardings for device in sharding.device_set}
-    return name_devices(devices or {default_device()})
-
-
-def analysis(executable: Any) -> Memory | None:
-    """Bytes as XLA counts them for this program, None where the backend does not say."""
-    try:
-        stats = executable.memory_analysis()
-    except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
-        return None
-    if stats is None:
-        return None
-    return Memory(
-        stats.argument_size_in_bytes,
-        stats.output_size_in_bytes,
-        stats.temp_size_in_bytes,
-        stats.generated_code_size_in_bytes,
-    )
 
 
 @dataclass(frozen=True)
@@ -390,6 +358,6 @@ class ProgramSpec:
     variables: Mapping[str, LeafSpec]
     held: Structure
     options: Mapping[str, str]
-    settings: Mapping[str, Any]
-    context: Any
+    settings: Mapping[str, object]
+    context: tuple[object, ...]
     keys: str

@@ -12,23 +12,28 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ..base.digest import count_parameters, data_of, is_key, weakly_typed
 from ..base.private import is_in_mesh, staging_of
 from ..base.threads import Future, wait_for
-from ..models.base import Model
-from ..models.calls import Path
+from ..base.types import Leaf, PyTree
+from ..models.base import Model, Updates, Variables
+from ..models.calls import Args, Kwargs, Path
 from ..rng import threefry
-from ..rng.keys import Draw, as_key, shape_of_key
+from ..rng.keys import THREEFRY, Draw, as_key, is_on_host, shape_of_key, threefry
 from ..run import InitStats
-from .compiler import Units
+from .compiler import Units, shape_of
+from .jaxpr import Atom, Equation
+
+Key: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 COMPUTED = object()
 """Stands for a leaf of the variables that has to be computed."""
@@ -47,23 +52,25 @@ class TracedInit:
       whole: JAX's own inlining was kept off: each equation is one program where code runs op by op.
     """
 
-    closed: Any
-    needed: tuple[Any, ...]
-    leaves: tuple[Any, ...]
-    treedef: Any
-    inputs: tuple[Any, ...]
+    closed: ClosedJaxpr
+    needed: tuple[Equation, ...]
+    leaves: tuple[Leaf, ...]
+    treedef: PyTree
+    inputs: tuple[Leaf, ...]
     whole: bool
 
     @property
-    def variables(self) -> Any:
+    def variables(self) -> PyTree:
         """The variables as far as they are known before they are computed: shapes in place of what is not."""
-        computed = map(_shape, self.closed.out_avals)
-        return jax.tree_util.tree_unflatten(
-            self.treedef, [next(computed) if leaf is COMPUTED else leaf for leaf in self.leaves]
-        )
+        return self.filled(map(_shape, self.closed.out_avals))
+
+    def filled(self, computed: Iterator[Leaf]) -> PyTree:
+        """The variables, with `computed` in the places of those that the jaxpr gives."""
+        leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in self.leaves]
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
     @property
-    def shapes(self) -> Any:
+    def shapes(self) -> PyTree:
         """The variables, shapes in place of arrays."""
         return jax.tree_util.tree_map(_shape, self.variables)
 
@@ -75,18 +82,14 @@ class TracedInit:
         text = re.sub(r"0x[0-9a-f]+", "", text)  # functions are printed with their address
         hasher = hashlib.sha256(text.encode())
         read = _read_by(self.needed) | _variables(jaxpr.outvars)
-        for var, constant in zip(jaxpr.constvars, self.closed.consts, strict=True):
-            if var in read and _is_plain_array(constant):
-                hasher.update(np.asarray(constant).tobytes())
-        for leaf in self.leaves:
-            if _is_plain_array(leaf):
-                hasher.update(np.asarray(leaf).tobytes())
-            elif leaf is not COMPUTED:
-                hasher.update(repr(leaf).encode())
+        constants = [value for var, value in zip(jaxpr.constvars, self.closed.consts, strict=True) if var in read]
+        values = [*filter(_is_plain_array, constants), *(leaf for leaf in self.leaves if leaf is not COMPUTED)]
+        for value in values:
+            hasher.update(np.asarray(value).tobytes() if _is_plain_array(value) else repr(value).encode())
         return hasher.hexdigest()
 
 
-def trace_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedInit:
+def trace_init(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> TracedInit:
     """Traces the initialisation by shapes; nothing is computed. `key`, `args` and `kwargs` may hold arrays or shapes.
 
     What the model raises is passed on, and what JAX raises where it looks at values.
@@ -94,15 +97,14 @@ def trace_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwar
     assert not model.holds_variables  # an NNX module is initialised where it is built
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [leaf for leaf in leaves if is_array(leaf)]
-    variables: Any = None
+    variables: PyTree = None
     whole = False
 
-    def init(key: Any, dynamic: list[Any]) -> list[Any]:
+    def init(key: jax.Array, dynamic: list[Leaf]) -> list[Leaf]:
         nonlocal variables, whole
         arrays = iter(dynamic)
-        args, kwargs = jax.tree_util.tree_unflatten(
-            treedef, [next(arrays) if is_array(leaf) else leaf for leaf in leaves]
-        )
+        filled = [next(arrays) if is_array(leaf) else leaf for leaf in leaves]
+        args, kwargs = jax.tree_util.tree_unflatten(treedef, filled)
         with _no_inlining(key) as whole:
             variables = model.init(key, method, args, kwargs)
         return [leaf for leaf in jax.tree_util.tree_leaves(variables) if isinstance(leaf, jax.core.Tracer)]
@@ -117,7 +119,7 @@ _lock = threading.RLock()
 
 
 @contextlib.contextmanager
-def _no_inlining(key: Any) -> Iterator[bool]:
+def _no_inlining(key: jax.Array) -> Iterator[bool]:
     """In the trace of `key`, each function jitted by itself stays one equation. Yields whether this JAX can do that.
 
     JAX runs a jitted function as one program, and inlines some (most of `jax.numpy`) where they are traced.
@@ -130,7 +132,7 @@ def _no_inlining(key: Any) -> Iterator[bool]:
     with _lock:
         rule = rules[jit]
 
-        def stage(trace: Any, source: Any, *args: Any, **params: Any) -> Any:
+        def stage(trace: PyTree, source: object, *args: Atom, **params: PyTree) -> PyTree:
             inline = params.get("inline")
             inlined = inline is True or getattr(inline, "name", "") == "JAX_EARLY"
             is_ours = trace is staging.trace and threading.get_ident() == thread
@@ -145,10 +147,9 @@ def _no_inlining(key: Any) -> Iterator[bool]:
             rules[jit] = rule
 
 
-def _needed(jaxpr: Any) -> tuple[Any, ...]:
+def _needed(jaxpr: Jaxpr) -> tuple[Equation, ...]:
     """The equations that a jaxpr's outputs depend on."""
-    wanted = _variables(jaxpr.outvars)
-    needed = []
+    wanted, needed = _variables(jaxpr.outvars), []
     for equation in reversed(jaxpr.eqns):
         if wanted.intersection(equation.outvars):
             needed.append(equation)
@@ -156,29 +157,27 @@ def _needed(jaxpr: Any) -> tuple[Any, ...]:
     return tuple(needed[::-1])
 
 
-def _variables(atoms: Iterable[Any]) -> set[Any]:
+def _variables(atoms: Iterable[Atom]) -> set[Atom]:
     """The variables among atoms of a jaxpr: the others are literals."""
     return {atom for atom in atoms if not hasattr(atom, "val")}
 
 
-def _read_by(equations: tuple[Any, ...]) -> set[Any]:
+def _read_by(equations: tuple[Equation, ...]) -> set[Atom]:
     return _variables(atom for equation in equations for atom in equation.invars)
 
 
-def _is_plain_array(leaf: Any) -> bool:
+def _is_plain_array(leaf: Leaf) -> bool:
     """Whether a leaf is an array of anything but keys."""
     return hasattr(leaf, "dtype") and not is_key(leaf)
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: Leaf) -> bool:
     """Whether a leaf is an array or the shape of one: what an initialisation is traced over."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    if not is_array(leaf):
-        leaf = jax.eval_shape(lambda: leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+def _shape(leaf: Leaf) -> jax.ShapeDtypeStruct:
+    return shape_of(leaf if is_array(leaf) else jax.eval_shape(lambda: leaf))
 
 
 class Initialising:
@@ -191,15 +190,7 @@ class Initialising:
     """
 
     def __init__(
-        self,
-        model: Model,
-        method: Path,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        draw: Draw,
-        units: Units,
-        taken: bool = False,
+        self, model: Model, method: Path, args: Args, kwargs: Kwargs, *, draw: Draw, units: Units, taken: bool = False
     ) -> None:
         assert not model.holds_variables  # an NNX module is initialised where it is built
         self._model = model
@@ -219,77 +210,71 @@ class Initialising:
             self._in_units = self._traced
 
     @property
-    def expected(self) -> Mapping[str, Any] | None:
+    def expected(self) -> Variables | None:
         """The variables, shapes in place of arrays that are to be computed; None where only running can tell."""
         return None if self._in_units is None else self._in_units.variables
 
-    def begin(self) -> None:
-        """Starts to compile the units that are functions, on other threads: they take as long as a small model."""
-        self._begin(lambda equation: "jaxpr" in equation.params)
+    def begin(self, *, rest: bool = False) -> None:
+        """Starts to compile the units that are functions, on other threads: they take as long as a small model.
 
-    def begin_rest(self) -> None:
-        """Starts to compile the other units, too: single ops, which take little."""
-        self.begin()
-        self._begin(lambda equation: not _folds_a_constant(equation))
-
-    def _begin(self, which: Callable[[Any], bool]) -> None:
+        Args:
+          rest: the other units, too: single ops, which take little.
+        """
+        if rest:
+            self.begin()
         for i, equation in enumerate(() if self._in_units is None else self._in_units.needed):
-            if i not in self._unit_of and which(equation):
+            if i not in self._unit_of and ("jaxpr" in equation.params or (rest and not _folds_a_constant(equation))):
                 self._unit_of[i] = self._units.of_equation(equation)
 
-    def finish(self) -> tuple[dict[str, Any], InitRecord]:
+    def finish(self) -> tuple[Updates, InitRecord]:
         """The variables, once the device has them, and how they were made."""
-        self.begin_rest()
+        self.begin(rest=True)
         key = self._draw.stream("params", taken=self._taken)
         traced = self._in_units
         variables = self._model.init(key, *self._call) if traced is None else self._run(traced, key)
         jax.block_until_ready(variables)
         return variables, record(self._traced, key, *self._call)
 
-    def _run(self, traced: TracedInit, key: Any) -> dict[str, Any]:
+    def _run(self, traced: TracedInit, key: jax.Array) -> Updates:
         """The variables, computed. What is not needed any more is let go of on the way."""
         jaxpr = traced.closed.jaxpr
         last = {var: i for i, equation in enumerate(traced.needed) for var in _variables(equation.invars)}
         last.update(dict.fromkeys(_variables(jaxpr.outvars), len(traced.needed)))
-        values: dict[Any, Any] = dict(zip(jaxpr.constvars, traced.closed.consts, strict=True))
+        values: dict[Atom, Leaf] = dict(zip(jaxpr.constvars, traced.closed.consts, strict=True))
         values.update(zip(jaxpr.invars, (key, *traced.inputs), strict=True))
 
-        def read(atom: Any) -> Any:
+        def read(atom: Atom) -> Leaf:
             return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else values[atom]
 
         for i, equation in enumerate(traced.needed):
-            results = self._evaluate(i, equation, [read(atom) for atom in equation.invars])
-            values.update(
-                (var, value) for var, value in zip(equation.outvars, results, strict=True) if last.get(var, -1) >= i
-            )
-            for var in _variables(equation.invars):
-                if last[var] == i:
+            results = self._evaluate(i, equation, list(map(read, equation.invars)))
+            values.update(zip(equation.outvars, results, strict=True))
+            for var in _variables([*equation.invars, *equation.outvars]):
+                if last.get(var, -1) <= i:
                     values.pop(var, None)
-        computed = (_as_array(read(atom), weak=atom.aval.weak_type) for atom in jaxpr.outvars)
-        leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in traced.leaves]
-        variables: dict[str, Any] = jax.tree_util.tree_unflatten(traced.treedef, leaves)
+        variables: Updates = traced.filled(_as_array(read(atom), weak=atom.aval.weak_type) for atom in jaxpr.outvars)
         return variables
 
-    def _evaluate(self, i: int, equation: Any, arguments: list[Any]) -> list[Any]:
+    def _evaluate(self, i: int, equation: Equation, arguments: list[Leaf]) -> list[Leaf]:
         if i not in self._unit_of:  # it folds a constant
             key, constant = arguments
-            return [as_key(threefry.hashes(data_of(key), (int(constant),))[0], threefry.IMPL)]
+            return [as_key(threefry(data_of(key), (int(constant),))[0], THREEFRY)]
         unit = self._unit_of[i]
         if unit is None:
-            results: Any = equation.primitive.bind(*arguments, **equation.params)
+            results: PyTree = equation.primitive.bind(*arguments, **equation.params)
         else:
             results = wait_for(unit).executable(*arguments)
         return list(results) if equation.primitive.multiple_results else [results]
 
 
-def _as_array(value: Any, *, weak: bool) -> Any:
+def _as_array(value: Leaf, *, weak: bool) -> Leaf:
     """A leaf as `module.init` gives it: a literal of the program is none yet."""
     if not isinstance(value, np.ndarray):
         return value
     return weakly_typed(value) if weak else jax.device_put(value)
 
 
-def _folds_a_constant(equation: Any) -> bool:
+def _folds_a_constant(equation: Equation) -> bool:
     """Whether a module's name is folded into a key, as every `make_rng` does, which needs no program."""
     if equation.primitive.name != "random_fold_in":
         return False
@@ -297,7 +282,7 @@ def _folds_a_constant(equation: Any) -> bool:
     return (
         key.aval.shape == ()
         and str(key.aval.dtype) == "key<fry>"
-        and threefry.is_in_force(threefry.IMPL)
+        and is_on_host(THREEFRY)
         and hasattr(constant, "val")
         and constant.aval.dtype == np.uint32
     )
@@ -318,7 +303,7 @@ def can_run(traced: TracedInit) -> bool:
     return all(map(_same_in_a_trace, traced.needed))
 
 
-def _same_in_a_trace(equation: Any) -> bool:
+def _same_in_a_trace(equation: Equation) -> bool:
     """Whether op by op, too, JAX runs the equation as one program; Python functions it would run op by op in turn."""
     name = equation.primitive.name
     return not (
@@ -338,14 +323,14 @@ class InitRecord:
     traced.
     """
 
-    key: Any
+    key: Key
     method: Path
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     traced: TracedInit | None
 
     @property
-    def shapes(self) -> Any:
+    def shapes(self) -> PyTree:
         """The variables, shapes in place of arrays; None where they cannot be told."""
         return None if self.traced is None else self.traced.shapes
 
@@ -355,24 +340,15 @@ class InitRecord:
         return None if self.traced is None else self.traced.digest
 
 
-def initialised(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InitRecord:
+def initialised(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
     """Traces the initialisation by shapes; nothing is computed. `args`/`kwargs` may hold arrays or shapes."""
-    traced: TracedInit | None
-    try:
+    traced: TracedInit | None = None
+    with contextlib.suppress(jax.errors.JAXTypeError):  # initialisation looks at values
         traced = trace_init(model, key, method, args, kwargs)
-    except jax.errors.JAXTypeError:  # initialisation looks at values
-        traced = None
     return record(traced, key, method, args, kwargs)
 
 
-def shapes_of_init(model: Model, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The variables that an init would make, as shapes. Nothing is computed; an init that looks at values raises."""
-    return trace_init(model, key, method, args, kwargs).shapes
-
-
-def record(
-    traced: TracedInit | None, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> InitRecord:
+def record(traced: TracedInit | None, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
     """The record of an init whose program is `traced`, None where it cannot be traced."""
     if traced is not None:
         traced = replace(traced, inputs=())  # they are the user's arrays
@@ -381,11 +357,11 @@ def record(
     return InitRecord(key, method, _abstract(args), _abstract(kwargs), traced)
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map(lambda leaf: _shape(leaf) if is_array(leaf) else leaf, tree)
 
 
-def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def merged(old: Variables, new: Variables) -> tuple[Updates, Updates]:
     """`(old and what only new has, what only new has)`: of nested mappings. What is in `old` is never replaced."""
     both, added = dict(old), {}
     for name, item in new.items():
@@ -398,7 +374,7 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, An
     return both, added
 
 
-def made_of(variables: Mapping[str, Any], *, added: bool = False) -> InitStats:
+def made_of(variables: Variables, *, added: bool = False) -> InitStats:
     """How many parameters and bytes were made; `added`: to variables that were there."""
     parameters, size = count_parameters(variables)
     return InitStats(parameters, size, tuple(variables), added)

@@ -11,13 +11,19 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ..base.digest import on_host
+from ..base.types import Leaf, PyTree
+
+Equation: TypeAlias = Any
+"""A `jax.extend.core.JaxprEqn`: JAX's annotations do not say what the types of its variables have."""
+Atom: TypeAlias = Any
+"""A variable of a jaxpr; or a literal, which has a `val`."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _VALUES = {
@@ -26,7 +32,7 @@ _VALUES = {
     *("DotAlgorithm", "Format", "FTTuple", "Layout"),
 }
 """Classes of JAX's whose instances are values: equal ones stand for the same."""
-_FUNCTIONS_OF_DERIVATIVES = {
+_OF_DERIVATIVES = {
     ("custom_jvp_call", "jvp_jaxpr_fun"),
     ("custom_vjp_call", "fwd_jaxpr_thunk"),
     ("custom_vjp_call", "bwd"),
@@ -40,7 +46,7 @@ class _Unknown(Exception):
     """Raised at a value of a kind for which nobody knows when two of them are the same."""
 
 
-def identity(closed: Any) -> Hashable | None:
+def identity(closed: ClosedJaxpr) -> Hashable | None:
     """What a closed jaxpr computes; None if that cannot be told from its equations.
 
     Constants are read in full. Nothing of the user's is held.
@@ -60,20 +66,20 @@ class _Writer:
 
     def __init__(self) -> None:
         self.words: list[str] = []
-        self.values: dict[tuple[type, Any], int] = {}
-        self._variables: dict[Any, int] = {}
+        self.values: dict[tuple[type, object], int] = {}
+        self._variables: dict[Atom, int] = {}
         self._once: dict[int, int] = {}
 
     def word(self, word: object) -> None:
         self.words.append(f"{word!r};")
 
-    def seen(self, thing: Any) -> bool:
+    def seen(self, thing: object) -> bool:
         """Writes the number of this very object, a new one at the first time. Whether it was written before."""
         before = id(thing) in self._once
         self.word(self._once.setdefault(id(thing), len(self._once)))
         return before
 
-    def value(self, value: Any) -> None:
+    def value(self, value: object) -> None:
         """A value of JAX's own, which is kept and compared."""
         try:
             number = self.values.setdefault((type(value), value), len(self.values))
@@ -85,7 +91,7 @@ class _Writer:
         self.many(map(_bits_of, closed.consts))
         self.jaxpr(closed.jaxpr)
 
-    def jaxpr(self, jaxpr: Any) -> None:
+    def jaxpr(self, jaxpr: Jaxpr) -> None:
         """The same jaxpr again, as of a function that is called many times, is written once."""
         if self.seen(jaxpr):
             return
@@ -99,7 +105,7 @@ class _Writer:
             self.atom(atom)
         self.word("end")
 
-    def equation(self, equation: Any) -> None:
+    def equation(self, equation: Equation) -> None:
         if set(type(equation).__slots__) - _EQUATION or equation.effects:
             raise _Unknown(equation)
         name = equation.primitive.name
@@ -107,39 +113,37 @@ class _Writer:
         if not self.seen(equation.ctx):
             names = getattr(type(equation.ctx), "__slots__", None) or vars(equation.ctx)
             self.named((name, getattr(equation.ctx, name, None)) for name in names if name != "__weakref__")
-        self.named(
-            (key, value) for key, value in equation.params.items() if (name, key) not in _FUNCTIONS_OF_DERIVATIVES
-        )
+        self.named(item for item in equation.params.items() if (name, item[0]) not in _OF_DERIVATIVES)
         for atom in equation.invars:
             self.atom(atom)
         for variable in equation.outvars:
             self.define(variable)
         self.word(name)
 
-    def define(self, variable: Any) -> None:
+    def define(self, variable: Atom) -> None:
         self._variables[variable] = len(self._variables)
         self.any(variable.aval)
 
-    def atom(self, atom: Any) -> None:
+    def atom(self, atom: Atom) -> None:
         if hasattr(atom, "val"):
             self.any(_bits_of(atom.val))
             self.any(atom.aval)
         else:
             self.word(self._variables[atom])
 
-    def many(self, items: Iterable[Any]) -> None:
+    def many(self, items: Iterable[object]) -> None:
         self.word("(")
         for item in items:
             self.any(item)
         self.word(")")
 
-    def named(self, items: Iterable[tuple[str, Any]]) -> None:
+    def named(self, items: Iterable[tuple[str, object]]) -> None:
         for key, item in sorted(items, key=lambda item: item[0]):
             self.word(key)
             self.any(item)
         self.word("named")
 
-    def any(self, value: Any) -> None:
+    def any(self, value: PyTree) -> None:
         kind = type(value)
         if kind in _PLAIN:
             self.word(value)
@@ -164,16 +168,14 @@ class _Writer:
             raise _Unknown(value)
 
 
-def _bits_of(value: Any) -> tuple[Any, ...]:
+def _bits_of(value: Leaf) -> tuple[object, ...]:
     """A constant or literal: its bits, its type, and where it is if it was put there."""
     if type(value) in _PLAIN:
         return ("literal", value)
     dtype = getattr(value, "dtype", None)
     if dtype is None:
         raise _Unknown(value)
-    where = None
-    if isinstance(value, jax.Array):
-        where = value.sharding if value.committed else None
+    where = value.sharding if isinstance(value, jax.Array) and value.committed else None
     weak = bool(getattr(value, "weak_type", False))
     data = on_host(value)
     if data.dtype.hasobject:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import jax
 import numpy as np
 
 from ..base.measures import Cost, Limits, Memory, default_device, name_devices
 from ..base.text import bytes_
+from ..base.types import PyTree
 from ..errors import FlaxMagicsError
-from .compiler import jax_settings
+from .compiler import Executable, jax_settings
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,10 +30,8 @@ def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> Fla
     device = default_device()
     rows = []
     if memory is not None:
-        rows.append(
-            f"needed: arguments {bytes_(memory.arguments)} · outputs {bytes_(memory.outputs)} · "
-            f"temporaries {bytes_(memory.temporaries)}"
-        )
+        parts = ("arguments", "outputs", "temporaries")
+        rows.append("needed: " + " · ".join(f"{part} {bytes_(getattr(memory, part))}" for part in parts))
     if allocation:
         rows.append(f"could not allocate {bytes_(int(allocation.group(1)))} in one piece")
     free = free_bytes(device)
@@ -41,7 +41,7 @@ def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> Fla
     return FlaxMagicsError(f"out of memory on {device.platform}:{device.id} in {call}", hint="\n".join(rows))
 
 
-def with_peak(memory: Memory | None, devices: Iterable[Any]) -> Memory | None:
+def with_peak(memory: Memory | None, devices: Iterable[jax.Device]) -> Memory | None:
     """`memory` with the devices' own count of their peak so far, where they keep one; of several the highest."""
     if memory is None:
         return None
@@ -50,16 +50,14 @@ def with_peak(memory: Memory | None, devices: Iterable[Any]) -> Memory | None:
     return replace(memory, peak=max(peaks)) if peaks else memory
 
 
-def free_bytes(device: Any) -> int | None:
+def free_bytes(device: jax.Device) -> int | None:
     """Bytes that the device could still give, None where neither it nor the system says."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
     if device.platform == "cpu" and hasattr(os, "sysconf"):
-        try:
+        with suppress(ValueError, OSError):
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            return None
     return None
 
 
@@ -76,12 +74,23 @@ LEAST = 128
 _FLOATS = re.compile(r"\b(?:f|bf|c)\d+")
 
 
-def cost_of(executable: Any) -> Cost | None:
+def _told(executable: Executable, analysis: str) -> PyTree:
+    """What a method of an executable gives; None where the backend does not say."""
+    with suppress(jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
+        return getattr(executable, analysis)()
+    return None
+
+
+def memory_of(executable: Executable) -> Memory | None:
+    """Bytes as XLA counts them for a compiled program; None where the backend does not say."""
+    stats = _told(executable, "memory_analysis")
+    parts = ("argument", "output", "temp", "generated_code")
+    return None if stats is None else Memory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
+
+
+def cost_of(executable: Executable) -> Cost | None:
     """What XLA counts for one run of a compiled program on one device; None where the backend does not say."""
-    try:
-        counts = executable.cost_analysis()
-    except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
-        return None
+    counts = _told(executable, "cost_analysis")
     counts = counts[0] if isinstance(counts, list) and counts else counts or {}
     flops, moved = (max(float(counts.get(name) or 0), 0.0) for name in ("flops", "bytes accessed"))
     return Cost(flops, moved, _loops(executable.as_text() or "")) if flops > 0 or moved > 0 else None
@@ -93,29 +102,28 @@ def _loops(text: str) -> bool:
     return any(_FLOATS.search(carried) for carried in whiles)
 
 
-def devices_in(tree: Any) -> set[Any]:
+def devices_in(tree: PyTree) -> set[jax.Device]:
     """The devices that hold the arrays of `tree`; where it has none, the one that JAX would use."""
     leaves = (leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array))
     return {device for leaf in leaves for device in leaf.devices()} or {default_device()}
 
 
-def dtype_of(*trees: Any) -> str:
+def dtype_of(*trees: PyTree) -> str:
     """The floating-point dtype of most elements in the first tree that has one; `float32` where none has."""
     for tree in trees:
-        sizes: dict[str, int] = {}
+        sizes: Counter[str] = Counter()
         for leaf in jax.tree_util.tree_leaves(tree):
-            dtype = getattr(leaf, "dtype", None)
-            if dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating):
-                sizes[dtype.name] = sizes.get(dtype.name, 0) + int(np.prod(leaf.shape))
+            if hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+                sizes[leaf.dtype.name] += int(np.prod(leaf.shape))
         if sizes:
-            return max(sizes, key=lambda name: sizes[name])
+            return sizes.most_common(1)[0][0]
     return "float32"
 
 
-_MEASURED: dict[Any, Limits] = {}
+_MEASURED: dict[tuple[object, ...], Limits] = {}
 
 
-def limits(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
+def limits(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits:
     """What `device` reaches, measured at the first call for it, `dtype` and JAX's settings as they are now."""
     key = (device, dtype, jax_settings())
     if key not in _MEASURED:
@@ -123,8 +131,8 @@ def limits(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
     return _MEASURED[key]
 
 
-def _measure(device: Any, dtype: str, clock: Callable[[], float]) -> Limits:
-    def fastest(function: Callable[[Any], Any], n: int, axes: int) -> tuple[int, float]:
+def _measure(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits:
+    def fastest(function: Callable[[jax.Array], jax.Array], n: int, axes: int) -> tuple[int, float]:
         """`n`, halved until an array of such axes fits on the device, and the seconds of the fastest run."""
         while True:
             try:

@@ -6,18 +6,18 @@ import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..base.digest import describe
 from ..base.measures import name_devices
+from ..base.types import Leaf
+from ..code.contents import Structure
 from ..code.inventory import Inventory, changes, inventory
-from ..code.structure import Structure
 from ..line.variant import Line, changed
-from ..models.arguments import Arguments
+from ..models.calls import Arguments
 from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note
 from .cache import KEPT, BuiltProgram, LastCall, LeafSpec, ProgramCache, ProgramSpec
@@ -30,6 +30,7 @@ NAMED = 2
 """Changes that the sentence names; it counts the others."""
 
 T = TypeVar("T")
+Causes = tuple[Cause, ...]
 
 FIRST = "first run of this program"
 RESUMED = "begun by the run that was interrupted"
@@ -39,7 +40,7 @@ def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> 
     """This run as the next one of its model will be compared with it."""
     kinds = {
         name: str(leaf.dtype) if (kind := _kind(leaf, traced)) == "array" else kind
-        for name, leaf, traced in _rows(arguments)
+        for name, leaf, traced in arguments.rows
     }
     return LastCall(method, kinds, key)
 
@@ -68,14 +69,9 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
         mode=request.mode,
         edition=model.fingerprint(),
         inventory=inventory(model.module),
-        arguments={name: _leaf_spec(leaf, traced) for name, leaf, traced in _rows(arguments)},
+        arguments={name: _leaf_spec(leaf, traced) for name, leaf, traced in arguments.rows},
         structures=dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
-        variables={
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            .removeprefix("params/")
-            .removeprefix("Param/"): _leaf_spec(leaf, True)
-            for path, leaf in leaves
-        },
+        variables={_variable(path): _leaf_spec(leaf, True) for path, leaf in leaves},
         held=Structure.of(held),
         options={name: value for name, value in options.items() if value},
         settings=settings_in_words(),
@@ -84,12 +80,12 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
     )
 
 
-def _rows(arguments: Arguments) -> Iterator[tuple[str, Any, bool]]:
-    """Name of each leaf of the arguments, the leaf, and whether it is traced."""
-    return zip(arguments.names, arguments.leaves, arguments.traced, strict=True)
+def _variable(path: tuple[object, ...]) -> str:
+    """A variable's path as it is written, without the collection of parameters."""
+    return re.sub("^(params/)?(Param/)?", "", jax.tree_util.keystr(path, simple=True, separator="/"))
 
 
-def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) -> tuple[Cause, ...]:
+def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) -> Causes:
     """What differs between `now` and the one of `known` that is most like it; of equals the one that ran last."""
 
     def rank(pair: tuple[int, ProgramSpec]) -> tuple[int, int, bool, int]:
@@ -103,17 +99,14 @@ def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) 
         return causes
     if now.key is not None and now.key == nearest.key:
         return (Cause("dropped", "", f"made before, and dropped since: the last {KEPT} programs are kept"),)
-    if now.edition != nearest.edition:
-        return (Cause("model", "", "the model changed"),)
-    return (Cause("model", "", "what the model reads changed"),)
+    changed = "the model" if now.edition != nearest.edition else "what the model reads"
+    return (Cause("model", "", f"{changed} changed"),)
 
 
-def sentence(causes: tuple[Cause, ...]) -> str:
+def sentence(causes: Causes) -> str:
     """The causes in one sentence; without any it is a first run."""
-    if not causes:
-        return FIRST
-    more = len(causes) - NAMED
-    return "; ".join([cause.text for cause in causes[:NAMED]] + ([f"and {more} more"] if more > 0 else []))
+    texts, more = [cause.text for cause in causes[:NAMED]], len(causes) - NAMED
+    return "; ".join([*texts, f"and {more} more"] if more > 0 else texts) or FIRST
 
 
 def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> BuiltProgram:
@@ -125,20 +118,15 @@ def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> Buil
     request = built.request
     last, now = programs.parts.get(request.name), ran(request.method, request.arguments, built.key)
     programs.parts[request.name] = now
-    causes: tuple[Cause, ...] = ()
+    causes: Causes = ()
     reason = ""
     if new:
         spec, known = purpose(built.key, request), programs.purposes.get(request.name)
         if built.origin == "compiled":
             causes = compare(known, last, spec) if known else ()
             reason = sentence(causes) + (f"; {RESUMED}" if built.resumed else "")
-        remember(programs.purposes, request.name, spec)
+        programs.purposes.setdefault(request.name, deque(maxlen=REMEMBERED)).append(spec)
     return replace(built, reason=reason, causes=causes, scalars=scalars(last, now))
-
-
-def remember(known: dict[str, deque[ProgramSpec]], name: str, now: ProgramSpec) -> None:
-    """Keeps what a program of the model `name` was made for."""
-    known.setdefault(name, deque(maxlen=REMEMBERED)).append(now)
 
 
 def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
@@ -163,16 +151,16 @@ def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
     return causes
 
 
-def _side_by_side(old: Mapping[str, T], now: Mapping[str, T]) -> Iterator[tuple[str, T | None, T | None]]:
-    """Each name of two mappings with what it stands for in both, None where it is missing."""
-    return ((name, old.get(name), now.get(name)) for name in dict.fromkeys([*old, *now]))
+def _changed(old: Mapping[str, T], now: Mapping[str, T]) -> Iterator[tuple[str, T | None, T | None]]:
+    """Each name that stands for something else in two mappings, with what it stands for; None where it is missing."""
+    rows = ((name, old.get(name), now.get(name)) for name in dict.fromkeys([*old, *now]))
+    return ((name, before, after) for name, before, after in rows if before is not after and before != after)
 
 
-def _of_pairs(kind: str, old: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Cause]:
-    for name, before, after in _side_by_side(old, now):
-        if before is not after and before != after:
-            one, other = str("none" if before is None and kind == "option" else before), str(after)
-            yield Cause(kind, name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
+def _of_pairs(kind: str, old: Mapping[str, object], now: Mapping[str, object]) -> Iterator[Cause]:
+    for name, before, after in _changed(old, now):
+        one, other = str("none" if before is None and kind == "option" else before), str(after)
+        yield Cause(kind, name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
 
 
 def _of_model(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
@@ -197,9 +185,7 @@ def _without_switches(one: ProgramSpec, other: ProgramSpec) -> Inventory:
 
 
 def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iterator[str]:
-    for name, before, after in _side_by_side(old, now):
-        if before == after:
-            continue
+    for name, before, after in _changed(old, now):
         if before is None or after is None:
             yield f"{name} {'added' if before is None else 'removed'}"
             continue
@@ -213,8 +199,8 @@ def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iter
 
 def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
     differs = False
-    for name, before, after in _side_by_side(old.arguments, now.arguments):
-        if before == after or (name in WHEN_TRAINING and old.mode != now.mode):
+    for name, before, after in _changed(old.arguments, now.arguments):
+        if name in WHEN_TRAINING and old.mode != now.mode:
             continue
         differs = True
         if before is None or after is None:
@@ -260,26 +246,21 @@ def _pair(before: LeafSpec, after: LeafSpec) -> tuple[str, str]:
     return written(before), written(after)
 
 
-def _kind(leaf: Any, traced: bool) -> str:
+def _kind(leaf: Leaf, traced: bool) -> str:
     return "static" if not traced else "array" if hasattr(leaf, "dtype") else "number"
 
 
-def _leaf_spec(leaf: Any, traced: bool) -> LeafSpec:
+def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
     kind = _kind(leaf, traced)
     if kind == "static":
         return LeafSpec(kind, describe(leaf))
     if kind == "number":
         return LeafSpec(kind, f"a Python {type(leaf).__name__}", weak=True)
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return LeafSpec(kind, describe(leaf), leaf.shape)
-    where = _where(leaf.sharding) if getattr(leaf, "committed", False) else ""
+    where = ""
+    if getattr(leaf, "committed", False):
+        devices, spec = leaf.sharding.device_set, getattr(leaf.sharding, "spec", None)
+        where = name_devices(devices) + ("" if len(devices) == 1 or spec is None else f" as P{tuple(spec)}")
     return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where)
-
-
-def _where(sharding: Any) -> str:
-    devices = name_devices(sharding.device_set)
-    spec = getattr(sharding, "spec", None)
-    return devices if len(sharding.device_set) == 1 or spec is None else f"{devices} as P{tuple(spec)}"
 
 
 WINDOW = 10
@@ -292,7 +273,7 @@ AVOIDABLE = ("shape", "dtype", "weak", "number", "static")
 
 
 def of_programs(
-    line: Line, causes: tuple[Cause, ...], earlier: Sequence[tuple[str, tuple[Cause, ...]]], leaf: Any
+    line: Line, causes: Causes, earlier: Sequence[tuple[str, Causes]], leaf: Callable[[str], Leaf]
 ) -> Iterator[Note]:
     """A note where the run that is being made is one of many that compiled.
 
@@ -317,13 +298,8 @@ def of_programs(
     if len(counted) < NEW:
         return
     name_of, kind = now[0].name, now[0].kind
-    all_of = [
-        cause
-        for why in counted
-        if not _of_another(why)
-        for cause in why
-        if cause.name == name_of and cause.kind in AVOIDABLE
-    ]
+    whys = [cause for why in counted if not _of_another(why) for cause in why]
+    all_of = [cause for cause in whys if cause.name == name_of and cause.kind in AVOIDABLE]
     mend = _advice(name_of, kind, all_of, leaf(name_of))
     if mend is not None:
         text, change = mend
@@ -331,13 +307,13 @@ def of_programs(
         yield Note("programs", f"{len(counted)} of the last {len(runs)} runs of {name} compiled: {text}", **advice)
 
 
-def _of_another(why: tuple[Cause, ...]) -> bool:
+def _of_another(why: Causes) -> bool:
     """Whether the model had been edited, or its name stood for another: what was before says nothing on it."""
     return any(cause.kind == "model" for cause in why)
 
 
 def _advice(
-    name: str, kind: str, causes: list[Cause], leaf: Any
+    name: str, kind: str, causes: list[Cause], leaf: Leaf
 ) -> tuple[str, dict[str, str] | Callable[[str], str]] | None:
     """What varies, and what to write instead: advice, or what is done to the argument; None where nothing helps."""
     if kind == "shape":

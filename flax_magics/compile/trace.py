@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.extend.core
+from jax.extend.core import Jaxpr
 
-from ..models.arguments import Arguments
-from ..models.base import CallTrace, Incomplete, MissingVariables, Model, Needs
-from ..models.calls import Calls, Path
-from ..rng.keys import Draw, DrawBatch
+from ..base.types import PyTree
+from ..models.base import CallTrace, Incomplete, MissingVariables, Model, Needs, Updates, Variables
+from ..models.calls import Arguments, Calls, Function, Kwargs, Path
+from ..rng.keys import Draw, DrawBatch, Words
+from .jaxpr import Atom, Equation
 
 P = TypeVar("P")
+Traced: TypeAlias = Any
+"""A `jax.stages.Traced`."""
+Add: TypeAlias = Callable[[Variables], Variables]
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class TraceRequest:
     model: Model
     method: Path
     arguments: Arguments
-    variables: Mapping[str, Any]
+    variables: Variables
     draw: Draw | DrawBatch
     keyed: frozenset[str] = frozenset()
     """Arguments that have a key of the draw; of a series of draws, one key each."""
@@ -37,16 +42,16 @@ class TraceRequest:
     """The record notes the calls of modules."""
 
 
-def trace(request: TraceRequest) -> tuple[Any, Needs, CallTrace]:
+Find: TypeAlias = Callable[[TraceRequest], P | None]
+
+
+def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
     """Traces until the model has all that it asks for: `(jax.stages.Traced, what it was given, what was seen)`.
 
     A stream or collection is given only if the model asked for it in a trace; a guess that gave too much is corrected.
     """
-    ask = replace(
-        request.guess,
-        streams=request.guess.streams | request.model.streams(),
-        mutable=request.guess.mutable | request.mutable,
-    )
+    guess = request.guess
+    ask = Needs(guess.streams | request.model.streams(), guess.mutable | request.mutable, guess.axes)
     for _ in range(16):
         record = CallTrace(calls=Calls() if request.noted else None)
         program = _named(request, ask, record)
@@ -76,17 +81,12 @@ class TracedCall(Generic[P]):
 
     request: TraceRequest
     known: P | None
-    traced: Any
+    traced: Traced
     needs: Needs
     trace: CallTrace
 
 
-def trace_call(
-    request: TraceRequest,
-    *,
-    find: Callable[[TraceRequest], P | None] = lambda request: None,
-    add: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
-) -> TracedCall[P]:
+def trace_call(request: TraceRequest, *, find: Find[P] = lambda request: None, add: Add | None = None) -> TracedCall[P]:
     """Traces a call again until it has what it asks for.
 
     An int whose value the model needs is made static: one at a time, then all. A collection that the call sows starts
@@ -104,7 +104,8 @@ def trace_call(
     except Exception as error:
         if not is_tracer_error(error):
             raise
-        for names in static_choices(request.arguments):
+        numbers = request.arguments.numbers
+        for names in [*((name,) for name in numbers), *([numbers] if len(numbers) > 1 else [])]:
             try:
                 return _with_variables(replace(request, arguments=request.arguments.with_static(names)), find, add)
             except Exception as again:
@@ -113,11 +114,7 @@ def trace_call(
         raise
 
 
-def _with_variables(
-    request: TraceRequest,
-    find: Callable[[TraceRequest], P | None],
-    add: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
-) -> TracedCall[P]:
+def _with_variables(request: TraceRequest, find: Find[P], add: Add | None) -> TracedCall[P]:
     while True:
         known = find(request)
         if known is not None:
@@ -136,13 +133,13 @@ def _with_variables(
         request = replace(request, variables=variables)
 
 
-def inputs_of(request: TraceRequest, ask: Needs) -> tuple[Any, Any, Any]:
+def inputs_of(request: TraceRequest, ask: Needs) -> tuple[Variables, Mapping[str, Words], Kwargs]:
     """What a program is traced for: variables, key data by stream, arguments. Which keys they are makes no difference."""
     keys = {name: request.draw.words(name) for name in sorted(ask.streams)}
     return request.variables, keys, request.arguments.dynamic
 
 
-def unchanged(traced: Any, request: TraceRequest, ask: Needs) -> frozenset[tuple[str, str]]:
+def unchanged(traced: Traced, request: TraceRequest, ask: Needs) -> frozenset[tuple[str, str]]:
     """Variables (type and path) that the program gives as written, and that are what went in: their writer only had them.
 
     Of models that hold their variables themselves.
@@ -162,24 +159,24 @@ def unchanged(traced: Any, request: TraceRequest, ask: Needs) -> frozenset[tuple
     return frozenset(variable for variable, is_same in same.items() if is_same)
 
 
-def leave_out(updates: Mapping[str, Any], variables: Container[tuple[str, str]]) -> dict[str, Any]:
+def leave_out(updates: Variables, variables: Container[tuple[str, str]]) -> Updates:
     """`updates` without `variables`, and without the types of which nothing is left."""
-    kept = {}
+    left = {}
     for name, tree in updates.items():
         inner = {path: value for path, value in tree.items() if (name, path) not in variables} if variables else tree
         if inner or not tree:
-            kept[name] = inner
-    return kept
+            left[name] = inner
+    return left
 
 
-def _without(traced: Any, request: TraceRequest, ask: Needs, variables: frozenset[tuple[str, str]]) -> Any:
+def _without(traced: Traced, request: TraceRequest, ask: Needs, variables: frozenset[tuple[str, str]]) -> Traced:
     """The traced program without some of the variables that it writes."""
     if not variables:
         return traced
     run = jax.extend.core.jaxpr_as_fun(traced.jaxpr)
     tree = jax.tree_util.tree_structure(traced.out_info)
 
-    def program(*inputs: Any) -> Any:
+    def program(*inputs: PyTree) -> tuple[PyTree, Updates]:
         output, updates = jax.tree_util.tree_unflatten(tree, run(*jax.tree_util.tree_leaves(inputs)))
         return output, leave_out(updates, variables)
 
@@ -187,12 +184,12 @@ def _without(traced: Any, request: TraceRequest, ask: Needs, variables: frozense
     return jax.jit(program).trace(*inputs_of(request, ask))
 
 
-def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Callable[..., Any]:
+def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
     """The function that is compiled. JAX's messages name it, where it is and its arguments: the user's words, not ours."""
     impl = request.draw.impl
     run = running(request, ask, record)
 
-    def program(variables: Any, keys: Any, arguments: Any) -> Any:
+    def program(variables: Variables, keys: Mapping[str, jax.Array], arguments: Kwargs) -> PyTree:
         typed = {name: jax.random.wrap_key_data(words, impl=impl) for name, words in keys.items()}
         return run(variables, typed, arguments)
 
@@ -201,20 +198,19 @@ def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Callable[...
     return program
 
 
-def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Callable[..., Any]:
+def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
     """`run(variables, keys, arguments) -> (output, updates)`; of a series of draws, all with an axis in front."""
     forward = request.model.forward(request.method, ask, record, request.draw.impl)
     rebuild, size = request.arguments.rebuild, request.draw.size
 
-    def one(variables: Any, keys: Any, arguments: Any) -> Any:
-        args, kwargs = rebuild(arguments)
-        return forward(variables, keys, args, kwargs)
+    def one(variables: Variables, keys: PyTree, arguments: Kwargs) -> PyTree:
+        return forward(variables, keys, *rebuild(arguments))
 
-    def many(variables: Any, keys: Any, arguments: Any) -> Any:
+    def many(variables: Variables, keys: PyTree, arguments: Kwargs) -> PyTree:
         shared = {name: value for name, value in arguments.items() if name not in request.keyed}
         own = {name: value for name, value in arguments.items() if name in request.keyed}
 
-        def draw(keys: Any, own: Any) -> Any:
+        def draw(keys: PyTree, own: Kwargs) -> PyTree:
             return one(variables, keys, {**shared, **own})
 
         if request.draw.impl == "threefry2x32":
@@ -225,7 +221,7 @@ def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Callable[..
     return one if size is None else many
 
 
-def unused(traced: Any, arguments: Arguments) -> frozenset[str]:
+def unused(traced: Traced, arguments: Arguments) -> frozenset[str]:
     """Names of the traced arguments that no equation of the program reads and that are not handed back."""
     jaxpr = traced.jaxpr.jaxpr
     names = sorted(arguments.dynamic)
@@ -246,13 +242,11 @@ def needs(record: CallTrace, request: TraceRequest) -> Needs:
     return Needs(frozenset(streams), frozenset(record.written) | request.mutable, frozenset(record.axes))
 
 
-CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
-)
+CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 """Equations that run the one program they hold, on their own inputs, once."""
 
 
-def forwarded(jaxpr: Any, *, repeated: bool = False) -> tuple[int | None, ...]:
+def forwarded(jaxpr: Jaxpr, *, repeated: bool = False) -> tuple[int | None, ...]:
     """For each output of a jaxpr the number of the input that it is, None for one that was worked out.
 
     Args:
@@ -262,14 +256,8 @@ def forwarded(jaxpr: Any, *, repeated: bool = False) -> tuple[int | None, ...]:
     makers = {var: (equation, i) for equation in jaxpr.eqns for i, var in enumerate(equation.outvars)}
     known: dict[int, tuple[int | None, ...]] = {}
 
-    def origin(var: Any) -> int | None:
-        while True:
-            if hasattr(var, "val"):  # a literal
-                return None
-            if var in inputs:
-                return inputs[var]
-            if var not in makers:
-                return None
+    def origin(var: Atom) -> int | None:
+        while not hasattr(var, "val") and var in makers:
             equation, i = makers[var]
             if id(equation) not in known:
                 known[id(equation)] = _through(equation, repeated)
@@ -277,11 +265,12 @@ def forwarded(jaxpr: Any, *, repeated: bool = False) -> tuple[int | None, ...]:
             if through is None:
                 return None
             var = equation.invars[through]
+        return None if hasattr(var, "val") else inputs.get(var)  # of literals and constants it is None
 
     return tuple(map(origin, jaxpr.outvars))
 
 
-def _through(equation: Any, repeated: bool) -> tuple[int | None, ...]:
+def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
     """The same for one equation."""
     name, params = equation.primitive.name, equation.params
     if name in CALLS:
@@ -291,15 +280,12 @@ def _through(equation: Any, repeated: bool) -> tuple[int | None, ...]:
     elif name == "scan":
         return _scan(equation)
     elif name == "while":
-        before = params["cond_nconsts"]
-        consts = params["body_nconsts"]
+        before, consts = params["cond_nconsts"], params["body_nconsts"]
         body = forwarded(_open(params["body_jaxpr"]))
         return tuple(before + consts + i if through == consts + i else None for i, through in enumerate(body))
     elif name == "cond":
         branches = zip(*(forwarded(_open(branch)) for branch in params["branches"]), strict=True)
-        return tuple(
-            1 + ways[0] if ways[0] is not None and len(set(ways)) == 1 else None for ways in map(tuple, branches)
-        )
+        return tuple(1 + ways[0] if ways[0] is not None and len(set(ways)) == 1 else None for ways in branches)
     elif name == "optimization_barrier":
         return tuple(range(len(equation.invars)))
     elif name == "broadcast_in_dim" and repeated:
@@ -310,7 +296,7 @@ def _through(equation: Any, repeated: bool) -> tuple[int | None, ...]:
     return (None,) * len(equation.outvars)
 
 
-def _scan(equation: Any) -> tuple[int | None, ...]:
+def _scan(equation: Equation) -> tuple[int | None, ...]:
     """A carry that every step hands on, and rows that every step gives back."""
     params = equation.params
     if "num_consts" in params:
@@ -327,7 +313,7 @@ def _scan(equation: Any) -> tuple[int | None, ...]:
     return tuple(out)
 
 
-def _open(jaxpr: Any) -> Any:
+def _open(jaxpr: Jaxpr) -> Jaxpr:
     """A jaxpr without its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
@@ -344,9 +330,3 @@ TRACER_ERRORS = (
 def is_tracer_error(error: BaseException) -> bool:
     """Whether the model looked at a value while it was traced."""
     return isinstance(error, TRACER_ERRORS) or (isinstance(error, TypeError) and "concrete values" in str(error))
-
-
-def static_choices(arguments: Arguments) -> list[set[str]]:
-    """The ints that a model may need the value of: one at a time, then all."""
-    names = arguments.numbers
-    return [*({name} for name in names), *([set(names)] if len(names) > 1 else [])]

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..compile.initialise import merged, shapes_of_init
+from ..compile.initialise import merged, trace_init
 from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..line.variant import new_key, with_arguments, without_option
-from ..models.arguments import Arguments
 from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, MissingVariables, Model, Needs
-from ..models.calls import Path
+from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, shape_of_key
 
@@ -187,7 +186,8 @@ def request_of(
 def init_shapes(name: str, model: Model, call: Call, impl: str) -> Mapping[str, Any]:
     """The shapes of the variables that an init by keys of `impl` would make."""
     first = prepare_init(name, model, call)
-    shapes: Mapping[str, Any] = shapes_of_init(first.model, shape_of_key(impl), call.method, first.args, first.kwargs)
+    traced = trace_init(first.model, shape_of_key(impl), call.method, first.args, first.kwargs)
+    shapes: Mapping[str, Any] = traced.shapes
     return shapes
 
 

@@ -16,8 +16,8 @@ from ..compile.initialise import Initialising, made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
 from ..line.variant import Line, without_option
-from ..models.arguments import Arguments
 from ..models.base import ARGUMENTS, MissingVariables, Variables
+from ..models.calls import Arguments
 from ..rng.keys import Draw, DrawBatch
 from ..run import InitStats
 from ..state.entry import ModelEntry
@@ -210,7 +210,7 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
         if isinstance(begun, PendingProgram):
             since = services.clock()
         # What the program takes to compile is what has to be waited for, so it comes before many small ones.
-        making.begin_rest()
+        making.begin(rest=True)
         services.on_phase(f"initialising {entry.name}")
     values, made = making.finish()
     seconds = services.clock() - since

@@ -14,9 +14,8 @@ from ..base.digest import data_of, has_nan
 from ..base.text import join
 from ..errors import nearest, written
 from ..line.variant import Line, as_array, new_key
-from ..models.arguments import Arguments
 from ..models.base import CallTrace, KeyUse
-from ..models.calls import Path
+from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, Layer, following
 from ..rng.keys import SeenKeys
 from ..run import RELEASED, Note, Run, altered

@@ -18,13 +18,13 @@ import jax
 
 from ..base.digest import own
 from ..base.measures import Timing
+from ..code.contents import Structure
 from ..code.library import library
-from ..code.structure import Structure
 from ..compile.cache import KEPT, LastCall, Services
 from ..compile.compiler import settings
 from ..line.options import ApplyOptions
-from ..models.arguments import signature_of
 from ..models.base import Model, Variables
+from ..models.calls import signature_of
 from ..run import RELEASED, Run, like
 from ..state.entry import ApplyRecipe, ModelEntry, Origin
 from ..state.runs import StoredRun

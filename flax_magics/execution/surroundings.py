@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..base import private
 from ..errors import FlaxMagicsError, written
 from ..line.variant import with_arguments
-from ..models.arguments import has_tracer
 from ..models.base import Needs
+from ..models.calls import has_tracer
 from ..models.construction import Construction
 from ..run import Run
 from . import record

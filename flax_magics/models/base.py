@@ -14,21 +14,23 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from ..base.threads import Assignment, at_once
+from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError
 from ..run import Settings
-from .calls import Calls, Path
-from .switch import Layer
+from .calls import Args, Calls, Function, Kwargs, Names, Path
+from .switch import Layer, layer_of
 
 if TYPE_CHECKING:
     from .nnx_graph import RebuiltGraph
     from .nnx_layout import Layout, Values
 
-Variables = Mapping[str, Any]
-Forward = Callable[[Variables, Mapping[str, Any], tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]
+Variables: TypeAlias = Mapping[str, PyTree]
+Updates: TypeAlias = dict[str, PyTree]
+Forward = Callable[[Variables, Mapping[str, Any], Args, Kwargs], tuple[PyTree, Updates]]
 """`forward(variables, keys, args, kwargs) -> (output, updates)`; pure; `updates` holds what was written or sown."""
 
 ARGUMENTS = "(arguments)"
@@ -53,7 +55,7 @@ class KeyUse:
 
     stream: str
     path: Path
-    source: tuple[Any, ...]
+    source: tuple[object, ...]
     drew: tuple[tuple[int, ...], float] | None = None
     inside: bool = False
 
@@ -86,9 +88,10 @@ class CallTrace:
     calls: Calls | None = None
     """Where the calls of modules are noted, None where nobody asks for them."""
 
-    def passed(self, layer: Layer) -> None:
-        """Notes a layer, once."""
-        if layer not in self.layers:
+    def passed(self, kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> None:
+        """Notes a layer, once; see `layer_of`."""
+        layer = layer_of(kind, path, module, around, given)
+        if layer is not None and layer not in self.layers:
             self.layers.append(layer)
 
     def with_what(self, traced: CallTrace) -> CallTrace:
@@ -167,16 +170,15 @@ def check_name(owner: object, name: str) -> None:
     """Raises Idiom where `owner.name` is what `nn.Module`, `nnx.Module` or their bases define, and the model does not."""
     from flax import linen
 
-    scoped = isinstance(owner, linen.Module) and name in ("scope", "parent")
+    if isinstance(owner, linen.Module) and name in ("scope", "parent"):
+        raise Idiom(method=name)
     across = sys.modules.get("flax.nnx.bridge.module")
     bases = (linen.Module, *nnx_modules(), *(() if across is None else (across.Module,)))
     # What it is, not where it stands: `nnx.tabulate` leaves the methods of Module in every class that it has seen.
     missing = object()
-    resolved = [inspect.getattr_static(cls, name, missing) for cls in (type(owner), *bases)]
-    if scoped or (
-        name not in vars(owner) and resolved[0] is not missing and any(one is resolved[0] for one in resolved[1:])
-    ):
-        raise Idiom(method=name, linen=scoped or resolved[0] is resolved[1])
+    method, *flaxs = [inspect.getattr_static(cls, name, missing) for cls in (type(owner), *bases)]
+    if name not in vars(owner) and method is not missing and any(method is each for each in flaxs):
+        raise Idiom(method=name, linen=method is flaxs[0])
 
 
 class AnyModel(Protocol):
@@ -218,7 +220,7 @@ class AnyModel(Protocol):
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
 
-    def cache_key(self) -> Any:
+    def cache_key(self) -> object:
         """A value that differs from another model's where its programs do; None where that cannot be told."""
 
     def fingerprint(self) -> bytes | None:
@@ -227,15 +229,13 @@ class AnyModel(Protocol):
     def code(self) -> bytes | None:
         """A digest of the model's code and of its plain values; None where that cannot be told."""
 
-    def with_rngs(
-        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Model, bool]:
+    def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
         """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
 
     def supplied_arguments(self) -> tuple[str, ...]:
         """Names of the arguments that the model adds to the call itself."""
 
-    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
+    def commit(self, updates: Variables, record: CallTrace) -> Commit:
         """The collections that a run's updates change, and the assignments that write them into the module."""
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
@@ -244,15 +244,13 @@ class AnyModel(Protocol):
     def module_classes(self) -> Mapping[Path, str]:
         """Classes of the modules, by path, that are known without a call."""
 
-    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Leaf, str]]:
         """Collection, path, value and metadata (such as `names=(None, 'mlp')`) of every array of `variables`.
 
         The keys and counts of random streams that a module holds are one collection, `RngState`.
         """
 
-    def by_hand(
-        self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
-    ) -> str:
+    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
         """The run as a person would have written it in plain Flax."""
 
 
@@ -263,7 +261,7 @@ class ModelWithInit(AnyModel, Protocol):
     def holds_variables(self) -> Literal[False]:
         """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
 
-    def init(self, key: object, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def init(self, key: object, method: Path, args: Args, kwargs: Kwargs) -> Updates:
         """Fresh variables; `key` is the `params` key, the only one that an init gets."""
 
     @property
@@ -299,7 +297,7 @@ class ModelWithVariables(AnyModel, Protocol):
     def collections(self) -> Values:
         """The variables as they are now, without anything that belongs to random streams."""
 
-    def state(self) -> Any:
+    def state(self) -> PyTree:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
 
     def read_state(self, name: str, value: object) -> Values:
@@ -321,21 +319,16 @@ Model = ModelWithInit | ModelWithVariables
 
 def own_methods(cls: type, *, but: str) -> list[str]:
     """Public methods that the user's classes define, in order of definition, without the hook of the name `but`."""
-    names: dict[str, None] = {}
-    for base in cls.__mro__:
-        if base.__module__.partition(".")[0] in ("flax", "builtins"):
-            continue
-        for name, value in vars(base).items():
-            if inspect.isfunction(value) and not name.startswith("_") and name != but:
-                names.setdefault(name)
-    return list(names)
+    users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("flax", "builtins")]
+    methods = [name for base in users for name, value in vars(base).items() if inspect.isfunction(value)]
+    return [name for name in dict.fromkeys(methods) if not name.startswith("_") and name != but]
 
 
 _REPLACING = threading.RLock()
 
 
 @contextlib.contextmanager
-def replaced(*replacements: tuple[Any, str, Callable[..., Any]]) -> Iterator[None]:
+def replaced(*replacements: tuple[object, str, Function]) -> Iterator[None]:
     """Inside the block, `owner.name(…)` of each replacement is `replacement(original, …)` for calls of this thread alone.
 
     A lock is held from before the first name is read until the last is put back, so that no other thread takes a
@@ -343,12 +336,11 @@ def replaced(*replacements: tuple[Any, str, Callable[..., Any]]) -> Iterator[Non
     """
     thread = threading.get_ident()
 
-    def here(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    def here(original: Function, replacement: Function) -> Function:
         @functools.wraps(original)  # Flax reads signatures: nnx.Sequential hands `rngs` to the layers that take some
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
-                return original(*args, **kwargs)
-            return replacement(original, *args, **kwargs)
+        def call(*args: PyTree, **kwargs: PyTree) -> PyTree:
+            is_here = threading.get_ident() == thread
+            return replacement(original, *args, **kwargs) if is_here else original(*args, **kwargs)
 
         return call
 
@@ -357,10 +349,9 @@ def replaced(*replacements: tuple[Any, str, Callable[..., Any]]) -> Iterator[Non
         try:  # an interrupt may come at any moment
             for owner, name, replacement in replacements:
                 method = vars(owner).get(name, getattr(owner, name))
-                if isinstance(method, classmethod):
-                    setattr(owner, name, classmethod(here(method.__func__, replacement)))
-                else:
-                    setattr(owner, name, here(method, replacement))
+                is_of_class = isinstance(method, classmethod)
+                call = here(method.__func__ if is_of_class else method, replacement)
+                setattr(owner, name, classmethod(call) if is_of_class else call)
             yield
         finally:
             for owner, name, original in originals:

@@ -8,7 +8,7 @@ silence. Here both are asking, as in linen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +17,9 @@ from flax.linen import module as linen_module
 from flax.nnx import variablelib
 from flax.nnx.bridge import wrappers
 
+from ..base.types import PyTree
 from .base import replaced
+from .calls import Function
 from .nnx_graph import is_sown, walk
 
 if TYPE_CHECKING:
@@ -34,14 +36,14 @@ def _current() -> Any:
 def watching(recorder: Recorder) -> Iterator[None]:
     """Tells `recorder` of the streams that are looked up inside `ToLinen` modules, and of what these write."""
 
-    def streams_of(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def streams_of(original: Function, *args: PyTree, **kwargs: PyTree) -> PyTree:
         recorder.forking, before = True, recorder.forking  # it takes a key of every stream there is: that is no asking
         try:
             return original(*args, **kwargs)
         finally:
             recorder.forking = before
 
-    def look_up(original: Callable[..., Any], rngs: nnx.Rngs, name: str, error: object) -> Any:
+    def look_up(original: Function, rngs: nnx.Rngs, name: str, error: object) -> PyTree:
         outer = _current()
         # What `params` gives when the module is built anew is replaced by the variables.
         if outer is not None and name != "params" and not name.startswith("_"):
@@ -49,7 +51,7 @@ def watching(recorder: Recorder) -> Iterator[None]:
             recorder.incomplete |= name not in recorder.ask.streams
         return original(rngs, name, error)
 
-    def update(original: Callable[..., None], outer: wrappers.ToLinen, module: nnx.Module) -> None:
+    def update(original: Function, outer: wrappers.ToLinen, module: nnx.Module) -> None:
         for collection, sown in _written(outer, module):
             recorder.record.written.add(collection)
             if sown:
@@ -72,7 +74,7 @@ def initialising(streams: set[str]) -> Iterator[None]:
     `streams` is filled with those that did: by hand they have to be given.
     """
 
-    def look_up(original: Callable[..., Any], rngs: nnx.Rngs, name: str, error: object) -> Any:
+    def look_up(original: Function, rngs: nnx.Rngs, name: str, error: object) -> PyTree:
         outer = _current()
         if outer is not None and not name.startswith("_") and not {name, "default"} & set(vars(rngs)):
             streams.add(name)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, written
 from ..rng.keys import SPLIT, Draw
-from .arguments import constructor, is_nnx_class
+from .calls import Args, Function, constructor, is_nnx_class
 
 if TYPE_CHECKING:
+    import jax
+
     from .base import Model, ModelWithVariables
 
 
@@ -43,7 +48,9 @@ def adopt(module: Any, name: str) -> Model:
             f"`{name}` is the class {module.__name__}; a model is an instance of it.",
             **written(spell_construction(module, "%flaxmodel", module.__name__, name)),
         )
-    raise FlaxMagicsError(f"`{name}` is {_kind(module)}, not a Flax module.")
+    kind = type(module).__name__
+    article = "an" if kind[:1].lower() in "aeiou" else "a"
+    raise FlaxMagicsError(f"`{name}` is {article} {kind}, not a Flax module.")
 
 
 def adopt_built(module: object, written: str) -> ModelWithVariables:
@@ -53,22 +60,14 @@ def adopt_built(module: object, written: str) -> ModelWithVariables:
     return NnxModel(module, written=written)
 
 
-def _kind(value: object) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
-
-
 def needed_fields(cls: type) -> list[str]:
     """Arguments that the class cannot be built without."""
-    return [
-        name
-        for name, parameter in constructor(cls).parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = [each for each in constructor(cls).parameters.values() if each.kind not in starred]
+    return [each.name for each in parameters if each.default is each.empty]
 
 
-def modules_in(names: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def modules_in(names: Mapping[str, object]) -> tuple[list[str], list[str]]:
     """Names of the modules in a namespace, and of the module classes."""
     return [name for name in names if is_module(names[name])], [name for name in names if is_module_class(names[name])]
 
@@ -89,37 +88,31 @@ def spell_construction(cls: type, command: str, spelled: str = "", name: str = "
 
 def variable_name(class_name: str) -> str:
     """`MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`."""
-    out = ""
-    for i, letter in enumerate(class_name):
-        before = class_name[i - 1] if i else ""
-        after = class_name[i + 1] if i + 1 < len(class_name) else ""
-        if letter.isupper() and i and before != "_" and (before.islower() or before.isdigit() or after.islower()):
-            out += "_"
-        out += letter.lower()
-    return out if out != class_name else f"{out}_model"
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[^_])(?=[A-Z][a-z])", "_", class_name).lower()
+    return name if name != class_name else f"{name}_model"
 
 
 @dataclass(frozen=True)
 class Construction:
     """A construction with everything but its `rngs`: class, arguments, and how a person wrote it."""
 
-    cls: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    cls: Function
+    args: Args
+    kwargs: Mapping[str, PyTree]
     text: str
 
     @classmethod
-    def of(cls, function: object, args: tuple[Any, ...], kwargs: Mapping[str, Any], text: str) -> Construction | None:
+    def of(cls, function: Function, args: Args, kwargs: Mapping[str, PyTree], text: str) -> Construction | None:
         """The recipe of a call that is for the session to make, None for every other."""
         return cls(function, args, kwargs, text) if takes_rngs(function, args, kwargs) else None
 
-    def build(self, keys: Mapping[str, Any]) -> Any:
+    def build(self, keys: Mapping[str, jax.Array]) -> object:
         """The module, with `nnx.Rngs(**keys)`."""
         from flax import nnx
 
         return self.cls(*self.args, **self.kwargs, rngs=nnx.Rngs(**keys))
 
-    def abstract(self) -> Any:
+    def abstract(self) -> object:
         """The module with shapes in place of arrays; nothing is computed."""
         from flax import nnx
 
@@ -142,16 +135,16 @@ class BuiltBySession:
     """A model that the session built: from what, with which keys, and a digest of the recipe at that time."""
 
     recipe: Construction
-    keys: Mapping[str, Any] = field(repr=False)
+    keys: Mapping[str, jax.Array] = field(repr=False)
     fingerprint: bytes | None
 
     @classmethod
-    def of(cls, recipe: Construction, keys: Mapping[str, Any]) -> BuiltBySession:
+    def of(cls, recipe: Construction, keys: Mapping[str, jax.Array]) -> BuiltBySession:
         """As the recipe stands now."""
         return cls(recipe, keys, recipe.fingerprint())
 
 
-def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, Any]:
+def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, jax.Array]:
     """The streams of a draw that a construction gets.
 
     Args:
@@ -160,7 +153,7 @@ def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, Any]:
     return {name: draw.stream(name, taken=taken and name == "params") for name in SPLIT}
 
 
-def takes_rngs(function: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def takes_rngs(function: object, args: Args, kwargs: Mapping[str, PyTree]) -> bool:
     """Whether `function` is an NNX module class whose constructor takes `rngs`, and the call gives none."""
     if not is_nnx_class(function):
         return False

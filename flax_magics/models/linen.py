@@ -5,20 +5,23 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from types import ModuleType
+from typing import Any, ClassVar, Literal
 
 import jax
-from flax import errors as flax_errors
 from flax import linen as nn
 from flax.core import meta
+from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
 
+from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
+from ..code.inventory import shorten
 from ..errors import FlaxMagicsError, did_you_mean
 from ..run import MODULE, Settings
-from .arguments import TAKES_ANYTHING
 from .base import (
     FLAX_ARGUMENTS,
     CallTrace,
@@ -28,25 +31,19 @@ from .base import (
     MissingVariables,
     Model,
     Needs,
+    Updates,
     Variables,
     check_name,
     own_methods,
 )
-from .calls import Path
+from .calls import TAKES_ANYTHING, Args, Function, Kwargs, Names, Path, without_self
 from .linen_trace import Recorder, bound, sowing, unbound_axis
 from .switch import cloned, read_fields, set_fields, set_unset_fields, setting_of
 
-_MISSING = (
-    flax_errors.ScopeParamNotFoundError,
-    flax_errors.ScopeCollectionNotFound,
-    flax_errors.ScopeVariableNotFoundError,
-)
+_MISSING = (ScopeParamNotFoundError, ScopeCollectionNotFound, ScopeVariableNotFoundError)
 
 
-_STEADY = nullcontext()
-
-
-def nnx_bridge() -> Any:
+def nnx_bridge() -> ModuleType | None:
     """The module that watches NNX modules inside linen ones; None as long as nobody has imported Flax's bridge."""
     if "flax.nnx.bridge" not in sys.modules:
         return None
@@ -63,7 +60,7 @@ class ModeCache:
     init_streams: set[str] = field(default_factory=set)
     """Streams that an init by hand has to be given besides `params`."""
     digest: bytes | None = None
-    modes: dict[Any, tuple[Model, tuple[str, ...]]] = field(default_factory=dict)
+    modes: dict[tuple[bool, frozenset[str]], tuple[Model, tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,24 +70,18 @@ class LinenModel:
     module: nn.Module
     _cache: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
 
-    @property
-    def held_still(self) -> AbstractContextManager[None]:
-        """A block that does nothing: a linen module does not change."""
-        return _STEADY
-
-    @property
-    def holds_variables(self) -> Literal[False]:
-        """The session holds them."""
-        return False
+    held_still: ClassVar[AbstractContextManager[None]] = nullcontext()
+    """A block that does nothing: a linen module does not change."""
+    holds_variables: ClassVar[Literal[False]] = False
 
     def describe(self) -> str:
         """The module's fields as they differ from their defaults, in one line."""
         parts = []
         for name in self.fields():
-            one = type(self.module).__dataclass_fields__[name]
-            value = getattr(self.module, name, None)
-            is_default = value is one.default or (isinstance(value, (bool, int, float, str)) and value == one.default)
-            if one.init and not is_default:
+            declared = type(self.module).__dataclass_fields__[name]
+            value, default = getattr(self.module, name, None), declared.default
+            is_default = value is default or (isinstance(value, (bool, int, float, str)) and value == default)
+            if declared.init and not is_default:
                 parts.append(f"{name}={_short(value)}")
         return f"{type(self.module).__name__}({', '.join(parts)})"
 
@@ -117,8 +108,7 @@ class LinenModel:
             cls = type(self.module).__name__
             what = f"{cls} has no method `{name}`" if method else f"{cls} defines no `__call__`"
             raise FlaxMagicsError(f"{what}; its methods: {known}.", hint=hint)
-        signature = inspect.signature(function)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+        return without_self(inspect.signature(function))
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """A clone with the switches among its fields set. Clones are kept for as long as the module is the same."""
@@ -138,7 +128,7 @@ class LinenModel:
         """The switches among the module's fields, as they stand."""
         return read_fields(self.module)
 
-    def init(self, key: Any, method: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def init(self, key: Any, method: Path, args: Args, kwargs: Kwargs) -> Updates:
         """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
         across = nnx_bridge()
         with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
@@ -150,23 +140,15 @@ class LinenModel:
         """No stream: one is given only because a trace asked for it."""
         return frozenset()
 
-    def cache_key(self) -> bytes | None:
-        """The fingerprint, which holds all that a program is made from."""
-        return self.fingerprint()
-
-    def code(self) -> bytes | None:
-        """The fingerprint, fields included."""
-        return self.fingerprint()
-
     def fingerprint(self) -> bytes | None:
         """A digest of the module's classes and fields, kept for as long as nothing that it was read from changes."""
         if self._cache.fingerprint is None:
             self._cache.fingerprint = Fingerprint(self.module)
         return self._cache.fingerprint.digest()
 
-    def with_rngs(
-        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Model, bool]:
+    cache_key = code = fingerprint  # it holds all that a program is made from
+
+    def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
         """Nothing is added: linen's streams are no arguments."""
         return self, False
 
@@ -182,19 +164,14 @@ class LinenModel:
         """The module's `apply`, watched. Raises MissingVariables for variables that are not there."""
         mutable = sorted(ask.mutable)
 
-        def run(
-            variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[Any, dict[str, Any]]:
+        def run(variables: Variables, keys: PyTree, args: Args, kwargs: Kwargs) -> tuple[PyTree, Updates]:
             across, recorder = nnx_bridge(), Recorder(ask, record, keys, root_impl)
             target, kwargs = self._target(method, kwargs)
+            apply = partial(
+                self.module.apply, variables, *args, rngs=dict(keys), method=target, mutable=mutable, **kwargs
+            )
             try:
                 with recorder.watching(), nullcontext() if across is None else across.watching(recorder):
-
-                    def apply() -> Any:
-                        return self.module.apply(
-                            variables, *args, rngs=dict(keys), method=target, mutable=mutable, **kwargs
-                        )
-
                     output, updates = bound(apply, sorted(ask.axes))
             except _MISSING as error:
                 if recorder.incomplete:
@@ -214,7 +191,7 @@ class LinenModel:
 
         return run
 
-    def _target(self, method: Path, kwargs: dict[str, Any]) -> tuple[str | Callable[..., Any] | None, dict[str, Any]]:
+    def _target(self, method: Path, kwargs: Kwargs) -> tuple[str | Function | None, Kwargs]:
         """The `method` for Flax's `apply` and `init`, and the keywords that they hand on to it."""
         shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}  # Flax would take them for its own
         if not method and not shadowed:
@@ -222,7 +199,7 @@ class LinenModel:
         if len(method) == 1 and hasattr(type(self.module), method[0]) and not shadowed:
             return method[0], kwargs
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def call(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> PyTree:
             target: Any = module
             for name in method:
                 if isinstance(target, nn.Module):
@@ -236,18 +213,19 @@ class LinenModel:
         """The model itself: its submodules are made in a call."""
         return {(): type(self.module).__name__}
 
-    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Leaf, str]]:
         """Collection, path, value and partitioning names of every array."""
         for name, tree in variables.items():
-            for keys, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_boxed)[0]:
+            boxes = jax.tree_util.tree_leaves_with_path(
+                tree, is_leaf=lambda value: isinstance(value, meta.AxisMetadata)
+            )
+            for keys, box in boxes:
                 path = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
                 about = f"names={box.names}" if isinstance(box, meta.Partitioned) else ""
                 for leaf in jax.tree_util.tree_leaves(box):
                     yield name, path, leaf, about
 
-    def by_hand(
-        self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
-    ) -> str:
+    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
         """`net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`"""
         more = []
         if streams:
@@ -293,14 +271,7 @@ def _keywords(call: str) -> set[str]:
     return set()
 
 
-def _boxed(value: object) -> bool:
-    return isinstance(value, meta.AxisMetadata)
-
-
-def _short(value: object, limit: int = 40) -> str:
+def _short(value: object) -> str:
     if isinstance(value, nn.Module):
         return f"{type(value).__name__}(…)"
-    if callable(value) and hasattr(value, "__name__"):
-        return str(value.__name__)
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return str(value.__name__) if callable(value) and hasattr(value, "__name__") else shorten(repr(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import re
@@ -16,8 +15,10 @@ from flax import linen as nn
 from flax.core.scope import Scope
 from flax.linen import transforms
 
+from ..base.types import PyTree
 from .base import CallTrace, KeyUse, Needs, replaced
-from .switch import layer_of, mask_of
+from .calls import Args, Function, Kwargs
+from .switch import mask_of
 
 _UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
 
@@ -28,15 +29,13 @@ def unbound_axis(error: BaseException) -> str | None:
     return match[1] if match else None
 
 
-def bound(function: Callable[[], Any], axes: Iterable[str]) -> Any:
+def bound(function: Callable[[], PyTree], axes: list[str]) -> PyTree:
     """The result of `function()`, run where each of `axes` is there with size 1."""
-    for name in axes:
-        function = functools.partial(_first, jax.vmap(function, axis_name=name, axis_size=1))
-    return function()
-
-
-def _first(function: Callable[[], Any]) -> Any:
-    return jax.tree_util.tree_map(lambda leaf: leaf[0], function())
+    if not axes:
+        return function()
+    *others, last = axes
+    mapped = jax.vmap(lambda: bound(function, others), axis_name=last, axis_size=1)()
+    return jax.tree_util.tree_map(lambda leaf: leaf[0], mapped)
 
 
 def inside(axes: Iterable[str], code: str) -> str:
@@ -93,7 +92,7 @@ class Recorder:
         ):
             yield
 
-    def _make_rng(self, make_rng: Callable[..., Any], scope: Scope, name: str = "params") -> Any:
+    def _make_rng(self, make_rng: Function, scope: Scope, name: str = "params") -> PyTree:
         if not self.forking:
             self._takes(name, scope)
         # A stream that was given, and that a lifted transform keeps from its inside, is Flax's to answer.
@@ -111,16 +110,14 @@ class Recorder:
             self.record.queried.add(name)
         return has_rng(scope, name)
 
-    def _put_variable(
-        self, put_variable: Callable[..., None], scope: Scope, col: str, name: str, value: object
-    ) -> None:
+    def _put_variable(self, put_variable: Function, scope: Scope, col: str, name: str, value: object) -> None:
         self.record.written.add(col)
         if col not in self.ask.mutable and scope.has_variable(col, name):
             self.incomplete = True
         else:
             put_variable(scope, col, name, value)
 
-    def _sow(self, sow: Callable[..., Any], module: nn.Module, col: str, *args: Any, **kwargs: Any) -> Any:
+    def _sow(self, sow: Function, module: nn.Module, col: str, *args: PyTree, **kwargs: PyTree) -> PyTree:
         self.record.sown.add(col)
         self.record.written.add(col)
         self.incomplete |= col not in self.ask.mutable
@@ -136,17 +133,17 @@ class Recorder:
                 self.forking = False
             yield
 
-    def _of_this_trace(self, from_module: Callable[..., Any], cls: Any, module: nn.Module) -> Any:
+    def _of_this_trace(self, from_module: Function, cls: Function, module: nn.Module) -> object:
         proxy = from_module(cls, module)
         return cls(proxy.module_ref, hash((proxy.hash_key, self.trace)))
 
-    def _layers(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def _layers(self, call: Function, args: Args, kwargs: Kwargs, context: Any) -> PyTree:
         module = context.module
         if context.method_name == "__call__" and module.scope is not None:
             if isinstance(module, nn.Dropout) and module.rate != 0.0:
-                self._layer("dropout", "deterministic", context, args, kwargs)
+                self._layer("dropout", context, args, kwargs)
             elif isinstance(module, nn.BatchNorm):
-                self._layer("norm", "use_running_average", context, args, kwargs)
+                self._layer("norm", context, args, kwargs)
         if type(module) is not nn.Dropout:
             return self._noted(call, args, kwargs, context)
         self.drawing = mask_of(module, args, kwargs)
@@ -155,28 +152,23 @@ class Recorder:
         finally:
             self.drawing = None
 
-    def _noted(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def _noted(self, call: Function, args: Args, kwargs: Kwargs, context: Any) -> PyTree:
         module, name, calls = context.module, context.method_name, self.record.calls
         # A transformed class has a method without a name around the module's own.
         if calls is None or module.scope is None or name == "setup" or not hasattr(type(module), name):
             return call(*args, **kwargs)
-        path, cls = tuple(module.scope.path), type(module).__name__
-        return calls.note(call, args, kwargs, path=path, cls=cls, method=name)
+        return calls.note(call, args, kwargs, path=tuple(module.scope.path), cls=type(module).__name__, method=name)
 
-    def _layer(self, kind: str, switch: str, context: Any, args: Any, kwargs: Any) -> None:
-        module = context.module
+    def _layer(self, kind: str, context: Any, args: Args, kwargs: Kwargs) -> None:
         try:
-            arguments = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
+            given = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
         except TypeError:  # the call itself raises it
             return
-        in_call = arguments.get(switch) is not None
-        value = arguments[switch] if in_call else getattr(module, switch)
-        if isinstance(value, bool):
-            around, parent = [], module.parent
-            while isinstance(parent, nn.Module):
-                around.append(parent)
-                parent = parent.parent
-            self.record.passed(layer_of(kind, tuple(module.scope.path), module, around, (switch, value, in_call)))
+        around, parent = [], context.module.parent
+        while isinstance(parent, nn.Module):
+            around.append(parent)
+            parent = parent.parent
+        self.record.passed(kind, tuple(context.module.scope.path), context.module, around, given)
 
 
 @contextlib.contextmanager
@@ -184,7 +176,7 @@ def sowing() -> Iterator[set[str]]:
     """Gives the set of collections that are sown in the block. An init runs as Flax runs it, and is only listened to."""
     sown: set[str] = set()
 
-    def note(sow: Callable[..., Any], module: nn.Module, col: str, *args: Any, **kwargs: Any) -> Any:
+    def note(sow: Function, module: nn.Module, col: str, *args: PyTree, **kwargs: PyTree) -> PyTree:
         sown.add(col)
         return sow(module, col, *args, **kwargs)
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 from flax import nnx
 
 from ..base.digest import quick_digest
 from ..base.threads import at_once
+from ..base.types import Leaf, PyTree
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.variant import with_arguments
 from . import nnx_trace
-from .arguments import constructor, readable_signature
 from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
-from .calls import Path
+from .calls import Args, Kwargs, Names, Path, constructor, readable_signature
 from .nnx_graph import (
     GRAPH,
     SIMPLE,
@@ -49,11 +49,12 @@ class NnxModel:
     """True: training is set on the copy that runs; None: as the module has it."""
     gives_rngs: bool = False
     """The call takes `rngs`, and the session makes them."""
-    passed: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    passed: tuple[nnx.Variable[Any], ...] = field(default=(), repr=False, compare=False)
     """Variables of the NNX objects in the call, in order."""
     written: str = ""
     """The construction, where the session made it: `Net(8, 3)`."""
     _cache: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
+    holds_variables: ClassVar[Literal[True]] = True
 
     @property
     def layout(self) -> Layout:
@@ -65,11 +66,6 @@ class NnxModel:
         """A block in which the module is taken apart once."""
         return self._cache
 
-    @property
-    def holds_variables(self) -> Literal[True]:
-        """The module holds them."""
-        return True
-
     # -- what it is
 
     def describe(self) -> str:
@@ -77,10 +73,8 @@ class NnxModel:
         if self.written:
             return self.written
         cls = type(self.module)
-        attributes = {name: vars(self.module).get(name) for name in constructor(cls).parameters}
-        parts = [
-            f"{name}={value!r}" for name, value in attributes.items() if isinstance(value, (bool, int, float, str))
-        ]
+        attributes = ((name, vars(self.module).get(name)) for name in constructor(cls).parameters)
+        parts = [f"{name}={value!r}" for name, value in attributes if isinstance(value, (bool, int, float, str))]
         return f"{cls.__name__}({', '.join(parts)})"
 
     def methods(self) -> list[str]:
@@ -145,12 +139,12 @@ class NnxModel:
         """The module's variables as they are now, by type; the keys and counts of its streams are the draw's to give."""
         return self.layout.given()
 
-    def collections(self) -> dict[str, dict[str, Any]]:
+    def collections(self) -> Values:
         """The variables as they are now, without keys and counts of random streams."""
         layout = self.layout
         return {name: tree for name, tree in layout.given().items() if name not in layout.random}
 
-    def state(self) -> Any:
+    def state(self) -> PyTree:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
         return jax.tree_util.tree_map(lambda leaf: leaf[...] if is_ref(leaf) else leaf, nnx.state(self.module, **GRAPH))
 
@@ -171,10 +165,9 @@ class NnxModel:
             out.setdefault(slot.collection, {})[slot.name] = new[...] if is_ref(new) else new
         return out
 
-    def cache_key(self) -> Any:
+    def cache_key(self) -> tuple[object, ...] | None:
         """The code of all classes in the graph, the graph itself with its static attributes, and the mode."""
-        code = self.code()
-        layout = self.layout
+        code, layout = self.code(), self.layout
         if code is None:
             return None
         return code, layout.graphdef, layout.numbers, layout.streams(), self.mode, self.gives_rngs
@@ -192,12 +185,8 @@ class NnxModel:
         if code is None:
             return None
         shapes = [(slot.collection, slot.name, _shape(slot.read())) for slot in self.layout.slots if not slot.sown]
-        values = [
-            (spell(path), name, value)
-            for path, node in self.layout.nodes
-            for name, value in parts_of(node) or ()
-            if value is None or isinstance(value, SIMPLE)
-        ]
+        rows = [(spell(path), name, value) for path, node in self.layout.nodes for name, value in parts_of(node) or ()]
+        values = [row for row in rows if row[2] is None or isinstance(row[2], SIMPLE)]
         return hashlib.sha256(code + repr((shapes, values)).encode()).digest()
 
     def sample(self) -> bytes:
@@ -218,9 +207,7 @@ class NnxModel:
 
     # -- running
 
-    def with_rngs(
-        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Model, bool]:
+    def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
         """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some.
 
         Raises:
@@ -233,7 +220,9 @@ class NnxModel:
                 hint="the registered module may hold some: make it part of that, or pass one that holds arrays",
             )
         model = replace(self, passed=passed) if passed else self
-        takes = "rngs" in signature.parameters or _hands_rngs_on(self.module)
+        # A Sequential's own call takes any keyword, and hands `rngs` on to the layers that take some.
+        layers = filter(callable, self.module.layers) if isinstance(self.module, nnx.Sequential) else ()
+        takes = any("rngs" in each.parameters for each in (signature, *map(readable_signature, layers)))
         # A layer of Flax's own that holds streams uses these where it is called without `rngs`.
         holds_its_own = type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
         if not takes or holds_its_own:
@@ -249,22 +238,20 @@ class NnxModel:
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run on a copy whose streams are those of `keys`, by tag, as `nnx.reseed` would set them."""
+        record.held |= self.streams()
         rngs = sorted(ask.streams - self._own_tags) if self.gives_rngs else None
-        return nnx_trace.forward(self.layout, method, ask, record, mode=self.mode, held=self.streams(), rngs=rngs)
+        return nnx_trace.forward(self.layout, method, ask, record, mode=self.mode, rngs=rngs)
 
-    def commit(self, updates: Mapping[str, Any], record: CallTrace) -> Commit:
+    def commit(self, updates: Variables, record: CallTrace) -> Commit:
         """The assignments that write `updates` into the module's own objects."""
         return nnx_trace.commit(self.layout, self.passed, updates, record.structure)
 
     def module_classes(self) -> dict[Path, str]:
         """The modules of the graph."""
-        return {
-            tuple(map(str, path)): type(node).__name__
-            for path, node in self.layout.nodes
-            if isinstance(node, nnx.Module)
-        }
+        modules = [(path, node) for path, node in self.layout.nodes if isinstance(node, nnx.Module)]
+        return {tuple(map(str, path)): type(node).__name__ for path, node in modules}
 
-    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Any, str]]:
+    def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Leaf, str]]:
         """Type, path, value and metadata of every array; what earlier calls sowed is left out."""
         for slot in self.layout.slots:
             if slot.sown:
@@ -285,14 +272,10 @@ class NnxModel:
         else:
             transplant({id(other.module): self.module}, [part for _, part in walk(other.module)])
 
-    def by_hand(
-        self, call: str, method: Path, switch: tuple[str, ...], streams: tuple[str, ...], mutable: tuple[str, ...]
-    ) -> str:
+    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
         """`net.train(); nnx.reseed(net, policy='match_shape', dropout=dropout_key); nnx.jit(lambda net: net(x))(net)`"""
         name = call.partition("(")[0].partition(".")[0]
-        parts: list[str] = []
-        if self.mode is not None:
-            parts += mode_by_hand(name, self.layout.nodes, self.mode)
+        parts = [] if self.mode is None else [*mode_by_hand(name, self.layout.nodes, self.mode)]
         held = [stream for stream in streams if stream in self.layout.tags]
         if held:
             keys = ", ".join(f"{stream}={stream}_key" for stream in held)
@@ -303,25 +286,17 @@ class NnxModel:
         return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
 
 
-def _hands_rngs_on(module: nnx.Module) -> bool:
-    """Whether `module` is an `nnx.Sequential` that hands `rngs` on: its own call takes any keyword."""
-    if not isinstance(module, nnx.Sequential):
-        return False
-    return any("rngs" in readable_signature(layer).parameters for layer in module.layers if callable(layer))
-
-
 def _about(variable: object) -> str:
     """A Variable's metadata as text: `sharding_names=(None, 'mlp')`."""
     if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
         return ""
     usual = getattr(type(variable), "required_metadata", ())
-    return ", ".join(
-        f"{name}={value}"
-        for name, value in variable._var_metadata.items()
-        if name not in usual and not (value in (None, True, False, ()) or callable(value))
-    )
+    rows = [
+        (name, value) for name, value in variable._var_metadata.items() if name not in usual and not callable(value)
+    ]
+    return ", ".join(f"{name}={value}" for name, value in rows if value not in (None, True, False, ()))
 
 
-def _shape(value: object) -> str:
+def _shape(value: PyTree) -> str:
     leaves = jax.tree_util.tree_leaves(value)
     return str([(getattr(leaf, "shape", None), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves])

@@ -16,12 +16,15 @@ from flax import configurations, nnx
 from flax.nnx import variablelib
 
 from ..base.threads import Assignment
+from ..base.types import Leaf, PyTree
 from ..errors import FlaxMagicsError
-from .arguments import is_traced
-from .calls import Path
+from .calls import Path, is_traced
 from .switch import WHEN_TRAINING, cloned, read_fields, set_fields, setting_of, value_of
 
 SIMPLE = (bool, int, float, complex, str, bytes)
+_ARRAYS = (jax.Array, np.ndarray)
+Parts = tuple[tuple[Any, Any], ...]
+"""Names (or places) and values of what a node holds."""
 
 RAW = "raw_value" if "raw_value" in nnx.Variable.__slots__ else "_raw_value"
 """The slot that a Variable holds its value in."""
@@ -33,7 +36,7 @@ _PRIVATE = ("_pytree__state", "_pytree__nodes")
 """Attributes in which NNX notes when an object was made, and which of its attributes hold data."""
 
 
-def raw(variable: object) -> Any:
+def raw(variable: object) -> PyTree:
     """The value that a Variable holds, without its hooks.
 
     Raises:
@@ -74,15 +77,13 @@ def flat_state(state: object) -> list[tuple[Path, Any]]:
     return list(nnx.to_flat_state(state))  # type: ignore[arg-type]
 
 
-def parts_of(node: object) -> tuple[tuple[Any, Any], ...] | None:
+def parts_of(node: object) -> Parts | None:
     """Names and values of what a node holds, None for what cannot be changed in place."""
     if isinstance(node, nnx.Pytree):
         return tuple((name, value) for name, value in vars(node).items() if name not in _PRIVATE)
     if isinstance(node, dict):
         return tuple(node.items())
-    if isinstance(node, list):
-        return tuple(enumerate(node))
-    return None
+    return tuple(enumerate(node)) if isinstance(node, list) else None
 
 
 def is_sown(part: object) -> bool:
@@ -100,40 +101,34 @@ def spell(path: Path) -> str:
     return "/".join(map(str, path))
 
 
-def same(old: object, new: object) -> bool:
+def same(old: PyTree, new: PyTree) -> bool:
     """Whether two values hold the very same arrays."""
     if old is new:
         return True
-    old_flat: tuple[list[Any], Any] = jax.tree_util.tree_flatten(old)
-    new_flat: tuple[list[Any], Any] = jax.tree_util.tree_flatten(new)
-    return bool(old_flat[1] == new_flat[1]) and all(map(operator.is_, old_flat[0], new_flat[0]))
+    flat: list[tuple[list[Leaf], PyTree]] = [jax.tree_util.tree_flatten(value) for value in (old, new)]
+    return bool(flat[0][1] == flat[1][1]) and all(map(operator.is_, flat[0][0], flat[1][0]))
 
 
-def is_other(node: Any, held: Any) -> bool:
+def is_other(node: object, held: Parts) -> bool:
     """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
     parts = parts_of(node)
-    if parts is None or len(parts) != len(held):
+    if parts is None or [name for name, _ in parts] != [name for name, _ in held]:
         return True
-    for (name, value), (old_name, old) in zip(parts, held, strict=True):
-        if name != old_name:
-            return True
-        if value is old or (_is_array(value) and _is_array(old)):
-            continue
-        if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):
-            return True
-        try:
-            if not bool(value == old):
-                return True
-        except Exception:
-            return True
-    return False
+    return any(_is_another(value, old) for (_, value), (_, old) in zip(parts, held, strict=True))
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray))
+def _is_another(value: object, old: object) -> bool:
+    if value is old or (isinstance(value, _ARRAYS) and isinstance(old, _ARRAYS)):
+        return False
+    if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):
+        return True
+    try:
+        return not bool(value == old)
+    except Exception:
+        return True
 
 
-def taken_from(module: nnx.Module, before: Mapping[Path, Any]) -> tuple[RebuiltGraph, list[Any]]:
+def taken_from(module: nnx.Module, before: Mapping[Path, object]) -> tuple[RebuiltGraph, list[PyTree]]:
     """The graph of `module`, which a run changed, and the values of its variables.
 
     Args:
@@ -145,31 +140,29 @@ def taken_from(module: nnx.Module, before: Mapping[Path, Any]) -> tuple[RebuiltG
     new = [part for part in parts.values() if id(part) not in old_paths]
     added = [type(part).__name__ for part in new if isinstance(part, nnx.Variable)]
     graphdef, state = nnx.split(module, **GRAPH)
-    skeleton, values, fixed = [], [], []
-    for path, leaf in flat_state(state):
-        if is_fixed(leaf):
-            fixed.append((path, leaf))
-            continue
-        skeleton.append((path, jax.tree_util.tree_structure(leaf)))
-        values.append(raw(leaf) if isinstance(leaf, nnx.Variable) else leaf)
-    return RebuiltGraph(graphdef, tuple(skeleton), tuple(fixed), matches, tuple(dict.fromkeys(added))), values
+    leaves = flat_state(state)
+    fixed = tuple((path, leaf) for path, leaf in leaves if is_fixed(leaf))
+    data = [(path, leaf) for path, leaf in leaves if not is_fixed(leaf)]
+    skeleton = tuple((path, jax.tree_util.tree_structure(leaf)) for path, leaf in data)
+    values = [raw(leaf) if isinstance(leaf, nnx.Variable) else leaf for _, leaf in data]
+    return RebuiltGraph(graphdef, skeleton, fixed, matches, tuple(dict.fromkeys(added))), values
 
 
 @dataclass
 class RebuiltGraph:
     """The graph after a run that set, removed or replaced attributes: more than other values of the same variables."""
 
-    graphdef: Any
-    skeleton: tuple[tuple[Path, Any], ...]
+    graphdef: nnx.GraphDef[Any]
+    skeleton: tuple[tuple[Path, PyTree], ...]
     """Paths of the variables, and the tree structure of each."""
-    fixed: tuple[tuple[Path, Any], ...]
+    fixed: tuple[tuple[Path, Leaf], ...]
     """Paths of what is no data, and what it is."""
     matches: Mapping[Path, Path]
     """Path in the graph as it is now → path before, of every part that was there before."""
     added: tuple[str, ...]
     """Types of variables that are new."""
 
-    def put_into(self, module: nnx.Module, values: list[Any]) -> None:
+    def put_into(self, module: nnx.Module, values: list[PyTree]) -> None:
         """Gives the objects of `module` the attributes that the run's copy has."""
         flat = [
             (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
@@ -177,24 +170,18 @@ class RebuiltGraph:
         ]
         copy = nnx.merge(self.graphdef, nnx.from_flat_state([*flat, *self.fixed]))
         originals, copies = dict(walk(module)), dict(walk(copy))
-        transplant(
-            {
-                id(copies[path]): originals[old]
-                for path, old in self.matches.items()
-                if path in copies and old in originals
-            },
-            copies.values(),
-        )
+        pairs = [(path, old) for path, old in self.matches.items() if path in copies and old in originals]
+        transplant({id(copies[path]): originals[old] for path, old in pairs}, copies.values())
 
 
-def transplant(originals: Mapping[int, Any], copies: Iterable[Any]) -> None:
+def transplant(originals: Mapping[int, Any], copies: Iterable[object]) -> None:
     """Gives each original (by the id of its copy) what its copy holds.
 
     A part of a copy that is itself the copy of an original becomes that original; what is new is taken over as it is.
     """
     writes: list[Callable[[], None]] = []
 
-    def swap(value: Any) -> Any:
+    def swap(value: PyTree) -> PyTree:
         if id(value) in originals:
             return originals[id(value)]
         if type(value) in (list, tuple):
@@ -293,11 +280,9 @@ def set_mode(module: nnx.Module, train: bool | None) -> Callable[[], None]:
 
     def undo() -> None:
         for node, name, old, new in reversed(changes):
-            if vars(node).get(name, _MISSING) is not new:
-                continue
-            if old is _MISSING:
+            if vars(node).get(name, _MISSING) is new and old is _MISSING:
                 del vars(node)[name]
-            else:
+            elif vars(node).get(name, _MISSING) is new:
                 vars(node)[name] = old
 
     return undo
@@ -322,6 +307,6 @@ def _switches(nodes: Nodes, train: bool | None) -> Iterator[tuple[Any, str, Any,
                 continue
             value = getattr(node, name, _MISSING)
             if value is None or isinstance(value, bool):
-                new = value if train is None else value_of(name, train)
-                if new is not None:
-                    yield node, name, new, f"{name}={new}"
+                value = value if train is None else value_of(name, train)
+                if value is not None:
+                    yield node, name, value, f"{name}={value}"

@@ -19,15 +19,16 @@ from flax import nnx
 
 from ..base.digest import own
 from ..base.threads import Assignment
+from ..base.types import Leaf, PyTree
+from ..code.contents import static_data
 from ..code.fingerprint import Fingerprint, Guards
-from ..code.structure import static_data
 from ..errors import FlaxMagicsError
 from .calls import Path
 from .nnx_graph import GRAPH, RAW, SIMPLE, assignment, flat_state, is_fixed, is_ref, is_sown, parts_of, raw, spell, walk
 
 _DATA = (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, list, dict)
 
-Values = dict[str, dict[str, Any]]
+Values = dict[str, dict[str, PyTree]]
 """Variable type → path → array: `{'Param': {'linear/kernel': …}}`. An array without a Variable is of type `Array`."""
 
 _SLOT: Any = vars(nnx.Variable)[RAW]
@@ -36,7 +37,7 @@ _NO_NUMPY: set[type] = set()
 """Types of values that were met and that nobody changes where they are."""
 
 
-def _own(value: object) -> Any:
+def _own(value: Leaf) -> Leaf:
     """The value, a copy of one of NumPy's: a run op by op could change it in place."""
     if not isinstance(value, np.ndarray):
         _NO_NUMPY.add(type(value))
@@ -67,14 +68,14 @@ class Slot:
     collection: str
     name: str
     path: Path
-    leaf: Any
-    holder: Any
+    leaf: Leaf
+    holder: PyTree
     """The dict of attributes, or the container, that a bare array is in; None for a Variable."""
     drawn: bool = False
     """A stream's key or count: every run begins with those of its draw, whatever the module holds."""
     fixed: bool = False
     """No data, such as a function in the place of a layer: the program is made for it."""
-    structure: Any = None
+    structure: PyTree = None
     """Of a Variable: what it is apart from its value."""
     ref: bool = False
     """Whether the Variable holds a reference: runs work on what is in there, and it is written back into it."""
@@ -84,7 +85,7 @@ class Slot:
         """Whether an earlier call by hand sowed it: a run starts without it."""
         return is_sown(self.leaf)
 
-    def read(self) -> Any:
+    def read(self) -> PyTree:
         """Its value now."""
         if self.ref:
             with jax.ensure_compile_time_eval():  # a program that is being made must not read it when it runs
@@ -100,8 +101,8 @@ class Slot:
         return (setitem, self.holder, self._key, value)
 
     @property
-    def _key(self) -> Any:
-        key = self.path[-1]
+    def _key(self) -> str | int:
+        key: str | int = self.path[-1]
         return str(key) if isinstance(self.holder, dict) and key not in self.holder else key
 
 
@@ -113,19 +114,20 @@ class Layout:
     graphdef: Same
     slots: tuple[Slot, ...]
     nodes: tuple[tuple[Path, Any], ...]
-    """The graph's modules and containers, with what they held."""
+    """The graph's modules and containers."""
     held: Guards
+    """They hold for as long as each of these holds the very objects that it held."""
     switches: dict[bool | None, tuple[str, ...]] = field(default_factory=dict)
     """How the switches between training and evaluation read, by mode."""
 
     @cached_property
-    def static(self) -> tuple[Any, ...]:
-        """The classes of the graph, and its static values that may be read or changed behind the graphdef's back."""
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of the graph's classes, and of static values that change behind the graphdef's back."""
         values = {id(value): value for value in self._held if not isinstance(value, SIMPLE)}
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
         fixed = [slot.leaf for slot in self.slots if slot.fixed]
-        return (*classes, *kinds, *values.values(), *fixed)
+        return Fingerprint((*classes, *kinds, *values.values(), *fixed))
 
     @cached_property
     def numbers(self) -> str:
@@ -133,7 +135,7 @@ class Layout:
         return repr([value for value in self._held if isinstance(value, SIMPLE)])
 
     @property
-    def _held(self) -> Iterator[Any]:
+    def _held(self) -> Iterator[object]:
         """Static values of the graph's nodes, and what its variables are besides their values, without names and None."""
         for _, node in self.nodes:
             # In the graphdef's order, not in that of the assignments: a copy is of the same code.
@@ -142,11 +144,6 @@ class Layout:
                     yield value
         for slot in self.slots:
             yield from () if slot.structure is None else static_data(slot.structure)
-
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """The fingerprint of `static`."""
-        return Fingerprint(self.static)
 
     @classmethod
     def of(cls, module: nnx.Module) -> Layout:
@@ -159,28 +156,20 @@ class Layout:
         parts = dict(walk(module))
         slots: list[Slot] = []
         for path, leaf in flat_state(state):
-            variable = isinstance(leaf, nnx.Variable)
-            if not variable and is_ref(leaf):
+            holder = parts.get(path[:-1])
+            if isinstance(leaf, nnx.Variable):
+                variable, structure = parts.get(path, leaf), jax.tree_util.tree_structure(leaf)
+                drawn = isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream)
+                where = type(leaf).__name__, spell(path), path
+                slots.append(Slot(*where, variable, None, drawn=drawn, structure=structure, ref=is_ref(raw(variable))))
+                continue
+            if is_ref(leaf):
                 raise FlaxMagicsError(
                     f"`{spell(path)}` is a reference without a Variable, which a run would change even where it fails.",
                     edit=f"self.{'.'.join(map(str, path))} = nnx.Variable(…)",
                 )
-            collection = type(leaf).__name__ if variable else "Array"
-            holder = parts.get(path[:-1])
-            part = parts.get(path, leaf) if variable else leaf
-            slots.append(
-                Slot(
-                    collection,
-                    spell(path),
-                    path,
-                    part,
-                    None if variable else vars(holder) if isinstance(holder, nnx.Pytree) else holder,
-                    drawn=isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream),
-                    fixed=not variable and is_fixed(leaf),
-                    structure=jax.tree_util.tree_structure(leaf) if variable else None,
-                    ref=variable and is_ref(raw(part)),
-                )
-            )
+            held_in = vars(holder) if isinstance(holder, nnx.Pytree) else holder
+            slots.append(Slot("Array", spell(path), path, leaf, held_in, fixed=is_fixed(leaf)))
         nodes = tuple((path, node) for path, node in parts.items() if parts_of(node) is not None)
         held = Guards()
         for _, node in nodes:
@@ -189,10 +178,6 @@ class Layout:
             else:
                 held.whole(node if isinstance(node, dict) else vars(node))
         return cls(module, Same(graphdef), tuple(slots), nodes, held)
-
-    def is_current(self) -> bool:
-        """Whether every module and container holds the very objects that it held."""
-        return self.held.hold()
 
     def copying(self, other: Layout) -> list[Assignment]:
         """The assignments that give the module the values of `other`, which has the same graphdef. Sown values stay."""
@@ -240,24 +225,15 @@ class Layout:
         """Types of the variables that are a random stream's."""
         return frozenset(slot.collection for slot in self.slots if isinstance(slot.leaf, nnx.RngState))
 
-    def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
+    def rebuild(self, values: Mapping[str, Mapping[str, PyTree]]) -> Any:
         """A copy of the module that holds `values`, all of its variables its own."""
-        return self._bare().rebuild(values)
+        # Streams are read anew for every copy: NNX's `fork` gives the same Variable keys of another shape.
+        return Skeleton.of(self).rebuild(values)
 
     @cached_property
     def skeleton(self) -> Skeleton:
         """The module without its arrays, its streams as they were when it was first asked for."""
-        return self._bare()
-
-    def _bare(self) -> Skeleton:
-        # Streams are read anew for every copy: NNX's `fork` gives the same Variable keys of another shape.
-        rows = []
-        for slot in self.slots:
-            value = slot.read() if slot.drawn or slot.fixed or slot.sown else None
-            if slot.sown:  # a run starts without it
-                value = jax.tree_util.tree_map(lambda leaf: 0.0, value)
-            rows.append((slot.collection, slot.name, slot.path, slot.structure, value))
-        return Skeleton(self.graphdef, tuple(rows))
+        return Skeleton.of(self)
 
     @cached_property
     def has_refs(self) -> bool:
@@ -269,22 +245,18 @@ class Layout:
         """Tags of the streams that the graph holds."""
         return frozenset(str(part.key.tag) for _, part in walk(self.module) if isinstance(part, nnx.RngStream))
 
-    def assignments(self, values: Mapping[str, Mapping[str, Any]]) -> list[Assignment]:
+    def assignments(self, values: Mapping[str, Mapping[str, PyTree]]) -> list[Assignment]:
         """The assignments that put `values`, of all or of some variables, into the module's own objects."""
         slots = self._by_name
-        return [
-            slots[collection, name].assignment(value)
-            for collection, tree in values.items()
-            for name, value in tree.items()
-            if (collection, name) in slots
-        ]
+        rows = [(collection, name, value) for collection, tree in values.items() for name, value in tree.items()]
+        return [slots[kind, name].assignment(value) for kind, name, value in rows if (kind, name) in slots]
 
     @cached_property
     def _by_name(self) -> dict[tuple[str, str], Slot]:
         return {(slot.collection, slot.name): slot for slot in self.slots}
 
 
-def _on_arrays(module: nnx.Module) -> Any:
+def _on_arrays(module: nnx.Module) -> PyTree:
     """A copy that holds arrays where the module holds references; the module itself if it holds none."""
     if not any(isinstance(part, nnx.Variable) and is_ref(raw(part)) for _, part in walk(module)):
         return module
@@ -301,9 +273,20 @@ class Skeleton:
     """
 
     graphdef: Same
-    rows: tuple[tuple[str, str, Path, Any, Any], ...]
+    rows: tuple[tuple[str, str, Path, PyTree, PyTree], ...]
 
-    def rebuild(self, values: Mapping[str, Mapping[str, Any]]) -> Any:
+    @classmethod
+    def of(cls, layout: Layout) -> Skeleton:
+        """The module of a layout, its streams as they are now."""
+        rows = []
+        for slot in layout.slots:
+            value = slot.read() if slot.drawn or slot.fixed or slot.sown else None
+            if slot.sown:  # a run starts without it
+                value = jax.tree_util.tree_map(lambda leaf: 0.0, value)
+            rows.append((slot.collection, slot.name, slot.path, slot.structure, value))
+        return cls(layout.graphdef, tuple(rows))
+
+    def rebuild(self, values: Mapping[str, Mapping[str, PyTree]]) -> Any:
         """A module that holds `values`, all of its variables its own."""
         flat = []
         for collection, name, path, structure, stand_in in self.rows:
@@ -319,12 +302,12 @@ class LayoutCache:
     """A module's layout, kept until the module is another."""
 
     layout: Layout | None = None
-    lock: Any = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     steady: int = 0
 
     def __enter__(self) -> None:
         """Begins a time in which nobody changes the module: it is looked at once."""
-        self.layout = None if self.layout is None or not self.layout.is_current() else self.layout
+        self.layout = self.layout if self.layout is not None and self.layout.held.hold() else None
         self.steady += 1
 
     def __exit__(self, *_: object) -> None:
@@ -336,6 +319,6 @@ class LayoutCache:
         if self.steady and layout is not None and layout.module is module:
             return layout
         with self.lock:
-            if self.layout is None or self.layout.module is not module or not self.layout.is_current():
+            if self.layout is None or self.layout.module is not module or not self.layout.held.hold():
                 self.layout = Layout.of(module)
             return self.layout

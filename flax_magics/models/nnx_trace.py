@@ -6,11 +6,11 @@ import contextlib
 import functools
 import inspect
 import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from types import FrameType
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from ..base.threads import Assignment, at_once
+from ..base.types import PyTree
 from .arguments import has_tracer
 from .base import (
     ARGUMENTS,
@@ -29,10 +30,11 @@ from .base import (
     Incomplete,
     KeyUse,
     Needs,
+    Updates,
     Variables,
     replaced,
 )
-from .calls import Path
+from .calls import Args, Function, Kwargs, Path, has_tracer
 from .nnx_graph import (
     RebuiltGraph,
     assignment,
@@ -47,33 +49,25 @@ from .nnx_graph import (
     walk,
 )
 from .nnx_layout import Layout
-from .switch import layer_of, mask_of
+from .switch import mask_of
 
+Passed = tuple[nnx.Variable[Any], ...]
+"""Variables of the NNX objects that a call was given."""
 STRUCTURE = "(structure)"
 """Where a run's result keeps the variables of a graph that the run changed."""
 
 
 def forward(
-    layout: Layout,
-    method: Path,
-    ask: Needs,
-    record: CallTrace,
-    *,
-    mode: bool | None,
-    held: frozenset[str],
-    rngs: list[str] | None,
+    layout: Layout, method: Path, ask: Needs, record: CallTrace, *, mode: bool | None, rngs: list[str] | None
 ) -> Forward:
     """The run of a module as a pure function; see `AnyModel.forward`.
 
     Args:
       mode: what the switches of the copy are set to; None: they stay.
-      held: streams that the run is given whether or not it consumes them.
       rngs: names of the streams in the `rngs` that the call is handed; None: it is handed none.
     """
 
-    def run(
-        variables: Variables, keys: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def run(variables: Variables, keys: PyTree, args: Args, kwargs: Kwargs) -> tuple[PyTree, Updates]:
         copy = layout.rebuild(variables)
         before = dict(walk(copy))
         values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
@@ -89,10 +83,11 @@ def forward(
             handed = nnx.Rngs(**{name: keys[name] for name in rngs})
             mark(handed, trace, handed=True)
             kwargs = {**kwargs, "rngs": handed}
-        record.held |= held
         watcher = Watcher(copy, record, handed)
         try:
-            with watcher.watching(), _plain_variables():
+            # Variables that the model makes are like those that it holds, whatever `flax_hijax_variable` says.
+            plain = nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
+            with watcher.watching(), plain:
                 target: Any = copy
                 for name in method:
                     target = getattr(target, name)
@@ -106,7 +101,7 @@ def forward(
             record.asked.setdefault(watcher.missing, [])
             raise Incomplete
         sown = _pop(copy, lambda part: is_sown(part) or was_sown(part))
-        updates: dict[str, Any] = {}
+        updates: Updates = {}
         if sown:
             record.sown.add(SOWN)
             updates[SOWN] = sown
@@ -131,9 +126,7 @@ def forward(
     return run
 
 
-def commit(
-    layout: Layout, passed: tuple[Any, ...], updates: Mapping[str, Any], structure: RebuiltGraph | None
-) -> Commit:
+def commit(layout: Layout, passed: Passed, updates: Variables, structure: RebuiltGraph | None) -> Commit:
     """How to write a run's `updates` into the module's own objects, and into the variables that were `passed`."""
     ours = (STRUCTURE, ARGUMENTS, CONVERTED)
     changed = [name for name in updates if name not in ours and name not in layout.random]
@@ -145,57 +138,49 @@ def commit(
             return Commit(tuple(changed), (), lambda: at_once(assignments))
         return Commit(tuple(changed), assignments)
     changed += [name for name in structure.added if name not in changed and name not in layout.random]
-
-    def write() -> None:
-        structure.put_into(layout.module, updates[STRUCTURE])
-
+    write = functools.partial(structure.put_into, layout.module, updates[STRUCTURE])
     return Commit(tuple(changed), tuple(moved), write)
 
 
-def variables_in(tree: Any) -> tuple[Any, ...]:
+def variables_in(tree: PyTree) -> Passed:
     """The variables of all NNX objects in a tree of arguments, in order."""
-    variables = []
+    variables: list[nnx.Variable[Any]] = []
     for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
         if isinstance(leaf, nnx.Variable):
             variables.append(leaf)
         elif isinstance(leaf, nnx.Pytree):
-            variables += [part for _, part in walk(leaf) if isinstance(part, nnx.Variable)]
+            variables += _variables_of(leaf)
     return tuple(variables)
+
+
+def _variables_of(module: object) -> list[nnx.Variable[Any]]:
+    """The variables of a graph, in order."""
+    return [part for _, part in walk(module) if isinstance(part, nnx.Variable)]
 
 
 def reseed(module: object, keys: Mapping[str, Any]) -> None:
     """`nnx.reseed(module, policy='match_shape', **keys)`: a key of its own for each stream of a tag, in graph order."""
-    drawn: Counter[str] = Counter()
-    for _, stream in walk(module):
-        if isinstance(stream, nnx.RngStream) and stream.key.tag in keys:
-            tag = stream.key.tag
-            key = jax.random.fold_in(keys[tag], np.uint32(drawn[tag]))
-            drawn[tag] += 1
-            shape = raw(stream.key).shape
-            if shape:
-                key = jax.random.split(key, shape)
+    parts = dict(walk(module))
+    for path, (tag, number) in _places(parts).items():
+        if tag in keys:
+            stream = parts[path]
+            shape, key = raw(stream.key).shape, jax.random.fold_in(keys[tag], np.uint32(number))
+            key = jax.random.split(key, shape) if shape else key
             set_raw(stream.key, key)
             set_raw(stream.count, jax.numpy.zeros(key.shape, dtype=jax.numpy.uint32))
 
 
-def _plain_variables() -> Any:
-    """A block in which the model makes Variables like those that it holds, whatever `flax_hijax_variable` says."""
-    return nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
-
-
-def _is_converted(held: object, traced: object) -> bool:
+def _is_converted(held: PyTree, traced: PyTree) -> bool:
     """Whether JAX has made another dtype of a value by taking it into a program."""
     before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
     return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
 
 
-def _pop(module: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
+def _pop(module: nnx.Module, wanted: Callable[[object], bool]) -> Updates:
     """Takes the parts that are `wanted` off the graph: type → nested by path."""
-    out: dict[str, Any] = {}
+    out: Updates = {}
     for path, node in list(walk(module)):
-        for name, part in parts_of(node) or ():
-            if not wanted(part):
-                continue
+        for name, part in [row for row in parts_of(node) or () if wanted(row[1])]:
             inner = out.setdefault(type(part).__name__, {})
             for step in path:
                 inner = inner.setdefault(str(step), {})
@@ -209,6 +194,7 @@ def _pop(module: nnx.Module, wanted: Callable[[Any], bool]) -> dict[str, Any]:
 
 MARK = "flax_magics_path"
 SOWED = "flax_magics_sown"
+"""Metadata of variables: the path; that `sow` made it in this run."""
 _MAY_LOSE = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
 """Whether this version may be set to sow nothing outside of `nnx.capture`."""
 HANDED: Path = ("(rngs of the call)",)
@@ -242,10 +228,10 @@ def was_sown(part: object) -> bool:
 
 def unmark(module: nnx.Module) -> None:
     """Takes the paths off again."""
-    for _, part in walk(module):
-        if isinstance(part, nnx.Variable) and MARK in getattr(part, "_var_metadata", ()):  # hijax has none
-            metadata = {name: value for name, value in part._var_metadata.items() if name != MARK}
-            object.__setattr__(part, "_var_metadata", metadata)
+    for variable in _variables_of(module):
+        if MARK in getattr(variable, "_var_metadata", ()):  # hijax has none
+            metadata = {name: value for name, value in variable._var_metadata.items() if name != MARK}
+            object.__setattr__(variable, "_var_metadata", metadata)
 
 
 class Watcher:
@@ -260,7 +246,7 @@ class Watcher:
         self.handed = handed
         self.missing: str | None = None
         self.drawing: tuple[tuple[int, ...], float] | None = None
-        self.drawn: Counter[tuple[Any, ...]] = Counter()
+        self.drawn: Counter[tuple[object, ...]] = Counter()
         self.parts = dict(walk(module))
         self.places = _places(self.parts)
         self.paths = {id(part): path for path, part in self.parts.items() if isinstance(part, nnx.Pytree)}
@@ -280,11 +266,11 @@ class Watcher:
         ):
             yield
 
-    def _draw(self, draw: Callable[..., Any], stream: nnx.RngStream) -> Any:
+    def _draw(self, draw: Function, stream: nnx.RngStream) -> PyTree:
         self._consumed(stream)
         return draw(stream)
 
-    def _look_up(self, look_up: Callable[..., Any], rngs: Any, name: str, error: Any) -> Any:
+    def _look_up(self, look_up: Function, rngs: object, name: str, error: Callable[[str], Exception]) -> PyTree:
         if self._lacks(rngs, name):
             # With a `default` NNX would fall back on that: in each draw a stream has its own key.
             self.missing = name
@@ -297,8 +283,8 @@ class Watcher:
             raise
 
     def _sow(
-        self, sow: Callable[..., Any], module: nnx.Module, variable_type: object, name: str, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, sow: Function, module: nnx.Module, variable_type: object, name: str, *args: PyTree, **kwargs: PyTree
+    ) -> PyTree:
         is_new = not hasattr(module, name)
         if _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
             args, kwargs = args[:3], {**kwargs, "capture_noop": False}
@@ -310,25 +296,24 @@ class Watcher:
             object.__setattr__(variable, "_var_metadata", {**variable._var_metadata, SOWED: True})
         return result
 
-    def _dropout(self, dropout: Callable[..., Any], module: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def _dropout(self, dropout: Function, module: nnx.Dropout, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         if module.rate != 0.0:
-            self._layer(module, "dropout", "deterministic", kwargs)
+            self._layer(module, "dropout", kwargs)
         self.drawing = mask_of(module, args, kwargs)
         try:
             return dropout(module, *args, **kwargs)
         finally:
             self.drawing = None
 
-    def _norm(self, norm: Callable[..., Any], module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
-        self._layer(module, "norm", "use_running_average", kwargs)
+    def _norm(self, norm: Function, module: nnx.Module, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        self._layer(module, "norm", kwargs)
         return norm(module, *args, **kwargs)
 
-    def _noted(self, name: str, method: Callable[..., Any], module: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
-        calls, path = self.record.calls, self._path(module)
+    def _noted(self, name: str, method: Function, module: nnx.Module, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        calls, path, call = self.record.calls, self._path(module), functools.partial(method, module)
         if calls is None or path is None:
-            return method(module, *args, **kwargs)
-        run, cls = functools.partial(method, module), type(module).__name__
-        return calls.note(run, args, kwargs, path=tuple(map(str, path)), cls=cls, method=name)
+            return call(*args, **kwargs)
+        return calls.note(call, args, kwargs, path=tuple(map(str, path)), cls=type(module).__name__, method=name)
 
     def _lacks(self, rngs: object, name: str) -> bool:
         """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""
@@ -344,7 +329,7 @@ class Watcher:
             tag, where = str(stream.key.tag), tuple(map(str, consumer))
             self.record.asked.setdefault(tag, []).append(where)
             # A stream's key is the draw's with its place among the streams of its tag folded in, and then its count.
-            place = (tag,) if path == HANDED else self.places.get(path[:-1], path)
+            place: tuple[object, ...] = (tag,) if path == HANDED else self.places.get(path[:-1], path)
             inside = not self._own(stream, path)
             self.record.takes.append(KeyUse(tag, where, (place, self.drawn[place]), self.drawing, inside))
             self.drawn[place] += 1
@@ -363,14 +348,11 @@ class Watcher:
 
     def _caller(self) -> Path:
         """The innermost module whose method is running: who consumes a stream that came as an argument."""
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:
+        for frame, _ in traceback.walk_stack(sys._getframe(2)):
             module = frame.f_locals.get("self", frame.f_locals.get("module"))
-            if isinstance(module, nnx.Module):
-                path = self._path(module)
-                if path is not None:
-                    return path
-            frame = frame.f_back
+            path = self._path(module) if isinstance(module, nnx.Module) else None
+            if path is not None:
+                return path
         return ()
 
     def _path(self, module: object) -> Path | None:
@@ -383,21 +365,17 @@ class Watcher:
                 return self._module_at(path[:-1])
         return None
 
-    def _layer(self, module: Any, kind: str, switch: str, given: Mapping[str, Any]) -> None:
-        in_call = given.get(switch) is not None
-        value = given[switch] if in_call else getattr(module, switch)
+    def _layer(self, module: nnx.Module, kind: str, given: Kwargs) -> None:
         path = self._path(module)
-        if path is None:
-            path = self._caller()
-        if isinstance(value, bool):
-            around = [self.parts[path[:n]] for n in reversed(range(len(path))) if path[:n] in self.parts]
-            around = [part for part in around if isinstance(part, nnx.Module)]
-            self.record.passed(layer_of(kind, tuple(map(str, path)), module, around, (switch, value, in_call)))
+        path = self._caller() if path is None else path
+        around = (self.parts.get(path[:n]) for n in reversed(range(len(path))))
+        modules = [part for part in around if isinstance(part, nnx.Module)]
+        self.record.passed(kind, tuple(map(str, path)), module, modules, given)
 
 
-def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
-    """For each stream of a graph its tag, and which of the streams of that tag it is, as `reseed` goes through them."""
-    places: dict[Path, tuple[Any, ...]] = {}
+def _places(parts: Mapping[Path, object]) -> dict[Path, tuple[str, int]]:
+    """For each stream of a graph its tag, and which of the streams of that tag it is, in graph order."""
+    places: dict[Path, tuple[str, int]] = {}
     numbers: Counter[str] = Counter()
     for path, part in parts.items():
         if isinstance(part, nnx.RngStream):
@@ -409,7 +387,5 @@ def _places(parts: Mapping[Path, Any]) -> dict[Path, tuple[Any, ...]]:
 
 def _public(cls: type) -> list[str]:
     """The call and the public methods of a module class, without those that every module has."""
-    methods = inspect.getmembers(cls, inspect.isfunction)
-    return [
-        name for name, _ in methods if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
-    ]
+    names = [name for name, _ in inspect.getmembers(cls, inspect.isfunction)]
+    return [name for name in names if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))]

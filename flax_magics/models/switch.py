@@ -13,23 +13,26 @@ import inspect
 import re
 import sys
 import textwrap
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from types import FrameType, NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from ..base.types import PyTree
 from ..errors import FlaxMagicsError
-from .calls import Path
+from .calls import Args, Kwargs, Path
 
-WHEN_TRAINING = {
-    "train": True,
-    "training": True,
-    "is_training": True,
-    "deterministic": False,
-    "use_running_average": False,
-}
+T = TypeVar("T")
+
+WHEN_TRAINING = dict.fromkeys(("train", "training", "is_training"), True)
+WHEN_TRAINING |= dict.fromkeys(("deterministic", "use_running_average"), False)
 """Each name's value in training."""
+SWITCH_OF = {"dropout": "deterministic", "norm": "use_running_average"}
+"""Kind of a layer of Flax's → its own argument that switches it."""
 
 
 def value_of(name: str, train: bool) -> bool:
@@ -54,16 +57,15 @@ def call_switches(signature: inspect.Signature) -> tuple[str, ...]:
     return tuple(name for name in signature.parameters if name in WHEN_TRAINING)
 
 
-def written_in_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def written_in_call(signature: inspect.Signature, args: Args, kwargs: Kwargs) -> Kwargs:
     """Switch arguments that the call itself gives, and their values. A call that does not fit gives none."""
-    try:
+    with suppress(TypeError):
         bound = signature.bind_partial(*args, **kwargs)
-    except TypeError:
-        return {}
-    return {name: value for name, value in bound.arguments.items() if name in WHEN_TRAINING}
+        return {name: value for name, value in bound.arguments.items() if name in WHEN_TRAINING}
+    return {}
 
 
-def check_agreement(train: bool, written: dict[str, Any]) -> None:
+def check_agreement(train: bool, written: Kwargs) -> None:
     """Raises FlaxMagicsError where an option contradicts an argument written in the call."""
     for name, value in written.items():
         if isinstance(value, bool) and value is not value_of(name, train):
@@ -71,33 +73,31 @@ def check_agreement(train: bool, written: dict[str, Any]) -> None:
             raise FlaxMagicsError(f"{option} contradicts {name}={value}, written in the call. Leave one of them out.")
 
 
-def set_fields(value: object, train: bool, fixed: frozenset[str]) -> tuple[Any, tuple[str, ...]]:
+def set_fields(value: T, train: bool, fixed: frozenset[str]) -> tuple[T, tuple[str, ...]]:
     """`value` (a dataclass: a linen module or a config) with its switches set, and what was set.
 
     Fields are found on the value itself, on dataclasses that it holds, however deep, and in tuples, lists and dicts of
     these (submodules given as fields). A switch that is None counts only if no other was found and the call has none: then
     nothing else can turn it.
     """
-    setter = _Setter(train, fixed, bool)
-    result = setter.visit(value, "")
-    if not setter.settings and not fixed:
-        setter = _Setter(train, fixed, NoneType)
-        result = setter.visit(value, "")
-    return result, tuple(setter.settings)
+    result, settings = _visited(value, train, fixed, bool)
+    return (result, settings) if settings or fixed else _visited(value, train, fixed, NoneType)
 
 
-def set_unset_fields(value: object, fixed: frozenset[str]) -> Any:
+def set_unset_fields(value: T, fixed: frozenset[str]) -> T:
     """`value` with the switches that have no value in evaluation, if it has no other switch."""
-    if fixed or read_fields(value):
-        return value
-    return _Setter(False, fixed, NoneType).visit(value, "")
+    return value if fixed or read_fields(value) else _visited(value, False, fixed, NoneType)[0]
 
 
 def read_fields(value: object) -> tuple[str, ...]:
     """The switches of `value` as they stand: `('training=False', 'config.deterministic=True')`."""
-    setter = _Setter(None, frozenset(), bool)
-    setter.visit(value, "")
-    return tuple(setter.settings)
+    return _visited(value, None, frozenset(), bool)[1]
+
+
+def _visited(value: T, train: bool | None, fixed: frozenset[str], kind: type) -> tuple[T, tuple[str, ...]]:
+    """`value` with those of its switches set whose values are of a `kind`, and what was set; None sets nothing."""
+    setter = _Setter(train, fixed, kind)
+    return setter.visit(value, ""), tuple(setter.settings)
 
 
 def setting_of(text: str) -> tuple[str, bool]:
@@ -106,7 +106,7 @@ def setting_of(text: str) -> tuple[str, bool]:
     return name, value.startswith("True")
 
 
-def cloned(name: str, module: object, settings: Iterable[tuple[str, Any]]) -> str:
+def cloned(name: str, module: object, settings: Iterable[tuple[str, object]]) -> str:
     """`net.clone(training=True)`, and what sets a switch on what is in a field; `name` itself for no settings.
 
     Args:
@@ -120,7 +120,7 @@ def cloned(name: str, module: object, settings: Iterable[tuple[str, Any]]) -> st
 class _FieldWriter:
     """Writes the expression that sets switches anew, visiting in the order of `_Setter`, so that paths are the same."""
 
-    def __init__(self, settings: Mapping[str, Any], module: object) -> None:
+    def __init__(self, settings: Mapping[str, object], module: object) -> None:
         self.settings = settings
         self.visits: Counter[int] = Counter()
         self._count(module)
@@ -150,7 +150,7 @@ class _FieldWriter:
         return f"({self.shared[id(value)]} := {text})" if changed else name
 
 
-def _parts(value: object) -> Iterator[tuple[str, Any]]:
+def _parts(value: object) -> Iterator[tuple[str, object]]:
     """The parts of a value in which switches are looked for, each with its step: `.config`, `[0]`, `['head']`."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         yield from ((f"[{i}]", item) for i, item in enumerate(value))
@@ -191,16 +191,14 @@ class _Setter:
         self.fixed = fixed
         self.kind = kind
         self.settings: list[str] = []
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[int, PyTree] = {}
 
-    def visit(self, value: object, path: str) -> Any:
-        if id(value) in self.memo:
-            return self.memo[id(value)]
-        result = self._visit(value, path)
-        self.memo[id(value)] = result
-        return result
+    def visit(self, value: object, path: str) -> PyTree:
+        if id(value) not in self.memo:
+            self.memo[id(value)] = self._visit(value, path)
+        return self.memo[id(value)]
 
-    def _visit(self, value: object, path: str) -> Any:
+    def _visit(self, value: object, path: str) -> object:
         if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
             items = {step: self.visit(item, path + step) for step, item in _parts(value)}
             if all(items[step] is item for step, item in _parts(value)):
@@ -211,7 +209,7 @@ class _Setter:
             return whole if type(value) is dict else type(value)(whole)  # type: ignore[call-arg]
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
             return value
-        changes: dict[str, Any] = {}
+        changes: dict[str, object] = {}
         for step, old in _parts(value):
             name, where = step[1:], f"{path}{step}".removeprefix(".")
             new = self._switch(name, old, where, top=not path) if name in WHEN_TRAINING else self.visit(old, where)
@@ -219,17 +217,15 @@ class _Setter:
                 changes[name] = new
         return _replaced(value, changes) if changes else value
 
-    def _switch(self, name: str, old: object, where: str, *, top: bool) -> Any:
-        if top and name in self.fixed:
-            return old
-        if not isinstance(old, self.kind):
+    def _switch(self, name: str, old: object, where: str, *, top: bool) -> object:
+        if (top and name in self.fixed) or not isinstance(old, self.kind):
             return old
         new = old if self.train is None else value_of(name, self.train)
         self.settings.append(f"{where}={new}")
         return new
 
 
-def _replaced(value: Any, changes: dict[str, Any]) -> Any:
+def _replaced(value: PyTree, changes: dict[str, object]) -> PyTree:
     if _is_linen(value):  # clone keeps name and parent right
         return value.clone(**changes)
     try:
@@ -286,18 +282,23 @@ class _SwitchPlace(NamedTuple):
     keyword: bool
 
 
-def layer_of(kind: str, path: Path, module: object, around: list[Any], switch: tuple[str, bool, bool]) -> Layer:
-    """The layer `module` at `path`, called while its trace runs.
+def layer_of(kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> Layer | None:
+    """The layer `module` at `path`, called while its trace runs; None where nothing says if it trains.
 
     Args:
       around: the modules around it, innermost first.
-      switch: its argument's name and value, and whether the call gave it, not the construction.
+      given: arguments of its call, by name.
     """
-    name, value, in_call = switch
+    name = SWITCH_OF[kind]
+    in_call = given.get(name) is not None  # the construction gives it otherwise
+    value = given[name] if in_call else getattr(module, name)
+    if not isinstance(value, bool):
+        return None
+    is_training = value is WHEN_TRAINING[name]
     owner = next((each for each in around if not _is_flax(type(each))), None)
     if owner is None:
         made_in = type(around[0] if around else module).__name__
-        return Layer(kind, path, value is WHEN_TRAINING[name], made_in, name, value)
+        return Layer(kind, path, is_training, made_in, name, value)
     frame = _frame_of(owner)
     line = None if frame is None else frame.f_lineno
     written = list(_places_of(type(owner), type(module), name, in_call))
@@ -313,7 +314,7 @@ def layer_of(kind: str, path: Path, module: object, around: list[Any], switch: t
         source = CodePlace(texts.pop(), literal)
         made_in += f" (line {places[0].line})"
     own_switch, method = _own_switch(owner, frame), "" if frame is None else frame.f_code.co_name
-    return Layer(kind, path, value is WHEN_TRAINING[name], made_in, name, value, source, own_switch, method)
+    return Layer(kind, path, is_training, made_in, name, value, source, own_switch, method)
 
 
 def _is_flax(cls: type) -> bool:
@@ -322,34 +323,26 @@ def _is_flax(cls: type) -> bool:
 
 def _frame_of(module: object) -> FrameType | None:
     """The innermost frame of the user's in which a method of `module` runs."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
         code = frame.f_code
-        ours = str(frame.f_globals.get("__name__")).startswith(("flax.", "flax_magics."))
-        if not ours and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
+        is_ours = str(frame.f_globals.get("__name__")).startswith(("flax.", "flax_magics."))
+        if not is_ours and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
             return frame
-        frame = frame.f_back
     return None
 
 
 def _own_switch(module: object, frame: FrameType | None) -> str:
     """A module's own switch as its methods write it: `train`, `self.training`, `self.config.deterministic`."""
-    if frame is not None:
-        code = frame.f_code
-        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        switches = [name for name in arguments if name in WHEN_TRAINING]
-        if switches:
-            return switches[0]
+    code = None if frame is None else frame.f_code
+    arguments = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     configs = {
         f"self.{name}.": value
         for name, value in vars(module).items()
         if dataclasses.is_dataclass(value) and not hasattr(value, "scope") and not name.startswith("_")
     }
-    for prefix, value in {"self.": module, **configs}.items():
-        for name in WHEN_TRAINING:
-            if isinstance(getattr(value, name, None), bool):
-                return f"{prefix}{name}"
-    return ""
+    places = ((prefix, value, name) for prefix, value in {"self.": module, **configs}.items() for name in WHEN_TRAINING)
+    fields = (prefix + name for prefix, value, name in places if isinstance(getattr(value, name, None), bool))
+    return next(chain((name for name in arguments if name in WHEN_TRAINING), fields), "")
 
 
 def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_SwitchPlace]:
@@ -366,14 +359,10 @@ def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_
                 tree = ast.parse(textwrap.dedent("".join(lines)))
             except (OSError, TypeError, SyntaxError, ValueError):
                 continue
-            names = {
-                id(call): target.attr
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Assign)
-                for target in node.targets
-                if isinstance(target, ast.Attribute)
-                for call in ast.walk(node.value)
-            }
+            assigns = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+            pairs = [(target, node.value) for node in assigns for target in node.targets]
+            attributes = [(target.attr, value) for target, value in pairs if isinstance(target, ast.Attribute)]
+            names = {id(call): attribute for attribute, value in attributes for call in ast.walk(value)}
             for call in ast.walk(tree):
                 if not isinstance(call, ast.Call) or _makes(call, layer) is in_call:
                     continue
@@ -396,7 +385,7 @@ def _last(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def mask_of(module: Any, args: Any, kwargs: Any) -> tuple[tuple[int, ...], float] | None:
+def mask_of(module: Any, args: Args, kwargs: Kwargs) -> tuple[tuple[int, ...], float] | None:
     """Shape and rate of the mask that a dropout draws, of linen or NNX, for the arguments of its call."""
     inputs = args[0] if args else kwargs.get("inputs")
     shape, rate = getattr(inputs, "shape", None), module.rate

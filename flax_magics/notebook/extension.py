@@ -112,7 +112,6 @@ class Preload:
 def _import() -> None:
     """What a model cell and a first run import."""
     from .. import _session  # noqa: F401
-    from ..compile import disk_cache  # noqa: F401
     from ..models import linen  # noqa: F401
     from ..report import html, live  # noqa: F401
     from ..state import weight_names  # noqa: F401

@@ -1,1 +1,1 @@
-"""The root key, its draws and their streams, and JAX's generator on the host."""
+"""Random keys: the root key, its draws and their streams."""

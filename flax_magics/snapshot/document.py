@@ -25,7 +25,7 @@ from ..base.digest import Spread, Values, count_parameters, is_key, own
 from ..base.files import Damaged, convert, loads
 from ..base.measures import Cost, Limits, Memory, Timing
 from ..base.types import PyTree
-from ..code.source import source_of
+from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, DrawBatch, RootKey, RunKeys, as_key
 from ..run import RELEASED, InitStats, Note, OutputFacts, Run, altered

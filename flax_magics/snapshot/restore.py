@@ -16,7 +16,7 @@ from ..base.digest import alike
 from ..base.text import clean
 from ..base.threads import at_once
 from ..base.types import Leaf, PyTree
-from ..code.source import edited, source_of
+from ..code.inventory import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
 from ..execution.build import Building, built_with

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ..base.digest import bytes_of, own
-from ..code.structure import static_data
+from ..code.contents import static_data
 from ..compile.cache import Program
 from ..compile.initialise import InitRecord
 from ..line.options import ApplyOptions

@@ -16,9 +16,8 @@ from ..errors import FlaxMagicsError
 from ..execution.call import Call, prepare, prepare_init, trace_shapes
 from ..execution.execute import plain_errors
 from ..execution.notes import of_mode
-from ..models.arguments import Arguments
 from ..models.base import CallTrace, Model
-from ..models.calls import LONGEST
+from ..models.calls import LONGEST, Arguments
 from ..models.switch import WHEN_TRAINING
 from ..rng.keys import Draw
 from .modules import TracedModules, equations, modules_of

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sessions import session_of
 
 from flax_magics import Session
-from flax_magics.code.structure import Structure, static_data
+from flax_magics.code.contents import Structure, static_data
 
 X = jax.random.normal(jax.random.key(42), (2, 4))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import threading
 from typing import Any
@@ -199,13 +200,11 @@ def test_disable_jit_runs_op_by_op(session):
 
 @pytest.mark.own_executables  # one that is there already cannot be interrupted
 def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
-    from flax_magics.compile import cache
-
     net = MyModel(3, True)
     session.register("net", net)
     session.init("net", notebook_x())
     waits = []
-    real = cache.concurrent.futures.wait
+    real = concurrent.futures.wait
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         waits.append(args)
@@ -213,7 +212,7 @@ def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cache.concurrent.futures, "wait", interrupted)
+    monkeypatch.setattr(concurrent.futures, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         session.apply("net", notebook_x())
     (future,) = session.programs.compiling.values()
@@ -235,11 +234,11 @@ def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session,
     session.init("net", X)
     for rows in range(1, 9):
         with monkeypatch.context() as patch:
-            patch.setattr(cache.concurrent.futures, "wait", interrupted)
+            patch.setattr(concurrent.futures, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 session.apply("net", jnp.ones((rows, 4)))
         futures = list(session.programs.compiling.values())
-        cache.concurrent.futures.wait(futures, timeout=60)
+        concurrent.futures.wait(futures, timeout=60)
     assert len(session.programs.compiling) == cache.LEFT + 1
 
 
@@ -307,7 +306,7 @@ def test_the_process_can_leave_while_something_compiles(tmp_path):
     script.write_text(
         "import jax, jax.numpy as jnp, flax.linen as nn\n"
         "from flax_magics import Session\n"
-        "import flax_magics.compile.cache as program\n"
+        "import concurrent.futures\n"
         "class Net(nn.Module):\n"
         "  @nn.compact\n"
         "  def __call__(self, x):\n"
@@ -318,7 +317,7 @@ def test_the_process_can_leave_while_something_compiles(tmp_path):
         "s.register('net', Net())\n"
         "def stop(*a, **k):\n"
         "  raise KeyboardInterrupt\n"
-        "program.concurrent.futures.wait = stop\n"
+        "concurrent.futures.wait = stop\n"
         "try:\n"
         "  s.apply('net', jnp.ones((4, 64)))\n"
         "except KeyboardInterrupt:\n"

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from sessions import session_of
 
 from flax_magics import Session
-from flax_magics.compile.disk_cache import DiskCache, default_folder
+from flax_magics.compile.compiler import DiskCache, default_folder
 
 pytestmark = pytest.mark.own_executables
 
@@ -94,18 +94,6 @@ def test_a_second_process_compiles_nothing_and_has_the_same_bits(cache_directory
     assert second["bits"] == first["bits"]
 
 
-def test_damaged_files_are_ignored_and_replaced(cache_directory):
-    first = ran()
-    files = programs(cache_directory)
-    whole = {file: file.read_bytes() for file in files}
-    for i, file in enumerate(files):
-        file.write_bytes((b"", b"nonsense", whole[file][:-1], whole[file][:-1] + b"?")[i % 4])
-    again = ran()
-    assert (again["program"], again["bits"]) == ("compiled", first["bits"])
-    assert programs(cache_directory) == files
-    assert ran()["program"] == "disk cache"
-
-
 def test_two_processes_at_once(cache_directory):
     found = [result(process) for process in [start(), start()]]
     assert found[0]["bits"] == found[1]["bits"]
@@ -114,7 +102,7 @@ def test_two_processes_at_once(cache_directory):
 
 
 def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
-    from flax_magics.compile import disk_cache
+    from flax_magics.compile import compiler
 
     cache = DiskCache()
     key = cache.name_of(("text", "settings"))
@@ -125,10 +113,10 @@ def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
     for change in ("_processor", "__version__"):
         with monkeypatch.context() as patch:
-            patch.setattr(disk_cache, change, (lambda: "another") if change == "_processor" else "another")
-            disk_cache._surroundings.cache_clear()
+            patch.setattr(compiler, change, (lambda: "another") if change == "_processor" else "another")
+            compiler._surroundings.cache_clear()
             assert cache.name_of(("text", "settings")) != key
-    disk_cache._surroundings.cache_clear()
+    compiler._surroundings.cache_clear()
 
 
 def test_a_script_keeps_nothing_unless_it_asks(cache_directory):

@@ -86,14 +86,8 @@ def test_the_dtype_is_that_of_most_elements_of_the_variables():
     assert dtype_of({}, {"x": 2}) == "float32"
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(64, use_bias=False)(x)
-
-
 def test_a_repeated_run_has_its_cost_and_the_limits_where_they_were_asked_for():
-    session = session_of(Net())
+    session = session_of(nn.Dense(64, use_bias=False))
     x = jnp.ones((64, 64))
     assert session.apply("net", x).cost is None
     run = session.apply("net", x, repeat=3)
@@ -115,7 +109,7 @@ def test_a_repeated_run_has_its_cost_and_the_limits_where_they_were_asked_for():
 
 
 def test_an_interrupted_measurement_leaves_the_session_as_it_was(monkeypatch):
-    session = session_of(Net())
+    session = session_of(nn.Dense(64, use_bias=False))
     session.apply("net", jnp.ones((4, 64)))
     before = session._state
 

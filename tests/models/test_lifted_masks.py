@@ -13,7 +13,7 @@ from flax_magics import Session
 from flax_magics.compile.trace import TraceRequest, trace
 from flax_magics.execution.call import Call, prepare
 from flax_magics.execution.notes import compare
-from flax_magics.models.arguments import Arguments
+from flax_magics.models.calls import Arguments
 from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
 

@@ -13,12 +13,6 @@ from flax_magics import Session
 X = jnp.ones((4, 3))
 
 
-class Plain(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(2)(x)
-
-
 class Fixed(nn.Module):
     on: bool = True
 
@@ -39,22 +33,6 @@ class ByStream(nn.Module):
         return nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(nn.Dense(2)(x))
 
 
-class Linear(nnx.Module):
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(3, 2, rngs=rngs)
-
-    def __call__(self, x):
-        return self.linear(x)
-
-
-class WithDropout(nnx.Module):
-    def __init__(self, rngs):
-        self.drop = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.drop(x)
-
-
 def run(module, mode):
     session = Session()
     session.register("net", module)
@@ -68,7 +46,9 @@ def words(one):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("make", [Plain, lambda: Linear(nnx.Rngs(0))], ids=["linen", "nnx"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Dense(2), lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0))], ids=["linen", "nnx"]
+)
 def test_without_a_switch_nothing_is_claimed(make, mode):
     said = f"net has no train switch: --{mode} changed nothing"
     assert words(run(make(), mode)) == ("as written", "", [said])
@@ -77,7 +57,7 @@ def test_without_a_switch_nothing_is_claimed(make, mode):
 
 def test_the_run_is_the_one_as_written():
     session = Session()
-    session.register("net", Linear(nnx.Rngs(0)))
+    session.register("net", nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     written, asked = session.apply("net", X), session.apply("net", X, mode="train")
     assert written.digest == asked.digest
     assert asked.by_hand == written.by_hand
@@ -88,7 +68,7 @@ def test_the_run_is_the_one_as_written():
 
 def test_with_one_the_mode_is_said():
     assert words(run(Switched(), "train")) == ("train", "train=True", [])
-    assert words(run(WithDropout(nnx.Rngs(0)), "eval")) == ("eval", "deterministic=True", [])
+    assert words(run(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), "eval")) == ("eval", "deterministic=True", [])
 
 
 def test_a_stream_that_the_model_looks_for_is_a_switch():

@@ -284,12 +284,6 @@ def test_a_switch_that_the_call_needs_is_in_the_advice(models):
     is_refused(models, "%flax_apply asks(variables, x)", f"asks() {TAKES_NONE}", line)
 
 
-class Dense(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(2)(x)
-
-
 X = jnp.ones((2, 3))
 FORM = "\n  form: session.{}('net', …)"
 
@@ -297,7 +291,7 @@ FORM = "\n  form: session.{}('net', …)"
 @pytest.fixture(scope="module")
 def session():
     session = Session()
-    session.register("net", Dense())
+    session.register("net", nn.Dense(2))
     session.init("net", X)
     return session
 

@@ -224,7 +224,7 @@ def test_an_interrupt_is_one_line_and_changes_nothing(sharp_bits):
 
     sharp_bits("%flax_init my_model(x);")
     before = state(sharp_bits)
-    with mock.patch("flax_magics.compile.cache.concurrent.futures.wait", side_effect=KeyboardInterrupt):
+    with mock.patch("concurrent.futures.wait", side_effect=KeyboardInterrupt):
         out = sharp_bits.fails("%flax_apply my_model(x)")
     assert out == "KeyboardInterrupt: stopped while compiling my_model; the session is as it was before"
     assert state(sharp_bits) == before

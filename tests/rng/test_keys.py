@@ -1,4 +1,4 @@
-"""The root key, its draws and their streams."""
+"""The root key, its draws and their streams; JAX's default generator of keys, worked out on the host."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flax_magics.base.digest import data_of
+from flax_magics.rng import keys
 from flax_magics.rng.keys import RootKey, as_key, short_key, stream_tag
 
 
@@ -88,3 +89,61 @@ def test_key_data_makes_the_same_key_again():
     key = jax.random.key(9)
     assert bits(as_key(data_of(key), "threefry2x32")) == bits(key)
     assert data_of(jax.random.PRNGKey(9)) == data_of(key)
+
+
+# -- on the host
+
+WORDS = st.integers(min_value=0, max_value=2**32 - 1)
+
+
+@given(WORDS, WORDS, st.lists(WORDS, min_size=1, max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_keys_made_on_the_host_are_jaxs(first, second, counters):
+    words = np.array([first, second], np.uint32)
+    key = jax.random.wrap_key_data(words)
+    folded = jax.vmap(jax.random.fold_in, (None, 0))(key, np.array(counters, np.uint32))
+    assert b"".join(keys.threefry(words.tobytes(), counters)) == data_of(folded)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1])
+def test_a_split_is_the_hash_of_small_numbers(seed):
+    key = jax.random.key(seed)
+    assert b"".join(keys.threefry(data_of(key), (0, 1, 2))) == data_of(jax.random.split(key, 3))
+
+
+def test_only_jaxs_default_generator_is_made_here():
+    assert keys.is_on_host("threefry2x32")
+    assert not keys.is_on_host("rbg")
+    before = jax.config.jax_threefry_partitionable
+    jax.config.update("jax_threefry_partitionable", False)
+    try:
+        assert not keys.is_on_host("threefry2x32")
+        draw = RootKey.from_seed(0).draw()
+        root_key, params_key, dropout_key = jax.random.split(jax.random.key(0), 3)
+        assert bits(draw.stream("params")) == bits(params_key)
+        assert bits(draw.stream("dropout")) == bits(dropout_key)
+        assert draw.next_root == data_of(root_key)
+    finally:
+        jax.config.update("jax_threefry_partitionable", before)
+
+
+@pytest.fixture
+def newer_jax(monkeypatch):
+    """A JAX that came after the versions that are known, as far as its number goes."""
+    monkeypatch.setattr(keys, "_KNOWN", (0, 1))
+    keys._is_known.cache_clear()
+    yield
+    keys._is_known.cache_clear()
+
+
+def test_a_newer_jax_is_asked_once_whether_it_still_makes_its_keys_so(newer_jax, monkeypatch):
+    assert keys.is_on_host("threefry2x32")
+    monkeypatch.setattr(keys, "threefry", None)  # not asked again
+    assert keys.is_on_host("threefry2x32")
+
+
+def test_a_newer_jax_that_splits_in_another_way_splits_by_itself(newer_jax, monkeypatch):
+    monkeypatch.setattr(keys, "threefry", lambda key, counters: [b"\0" * 8 for _ in counters])
+    assert not keys.is_on_host("threefry2x32")
+    draw = RootKey.from_seed(0).draw()
+    assert bits(draw.stream("params")) == bits(jax.random.split(jax.random.key(0), 3)[1])

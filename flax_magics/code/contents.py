@@ -1,0 +1,165 @@
+"""What JAX and Flax compare by `==` or not at all, told by its contents: static data of trees, and Flax's own settings.
+
+Static data is what a class of trees keeps beside its children: `struct.field(pytree_node=False)`, the meta fields of a
+registered dataclass, the function of a `Partial`, the names of a `Partitioned`. JAX compares it by `==`, which finds an
+object that was changed in place equal to itself, `1` equal to `True`, and raises for an array. So its contents are read.
+
+Of Flax 0.11.2, 0.12.8 and 0.12.12 all that is kept outside of modules and scopes was looked at:
+
+    flax.config                                       every flag
+    linen.module._global_interceptor_stack            `nn.intercept_methods`, by what the functions do
+    core.spmd._axis_rules                             `nn.logical_axis_rules`, `nn.set_logical_axis_rules`, NNX's too
+    nnx.variablelib.VARIABLE_CONTEXT                  `nnx.use_eager_sharding`, `nnx.var_defaults`, `nnx.use_refs`
+    nnx.graphlib.GRAPH_CONTEXT, its two modes         `nnx.set_graph_mode`, `nnx.set_graph_updates`
+
+    left out: it names operations in a profile        linen.module._use_named_call
+    left out: it is empty outside of a call           linen.module._context, core.lift's and NNX's split and merge stacks,
+                                                      nnx.bridge.module.MODULE_CONTEXT, `nnx.capture` (on the modules)
+    left out: it is about texts and files             nnx.reprlib, nnx.pytreelib.OBJECT_CONTEXT, serialization, io,
+                                                      traceback_util
+    left out: it fills while models are traced        caches and registries of classes, names and transforms
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import is_
+
+import jax
+import numpy as np
+
+from ..base.digest import alike
+from ..base.private import NNX_STACKS, flax_globals, nnx_stacks
+from ..base.types import PyTree
+from .fingerprint import Fingerprint, fingerprint
+
+_WITHOUT = (dict, list, tuple, type(None))
+"""Nodes that have no static data but the keys of a dict, which JAX compares well."""
+_EXACT = (
+    *(str, bytes, type(None), type, enum.Enum, np.dtype),
+    *(jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.sharding.PartitionSpec),
+)
+"""Types whose values never change, and are equal only where they are the same: JAX's `==` is enough."""
+
+
+class Structure:
+    """A treedef and a digest of its static data as it was when this was made, None where that cannot be told.
+
+    Two are equal where the trees are put together alike, and the static data had the same contents when each was made.
+    """
+
+    __slots__ = ("contents", "treedef")
+
+    def __init__(self, treedef: jax.tree_util.PyTreeDef, contents: bytes | None) -> None:
+        self.treedef = treedef
+        self.contents = contents
+
+    @classmethod
+    def of(cls, treedef: jax.tree_util.PyTreeDef) -> Structure:
+        """Reads the static data; half a microsecond for each node of the tree."""
+        return cls(treedef, _digest(static_data(treedef)))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """How many nodes and leaves the tree has."""
+        return self.treedef.num_nodes, self.treedef.num_leaves
+
+    def fits(self, treedef: jax.tree_util.PyTreeDef) -> bool:
+        """`self == Structure.of(treedef)`, at the cost of a comparison where there is no static data to be read."""
+        return alike(self.treedef, treedef) and (
+            self.contents == b"" or (self.contents is not None and self.contents == _digest(static_data(treedef)))
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.contents == other.contents and alike(self.treedef, other.treedef)
+
+    def __hash__(self) -> int:
+        return hash((self.treedef, self.contents))
+
+
+def static_data(treedef: PyTree) -> list[object]:
+    """The static data of all nodes, in order, without values that JAX's own comparison tells apart (`_EXACT`)."""
+    data: list[object] = []
+    waiting = [treedef]
+    while waiting:
+        node = waiting.pop()
+        kind, static = node.node_data() or (None, None)
+        if kind is not None:
+            data += () if kind in _WITHOUT else _changeable(static)
+            waiting += node.children()
+    return data
+
+
+def _changeable(value: object) -> Iterator[object]:
+    if type(value) is tuple:
+        for item in value:
+            yield from _changeable(item)
+    elif not isinstance(value, _EXACT):
+        yield value
+
+
+def _digest(data: list[object]) -> bytes | None:
+    return fingerprint(data) if data else b""
+
+
+class Unknown:
+    """Stands for what cannot be told from what it was before: it equals itself alone, and each look gives a new one."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Described:
+    """Something of the user's as a person would write it, and what tells it from another that is written alike."""
+
+    text: str
+    contents: bytes | None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+_last_prints: dict[str, Fingerprint] = {}
+
+
+def _contents_of(kind: str, *values: object) -> bytes | Unknown:
+    """A digest of some values of the user's, read again where one of them is another or has changed."""
+    last = _last_prints.get(kind)
+    if last is None or len(last.value) != len(values) or not all(map(is_, last.value, values)):
+        last = _last_prints[kind] = Fingerprint(values)
+    return last.digest() or Unknown()
+
+
+def flax_state() -> tuple[object, ...]:
+    """What Flax keeps, on this thread now: two equal ones give the same trace. It takes about a microsecond."""
+    if "flax.linen" not in sys.modules:  # then nobody has set anything
+        return ()
+    try:
+        flags, interceptors, rules, stacks = flax_globals()
+    except (AttributeError, KeyError):  # a Flax that keeps it elsewhere: every run is traced
+        return (Unknown(),)
+    return (
+        tuple(flags.values()),
+        _contents_of("interceptors", *interceptors) if interceptors else None,
+        _contents_of("rules", rules) if rules else None,
+        tuple([stack[-1] if stack else None for stack in stacks]) if any(stacks) else None,
+    )
+
+
+def flax_state_in_words() -> dict[str, object]:
+    """What Flax keeps, by name, for a person."""
+    try:
+        flags, interceptors, rules, stacks = flax_globals()
+    except (AttributeError, KeyError):
+        return {}
+    names = ", ".join(getattr(function, "__name__", type(function).__name__) for function in interceptors)
+    contents = _contents_of("interceptors", *interceptors)
+    words: dict[str, object] = dict(flags)
+    words["interceptors"] = Described(names or "none", None if isinstance(contents, Unknown) else contents)
+    words["logical axis rules"] = Described(str(rules) if rules else "none", None)
+    for (_, name), stack in zip(nnx_stacks() if stacks else (), stacks, strict=True):
+        words[NNX_STACKS[name]] = stack[-1] if stack else "not set"
+    return words
