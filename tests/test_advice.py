@@ -224,6 +224,12 @@ def outside(function: str) -> Any:
     return cell
 
 
+def traced(function: str, command: str, cells: Any, fill: Any = (), *, check: str, mended: str = "") -> Scenario:
+    """A command in a function that JAX traces. `mended` is the function around what is advised, where it is another."""
+    cell, use = function.replace("{}", command), outside(mended or function)
+    return Scenario("execution.surroundings._error", cell, cells, fill, use=use, check=check)
+
+
 def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this test, modules are made of Variables of hijax until the flag is changed."""
     monkeypatch.setitem(FLAGS, HIJAX, True)
@@ -384,20 +390,15 @@ SCENARIOS = [
     Scenario(
         "state.weights.check_alive", "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True
     ),
+    Scenario("state.weights._note", "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
+    Scenario("state.weights._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
     Scenario(
-        "state.weight_names._note",
-        "%flax_apply net(x);",
-        (NET, INIT, f"variables = {ZEROS}"),
-        check=f"{KERNEL} == 0",
-    ),
-    Scenario("state.weight_names._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
-    Scenario(
-        "state.weight_names._note",
+        "state.weights._note",
         "%flax_apply --eval net(x);",
         (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP),
     ),
     Scenario(
-        "state.weight_names._note",
+        "state.weights._note",
         "%flax_apply net(x);",
         (NET, INIT, "params = variables['params']\n%flax", f"variables = {ZEROS}\nparams = variables['params']"),
         ("variables",),
@@ -439,53 +440,28 @@ SCENARIOS = [
     Scenario("execution.idioms._error", "%flax_apply Net(x, mutable=True)", (FIXED,)),
     Scenario("execution.idioms._error", "%flax_init Net.clone(name='other')", (FIXED,)),
     # -- in a function that JAX traces
-    Scenario(
-        "execution.surroundings._error",
-        LOSS.replace("{}", "%flax_apply -q net(x)"),
-        (NET, INIT),
-        use=outside(LOSS),
-        check="grads['params']['Dense_0']['bias'].any()",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        LOSS.replace("{}", "%flax_apply -q --train Net(x)"),
+    traced(LOSS, "%flax_apply -q net(x)", (NET, INIT), check="grads['params']['Dense_0']['bias'].any()"),
+    traced(
+        LOSS,
+        "%flax_apply -q --train Net(x)",
         (SWITCHED, "variables = %flax_init Net(x)"),
-        use=outside(LOSS.replace("y =", "y, updates =")),
+        mended=LOSS.replace("y =", "y, updates ="),
         check="grads['params']['BatchNorm_0']['bias'].any()",
     ),
-    Scenario(
-        "execution.surroundings._error",
-        ROWS.replace("{}", "%flax_apply -q net(row)"),
-        (NET,),
-        ("x",),
-        use=outside(ROWS),
-        check="rows.shape == (3, 4, 2)",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        MADE.replace("{}", "%flax_init -q net(x)"),
-        (NET,),
-        use=outside(MADE),
-        check="variables['params']['Dense_0']['bias'].shape == (2,)",
-    ),
+    traced(ROWS, "%flax_apply -q net(row)", (NET,), ("x",), check="rows.shape == (3, 4, 2)"),
+    traced(MADE, "%flax_init -q net(x)", (NET,), check="variables['params']['Dense_0']['bias'].shape == (2,)"),
     Scenario(
         "execution.surroundings._error",
         NOISY.replace("{}", "%flax_key noise"),
         use=lambda advice: f"{advice}\n{NOISY.replace('{}', 'noise_key')}",
         check="(noisy != x).all()",
     ),
-    Scenario(
-        "execution.surroundings._error",
-        OWN_LOSS.replace("{}", "%flax_apply -q --train net(x)"),
-        (OWN,),
-        use=outside(OWN_LOSS),
-        check="grads.linear.bias[...].any()",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        BUILT.replace("{}", "%flax_init -q net(x)"),
+    traced(OWN_LOSS, "%flax_apply -q --train net(x)", (OWN,), check="grads.linear.bias[...].any()"),
+    traced(
+        BUILT,
+        "%flax_init -q net(x)",
         (OWN.replace("\nnet = N(2, rngs=nnx.Rngs(0))", "\n").replace("%%flaxmodel", "%%flaxmodel net = N(2)"),),
-        use=outside(BUILT.replace("state = {}", "{}\n  state = nnx.state(net)")),
+        mended=BUILT.replace("state = {}", "{}\n  state = nnx.state(net)"),
         check="state.linear.bias.shape == (2,)",
     ),
     Scenario(
@@ -494,20 +470,8 @@ SCENARIOS = [
         (NET, INIT),
         ("variables",),
     ),
-    Scenario(
-        "execution.surroundings._error",
-        MADE.replace("{}", "%flax_init -q Net(x)"),
-        (FIXED,),
-        use=outside(MADE),
-        check="variables == {}",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        MADE.replace("{}", "%flax_apply -q --train N(x)"),
-        (OWN_CLASS,),
-        use=outside(MADE),
-        check="variables.shape == (3, 4, 2)",
-    ),
+    traced(MADE, "%flax_init -q Net(x)", (FIXED,), check="variables == {}"),
+    traced(MADE, "%flax_apply -q --train N(x)", (OWN_CLASS,), check="variables.shape == (3, 4, 2)"),
     # -- sharp bits
     Scenario(
         "execution.notes.with_values",

@@ -232,11 +232,7 @@ class Either(nn.Module):
         (MyModel(3, False), "training=True", "training=False"),
         (Normed(), "train=True", "train=False"),
         (Configured(Config()), "config.inner.deterministic=False", "config.inner.deterministic=True"),
-        (
-            Submodules((nn.Dense(3), MyModel(3, False))),
-            "layers[1].training=True",
-            "layers[1].training=False",
-        ),
+        (Submodules((nn.Dense(3), MyModel(3, False))), "layers[1].training=True", "layers[1].training=False"),
         (Either(), "deterministic=False", "deterministic=True"),
         (Either(deterministic=True), "deterministic=False", "deterministic=True"),
     ],
@@ -359,6 +355,27 @@ def test_key_passes_the_stream_as_that_argument(session):
     assert bits(run.output) == bits(jax.jit(model.apply)(variables, x, z_rng))
     assert data_of(run.keys["z_rng"]) == data_of(z_rng)
     assert run.notes == ()
+
+
+class Keyed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, params: Any = None) -> Any:
+        noise = 0.0 if params is None else jax.random.normal(params, x.shape)
+        return nn.Dense(2)(x + noise)
+
+
+@pytest.mark.parametrize("initialised", [True, False])
+def test_the_key_of_an_init_is_not_passed_to_the_run_of_the_same_draw(session, initialised):
+    x = notebook_x()
+    session.register("net", Keyed())
+    if initialised:
+        session.init("net", x)
+    before = session._state
+    with pytest.raises(FlaxMagicsError, match="in this draw that key initialises `net`"):
+        session.apply("net", x, key="params")
+    assert session._state is before
+    session.apply("net", x)
+    assert session.apply("net", x, key="params").draw == 2
 
 
 def test_a_key_that_goes_into_two_runs_is_noted_and_so_is_the_root(session):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import jax
 from flax import errors as flax_errors
 
 from ..base.environment import name_devices
-from ..base.measures import Limits
+from ..base.measures import Limits, Timing
 from ..compile.cache import BuiltProgram, PendingProgram, Services
-from ..compile.initialise import Initialising, made_of, merged
+from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
 from ..line.variant import Line, without_option
@@ -36,17 +37,21 @@ class ApplyRequest:
 
     Attributes:
       entry: the model as it is before.
-      call: with the keys that `--key` adds; `bound`: the same, its mode set.
       params_taken: an init took this draw's `params` key already.
     """
 
     entry: ModelEntry
     call: Call
-    bound: BoundCall
     options: ApplyOptions
     draw: Draw | DrawBatch
     services: Services
     params_taken: bool
+
+    @cached_property
+    def bound(self) -> BoundCall:
+        """The call with the keys that `--key` adds, its mode set. Raises FlaxMagicsError for a mistake in it."""
+        call = with_keys(self.entry, self.call, self.options, self.draw)
+        return prepare(self.entry.name, self.entry.model, call, self.options.mode)
 
     @property
     def op_by_op(self) -> bool:
@@ -100,24 +105,20 @@ class Execution:
         """The mode that the model ran in."""
         return self.request.bound.mode_of(self.result.trace)
 
+    @property
+    def timing(self) -> Timing:
+        """Of the run, of building its program, and of initialising."""
+        phases = {name: getattr(self.built.timing, name) for name in ("trace", "lower", "compile", "beside")}
+        return replace(self.result.timing, init=self.variables.seconds, **phases)
 
-def execute(
-    entry: ModelEntry,
-    call: Call,
-    options: ApplyOptions,
-    draw: Draw | DrawBatch,
-    services: Services,
-    *,
-    params_taken: bool,
-) -> Execution:
+
+def execute(request: ApplyRequest) -> Execution:
     """Initialises if need be, finds or builds the program, runs it and waits for the device.
-
-    Args:
-      params_taken: an init took this draw's `params` key already.
 
     Raises:
       FlaxMagicsError: a mistake in the call, or no memory. What the model raises is passed on.
     """
+    call, options, draw, services = request.call, request.options, request.draw, request.services
     if options.repeat < 1:
         raise FlaxMagicsError(f"--repeat takes a number of runs, 1 or more, not {options.repeat}.")
     if options.roofline and options.eager:
@@ -125,26 +126,23 @@ def execute(
             "--roofline holds a compiled program against the machine; --eager compiles none.",
             **written(f"{without_option(call.command, '--eager')} {call.text}"),
         )
-    call = with_keys(entry, call, options, draw)
-    bound = prepare(entry.name, entry.model, call, options.mode)
-    request = ApplyRequest(entry, call, bound, options, draw, services, params_taken)
-    with plain_errors(call):
+    with plain_errors(request.bound.call):
         variables, built = _variables(request), None
         if variables is None:
             variables, built = _initialise(request)
         while True:
             try:
                 plan, built = _make_plan(request, variables, built)
-                program_for = built.request
-                result = plan.run(draw, program_for.variables, program_for.arguments.dynamic, services)
+                result = plan.run(draw, built.request.variables, built.request.arguments.dynamic, services)
                 break
             except MissingVariables as error:
                 variables, built = _with_added(request, variables, error), None
     _check_keys(request, result)
     if draw.size is not None:
         _check_draws(request, draw.size, result)
-    reached = _limits(result, built, services) if options.roofline else None
-    return Execution(request, variables, plan, built, result, reached)
+    return Execution(
+        request, variables, plan, built, result, _limits(result, built, services) if options.roofline else None
+    )
 
 
 def _variables(request: ApplyRequest) -> RunVariables | None:
@@ -153,7 +151,7 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
     Raises:
       FlaxMagicsError: the variables that are given are none, or `--key params` asks for the key that initialises.
     """
-    entry, options, call = request.entry, request.options, request.call
+    entry, options, call = request.entry, request.options, request.bound.call
     held = None if options.variables is not None else entry.held
     if "params" in options.key and (request.params_taken or (held is None and options.variables is None)):
         raise FlaxMagicsError(
@@ -162,15 +160,15 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
         )
     taken = request.params_taken or "params" in options.key
     if options.variables is not None:
-        given = options.variables
+        values = options.variables
         line = Written(f"{options.line.replace('…', '{}')} {call.text}")
         if entry.model.holds_variables:
-            check_state(entry.name, given, line, entry.model.module)
-            given = entry.model.read_state(entry.name, given)
+            check_state(entry.name, values, line, entry.model.module)
+            values = entry.model.read_state(entry.name, values)
         else:
             taken = request.params_taken
-            check_collections(entry.name, given, line)
-        return RunVariables(entry, given, weights=FOR_THIS_RUN, taken=taken)
+            check_collections(entry.name, values, line)
+        return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=taken)
     if held is None:
         return None
     source = entry.source_now()
@@ -187,20 +185,12 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     The program is None where it has to be made once the variables are there: they do not tell their shapes before, or
     are not all that the call needs. Of the time until then, tracing both counts as trace, the rest as init.
     """
-    entry, call, draw, services = request.entry, request.call, request.draw, request.services
+    entry, draw, services = request.entry, request.draw, request.services
     services.on_phase(f"initialising {entry.name}")
-    bound = prepare_init(entry.name, entry.model, call)
+    init = prepare_init(entry.name, entry.model, request.bound.call)
     since = services.clock()
     # An init that the session opened and whose variables were dropped since has used this key already.
-    making = Initialising(
-        bound.model,
-        call.method,
-        bound.args,
-        bound.kwargs,
-        draw=draw.first,
-        units=services.programs.units,
-        taken=request.params_taken,
-    )
+    making = init.initialising(draw.first, services.programs.units, taken=request.params_taken)
     begun: PendingProgram | BuiltProgram | None = None
     if making.expected is not None and not request.op_by_op:
         # The one thread traces the run, and another compiles meanwhile.
@@ -216,56 +206,44 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     values, made = making.finish()
     seconds = services.clock() - since
     source = WeightSource.initialised(draw.first, values)
-    entry = replace(entry, variables=values, init=made, update_counts={}, outdated=False, source=source)
-    weights = source.describe(draw.first.seed)
+    entry, weights = entry.with_variables(values, source, made), source.describe(draw.first.seed)
     variables = RunVariables(entry, values, made_of(values), seconds, weights, taken=True)
     return variables, None if begun is None else finish_program(begun, services, values)
 
 
 def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:
     """Adds the variables that a method needs and the first init did not make, from the first init's key."""
-    entry, call, clock = variables.entry, request.call, request.services.clock
+    entry, call, clock = variables.entry, request.bound.call, request.services.clock
     if request.options.variables is not None or (variables.made is not None and variables.made.added):
         raise error.__cause__ or error
     first = request.draw.first
     key = entry.init.key if entry.init is not None else first.stream("params", taken=variables.taken)
-    bound = prepare_init(entry.name, entry.model, call)
-    model = bound.model
-    assert not model.holds_variables  # an NNX module lacks none
+    init = prepare_init(entry.name, entry.model, call)
+    assert not init.model.holds_variables  # an NNX module lacks none
     begin = clock()
-    fresh = model.init(key, call.method, bound.args, bound.kwargs)
-    jax.block_until_ready(fresh)
+    fresh = jax.block_until_ready(init.model.init(key, call.method, call.args, init.kwargs))
     seconds = clock() - begin
     values, added = merged(variables.values, fresh)
     if not jax.tree_util.tree_leaves(added):
         raise error.__cause__ or error
-    source = entry.source and entry.source.over(values)
-    entry = replace(entry, variables=values, source=source)
+    entry = replace(entry, variables=values, source=entry.source and entry.source.over(values))
     return replace(variables, entry=entry, values=values, made=made_of(added, added=True), seconds=seconds, taken=True)
 
 
 def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgram | None) -> tuple[Plan, BuiltProgram]:
     """How the call runs with variables that are there, by the program that is built, or else found or built now."""
-    services, options = request.services, request.options
+    bound, services, options = request.bound, request.services, request.options
     traced = None
     if built is None:
-        wanted = request_of(variables.entry, request.bound, request.draw, variables.values, options)
+        wanted = request_of(variables.entry, bound, request.draw, variables.values, options)
         if request.op_by_op:
             traced = needs_by_shapes(wanted)
             built = BuiltProgram(None, traced.request, None, "eager")
         else:
             built = finish_program(begin_program(wanted, services), services)
-    program = built.program
-    if program is not None:
-        needs, trace = program.needs, program.trace
-    else:
-        assert traced is not None
-        needs, trace = traced.needs, traced.trace
-    plan = Plan(
-        request.entry.name, request.bound.model, request.call.text, options, variables.taken, program, needs, trace,
-        None if traced is None else built.request,
-    )  # fmt: skip
-    return plan, built
+    body = built.program or traced
+    assert body is not None
+    return Plan(request.entry.name, bound.model, bound.call.text, options, variables.taken, body), built
 
 
 class plain_errors:
@@ -277,7 +255,7 @@ class plain_errors:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, flax_errors.InvalidRngError):
             raise _kept_out(error) from None
         if error is not None and is_out_of_memory(error):
@@ -301,7 +279,7 @@ def _check_keys(request: ApplyRequest, result: RunResult) -> None:
         name = request.entry.name
         raise FlaxMagicsError(
             f"{name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
-            **written(with_drawn_key(request.call, both[0])),
+            **written(with_drawn_key(request.bound.call, both[0])),
         )
 
 
@@ -313,8 +291,7 @@ def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
     name, line = request.entry.name, request.line
     one = line.without_option("--draws", "[0-9]+")
     one_by_one = f"for _ in range({size}):\n    {one}"
-    commit = request.bound.model.commit(result.updates, result.trace)
-    changed = commit.changed
+    changed = request.bound.model.commit(result.updates, result.trace).changed
     if result.trace.structure is not None and not changed:
         changed = ("its own structure",)
     if changed:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 
+from ..base.types import PyTree
 from ..compile.initialise import InitRecord
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
@@ -22,10 +22,10 @@ from .runs import RunLog, StoredRun
 class SavedInit:
     """How a linen model's variables came to be, as `InitRecord` has it; `program` is a digest."""
 
-    key: Any
+    key: jax.Array
     method: Path
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[PyTree, ...]
+    kwargs: dict[str, PyTree]
     program: str | None
 
 
@@ -49,13 +49,13 @@ class SavedModel:
     holds_variables: bool
     text: str
     source: str
-    variables: Any
+    variables: PyTree
     updates: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
     stale: bool = False
     made: InitRecord | SavedInit | None = None
     assigned: bool = False
-    keys: Mapping[str, Any] | None = None
+    keys: Mapping[str, jax.Array] | None = None
     parameters: int = 0
     bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -104,21 +104,13 @@ class State:
         if fresh:
             models = {
                 name: replace(
-                    entry,
-                    variables=None,
-                    init=None,
-                    update_counts={},
-                    outdated=False,
+                    entry.with_variables(None, entry.source if entry.model.holds_variables else None),
                     rebuild_next=entry.model.holds_variables,
-                    source=entry.source if entry.model.holds_variables else None,
                 )
                 for name, entry in models.items()
             }
-        keeping = tuple(
-            name
-            for name, entry in models.items()
-            if entry.ready and not (entry.rebuild_next and entry.built is not None)
-        )
+        to_build = {name for name, entry in models.items() if entry.rebuild_next and entry.built is not None}
+        keeping = tuple(name for name, entry in models.items() if entry.ready and name not in to_build)
         restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
         waiting = {} if fresh else self.waiting

@@ -63,9 +63,7 @@ y = jax.block_until_ready(apply(variables, x, train=True, rngs={"dropout": dropo
     "y = %flax_apply --train net(x)",
 )
 PLAIN = Kind(
-    MODEL,
-    "apply = jax.jit(net.apply)\ny = jax.block_until_ready(apply(variables, x))\n",
-    "y = %flax_apply net(x)",
+    MODEL, "apply = jax.jit(net.apply)\ny = jax.block_until_ready(apply(variables, x))\n", "y = %flax_apply net(x)"
 )
 
 
