@@ -69,10 +69,16 @@ def apply_model(
     changed = commit.changed
     after = _after(execution, changed if keep else ())
     keys_in_call = dict(notes.keys_in(execution.arguments, services.seen, options.key))
-    steady = tuple(_steady_notes(execution))
+    collections = {*execution.built.request.variables, *result.updates, *result.sown}
+    steady = (
+        *notes.of_mode(name, bound, execution.mode, result.trace),
+        *notes.of_mutable(options.mutable, collections, execution.request.line),
+    )
     run_notes = [*said, *steady, *_notes(execution, keys_in_call)]
     if replayed is not None:
-        run_notes += _of_masks(state, replayed, execution)
+        # Where a run with an earlier draw's keys drew other numbers than that draw's own run.
+        for stored in runs.of_draw(state.runs, replayed.seed, replayed.number)[-1:]:
+            run_notes += notes.compare(replayed.number, stored.record, result.trace)
     if entry.outdated and variables.made is None and options.variables is None:
         run_notes.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
     if execution.built.causes:
@@ -124,14 +130,6 @@ def _after(execution: Execution, changed: Iterable[str]) -> ModelEntry:
     return entry
 
 
-def _steady_notes(execution: Execution) -> Iterator[Note]:
-    """Notes that every run of the line has."""
-    request, result = execution.request, execution.result
-    yield from notes.of_mode(request.entry.name, request.bound, execution.mode, result.trace)
-    collections = {*execution.built.request.variables, *result.updates, *result.sown}
-    yield from notes.of_mutable(request.options.mutable, collections, request.line)
-
-
 def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[Note]:
     """Notes of this run alone."""
     request, trace = execution.request, execution.result.trace
@@ -146,13 +144,6 @@ def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[
     yield from notes.of_scalars(execution.built.scalars, line)
     if bound.own_rngs and not trace.asked:
         yield Note("rngs", "rngs: yours, draw unused")
-
-
-def _of_masks(state: State, draw: Draw, execution: Execution) -> Iterator[Note]:
-    """Where a run with an earlier draw's keys drew other numbers than that draw's own run."""
-    for stored in runs.of_draw(state.runs, draw.seed, draw.number)[-1:]:
-        if stored.record is not None:
-            yield from notes.compare(draw.number, stored.record, execution.result.trace)
 
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:

@@ -220,10 +220,8 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
         and (p.kind is p.KEYWORD_ONLY or i >= len(call.args))
     ]
     if missing and all(key in WHEN_TRAINING for key in missing):
-        raise BadCall(
-            f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
-            **written(f"{call.command} --train {call.text}\n{call.command} --eval {call.text}"),
-        )
+        message = f"{call.text} does not say whether it trains: `{missing[0]}` has no value."
+        raise BadCall(message, **written(f"{call.command} --train {call.text}\n{call.command} --eval {call.text}"))
     if missing:
         names = " and ".join(f"`{key}`" for key in missing)
         raise BadCall(f"{function}() needs {names}, which the call does not give.", hint=takes)

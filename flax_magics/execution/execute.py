@@ -122,10 +122,8 @@ def execute(request: ApplyRequest) -> Execution:
     if options.repeat < 1:
         raise FlaxMagicsError(f"--repeat takes a number of runs, 1 or more, not {options.repeat}.")
     if options.roofline and options.eager:
-        raise FlaxMagicsError(
-            "--roofline holds a compiled program against the machine; --eager compiles none.",
-            **written(f"{without_option(call.command, '--eager')} {call.text}"),
-        )
+        message = "--roofline holds a compiled program against the machine; --eager compiles none."
+        raise FlaxMagicsError(message, **written(f"{without_option(call.command, '--eager')} {call.text}"))
     with plain_errors(request.bound.call):
         variables, built = _variables(request), None
         if variables is None:
@@ -154,10 +152,8 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
     entry, options, call = request.entry, request.options, request.bound.call
     held = None if options.variables is not None else entry.held
     if "params" in options.key and (request.params_taken or (held is None and options.variables is None)):
-        raise FlaxMagicsError(
-            f"--key params: in this draw that key initialises `{entry.name}`.",
-            **written(with_drawn_key(call, "params")),
-        )
+        message = f"--key params: in this draw that key initialises `{entry.name}`."
+        raise FlaxMagicsError(message, **written(with_drawn_key(call, "params")))
     taken = request.params_taken or "params" in options.key
     if options.variables is not None:
         values = options.variables
@@ -246,14 +242,11 @@ def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgr
     return Plan(request.entry.name, bound.model, bound.call.text, options, variables.taken, body), built
 
 
-class plain_errors:
+@dataclass
+class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
     """Turns what no frame of the user's explains into one short message; everything else passes as it is."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-
-    def __enter__(self) -> None:
-        pass
+    call: Call
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, flax_errors.InvalidRngError):
@@ -266,10 +259,8 @@ def _kept_out(error: Exception) -> FlaxMagicsError:
     """Every stream is fed, so a stream can be missing only inside a transform that keeps it out."""
     first = str(error).split(" (https")[0].rstrip(".")
     stream = next(iter(re.findall(r'PRNG for "(\w+)"', first)), "…")
-    return FlaxMagicsError(
-        f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on.",
-        edit=f"split_rngs={{'{stream}': True, …}}",
-    )
+    message = f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on."
+    return FlaxMagicsError(message, edit=f"split_rngs={{'{stream}': True, …}}")
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:
@@ -277,10 +268,8 @@ def _check_keys(request: ApplyRequest, result: RunResult) -> None:
     both = sorted(set(request.options.key) & result.needs.streams)
     if both:
         name = request.entry.name
-        raise FlaxMagicsError(
-            f"{name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
-            **written(with_drawn_key(request.bound.call, both[0])),
-        )
+        message = f"{name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice."
+        raise FlaxMagicsError(message, **written(with_drawn_key(request.bound.call, both[0])))
 
 
 def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
@@ -302,10 +291,8 @@ def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
             **written(one_by_one),
         )
     if ARGUMENTS in result.updates:
-        raise FlaxMagicsError(
-            f"{line.call} passes rngs of its own: they would give all {size} draws the same keys.",
-            **written(str(line.without_argument("rngs") or one_by_one)),
-        )
+        message = f"{line.call} passes rngs of its own: they would give all {size} draws the same keys."
+        raise FlaxMagicsError(message, **written(str(line.without_argument("rngs") or one_by_one)))
 
 
 def _limits(result: RunResult, built: BuiltProgram, services: Services) -> Limits:

@@ -34,7 +34,7 @@ BOUND = frozenset(
 
 
 @dataclass(frozen=True)
-class Translation:
+class Translation(contextlib.AbstractContextManager["Translation"]):
     """A block that runs a call of the model: an error that comes of Flax's own words becomes one that says the command.
 
     Attributes:
@@ -45,9 +45,6 @@ class Translation:
     model: Model
     call: Call
     variables: Collections | None
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Idiom):

@@ -33,9 +33,8 @@ OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new 
 
 def outdated_own(name: str) -> Note:
     """The same of an NNX module that the user's own code built."""
-    return Note(
-        "outdated", "variables from before the edit: its cell again after `del` gives new ones", write=f"del {name}"
-    )
+    text = "variables from before the edit: its cell again after `del` gives new ones"
+    return Note("outdated", text, write=f"del {name}")
 
 
 def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace) -> Iterator[Note]:
@@ -151,10 +150,8 @@ def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str
             shorter = line.without_option("--key", name)
             if shorter == line:
                 shorter = line.without_argument(name) or line
-            if optional and shorter != line:
-                yield Note("unused key", text, **written(str(shorter)))
-            else:
-                yield Note("unused key", text, edit=f"jax.random.normal({name}, …)")
+            used = {"edit": f"jax.random.normal({name}, …)"}
+            yield Note("unused key", text, **(written(str(shorter)) if optional and shorter != line else used))
 
 
 def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterator[Note]:
@@ -252,7 +249,7 @@ NAMED = 4
 OTHER_KEY = "another key, by its place in the model"
 
 
-def compare(draw: int, was: CallTrace, now: CallTrace) -> Iterator[Note]:
+def compare(draw: int, was: CallTrace | None, now: CallTrace) -> Iterator[Note]:
     """What is to be said of a run with the keys of `draw`, whose own run saw `was`.
 
     A mask is the same where the key is made of the same and the shape and the rate agree. Where a module draws with a key
@@ -260,7 +257,7 @@ def compare(draw: int, was: CallTrace, now: CallTrace) -> Iterator[Note]:
     Inside a transform an equal path and shape may still be another mask, unless both runs are of one trace.
     """
     # A record without them is of a run that could not be watched so closely.
-    if was is now or not (was.takes or now.takes):
+    if was is None or was is now or not (was.takes or now.takes):
         return
     old, new = _by_place(was.takes), _by_place(now.takes)
     texts = {place: _apart(old[place], new[place]) for place in new if place in old}
@@ -274,9 +271,8 @@ def compare(draw: int, was: CallTrace, now: CallTrace) -> Iterator[Note]:
         yield Note("masks", f"other random numbers than in draw {draw} at {'; '.join(differences)}")
     inside = [place for place, text in texts.items() if not text and (old[place].inside or new[place].inside)]
     if inside:
-        yield Note(
-            "masks", f"random numbers drawn inside a transform may differ from those of draw {draw}: {_names(inside)}"
-        )
+        text = f"random numbers drawn inside a transform may differ from those of draw {draw}: {_names(inside)}"
+        yield Note("masks", text)
 
 
 _Place = tuple[str, Path, int]

@@ -184,7 +184,13 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
     static = frozenset(name for name, _ in execution.arguments.static)
     passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     arguments = _added(bound.kwargs, call.kwargs)
-    facts = ExportFacts(
+    init = ExportFacts() if registered.holds_variables else ExportFacts(init_streams=registered.init_streams)
+    if execution.variables.made is not None and not registered.holds_variables:
+        # With the keys that `--key` adds, and without the switches of the run.
+        kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
+        init = facts_of_init(replace(call, kwargs=kwargs), registered)
+    facts = replace(
+        init,
         parameters=parameters,
         static=static,
         containers=tuple((name, _part(value, name, static)) for name, value in passed if _holds(name, static)),
@@ -205,27 +211,14 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
             mode=None if bound.mode == "as written" else _mode(registered, bound.mode == "train"),
             given=tuple(_given(execution, model)),
         )
-    assert not registered.holds_variables
     module = MODULE
     if bound.mode != "as written":
         in_call = {*dict(arguments), *written_in_call(bound.signature, call.args, call.kwargs)}
         module = cloned(
             MODULE, model.module, (pair for pair in map(setting_of, bound.switch) if pair[0] not in in_call)
         )
-    init = ExportFacts(init_streams=registered.init_streams)
-    if execution.variables.made is not None:
-        # With the keys that `--key` adds, and without the switches of the run.
-        kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init = facts_of_init(replace(call, kwargs=kwargs), registered)
-    return replace(
-        facts,
-        module=module,
-        mutable=tuple(sorted({*result.updates, *result.sown})),
-        kept=tuple(sorted(result.updates)),
-        init_arguments=init.init_arguments,
-        init_module=init.init_module,
-        init_streams=init.init_streams,
-    )
+    mutable, kept = tuple(sorted({*result.updates, *result.sown})), tuple(sorted(result.updates))
+    return replace(facts, module=module, mutable=mutable, kept=kept)
 
 
 def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:

@@ -25,7 +25,7 @@ from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
 from ..models.construction import adopt_built
 from ..run import COMMANDS, RELEASED, Run, like
-from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
+from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, objects_in
 from ..state.runs import StoredRun
 
 
@@ -140,7 +140,8 @@ class Replaying:
             repeat = self._made_anew(how, variables, call, facts)
         else:  # the very program
             plan = Plan.of_recipe(how, program, call.text)
-            result = plan.run(facts["keys"].draw, variables, given_by(how, kept.inputs), self.services)
+            arguments = {name: leaf for name, leaf in zip(how.names, kept.inputs[1], strict=True) if name is not None}
+            result = plan.run(facts["keys"].draw, variables, arguments, self.services)
             repeat = Repeat(result.output, result.sown, "reused", Timing(run=result.timing.run))
         return repeat._replace(said=(*said, *repeat.said))
 

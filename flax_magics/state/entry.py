@@ -190,24 +190,15 @@ class Origin:
         return self.how.record if isinstance(self.how, ApplyRecipe) else None
 
 
-def is_plain(leaf: object) -> bool:
-    """Whether an input is an array or a plain value, which are what they were."""
-    return hasattr(leaf, "dtype") or leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes))
-
-
 def objects_in(treedef: object, leaves: Iterable[Leaf], structure: object) -> list[Leaf]:
     """What may have changed where it is: inputs that are no arrays and not plain, static data of these and of variables.
 
     Args:
       structure: how the variables are put together.
     """
-    return [*(leaf for leaf in leaves if not is_plain(leaf)), *static_data(treedef), *static_data(structure)]
-
-
-def given_by(how: ApplyRecipe, inputs: tuple[object, list[Leaf]]) -> Mapping[str, Leaf]:
-    """The traced inputs by their names."""
-    rows = zip(how.names, inputs[1], strict=True)
-    return {name: leaf for name, leaf in rows if name is not None}
+    plain = (bool, int, float, complex, str, bytes, type(None))
+    others = (leaf for leaf in leaves if not hasattr(leaf, "dtype") and not isinstance(leaf, plain))
+    return [*others, *static_data(treedef), *static_data(structure)]
 
 
 class Replaced:

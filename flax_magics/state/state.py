@@ -111,7 +111,7 @@ class State:
             }
         to_build = {name for name, entry in models.items() if entry.rebuild_next and entry.built is not None}
         keeping = tuple(name for name, entry in models.items() if entry.ready and name not in to_build)
-        restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
+        restart = Restart(root.seed, fresh, keeping, again=self._last(root.seed)[0] > 0)
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
         waiting = {} if fresh else self.waiting
         return State(root, models, None, self.runs, seeds, waiting), restart
@@ -128,10 +128,6 @@ class State:
         if seed != self.root.seed or not self.root.draws:
             return last
         return max(last[0], self.root.draws), self.root.impl
-
-    def has_drawn(self, seed: int) -> bool:
-        """Whether a draw was made under `seed`."""
-        return self._last(seed)[0] > 0
 
     def find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
         """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made."""

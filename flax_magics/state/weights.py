@@ -184,10 +184,8 @@ def check_collections(name: str, value: object, written: Written, expected: Coll
       FlaxMagicsError: it is something else, holds bare parameters instead of collections, or is no tree that JAX takes.
     """
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise FlaxMagicsError(
-            f"variables of `{name}` are a dict of collections, not {type(value).__name__}.",
-            **_from_attributes(name, value, written, expected),
-        )
+        message = f"variables of `{name}` are a dict of collections, not {type(value).__name__}."
+        raise FlaxMagicsError(message, **_from_attributes(name, value, written, expected))
     try:
         leaves = jax.tree_util.tree_leaves(value)
     except ValueError as error:
@@ -204,10 +202,8 @@ def check_collections(name: str, value: object, written: Written, expected: Coll
     modules = [key for key, item in value.items() if set(item) & {"kernel", "bias", "scale", "embedding"}]
     if modules or (expected is not None and not misfits(expected.get("params", {}), value)):
         module = next(iter(modules or value))
-        raise FlaxMagicsError(
-            f"variables of `{name}` have no `params`, but `{module}`: these look like the params themselves.",
-            **written.advice(_with_current(name, {"params": "{}"}, expected)),
-        )
+        message = f"variables of `{name}` have no `params`, but `{module}`: these look like the params themselves."
+        raise FlaxMagicsError(message, **written.advice(_with_current(name, {"params": "{}"}, expected)))
 
 
 def check_state(name: str, value: object, written: Written, module: object) -> None:
@@ -218,9 +214,8 @@ def check_state(name: str, value: object, written: Written, module: object) -> N
     """
     if not isinstance(value, Mapping):
         as_written = written if isinstance(value, type(module)) else Written(written.line)
-        raise FlaxMagicsError(
-            f"variables of `{name}` are an nnx.State, not {type(value).__name__}.", **as_written.advice("nnx.state({})")
-        )
+        message = f"variables of `{name}` are an nnx.State, not {type(value).__name__}."
+        raise FlaxMagicsError(message, **as_written.advice("nnx.state({})"))
 
 
 def _from_attributes(name: str, value: object, written: Written, expected: Collections | None) -> dict[str, str]:
@@ -256,10 +251,8 @@ def check_fit(name: str, value: Collections, written: Written, expected: Collect
     missing = [key for key in wanted if key not in value]
     if missing and not misfits({key: tree for key, tree in wanted.items() if key in value}, value):
         names = " and ".join(f"`{key}`" for key in missing)
-        raise FlaxMagicsError(
-            f"variables of `{name}` have no {names}, and the model has.",
-            **written.advice("{**" + CURRENT.format(name) + ", **" + written.operand + "}"),
-        )
+        message = f"variables of `{name}` have no {names}, and the model has."
+        raise FlaxMagicsError(message, **written.advice("{**" + CURRENT.format(name) + ", **" + written.operand + "}"))
     raise unfit(name, problems)
 
 
