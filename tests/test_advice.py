@@ -235,6 +235,9 @@ def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FLAGS, HIJAX, True)
 
 
+COLLECTIONS, OF_NNX = "state.weights.check_collections", "state.weights.check_state"
+ALIVE, OTHERS = "state.weights.check_alive", "state.weights._note"
+
 SCENARIOS = [
     # -- the line and its call
     Scenario("line.call.parse_call", "%flax_apply --eager", (NET,), ("net(x)",)),
@@ -358,47 +361,28 @@ SCENARIOS = [
     # -- weights
     Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
     Scenario("notebook.magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
-    Scenario("state.weights.check_collections", f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
-    Scenario(
-        "state.weights.check_collections", "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"
-    ),
-    Scenario(
-        "state.weights.check_collections",
-        "%flax_vars net = state | {}",
-        (BATCH, BATCH_INIT, "state = variables['params']"),
-    ),
-    Scenario("state.weights.check_collections", f"{TWIN}variables['params']", (NET, INIT), ("variables['params']",)),
-    Scenario("state.weights.check_collections", "%flax_vars net = variables['params']", (NET, INIT)),
-    Scenario(
-        "state.weights.check_collections",
-        "%flax_apply --eager --variables [1] net(x)",
-        (NET, INIT),
-        ("variables['params']",),
-    ),
+    Scenario(COLLECTIONS, f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
+    Scenario(COLLECTIONS, "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario(COLLECTIONS, "%flax_vars net = state | {}", (BATCH, BATCH_INIT, "state = variables['params']")),
+    Scenario(COLLECTIONS, f"{TWIN}variables['params']", (NET, INIT), ("variables['params']",)),
+    Scenario(COLLECTIONS, "%flax_vars net = variables['params']", (NET, INIT)),
+    Scenario(COLLECTIONS, "%flax_apply --eager --variables [1] net(x)", (NET, INIT), ("variables['params']",)),
     Scenario("state.weights.check_fit", "%flax_vars net = {'params': variables['params']}", (BATCH, BATCH_INIT)),
     Scenario(
         "state.weights.check_fit",
         "%flax_vars net = a or b",
         (BATCH, BATCH_INIT, "a, b = {}, {'params': variables['params']}"),
     ),
-    Scenario("state.weights.check_state", f"{TWIN}[1]", (OWN,), ("net",)),
-    Scenario("state.weights.check_state", "%flax_vars net = net", (OWN,)),
+    Scenario(OF_NNX, f"{TWIN}[1]", (OWN,), ("net",)),
+    Scenario(OF_NNX, "%flax_vars net = net", (OWN,)),
+    Scenario(OF_NNX, "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)),
+    Scenario(ALIVE, "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
+    Scenario(ALIVE, "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True),
+    Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
+    Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario(OTHERS, "%flax_apply --eval net(x);", (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP)),
     Scenario(
-        "state.weights.check_state", "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)
-    ),
-    Scenario("state.weights.check_alive", "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
-    Scenario(
-        "state.weights.check_alive", "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True
-    ),
-    Scenario("state.weights._note", "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
-    Scenario("state.weights._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
-    Scenario(
-        "state.weights._note",
-        "%flax_apply --eval net(x);",
-        (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP),
-    ),
-    Scenario(
-        "state.weights._note",
+        OTHERS,
         "%flax_apply net(x);",
         (NET, INIT, "params = variables['params']\n%flax", f"variables = {ZEROS}\nparams = variables['params']"),
         ("variables",),

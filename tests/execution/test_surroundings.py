@@ -178,22 +178,13 @@ def in_a_thread(work):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("place", TRACES)
-def test_no_command_in_a_traced_function(command, place):
-    before = command.session._state
-    TRACES[place](command, jnp.arange(3.0))
-    line = "\n  write: noise_key = session.key('noise')"
-    assert set(command.said) == {f"the key `noise` is drawn {TRACED} Draw it before, and use it there.{line}"}
-    assert command.session._state is before
-
-
-@pytest.mark.parametrize("place", CALLBACKS)
-def test_no_command_in_a_host_callback(command, place):
-    before = command.session._state
-    jax.block_until_ready(CALLBACKS[place](command, jnp.arange(3.0)))
+@pytest.mark.parametrize("place", [*TRACES, *CALLBACKS])
+def test_no_command_in_a_traced_function_or_a_host_callback(command, place):
+    before, where = command.session._state, TRACED if place in TRACES else CALLED_BACK
+    jax.block_until_ready({**TRACES, **CALLBACKS}[place](command, jnp.arange(3.0)))
     jax.effects_barrier()
     line = "\n  write: noise_key = session.key('noise')"
-    assert set(command.said) == {f"the key `noise` is drawn {CALLED_BACK} Draw it before, and use it there.{line}"}
+    assert set(command.said) == {f"the key `noise` is drawn {where} Draw it before, and use it there.{line}"}
     assert command.session._state is before
 
 
