@@ -70,10 +70,8 @@ def apply_model(
     after = _after(execution, changed if keep else ())
     keys_in_call = dict(notes.keys_in(execution.arguments, services.seen, options.key))
     collections = {*execution.built.request.variables, *result.updates, *result.sown}
-    steady = (
-        *notes.of_mode(name, bound, execution.mode, result.trace),
-        *notes.of_mutable(options.mutable, collections, execution.request.line),
-    )
+    of_mode = notes.of_mode(name, bound, execution.mode, result.trace)
+    steady = (*of_mode, *notes.of_mutable(options.mutable, collections, execution.request.line))
     run_notes = [*said, *steady, *_notes(execution, keys_in_call)]
     if replayed is not None:
         # Where a run with an earlier draw's keys drew other numbers than that draw's own run.

@@ -30,6 +30,9 @@ from .call import Call
 from .execute import plain_errors
 from .record import Outcome, run_of_draw, stored_init
 
+RegisterResult = tuple[State, Registration, StoredRun | None]
+"""The state with one module, what became of its name, and the run of one that was built now."""
+
 
 class Building:
     """Registers modules, and builds those of which only the construction is there.
@@ -58,9 +61,7 @@ class Building:
                 state = replace(state, opened=None)  # its `params` went into variables that are no more
         return state, changes, builds
 
-    def register(
-        self, state: State, name: str, module: object, *, anew: bool, cell: int | None
-    ) -> tuple[State, Registration, StoredRun | None]:
+    def register(self, state: State, name: str, module: object, *, anew: bool, cell: int | None) -> RegisterResult:
         """The state with one module, what became of the name, and the run if the module was built now."""
         if isinstance(module, Construction):
             return self._build(state, name, module, cell)
@@ -70,9 +71,7 @@ class Building:
         entry, change = models.register(old, name, module)
         return replace(state, models={**state.models, name: entry}), change, None
 
-    def _build(
-        self, state: State, name: str, recipe: Construction, cell: int | None
-    ) -> tuple[State, Registration, StoredRun | None]:
+    def _build(self, state: State, name: str, recipe: Construction, cell: int | None) -> RegisterResult:
         """`register` for a module of `recipe`: the one that is there if it was built alike, else one of the next draw."""
         old = state.models.get(name)
         changes: tuple[str, ...] = ()

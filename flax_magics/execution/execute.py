@@ -25,7 +25,7 @@ from ..run import InitStats
 from ..state.entry import ModelEntry
 from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
 from .call import BoundCall, Call, prepare, prepare_init, request_of, with_drawn_key, with_keys
-from .plan import Plan, RunResult, begin_program, finish_program, needs_by_shapes
+from .plan import Plan, RunResult, StartedProgram, begin_program, finish_program, needs_by_shapes
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -138,9 +138,8 @@ def execute(request: ApplyRequest) -> Execution:
     _check_keys(request, result)
     if draw.size is not None:
         _check_draws(request, draw.size, result)
-    return Execution(
-        request, variables, plan, built, result, _limits(result, built, services) if options.roofline else None
-    )
+    reached = _limits(result, built, services) if options.roofline else None
+    return Execution(request, variables, plan, built, result, reached)
 
 
 def _variables(request: ApplyRequest) -> RunVariables | None:
@@ -187,7 +186,7 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     since = services.clock()
     # An init that the session opened and whose variables were dropped since has used this key already.
     making = init.initialising(draw.first, services.programs.units, taken=request.params_taken)
-    begun: PendingProgram | BuiltProgram | None = None
+    begun: StartedProgram | None = None
     if making.expected is not None and not request.op_by_op:
         # The one thread traces the run, and another compiles meanwhile.
         making.begin()
@@ -278,8 +277,7 @@ def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
     The state of the random streams alone may be written: it stays as after the last of them.
     """
     name, line = request.entry.name, request.line
-    one = line.without_option("--draws", "[0-9]+")
-    one_by_one = f"for _ in range({size}):\n    {one}"
+    one_by_one = f"for _ in range({size}):\n    {line.without_option('--draws', '[0-9]+')}"
     changed = request.bound.model.commit(result.updates, result.trace).changed
     if result.trace.structure is not None and not changed:
         changed = ("its own structure",)
@@ -299,5 +297,4 @@ def _limits(result: RunResult, built: BuiltProgram, services: Services) -> Limit
     """What one of the devices reaches, in the dtype that most of the variables have."""
     device = min(devices_in((result.output, result.updates)), key=lambda device: device.id)
     services.on_phase(f"measuring what {name_devices({device})} reaches")
-    request = built.request
-    return limits(device, dtype_of(request.variables, request.arguments.dynamic), services.clock)
+    return limits(device, dtype_of(built.request.variables, built.request.arguments.dynamic), services.clock)

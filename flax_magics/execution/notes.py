@@ -312,12 +312,9 @@ def _apart(old: KeyUse, new: KeyUse) -> str:
         return ""
     (old_shape, old_rate), (new_shape, new_rate) = old.drew, new.drew
     if old_shape != new_shape:
-        return f"{_shape(old_shape)} there, {_shape(new_shape)} here"
+        there, here = (f"[{','.join(map(str, shape))}]" for shape in (old_shape, new_shape))
+        return f"{there} there, {here} here"
     return f"rate {old_rate:g} there, {new_rate:g} here" if old_rate != new_rate else ""
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return f"[{','.join(map(str, shape))}]"
 
 
 def _names(places: list[_Place]) -> str:

@@ -204,9 +204,11 @@ def needs_by_shapes(request: TraceRequest) -> TracedCall[None]:
     return TracedCall(request, None, None, needs, CallTrace())
 
 
-def begin_program(
-    request: TraceRequest, services: Services, since: float | None = None
-) -> PendingProgram | BuiltProgram:
+StartedProgram = PendingProgram | BuiltProgram
+"""One that is being compiled, or was there."""
+
+
+def begin_program(request: TraceRequest, services: Services, since: float | None = None) -> StartedProgram:
     """Finds the program, or traces and lowers it and has it compiled. The variables may be shapes.
 
     Args:
@@ -215,9 +217,7 @@ def begin_program(
     return services.programs.start(request, lambda phase: services.on_phase(f"{phase} {request.name}"), since)
 
 
-def finish_program(
-    begun: PendingProgram | BuiltProgram, services: Services, variables: Variables | None = None
-) -> BuiltProgram:
+def finish_program(begun: StartedProgram, services: Services, variables: Variables | None = None) -> BuiltProgram:
     """Waits until the program is compiled, and says why it is new.
 
     Args:

@@ -230,8 +230,6 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     if any(map(may_be_key, traced.values())) or any(type(leaf) not in SIMPLE for _, leaf in arguments.static):
         return None
     assert after is not None
-    if after.variables is None and not model.holds_variables:
-        return None
     variables = execution.built.request.variables
     values, treedef = jax.tree_util.tree_flatten(variables)
     values_after, structure = jax.tree_util.tree_flatten(variables if after.variables is None else after.variables)

@@ -77,6 +77,9 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
     leaves, structure = jax.tree_util.tree_flatten(execution.built.request.variables)
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
     findable = plan.program if execution.built.key is not None else None
+    nnx = sys.modules.get("flax.nnx")
+    # Objects that hold variables, of which a run may change the values.
+    moving = () if nnx is None else (*nnx_modules(), nnx.Variable)
     return ApplyRecipe(
         entry=request.entry.without_variables(),
         skeleton=model.layout.skeleton if model.holds_variables else None,
@@ -90,7 +93,7 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         record=execution.result.trace,
         structure=structure,
         objects=fingerprint(objects) if objects else b"",
-        moving=any(isinstance(leaf, _moving()) for leaf in arguments.leaves),
+        moving=any(isinstance(leaf, moving) for leaf in arguments.leaves),
         inputs=sum(map(bytes_of, arguments.leaves)),
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
@@ -103,12 +106,6 @@ def stored_init(run: Run, recipe: InitRecipe | BuildRecipe) -> StoredRun:
     """An init of a linen model, or the building of an NNX module, as the session keeps it."""
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *recipe.pinned)))
     return StoredRun(run, Origin(recipe, []), size)
-
-
-def _moving() -> tuple[type, ...]:
-    """Types of objects that hold variables, of which a run may change the values."""
-    nnx = sys.modules.get("flax.nnx")
-    return () if nnx is None else (*nnx_modules(), nnx.Variable)
 
 
 def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) -> Run:
@@ -214,9 +211,8 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
     module = MODULE
     if bound.mode != "as written":
         in_call = {*dict(arguments), *written_in_call(bound.signature, call.args, call.kwargs)}
-        module = cloned(
-            MODULE, model.module, (pair for pair in map(setting_of, bound.switch) if pair[0] not in in_call)
-        )
+        fields = (setting for setting in map(setting_of, bound.switch) if setting[0] not in in_call)
+        module = cloned(MODULE, model.module, fields)
     mutable, kept = tuple(sorted({*result.updates, *result.sown})), tuple(sorted(result.updates))
     return replace(facts, module=module, mutable=mutable, kept=kept)
 

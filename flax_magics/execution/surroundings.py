@@ -68,9 +68,8 @@ def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: A
         variables, key, module = f"%flax_vars {name}", "%flax_key dropout", name
         lines = _lines_of_apply(state, entry, call, options, where)
     said = f"{call.command} {call.text} stands {where}."
-    form = (
-        f"variables = {variables}\ndropout_key = {key}\n{module}.apply(variables, …, rngs={{'dropout': dropout_key}})"
-    )
+    applied = f"{module}.apply(variables, …, rngs={{'dropout': dropout_key}})"
+    form = f"variables = {variables}\ndropout_key = {key}\n{applied}"
     return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
 
 
@@ -107,12 +106,8 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
             switches = record.facts_of_init(call, model)
             by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_module)
             lines = of_module(entry.name, model, ["params_key = %flax_key params", f"variables = {by_hand}"])
-    return _error(
-        said,
-        "Draw the key before it, and initialise with that.",
-        lines,
-        f"params_key = session.key('params')\nvariables = session.models['{entry.name}'].module.init(params_key, …)",
-    )
+    form = f"params_key = session.key('params')\nvariables = session.models['{entry.name}'].module.init(params_key, …)"
+    return _error(said, "Draw the key before it, and initialise with that.", lines, form)
 
 
 def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -212,7 +213,7 @@ class Replaced:
 
     def __init__(self, variables: object, source: WeightSource, updates: Mapping[str, int]) -> None:
         self.source, self.updates = source, updates
-        nothing: Any = _Nothing()
+        nothing: Any = SimpleNamespace(pinned=())  # came to be by no run, and holds nothing besides the variables
         leaves, self._structure = jax.tree_util.tree_flatten(variables)
         self.inputs: tuple[object, list[Leaf]] | None = (None, [])
         self.origin: Origin | None = Origin(nothing, list(map(own, leaves)))
@@ -227,9 +228,3 @@ class Replaced:
     def let_go(self) -> None:
         """Lets go of the arrays."""
         self.origin = self.inputs = None
-
-
-class _Nothing:
-    """How `Replaced` came to be: by no run, and with nothing that a model holds besides."""
-
-    pinned = ()

@@ -71,9 +71,8 @@ class RegisteredModel:
         if replaced is None:
             raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
         if replaced.origin is None:
-            raise FlaxMagicsError(
-                f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
-            )
+            gone = f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
+            raise FlaxMagicsError(gone)
         return replaced.variables
 
     def collections(self) -> Mapping[str, PyTree] | None:
@@ -99,9 +98,8 @@ class RegisteredModel:
         from ..base.text import bytes_, plural
 
         entry = self._entry()
-        if not entry.ready:
-            state = "not initialised"
-        else:
+        state = "not initialised"
+        if entry.ready:
             parameters, size = count_parameters(self.collections() or {})
             state = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
         return f"<{self.name}: {entry.model.describe()}, {state}>"
@@ -223,12 +221,9 @@ def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
     if isinstance(model, str):
         if model in models:
             return models[model]
-        known = ", ".join(models) or "none yet"
-        raise FlaxMagicsError(
-            f"no model is registered as `{model}`; registered: {known}.",
-            hint=did_you_mean(model, models),
-            form=f"%flaxmodel {model} = …" if not models else None,
-        )
+        message = f"no model is registered as `{model}`; registered: {', '.join(models) or 'none yet'}."
+        form = None if models else f"%flaxmodel {model} = …"
+        raise FlaxMagicsError(message, hint=did_you_mean(model, models), form=form)
     for entry in models.values():
         if entry.model.module is model:
             return entry

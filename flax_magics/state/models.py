@@ -95,9 +95,8 @@ def register_holding(
     if changes:
         return entry, Registration(name, "changed", changes, "own")
     values = old.model.collections()
-    entry = replace(
-        entry, update_counts=old.update_counts, outdated=old.outdated or first != old.initial_sample, source=old.source
-    )
+    outdated = old.outdated or first != old.initial_sample
+    entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 

@@ -91,8 +91,7 @@ class State:
 
     def with_variables(self, entry: ModelEntry) -> State:
         """The state once the user has given a model other variables."""
-        waiting = self.waiting and self._still_waiting(entry)
-        return replace(self, models={**self.models, entry.name: entry}, waiting=waiting)
+        return replace(self, models={**self.models, entry.name: entry}, waiting=self._still_waiting(entry))
 
     def restarted(self, root: RootKey, *, fresh: bool) -> tuple[State, Restart]:
         """The state with another root key, nothing open; what was drawn under the old seed can still be found.
@@ -148,11 +147,9 @@ class State:
         if not 1 <= number <= last:
             drawn = f"draws 1 to {last}" if last > 1 else "draw 1 alone" if last else "no draw"
             others = [other for other in {**self.seeds, self.root.seed: 0} if 1 <= number <= self._last(other)[0]]
-            raise FlaxMagicsError(
-                f"draw {number} of seed {seed} was not made in this session: it has {drawn}.",
-                hint=", ".join(f"{other}:{number} is draw {number} of seed {other}" for other in others[-3:]) or None,
-                write="%flax_history",
-            )
+            message = f"draw {number} of seed {seed} was not made in this session: it has {drawn}."
+            hint = ", ".join(f"{other}:{number} is draw {number} of seed {other}" for other in others[-3:])
+            raise FlaxMagicsError(message, hint=hint or None, write="%flax_history")
         return seed, number
 
 

@@ -183,26 +183,24 @@ def check_collections(name: str, value: object, written: Written, expected: Coll
     Raises:
       FlaxMagicsError: it is something else, holds bare parameters instead of collections, or is no tree that JAX takes.
     """
+    what = f"variables of `{name}`"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        message = f"variables of `{name}` are a dict of collections, not {type(value).__name__}."
+        message = f"{what} are a dict of collections, not {type(value).__name__}."
         raise FlaxMagicsError(message, **_from_attributes(name, value, written, expected))
     try:
         leaves = jax.tree_util.tree_leaves(value)
     except ValueError as error:
-        raise FlaxMagicsError(
-            f"variables of `{name}`: a dict in them has keys that JAX cannot sort, such as a number beside a string."
-        ) from error
+        message = f"{what}: a dict in them has keys that JAX cannot sort, such as a number beside a string."
+        raise FlaxMagicsError(message) from error
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise FlaxMagicsError(
-            f"variables of `{name}` cannot be values of a function that is being traced: they are gone when it ends.",
-            hint="give them once it has returned them",
-        )
+        message = f"{what} cannot be values of a function that is being traced: they are gone when it ends."
+        raise FlaxMagicsError(message, hint="give them once it has returned them")
     if "params" in value or not leaves or not all(isinstance(item, Mapping) for item in value.values()):
         return
     modules = [key for key, item in value.items() if set(item) & {"kernel", "bias", "scale", "embedding"}]
     if modules or (expected is not None and not misfits(expected.get("params", {}), value)):
         module = next(iter(modules or value))
-        message = f"variables of `{name}` have no `params`, but `{module}`: these look like the params themselves."
+        message = f"{what} have no `params`, but `{module}`: these look like the params themselves."
         raise FlaxMagicsError(message, **written.advice(_with_current(name, {"params": "{}"}, expected)))
 
 
@@ -323,11 +321,9 @@ def check_alive(what: str, variables: object, line: str | None = None) -> None:
       FlaxMagicsError: one was.
     """
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(variables)):
-        raise FlaxMagicsError(
-            f"{what} are gone: your code has donated or deleted their arrays.",
-            hint="a jitted step with donate_argnums takes the arrays that it is given: give it copies of these",
-            **({} if line is None else written(line)),
-        )
+        message = f"{what} are gone: your code has donated or deleted their arrays."
+        hint = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
+        raise FlaxMagicsError(message, hint=hint, **({} if line is None else written(line)))
 
 
 class WeightNames:
