@@ -186,7 +186,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         if not plan.model.holds_variables:
             after = altered(after or entry, {"variables": {**variables, **updates}})
         last.wrote(updates)
-    before = None if state.runs is None else state.runs.kept
+    newest = None if state.runs is None else state.runs.kept
     run = like(
         last.template,
         call=call.text,
@@ -201,12 +201,12 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         timing=result.timing,
         memory=memory,
         cell=call.cell,
-        first=before is None,
+        first=newest is None,
         weights="" if source is None else source.describe(draw.seed),
     )
     if last.looked_at and has_nan(result.output):
         run = with_values(run)
-    return Outcome(run, last.stored(run, inputs, before), draw, after, None, None, commit)
+    return Outcome(run, last.stored(run, inputs, newest), draw, after, None, None, commit)
 
 
 def init_model(
@@ -236,7 +236,7 @@ def init_model(
     services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):
-        variables, made = bound.initialising(opened, services.programs.units).finish()
+        variables, init_record = bound.initialising(opened, services.programs.units).finish()
     seconds = clock() - start
     source = WeightSource.initialised(opened, variables)
     replaced, more = replaced_by_init(entry, limit)
@@ -262,5 +262,5 @@ def init_model(
         spelling=spelling,
     )
     recipe = InitRecipe(entry.without_variables(), call.method, tuple(arrays_in(model.module)))
-    entry = replace(entry.with_variables(variables, source, made), replaced=replaced)
+    entry = replace(entry.with_variables(variables, source, init_record), replaced=replaced)
     return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if draw is not None else (name, opened))

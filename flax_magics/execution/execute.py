@@ -185,25 +185,25 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     init = prepare_init(entry.name, entry.model, request.bound.call)
     since = services.clock()
     # An init that the session opened and whose variables were dropped since has used this key already.
-    making = init.initialising(draw.first, services.programs.units, taken=request.params_taken)
-    begun: StartedProgram | None = None
-    if making.expected is not None and not request.op_by_op:
+    initialising = init.initialising(draw.first, services.programs.units, taken=request.params_taken)
+    program: StartedProgram | None = None
+    if initialising.expected is not None and not request.op_by_op:
         # The one thread traces the run, and another compiles meanwhile.
-        making.begin()
+        initialising.begin()
         with contextlib.suppress(MissingVariables):
-            wanted = request_of(entry, request.bound, draw, making.expected, request.options)
-            begun = begin_program(wanted, services, since)
-        if isinstance(begun, PendingProgram):
+            wanted = request_of(entry, request.bound, draw, initialising.expected, request.options)
+            program = begin_program(wanted, services, since)
+        if isinstance(program, PendingProgram):
             since = services.clock()
         # What the program takes to compile is what has to be waited for, so it comes before many small ones.
-        making.begin_rest()
+        initialising.begin_rest()
         services.on_phase(f"initialising {entry.name}")
-    values, made = making.finish()
+    values, record = initialising.finish()
     seconds = services.clock() - since
     source = WeightSource.initialised(draw.first, values)
-    entry, weights = entry.with_variables(values, source, made), source.describe(draw.first.seed)
+    entry, weights = entry.with_variables(values, source, record), source.describe(draw.first.seed)
     variables = RunVariables(entry, values, made_of(values), seconds, weights, taken=True)
-    return variables, None if begun is None else finish_program(begun, services, values)
+    return variables, None if program is None else finish_program(program, services, values)
 
 
 def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:

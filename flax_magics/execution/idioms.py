@@ -66,23 +66,23 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
     # -- Flax's own methods
 
     def _of_method(self, error: Idiom) -> FlaxMagicsError:
-        call, method, own = self.call, error.method, f"`{self._function}` is Flax's own"
+        call, method, what = self.call, error.method, f"`{self._function}` is Flax's own"
         if method in COMMANDS:
             return self._of_command(COMMANDS[method])
         if method == "make_rng":
             named = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, str)]
             stream = named[0] if named and named[0].isidentifier() else "params"
-            said = f"{own} and draws inside the model: outside, %flax_key draws."
+            said = f"{what} and draws inside the model: outside, %flax_key draws."
             return self._error(said, [f"{stream}_key = %flax_key {stream}"], f"session.key('{stream}')")
         if method in ("variables", "get_variable", "has_variable") and error.linen and self.variables is not None:
-            said = f"{own} and looks at variables inside the model: outside, %flax_vars gives them."
+            said = f"{what} and looks at variables inside the model: outside, %flax_vars gives them."
             return self._error(said, [f"%flax_vars {self.name}"], f"session.models['{self.name}'].variables")
         inside = method in BOUND or method.startswith("_") or len(call.method) > 1
         if method in ("sow", "perturb") or (error.linen and inside):
-            said = f"{own} and for the code inside the model: a command runs a method of the model."
+            said = f"{what} and for the code inside the model: a command runs a method of the model."
             form = f"session.apply('{self.name}', …)" if not call.is_text else f"%flax_apply {self.name}(…)"
             return FlaxMagicsError(said, form=form)
-        said = f"{own} and needs no command: a command runs a method of the model."
+        said = f"{what} and needs no command: a command runs a method of the model."
         return self._error(said, [call.text], f"session.models['{self.name}'].module.{'.'.join(call.method)}(…)")
 
     def _of_command(self, command: str) -> FlaxMagicsError:

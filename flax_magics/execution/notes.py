@@ -135,14 +135,14 @@ def of_scalars(dtypes: Mapping[str, str], line: Line) -> Iterator[Note]:
         yield Note("scalar", text, **as_array(line, name, dtype))
 
 
-def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str], line: Line) -> Iterator[Note]:
+def of_unused(switch: Iterable[str], keys: Iterable[str], unused: Container[str], line: Line) -> Iterator[Note]:
     """Keys in the call that the program does not read. In evaluation that is as it should be."""
     for setting in switch:
         path, _, value = setting.partition("=")
         name = path.rpartition(".")[2]
         if name in WHEN_TRAINING and value != str(WHEN_TRAINING[name]):
             return
-    for name in given:
+    for name in keys:
         if name in unused:
             text = f"the key `{name}` is passed, and nothing in the model uses it"
             parameter = line.signature.parameters.get(name)
@@ -249,17 +249,17 @@ NAMED = 4
 OTHER_KEY = "another key, by its place in the model"
 
 
-def compare(draw: int, was: CallTrace | None, now: CallTrace) -> Iterator[Note]:
-    """What is to be said of a run with the keys of `draw`, whose own run saw `was`.
+def compare(draw: int, earlier: CallTrace | None, trace: CallTrace) -> Iterator[Note]:
+    """What is to be said of a run with the keys of `draw`, whose own run saw `earlier`.
 
     A mask is the same where the key is made of the same and the shape and the rate agree. Where a module draws with a key
     itself, what it draws is not known: then only where it took the key is compared, and nothing is claimed of the rest.
     Inside a transform an equal path and shape may still be another mask, unless both runs are of one trace.
     """
     # A record without them is of a run that could not be watched so closely.
-    if was is None or was is now or not (was.takes or now.takes):
+    if earlier is None or earlier is trace or not (earlier.takes or trace.takes):
         return
-    old, new = _by_place(was.takes), _by_place(now.takes)
+    old, new = _by_place(earlier.takes), _by_place(trace.takes)
     texts = {place: _apart(old[place], new[place]) for place in new if place in old}
     differences = [*_differing(texts)]
     only, missing = ([place for place in one if place not in other] for one, other in ((new, old), (old, new)))

@@ -67,7 +67,7 @@ class LastRun:
     """The last run of a line: its plan, and what that depends on.
 
     Attributes:
-      given: the registered model, whose guards tell of an edit; the plan's was made of it by setting its mode, and is
+      registered: the registered model, whose guards tell of an edit; the plan's was made of it by setting its mode, and is
         nobody else's.
       key: the cache key of the registered one.
       library: the edition of Flax's own code.
@@ -86,7 +86,7 @@ class LastRun:
     """
 
     plan: Plan
-    given: Model
+    registered: Model
     key: object
     library: int
     leaves: tuple[tuple[str, bool, object], ...]
@@ -109,7 +109,7 @@ class LastRun:
         model, programs = entry.model, services.programs
         if programs.unfinished.wait is not None:
             return None
-        if model is not self.given or entry.outdated or entry.rebuild_next or settings() != self.recipe.settings:
+        if model is not self.registered or entry.outdated or entry.rebuild_next or settings() != self.recipe.settings:
             return None
         if model.cache_key() != self.key or library.edition != self.library:
             return None
@@ -136,15 +136,15 @@ class LastRun:
           before: the session's last run, None if there was none.
         """
         recipe, fresh = self.recipe, bool(inputs.fresh)
-        origin = kept_inputs = None
+        origin = shared_inputs = None
         if before is not None and before.origin is not None and before.origin.how is recipe:
-            kept_inputs = before.inputs if inputs.same else None
+            shared_inputs = before.inputs if inputs.same else None
             origin = None if fresh or recipe.written else before.origin
         if origin is None:
             # What is no array of JAX's may be changed where it is.
             origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
-        return StoredRun(run, origin, size, kept_inputs)
+        return StoredRun(run, origin, size, shared_inputs)
 
     def wrote(self, updates: Mapping[str, PyTree]) -> None:
         """What the run itself wrote need not be looked at by the next: the same program gave it, and it is there."""
@@ -252,7 +252,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     memory = program.memory
     return LastRun(
         plan=plan,
-        given=model,
+        registered=model,
         key=key,
         library=library.edition,
         leaves=tuple(

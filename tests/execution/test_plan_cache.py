@@ -77,6 +77,10 @@ def test_state_moves_on(ways):
         assert run.changed == {"batch_stats": update}
     assert bits(dict(session.models["net"].variables)) == bits(variables)
     assert ways[-1]
+    evaluated = session.apply("net", x, mode="eval")
+    assert bits(evaluated.output) == bits(apply_by_hand(Normed(), variables, {}, x, train=False))
+    assert evaluated.changed == {}
+    assert bits(dict(session.models["net"].variables)) == bits(variables)
 
 
 def test_a_draw_in_between_is_no_root_used_twice(ways):
