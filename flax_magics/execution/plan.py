@@ -185,7 +185,9 @@ def _parted(
     """The output as it is handed back, what the run wrote, and what it sowed."""
     updates = dict(updates)
     sown: dict[str, PyTree] = dict(updates.pop(SOWN, {}))
-    sown |= {name: updates.pop(name) for name in trace.sown if name in updates}
+    for name in trace.sown:
+        if name in updates:
+            sown[name] = updates.pop(name)
     if mutable:
         both = {**updates, **sown}
         output = (output, {name: both[name] for name in mutable if name in both})

@@ -107,11 +107,9 @@ class LastRun:
     def accepts(self, entry: ModelEntry, call: Call, services: Services) -> Inputs | None:
         """What the plan is to be run with; None where something that it depends on differs from the last run."""
         model, programs = entry.model, services.programs
-        if programs.unfinished.wait is not None:
-            return None
         if model is not self.registered or entry.outdated or entry.rebuild_next or settings() != self.recipe.settings:
             return None
-        if model.cache_key() != self.key or library.edition != self.library:
+        if model.cache_key() != self.key or library.edition != self.library or programs.unfinished.wait is not None:
             return None
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
