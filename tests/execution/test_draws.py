@@ -97,10 +97,8 @@ def test_by_hand_is_a_vmap_over_the_keys():
     variables = session.models["net"].variables
     hand = jax.vmap(lambda variables, x, key: Plain().apply(variables, x, rngs={"dropout": key}), (None, None, 0))
     bits(run.output, jax.jit(hand)(variables, X, run.keys["dropout"]))
-    assert (
-        run.by_hand
-        == "jax.vmap(lambda dropout_key: net.apply(variables, …, rngs={'dropout': dropout_key}))(dropout_keys)"
-    )
+    code = "net.apply(variables, …, rngs={'dropout': dropout_key})"
+    assert run.by_hand == f"jax.vmap(lambda dropout_key: {code})(dropout_keys)"
 
 
 def test_an_opened_draw_is_the_first_of_them():

@@ -166,10 +166,8 @@ def test_quiet_runs_say_it_once_and_large_ones_when_the_cell_ends(negative):
     negative("big = -jnp.ones((2_000_000, 3), jnp.float16)")
     negative(NET.replace("net = Net()", "big_net = Net()"))
     said = negative("y = %flax_apply -q big_net(big)")
-    assert said in (
-        "",
-        "! the output of big_net holds NaN",
-    )  # of what is larger than is held until then, nothing is read
+    # Of what is larger than is held until then, nothing is read.
+    assert said in ("", "! the output of big_net holds NaN")
 
 
 def test_it_can_be_quieted(negative):

@@ -285,9 +285,8 @@ def test_an_array_that_was_donated_is_refused_and_later_is_one_message(initialis
     initialised.apply("net", X)
     jax.tree_util.tree_leaves(given)[0].delete()
     for _ in range(2):
-        with pytest.raises(
-            FlaxMagicsError, match=r"the weights of `net` \(set in a script\) are gone: your code has donated"
-        ):
+        gone = r"the weights of `net` \(set in a script\) are gone: your code has donated"
+        with pytest.raises(FlaxMagicsError, match=gone):
             initialised.apply("net", X)
     refused(
         initialised,
@@ -435,9 +434,8 @@ def test_statistics_that_runs_have_written_come_back():
     session.apply("net", X, mode="train")
     trained = session.models["net"].variables
     session.init("net", X)
-    assert notes_of(session) == [
-        ("this init replaced weights of net: initialised in draw 1, batch_stats: update 2", PREVIOUS)
-    ]
+    text = "this init replaced weights of net: initialised in draw 1, batch_stats: update 2"
+    assert notes_of(session) == [(text, PREVIOUS)]
     assert same(session.models["net"].previous, trained)
 
 
