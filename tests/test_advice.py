@@ -224,10 +224,19 @@ def outside(function: str) -> Any:
     return cell
 
 
+def traced(function: str, command: str, cells: Any, fill: Any = (), *, check: str, mended: str = "") -> Scenario:
+    """A command in a function that JAX traces. `mended` is the function around what is advised, where it is another."""
+    cell, use = function.replace("{}", command), outside(mended or function)
+    return Scenario("execution.surroundings._error", cell, cells, fill, use=use, check=check)
+
+
 def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this test, modules are made of Variables of hijax until the flag is changed."""
     monkeypatch.setitem(FLAGS, HIJAX, True)
 
+
+COLLECTIONS, OF_NNX = "state.weights.check_collections", "state.weights.check_state"
+ALIVE, OTHERS = "state.weights.check_alive", "state.weights._note"
 
 SCENARIOS = [
     # -- the line and its call
@@ -352,52 +361,28 @@ SCENARIOS = [
     # -- weights
     Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
     Scenario("notebook.magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
-    Scenario("state.weights.check_collections", f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
-    Scenario(
-        "state.weights.check_collections", "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"
-    ),
-    Scenario(
-        "state.weights.check_collections",
-        "%flax_vars net = state | {}",
-        (BATCH, BATCH_INIT, "state = variables['params']"),
-    ),
-    Scenario("state.weights.check_collections", f"{TWIN}variables['params']", (NET, INIT), ("variables['params']",)),
-    Scenario("state.weights.check_collections", "%flax_vars net = variables['params']", (NET, INIT)),
-    Scenario(
-        "state.weights.check_collections",
-        "%flax_apply --eager --variables [1] net(x)",
-        (NET, INIT),
-        ("variables['params']",),
-    ),
+    Scenario(COLLECTIONS, f"{TWIN}[1]", (NET, INIT), ("variables['params']",)),
+    Scenario(COLLECTIONS, "%flax_vars net = state", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario(COLLECTIONS, "%flax_vars net = state | {}", (BATCH, BATCH_INIT, "state = variables['params']")),
+    Scenario(COLLECTIONS, f"{TWIN}variables['params']", (NET, INIT), ("variables['params']",)),
+    Scenario(COLLECTIONS, "%flax_vars net = variables['params']", (NET, INIT)),
+    Scenario(COLLECTIONS, "%flax_apply --eager --variables [1] net(x)", (NET, INIT), ("variables['params']",)),
     Scenario("state.weights.check_fit", "%flax_vars net = {'params': variables['params']}", (BATCH, BATCH_INIT)),
     Scenario(
         "state.weights.check_fit",
         "%flax_vars net = a or b",
         (BATCH, BATCH_INIT, "a, b = {}, {'params': variables['params']}"),
     ),
-    Scenario("state.weights.check_state", f"{TWIN}[1]", (OWN,), ("net",)),
-    Scenario("state.weights.check_state", "%flax_vars net = net", (OWN,)),
+    Scenario(OF_NNX, f"{TWIN}[1]", (OWN,), ("net",)),
+    Scenario(OF_NNX, "%flax_vars net = net", (OWN,)),
+    Scenario(OF_NNX, "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)),
+    Scenario(ALIVE, "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
+    Scenario(ALIVE, "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True),
+    Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
+    Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
+    Scenario(OTHERS, "%flax_apply --eval net(x);", (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP)),
     Scenario(
-        "state.weights.check_state", "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)
-    ),
-    Scenario("state.weights.check_alive", "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
-    Scenario(
-        "state.weights.check_alive", "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True
-    ),
-    Scenario(
-        "state.weight_names._note",
-        "%flax_apply net(x);",
-        (NET, INIT, f"variables = {ZEROS}"),
-        check=f"{KERNEL} == 0",
-    ),
-    Scenario("state.weight_names._note", "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
-    Scenario(
-        "state.weight_names._note",
-        "%flax_apply --eval net(x);",
-        (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP),
-    ),
-    Scenario(
-        "state.weight_names._note",
+        OTHERS,
         "%flax_apply net(x);",
         (NET, INIT, "params = variables['params']\n%flax", f"variables = {ZEROS}\nparams = variables['params']"),
         ("variables",),
@@ -439,53 +424,28 @@ SCENARIOS = [
     Scenario("execution.idioms._error", "%flax_apply Net(x, mutable=True)", (FIXED,)),
     Scenario("execution.idioms._error", "%flax_init Net.clone(name='other')", (FIXED,)),
     # -- in a function that JAX traces
-    Scenario(
-        "execution.surroundings._error",
-        LOSS.replace("{}", "%flax_apply -q net(x)"),
-        (NET, INIT),
-        use=outside(LOSS),
-        check="grads['params']['Dense_0']['bias'].any()",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        LOSS.replace("{}", "%flax_apply -q --train Net(x)"),
+    traced(LOSS, "%flax_apply -q net(x)", (NET, INIT), check="grads['params']['Dense_0']['bias'].any()"),
+    traced(
+        LOSS,
+        "%flax_apply -q --train Net(x)",
         (SWITCHED, "variables = %flax_init Net(x)"),
-        use=outside(LOSS.replace("y =", "y, updates =")),
+        mended=LOSS.replace("y =", "y, updates ="),
         check="grads['params']['BatchNorm_0']['bias'].any()",
     ),
-    Scenario(
-        "execution.surroundings._error",
-        ROWS.replace("{}", "%flax_apply -q net(row)"),
-        (NET,),
-        ("x",),
-        use=outside(ROWS),
-        check="rows.shape == (3, 4, 2)",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        MADE.replace("{}", "%flax_init -q net(x)"),
-        (NET,),
-        use=outside(MADE),
-        check="variables['params']['Dense_0']['bias'].shape == (2,)",
-    ),
+    traced(ROWS, "%flax_apply -q net(row)", (NET,), ("x",), check="rows.shape == (3, 4, 2)"),
+    traced(MADE, "%flax_init -q net(x)", (NET,), check="variables['params']['Dense_0']['bias'].shape == (2,)"),
     Scenario(
         "execution.surroundings._error",
         NOISY.replace("{}", "%flax_key noise"),
         use=lambda advice: f"{advice}\n{NOISY.replace('{}', 'noise_key')}",
         check="(noisy != x).all()",
     ),
-    Scenario(
-        "execution.surroundings._error",
-        OWN_LOSS.replace("{}", "%flax_apply -q --train net(x)"),
-        (OWN,),
-        use=outside(OWN_LOSS),
-        check="grads.linear.bias[...].any()",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        BUILT.replace("{}", "%flax_init -q net(x)"),
+    traced(OWN_LOSS, "%flax_apply -q --train net(x)", (OWN,), check="grads.linear.bias[...].any()"),
+    traced(
+        BUILT,
+        "%flax_init -q net(x)",
         (OWN.replace("\nnet = N(2, rngs=nnx.Rngs(0))", "\n").replace("%%flaxmodel", "%%flaxmodel net = N(2)"),),
-        use=outside(BUILT.replace("state = {}", "{}\n  state = nnx.state(net)")),
+        mended=BUILT.replace("state = {}", "{}\n  state = nnx.state(net)"),
         check="state.linear.bias.shape == (2,)",
     ),
     Scenario(
@@ -494,20 +454,8 @@ SCENARIOS = [
         (NET, INIT),
         ("variables",),
     ),
-    Scenario(
-        "execution.surroundings._error",
-        MADE.replace("{}", "%flax_init -q Net(x)"),
-        (FIXED,),
-        use=outside(MADE),
-        check="variables == {}",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        MADE.replace("{}", "%flax_apply -q --train N(x)"),
-        (OWN_CLASS,),
-        use=outside(MADE),
-        check="variables.shape == (3, 4, 2)",
-    ),
+    traced(MADE, "%flax_init -q Net(x)", (FIXED,), check="variables == {}"),
+    traced(MADE, "%flax_apply -q --train N(x)", (OWN_CLASS,), check="variables.shape == (3, 4, 2)"),
     # -- sharp bits
     Scenario(
         "execution.notes.with_values",

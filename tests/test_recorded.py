@@ -14,6 +14,7 @@ import jaxlib
 import numpy as np
 import pytest
 from by_hand import MyModel, notebook_x
+from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.base import measures
@@ -101,8 +102,7 @@ def test_threads_are_those_that_xla_takes(monkeypatch, nproc, expected):
 
 @pytest.fixture(scope="module")
 def session() -> Session:
-    session = Session(seed=0)
-    session.register("net", MyModel(3, True))
+    session = session_of(MyModel(3, True))
     session.apply("net", notebook_x())
     return session
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import MyModel, notebook_x
+from sessions import session_of
 
 import flax_magics
-from flax_magics import Session
 from flax_magics.base.digest import describe, digest_of
 from flax_magics.base.measures import Steady
 from flax_magics.export.cells import MATCHES
@@ -87,8 +87,7 @@ def test_an_output_is_described_by_structure_dtype_and_shape(tree, text):
 
 
 def test_a_run_as_json_says_everything_but_the_arrays():
-    session = Session(seed=0)
-    session.register("net", MyModel(3, True))
+    session = session_of(MyModel(3, True))
     run = session.apply("net", notebook_x(), repeat=2)
     data = json.loads(json.dumps(run.to_json()))
     words = {name: "".join(f"{word:08x}" for word in jax.random.key_data(key)) for name, key in run.keys.items()}

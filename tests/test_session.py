@@ -45,25 +45,6 @@ def test_the_notebook_has_every_bit_of_the_code_by_hand(session, make):
     assert run.draw == 1
 
 
-def test_train_has_the_mask_of_training_true_by_hand_and_the_second_draw_another(session):
-    x = notebook_x()
-    by_hand = MyModel(num_neurons=3, training=True)
-    root_key, params_key, dropout_key = split(jax.random.key(0))
-    variables = by_hand.init(params_key, x)
-    apply = jax.jit(lambda v, x, k: by_hand.apply(v, x, rngs={"dropout": k}))
-
-    session.register("my_model", MyModel(num_neurons=3, training=False))
-    first = session.apply("my_model", x, mode="train")
-    assert bits(first.output) == bits(apply(variables, x, dropout_key))
-    assert (first.mode, first.switch) == ("train", "training=True")
-
-    root_key, _, dropout_key = split(root_key)
-    second = session.apply("my_model", x, mode="train")
-    assert bits(second.output) == bits(apply(variables, x, dropout_key))
-    assert bits(second.output) != bits(first.output)
-    assert data_of(session.root_key) == data_of(root_key)
-
-
 def test_eager_equals_eager_by_hand(session):
     x = notebook_x()
     by_hand = MyModel(num_neurons=3, training=True)
@@ -104,28 +85,6 @@ def test_a_second_init_opens_a_second_draw(session):
     second = session.init("net", notebook_x())
     assert bits(first) != bits(second)
     assert session.apply("net", notebook_x()).draw == 2
-
-
-def test_batch_norm_keeps_the_statistics_of_three_training_runs(session):
-    x = notebook_x()
-    model = Normed()
-    root_key, params_key, dropout_key = split(jax.random.key(0))
-    variables = model.init(params_key, x, train=False)
-    apply = jax.jit(lambda v, x, k: model.apply(v, x, train=True, rngs={"dropout": k}, mutable=["batch_stats"]))
-    session.register("net", model)
-    for i in range(3):
-        run = session.apply("net", x + i, mode="train")
-        y, updates = apply(variables, x + i, dropout_key)
-        variables = {**variables, **updates}
-        root_key, _, dropout_key = split(root_key)
-        assert bits(run.output) == bits(y)
-        assert run.changed == {"batch_stats": i + 1}
-    assert bits(session.models["net"].variables) == bits(variables)
-
-    evaluated = session.apply("net", x, mode="eval")
-    assert bits(evaluated.output) == bits(jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x))
-    assert evaluated.changed == {}
-    assert bits(session.models["net"].variables) == bits(variables)
 
 
 class Noisy(nn.Module):
@@ -232,11 +191,7 @@ class Either(nn.Module):
         (MyModel(3, False), "training=True", "training=False"),
         (Normed(), "train=True", "train=False"),
         (Configured(Config()), "config.inner.deterministic=False", "config.inner.deterministic=True"),
-        (
-            Submodules((nn.Dense(3), MyModel(3, False))),
-            "layers[1].training=True",
-            "layers[1].training=False",
-        ),
+        (Submodules((nn.Dense(3), MyModel(3, False))), "layers[1].training=True", "layers[1].training=False"),
         (Either(), "deterministic=False", "deterministic=True"),
         (Either(deterministic=True), "deterministic=False", "deterministic=True"),
     ],
@@ -359,6 +314,27 @@ def test_key_passes_the_stream_as_that_argument(session):
     assert bits(run.output) == bits(jax.jit(model.apply)(variables, x, z_rng))
     assert data_of(run.keys["z_rng"]) == data_of(z_rng)
     assert run.notes == ()
+
+
+class Keyed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, params: Any = None) -> Any:
+        noise = 0.0 if params is None else jax.random.normal(params, x.shape)
+        return nn.Dense(2)(x + noise)
+
+
+@pytest.mark.parametrize("initialised", [True, False])
+def test_the_key_of_an_init_is_not_passed_to_the_run_of_the_same_draw(session, initialised):
+    x = notebook_x()
+    session.register("net", Keyed())
+    if initialised:
+        session.init("net", x)
+    before = session._state
+    with pytest.raises(FlaxMagicsError, match="in this draw that key initialises `net`"):
+        session.apply("net", x, key="params")
+    assert session._state is before
+    session.apply("net", x)
+    assert session.apply("net", x, key="params").draw == 2
 
 
 def test_a_key_that_goes_into_two_runs_is_noted_and_so_is_the_root(session):

@@ -45,7 +45,6 @@ from ..base.private import is_compiled_alone, trace_context_names, trace_context
 from ..base.threads import Future, Workers
 from ..base.types import Leaf, PyTree
 from ..code.contents import flax_state, flax_state_in_words
-from .disk_cache import DiskCache
 from .jaxpr import Equation
 
 T = TypeVar("T")

@@ -27,7 +27,6 @@ from ..base.threads import Future, wait_for
 from ..base.types import Leaf, PyTree
 from ..models.base import Model, Updates, Variables
 from ..models.calls import Args, Kwargs, Path
-from ..rng import threefry
 from ..rng.keys import THREEFRY, Draw, as_key, is_on_host, shape_of_key, threefry
 from ..run import InitStats
 from .compiler import Units, shape_of

@@ -9,17 +9,17 @@ from dataclasses import replace
 import jax
 
 from ..base.digest import bytes_of, has_nan, own
-from ..base.measures import Timing, devices_of
+from ..base.measures import Timing
 from ..code.walk import arrays_in
 from ..compile.cache import Services
-from ..compile.initialise import Initialising, made_of
+from ..compile.initialise import made_of
 from ..compile.limits import devices_in, with_peak
 from ..compile.reasons import WINDOW, of_programs
 from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
 from ..models.base import Commit
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import Note, Run, altered, like
+from ..run import DrawNumber, Note, altered, like
 from ..state import runs
 from ..state.entry import InitRecipe, ModelEntry, Origin
 from ..state.models import replaced_by_init
@@ -29,23 +29,17 @@ from ..state.weights import WeightSource
 from . import notes, record
 from .build import renewed
 from .call import Call, prepare_init
-from .execute import Execution, execute, plain_errors
+from .execute import ApplyRequest, Execution, execute, plain_errors
 from .notes import OUTDATED, outdated_own, with_values
 from .plan_cache import LastRun
-from .record import Applied, Outcome, recipe_of, without_variables
+from .record import Applied, Outcome, recipe_of, stored_init
 
 LOOKED_AT = 4_000_000
 """Bytes of an output up to which it is looked at for NaN in any run; of a larger one that is shown, then."""
 
 
 def apply_model(
-    state: State,
-    entry: ModelEntry,
-    call: Call,
-    options: ApplyOptions,
-    services: Services,
-    *,
-    said: tuple[Note, ...] = (),
+    state: State, entry: ModelEntry, call: Call, options: ApplyOptions, services: Services, *, said: tuple[Note, ...]
 ) -> Applied:
     """An apply where everything has to be found out.
 
@@ -68,20 +62,21 @@ def apply_model(
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
     new_model = entry.model
-    execution = execute(entry, call, options, draw, services, params_taken=shares)
-
+    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
     keep = options.variables is None and options.draw is None
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
-    after = _after(execution, changed if keep else (), holds=bound.model.holds_variables)
-    keys_in_call = {
-        key: data for key, data in notes.keys_in(execution.arguments, services.seen) if key not in options.key
-    }
-    steady = tuple(_steady_notes(execution))
+    after = _after(execution, changed if keep else ())
+    keys_in_call = dict(notes.keys_in(execution.arguments, services.seen, options.key))
+    collections = {*execution.built.request.variables, *result.updates, *result.sown}
+    of_mode = notes.of_mode(name, bound, execution.mode, result.trace)
+    steady = (*of_mode, *notes.of_mutable(options.mutable, collections, execution.request.line))
     run_notes = [*said, *steady, *_notes(execution, keys_in_call)]
     if replayed is not None:
-        run_notes += _of_masks(state, replayed, execution)
+        # Where a run with an earlier draw's keys drew other numbers than that draw's own run.
+        for stored in runs.of_draw(state.runs, replayed.seed, replayed.number)[-1:]:
+            run_notes += notes.compare(replayed.number, stored.record, result.trace)
     if entry.outdated and variables.made is None and options.variables is None:
         run_notes.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
     if execution.built.causes:
@@ -90,10 +85,10 @@ def apply_model(
     run = record.run_of_apply(
         execution,
         changed,
-        tuple(run_notes),
+        notes=tuple(run_notes),
         started=started,
         made=made_of(new_model.collections()) if anew and new_model.holds_variables else variables.made,
-        changes={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
+        changed={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
         replayed=replayed is not None,
         first=state.runs is None,
     )
@@ -104,8 +99,7 @@ def apply_model(
         after = replace(after, model=users_model)
 
         def write() -> None:
-            if keep:
-                commit.make()
+            commit.make()
             users_model.become(new_model)
 
     recipe = recipe_of(execution)
@@ -115,52 +109,39 @@ def apply_model(
     return Applied(outcome, execution, recipe, steady, tuple(keys_in_call.values()))
 
 
-def _after(execution: Execution, changed: Iterable[str], *, holds: bool) -> ModelEntry:
+def _after(execution: Execution, changed: Iterable[str]) -> ModelEntry:
     """The model with what the run wrote of it, and with what was learned about the call.
 
     Args:
-      changed: collections that are kept; `holds`: by the module itself.
+      changed: collections that are kept.
     """
-    entry, call, needs = execution.variables.entry, execution.request.call, execution.result.needs
+    entry, bound = execution.variables.entry, execution.request.bound
+    method = bound.call.method
     entry = replace(
         entry,
-        known_needs={**entry.known_needs, (call.method, execution.request.bound.mode): needs},
-        static_ints=entry.static_ints | {(call.method, name) for name in execution.arguments.forced},
+        known_needs={**entry.known_needs, (method, bound.mode): execution.result.needs},
+        static_ints=entry.static_ints | {(method, name) for name in execution.arguments.forced},
         update_counts={**entry.update_counts, **{name: entry.update_counts.get(name, 0) + 1 for name in changed}},
     )
-    if changed and not holds and entry.variables is not None:
+    if changed and not bound.model.holds_variables and entry.variables is not None:
         entry = replace(entry, variables={**entry.variables, **execution.result.updates})
     return entry
-
-
-def _steady_notes(execution: Execution) -> Iterator[Note]:
-    """Notes that every run of the line has."""
-    request, result = execution.request, execution.result
-    yield from notes.of_mode(request.entry.name, request.bound, execution.mode, result.trace)
-    collections = {*execution.built.request.variables, *result.updates, *result.sown}
-    yield from notes.of_mutable(request.options.mutable, collections, request.line)
 
 
 def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[Note]:
     """Notes of this run alone."""
     request, trace = execution.request, execution.result.trace
     bound, options, line = request.bound, request.options, request.line
-    told = {name for needs in request.entry.known_needs.values() for name in needs.streams}
-    yield from notes.of_streams(trace, told)
+    known = {name for needs in request.entry.known_needs.values() for name in needs.streams}
+    yield from notes.of_streams(trace, known)
     if options.draw is None:  # a replay brings its keys again, and means to
         yield from notes.of_keys(keys_in_call, request.services.seen, line)
     yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
     if execution.variables.made is not None:
         yield from notes.of_params(execution.variables.values)
     yield from notes.of_scalars(execution.built.scalars, line)
-    yield from notes.of_rngs(bound.own_rngs, trace)
-
-
-def _of_masks(state: State, draw: Draw, execution: Execution) -> Iterator[Note]:
-    """Where a run with an earlier draw's keys drew other numbers than that draw's own run."""
-    for stored in runs.of_draw(state.runs, draw.seed, draw.number)[-1:]:
-        if stored.record is not None:
-            yield from notes.compare(draw.number, stored.record, execution.result.trace)
+    if bound.own_rngs and not trace.asked:
+        yield Note("rngs", "rngs: yours, draw unused")
 
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
@@ -205,7 +186,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         if not plan.model.holds_variables:
             after = altered(after or entry, {"variables": {**variables, **updates}})
         last.wrote(updates)
-    before = None if state.runs is None else state.runs.kept
+    newest = None if state.runs is None else state.runs.kept
     run = like(
         last.template,
         call=call.text,
@@ -220,12 +201,12 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         timing=result.timing,
         memory=memory,
         cell=call.cell,
-        first=before is None,
+        first=newest is None,
         weights="" if source is None else source.describe(draw.seed),
     )
     if last.looked_at and has_nan(result.output):
         run = with_values(run)
-    return Outcome(run, last.stored(run, inputs, before), draw, after, None, None, commit)
+    return Outcome(run, last.stored(run, inputs, newest), draw, after, None, None, commit)
 
 
 def init_model(
@@ -234,9 +215,9 @@ def init_model(
     call: Call,
     services: Services,
     *,
-    draw: int | tuple[int, int] | None,
+    draw: DrawNumber | None,
     limit: int,
-    said: tuple[Note, ...] = (),
+    said: tuple[Note, ...],
 ) -> Outcome:
     """An init of a linen model.
 
@@ -248,32 +229,26 @@ def init_model(
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
-    name, clock = entry.name, services.clock
-    model = entry.model
+    name, model, clock = entry.name, entry.model, services.clock
     assert not model.holds_variables
-    bound = prepare_init(name, entry.model, call)
+    bound = prepare_init(name, model, call)
     opened = state.find_draw(draw) or state.root.draw()
     services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):
-        variables, made = Initialising(
-            bound.model, call.method, bound.args, bound.kwargs, draw=opened, units=services.programs.units
-        ).finish()
+        variables, init_record = bound.initialising(opened, services.programs.units).finish()
     seconds = clock() - start
     source = WeightSource.initialised(opened, variables)
     replaced, more = replaced_by_init(entry, limit)
     spelling = record.facts_of_init(call, model)
-    run = Run(
-        command="init",
+    run = record.run_of_draw(
+        "init",
+        opened,
+        variables,
         model=name,
-        mode="",
         call=call.text,
-        inputs=(bound.args, bound.kwargs),
-        output=variables,
-        seed=opened.seed,
-        draw=opened.number,
+        inputs=(call.args, bound.kwargs),
         keys=RunKeys.of(opened, "params"),
-        device=devices_of(variables),
         started=started,
         program="eager",
         timing=Timing(init=seconds),
@@ -286,10 +261,6 @@ def init_model(
         first=state.runs is None,
         spelling=spelling,
     )
-    recipe = InitRecipe(without_variables(entry), call.method, tuple(arrays_in(model.module)))
-    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *recipe.pinned)))
-    entry = replace(
-        entry, variables=variables, init=made, update_counts={}, outdated=False, source=source, replaced=replaced
-    )
-    stored = StoredRun(run, Origin(recipe, []), size)
-    return Outcome(run, stored, opened, entry, opened=None if draw is not None else (name, opened))
+    recipe = InitRecipe(entry.without_variables(), call.method, tuple(arrays_in(model.module)))
+    entry = replace(entry.with_variables(variables, source, init_record), replaced=replaced)
+    return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if draw is not None else (name, opened))

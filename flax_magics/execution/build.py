@@ -8,12 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Mapping
 from dataclasses import replace
-from typing import Any
 
 import jax
 
-from ..base.digest import bytes_of
-from ..base.measures import Timing, devices_of
+from ..base.measures import Timing
 from ..code.walk import arrays_in
 from ..compile.cache import Services
 from ..compile.initialise import made_of
@@ -21,16 +19,19 @@ from ..errors import FlaxMagicsError, written
 from ..models.base import ModelWithVariables
 from ..models.construction import BuiltBySession, Construction, adopt_built, keys_of, spell_construction
 from ..rng.keys import Draw
-from ..run import Run, altered
+from ..run import DrawNumber, Run, altered
 from ..state import models
-from ..state.entry import BuildRecipe, ModelEntry, Origin
+from ..state.entry import BuildRecipe, ModelEntry
 from ..state.models import Registration, replaced_by_init
 from ..state.runs import StoredRun
 from ..state.state import State
 from ..state.weights import WeightSource
 from .call import Call
 from .execute import plain_errors
-from .record import Outcome
+from .record import Outcome, run_of_draw, stored_init
+
+RegisterResult = tuple[State, Registration, StoredRun | None]
+"""The state with one module, what became of its name, and the run of one that was built now."""
 
 
 class Building:
@@ -44,7 +45,7 @@ class Building:
         self.services = services
 
     def register_all(
-        self, state: State, modules: Mapping[str, Any], anew: Container[str] = (), cell: int | None = None
+        self, state: State, modules: Mapping[str, object], anew: Container[str] = (), cell: int | None = None
     ) -> tuple[State, list[Registration], list[StoredRun]]:
         """The state with all of `modules`, what became of each, and the runs of those that were built now.
 
@@ -60,61 +61,42 @@ class Building:
                 state = replace(state, opened=None)  # its `params` went into variables that are no more
         return state, changes, builds
 
-    def register(
-        self, state: State, name: str, module: Any, *, anew: bool, cell: int | None
-    ) -> tuple[State, Registration, StoredRun | None]:
+    def register(self, state: State, name: str, module: object, *, anew: bool, cell: int | None) -> RegisterResult:
         """The state with one module, what became of the name, and the run if the module was built now."""
         if isinstance(module, Construction):
-            entry, change, run, draw = build(state, name, module, self.services, cell=cell)
-            if run is not None and draw is not None:
-                return state.after(run, draw, entry, (name, draw)), change, run
-        else:
-            old = state.models.get(name)
-            if old is not None and anew and old.model.holds_variables and old.built is None:
-                old = None
-            entry, change = models.register(old, name, module)
+            return self._build(state, name, module, cell)
+        old = state.models.get(name)
+        if old is not None and anew and old.model.holds_variables and old.built is None:
+            old = None
+        entry, change = models.register(old, name, module)
         return replace(state, models={**state.models, name: entry}), change, None
 
-
-def build(
-    state: State, name: str, recipe: Construction, services: Services, *, cell: int | None = None
-) -> tuple[ModelEntry, Registration, StoredRun | None, Draw | None]:
-    """The module of `recipe`: the one that is there, if it was built of the same; or a new one, in the next draw.
-
-    Returns:
-      What the session is to keep of it, what became of the name, and of one that was built its run and draw.
-    """
-    old = state.models.get(name)
-    changes: tuple[str, ...] = ()
-    if old is not None and old.built is not None and not old.rebuild_next:
-        print_ = recipe.fingerprint()
-        if print_ is not None and print_ == old.built.fingerprint:
-            return old, models.unchanged(old), None, None
-        # An edit: what the old keys give now is held against what is there.
-        entry, change = built_with(old, name, recipe, old.built.keys)
-        if change.state == "unchanged":
-            return replace(entry, built=BuiltBySession.of(recipe, old.built.keys)), change, None, None
-        if change.variables == "kept":
-            return entry, change, None, None
-        changes = change.changes
-    draw = state.root.draw()
-    model, run = _build_in(state, draw, name, recipe, services)
-    run = altered(run, {"cell": cell})
-    entry, change = models.register_holding(None, name, model, BuiltBySession.of(recipe, run.keys))
-    entry = replace(entry, source=_source(draw, model))
-    if old is not None:
-        change = Registration(name, "changed", changes, "own")
-    return entry, change, _stored(name, recipe, run), draw
+    def _build(self, state: State, name: str, recipe: Construction, cell: int | None) -> RegisterResult:
+        """`register` for a module of `recipe`: the one that is there if it was built alike, else one of the next draw."""
+        old = state.models.get(name)
+        changes: tuple[str, ...] = ()
+        if old is not None and old.built is not None and not old.rebuild_next:
+            fingerprint = recipe.fingerprint()
+            if fingerprint is not None and fingerprint == old.built.fingerprint:
+                return state, models.unchanged(old), None
+            # An edit: what the old keys give now is held against what is there.
+            entry, change = built_with(old, name, recipe, old.built.keys)
+            if change.state == "unchanged":
+                entry = replace(entry, built=BuiltBySession.of(recipe, old.built.keys))
+            if change.variables == "kept":
+                return replace(state, models={**state.models, name: entry}), change, None
+            changes = change.changes
+        draw = state.root.draw()
+        model, run = _build_in(state, draw, name, recipe, self.services)
+        run = altered(run, {"cell": cell})
+        entry = _built(ModelEntry(name, model, model.fingerprint()), model, recipe, run.keys, draw)
+        change = Registration(name, "new") if old is None else Registration(name, "changed", changes, "own")
+        stored = _stored(name, recipe, run)
+        return state.after(stored, draw, entry, (name, draw)), change, stored
 
 
 def rebuild(
-    state: State,
-    entry: ModelEntry,
-    call: Call,
-    services: Services,
-    *,
-    draw: int | tuple[int, int] | None,
-    limit: int,
+    state: State, entry: ModelEntry, call: Call, services: Services, *, draw: DrawNumber | None, limit: int
 ) -> Outcome:
     """`init` of a model that holds its variables: the same construction again, into the same object.
 
@@ -139,34 +121,12 @@ def rebuild(
     users_model = entry.model
     assert users_model.holds_variables
     replaced, notes = replaced_by_init(entry, limit)
-    run = altered(
-        run,
-        {
-            "call": call.text,
-            "inputs": (call.args, call.kwargs),
-            "cell": call.cell,
-            "replayed": draw is not None,
-            "notes": (*run.notes, *notes),
-        },
-    )
-    entry = replace(
-        entry,
-        built=BuiltBySession.of(recipe, run.keys),
-        update_counts={},
-        outdated=False,
-        rebuild_next=False,
-        initial_sample=model.sample(),
-        source=_source(opened, model),
-        replaced=replaced,
-    )
-    return Outcome(
-        run,
-        _stored(name, recipe, run),
-        opened,
-        entry,
-        opened=None if draw is not None else (name, opened),
-        write=lambda: users_model.become(model),
-    )
+    facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": draw is not None}
+    run = altered(run, {**facts, "notes": notes})
+    entry = _built(entry, model, recipe, run.keys, opened)
+    entry = replace(entry, update_counts={}, outdated=False, replaced=replaced)
+    opens = None if draw is not None else (name, opened)
+    return Outcome(run, _stored(name, recipe, run), opened, entry, opens, lambda: users_model.become(model))
 
 
 def _build_in(
@@ -180,18 +140,14 @@ def _build_in(
     model = adopt_built(recipe.build(keys), recipe.text)
     jax.block_until_ready(model.collections())
     seconds = clock() - start
-    held = model.state()
-    run = Run(
-        command="init",
+    run = run_of_draw(
+        "init",
+        draw,
+        model.state(),
         model=name,
-        mode="",
         call=recipe.text,
         inputs=(recipe.args, dict(recipe.kwargs)),
-        output=held,
-        seed=draw.seed,
-        draw=draw.number,
         keys=keys,
-        device=devices_of(held),
         started=started,
         program="eager",
         timing=Timing(init=seconds),
@@ -203,19 +159,22 @@ def _build_in(
     return model, run
 
 
-def _source(draw: Draw, model: ModelWithVariables) -> WeightSource:
-    return WeightSource.initialised(draw, model.collections(), in_module=True)
+def _built(
+    entry: ModelEntry, model: ModelWithVariables, recipe: Construction, keys: Mapping[str, jax.Array], draw: Draw
+) -> ModelEntry:
+    """The entry of a module that was built anew as `model`, with `keys` of `draw`."""
+    built, sample = BuiltBySession.of(recipe, keys), model.sample()
+    source = WeightSource.initialised(draw, model.collections(), in_module=True)
+    return replace(entry, built=built, rebuild_next=False, initial_sample=sample, source=source)
 
 
 def _stored(name: str, recipe: Construction, run: Run) -> StoredRun:
-    """A construction as the session keeps it."""
     pinned = tuple(arrays_in((recipe.args, recipe.kwargs)))
-    size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *pinned)))
-    return StoredRun(run, Origin(BuildRecipe(name, recipe, recipe.fingerprint(), pinned), []), size)
+    return stored_init(run, BuildRecipe(name, recipe, recipe.fingerprint(), pinned))
 
 
 def built_with(
-    old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, Any]
+    old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, jax.Array]
 ) -> tuple[ModelEntry, Registration]:
     """The module of `recipe` built with keys of an earlier draw, held against `old`."""
     model = adopt_built(recipe.build(keys), recipe.text)
@@ -232,7 +191,4 @@ def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
     recipe = entry.built.recipe
     keys = keys_of(draw, taken=taken)
     model = adopt_built(recipe.build(keys), recipe.text)
-    built, first = BuiltBySession.of(recipe, keys), model.sample()
-    return replace(
-        entry, model=model, built=built, rebuild_next=False, initial_sample=first, source=_source(draw, model)
-    )
+    return _built(replace(entry, model=model), model, recipe, keys, draw)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ..compile.initialise import merged, trace_init
+from ..base.types import PyTree
+from ..compile.compiler import Units
+from ..compile.initialise import Initialising, merged, trace_init
 from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError, did_you_mean, written
+from ..line.options import ApplyOptions
 from ..line.variant import new_key, with_arguments, without_option
 from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, MissingVariables, Model, Needs
 from ..models.calls import Arguments, Path
@@ -18,8 +21,8 @@ from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value
 from ..rng.keys import Draw, DrawBatch, shape_of_key
 
 if TYPE_CHECKING:
-    from ..line.options import ApplyOptions
     from ..state.entry import ModelEntry
+    from ..state.weights import Collections
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Call:
     """What is called, with what, and how a person wrote it."""
 
     method: Path
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[PyTree, ...]
+    kwargs: dict[str, PyTree]
     text: str
     cell: int | None = None
     command: str = "%flax_apply"
@@ -57,17 +60,17 @@ for attribute in ("__module__", "__name__", "__qualname__"):  # hosts show an er
 
 @dataclass(frozen=True)
 class BoundCall:
-    """A model in its mode, and arguments that fit.
+    """A call whose arguments fit, and the model in its mode.
 
     Attributes:
+      kwargs: the call's, with those that the mode adds.
       switch: what was set, or how it stands as written.
       mode: what was asked: `train`, `eval`, or `as written`.
     """
 
     model: Model
-    method: Path
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: Call
+    kwargs: dict[str, PyTree]
     signature: inspect.Signature
     switch: tuple[str, ...]
     mode: str
@@ -81,6 +84,11 @@ class BoundCall:
         """
         return self.mode if self.switch or "dropout" in record.queried else "as written"
 
+    def initialising(self, draw: Draw, units: Units, *, taken: bool = False) -> Initialising:
+        """The initialisation that the call of an init is."""
+        call = self.call
+        return Initialising(self.model, call.method, call.args, self.kwargs, draw=draw, units=units, taken=taken)
+
 
 def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
     """Sets the mode (`train`, `eval` or None: as written) and checks the arguments.
@@ -91,34 +99,24 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
     signature = model.signature(call.method)
     written = written_in_call(signature, call.args, call.kwargs)
     kwargs = dict(call.kwargs)
+    defaults = {key: signature.parameters[key].default for key in call_switches(signature)}
     if mode is None:
-        switch = [f"{key}={value}" for key, value in written.items() if isinstance(value, bool)]
-        for key in call_switches(signature):
-            default = signature.parameters[key].default
-            if key not in written and isinstance(default, bool):
-                switch.append(f"{key}={default}")
+        values = {**written, **{key: default for key, default in defaults.items() if key not in written}}
+        switch = [f"{key}={value}" for key, value in values.items() if isinstance(value, bool)]
         switch += model.fields_as_written()
     else:
         train = mode == "train"
         check_agreement(train, written)
-        switch = []
-        given = []
-        for key in call_switches(signature):
-            if key not in written:
-                parameter = signature.parameters[key]
-                # `merge_param`: a field that has a value forbids the argument of the same name.
-                if parameter.default is None and getattr(model.module, key, None) is not None:
-                    continue
-                kwargs[key] = value_of(key, train)
-            given.append(key)
-            switch.append(f"{key}={value_of(key, train)}")
-        in_mode, fields = model.fields_in_mode(train, fixed=frozenset(given))
-        switch += fields
+        # `merge_param`: a field that has a value forbids the argument of the same name.
+        by_field = {key for key in defaults if defaults[key] is None and getattr(model.module, key, None) is not None}
+        in_call = {key: value_of(key, train) for key in defaults if key in written or key not in by_field}
+        kwargs |= {key: value for key, value in in_call.items() if key not in written}
+        in_mode, fields = model.fields_in_mode(train, fixed=frozenset(in_call))
+        switch = [*(f"{key}={value}" for key, value in in_call.items()), *fields]
         model = in_mode if switch else model
     model, own_rngs = model.with_rngs(signature, call.args, kwargs)
-    supplied = model.supplied_arguments()
-    check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(supplied)})
-    return BoundCall(model, call.method, call.args, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
+    check_arguments(name, call, signature, {**kwargs, **dict.fromkeys(model.supplied_arguments())})
+    return BoundCall(model, call, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
 
 
 def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
@@ -133,8 +131,7 @@ def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
         if key not in written and (unset or default is inspect.Parameter.empty):
             kwargs[key] = value_of(key, train=False)
     check_arguments(name, call, signature, kwargs)
-    model = model.fields_for_init(fixed=frozenset(switches))
-    return BoundCall(model, call.method, call.args, kwargs, signature, (), "init")
+    return BoundCall(model.fields_for_init(fixed=frozenset(switches)), call, kwargs, signature, (), "init")
 
 
 def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw | DrawBatch) -> Call:
@@ -142,76 +139,63 @@ def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw |
     if not options.key:
         return call
     parameters = entry.model.signature(call.method).parameters
-    keys = {}
     for name in options.key:
         if name in call.kwargs:
             raise FlaxMagicsError(f"--key {name}: the call gives `{name}` already. Leave one of them out.")
         if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            known = ", ".join(parameters)
-            raise FlaxMagicsError(
-                f"--key {name}: {entry.name} has no argument `{name}`; it takes: {known}.",
-                hint=did_you_mean(name, parameters),
-            )
-        keys[name] = draw.stream(name)
-    return replace(call, kwargs={**call.kwargs, **keys})
+            takes = f"--key {name}: {entry.name} has no argument `{name}`; it takes: {', '.join(parameters)}."
+            raise FlaxMagicsError(takes, hint=did_you_mean(name, parameters))
+    return replace(call, kwargs={**call.kwargs, **{name: draw.stream(name) for name in options.key}})
 
 
 def request_of(
-    entry: ModelEntry,
-    bound: BoundCall,
-    draw: Draw | DrawBatch,
-    variables: Mapping[str, Any],
-    options: ApplyOptions | None = None,
+    entry: ModelEntry, bound: BoundCall, draw: Draw | DrawBatch, variables: Collections, options: ApplyOptions
 ) -> TraceRequest:
     """What a program for a call is made for, with what earlier calls of the model were found to need."""
+    method = bound.call.method
+    static = frozenset(name for of_method, name in entry.static_ints if of_method == method)
     return TraceRequest(
         entry.name,
         bound.model,
-        bound.method,
-        Arguments.of(
-            bound.args,
-            bound.kwargs,
-            bound.signature,
-            frozenset(name for method, name in entry.static_ints if method == bound.method),
-        ),
+        method,
+        Arguments.of(bound.call.args, bound.kwargs, bound.signature, static),
         variables,
         draw,
-        keyed=frozenset(() if options is None or draw.size is None else options.key),
-        mutable=frozenset(() if options is None else options.mutable),
+        keyed=frozenset(() if draw.size is None else options.key),
+        mutable=frozenset(options.mutable),
         mode=bound.mode,
-        guess=entry.known_needs.get((bound.method, bound.mode), Needs()),
+        guess=entry.known_needs.get((method, bound.mode), Needs()),
     )
 
 
-def init_shapes(name: str, model: Model, call: Call, impl: str) -> Mapping[str, Any]:
+def init_shapes(name: str, model: Model, call: Call, impl: str) -> Collections:
     """The shapes of the variables that an init by keys of `impl` would make."""
     first = prepare_init(name, model, call)
-    traced = trace_init(first.model, shape_of_key(impl), call.method, first.args, first.kwargs)
-    shapes: Mapping[str, Any] = traced.shapes
+    traced = trace_init(first.model, shape_of_key(impl), call.method, call.args, first.kwargs)
+    shapes: Collections = traced.shapes
     return shapes
 
 
-def trace_shapes(entry: ModelEntry, bound: BoundCall, call: Call, draw: Draw) -> TracedCall[None]:
+def trace_shapes(entry: ModelEntry, bound: BoundCall, draw: Draw) -> TracedCall[None]:
     """Traces a call by shapes alone, with the variables that are there, or those that an init would make.
 
     The calls of modules are noted. Of `draw` only the kind of its keys matters.
     """
+
+    def shapes() -> Collections:
+        return init_shapes(entry.name, entry.model, bound.call, draw.impl)
+
     held = entry.held
-    if held is None:
-        held = init_shapes(entry.name, entry.model, call, draw.impl)
-    request = replace(request_of(entry, bound, draw, held), noted=True)
+    request = request_of(entry, bound, draw, shapes() if held is None else held, ApplyOptions())
+    # A method may need what the first init did not make.
+    add = None if entry.model.holds_variables else lambda held: merged(held, shapes())[0]
     try:
-        if entry.model.holds_variables:
-            return trace_call(request)
-        # A method may need what the first init did not make.
-        return trace_call(
-            request, add=lambda held: merged(held, init_shapes(entry.name, entry.model, call, draw.impl))[0]
-        )
+        return trace_call(replace(request, noted=True), add=add)
     except MissingVariables as error:
         raise error.__cause__ or error from None
 
 
-def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, Any]) -> None:
+def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, PyTree]) -> None:
     """Raises BadCall where the arguments do not fit the signature: what is missing, or what is not known."""
     try:
         signature.bind(*call.args, **kwargs)
@@ -227,7 +211,6 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
             raise Idiom(argument=unknown[0])
         hint = did_you_mean(unknown[0], parameters)
         raise BadCall(f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes)
-    positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     missing = [
         p.name
         for i, p in enumerate(parameters.values())
@@ -237,19 +220,14 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
         and (p.kind is p.KEYWORD_ONLY or i >= len(call.args))
     ]
     if missing and all(key in WHEN_TRAINING for key in missing):
-        raise BadCall(
-            f"{call.text} does not say whether it trains: `{missing[0]}` has no value.",
-            **written(f"{call.command} --train {call.text}\n{call.command} --eval {call.text}"),
-        )
+        message = f"{call.text} does not say whether it trains: `{missing[0]}` has no value."
+        raise BadCall(message, **written(f"{call.command} --train {call.text}\n{call.command} --eval {call.text}"))
     if missing:
         names = " and ".join(f"`{key}`" for key in missing)
         raise BadCall(f"{function}() needs {names}, which the call does not give.", hint=takes)
-    if len(call.args) > len(positional):
-        raise BadCall(
-            f"{function}() takes {len(positional)} positional arguments, and the call gives {len(call.args)}.",
-            hint=takes,
-        )
-    raise BadCall(f"{function}(): {problem}.", hint=takes)
+    positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters.values())
+    too_many = f" takes {positional} positional arguments, and the call gives {len(call.args)}."
+    raise BadCall(f"{function}()" + (too_many if len(call.args) > positional else f": {problem}."), hint=takes)
 
 
 def _plain(signature: inspect.Signature) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import jax
 from flax import errors as flax_errors
 
-from ..base.measures import Limits, name_devices
+from ..base.measures import Limits, Timing, name_devices
 from ..compile.cache import BuiltProgram, PendingProgram, Services
-from ..compile.initialise import Initialising, made_of, merged
+from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
 from ..line.variant import Line, without_option
@@ -23,7 +24,7 @@ from ..run import InitStats
 from ..state.entry import ModelEntry
 from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
 from .call import BoundCall, Call, prepare, prepare_init, request_of, with_drawn_key, with_keys
-from .plan import Plan, RunResult, begin_program, finish_program, needs_by_shapes
+from .plan import Plan, RunResult, StartedProgram, begin_program, finish_program, needs_by_shapes
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -35,17 +36,21 @@ class ApplyRequest:
 
     Attributes:
       entry: the model as it is before.
-      call: with the keys that `--key` adds; `bound`: the same, its mode set.
       params_taken: an init took this draw's `params` key already.
     """
 
     entry: ModelEntry
     call: Call
-    bound: BoundCall
     options: ApplyOptions
     draw: Draw | DrawBatch
     services: Services
     params_taken: bool
+
+    @cached_property
+    def bound(self) -> BoundCall:
+        """The call with the keys that `--key` adds, its mode set. Raises FlaxMagicsError for a mistake in it."""
+        call = with_keys(self.entry, self.call, self.options, self.draw)
+        return prepare(self.entry.name, self.entry.model, call, self.options.mode)
 
     @property
     def op_by_op(self) -> bool:
@@ -99,43 +104,33 @@ class Execution:
         """The mode that the model ran in."""
         return self.request.bound.mode_of(self.result.trace)
 
+    @property
+    def timing(self) -> Timing:
+        """Of the run, of building its program, and of initialising."""
+        phases = {name: getattr(self.built.timing, name) for name in ("trace", "lower", "compile", "beside")}
+        return replace(self.result.timing, init=self.variables.seconds, **phases)
 
-def execute(
-    entry: ModelEntry,
-    call: Call,
-    options: ApplyOptions,
-    draw: Draw | DrawBatch,
-    services: Services,
-    *,
-    params_taken: bool,
-) -> Execution:
+
+def execute(request: ApplyRequest) -> Execution:
     """Initialises if need be, finds or builds the program, runs it and waits for the device.
-
-    Args:
-      params_taken: an init took this draw's `params` key already.
 
     Raises:
       FlaxMagicsError: a mistake in the call, or no memory. What the model raises is passed on.
     """
+    call, options, draw, services = request.call, request.options, request.draw, request.services
     if options.repeat < 1:
         raise FlaxMagicsError(f"--repeat takes a number of runs, 1 or more, not {options.repeat}.")
     if options.roofline and options.eager:
-        raise FlaxMagicsError(
-            "--roofline holds a compiled program against the machine; --eager compiles none.",
-            **written(f"{without_option(call.command, '--eager')} {call.text}"),
-        )
-    call = with_keys(entry, call, options, draw)
-    bound = prepare(entry.name, entry.model, call, options.mode)
-    request = ApplyRequest(entry, call, bound, options, draw, services, params_taken)
-    with plain_errors(call):
+        message = "--roofline holds a compiled program against the machine; --eager compiles none."
+        raise FlaxMagicsError(message, **written(f"{without_option(call.command, '--eager')} {call.text}"))
+    with plain_errors(request.bound.call):
         variables, built = _variables(request), None
         if variables is None:
             variables, built = _initialise(request)
         while True:
             try:
                 plan, built = _make_plan(request, variables, built)
-                program_for = built.request
-                result = plan.run(draw, program_for.variables, program_for.arguments.dynamic, services)
+                result = plan.run(draw, built.request.variables, built.request.arguments.dynamic, services)
                 break
             except MissingVariables as error:
                 variables, built = _with_added(request, variables, error), None
@@ -152,24 +147,22 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
     Raises:
       FlaxMagicsError: the variables that are given are none, or `--key params` asks for the key that initialises.
     """
-    entry, options, call = request.entry, request.options, request.call
+    entry, options, call = request.entry, request.options, request.bound.call
     held = None if options.variables is not None else entry.held
     if "params" in options.key and (request.params_taken or (held is None and options.variables is None)):
-        raise FlaxMagicsError(
-            f"--key params: in this draw that key initialises `{entry.name}`.",
-            **written(with_drawn_key(call, "params")),
-        )
+        message = f"--key params: in this draw that key initialises `{entry.name}`."
+        raise FlaxMagicsError(message, **written(with_drawn_key(call, "params")))
     taken = request.params_taken or "params" in options.key
     if options.variables is not None:
-        given = options.variables
+        values = options.variables
         line = Written(f"{options.line.replace('…', '{}')} {call.text}")
         if entry.model.holds_variables:
-            check_state(entry.name, given, line, entry.model.module)
-            given = entry.model.read_state(entry.name, given)
+            check_state(entry.name, values, line, entry.model.module)
+            values = entry.model.read_state(entry.name, values)
         else:
             taken = request.params_taken
-            check_collections(entry.name, given, line)
-        return RunVariables(entry, given, weights=FOR_THIS_RUN, taken=taken)
+            check_collections(entry.name, values, line)
+        return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=taken)
     if held is None:
         return None
     source = entry.source_now()
@@ -186,97 +179,74 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     The program is None where it has to be made once the variables are there: they do not tell their shapes before, or
     are not all that the call needs. Of the time until then, tracing both counts as trace, the rest as init.
     """
-    entry, call, draw, services = request.entry, request.call, request.draw, request.services
+    entry, draw, services = request.entry, request.draw, request.services
     services.on_phase(f"initialising {entry.name}")
-    bound = prepare_init(entry.name, entry.model, call)
+    init = prepare_init(entry.name, entry.model, request.bound.call)
     since = services.clock()
     # An init that the session opened and whose variables were dropped since has used this key already.
-    making = Initialising(
-        bound.model,
-        call.method,
-        bound.args,
-        bound.kwargs,
-        draw=draw.first,
-        units=services.programs.units,
-        taken=request.params_taken,
-    )
-    begun: PendingProgram | BuiltProgram | None = None
-    if making.expected is not None and not request.op_by_op:
+    initialising = init.initialising(draw.first, services.programs.units, taken=request.params_taken)
+    program: StartedProgram | None = None
+    if initialising.expected is not None and not request.op_by_op:
         # The one thread traces the run, and another compiles meanwhile.
-        making.begin()
+        initialising.begin()
         with contextlib.suppress(MissingVariables):
-            wanted = request_of(entry, request.bound, draw, making.expected, request.options)
-            begun = begin_program(wanted, services, since)
-        if isinstance(begun, PendingProgram):
+            wanted = request_of(entry, request.bound, draw, initialising.expected, request.options)
+            program = begin_program(wanted, services, since)
+        if isinstance(program, PendingProgram):
             since = services.clock()
         # What the program takes to compile is what has to be waited for, so it comes before many small ones.
-        making.begin(rest=True)
+        initialising.begin(rest=True)
         services.on_phase(f"initialising {entry.name}")
-    values, made = making.finish()
+    values, record = initialising.finish()
     seconds = services.clock() - since
     source = WeightSource.initialised(draw.first, values)
-    entry = replace(entry, variables=values, init=made, update_counts={}, outdated=False, source=source)
-    weights = source.describe(draw.first.seed)
+    entry, weights = entry.with_variables(values, source, record), source.describe(draw.first.seed)
     variables = RunVariables(entry, values, made_of(values), seconds, weights, taken=True)
-    return variables, None if begun is None else finish_program(begun, services, values)
+    return variables, None if program is None else finish_program(program, services, values)
 
 
 def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:
     """Adds the variables that a method needs and the first init did not make, from the first init's key."""
-    entry, call, clock = variables.entry, request.call, request.services.clock
+    entry, call, clock = variables.entry, request.bound.call, request.services.clock
     if request.options.variables is not None or (variables.made is not None and variables.made.added):
         raise error.__cause__ or error
     first = request.draw.first
     key = entry.init.key if entry.init is not None else first.stream("params", taken=variables.taken)
-    bound = prepare_init(entry.name, entry.model, call)
-    model = bound.model
-    assert not model.holds_variables  # an NNX module lacks none
+    init = prepare_init(entry.name, entry.model, call)
+    assert not init.model.holds_variables  # an NNX module lacks none
     begin = clock()
-    fresh = model.init(key, call.method, bound.args, bound.kwargs)
-    jax.block_until_ready(fresh)
+    fresh = jax.block_until_ready(init.model.init(key, call.method, call.args, init.kwargs))
     seconds = clock() - begin
     values, added = merged(variables.values, fresh)
     if not jax.tree_util.tree_leaves(added):
         raise error.__cause__ or error
-    source = entry.source and entry.source.over(values)
-    entry = replace(entry, variables=values, source=source)
+    entry = replace(entry, variables=values, source=entry.source and entry.source.over(values))
     return replace(variables, entry=entry, values=values, made=made_of(added, added=True), seconds=seconds, taken=True)
 
 
 def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgram | None) -> tuple[Plan, BuiltProgram]:
     """How the call runs with variables that are there, by the program that is built, or else found or built now."""
-    services, options = request.services, request.options
+    bound, services, options = request.bound, request.services, request.options
     traced = None
     if built is None:
-        wanted = request_of(variables.entry, request.bound, request.draw, variables.values, options)
+        wanted = request_of(variables.entry, bound, request.draw, variables.values, options)
         if request.op_by_op:
             traced = needs_by_shapes(wanted)
             built = BuiltProgram(None, traced.request, None, "eager")
         else:
             built = finish_program(begin_program(wanted, services), services)
-    program = built.program
-    if program is not None:
-        needs, trace = program.needs, program.trace
-    else:
-        assert traced is not None
-        needs, trace = traced.needs, traced.trace
-    plan = Plan(
-        request.entry.name, request.bound.model, request.call.text, options, variables.taken, program, needs, trace,
-        None if traced is None else built.request,
-    )  # fmt: skip
-    return plan, built
+    body = built.program or traced
+    assert body is not None
+    return Plan(request.entry.name, bound.model, bound.call.text, options, variables.taken, body), built
 
 
-class plain_errors:
+@dataclass
+class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
     """Turns what no frame of the user's explains into one short message; everything else passes as it is."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    call: Call
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, flax_errors.InvalidRngError):
             raise _kept_out(error) from None
         if error is not None and is_out_of_memory(error):
@@ -287,10 +257,8 @@ def _kept_out(error: Exception) -> FlaxMagicsError:
     """Every stream is fed, so a stream can be missing only inside a transform that keeps it out."""
     first = str(error).split(" (https")[0].rstrip(".")
     stream = next(iter(re.findall(r'PRNG for "(\w+)"', first)), "…")
-    return FlaxMagicsError(
-        f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on.",
-        edit=f"split_rngs={{'{stream}': True, …}}",
-    )
+    message = f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on."
+    return FlaxMagicsError(message, edit=f"split_rngs={{'{stream}': True, …}}")
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:
@@ -298,10 +266,8 @@ def _check_keys(request: ApplyRequest, result: RunResult) -> None:
     both = sorted(set(request.options.key) & result.needs.streams)
     if both:
         name = request.entry.name
-        raise FlaxMagicsError(
-            f"{name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice.",
-            **written(with_drawn_key(request.call, both[0])),
-        )
+        message = f"{name} draws from the stream `{both[0]}` itself: passed as an argument its key would be used twice."
+        raise FlaxMagicsError(message, **written(with_drawn_key(request.bound.call, both[0])))
 
 
 def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
@@ -310,10 +276,8 @@ def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
     The state of the random streams alone may be written: it stays as after the last of them.
     """
     name, line = request.entry.name, request.line
-    one = line.without_option("--draws", "[0-9]+")
-    one_by_one = f"for _ in range({size}):\n    {one}"
-    commit = request.bound.model.commit(result.updates, result.trace)
-    changed = commit.changed
+    one_by_one = f"for _ in range({size}):\n    {line.without_option('--draws', '[0-9]+')}"
+    changed = request.bound.model.commit(result.updates, result.trace).changed
     if result.trace.structure is not None and not changed:
         changed = ("its own structure",)
     if changed:
@@ -324,15 +288,12 @@ def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
             **written(one_by_one),
         )
     if ARGUMENTS in result.updates:
-        raise FlaxMagicsError(
-            f"{line.call} passes rngs of its own: they would give all {size} draws the same keys.",
-            **written(str(line.without_argument("rngs") or one_by_one)),
-        )
+        message = f"{line.call} passes rngs of its own: they would give all {size} draws the same keys."
+        raise FlaxMagicsError(message, **written(str(line.without_argument("rngs") or one_by_one)))
 
 
 def _limits(result: RunResult, built: BuiltProgram, services: Services) -> Limits:
     """What one of the devices reaches, in the dtype that most of the variables have."""
     device = min(devices_in((result.output, result.updates)), key=lambda device: device.id)
     services.on_phase(f"measuring what {name_devices({device})} reaches")
-    request = built.request
-    return limits(device, dtype_of(request.variables, request.arguments.dynamic), services.clock)
+    return limits(device, dtype_of(built.request.variables, built.request.arguments.dynamic), services.clock)

@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 from flax.core import unfreeze
@@ -19,18 +18,13 @@ from flax.core import unfreeze
 from ..errors import FlaxMagicsError
 from ..models.base import FLAX_ARGUMENTS, Idiom, Model
 from ..models.switch import call_switches, written_in_call
+from ..state.weights import Collections
 from .call import BadCall, Call, init_shapes, of_module
 
 INIT, APPLY, SUMMARY, CHECK = "%flax_init", "%flax_apply", "%flax_summary", "--check"
 
-COMMANDS = {
-    "init": (INIT, "rngs"),
-    "init_with_output": (INIT, "rngs"),
-    "lazy_init": (INIT, "rngs"),
-    "apply": (APPLY, "variables"),
-    "tabulate": (SUMMARY, "rngs"),
-}
-"""A method of Flax's own → the command in its place, and its first argument, which the session gives."""
+COMMANDS = {**dict.fromkeys(("init", "init_with_output", "lazy_init"), INIT), "apply": APPLY, "tabulate": SUMMARY}
+"""A method of Flax's own → the command in its place."""
 
 BOUND = frozenset(
     {"variable", "param", "has_variable", "get_variable", "put_variable", "is_mutable_collection", "has_rng", "sow"}
@@ -40,7 +34,7 @@ BOUND = frozenset(
 
 
 @dataclass(frozen=True)
-class Translation:
+class Translation(contextlib.AbstractContextManager["Translation"]):
     """A block that runs a call of the model: an error that comes of Flax's own words becomes one that says the command.
 
     Attributes:
@@ -50,12 +44,9 @@ class Translation:
     name: str
     model: Model
     call: Call
-    variables: Mapping[str, Any] | None
+    variables: Collections | None
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Idiom):
             raise (self._of_method(error) if error.method else self._of_argument(error.argument)) from None
         method, module = self.call.method, self.model.module
@@ -75,28 +66,28 @@ class Translation:
     # -- Flax's own methods
 
     def _of_method(self, error: Idiom) -> FlaxMagicsError:
-        call, method, own = self.call, error.method, f"`{self._function}` is Flax's own"
+        call, method, what = self.call, error.method, f"`{self._function}` is Flax's own"
         if method in COMMANDS:
-            return self._of_command(*COMMANDS[method])
+            return self._of_command(COMMANDS[method])
         if method == "make_rng":
             named = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, str)]
             stream = named[0] if named and named[0].isidentifier() else "params"
-            said = f"{own} and draws inside the model: outside, %flax_key draws."
+            said = f"{what} and draws inside the model: outside, %flax_key draws."
             return self._error(said, [f"{stream}_key = %flax_key {stream}"], f"session.key('{stream}')")
         if method in ("variables", "get_variable", "has_variable") and error.linen and self.variables is not None:
-            said = f"{own} and looks at variables inside the model: outside, %flax_vars gives them."
+            said = f"{what} and looks at variables inside the model: outside, %flax_vars gives them."
             return self._error(said, [f"%flax_vars {self.name}"], f"session.models['{self.name}'].variables")
         inside = method in BOUND or method.startswith("_") or len(call.method) > 1
         if method in ("sow", "perturb") or (error.linen and inside):
-            said = f"{own} and for the code inside the model: a command runs a method of the model."
+            said = f"{what} and for the code inside the model: a command runs a method of the model."
             form = f"session.apply('{self.name}', …)" if not call.is_text else f"%flax_apply {self.name}(…)"
             return FlaxMagicsError(said, form=form)
-        said = f"{own} and needs no command: a command runs a method of the model."
+        said = f"{what} and needs no command: a command runs a method of the model."
         return self._error(said, [call.text], f"session.models['{self.name}'].module.{'.'.join(call.method)}(…)")
 
-    def _of_command(self, command: str, given: str) -> FlaxMagicsError:
-        """For a method that a command stands for: the same call without the argument that the session gives."""
-        what = "variables and keys" if command == APPLY else "a key"
+    def _of_command(self, command: str) -> FlaxMagicsError:
+        """For a method that a command stands for: the same call without its first argument, which the session gives."""
+        what, argument = ("variables and keys", "variables") if command == APPLY else ("a key", "rngs")
         said = f"`{self._function}` is Flax's own, and {command} is the command for it: the session gives {what}."
         form = f"session.{command.removeprefix('%flax_')}('{self.name}', …)"
         call, tree = self.call, _tree(self.call)
@@ -104,11 +95,10 @@ class Translation:
             return self._error(said, [], form)
         if call.command != CHECK and not call.command.startswith(command):
             call = replace(call, command=command)
-        *_, tree.func = _attributes(tree.func)
-        tree.keywords = [keyword for keyword in tree.keywords if keyword.arg != given]
-        starred = bool(tree.args) and isinstance(tree.args[0], ast.Starred)
-        tree.args = tree.args[1:]
-        line = None if starred else _line(call, tree, None)
+        tree.func = tree.func.value if isinstance(tree.func, ast.Attribute) else tree.func
+        tree.keywords = [keyword for keyword in tree.keywords if keyword.arg != argument]
+        first, tree.args = tree.args[:1], tree.args[1:]
+        line = None if first and isinstance(first[0], ast.Starred) else _line(call, tree, None)
         return self._error(said, [line or call.text], form)
 
     # -- arguments of Flax's `apply` and `init`
@@ -117,10 +107,8 @@ class Translation:
         said = f"{self._function}() has no argument `{argument}`: {FLAX_ARGUMENTS[argument]}."
         tree = _tree(self.call)
         line = None if tree is None else _line(self.call, tree, self.model.module)
-        lines = self._plain_flax() if line is None else [line]
-        return self._error(
-            said, lines, f"session.{'init' if 'init' in self.call.command else 'apply'}('{self.name}', …)"
-        )
+        verb = "init" if "init" in self.call.command else "apply"
+        return self._error(said, self._plain_flax() if line is None else [line], f"session.{verb}('{self.name}', …)")
 
     def _plain_flax(self) -> list[str]:
         """The call by hand, for what no command has an option for."""
@@ -165,12 +153,9 @@ class Translation:
         if command.startswith((APPLY, SUMMARY)) and not {"--train", "--eval"} & set(command.split()):
             signature = self.model.signature(self.call.method)
             given = written_in_call(signature, self.call.args[1:], self.call.kwargs)
-            needed = [
-                name
-                for name in call_switches(signature)
-                if signature.parameters[name].default is inspect.Parameter.empty
-            ]
-            command += " --eval" if set(needed) - set(given) else ""
+            missing = set(call_switches(signature)) - set(given)
+            needed = any(signature.parameters[name].default is inspect.Parameter.empty for name in missing)
+            command += " --eval" * needed
         lines = [f"{command} {ast.unparse(tree)}"]
         if command.startswith(APPLY):
             lines.append(f"{command} --variables {_one_word(first)} {ast.unparse(tree)}")
@@ -194,12 +179,7 @@ def _tree(call: Call) -> ast.Call | None:
     return tree
 
 
-def _attributes(function: ast.expr) -> list[ast.expr]:
-    """`net.encoder.apply` → itself and `net.encoder`."""
-    return [function, function.value] if isinstance(function, ast.Attribute) else [function]
-
-
-def _line(call: Call, tree: ast.Call, module: Any) -> str | None:
+def _line(call: Call, tree: ast.Call, module: object) -> str | None:
     """The command with each argument of Flax's as the option or the method that says it; None where there is none.
 
     Args:
@@ -228,7 +208,7 @@ def _line(call: Call, tree: ast.Call, module: Any) -> str | None:
     return f"{' '.join(words)} {ast.unparse(tree)}"
 
 
-def _method(value: Any, module: Any) -> str | None:
+def _method(value: object, module: object) -> str | None:
     """The name under which `method=value` is written as a call: empty for the call itself, None for a function besides."""
     if value is None or isinstance(value, str):
         return value or ""
@@ -245,5 +225,5 @@ def _one_word(node: ast.expr) -> str:
     return text if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript, ast.Dict, ast.Call)) else f"({text})"
 
 
-def _structure(variables: Mapping[str, Any]) -> Any:
+def _structure(variables: Collections) -> jax.tree_util.PyTreeDef:
     return jax.tree_util.tree_structure(unfreeze(dict(variables)))

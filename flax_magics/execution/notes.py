@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import jax
 import numpy as np
 
-from ..base.digest import data_of, has_nan
+from ..base.digest import data_of, has_nan, is_key
 from ..base.text import join
+from ..base.types import Leaf
 from ..errors import nearest, written
 from ..line.variant import Line, as_array, new_key
 from ..models.base import CallTrace, KeyUse
@@ -19,7 +19,7 @@ from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, Layer, following
 from ..rng.keys import SeenKeys
 from ..run import RELEASED, Note, Run, altered
-from ..state.weights import FOR_THIS_RUN
+from ..state.weights import FOR_THIS_RUN, Collections
 from .call import BoundCall
 
 KNOWN_STREAMS = ("params", "dropout", "default")
@@ -32,9 +32,8 @@ OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new 
 
 def outdated_own(name: str) -> Note:
     """The same of an NNX module that the user's own code built."""
-    return Note(
-        "outdated", "variables from before the edit: its cell again after `del` gives new ones", write=f"del {name}"
-    )
+    text = "variables from before the edit: its cell again after `del` gives new ones"
+    return Note("outdated", text, write=f"del {name}")
 
 
 def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace) -> Iterator[Note]:
@@ -67,12 +66,10 @@ def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace) -> Ite
 def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
     option = "--train" if training else "--eval"
     first = layers[0]
-    names = join(first.path) if len(layers) == 1 else f"{join(first.path)} and {len(layers) - 1} more"
-    verb = "is" if len(layers) == 1 else "are"
-    if kind == "dropout":
-        state = "off" if training else "on"
-    else:
-        state = "using running averages" if training else "using the batch's own statistics"
+    are = "is" if len(layers) == 1 else f"and {len(layers) - 1} more are"
+    in_evaluation = {"dropout": "off", "norm": "using running averages"}
+    in_training = {"dropout": "on", "norm": "using the batch's own statistics"}
+    state = (in_evaluation if training else in_training)[kind]
     value = f"{first.switch}={first.value}"
     if first.source.literal:
         why = f"{value} is fixed in {first.owner}"
@@ -81,7 +78,7 @@ def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
     else:
         why = f"{first.switch} was {first.value} in {first.owner}"
     edit = following(first.switch, first.own_switch, first.method)
-    return Note(kind, f"{names} {verb} {state} although {option} was asked: {why}", edit=edit)
+    return Note(kind, f"{join(first.path)} {are} {state} although {option} was asked: {why}", edit=edit)
 
 
 def of_streams(record: CallTrace, told: Container[str]) -> Iterator[Note]:
@@ -91,14 +88,11 @@ def of_streams(record: CallTrace, told: Container[str]) -> Iterator[Note]:
             continue
         where = join(paths[0]) + (f" and {len(set(paths)) - 1} more" if len(set(paths)) > 1 else "")
         close = nearest(name, KNOWN_STREAMS, 1)
-        if close:
-            text = f"the stream `{name}` is asked for by {where}: is `{close[0]}` meant?"
-        else:
-            text = f"the stream `{name}` is asked for by {where}: it gets a key of its own from the draw"
-        yield Note("stream", text)
+        what = f"is `{close[0]}` meant?" if close else "it gets a key of its own from the draw"
+        yield Note("stream", f"the stream `{name}` is asked for by {where}: {what}")
 
 
-def of_params(variables: Mapping[str, Any]) -> Iterator[Note]:
+def of_params(variables: Collections) -> Iterator[Note]:
     """Params, just initialised, that hold NaN, or that are zero throughout.
 
     A layer may begin at zero, and so may a model that has nothing but biases: a weight of two dimensions or more has to
@@ -112,7 +106,7 @@ def of_params(variables: Mapping[str, Any]) -> Iterator[Note]:
             continue
         # On a CPU NumPy reads the array where it is, and compiles nothing.
         on_host = all(device.platform == "cpu" for device in leaf.devices())
-        values: Any = np.asarray(leaf) if on_host else leaf
+        values: Leaf = np.asarray(leaf) if on_host else leaf
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         if bool((values != values).any()):
             text = f"{join(names)} holds NaN after init: look at its initializer"
@@ -129,10 +123,8 @@ def of_params(variables: Mapping[str, Any]) -> Iterator[Note]:
 def _initializer(path: list[str], ndim: int) -> str:
     """How a layer of Flax is told to initialise a parameter; one of the user's own names its initializer itself."""
     name = path[-1] if path else "kernel"
-    initializer = {"bias": "zeros", "scale": "ones"}.get(name)
-    initializer = f"jax.nn.initializers.{initializer}" if initializer else ""
-    initializer = initializer or f"jax.nn.initializers.{'lecun_normal' if ndim >= 2 else 'normal'}()"
-    return f"{name}_init={initializer}" if name in INITIALISED else initializer
+    initializer = {"bias": "zeros", "scale": "ones"}.get(name, "lecun_normal()" if ndim >= 2 else "normal()")
+    return f"{name}_init=" * (name in INITIALISED) + f"jax.nn.initializers.{initializer}"
 
 
 def of_scalars(dtypes: Mapping[str, str], line: Line) -> Iterator[Note]:
@@ -142,14 +134,14 @@ def of_scalars(dtypes: Mapping[str, str], line: Line) -> Iterator[Note]:
         yield Note("scalar", text, **as_array(line, name, dtype))
 
 
-def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str], line: Line) -> Iterator[Note]:
+def of_unused(switch: Iterable[str], keys: Iterable[str], unused: Container[str], line: Line) -> Iterator[Note]:
     """Keys in the call that the program does not read. In evaluation that is as it should be."""
     for setting in switch:
         path, _, value = setting.partition("=")
         name = path.rpartition(".")[2]
         if name in WHEN_TRAINING and value != str(WHEN_TRAINING[name]):
             return
-    for name in given:
+    for name in keys:
         if name in unused:
             text = f"the key `{name}` is passed, and nothing in the model uses it"
             parameter = line.signature.parameters.get(name)
@@ -157,10 +149,8 @@ def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str
             shorter = line.without_option("--key", name)
             if shorter == line:
                 shorter = line.without_argument(name) or line
-            if optional and shorter != line:
-                yield Note("unused key", text, **written(str(shorter)))
-            else:
-                yield Note("unused key", text, edit=f"jax.random.normal({name}, …)")
+            used = {"edit": f"jax.random.normal({name}, …)"}
+            yield Note("unused key", text, **(written(str(shorter)) if optional and shorter != line else used))
 
 
 def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterator[Note]:
@@ -181,20 +171,14 @@ def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterat
             yield Note("mutable", text, **written(str(corrected)))
 
 
-def of_rngs(own: bool, record: CallTrace) -> Iterator[Note]:
-    """The call has `rngs` of the user's, so that what the session drew is for the streams that the model holds, if any."""
-    if own and not record.asked:
-        yield Note("rngs", "rngs: yours, draw unused")
-
-
 def with_values(run: Run) -> Run:
     """The run, with the sharp bit that its output holds NaN, where no other tells of it. Reads all of the output."""
     if any(note.kind in ("nan", "nan params") for note in run.notes) or not any(values.nan for values in run.values):
         return run
     text = f"the output of {run.model} holds NaN"
-    if run.inputs is not RELEASED and has_nan(run.inputs):
-        return altered(run, {"notes": (*run.notes, Note("nan", f"{text}, and so does its input"))})
-    return altered(run, {"notes": (*run.notes, Note("nan", text, **_finding_nan(run)))})
+    from_input = run.inputs is not RELEASED and has_nan(run.inputs)
+    note = Note("nan", f"{text}, and so does its input") if from_input else Note("nan", text, **_finding_nan(run))
+    return altered(run, {"notes": (*run.notes, note)})
 
 
 def without_inputs(run: Run) -> Run:
@@ -209,21 +193,24 @@ def _finding_nan(run: Run) -> dict[str, str]:
     if by_key or run.inputs is RELEASED or run.draws is not None or run.weights == FOR_THIS_RUN:
         return {}
     mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
-    lines = f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}"
-    return {"form" if "…" in run.call else "write": lines}
+    return written(f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}")
 
 
-def keys_in(arguments: Arguments, seen: SeenKeys) -> Iterator[tuple[str, bytes]]:
-    """Names and data of the arguments that are keys: typed ones, and legacy ones that are known as keys."""
-    for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
-        if not traced or not isinstance(leaf, jax.Array):
-            continue
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            if leaf.ndim == 0:
-                yield name, data_of(leaf)
-        elif leaf.dtype == "uint32" and leaf.shape in ((2,), (4,)):
+def may_be_key(leaf: Leaf) -> bool:
+    """Whether a leaf is an array of typed keys, or has the dtype and a shape of legacy ones."""
+    return isinstance(leaf, jax.Array) and (is_key(leaf) or (leaf.dtype == "uint32" and leaf.shape in ((2,), (4,))))
+
+
+def keys_in(arguments: Arguments, seen: SeenKeys, but: Container[str]) -> Iterator[tuple[str, bytes]]:
+    """Names and data of the arguments that are keys: typed ones, and legacy ones that are known as keys.
+
+    Args:
+      but: names that are left out.
+    """
+    for name, leaf in arguments.dynamic.items():
+        if name not in but and may_be_key(leaf) and not (is_key(leaf) and leaf.ndim):
             data = data_of(leaf)
-            if data in seen.roots or data in seen.runs:
+            if is_key(leaf) or data in seen.roots or data in seen.runs:
                 yield name, data
 
 
@@ -261,35 +248,30 @@ NAMED = 4
 OTHER_KEY = "another key, by its place in the model"
 
 
-def compare(draw: int, was: CallTrace, now: CallTrace) -> Iterator[Note]:
-    """What is to be said of a run with the keys of `draw`, whose own run saw `was`.
+def compare(draw: int, earlier: CallTrace | None, trace: CallTrace) -> Iterator[Note]:
+    """What is to be said of a run with the keys of `draw`, whose own run saw `earlier`.
 
     A mask is the same where the key is made of the same and the shape and the rate agree. Where a module draws with a key
     itself, what it draws is not known: then only where it took the key is compared, and nothing is claimed of the rest.
     Inside a transform an equal path and shape may still be another mask, unless both runs are of one trace.
     """
-    if was is now:
-        return
     # A record without them is of a run that could not be watched so closely.
-    if not (was.takes or now.takes):
+    if earlier is None or earlier is trace or not (earlier.takes or trace.takes):
         return
-    old, new = _by_place(was.takes), _by_place(now.takes)
-    both = [place for place in new if place in old]
-    texts = {place: _apart(old[place], new[place]) for place in both}
-    said = [*_differing(texts)]
-    only = [place for place in new if place not in old]
-    missing = [place for place in old if place not in new]
+    old, new = _by_place(earlier.takes), _by_place(trace.takes)
+    texts = {place: _apart(old[place], new[place]) for place in new if place in old}
+    differences = [*_differing(texts)]
+    only, missing = ([place for place in one if place not in other] for one, other in ((new, old), (old, new)))
     if only and old:
-        said.append(f"{_names(only)}: not in draw {draw}'s run")
+        differences.append(f"{_names(only)}: not in draw {draw}'s run")
     if missing and new:
-        said.append(f"{_names(missing)}: in draw {draw}'s run alone")
-    if said:
-        yield Note("masks", f"other random numbers than in draw {draw} at {'; '.join(said)}")
-    inside = [place for place in both if not texts[place] and (old[place].inside or new[place].inside)]
+        differences.append(f"{_names(missing)}: in draw {draw}'s run alone")
+    if differences:
+        yield Note("masks", f"other random numbers than in draw {draw} at {'; '.join(differences)}")
+    inside = [place for place, text in texts.items() if not text and (old[place].inside or new[place].inside)]
     if inside:
-        yield Note(
-            "masks", f"random numbers drawn inside a transform may differ from those of draw {draw}: {_names(inside)}"
-        )
+        text = f"random numbers drawn inside a transform may differ from those of draw {draw}: {_names(inside)}"
+        yield Note("masks", text)
 
 
 _Place = tuple[str, Path, int]
@@ -329,12 +311,9 @@ def _apart(old: KeyUse, new: KeyUse) -> str:
         return ""
     (old_shape, old_rate), (new_shape, new_rate) = old.drew, new.drew
     if old_shape != new_shape:
-        return f"{_shape(old_shape)} there, {_shape(new_shape)} here"
+        there, here = (f"[{','.join(map(str, shape))}]" for shape in (old_shape, new_shape))
+        return f"{there} there, {here} here"
     return f"rate {old_rate:g} there, {new_rate:g} here" if old_rate != new_rate else ""
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return f"[{','.join(map(str, shape))}]"
 
 
 def _names(places: list[_Place]) -> str:

@@ -6,11 +6,12 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from ..base.measures import Steady, Timing
+from ..base.types import Leaf, PyTree
 from ..compile import reasons
 from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
 from ..compile.limits import is_out_of_memory, out_of_memory
@@ -22,6 +23,7 @@ from ..run import altered
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
     from ..state.entry import ApplyRecipe
+    from ..state.weights import Collections
 
 _NO_TIME = Timing()
 
@@ -37,9 +39,9 @@ class RunResult(NamedTuple):
       needs, trace: those of the plan; a run op by op may find out more.
     """
 
-    output: Any
-    updates: dict[str, Any]
-    sown: dict[str, Any]
+    output: PyTree
+    updates: dict[str, PyTree]
+    sown: dict[str, PyTree]
     timing: Timing
     needs: Needs
     trace: CallTrace
@@ -53,7 +55,7 @@ class Plan:
       model: in its mode.
       text: the call as it was written.
       taken: the draw's `params` key goes into variables: a stream of that name is another, see `Draw.stream`.
-      program: None where the model runs op by op; then `op_by_op` is what runs.
+      body: what runs: the program, or for a model that runs op by op its call as it was traced by shapes.
     """
 
     name: str
@@ -61,16 +63,18 @@ class Plan:
     text: str
     options: ApplyOptions
     taken: bool
-    program: Program | None
-    needs: Needs
-    trace: CallTrace
-    op_by_op: TraceRequest | None = None
+    body: Program | TracedCall[None]
 
     @classmethod
     def of_recipe(cls, recipe: ApplyRecipe, program: Program, text: str) -> Plan:
         """The plan of a run that is run again by the very program that ran it, once."""
         options = replace(recipe.options, repeat=1, roofline=False)
-        return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program, program.needs, program.trace)
+        return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program)
+
+    @cached_property
+    def program(self) -> Program | None:
+        """None where the model runs op by op."""
+        return self.body if isinstance(self.body, Program) else None
 
     @cached_property
     def runs(self) -> int:
@@ -80,7 +84,7 @@ class Plan:
     @cached_property
     def streams(self) -> tuple[str, ...]:
         """Streams of which a run is given the key."""
-        return tuple(sorted(self.needs.streams))
+        return tuple(sorted(self.body.needs.streams))
 
     def key_names(self, needs: Needs) -> dict[str, tuple[str, bool]]:
         """The keys of a Run (see `RunKeys`) that turned out to need `needs`."""
@@ -93,9 +97,9 @@ class Plan:
         self,
         draw: Draw | DrawBatch,
         variables: Variables,
-        arguments: Mapping[str, Any],
+        arguments: Mapping[str, Leaf],
         services: Services,
-        pending: Any = None,
+        pending: PyTree = None,
     ) -> RunResult:
         """Runs once, or as often as the options say, and waits for the device. Changes nothing.
 
@@ -107,8 +111,9 @@ class Plan:
         Raises:
           FlaxMagicsError: there was no memory. What the model raises is passed on.
         """
-        program, needs, trace, taken, runs = self.program, self.needs, self.trace, self.taken, self.runs
+        program, body, taken, runs = self.program, self.body, self.taken, self.runs
         programs, clock, on_phase = services.programs, services.clock, services.on_phase
+        needs, trace = body.needs, body.trace
         keys = {name: draw.words(name, taken=taken and name == "params") for name in self.streams}
         begin = free = clock()
         if pending is None:
@@ -123,7 +128,7 @@ class Plan:
         start = clock()
         wait = start - free
         times: list[float] = []
-        first: Any = None
+        first: PyTree = None
         while True:
             try:
                 if program is not None:
@@ -149,38 +154,37 @@ class Plan:
             return RunResult(output, updates, {}, timing, needs, trace)
         return RunResult(*_parted(output, updates, trace, self.options.mutable), timing, needs, trace)
 
-    def _run_op_by_op(self, needs: Needs, services: Services) -> tuple[Any, Needs, CallTrace]:
+    def _run_op_by_op(self, needs: Needs, services: Services) -> tuple[PyTree, Needs, CallTrace]:
         """As by hand. Gives what the model turned out to need too, which the next run is given at once."""
-        request, unfinished = self.op_by_op, services.programs.unfinished
-        assert request is not None
+        traced, unfinished = self.body, services.programs.unfinished
+        assert isinstance(traced, TracedCall)
+        request, draw = traced.request, traced.request.draw
         while True:
             seen = CallTrace()
-            keys = {
-                name: request.draw.stream(name, taken=self.taken and name == "params") for name in sorted(needs.streams)
-            }
+            keys = {name: draw.stream(name, taken=self.taken and name == "params") for name in sorted(needs.streams)}
             try:
                 output, updates = running(request, needs, seen)(request.variables, keys, request.arguments.dynamic)
             except Incomplete:
                 needs = needs.and_what(seen)
                 continue
-            result = output, leave_out(updates, self.trace.unchanged)
+            result = output, leave_out(updates, traced.trace.unchanged)
             unfinished.wait = functools.partial(jax.block_until_ready, result)
             jax.block_until_ready(result)
             jax.effects_barrier()
             unfinished.wait = None
-            return result, needs, seen.with_what(self.trace)
+            return result, needs, seen.with_what(traced.trace)
 
 
-def _last(tree: Any) -> Any:
+def _last(tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map(lambda leaf: leaf[-1], tree)
 
 
 def _parted(
-    output: Any, updates: Mapping[str, Any], trace: CallTrace, mutable: tuple[str, ...]
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    output: PyTree, updates: Collections, trace: CallTrace, mutable: tuple[str, ...]
+) -> tuple[PyTree, dict[str, PyTree], dict[str, PyTree]]:
     """The output as it is handed back, what the run wrote, and what it sowed."""
     updates = dict(updates)
-    sown: dict[str, Any] = dict(updates.pop(SOWN, {}))
+    sown: dict[str, PyTree] = dict(updates.pop(SOWN, {}))
     for name in trace.sown:
         if name in updates:
             sown[name] = updates.pop(name)
@@ -202,9 +206,11 @@ def needs_by_shapes(request: TraceRequest) -> TracedCall[None]:
     return TracedCall(request, None, None, needs, CallTrace())
 
 
-def begin_program(
-    request: TraceRequest, services: Services, since: float | None = None
-) -> PendingProgram | BuiltProgram:
+StartedProgram = PendingProgram | BuiltProgram
+"""One that is being compiled, or was there."""
+
+
+def begin_program(request: TraceRequest, services: Services, since: float | None = None) -> StartedProgram:
     """Finds the program, or traces and lowers it and has it compiled. The variables may be shapes.
 
     Args:
@@ -213,9 +219,7 @@ def begin_program(
     return services.programs.start(request, lambda phase: services.on_phase(f"{phase} {request.name}"), since)
 
 
-def finish_program(
-    begun: PendingProgram | BuiltProgram, services: Services, variables: Variables | None = None
-) -> BuiltProgram:
+def finish_program(begun: StartedProgram, services: Services, variables: Variables | None = None) -> BuiltProgram:
     """Waits until the program is compiled, and says why it is new.
 
     Args:

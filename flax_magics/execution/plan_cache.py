@@ -8,20 +8,22 @@ is there now. Where anything differs everything is found out, as if nothing had 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from operator import call as call_it
 from operator import is_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from ..base.digest import own
 from ..base.measures import Timing
+from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
 from ..code.library import library
 from ..compile.cache import KEPT, LastCall, Services
-from ..compile.compiler import settings
+from ..compile.compiler import keep, settings
 from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
 from ..models.calls import signature_of
@@ -29,13 +31,16 @@ from ..run import RELEASED, Run, like
 from ..state.entry import ApplyRecipe, ModelEntry, Origin
 from ..state.runs import StoredRun
 from .call import Call
+from .notes import may_be_key
 from .plan import Plan
 from .record import Applied
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 SMALL = 65_536
 """Bytes."""
-_KEY_SHAPES = ((2,), (4,))
+
+WeakLeaf = Callable[[], Leaf]
+"""Gives a leaf that is held weakly, None once it is gone."""
 
 
 class Inputs(NamedTuple):
@@ -48,13 +53,13 @@ class Inputs(NamedTuple):
       pending: what may not be there yet.
     """
 
-    kwargs: dict[str, Any]
-    arguments: dict[str, Any]
+    kwargs: dict[str, PyTree]
+    arguments: dict[str, Leaf]
     same: bool
     variables: Variables
-    leaves: list[Any]
-    fresh: list[Any]
-    pending: Any
+    leaves: list[Leaf]
+    fresh: list[Leaf]
+    pending: PyTree
 
 
 @dataclass(eq=False)
@@ -62,9 +67,9 @@ class LastRun:
     """The last run of a line: its plan, and what that depends on.
 
     Attributes:
-      given: the registered model, whose guards tell of an edit; the plan's was made of it by setting its mode, and is
+      registered: the registered model, whose guards tell of an edit; the plan's was made of it by setting its mode, and is
         nobody else's.
-      print: the key of the registered one.
+      key: the cache key of the registered one.
       library: the edition of Flax's own code.
       leaves: for each leaf of the arguments its name, whether it is traced, and its signature or else its value.
       structure: how the arguments are put together; `flat`: each of them is one leaf, and none has a name.
@@ -81,17 +86,16 @@ class LastRun:
     """
 
     plan: Plan
-    given: Model
-    print: Any
-    settings: tuple[Any, ...]
+    registered: Model
+    key: object
     library: int
-    leaves: tuple[tuple[str, bool, Any], ...]
+    leaves: tuple[tuple[str, bool, object], ...]
     structure: Structure
     flat: bool
-    added: Mapping[str, Any]
-    variables: tuple[Structure, list[Any]]
-    known: list[Callable[[], Any]]
-    passed: list[Callable[[], Any]]
+    added: Mapping[str, PyTree]
+    variables: tuple[Structure, list[object]]
+    known: list[WeakLeaf]
+    passed: list[WeakLeaf]
     written: tuple[int | None, ...]
     key_names: Mapping[str, tuple[str, bool]]
     parts: LastCall
@@ -103,11 +107,9 @@ class LastRun:
     def accepts(self, entry: ModelEntry, call: Call, services: Services) -> Inputs | None:
         """What the plan is to be run with; None where something that it depends on differs from the last run."""
         model, programs = entry.model, services.programs
-        if programs.unfinished.wait is not None:
+        if model is not self.registered or entry.outdated or entry.rebuild_next or settings() != self.recipe.settings:
             return None
-        if model is not self.given or entry.outdated or entry.rebuild_next or settings() != self.settings:
-            return None
-        if model.cache_key() != self.print or library.edition != self.library:
+        if model.cache_key() != self.key or library.edition != self.library or programs.unfinished.wait is not None:
             return None
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
@@ -132,23 +134,23 @@ class LastRun:
           before: the session's last run, None if there was none.
         """
         recipe, fresh = self.recipe, bool(inputs.fresh)
-        origin, kept_inputs = None, None
+        origin = shared_inputs = None
         if before is not None and before.origin is not None and before.origin.how is recipe:
-            kept_inputs = before.inputs if inputs.same else None
+            shared_inputs = before.inputs if inputs.same else None
             origin = None if fresh or recipe.written else before.origin
         if origin is None:
             # What is no array of JAX's may be changed where it is.
             origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
-        return StoredRun(run, origin, size, kept_inputs)
+        return StoredRun(run, origin, size, shared_inputs)
 
-    def wrote(self, updates: Mapping[str, Any]) -> None:
+    def wrote(self, updates: Mapping[str, PyTree]) -> None:
         """What the run itself wrote need not be looked at by the next: the same program gave it, and it is there."""
         for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
             if i is not None:
                 self.known[i] = _weakly(leaf)
 
-    def _known(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _known(self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> dict[str, Leaf] | None:
         """The traced leaves by name where they are the very arrays of the run before, as in a loop; None otherwise."""
         if not self.flat or kwargs or len(args) != len(self.passed):
             return None
@@ -157,7 +159,7 @@ class LastRun:
                 return None
         return dict(zip([name for name, _, _ in self.leaves], args, strict=True))
 
-    def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _traced(self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> dict[str, Leaf] | None:
         """The traced leaves by name, None where the arguments are others."""
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
         if not self.structure.fits(treedef):
@@ -174,7 +176,7 @@ class LastRun:
                 return None
         return arguments
 
-    def _fresh(self, leaves: list[Any], treedef: Any) -> list[Any] | None:
+    def _fresh(self, leaves: list[Leaf], treedef: jax.tree_util.PyTreeDef) -> list[Leaf] | None:
         """The leaves of the variables that are others than they were, None where one of them is of another kind."""
         if not self.variables[0].fits(treedef):
             return None
@@ -190,7 +192,7 @@ class LastRun:
         return fresh
 
 
-def _weakly(leaf: Any) -> Callable[[], Any]:
+def _weakly(leaf: Leaf) -> WeakLeaf:
     return weakref.ref(leaf) if isinstance(leaf, jax.Array) else _nothing
 
 
@@ -205,20 +207,15 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
       entry: the model as it was before the run.
     """
     execution, run, after = applied.execution, applied.outcome.run, applied.outcome.entry
-    plan, program, bound, arguments = (
-        execution.plan,
-        execution.plan.program,
-        execution.request.bound,
-        execution.arguments,
-    )
-    model = entry.model
-    print_ = model.cache_key()
+    plan, bound, arguments = execution.plan, execution.request.bound, execution.arguments
+    model, program = entry.model, plan.program
+    key = model.cache_key()
     if (
         not execution.request.options.plain
         or program is None
         or execution.built.key is None
         or program.effects
-        or print_ is None
+        or key is None
         or bound.model.cache_key() is None
         or entry.outdated
         or applied.keys_in_call
@@ -227,21 +224,14 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         or applied.recipe.taken
     ):
         return None
-    leaves = []
-    for name, leaf, traced in zip(arguments.names, arguments.leaves, arguments.traced, strict=True):
-        if traced and _may_be_a_key(leaf):
-            return None
-        if not traced and type(leaf) not in SIMPLE:
-            return None
-        leaves.append((name, traced, signature_of(leaf) if traced else leaf))
-    assert after is not None
-    if after.variables is None and not model.holds_variables:
+    traced = arguments.dynamic
+    if any(map(may_be_key, traced.values())) or any(type(leaf) not in SIMPLE for _, leaf in arguments.static):
         return None
+    assert after is not None
     variables = execution.built.request.variables
     values, treedef = jax.tree_util.tree_flatten(variables)
-    structure: Any
     values_after, structure = jax.tree_util.tree_flatten(variables if after.variables is None else after.variables)
-    signatures = list(map(signature_of, values))
+    signatures: list[object] = list(map(signature_of, values))
     passed, held = Structure.of(arguments.treedef), Structure.of(treedef)
     if not held.fits(structure) or passed.contents is None or list(map(signature_of, values_after)) != signatures:
         return None
@@ -260,47 +250,40 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     memory = program.memory
     return LastRun(
         plan=plan,
-        given=model,
-        print=print_,
-        settings=settings(),
+        registered=model,
+        key=key,
         library=library.edition,
-        leaves=tuple(leaves),
+        leaves=tuple(
+            (name, name in traced, signature_of(leaf) if name in traced else leaf)
+            for name, leaf in zip(arguments.names, arguments.leaves, strict=True)
+        ),
         structure=passed,
-        flat=arguments.treedef == jax.tree_util.tree_structure(((0,) * len(leaves), {})),
-        added={name: value for name, value in bound.kwargs.items() if name not in execution.request.call.kwargs},
+        flat=arguments.treedef == jax.tree_util.tree_structure(((0,) * len(arguments.leaves), {})),
+        added={name: value for name, value in bound.kwargs.items() if name not in bound.call.kwargs},
         variables=(held, signatures),
         known=list(map(_weakly, values_after)),
-        passed=[_nothing] * len(leaves),
+        passed=[_nothing] * len(arguments.leaves),
         written=_places(variables, execution.result.updates),
-        key_names={name: pair for name, pair in plan.key_names(plan.needs).items() if not pair[1]},
+        key_names=plan.key_names(program.needs),
         parts=services.programs.parts[entry.name],
-        numbers=any(not hasattr(leaf, "dtype") for leaf in arguments.dynamic.values()),
+        numbers=any(not hasattr(leaf, "dtype") for leaf in traced.values()),
         looked_at=run.device.startswith("cpu") and memory is not None and memory.outputs <= SMALL,
         template=template,
         recipe=applied.recipe,
     )
 
 
-def _places(variables: Any, updates: Mapping[str, Any]) -> tuple[int | None, ...]:
+def _places(variables: Variables, updates: Variables) -> tuple[int | None, ...]:
     """For each leaf of `updates` the number of the variables' leaf in its place; None: it is no leaf of theirs."""
     paths = {path: i for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(variables)[0])}
     return tuple(paths.get(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0])
-
-
-def _may_be_a_key(leaf: Any) -> bool:
-    """Keys in a call are looked up among those that were seen: that is the long way's."""
-    if not isinstance(leaf, jax.Array):
-        return False
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) or (
-        leaf.dtype == "uint32" and leaf.shape in _KEY_SHAPES
-    )
 
 
 class PlanCache:
     """The last lines that ran, each with its last run."""
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[str, str, str | None, tuple[str, ...]], LastRun] = {}
+        self._lines: OrderedDict[Hashable, LastRun] = OrderedDict()
 
     def find(self, name: str, call: Call, options: ApplyOptions) -> LastRun | None:
         """What a run of the same line left behind."""
@@ -313,11 +296,8 @@ class PlanCache:
         self._lines.pop(place, None)
         last = last_run(entry, applied, services)
         if last is not None:
-            self._lines[place] = last
-            if len(self._lines) > KEPT:
-                del self._lines[next(iter(self._lines))]
+            keep(self._lines, place, last, KEPT)
 
     def forget(self, name: str) -> None:
         """Lets go of every line of a model: it is another now."""
-        for place in [place for place in self._lines if place[0] == name]:
-            del self._lines[place]
+        self._lines = OrderedDict((place, last) for place, last in self._lines.items() if last.recipe.name != name)

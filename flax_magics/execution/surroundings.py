@@ -10,7 +10,8 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..base import private
 from ..errors import FlaxMagicsError, written
@@ -18,7 +19,7 @@ from ..line.variant import with_arguments
 from ..models.base import Needs
 from ..models.calls import has_tracer
 from ..models.construction import Construction
-from ..run import Run
+from ..run import DrawNumber, Run
 from . import record
 from .call import Call, of_module, prepare, trace_shapes, with_keys
 
@@ -34,23 +35,23 @@ COMMAND = "in code that another command runs, and the draw of that one is not fi
 
 def surroundings() -> str | None:
     """What the code that calls the session is part of, as a message says it; None where it may draw and run."""
-    found = TRACE if private.is_tracing() else None
+    tracing = TRACE if private.is_tracing() else None
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") == _SESSION:
         frame = frame.f_back
-    walk: Any = frame
+    walk: FrameType | None = frame
     while walk is not None:
         name = walk.f_globals.get("__name__")
         if name == _SESSION:
             return COMMAND
         role = private.role_of(name) if isinstance(name, str) else None
         if role == "callback":
-            return found or CALLBACK
+            return tracing or CALLBACK
         if role == "trace":
-            found = TRACE
+            tracing = TRACE
         # A cell's or a script's own frame: what is below is the kernel, some 50 frames that take as long as a small run.
         walk = None if walk.f_code.co_name == "<module>" else walk.f_back
-    return found
+    return tracing
 
 
 _SESSION = "flax_magics._session"
@@ -60,15 +61,15 @@ def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: A
     """The error for an apply: plain Flax with the same variables, mode, streams and collections."""
     if entry.model.holds_variables:
         return _of_nnx(where, state, entry, call, options)
-    name, inside = entry.name, "apply(variables, …, rngs={'dropout': dropout_key})"
-    if call.cell is None:
-        lines = []
-        form = f"variables = session.models['{name}'].variables\ndropout_key = session.key('dropout')\n"
-        form += f"session.models['{name}'].module.{inside}"
-    else:
+    name, model = entry.name, f"session.models['{entry.name}']"
+    variables, key, module = f"{model}.variables", "session.key('dropout')", f"{model}.module"
+    lines: list[str] = []
+    if call.cell is not None:
+        variables, key, module = f"%flax_vars {name}", "%flax_key dropout", name
         lines = _lines_of_apply(state, entry, call, options, where)
-        form = f"variables = %flax_vars {name}\ndropout_key = %flax_key dropout\n{name}.{inside}"
     said = f"{call.command} {call.text} stands {where}."
+    applied = f"{module}.apply(variables, …, rngs={{'dropout': dropout_key}})"
+    form = f"variables = {variables}\ndropout_key = {key}\n{applied}"
     return _error(said, "Take variables and keys before it, and call the model with them.", lines, form)
 
 
@@ -105,12 +106,8 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
             switches = record.facts_of_init(call, model)
             by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_module)
             lines = of_module(entry.name, model, ["params_key = %flax_key params", f"variables = {by_hand}"])
-    return _error(
-        said,
-        "Draw the key before it, and initialise with that.",
-        lines,
-        f"params_key = session.key('params')\nvariables = session.models['{entry.name}'].module.init(params_key, …)",
-    )
+    form = f"params_key = session.key('params')\nvariables = session.models['{entry.name}'].module.init(params_key, …)"
+    return _error(said, "Draw the key before it, and initialise with that.", lines, form)
 
 
 def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsError:
@@ -121,7 +118,7 @@ def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsErr
     return _error(said, "Draw the keys before it, and build with them.", [*keys, recipe.by_hand(name)])
 
 
-def of_register(where: str, name: str, module: Any, cell: int | None) -> FlaxMagicsError:
+def of_register(where: str, name: str, module: object, cell: int | None) -> FlaxMagicsError:
     """The error for a model that is registered, or that the session is to build."""
     said = f"`{name}` is registered {where}."
     if isinstance(module, Construction):
@@ -136,7 +133,7 @@ def of_key(where: str, name: str, cell: int | None) -> FlaxMagicsError:
     return _error(f"the key `{name}` is drawn {where}.", "Draw it before, and use it there.", [line])
 
 
-def of_replay(where: str, draw: Any) -> FlaxMagicsError:
+def of_replay(where: str, draw: DrawNumber | str | Run) -> FlaxMagicsError:
     """The error for a draw that is run again; `draw` as `Session.replay` takes it."""
     if isinstance(draw, Run):
         draw = draw.seed, draw.draw
@@ -159,17 +156,17 @@ def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyO
     options = replace(options, draws=None)
     try:
         call = with_keys(entry, call, options, state.root.draw())
-        prepared = prepare(entry.name, entry.model, call, options.mode)
-        ask = entry.known_needs.get((call.method, prepared.mode))
-        if ask is None and where == COMMAND:  # what the other command runs may be this very model
-            ask = Needs(frozenset({"dropout"}))
-        ask = ask or trace_shapes(entry, prepared, call, state.root.draw()).needs
-        code = record.by_hand(prepared, call, options, ask, {*ask.mutable, *options.mutable})
+        bound = prepare(entry.name, entry.model, call, options.mode)
+        needs = entry.known_needs.get((call.method, bound.mode))
+        if needs is None and where == COMMAND:  # what the other command runs may be this very model
+            needs = Needs(frozenset({"dropout"}))
+        needs = needs or trace_shapes(entry, bound, state.root.draw()).needs
+        code = record.by_hand(bound, options, needs, {*needs.mutable, *options.mutable})
     except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
         return []
     # An argument that is traced is no value outside, whatever has its name there.
     text = f"{call.text.partition('(')[0]}(…)" if has_tracer(call.args, call.kwargs) else call.text
     variables = f"%flax_init {text}" if entry.variables is None else f"%flax_vars {entry.name}"
-    keys = dict.fromkeys((*options.key, *sorted(ask.streams)))
+    keys = dict.fromkeys((*options.key, *sorted(needs.streams)))
     lines = [f"variables = {variables}", *(f"{key}_key = %flax_key {key}" for key in keys), code]
     return of_module(entry.name, entry.model, lines)

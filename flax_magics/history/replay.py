@@ -19,14 +19,13 @@ from ..base.text import bytes_
 from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
 from ..compile.compiler import settings
-from ..compile.initialise import Initialising
 from ..errors import FlaxMagicsError
 from ..execution.call import Call, prepare_init
-from ..execution.execute import execute, plain_errors
+from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
 from ..models.construction import adopt_built
 from ..run import COMMANDS, RELEASED, Run, like
-from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, given_by, objects_in
+from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, objects_in
 from ..state.runs import StoredRun
 
 
@@ -141,7 +140,8 @@ class Replaying:
             repeat = self._made_anew(how, variables, call, facts)
         else:  # the very program
             plan = Plan.of_recipe(how, program, call.text)
-            result = plan.run(facts["keys"].draw, variables, given_by(how, kept.inputs), self.services)
+            arguments = {name: leaf for name, leaf in zip(how.names, kept.inputs[1], strict=True) if name is not None}
+            result = plan.run(facts["keys"].draw, variables, arguments, self.services)
             repeat = Repeat(result.output, result.sown, "reused", Timing(run=result.timing.run))
         return repeat._replace(said=(*said, *repeat.said))
 
@@ -158,7 +158,7 @@ class Replaying:
         parts = self.services.programs.parts
         last = parts.get(how.name)
         try:
-            execution = execute(entry, call, options, draw, self.services, params_taken=how.taken)
+            execution = execute(ApplyRequest(entry, call, options, draw, self.services, params_taken=how.taken))
         finally:  # the next run of the model is held against the last of its own
             parts.pop(how.name, None)
             if last is not None:
@@ -170,9 +170,8 @@ class Replaying:
             said = ("the program was made anew: whether all that the model reads is as it was cannot be told",)
         elif execution.plan.model.cache_key() != how.key:
             said = ("the program was made anew: something that the model's code reads is another now",)
-        timing, built = execution.result.timing, execution.built.timing
-        timing = replace(timing, trace=built.trace, lower=built.lower, compile=built.compile, beside=built.beside)
-        return Repeat(execution.result.output, execution.result.sown, execution.built.origin, timing, said)
+        result = execution.result
+        return Repeat(result.output, result.sown, execution.built.origin, execution.timing, said)
 
     def _init(self, how: InitRecipe, call: Call, facts: Any) -> Repeat:
         name, clock, units = how.entry.name, self.services.clock, self.services.programs.units
@@ -180,9 +179,7 @@ class Replaying:
         bound = prepare_init(name, how.entry.model, call)
         begin = clock()
         with plain_errors(call):
-            variables, _ = Initialising(
-                bound.model, call.method, bound.args, bound.kwargs, draw=facts["keys"].draw, units=units
-            ).finish()
+            variables, _ = bound.initialising(facts["keys"].draw, units).finish()
         return Repeat(variables, {}, "eager", Timing(init=clock() - begin), self._edited(how))
 
     def _build(self, how: BuildRecipe, facts: Any) -> Repeat:

@@ -19,7 +19,6 @@ from flax import nnx
 
 from ..base.threads import Assignment, at_once
 from ..base.types import PyTree
-from .arguments import has_tracer
 from .base import (
     ARGUMENTS,
     CONVERTED,

@@ -114,7 +114,6 @@ def _import() -> None:
     from .. import _session  # noqa: F401
     from ..models import linen  # noqa: F401
     from ..report import html, live  # noqa: F401
-    from ..state import weight_names  # noqa: F401
     from . import model_cell  # noqa: F401
 
     if "flax.nnx" in sys.modules:

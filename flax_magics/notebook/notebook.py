@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..report.live import Live
     from ..run import Note, Run
     from ..state.handles import ModelNames
-    from ..state.weight_names import WeightNames
+    from ..state.weights import WeightNames
 
 
 class Settings(NamedTuple):
@@ -136,7 +136,7 @@ class Notebook:
 
     @cached_property
     def _weight_names(self) -> WeightNames:
-        from ..state.weight_names import WeightNames
+        from ..state.weights import WeightNames
 
         return WeightNames()
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from ..base.digest import bytes_of, own
+from ..base.types import Leaf, PyTree
 from ..code.contents import static_data
 from ..compile.cache import Program
 from ..compile.initialise import InitRecord
@@ -17,7 +19,10 @@ from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, Needs
 from ..models.calls import Path
 from ..models.construction import BuiltBySession, Construction
-from .weights import WeightSource
+from .weights import Collections, WeightSource
+
+if TYPE_CHECKING:
+    from ..models.nnx_layout import Skeleton
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,12 @@ class ModelEntry:
     name: str
     model: Model
     fingerprint: bytes | None
-    variables: Mapping[str, Any] | None = None
+    variables: Collections | None = None
     init: InitRecord | None = None
     update_counts: Mapping[str, int] = field(default_factory=dict)
     outdated: bool = False
-    known_needs: Mapping[Any, Needs] = field(default_factory=dict)
-    static_ints: frozenset[tuple[Any, str]] = frozenset()
+    known_needs: Mapping[tuple[Path, str], Needs] = field(default_factory=dict)
+    static_ints: frozenset[tuple[Path, str]] = frozenset()
     """Int arguments, by method, whose value the model needs."""
     built: BuiltBySession | None = None
     """How the session built the module (NNX), None where the user did."""
@@ -62,15 +67,15 @@ class ModelEntry:
         return self.variables is not None or self.model.holds_variables
 
     @property
-    def held(self) -> Mapping[str, Any] | None:
+    def held(self) -> Collections | None:
         """The variables by collection, where the session or the module holds them now."""
         return self.model.own_variables() if self.model.holds_variables else self.variables
 
-    def collections(self) -> Mapping[str, Any] | None:
+    def collections(self) -> Collections | None:
         """The variables by collection, random streams of an NNX module left out."""
         return self.model.collections() if self.model.holds_variables else self.variables
 
-    def read_variables(self) -> Mapping[str, Any] | None:
+    def read_variables(self) -> Collections | None:
         """The variables as the user reads them: the collections, or a copy of an NNX module's `nnx.state`."""
         return self.model.state() if self.model.holds_variables else self.variables
 
@@ -78,6 +83,31 @@ class ModelEntry:
         """Where the variables came from that are held now."""
         held = self.held
         return self.source if held is None or self.source is None else self.source.now(held, self.update_counts)
+
+    def computes(self, fingerprint: bytes | None) -> bool:
+        """Whether a model of that fingerprint computes what this one does, as far as can be told."""
+        return fingerprint is not None and fingerprint == self.fingerprint
+
+    def with_variables(
+        self, variables: Collections | None, source: WeightSource | None, init: InitRecord | None = None
+    ) -> ModelEntry:
+        """The model with other variables, which no run has written."""
+        return replace(self, variables=variables, init=init, update_counts={}, outdated=False, source=source)
+
+    def without_variables(self) -> ModelEntry:
+        """The model as it is, holding no arrays: of a module that holds its own only the name, and what was learned."""
+        model: Any = self.model
+        if self.model.holds_variables:
+            # The module itself is the user's, and would keep its arrays alive for as long as this is kept.
+            model = _NoModel(self.model.written)
+        return replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
+
+
+@dataclass(frozen=True)
+class _NoModel:
+    """In the place of a module that is not to be held."""
+
+    written: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,22 +131,22 @@ class ApplyRecipe:
     """
 
     entry: ModelEntry
-    skeleton: Any
+    skeleton: Skeleton | None
     method: Path
     options: ApplyOptions
     taken: bool
-    settings: tuple[Any, ...]
-    key: Any
+    settings: tuple[object, ...]
+    key: object
     program: weakref.ref[Program] | None
     names: tuple[str | None, ...]
     record: CallTrace
-    structure: Any
+    structure: jax.tree_util.PyTreeDef
     objects: bytes | None
     moving: bool
     inputs: int
     variables: int
     written: int
-    pinned: tuple[Any, ...] = ()
+    pinned: tuple[Leaf, ...] = ()
 
     @property
     def name(self) -> str:
@@ -135,7 +165,7 @@ class InitRecipe:
 
     entry: ModelEntry
     method: Path
-    pinned: tuple[Any, ...] = ()
+    pinned: tuple[Leaf, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,42 +175,31 @@ class BuildRecipe:
     name: str
     recipe: Construction
     fingerprint: bytes | None
-    pinned: tuple[Any, ...] = ()
+    pinned: tuple[Leaf, ...] = ()
 
 
+@dataclass(eq=False, slots=True)
 class Origin:
     """What one run came from: `how` it was run, and the leaves of the variables that it ran with."""
 
-    __slots__ = ("how", "leaves")
+    how: ApplyRecipe | InitRecipe | BuildRecipe
+    leaves: list[Leaf]
 
     @property
     def record(self) -> CallTrace | None:
         """What the run was seen to ask for."""
         return self.how.record if isinstance(self.how, ApplyRecipe) else None
 
-    def __init__(self, how: ApplyRecipe | InitRecipe | BuildRecipe, leaves: list[Any]) -> None:
-        self.how = how
-        self.leaves = leaves
 
-
-def is_plain(leaf: object) -> bool:
-    """Whether an input is an array or a plain value, which are what they were."""
-    return hasattr(leaf, "dtype") or leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes))
-
-
-def objects_in(treedef: object, leaves: Iterable[Any], structure: object) -> list[Any]:
+def objects_in(treedef: object, leaves: Iterable[Leaf], structure: object) -> list[Leaf]:
     """What may have changed where it is: inputs that are no arrays and not plain, static data of these and of variables.
 
     Args:
       structure: how the variables are put together.
     """
-    return [*(leaf for leaf in leaves if not is_plain(leaf)), *static_data(treedef), *static_data(structure)]
-
-
-def given_by(how: ApplyRecipe, inputs: tuple[Any, list[Any]]) -> Mapping[str, Any]:
-    """The traced inputs by their names."""
-    rows = zip(how.names, inputs[1], strict=True)
-    return {name: leaf for name, leaf in rows if name is not None}
+    plain = (bool, int, float, complex, str, bytes, type(None))
+    others = (leaf for leaf in leaves if not hasattr(leaf, "dtype") and not isinstance(leaf, plain))
+    return [*others, *static_data(treedef), *static_data(structure)]
 
 
 class Replaced:
@@ -194,14 +213,14 @@ class Replaced:
 
     def __init__(self, variables: object, source: WeightSource, updates: Mapping[str, int]) -> None:
         self.source, self.updates = source, updates
-        nothing: Any = _Nothing()
+        nothing: Any = SimpleNamespace(pinned=())  # came to be by no run, and holds nothing besides the variables
         leaves, self._structure = jax.tree_util.tree_flatten(variables)
-        self.inputs: tuple[Any, list[Any]] | None = (None, [])
+        self.inputs: tuple[object, list[Leaf]] | None = (None, [])
         self.origin: Origin | None = Origin(nothing, list(map(own, leaves)))
         self.size = sum(map(bytes_of, leaves))
 
     @property
-    def variables(self) -> Any:
+    def variables(self) -> PyTree:
         """As they were."""
         assert self.origin is not None
         return jax.tree_util.tree_unflatten(self._structure, self.origin.leaves)
@@ -209,9 +228,3 @@ class Replaced:
     def let_go(self) -> None:
         """Lets go of the arrays."""
         self.origin = self.inputs = None
-
-
-class _Nothing:
-    """How `Replaced` came to be: by no run, and with nothing that a model holds besides."""
-
-    pinned = ()

@@ -5,11 +5,13 @@ And which registered model is meant by a name or a module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from ..base.types import PyTree
 from ..code.library import is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..models.construction import spell_construction
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class RegisteredModel:
     """A model of a session. `variables` can be read, and assigned (weights from an optax loop of one's own)."""
 
-    def __init__(self, name: str, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
+    def __init__(self, name: str, state: Callable[[], State], assign: Callable[[str, PyTree], object]) -> None:
         self.name = name
         self._state, self._assign = state, assign
 
@@ -38,12 +40,12 @@ class RegisteredModel:
         return self._entry().model.module
 
     @property
-    def variables(self) -> Mapping[str, Any] | None:
+    def variables(self) -> Mapping[str, PyTree] | None:
         """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
         return self._entry().read_variables()
 
     @variables.setter
-    def variables(self, value: Mapping[str, Any] | None) -> None:
+    def variables(self, value: Mapping[str, PyTree] | None) -> None:
         self._assign(self.name, value)
 
     @property
@@ -58,7 +60,7 @@ class RegisteredModel:
         return dict(self._entry().update_counts)
 
     @property
-    def previous(self) -> Any:
+    def previous(self) -> PyTree:
         """The variables that the last init replaced: set, loaded or trained ones, or such as runs had written into.
 
         Raises:
@@ -68,12 +70,11 @@ class RegisteredModel:
         if replaced is None:
             raise FlaxMagicsError(f"no init has replaced weights of `{self.name}` that were more than an init's own.")
         if replaced.origin is None:
-            raise FlaxMagicsError(
-                f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
-            )
+            gone = f"the weights of `{self.name}` that the init replaced were let go of, to stay within `replay_bytes`."
+            raise FlaxMagicsError(gone)
         return replaced.variables
 
-    def collections(self) -> Mapping[str, Any] | None:
+    def collections(self) -> Mapping[str, PyTree] | None:
         """The variables by collection (of an NNX module: by type, random streams left out); None before the first init."""
         return self._entry().collections()
 
@@ -82,11 +83,8 @@ class RegisteredModel:
         entry = self._entry()
         methods = {}
         for name in ("__call__", *entry.model.methods()):
-            try:
-                signature = entry.model.signature(() if name == "__call__" else (name,))
-            except FlaxMagicsError:  # a module without a call
-                continue
-            methods[name] = tuple(signature.parameters)
+            with suppress(FlaxMagicsError):  # a module without a call
+                methods[name] = tuple(entry.model.signature(() if name == "__call__" else (name,)).parameters)
         streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
         return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
 
@@ -99,9 +97,8 @@ class RegisteredModel:
         from ..base.text import bytes_, plural
 
         entry = self._entry()
-        if not entry.ready:
-            state = "not initialised"
-        else:
+        state = "not initialised"
+        if entry.ready:
             parameters, size = count_parameters(self.collections() or {})
             state = f"{plural(parameters, 'parameter')}, {bytes_(size)}"
         return f"<{self.name}: {entry.model.describe()}, {state}>"
@@ -110,7 +107,7 @@ class RegisteredModel:
 class Models(Mapping[str, RegisteredModel]):
     """The registered models by name, in the order in which they were registered."""
 
-    def __init__(self, state: Callable[[], State], assign: Callable[[str, Any], Any]) -> None:
+    def __init__(self, state: Callable[[], State], assign: Callable[[str, PyTree], object]) -> None:
         self._state, self._assign = state, assign
 
     def __getitem__(self, name: str) -> RegisteredModel:
@@ -118,7 +115,7 @@ class Models(Mapping[str, RegisteredModel]):
             raise KeyError(name)
         return RegisteredModel(name, self._state, self._assign)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._state().models)
 
     def __len__(self) -> int:
@@ -155,11 +152,11 @@ class SessionView:
         return None if entry is None else entry.model.module
 
     @property
-    def collections(self) -> dict[str, Mapping[str, Any] | None]:
+    def collections(self) -> dict[str, Mapping[str, PyTree] | None]:
         """The variables that the session holds, by model; None for an NNX module, and before the first init."""
         return {name: entry.variables for name, entry in self._state.models.items()}
 
-    def variables(self, name: str, module: Any = None) -> Any:
+    def variables(self, name: str, module: object = None) -> PyTree:
         """The variables of a model as `models[name].variables` gives them; see `entry_now` for `module`."""
         return entry_now(self._state.models, name, module)[0].read_variables()
 
@@ -223,12 +220,9 @@ def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
     if isinstance(model, str):
         if model in models:
             return models[model]
-        known = ", ".join(models) or "none yet"
-        raise FlaxMagicsError(
-            f"no model is registered as `{model}`; registered: {known}.",
-            hint=did_you_mean(model, models),
-            form=f"%flaxmodel {model} = …" if not models else None,
-        )
+        message = f"no model is registered as `{model}`; registered: {', '.join(models) or 'none yet'}."
+        form = None if models else f"%flaxmodel {model} = …"
+        raise FlaxMagicsError(message, hint=did_you_mean(model, models), form=form)
     for entry in models.values():
         if entry.model.module is model:
             return entry
@@ -241,15 +235,12 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:
         return entry, ()
-    if entry.model.holds_variables:
-        # The object in the namespace is the one truth.
-        entry, change = register(None, name, module)
-        text = f"{name} is another module now, {entry.model.describe()}: registered with what it holds"
-        return entry, (Note("rebound", text),)
-    entry, change = register(entry, name, module)
+    holds_variables = entry.model.holds_variables  # then the object in the namespace is the one truth
+    entry, change = register(None if holds_variables else entry, name, module)
     if change.state == "unchanged":
         return entry, ()
-    became = {"own": "", "none": "", "kept": ", variables kept", "dropped": ", variables dropped"}[change.variables]
+    became = {"kept": ", variables kept", "dropped": ", variables dropped"}.get(change.variables, "")
+    became = " with what it holds" if holds_variables else became
     return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
 from ..base.text import bytes_
+from ..base.types import Leaf, PyTree
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError
 from ..models.base import Model, ModelWithVariables
@@ -17,6 +18,7 @@ from ..run import Note
 from .entry import ModelEntry, Replaced
 from .weights import (
     PREVIOUS,
+    Collections,
     WeightSource,
     Written,
     check_alive,
@@ -24,6 +26,7 @@ from .weights import (
     check_fit,
     check_state,
     misfits,
+    named_leaves,
     unfit,
 )
 
@@ -53,19 +56,15 @@ def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEn
     """
     if not name.isidentifier():
         raise FlaxMagicsError(f"`{name}` is not a name that a model can have.")
-    if old is not None and module is old.model.module:
-        fingerprint = old.model.fingerprint()
-        if fingerprint is not None and fingerprint == old.fingerprint:
-            return old, unchanged(old)
+    if old is not None and module is old.model.module and old.computes(old.model.fingerprint()):
+        return old, unchanged(old)
     model = adopt(module, name)
     if model.holds_variables:
         return register_holding(old, name, model)
     fingerprint = model.fingerprint()
     if old is None or old.model.holds_variables:
         return ModelEntry(name, model, fingerprint), Registration(name, "new" if old is None else "changed")
-    if fingerprint is not None and fingerprint == old.fingerprint:
-        return old, unchanged(old)
-    return _edited(old, model, fingerprint)
+    return (old, unchanged(old)) if old.computes(fingerprint) else _edited(old, model, fingerprint)
 
 
 def unchanged(old: ModelEntry) -> Registration:
@@ -85,29 +84,25 @@ def register_holding(
     entry = ModelEntry(name, model, fingerprint, built=built, initial_sample=first, source=WeightSource.own(name))
     if old is None:
         return entry, Registration(name, "new")
-    if not old.model.holds_variables:
-        return entry, Registration(name, "changed", variables="own")
-    if model.module is old.model.module:
+    if old.model.holds_variables and model.module is old.model.module:
         return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
-    if old.rebuild_next:
+    if not old.model.holds_variables or old.rebuild_next:
         return entry, Registration(name, "changed", variables="own")
-    if fingerprint is not None and fingerprint == old.fingerprint:
-        if first == old.initial_sample:
-            return old, unchanged(old)
-        return entry, Registration(name, "changed", ("initial values",), "own")
-    changes = differences(_shapes(old.model), _shapes(model))
+    same = old.computes(fingerprint)
+    if same and first == old.initial_sample:
+        return old, unchanged(old)
+    changes = ("initial values",) if same else differences(_shapes(old.model), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
     values = old.model.collections()
-    entry = replace(
-        entry, update_counts=old.update_counts, outdated=old.outdated or first != old.initial_sample, source=old.source
-    )
+    outdated = old.outdated or first != old.initial_sample
+    entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
-def _shapes(model: ModelWithVariables) -> dict[str, Any]:
+def _shapes(model: ModelWithVariables) -> PyTree:
     variables = _by_path(model.collections())
-    return jax.eval_shape(lambda: variables)  # type: ignore[no-any-return]
+    return jax.eval_shape(lambda: variables)
 
 
 def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
@@ -118,27 +113,23 @@ def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[M
     before = old.init
     if before is None:  # assigned by the user: how they were made is not known
         return entry, Registration(old.name, "changed", variables="kept")
-    changes: tuple[str, ...] = ()
-    init = before
     try:
         init = initialised(model, before.key, before.method, before.args, before.kwargs)
     except Exception as error:  # the user's new code does not take the old call
-        changes = (f"the last init's call fails now ({type(error).__name__})",)
-    comparable = init.shapes is not None and before.shapes is not None
-    changes = changes or (differences(before.shapes, init.shapes) if comparable else ())
-    if changes:
-        entry = replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None)
-        return entry, Registration(old.name, "changed", changes, "dropped")
-    if not comparable or init.program is None or init.program != before.program:
-        entry = replace(entry, outdated=True)
+        changes: tuple[str, ...] = (f"the last init's call fails now ({type(error).__name__})",)
     else:
-        entry = replace(entry, init=init)
+        comparable = init.shapes is not None and before.shapes is not None
+        changes = differences(before.shapes, init.shapes) if comparable else ()
+    if changes:
+        return entry.with_variables(None, None), Registration(old.name, "changed", changes, "dropped")
+    same = comparable and init.program is not None and init.program == before.program
+    entry = replace(entry, init=init) if same else replace(entry, outdated=True)
     return entry, Registration(old.name, "changed", variables="kept")
 
 
-def differences(old: object, new: object) -> tuple[str, ...]:
+def differences(old: PyTree, new: PyTree) -> tuple[str, ...]:
     """Leaf by leaf: `Dense_0/kernel [4,3]→[4,5]`, `Dense_1/bias added`. `params` needs no naming."""
-    before, after = _leaves(old), _leaves(new)
+    before, after = named_leaves(old), named_leaves(new)
     out = []
     for name in dict.fromkeys([*before, *after]):
         if name not in after:
@@ -154,14 +145,8 @@ def differences(old: object, new: object) -> tuple[str, ...]:
     return tuple(out)
 
 
-def _leaves(tree: object) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
-    return {name.removeprefix("params/"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
-
-
 def assigned(
-    entry: ModelEntry, variables: Any, written: Written, cell: int | None
+    entry: ModelEntry, variables: PyTree, written: Written, cell: int | None
 ) -> tuple[ModelEntry, Callable[[], None] | None]:
     """The entry with `variables`; and what writes them into the user's own object (NNX), None where the session has them.
 
@@ -182,7 +167,7 @@ def assigned(
     return replace(entry, variables=variables, source=source), None
 
 
-def _expected(entry: ModelEntry) -> tuple[Mapping[str, Any] | None, frozenset[str]]:
+def _expected(entry: ModelEntry) -> tuple[Collections | None, frozenset[str]]:
     """Variables that fit the model, and collections that its first init did not make; None where no init is known."""
     init = entry.previous_init
     if init is None or entry.variables is None:
@@ -197,9 +182,8 @@ def _into_module(
     """Assigns to an NNX module; variables that are not among those given stay, as in `nnx.update`."""
     name = entry.name
     check_state(name, variables, written, model.module)
-    held = model.own_variables()
-    values = model.read_state(name, variables)
-    wrong = misfits(_by_path(held), {path: leaf for path, leaf in _by_path(values).items() if path in _by_path(held)})
+    held, values = _by_path(model.own_variables()), model.read_state(name, variables)
+    wrong = misfits(held, {path: leaf for path, leaf in _by_path(values).items() if path in held})
     if wrong:
         raise unfit(name, wrong)
     check_alive(f"these variables of `{name}`", values)
@@ -207,7 +191,7 @@ def _into_module(
     return replace(entry, rebuild_next=False, source=source), lambda: model.assign(values)
 
 
-def _by_path(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _by_path(values: Mapping[str, Mapping[str, Leaf]]) -> dict[str, Leaf]:
     """The variables by their paths, whatever their types."""
     return {path: value for tree in values.values() for path, value in tree.items()}
 

@@ -21,11 +21,11 @@ from .runs import RunLog, StoredRun
 class SavedInit:
     """How a linen model's variables came to be, as `InitRecord` has it; `program` is a digest."""
 
-    key: PyTree
+    key: jax.Array
     method: Path
-    args: PyTree
-    kwargs: PyTree
-    program: str
+    args: tuple[PyTree, ...]
+    kwargs: dict[str, PyTree]
+    program: str | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class SavedModel:
     stale: bool = False
     made: SavedInit | None = None
     assigned: bool = False
-    keys: Mapping[str, PyTree] | None = None
+    keys: Mapping[str, jax.Array] | None = None
     parameters: int = 0
     bytes: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -92,8 +92,7 @@ class State:
 
     def with_variables(self, entry: ModelEntry) -> State:
         """The state once the user has given a model other variables."""
-        waiting = self.waiting and self._still_waiting(entry)
-        return replace(self, models={**self.models, entry.name: entry}, waiting=waiting)
+        return replace(self, models={**self.models, entry.name: entry}, waiting=self._still_waiting(entry))
 
     def restarted(self, root: RootKey, *, fresh: bool) -> tuple[State, Restart]:
         """The state with another root key, nothing open; what was drawn under the old seed can still be found.
@@ -105,22 +104,14 @@ class State:
         if fresh:
             models = {
                 name: replace(
-                    entry,
-                    variables=None,
-                    init=None,
-                    update_counts={},
-                    outdated=False,
+                    entry.with_variables(None, entry.source if entry.model.holds_variables else None),
                     rebuild_next=entry.model.holds_variables,
-                    source=entry.source if entry.model.holds_variables else None,
                 )
                 for name, entry in models.items()
             }
-        keeping = tuple(
-            name
-            for name, entry in models.items()
-            if entry.ready and not (entry.rebuild_next and entry.built is not None)
-        )
-        restart = Restart(root.seed, fresh, keeping, self.has_drawn(root.seed))
+        to_build = {name for name, entry in models.items() if entry.rebuild_next and entry.built is not None}
+        keeping = tuple(name for name, entry in models.items() if entry.ready and name not in to_build)
+        restart = Restart(root.seed, fresh, keeping, again=self._last(root.seed)[0] > 0)
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
         waiting = {} if fresh else self.waiting
         return State(root, models, None, self.runs, seeds, waiting), restart
@@ -137,10 +128,6 @@ class State:
         if seed != self.root.seed or not self.root.draws:
             return last
         return max(last[0], self.root.draws), self.root.impl
-
-    def has_drawn(self, seed: int) -> bool:
-        """Whether a draw was made under `seed`."""
-        return self._last(seed)[0] > 0
 
     def find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
         """An earlier draw by its number, or by `(seed, number)`. Raises FlaxMagicsError if it was never made."""
@@ -161,11 +148,9 @@ class State:
         if not 1 <= number <= last:
             drawn = f"draws 1 to {last}" if last > 1 else "draw 1 alone" if last else "no draw"
             others = [other for other in {**self.seeds, self.root.seed: 0} if 1 <= number <= self._last(other)[0]]
-            raise FlaxMagicsError(
-                f"draw {number} of seed {seed} was not made in this session: it has {drawn}.",
-                hint=", ".join(f"{other}:{number} is draw {number} of seed {other}" for other in others[-3:]) or None,
-                write="%flax_history",
-            )
+            message = f"draw {number} of seed {seed} was not made in this session: it has {drawn}."
+            hint = ", ".join(f"{other}:{number} is draw {number} of seed {other}" for other in others[-3:])
+            raise FlaxMagicsError(message, hint=hint or None, write="%flax_history")
         return seed, number
 
 

@@ -1,20 +1,28 @@
-"""Whose weights a model has: where they came from, and whether others that are to take their place fit."""
+"""Whose weights a model has: where they came from, whether others that are to take their place fit, and who else has some.
+
+A name of the notebook held a model's weights, and holds others now: that is a training loop by hand. It is known once it
+was seen to hold the very arrays that the model has: its variables or params, or a train state with them. What only looks
+like weights (gradients, moments, another model's) never did.
+"""
 
 from __future__ import annotations
 
 import ast
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from operator import is_
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax.core import meta
 
 from ..base.digest import quick_digest
-from ..errors import FlaxMagicsError, nearest
+from ..base.types import Leaf, PyTree
+from ..errors import FlaxMagicsError, nearest, written
 from ..rng.keys import Draw
+from ..run import Note
 
 CURRENT = "flax_magics.session().models['{}'].variables"
 """The expression that gives a model's variables; `%flax_vars` knows the name `flax_magics`, imported or not."""
@@ -23,6 +31,9 @@ PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
 FOR_THIS_RUN = "given for this run"
 SHOWN = 12
 """Leaves that a message names."""
+
+Collections = Mapping[str, PyTree]
+"""Variables by collection."""
 
 
 class Mark(NamedTuple):
@@ -33,7 +44,7 @@ class Mark(NamedTuple):
       digest: of some of their elements; None where another object is another value.
     """
 
-    leaves: tuple[weakref.ref[Any] | None, ...]
+    leaves: tuple[weakref.ref[Leaf] | None, ...]
     digest: bytes | None
 
     @classmethod
@@ -42,14 +53,14 @@ class Mark(NamedTuple):
         leaves = jax.tree_util.tree_leaves(tree)
         return cls(tuple(map(_reference, leaves)), quick_digest(leaves) if sampled else None)
 
-    def has(self, leaves: list[Any]) -> bool:
+    def has(self, leaves: list[Leaf]) -> bool:
         """Whether `leaves` are the very arrays."""
         return len(leaves) == len(self.leaves) and all(
             ref is None or ref() is leaf for ref, leaf in zip(self.leaves, leaves, strict=True)
         )
 
 
-def _reference(leaf: object) -> weakref.ref[Any] | None:
+def _reference(leaf: Leaf) -> weakref.ref[Leaf] | None:
     return weakref.ref(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else None
 
 
@@ -70,18 +81,18 @@ class WeightSource:
     marks: Mapping[str, Mark] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def initialised(cls, draw: Draw, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+    def initialised(cls, draw: Draw, variables: Collections, *, in_module: bool = False) -> WeightSource:
         """The source of what an init, or the construction of an NNX module, made."""
         return cls(f"initialised in draw {draw.number}", draw.seed).over(variables, in_module=in_module)
 
     @classmethod
-    def assigned(cls, cell: int | None, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+    def assigned(cls, cell: int | None, variables: Collections, *, in_module: bool = False) -> WeightSource:
         """The source of what the user gave, in a cell or in a script."""
         text = "set in a script" if cell is None else f"set in cell [{cell}]"
         return cls(text).over(variables, in_module=in_module)
 
     @classmethod
-    def loaded(cls, file: str, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+    def loaded(cls, file: str, variables: Collections, *, in_module: bool = False) -> WeightSource:
         """The source of what a file had."""
         return cls(f"loaded from {file}").over(variables, in_module=in_module)
 
@@ -90,7 +101,7 @@ class WeightSource:
         """The source of what an NNX module holds that the user's code built: the module's own to say."""
         return cls(f"held by {name}")
 
-    def over(self, variables: Mapping[str, Any], *, in_module: bool = False) -> WeightSource:
+    def over(self, variables: Collections, *, in_module: bool = False) -> WeightSource:
         """The source with the marks of `variables`.
 
         Args:
@@ -104,7 +115,7 @@ class WeightSource:
         """Whether they are as a draw made them, but for what runs have written."""
         return self.seed is not None and not self.changed
 
-    def now(self, variables: Mapping[str, Any], updates: Container[str]) -> WeightSource:
+    def now(self, variables: Collections, updates: Container[str]) -> WeightSource:
         """The source of `variables`, which are held now where those were.
 
         Args:
@@ -163,7 +174,7 @@ class Written:
         return "{}" if isinstance(tree, simple) else "({})"
 
 
-def check_collections(name: str, value: object, written: Written, expected: Mapping[str, Any] | None = None) -> None:
+def check_collections(name: str, value: object, written: Written, expected: Collections | None = None) -> None:
     """Checks that `value` is a mapping of collections.
 
     Args:
@@ -172,31 +183,25 @@ def check_collections(name: str, value: object, written: Written, expected: Mapp
     Raises:
       FlaxMagicsError: it is something else, holds bare parameters instead of collections, or is no tree that JAX takes.
     """
+    what = f"variables of `{name}`"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise FlaxMagicsError(
-            f"variables of `{name}` are a dict of collections, not {type(value).__name__}.",
-            **_from_attributes(name, value, written, expected),
-        )
+        message = f"{what} are a dict of collections, not {type(value).__name__}."
+        raise FlaxMagicsError(message, **_from_attributes(name, value, written, expected))
     try:
         leaves = jax.tree_util.tree_leaves(value)
     except ValueError as error:
-        raise FlaxMagicsError(
-            f"variables of `{name}`: a dict in them has keys that JAX cannot sort, such as a number beside a string."
-        ) from error
+        message = f"{what}: a dict in them has keys that JAX cannot sort, such as a number beside a string."
+        raise FlaxMagicsError(message) from error
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        raise FlaxMagicsError(
-            f"variables of `{name}` cannot be values of a function that is being traced: they are gone when it ends.",
-            hint="give them once it has returned them",
-        )
+        message = f"{what} cannot be values of a function that is being traced: they are gone when it ends."
+        raise FlaxMagicsError(message, hint="give them once it has returned them")
     if "params" in value or not leaves or not all(isinstance(item, Mapping) for item in value.values()):
         return
     modules = [key for key, item in value.items() if set(item) & {"kernel", "bias", "scale", "embedding"}]
     if modules or (expected is not None and not misfits(expected.get("params", {}), value)):
         module = next(iter(modules or value))
-        raise FlaxMagicsError(
-            f"variables of `{name}` have no `params`, but `{module}`: these look like the params themselves.",
-            **written.advice(_with_current(name, {"params": "{}"}, expected)),
-        )
+        message = f"{what} have no `params`, but `{module}`: these look like the params themselves."
+        raise FlaxMagicsError(message, **written.advice(_with_current(name, {"params": "{}"}, expected)))
 
 
 def check_state(name: str, value: object, written: Written, module: object) -> None:
@@ -207,12 +212,11 @@ def check_state(name: str, value: object, written: Written, module: object) -> N
     """
     if not isinstance(value, Mapping):
         as_written = written if isinstance(value, type(module)) else Written(written.line)
-        raise FlaxMagicsError(
-            f"variables of `{name}` are an nnx.State, not {type(value).__name__}.", **as_written.advice("nnx.state({})")
-        )
+        message = f"variables of `{name}` are an nnx.State, not {type(value).__name__}."
+        raise FlaxMagicsError(message, **as_written.advice("nnx.state({})"))
 
 
-def _from_attributes(name: str, value: Any, written: Written, expected: Any) -> dict[str, str]:
+def _from_attributes(name: str, value: object, written: Written, expected: Collections | None) -> dict[str, str]:
     """Advice for a train state, which has the collections as attributes."""
     names = [one for one in (expected or {"params": None}) if isinstance(getattr(value, one, None), Mapping)]
     if "params" not in names:
@@ -221,7 +225,7 @@ def _from_attributes(name: str, value: Any, written: Written, expected: Any) -> 
     return written.advice(_with_current(name, {one: f"{owner}.{one}" for one in names}, expected))
 
 
-def _with_current(name: str, parts: Mapping[str, str], expected: Mapping[str, Any] | None) -> str:
+def _with_current(name: str, parts: Mapping[str, str], expected: Collections | None) -> str:
     """A dict of `parts`, with what the model has besides them."""
     items = [f"'{key}': {value}" for key, value in parts.items()]
     if set(expected or ()) - set(parts):
@@ -229,9 +233,7 @@ def _with_current(name: str, parts: Mapping[str, str], expected: Mapping[str, An
     return "{" + ", ".join(items) + "}"
 
 
-def check_fit(
-    name: str, value: Mapping[str, Any], written: Written, expected: Mapping[str, Any], optional: Container[str]
-) -> None:
+def check_fit(name: str, value: Collections, written: Written, expected: Collections, optional: Container[str]) -> None:
     """Checks that `value` has the tree, the shapes and the dtypes of `expected`.
 
     Args:
@@ -247,10 +249,8 @@ def check_fit(
     missing = [key for key in wanted if key not in value]
     if missing and not misfits({key: tree for key, tree in wanted.items() if key in value}, value):
         names = " and ".join(f"`{key}`" for key in missing)
-        raise FlaxMagicsError(
-            f"variables of `{name}` have no {names}, and the model has.",
-            **written.advice("{**" + CURRENT.format(name) + ", **" + written.operand + "}"),
-        )
+        message = f"variables of `{name}` have no {names}, and the model has."
+        raise FlaxMagicsError(message, **written.advice("{**" + CURRENT.format(name) + ", **" + written.operand + "}"))
     raise unfit(name, problems)
 
 
@@ -263,37 +263,42 @@ def unfit(name: str, problems: list[str]) -> FlaxMagicsError:
 
 def misfits(expected: object, value: object) -> list[str]:
     """The differences between `value` and `expected`, a line for each leaf; names in `params` stand without it."""
-    wanted, has = _leaves(expected), _leaves(value)
+    wanted, has = _described(expected), _described(value)
     lines = []
     for name, leaf in wanted.items():
         if name not in has:
             lines.append(f"{name}: missing")
         elif has[name] != leaf:
             lines.append(f"{name}: {has[name]}, and the model has {leaf}")
-    for name in has:
-        if name not in wanted:
-            near = nearest(name, [one for one in wanted if one not in has], 1)
-            lines.append(f"{name}: the model has none" + (f"; did you mean {near[0]}?" if near else ""))
+    for name in [name for name in has if name not in wanted]:
+        near = nearest(name, [one for one in wanted if one not in has], 1)
+        lines.append(f"{name}: the model has none" + (f"; did you mean {near[0]}?" if near else ""))
     return lines
 
 
-def _leaves(tree: object) -> dict[str, str]:
-    """Name → dtype and shape, without the boxes of `nn.with_partitioning`."""
-    leaves = jax.tree_util.tree_flatten_with_path(jax.tree_util.tree_map(_unboxed, tree, is_leaf=_boxed))[0]
+def named_leaves(tree: PyTree) -> dict[str, Leaf]:
+    """The leaves by name, such as `Dense_0/kernel`: those of `params` stand without it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = (jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/") for path, _ in leaves)
-    return {name: _describe(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def _described(tree: PyTree) -> dict[str, str]:
+    """Name → dtype and shape, without the boxes of `nn.with_partitioning`."""
+    leaves = named_leaves(jax.tree_util.tree_map(_unboxed, tree, is_leaf=_boxed))
+    return {name: _describe(leaf) for name, leaf in leaves.items()}
 
 
 def _boxed(leaf: object) -> bool:
     return isinstance(leaf, meta.AxisMetadata)
 
 
-def _unboxed(leaf: object) -> Any:
+def _unboxed(leaf: Leaf) -> Leaf:
     inside = jax.tree_util.tree_leaves(leaf) if _boxed(leaf) else []
     return inside[0] if len(inside) == 1 else leaf
 
 
-def _describe(leaf: object) -> str:
+def _describe(leaf: Leaf) -> str:
     """`float32[3,4]`; a number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
     if isinstance(leaf, (bool, int, float, complex)):
         leaf = np.asarray(leaf)
@@ -316,8 +321,116 @@ def check_alive(what: str, variables: object, line: str | None = None) -> None:
       FlaxMagicsError: one was.
     """
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(variables)):
-        raise FlaxMagicsError(
-            f"{what} are gone: your code has donated or deleted their arrays.",
-            hint="a jitted step with donate_argnums takes the arrays that it is given: give it copies of these",
-            **({} if line is None else {"form" if "…" in line else "write": line}),
-        )
+        message = f"{what} are gone: your code has donated or deleted their arrays."
+        hint = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
+        raise FlaxMagicsError(message, hint=hint, **({} if line is None else written(line)))
+
+
+class WeightNames:
+    """What was seen of the names of one notebook. `models` are variables by model; None where the session has none."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, dict[str, int]] = {}
+        """model → expression (`variables`, `state.params`) → id of the params that it gave when they were the model's."""
+        self._told: dict[str, tuple[int, ...]] = {}
+        """model → ids of the params that were told of last."""
+
+    def look(self, models: Mapping[str, Collections | None], names: Mapping[str, object]) -> None:
+        """Notes which names hold a model's weights now."""
+        wanted = {model: params for model, variables in models.items() if (params := _params(variables)) is not None}
+        for expression, tree in _trees(names) if wanted else ():
+            for model, params in wanted.items():
+                inside = _inside(tree, params)
+                if inside is not None and _same(inside, params):
+                    self.hold(model, expression, tree)
+
+    def hold(self, model: str, expression: str, tree: Collections) -> None:
+        """Notes that an expression gives a model's weights now, and no other model's."""
+        for seen in self._seen.values():
+            seen.pop(expression, None)
+        self._seen.setdefault(model, {})[expression] = _id(tree)
+
+    def chosen(self, model: str, names: Mapping[str, object]) -> None:
+        """The user has just given the model other weights: what the names hold besides is what was not chosen."""
+        seen = self._seen.get(model, {})
+        seen.update({expression: _id(tree) for expression, tree in _trees(names, seen)})
+
+    def note(self, model: str, models: Mapping[str, Collections | None], names: Mapping[str, object]) -> Note | None:
+        """The sharp bit that names hold other weights than `model`, which is about to run with its own; said once."""
+        seen = self._seen.get(model, {})
+        moved = {expression: tree for expression, tree in _trees(names, seen) if _id(tree) != seen[expression]}
+        ids, params = tuple(map(_id, moved.values())), _params(models.get(model))
+        if not moved or params is None or self._told.get(model) == ids:
+            return None
+        self._told[model] = ids
+        leaves = jax.tree_util.tree_leaves(params)
+        others = {}
+        for expression, tree in moved.items():
+            inside = _inside(tree, params)
+            if inside is None or misfits(params, inside):
+                continue
+            leaves_inside = jax.tree_util.tree_leaves(inside)
+            if not all(isinstance(leaf, jax.Array) and not leaf.is_deleted() for leaf in (*leaves_inside, *leaves)):
+                continue
+            if _same(inside, params) or quick_digest(leaves_inside) == quick_digest(leaves):
+                return None  # the model has what one of them has
+            others[expression] = tree
+        return _note(model, models[model] or {}, others) if others else None
+
+
+def _note(model: str, variables: Collections, others: Mapping[str, Collections]) -> Note:
+    verb = "holds" if len(others) == 1 else "hold"
+    listed = " and ".join(f"`{expression}`" for expression in others)
+    text = f"{listed} {verb} other weights than {model} has, and this run used those of {model}"
+    if len(others) > 1:
+        return Note("weights", text, form=f"%flax_vars {model} = …")
+    ((expression, tree),) = others.items()
+    whole = "params" in tree
+    pattern, part = ("{}", "**{}") if whole else ("{'params': {}}", "'params': {}")
+    if variables.keys() - (tree.keys() if whole else {"params"}):
+        pattern = f"{{**{CURRENT.format(model)}, {part}}}"
+    return Note("weights", text, **Written(f"%flax_vars {model} = {{}}", expression).advice(pattern))
+
+
+def _params(variables: Collections | None) -> Collections | None:
+    params = None if variables is None else variables.get("params")
+    return params if isinstance(params, Mapping) and params else None
+
+
+def _id(tree: Collections) -> int:
+    """The id of the params that `tree` has, or is."""
+    return id(tree.get("params", tree))
+
+
+def _inside(tree: Collections, params: Collections) -> Collections | None:
+    """What `tree` has in the place of `params`; None where it has nothing like it, which most names tell at once."""
+    inside = tree.get("params", tree)
+    if not isinstance(inside, Mapping) or inside.keys() != params.keys():
+        return None
+    try:
+        jax.tree_util.tree_structure(inside)
+    except ValueError:  # keys that cannot be sorted
+        return None
+    return inside
+
+
+def _same(one: PyTree, other: PyTree) -> bool:
+    """Whether the leaves are the very same objects."""
+    leaves, others = jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other)
+    return len(leaves) == len(others) and all(map(is_, leaves, others))
+
+
+def _trees(names: Mapping[str, object], only: Iterable[str] | None = None) -> Iterator[tuple[str, Collections]]:
+    """Expressions of the notebook that give a mapping: names, and the `params` of a dataclass (a train state).
+
+    Args:
+      only: those alone.
+    """
+    for name in list(names) if only is None else dict.fromkeys(one.partition(".")[0] for one in only):
+        value = names.get(name)
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, Mapping) and "params" in getattr(type(value), "__dataclass_fields__", ()):
+            name, value = f"{name}.params", getattr(value, "params", None)
+        if isinstance(value, Mapping) and (only is None or name in only):
+            yield name, value

@@ -70,7 +70,7 @@ def of_call(
     prepared = prepare(entry.name, entry.model, call, mode)
     with plain_errors(call):
         phase(f"tracing {entry.name}")
-        call_traced = trace_shapes(entry, prepared, call, draw)
+        call_traced = trace_shapes(entry, prepared, draw)
         traced, record, variables = call_traced.traced, call_traced.trace, call_traced.request.variables
         phase(f"counting {entry.name}")
         program, handed_back = traced.jaxpr.jaxpr, _handed_back(prepared.model, traced, variables)
@@ -126,15 +126,15 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
       FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
     """
     first = prepare_init(name, model, call)
-    prepared = prepare(name, model, Call(call.method, first.args, first.kwargs, call.text), None)
+    prepared = prepare(name, model, Call(call.method, call.args, first.kwargs, call.text), None)
     variables: Mapping[str, Any]
     shapes: Mapping[str, Any]
     if model.holds_variables:
         variables, shapes = model.own_variables(), model.collections()
     else:
-        shapes = variables = initialised(first.model, key, call.method, first.args, first.kwargs).shapes or {}
+        shapes = variables = initialised(first.model, key, call.method, call.args, first.kwargs).shapes or {}
     parameters, size = count_parameters(shapes)
-    arguments = Arguments.of(prepared.args, prepared.kwargs, prepared.signature, frozenset())
+    arguments = Arguments.of(call.args, prepared.kwargs, prepared.signature, frozenset())
     draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
     request = TraceRequest(name, prepared.model, call.method, arguments, variables, draw)
     call_traced: TracedCall[None] = trace_call(request)

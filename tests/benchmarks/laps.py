@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +63,7 @@ y = jax.block_until_ready(apply(variables, x, train=True, rngs={"dropout": dropo
     "y = %flax_apply --train net(x)",
 )
 PLAIN = Kind(
-    MODEL,
-    "apply = jax.jit(net.apply)\ny = jax.block_until_ready(apply(variables, x))\n",
-    "y = %flax_apply net(x)",
+    MODEL, "apply = jax.jit(net.apply)\ny = jax.block_until_ready(apply(variables, x))\n", "y = %flax_apply net(x)"
 )
 
 
@@ -132,10 +130,6 @@ def edited(
     return lambda rounds: in_turn(lambda: seconds_of(by_hand), lambda: seconds_of(ours), rounds)
 
 
-def _same(cell: str, i: int) -> str:
-    return cell
-
-
 def _comments(cell: str, i: int) -> str:
     return cell.replace("Eight layers", f"Eight layers, said for the {i}th time").replace(
         "    for", f"    # {i}\n\n    for"
@@ -164,43 +158,29 @@ def _activation(cell: str, i: int) -> str:
     return cell.replace("nn.relu", ("nn.tanh", "nn.silu", "nn.gelu")[(i - 1) % 3])
 
 
-def _edits(kind: Kind) -> tuple[tuple[str, str, float, Callable[[int], Measured]], ...]:
+EDITED = (
+    ("unchanged", "unchanged, apply", 0.03, lambda cell, i: cell, "reused"),
+    ("comments", "with other comments, layout, docstring, apply", 0.03, _comments, "reused"),
+    ("renamed", "with a local renamed, apply", 0.2, _renamed, "reused"),
+    ("refactored", "with a helper refactored, apply", 0.2, _refactored, "reused"),
+    ("activation", "with another activation, init anew, apply", 0.8, _activation, "compiled"),
+    ("wider", "with another width, init anew, apply", 0.8, _wider, "compiled"),
+)
+"""Key, how the cell is run again, goal, the edit, and where the program comes from: where it is new, so are variables."""
+
+
+def _laps(kind: Kind) -> Iterator[tuple[str, str, float, Callable[[int], Measured]]]:
     """Key, title, goal and measurement of each lap of a model."""
-    return (
-        ("cold", "first result, cold kernel, no disk cache", 0.6, cold(kind)),
-        ("restart", "first result after a restart, by hand without a cache", 0.25, restart(kind)),
-        ("unchanged", "cell re-run unchanged, apply", 0.03, edited(kind, _same, "reused", anew=False)),
-        (
-            "comments",
-            "cell re-run with other comments, layout, docstring, apply",
-            0.03,
-            edited(kind, _comments, "reused", anew=False),
-        ),
-        ("renamed", "cell re-run with a local renamed, apply", 0.2, edited(kind, _renamed, "reused", anew=False)),
-        (
-            "refactored",
-            "cell re-run with a helper refactored, apply",
-            0.2,
-            edited(kind, _refactored, "reused", anew=False),
-        ),
-        (
-            "activation",
-            "cell re-run with another activation, init anew, apply",
-            0.8,
-            edited(kind, _activation, "compiled", anew=True),
-        ),
-        (
-            "wider",
-            "cell re-run with another width, init anew, apply",
-            0.8,
-            edited(kind, _wider, "compiled", anew=True, drops=True),
-        ),
-    )
+    yield "cold", "first result, cold kernel, no disk cache", 0.6, cold(kind)
+    yield "restart", "first result after a restart, by hand without a cache", 0.25, restart(kind)
+    for key, title, goal, edit, program in EDITED:
+        measure = edited(kind, edit, program, anew=program == "compiled", drops=key == "wider")
+        yield key, f"cell re-run {title}", goal, measure
 
 
 LAPS = (
     Lap("load", "%load_ext, nothing imported before", 30, load, "ms"),
     Lap("preload", "%load_ext, JAX and Flax imported before", None, preload, "ms"),
-    *(Lap(key, title, goal, measure) for key, title, goal, measure in _edits(TRAINED)),
-    *(Lap(f"{key}-plain", f"without dropout: {title}", None, measure) for key, title, _, measure in _edits(PLAIN)),
+    *(Lap(key, title, goal, measure) for key, title, goal, measure in _laps(TRAINED)),
+    *(Lap(f"{key}-plain", f"without dropout: {title}", None, measure) for key, title, _, measure in _laps(PLAIN)),
 )

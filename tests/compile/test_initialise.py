@@ -13,7 +13,7 @@ from by_hand import bits, keys_of
 from sessions import session_of
 
 from flax_magics import Session
-from flax_magics.compile.initialise import Initialising, trace_init
+from flax_magics.compile.initialise import trace_init
 from flax_magics.execution.call import Call, prepare_init
 from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
@@ -95,12 +95,7 @@ def is_taken_apart(module: Any, *args: Any) -> bool:
     call = Call((), args, {}, "net(x)")
     prepared = prepare_init("net", adopt(module, "net"), call)
     units = Session(seed=0).programs.units
-    return (
-        Initialising(
-            prepared.model, (), prepared.args, prepared.kwargs, draw=RootKey.from_seed(0).draw(), units=units
-        ).expected
-        is not None
-    )
+    return prepared.initialising(RootKey.from_seed(0).draw(), units).expected is not None
 
 
 @pytest.mark.parametrize(

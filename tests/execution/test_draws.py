@@ -52,6 +52,16 @@ class Handed(nnx.Module):
         return self.dropout(self.dense(x), rngs=rngs)
 
 
+def pair(make, *inputs, seed=0):
+    """Two sessions with the same model, initialised where there are inputs: one for many draws, one for single ones."""
+    sessions = Session(seed), Session(seed)
+    for session in sessions:
+        session.register("net", make())
+        if inputs:
+            session.init("net", *inputs)
+    return sessions
+
+
 def bits(one, other):
     for a, b in zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other), strict=True):
         assert a.dtype == b.dtype
@@ -59,9 +69,7 @@ def bits(one, other):
 
 
 def test_each_draw_is_the_single_run_of_that_draw():
-    many, single = Session(0), Session(0)
-    for session in (many, single):
-        session.register("net", Plain())
+    many, single = pair(Plain)
     run = many.apply("net", X, draws=4)
     outputs = [single.apply("net", X).output for _ in range(4)]
     bits(run.output, jnp.stack(outputs))
@@ -72,10 +80,7 @@ def test_each_draw_is_the_single_run_of_that_draw():
 
 
 def test_batchnorm_in_evaluation_and_an_extra_stream():
-    many, single = Session(3), Session(3)
-    for session in (many, single):
-        session.register("net", Net())
-        session.init("net", X)
+    many, single = pair(Net, X, seed=3)
     run = many.apply("net", X, mode="eval", draws=3)
     runs = [single.apply("net", X, mode="eval") for _ in range(3)]
     np.testing.assert_allclose(run.output, jnp.stack([r.output for r in runs]), rtol=1e-5, atol=1e-6)
@@ -87,23 +92,17 @@ def test_batchnorm_in_evaluation_and_an_extra_stream():
 
 
 def test_by_hand_is_a_vmap_over_the_keys():
-    session = Session(0)
-    session.register("net", Plain())
+    session, _ = pair(Plain)
     run = session.apply("net", X, draws=5)
     variables = session.models["net"].variables
     hand = jax.vmap(lambda variables, x, key: Plain().apply(variables, x, rngs={"dropout": key}), (None, None, 0))
     bits(run.output, jax.jit(hand)(variables, X, run.keys["dropout"]))
-    assert (
-        run.by_hand
-        == "jax.vmap(lambda dropout_key: net.apply(variables, …, rngs={'dropout': dropout_key}))(dropout_keys)"
-    )
+    code = "net.apply(variables, …, rngs={'dropout': dropout_key})"
+    assert run.by_hand == f"jax.vmap(lambda dropout_key: {code})(dropout_keys)"
 
 
 def test_an_opened_draw_is_the_first_of_them():
-    many, single = Session(0), Session(0)
-    for session in (many, single):
-        session.register("net", Plain())
-        session.init("net", X)
+    many, single = pair(Plain, X)
     run = many.apply("net", X, draws=2)
     outputs = [single.apply("net", X).output for _ in range(2)]
     bits(run.output, jnp.stack(outputs))
@@ -111,27 +110,20 @@ def test_an_opened_draw_is_the_first_of_them():
 
 
 def test_eager_and_other_generators():
-    session = Session(0)
-    session.register("net", Plain())
-    session.init("net", X)
+    session, _ = pair(Plain, X)
     compiled = session.apply("net", X, draws=3)
     eager = session.apply("net", X, draw=1, draws=3, eager=True)
     np.testing.assert_allclose(compiled.output, eager.output, rtol=1e-6)
     assert eager.replayed
     with jax.default_prng_impl("rbg"):
-        many, single = Session(0), Session(0)
-    for session in (many, single):
-        session.register("net", Plain())
-        session.init("net", X)
+        many, single = pair(Plain, X)
     run = many.apply("net", X, draws=3)
     bits(run.output, jnp.stack([single.apply("net", X).output for _ in range(3)]))
 
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_nnx(draws):
-    many, single = Session(1), Session(1)
-    for session in (many, single):
-        session.register("net", Own(rngs=nnx.Rngs(0)))
+    many, single = pair(lambda: Own(rngs=nnx.Rngs(0)), seed=1)
     run = many.apply("net", X, mode="eval", draws=draws)
     outputs = [single.apply("net", X, mode="eval").output for _ in range(draws)]
     bits(run.output, jnp.stack(outputs))
@@ -150,9 +142,7 @@ def test_nnx_dropout_on_and_rngs_of_the_call():
             return self.dropout(x)
 
     for module, count in ((Masked, 1), (Handed, 0)):
-        many, single = Session(1), Session(1)
-        for session in (many, single):
-            session.register("net", module(rngs=nnx.Rngs(0)))
+        many, single = pair(lambda module=module: module(rngs=nnx.Rngs(0)), seed=1)
         run = many.apply("net", X, mode="train", draws=4)
         outputs = [single.apply("net", X, mode="train").output for _ in range(4)]
         np.testing.assert_allclose(run.output, jnp.stack(outputs), rtol=1e-6)
@@ -170,10 +160,7 @@ def test_keys_as_arguments():
         def __call__(self, x, z_rng):
             return nn.Dense(2)(x) + jax.random.normal(z_rng, (2,))
 
-    many, single = Session(0), Session(0)
-    for session in (many, single):
-        session.register("net", Sampler())
-        session.init("net", X, jax.random.key(7))
+    many, single = pair(Sampler, X, jax.random.key(7))
     run = many.apply("net", X, key="z_rng", draws=3)
     bits(run.output, jnp.stack([single.apply("net", X, key="z_rng").output for _ in range(3)]))
     assert run.by_hand.startswith("jax.vmap(lambda z_rng_key: ")
@@ -187,8 +174,7 @@ def test_sown_values_are_stacked():
             self.sow("intermediates", "h", x)
             return x.sum()
 
-    session = Session(0)
-    session.register("net", Sower())
+    session, _ = pair(Sower)
     run = session.apply("net", X, draws=2)
     assert run.sown["intermediates"]["h"][0].shape == (2, 5, 4)
     assert session.models["net"].variables == {}
@@ -200,8 +186,7 @@ def test_a_model_that_asks_for_nothing_gives_the_same_every_time():
         def __call__(self, x):
             return nn.Dense(2)(x)
 
-    session = Session(0)
-    session.register("net", Still())
+    session, _ = pair(Still)
     run = session.apply("net", X, draws=3)
     assert run.output.shape == (3, 5, 2)
     assert run.spread[0].deviation == 0.0
@@ -209,9 +194,7 @@ def test_a_model_that_asks_for_nothing_gives_the_same_every_time():
 
 
 def test_what_single_runs_would_hand_on_is_refused():
-    session = Session(0)
-    session.register("net", Net())
-    session.init("net", X)
+    session, _ = pair(Net, X)
     with pytest.raises(FlaxMagicsError) as caught:
         session.apply("net", X, mode="train", draws=8)
     assert str(caught.value) == (
@@ -232,15 +215,13 @@ def test_what_single_runs_would_hand_on_is_refused():
 
 @pytest.mark.parametrize("draws", [0, -1, True, 1.5])
 def test_a_number_that_is_none(draws):
-    session = Session(0)
-    session.register("net", Plain())
+    session, _ = pair(Plain)
     with pytest.raises(FlaxMagicsError, match="--draws takes a number of draws, 1 or more"):
         session.apply("net", X, draws=draws)
 
 
 def test_a_replay_goes_no_further_than_what_was_drawn():
-    session = Session(0)
-    session.register("net", Plain())
+    session, _ = pair(Plain)
     first = session.apply("net", X, draws=3)
     bits(session.apply("net", X, draw=2, draws=2).output, first.output[1:])
     with pytest.raises(FlaxMagicsError, match="draw 4 of seed 0 was not made in this session"):
@@ -249,8 +230,7 @@ def test_a_replay_goes_no_further_than_what_was_drawn():
 
 
 def test_spread():
-    session = Session(0)
-    session.register("net", Plain())
+    session, _ = pair(Plain)
     run = session.apply("net", X, draws=6)
     (spread,) = run.spread
     values = np.asarray(run.output, np.float64)
@@ -261,8 +241,7 @@ def test_spread():
 
 
 def test_the_report_says_which_draws_and_how_they_differ():
-    session = Session(0)
-    session.register("net", Plain())
+    session, _ = pair(Plain)
     session.apply("net", X)
     run = session.apply("net", X, draws=6)
     (spread,) = run.spread

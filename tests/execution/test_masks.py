@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sessions import session_of
 
-from flax_magics import Session
 from flax_magics.run import Note
 
 x = jnp.ones((4, 8))
@@ -69,8 +69,7 @@ def names(make):
 
 
 def test_other_inputs_of_the_same_shape_get_the_same_mask(make):
-    session = Session()
-    session.register("net", make())
+    session = session_of(make())
     first = session.apply("net", x)
     second = session.apply("net", x * 3, draw=1)
     assert masks(second) == []
@@ -78,18 +77,15 @@ def test_other_inputs_of_the_same_shape_get_the_same_mask(make):
 
 
 def test_layers_of_another_batch_are_named(make, names):
-    session = Session()
-    session.register("net", make())
+    session = session_of(make())
     session.apply("net", x)
     a, b = names
     assert masks(session.apply("net", x[:2], draw=1)) == note(f"{a}, {b}: [4,8] there, [2,8] here")
 
 
 def test_of_another_model_the_layers_that_differ_alone_are_named(make, names):
-    session = Session()
-    session.register("net", make())
-    session.register("wide", make(width=16))
-    session.register("often", make(rate=0.25))
+    session = session_of(make())
+    session.register_all({"wide": make(width=16), "often": make(rate=0.25)})
     session.apply("net", x)
     wide, often = session.apply("wide", x, draw=1), session.apply("often", x, draw=1)
     assert masks(wide) == note(f"{names[1]}: [4,8] there, [4,16] here")
@@ -102,8 +98,7 @@ def test_layers_of_one_of_them_alone(make):
         def __call__(self, x):
             return nn.Dropout(0.5, deterministic=False)(x)
 
-    session = Session()
-    session.register("net", make())
+    session = session_of(make())
     session.register("one", One() if make is linen else NnxTwo(first=False, rngs=nnx.Rngs(0)))
     session.apply("net", x)
     run = session.apply("one", x, draw=1)
@@ -126,15 +121,13 @@ def test_what_a_module_draws_with_a_key_itself_is_not_claimed(make):
         def __call__(self, x):
             return x + jax.random.normal(self.rngs.noise(), x.shape)
 
-    session = Session()
-    session.register("net", Noise() if make is linen else NnxNoise(rngs=nnx.Rngs(noise=0)))
+    session = session_of(Noise() if make is linen else NnxNoise(rngs=nnx.Rngs(noise=0)))
     session.apply("net", x)
     assert masks(session.apply("net", x[:2], draw=1)) == []
 
 
 def test_a_warm_run_is_compared_too_and_so_is_one_whose_inputs_were_let_go_of(make, names):
-    session = Session(replay_bytes=0)
-    session.register("net", make())
+    session = session_of(make(), replay_bytes=0)
     for _ in range(3):
         session.apply("net", x)
     assert masks(session.apply("net", x, draw=3)) == []
@@ -153,8 +146,7 @@ def test_of_many_layers_some_are_named_and_the_rest_is_counted():
                 nn.Dropout(0.5, deterministic=False, name=f"d{width}")(x)
             return x
 
-    session = Session()
-    session.register("net", Deep())
+    session = session_of(Deep())
     session.apply("net", x)
     assert masks(session.apply("net", x[:2], draw=1)) == note(
         "Dropout_0, Dropout_1, Dropout_2, Dropout_3 and 2 more: [4,8] there, [2,8] here; d1: [4,7] there, [2,7] here; "

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sessions import session_of
 
-from flax_magics import Session
 from flax_magics.base.digest import Values, values_of
 
 X = jnp.ones((2, 3))
@@ -61,8 +61,7 @@ def test_an_array_of_many_parts(monkeypatch):
 
 
 def test_a_run_whose_output_holds_nan_says_so():
-    session = Session()
-    session.register("net", Log())
+    session = session_of(Log())
     runs = [session.apply("net", x) for x in (-X, -X, X, X, -X)]
     assert [run.values[0].nan for run in runs] == [8, 8, 0, 0, 8]
     assert [len(sharp_bits(run)) for run in runs] == [1, 1, 0, 0, 1]
@@ -71,16 +70,14 @@ def test_a_run_whose_output_holds_nan_says_so():
 
 
 def test_nan_that_is_in_new_params_is_told_of_there():
-    session = Session()
-    session.register("net", nn.Dense(2, kernel_init=nn.initializers.constant(jnp.nan)))
+    session = session_of(nn.Dense(2, kernel_init=nn.initializers.constant(jnp.nan)))
     first, later = session.apply("net", X), session.apply("net", X)
     assert [note.kind for note in first.notes] == ["nan params"]
     assert [note.kind for note in later.notes] == ["nan"]
 
 
 def test_nan_that_was_in_the_input_is_told_as_such():
-    session = Session()
-    session.register("net", nn.Dense(2))
+    session = session_of(nn.Dense(2))
     run = session.apply("net", X * jnp.nan)
     assert sharp_bits(run) == [("the output of net holds NaN, and so does its input", None)]
 
@@ -90,8 +87,7 @@ def test_infinity_is_counted_and_no_sharp_bit():
         def __call__(self, x):
             return jnp.where(x > 0, x, -jnp.inf)
 
-    session = Session()
-    session.register("net", Masked())
+    session = session_of(Masked())
     run = session.apply("net", jnp.array([1.0, -1.0, 2.0]))
     assert run.notes == ()
     assert run.values == (Values("", 3, 0, 1, 1.0, 2.0, 1.5),)
@@ -99,13 +95,10 @@ def test_infinity_is_counted_and_no_sharp_bit():
 
 def test_it_is_in_the_run_as_data_and_in_a_saved_session(tmp_path):
     file = str(tmp_path / "s.safetensors")
-    session = Session()
-    session.register("net", Log())
+    session = session_of(Log())
     run = session.apply("net", -X)
     data = json.loads(json.dumps(run.to_json()))
-    assert data["values"] == [
-        {"path": "", "size": 8, "nan": 8, "inf": 0, "least": None, "most": None, "mean": None},
-    ]
+    assert data["values"] == [{"path": "", "size": 8, "nan": 8, "inf": 0, "least": None, "most": None, "mean": None}]
     assert [note["kind"] for note in data["notes"]] == ["nan"]
     session.save(file)
     session.load(file)
@@ -124,10 +117,16 @@ class Net(nn.Module):
 """
 
 
-def test_the_report_counts_them_and_the_lines_stop_at_the_operation(notebook):
+@pytest.fixture
+def negative(notebook):
+    """A notebook with `net`, and an `x` for which its output is all NaN."""
     notebook(NET)
     notebook("x = -jnp.ones((2, 3))")
-    out = notebook("y = %flax_apply net(x)").splitlines()
+    return notebook
+
+
+def test_the_report_counts_them_and_the_lines_stop_at_the_operation(negative):
+    out = negative("y = %flax_apply net(x)").splitlines()
     assert out[2] == "  out   float32[2,4] · 8 of 8 NaN"
     assert out[-4:] == [
         "! the output of net holds NaN",
@@ -135,11 +134,11 @@ def test_the_report_counts_them_and_the_lines_stop_at_the_operation(notebook):
         "         with jax.debug_nans(True):",
         "             %flax_apply --eager --draw last net(x)",
     ]
-    before = notebook.session.draws
-    stopped = notebook.fails(FINDING)
+    before = negative.session.draws
+    stopped = negative.fails(FINDING)
     assert "FloatingPointError: invalid value (nan) encountered in log" in stopped
     assert "return jnp.log(nn.Dense(4" in stopped
-    assert notebook.session.draws == before
+    assert negative.session.draws == before
 
 
 def test_infinity_and_several_arrays_in_the_report(notebook):
@@ -161,25 +160,19 @@ def test_details_have_range_and_mean(notebook):
     assert "  out     float32[2,4]\n          1.1 … 1.1, mean 1.1\n" in out
 
 
-def test_quiet_runs_say_it_once_and_large_ones_when_the_cell_ends(notebook):
-    notebook(NET)
-    notebook("x = -jnp.ones((2, 3))")
-    assert notebook("y = %flax_apply -q net(x)").splitlines()[0] == "! the output of net holds NaN"
-    assert notebook("y = %flax_apply -q net(x)") == ""
-    notebook("big = -jnp.ones((2_000_000, 3), jnp.float16)")
-    notebook(NET.replace("net = Net()", "big_net = Net()"))
-    said = notebook("y = %flax_apply -q big_net(big)")
-    assert said in (
-        "",
-        "! the output of big_net holds NaN",
-    )  # of what is larger than is held until then, nothing is read
+def test_quiet_runs_say_it_once_and_large_ones_when_the_cell_ends(negative):
+    assert negative("y = %flax_apply -q net(x)").splitlines()[0] == "! the output of net holds NaN"
+    assert negative("y = %flax_apply -q net(x)") == ""
+    negative("big = -jnp.ones((2_000_000, 3), jnp.float16)")
+    negative(NET.replace("net = Net()", "big_net = Net()"))
+    said = negative("y = %flax_apply -q big_net(big)")
+    # Of what is larger than is held until then, nothing is read.
+    assert said in ("", "! the output of big_net holds NaN")
 
 
-def test_it_can_be_quieted(notebook):
-    notebook(NET)
-    notebook("%config FlaxMagics.notes = {'nan': False}")
-    notebook("x = -jnp.ones((2, 3))")
-    out = notebook("y = %flax_apply net(x)")
+def test_it_can_be_quieted(negative):
+    negative("%config FlaxMagics.notes = {'nan': False}")
+    out = negative("y = %flax_apply net(x)")
     assert "8 of 8 NaN" in out
     assert "!" not in out
 

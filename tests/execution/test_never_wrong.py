@@ -20,8 +20,7 @@ from by_hand import apply_by_hand, bits, keys_of
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from flax_magics import Session
+from sessions import session_of
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -173,8 +172,7 @@ def test_every_run_is_what_a_fresh_one_by_hand_is(world, cls, train, steps):
         undo.enter_context(world["undo"].pop_all())
         world["undo"] = undo
         world["net"] = world[cls]()
-        session = Session(seed=0)
-        session.register("net", world["net"])
+        session = session_of(world["net"])
         session.init("net", X)
         for draw, (what, value) in enumerate([("nothing", None), *steps], 1):
             if what == "a setting of JAX":
@@ -194,8 +192,7 @@ def test_every_run_is_what_a_fresh_one_by_hand_is(world, cls, train, steps):
 def test_each_change_counts_at_once_and_so_does_taking_it_back(world, what):
     world["net"] = world["Asking" if what == "the environment" else "Net"]()
     world["undo"].callback(os.environ.pop, "FLAX_MAGICS_TEST_FLAG", None)
-    session = Session(seed=0)
-    session.register("net", world["net"])
+    session = session_of(world["net"])
     outputs = []
     for change in (None, 3.0, 5.0):
         if change is not None:
@@ -243,12 +240,10 @@ NNX_CHANGES: dict[str, Callable[[Any, dict[str, Any]], None]] = {
 
 @pytest.mark.parametrize("what", sorted(NNX_CHANGES))
 def test_a_change_of_an_nnx_module_counts_at_once(world, what):
-    exec(compile(NNX_SOURCE, "<cell>", "exec"), world | {"nnx": nnx})
     names = {**world, "nnx": nnx}
     exec(compile(NNX_SOURCE, "<cell>", "exec"), names)
     net = names["Net"](rngs=nnx.Rngs(0))
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     outputs = []
     for change in (False, True):
         if change:

@@ -34,13 +34,8 @@ class Takes(nn.Module):
 def test_a_key_that_nobody_uses(session):
     session.register("net", Takes())
     run = session.apply("net", notebook_x(), noise=jax.random.key(5), other=jax.random.key(6))
-    assert notes(run) == [
-        (
-            "unused key",
-            "the key `other` is passed, and nothing in the model uses it",
-            "form: %flax_apply net(…, noise=…)",
-        )
-    ]
+    text = "the key `other` is passed, and nothing in the model uses it"
+    assert notes(run) == [("unused key", text, "form: %flax_apply net(…, noise=…)")]
 
 
 def test_a_key_of_the_draw_that_nobody_uses(session):
@@ -94,13 +89,9 @@ def test_a_collection_that_is_not_written_or_is_sown_is_there(session):
             return x
 
     session.register("sows", Sows())
-    assert notes(session.apply("sows", notebook_x(), mutable=["intermediates", "params"])) == [
-        (
-            "mutable",
-            "--mutable params hands back nothing: the model has no collection of this name; it has intermediates",
-            "form: %flax_apply --mutable intermediates sows(…)",
-        )
-    ]
+    text = "--mutable params hands back nothing: the model has no collection of this name; it has intermediates"
+    run = session.apply("sows", notebook_x(), mutable=["intermediates", "params"])
+    assert notes(run) == [("mutable", text, "form: %flax_apply --mutable intermediates sows(…)")]
 
 
 def test_nnx_has_its_collections_under_the_names_of_their_types(session):

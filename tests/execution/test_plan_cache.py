@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from by_hand import MyModel, Normed, apply_by_hand, bits, keys_of, notebook_x
 from flax import nnx
+from sessions import session_of
 
-from flax_magics import Session, _session
+from flax_magics import _session
 
 
 @pytest.fixture
@@ -28,12 +29,6 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(_session, "apply_again", watched)
     return taken
-
-
-def session_of(net: Any) -> Session:
-    session = Session(seed=0)
-    session.register("net", net)
-    return session
 
 
 FIELDS = (
@@ -82,6 +77,10 @@ def test_state_moves_on(ways):
         assert run.changed == {"batch_stats": update}
     assert bits(dict(session.models["net"].variables)) == bits(variables)
     assert ways[-1]
+    evaluated = session.apply("net", x, mode="eval")
+    assert bits(evaluated.output) == bits(apply_by_hand(Normed(), variables, {}, x, train=False))
+    assert evaluated.changed == {}
+    assert bits(dict(session.models["net"].variables)) == bits(variables)
 
 
 def test_a_draw_in_between_is_no_root_used_twice(ways):
@@ -118,17 +117,13 @@ def test_what_differs_takes_the_long_way(ways, change):
 
 def test_an_input_in_place_of_another_is_looked_at(ways):
     session = session_of(MyModel(3, False))
-    for scale in range(4):
-        x = np.full((3, 4, 4), scale, np.float32)
+    x = np.zeros((3, 4, 4), np.float32)
+    for scale in range(5):
+        x = x if scale == 4 else np.zeros_like(x)
+        x[:] = scale  # the last time where it is
         run = session.apply("net", x)
-        assert bits(run.output) == bits(
-            apply_by_hand(MyModel(3, False), session.models["net"].variables, {}, x, afresh=True)
-        )
-    x[:] = 7  # where it is
-    run = session.apply("net", x)
-    assert bits(run.output) == bits(
-        apply_by_hand(MyModel(3, False), session.models["net"].variables, {}, x, afresh=True)
-    )
+        by_hand = apply_by_hand(MyModel(3, False), session.models["net"].variables, {}, x, afresh=True)
+        assert bits(run.output) == bits(by_hand)
     assert ways == [True] * 4
 
 
@@ -193,3 +188,43 @@ def test_a_variable_that_the_user_writes_is_looked_at(ways):
         run = session.apply("net", x)
         assert bits(run.output) == bits(nnx.jit(lambda net: net(x))(nnx.clone(net)))
     assert ways[-1]
+
+
+# -- op by op: of the same plan as a compiled run
+
+X = jnp.ones((2, 4))
+
+
+class Sows(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(3)(x)
+        self.sow("losses", "sum", x.sum())
+        return x
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, depth: int) -> Any:
+        for _ in range(depth):
+            x = nn.Dense(3)(x)
+        return x
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_is_sown_starts_empty_where_the_variables_have_some(eager):
+    variables = Sows().init(jax.random.key(0), X)
+    assert set(variables) == {"params", "losses"}
+    session = session_of(Sows())
+    run = session.apply("net", X, variables=variables, eager=eager)
+    _, sown = Sows().apply({"params": variables["params"]}, X, mutable=["losses"])
+    assert bits(run.sown["losses"]["sum"][0]) == bits(sown["losses"]["sum"][0])
+    assert len(run.sown["losses"]["sum"]) == 1
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_int_whose_value_is_needed_is_static_and_nothing_else_is_asked_for(eager):
+    session = session_of(Layers())
+    run = session.apply("net", X, 2, eager=eager)
+    assert run.static == ("depth=2",)
+    assert run.by_hand == "net.apply(variables, …, …)"

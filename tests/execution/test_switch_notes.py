@@ -26,91 +26,42 @@ BACKBONE = """class Backbone(nn.Module):
 """
 
 
+AVERAGES = "is using running averages although --train was asked: "
+NOT_TRAIN = "deterministic=not train"
+
+
 @pytest.mark.parametrize(
     ("cell", "text", "edit"),
     [
-        (
-            model(body=DROP.format("True")),
-            f"{OFF}deterministic=True is fixed in Net (line 5)",
-            "deterministic=not train",
-        ),
-        (
-            model("training: bool = False", "", DROP.format("True")),
-            f"{OFF}deterministic=True is fixed in Net (line 6)",
-            "deterministic=not self.training",
-        ),
-        (
-            model("config: Config = Config()", "", DROP.format("True"), CONFIG),
-            f"{OFF}deterministic=True is fixed in Net (line 10)",
-            "deterministic=self.config.deterministic",
-        ),
-        (
-            model("", "deterministic=True", NORM.format("True")),
-            "BatchNorm_0 is using running averages although --train was asked: "
-            "use_running_average=True is fixed in Net (line 5)",
-            "use_running_average=deterministic",
-        ),
-        (
-            model("", "mode='eval'", DROP.format("mode == 'eval'")),
-            f"{OFF}deterministic was True, from `mode == 'eval'` in Net (line 5)",
-            NO_SWITCH,
-        ),
-        (
-            model("", "", f"off = True\n{DROP.format('off')}"),
-            f"{OFF}deterministic was True, from `off` in Net (line 6)",
-            NO_SWITCH,
-        ),
-        (
-            model("", "train=False", "drop = nn.Dropout(0.5)\nx = nn.Dense(2)(x)\nreturn drop(x, deterministic=True)"),
-            f"{OFF}deterministic=True is fixed in Net (line 7)",
-            "deterministic=not train",
-        ),
-        (
-            model("", "train=False", "drop = nn.Dropout(0.5)\nreturn drop(jnp.add(x, 1), True)"),
-            f"{OFF}deterministic was True in Net",
-            "deterministic=not train",
-        ),
-        (
-            model("", "train=False", "drop = nn.Dropout(0.5)\nreturn drop(x, True)"),
-            f"{OFF}deterministic=True is fixed in Net (line 6)",
-            "deterministic=not train",
-        ),
-        (
-            model("", "train=False", "return nn.Dropout(0.5, **{'deterministic': True})(jnp.add(x, 1))"),
-            f"{OFF}deterministic was True in Net",
-            "deterministic=not train",
-        ),
-        (
-            model(
-                "", "train=False", "drop = partial(nn.Dropout, deterministic=True)\nreturn drop(0.5)(x)",
-                "from functools import partial\n",
-            ),
-            f"{OFF}deterministic=True is fixed in Net (line 6)",
-            "deterministic=not train",
-        ),
-        (
-            model("", "train=False", "return Backbone()(x, train=False)", BACKBONE.format("train", "not train")),
-            "Backbone_0/BatchNorm_0 is using running averages although --train was asked: "
-            "use_running_average was True, from `not train` in Backbone (line 5)",
-            "use_running_average=not train",
-        ),
-        (
-            model(
-                "", "train=False",
-                "x = nn.BatchNorm(use_running_average=True)(x)\n" + DROP.format("not train"),
-            ),
-            "BatchNorm_0 is using running averages although --train was asked: "
-            "use_running_average=True is fixed in Net (line 5)",
-            "use_running_average=not train",
-        ),
-        (
-            model(
-                "", "train=False",
-                "x = nn.Dropout(0.1, deterministic=True)(x)\nreturn nn.Dropout(0.5, deterministic=train)(x)",
-            ),
-            "Dropout_0 and 1 more are off although --train was asked: deterministic=True is fixed in Net (line 5)",
-            "deterministic=not train",
-        ),
+        (model(body=DROP.format("True")), f"{OFF}deterministic=True is fixed in Net (line 5)", NOT_TRAIN),
+        (model("training: bool = False", "", DROP.format("True")),
+         f"{OFF}deterministic=True is fixed in Net (line 6)", "deterministic=not self.training"),
+        (model("config: Config = Config()", "", DROP.format("True"), CONFIG),
+         f"{OFF}deterministic=True is fixed in Net (line 10)", "deterministic=self.config.deterministic"),
+        (model("", "deterministic=True", NORM.format("True")),
+         f"BatchNorm_0 {AVERAGES}use_running_average=True is fixed in Net (line 5)", "use_running_average=deterministic"),
+        (model("", "mode='eval'", DROP.format("mode == 'eval'")),
+         f"{OFF}deterministic was True, from `mode == 'eval'` in Net (line 5)", NO_SWITCH),
+        (model("", "", f"off = True\n{DROP.format('off')}"),
+         f"{OFF}deterministic was True, from `off` in Net (line 6)", NO_SWITCH),
+        (model(body="drop = nn.Dropout(0.5)\nx = nn.Dense(2)(x)\nreturn drop(x, deterministic=True)"),
+         f"{OFF}deterministic=True is fixed in Net (line 7)", NOT_TRAIN),
+        (model(body="drop = nn.Dropout(0.5)\nreturn drop(jnp.add(x, 1), True)"),
+         f"{OFF}deterministic was True in Net", NOT_TRAIN),
+        (model(body="drop = nn.Dropout(0.5)\nreturn drop(x, True)"),
+         f"{OFF}deterministic=True is fixed in Net (line 6)", NOT_TRAIN),
+        (model(body="return nn.Dropout(0.5, **{'deterministic': True})(jnp.add(x, 1))"),
+         f"{OFF}deterministic was True in Net", NOT_TRAIN),
+        (model(body="drop = partial(nn.Dropout, deterministic=True)\nreturn drop(0.5)(x)",
+               before="from functools import partial\n"),
+         f"{OFF}deterministic=True is fixed in Net (line 6)", NOT_TRAIN),
+        (model(body="return Backbone()(x, train=False)", before=BACKBONE.format("train", "not train")),
+         f"Backbone_0/BatchNorm_0 {AVERAGES}use_running_average was True, from `not train` in Backbone (line 5)",
+         "use_running_average=not train"),
+        (model(body=f"x = nn.BatchNorm(use_running_average=True)(x)\n{DROP.format('not train')}"),
+         f"BatchNorm_0 {AVERAGES}use_running_average=True is fixed in Net (line 5)", "use_running_average=not train"),
+        (model(body="x = nn.Dropout(0.1, deterministic=True)(x)\nreturn nn.Dropout(0.5, deterministic=train)(x)"),
+         "Dropout_0 and 1 more are off although --train was asked: deterministic=True is fixed in Net (line 5)", NOT_TRAIN),
     ],
 )  # fmt: skip
 def test_a_layer_that_does_not_follow_the_switch(notebook, cell, text, edit):
@@ -137,12 +88,8 @@ def test_a_backbone_that_is_frozen_on_purpose_is_no_sharp_bit(notebook, backbone
 def test_a_layer_that_is_on_in_evaluation(notebook):
     notebook(model(body=DROP.format("False")))
     notebook("%flax_apply --eval -q -o run net(x);")
-    assert [(note.text, note.edit) for note in notebook["run"].notes] == [
-        (
-            "Dropout_0 is on although --eval was asked: deterministic=False is fixed in Net (line 5)",
-            "deterministic=not train",
-        )
-    ]
+    text = "Dropout_0 is on although --eval was asked: deterministic=False is fixed in Net (line 5)"
+    assert [(note.text, note.edit) for note in notebook["run"].notes] == [(text, NOT_TRAIN)]
 
 
 NNX = """%%flaxmodel net = Net()
@@ -158,37 +105,30 @@ class Net(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("attribute", "first", "second", "text", "edit"),
+    ("attribute", "given", "why", "edit"),
     [
-        (
-            "self.training = False", "True", "True",
-            "drop and 1 more are off although --train was asked: deterministic=True is fixed in Net (line 9)",
-            "deterministic=not self.training",
-        ),
-        (
-            "self.off = True", "self.off", "self.off",
-            "drop and 1 more are off although --train was asked: deterministic was True, from `self.off` in Net (line 9)",
-            NO_SWITCH,
-        ),
+        ("self.training = False", "True", "deterministic=True is fixed in Net (line 9)", "deterministic=not self.training"),
+        ("self.off = True", "self.off", "deterministic was True, from `self.off` in Net (line 9)", NO_SWITCH),
     ],
 )  # fmt: skip
-def test_in_nnx_a_call_may_overrule_the_attribute(notebook, attribute, first, second, text, edit):
-    notebook(NNX.format(attribute, first, second))
+def test_in_nnx_a_call_may_overrule_the_attribute(notebook, attribute, given, why, edit):
+    notebook(NNX.format(attribute, given, given))
     notebook("%flax_apply --train -q -o run net(x);")
+    text = f"drop and 1 more are off although --train was asked: {why}"
     assert [(note.text, note.edit) for note in notebook["run"].notes] == [(text, edit)]
+
+
+UNSET = ["`deterministic` has no value, and no switch of the model's sets it", f"in your model: {NOT_TRAIN}"]
 
 
 @pytest.mark.parametrize(
     ("cell", "hint"),
     [
-        ("%flax_apply net(x)", ["`deterministic` has no value, and no switch of the model's sets it",
-                                "in your model: deterministic=not train"]),
-        ("%flax_apply --train net(x)", ["`deterministic` has no value, and no switch of the model's sets it",
-                                        "in your model: deterministic=not train"]),
-        ("%flax_apply drop(x)", ["it is the model's own switch, and has no value as written",
-                                 "write: %flax_apply --train drop(x)", "       %flax_apply --eval drop(x)"]),
-        ("%flax_apply merged(x)", ["it is the model's own switch, and has no value as written",
-                                   "write: %flax_apply --train merged(x)", "       %flax_apply --eval merged(x)"]),
+        ("%flax_apply net(x)", UNSET),
+        ("%flax_apply --train net(x)", UNSET),
+        *((f"%flax_apply {net}(x)", ["it is the model's own switch, and has no value as written",
+                                     f"write: %flax_apply --train {net}(x)", f"       %flax_apply --eval {net}(x)"])
+          for net in ("drop", "merged")),
     ],
 )  # fmt: skip
 def test_a_switch_without_a_value_is_set_by_an_option_only_where_one_sets_it(notebook, cell, hint):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.code.walk import arrays_in
@@ -87,8 +88,7 @@ def alive(references: list[weakref.ref]) -> list[bool]:
 
 def test_inputs_are_kept_and_the_oldest_are_let_go_of():
     others = megabytes()
-    session = Session(seed=0, replay_bytes=8 * MB)
-    session.register("net", Mean())
+    session = session_of(Mean(), replay_bytes=8 * MB)
     references = []
     for i in range(12):
         x = megabyte(i)
@@ -105,8 +105,7 @@ def test_inputs_are_kept_and_the_oldest_are_let_go_of():
 
 
 def test_an_array_that_many_runs_use_counts_once():
-    session = Session(seed=0, replay_bytes=3 * MB)
-    session.register("net", Mean())
+    session = session_of(Mean(), replay_bytes=3 * MB)
     x = megabyte()
     for _ in range(1000):
         session.apply("net", x)
@@ -115,8 +114,7 @@ def test_an_array_that_many_runs_use_counts_once():
 
 
 def test_so_does_one_of_numpy_that_stays_what_it_is():
-    session = Session(seed=0, replay_bytes=3 * MB)
-    session.register("net", Mean())
+    session = session_of(Mean(), replay_bytes=3 * MB)
     x = np.zeros((250, 1000), np.float32)
     for _ in range(300):
         session.apply("net", x)
@@ -129,8 +127,7 @@ def test_so_does_one_of_numpy_that_stays_what_it_is():
 @pytest.mark.parametrize("module", [Norm, NnxNorm], ids=["linen", "nnx"])
 def test_overwritten_variables_count_and_those_of_the_model_do_not(module):
     others = megabytes()
-    session = Session(seed=0, replay_bytes=8 * MB)
-    session.register("net", module())
+    session = session_of(module(), replay_bytes=8 * MB)
     x = jnp.ones(3)
     session.apply("net", x)
     session.apply("net", x)
@@ -149,8 +146,7 @@ def test_overwritten_variables_count_and_those_of_the_model_do_not(module):
 
 
 def test_nothing_is_kept_where_that_is_asked():
-    session = Session(seed=0, replay_bytes=0)
-    session.register("net", Mean())
+    session = session_of(Mean(), replay_bytes=0)
     x = megabyte()
     session.apply("net", x)
     reference = weakref.ref(x)
@@ -161,8 +157,7 @@ def test_nothing_is_kept_where_that_is_asked():
 
 
 def test_less_can_be_asked_for_later():
-    session = Session(seed=0)
-    session.register("net", Mean())
+    session = session_of(Mean())
     for i in range(3):
         session.apply("net", megabyte(i))
     assert session.kept_bytes == 3 * MB
@@ -172,8 +167,7 @@ def test_less_can_be_asked_for_later():
 
 
 def test_an_output_is_not_kept():
-    session = Session(seed=0)
-    session.register("net", nn.Dense(1000))
+    session = session_of(nn.Dense(1000))
     run = session.apply("net", jnp.ones((250, 4)))
     reference = weakref.ref(run.output)
     del run
@@ -244,8 +238,7 @@ def test_what_a_model_held_that_is_no_more_is_counted_and_let_go_of(make):
 
 def test_so_is_what_an_init_and_a_construction_were_of():
     others = megabytes()
-    session = Session(seed=0)
-    session.register("net", Table(megabyte(1)))
+    session = session_of(Table(megabyte(1)))
     session.init("net", jnp.ones(3))
     session.register("net", Table(megabyte(2)))
     session.init("net", jnp.ones(3))

@@ -8,6 +8,7 @@ import pytest
 from by_hand import bits
 from flax import linen as nn
 from flax import nnx
+from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.execution.call import Call
@@ -58,8 +59,7 @@ X = jnp.ones((2, 3))
 
 @pytest.fixture
 def session():
-    session = Session()
-    session.register("net", Overriding())
+    session = session_of(Overriding())
     session.init("net", X)
     return session
 
@@ -76,8 +76,7 @@ def test_a_method_that_overrides_flaxs_is_the_users(session):
 
 
 def test_a_method_of_the_users_base_class_is_the_users():
-    session = Session()
-    session.register("net", Inheriting())
+    session = session_of(Inheriting())
     assert bits(session.apply("net", X, method="make_rng").output) == bits(X + 1)
 
 
@@ -109,8 +108,7 @@ def test_a_layers_real_method_is_a_method():
 
 
 def test_names_of_flaxs_on_an_nnx_module_that_are_the_users():
-    session = Session()
-    session.register("net", Named(rngs=nnx.Rngs(0)))
+    session = session_of(Named(rngs=nnx.Rngs(0)))
     assert bits(session.apply("net", X, method="train").output) == bits(session.module("net").linear(X) + 1)
     assert bits(session.apply("net", X, 2.0).output) == bits(session.module("net").linear(X) * 2)
 

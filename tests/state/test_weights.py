@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core import freeze
+from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.run import recorded
@@ -37,15 +38,9 @@ class Block(nnx.Module):
         return self.norm(self.linear(x))
 
 
-def session_with(module, **settings):
-    session = Session(**settings)
-    session.register("net", module)
-    return session
-
-
 def session_with_set_weights(**settings):
     """A session whose model was initialised, and then given weights twice as large."""
-    session = session_with(Plain(), **settings)
+    session = session_of(Plain(), **settings)
     session.init("net", X)
     session.models["net"].variables = doubled(session.models["net"].variables)
     return session
@@ -72,7 +67,7 @@ def same(one, other):
 
 
 def test_a_run_says_which_draw_initialised_its_weights():
-    session = session_with(Net())
+    session = session_of(Net())
     assert session.models["net"].weights == ""
     session.init("net", X)
     assert session.models["net"].weights == "initialised in draw 1"
@@ -84,7 +79,7 @@ def test_a_run_says_which_draw_initialised_its_weights():
 
 
 def test_a_run_that_initialises_says_so_and_a_key_says_nothing():
-    session = session_with(Plain())
+    session = session_of(Plain())
     session.key("noise")
     run = session.apply("net", X)
     assert run.weights == run.to_json()["weights"] == recorded(run)["weights"] == "initialised in draw 2"
@@ -92,7 +87,7 @@ def test_a_run_that_initialises_says_so_and_a_key_says_nothing():
 
 
 def test_under_another_seed_the_draw_is_told_with_its_seed():
-    session = session_with(Plain())
+    session = session_of(Plain())
     session.apply("net", X)
     session.restart(7)
     assert session.apply("net", X).weights == "initialised in draw 1 of seed 0"
@@ -101,7 +96,7 @@ def test_under_another_seed_the_draw_is_told_with_its_seed():
 
 
 def test_weights_that_are_set_in_a_script_and_those_of_one_run():
-    session = session_with(Plain())
+    session = session_of(Plain())
     session.apply("net", X)
     variables = session.models["net"].variables
     assert session.apply("net", X, variables=doubled(variables)).weights == "given for this run"
@@ -115,10 +110,10 @@ def test_weights_that_are_set_in_a_script_and_those_of_one_run():
 
 def test_a_saved_session_keeps_it_and_one_that_is_loaded_says_from_where(tmp_path):
     file = str(tmp_path / "s.safetensors")
-    session = session_with(Net())
+    session = session_of(Net())
     session.apply("net", X, mode="train")
     session.save(file)
-    loaded = session_with(Net())
+    loaded = session_of(Net())
     loaded.load(file)
     assert [run.weights for run in loaded.runs] == ["initialised in draw 1"]
     run = loaded.apply("net", X)
@@ -138,7 +133,7 @@ def test_the_same_for_an_nnx_module(tmp_path):
     session.save(file)
     session.load(file)
     assert session.apply("net", X).weights == f"loaded from {file}"
-    own = session_with(Block(3, nnx.Rngs(0)))
+    own = session_of(Block(3, nnx.Rngs(0)))
     assert own.apply("net", X).weights == "held by net"
 
 
@@ -155,7 +150,7 @@ def test_an_edit_that_keeps_the_weights_keeps_where_they_came_from():
 
 
 def test_a_replay_says_whose_weights_it_ran_with():
-    session = session_with(Plain())
+    session = session_of(Plain())
     runs = [session.apply("net", X)]
     session.models["net"].variables = doubled(session.models["net"].variables)
     runs.append(session.apply("net", X))
@@ -192,7 +187,7 @@ def test_the_same_values_in_other_arrays_are_no_change():
 
 
 def test_an_edit_of_the_dict_in_place_is_noticed():
-    session = session_with(Plain())
+    session = session_of(Plain())
     variables = session.init("net", X)
     for _ in range(2):
         session.apply("net", X)
@@ -203,7 +198,7 @@ def test_an_edit_of_the_dict_in_place_is_noticed():
 
 
 def test_lines_by_turns_that_write_statistics_are_no_change():
-    session = session_with(Net())
+    session = session_of(Net())
     for _ in range(3):
         for x in (X, jnp.ones((5, 3))):
             assert session.apply("net", x, mode="train").weights == "initialised in draw 1"
@@ -220,7 +215,7 @@ def test_parameters_that_a_method_adds_are_no_change():
         def other(self, x):
             return self.two(x)
 
-    session = session_with(Two())
+    session = session_of(Two())
     session.apply("net", X)
     assert session.apply("net", X, method="other").weights == "initialised in draw 1"
     assert session.apply("net", X, method="other").weights == "initialised in draw 1"
@@ -231,7 +226,7 @@ def test_parameters_that_a_method_adds_are_no_change():
 
 @pytest.fixture
 def initialised():
-    session = session_with(Net())
+    session = session_of(Net())
     session.init("net", X)
     return session
 
@@ -290,9 +285,8 @@ def test_an_array_that_was_donated_is_refused_and_later_is_one_message(initialis
     initialised.apply("net", X)
     jax.tree_util.tree_leaves(given)[0].delete()
     for _ in range(2):
-        with pytest.raises(
-            FlaxMagicsError, match=r"the weights of `net` \(set in a script\) are gone: your code has donated"
-        ):
+        gone = r"the weights of `net` \(set in a script\) are gone: your code has donated"
+        with pytest.raises(FlaxMagicsError, match=gone):
             initialised.apply("net", X)
     refused(
         initialised,
@@ -332,7 +326,7 @@ def test_boxed_parameters_are_taken_with_and_without_their_boxes():
             init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "mlp"))
             return nn.Dense(4, kernel_init=init)(x)
 
-    session = session_with(Boxed())
+    session = session_of(Boxed())
     session.apply("net", X)
     model = session.models["net"]
     for given in (doubled(model.variables), nn.unbox(doubled(model.variables))):
@@ -352,7 +346,7 @@ def test_a_collection_that_another_method_added_may_be_left_out():
             count.value += 1
             return x + count.value
 
-    session = session_with(Decoding())
+    session = session_of(Decoding())
     session.init("net", X)
     session.apply("net", X, method="decode")
     model = session.models["net"]
@@ -364,7 +358,7 @@ def test_a_collection_that_another_method_added_may_be_left_out():
 
 
 def test_a_model_without_variables_takes_what_its_first_run_then_checks():
-    session = session_with(Plain())
+    session = session_of(Plain())
     params = {"Dense_0": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}}
     session.models["net"].variables = {"params": {"Dense_0": 3}}  # a mistake that nobody can see yet
     session.models["net"].variables = {"params": params}
@@ -413,7 +407,7 @@ def notes_of(session):
 
 
 def test_an_init_over_fresh_weights_replaces_nothing_worth_a_word():
-    session = session_with(Net())
+    session = session_of(Net())
     session.init("net", X)
     session.apply("net", X)
     session.init("net", X)
@@ -435,14 +429,13 @@ def test_weights_that_were_set_come_back():
 
 
 def test_statistics_that_runs_have_written_come_back():
-    session = session_with(Net())
+    session = session_of(Net())
     session.apply("net", X, mode="train")
     session.apply("net", X, mode="train")
     trained = session.models["net"].variables
     session.init("net", X)
-    assert notes_of(session) == [
-        ("this init replaced weights of net: initialised in draw 1, batch_stats: update 2", PREVIOUS)
-    ]
+    text = "this init replaced weights of net: initialised in draw 1, batch_stats: update 2"
+    assert notes_of(session) == [(text, PREVIOUS)]
     assert same(session.models["net"].previous, trained)
 
 
@@ -481,7 +474,7 @@ def test_where_they_are_too_large_to_be_kept_the_note_says_so():
 
 
 def test_the_next_that_are_replaced_take_their_place():
-    session = session_with(Plain())
+    session = session_of(Plain())
     session.init("net", X)
     model = session.models["net"]
     sizes = []

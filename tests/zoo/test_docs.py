@@ -85,11 +85,7 @@ def test_the_sharp_bits(notebook, docs_cells):
     assert bits(notebook["run"].output) == bits(notebook["y"])
 
 
-BASICS = [
-    (12, "ExplicitMLP", False),
-    (15, "SimpleDense", False),
-    (16, "BiasAdderWithRunningMean", ["batch_stats"]),
-]
+BASICS = [(12, "ExplicitMLP", False), (15, "SimpleDense", False), (16, "BiasAdderWithRunningMean", ["batch_stats"])]
 
 
 def test_flax_basics(notebook, docs_cells):

@@ -88,9 +88,19 @@ def test_vae_with_a_key_as_an_argument(notebook, model_cell):
     assert run.output.shape == (2, 784)
 
 
-def test_ppo(notebook, model_cell):
-    model_cell("examples/ppo/models.py", "net = ActorCritic(num_outputs=4)")
-    notebook("x = jax.random.randint(jax.random.key(42), (1, 84, 84, 4), 0, 255, dtype='uint8')")
+FRAMES = "jax.random.randint(jax.random.key(42), (1, 84, 84, 4), 0, 255, dtype='uint8')"
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "given"),
+    [
+        ("ppo/models.py", "net = ActorCritic(num_outputs=4)", FRAMES),
+        ("linen_design_test/dense.py", "net = Dense(features=3)", "x"),
+    ],
+)
+def test_ppo_and_linen_design_test_dense(notebook, model_cell, path, line, given):
+    model_cell(f"examples/{path}", line)
+    notebook(f"x = {given}")
     net, x = notebook["net"], notebook["x"]
     run = applied(notebook, "net(x)")
     variables = net.init(keys_of(1)("params")["params"], x)
@@ -214,11 +224,3 @@ def test_ogbg_molpcba(notebook, model_cell, net):
     by_hand = made.clone(deterministic=False)
     assert bits(run.output) == bits(apply_by_hand(by_hand, variables, keys_of(1)("dropout"), graph))
     assert bits(variables_of(notebook, "net")) == bits(variables)
-
-
-def test_linen_design_test_dense(notebook, model_cell):
-    model_cell("examples/linen_design_test/dense.py", "net = Dense(features=3)")
-    net, x = notebook["net"], notebook["x"]
-    run = applied(notebook, "net(x)")
-    variables = net.init(keys_of(1)("params")["params"], x)
-    assert bits(run.output) == bits(apply_by_hand(net, variables, {}, x))

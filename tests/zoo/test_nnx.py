@@ -13,10 +13,7 @@ import pytest
 from by_hand import bits, keys_of, sown_off, values
 from flax import nnx
 
-pytestmark = [
-    pytest.mark.zoo,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 TRAINING = {"deterministic": False, "use_running_average": False, "training": True}
 
