@@ -16,7 +16,7 @@ from ..base.digest import describe
 from ..base.environment import name_devices
 from ..code.inventory import Inventory, changes, inventory
 from ..code.structure import Structure
-from ..line.variant import Line, changed
+from ..line.expression import Line, changed
 from ..models.arguments import Arguments
 from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note

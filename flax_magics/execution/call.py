@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..compile.initialise import merged, shapes_of_init
 from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError, did_you_mean, written
-from ..line.variant import new_key, with_arguments, without_option
+from ..line.expression import new_key, with_arguments, without_option
 from ..models.arguments import Arguments
 from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, MissingVariables, Model, Needs
 from ..models.calls import Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from ..base.digest import data_of, has_nan
 from ..base.text import join
 from ..errors import nearest, written
-from ..line.variant import Line, as_array, new_key
+from ..line.expression import Line, as_array, new_key
 from ..models.arguments import Arguments
 from ..models.base import CallTrace, KeyUse
 from ..models.calls import Path
@@ -157,7 +156,7 @@ def of_unused(switch: Iterable[str], given: Iterable[str], unused: Container[str
             optional = parameter is None or parameter.default is not parameter.empty
             shorter = line.without_option("--key", name)
             if shorter == line:
-                shorter = line.without_argument(name) or line
+                shorter = line.with_argument(name, None) or line
             if optional and shorter != line:
                 yield Note("unused key", text, **written(str(shorter)))
             else:
@@ -178,7 +177,7 @@ def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterat
             text = f"--mutable {name} hands back nothing: the model has no collection of this name; {has}"
             corrected = line.without_option("(?:--mutable|-m)", name)
             if near and near[0] not in asked:
-                corrected = corrected.with_option(f"--mutable {near[0]}")
+                corrected = corrected._replace(command=f"{corrected.command} --mutable {near[0]}")
             yield Note("mutable", text, **written(str(corrected)))
 
 
@@ -252,7 +251,7 @@ def _with_keys(line: Line, *names: str) -> dict[str, str]:
         stream = next((word for word in reversed(re.findall(r"\w+", name)) if word.isidentifier()), "latent")
         key = new_key(stream)
         draws.append(f"{key} = %flax_key {stream}")
-        open_call = replace(edited, call=f"{edited.call.partition('(')[0]}(…)")
+        open_call = edited._replace(call=f"{edited.call.partition('(')[0]}(…)")
         edited = edited.with_argument(name, key) or open_call
     return written("\n".join([*dict.fromkeys(draws), str(edited)]))
 

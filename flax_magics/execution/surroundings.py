@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import private
 from ..errors import FlaxMagicsError, written
-from ..line.variant import with_arguments
+from ..line.expression import with_arguments
 from ..models.arguments import has_tracer
 from ..models.base import Needs
 from ..models.construction import Construction

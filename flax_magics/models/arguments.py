@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ..code.library import nnx_modules
-from ..line.variant import positional_names
+from ..line.expression import positional_names
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..base.critical import at_once
 from ..base.digest import quick_digest
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
-from ..line.variant import with_arguments
+from ..line.expression import with_arguments
 from . import nnx_trace
 from .arguments import constructor, readable_signature
 from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
