@@ -450,22 +450,22 @@ class Session(SessionView):
 
     def _commit(self, outcome: Outcome) -> None:
         """Makes the run part of the session, with what it left behind in the user's own object: one step."""
-        _, kept, draw, entry, opened, write, commit = outcome
-        new = self._state.after(kept, draw.last, entry, opened)
+        _, stored, draw, entry, opened, write, commit = outcome
+        state = self._state.after(stored, draw.last, entry, opened)
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
             into = () if commit is None else commit.assignments
-            at_once((*into, (object.__setattr__, self, "_state", new), (self._keeping.noted.append, kept)))
+            at_once((*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)))
         else:
             with uninterrupted():
                 write()
-                self._state = new
-                self._keeping.noted.append(kept)
-        self._keeping.look(kept.size)
+                self._state = state
+                self._keeping.noted.append(stored)
+        self._keeping.look(stored.size)
         if self.autosaving is not None:
-            self.autosaving.after(kept.facts, new)
+            self.autosaving.after(stored.facts, state)
 
 
 _current: Session | None = None

@@ -133,14 +133,14 @@ class Journal:
             number = result.execution_count if getattr(result.info, "store_history", True) else None
             self.executed.append(self._running._replace(number=number, end=self.runs()))
 
-    def drew(self, before: int, names: object) -> None:
+    def drew(self, runs_before: int, names: object) -> None:
         """A command has ended, before which there were so many runs. `names` is the notebook's namespace."""
-        frame = calling_frame(names) if self._depth and self.runs() > before else None
+        frame = calling_frame(names) if self._depth and self.runs() > runs_before else None
         if frame is not None:
             places = self._running.places
             known = places[-1].run + 1 if places else 0  # by commands inside of this one
             place = frame.f_lineno, frame.f_code.co_name
-            more = (Place(run, *place) for run in range(max(before, known), self.runs()))
+            more = (Place(run, *place) for run in range(max(runs_before, known), self.runs()))
             self._running = self._running._replace(places=(*places, *more))
 
     def registered(self, rows: list[Registered]) -> None:

@@ -321,8 +321,8 @@ def _function_name(node: ast.expr) -> str:
 
 def _name_for(root: ast.expr, value: ast.expr) -> str:
     """A variable's name for `value`: `net` for `Net(3)`; where `root` is what gives it, `a` for `nets['a']`."""
-    made = _function_name(value)
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made).lower() if made != made.lower() else ""
+    class_name = _function_name(value)
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower() if class_name != class_name.lower() else ""
     if isinstance(root, ast.Subscript) and isinstance(root.slice, ast.Constant) and isinstance(root.slice.value, str):
         name = root.slice.value
     return name if name.isidentifier() and not keyword.iskeyword(name) else "net"

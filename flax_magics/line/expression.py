@@ -221,11 +221,11 @@ class Line(NamedTuple):
             for item in call.keywords:
                 item.value = edited if item.value is argument else item.value
         else:
-            before = names.index(name) if argument in call.args else len(call.args)
-            if not all(place.isidentifier() for place in names[before + 1 :]):
+            place = names.index(name) if argument in call.args else len(call.args)
+            if not all(other.isidentifier() for other in names[place + 1 :]):
                 return None
-            call.args = call.args[:before]
-            call.keywords = [ast.keyword(*item) for item in items[before:] if item[1] is not argument]
+            call.args = call.args[:place]
+            call.keywords = [ast.keyword(*item) for item in items[place:] if item[1] is not argument]
         return self._replace(call=ast.unparse(call).replace(_GAP, "…"))
 
 

@@ -206,8 +206,8 @@ class FlaxMagics(Magics):
                 note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
             else:
                 variables = parse_expression(variables, "--variables").evaluate(use.user_ns, use.local_ns)
-            given = {option: use[option] for option in ("mutable", "key", "draws", "eager", "roofline")}
-            options = ApplyOptions(mode=mode, variables=variables, draw=use.draw(), repeat=use["repeat"] or 1, **given)
+            chosen = {option: use[option] for option in ("mutable", "key", "draws", "eager", "roofline")}
+            options = ApplyOptions(mode=mode, variables=variables, draw=use.draw(), repeat=use["repeat"] or 1, **chosen)
             notes = () if note is None else (note,)
             return self.session.run_apply(name, call, options, module=module, notes=notes)
 
@@ -223,8 +223,8 @@ class FlaxMagics(Magics):
         expression, assign = (parse_call(f"{target}()", "%flax_summary"), None) if bare else use.read_body()
         name, call, module = use.resolve(expression)
         with self.notebook.working("summarising") as live:
-            given = None if bare else call
-            summary = self.session.run_summary(name, given, mode, backward=use["backward"], module=module)
+            model_call = None if bare else call
+            summary = self.session.run_summary(name, model_call, mode, backward=use["backward"], module=module)
             tree = tree_bundle(name, self.session.variables(name, module), self.style) if use["tree"] else {}
         live.show({} if use["quiet"] else summary_bundle(summary, use["depth"], self.style))
         self.publish(tree, use)

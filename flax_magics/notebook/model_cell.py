@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from .command import CommandUse
 
 
-class Found(NamedTuple):
+class CellModels(NamedTuple):
     """What a cell or a line registers.
 
     Attributes:
       modules: name → module, or the Construction of an NNX module that the session is to build.
       bind: name → value to bind once all are registered.
-      before: names that the cell bound anew → what they stood for.
+      previous: names that the cell bound anew → what they stood for.
       anew: names of models that stood for nothing before.
     """
 
     modules: Mapping[str, Any]
     bind: Mapping[str, object] = MappingProxyType({})
-    before: Mapping[str, object] = MappingProxyType({})
+    previous: Mapping[str, object] = MappingProxyType({})
     anew: frozenset[str] = frozenset()
 
 
-def from_line(use: CommandUse) -> Found:
+def from_line(use: CommandUse) -> CellModels:
     """`net = Net(3)`, or `net` for what is in the namespace already."""
     name, expression = parse_assignment(use.rest)
     if expression is not None:
@@ -47,7 +47,7 @@ def from_line(use: CommandUse) -> Found:
             raise FlaxMagicsError(message, **written(line))
         if not isinstance(value, Construction):
             adopt(value, name)
-        return Found({name: value}, {name: value})
+        return CellModels({name: value}, {name: value})
     if name not in use.local_ns and name not in use.user_ns:
         modules = modules_in(use.names())
         hint = did_you_mean(name, *modules)
@@ -55,7 +55,7 @@ def from_line(use: CommandUse) -> Found:
         line = f"%flaxmodel {near[0]}" if near else f"%flaxmodel {name} = …"
         raise FlaxMagicsError(f"name '{name}' is not defined.", hint=hint, **written(line))
     value = use.local_ns[name] if name in use.local_ns else use.user_ns[name]
-    return Found({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
+    return CellModels({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
 
 
 def read_line(text: str) -> Assignment | None:
@@ -63,12 +63,12 @@ def read_line(text: str) -> Assignment | None:
     return parse_assignment(text, "%%flaxmodel") if text else None
 
 
-def from_cell(use: CommandUse, assigned: Iterable[str], before: Mapping[str, object]) -> Found:
+def from_cell(use: CommandUse, assigned: Iterable[str], names_before: Mapping[str, object]) -> CellModels:
     """The cell's own instances, and the assignment on its line; with neither, the last module class of the cell.
 
     Args:
       assigned: names that the cell's body assigned at top level, in order.
-      before: the namespace as it was.
+      names_before: the namespace as it was.
     """
     values: dict[str, Any] = {name: use.user_ns[name] for name in assigned if name in use.user_ns}
     modules = {name: value for name, value in values.items() if is_module(value) and not name.startswith("_")}
@@ -97,8 +97,8 @@ def from_cell(use: CommandUse, assigned: Iterable[str], before: Mapping[str, obj
             )
             raise FlaxMagicsError(message, form="%flaxmodel …")
         modules = {classes[-1]: _from_defaults(values[classes[-1]], "%%flaxmodel", classes[-1])}
-    changed = {name: before[name] for name, value in values.items() if name in before and before[name] is not value}
-    return Found(modules, bind, changed, frozenset(name for name in modules if name not in before))
+    previous = {name: names_before[name] for name, new in values.items() if names_before.get(name, new) is not new}
+    return CellModels(modules, bind, previous, frozenset(modules.keys() - names_before.keys()))
 
 
 def build(expression: Expression, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None) -> Any:
@@ -141,8 +141,8 @@ def _from_defaults(cls: Any, command: str, spelled: str) -> Any:
     return cls()
 
 
-def check(found: Found, use: CommandUse) -> tuple[tuple[str, str], ...]:
-    """`--check`: the rows to show, for a call on one of the modules found. Nothing is computed or kept."""
+def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
+    """`--check`: the rows to show, for a call on one of the modules models. Nothing is computed or kept."""
     call = use["check"]
     if call is None:
         return ()
@@ -154,26 +154,26 @@ def check(found: Found, use: CommandUse) -> tuple[tuple[str, str], ...]:
         parsed = parse_call(call, "--check")
     except FlaxMagicsError as error:
         raise FlaxMagicsError(error.message, hint=error.hint) from None  # `--check` begins no line
-    if parsed.target not in found.modules:
-        known = ", ".join(found.modules)
+    if parsed.target not in models.modules:
+        known = ", ".join(models.modules)
         raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")
-    module = found.modules[parsed.target]
+    module = models.modules[parsed.target]
     model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
     asked = Call(parsed.method, *parsed.evaluate(use.user_ns, use.local_ns), parsed.call, command=parsed.command)
     with Translation(parsed.target, model, asked, None):
         return check_call(parsed.target, model, asked, use.notebook.session.root_key)
 
 
-def register(found: Found, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
-    """Registers all that was found or nothing, binds names, and says what became of each model.
+def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
+    """Registers all of them or nothing, binds names, and says what became of each model.
 
     When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
     """
     session, user_ns = use.notebook.session, use.user_ns
     runs_before = len(session)
-    changes = session.register_all(found.modules, anew=found.anew, cell=use.notebook.number)
+    changes = session.register_all(models.modules, anew=models.anew, cell=use.notebook.number)
     draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - runs_before)}
-    for name, value in found.bind.items():
+    for name, value in models.bind.items():
         user_ns[name] = session.models[name].module if isinstance(value, Construction) else value
     if all(change.state == "unchanged" for change in changes):
         same_classes = set()
@@ -182,7 +182,7 @@ def register(found: Found, use: CommandUse, rows: tuple[tuple[str, str], ...]) -
                 module = session.models[change.name].module
                 same_classes.add((type(module), type(user_ns[change.name])))
                 user_ns[change.name] = module
-        for name, old in found.before.items():
+        for name, old in models.previous.items():
             new = user_ns[name]
             if not isinstance(old, (type, FunctionType)) or type(old) is not type(new):
                 continue

@@ -135,9 +135,9 @@ def level(run: Run, setting: str) -> Level:
         return cast("Level", setting)
     if not run.kind.model:
         return "normal" if run.first else "line"
-    made = run.made is not None or run.kind.opens
+    initialised = run.made is not None or run.kind.opens
     repeated = run.draws is not None or run.timing.steady is not None
-    news = made or repeated or run.first or run.program == "compiled" or run.notes
+    news = initialised or repeated or run.first or run.program == "compiled" or run.notes
     return "normal" if news else "line"
 
 
