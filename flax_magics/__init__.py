@@ -26,16 +26,16 @@ def session() -> Session:
 
 def load_ipython_extension(shell: Any) -> None:
     """`%load_ext flax_magics`."""
-    from .notebook import extension
+    from .notebook.magics import load
 
-    extension.load(shell)
+    load(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """`%unload_ext flax_magics`."""
-    from .notebook import extension
+    from .notebook.magics import unload
 
-    extension.unload(shell)
+    unload(shell)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,4 @@ import sys
 from .verify import main
 
 if __name__ == "__main__":
-    from .verify import main
-
     sys.exit(main(sys.argv[1:]))

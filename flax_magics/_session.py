@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from .base.threads import at_once, uninterrupted
-from .cells.journal import NotebookCells, cell_number, cells_of_notebook
+from .base.types import PyTree
+from .cells.journal import cell_number, cells_of_notebook
 from .code.library import library
 from .compile.cache import ProgramCache, Services
 from .errors import FlaxMagicsError
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from .snapshot.save import Autosave, Restored, Saved
     from .summary.view import Summary
 
+FileName = str | os.PathLike[str]
+
 
 class Session(SessionView):
     """Models, one root key, and the runs that split it. Needs no IPython.
@@ -68,7 +71,7 @@ class Session(SessionView):
         seed: int = 0,
         *,
         clock: Callable[[], float] = time.perf_counter,
-        disk_cache: bool | str | os.PathLike[str] = False,
+        disk_cache: bool | FileName = False,
         replay_bytes: int = REPLAY_BYTES,
     ) -> None:
         self._state = State(RootKey.from_seed(seed))
@@ -92,7 +95,7 @@ class Session(SessionView):
         """Registered models by name; their `variables` can be read and assigned."""
         return Models(lambda: self._state, self.assign)
 
-    def register(self, name: str, module: Any) -> RegisteredModel:
+    def register(self, name: str, module: object) -> RegisteredModel:
         """Registers a Flax module under `name`, or an edited one in its place.
 
         The same code and values keep model, variables and programs. After an edit the variables stay if all of them fit.
@@ -101,14 +104,14 @@ class Session(SessionView):
         return self.models[name]
 
     def register_all(
-        self, modules: Mapping[str, Any], *, anew: Container[str] = (), cell: int | None = None
+        self, modules: Mapping[str, object], *, anew: Container[str] = (), cell: int | None = None
     ) -> list[Registration]:
         """Registers several modules, all or none; says what became of each. A Construction is built, a draw for each.
 
         `anew` are names that stand for nothing any more: a module of the user's own is a new one there.
         """
         if modules:
-            self._stand_outside(lambda where: surroundings.of_register(where, *next(iter(modules.items())), cell))
+            self._stand_outside(surroundings.of_register, *next(iter(modules.items())), cell)
         building = Building(self.services)
         if self._state.waiting:
             from .snapshot.restore import RestoringBuilding
@@ -132,7 +135,7 @@ class Session(SessionView):
         return changes
 
     def assign(
-        self, name: str, variables: Mapping[str, Any] | None, *, module: Any = None, written: Written | None = None
+        self, name: str, variables: PyTree | None, *, module: object = None, written: Written | None = None
     ) -> tuple[Note, ...]:
         """Gives a model other variables, as `models[name].variables = …` does; gives what is to be said of that.
 
@@ -140,7 +143,7 @@ class Session(SessionView):
         `nnx.State` of all or some. Trees, shapes and dtypes must be the model's. `written` is how the user gave them.
         """
         line = f"session.models['{name}'].variables = …" if written is None else f"%flax_vars {name} = …"
-        self._stand_outside(lambda where: surroundings.of_state(where, f"the assignment of `{name}`'s variables", line))
+        self._stand_outside(surroundings.of_state, f"the assignment of `{name}`'s variables", line)
         entry, notes = self._entry_now(name, module)
         after, write = assigned(entry, variables, written or Written.assignment(name), cell_number())
         with uninterrupted():
@@ -153,18 +156,18 @@ class Session(SessionView):
             self.autosaving.offer(self._state)
         return notes
 
-    def _stand_outside(self, refused: Callable[[str], FlaxMagicsError]) -> None:
+    def _stand_outside(self, refused: Callable[..., FlaxMagicsError], *what: object) -> None:
         """Whatever draws, runs or changes the session begins here: raises what `refused` gives where it may not."""
         where = surroundings.surroundings()
         if where is not None:
-            raise refused(where)
+            raise refused(where, *what)
 
-    def _entry(self, model: Any, mode: str | None = None) -> ModelEntry:
+    def _entry(self, model: object, mode: str | None = None) -> ModelEntry:
         if mode not in (None, "train", "eval"):
             raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
         return entry_of(self._state.models, model)
 
-    def _entry_now(self, name: str, module: Any) -> tuple[ModelEntry, tuple[Note, ...]]:
+    def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
         entry, notes = entry_now(self._state.models, name, module)
         if not notes or name not in self._state.waiting:
             return entry, notes
@@ -178,8 +181,8 @@ class Session(SessionView):
     # -- draws
 
     def init(
-        self, model: Any, /, *args: Any, method: str | None = None, draw: DrawNumber | None = None, **kwargs: Any
-    ) -> Mapping[str, Any]:
+        self, model: object, /, *args: Any, method: str | None = None, draw: DrawNumber | None = None, **kwargs: Any
+    ) -> Mapping[str, PyTree]:
         """Initialises the variables of a model anew, and returns them: collections by name, as Flax's `init` gives them.
 
         Opens a draw and uses its `params` key; this model's `apply`, if it is next, takes the other streams of the draw.
@@ -190,20 +193,20 @@ class Session(SessionView):
 
     def apply(
         self,
-        model: Any,
+        model: object,
         /,
-        *args: Any,
+        *args: PyTree,
         method: str | None = None,
         mode: str | None = None,
         mutable: str | Iterable[str] = (),
-        variables: Mapping[str, Any] | None = None,
+        variables: Mapping[str, PyTree] | None = None,
         key: str | Iterable[str] = (),
         draw: DrawNumber | None = None,
         draws: int | None = None,
         repeat: int = 1,
         eager: bool = False,
         roofline: bool = False,
-        **kwargs: Any,
+        **kwargs: PyTree,
     ) -> Run:
         """One draw, one compiled forward pass; the Run says what it was.
 
@@ -241,7 +244,7 @@ class Session(SessionView):
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""
         line = restart_line(seed, fresh=fresh)
-        self._stand_outside(lambda where: surroundings.of_state(where, line, line))
+        self._stand_outside(surroundings.of_state, line, line)
         root = RootKey.from_seed(seed)
         self._state, restart = self._state.restarted(root, fresh=fresh)
         self.services.seen = SeenKeys({root.data})
@@ -251,13 +254,13 @@ class Session(SessionView):
 
     def summary(
         self,
-        model: Any,
+        model: object,
         /,
-        *args: Any,
+        *args: PyTree,
         method: str | None = None,
         mode: str | None = None,
         backward: bool = False,
-        **kwargs: Any,
+        **kwargs: PyTree,
     ) -> Summary:
         """Modules, shapes, variables, FLOPs and streams of a call, by shapes alone: nothing is computed, drawn or kept.
 
@@ -292,9 +295,7 @@ class Session(SessionView):
 
     # -- files
 
-    def export(
-        self, file: str | os.PathLike[str] | None = None, *, plain: bool = False, force: bool = False
-    ) -> Exported:
+    def export(self, file: FileName | None = None, *, plain: bool = False, force: bool = False) -> Exported:
         """The session as a plain Flax script, without flax_magics; written to `file` if one is named.
 
         In a notebook it is made of the cells that ran. In a script it is made of the code behind the models and inputs
@@ -303,31 +304,32 @@ class Session(SessionView):
         """
         from .export.file import write
 
-        script = self.run_export(cells_of_notebook() if self is existing() else None, plain=plain)
+        script = self.run_export(plain=plain)
         if file is not None:
             write(file, script.text, force=force)
         return script
 
-    def run_export(self, cells: NotebookCells | None, *, plain: bool) -> Exported:
-        """`export` from the cells of a notebook, None for a session without cells; it writes no file."""
+    def run_export(self, *, plain: bool) -> Exported:
+        """`export`, which writes no file."""
         from .export import export_session
 
+        cells = cells_of_notebook() if self is existing() else None
         return export_session(self._state.models, self.runs, cells, seed=self.seed, digests=not plain)
 
-    def save(self, path: str | os.PathLike[str]) -> Saved:
+    def save(self, path: FileName) -> Saved:
         """Writes variables, root key, history and models' sources into one safetensors file, whole or not at all."""
         from .snapshot.save import save_session
 
         return save_session(self._state, path)
 
-    def load(self, path: str | os.PathLike[str]) -> Restored:
+    def load(self, path: FileName) -> Restored:
         """Restores what `save` wrote: the next draw is the one that would have come. Runs nothing that the file says.
 
         Variables go to the models of their names, registered now or later: all of them fit, or nothing is loaded. Root
         key and history are those of the file; models that are not in it stay as they are.
         """
         line = f"%flax_load {os.fspath(path)}"
-        self._stand_outside(lambda where: surroundings.of_state(where, line, line))
+        self._stand_outside(surroundings.of_state, line, line)
         from .snapshot.save import load_session
 
         state, writes, restored = load_session(self._state, path)
@@ -339,7 +341,7 @@ class Session(SessionView):
             self._keeping.noted += [entry.replaced for entry in state.models.values() if entry.replaced is not None]
         return restored
 
-    def autosave(self, path: str | os.PathLike[str] | None) -> Saved | None:
+    def autosave(self, path: FileName | None) -> Saved | None:
         """From now on, `autosaving` saves in the background after whatever changes variables; None ends that.
 
         The first time is now, so that what cannot be saved is told at once.
@@ -356,7 +358,7 @@ class Session(SessionView):
 
     def run_replay(self, draw: DrawNumber | str | Run) -> list[Run]:
         """`replay`, giving every run of the draw: two where an init and an apply shared it."""
-        self._stand_outside(lambda where: surroundings.of_replay(where, draw))
+        self._stand_outside(surroundings.of_replay, draw)
         from .history import table
         from .history.replay import Replaying
 
@@ -364,48 +366,45 @@ class Session(SessionView):
         return replaying.replay_all(table.find(self._state, draw))
 
     def run_summary(
-        self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: Any = None
+        self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: object = None
     ) -> Summary:
         """`summary` with the call as it was written, None for none; see `run_apply` for `module`."""
         from .summary import summary
 
         if module is not None:  # another than was registered: what JAX traces in its place holds no arrays
             line = f"%flax_summary {name if call is None else call.text}"
-            self._stand_outside(lambda where: surroundings.of_state(where, line, line))
+            self._stand_outside(surroundings.of_state, line, line)
         entry, _ = entry_now(self._state.models, name, module)
         if call is None:
             return summary.of_variables(entry)
         with self._translation(entry, call):
-            # The next draw is looked at, and not made.
-            return summary.of_call(
-                entry, call, mode, self._state.root.draw(), backward=backward, phase=self.services.on_phase
-            )
+            draw, phase = self._state.root.draw(), self.services.on_phase  # the next draw is looked at, and not made
+            return summary.of_call(entry, call, mode, draw, backward=backward, phase=phase)
 
-    def run_init(self, name: str, call: Call, *, draw: Any = None, module: Any = None) -> Run:
+    def run_init(self, name: str, call: Call, *, draw: DrawNumber | None = None, module: object = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
-        self._stand_outside(lambda where: surroundings.of_init(where, self._entry(name), call))
+        self._stand_outside(surroundings.of_init, self._entry(name), call)
         entry, notes = self._entry_now(name, module)
+        inputs = self._state, entry, call, self.services
         if entry.model.holds_variables:
             with self._translation(entry, call):
                 entry.model.signature(call.method)
-            outcome = rebuild(self._state, entry, call, self.services, draw=draw, limit=self.replay_bytes)
+            outcome = rebuild(*inputs, draw=draw, limit=self.replay_bytes)
         else:
             with self._translation(entry, call):
-                outcome = init_model(
-                    self._state, entry, call, self.services, draw=draw, limit=self.replay_bytes, said=notes
-                )
+                outcome = init_model(*inputs, draw=draw, limit=self.replay_bytes, said=notes)
         self._commit(outcome)
         assert outcome.entry is not None
         self._keeping.replace(entry.replaced, outcome.entry.replaced)
         return outcome.run
 
     def run_apply(
-        self, name: str, call: Call, options: ApplyOptions, *, module: Any = None, notes: tuple[Note, ...] = ()
+        self, name: str, call: Call, options: ApplyOptions, *, module: object = None, notes: tuple[Note, ...] = ()
     ) -> Run:
         """`apply` with the call as it was written; `notes` are to be said besides what the run itself shows, and `module`,
         if it is not the one that is registered, takes its place once the run has succeeded.
         """
-        where = surroundings.surroundings()  # `_stand_outside`, whose function takes longer to make than to look
+        where = surroundings.surroundings()  # as `_stand_outside` does, which costs a call more
         if where is not None:
             raise surroundings.of_apply(where, self._state, self._entry(name), call, options)
         library.look()
@@ -442,7 +441,7 @@ class Session(SessionView):
         if not name.isidentifier():
             line = f"%flax_key {plain_name(name, 'latent')}"
             raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write=line)
-        self._stand_outside(lambda where: surroundings.of_key(where, name, cell))
+        self._stand_outside(surroundings.of_key, name, cell)
         draw = self._state.root.draw()
         run = record.run_of_key(name, draw, cell, first=self._state.runs is None)
         self._commit(Outcome(run, StoredRun(run), draw))
@@ -450,22 +449,22 @@ class Session(SessionView):
 
     def _commit(self, outcome: Outcome) -> None:
         """Makes the run part of the session, with what it left behind in the user's own object: one step."""
-        _, kept, draw, entry, opened, write, commit = outcome
-        new = self._state.after(kept, draw.last, entry, opened)
+        _, stored, draw, entry, opened, write, commit = outcome
+        state = self._state.after(stored, draw.last, entry, opened)
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
             into = () if commit is None else commit.assignments
-            at_once((*into, (object.__setattr__, self, "_state", new), (self._keeping.noted.append, kept)))
+            at_once((*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)))
         else:
             with uninterrupted():
                 write()
-                self._state = new
-                self._keeping.noted.append(kept)
-        self._keeping.look(kept.size)
+                self._state = state
+                self._keeping.noted.append(stored)
+        self._keeping.look(stored.size)
         if self.autosaving is not None:
-            self.autosaving.after(kept.facts, new)
+            self.autosaving.after(stored.facts, state)
 
 
 _current: Session | None = None
@@ -476,9 +475,9 @@ def existing() -> Session | None:
     return _current
 
 
-def current(seed: int = 0) -> Session:
-    """The session of this process, made at first use with `seed`."""
+def current(seed: int = 0, *, disk_cache: bool = False, replay_bytes: int = REPLAY_BYTES) -> Session:
+    """The session of this process, made at first use."""
     global _current
     if _current is None:
-        _current = Session(seed)
+        _current = Session(seed, disk_cache=disk_cache, replay_bytes=replay_bytes)
     return _current

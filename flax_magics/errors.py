@@ -31,16 +31,9 @@ class FlaxMagicsError(Exception):
         edit: str | None = None,
         hint: str | None = None,
     ) -> None:
-        self.message = message
-        self.write = write
-        self.form = form
-        self.edit = edit
-        self.hint = hint
-        lines = [message]
-        if hint:
-            lines += [f"  {line}" for line in hint.splitlines()]
-        lines += [f"  {line}" for line in advice_lines(write, form, edit)]
-        super().__init__("\n".join(lines))
+        self.message, self.write, self.form, self.edit, self.hint = message, write, form, edit, hint
+        below = [*(hint or "").splitlines(), *advice_lines(write, form, edit)]
+        super().__init__("\n".join([message, *(f"  {line}" for line in below)]))
 
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
@@ -52,8 +45,7 @@ def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[
     `write: ` stands before complete lines that can be pasted and run, `form: ` before a text with a gap (`…`), and
     `in your model: ` before an edit of the user's code.
     """
-    labelled = (("write: ", write), ("form: ", form), ("in your model: ", edit))
-    return [(label, text) for label, text in labelled if text]
+    return [(label, text) for label, text in (("write: ", write), ("form: ", form), ("in your model: ", edit)) if text]
 
 
 def advice_lines(write: str | None = None, form: str | None = None, edit: str | None = None) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from .base.digest import Agreement, Spread, Values, all_words, describe, digest_of, sample_of, spread_of, values_of
 from .base.measures import Cost, Limits, Memory, Timing, environment
+from .base.types import Leaf, PyTree
 from .errors import advice
 
 Settings = tuple[tuple[str, bool], ...]
@@ -114,10 +115,9 @@ class OutputFacts:
     spread: tuple[Spread, ...] | None = None
     values: tuple[Values, ...] | None = None
 
-    def take(self, output: Any) -> None:
+    def take(self, output: PyTree) -> None:
         """Computes digest and values of an output that is still there, where they are not known yet."""
-        if self.digest is None:
-            self.digest = digest_of(output)
+        self.digest = self.digest or digest_of(output)
         if self.values is None:
             self.values = values_of(output)
 
@@ -165,14 +165,14 @@ class Run:
     model: str | None
     mode: str
     call: str
-    inputs: Any
-    output: Any
+    inputs: PyTree
+    output: PyTree
     seed: int
     draw: int
-    keys: Mapping[str, Any]
+    keys: Mapping[str, Leaf]
     device: str
     started: float
-    sown: Mapping[str, Any] = field(default_factory=dict)
+    sown: Mapping[str, PyTree] = field(default_factory=dict)
     used: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     changed: Mapping[str, int] = field(default_factory=dict)
     program: str = ""
@@ -192,7 +192,7 @@ class Run:
     replayed: bool = False
     first: bool = False
     draws: int | None = None
-    elsewhere: Mapping[str, Any] | None = None
+    elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None
     _taken: OutputFacts = field(default_factory=OutputFacts, repr=False)
     spelling: ExportFacts | None = field(default=None, repr=False)
@@ -213,8 +213,7 @@ class Run:
     @property
     def shape(self) -> str:
         """The output's structure with dtypes and shapes: `float32[3,4,3]`."""
-        if self._taken.shape is None:
-            self._taken.shape = describe(self.output)
+        self._taken.shape = self._taken.shape or describe(self.output)
         return self._taken.shape
 
     @property
@@ -241,42 +240,32 @@ class Run:
             self._taken.values = values_of(self.output)
         return self._taken.values or ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The run as JSON data: what it was, with a few values of its output alone. Keys are given in full, their words in
         hex.
         """
-        timing: dict[str, Any] = {
-            name: getattr(self.timing, name)
-            for name in ("trace", "lower", "compile", "beside", "run", "wait", "busy", "init")
-        }
-        if self.timing.steady is not None:
-            timing["steady"] = list(self.timing.steady.times)
+        timing = asdict(self.timing)
+        steady = timing.pop("steady")
+        timing |= {} if steady is None else {"steady": list(steady["times"])}
         return {
             "version": 1,
             **recorded(self),
-            "switch": self.switch,
+            **{name: getattr(self, name) for name in ("switch", "program", "reason", "cell", "by_hand")},
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
-            "made": None if self.made is None else asdict(self.made),
-            "program": self.program,
-            "reason": self.reason,
             "static": list(self.static),
             "timing": timing,
-            "memory": None if self.memory is None else asdict(self.memory),
-            "cost": None if self.cost is None else asdict(self.cost),
-            "limits": None if self.limits is None else asdict(self.limits),
-            "spread": [asdict(spread) for spread in self.spread],
-            "values": [asdict(values) for values in self.values],
-            "cell": self.cell,
-            "notes": [asdict(note) for note in self.notes],
-            "by_hand": self.by_hand,
+            **{
+                name: None if (record := getattr(self, name)) is None else asdict(record)
+                for name in ("made", "memory", "cost", "limits")
+            },
+            **{name: [asdict(record) for record in getattr(self, name)] for name in ("spread", "values", "notes")},
         }
 
 
-def like(run: Run, **changes: Any) -> Run:
+def like(run: Run, **changes: object) -> Run:
     """The run with a few fields changed, and with nothing of its output read yet."""
-    changes["_taken"] = OutputFacts()
-    return altered(run, changes)
+    return altered(run, {**changes, "_taken": OutputFacts()})
 
 
 @dataclass(frozen=True)
@@ -377,7 +366,7 @@ class ExportFacts:
 T = TypeVar("T")
 
 
-def altered(record: T, changes: Mapping[str, Any]) -> T:
+def altered(record: T, changes: Mapping[str, object]) -> T:
     """`dataclasses.replace(record, **changes)` at a tenth of its cost: no field is checked, and what was worked
     out of the old one and kept beside its fields is carried over.
     """
@@ -387,23 +376,14 @@ def altered(record: T, changes: Mapping[str, Any]) -> T:
     return new
 
 
-def recorded(run: Run) -> dict[str, Any]:
+def recorded(run: Run) -> dict[str, object]:
     """As JSON data: which run it was, its keys (their words in hex), digest and sample, and what its bits depend on."""
+    plain = ("command", "model", "mode", "weights", "call", "seed", "draw", "draws", "device", "started", "replayed")
     return {
-        "command": run.command,
-        "model": run.model,
-        "mode": run.mode,
-        "weights": run.weights,
-        "call": run.call,
+        **{name: getattr(run, name) for name in plain},
         "output": run.shape,
-        "seed": run.seed,
-        "draw": run.draw,
-        "draws": run.draws,
         "keys": all_words(run.keys),
         "digest": run.digest,
         **(sample_of(run.output) if run.output is not RELEASED else {}),
-        "device": run.device,
-        "started": run.started,
-        "replayed": run.replayed,
         **(environment(run.device) if run.elsewhere is None else run.elsewhere),
     }

@@ -6,10 +6,11 @@ Nothing here imports IPython: the shell comes in as an argument.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 from ..base.text import clean
@@ -109,96 +110,78 @@ class Journal:
         self.executed: list[ExecutedCell] = []
         self.restarts: list[int] = []
         """How many runs there were when the root key was started again."""
-        self._open: list[tuple[str, int, str | None]] = []
-        """The cells that are running, outermost first (`%%capture` runs one inside): text, number of runs before, id."""
-        self._registered: list[Registered] = []
-        self._restarted = ""
-        self._loads: list[Load] = []
-        self._places: list[Place] = []
-        self._inner: tuple[str, int | None] | None = None
+        self._depth = 0
+        """How many cells are running: `%%capture` runs one inside of another."""
+        self._running = ExecutedCell(None, "")
+        """The outermost of them, with what its commands did so far, and an error of one inside."""
 
     def begin(self, info: Any = None, cell: str | None = None) -> None:
         """`pre_run_cell`; `cell` is the id of the one that begins, None where the frontend sends none."""
-        if not self._open:
-            self._registered, self._loads, self._places, self._inner, self._restarted = [], [], [], None, ""
-        self._open.append((str(getattr(info, "raw_cell", "") or ""), self.runs(), cell))
+        if not self._depth:
+            self._running = ExecutedCell(None, str(getattr(info, "raw_cell", "") or ""), self.runs(), cell=cell)
+        self._depth += 1
 
     def end(self, result: Any = None) -> None:
         """`post_run_cell`"""
-        unknown = str(getattr(result.info, "raw_cell", "") or ""), 0, None
-        text, first, cell = self._open.pop() if self._open else unknown
+        if not self._depth:  # the cell that loaded the extension, whose beginning nobody told
+            self._running = self._running._replace(text=str(getattr(result.info, "raw_cell", "") or ""), first=0)
+        self._depth = max(self._depth - 1, 0)
         error = result.error_before_exec or result.error_in_exec
-        failed = None if error is None else (type(error).__name__, failing_line(error))
-        if self._open:  # the magic around it does not fail, and what came after the error has not run
-            self._inner = failed or self._inner
-            return
-        name, line = failed or self._inner or (None, None)
-        number = result.execution_count if getattr(result.info, "store_history", True) else None
-        self.executed.append(self._done(ExecutedCell(number, text, first, self.runs(), name, line, cell=cell)))
+        if error is not None:  # inside of a magic too, which does not fail: what came after the error has not run
+            self._running = self._running._replace(error=type(error).__name__, line=failing_line(error))
+        if not self._depth:
+            number = result.execution_count if getattr(result.info, "store_history", True) else None
+            self.executed.append(self._running._replace(number=number, end=self.runs()))
 
-    def _done(self, cell: ExecutedCell) -> ExecutedCell:
-        """With what its commands did."""
-        return cell._replace(
-            registered=tuple(self._registered),
-            restarted=self._restarted,
-            loads=tuple(self._loads),
-            places=tuple(self._places),
-        )
-
-    def drew(self, before: int, names: Any) -> None:
+    def drew(self, runs_before: int, names: object) -> None:
         """A command has ended, before which there were so many runs. `names` is the notebook's namespace."""
-        if self._open and self.runs() > before:
-            frame = calling_frame(names)
-            if frame is not None:
-                known = self._places[-1].run + 1 if self._places else 0  # by commands inside of this one
-                place = frame.f_lineno, frame.f_code.co_name
-                self._places += [Place(run, *place) for run in range(max(before, known), self.runs())]
+        frame = calling_frame(names) if self._depth and self.runs() > runs_before else None
+        if frame is not None:
+            places = self._running.places
+            known = places[-1].run + 1 if places else 0  # by commands inside of this one
+            place = frame.f_lineno, frame.f_code.co_name
+            more = (Place(run, *place) for run in range(max(runs_before, known), self.runs()))
+            self._running = self._running._replace(places=(*places, *more))
 
     def registered(self, rows: list[Registered]) -> None:
         """A `flaxmodel` command has registered these."""
-        self._registered += rows
+        self._running = self._running._replace(registered=(*self._running.registered, *rows))
 
     def restarted(self, *, fresh: bool = False) -> None:
         """The root key has been started again."""
         self.restarts.append(self.runs())
-        self._restarted = FRESH if fresh or self._restarted == FRESH else "seed"
+        kind = FRESH if fresh or self._running.restarted == FRESH else "seed"
+        self._running = self._running._replace(restarted=kind)
 
     def so_far(self, number: int) -> list[ExecutedCell]:
         """All executions of which this journal was told, the running one, which has this number, last."""
-        if not self._open:
-            return list(self.executed)
-        text, first, cell = self._open[0]
-        return [*self.executed, self._done(ExecutedCell(number, text, first, self.runs(), cell=cell))]
+        running = self._running._replace(number=number, end=self.runs(), error=None, line=None)
+        return [*self.executed, *([running] if self._depth else [])]
 
     def loaded(self, load: Load) -> None:
         """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
-        self._loads.append(load)
         self.executed = [cell._replace(first=0, end=0, gone=True, places=()) for cell in self.executed]
         self.restarts.clear()
-        self._open = [(text, self.runs(), cell) for text, _, cell in self._open]
-        self._places.clear()
+        self._running = self._running._replace(first=self.runs(), places=(), loads=(*self._running.loads, load))
 
     def cells(self, shell: Any) -> list[ExecutedCell]:
         """All executions so far, the running one last; those from before this journal as the shell's history has them."""
         # The number that IPython shows: 7.34 counts after the cell, 9 before it.
-        number = shell.displayhook.prompt_count if self._open else shell.execution_count
+        number = shell.displayhook.prompt_count if self._depth else shell.execution_count
         told = self.so_far(number)
         known = {cell.number for cell in told}
-        history = list(getattr(shell.history_manager, "input_hist_raw", ()))
         failed = getattr(shell.history_manager, "exceptions", {})  # IPython 9 keeps them
         earlier = [
             ExecutedCell(n, text, error=str(failed[n].get("ename", "an error")) if n in failed else None)
-            for n, text in enumerate(history)
+            for n, text in enumerate(getattr(shell.history_manager, "input_hist_raw", ()))
             if n and n not in known and n < number
         ]
-        # Stable: cells without a number stay where they are.
-        return _in_order(earlier, told)
-
-
-def load_of(file: str, restored: Any) -> Load:
-    """What `%flax_load` read: `restored` of `saving.load`, from the file as it is called on the line."""
-    models = (*restored.models, *(saved.name for saved in restored.waiting))
-    return Load(file, state_of(restored.path) or (0, 0), restored.seed, restored.draws, models)
+        cells: list[ExecutedCell] = []
+        for cell in told:  # those without a number stay where they are
+            while earlier and cell.number is not None and (earlier[0].number or 0) < cell.number:
+                cells.append(earlier.pop(0))
+            cells.append(cell)
+        return cells + earlier
 
 
 def state_of(file: str) -> tuple[int, int] | None:
@@ -208,15 +191,6 @@ def state_of(file: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size
-
-
-def _in_order(earlier: list[ExecutedCell], told: list[ExecutedCell]) -> list[ExecutedCell]:
-    cells: list[ExecutedCell] = []
-    for cell in told:
-        while earlier and cell.number is not None and (earlier[0].number or 0) < cell.number:
-            cells.append(earlier.pop(0))
-        cells.append(cell)
-    return cells + earlier
 
 
 _cells: Callable[[], NotebookCells] | None = None
@@ -244,7 +218,7 @@ def cells_of_notebook() -> NotebookCells | None:
     return None if _cells is None else _cells()
 
 
-def calling_frame(names: Any) -> FrameType | None:
+def calling_frame(names: object) -> FrameType | None:
     """The innermost code of the notebook's, whose namespace is `names`, that is running; None where there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals is not names:
@@ -255,15 +229,12 @@ def calling_frame(names: Any) -> FrameType | None:
 def failing_line(error: BaseException) -> int | None:
     """The line of the cell that raised `error`: of the innermost code that is a cell's own, not a function's."""
     line = None
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
         top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # IPython 7
         # An argument of a command is code of its own, on one line; a file that is imported has other globals.
-        in_cell = trace.tb_frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
-        if top and in_cell:
-            line = trace.tb_lineno
-        trace = trace.tb_next
+        in_cell = frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
+        line = number if top and in_cell else line
     return line
 
 
@@ -305,29 +276,21 @@ class Registered:
     @property
     def parts(self) -> tuple[str, ...]:
         """What follows the first part."""
-        drawn = (f"built with {self.draw}",) if self.draw else ()
-        return (*self._parts, *drawn, *self._from_file)
-
-    @property
-    def _from_file(self) -> tuple[str, ...]:
-        """What became of the variables that waited for the model."""
+        changed = {
+            "dropped": ("variables dropped", "next run initialises"),
+            "own": ("with variables of its own",),
+            "restored": (),
+            "kept": ("variables kept",),
+        }
+        first = {
+            "new": (clean(self.module), "registered"),
+            "unchanged": ("variables and programs kept" if self.variables == "kept" else "programs kept",),
+            "changed": changed.get(self.variables, ("registered anew",)),
+        }
+        parts = [*first[self.state], *([f"built with {self.draw}"] if self.draw else [])]
         if self.unfit:
             leaves = ", ".join(map(clean, self.unfit))
-            return (f"the variables in {clean(self.file)} do not fit, and none is used: {leaves}",)
-        if self.variables != "restored":
-            return ()
-        return (f"variables from {clean(self.file)}", *map(clean, self.other))
-
-    @property
-    def _parts(self) -> tuple[str, ...]:
-        if self.state == "new":
-            return (clean(self.module), "registered")
-        if self.state == "unchanged":
-            return ("variables and programs kept" if self.variables == "kept" else "programs kept",)
-        if self.variables == "dropped":
-            return ("variables dropped", "next run initialises")
-        if self.variables == "own":
-            return ("with variables of its own",)
+            return (*parts, f"the variables in {clean(self.file)} do not fit, and none is used: {leaves}")
         if self.variables == "restored":
-            return ()
-        return ("variables kept",) if self.variables == "kept" else ("registered anew",)
+            parts += [f"variables from {clean(self.file)}", *map(clean, self.other)]
+        return tuple(parts)

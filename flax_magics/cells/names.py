@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import builtins
 import itertools
+import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,20 +52,14 @@ def binds(node: ast.stmt) -> set[str]:
 
 def _starred(node: ast.stmt) -> set[str]:
     """What `from module import *` brings, where the module is loaded in this process."""
-    if not isinstance(node, ast.ImportFrom) or node.names[0].name != "*" or node.module is None:
+    if not isinstance(node, ast.ImportFrom) or node.names[0].name != "*" or node.module not in sys.modules:
         return set()
-    module = sys.modules.get(node.module)
-    if module is None:
-        return set()
+    module = sys.modules[str(node.module)]
     return set(getattr(module, "__all__", None) or (name for name in vars(module) if not name.startswith("_")))
 
 
-def mentioned(trees: Iterable[ast.AST]) -> set[str]:
+def mentioned(node: ast.AST) -> Iterator[str]:
     """Every name that occurs in the code, but for those that only a class's methods have as their own."""
-    return {name for tree in trees for name in _mentioned(tree)}
-
-
-def _mentioned(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Name):
         yield node.id
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -79,18 +74,12 @@ def _mentioned(node: ast.AST) -> Iterator[str]:
         methods_own: set[str] = set()
         if isinstance(node, ast.ClassDef) and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
             methods_own = {child.name, *(n.arg for n in ast.walk(child.args) if isinstance(n, ast.arg))}
-        yield from (name for name in _mentioned(child) if name not in methods_own)
+        yield from (name for name in mentioned(child) if name not in methods_own)
 
 
 def is_of_the_notebook(name: str) -> bool:
     """Whether it is IPython's: itself, or an earlier result or input: `In`, `_`, `__`, `_3`, `_i3`."""
-    return (
-        name in _NOTEBOOK
-        or not name.strip("_")
-        or (
-            name.startswith("_") and (name.lstrip("_i").isdigit() or name in ("_i", "_ii", "_iii", "_ih", "_oh", "_dh"))
-        )
-    )
+    return name in _NOTEBOOK or re.fullmatch(r"_+|_[_i]*\d+|_i{1,3}|_[iod]h", name) is not None
 
 
 class Free:
@@ -113,7 +102,7 @@ def assigned_names(tree: ast.AST) -> tuple[str, ...]:
 
 
 def _assigned(node: ast.AST, comprehension: bool = False) -> Iterator[str]:
-    children = list(ast.iter_child_nodes(node))
+    children = [*ast.iter_child_nodes(node)]
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():
             yield node.name

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from .journal import FRESH, ExecutedCell
 from .names import assigned_names
 
+Transform = Callable[[str], str]
+"""Makes Python of a cell's text, as IPython does."""
+
 NAMED = 3
 """Further executions of a cell that are named; of more the last, and how many there were."""
 
@@ -50,12 +53,8 @@ class Rerun:
         listed = " and ".join([", ".join(others[:-1]), others[-1]] if len(others) > 1 else others)
         if len(others) > NAMED:
             listed = f"{others[0]} and {len(others) - 1} more times, last as {others[-1]}"
-        what = (
-            f"cell {first} was {'edited and ' if self.edited else ''}"
-            if self.known
-            else f"the text of cell {first} was "
-        )
-        parts = [f"{what}run again as {listed}"]
+        edited = "edited and " if self.edited and self.known else ""
+        parts = [f"{'' if self.known else 'the text of '}cell {first} was {edited}run again as {listed}"]
         parts += [f"{_by(self.rebound)} in between"] if self.rebound else []
         parts += [f"{_by(self.since)} since"] if self.since else []
         return "; ".join(parts)
@@ -77,9 +76,7 @@ def _by(names: Mapping[str, int]) -> str:
     return ", ".join(f"{name} was rebound by [{number}]" for name, number in names.items())
 
 
-def reruns(
-    cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], transform: Callable[[str], str]
-) -> tuple[Rerun, ...]:
+def reruns(cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], transform: Transform) -> tuple[Rerun, ...]:
     """Cells that drew and of which there is something to say, in the order of their first execution.
 
     Args:
@@ -128,7 +125,7 @@ def _since_restart(executed: list[ExecutedCell]) -> list[ExecutedCell]:
 class _Bindings:
     """Which names each of the executed cells bound."""
 
-    def __init__(self, executed: Sequence[ExecutedCell], transform: Callable[[str], str]) -> None:
+    def __init__(self, executed: Sequence[ExecutedCell], transform: Transform) -> None:
         self.executed, self.transform = executed, transform
         self._known: dict[object, frozenset[str]] = {}
 
@@ -179,19 +176,23 @@ class _Bindings:
         return name in _going_on(later.text, self.transform)
 
 
-def _going_on(text: str, transform: Callable[[str], str]) -> frozenset[str]:
+def _going_on(text: str, transform: Transform) -> set[str]:
     """Names that a cell reads before it binds them, as in `x = x + 1`."""
-    try:
-        tree = ast.parse(transform(text))
-    except (SyntaxError, ValueError):
-        return frozenset()
     read, bound = set[str](), set[str]()
-    for part in tree.body:
-        loads = {node.id for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-        updated = part.target if isinstance(part, ast.AugAssign) else None
-        read |= (loads | ({updated.id} if isinstance(updated, ast.Name) else set())) - bound
-        bound.update(assigned_names(part))
-    return frozenset(read)
+    for statement in _statements(text, transform):
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        updated = statement.target if isinstance(statement, ast.AugAssign) else None
+        read |= {name.id for name in names if isinstance(name.ctx, ast.Load) or name is updated} - bound
+        bound.update(assigned_names(statement))
+    return read
+
+
+def _statements(text: str, transform: Transform = str) -> list[ast.stmt]:
+    """What a text holds as Python; nothing where it is none."""
+    try:
+        return ast.parse(transform(text)).body
+    except (SyntaxError, ValueError):
+        return []
 
 
 def _unchanged(one: ExecutedCell) -> bool:
@@ -205,20 +206,13 @@ def _number(one: ExecutedCell) -> int:
 
 def _used(calls: Iterable[str], text: str) -> frozenset[str]:
     """Names that calls read which stand in the cell itself: those in a function of another cell may be its own."""
-    names: set[str] = set()
     squeezed = "".join(text.split())
-    for call in set(calls):
-        if "".join(call.split()) not in squeezed:
-            continue
-        try:
-            tree = ast.parse(call, mode="eval")
-        except (SyntaxError, ValueError):  # a call that nobody wrote as text
-            continue
-        names.update(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
-    return frozenset(names)
+    written = [call for call in set(calls) if "".join(call.split()) in squeezed]
+    nodes = (node for call in written for statement in _statements(call) for node in ast.walk(statement))
+    return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
 
 
-def _bound(one: ExecutedCell, transform: Callable[[str], str]) -> frozenset[str]:
+def _bound(one: ExecutedCell, transform: Transform) -> frozenset[str]:
     text = one.text
     first, _, body = text.lstrip().partition("\n")
     names: set[str] = set()
@@ -229,13 +223,10 @@ def _bound(one: ExecutedCell, transform: Callable[[str], str]) -> frozenset[str]
         # What is in other cell magics may be no Python, or run elsewhere; of one that failed nobody knows how far it came.
         text = body if re.match(r"%%(flax|time\b|capture\b)", first) and one.error is None else ""
     names.update(row.name for row in one.registered)
-    try:
-        tree = ast.parse(transform(text))
-    except (SyntaxError, ValueError):
-        tree = ast.Module([], [])
+    statements = _statements(text, transform)
     if one.error is not None:
         names.clear()
-        tree.body = [part for part in tree.body if one.line is not None and (part.end_lineno or 0) < one.line]
-    names.update(assigned_names(tree))
+        statements = [each for each in statements if one.line is not None and (each.end_lineno or 0) < one.line]
+    names.update(assigned_names(ast.Module(statements, [])))
     # A cell that came out as it was leaves the model that was there.
     return frozenset(names - {row.name for row in one.registered if row.state == "unchanged"})

@@ -16,7 +16,9 @@ from ..compile.cache import BuiltProgram, PendingProgram, Services
 from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
+from ..line.expression import Line, without_option
 from ..line.variant import Line, without_option
+from ..models.arguments import Arguments
 from ..models.base import ARGUMENTS, MissingVariables, Variables
 from ..models.calls import Arguments
 from ..rng.keys import Draw, DrawBatch
@@ -289,7 +291,7 @@ def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
         )
     if ARGUMENTS in result.updates:
         message = f"{line.call} passes rngs of its own: they would give all {size} draws the same keys."
-        raise FlaxMagicsError(message, **written(str(line.without_argument("rngs") or one_by_one)))
+        raise FlaxMagicsError(message, **written(str(line.with_argument("rngs", None) or one_by_one)))
 
 
 def _limits(result: RunResult, built: BuiltProgram, services: Services) -> Limits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,7 +12,9 @@ from ..base.digest import data_of, has_nan, is_key
 from ..base.text import join
 from ..base.types import Leaf
 from ..errors import nearest, written
+from ..line.expression import Line, as_array, new_key
 from ..line.variant import Line, as_array, new_key
+from ..models.arguments import Arguments
 from ..models.base import CallTrace, KeyUse
 from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, Layer, following
@@ -148,7 +149,7 @@ def of_unused(switch: Iterable[str], keys: Iterable[str], unused: Container[str]
             optional = parameter is None or parameter.default is not parameter.empty
             shorter = line.without_option("--key", name)
             if shorter == line:
-                shorter = line.without_argument(name) or line
+                shorter = line.with_argument(name, None) or line
             used = {"edit": f"jax.random.normal({name}, …)"}
             yield Note("unused key", text, **(written(str(shorter)) if optional and shorter != line else used))
 
@@ -167,7 +168,7 @@ def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterat
             text = f"--mutable {name} hands back nothing: the model has no collection of this name; {has}"
             corrected = line.without_option("(?:--mutable|-m)", name)
             if near and near[0] not in asked:
-                corrected = corrected.with_option(f"--mutable {near[0]}")
+                corrected = corrected._replace(command=f"{corrected.command} --mutable {near[0]}")
             yield Note("mutable", text, **written(str(corrected)))
 
 
@@ -238,7 +239,7 @@ def _with_keys(line: Line, *names: str) -> dict[str, str]:
         stream = next((word for word in reversed(re.findall(r"\w+", name)) if word.isidentifier()), "latent")
         key = new_key(stream)
         draws.append(f"{key} = %flax_key {stream}")
-        open_call = replace(edited, call=f"{edited.call.partition('(')[0]}(…)")
+        open_call = edited._replace(call=f"{edited.call.partition('(')[0]}(…)")
         edited = edited.with_argument(name, key) or open_call
     return written("\n".join([*dict.fromkeys(draws), str(edited)]))
 

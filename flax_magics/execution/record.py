@@ -20,6 +20,7 @@ from ..code.library import nnx_modules
 from ..code.walk import arrays_in
 from ..compile.compiler import settings
 from ..compile.limits import cost_of, devices_in, with_peak
+from ..line.expression import positional_names, with_arguments
 from ..line.options import ApplyOptions
 from ..line.variant import positional_names, with_arguments
 from ..models.base import Commit, ModelWithInit, ModelWithVariables, Needs

@@ -56,7 +56,7 @@ def export_session(
         asking = [i for i, statement in enumerate(statements) if _asks(statement)]
         del statements[asking[-1] if asking else len(statements) :]
     sources = [cell_run.source for cell_run in cell_runs]
-    free = Free(mentioned(source.tree for source in sources) | set(models))
+    free = Free({*models, *(name for source in sources for name in mentioned(source.tree))})
     writer = LineWriter.like([cell_run.cell.text for cell_run in cell_runs], free, digests=digests)
     script_models = {name: _model(name, models, runs, free, sources) for name in models}
     context = ScriptContext(writer, RunGroups(runs, cell_runs, restarts), script_models)

@@ -14,9 +14,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..base.tokens import pieces, point_at
+from ..base.tokens import ends_quietly, pieces, point_at
+from ..base.types import PyTree
 from ..errors import FlaxMagicsError, written
 from .expression import Expression, end_of, segment, start_of
 
@@ -35,50 +36,57 @@ class CallExpression(Expression):
     Attributes:
       target: the name, such as `net`.
       method: the attributes after it: () for `net(x)`, ('encoder', 'embed') for `net.encoder.embed(x)`.
-      arguments: as they are written, in order.
-      call: the call in Python's normal form, such as `net(x, train=False)`.
       quiet: it ended in `;`.
       command: what it is the call of, with the options that were given: `%flax_apply --train`.
     """
 
-    target: str = ""
-    method: tuple[str, ...] = ()
-    arguments: tuple[Argument, ...] = ()
-    call: str = ""
-    quiet: bool = False
-    command: str = ""
+    tree: ast.Call
+    target: str
+    method: tuple[str, ...]
+    quiet: bool
+    command: str
+
+    @cached_property
+    def call(self) -> str:
+        """The call in Python's normal form, such as `net(x, train=False)`."""
+        return ast.unparse(self.tree)
 
     @property
-    def keywords(self) -> tuple[str, ...]:
-        """Names of the keyword arguments that are written in the call."""
-        return tuple(name for name, _ in self.arguments if name is not None and name.isidentifier())
+    def arguments(self) -> tuple[Argument, ...]:
+        """As they are written, in order."""
+        args = [("*", arg.value) if isinstance(arg, ast.Starred) else (None, arg) for arg in self.tree.args]
+        kwargs = [(item.arg or "**", item.value) for item in self.tree.keywords]
+        return tuple(Argument(name, segment(self.text, value)) for name, value in (*args, *kwargs))
 
     def evaluate(
-        self, user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None = None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None
+    ) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         """`(args, kwargs)` of the call, evaluated as Python would; the target is not looked up.
 
         See `Expression.evaluate` for arguments and errors.
         """
-        if self._plain is not None:
-            values = _look_up(*self._plain, user_ns, user_ns if local_ns is None else local_ns)
-            if values is not None:
-                return values
-        assert isinstance(self.tree, ast.Call)
+        if self._is_plain:
+            local = user_ns if local_ns is None else local_ns
+
+            def value_of(node: ast.expr) -> PyTree:
+                if isinstance(node, ast.Constant):
+                    return node.value
+                name = node.id  # type: ignore[attr-defined]
+                return local[name] if name in local else user_ns[name]
+
+            try:
+                args = tuple(map(value_of, self.tree.args))
+                return args, {str(item.arg): value_of(item.value) for item in self.tree.keywords}
+            except KeyError:  # a builtin, or a mistake
+                pass
         return self._gathered(self.tree.args, user_ns, local_ns)
 
     @cached_property
-    def _plain(self) -> tuple[list[ast.Name | ast.Constant], dict[str, ast.Name | ast.Constant]] | None:
-        """The arguments where every one is a name or a constant, as most are: these need no code to be run."""
-        assert isinstance(self.tree, ast.Call)
-        args = [arg for arg in self.tree.args if isinstance(arg, (ast.Name, ast.Constant))]
-        kwargs = {
-            item.arg: item.value
-            for item in self.tree.keywords
-            if item.arg is not None and isinstance(item.value, (ast.Name, ast.Constant))
-        }
-        whole = len(args) == len(self.tree.args) and len(kwargs) == len(self.tree.keywords)
-        return (args, kwargs) if whole else None
+    def _is_plain(self) -> bool:
+        """Whether every argument is a name or a constant, as most are: these need no code to be run."""
+        named = all(item.arg is not None for item in self.tree.keywords)
+        values = (*self.tree.args, *(item.value for item in self.tree.keywords))
+        return named and all(isinstance(value, (ast.Name, ast.Constant)) for value in values)
 
 
 class Assignment(NamedTuple):
@@ -105,30 +113,18 @@ def parse_call(text: str, command: str = "%flax_apply") -> CallExpression:
     try:
         tree = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise _statement(text, source, command) or _syntax(text, error, command) from None
+        raise _statement(text, source, command) or syntax_error(text, error, _name(command)) from None
     if isinstance(tree, (ast.Name, ast.Attribute)):
         raise _refused(f"`{_short(text)}` is not a call.", f"{command} {segment(text, tree)}(…)")
     if not isinstance(tree, ast.Call):
         awaited = isinstance(tree, ast.Await) and root_name(tree.value) is not None
         line = f"{command} {segment(text, tree.value)}" if awaited else values_first(text, tree, command)  # type: ignore[attr-defined]
         raise _refused(f"`{_short(text)}` is not one call.", line)
-    target, method = _path(text, tree, command)
+    if not isinstance(_root(tree.func), ast.Name):
+        raise _no_name(text, tree, command)
     _validate(tree, text, command)
-    arguments = [
-        Argument("*", segment(text, arg.value)) if isinstance(arg, ast.Starred) else Argument(None, segment(text, arg))
-        for arg in tree.args
-    ]
-    arguments += [Argument(item.arg or "**", segment(text, item.value)) for item in tree.keywords]
-    return CallExpression(
-        text,
-        tree,
-        target=target,
-        method=method,
-        arguments=tuple(arguments),
-        call=ast.unparse(tree),
-        quiet=quiet,
-        command=command,
-    )
+    target, *method = ast.unparse(tree.func).split(".")
+    return CallExpression(text, tree, target=target, method=tuple(method), quiet=quiet, command=command)
 
 
 def parse_expression(text: str, command: str) -> Expression:
@@ -141,7 +137,7 @@ def parse_expression(text: str, command: str) -> Expression:
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError) as error:
-        raise _syntax(text, error, command) from None
+        raise syntax_error(text, error, _name(command)) from None
     _validate(tree, text, command)
     return Expression(text, tree)
 
@@ -162,7 +158,7 @@ def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net 
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError) as error:
-        raise _bad_name(source, command) or _syntax(text, error, command) from None
+        raise _bad_name(source, command) or syntax_error(text, error, _name(command)) from None
     if len(body) > 1:
         raise _refused("one model at a time.", _registrations(text, body, command))
     match body[0]:
@@ -175,38 +171,15 @@ def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net 
             raise _no_assignment(text, statement, command)
 
 
-def _look_up(
-    args: list[ast.Name | ast.Constant],
-    kwargs: dict[str, ast.Name | ast.Constant],
-    user_ns: Mapping[str, Any],
-    local_ns: Mapping[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The values of names and constants; None where a name is in neither namespace (a builtin, or a mistake)."""
-
-    def value_of(node: ast.Name | ast.Constant) -> Any:
-        if isinstance(node, ast.Constant):
-            return node.value
-        return local_ns[node.id] if node.id in local_ns else user_ns[node.id]
-
-    try:
-        return tuple(map(value_of, args)), {name: value_of(node) for name, node in kwargs.items()}
-    except KeyError:
-        return None
-
-
 def _bare(text: str) -> tuple[str, str, bool]:
     """`text` stripped; the same with blanks for comments and for a `;` at its end; whether it had the `;`."""
     text = text.strip()
-    source, end = list(text), None
-    for piece in pieces(text):
-        if piece.kind == "comment":
-            source[piece.start : piece.end] = " " * (piece.end - piece.start)
-        elif piece.kind not in ("space", "newline", "join"):
-            end = piece
-    quiet = end is not None and end.kind == "word" and text[end.end - 1] == ";"
-    if end is not None and quiet:
-        source[end.end - 1] = " "
-    return text, "".join(source).rstrip(), quiet
+    source = "".join(
+        " " * (piece.end - piece.start) if piece.kind == "comment" else text[piece.start : piece.end]
+        for piece in pieces(text)
+    ).rstrip()
+    quiet = ends_quietly(text)
+    return text, source[:-1].rstrip() if quiet else source, quiet
 
 
 def _refused(message: str, line: str) -> FlaxMagicsError:
@@ -224,14 +197,15 @@ def _name(command: str) -> str:
     return command.split(" ")[0]
 
 
-def _syntax(text: str, error: SyntaxError | ValueError, command: str) -> FlaxMagicsError:
+def syntax_error(text: str, error: Exception, place: str) -> FlaxMagicsError:
+    """What Python finds wrong with a text; a `{line}` in `place` is the line's number."""
     reason, line, column = str(error), 1, 1
     if isinstance(error, SyntaxError):
         reason, line, column = error.msg, error.lineno or 1, error.offset or 1
     lines = text.split("\n")
     line = min(line, len(lines))
     position = sum(len(before) + 1 for before in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
-    return FlaxMagicsError(f"{_name(command)}: {reason}", hint=point_at(text, position))
+    return FlaxMagicsError(f"{place.format(line=line)}: {reason}", hint=point_at(text, position))
 
 
 def _validate(tree: ast.expr, text: str, command: str) -> None:
@@ -239,14 +213,13 @@ def _validate(tree: ast.expr, text: str, command: str) -> None:
     try:
         compile(ast.Expression(tree), "<call>", "eval")
     except (SyntaxError, ValueError) as error:
-        raise _syntax(text, error, command) from None
+        raise syntax_error(text, error, _name(command)) from None
 
 
 def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
     """The error for text that is Python, but no expression; None if it is no Python."""
-    try:
-        body = ast.parse(source).body
-    except (SyntaxError, ValueError):
+    body = statements(source)
+    if not body:
         return None
     if len(body) > 1:
         calls = [node for node in body if isinstance(getattr(node, "value", None), ast.Call)]
@@ -319,20 +292,15 @@ def _root(node: ast.expr) -> ast.expr:
     return node
 
 
-def _path(text: str, call: ast.Call, command: str) -> tuple[str, tuple[str, ...]]:
-    """The name that is called, and the attributes after it."""
-    root, node, method = _root(call.func), call.func, []
-    while isinstance(node, ast.Attribute):
-        method.append(node.attr)
-        node = node.value
-    if isinstance(root, ast.Name):
-        return root.id, tuple(reversed(method))
+def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
+    """The error for a call of something that is no name and no attribute of one."""
+    root = _root(call.func)
     while isinstance(root, ast.Call) and isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
         root = _root(root.func)
-    if isinstance(root, ast.Call) and method and not _function_name(root)[:1].isupper():
+    if isinstance(root, ast.Call) and isinstance(call.func, ast.Attribute) and not _function_name(root)[:1].isupper():
         # `net(x).sum()`: the model is called, and then something is done with its value.
         message = f"`{_short(text)}` is more than the model's call."
-        raise _refused(message, values_first(text, call, command, [root]))
+        return _refused(message, values_first(text, call, command, [root]))
     name = next(fresh_names(_name_for(root, root), call))
     start, end = start_of(text, root), end_of(text, root)
     rest = f"{text[:start]}{name}{text[end:]}"
@@ -342,7 +310,7 @@ def _path(text: str, call: ast.Call, command: str) -> tuple[str, tuple[str, ...]
     except FlaxMagicsError as error:  # `Net(3)(x).sum()`
         run = error.write or error.form or f"{command} …"
     message = f"`{_short(text[start:end])}` has no name: register it first."
-    raise _refused(message, f"%flaxmodel {name} = {text[start:end]}\n{run}")
+    return _refused(message, f"%flaxmodel {name} = {text[start:end]}\n{run}")
 
 
 def _function_name(node: ast.expr) -> str:
@@ -353,8 +321,8 @@ def _function_name(node: ast.expr) -> str:
 
 def _name_for(root: ast.expr, value: ast.expr) -> str:
     """A variable's name for `value`: `net` for `Net(3)`; where `root` is what gives it, `a` for `nets['a']`."""
-    made = _function_name(value)
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", made).lower() if made != made.lower() else ""
+    class_name = _function_name(value)
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower() if class_name != class_name.lower() else ""
     if isinstance(root, ast.Subscript) and isinstance(root.slice, ast.Constant) and isinstance(root.slice.value, str):
         name = root.slice.value
     return name if name.isidentifier() and not keyword.iskeyword(name) else "net"
@@ -383,11 +351,16 @@ def plain_name(text: str, otherwise: str) -> str:
 
 
 def _is_expression(text: str) -> bool:
+    body = statements(text)
+    return len(body) == 1 and isinstance(body[0], ast.Expr)
+
+
+def statements(text: str) -> list[ast.stmt]:
+    """What a text holds as Python; nothing where it is none."""
     try:
-        ast.parse(text, mode="eval")
+        return ast.parse(text).body
     except (SyntaxError, ValueError):
-        return False
-    return True
+        return []
 
 
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:

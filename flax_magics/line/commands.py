@@ -5,14 +5,19 @@ from __future__ import annotations
 from .options import Command, Option
 
 QUIET = Option("--quiet", "show nothing but a sharp bit that was not said yet", short="-q")
-BIND = Option("--out", "bind the Run to NAME as well", metavar="NAME", short="-o", identifier=True)
+BIND = Option("--out", "bind the Run to NAME as well", "NAME", short="-o", is_name=True)
 DRAW = Option(
-    "--draw",
-    "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run",
-    metavar="N",
+    "--draw", "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run", "N"
 )
-
-QUIET_REPLAY = Option("--quiet", "show nothing; the Run is the value", short="-q")
+REPEAT = Option(
+    "--repeat",
+    "run N times with the same keys: median, spread and the first outlier; FLOP/s and bytes/s",
+    "N",
+    type=int,
+)
+TRAIN = Option("--train", "set the model's own switch to training, and say which")
+EVAL = Option("--eval", "set it to evaluation")
+SILENT = Option("--quiet", "say nothing", short="-q")
 
 FLAX = Command(
     "%flax",
@@ -35,10 +40,7 @@ FLAXMODEL = Command(
     "variables stay if the whole tree still fits; otherwise the next run initialises.",
     (
         Option(
-            "--check",
-            "check a call at once, by shapes alone: parameters, output, streams, switch",
-            metavar="CALL",
-            kind="quoted",
+            "--check", "check a call at once, by shapes alone: parameters, output, streams, switch", "CALL", quotes=True
         ),
         Option("--quiet", "say nothing about what was registered", short="-q"),
     ),
@@ -69,26 +71,14 @@ FLAX_APPLY = Command(
     "The call is the model's: net(x), not net.apply(variables, x, rngs=…). In a function that JAX traces (jax.grad, jit, "
     "vmap, scan) no command draws or runs: call net.apply there, with variables and keys taken before.",
     (
-        Option("--train", "set the model's own switch to training, and say which"),
-        Option("--eval", "set it to evaluation"),
-        Option(
-            "--mutable",
-            "hand a collection back: gives (output, updates)",
-            metavar="NAME",
-            kind="many",
-            short="-m",
-            identifier=True,
-        ),
-        Option("--variables", "run with other variables, and keep nothing", metavar="EXPR"),
-        Option("--key", "pass the draw's stream ARG as that argument", metavar="ARG", kind="many", identifier=True),
+        TRAIN,
+        EVAL,
+        Option("--mutable", "hand a collection back: gives (output, updates)", "NAME", "-m", many=True, is_name=True),
+        Option("--variables", "run with other variables, and keep nothing", "EXPR"),
+        Option("--key", "pass the draw's stream ARG as that argument", "ARG", many=True, is_name=True),
         DRAW,
-        Option("--draws", "K draws at once, outputs stacked: Monte-Carlo dropout", metavar="K", type=int),
-        Option(
-            "--repeat",
-            "run N times with the same keys: median, spread and the first outlier; FLOP/s and bytes/s",
-            metavar="N",
-            type=int,
-        ),
+        Option("--draws", "K draws at once, outputs stacked: Monte-Carlo dropout", "K", type=int),
+        REPEAT,
         Option(
             "--roofline",
             "hold those against what this machine reaches in a large matmul and a large copy; without --repeat, 20 runs",
@@ -118,10 +108,10 @@ FLAX_SUMMARY = Command(
     "FLOPs are those of XLA's cost analysis before it optimises, as nn.tabulate gives them. A loop (nn.scan, "
     "jax.lax.scan) counts as one turn of it.",
     (
-        Option("--train", "set the model's own switch to training, and say which"),
-        Option("--eval", "set it to evaluation"),
+        TRAIN,
+        EVAL,
         Option("--backward", "count forward and backward together too: the vjp of variables and floating inputs"),
-        Option("--depth", "show so many levels of submodules; the rest is counted in", metavar="N", type=int, least=0),
+        Option("--depth", "show so many levels of submodules; the rest is counted in", "N", type=int, least=0),
         Option(
             "--tree",
             "show the variables as well, as treescope's tree with pictures of the arrays: reads their values, and its "
@@ -146,9 +136,9 @@ FLAX_KEY = Command(
     "The session holds one root key. Every draw splits it: root, params, dropout = jax.random.split(root, 3); the old "
     "root is never used again. A key that this command gives is yours alone.",
     (
-        Option("--seed", "start again from this seed", metavar="N", type=int, least=None),
+        Option("--seed", "start again from this seed", "N", type=int, least=None),
         Option("--fresh", "initialise every model anew at its next use: as first cell, Run All equals a restart"),
-        Option("--quiet", "say nothing", short="-q"),
+        SILENT,
     ),
     ("%flax_key", "latent = %flax_key latent", "%flax_key --seed 0 --fresh"),
     takes="stream",
@@ -165,7 +155,7 @@ FLAX_VARS = Command(
     "name flax_magics is known, imported or not.\n\n"
     "Every report says whose weights ran: initialised in draw 1, set in cell [6], loaded from s.safetensors. After an init "
     "over weights that were more than an init's own, flax_magics.session().models['net'].previous has those.",
-    (Option("--quiet", "say nothing", short="-q"),),
+    (SILENT,),
     (
         "variables = %flax_vars net",
         "%flax_vars net = {**variables, 'params': jax.tree.map(lambda p: 0.5 * p, variables['params'])}",
@@ -184,15 +174,8 @@ FLAX_SAVE = Command(
     "at all. %flax_load FILE in a fresh kernel goes on with the draw that would have come.\n\n"
     "With --autosave a thread saves after each run that changed variables. It never holds up the kernel, and one that is "
     "killed leaves the file whole.",
-    (
-        Option("--autosave", "from now on save there in the background, or off", metavar="FILE", kind="quoted"),
-        Option("--quiet", "say nothing", short="-q"),
-    ),
-    (
-        "%flax_save session.safetensors",
-        "%flax_save --autosave session.safetensors",
-        "%flax_save --autosave off",
-    ),
+    (Option("--autosave", "from now on save there in the background, or off", "FILE", quotes=True), SILENT),
+    ("%flax_save session.safetensors", "%flax_save --autosave session.safetensors", "%flax_save --autosave off"),
     takes="file",
 )
 
@@ -235,7 +218,7 @@ FLAX_HISTORY = Command(
     "input shapes, the output's digest, cell and time. Runs of one cell that are alike are one row. Marked are draws that "
     "were run again, and draws of cells that were run again or edited since. A command that failed drew nothing.",
     (
-        Option("--last", "the last N runs alone", metavar="N", type=int),
+        Option("--last", "the last N runs alone", "N", type=int),
         Option("--all", "all rows, where there are more than 60"),
     ),
     ("%flax_history", "%flax_history --last 5"),
@@ -251,28 +234,12 @@ FLAX_REPLAY = Command(
     "Gives the Run.\n\n"
     "What it runs is the model as it was, also after an edit. Inputs and overwritten variables are kept up to "
     "FlaxMagics.replay_bytes, the oldest let go first; what is gone is said.",
-    (BIND, QUIET_REPLAY),
+    (BIND, Option("--quiet", "show nothing; the Run is the value", short="-q")),
     ("%flax_replay 1", "run = %flax_replay last"),
     takes="draw",
 )
 
-COMMANDS = {
-    command.name: command
-    for command in (
-        FLAX,
-        FLAXMODEL,
-        FLAX_INIT,
-        FLAX_APPLY,
-        FLAX_SUMMARY,
-        FLAX_VARS,
-        FLAX_KEY,
-        FLAX_HISTORY,
-        FLAX_REPLAY,
-        FLAX_SAVE,
-        FLAX_LOAD,
-        FLAX_EXPORT,
-    )
-}
+COMMANDS = {value.name: value for value in list(globals().values()) if isinstance(value, Command)}
 
 
 def restart_line(seed: int, *, fresh: bool) -> str:
@@ -297,25 +264,30 @@ MEANINGS = (
 )
 """What `%flax` lists."""
 
-KINDS = {
-    "dropout": "every dropout is off in training, or on in evaluation",
-    "norm": "BatchNorm is in the other mode than was asked",
-    "mode": "training or evaluation was asked, and the model has no switch",
-    "nan": "the output holds NaN",
-    "stream": "a stream that is not Flax's own is asked for",
-    "root key": "a key that the session splits is passed to a run",
-    "key again": "a key that went into an earlier run is passed again",
-    "same key": "one key is given to two arguments of a call",
-    "unused key": "a key is passed that the model does not use",
-    "mutable": "a collection is asked for by a name that the model does not have",
-    "zero params": "all params are zero after init",
-    "nan params": "params hold NaN after init",
-    "scalar": "a Python number stands where an array was",
-    "programs": "new programs keep being compiled for other shapes, dtypes or values of an argument",
-    "masks": "with the keys of an earlier draw, a layer drew other numbers than in that draw's run",
-    "replaced": "an init replaced weights that were set, loaded, trained or updated",
-    "weights": "a name that held the model's weights holds others now, and the run used the model's",
-    "outdated": "variables are from before an edit",
-    "file": "a name stands for another module than was registered, and variables from a file wait for it",
-    "rebound": "the name stands for another module than was registered",
-}
+KINDS = (
+    *("dropout", "norm", "mode", "nan", "stream", "root key", "key again", "same key", "unused key", "mutable"),
+    *("zero params", "nan params", "scalar", "programs", "masks", "replaced", "weights", "outdated", "file", "rebound"),
+)
+"""Kinds of sharp bits, by which they are quieted.
+
+dropout: every dropout is off in training, or on in evaluation.
+norm: BatchNorm is in the other mode than was asked.
+mode: training or evaluation was asked, and the model has no switch.
+nan: the output holds NaN.
+stream: a stream that is not Flax's own is asked for.
+root key: a key that the session splits is passed to a run.
+key again: a key that went into an earlier run is passed again.
+same key: one key is given to two arguments of a call.
+unused key: a key is passed that the model does not use.
+mutable: a collection is asked for by a name that the model does not have.
+zero params: all params are zero after init.
+nan params: params hold NaN after init.
+scalar: a Python number stands where an array was.
+programs: new programs keep being compiled for other shapes, dtypes or values of an argument.
+masks: with the keys of an earlier draw, a layer drew other numbers than in that draw's run.
+replaced: an init replaced weights that were set, loaded, trained or updated.
+weights: a name that held the model's weights holds others now, and the run used the model's.
+outdated: variables are from before an edit.
+file: a name stands for another module than was registered, and variables from a file wait for it.
+rebound: the name stands for another module than was registered.
+"""

@@ -1,22 +1,32 @@
-"""One Python expression: its text with positions, evaluated as Python would in the place where it stands."""
+"""One Python expression: its text with positions, evaluated as Python would in the place where it stands.
+
+And the line of a run, to be written otherwise: with another argument, with an option more or less. What a message advises
+is complete this way: the user's own call, options included.
+"""
 
 from __future__ import annotations
 
 import ast
 import builtins
+import inspect
 import linecache
+import re
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from ..base.tokens import index_of, point_at
-from ..errors import FlaxMagicsError, did_you_mean, nearest
+from ..base.types import PyTree
+from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 
 _GATHER = "__flax_gather__"
+_GAP = "_gap_"
+"""Stands for `…`, which is no Python, while a call is read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +47,12 @@ class Expression:
         """The expression's own text, as it was written."""
         return segment(self.text, self.tree)
 
-    @property
-    def is_call(self) -> bool:
-        """Whether it can be taken apart by `construct`."""
-        return isinstance(self.tree, ast.Call)
-
     @cached_property
     def filename(self) -> str:
         """The name under which `text` stands in `linecache`, so that tracebacks show it."""
         return f"<call {crc32(self.text.encode()):08x}>"
 
-    def evaluate(self, user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None = None) -> Any:
+    def evaluate(self, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None) -> PyTree:
         """The expression's value.
 
         Args:
@@ -61,19 +66,19 @@ class Expression:
         return self._run(lambda: self.tree, None, user_ns, local_ns)
 
     def construct(
-        self, user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None = None
-    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        self, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None
+    ) -> tuple[Any, tuple[PyTree, ...], dict[str, PyTree]]:
         """`(function, args, kwargs)` of an expression that is a call, everything evaluated but the call itself."""
         assert isinstance(self.tree, ast.Call)
         (function, *args), kwargs = self._gathered([self.tree.func, *self.tree.args], user_ns, local_ns)
         return function, tuple(args), kwargs
 
     def _gathered(
-        self, args: list[ast.expr], user_ns: dict[str, Any], local_ns: Mapping[str, Any] | None
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, args: list[ast.expr], user_ns: dict[str, object], local_ns: Mapping[str, object] | None
+    ) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
         """What a function would get that is called with `args` and with the keyword arguments of this call."""
 
-        def gather(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def gather(*args: object, **kwargs: object) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
             return args, kwargs
 
         call = self.tree
@@ -86,15 +91,14 @@ class Expression:
             function = ast.copy_location(ast.Name(_GATHER, ast.Load()), call.func)
             return ast.copy_location(ast.Call(function, args, call.keywords), call)
 
-        gathered: tuple[tuple[Any, ...], dict[str, Any]] = self._run(tree, gather, user_ns, local_ns)
-        return gathered
+        return self._run(tree, gather, user_ns, local_ns)  # type: ignore[no-any-return]
 
     def _run(
         self,
         tree: Callable[[], ast.expr],
-        gather: Callable[..., Any] | None,
-        user_ns: dict[str, Any],
-        local_ns: Mapping[str, Any] | None,
+        gather: Callable[..., object] | None,
+        user_ns: dict[str, object],
+        local_ns: Mapping[str, object] | None,
     ) -> Any:
         local = {} if local_ns is None or local_ns is user_ns else local_ns
         names = tuple(name for name in self._names if name in local) if local else ()
@@ -108,31 +112,24 @@ class Expression:
         try:
             return FunctionType(code, user_ns)(gather, *(local[name] for name in names))
         except NameError as error:
-            short = self._undefined(error, [*user_ns, *local])
-            if short is None:
-                raise
-            raise short from None
+            frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+            if not error.name or frame.f_code.co_filename != self.filename:
+                raise  # other code looked for it
+            raise self._undefined(error.name, [*user_ns, *local]) from None
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
         return tuple(sorted({node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}))
 
-    def _undefined(self, error: NameError, known: list[str]) -> FlaxMagicsError | None:
-        """The short error for a name that `text` itself uses; None if it was other code that looked for it."""
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        name = error.name
-        if trace is None or not name or trace.tb_frame.f_code.co_filename != self.filename:
-            return None
+    def _undefined(self, name: str, known: list[str]) -> FlaxMagicsError:
+        """The short error for a name that `text` uses and that nobody defined."""
         hint = did_you_mean(name, (choice for choice in known if not choice.startswith("_")))
         if hint is None:
             near = nearest(name, (choice for choice in vars(builtins) if choice.islower()), 1)
             hint = f"did you mean {near[0]}?" if near else "no cell that was run has made it"
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Name) and node.id == name:
-                hint = f"{point_at(self.text, start_of(self.text, node))}\n{hint}"
-                break
+        used = next((n for n in ast.walk(self.tree) if isinstance(n, ast.Name) and n.id == name), None)
+        if used is not None:
+            hint = f"{point_at(self.text, start_of(self.text, used))}\n{hint}"
         return FlaxMagicsError(f"name '{name}' is not defined.", hint=hint)
 
 
@@ -142,10 +139,8 @@ def _compile(tree: ast.expr, names: tuple[str, ...], filename: str) -> CodeType:
     A function, because `eval` with separate locals hides them from lambdas and comprehensions. `global`, because a
     walrus at the top of a cell binds there; one on a name of the enclosing function cannot reach that function.
     """
-    parameters = [ast.arg(name) for name in (_GATHER, *names)]
-    function = ast.FunctionDef(
-        "call", ast.arguments([], parameters, None, [], [], None, []), [ast.Return(tree)], [], None
-    )
+    arguments = ast.arguments([], [ast.arg(name) for name in (_GATHER, *names)], None, [], [], None, [])
+    function = ast.FunctionDef("call", arguments, [ast.Return(tree)], [], None)
     function.type_params = []  # type: ignore[attr-defined]
     bound = sorted(set(_walrus(tree)) - set(names))
     if bound:
@@ -163,9 +158,8 @@ def _compile(tree: ast.expr, names: tuple[str, ...], filename: str) -> CodeType:
 def _walrus(tree: ast.AST) -> list[str]:
     """Names that `:=` binds in the scope that `tree` itself is in (comprehensions bind there, lambdas do not)."""
     if isinstance(tree, ast.Lambda):
-        return [
-            name for default in (*tree.args.defaults, *tree.args.kw_defaults) if default for name in _walrus(default)
-        ]
+        defaults = (*tree.args.defaults, *filter(None, tree.args.kw_defaults))
+        return [name for default in defaults for name in _walrus(default)]
     bound = [tree.target.id] if isinstance(tree, ast.NamedExpr) else []
     return bound + [name for child in ast.iter_child_nodes(tree) for name in _walrus(child)]
 
@@ -183,3 +177,97 @@ def end_of(text: str, node: ast.expr | ast.stmt) -> int:
 def segment(text: str, node: ast.expr | ast.stmt) -> str:
     """The text of `node`."""
     return text[start_of(text, node) : end_of(text, node)]
+
+
+class Line(NamedTuple):
+    """A command with its options, and a call.
+
+    Attributes:
+      command: `%flax_apply --train`.
+      call: in Python's normal form; arguments that nobody wrote down are `…`.
+      signature: of what is called.
+    """
+
+    command: str
+    call: str
+    signature: inspect.Signature
+
+    def __str__(self) -> str:
+        return f"{self.command} {self.call}"
+
+    def without_option(self, flag: str, value: str = "") -> Line:
+        """See `without_option`."""
+        return self._replace(command=without_option(self.command, flag, value))
+
+    def with_argument(self, name: str, write: str | Callable[[str], str] | None) -> Line | None:
+        """With another text in the place of the argument's, or without it, and those after it by their names.
+
+        None where that cannot be written: the argument does not stand by itself, say.
+        """
+        call = ast.parse(self.call.replace("…", _GAP), mode="eval").body
+        assert isinstance(call, ast.Call)
+        if any(isinstance(arg, ast.Starred) for arg in call.args):
+            return None
+        names = positional_names(self.signature, len(call.args))
+        items: list[tuple[str | None, ast.expr]] = [*zip(names, call.args, strict=True)]
+        items += [(item.arg, item.value) for item in call.keywords]
+        argument = next((value for place, value in items if place == name), None)
+        if argument is None:
+            return None
+        if write is not None:
+            text = write if isinstance(write, str) else write(ast.unparse(argument))
+            edited = ast.parse(text.replace("…", _GAP), mode="eval").body
+            call.args = [edited if arg is argument else arg for arg in call.args]
+            for item in call.keywords:
+                item.value = edited if item.value is argument else item.value
+        else:
+            place = names.index(name) if argument in call.args else len(call.args)
+            if not all(other.isidentifier() for other in names[place + 1 :]):
+                return None
+            call.args = call.args[:place]
+            call.keywords = [ast.keyword(*item) for item in items[place:] if item[1] is not argument]
+        return self._replace(call=ast.unparse(call).replace(_GAP, "…"))
+
+
+def without_option(command: str, flag: str, value: str = "") -> str:
+    """`command` without an option; `value` is a pattern of the value that goes with it."""
+    pattern = rf"{flag}[\s=]+{value}" if value else flag
+    return re.sub(rf"\s+{pattern}(?=\s|$)", "", command)
+
+
+def as_array(line: Line, name: str, dtype: str) -> dict[str, str]:
+    """The advice to pass an argument as an array of a dtype."""
+    return changed(line, name, lambda argument: f"jnp.asarray({argument}, '{dtype}')")
+
+
+def changed(line: Line, name: str, write: Callable[[str], str]) -> dict[str, str]:
+    """The line with `write(text)` of an argument; a form where the argument is no expression of its own in the call.
+
+    `write` may use `jnp`.
+    """
+    edited = line.with_argument(name, write)
+    return {"form": write("…")} if edited is None else written(f"import jax.numpy as jnp\n{edited}")
+
+
+def new_key(name: str) -> str:
+    """A variable's name for a key that an argument is to be given."""
+    return f"new_{name}" if name.endswith("key") else f"{name}_key"
+
+
+def positional_names(signature: inspect.Signature, n: int) -> list[str]:
+    """The parameters that `n` positional arguments are given to."""
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}[{i}]" for i in range(n - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(parameter.name)
+    return (names + [f"argument {i}" for i in range(len(names), n)])[:n]
+
+
+def with_arguments(call: str, arguments: Sequence[str]) -> str:
+    """A call as text with more arguments at its end."""
+    if not arguments:
+        return call
+    inside = call.rpartition(")")[0].rstrip().rstrip(",")
+    return f"{inside}{'' if inside.endswith('(') else ', '}{', '.join(arguments)})"

@@ -8,67 +8,57 @@ from __future__ import annotations
 import builtins
 import re
 import textwrap
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..base.text import WIDTH
 from ..base.tokens import Unbalanced, pieces, point_at, token_end
+from ..base.types import PyTree
 from ..errors import FlaxMagicsError, nearest, written
 
 if TYPE_CHECKING:
     from ..run import DrawNumber
 
-WIDTH = 80
 _DASHES = "-–—"
 """The long ones are what phones and word processors make of two hyphens."""
 
-Kind = Literal["flag", "value", "many", "quoted"]
 
-
-@dataclass(frozen=True, eq=False)
-class Option:
+class Option(NamedTuple):
     """One option.
 
     Attributes:
-      flag: as it is written, such as `--train` or `-o`.
+      flag: as it is written, such as `--train`.
       help: one sentence.
-      metavar: what its value stands for, such as `NAME`; None for a flag.
+      metavar: what its value stands for, such as `NAME`; None for a flag, which is True or False.
       short: another way to write it, such as `-o`.
-      kind: `flag` (True or False), `value`, `many` (may be given again; a tuple), or `quoted` (a value that may be
-        written in quotes, which are taken off).
+      many: it may be given again, and its values are a tuple.
+      quotes: its value may be written in quotes, which are taken off.
       type: str or int, of the value.
       least: the smallest int that is accepted, None for any.
-      identifier: the value must be a Python name.
-      key: its name in `LineOptions.options`; left out, the flag without dashes, such as `train`.
+      is_name: the value must be a Python name.
     """
 
     flag: str
     help: str
     metavar: str | None = None
     short: str | None = None
-    kind: Kind = "flag"
+    many: bool = False
+    quotes: bool = False
     type: builtins.type[str] | builtins.type[int] = str
     least: int | None = 1
-    identifier: bool = False
-    key: str = ""
+    is_name: bool = False
 
-    def __post_init__(self) -> None:
-        if self.kind == "flag" and self.metavar is not None:
-            object.__setattr__(self, "kind", "value")
-        if not self.key:
-            object.__setattr__(self, "key", self.flag.lstrip("-").replace("-", "_"))
+    @property
+    def key(self) -> str:
+        """Its name in `LineOptions.options`, such as `train`."""
+        return self.flag.lstrip("-")
 
     @property
     def flags(self) -> tuple[str, ...]:
         """Every way to write it."""
         return (self.flag,) if self.short is None else (self.short, self.flag)
-
-    @property
-    def default(self) -> Any:
-        """What it is when not given: False, None, or () for `many`."""
-        return {"flag": False, "many": ()}.get(self.kind)
 
 
 HELP = Option("--help", "show this help", short="-h")
@@ -96,6 +86,11 @@ class Command(NamedTuple):
     bare: bool = False
 
     @property
+    def bare_name(self) -> str:
+        """Without its percent signs, of which a line has one and a cell two."""
+        return self.name.lstrip("%")
+
+    @property
     def flags(self) -> dict[str, Option]:
         """Every way to write an option of this command, `--help` included."""
         return {flag: option for option in (*self.options, HELP) for flag in option.flags}
@@ -106,27 +101,22 @@ class Command(NamedTuple):
 
     def render_help(self) -> str:
         """Usage, help, options and examples in 80 columns."""
-        blocks = [self.usage.strip()]
-        for paragraph in textwrap.dedent(self.help).strip().split("\n\n"):
-            blocks.append(textwrap.fill(" ".join(paragraph.split()), WIDTH))
-        blocks.append("\n".join(["options:", *_option_lines((*self.options, HELP))]))
-        if self.examples:
-            code = "\n".join(textwrap.dedent(example).strip("\n") for example in self.examples)
-            blocks.append("examples:\n" + textwrap.indent(code, "  "))
+        options = [
+            (", ".join(option.flags) + (f" {option.metavar}" if option.metavar else ""), option.help)
+            for option in (*self.options, HELP)
+        ]
+        column = min(max(len(spelled) for spelled, _ in options), 24) + 4
+        lines = ["options:"]
+        for spelled, text in options:
+            first = f"  {spelled}".ljust(column)
+            if len(spelled) + 4 > column:
+                lines.append(first)
+                first = " " * column
+            lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * column)
+        paragraphs = [textwrap.fill(paragraph, WIDTH) for paragraph in self.help.split("\n\n")]
+        blocks = [self.usage, *paragraphs, "\n".join(lines)]
+        blocks += ["examples:\n" + textwrap.indent("\n".join(self.examples), "  ")] if self.examples else []
         return "\n\n".join(blocks)
-
-
-def _option_lines(options: tuple[Option, ...]) -> list[str]:
-    written = [", ".join(option.flags) + (f" {option.metavar}" if option.metavar else "") for option in options]
-    column = min(max(map(len, written)), 24) + 4
-    lines: list[str] = []
-    for left, option in zip(written, options, strict=True):
-        first = f"  {left}".ljust(column)
-        if len(left) + 4 > column:
-            lines.append(first)
-            first = " " * column
-        lines += textwrap.wrap(option.help, WIDTH, initial_indent=first, subsequent_indent=" " * column)
-    return lines
 
 
 class LineOptions(NamedTuple):
@@ -145,24 +135,15 @@ class LineOptions(NamedTuple):
     help: bool = False
 
 
-_READ: OrderedDict[tuple[str, str], LineOptions] = OrderedDict()
-"""Lines that were read, the last ones: a loop runs one line many times."""
-
-
 def read(command: Command, line: str) -> LineOptions:
-    """The options at the beginning of `line`, and what follows them. Not to be changed: the next call may get the same.
+    """The options at the beginning of `line`, and what follows them.
 
     A value is one token: text up to white space that is in no string and no bracket. `--` ends the options.
 
     Raises:
       FlaxMagicsError: an option that the command has not, without its value, with a wrong one, or after the call.
     """
-    known = _READ.get((command.name, line))
-    if known is None:
-        known = _READ[command.name, line] = _Reader(command, line).read()
-        if len(_READ) > 256:
-            _READ.popitem(last=False)
-    return known
+    return _Reader(command, line).read()
 
 
 class _Reader:
@@ -174,7 +155,8 @@ class _Reader:
     def read(self) -> LineOptions:
         """See `read`."""
         command, line = self.command, self.line
-        options = {option.key: option.default for option in command.options}
+        options: dict[str, Any] = {option.key: None if option.metavar else False for option in command.options}
+        options |= {option.key: () for option in command.options if option.many}
         position = self._skip(0)
         while position < len(line) and line[position] in _DASHES:
             start, position = position, self._end_of(position)
@@ -187,7 +169,7 @@ class _Reader:
                 raise self._unknown(start, flag)
             if option is HELP:
                 return LineOptions({}, help=True)
-            if option.kind == "flag":
+            if option.metavar is None:
                 if equals:
                     advice = self._corrected(f"{line[:start]}{flag}{line[position:]}")
                     raise FlaxMagicsError(f"{flag} takes no value.", **advice)
@@ -203,7 +185,7 @@ class _Reader:
             converted = _convert(option, value) if value else None
             if converted is None:
                 raise self._wants(option, line[: start + len(flag)], value, line[position:])
-            options[option.key] = (*options[option.key], converted) if option.kind == "many" else converted
+            options[option.key] = (*options[option.key], converted) if option.many else converted
             position = self._skip(position)
         rest = line[position:].rstrip()
         if self._after_the_call(position, position + len(rest)):
@@ -212,10 +194,8 @@ class _Reader:
 
     def _skip(self, position: int) -> int:
         """Where the next word begins."""
-        for piece in pieces(self.line, position):
-            if piece.kind not in ("space", "newline", "join"):
-                return piece.start
-        return len(self.line)
+        words = (piece.start for piece in pieces(self.line, position) if piece.kind not in ("space", "newline", "join"))
+        return next(words, len(self.line))
 
     def _end_of(self, start: int) -> int:
         try:
@@ -227,7 +207,7 @@ class _Reader:
 
     def _wants(self, option: Option, before: str, value: str, after: str) -> FlaxMagicsError:
         """The error for an option, written up to `before`, whose value is missing or wrong."""
-        wanted = "a Python name" if option.identifier else f"a value ({option.metavar})"
+        wanted = "a Python name" if option.is_name else f"a value ({option.metavar})"
         sample = "…"
         if option.type is int:
             wanted, sample = "a whole number", str(max(option.least or 0, 0) * 20)
@@ -241,9 +221,9 @@ class _Reader:
 
     def _unknown(self, start: int, flag: str) -> FlaxMagicsError:
         command, line, bare = self.command, self.line, flag.lstrip(_DASHES)
-        near = [known for known in command.flags if bare and known.startswith(f"--{bare}")]
-        long = [known[2:] for known in command.flags if known.startswith("--")]
-        near = near or [f"--{name}" for name in nearest(bare, long, 1)]
+        known = [option.key for option in (*command.options, HELP)]
+        near = [f"--{key}" for key in known if bare and key.startswith(bare)]
+        near = near or [f"--{key}" for key in nearest(bare, known, 1)]
         message, advice = f"{command.name} has no option {flag}.", {}
         if near:
             message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
@@ -258,8 +238,7 @@ class _Reader:
         Python would read `net(x) --train` as `net(x) - (-train)`.
         """
         command, line = self.command, self.line
-        flags: list[tuple[int, str]] = []
-        spaced = False
+        flags, spaced = list[tuple[int, str]](), False
         for piece in pieces(line[:end], start):
             if piece.kind == "comment":
                 end = piece.start
@@ -280,7 +259,7 @@ class _Reader:
         call = line[start:first].strip()
         options = line[first:end].strip().rstrip("; ")
         last = command.flags.get(options.split()[-1])
-        gap = "" if last is None or last.kind == "flag" else " …"  # else the call would be its value
+        gap = "" if last is None or last.metavar is None else " …"  # else the call would be its value
         advice = self._corrected(f"{line[:start]}{options}{gap} {call}")
         raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", **advice)
 
@@ -300,12 +279,9 @@ class _Reader:
 
 def _convert(option: Option, value: str) -> str | int | None:
     """`value` as the option wants it, None if it cannot be that."""
-    if option.kind == "quoted":
-        value = unquoted(value)
-    if option.identifier and not value.isidentifier():
-        return None
-    if option.type is not int:
-        return value
+    value = unquoted(value) if option.quotes else value
+    if option.type is str:
+        return None if option.is_name and not value.isidentifier() else value
     try:
         number = int(value)
     except ValueError:
@@ -324,8 +300,7 @@ def unquoted(value: str) -> str:
 
 def quoted(value: str) -> str:
     """`value` as an option takes it: in quotes where it would not be one word."""
-    escaped = value.replace('"', '\\"')
-    return value if re.fullmatch(r"[\w./~:+-]+", value) else f'"{escaped}"'
+    return value if re.fullmatch(r"[\w./~:+-]+", value) else '"' + value.replace('"', '\\"') + '"'
 
 
 def file_name(rest: str, command: Command) -> str:
@@ -350,7 +325,7 @@ class ApplyOptions:
 
     mode: str | None = None
     mutable: tuple[str, ...] = ()
-    variables: Mapping[str, Any] | None = None
+    variables: Mapping[str, PyTree] | None = None
     key: tuple[str, ...] = ()
     draw: DrawNumber | None = None
     draws: int | None = None

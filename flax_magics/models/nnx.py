@@ -17,7 +17,7 @@ from ..base.threads import at_once
 from ..base.types import Leaf, PyTree
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
-from ..line.variant import with_arguments
+from ..line.expression import with_arguments
 from . import nnx_trace
 from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
 from .calls import Args, Kwargs, Names, Path, constructor, readable_signature

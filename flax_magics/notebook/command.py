@@ -10,29 +10,32 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any
+
+from IPython.core.magic import line_cell_magic, line_magic, needs_local_scope, no_var_expand
 
 from ..base.private import is_tracing
 from ..code.library import is_module, is_module_class
 from ..errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, written
-from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
+from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, statements, values_first
 from ..line.commands import FLAX_VARS
 from ..line.options import Command, LineOptions, read
+from .failures import show_user_frames
 from .notebook import Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
-from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
     from ..execution.call import Call
     from ..run import DrawNumber, Run
 
-Namespace = dict[str, Any]
+Namespace = dict[str, object]
 
 
 def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
     """Makes a magic of a method that takes a `CommandUse`: with help, and errors that a person can read."""
-    as_line, as_cell = (spec._replace(name=sign + spec.name.lstrip("%")) for sign in ("%", "%%"))
+    # A loop runs one line many times. What is read of it is shared, and nobody changes it.
+    read_line, read_cell = (lru_cache(partial(read, spec._replace(name=sign + spec.bare_name))) for sign in ("%", "%%"))
 
     def decorate(function: Callable[[Any, CommandUse], Any]) -> Any:
         @wraps(function)
@@ -42,9 +45,8 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
             options = LineOptions({})
             try:
                 # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
-                options = read(
-                    as_line if cell is None else as_cell, line if spec.takes == "call" else line.rstrip("; ")
-                )
+                text = line if spec.takes == "call" else line.rstrip("; ")
+                options = read_line(text) if cell is None else read_cell(text)
                 if options.help or (not line.strip() and cell is None and not spec.bare):
                     notebook.reporter.publish({"text/plain": spec.render_help()})
                     return None
@@ -62,6 +64,10 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
 
         del run.__wrapped__  # IPython 7 calls by the signature that it finds behind it
         run.__doc__ = spec.render_help()
+        # What this gives is not used: IPython 7 puts a function around each that binds its signature in every call, which
+        # costs as much as all that a line needs.
+        mark = line_cell_magic if spec.takes in ("call", "assignment") else line_magic
+        mark(no_var_expand(needs_local_scope(run)))
         return run
 
     return decorate
@@ -96,8 +102,11 @@ class CommandUse:
     @property
     def user_ns(self) -> Namespace:
         """The names of the notebook."""
-        names: Namespace = self.notebook.shell.user_ns
-        return names
+        return self.notebook.shell.user_ns  # type: ignore[no-any-return]
+
+    def value_of(self, name: str) -> Any:
+        """What a name stands for where the line stands; None for nothing."""
+        return self.local_ns[name] if name in self.local_ns else self.user_ns.get(name)
 
     def names(self) -> Namespace:
         """All names that the line can use. Not to be held by a local: the traceback of an error would hold their arrays."""
@@ -123,12 +132,11 @@ class CommandUse:
     def run(self, run: Callable[[CallExpression], Run]) -> Any:
         """Runs the call of a line or of a cell, reports it, and gives its value."""
         expression, assign = self.read_body()
-        notebook = self.notebook
-        with notebook.working("preparing") as live:
+        with self.notebook.working("preparing") as live:
             finished = run(expression)
         if self["out"]:
             self.user_ns[self["out"]] = finished
-        notebook.report(finished, live, quiet=self["quiet"])
+        self.notebook.reporter.report(finished, live, quiet=self["quiet"])
         if assign is not None:
             assign(finished.output)
             return None
@@ -151,8 +159,7 @@ class CommandUse:
         """Name, call, and the module that the name stands for in the namespace, if it is another than was registered."""
         from ..execution.call import Call
 
-        target = expression.target
-        value: Any = self.local_ns[target] if target in self.local_ns else self.user_ns.get(target)
+        target, value = expression.target, self.value_of(expression.target)
         registered = self.notebook.session.module(target)
         if registered is None:
             raise self._unknown(expression, value)
@@ -205,8 +212,7 @@ class CommandUse:
         text = self["draw"]
         if text is None:
             return None
-        sign = "%" if self.cell is None else "%%"
-        typed = f"{sign}{self.spec.name.lstrip('%')} {self.line}".strip()
+        typed = f"{'%' if self.cell is None else '%%'}{self.spec.bare_name} {self.line}".strip()
         return self.draw_of(text, re.sub(rf"(--draw[\s=]+){re.escape(text)}", r"\1{}", typed, count=1))
 
     def draw_of(self, text: str, line: str) -> DrawNumber:
@@ -223,15 +229,12 @@ class CommandUse:
             return (int(seed), int(number)) if colon else int(number)
         if text == "last":
             return session.draws
-        run = self.local_ns.get(text, self.user_ns.get(text))
+        run = self.value_of(text)
         if isinstance(run, Run):
             return run.seed, run.draw
-        choices = [
-            "last",
-            *(name for name, value in self.names().items() if isinstance(value, Run)),
-        ]
-        taker = "%flax_replay" if line.startswith("%flax_replay") else "--draw"
+        choices = ["last", *(name for name, value in self.names().items() if isinstance(value, Run))]
         near = next(iter(nearest(text, choices)), "last")
+        taker = "%flax_replay" if line.startswith("%flax_replay") else "--draw"
         raise FlaxMagicsError(
             f"{taker} takes a number, last, seed:N or the name of a Run, not `{text}`.",
             hint=did_you_mean(text, choices),
@@ -246,10 +249,9 @@ class CommandUse:
         """
         from ..run import Run
 
-        text = self.rest
-        value = self.local_ns.get(text, self.user_ns.get(text))
-        if text != "last" and isinstance(value, Run):
-            return value
+        text, run = self.rest, self.value_of(self.rest)
+        if text != "last" and isinstance(run, Run):
+            return run
         if not len(self.notebook.session):
             message = "nothing has been drawn in this session that could be run again."
             raise FlaxMagicsError(message, form="%flax_apply …")
@@ -303,17 +305,14 @@ def parse_variables(text: str) -> Assignment:
     Raises:
       FlaxMagicsError: it is something else.
     """
-    try:
-        tree: ast.expr | None = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError):
-        tree = None
-    root = tree
-    while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
-        root = root.func if isinstance(root, ast.Call) else root.value
-    if isinstance(root, ast.Name) and root is not tree:
-        raise FlaxMagicsError(
-            f"%flax_vars takes the name of a model, not `{text}`.", write=f"variables = %flax_vars {root.id}"
-        )
+    match statements(text.strip()):
+        case [ast.Expr(ast.Attribute() | ast.Subscript() | ast.Call() as tree)]:
+            root: ast.expr = tree
+            while isinstance(root, (ast.Attribute, ast.Subscript, ast.Call)):
+                root = root.func if isinstance(root, ast.Call) else root.value
+            if isinstance(root, ast.Name):
+                message = f"%flax_vars takes the name of a model, not `{text}`."
+                raise FlaxMagicsError(message, write=f"variables = %flax_vars {root.id}")
     return parse_assignment(text, FLAX_VARS.name, "net")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..base.tokens import Unbalanced, pieces, token_end
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _COMMAND = re.compile(r"\s*(?:[^%#]*=\s*)?(?P<name>%{1,2}flax\w*)\s+(?P<rest>.*)", re.DOTALL)
 _PATH = re.compile(r"[^\W\d]\w*(\.\w*)*")
-STREAMS = ("params", "dropout")
 
 
 def completions(line: str, text: str, commands: Mapping[str, Command], models: Mapping[str, ModelNames]) -> list[str]:
@@ -34,61 +34,51 @@ def completions(line: str, text: str, commands: Mapping[str, Command], models: M
     line_match = _COMMAND.fullmatch(line)
     if line_match is None:
         return []
-    name, rest = line_match["name"], line_match["rest"]
-    bare = name.lstrip("%")
-    command = commands.get(name) or commands.get(f"%{bare}") or commands.get(f"%%{bare}")
+    bare, rest = line_match["name"].lstrip("%"), line_match["rest"]
+    command = next((commands[sign + bare] for sign in ("%", "%%") if sign + bare in commands), None)
     if command is None:
         return []
-    complete_options, position, waiting = _options_before(command, rest)
-    if waiting is not None:
-        return files(rest[position:], text) if waiting.metavar == "FILE" else []
+    written, position, waiting = _options_before(command, rest)
     rest = rest[position:]
-    if command.takes == "file" and not rest.startswith("-"):
-        return [*files(rest, text), *(_options(command, "--", complete_options) if not rest else ())]
+    if waiting is not None:
+        return files(rest, text) if waiting.metavar == "FILE" else []
+    flag_start = rest or "--"
+    flags = [
+        flag
+        for flag, option in command.flags.items()
+        if flag.startswith(flag_start) and (option not in written or option.many)
+    ]
     if rest.startswith("-"):
-        return _options(command, rest, complete_options)
+        return flags
+    if command.takes == "file":
+        return [*files(rest, text), *flags]
     if not rest:
-        return [*_targets(command, "", models), *_options(command, "--", complete_options)]
+        return [*_targets(command, "", models), *flags]
     if _PATH.fullmatch(rest):
         return _attributes(rest, text, models) if "." in rest else _targets(command, rest, models)
     return _arguments(rest, text, models) if command.takes == "call" else []
 
 
-def _options_before(command: Command, rest: str) -> tuple[set[str], int, Option | None]:
+def _options_before(command: Command, rest: str) -> tuple[set[Option], int, Option | None]:
     """The options that are complete, the index of what follows them, and the option whose value is being written."""
-    given: set[str] = set()
-    position, waiting = 0, None
-    while position < len(rest):
+    complete, position, waiting = set[Option](), 0, None
+    while position < len(rest) and (waiting is not None or rest[position] == "-" or rest[position].isspace()):
         if rest[position].isspace():
             position += 1
             continue
-        if waiting is None and rest[position] != "-":
-            break
         try:
             end = token_end(rest, position)
         except Unbalanced:
             break
         if end == len(rest):
             break
-        if waiting is None:
-            written, equals, _ = rest[position:end].partition("=")
-            option = command.flags.get(written)
-            if option is not None:
-                given.add(option.key)
-                waiting = option if option.kind != "flag" and not equals else None
-        else:
-            waiting = None
+        flag, equals, _ = rest[position:end].partition("=")
+        option = command.flags.get(flag) if waiting is None else None
+        if option is not None:
+            complete.add(option)
+        waiting = option if option is not None and option.metavar is not None and not equals else None
         position = end
-    return given, position, waiting
-
-
-def _options(command: Command, start: str, given: set[str]) -> list[str]:
-    repeated = {option.key for option in command.options if option.kind == "many"}
-    return [
-        flag
-        for flag, option in command.flags.items()
-        if flag.startswith(start) and (option.key not in given or option.key in repeated)
-    ]
+    return complete, position, waiting
 
 
 def files(start: str, text: str, most: int = 200) -> list[str]:
@@ -100,31 +90,21 @@ def files(start: str, text: str, most: int = 200) -> list[str]:
     start, text = start.lstrip("'\""), text.lstrip("'\"")
     folder, _, name = start.rpartition("/")
     where = os.path.expanduser(folder + "/" if "/" in start else ".")
-    names = []
     try:
         with os.scandir(where) as entries:
-            for entry in entries:
-                if entry.name.startswith(name) and (name or not entry.name.startswith(".")):
-                    names.append(entry.name + ("/" if entry.is_dir() else ""))
+            names = [entry.name + "/" * entry.is_dir() for entry in entries if entry.name.startswith(name)]
     except OSError:
         return []
-    names.sort(key=lambda one: (not one.endswith(".safetensors"), not one.endswith("/"), one))
-    over = len(name) - len(text)  # what is typed may be cut at a bracket, or have a folder before it
-    return (
-        [one[over:] if over > 0 else text[: len(text) - len(name)] + one for one in names[:most]]
-        if text
-        else names[:most]
-    )
+    names = [each for each in names if name or not each.startswith(".")]
+    names.sort(key=lambda each: (not each.endswith(".safetensors"), not each.endswith("/"), each))
+    # What is typed may be cut at a bracket, or have a folder before it.
+    over = len(name) - len(text) if text else 0
+    return [text[: max(-over, 0)] + each[max(over, 0) :] for each in names[:most]]
 
 
 def _targets(command: Command, start: str, models: Mapping[str, ModelNames]) -> list[str]:
-    names: list[str] = []
-    if command.takes in ("call", "model"):
-        names = list(models)
-    elif command.takes == "draw":
-        names = ["last"]
-    elif command.takes == "stream":
-        names = [*STREAMS, *(stream for model in models.values() for stream in model.streams)]
+    streams = ("params", "dropout", *(stream for model in models.values() for stream in model.streams))
+    names = {"call": models, "model": models, "draw": ("last",), "stream": streams}.get(command.takes, ())
     return [name for name in dict.fromkeys(names) if name.startswith(start)]
 
 
@@ -147,7 +127,7 @@ def _arguments(rest: str, text: str, models: Mapping[str, ModelNames]) -> list[s
     model = models.get(target)
     if model is None:
         return []
-    depth, here, written = 0, path.end() + 1, set()
+    depth, here, written = 0, path.end() + 1, set[str]()
     for piece in pieces(rest, path.end()):
         if piece.kind in ("quote", "comment"):
             return []
@@ -170,23 +150,15 @@ class Matcher:
     Args:
       shell: an `InteractiveShell`.
       get_models: gives the registered models; must be cheap, and must not make a session.
-      commands: by name, `%` signs included; left out, those of this package.
     """
 
-    def __init__(
-        self,
-        shell: Any,
-        get_models: Callable[[], Mapping[str, ModelNames]],
-        commands: Mapping[str, Command] = COMMANDS,
-    ) -> None:
-        self.shell = shell
-        self.get_models = get_models
-        self.commands = commands
+    def __init__(self, shell: Any, get_models: Callable[[], Mapping[str, ModelNames]]) -> None:
+        self.shell, self.get_models = shell, get_models
 
     def flax_matches(self, text: str) -> list[str]:
         """A matcher for every IPython."""
         try:
-            return completions(self.shell.Completer.text_until_cursor, text, self.commands, self.get_models())
+            return completions(self.shell.Completer.text_until_cursor, text, COMMANDS, self.get_models())
         except Exception:
             return []  # IPython would print the traceback into the line that is being typed
 
@@ -197,32 +169,22 @@ class Matcher:
         line = self.shell.Completer.text_until_cursor
         token = re.split(r"[\s`!@#$^&*()=+\[{\]}\\|;:'\",<>?]", line)[-1]
         matches = self.flax_matches(token)
-        only = bool(matches) and not matches[0].endswith("=")
         return {
             "completions": [SimpleCompletion(text=name, type="magic") for name in matches],
-            "suppress": only,
+            "suppress": bool(matches) and not matches[0].endswith("="),
             "matched_fragment": token,
         }
 
     flax_matcher.matcher_api_version = 2  # type: ignore[attr-defined]
 
-    @property
-    def hook(self) -> Callable[[Any], Any]:
-        """The matcher that this version of IPython takes."""
+    def install(self) -> None:
+        """Has the shell's completer ask this, by the kind of matcher that this version of IPython takes."""
         from IPython.core import completer
 
-        return self.flax_matcher if hasattr(completer, "SimpleCompletion") else self.flax_matches
+        self._hook = self.flax_matcher if hasattr(completer, "SimpleCompletion") else self.flax_matches
+        self.shell.Completer.custom_matchers.append(self._hook)
 
-
-def install(shell: Any, matcher: Matcher) -> None:
-    """Has the shell's completer ask `matcher`, once."""
-    completer = getattr(shell, "Completer", None)
-    if completer is not None and matcher.hook not in completer.custom_matchers:
-        completer.custom_matchers.append(matcher.hook)
-
-
-def uninstall(shell: Any, matcher: Matcher) -> None:
-    """Takes `matcher` away again."""
-    completer = getattr(shell, "Completer", None)
-    if completer is not None and matcher.hook in completer.custom_matchers:
-        completer.custom_matchers.remove(matcher.hook)
+    def uninstall(self) -> None:
+        """Takes it away again."""
+        with suppress(ValueError):  # another completer took its place
+            self.shell.Completer.custom_matchers.remove(self._hook)

@@ -1,17 +1,21 @@
-"""The commands: read the line, call the session, show what comes back.
+"""The commands: read the line, call the session, show what comes back; and the extension, which puts them into a shell.
 
 Nothing here imports JAX or Flax before a command is used.
 """
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class, needs_local_scope, no_var_expand
+from IPython.core.magic import Magics, magics_class
 from traitlets import Bool, Dict, Enum, Int, observe, validate
 
-from ..cells.journal import load_of
+from ..cells.journal import Load, in_notebook, state_of
+from ..code.library import library
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.call import CallExpression, parse_call, parse_expression, plain_name
 from ..line.commands import (
@@ -32,8 +36,9 @@ from ..line.commands import (
 )
 from ..line.options import ApplyOptions, file_name, quoted, unquoted
 from .command import CommandUse, command, parse_variables, with_package
+from .completion import Matcher
 from .notebook import Notebook, Settings, existing
-from .run_cell import assigned_to, run_body
+from .run_cell import assigned_to, line_magic_transformer, run_body
 
 if TYPE_CHECKING:
     from .._session import Session
@@ -74,13 +79,11 @@ class FlaxMagics(Magics):
     ).tag(config=True)
 
     def __init__(self, shell: Any, **kwargs: Any) -> None:
-        self._ready = False
-        self.notebook = Notebook(
-            shell,
-            lambda: Settings(self.seed, self.report, self.style, self.notes, self.disk_cache, self.replay_bytes),
-        )
         super().__init__(shell=shell, **kwargs)
-        self._ready = True
+        self.notebook = Notebook(
+            shell, lambda: Settings(self.seed, self.report, self.style, self.notes, self.disk_cache, self.replay_bytes)
+        )
+        self._imports_wait = True
 
     # -- settings
 
@@ -90,11 +93,10 @@ class FlaxMagics(Magics):
 
         session = existing()
         seed: int = proposal["value"]
-        if self._ready and session is not None and session.draws and session.seed != seed:
-            raise FlaxMagicsError(
-                f"the session has made {plural(session.draws, 'draw')} from seed {session.seed}; `seed` is where it starts.",
-                write=f"%flax_key --seed {seed}",
-            )
+        if hasattr(self, "notebook") and session is not None and session.draws and session.seed != seed:
+            draws = plural(session.draws, "draw")
+            message = f"the session has made {draws} from seed {session.seed}; `seed` is where it starts."
+            raise FlaxMagicsError(message, write=restart_line(seed, fresh=False))
         return seed
 
     @observe("seed", "disk_cache", "replay_bytes")
@@ -126,6 +128,17 @@ class FlaxMagics(Magics):
         """The session of this kernel, made at first use."""
         return self.notebook.session
 
+    def end_cell(self, result: Any = None) -> None:
+        """`post_run_cell`. Once JAX and Flax are there, what a first run needs is imported, which no run then waits for."""
+        self.notebook.end_cell(result)
+        if self._imports_wait and all(name in sys.modules for name in ("jax", "flax.linen")):
+            self._imports_wait = False
+            try:
+                _import()
+                self.notebook.prepare()
+            except (Exception, KeyboardInterrupt):
+                pass  # It was for speed alone. What is wrong is said by the first command, which imports it as well.
+
     # -- commands
 
     def publish(self, bundle: Mapping[str, Any], use: CommandUse | None = None) -> None:
@@ -139,8 +152,6 @@ class FlaxMagics(Magics):
 
         self.publish(notice_bundle(notice, self.style), use)
 
-    @line_magic
-    @no_var_expand
     @command(FLAX)
     def flax(self, use: CommandUse) -> None:
         """`%flax`"""
@@ -150,9 +161,6 @@ class FlaxMagics(Magics):
             raise FlaxMagicsError(f"%flax takes nothing after it, and `{use.rest}` stands there.", write="%flax")
         self.publish(status_bundle(status(self.session, self.notebook.reruns()), self.style))
 
-    @line_cell_magic
-    @no_var_expand
-    @needs_local_scope
     @command(FLAXMODEL)
     def flaxmodel(self, use: CommandUse) -> None:
         """`%%flaxmodel [net = Net(…)]` and `%flaxmodel net [= Net(…)]`"""
@@ -171,9 +179,6 @@ class FlaxMagics(Magics):
             self.notebook.journal.registered(registered)
         live.show({} if use["quiet"] else registered_bundle(registered, self.style))
 
-    @line_cell_magic
-    @no_var_expand
-    @needs_local_scope
     @command(FLAX_INIT)
     def flax_init(self, use: CommandUse) -> Any:
         """`%flax_init net(x)`"""
@@ -181,15 +186,14 @@ class FlaxMagics(Magics):
         def run(expression: CallExpression) -> Run:
             name, call, module = use.resolve(expression)
             init_run = self.session.run_init(name, call, draw=use.draw(), module=module)
-            if use.cell is None:
-                self.notebook.holds_weights(name, assigned_to(self.shell))
+            target = assigned_to(self.shell) if use.cell is None else None
+            variables = self.session.collections[name]
+            if target is not None and variables is not None:
+                self.notebook.weight_names.hold(name, target, variables)
             return init_run
 
         return use.run(run)
 
-    @line_cell_magic
-    @no_var_expand
-    @needs_local_scope
     @command(FLAX_APPLY)
     def flax_apply(self, use: CommandUse) -> Any:
         """`%flax_apply net(x)`"""
@@ -197,27 +201,18 @@ class FlaxMagics(Magics):
 
         def run(expression: CallExpression) -> Run:
             name, call, module = use.resolve(expression)
-            options = ApplyOptions(
-                mode=mode,
-                mutable=use["mutable"],
-                key=use["key"],
-                draw=use.draw(),
-                draws=use["draws"],
-                repeat=use["repeat"] or 1,
-                eager=use["eager"],
-                roofline=use["roofline"],
-                variables=None
-                if use["variables"] is None
-                else parse_expression(use["variables"], "--variables").evaluate(use.user_ns, use.local_ns),
-            )
-            notes = self.notebook.weight_notes(name) if options.variables is None else ()
+            variables, note = use["variables"], None
+            if variables is None:
+                note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
+            else:
+                variables = parse_expression(variables, "--variables").evaluate(use.user_ns, use.local_ns)
+            chosen = {option: use[option] for option in ("mutable", "key", "draws", "eager", "roofline")}
+            options = ApplyOptions(mode=mode, variables=variables, draw=use.draw(), repeat=use["repeat"] or 1, **chosen)
+            notes = () if note is None else (note,)
             return self.session.run_apply(name, call, options, module=module, notes=notes)
 
         return use.run(run)
 
-    @line_cell_magic
-    @no_var_expand
-    @needs_local_scope
     @command(FLAX_SUMMARY)
     def flax_summary(self, use: CommandUse) -> Any:
         """`%flax_summary net(x)`"""
@@ -228,9 +223,8 @@ class FlaxMagics(Magics):
         expression, assign = (parse_call(f"{target}()", "%flax_summary"), None) if bare else use.read_body()
         name, call, module = use.resolve(expression)
         with self.notebook.working("summarising") as live:
-            summary = self.session.run_summary(
-                name, None if bare else call, mode, backward=use["backward"], module=module
-            )
+            model_call = None if bare else call
+            summary = self.session.run_summary(name, model_call, mode, backward=use["backward"], module=module)
             tree = tree_bundle(name, self.session.variables(name, module), self.style) if use["tree"] else {}
         live.show({} if use["quiet"] else summary_bundle(summary, use["depth"], self.style))
         self.publish(tree, use)
@@ -239,8 +233,6 @@ class FlaxMagics(Magics):
             return None
         return None if expression.quiet else use.value_once(summary)
 
-    @line_magic
-    @no_var_expand
     @command(FLAX_KEY)
     def flax_key(self, use: CommandUse) -> Any:
         """`%flax_key [--seed N [--fresh] | NAME]`"""
@@ -264,12 +256,9 @@ class FlaxMagics(Magics):
             return None
         with self.notebook.working("drawing") as live:
             run = self.session.run_key(name, cell=self.notebook.number)
-        self.notebook.report(run, live, quiet=use["quiet"])
+        self.notebook.reporter.report(run, live, quiet=use["quiet"])
         return None if use.silenced else run.output
 
-    @line_magic
-    @no_var_expand
-    @needs_local_scope
     @command(FLAX_VARS)
     def flax_vars(self, use: CommandUse) -> Any:
         """`%flax_vars net [= EXPR]`"""
@@ -283,20 +272,16 @@ class FlaxMagics(Magics):
         if expression is None:
             value = self.session.variables(name, module)
             if value is None:
-                raise FlaxMagicsError(
-                    f"`{name}` has no variables yet: its first run initialises them, or an init does.",
-                    form=f"%flax_init {name}(…)",
-                )
+                message = f"`{name}` has no variables yet: its first run initialises them, or an init does."
+                raise FlaxMagicsError(message, form=f"%flax_init {name}(…)")
         else:
             weights = expression.evaluate(use.user_ns, with_package(use.user_ns, use.local_ns))
             written = Written(f"%flax_vars {name} = {{}}", expression.source)
             notes = self.session.assign(name, weights, module=module, written=written)
-            self.notebook.has_set_weights(name)
+            self.notebook.weight_names.chosen(name, use.user_ns)
         self.tell(variables(self.session, name, notes), use)
         return None if use.silenced else value
 
-    @line_magic
-    @no_var_expand
     @command(FLAX_EXPORT)
     def flax_export(self, use: CommandUse) -> None:
         """`%flax_export [FILE]`"""
@@ -304,11 +289,9 @@ class FlaxMagics(Magics):
 
         name = unquoted(use.rest).strip()
         if name and use["cell"]:
-            plain = " --plain" if use["plain"] else ""
-            raise FlaxMagicsError(
-                "--cell is instead of a file: leave one of them out.", write=f"%flax_export{plain} --cell"
-            )
-        script = self.session.run_export(self.notebook.executed(), plain=use["plain"])
+            line = f"%flax_export{' --plain' if use['plain'] else ''} --cell"
+            raise FlaxMagicsError("--cell is instead of a file: leave one of them out.", write=line)
+        script = self.session.run_export(plain=use["plain"])
         if name:
             path, replaced = write(name, script.text, force=use["force"])
             self.tell(notice(script, path, replaced), use)
@@ -317,8 +300,6 @@ class FlaxMagics(Magics):
         else:
             self.publish(script_bundle(script.text, self.style))
 
-    @line_magic
-    @no_var_expand
     @command(FLAX_HISTORY)
     def flax_history(self, use: CommandUse) -> None:
         """`%flax_history`"""
@@ -328,9 +309,6 @@ class FlaxMagics(Magics):
         history = self.session.history(last=use["last"], model=use.rest or None, cells=marks)
         self.publish(history_bundle(history, use["all"], self.style))
 
-    @line_magic
-    @no_var_expand
-    @needs_local_scope
     @command(FLAX_REPLAY)
     def flax_replay(self, use: CommandUse) -> Any:
         """`%flax_replay N`"""
@@ -346,8 +324,6 @@ class FlaxMagics(Magics):
             self.publish(replay_bundle(run, self.style), use)
         return use.value_once(runs[-1])
 
-    @line_magic
-    @no_var_expand
     @command(FLAX_SAVE)
     def flax_save(self, use: CommandUse) -> None:
         """`%flax_save [--autosave] FILE`"""
@@ -369,8 +345,6 @@ class FlaxMagics(Magics):
                 notice = autosave_ended(autosaving_before) if first is None else saved(first, autosaving=True)
         live.show({} if use["quiet"] else notice_bundle(notice, self.style))
 
-    @line_magic
-    @no_var_expand
     @command(FLAX_LOAD)
     def flax_load(self, use: CommandUse) -> None:
         """`%flax_load FILE`"""
@@ -379,11 +353,61 @@ class FlaxMagics(Magics):
         with self.notebook.working("loading") as live:
             file = file_name(use.rest, FLAX_LOAD)
             restored = self.session.load(file)
-            self.notebook.journal.loaded(load_of(file, restored))
+            models = (*restored.models, *(saved.name for saved in restored.waiting))
+            size = state_of(restored.path) or (0, 0)
+            self.notebook.journal.loaded(Load(file, size, restored.seed, restored.draws, models))
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
 
 
-for _names in FlaxMagics.magics.values():
-    for _name in set(_names.values()):
-        # IPython 7 puts a function around each that binds its signature in every call: as much as all that a line needs.
-        setattr(FlaxMagics, _name, getattr(vars(FlaxMagics)[_name], "__wrapped__", vars(FlaxMagics)[_name]))
+_loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher]] = weakref.WeakKeyDictionary()
+
+
+def load(shell: Any) -> None:
+    """Registers the commands. Prints nothing; loading twice is loading once."""
+    if shell in _loaded:
+        return
+    magics = FlaxMagics(shell=shell, parent=shell)  # adds itself to the shell's configurables, for %config
+    notebook = magics.notebook
+    matcher = Matcher(shell, notebook.model_names)
+    shell.register_magics(magics)
+    shell.input_transformers_cleanup.append(line_magic_transformer)
+    matcher.install()
+    shell.events.register("pre_run_cell", notebook.begin_cell)
+    shell.events.register("post_run_cell", magics.end_cell)
+    library.in_cells(True)
+    in_notebook(notebook.executed, lambda: notebook.number)
+    _loaded[shell] = magics, matcher
+
+
+def unload(shell: Any) -> None:
+    """Takes everything back, hooks first. The session stays, for `%reload_ext` and for `flax_magics.session()`."""
+    if shell not in _loaded:
+        return
+    magics, matcher = _loaded.pop(shell)
+    shell.events.unregister("pre_run_cell", magics.notebook.begin_cell)
+    shell.events.unregister("post_run_cell", magics.end_cell)
+    library.in_cells(False)
+    in_notebook(None)
+    matcher.uninstall()
+    with suppress(ValueError):  # somebody took it away before
+        shell.input_transformers_cleanup.remove(line_magic_transformer)
+    with suppress(ValueError):
+        shell.configurables.remove(magics)
+    manager = shell.magics_manager
+    for kind, names in magics.magics.items():
+        for name in names:
+            if getattr(manager.magics[kind].get(name), "__self__", None) is magics:
+                del manager.magics[kind][name]
+    manager.registry.pop(type(magics).__name__, None)
+
+
+def _import() -> None:
+    """Imports what a model cell and a first run need."""
+    from .. import _session  # noqa: F401
+    from ..compile import disk_cache  # noqa: F401
+    from ..models import linen  # noqa: F401
+    from ..report import html, live  # noqa: F401
+    from . import model_cell  # noqa: F401
+
+    if "flax.nnx" in sys.modules:
+        from ..models import nnx  # noqa: F401

@@ -3,55 +3,52 @@
 from __future__ import annotations
 
 import ast
-import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import FunctionType, MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cells.journal import Registered
 from ..code.fingerprint import fingerprint
 from ..code.library import is_module, is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import Assignment, parse_assignment, parse_call
-from ..line.expression import Expression, segment
+from ..line.expression import Expression
+from ..models.arguments import constructor
 from ..models.calls import constructor
 from ..models.construction import Construction, adopt, modules_in, needed_fields, spell_construction, takes_rngs
 
 if TYPE_CHECKING:
     from .command import CommandUse
 
-Namespace = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Found:
+class CellModels(NamedTuple):
     """What a cell or a line registers.
 
     Attributes:
       modules: name → module, or the Construction of an NNX module that the session is to build.
       bind: name → value to bind once all are registered.
-      before: names that the cell bound anew → what they stood for.
+      previous: names that the cell bound anew → what they stood for.
       anew: names of models that stood for nothing before.
     """
 
     modules: Mapping[str, Any]
-    bind: Mapping[str, Any] = field(default_factory=dict)
-    before: Mapping[str, Any] = field(default_factory=dict)
+    bind: Mapping[str, object] = MappingProxyType({})
+    previous: Mapping[str, object] = MappingProxyType({})
     anew: frozenset[str] = frozenset()
 
 
-def from_line(use: CommandUse) -> Found:
+def from_line(use: CommandUse) -> CellModels:
     """`net = Net(3)`, or `net` for what is in the namespace already."""
     name, expression = parse_assignment(use.rest)
     if expression is not None:
         value = build(expression, use.user_ns, use.local_ns)
         if is_module_class(value):
-            spelled = segment(expression.text, expression.tree)
-            line = spell_construction(value, "%flaxmodel", spelled, name)
-            raise FlaxMagicsError(f"`{spelled}` is a class, and a model is an instance of it.", **written(line))
+            line = spell_construction(value, "%flaxmodel", expression.source, name)
+            message = f"`{expression.source}` is a class, and a model is an instance of it."
+            raise FlaxMagicsError(message, **written(line))
         if not isinstance(value, Construction):
             adopt(value, name)
-        return Found({name: value}, {name: value})
+        return CellModels({name: value}, {name: value})
     if name not in use.local_ns and name not in use.user_ns:
         modules = modules_in(use.names())
         hint = did_you_mean(name, *modules)
@@ -59,7 +56,7 @@ def from_line(use: CommandUse) -> Found:
         line = f"%flaxmodel {near[0]}" if near else f"%flaxmodel {name} = …"
         raise FlaxMagicsError(f"name '{name}' is not defined.", hint=hint, **written(line))
     value = use.local_ns[name] if name in use.local_ns else use.user_ns[name]
-    return Found({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
+    return CellModels({name: _from_defaults(value, "%flaxmodel", name) if is_module_class(value) else value})
 
 
 def read_line(text: str) -> Assignment | None:
@@ -67,14 +64,14 @@ def read_line(text: str) -> Assignment | None:
     return parse_assignment(text, "%%flaxmodel") if text else None
 
 
-def from_cell(use: CommandUse, assigned: Iterable[str], before: Mapping[str, Any]) -> Found:
+def from_cell(use: CommandUse, assigned: Iterable[str], names_before: Mapping[str, object]) -> CellModels:
     """The cell's own instances, and the assignment on its line; with neither, the last module class of the cell.
 
     Args:
       assigned: names that the cell's body assigned at top level, in order.
-      before: the namespace as it was.
+      names_before: the namespace as it was.
     """
-    values = {name: use.user_ns[name] for name in assigned if name in use.user_ns}
+    values: dict[str, Any] = {name: use.user_ns[name] for name in assigned if name in use.user_ns}
     modules = {name: value for name, value in values.items() if is_module(value) and not name.startswith("_")}
     bind = {}
     line = read_line(use.rest)
@@ -96,16 +93,16 @@ def from_cell(use: CommandUse, assigned: Iterable[str], before: Mapping[str, Any
     if not modules:
         classes = modules_in(values)[1]
         if not classes:
-            raise FlaxMagicsError(
-                "the cell defines no Flax module: neither an instance nor a class; a line registers one from elsewhere.",
-                form="%flaxmodel …",
+            message = (
+                "the cell defines no Flax module: neither an instance nor a class; a line registers one from elsewhere."
             )
+            raise FlaxMagicsError(message, form="%flaxmodel …")
         modules = {classes[-1]: _from_defaults(values[classes[-1]], "%%flaxmodel", classes[-1])}
-    changed = {name: before[name] for name, value in values.items() if name in before and before[name] is not value}
-    return Found(modules, bind, changed, frozenset(name for name in modules if name not in before))
+    previous = {name: names_before[name] for name, new in values.items() if names_before.get(name, new) is not new}
+    return CellModels(modules, bind, previous, frozenset(modules.keys() - names_before.keys()))
 
 
-def build(expression: Expression, user_ns: Namespace, local_ns: Mapping[str, Any] | None = None) -> Any:
+def build(expression: Expression, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None) -> Any:
     """The expression's value; of an NNX construction that gives no `rngs` the Construction, for the session to build.
 
     Raises:
@@ -145,8 +142,8 @@ def _from_defaults(cls: Any, command: str, spelled: str) -> Any:
     return cls()
 
 
-def check(found: Found, use: CommandUse) -> tuple[tuple[str, str], ...]:
-    """`--check`: the rows to show, for a call on one of the modules found. Nothing is computed or kept."""
+def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
+    """`--check`: the rows to show, for a call on one of the modules models. Nothing is computed or kept."""
     call = use["check"]
     if call is None:
         return ()
@@ -158,32 +155,27 @@ def check(found: Found, use: CommandUse) -> tuple[tuple[str, str], ...]:
         parsed = parse_call(call, "--check")
     except FlaxMagicsError as error:
         raise FlaxMagicsError(error.message, hint=error.hint) from None  # `--check` begins no line
-    if parsed.target not in found.modules:
-        known = ", ".join(found.modules)
+    if parsed.target not in models.modules:
+        known = ", ".join(models.modules)
         raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")
-    args, kwargs = parsed.evaluate(use.user_ns, use.local_ns)
-    module = found.modules[parsed.target]
+    module = models.modules[parsed.target]
     model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
-    asked = Call(parsed.method, args, kwargs, parsed.call, command=parsed.command)
+    asked = Call(parsed.method, *parsed.evaluate(use.user_ns, use.local_ns), parsed.call, command=parsed.command)
     with Translation(parsed.target, model, asked, None):
         return check_call(parsed.target, model, asked, use.notebook.session.root_key)
 
 
-def register(found: Found, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
-    """Registers all that was found or nothing, binds names, and says what became of each model.
+def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
+    """Registers all of them or nothing, binds names, and says what became of each model.
 
     When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
     """
     session, user_ns = use.notebook.session, use.user_ns
     runs_before = len(session)
-    changes = session.register_all(found.modules, anew=found.anew, cell=use.notebook.number)
+    changes = session.register_all(models.modules, anew=models.anew, cell=use.notebook.number)
     draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - runs_before)}
-    user_ns.update(
-        {
-            name: session.models[name].module if isinstance(value, Construction) else value
-            for name, value in found.bind.items()
-        }
-    )
+    for name, value in models.bind.items():
+        user_ns[name] = session.models[name].module if isinstance(value, Construction) else value
     if all(change.state == "unchanged" for change in changes):
         same_classes = set()
         for change in changes:
@@ -191,25 +183,22 @@ def register(found: Found, use: CommandUse, rows: tuple[tuple[str, str], ...]) -
                 module = session.models[change.name].module
                 same_classes.add((type(module), type(user_ns[change.name])))
                 user_ns[change.name] = module
-        for name, old in found.before.items():
+        for name, old in models.previous.items():
             new = user_ns[name]
-            if not isinstance(old, (type, types.FunctionType)) or type(old) is not type(new):
+            if not isinstance(old, (type, FunctionType)) or type(old) is not type(new):
                 continue
             code = None if (old, new) in same_classes else fingerprint(old)
             if (old, new) in same_classes or (code is not None and code == fingerprint(new)):
                 user_ns[name] = old
     return [
         Registered(
-            change.name,
-            session.models[change.name].describe(),
-            change.state,
-            change.changes,
-            change.variables,
+            **{
+                name: getattr(change, name)
+                for name in ("name", "state", "changes", "variables", "file", "unfit", "other")
+            },
+            module=session.models[change.name].describe(),
             check=rows if change is changes[-1] else (),
             draw=draws.get(change.name, ""),
-            file=change.file,
-            unfit=change.unfit,
-            other=change.other,
         )
         for change in changes
     ]

@@ -1,12 +1,16 @@
 """A notebook as the commands see it: the session in it, the cells that run, and what is shown of it all.
 
+Shown is one report a run, one counting line for further runs of a cell, and a live line while a command is at work.
+
 Nothing here imports IPython: the shell comes in as an argument. Nothing imports JAX or Flax before a command is used.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,17 +18,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
 from ..line.call import CallExpression
-from .interrupts import InterruptGuard
-from .reporter import Reporter
-from .tracebacks import stopped
+from .failures import InterruptGuard, stopped
 
 if TYPE_CHECKING:
     from .._session import Session
     from ..cells.reruns import Rerun
     from ..report.live import Live
+    from ..report.text import Loop, Rows
     from ..run import Note, Run
     from ..state.handles import ModelNames
     from ..state.weights import WeightNames
+
+LATER_RUNS = 1000
+LATER_BYTES = 16_000_000
+"""Outputs that are held at most until a cell has ended."""
+REFRESH = 0.2
+"""Seconds between two updates of a counting line."""
 
 
 class Settings(NamedTuple):
@@ -40,9 +49,141 @@ class Settings(NamedTuple):
 
 def existing() -> Session | None:
     """The session of this process, None where there is none yet: asked without importing JAX."""
-    ask = getattr(sys.modules.get("flax_magics._session"), "existing", None)
-    session: Session | None = None if ask is None else ask()
-    return session
+    module = sys.modules.get("flax_magics._session")
+    return None if module is None else module.existing()
+
+
+class Reporter:
+    """What was shown in the cell that is running, and which sharp bits were said in this kernel.
+
+    Shows one report a run, and one counting line for further runs of a cell.
+    """
+
+    def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
+        self._shell, self._settings = shell, settings
+        self._said: set[tuple[str, str]] = set()
+        self._loop: Loop | None = None
+        self._rows: Rows | None = None
+        self._single: Mapping[str, object] = {}
+        self._display_id: str | None = None
+        self._runs, self._pending, self._shown = 0, False, 0.0
+        self._live: Live | None = None
+        self._later: list[Run] = []
+        self._later_bytes = 0
+
+    def begin_cell(self) -> None:
+        """`pre_run_cell`: the runs of a cell are counted anew."""
+        self._runs, self._loop, self._rows, self._display_id, self._pending = 0, None, None, None, False
+
+    def end_cell(self) -> None:
+        """`post_run_cell`: the counting line as it is in the end, with its runs as data; and NaN that runs gave which
+        showed nothing, if that was not said.
+        """
+        if self._loop is not None and (self._pending or (self._loop.runs > 1 and self._rows is not None)):
+            self._show_loop(self._loop, self._rows)
+        self.begin_cell()
+        later, self._later, self._later_bytes = self._later, [], 0
+        for run in later:
+            run._taken.take(run.output)
+            if any(values.nan for values in run.values) and self._settings().notes.get("nan", True):
+                from ..execution.notes import with_values
+                from ..report.html import bundle
+
+                noted = with_values(run)
+                noted = replace(noted, notes=self._unsaid(noted.notes))
+                self._said.update((note.kind, note.text) for note in noted.notes)
+                self.publish(bundle(noted, "off", self._settings().style))
+
+    def _unsaid(self, notes: Iterable[Note]) -> tuple[Note, ...]:
+        return tuple(note for note in notes if (note.kind, note.text) not in self._said)
+
+    def _read_later(self, run: Run) -> None:
+        """Takes the digest of a run that shows none, once the cell has ended: so that a replay has something to go by.
+
+        Until then its output is held. Of a cell that runs very often, or gives very much, the first runs have one.
+        """
+        if run.memory is not None:  # of the program: no array has to be looked at
+            size = run.memory.outputs
+        else:
+            import jax
+
+            size = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))
+        if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
+            from ..execution.notes import without_inputs
+
+            self._later.append(without_inputs(run))
+            self._later_bytes += size
+
+    def live(self) -> Live:
+        """A live line for one command; the one before serves again once nothing of it is shown."""
+        if self._live is None or self._live.in_use:
+            from ..report.live import Live
+
+            self._live = Live(self._shell)
+        return self._live
+
+    def publish(self, bundle: Mapping[str, object]) -> None:
+        """Shows a MIME bundle; an empty one shows nothing."""
+        if bundle:
+            self._shell.display_pub.publish(data=dict(bundle), metadata={})
+
+    def report(self, run: Run, live: Live, *, quiet: bool) -> None:
+        """Shows a run in place of its live line, as long as its news. `quiet`: a sharp bit that was not said alone."""
+        if quiet and not run.notes:
+            self._read_later(run)
+            live.clear()
+            return
+        from ..execution.notes import with_values
+        from ..report.html import bundle, level
+
+        settings = self._settings()
+        if not quiet and settings.report != "off":
+            run = with_values(run)  # what is shown is read for its digest anyway
+        notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
+        unsaid = self._unsaid(notes)
+        self._said.update((note.kind, note.text) for note in notes)
+        setting, told = ("off", unsaid) if quiet else (settings.report, notes)
+        shown = run if told == run.notes else replace(run, notes=told)
+        length = level(shown, setting)
+        self._runs += run.kind.forward and not quiet
+        # In a loop a sharp bit that was said is no news: the counting line carries it.
+        news = length if unsaid else level(replace(run, notes=()), setting)
+        if setting == "off":
+            self._read_later(shown)
+        if news == "line" and self._runs > 1 and run.kind.forward:
+            self._count(shown)
+            live.clear()
+        else:
+            live.show(bundle(shown, length, settings.style))
+
+    def _count(self, run: Run) -> None:
+        """Adds a run to the cell's counting line. A line that stands for one run alone is that run's own."""
+        from ..report.html import bundle
+        from ..report.text import Loop, Rows
+
+        loop = self._loop = self._loop or Loop()
+        loop.add(run)
+        self._pending = True
+        self._single = bundle(run, "line", self._settings().style) if loop.runs == 1 else {}
+        # A terminal cannot take a line back: there it is printed once, when the cell ends. Nor can one be saved.
+        if getattr(self._shell, "kernel", None) is None:
+            self._read_later(run)
+            return
+        self._rows = self._rows or Rows()
+        self._rows.add(run)  # with its digest, while its output is there
+        if time.monotonic() - self._shown > REFRESH:
+            self._show_loop(loop)
+
+    def _show_loop(self, loop: Loop, rows: Rows | None = None) -> None:
+        """Shows the counting line, with `rows` for the last time."""
+        from ..report.html import loop_bundle
+
+        data = self._single if loop.runs == 1 else loop_bundle(loop, self._settings().style, rows)
+        update = self._display_id is not None
+        self._display_id = self._display_id or os.urandom(16).hex()
+        transient = {"display_id": self._display_id}
+        self._shell.display_pub.publish(data=dict(data), metadata={}, transient=transient, update=update)
+        self._shown, self._pending = time.monotonic(), False
 
 
 class CommandInProgress:
@@ -52,32 +193,29 @@ class CommandInProgress:
     """
 
     def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None]) -> None:
-        self._session = session
-        self._live = live
-        self._what = what
-        self._meanwhile = meanwhile
+        self._session, self._live, self._what, self._meanwhile = session, live, what, meanwhile
         self._interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
 
     def __enter__(self) -> Live:
-        self._phase = self._live.begin(self._what)
+        self._live.begin(self._what)
         self._session.services.on_phase = self._doing
         self._interrupts.begin()
         return self._live
 
     def _doing(self, phase: str) -> None:
-        self._phase.text = phase
+        self._live.text = phase
         if phase.startswith("compiling "):
             self._meanwhile()
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         interrupt = self._interrupts.end(error)
         if isinstance(error, KeyboardInterrupt):
-            stopped(error, self._phase.text)
+            stopped(error, self._live.text)
         self._live.end()
         if error is not None or interrupt is not None:
             self._live.clear()
         if interrupt is not None:
-            stopped(interrupt, self._phase.text if error is not None else None)
+            stopped(interrupt, self._live.text if error is not None else None)
             raise interrupt from None
 
 
@@ -85,9 +223,8 @@ class Notebook:
     """One shell, with what the commands in it share. `settings` gives what a person has set by now."""
 
     def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
-        self.shell = shell
-        self.settings = settings
-        self.reporter = Reporter(shell)
+        self.shell, self.settings = shell, settings
+        self.reporter = Reporter(shell, settings)
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
         self.called: CallExpression | None = None
         """What the command at hand calls, once its model was found."""
@@ -103,9 +240,7 @@ class Notebook:
             from .._session import current
 
             settings = self.settings()
-            session = current(settings.seed)
-            session.programs.compiler.keep_on_disk(settings.disk_cache)
-            session.replay_bytes = settings.replay_bytes
+            session = current(settings.seed, disk_cache=settings.disk_cache, replay_bytes=settings.replay_bytes)
         return session
 
     def model_names(self) -> dict[str, ModelNames]:
@@ -115,7 +250,7 @@ class Notebook:
 
     # -- its cells
 
-    def begin_cell(self, info: Any = None, *_: Any) -> None:
+    def begin_cell(self, info: object = None, *_: object) -> None:
         """`pre_run_cell`: runs are counted anew, and what the cell before did to Flax's own code may count."""
         self._cell = None
         self._cell = self.number
@@ -123,43 +258,28 @@ class Notebook:
         self.reporter.begin_cell()
         library.new_cell()
 
-    def end_cell(self, *_: Any) -> None:
+    def end_cell(self, result: Any = None) -> None:
         """`post_run_cell`: reports come to their end, and what is more than may be kept goes."""
+        self.journal.end(result)
         self._cell = None
-        settings = self.settings()
-        self.reporter.end_cell(settings.notes, settings.style)
+        self.reporter.end_cell()
         session = existing()
         if session is not None:
             session.settle()
             if session.models:
-                self._weight_names.look(session.collections, self.shell.user_ns)
+                self.weight_names.look(session.collections, self.shell.user_ns)
 
     @cached_property
-    def _weight_names(self) -> WeightNames:
+    def weight_names(self) -> WeightNames:
+        """What was seen of the names that hold weights."""
         from ..state.weights import WeightNames
 
         return WeightNames()
 
-    def holds_weights(self, model: str, name: str | None) -> None:
-        """The variables of a model are about to be assigned to a name."""
-        variables = self.session.collections[model]
-        if name is not None and variables is not None:
-            self._weight_names.hold(model, name, variables)
-
-    def has_set_weights(self, model: str) -> None:
-        """The user has given a model other variables."""
-        self._weight_names.chosen(model, self.shell.user_ns)
-
-    def weight_notes(self, model: str) -> tuple[Note, ...]:
-        """The sharp bit that names of the notebook hold other weights than the model that is about to run, if they do."""
-        note = self._weight_names.note(model, self.session.collections, self.shell.user_ns)
-        return () if note is None else (note,)
-
     @property
     def number(self) -> int:
         """The number in the prompt of the cell that is running. IPython 7.34 counts after the cell, 9 before it."""
-        number: int = self.shell.displayhook.prompt_count if self._cell is None else self._cell
-        return number
+        return self.shell.displayhook.prompt_count if self._cell is None else self._cell
 
     def reruns(self) -> tuple[Rerun, ...]:
         """Cells that drew and were run again, or have variables that were rebound since."""
@@ -186,26 +306,6 @@ class Notebook:
 
             prepare()
 
-    def report(self, run: Run, live: Live, *, quiet: bool) -> None:
-        """Shows a run in place of its live line, as the settings have it. `quiet`: a sharp bit not yet said alone."""
-        settings = self.settings()
-        if not quiet and settings.report != "off":
-            run = self._with_values(run)  # what is shown is read for its digest anyway
-        if quiet and not run.notes:
-            self.reporter.later(run)
-            live.clear()
-            return
-        notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
-        if len(notes) < len(run.notes):
-            run = replace(run, notes=notes)
-        self.reporter.report(run, live, setting=settings.report, style=settings.style, quiet=quiet)
-
-    @cached_property
-    def _with_values(self) -> Callable[[Run], Run]:
-        from ..execution.notes import with_values
-
-        return with_values
-
     def tell_of_autosave(self) -> None:
         """Says, once, that saving in the background fails: at the first command after it did."""
         session = existing()
@@ -219,7 +319,7 @@ class Notebook:
             self.reporter.publish(notice_bundle(autosave_failed(session.autosaving, error), self.settings().style))
 
 
-def _cell_id(info: Any, shell: Any) -> str | None:
+def _cell_id(info: object, shell: Any) -> str | None:
     """The id of the cell that begins, None where the frontend sends none."""
     cell_id = getattr(info, "cell_id", None)
     if cell_id is None:  # older IPythons do not hand it on

@@ -16,11 +16,13 @@ from ..base.tokens import ends_quietly, index_of, logical_end, pieces, point_at
 from ..cells.journal import calling_frame
 from ..cells.names import assigned_names
 from ..errors import FlaxMagicsError, written
-from ..line.call import CallExpression, parse_call
+from ..line.call import CallExpression, parse_call, syntax_error
 from ..line.commands import COMMANDS
 from ..line.options import read
 
 _VALUE = "__flax_value__"
+IN_CELL = "line {line} of this cell"
+"""Where a syntax error is. For a SyntaxError that a magic raises, IPython would show every frame down to the parser."""
 
 
 def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> tuple[str, ...]:
@@ -42,7 +44,7 @@ def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> 
       FlaxMagicsError: the body is no Python, or awaits; nothing of it has run.
       Exception: whatever a statement of the body raises; those before it have run.
     """
-    cell = _read(shell, body, line, command)
+    cell = _read(shell, body, f"{command} {line}".rstrip())
     _run(shell, cell.tree.body, cell, shell.ast_node_interactivity)
     return tuple(name for name in assigned_names(cell.tree) if name in shell.user_ns)
 
@@ -57,8 +59,8 @@ def run_statements_with_call(
     Returns:
       The call, quiet if the body ended in `;`, and what makes the assignment, given the value: None for a call alone.
     """
-    cell = _read(shell, body, line, command)
     first = f"{command} {line}".rstrip()
+    cell = _read(shell, body, first)
     if not cell.tree.body:
         raise FlaxMagicsError(f"{command} needs a call in the cell.", form=f"{first}\n…")
     *statements, last = cell.tree.body
@@ -91,27 +93,30 @@ def displayed_quietly(shell: Any, line: str) -> bool:
     return ";" in line and ends_quietly(line) and displayed(shell)
 
 
-def assigned_to(shell: Any) -> str | None:
-    """The name of the notebook to which the value of the line magic that is running will be assigned; None for none."""
-    following = _following(shell)
-    return following.argval if following is not None and following.opname in ("STORE_NAME", "STORE_GLOBAL") else None
-
-
-def _following(shell: Any) -> dis.Instruction | None:
-    """The instruction after the line magic that is running: what the cell's code does with its value."""
-    frame = calling_frame(shell.user_global_ns)
-    if frame is None:
-        return None
-    return next((step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti), None)
-
-
 def displayed(shell: Any) -> bool:
     """Whether the value of the line magic that is running will be displayed, and nothing else be done with it."""
-    following = _following(shell)
+    name, argument, _ = _following(shell)
     # PRINT_EXPR up to Python 3.11, afterwards the first of the intrinsics.
-    return following is not None and (
-        following.opname == "PRINT_EXPR" or (following.opname == "CALL_INTRINSIC_1" and following.arg == 1)
-    )
+    return name == "PRINT_EXPR" or (name, argument) == ("CALL_INTRINSIC_1", 1)
+
+
+def assigned_to(shell: Any) -> str | None:
+    """The name of the notebook to which the value of the line magic that is running will be assigned; None for none."""
+    name, _, target = _following(shell)
+    return target if name in ("STORE_NAME", "STORE_GLOBAL") else None
+
+
+def _following(shell: Any) -> tuple[str, int | None, Any]:
+    """The instruction after the line magic that is running, which the cell's code does with its value.
+
+    Its name, its argument, and what that stands for; the name is empty where no cell is running.
+    """
+    frame = calling_frame(shell.user_global_ns)
+    if frame is None:
+        return "", None, None
+    # A call is never the last instruction.
+    following = next(step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti)
+    return following.opname, following.arg, following.argval
 
 
 class _Cell(NamedTuple):
@@ -121,83 +126,52 @@ class _Cell(NamedTuple):
     quiet: bool
 
 
-def _read(shell: Any, body: str, line: str, command: str) -> _Cell:
+def _read(shell: Any, body: str, magic_line: str) -> _Cell:
     """The body as IPython would read it, with the positions it has in the whole cell."""
-    magic_line = f"{command} {line}".rstrip()
-    lines = body.splitlines()
     # IPython takes empty lines off the top.
-    above = next((i for i, line in enumerate(lines) if line.strip()), 0)
+    above = next((i for i, line in enumerate(body.splitlines()) if line.strip()), 0)
     # A comment, so that what reads the whole text as Python (`inspect.getsource` of a class) can.
     source = f"# {magic_line}\n" + "\n" * above + shell.transform_cell(body)
+    # As the user typed it: a kernel names its cells, and the debugger finds them, by a hash of that.
+    typed = (getattr(getattr(shell, "history_manager", None), "input_hist_raw", None) or [""])[-1]
+    if not body.strip() or body.strip() not in typed or not typed.lstrip().startswith("%%"):
+        typed = f"{magic_line}\n{body}"
     # The number that IPython itself shows: 7.34 counts after the cell, 9 before it.
-    number = shell.displayhook.prompt_count
-    filename = shell.compile.cache(source, number, raw_code=_raw(shell, body, magic_line))
+    filename = shell.compile.cache(source, shell.displayhook.prompt_count, raw_code=typed)
     try:
         tree = shell.compile.ast_parse(source, filename=filename)
     except (SyntaxError, ValueError, OverflowError, MemoryError) as error:
-        raise _not_python(source, error) from None
+        raise syntax_error(source, error, IN_CELL) from None
     tree = shell.transform_ast(tree)
     waiting = next(_awaits(tree), None)
     if waiting is not None:
         pointed = point_at(source, index_of(source, waiting.lineno, waiting.col_offset))
-        message = f"`await` cannot be used at the top level of a {command} cell."
+        message = f"`await` cannot be used at the top level of a {magic_line.split(' ')[0]} cell."
         raise FlaxMagicsError(message, hint=f"{pointed}\nawait in a cell of its own, and use the value here")
     return _Cell(tree, source, filename, ends_quietly(source))
 
 
-def _raw(shell: Any, body: str, magic_line: str) -> str:
-    """The cell as the user typed it: a kernel names its cells, and the debugger finds them, by a hash of that."""
-    history = getattr(getattr(shell, "history_manager", None), "input_hist_raw", None)
-    if history and body.strip() and body.strip() in history[-1] and history[-1].lstrip().startswith("%%"):
-        return str(history[-1])
-    return f"{magic_line}\n{body}"
-
-
 def _run(shell: Any, nodes: list[ast.stmt], cell: _Cell, interactivity: str) -> None:
     """Compiles all of `nodes`, then runs them one by one, as `InteractiveShell.run_ast_nodes` does."""
-    nodes = list(nodes)
     if interactivity == "last_expr_or_assign" and nodes:
-        name = _assigned_last(nodes[-1])
-        if name is not None:
-            shown = ast.Expr(ast.Name(name, ast.Load()))
-            nodes.append(ast.fix_missing_locations(ast.copy_location(shown, nodes[-1])))
-    last_shown = interactivity == "last" or (
-        interactivity in ("last_expr", "last_expr_or_assign") and bool(nodes) and isinstance(nodes[-1], ast.Expr)
-    )
+        match nodes[-1]:
+            case ast.Assign([ast.Name(name)]) | ast.AugAssign(ast.Name(name)) | ast.AnnAssign(ast.Name(name)):
+                shown = ast.Expr(ast.Name(name, ast.Load()))
+                nodes = [*nodes, ast.fix_missing_locations(ast.copy_location(shown, nodes[-1]))]
     codes: list[CodeType] = []
     for node in nodes:
-        shown_now = interactivity == "all" or (last_shown and node is nodes[-1])
-        single = shown_now and not cell.quiet
+        is_shown = interactivity == "all" or (
+            node is nodes[-1] and (interactivity == "last" or ("expr" in interactivity and isinstance(node, ast.Expr)))
+        )
+        single = is_shown and not cell.quiet
         module = ast.Interactive([node]) if single else ast.Module([node], [])
         try:
             # The shell's compiler carries `__future__` flags on to what it compiles next.
             codes.append(shell.compile(module, cell.filename, "single" if single else "exec"))
         except (SyntaxError, ValueError, OverflowError) as error:
-            raise _not_python(cell.source, error) from None
+            raise syntax_error(cell.source, error, IN_CELL) from None
     for code in codes:
         exec(code, shell.user_global_ns, shell.user_ns)
-
-
-def _assigned_last(node: ast.stmt) -> str | None:
-    """The name whose value `last_expr_or_assign` displays after `node`."""
-    match node:
-        case ast.Assign([ast.Name(name)]) | ast.AugAssign(ast.Name(name)) | ast.AnnAssign(ast.Name(name)):
-            return name
-    return None
-
-
-def _not_python(source: str, error: Exception) -> FlaxMagicsError:
-    """A syntax error in a body.
-
-    Not a SyntaxError: for one that is raised inside a magic, IPython shows every frame down to the parser.
-    """
-    reason, line, column = str(error), 1, 1
-    if isinstance(error, SyntaxError):
-        reason, line, column = error.msg, error.lineno or 1, error.offset or 1
-    lines = source.split("\n")
-    line = min(line, len(lines))
-    position = sum(len(before) + 1 for before in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
-    return FlaxMagicsError(f"line {line} of this cell: {reason}", hint=point_at(source, position))
 
 
 def _awaits(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
@@ -246,7 +220,6 @@ def _magic_argument(call: ast.Call) -> tuple[str, str] | None:
     return None
 
 
-_CELL = re.compile(r"%%flax\w*")
 _LINE = re.compile(r"(?P<before>[ \t]*(?P<target>[^\s%#][^%#\n]*=[ \t]*)?)%(?P<name>flax\w*)(?=[ \t\\])")
 _ESCAPED = re.compile(r"[ \t]*(?:[%!?,;/]|[^\n#'\"]*=[ \t]*[%!])")
 """The beginning of a line that IPython reads, and Python does not: its quotes and brackets mean nothing."""
@@ -260,7 +233,7 @@ def line_magic_transformer(lines: list[str]) -> list[str]:
     if not any("%flax" in line for line in lines):
         return lines
     first = next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
-    if _CELL.match(lines[first]):
+    if lines[first].startswith("%%flax"):
         magic, *below = _joined(lines[first:])
         return [magic, *lines[:first], *below]
     if lines[first].startswith("%%"):
@@ -280,14 +253,10 @@ def _joined(lines: list[str]) -> list[str]:
     end = logical_end(text, 0)
     if end is None or "\n" not in text[:end]:
         return lines
-    joined, last = "", 0
-    for piece in pieces(text[:end]):
-        if piece.kind == "string" and "\n" in text[piece.start : piece.end]:
-            return lines  # the line must be one, and a string's own newline cannot become a space
-        if piece.kind in ("newline", "join", "comment"):
-            joined += text[last : piece.start]
-            last = piece.end
-    joined += text[last:end]
+    parts = [(piece.kind, text[piece.start : piece.end]) for piece in pieces(text[:end])]
+    if any(kind == "string" and "\n" in part for kind, part in parts):
+        return lines  # the line must be one, and a string's own newline cannot become a space
+    joined = "".join(part for kind, part in parts if kind not in ("newline", "join", "comment"))
     whole = "\n".join([joined, *(f"# {line}" for line in text[:end].split("\n")[1:])])
     return (whole + text[end:]).splitlines(keepends=True)
 
@@ -305,7 +274,7 @@ def _line_magics(text: str, leave_open: bool) -> str:
             end = _physical_end(text, position) if _ESCAPED.match(text, position) else _statement_end(text, position)
             if end is None:
                 break
-            rewritten += text[position : end + 1]
+            line = text[position:end]
         else:
             start = magic.end()
             end = logical_end(text, start)
@@ -314,11 +283,14 @@ def _line_magics(text: str, leave_open: bool) -> str:
                 if leave_open:
                     return rewritten + magic["before"] + text[call:]
                 end = len(text.rstrip())
-            if end is None or not _goes_on(text[start:end]):
-                end = _physical_end(text, position)
-                rewritten += text[position : end + 1]
+            argument = text[start:end]
+            parts = [argument[piece.start : piece.end] for piece in pieces(argument) if piece.kind != "join"]
+            if end is not None and any("\n" in part for part in parts):
+                line = magic["before"] + _as_call(magic["name"], argument)
             else:
-                rewritten += magic["before"] + _as_call(magic["name"], text[start:end]) + text[end : end + 1]
+                end = _physical_end(text, position)
+                line = text[position:end]
+        rewritten += line + text[end : end + 1]
         position = end + 1
     return rewritten + text[position:]
 
@@ -348,10 +320,6 @@ def _statement_end(text: str, position: int) -> int | None:
         if quote is not None and quote.end - quote.start == 1:
             return _physical_end(text, position)  # such as `!echo it's` after a name that IPython calls
     return end
-
-
-def _goes_on(argument: str) -> bool:
-    return any(piece.kind != "join" and "\n" in argument[piece.start : piece.end] for piece in pieces(argument))
 
 
 def _open_call(text: str, start: int) -> int | None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
 from .._session import Session
 from ..base import __version__
 from ..base.digest import count_parameters
-from ..base.text import WIDTH, bytes_, clean, count, dotted, plural, table, wrap
+from ..base.text import WIDTH, bytes_, clean, dotted, plural, table, wrap
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
 from ..line.commands import MEANINGS, restart_line
-from ..report import facts
 from ..report.html import render, shown_bundle
-from ..report.text import Notice
-from ..report.text import line as run_line
+from ..report.text import Notice, line_of
 from ..rng.keys import short_key
 from ..run import Note
 from ..snapshot.save import Autosave
@@ -42,8 +39,7 @@ ONLY_FRESH = "Run All draws once for each: whether it gives the same, only a fre
 Cells = tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
-class KeyCard:
+class KeyCard(NamedTuple):
     """The root key: its seed, its draws so far, the first word of what the next draw splits, its implementation."""
 
     seed: int
@@ -54,7 +50,7 @@ class KeyCard:
     @property
     def parts(self) -> tuple[str, ...]:
         """`seed 0`, `3 draws so far`, `next is draw 4`, `threefry2x32`."""
-        so_far = "1 draw" if self.draws == 1 else f"{count(self.draws)} draws" if self.draws else "no draw"
+        so_far = plural(self.draws, "draw") if self.draws else "no draw"
         return (f"seed {self.seed}", f"{so_far} so far", f"next is draw {self.draws + 1}", clean(self.impl))
 
     @property
@@ -67,8 +63,7 @@ class KeyCard:
         )
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """The session at a glance.
 
     Attributes:
@@ -93,8 +88,7 @@ class Status:
 
 def key_card(session: Session) -> KeyCard:
     """The root key as it stands."""
-    key = session.root_key
-    return KeyCard(session.seed, session.draws, short_key(key), str(jax.random.key_impl(key)))
+    return KeyCard(session.seed, session.draws, short_key(session.root_key), str(jax.random.key_impl(session.root_key)))
 
 
 def variables(session: Session, name: str, notes: tuple[Note, ...] = ()) -> Notice:
@@ -111,8 +105,7 @@ def variables(session: Session, name: str, notes: tuple[Note, ...] = ()) -> Noti
 
 def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
     """The session at a glance."""
-    models = []
-    waiting = session.waiting
+    models, waiting = [], session.waiting
     for name, model in session.models.items():
         text = "not initialised"
         collections = model.collections()
@@ -132,9 +125,10 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         kind = device.device_kind if device.device_kind.lower() != device.platform else ""
         memory = [bytes_(stats[name]) for name in ("bytes_in_use", "bytes_limit") if stats.get(name) is not None]
         devices.append((f"{device.platform}:{device.id}", kind, " of ".join(memory)))
-    held = sum(
-        array.nbytes for array in jax.live_arrays() if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
-    )
+    arrays = (array for array in jax.live_arrays() if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))
+    told = [rerun.text for rerun in reruns[-RERUNS:]]
+    if len(reruns) > RERUNS:
+        told.insert(0, f"{plural(len(reruns) - RERUNS, 'more cell')}: %flax_history marks their draws")
     autosave = () if session.autosaving is None else (("autosave", _autosave(session.autosaving)),)
     return Status(
         devices=tuple(devices),
@@ -142,26 +136,16 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         models=tuple(models),
         runs=tuple(session.last(KEPT)),
         amounts=(
-            ("arrays alive in this process", bytes_(held)),
+            ("arrays alive in this process", bytes_(sum(array.nbytes for array in arrays))),
             ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
             ("compiled programs kept", str(len(session.programs))),
             ("on disk", _on_disk(session)),
             *autosave,
         ),
-        reruns=_told([rerun.text for rerun in reruns]),
-        versions=(
-            f"flax_magics {__version__}",
-            f"jax {jax.__version__}",
-            f"flax {importlib.metadata.version('flax')}",
-        ),
+        reruns=tuple(told),
+        versions=(f"flax_magics {__version__}", f"jax {jax.__version__}", f"flax {importlib.metadata.version('flax')}"),
         commands=MEANINGS,
     )
-
-
-def _told(reruns: list[str]) -> tuple[str, ...]:
-    """The last `RERUNS` texts, after a line that says how many more there are."""
-    more = len(reruns) - RERUNS
-    return (*([f"{plural(more, 'more cell')}: %flax_history marks their draws"] if more > 0 else []), *reruns[-RERUNS:])
 
 
 def _on_disk(session: Session) -> str:
@@ -206,16 +190,17 @@ def restarted(restart: Restart) -> Notice:
     return Notice("root key", tuple(texts), tuple(notes))
 
 
-def key_bundle(card: KeyCard, style: str) -> dict[str, Any]:
+def key_bundle(card: KeyCard, style: str) -> dict[str, object]:
     """The MIME bundle of a bare `%flax_key`."""
     lines = dotted((f"root key {clean(card.root)}", *card.parts)) + table(card.ways, indent="  ", gap="   ")
     return shown_bundle("\n".join(lines), lambda: render("key_card.html", {"card": card}), style)
 
 
-def status_bundle(status: Status, style: str) -> dict[str, Any]:
+def status_bundle(status: Status, style: str) -> dict[str, object]:
     """The MIME bundle of `%flax`: a headed block for each thing there is, commands last."""
-    key, runs, versions = status.key, status.runs[-KEPT:], tuple(map(clean, status.versions))
-    run_texts = [text for run in runs for text in run_line(run, WIDTH - 2).splitlines()] or [NO_RUN]
+    key, versions = status.key, tuple(map(clean, status.versions))
+    run_lines = [line_of(run).parts for run in status.runs[-KEPT:]]
+    run_texts = [text for parts in run_lines for text in dotted(parts, WIDTH - 2)] or [NO_RUN]
     lines = dotted(versions)
     lines += _block("devices", status.devices)
     lines += ["", "root key", *("  " + line for line in dotted((clean(key.root), *key.parts), WIDTH - 2))]
@@ -228,8 +213,7 @@ def status_bundle(status: Status, style: str) -> dict[str, Any]:
     lines += _block("commands", status.commands)
 
     def html() -> str:
-        parts = ((facts.mode_of(run), clean(run.device), *facts.brief(run)) for run in runs)
-        rows = [(facts.name_of(run), list(filter(None, texts))) for run, texts in zip(runs, parts, strict=True)]
+        rows = [(name, list(filter(None, texts))) for name, *texts in run_lines]
         context = {"status": status, "runs": rows, "versions": versions, "no_model": NO_MODEL, "no_run": NO_RUN}
         return render("status.html", {**context, "rerun": RERUN, "only_fresh": ONLY_FRESH})
 

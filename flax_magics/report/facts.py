@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..base.digest import data_of, describe
 from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share
+from ..base.types import Leaf
 from ..rng.keys import SPLIT, short_key, stream_tag
 
 if TYPE_CHECKING:
@@ -18,22 +18,19 @@ FOLDED = "params (folded)"
 """A run's own `params` stream, where an init took the draw's."""
 
 Level = Literal["off", "line", "normal", "details"]
-LEVELS: dict[str, Level] = {"off": "off", "line": "line", "normal": "normal", "details": "details"}
 
 WAIT = 1e-3
 """Seconds; a shorter wait for the inputs is not worth a row."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A label of at most six letters, and what stands beside it."""
 
     label: str
     items: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class KeyFact:
+class KeyFact(NamedTuple):
     """One stream of a draw: the first word of its key (empty if it was not handed out), how it was made, its takers."""
 
     stream: str
@@ -42,8 +39,7 @@ class KeyFact:
     takers: str
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """One part of what a run cost, in seconds."""
 
     name: str
@@ -56,20 +52,16 @@ class Phase:
 
 
 class Reported(NamedTuple):
-    """How a report tells of the runs of one command.
+    """How a report tells of the runs of one command. One that runs no model is told in one line, and has no longer form.
 
     Attributes:
-      name: what it is about.
-      mode: what stands in the place of the mode.
+      mode: what stands in the place of the mode, None for the run's own.
       cost: the parts of the one-line form on where the program came from and what took time.
-      line_alone: one line says all, and there is no longer form.
       unused: why a key of the draw's split was not handed out, by stream; None for every other stream.
     """
 
-    name: Callable[[Run], str]
-    mode: Callable[[Run], str]
+    mode: str | None
     cost: Callable[[Run], list[str]]
-    line_alone: bool
     unused: dict[str | None, str]
 
 
@@ -82,37 +74,28 @@ def _cost_of_apply(run: Run) -> list[str]:
 
 REPORTED = {
     "apply": Reported(
-        name=lambda run: clean(run.model or ""),
-        mode=lambda run: clean(run.mode),
+        mode=None,
         cost=_cost_of_apply,
-        line_alone=False,
         unused={"params": "not needed: the variables were there", None: "not needed: no module asked for it"},
     ),
     "init": Reported(
-        name=lambda run: clean(run.model or ""),
-        mode=lambda run: "init",
+        mode="init",
         cost=lambda run: [f"init {seconds(run.timing.init)}" if run.timing.init else ""],
-        line_alone=False,
         unused={None: "not needed: init takes params alone"},
     ),
-    "key": Reported(
-        name=lambda run: clean(f"key {next(iter(run.keys), '')}"),
-        mode=lambda run: "",
-        cost=lambda run: [],
-        line_alone=True,
-        unused={},
-    ),
+    "key": Reported(mode="", cost=lambda run: [], unused={}),
 }
 
 
 def name_of(run: Run) -> str:
     """The model's name; for a key, `key NAME`."""
-    return REPORTED[run.command].name(run)
+    return clean(run.model if run.model is not None else f"key {next(iter(run.keys), '')}")
 
 
 def mode_of(run: Run) -> str:
     """What stands in the place of the mode: `init` for an init, nothing for a key."""
-    return REPORTED[run.command].mode(run)
+    mode = REPORTED[run.command].mode
+    return clean(run.mode) if mode is None else mode
 
 
 def draw_of(run: Run, *, seed: bool) -> str:
@@ -134,7 +117,7 @@ def new_session(run: Run) -> str:
 
 def brief(run: Run) -> tuple[str, ...]:
     """The parts of the one-line form after name, mode and device."""
-    if REPORTED[run.command].line_alone:
+    if not run.kind.model:
         return (draw_of(run, seed=True), fingerprint_of(next(iter(run.keys.values()), None)))
     parts = [draw_of(run, seed=False)]
     if run.made is not None:
@@ -188,13 +171,13 @@ def rows(run: Run) -> tuple[Row, ...]:
 
 def not_finite(run: Run) -> tuple[str, ...]:
     """`3 of 8 NaN` and `1 of 8 inf`, over all arrays of the output; of several arrays, the first that has some."""
-    size = sum(values.size for values in run.values)
+    size = count(sum(values.size for values in run.values))
     texts = []
     for name, label in (("nan", "NaN"), ("inf", "inf")):
-        having = [values for values in run.values if getattr(values, name)]
+        having = [(getattr(values, name), values.path) for values in run.values if getattr(values, name)]
         if having:
-            first = f", first in {clean(having[0].path)}" if len(run.values) > 1 else ""
-            texts.append(f"{count(sum(getattr(one, name) for one in having))} of {count(size)} {label}{first}")
+            first = f", first in {clean(having[0][1])}" if len(run.values) > 1 else ""
+            texts.append(f"{count(sum(amount for amount, _ in having))} of {size} {label}{first}")
     return tuple(texts)
 
 
@@ -209,14 +192,12 @@ def values_of(run: Run) -> tuple[str, ...]:
 
 def draws_of(run: Run) -> tuple[str, ...]:
     """Mean and spread of each array of the output over the draws of one run; of many arrays, the first four."""
-    several = (run.draws or 1) > 1
-    texts = _first_four(
-        f"{_at(spread.path)}mean {_number(spread.mean)}"
-        + (f", spread ± {_number(spread.deviation)}" if several else "")
-        for spread in run.spread
-    )
-    explained = "(each element's standard deviation over the draws, averaged)"
-    return (*texts, explained) if texts and several else texts
+    texts = [f"{_at(spread.path)}mean {_number(spread.mean)}" for spread in run.spread]
+    if (run.draws or 1) == 1:
+        return _first_four(texts)
+    deviations = (_number(spread.deviation) for spread in run.spread)
+    texts = [f"{text}, spread ± {deviation}" for text, deviation in zip(texts, deviations, strict=True)]
+    return (*_first_four(texts), "(each element's standard deviation over the draws, averaged)") if texts else ()
 
 
 def _first_four(texts: Iterable[str]) -> tuple[str, ...]:
@@ -248,7 +229,7 @@ def changed_of(run: Run) -> tuple[str, ...]:
 
 def keys_of(run: Run) -> tuple[str, ...]:
     """`dropout → Dropout_0` for each key. That variables were there already, and needed no `params`, is no news."""
-    if REPORTED[run.command].line_alone:
+    if not run.kind.model:
         return ()
     where = {stream: takers(run, stream) for stream in run.keys}
     return tuple(f"{clean(s)} → {taker}" for s, taker in where.items() if (s, taker) != ("params", "nobody"))
@@ -271,11 +252,12 @@ def takers(run: Run, stream: str) -> str:
 
 def jit_of(run: Run) -> str:
     """Where the program came from, what it cost, and why."""
-    longer = {
-        "disk cache": f"from the disk cache in {seconds(run.timing.building)}",
-        "eager": "eager, op by op: no program, and JAX compiles each op at its first use",
-    }
-    return (longer.get(run.program) or program_of(run)) + (f": {clean(run.reason)}" if run.reason else "")
+    origin = program_of(run)
+    if run.program == "disk cache":
+        origin = f"from the disk cache in {seconds(run.timing.building)}"
+    elif run.program == "eager":
+        origin = "eager, op by op: no program, and JAX compiles each op at its first use"
+    return origin + (f": {clean(run.reason)}" if run.reason else "")
 
 
 def run_of(run: Run) -> str:
@@ -321,30 +303,29 @@ def rate_of(run: Run) -> tuple[str, ...]:
 
 def memory_of(run: Run) -> tuple[str, ...]:
     """The device's own count of its peak; where it keeps none, what XLA's analysis of the program says."""
-    memory = run.memory
-    if memory is None:
+    if run.memory is None:
         return ()
-    if memory.peak is not None:
-        return (f"peak {bytes_(memory.peak)}, as {clean(run.device)} counts since the process began",)
-    return (f"{bytes_(memory.analysed)} by XLA's analysis: arguments, temporaries and outputs",)
+    if run.memory.peak is not None:
+        return (f"peak {bytes_(run.memory.peak)}, as {clean(run.device)} counts since the process began",)
+    return (f"{bytes_(run.memory.analysed)} by XLA's analysis: arguments, temporaries and outputs",)
 
 
-def fingerprint_of(key: Any) -> str:
+def fingerprint_of(key: Leaf) -> str:
     """The first word of a key in hex; an array of keys adds how many; None gives nothing."""
     if key is None:
         return ""
     shape: tuple[int, ...] = getattr(key, "shape", ())
-    legacy = shape[-1:] if str(getattr(key, "dtype", "")) == "uint32" else ()
-    many = shape[: len(shape) - len(legacy)]
+    many = (
+        shape[:-1] if str(getattr(key, "dtype", "")) == "uint32" else shape
+    )  # of a legacy key, the last are its words
     return short_key(key) + (f" ×{'×'.join(map(str, many))}" if many else "")
 
 
 def key_facts(run: Run) -> tuple[KeyFact, ...]:
     """Every key of the draw: those that were handed out, then those of the split that were not needed."""
-    facts = []
-    reported = REPORTED[run.command]
-    for stream in dict.fromkeys((*run.keys, *(() if reported.line_alone else SPLIT))):
-        taker = "you" if reported.line_alone else takers(run, stream) if stream in run.keys else "nobody"
+    facts, reported = list[KeyFact](), REPORTED[run.command]
+    for stream in dict.fromkeys((*run.keys, *(SPLIT if run.kind.model else ()))):
+        taker = "you" if not run.kind.model else takers(run, stream) if stream in run.keys else "nobody"
         if taker == "nobody":
             taker = reported.unused.get(stream) or reported.unused[None]
         folded = f"fold_in(root, {stream_tag('params' if stream == FOLDED else stream)})"
@@ -380,10 +361,5 @@ def memory_facts(run: Run) -> tuple[tuple[str, str], ...]:
     memory = run.memory
     if memory is None:
         return ()
-    amounts = [
-        ("arguments", bytes_(memory.arguments)),
-        ("temporaries", bytes_(memory.temporaries)),
-        ("outputs", bytes_(memory.outputs)),
-        ("code", bytes_(memory.code)),
-    ]
-    return (*amounts, ("device peak so far", bytes_(memory.peak))) if memory.peak is not None else tuple(amounts)
+    amounts = [(name, bytes_(getattr(memory, name))) for name in ("arguments", "temporaries", "outputs", "code")]
+    return (*amounts, *([("device peak so far", bytes_(memory.peak))] if memory.peak is not None else []))

@@ -6,15 +6,14 @@ Every string goes through Jinja2's escaping; nothing here builds markup out of s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
 from . import facts, text
-from .facts import LEVELS, Level, Phase
+from .facts import Level, Phase
 
 if TYPE_CHECKING:
     import jinja2
@@ -23,12 +22,8 @@ if TYPE_CHECKING:
     from ..run import Note, Run
     from .text import Loop, Notice, Rows
 
-IN_FIGURES = ("init", "jit", "run")
-"""Rows of the text that HTML shows as large numerals instead."""
 
-
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A large numeral: what was measured, the time, and a few words on it."""
 
     label: str
@@ -42,33 +37,24 @@ class Figure:
         return tuple(zip(pieces[::2], pieces[1::2], strict=True))
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A part of the bar: its phase, and its share of the whole in percent."""
-
-    phase: Phase
-    share: float
-
-
 def report_html(run: Run, level: Level) -> str:
     """The run at one level; `off` gives the sharp bits alone."""
-    name, mode, device = facts.name_of(run), facts.mode_of(run), clean(run.device)
-    first, notes = facts.new_session(run), note_lines(run.notes)
     if level == "off":
-        return render("notes.html", {"name": name, "notes": notes})
-    if level == "line" or facts.REPORTED[run.command].line_alone:
-        return line_html(name, facts.brief(run), run.notes, mode=mode, device=device, first=first)
+        return render("notes.html", {"name": facts.name_of(run), "notes": note_lines(run.notes)})
+    if level == "line" or not run.kind.model:
+        return line_html(text.line_of(run))
     context: dict[str, object] = {
-        "first": first,
-        "name": name,
-        "mode": mode,
-        "device": device,
+        "first": facts.new_session(run),
+        "name": facts.name_of(run),
+        "mode": facts.mode_of(run),
+        "device": clean(run.device),
         "switch": clean(run.switch),
         "draw": facts.draw_of(run, seed=True),
-        "notes": notes,
+        "notes": note_lines(run.notes),
         "figures": figures(run),
         "segments": segments(run),
-        "rows": [row for row in facts.rows(run) if row.label not in IN_FIGURES],
+        # The others are large numerals here.
+        "rows": [row for row in facts.rows(run) if row.label not in ("init", "jit", "run")],
         "open": level == "details",
         "keys": facts.key_facts(run),
         "memory": facts.memory_facts(run),
@@ -80,13 +66,11 @@ def report_html(run: Run, level: Level) -> str:
     return render("run.html", context)
 
 
-def line_html(
-    name: str, texts: Iterable[str], notes: Iterable[Note], *, mode: str = "", device: str = "", first: str = ""
-) -> str:
-    """One line, sharp bits beneath; `first` stands above it."""
-    shown = [text for text in texts if text]
-    context = {"first": first, "name": name, "mode": mode, "device": device, "texts": shown}
-    return render("line.html", {**context, "notes": note_lines(notes)})
+def line_html(notice: Notice) -> str:
+    """One line, sharp bits beneath."""
+    name, mode, device, *texts = notice.parts
+    context = {"first": notice.first, "name": name, "mode": mode, "device": device}
+    return render("line.html", {**context, "texts": list(filter(None, texts)), "notes": note_lines(notice.notes)})
 
 
 def note_lines(notes: Iterable[Note]) -> list[tuple[list[str], list[tuple[str, list[str]]]]]:
@@ -100,10 +84,9 @@ def figures(run: Run) -> tuple[Figure, ...]:
     shown = [Figure("init", seconds(timing.init), "eager")] if timing.init else []
     if not run.kind.forward:
         return tuple(shown)
-    reason = clean(run.reason)
     if timing.building:
         label = {"compiled": "compile", "disk cache": "from the disk cache"}.get(run.program, run.program or "compile")
-        shown.append(Figure(clean(label), seconds(timing.building), reason))
+        shown.append(Figure(clean(label), seconds(timing.building), clean(run.reason)))
     if timing.steady:
         shown.append(Figure("run, median", seconds(timing.steady.median), facts.spread_of(timing.steady)))
     else:
@@ -111,11 +94,11 @@ def figures(run: Run) -> tuple[Figure, ...]:
     return tuple(shown)
 
 
-def segments(run: Run) -> tuple[Segment, ...]:
-    """The bar from left to right; empty where there is nothing to compare."""
+def segments(run: Run) -> tuple[tuple[Phase, float], ...]:
+    """The bar from left to right, each part with its share in percent; empty where there is nothing to compare."""
     busy = [phase for phase in facts.phases(run) if phase.name != "wait"]
     whole = sum(phase.seconds for phase in busy)
-    return tuple(Segment(phase, 100 * phase.seconds / whole) for phase in busy) if len(busy) > 1 else ()
+    return tuple((phase, 100 * phase.seconds / whole) for phase in busy) if len(busy) > 1 else ()
 
 
 @lru_cache(maxsize=1)
@@ -148,17 +131,17 @@ def render(name: str, context: dict[str, object]) -> str:
 
 def level(run: Run, setting: str) -> Level:
     """How long the report of `run` should be: `setting`, or for `auto` as long as its news."""
-    if setting in LEVELS:
-        return LEVELS[setting]
-    if facts.REPORTED[run.command].line_alone:
+    if setting != "auto":
+        return cast("Level", setting)
+    if not run.kind.model:
         return "normal" if run.first else "line"
-    made = run.made is not None or run.kind.opens
+    initialised = run.made is not None or run.kind.opens
     repeated = run.draws is not None or run.timing.steady is not None
-    news = made or repeated or run.first or run.program == "compiled" or run.notes
+    news = initialised or repeated or run.first or run.program == "compiled" or run.notes
     return "normal" if news else "line"
 
 
-def bundle(run: Run, level: Level, style: str) -> dict[str, Any]:
+def bundle(run: Run, level: Level, style: str) -> dict[str, object]:
     """The MIME bundle of a run.
 
     Args:
@@ -172,30 +155,24 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, Any]:
     return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
 
 
-def loop_bundle(loop: Loop, style: str, rows: Rows | None = None) -> dict[str, Any]:
+def loop_bundle(loop: Loop, style: str, rows: Rows | None = None) -> dict[str, object]:
     """The MIME bundle of a counting line. `rows`, which are given once the cell has ended, add its runs as data."""
-    shown = shown_bundle(
-        text.loop_line(loop),
-        lambda: line_html(loop.model, loop.parts, loop.notes, mode=loop.mode, device=loop.device),
-        style,
-    )
+    shown = notice_bundle(loop.line, style)
     return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 
-def notice_bundle(notice: Notice, style: str) -> dict[str, Any]:
+def notice_bundle(notice: Notice, style: str) -> dict[str, object]:
     """The MIME bundle of a line of news."""
-    return shown_bundle(
-        text.notice_text(notice), lambda: line_html(clean(notice.name), map(clean, notice.texts), notice.notes), style
-    )
+    return shown_bundle(text.notice_text(notice), lambda: line_html(notice), style)
 
 
-def registered_bundle(models: Sequence[Registered], style: str) -> dict[str, Any]:
+def registered_bundle(models: Sequence[Registered], style: str) -> dict[str, object]:
     """The MIME bundle of what `%%flaxmodel` registered; empty if that is nothing."""
     if not models:
         return {}
     return shown_bundle(text.registered_text(models), lambda: render("registered.html", {"models": models}), style)
 
 
-def shown_bundle(plain: str, rich: Callable[[], str], style: str) -> dict[str, Any]:
+def shown_bundle(plain: str, rich: Callable[[], str], style: str) -> dict[str, object]:
     """The MIME bundle of a text and its HTML, which is made where `style` is not `text`."""
     return {"text/plain": plain} if style == "text" else {"text/plain": plain, "text/html": rich()}

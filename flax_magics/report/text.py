@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.digest import all_words
-from ..base.text import WIDTH, clean, clean_lines, count, dotted, flow, seconds, table, wrap
+from ..base.text import WIDTH, clean, clean_lines, count, dotted, flow, plural, seconds, table, wrap
 from ..run import recorded
 from . import facts
 from .facts import Level, Row
@@ -21,10 +21,39 @@ if TYPE_CHECKING:
     from ..run import Note, Run
 
 
-def line(run: Run, width: int = WIDTH) -> str:
-    """`net · train · cpu:0 · draw 2 · reused · run 0.22 ms`: one line, unless its names need two."""
-    parts = (facts.name_of(run), facts.mode_of(run), clean(run.device), *facts.brief(run))
-    return "\n".join(dotted(parts, width))
+class Notice(NamedTuple):
+    """What one line says: `net · train · cpu:0 · draw 2 · reused · run 0.22 ms`, `root key · restarted · seed 0`.
+
+    Attributes:
+      name: what it is about.
+      texts: what is told of it, after mode and device where it has these.
+      notes: what to look out for, beneath the line.
+      first: a line above it.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    notes: tuple[Note, ...] = ()
+    mode: str = ""
+    device: str = ""
+    first: str = ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """All that stands in the line, safe to print; some may be empty."""
+        return tuple(map(clean, (self.name, self.mode, self.device, *self.texts)))
+
+
+def line_of(run: Run) -> Notice:
+    """The one-line form of a run."""
+    name, mode, first = facts.name_of(run), facts.mode_of(run), facts.new_session(run)
+    return Notice(name, facts.brief(run), run.notes, mode, run.device, first)
+
+
+def notice_text(notice: Notice) -> str:
+    """One line, unless 80 columns are too few for it, and sharp bits beneath."""
+    first = [notice.first] if notice.first else []
+    return "\n".join([*first, *dotted(notice.parts), *notes(notice.notes)])
 
 
 def normal(run: Run) -> str:
@@ -35,22 +64,15 @@ def normal(run: Run) -> str:
 def details(run: Run) -> str:
     """The normal form with keys, phases, memory and digest in full, and the run by hand."""
     keys = [(key.stream, key.fingerprint or "-", key.made_by, f"→ {key.takers}") for key in facts.key_facts(run)]
-    key_row = Row("keys", tuple(table(keys, width=WIDTH - 10)))
-    rows = [Row("call", (clean(run.call),))] if run.call else []
-    for row in facts.rows(run):
-        if row.label not in ("keys", "memory"):
-            rows.append(row)
-        if row.label == "out":
-            rows.append(Row("", facts.values_of(run)))
-        elif row.label == "jit":
-            rows.append(Row("", tuple(f"{phase.name} {phase.text}" for phase in facts.building(run))))
-        elif row.label == "keys":
-            rows.append(key_row)
-    if key_row not in rows:
-        rows.append(key_row)
-    memory = tuple(f"{name} {amount}" for name, amount in facts.memory_facts(run))
-    rows.append(Row("memory", (*memory, "(by XLA's analysis)") if memory else ()))
-    rows.append(Row("digest", (run.digest,) if run.digest else ()))
+    memory = [f"{name} {amount}" for name, amount in facts.memory_facts(run)]
+    items = {row.label: row.items for row in facts.rows(run) if row.label != "memory"}
+    items["keys"] = tuple(table(keys, width=WIDTH - 10))  # where they stood, if they did
+    items["memory"] = (*memory, "(by XLA's analysis)") if memory else ()
+    items["digest"] = (run.digest,) if run.digest else ()
+    below = {"out": facts.values_of(run), "jit": tuple(f"{phase.name} {phase.text}" for phase in facts.building(run))}
+    rows = [Row("call", (clean(run.call),) if run.call else ())]
+    for label in items:
+        rows += [Row(label, items[label]), Row("", below.get(label, ()))]
     lines = [*head(run), *columns(rows, tables=("keys",))]
     code = clean_lines(run.by_hand)
     if code:
@@ -69,16 +91,13 @@ def report(run: Run, level: Level) -> str:
         return details(run)
     if level == "normal":
         return normal(run)
-    if level == "line":
-        first = facts.new_session(run)
-        return "\n".join([*([first] if first else []), line(run), *notes(run.notes)])
-    return "\n".join(notes(run.notes))
+    return notice_text(line_of(run)) if level == "line" else "\n".join(notes(run.notes))
 
 
 def head(run: Run) -> list[str]:
     """The header of the longer forms, below `new session, seed 0` if it is the first."""
     lines = [facts.new_session(run)] if run.first else []
-    if facts.REPORTED[run.command].line_alone:
+    if not run.kind.model:
         return lines + dotted((facts.name_of(run), *facts.brief(run)))
     mode, switch = facts.mode_of(run), clean(run.switch)
     mode = f"{mode} ({switch})" if switch and mode else switch or mode
@@ -165,45 +184,26 @@ class Loop:
         self.notes += tuple(note for note in run.notes if note not in self.notes)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """What the counting line says after model, mode and device."""
+    def line(self) -> Notice:
+        """`net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`"""
         low, high = self.draws
         programs = []
         for program, times in self.programs.items():
-            alone = len(self.programs) == 1 and times == self.runs
-            text = clean(program) if alone else f"{count(times)} {clean(program)}"
+            text = clean(program) if times == self.runs else f"{count(times)} {clean(program)}"
             programs.append(f"{text} in {seconds(self.building)}" if program == "compiled" else text)
-        return (
+        texts = (
             f"draw {low}" if low == high else f"draws {low}–{high}",
-            f"{count(self.runs)} run" + ("s" if self.runs != 1 else ""),
+            plural(self.runs, "run"),
             ", ".join(programs),
             f"run median {seconds(median(self.times))}" if self.times else "",
             *(f"{clean(name)}: update {updates}" for name, updates in self.changed.items()),
             self.weights,
         )
+        return Notice(self.model, texts, self.notes, self.mode, self.device)
 
 
 def _joined(names: str, name: str) -> str:
     return names if not name or name in names.split(", ") else f"{names}, {name}" if names else name
-
-
-def loop_line(loop: Loop) -> str:
-    """`net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`, sharp bits beneath."""
-    return "\n".join([*dotted((loop.model, loop.mode, loop.device, *loop.parts)), *notes(loop.notes)])
-
-
-@dataclass(frozen=True)
-class Notice:
-    """`root key · restarted · seed 0`: what it is about, what became of it, and what to look out for."""
-
-    name: str
-    texts: tuple[str, ...]
-    notes: tuple[Note, ...] = ()
-
-
-def notice_text(notice: Notice) -> str:
-    """One line in 80 columns, sharp bits beneath."""
-    return "\n".join([*dotted(tuple(map(clean, (notice.name, *notice.texts)))), *notes(notice.notes)])
 
 
 def registered_text(models: Sequence[Registered]) -> str:
@@ -228,11 +228,10 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
-        self._last: dict[str, Any] = {}
+        self._rows: list[dict[str, object]] = []
+        self._last: dict[str, object] = {}
         self._further = 0
-        self._keys = hashlib.sha256()
-        self._digests = hashlib.sha256()
+        self._keys, self._digests = hashlib.sha256(), hashlib.sha256()
 
     def add(self, run: Run) -> None:
         """One more run, whose output is still there."""
@@ -245,13 +244,10 @@ class Rows:
             self._keys.update(json.dumps(all_words(run.keys), sort_keys=True).encode() + b"\0")
             self._digests.update(f"{run.digest}\0".encode())
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """`runs`, the rows in order; and `further`, None or how many more there were, with a digest of their keys and one
         of their digests.
         """
-        further = {
-            "runs": self._further,
-            "keys": self._keys.hexdigest()[:16],
-            "digest": self._digests.hexdigest()[:16],
-        }
+        keys, digest = (hasher.hexdigest()[:16] for hasher in (self._keys, self._digests))
+        further = {"runs": self._further, "keys": keys, "digest": digest}
         return {"version": 1, "runs": list(self._rows), "further": further if self._further else None}

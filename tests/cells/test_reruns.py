@@ -46,10 +46,7 @@ def test_a_variable_that_another_cell_rebound_in_between():
     cells = [("x", "x = 1"), ("a", "y = %flax_apply net(x)"), ("b", "x = x + 1"), ("a", "y = %flax_apply net(x)")]
     (rerun,) = reruns(log(*cells), {2: ["net(x)"], 4: ["net(x)"]}, transform)
     assert rerun.text == "cell [2] was run again as [4]; x was rebound by [3] in between"
-    assert dict(rerun.marks()) == {
-        2: ("cell run again since, as [4]",),
-        4: ("x was rebound by [3] since [2]",),
-    }
+    assert dict(rerun.marks()) == {2: ("cell run again since, as [4]",), 4: ("x was rebound by [3] since [2]",)}
 
 
 @pytest.mark.parametrize(
@@ -135,12 +132,7 @@ def test_a_cell_that_failed_bound_what_came_before():
 
 
 def test_a_call_in_a_function_of_another_cell_has_names_of_its_own():
-    cells = [
-        ("f", "def f(x):\n  return net(x)"),
-        ("x", "x = 1"),
-        ("a", "f(2)"),
-        ("x", "x = 2"),
-    ]
+    cells = [("f", "def f(x):\n  return net(x)"), ("x", "x = 1"), ("a", "f(2)"), ("x", "x = 2")]
     assert reruns(log(*cells), {3: ["net(x)"]}, transform) == ()
 
 

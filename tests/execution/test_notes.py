@@ -10,7 +10,6 @@ from by_hand import notebook_x
 from flax import nnx
 
 from flax_magics import Session
-from flax_magics.line.commands import KINDS
 
 
 @pytest.fixture
@@ -153,10 +152,6 @@ def test_a_python_number_where_an_array_was(session):
         ("scalar", text, "form: import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))")
     ]
     assert notes(session.apply("net", notebook_x(), 3.0)) == []
-
-
-def test_every_kind_has_words_of_its_own():
-    assert len(set(KINDS.values())) == len(KINDS) == 20
 
 
 def test_a_kind_is_quieted_by_its_name(notebook):

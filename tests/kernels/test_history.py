@@ -7,16 +7,6 @@ from jupyter_core.utils import run_sync
 from kernels import Notebook
 from sharp_bits import SHARP_BITS
 
-NORMED = """\
-%%flaxmodel
-class Normed(nn.Module):
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x))
-    return nn.Dropout(0.5, deterministic=not train)(x)
-b = Normed()
-"""
-
 
 def by_id(notebook: Notebook, cell: str, source: str) -> None:
     """Executes a cell as JupyterLab does, which says which one it is."""
@@ -27,23 +17,6 @@ def by_id(notebook: Notebook, cell: str, source: str) -> None:
     reply = run_sync(client.get_shell_msg)(timeout=60)
     assert reply["parent_header"]["msg_id"] == message["header"]["msg_id"]
     assert reply["content"]["status"] == "ok", reply["content"]
-
-
-def test_a_loop_of_moving_statistics_replays_draw_by_draw(open_notebook):
-    notebook = open_notebook()
-    notebook.run_all(SHARP_BITS)
-    notebook.run(NORMED)
-    notebook.run("%flax_key -q --seed 5")
-    notebook.run("for i in range(20):\n  %flax_apply -q --train b(x + i)")
-    for draw in (1, 7, 20):
-        cell = notebook.run(f"%flax_replay {draw}")
-        assert f"draw {draw} of seed 5 · replayed" in " ".join(cell.report.split())
-        assert "identical, by its digest: float32[3,4,4]" in cell.report
-        assert set(cell.displays[0]) == {"text/plain", "text/html"}
-    cell = notebook.run("%flax_history b")
-    assert "  8–19  apply b train  12 runs" in cell.report
-    assert "<table" in cell.displays[0]["text/html"]
-    assert notebook.run("run = %flax_replay -q last\nrun.agreement.identical").result == "True"
 
 
 @pytest.mark.smoke
@@ -100,20 +73,3 @@ def test_a_module_that_a_cell_built_has_that_cell(open_notebook):
     history = notebook.run("%flax_history net").report
     assert f"! cell edited since, as [{rebuilt}]" in history
     assert f"! net was rebound by [{rebuilt}] since" in history
-
-
-def test_a_variable_whose_cell_was_edited_after_the_draw(open_notebook):
-    notebook = open_notebook()
-    notebook.run_all(SHARP_BITS)
-    number = notebook.client.nb.cells[-1].execution_count
-    by_id(notebook, "data", "batch = x * 2")
-    by_id(notebook, "apply", "y = %flax_apply -q --train my_model(batch)")
-    by_id(notebook, "data", "batch = x * 3")
-    by_id(notebook, "below", "x = x + 1")
-    report = " ".join(notebook.run("%flax").report.split())
-    assert "cells that drew and were run again, or whose variables were rebound since" in report
-    assert f"cell [{number + 2}] drew before batch was rebound by [{number + 3}]" in report
-    assert "x was rebound" not in report
-    assert f"! batch was rebound by [{number + 3}] since" in notebook.run("%flax_history").report
-    by_id(notebook, "first", "%flax_key -q --seed 0 --fresh")
-    assert "cells that drew" not in notebook.run("%flax").report

@@ -76,9 +76,9 @@ def address(home, tmp_path_factory) -> Iterator[str]:
     files = folder / "files"
     files.mkdir()
     example = nbformat.read(EXAMPLE, 4)
-    for cell in example.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+    for each in example.cells:
+        if each.cell_type == "code":
+            each.outputs, each.execution_count = [], None
     example.cells += [nbformat.v4.new_code_cell(source) for source in SUMMARY]
     nbformat.write(example, files / EXAMPLE.name)
     for name, values in SETTINGS.items():
@@ -151,13 +151,18 @@ def menu(page: Any, *names: str) -> None:
         page.locator(".lm-Menu-itemLabel").get_by_text(name, exact=True).click()
 
 
-def report(page: Any, source: str) -> Any:
-    """The last report of the cell whose source begins so."""
+def cell(page: Any, source: str) -> Any:
+    """The cell whose source begins so."""
     number = page.evaluate(
         f"start => {CELLS}.findIndex(cell => cell.querySelector('.cm-content').innerText.startsWith(start))", source
     )
     assert number >= 0, f"no cell begins with {source!r}"
-    return page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator(".flax-magics").last
+    return page.locator(".jp-Notebook .jp-CodeCell").nth(number)
+
+
+def report(page: Any, source: str) -> Any:
+    """The last report of the cell whose source begins so."""
+    return cell(page, source).locator(".flax-magics").last
 
 
 def test_run_all_runs_every_cell_and_none_fails(page, tmp_path):
@@ -247,10 +252,7 @@ def test_the_history_is_a_table_of_all_draws(page, tmp_path):
 
 
 def test_an_export_is_shown_as_code_in_the_colours_of_the_cells(page, tmp_path):
-    number = page.evaluate(
-        f"() => {CELLS}.findIndex(c => c.querySelector('.cm-content').innerText.trim() === '%flax_export --plain')"
-    )
-    code = page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator("code.language-python")
+    code = cell(page, "%flax_export --plain").locator("code.language-python")
     text = code.inner_text()
     assert text.startswith('"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.\n')
     assert "\nroot_key, params_key, dropout_key = jax.random.split(root_key, 3)\n" in text
@@ -261,10 +263,9 @@ def test_an_export_is_shown_as_code_in_the_colours_of_the_cells(page, tmp_path):
 
 
 def test_the_tree_of_the_variables_has_pictures(page):
-    number = page.evaluate(f"() => {CELLS}.findIndex(c => c.innerText.includes('--tree my_model'))")
-    cell = page.locator(".jp-Notebook .jp-CodeCell").nth(number)
-    cell.get_by_text("'kernel'").first.wait_for()
-    assert cell.locator("treescope-container, .treescope_root").count() >= 1
+    tree = cell(page, "%flax_summary --tree my_model")
+    tree.get_by_text("'kernel'").first.wait_for()
+    assert tree.locator("treescope-container, .treescope_root").count() >= 1
 
 
 def test_it_is_readable_in_dark_as_in_light(page, tmp_path):

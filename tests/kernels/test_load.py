@@ -1,4 +1,4 @@
-"""What loading costs, proved in processes of their own: no JAX, no word, no name."""
+"""What importing the package costs, proved in processes of their own; what `%load_ext` does is in tests/test_imports.py."""
 
 from __future__ import annotations
 
@@ -7,17 +7,6 @@ import sys
 
 HEAVY = ("jax", "jaxlib", "flax", "optax")
 
-LOAD = """
-import sys
-from IPython.core.interactiveshell import InteractiveShell
-shell = InteractiveShell.instance()
-shell.run_cell("pass", store_history=False)
-before = set(shell.user_ns)
-shell.run_cell("%load_ext flax_magics").raise_error()
-print(sorted(set(shell.user_ns) - before))
-print(sorted({HEAVY} & set(sys.modules)))
-"""
-
 
 def python(code: str) -> str:
     done = subprocess.run(
@@ -25,11 +14,6 @@ def python(code: str) -> str:
     )
     assert done.stderr == ""
     return done.stdout
-
-
-def test_load_ext_imports_no_jax_prints_nothing_and_adds_no_name():
-    printed = python(LOAD.replace("{HEAVY}", repr(set(HEAVY))))
-    assert printed == "[]\n[]\n"
 
 
 def test_importing_the_package_imports_neither_jax_nor_ipython():

@@ -63,14 +63,6 @@ def test_a_notebook_becomes_a_page_with_its_reports(tmp_path):
     assert not any({"src", "href", "onclick"} & set(attributes) for _, attributes in elements.found)
 
 
-def test_nbconvert_fails_with_the_mistake_when_a_cell_fails(tmp_path):
-    path = written(tmp_path, *SHARP_BITS, MISTAKE)
-    done = run("nbconvert", "--execute", "--to", "html", path.name, folder=tmp_path)
-    assert done.returncode != 0
-    assert "no model is called `my_modl`; registered: my_model." in done.stderr
-    assert not path.with_suffix(".html").exists()
-
-
 def test_papermill_fails_at_the_cell_and_keeps_what_ran_before_it(tmp_path):
     path = written(tmp_path, *SHARP_BITS, APPLY, MISTAKE, "print('never')")
     done = run("papermill", path.name, "out.ipynb", "--no-progress-bar", folder=tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from sharp_bits import LOAD, MODEL, SETUP
 
 RUNS = """
@@ -15,8 +14,7 @@ print(*digests)
 NEXT = RUNS.replace("import flax_magics\n", "import flax_magics, flax_magics.run\n")
 
 
-@pytest.mark.parametrize("registered_first", [True, False], ids=["registered before", "registered after"])
-def test_another_kernel_goes_on_where_the_first_was_saved(open_notebook, registered_first):
+def test_another_kernel_goes_on_where_the_first_was_saved(open_notebook):
     first = open_notebook()
     first.run_all([LOAD, SETUP, MODEL, NEXT])
     saved = first.run("%flax_save session.safetensors")
@@ -24,16 +22,10 @@ def test_another_kernel_goes_on_where_the_first_was_saved(open_notebook, registe
     expected = first.run(NEXT).printed
 
     second = open_notebook()
-    second.run_all([LOAD, SETUP])
-    cells = [MODEL, "%flax_load session.safetensors"]
-    reports = second.run_all(cells if registered_first else cells[::-1])
-    loaded, registered = reports if not registered_first else reports[::-1]
-    if registered_first:
-        assert "my_model restored" in loaded.report
-    else:
-        assert "my_model waits to be registered" in loaded.report
-        assert "    class MyModel(nn.Module):" in loaded.report
-        assert "class MyModel(nn.Module):" in loaded.displays[0]["text/html"]
-        assert registered.report.endswith("variables from session.safetensors")
+    *_, loaded, registered = second.run_all([LOAD, SETUP, "%flax_load session.safetensors", MODEL])
+    assert "my_model waits to be registered" in loaded.report
+    assert "    class MyModel(nn.Module):" in loaded.report
+    assert "class MyModel(nn.Module):" in loaded.displays[0]["text/html"]
+    assert registered.report.endswith("variables from session.safetensors")
     assert second.run(NEXT).printed == expected
     assert second.fails("%flax_load none.safetensors").outputs[0].output_type == "error"

@@ -89,19 +89,6 @@ def test_a_call_with_an_open_bracket_goes_on_and_runs_when_it_is_closed(terminal
     assert re.match(r"net · as written · \w+:0 · draw \d+ · reused · (waited [^·]+ · )?run ", text)
 
 
-def test_a_mistake_is_one_short_message(terminal):
-    text = terminal.run("y = %flax_apply nt(x)")
-    assert text.splitlines()[0] == "FlaxMagicsError: no model is called `nt`; registered: net."
-    assert "Traceback" not in text
-    assert "did you mean net?" in text
-
-
-def test_a_bare_command_prints_its_help(terminal):
-    text = terminal.run("%flax_apply")
-    assert text.startswith("%flax_apply [options] net(x)")
-    assert max(map(len, text.splitlines())) <= 80
-
-
 def test_the_runs_of_a_loop_share_a_line_that_is_printed_when_the_cell_ends(terminal):
     text = terminal.run("for _ in range(20): get_ipython().run_line_magic('flax_apply', 'net(x)');")
     lines = [line for line in text.splitlines() if "net ·" in line]

@@ -304,13 +304,7 @@ def test_several_at_once_as_json(folder, notebook):
     common = {"message": None, "order": None, "environment": {}, "differences": []}
     assert empty == {**common, "file": files[1], "status": "nothing to verify", "runs": none}
     why = "it cannot be read: No such file or directory."
-    assert missing == {
-        **common,
-        "file": "nowhere.ipynb",
-        "status": "could not run",
-        "message": why,
-        "runs": none,
-    }
+    assert missing == {**common, "file": "nowhere.ipynb", "status": "could not run", "message": why, "runs": none}
     assert (differs["status"], differs["runs"]) == ("differs", {**none, "all": 6, "agree": 1, "differ": 5})
     first = stored(notebook)[0]
     now = differs["differences"][0].pop("now")
@@ -327,14 +321,7 @@ def test_several_at_once_as_json(folder, notebook):
         "draw": 1,
         "draws": None,
         "stored": first["digest"],
-        "values": {
-            "compared": 12,
-            "of": 12,
-            "differ": kept(first),
-            "ulp": 2,
-            "absolute": 2.0**-20,
-            "array": "",
-        },
+        "values": {"compared": 12, "of": 12, "differ": kept(first), "ulp": 2, "absolute": 2.0**-20, "array": ""},
     }
 
 

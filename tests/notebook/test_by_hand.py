@@ -145,10 +145,7 @@ RNGS = "rngs={'dropout': dropout_key}"
         ),
         ("bridged(x)", f"bridged.apply(variables, x, {RNGS})"),
         ("--key z_rng noisy(x)", "noisy.apply(variables, x, z_rng=z_rng_key)"),
-        (
-            "choosing(x, {'act': 'relu', 'scale': 2.0})",
-            "choosing.apply(variables, x, {'act': 'relu', 'scale': 2.0})",
-        ),
+        ("choosing(x, {'act': 'relu', 'scale': 2.0})", "choosing.apply(variables, x, {'act': 'relu', 'scale': 2.0})"),
         ("choosing(x, options=options)", "choosing.apply(variables, x, options=options)"),
     ],
 )

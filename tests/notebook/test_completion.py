@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from flax_magics.line.commands import COMMANDS as COMMANDS_THERE_ARE
 from flax_magics.line.options import Command, Option
-from flax_magics.notebook.completion import Matcher, completions, install, uninstall
+from flax_magics.notebook.completion import Matcher, completions
 from flax_magics.state.handles import ModelNames
 
 COMMANDS = {
@@ -26,12 +26,12 @@ COMMANDS = {
             (
                 Option("--train", ""),
                 Option("--repeat", "", metavar="N", type=int),
-                Option("--mutable", "", metavar="NAME", kind="many"),
+                Option("--mutable", "", metavar="NAME", many=True),
                 Option("--out", "", metavar="NAME", short="-o"),
             ),
         ),
         Command("%flax_key", "", "", (Option("--seed", "", metavar="N", type=int),), takes="stream"),
-        Command("%%flaxmodel", "", "", (Option("--check", "", metavar="CALL", kind="quoted"),), takes="assignment"),
+        Command("%%flaxmodel", "", "", (Option("--check", "", metavar="CALL", quotes=True),), takes="assignment"),
     )
 }
 MODELS = {
@@ -101,8 +101,8 @@ def matcher(request: pytest.FixtureRequest, shell: Any) -> Matcher:
     shell.Completer.use_jedi = request.param
     for name in COMMANDS:
         shell.register_magic_function(lambda line, cell=None: None, "line_cell", name.lstrip("%"))
-    matcher = Matcher(shell, lambda: MODELS, COMMANDS)
-    install(shell, matcher)
+    matcher = Matcher(shell, lambda: MODELS)
+    matcher.install()
     return matcher
 
 
@@ -118,13 +118,14 @@ def offered(shell: Any, cell: str) -> list[str]:
     ("line", "text", "expected"),
     [
         ("%flax_summary n", "n", ["net", "net2"]),
+        ("v = %flax_vars n", "n", ["net", "net2"]),
         ("%flax_summary --d", "--d", ["--depth"]),
         ("s = %flax_summary --b", "--b", ["--backward"]),
         ("%flax_summary --train net.en", "net.en", ["net.encode"]),
         ("%flax_summary net(x, t", "t", ["train="]),
     ],
 )
-def test_a_summary_is_offered_what_an_apply_is(line: str, text: str, expected: list[str]) -> None:
+def test_other_commands_are_offered_what_an_apply_is(line: str, text: str, expected: list[str]) -> None:
     assert completions(line, text, COMMANDS_THERE_ARE, MODELS) == expected
 
 
@@ -196,15 +197,10 @@ class TestInTheShell:
     def test_ordinary_lines_are_left_to_ipython(self, shell: Any, matcher: Matcher) -> None:
         shell.user_ns["variable"] = 3
         before = offered(shell, "vari")
-        uninstall(shell, matcher)
+        matcher.uninstall()
         assert offered(shell, "vari") == before
-
-    def test_installed_once_and_taken_away_without_a_trace(self, shell: Any, matcher: Matcher) -> None:
-        install(shell, matcher)
-        assert len(shell.Completer.custom_matchers) == 1
-        uninstall(shell, matcher)
-        uninstall(shell, matcher)
         assert shell.Completer.custom_matchers == []
+        matcher.uninstall()
 
     def test_an_error_is_swallowed(
         self, shell: Any, matcher: Matcher, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -220,7 +216,7 @@ class TestInTheShell:
 def test_the_parts_of_the_command_line_import_neither_jax_nor_flax_nor_ipython() -> None:
     code = (
         "import sys; import flax_magics.line.options, flax_magics.line.call, flax_magics.notebook.run_cell, "
-        "flax_magics.notebook.tracebacks, flax_magics.notebook.completion; "
+        "flax_magics.notebook.failures, flax_magics.notebook.completion; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax', 'numpy', 'IPython'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -120,7 +120,3 @@ def test_what_is_left_out_is_said(ran, tmp_path):
         "! not in the script: print(run.draw): `run` is not there: it is a Run of the\n"
         "  session"
     )
-
-
-def test_help(ran):
-    assert "%flax_export [options] FILE    writes it" in ran("%flax_export --help")

@@ -80,18 +80,6 @@ def test_the_expression_is_python_of_that_place(net):
     assert net.session.models["net"].variables is None
 
 
-def test_help_and_completion(net):
-    out = net("%flax_vars")
-    assert out.startswith("%flax_vars net             gives the model's variables as they are\n")
-    assert out == net("%flax_vars --help")
-    assert "  %flax_vars net [= EXPR]" in net("%flax")
-    from flax_magics.line.commands import COMMANDS
-    from flax_magics.notebook.completion import completions
-
-    models = {name: model.names() for name, model in net.session.models.items()}
-    assert completions("v = %flax_vars n", "n", COMMANDS, models) == ["net"]
-
-
 MISTAKES = {
     "%flax_vars nett": "no model is called `nett`; registered: net.\n  did you mean net?",
     "%flax_vars net['params']": "%flax_vars takes the name of a model, not `net['params']`.\n"

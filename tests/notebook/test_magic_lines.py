@@ -70,18 +70,12 @@ def test_what_ipython_reads_well_stays_as_it_is(cell: str) -> None:
             "%flax_apply --train \\\n  net(x,\n  y)\n",
             "get_ipython().run_line_magic('flax_apply', '--train    net(x,\\n'\n'  y)'\n)\n",
         ),
-        (
-            '%flax_apply net("""a\nb""")\n',
-            "get_ipython().run_line_magic('flax_apply', 'net(\"\"\"a\\n'\n'b\"\"\")')\n",
-        ),
+        ('%flax_apply net("""a\nb""")\n', "get_ipython().run_line_magic('flax_apply', 'net(\"\"\"a\\n'\n'b\"\"\")')\n"),
         (
             "!echo it's (\nx = !echo '\n%flax_apply net(\nx)\n",
             "!echo it's (\nx = !echo '\nget_ipython().run_line_magic('flax_apply', 'net(\\n'\n'x)')\n",
         ),
-        (
-            "%flax_apply net(x,\ny = 1\n",
-            "get_ipython().run_line_magic('flax_apply', 'net(x,\\n'\n'y = 1')\n",
-        ),
+        ("%flax_apply net(x,\ny = 1\n", "get_ipython().run_line_magic('flax_apply', 'net(x,\\n'\n'y = 1')\n"),
     ],
 )
 def test_a_call_goes_on_while_a_bracket_is_open(cell: str, expected: str) -> None:
@@ -108,27 +102,26 @@ def test_the_magic_line_of_a_cell_comes_first_and_in_one_piece(cell: str, expect
 
 fragments = st.sampled_from(
     [
-        "x",
-        "y = ",
-        "%flax_apply",
-        "%%flaxmodel",
-        " ",
-        "\n",
-        "(",
-        ")",
-        "[",
-        "]",
-        "'",
-        '"',
-        '"""',
-        "#",
-        "\\",
-        ";",
-        ",",
-        "!ls",
-        "%time",
-        "    ",
-        "net(x)",
+        *(
+            "x",
+            "y = ",
+            "%flax_apply",
+            "%%flaxmodel",
+            " ",
+            "\n",
+            "(",
+            ")",
+            "[",
+            "]",
+            "'",
+            '"',
+            '"""',
+            "#",
+            "\\",
+            ";",
+            ",",
+        ),
+        *("!ls", "%time", "    ", "net(x)"),
     ]
 )
 

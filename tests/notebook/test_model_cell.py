@@ -7,7 +7,7 @@ import inspect
 import pytest
 from by_hand import bits
 
-from .conftest import MODEL, MODEL_CELL
+from .conftest import MODEL, MODEL_CELL, net
 
 
 def names(notebook) -> list[str]:
@@ -117,9 +117,7 @@ def test_an_unchanged_cell_keeps_model_variables_and_programs(sharp_bits):
 
 def test_a_changed_constant_elsewhere_is_a_change(notebook):
     notebook("WIDTH = 3")
-    cell = (
-        "%%flaxmodel\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(WIDTH)(x)\n"
-    )
+    cell = net("nn.Dense(WIDTH)(x)")
     notebook(cell)
     notebook("%flax_apply Net(x);")
     notebook("WIDTH = 5")
@@ -198,9 +196,8 @@ def test_quiet_says_nothing(notebook, line):
 
 
 def test_a_class_defined_again_without_the_magic_is_run_as_it_stands(notebook):
-    cell = "class Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(WIDTH)(x)\n"
-    notebook("%%flaxmodel\n" + cell.replace("WIDTH", "2"))
+    notebook(net("nn.Dense(2)(x)"))
     notebook("y = %flax_apply Net(x)")
-    notebook(cell.replace("WIDTH", "6"))
+    notebook(net("nn.Dense(6)(x)").partition("\n")[2])
     assert "Net is another module now" in notebook("y = %flax_apply Net(x)")
     assert notebook["y"].shape == (3, 4, 6)

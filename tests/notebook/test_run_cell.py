@@ -13,11 +13,7 @@ import pytest
 from flax_magics.cells.names import assigned_names
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.line.call import CallExpression, parse_call
-from flax_magics.notebook.run_cell import (
-    displayed_quietly,
-    run_body,
-    run_statements_with_call,
-)
+from flax_magics.notebook.run_cell import displayed_quietly, run_body, run_statements_with_call
 
 
 class Commands:
@@ -246,16 +242,6 @@ global bh
     assert " ".join(assigned_names(tree)) == expected
 
 
-def test_what_assigned_names_says_is_what_running_it_binds() -> None:
-    source = (
-        "import os.path as p, sys\nx = y = [z := 1]\nfor i in range(2):\n  def f(): w = 1\nclass A: b = 1\n"
-        "[k for k in x]\n"
-    )
-    namespace: dict[str, Any] = {}
-    exec(source, namespace)
-    assert set(assigned_names(ast.parse(source))) == set(namespace) - {"__builtins__"}
-
-
 @pytest.mark.parametrize(
     ("target", "read"),
     [
@@ -327,11 +313,6 @@ def test_a_cell_without_a_call_at_its_end_runs_not_at_all(
 ) -> None:
     assert refused(shell, f"%%flax_apply\n{body}\n") == message
     assert "ran" not in shell.user_ns
-
-
-def test_a_failing_statement_before_the_call_is_the_users_error(shell: Any, commands: Commands) -> None:
-    result = shell.run_cell("%%flax_apply\n1 / 0\nnet(x)\n")
-    assert isinstance(result.error_in_exec, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("history", [True, False])

@@ -16,10 +16,7 @@ CARD = KeyCard(seed=0, draws=3, root="375f238f", impl="threefry2x32")
 STATUS = Status(
     devices=(("cpu:0", "cpu", ""), ("gpu:0", "NVIDIA H100", "1.2 GB of 80.0 GB")),
     key=CARD,
-    models=(
-        ("net", "Net(features=8)", "15 parameters, 60 B"),
-        ("vae", "VAE(latents=20)", "not initialised"),
-    ),
+    models=(("net", "Net(features=8)", "15 parameters, 60 B"), ("vae", "VAE(latents=20)", "not initialised")),
     runs=(COMPILED, REUSED),
     amounts=(("kept for replay", "1.2 MB of 256 MB"), ("programs kept", "3")),
     versions=("flax_magics 0.1.0", "jax 0.10.2", "flax 0.12.8"),

@@ -58,7 +58,7 @@ def test_the_largest_numerals_are_what_took_time() -> None:
 
 
 def test_the_bar_is_in_proportion() -> None:
-    shares = [(segment.phase.name, round(segment.share)) for segment in segments(COMPILED)]
+    shares = [(phase.name, round(share)) for phase, share in segments(COMPILED)]
     assert shares == [("trace", 5), ("lower", 3), ("XLA", 92), ("run", 0)]
     assert segments(REUSED) == ()
 

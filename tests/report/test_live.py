@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flax_magics.report.live import Live, Progress, ticker
+from flax_magics.report.live import Live, ticker
 
 CELL: contextvars.ContextVar[str] = contextvars.ContextVar("cell", default="none")
 
@@ -51,10 +51,11 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def phase(live: Live, text: str) -> Iterator[Progress]:
+def phase(live: Live, text: str) -> Iterator[None]:
     """A block of work that the live line tells of."""
+    live.begin(text)
     try:
-        yield live.begin(text)
+        yield
     finally:
         live.end()
 
@@ -63,7 +64,7 @@ def phase(live: Live, text: str) -> Iterator[Progress]:
 def nothing_left_to_draw() -> Iterator[None]:
     """The one thread that draws may live on for a while; it has nothing more to do, and holds up no exit."""
     yield
-    assert ticker._job is None
+    assert ticker._draw is None
     drawing = [thread for thread in threading.enumerate() if thread.name == "flax_magics live"]
     assert len(drawing) <= 1
     assert all(thread.daemon for thread in drawing)
@@ -121,9 +122,9 @@ def test_the_text_can_change() -> None:
     def shown(text: str) -> bool:
         return bool(shell.display_pub.sent) and shell.display_pub.sent[-1][0] == text
 
-    with phase(live, "tracing net") as progress:
+    with phase(live, "tracing net"):
         until(lambda: shown("tracing net · 0 s"))
-        progress.text = "compiling net"
+        live.text = "compiling net"
         until(lambda: shown("compiling net · 0 s"))
     assert len({display for _, _, display, _ in shell.display_pub.sent}) == 1
 

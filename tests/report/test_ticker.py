@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flax_magics.report.live import Tick, Ticker
+from flax_magics.report.live import Ticker
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -25,7 +25,7 @@ def started(since: set[threading.Thread]) -> list[threading.Thread]:
 
 def test_a_job_is_drawn_when_it_is_due_and_again_after_each_interval():
     ticker, drawn = Ticker(idle=0.01), []
-    ticker.begin(Tick(lambda: drawn.append(threading.current_thread().name), 0.001, 0.001))
+    ticker.begin(lambda: drawn.append(threading.current_thread().name), 0.001, 0.001)
     until(lambda: len(drawn) >= 3)
     ticker.end()
     assert set(drawn) == {"flax_magics live"}
@@ -34,7 +34,7 @@ def test_a_job_is_drawn_when_it_is_due_and_again_after_each_interval():
 def test_nothing_is_drawn_once_end_has_returned():
     ticker, drawn = Ticker(idle=0.01), []
     for _ in range(50):
-        ticker.begin(Tick(lambda: drawn.append(1), 0.0, 0.0))
+        ticker.begin(lambda: drawn.append(1), 0.0, 0.0)
         until(lambda: bool(drawn))
         ticker.end()
         before = len(drawn)
@@ -51,7 +51,7 @@ def test_end_waits_for_a_drawing_that_is_under_way():
         go_on.wait(10)
         done.append(1)
 
-    ticker.begin(Tick(draw, 0.0, 60.0))
+    ticker.begin(draw, 0.0, 60.0)
     begun.wait(10)
     threading.Timer(0.02, go_on.set).start()
     ticker.end()
@@ -62,14 +62,14 @@ def test_many_jobs_have_one_daemon_thread_which_ends_when_it_is_idle():
     before = set(threading.enumerate())
     ticker = Ticker(idle=0.05)
     for _ in range(20):
-        ticker.begin(Tick(lambda: None, 60.0, 60.0))
+        ticker.begin(lambda: None, 60.0, 60.0)
         ticker.end()
     (thread,) = started(before)
     assert (thread.name, thread.daemon) == ("flax_magics live", True)
     until(lambda: not thread.is_alive())
     assert started(before) == []
     drawn: list[int] = []
-    ticker.begin(Tick(lambda: drawn.append(1), 0.0, 60.0))
+    ticker.begin(lambda: drawn.append(1), 0.0, 60.0)
     until(lambda: drawn == [1])
     ticker.end()
 
@@ -77,7 +77,7 @@ def test_many_jobs_have_one_daemon_thread_which_ends_when_it_is_idle():
 def test_the_thread_stays_while_there_is_work_however_long_it_is_idle():
     before = set(threading.enumerate())
     ticker, drawn = Ticker(idle=0.001), []
-    ticker.begin(Tick(lambda: drawn.append(1), 0.03, 60.0))
+    ticker.begin(lambda: drawn.append(1), 0.03, 60.0)
     until(lambda: drawn == [1])
     assert len(started(before)) == 1
     ticker.end()
@@ -92,7 +92,7 @@ def test_a_job_that_cannot_be_drawn_is_tried_once_and_the_thread_still_ends():
         tried.append(1)
         raise ValueError
 
-    ticker.begin(Tick(draw, 0.0, 0.0))
+    ticker.begin(draw, 0.0, 0.0)
     until(lambda: tried == [1])
     ticker.end()
     until(lambda: started(before) == [])
@@ -114,7 +114,7 @@ def test_an_interrupted_end_has_given_the_job_up():
         go_on.wait(10)
 
     ticker._changed = Interrupted(threading.Lock())
-    ticker.begin(Tick(draw, 0.0, 0.0))
+    ticker.begin(draw, 0.0, 0.0)
     begun.wait(10)
     with pytest.raises(KeyboardInterrupt):
         ticker.end()

@@ -1,17 +1,26 @@
-"""An error inside the user's module, shown with the user's frames alone.
+"""What a command fails with: errors that show the user's frames alone, and a Ctrl-C that is always heard.
 
 IPython asks an exception for `_render_traceback_` before it formats frames (7.34, 9, and ipykernel through them). It
 still formats here, with the shell's own formatter, mode and colours: only frames and causes are chosen.
+
+Python raises `KeyboardInterrupt` between any two bytecodes of the main thread. While JAX traces, one in ten falls into
+a callback of the garbage collector or of a weak reference, where Python prints an exception and drops it, or into an
+`__eq__` that NumPy calls, which clears it or makes a `SystemError` of it (measured on jax 0.10, 2,400 interrupts). The
+command would go on as if nobody had asked it to stop.
 """
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
+import _thread
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
-from types import TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 PACKAGES = ("flax_magics", "flax", "jax", "jaxlib", "IPython", "ipykernel", "traitlets", "decorator", "numpy")
@@ -21,7 +30,11 @@ MACHINERY = ("contextlib", "functools", "threading", "concurrent.futures")
 _DROPPED = ("JaxStackTraceBeforeTransformation", "UnfilteredStackTrace", "SimplifiedTraceback")
 """Causes that JAX attaches to keep its own frames."""
 _Step = tuple[int, int]
+_Inside = Callable[[TracebackType, TracebackType | None], bool]
+"""Of a step and the step after it: whether the user has no interest in it."""
 _JAX_NOTE = "For simplicity, JAX has removed its internal frames"
+AGAIN = 0.05
+"""Seconds until it is looked at whether an interrupt is still on its way, and after that between two looks."""
 
 
 def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ()) -> None:
@@ -66,41 +79,29 @@ class _Rendering:
     """
 
     def __init__(self, shell: Any, hint: tuple[str, ...], end: _Step | None) -> None:
-        self.shell = shell
-        self.hint = hint
-        self.end = end
+        self.shell, self.hint, self.end = shell, hint, end
         self.shown: _Step | None = None
 
     def __call__(self) -> list[str]:
-        exc = self._exception()
+        raised = (sys.exc_info()[1], getattr(sys, "last_exc", None), getattr(sys, "last_value", None))
+        exc = next((exc for exc in raised if getattr(exc, "__dict__", {}).get("_render_traceback_") is self), None)
         if exc is None:
             return list(self.hint)
         self.shown = _identity(exc.__traceback__)
+        formatter = self.shell.InteractiveTB
         try:
-            lines = _rendered(exc, self.shell, self.end)
+            with _users_view(exc, _inside(), self.end) as links:
+                if any(link.__traceback__ is not None for link in links):
+                    lines = formatter.structured_traceback(type(exc), exc, exc.__traceback__, tb_offset=0)
+                else:
+                    lines = formatter.get_exception_only(type(exc), exc)
         except Exception:
             lines = [f"{type(exc).__name__}: {exc}"]
-        return [*lines, *self.hint]
-
-    def _exception(self) -> BaseException | None:
-        for exc in (sys.exc_info()[1], getattr(sys, "last_exc", None), getattr(sys, "last_value", None)):
-            if getattr(exc, "__dict__", {}).get("_render_traceback_") is self:
-                return exc
-        return None
-
-
-def _rendered(exc: BaseException, shell: Any, end: _Step | None) -> list[str]:
-    formatter = shell.InteractiveTB
-    with _users_view(exc, _inside(shell), end) as links:
-        if any(link.__traceback__ is not None for link in links):
-            lines = formatter.structured_traceback(type(exc), exc, exc.__traceback__, tb_offset=0)
-        else:
-            lines = formatter.get_exception_only(type(exc), exc)
-    return [*lines[:-1], lines[-1].rstrip("\n")]
+        return [*lines[:-1], lines[-1].rstrip("\n"), *self.hint]
 
 
 @contextmanager
-def _users_view(exc: BaseException, inside: Any, end: _Step | None) -> Iterator[list[BaseException]]:
+def _users_view(exc: BaseException, inside: _Inside, end: _Step | None) -> Iterator[list[BaseException]]:
     """The chain of `exc` with its frames and causes reduced to the user's, for as long as it is being formatted."""
     saved: list[tuple[Any, ...]] = []
     link: BaseException | None = exc
@@ -126,7 +127,7 @@ def _users_view(exc: BaseException, inside: Any, end: _Step | None) -> Iterator[
                 link.__notes__ = notes
 
 
-def _next(exc: BaseException, inside: Any) -> tuple[BaseException | None, BaseException | None]:
+def _next(exc: BaseException, inside: _Inside) -> tuple[BaseException | None, BaseException | None]:
     """The cause, or else the context, that the user's view of `exc` goes on with."""
     seen = {id(exc)}
     explicit = exc.__cause__ is not None
@@ -142,7 +143,7 @@ def _next(exc: BaseException, inside: Any) -> tuple[BaseException | None, BaseEx
     return None, None
 
 
-def _user_steps(trace: TracebackType | None, inside: Any, end: _Step | None = None) -> list[TracebackType]:
+def _user_steps(trace: TracebackType | None, inside: _Inside, end: _Step | None = None) -> list[TracebackType]:
     """The steps in the user's code before the one that `end` identifies, without those that only start a magic."""
     steps = []
     while trace is not None and (end is None or _identity(trace) != end):
@@ -156,9 +157,13 @@ def _identity(step: TracebackType | None) -> _Step | None:
     return None if step is None else (id(step), id(step.tb_frame.f_code))
 
 
-def _inside(shell: Any) -> Any:
-    """A predicate of a step and the step after it: whether the user has no interest in it."""
-    places = tuple(_places())
+def _inside() -> _Inside:
+    """Tells the steps that are not the user's: `PACKAGES`, `MACHINERY`, and the line that only starts a magic."""
+    # What was never imported has no frames, so nothing is imported to look.
+    modules = [sys.modules[name] for name in (*PACKAGES, *MACHINERY) if name in sys.modules]
+    folders = [folder + os.sep for module in modules for folder in getattr(module, "__path__", ())]
+    files = [str(module.__file__) for module in modules if not hasattr(module, "__path__")]
+    places = (*folders, *files)
 
     def inside(step: TracebackType, following: TracebackType | None) -> bool:
         code = step.tb_frame.f_code
@@ -174,12 +179,90 @@ def _inside(shell: Any) -> Any:
     return inside
 
 
-def _places() -> Iterator[str]:
-    """Where `PACKAGES` and `MACHINERY` lie. What was never imported has no frames, so nothing is imported to look."""
-    for name in (*PACKAGES, *MACHINERY):
-        module = sys.modules.get(name)
-        for folder in getattr(module, "__path__", ()):
-            yield folder + os.sep
-        file = getattr(module, "__file__", None)
-        if file and not hasattr(module, "__path__"):
-            yield file
+class InterruptGuard:
+    """From `begin` to `end` of a command, an interrupt stops it wherever it falls.
+
+    After an interrupt a thread sends another signal every `AGAIN` seconds, which asks whether the first one is being
+    handled: in a `finally`, an `except` or a `with` on its way out. If it is, it is left alone; if not, it was lost,
+    and is raised anew. A handler of the user's own is left in place, and other threads get no signals.
+
+    Args:
+      parts: the code of functions that `begin` and `end` are called in, and where nothing is to strike.
+    """
+
+    def __init__(self, *parts: CodeType) -> None:
+        self._parts = (*parts, InterruptGuard.begin.__code__, InterruptGuard.end.__code__)
+        self._lock = threading.Lock()
+        self._struck: KeyboardInterrupt | None = None
+        self._asking = self._watched = False
+        self._ours: Callable[[int, FrameType | None], None] | None = None
+
+    def begin(self) -> None:
+        """Replaces Python's own handler of SIGINT, if that is the one in place. Does nothing outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+            self._ours, self._hook, sys.unraisablehook = self._strike, sys.unraisablehook, self._unraisable
+            _signal.signal(_signal.SIGINT, self._ours)
+
+    def end(self, error: BaseException | None) -> KeyboardInterrupt | None:
+        """Puts Python's own handler back.
+
+        Args:
+          error: what the command ends with.
+
+        Returns:
+          the interrupt to be raised instead: it was made another error by those who got it, or it was lost, and the
+          command was done before it could strike again.
+        """
+        if self._ours is None:
+            return None
+        with self._lock:  # from here on nobody asks
+            ours, self._ours = self._ours, None
+        # This delivers what is waiting first, so that no question is left for the handler that comes next.
+        if _signal.getsignal(_signal.SIGINT) is ours:
+            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+        if sys.unraisablehook == self._unraisable:
+            sys.unraisablehook = self._hook
+        struck, self._struck = self._struck, None
+        if struck is None or (error is not None and not (isinstance(error, SystemError) and _within(struck, error))):
+            return None
+        return KeyboardInterrupt()
+
+    def _strike(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signal."""
+        asked, self._asking = self._asking, False
+        if asked and (self._ours is None or self._struck is None or _within(self._struck, sys.exc_info()[1])):
+            return
+        self._struck = KeyboardInterrupt()
+        if not self._watched:
+            self._watched = True
+            # Without the locks of `threading`, which the code that was interrupted may hold.
+            _thread.start_new_thread(self._watch, ())
+        if frame is None or frame.f_code not in self._parts:
+            raise self._struck
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(AGAIN)
+            with self._lock:
+                if self._ours is None:
+                    return
+                self._asking = True
+                _thread.interrupt_main()
+
+    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
+        """Keeps Python from printing an interrupt that it dropped, where that one is raised again."""
+        if self._struck is None or lost.exc_value is not self._struck:
+            self._hook(lost)
+
+
+def _within(sought: BaseException, error: BaseException | None) -> bool:
+    """Whether an error is the one that is sought, or was raised while that was handled."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if error is sought:
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from flax_magics.line.variant import Line, without_option
+from flax_magics.line.expression import Line, without_option
 
 
 def takes(x, noise=None, *rest, mask=None, other=None):
@@ -49,7 +49,7 @@ def test_an_argument_is_given_another_text(call, name, expected):
     ],
 )
 def test_an_argument_is_left_out(call, name, expected):
-    changed = line(call).without_argument(name)
+    changed = line(call).with_argument(name, None)
     assert (changed and changed.call) == expected
 
 
