@@ -334,16 +334,17 @@ class FlaxMagics(Magics):
     @command(FLAX_REPLAY)
     def flax_replay(self, use: CommandUse) -> Any:
         """`%flax_replay N`"""
-        from ..history.table import replay_bundle
+        from ..history.table import notice_of
+        from ..report.html import notice_bundle
 
         draw = use.replay_of()
         with self.notebook.working("preparing") as live:
             runs = self.session.run_replay(draw)
         if use["out"]:
             use.user_ns[use["out"]] = runs[-1]
-        live.show({} if use["quiet"] else replay_bundle(runs[0], self.style))
+        live.show({} if use["quiet"] else notice_bundle(notice_of(runs[0]), self.style))
         for run in runs[1:]:
-            self.publish(replay_bundle(run, self.style), use)
+            self.tell(notice_of(run), use)
         return use.value_once(runs[-1])
 
     @line_magic
