@@ -300,7 +300,7 @@ class FlaxMagics(Magics):
     @command(FLAX_EXPORT)
     def flax_export(self, use: CommandUse) -> None:
         """`%flax_export [FILE]`"""
-        from ..export.file import notice, script_bundle, write
+        from ..export import notice, script_bundle, write
 
         name = unquoted(use.rest).strip()
         if name and use["cell"]:
