@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, pairwise
 
 from ..base.types import PyTree
 from ..cells.journal import Load
@@ -77,17 +77,11 @@ class RunGroups:
             if twin is not None and site not in self.by_statement and site.in_function is not None:
                 # The function was defined again before it was called: what its runs were is what they would be.
                 self.by_statement[site] = self.by_statement[twin]
-        init: int | None = None
-        for index, run in enumerate(runs):
-            if index in restarts:
-                init = None
-            if run.replayed:
-                continue
-            if init is not None and run.kind.forward:
-                first = runs[init]
-                if (first.model, first.seed, first.draw) == (run.model, run.seed, run.draw):
-                    self.follower[init] = index
-            init = index if run.kind.opens else None
+        for init, index in pairwise(i for i, run in enumerate(runs) if not run.replayed):
+            first, second = runs[init], runs[index]
+            goes_on = first.kind.opens and second.kind.forward and not any(init < n <= index for n in restarts)
+            if goes_on and (first.model, first.seed, first.draw) == (second.model, second.seed, second.draw):
+                self.follower[init] = index
         self.leader = {apply: init for init, apply in self.follower.items()}
 
     def of_site(self, site: CommandSite) -> list[int]:

@@ -171,9 +171,9 @@ class Edit:
             self._replace(statement, [])
             return False
         if isinstance(statement, ast.Import):
-            kept = [alias for alias in statement.names if not _is_package(alias.name)]
+            kept = [alias for alias in statement.names if alias.name.partition(".")[0] != "flax_magics"]
         else:
-            kept = [] if _is_package(statement.module or "") and not statement.level else statement.names
+            kept = [] if "flax_magics" in imported(statement) else statement.names
         gone = [alias for alias in statement.names if alias not in kept]
         names.bind(binds(statement))
         names.lose(((alias.asname or alias.name).partition(".")[0] for alias in gone), FROM_PACKAGE)
@@ -206,10 +206,6 @@ def lines_of_statement(source: CellSource, statement: ast.stmt) -> list[str]:
     if any(other.lineno <= end(statement) and statement.lineno <= end(other) for other in others):
         return segment(source.text, statement).split("\n")
     return source.text.split("\n")[begin(statement) - 1 : end(statement)]
-
-
-def _is_package(module: str) -> bool:
-    return module.partition(".")[0] == "flax_magics"
 
 
 def imported(tree: ast.AST) -> set[str]:

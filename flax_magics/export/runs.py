@@ -64,10 +64,7 @@ def apply_linen(command: CommandLines) -> list[str]:
     keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
     variables = options["variables"] or model.variables
     lines += _init_lines(command, keys, params)
-    if options["eager"]:
-        value = call(*_apply_items(command, keys, as_written(command.call.arguments), variables))
-    else:
-        value = _linen_call(command, keys, variables)
+    value = _linen_call(command, keys, variables)
     mutable = _mutable(command)
     keeps = options["variables"] is None and options["draw"] is None and options["draws"] is None
     kept = [name for name in facts.kept if name in mutable] if keeps else []
@@ -92,7 +89,9 @@ def apply_linen(command: CommandLines) -> list[str]:
 
 
 def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
-    """The call of the jitted function for a run."""
+    """The call of the jitted function for a run, or with `--eager` of the model."""
+    if command.options["eager"]:
+        return call(*_apply_items(command, keys, as_written(command.call.arguments), variables))
     writer, name, facts, draws = command.writer, command.model.name, command.facts, command.options["draws"]
     inside = {stream: f"{stream}_key" for stream in keys}
     one = list(inside.values())

@@ -72,21 +72,21 @@ class Replaying:
           FlaxMagicsError: what it needs is gone. What the model raises is passed on.
         """
         started = time.time()
-        again = self._again(stored)
-        was, digest = stored.output(), stored.facts["_taken"].digest
-        if was is not RELEASED:
-            agreement = with_output(was, again.output)
+        repeat = self._again(stored)
+        output, digest = stored.output(), stored.facts["_taken"].digest
+        if output is not RELEASED:
+            agreement = with_output(output, repeat.output)
         elif digest is not None:
-            agreement = with_digest(digest, again.output)
+            agreement = with_digest(digest, repeat.output)
         else:
             agreement = Agreement(None)
-        news = {"output": again.output, "sown": again.sown, "program": again.program, "timing": again.timing}
+        news = {"output": repeat.output, "sown": repeat.sown, "program": repeat.program, "timing": repeat.timing}
         unset = {"reason": "", "causes": (), "cost": None, "limits": None, "cell": None, "notes": (), "made": None}
         return like(
             stored.run(),
             **{**unset, **news, "changed": {}, "replayed": True, "first": False, "started": started},
             inputs=RELEASED if stored.inputs is None else jax.tree_util.tree_unflatten(*stored.inputs),
-            agreement=replace(agreement, said=again.said),
+            agreement=replace(agreement, said=repeat.said),
         )
 
     def _again(self, stored: StoredRun) -> Repeat:
