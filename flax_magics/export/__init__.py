@@ -2,7 +2,7 @@
 
 The cells that ran, in the order in which they ran, each command replaced by the lines that a person would have written for
 what it did: the split of the root key, `init`, a jitted `apply` with its rngs, what is kept. What cannot be written is said
-in its place.
+in its place. Its file is written whole or not at all, formatted, and never over something that a person wrote.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ Transform = Callable[[str], str]
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = FunctionNode | ast.ClassDef
 _Valued = ast.Expr | ast.Assign | ast.AnnAssign | ast.AugAssign
+"""Statements whose value may be a command."""
 
 AS_BODY = ("time", "capture", "prun", "snakeviz", "memit", "mprun", "scalene", "timed")
 """Cell magics of others that run their body once, in the notebook's own namespace."""
