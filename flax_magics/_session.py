@@ -39,7 +39,7 @@ from .state.state import Restart, State
 from .state.weights import Written
 
 if TYPE_CHECKING:
-    from .export.file import Exported
+    from .export import Exported
     from .history.table import History
     from .snapshot.save import Autosave, Restored, Saved
     from .summary.view import Summary
@@ -302,7 +302,7 @@ class Session(SessionView):
         that have names at the top of their files, and of the runs; what has none is left out, and said. `plain` leaves
         the digests out. Only a file that was exported and not changed since is replaced, with `force` any.
         """
-        from .export.file import write
+        from .export import write
 
         script = self.run_export(plain=plain)
         if file is not None:

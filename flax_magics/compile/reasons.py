@@ -17,8 +17,6 @@ from ..base.types import Leaf
 from ..code.contents import Structure
 from ..code.inventory import Inventory, changes, inventory
 from ..line.expression import Line, changed
-from ..line.variant import Line, changed
-from ..models.arguments import Arguments
 from ..models.calls import Arguments
 from ..models.switch import WHEN_TRAINING
 from ..run import Cause, Note

@@ -15,8 +15,6 @@ from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..line.expression import new_key, with_arguments, without_option
 from ..line.options import ApplyOptions
-from ..line.variant import new_key, with_arguments, without_option
-from ..models.arguments import Arguments
 from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, MissingVariables, Model, Needs
 from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call

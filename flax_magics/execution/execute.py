@@ -17,8 +17,6 @@ from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
 from ..line.expression import Line, without_option
-from ..line.variant import Line, without_option
-from ..models.arguments import Arguments
 from ..models.base import ARGUMENTS, MissingVariables, Variables
 from ..models.calls import Arguments
 from ..rng.keys import Draw, DrawBatch

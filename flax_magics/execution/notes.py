@@ -13,8 +13,6 @@ from ..base.text import join
 from ..base.types import Leaf
 from ..errors import nearest, written
 from ..line.expression import Line, as_array, new_key
-from ..line.variant import Line, as_array, new_key
-from ..models.arguments import Arguments
 from ..models.base import CallTrace, KeyUse
 from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, Layer, following

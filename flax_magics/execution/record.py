@@ -22,7 +22,6 @@ from ..compile.compiler import settings
 from ..compile.limits import cost_of, devices_in, with_peak
 from ..line.expression import positional_names, with_arguments
 from ..line.options import ApplyOptions
-from ..line.variant import positional_names, with_arguments
 from ..models.base import Commit, ModelWithInit, ModelWithVariables, Needs
 from ..models.linen_trace import inside
 from ..models.switch import cloned, read_fields, setting_of, written_in_call

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 from ..base import private
 from ..errors import FlaxMagicsError, written
 from ..line.expression import with_arguments
-from ..line.variant import with_arguments
-from ..models.arguments import has_tracer
 from ..models.base import Needs
 from ..models.calls import has_tracer
 from ..models.construction import Construction

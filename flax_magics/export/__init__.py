@@ -2,38 +2,61 @@
 
 The cells that ran, in the order in which they ran, each command replaced by the lines that a person would have written for
 what it did: the split of the root key, `init`, a jitted `apply` with its rngs, what is kept. What cannot be written is said
-in its place.
+in its place. Its file is written whole or not at all, formatted, and never over something that a person wrote.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
 import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
+from ..base.files import replace_file
+from ..base.text import plural
 from ..cells.journal import ExecutedCell, NotebookCells
 from ..cells.names import Free, binds, mentioned, reads
+from ..errors import FlaxMagicsError
 from ..models.base import Model
 from ..models.construction import variable_name
-from ..run import RELEASED, Run
+from ..report.text import Notice
+from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry
-from .cells import CellRun, CellSource, ExecutedStatement, begin, end, match, read_cell
+from .cells import CellRun, CellSource, begin, end, match, read_cell
 from .context import RunGroups, ScriptContext, ScriptModel
-from .file import Exported
-from .script import RootKeyTracker, Script, assigned_by
+from .script import RootKeyTracker, Script, assigned_by, sets_variables
 from .writer import LineWriter
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A script.
+
+    Attributes:
+      text: the whole of it.
+      cells: how many executions of cells left something in it.
+      runs: how many there were.
+      unexported: what could not be exported, each with its reason.
+    """
+
+    text: str
+    cells: int
+    runs: int
+    unexported: tuple[str, ...] = ()
+
+
 def export_session(
-    models: Mapping[str, ModelEntry],
-    runs: Sequence[Run],
-    cells: NotebookCells | None,
-    *,
-    seed: int,
-    digests: bool = True,
+    models: Mapping[str, ModelEntry], runs: Sequence[Run], cells: NotebookCells | None, *, seed: int, digests: bool
 ) -> Exported:
     """The script of a session.
 
@@ -53,7 +76,8 @@ def export_session(
         title = "The cells of a notebook in the order in which they ran"
         # The command that asks for the export, and what follows it in its cell, is no part of it.
         statements = cell_runs[-1].statements if cell_runs else []
-        asking = [i for i, statement in enumerate(statements) if _asks(statement)]
+        calls = [each.site.name if each.site else ast.unparse(each.statement) for each in statements]
+        asking = [i for i, call in enumerate(calls) if call == "flax_export" or ".export(" in call]
         del statements[asking[-1] if asking else len(statements) :]
     sources = [cell_run.source for cell_run in cell_runs]
     free = Free({*models, *(name for source in sources for name in mentioned(source.tree))})
@@ -66,12 +90,6 @@ def export_session(
     written = sum(any(map(any, (lines.text for lines in block))) for block in script.blocks)
     text = script.finished(title, sources)
     return Exported(text, written, len(runs), tuple(context.unexported))
-
-
-def _asks(executed: ExecutedStatement) -> bool:
-    if executed.site is not None:
-        return executed.site.name == "flax_export"
-    return ".export(" in ast.unparse(executed.statement)
 
 
 def _model(
@@ -100,24 +118,19 @@ def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]
     targets = [site.target.removesuffix("=").strip() for site in inits if site.call and site.call.target == model]
     if len(set(targets)) != 1 or not targets[0].isidentifier() or any(site.path for site in inits):
         return ""
-    bound = [
-        node
-        for source in sources
-        for node in ast.walk(source.tree)
-        if (isinstance(node, ast.Name) and node.id == targets[0] and not isinstance(node.ctx, ast.Load))
-        or getattr(node, "name", getattr(node, "arg", None)) == targets[0]
-        or (isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load))
-    ]
+    nodes = [node for source in sources for node in ast.walk(source.tree)]
+    named = [n for n in nodes if getattr(n, "id", getattr(n, "name", getattr(n, "arg", None))) == targets[0]]
+    bound = sum(not isinstance(getattr(n, "ctx", None), ast.Load) for n in named) + sum(map(sets_variables, nodes))
     changed = any(run.changed or run.made is not None for run in runs if run.kind.forward and run.model == model)
     changed = changed or any(model in assigned_by(site) for site in sites)
-    return "" if changed or len(bound) != len(targets) else targets[0]
+    return "" if changed or bound != len(targets) else targets[0]
 
 
 @dataclass(eq=False)
 class _File:
     """A module's own text, and its statements at the top level."""
 
-    globals: Mapping[str, Any]
+    globals: Mapping[str, object]
     statements: list[ast.stmt]
     text: str
 
@@ -131,26 +144,17 @@ class _File:
         except (OSError, TypeError, SyntaxError):
             return None
 
-    def name_of(self, value: Any) -> str | None:
+    def name_of(self, value: object) -> str | None:
         """The global name that stands for this very object, and that a top-level statement binds."""
-        for name, held in self.globals.items():
-            if held is value and not name.startswith("_") and any(name in binds(s) for s in self.statements):
-                return name
-        return None
+        names = (name for name, held in self.globals.items() if held is value and not name.startswith("_"))
+        return next((name for name in names if any(name in binds(statement) for statement in self.statements)), None)
 
-    def reached(self, names: set[str]) -> Iterator[str]:
+    def reached(self, names: Iterable[str]) -> Iterator[str]:
         """The texts of the statements that bind `names`, and of those that these need."""
-        needed: set[ast.stmt] = set()
-        waiting, seen = list(names), set[str]()
-        while waiting:
-            name = waiting.pop()
-            if name in seen:
-                continue
-            seen.add(name)
-            for statement in self.statements:
-                if name in binds(statement):
-                    needed.add(statement)
-                    waiting += reads(statement)
+        needed, wanted = set[ast.stmt](), set(names)
+        while more := {s for s in self.statements if not wanted.isdisjoint(binds(s))} - needed:
+            needed |= more
+            wanted.update(*map(reads, more))
         lines = self.text.split("\n")
         for statement in self.statements:
             if statement in needed:
@@ -161,37 +165,31 @@ class _Files:
     """The files that a session's models come from, and the script that was run.
 
     Attributes:
+      of: gives the file of a module: one and the same each time.
       used: what the export takes from each, in the order in which it came to need them.
     """
 
     def __init__(self) -> None:
+        self.of = functools.cache(_File.of)
         self.used: dict[_File, set[str]] = {}
-        self._by_module: dict[str, _File | None] = {}
-
-    def of(self, module: str) -> _File | None:
-        """The file of a module: one and the same each time."""
-        if module not in self._by_module:
-            self._by_module[module] = _File.of(module)
-        return self._by_module[module]
 
     def use(self, file: _File, name: str) -> str:
         """Notes that the export needs a global name of a file."""
         self.used.setdefault(file, set()).add(name)
         return name
 
-    def named(self, value: Any, file: _File | None) -> str | None:
+    def named(self, value: object, file: _File | None) -> str | None:
         """The name that stands for an object in `file`, or in the script that was run."""
-        for place in (file, self.of("__main__")):
-            name = None if place is None else place.name_of(value)
-            if place is not None and name is not None:
+        for place in filter(None, (file, self.of("__main__"))):
+            name = place.name_of(value)
+            if name is not None:
                 return self.use(place, name)
         return None
 
-    def spelled(self, value: Any, file: _File | None) -> str:
+    def spelled(self, value: object, file: _File | None) -> str:
         """A value as an expression: a literal, or the name that stands for it; `…` where there is neither."""
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return repr(value)
-        return self.named(value, file) or "…"
+        literal = value is None or isinstance(value, (bool, int, float, str))
+        return repr(value) if literal else self.named(value, file) or "…"
 
 
 def _cell_runs_of(models: Mapping[str, ModelEntry], runs: Sequence[Run]) -> list[CellRun]:
@@ -204,35 +202,29 @@ def _cell_runs_of(models: Mapping[str, ModelEntry], runs: Sequence[Run]) -> list
     lines: list[tuple[int | None, str]] = []
     for name, entry in models.items():
         lines += ((None, line) for line in _construction(name, entry.model, of_model[name], files))
-    for index, run in enumerate(runs):
-        lines.append((index, _line_of(run, of_model.get(run.model or ""), files)))
-    text = "\n\n".join(part for file, names in files.used.items() for part in file.reached(names))
-    source = read_cell(text, str) if text else CellSource("", ast.Module([], []))
-    statements = [ExecutedStatement(statement, None) for statement in source.tree.body]
-    cell_runs = [CellRun(ExecutedCell(None, text), source, statements)]
-    for made, line in lines:
-        source = read_cell(line, str)
-        statements = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
-        cell_run = CellRun(ExecutedCell(None, line), source, statements)
-        if made is not None and statements and statements[-1].site is not None:
-            statements[-1].made.append((made, statements[-1].site))
-        elif made is not None:
-            cell_run.loose.append(made)
+    lines += ((index, _line_of(run, of_model.get(run.model or ""), files)) for index, run in enumerate(runs))
+    code = "\n\n".join(part for file, names in files.used.items() for part in file.reached(names))
+    cell_runs = []
+    for index, text in [(None, code), *lines]:
+        source = read_cell(text, str)
+        cell_run = CellRun(ExecutedCell(None, text), source, source.statements())
+        last = cell_run.statements[-1] if cell_run.statements else None
+        if index is not None and last is not None and last.site is not None:
+            last.runs.append((index, last.site))
+        elif index is not None:
+            cell_run.loose.append(index)
         cell_runs.append(cell_run)
     return cell_runs
 
 
-def _construction(name: str, model: Model, file: _File | None, files: _Files) -> Iterator[str]:
+def _construction(name: str, model: Model, file: _File | None, files: _Files) -> list[str]:
     known = files.named(model.module, file)
     if known is not None:
-        if known != name:
-            yield f"{name} = {known}"
-        return
+        return [] if known == name else [f"{name} = {known}"]
     cls = type(model.module)
     if file is None or model.holds_variables:
         what = "is the construction of" if file is not None else "is the code of"
-        yield f"# Left out: nobody knows where {what} `{name}`, {model.describe()}."
-        return
+        return [f"# Left out: nobody knows where {what} `{name}`, {model.describe()}."]
     files.use(file, cls.__qualname__.partition(".")[0])
     fields = []
     for field_name, own_field in cls.__dataclass_fields__.items():
@@ -240,7 +232,7 @@ def _construction(name: str, model: Model, file: _File | None, files: _Files) ->
         if field_name in ("parent", "name") or not own_field.init or value is own_field.default:
             continue
         fields.append(f"{field_name}={files.spelled(value, file)}")
-    yield f"{name} = {cls.__qualname__}({', '.join(fields)})"
+    return [f"{name} = {cls.__qualname__}({', '.join(fields)})"]
 
 
 def _line_of(run: Run, file: _File | None, files: _Files) -> str:
@@ -261,3 +253,101 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
     options += f"--draw {run.seed}:{run.draw} " if run.replayed else ""
     options += "--eager " if run.kind.forward and run.program == "eager" else ""
     return f"get_ipython().run_line_magic('flax_{run.command}', {f'{options}{called}({arguments})'!r})"
+
+
+# -- its file
+
+
+def script_bundle(code: str, style: str) -> dict[str, str]:
+    """The MIME bundle of Python code: as Markdown, every notebook gives it the colours of its cells."""
+    if style == "text":
+        return {"text/plain": code}
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", code)), 3)
+    return {"text/plain": code, "text/markdown": f"{fence}python\n{code}{fence}\n"}
+
+
+# The last line, with a digest of those above: by it can be told whether somebody has changed the file.
+_MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
+
+
+def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tuple[Path, bool]:
+    """Writes the script `text` to `file`, which ends in `.py`; gives the file's path, and whether it replaced one.
+
+    Args:
+      force: replace what is there whatever it is.
+
+    Raises:
+      FlaxMagicsError: there is a file that no export wrote, or one that was changed since; or no place for a file, or
+        no writing to it: what was there is as it was.
+    """
+    path = Path(file).expanduser()
+    if path.suffix != ".py":
+        name = path.with_suffix(".py") if path.suffix not in ("", ".") else path.parent / f"{path.name.strip('.')}.py"
+        line = f"%flax_export {name if path.name != '.py' else path.parent / 'session.py'}"
+        raise FlaxMagicsError(f"a script is a file with the ending .py, and `{path.name}` has another.", write=line)
+    path = path.resolve()  # through a link the file is written that it stands for
+    if path.is_dir():
+        raise FlaxMagicsError(f"`{file}` is a folder.", write=f"%flax_export {Path(file) / 'session.py'}")
+    if not path.parent.is_dir():
+        line = f"!mkdir -p {_quoted(Path(file).parent)}\n%flax_export {file}"
+        raise FlaxMagicsError(f"there is no folder `{Path(file).parent}`.", write=line)
+    replaces = path.exists()
+    if replaces and not force:
+        _check(path, file)
+    code = formatted(text, path)
+
+    def write_signed(name: str) -> None:
+        Path(name).write_text(f"{code}\n{_MARK}{_digest(code)}\n", encoding="utf-8", newline="\n")
+
+    try:
+        replace_file(path, write_signed)
+    except OSError as error:
+        raise FlaxMagicsError(f"`{file}` could not be written: {error.strerror or error}.") from error
+    return path, replaces
+
+
+def _quoted(path: Path) -> str:
+    """A path as the shell reads it, a `~` at its begin as it is."""
+    home, slash, rest = str(path).partition("/")
+    return home + slash + shlex.quote(rest) if home == "~" and rest else shlex.quote(str(path)) if home != "~" else home
+
+
+def formatted(text: str, path: Path) -> str:
+    """`text` as ruff or black has it by the settings that hold for `path`; as it is where neither is installed."""
+    folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    for name, options in (("ruff", ["format"]), ("black", ["--quiet"])):
+        program = shutil.which(name, path=folders)
+        if program is None:
+            continue
+        command = [program, *options, "--stdin-filename", str(path), "-"]
+        with suppress(OSError, subprocess.SubprocessError):
+            result = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=30)
+            if result.returncode == 0 and result.stdout:
+                return result.stdout
+    return text
+
+
+def notice(script: Exported, path: Path, replaced: bool) -> Notice:
+    """`session.py · written · 12 cells · 9 runs`, and below it what could not be exported."""
+    notes = tuple(Note("export", f"not in the script: {reason}") for reason in script.unexported)
+    parts = ("replaced" if replaced else "written", plural(script.cells, "cell"), plural(script.runs, "run"))
+    return Notice(path.name, parts, notes)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check(path: Path, file: str | os.PathLike[str]) -> None:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError):
+        text = ""
+    before, mark, digest = text.rpartition(f"\n{_MARK}")
+    if not mark:
+        what = f"`{file}` is there already, and no export wrote it."
+    elif digest.strip() != _digest(before):
+        what = f"`{file}` was changed since it was exported."
+    else:
+        return
+    raise FlaxMagicsError(f"{what} --force replaces it.", write=f"%flax_export --force {file}")

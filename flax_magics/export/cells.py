@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..base.tokens import ends_quietly
 from ..cells.journal import ExecutedCell, Place
+from ..cells.names import assigned_names
 from ..errors import FlaxMagicsError
 from ..line.call import CallExpression, parse_call
 from ..line.commands import COMMANDS
@@ -21,6 +22,10 @@ from ..line.options import Command, LineOptions, read
 from ..run import Run
 
 Transform = Callable[[str], str]
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+Definition = FunctionNode | ast.ClassDef
+_Valued = ast.Expr | ast.Assign | ast.AnnAssign | ast.AugAssign
+"""Statements whose value may be a command."""
 
 AS_BODY = ("time", "capture", "prun", "snakeviz", "memit", "mprun", "scalene", "timed")
 """Cell magics of others that run their body once, in the notebook's own namespace."""
@@ -52,25 +57,19 @@ class CommandSite:
 
     def is_at(self, place: Place) -> bool:
         """Whether it is the line of that number, in a function of that name."""
-        first, last = self.statement.lineno, self.statement.end_lineno or self.statement.lineno
         inside = self.in_function
         named = place.function.startswith("<") if inside is None else place.function == inside.name
-        return named and first <= place.line - self.above <= last
+        return named and self.statement.lineno <= place.line - self.above <= end(self.statement)
 
     @property
     def draws(self) -> bool:
         """Whether a run comes of it."""
-        if self.name == "flax_key":
-            return bool(self.parsed.rest)
-        return self.name in ("flax_apply", "flax_init")
+        return self.name in ("flax_apply", "flax_init") or (self.name == "flax_key" and bool(self.parsed.rest))
 
     @property
-    def in_function(self) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    def in_function(self) -> FunctionNode | None:
         """The innermost function that it is inside."""
-        for node in reversed(self.path):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                return node
-        return None
+        return next((node for node in reversed(self.path) if isinstance(node, FunctionNode)), None)
 
     @property
     def mode(self) -> str:
@@ -149,6 +148,14 @@ class CellSource:
     offset: int = 0
     captured: tuple[str, ...] = ()
 
+    def sites_in(self, statement: ast.stmt) -> list[CommandSite]:
+        """The places of commands in a statement; its own, where it is one."""
+        return [site for site in self.sites.values() if statement in (site.statement, *site.path)]
+
+    def statements(self) -> list[ExecutedStatement]:
+        """Its statements as if all of them had been executed."""
+        return [ExecutedStatement(statement, self.sites.get(statement)) for statement in self.tree.body]
+
 
 def read_cell(raw: str, transform: Transform) -> CellSource:
     """The cell `raw` as it was typed, read. A text that is no Python is opaque."""
@@ -162,7 +169,7 @@ def read_cell(raw: str, transform: Transform) -> CellSource:
     match body:
         case [
             ast.Expr(ast.Call(func, [ast.Constant(str(name)), ast.Constant(str(line)), ast.Constant(str(inner))]))
-        ] if _is_shell(func, "run_cell_magic"):
+        ] if ast.unparse(func) == "get_ipython().run_cell_magic":
             try:
                 return _opened(name, line, inner, transform)
             except FlaxMagicsError as error:  # a line that the command refused
@@ -192,14 +199,13 @@ def _opened(name: str, line: str, body: str, transform: Transform) -> CellSource
         register = f"\nget_ipython().run_line_magic('flaxmodel', {rest or MODELS!r})\n"
         return _with_sites(inner.text.rstrip() + register, inner.above, offset)
     # `%%flax_apply` and its like: the last statement is the call, and becomes a line.
-    last: Any = inner.tree.body[-1] if inner.tree.body else None
-    value = getattr(last, "value", None)
-    if not isinstance(value, ast.Call):
+    last = inner.tree.body[-1] if inner.tree.body else None
+    if not isinstance(last, _Valued) or not isinstance(last.value, ast.Call):
         return inner
     start, stop = start_of(inner.text, last), end_of(inner.text, last)
-    target = inner.text[start : start_of(inner.text, value)]
+    target = inner.text[start : start_of(inner.text, last.value)]
     semicolon = ";" if ends_quietly(inner.text) else ""
-    written = f"{line} {segment(inner.text, value)}{semicolon}".strip()
+    written = f"{line} {segment(inner.text, last.value)}{semicolon}".strip()
     below = f"{inner.text[:start]}{target}get_ipython().run_line_magic({name!r}, {written!r})"
     # The call may have stood over several lines: those after it keep their numbers.
     below += "\n" * inner.text[start:stop].count("\n") + "\n"
@@ -214,53 +220,36 @@ def _timed(text: str, transform: Transform) -> str:
     """`text` with the code of each `%time` line in its place, which runs it in the notebook's own namespace."""
     for statement, _ in reversed(list(_statements(ast.parse(text).body, ()))):
         match statement:
-            case ast.Expr(ast.Call(func, [ast.Constant("time"), ast.Constant(str(line))])) if (
-                _is_shell(func, "run_line_magic") and line.strip() and not line.lstrip().startswith("-")
-            ):
-                code = f"{transform(line).strip()}  # %time"
-                text = text[: start_of(text, statement)] + code + text[end_of(text, statement) :]
+            case ast.Expr(ast.Call(func, [ast.Constant("time"), ast.Constant(str(line))])):
+                if ast.unparse(func) == "get_ipython().run_line_magic" and line.lstrip()[:1] not in ("", "-"):
+                    code = f"{transform(line).strip()}  # %time"
+                    text = text[: start_of(text, statement)] + code + text[end_of(text, statement) :]
     return text
-
-
-def _is_shell(func: ast.expr, method: str) -> bool:
-    match func:
-        case ast.Attribute(ast.Call(ast.Name("get_ipython"), []), attr):
-            return attr == method
-    return False
 
 
 def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> CellSource:
     source = CellSource(text, ast.parse(text), above=above, offset=offset)
     for statement, path in _statements(source.tree.body, ()):
-        value = getattr(statement, "value", None)
-        if not isinstance(statement, (ast.Expr, ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        if not isinstance(statement, _Valued) or not isinstance(statement.value, ast.Call):
             continue
-        if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
-            continue
-        target = ""
-        if not isinstance(statement, ast.Expr):
-            target = text[start_of(text, statement) : start_of(text, value)].strip()
-        match value.args:
-            case [ast.Constant(str(name)), ast.Constant(str(line))] if _is_shell(value.func, "run_line_magic"):
+        call, start = statement.value, start_of(text, statement)
+        target = "" if isinstance(statement, ast.Expr) else text[start : start_of(text, call)].strip()
+        match ast.unparse(call.func), call.args:
+            case "get_ipython().run_line_magic", [ast.Constant(str(name)), ast.Constant(str(line))]:
                 command = COMMANDS.get(f"%{name}") or COMMANDS.get(f"%%{name}")
-                try:
-                    if command is not None:
-                        name, parsed, call = _read_line(name, command, line)
-                        site = CommandSite(statement, name, parsed, call, target, path, line, offset)
-                        source.sites[statement] = site
+                if command is not None:
+                    with suppress(FlaxMagicsError):  # of a line that the command refused, which ended the cell
+                        what = _read_line(name, command, line)
+                        source.sites[statement] = CommandSite(statement, *what, target, path, line, offset)
                         continue
-                except FlaxMagicsError:  # a line that the command refused, which ended the cell
-                    pass
                 of_ours = name.endswith("load_ext") and "flax_magics" in line
                 of_ours = of_ours or (name == "config" and "FlaxMagics" in line)
                 written = "" if of_ours else f"{target} %{name} {line}"
-            case [ast.Constant(str(line))] if _is_shell(value.func, "system") or _is_shell(value.func, "getoutput"):
+            case "get_ipython().system" | "get_ipython().getoutput", [ast.Constant(str(line))]:
                 written = f"{target} !{line}"
             case _:
                 continue
-        stored = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
-        names = tuple(name.id for name in stored)
-        source.foreign[statement] = ForeignMagic(tuple(written.strip().splitlines()), names)
+        source.foreign[statement] = ForeignMagic(tuple(written.strip().splitlines()), assigned_names(statement))
     return source
 
 
@@ -294,13 +283,13 @@ class ExecutedStatement:
     """One statement at the top of a cell as it was executed.
 
     Attributes:
-      made: the session's runs by index, with the place in the code that made each; None for one that no place explains.
+      runs: the session's runs by index, with the place in the code that made each; None for one that no place explains.
       failed: the cell ended in it.
     """
 
     statement: ast.stmt
     site: CommandSite | None
-    made: list[tuple[int, CommandSite | None]] = field(default_factory=list)
+    runs: list[tuple[int, CommandSite | None]] = field(default_factory=list)
     failed: bool = False
 
 
@@ -325,7 +314,7 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
     cell_runs = []
     for cell, source in cells:
         statements = _executed(cell, source)
-        sites = [_sites_in(source, statement) for statement in statements]
+        sites = [source.sites_in(statement.statement) for statement in statements]
         queue = _RunQueue(runs, list(range(cell.first, min(cell.end, len(runs)))), cell)
         for i, statement in enumerate(statements):
             if statement.failed:
@@ -334,7 +323,7 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
                 queue.take_one(statement, statement.site)
                 continue
             later = [site for inside in sites[i + 1 :] for site in inside if site.draws or site.name == "flaxmodel"]
-            if not isinstance(statement.statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            if not isinstance(statement.statement, Definition):
                 queue.take_many(statement, [*sites[i], *reversed(functions)], later)
             functions += [site for site in sites[i] if site.in_function is not None]
         cell_runs.append(CellRun(cell, source, statements, queue.waiting))
@@ -343,17 +332,16 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
 
 def _executed(cell: ExecutedCell, source: CellSource) -> list[ExecutedStatement]:
     """The statements of a cell as far as they ran."""
-    statements = [ExecutedStatement(statement, source.sites.get(statement)) for statement in source.tree.body]
-    if cell.error is None or not statements:
+    statements = source.statements()
+    if cell.error is None:
         return statements
-    line = 0 if cell.line is None else cell.line - source.offset
-    if cell.line is not None and line < 1:  # the command of the cell's first line failed, once the body had run
+    line = (cell.line or 0) - source.offset
+    # Before the first line stands the command of the cell's own, which failed once the body had run.
+    if cell.line is None or line >= 1:
+        statements = [statement for statement in statements if begin(statement.statement) <= line]
+    if statements:
         statements[-1].failed = True
-        return statements
-    ran = [statement for statement in statements if begin(statement.statement) <= line]
-    if ran:
-        ran[-1].failed = True
-    return ran
+    return statements
 
 
 def begin(statement: ast.stmt) -> int:
@@ -367,14 +355,7 @@ def end(statement: ast.stmt) -> int:
     return statement.end_lineno or statement.lineno
 
 
-def _sites_in(source: CellSource, executed: ExecutedStatement) -> list[CommandSite]:
-    """The places of commands in a statement."""
-    if executed.site is not None:
-        return [executed.site]
-    return [site for site in source.sites.values() if executed.statement in site.path]
-
-
-_REPEATING = (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef)
+_REPEATING = FunctionNode | ast.For | ast.AsyncFor | ast.While
 """In these a place can make more than one run in one execution of its statement."""
 
 
@@ -390,12 +371,12 @@ class _RunQueue:
         """The run of a command: the next, and what nobody explains before it."""
         if site.name == "flaxmodel":
             while self.waiting and site.matches(self.runs[self.waiting[0]]):
-                statement.made.append((self.waiting.pop(0), site))
+                statement.runs.append((self.waiting.pop(0), site))
             return
         first = next((i for i, index in enumerate(self.waiting) if site.matches(self.runs[index])), None)
         if site.draws and first is not None:
-            statement.made += [(index, None) for index in self.waiting[:first]]
-            statement.made.append((self.waiting[first], site))
+            statement.runs += [(index, None) for index in self.waiting[:first]]
+            statement.runs.append((self.waiting[first], site))
             del self.waiting[: first + 1]
 
     def take_many(self, statement: ExecutedStatement, sites: list[CommandSite], later: list[CommandSite]) -> None:
@@ -418,4 +399,4 @@ class _RunQueue:
                 if needed and sum(1 for index in self.waiting if site.matches(self.runs[index])) <= needed:
                     return
             used.add(site)
-            statement.made.append((self.waiting.pop(0), site))
+            statement.runs.append((self.waiting.pop(0), site))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from ..base.types import PyTree
 from ..cells.journal import Load, state_of
-from . import linen, nnx
+from ..rng.keys import SPLIT
+from . import runs
 from .cells import MODELS
 from .context import CommandLines, ScriptContext, ScriptModel
 from .functions import CannotSay
-from .writer import label_of
+from .writer import draws, label_of
 
 SESSION_VARIABLES = re.compile(r"flax_magics\.session\(\)\.models\[(['\"])(\w+)\1\]\.variables")
 """A model's variables, as messages write them."""
@@ -36,11 +37,10 @@ def _key(command: CommandLines) -> list[str]:
         return [writer.start(options["seed"])]
     if not name:
         return _nothing(command)
-    _check_history(command.context)
     command.context.assigned.add(writer.root)
     show = writer.show(f"key {name}", command.target or writer.key(name))
-    if command.target and name not in ("params", "dropout"):
-        return [f"{command.target} = {writer.fold(name)}  # stream {writer.text(name)}", *writer.draw(), *show]
+    if command.target and name not in SPLIT:
+        return [writer.fold(name, command.target), *writer.draw(), *show]
     bind = [f"{site.target} {writer.key(name)}"] if site.target else []
     return [*writer.draw((name,)), *bind, *show]
 
@@ -48,7 +48,6 @@ def _key(command: CommandLines) -> list[str]:
 def _run(command: CommandLines) -> list[str]:
     """`%flax_init` and `%flax_apply`."""
     context, site = command.context, command.site
-    _check_history(context)
     if not command.indices:
         # Another branch, say: what a line like it did elsewhere is what this one would do.
         alike = [i for i, run in enumerate(context.groups.runs) if run.made is None and site.matches(run)]
@@ -63,13 +62,8 @@ def _run(command: CommandLines) -> list[str]:
     if name in context.lost and command.options.get("variables") is None:
         raise CannotSay(context.lost[name])
     if site.name == "flax_init":
-        return nnx.build_again(command) if model.holds else linen.init(command)
-    return nnx.apply(command) if model.holds else linen.apply(command)
-
-
-def _check_history(context: ScriptContext) -> None:
-    if context.gone:
-        raise CannotSay("the history of its run is gone: %flax_load brought another")
+        return runs.init_nnx(command) if model.holds else runs.init_linen(command)
+    return runs.apply_nnx(command) if model.holds else runs.apply_linen(command)
 
 
 def _register(command: CommandLines) -> list[str]:
@@ -84,15 +78,15 @@ def _register(command: CommandLines) -> list[str]:
         if not model.holds:
             lines.append(f"{model.name} = {registered}()")
         elif context.states.get(registered) != "unchanged":
-            lines.append(f"{model.name} = {nnx.with_rngs(f'{registered}()')}")
+            lines.append(f"{model.name} = {runs.with_rngs(f'{registered}()')}")
         context.assigned.add(model.name)
     for run in command.runs:
         model = context.models[run.model or name]
         context.lost.pop(run.model or name, None)
         context.assigned |= {writer.root, model.name}
         writer.needs.add("nnx")
-        lines += command.draw_of_init()
-        lines.append(f"{model.name} = {nnx.construction_of(run, writer.params, writer.dropout)}")
+        lines += command.draw_of_init(*SPLIT)
+        lines.append(f"{model.name} = {runs.construction_of(run, writer.params, writer.dropout)}")
         lines += writer.show(label_of(f"{model.name} = {run.call}"), f"nnx.state({model.name})")
     if lines or name == MODELS or not written:
         return lines
@@ -102,7 +96,7 @@ def _register(command: CommandLines) -> list[str]:
             return []
         # An edit that kept the values: the keys do not matter, the streams do.
         writer.needs.add("nnx")
-        written = nnx.with_rngs(written)
+        written = runs.with_rngs(written)
     context.assigned.add(name)
     return [f"{name} = {written}"]
 
@@ -162,8 +156,7 @@ def _load(command: CommandLines) -> list[str]:
         lines.append(f"{model.variables} = {tensors}[{writer.text(name)}]")
     lines.append(writer.start(load.seed))
     if load.draws:
-        many = "a draw" if load.draws == 1 else f"{load.draws} draws"
-        lines += [f"# The session in the file had made {many}.", *writer.advance(load.draws)]
+        lines += [f"# The session in the file had made {draws(load.draws)}.", *writer.advance(load.draws)]
     return lines
 
 
@@ -178,12 +171,11 @@ def _why_unreadable(load: Load, name: str, model: ScriptModel) -> str:
     return ""
 
 
-def _is_plain(tree: Any) -> bool:
+def _is_plain(tree: PyTree) -> bool:
     """Whether names joined by `/` and arrays of plain numbers are all that there is."""
     if isinstance(tree, Mapping):
-        return bool(tree) and all(
-            type(key) is str and key and "/" not in key and _is_plain(inner) for key, inner in tree.items()
-        )
+        names = all(type(name) is str and name and "/" not in name for name in tree)
+        return bool(tree) and names and all(map(_is_plain, tree.values()))
     return isinstance(tree, (jax.Array, np.ndarray)) and not jax.dtypes.issubdtype(tree.dtype, jax.dtypes.extended)
 
 

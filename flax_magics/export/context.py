@@ -6,12 +6,14 @@ import ast
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from itertools import chain, pairwise
 
+from ..base.types import PyTree
 from ..cells.journal import Load
 from ..cells.names import is_of_the_notebook
 from ..line.call import CallExpression
+from ..rng.keys import SPLIT
 from ..run import ExportFacts, Run
 from .cells import CellRun, CommandSite
 from .functions import CannotSay, JittedFunction
@@ -33,12 +35,12 @@ class ScriptModel:
     """
 
     name: str
-    module: Any
+    module: object
     holds: bool
     variables: str = ""
     construction: str = ""
     first_key: str = ""
-    loaded: Any = None
+    loaded: PyTree = None
 
 
 class RunGroups:
@@ -48,82 +50,62 @@ class RunGroups:
       runs: all of them.
       versions: for each run a value that is the same where the model's code, and all that it reads, was the same.
       made_by: run → the place that made it, for those that a place explains.
-      of_site: place → its runs, by index.
-      versions_at: place → for each statement that ran it, the versions in its runs.
+      by_statement: place → its runs, by index, of each statement that ran it.
       follower: an init → the apply that took the rest of its draw; `leader` the other way round.
     """
 
     def __init__(self, runs: Sequence[Run], cell_runs: Sequence[CellRun], restarts: Sequence[int]) -> None:
         self.runs = runs
-        self.versions = _versions(runs)
+        self.versions: list[object] = []
         self.made_by: dict[int, CommandSite] = {}
-        self.of_site: dict[CommandSite, list[int]] = {}
-        self.versions_at: dict[CommandSite, list[set[Any]]] = {}
+        self.by_statement: dict[CommandSite, list[list[int]]] = {}
         self.follower: dict[int, int] = {}
+        # The fingerprint of each run's model; where there is none, how often the model had been another until then.
+        changes: Counter[str | None] = Counter()
+        for run in runs:
+            changes[run.model] += any(cause.kind == "model" for cause in run.causes)
+            code = None if run.spelling is None else run.spelling.code
+            self.versions.append(changes[run.model] if code is None else code)
         for statement in (statement for cell_run in cell_runs for statement in cell_run.statements):
-            for site in {site for _, site in statement.made if site is not None}:
-                indices = [index for index, other in statement.made if other is site]
+            for site in {site for _, site in statement.runs if site is not None}:
+                indices = [index for index, other in statement.runs if other is site]
                 self.made_by |= dict.fromkeys(indices, site)
-                self.of_site.setdefault(site, []).extend(indices)
-                self.versions_at.setdefault(site, []).append({self.versions[index] for index in indices})
-        in_functions = {(site.name, site.line, site.target): site for site in self.of_site if site.in_function}
+                self.by_statement.setdefault(site, []).append(indices)
+        in_functions = {(site.name, site.line, site.target): site for site in self.by_statement if site.in_function}
         for site in (site for cell_run in cell_runs for site in cell_run.source.sites.values()):
             twin = in_functions.get((site.name, site.line, site.target))
-            if twin is not None and site not in self.of_site and site.in_function is not None:
+            if twin is not None and site not in self.by_statement and site.in_function is not None:
                 # The function was defined again before it was called: what its runs were is what they would be.
-                self.of_site[site], self.versions_at[site] = self.of_site[twin], self.versions_at[twin]
-        init: int | None = None
-        for index, run in enumerate(runs):
-            if index in restarts:
-                init = None
-            if run.replayed:
-                continue
-            if init is not None and run.kind.forward:
-                first = runs[init]
-                if (first.model, first.seed, first.draw) == (run.model, run.seed, run.draw):
-                    self.follower[init] = index
-            init = index if run.kind.opens else None
+                self.by_statement[site] = self.by_statement[twin]
+        for init, index in pairwise(i for i, run in enumerate(runs) if not run.replayed):
+            first, second = runs[init], runs[index]
+            goes_on = first.kind.opens and second.kind.forward and not any(init < n <= index for n in restarts)
+            if goes_on and (first.model, first.seed, first.draw) == (second.model, second.seed, second.draw):
+                self.follower[init] = index
         self.leader = {apply: init for init, apply in self.follower.items()}
+
+    def of_site(self, site: CommandSite) -> list[int]:
+        """The runs of a place, by index."""
+        return list(chain.from_iterable(self.by_statement.get(site, [])))
 
     def shares_in_place(self, site: CommandSite) -> bool:
         """Whether each run of `site` finds the rest of a draw that an init left in the same block just before."""
-        indices = self.of_site.get(site, [])
-        if not indices or site.parsed.options.get("draws") is not None:
-            return False
-        for index in indices:
-            init = self.made_by.get(self.leader.get(index, -1))
-            if init is None or init.path != site.path or (site.path and init.in_function is not site.in_function):
-                return False
-        return True
+        inits = [self.made_by.get(self.leader.get(index, -1)) for index in self.of_site(site)]
+        alone = site.parsed.options.get("draws") is None
+        return alone and bool(inits) and all(init is not None and init.path == site.path for init in inits)
 
     def stays(self, site: CommandSite) -> bool:
         """Whether the draw of an init at `site` is made again by the apply that takes the rest of it."""
-        after = [self.made_by.get(self.follower.get(index, -1)) for index in self.of_site.get(site, [])]
+        after = [self.made_by.get(self.follower.get(index, -1)) for index in self.of_site(site)]
         return bool(after) and all(other is not None and not self.shares_in_place(other) for other in after)
 
     def folded_later(self, site: CommandSite) -> tuple[tuple[str, ...], bool]:
         """The streams that the apply after an init at `site` takes of its draw, and whether it has its own `params`."""
-        streams: list[str] = []
-        taken = False
-        for after in (self.follower.get(index, -1) for index in self.of_site.get(site, [])):
-            other = self.made_by.get(after)
-            if other is None or not self.shares_in_place(other):
-                continue
-            facts = self.runs[after].spelling or ExportFacts()
-            streams += [*other.parsed.options["key"], *facts.streams]
-            taken = taken or facts.taken
-        return tuple(dict.fromkeys(streams)), taken
-
-
-def _versions(runs: Sequence[Run]) -> list[Any]:
-    """The fingerprint of each run's model; where there is none, how often the model had been another until then."""
-    changes: Counter[str | None] = Counter()
-    versions: list[Any] = []
-    for run in runs:
-        changes[run.model] += any(cause.kind == "model" for cause in run.causes)
-        code = None if run.spelling is None else run.spelling.code
-        versions.append(changes[run.model] if code is None else code)
-    return versions
+        after = [self.follower.get(index, -1) for index in self.of_site(site)]
+        shared = [index for index in after if index in self.made_by and self.shares_in_place(self.made_by[index])]
+        facts = {index: self.runs[index].spelling or ExportFacts() for index in shared}
+        streams = (name for i in shared for name in (*self.made_by[i].parsed.options["key"], *facts[i].streams))
+        return tuple(dict.fromkeys(streams)), any(each.taken for each in facts.values())
 
 
 FROM_PACKAGE = "it comes from flax_magics"
@@ -194,8 +176,8 @@ class ScriptContext:
 
     def is_conditional(self, site: CommandSite) -> bool:
         """Whether some runs of a place initialise and others do not, so that the script has to look."""
-        initialises = [_initialises(self.groups.runs[index]) for index in self.groups.of_site.get(site, [])]
-        return bool(site.path) and any(initialises) and (len(initialises) == 1 or not all(initialises))
+        made = [initialises(self.groups.runs[index]) for index in self.groups.of_site(site)]
+        return bool(site.path) and any(made) and (len(made) == 1 or not all(made))
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
         """These runs have no lines: models whose variables they made or changed are lost."""
@@ -210,7 +192,8 @@ class ScriptContext:
         return self.models[name]
 
 
-def _initialises(run: Run) -> bool:
+def initialises(run: Run) -> bool:
+    """Whether a run made all of its model's variables."""
     return run.made is not None and not run.made.added
 
 
@@ -240,7 +223,7 @@ class CommandLines:
     @property
     def initialising(self) -> list[Run]:
         """Its runs that made all of the model's variables."""
-        return [run for run in self.runs if _initialises(run)]
+        return [run for run in self.runs if initialises(run)]
 
     @cached_property
     def facts(self) -> ExportFacts:
@@ -268,36 +251,39 @@ class CommandLines:
         parts = sorted(name for name in names if not name.startswith(taken_apart))
         if parts:
             raise CannotSay(f"`{parts[0]}` is part of the program, and jax.jit takes no such part of an argument")
-        return replace(
-            last,
-            mode=mode,
-            streams=tuple(sorted({stream for each in facts for stream in each.streams})),
-            mutable=tuple(sorted({name for each in facts for name in each.mutable})),
-            kept=tuple(sorted({name for each in facts for name in each.kept})),
-        )
+
+        def of_any(field: str) -> tuple[str, ...]:
+            return tuple(sorted({name for each in facts for name in getattr(each, field)}))
+
+        return replace(last, mode=mode, streams=of_any("streams"), mutable=of_any("mutable"), kept=of_any("kept"))
 
     # -- the keys of its draw
 
     def keys(self) -> tuple[list[str], KeyNames, str]:
         """The lines that make its keys, which variable holds each stream's key, and the one that an init is given."""
-        context, writer, facts, size = self.context, self.writer, self.facts, self.options["draws"]
+        context, writer, facts, many = self.context, self.writer, self.facts, self.options["draws"] is not None
         streams = (*facts.streams, *self.options["key"])
-        if size is not None and facts.taken and "params" in streams:
+        if many and facts.taken and "params" in streams:
             raise CannotSay("the first of its draws has another `params` key than the others")
         makes = any(run.made for run in self.runs)
         if self.options["draw"] is not None:
-            return self.replayed_keys((*streams, *(("params", "dropout") if makes else ())), taken=facts.taken)
+            return self.replayed_keys((*streams, *(SPLIT if makes else ())), taken=facts.taken)
         context.assigned.add(writer.root)
-
-        def key(stream: str) -> str:
-            return writer.key(stream, taken=facts.taken)
-
-        if size is not None:
+        key = partial(writer.key, taken=facts.taken)
+        if many:
             return self._many_keys(writer.root, (*streams, *(("params",) if makes else ())), key)
         if context.groups.shares_in_place(self.site):
-            context.assigned |= {writer.params, writer.dropout, *(key(stream) for stream in streams)}
+            context.assigned |= {writer.params, writer.dropout, *map(key, streams)}
             return [], key, writer.params
         return writer.draw(streams, taken=facts.taken), key, writer.params
+
+    def keys_of_init(self, *streams: str) -> tuple[list[str], KeyNames, str]:
+        """The same for an init, which takes `streams` of its draw."""
+        if self.options["draw"] is not None:
+            return self.replayed_keys(streams)
+        writer = self.writer
+        self.context.assigned |= {writer.root, writer.params, writer.dropout}
+        return self.draw_of_init(*streams), writer.key, writer.params
 
     def replayed_keys(self, streams: Iterable[str], *, taken: bool = False) -> tuple[list[str], KeyNames, str]:
         """The keys of an earlier draw, or of as many draws as one run takes from that on, made again from its seed."""
@@ -330,17 +316,20 @@ class CommandLines:
         lines = [f"{', '.join(names.values())} = {empty}", f"for _ in range({size}):", *indented(body, writer.unit)]
         return lines, names.__getitem__, f"{names.get('params', '')}[0]"
 
-    def draw_of_init(self) -> list[str]:
-        """The draw of an init, with the keys that the apply after it takes of it too."""
-        streams, taken = self.context.groups.folded_later(self.site)
-        return self.writer.draw(streams, taken=taken, stay=self.context.groups.stays(self.site))
+    def draw_of_init(self, *streams: str) -> list[str]:
+        """The draw of an init that takes `streams` of it, with the keys that the apply after it takes of it too."""
+        writer, groups = self.writer, self.context.groups
+        if groups.stays(self.site):
+            return [writer.STAYS, *writer.keys_of(writer.root, streams, writer.key)]
+        later, taken = groups.folded_later(self.site)
+        return writer.draw(later, taken=taken)
 
     # -- its function
 
     def jitted(
-        self, decorator: str, parameters: Sequence[str], static: Sequence[str], body: Sequence[str], *, mode: str = ""
-    ) -> JittedFunction:
-        """The function that it calls; `mode` where that is not part of it."""
+        self, decorator: str, parameters: Sequence[str], body: Sequence[str], static: Sequence[str], *, mode: str = ""
+    ) -> str:
+        """The name of the function that it calls, which is in the script then; `mode` where that is not part of it."""
         model, method, mode = self.model.name, self.call.method, mode or self.site.mode
         # `train`, `evaluate`, `apply`, `encode`, `train_encode`
         verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
@@ -350,7 +339,8 @@ class CommandLines:
         # With several models each function is called after its own.
         several = len({run.model for run in self.context.groups.runs if run.kind.forward}) > 1
         names = (f"{verb}_{model}",) if several else (verb, f"{verb}_{model}")
-        return JittedFunction(model, names, decorator, tuple(parameters), tuple(static), tuple(body))
+        function = JittedFunction(model, names, decorator, tuple(parameters), tuple(static), tuple(body))
+        return self.context.define(function, self.site)
 
     # -- its value
 
@@ -362,7 +352,8 @@ class CommandLines:
     @cached_property
     def target(self) -> str:
         """The name of `y =`; empty for a target that is anything else."""
-        return name_of(self.site.target)
+        name = self.site.target.removesuffix("=").strip()
+        return name if self.site.target.endswith("=") and name.isidentifier() else ""
 
     @cached_property
     def targets(self) -> list[str]:
@@ -407,9 +398,3 @@ class CommandLines:
         if len(self.targets) != 2:
             return self.value_lines(f"({self.output}, {updates})")
         return [f"{self.targets[1]} = {updates}", *self.writer.show(self.label, f"({', '.join(self.targets)})")]
-
-
-def name_of(target: str) -> str:
-    """The name of `y =`; empty for a target that is anything else."""
-    name = target.removesuffix("=").strip()
-    return name if target.endswith("=") and name.isidentifier() else ""

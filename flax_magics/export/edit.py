@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 
 from ..cells.names import binds, reads
 from ..line.expression import segment
-from .cells import CellSource, CommandSite, begin, blocks, end
+from .cells import CellSource, CommandSite, Definition, FunctionNode, begin, blocks, end
 from .context import FROM_PACKAGE, ScriptContext
 from .functions import CannotSay
 from .writer import indented
 
 _MAGIC = re.compile(r"get_ipython\(\)\.run_line_magic\((['\"])(\w+)\1, (['\"])(.*)\3\)")
 _SHELL = re.compile(r"get_ipython\(\)\.(?:system|getoutput)\((['\"])(.*)\1\)")
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _A_RUN = "it is a Run of the session"
 
 
@@ -38,19 +37,19 @@ class Edit:
     Attributes:
       source: the cell.
       command: gives the lines in the place of a command; raises `CannotSay`.
-      left_out: filled with what became a comment: the line, and the reason.
+      futures: gets the names that are imported from `__future__`, which stand at the top of the script.
+      left_out: something became a comment.
       written: places of commands that have lines.
       declared: function → names that the lines in it assign, and that are global.
-      futures: names that it imports from `__future__`, which stand at the top of the script.
     """
 
     source: CellSource
     context: ScriptContext
     command: Callable[[CommandSite], list[str]]
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    futures: list[str]
+    left_out: bool = False
     written: set[CommandSite] = field(default_factory=set)
-    declared: dict[ast.stmt, set[str]] = field(default_factory=dict)
-    futures: list[str] = field(default_factory=list)
+    declared: dict[FunctionNode, set[str]] = field(default_factory=dict)
     _edits: list[tuple[int, int, list[str]]] = field(default_factory=list)
     """First and last line, and the lines in their place."""
 
@@ -67,9 +66,9 @@ class Edit:
         for function, names in self.declared.items():
             if not code or not names:
                 continue
-            first = function.body[0]  # type: ignore[attr-defined]
+            first = function.body[0]
             docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-            at = first.end_lineno + 1 if docstring else begin(first)
+            at = end(first) + 1 if docstring else begin(first)
             self._edits.append((at, at - 1, [f"{self._indent(first)}global {', '.join(sorted(names))}"]))
         first_line = begin(statement)
         lines = lines_of_statement(self.source, statement)
@@ -99,15 +98,13 @@ class Edit:
             return True
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             return self._import(statement)
-        inside = [site for site in source.sites.values() if statement in site.path]
+        inside = source.sites_in(statement)
         names.lose((out for site in inside if (out := site.parsed.options.get("out"))), _A_RUN)
-        package = _imports_package(statement)
+        package = "flax_magics" in imported(statement)
         reason = names.missing(self._reads(statement))
         magics = any(begin(statement) <= magic.lineno <= end(statement) for magic in source.foreign)
-        if not reason and not package and not inside and not magics:
-            names.bind(binds(statement))
-            return True
-        if isinstance(statement, _DEFINITIONS) or not blocks(statement):
+        as_it_is = not (reason or package or inside or magics)
+        if as_it_is or isinstance(statement, Definition) or not blocks(statement):
             if reason or package:
                 return self._leave_out(statement, reason or CannotSay("it imports flax_magics"))
             self._blocks(statement, here=False)
@@ -174,9 +171,9 @@ class Edit:
             self._replace(statement, [])
             return False
         if isinstance(statement, ast.Import):
-            kept = [alias for alias in statement.names if not _is_package(alias.name)]
+            kept = [alias for alias in statement.names if alias.name.partition(".")[0] != "flax_magics"]
         else:
-            kept = [] if _is_package(statement.module or "") and not statement.level else statement.names
+            kept = [] if "flax_magics" in imported(statement) else statement.names
         gone = [alias for alias in statement.names if alias not in kept]
         names.bind(binds(statement))
         names.lose(((alias.asname or alias.name).partition(".")[0] for alias in gone), FROM_PACKAGE)
@@ -190,7 +187,8 @@ class Edit:
         self._edits = [edit for edit in self._edits if not first <= edit[0] <= last + 1]
         indent, lines = self._indent(statement), lines_of_statement(self.source, statement)
         self._replace(statement, [f"{indent}# Left out: {reason}.", *commented(lines, indent)])
-        self.left_out.append((as_typed(lines[0]).strip(), str(reason)))
+        self.context.unexported.append(f"{as_typed(lines[0]).strip()}: {reason}")
+        self.left_out = True
         self.context.names.lose(binds(statement), reason.cause)
         return False
 
@@ -210,19 +208,15 @@ def lines_of_statement(source: CellSource, statement: ast.stmt) -> list[str]:
     return source.text.split("\n")[begin(statement) - 1 : end(statement)]
 
 
-def _is_package(module: str) -> bool:
-    return module.partition(".")[0] == "flax_magics"
-
-
-def _imports_package(statement: ast.stmt) -> bool:
-    """Whether flax_magics is imported inside of it, by an import or by its name as text."""
-    for node in ast.walk(statement):
+def imported(tree: ast.AST) -> set[str]:
+    """The packages that code imports, by an import or by their names as text."""
+    modules: list[str] = []
+    for node in ast.walk(tree):
         match node:
-            case ast.Import(names) if any(_is_package(alias.name) for alias in names):
-                return True
-            case ast.ImportFrom(module=str(module), level=0) if _is_package(module):
-                return True
+            case ast.Import(aliases):
+                modules += [alias.name for alias in aliases]
+            case ast.ImportFrom(module=str(module), level=0):
+                modules.append(module)
             case ast.Call(ast.Name(name) | ast.Attribute(attr=name), [ast.Constant(str(module)), *_]):
-                if name in ("__import__", "import_module") and _is_package(module):
-                    return True
-    return False
+                modules += [module] if name in ("__import__", "import_module") else []
+    return {module.partition(".")[0] for module in modules}

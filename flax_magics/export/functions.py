@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import keyword
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..line.call import Argument, CallExpression
 from ..run import ContainerPart, ExportFacts
@@ -84,7 +84,8 @@ def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: It
         # Which of them come by `**`, only the call itself knows.
         unknown = sorted(facts.static - {name for name, _ in call.arguments} - set(facts.parameters))
         arguments.static += [name for name in unknown if name.isidentifier()]
-    place = 0
+    unnamed = (f"argument_{place}" for place in itertools.count(len(facts.parameters)))
+    positional = itertools.chain(facts.parameters, unnamed)
     for name, text in ((argument.name, one_line(argument.text)) for argument in call.arguments):
         if name in ("*", "**"):
             parameter = f"{name}args" if name == "*" else f"{name}kwargs"
@@ -92,10 +93,7 @@ def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: It
             arguments.inside.append(parameter)
             arguments.outside.append(f"{name}{text}")
             continue
-        leaf = name
-        if leaf is None:
-            leaf = facts.parameters[place] if place < len(facts.parameters) else f"argument_{place}"
-            place += 1
+        leaf = next(positional) if name is None else name
         part = containers.get(leaf) or ContainerPart("choice" if leaf in facts.static else "data")
         # True, None, a string: no data, whatever the run made of it.
         constants = (object,) if leaf in facts.static else (bool, str, bytes, type(None))
@@ -109,12 +107,8 @@ def _elements(written: str, part: ContainerPart) -> dict[str | int, str]:
     elements: dict[str | int, ast.expr] = {}
     match ast.parse(written.strip(), mode="eval").body:
         case ast.Dict(keys, values):
-            pairs = zip(keys, values, strict=True)
-            elements = {
-                key.value: value
-                for key, value in pairs
-                if isinstance(key, ast.Constant) and isinstance(key.value, (str, int))
-            }
+            pairs = [(getattr(key, "value", None), value) for key, value in zip(keys, values, strict=True)]
+            elements = {key: value for key, value in pairs if isinstance(key, (str, int))}
         case ast.List(items) | ast.Tuple(items) if not any(isinstance(item, ast.Starred) for item in items):
             elements = dict(enumerate(items))
         case ast.Name() | ast.Attribute() | ast.Subscript():
@@ -154,7 +148,7 @@ class Function:
     """
 
     name: str
-    version: Any
+    version: object
     used: int
 
 
@@ -184,8 +178,4 @@ class JittedFunction:
             writer.needs.add("functools")
             names = ", ".join(map(writer.text, self.static)) + ("," if len(self.static) == 1 else "")
             decorator = f"@functools.partial({self.decorator}, static_argnames=({names}))"
-        return [
-            decorator,
-            call(f"def {name}(", self.parameters, "):"),
-            *indented(self.body, writer.unit),
-        ]
+        return [decorator, call(f"def {name}(", self.parameters, "):"), *indented(self.body, writer.unit)]

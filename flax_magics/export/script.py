@@ -5,20 +5,20 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
 
 import jax
 
 from ..cells.journal import Load, Registered
 from ..cells.names import binds, reads
-from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, begin, blocks, end
+from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, FunctionNode, begin, blocks, end
 from .commands import LINES, SESSION_VARIABLES
-from .context import CommandLines, ScriptContext
-from .edit import Edit, commented, lines_of_statement
+from .context import CommandLines, ScriptContext, initialises
+from .edit import Edit, commented, imported, lines_of_statement
 from .functions import CannotSay, Function, JittedFunction
-from .writer import Lines, joined
+from .writer import Lines, draws, joined
 
 
 @dataclass(eq=False)
@@ -40,7 +40,7 @@ class RootKeyTracker:
         if site is not None and site.name == "flax_key" and site.parsed.options["seed"] is not None:
             self.at = site.parsed.options["seed"], 0
             return []
-        drawn = [index for index, site in statement.made if site is not None and not groups.runs[index].replayed]
+        drawn = [index for index, site in statement.runs if site is not None and not groups.runs[index].replayed]
         if not drawn:
             return []
         run = groups.runs[drawn[0]]
@@ -51,7 +51,7 @@ class RootKeyTracker:
             lines, number = [writer.start(run.seed)], 0
         behind = run.draw - 1 - number
         if behind:
-            many = _draws(behind)
+            many = draws(behind)
             self.context.unexported.append(f"{many} before draw {run.draw} of seed {run.seed} that no cell made")
             lines += [f"# Left out: {many} that no cell made.", *writer.advance(behind)]
         self.at = run.seed, run.draw - 1
@@ -59,38 +59,35 @@ class RootKeyTracker:
 
     def after(self, statement: ExecutedStatement) -> None:
         """The statement has run."""
-        groups = self.context.groups
-        drawn = [(index, site) for index, site in statement.made if not groups.runs[index].replayed]
+        drawn = [made for made in statement.runs if not self.context.groups.runs[made[0]].replayed]
         if drawn:
-            index, site = drawn[-1]
-            stays = site is not None and groups.runs[index].kind.opens and groups.stays(site)
-            self._stand(index, stays=stays)
+            self._stand(*drawn[-1])
 
-    def skip(self, indices: Sequence[int]) -> list[str]:
-        """The lines that move the root key on in the place of runs that have none."""
-        runs, leader = self.context.groups.runs, self.context.groups.leader
-        moving = (index for index in indices if not runs[index].replayed and index not in leader)
-        draws = sum(runs[index].draws or 1 for index in moving)
-        if not draws:
+    def skip(self, indices: Sequence[int], *, unexplained: bool = False) -> list[str]:
+        """The lines that move the root key on in the place of runs that have none.
+
+        Args:
+          unexplained: nothing in the cells explains them, which the script says.
+        """
+        runs = {index: self.context.groups.runs[index] for index in indices}
+        drawn = {index: run.draws or 1 for index, run in runs.items() if not run.replayed}
+        moves = sum(many for index, many in drawn.items() if index not in self.context.groups.leader)
+        if not moves:
             return []
-        lines = [*self._started()[0], *self.context.writer.advance(draws)]
+        said = []
+        if unexplained:
+            calls = ", ".join(dict.fromkeys(" ".join(run.call.split()) for run in runs.values()))
+            reason = f"{draws(sum(drawn.values()))} that no line of the cells explains: {calls}"
+            self.context.unexported.append(reason)
+            said = [f"# Left out: {reason}."]
+        lines = [*self._started()[0], *said, *self.context.writer.advance(moves)]
         self._stand(indices[-1])
         return lines
 
-    def unexplained(self, indices: Sequence[int]) -> list[str]:
-        """The same for runs that nothing in the cells explains, which the script says."""
-        lines = self.skip(indices)
-        if not lines:
-            return []
-        runs = [self.context.groups.runs[index] for index in indices]
-        calls = ", ".join(dict.fromkeys(" ".join(run.call.split()) for run in runs))
-        draws = _draws(sum(run.draws or 1 for run in runs if not run.replayed))
-        self.context.unexported.append(f"{draws} that no line of the cells explains: {calls}")
-        at = 1 if lines[0].startswith(f"{self.context.writer.root} = jax.random.key(") else 0
-        return [*lines[:at], f"# Left out: {self.context.unexported[-1]}.", *lines[at:]]
-
-    def _stand(self, index: int, *, stays: bool = False) -> None:
-        run = self.context.groups.runs[index]
+    def _stand(self, index: int, site: CommandSite | None = None) -> None:
+        groups = self.context.groups
+        run = groups.runs[index]
+        stays = site is not None and run.kind.opens and groups.stays(site)
         self.at = run.seed, run.draw + (run.draws or 1) - 1 - stays
 
     def _started(self) -> tuple[list[str], tuple[int, int]]:
@@ -99,10 +96,6 @@ class RootKeyTracker:
             return [], self.at
         self.at = self.seed, 0
         return [self.context.writer.start(self.seed)], self.at
-
-
-def _draws(many: int) -> str:
-    return "a draw" if many == 1 else f"{many} draws"
 
 
 @dataclass(eq=False)
@@ -131,8 +124,8 @@ class Script:
         self.context.define = self._define
         self._before: list[Lines] = []
         self._inline: list[str] = []
-        self._made: list[tuple[int, CommandSite | None]] = []
-        self._declared: dict[ast.stmt, set[str]] = {}
+        self._runs: list[tuple[int, CommandSite | None]] = []
+        self._declared: dict[FunctionNode, set[str]] = {}
         self._written: set[CommandSite] = set()
         self._loads: Iterator[Load] = iter(())
 
@@ -190,30 +183,28 @@ class Script:
     def _skip(self, indices: Sequence[int]) -> None:
         """Runs that no line of the cells explains."""
         self.context.skipped(indices, "its variables come from a draw that no line of the cells explains")
-        self._write(self.root.unexplained(indices), ours=True)
+        self._write(self.root.skip(indices, unexplained=True), ours=True)
 
     # -- one statement
 
     def _write_statement(self, executed: ExecutedStatement, source: CellSource, gap: list[str]) -> None:
         """Writes a statement below the lines of comment and the empty ones above it."""
         context, statement, site = self.context, executed.statement, executed.site
-        self._before, self._made = [], executed.made
+        self._before, self._runs = [], executed.runs
         if site is not None and site.name == "flax_load":
             context.load = next(self._loads, None)
             if context.load is not None:
                 self.root.at = context.load.seed, context.load.draws
-        self._skip([index for index, site in executed.made if site is None])
+        self._skip([index for index, site in executed.runs if site is None])
         self._prepare(executed)
-        edit = Edit(source, context, self._command)
+        edit = Edit(source, context, self._command, self.futures)
         self._declared = edit.declared
         lines, code = edit.statement(statement)
         self._written |= edit.written
-        self.futures += edit.futures
-        for line, reason in edit.left_out:
-            context.unexported.append(f"{line}: {reason}")
-            assigned = context.models if _assigns_variables(statement) else assigned_by(site)
+        if edit.left_out:
+            assigned = context.models if any(map(sets_variables, ast.walk(statement))) else assigned_by(site)
             context.lost.update(dict.fromkeys(assigned, "its variables were set by a line that is left out"))
-        skipped = [i for i, place in executed.made if place is not None and not (code and place in self._written)]
+        skipped = [i for i, place in executed.runs if place is not None and not (code and place in self._written)]
         context.skipped(skipped, "its variables come from a line that is left out")
         self.root.after(executed)
         self.bound_in.update(dict.fromkeys(binds(statement), len(self.blocks) - 1))
@@ -226,7 +217,7 @@ class Script:
     def _command(self, site: CommandSite) -> list[str]:
         """The lines of a command. Raises `CannotSay`."""
         context, self._inline = self.context, []
-        indices = context.groups.of_site.get(site, [])
+        indices = context.groups.of_site(site)
         reason = context.names.missing(_read_by(site))
         if reason is not None:
             raise reason
@@ -234,6 +225,8 @@ class Script:
         try:
             if site.name not in LINES:
                 raise CannotSay("what it does has no lines in a script")
+            if context.gone and site.draws:
+                raise CannotSay("the history of its run is gone: %flax_load brought another")
             lines = LINES[site.name](CommandLines(context, site, indices))
         except CannotSay as error:
             if indices or not site.path or not site.draws:
@@ -253,15 +246,15 @@ class Script:
         lines = self.root.before(executed)
         self._before += [Lines(lines)] if lines else []
         unset: set[str] = set()
-        for index, site in executed.made:
+        for index, site in executed.runs:
             if site is None:
                 continue
             run = groups.runs[index]
             if site.in_function is not None and executed.statement not in site.path and site in self.of_site:
-                versions = {groups.versions[other] for other, place in executed.made if place is site}
+                versions = {groups.versions[other] for other, place in executed.runs if place is site}
                 self._define_again(self.of_site[site], versions)
             model = self.context.models.get(run.model or "")
-            if model is None or run.made is None or run.made.added or model.holds or model.name in unset:
+            if model is None or model.holds or model.name in unset or not initialises(run):
                 continue
             if self.context.is_conditional(site):
                 unset.add(model.name)
@@ -275,9 +268,10 @@ class Script:
         self.of_site[site] = jitted
         known = self.functions.get(jitted)
         name = known.name if known is not None else writer.free.take(*jitted.names)
-        by_statement = groups.versions_at.get(site, [])
+        runs_by_statement = groups.by_statement.get(site, [])
         if site.in_function is None:
-            by_statement = [{groups.versions[index] for index, place in self._made if place is site}]
+            runs_by_statement = [[index for index, place in self._runs if place is site]]
+        by_statement = [{groups.versions[index] for index in indices} for indices in runs_by_statement]
         if any(len(versions) > 1 for versions in by_statement):  # the model changes while the statement runs
             self._inline = jitted.lines(writer, name)
             if known is None or site.in_function is None:
@@ -291,7 +285,7 @@ class Script:
             self._define_again(jitted, by_statement[0])
         return name
 
-    def _define_again(self, jitted: JittedFunction, versions: set[Any]) -> None:
+    def _define_again(self, jitted: JittedFunction, versions: set[object]) -> None:
         """Makes sure that a function that is there is the one of the model as it is in the runs to come."""
         function = self.functions[jitted]
         if len(versions) == 1 and versions != {function.version}:
@@ -334,10 +328,8 @@ class Script:
         """The text of the script once all cells are written; `sources` are the cells."""
         self._add_head(sources)
         if self.failed:
-            many = "1 cell that failed and left nothing is"
-            if self.failed > 1:
-                many = f"{self.failed} cells that failed and left nothing are"
-            self.blocks.append([Lines([f"# {many} left out."])])
+            noun, verb = ("cell", "is") if self.failed == 1 else ("cells", "are")
+            self.blocks.append([Lines([f"# {self.failed} {noun} that failed and left nothing {verb} left out."])])
         writer, versions = self.context.writer, f"jax {jax.__version__} and flax {importlib.metadata.version('flax')}"
         above = [f'"""{title}, as plain JAX and Flax.', "", f"Written by %flax_export, with {versions}."]
         if writer.labels:
@@ -349,7 +341,7 @@ class Script:
         displays = any("display" in reads(statement) for tree in parsed for statement in tree.body)
         if displays and "display" not in self.context.names.bound:
             above += ["", "display = print  # as a notebook has it"]
-        return "\n".join([*above, "", *joined(self.blocks)]) + "\n"
+        return "\n".join(above) + "\n\n" + joined(self.blocks)
 
     def _add_head(self, sources: Sequence[CellSource]) -> None:
         """Puts our imports and the function that prints digests above the first line of ours.
@@ -360,13 +352,11 @@ class Script:
         first = next(((i, j) for i, block in enumerate(blocks) for j, lines in enumerate(block) if lines.ours), None)
         if first is None:
             return
-        imports = next((i for i, source in enumerate(sources) if any(map(_is_of_jax, ast.walk(source.tree)))), None)
-        if imports is not None and imports < first[0]:
-            first = imports + 1, 0
+        cell = next((i for i, source in enumerate(sources) if imported(source.tree) & {"jax", "flax"}), None)
+        if cell is not None and cell < first[0]:
+            first = cell + 1, 0
         block, place = first
-        above = [
-            line for lines in [*chain.from_iterable(blocks[:block]), *blocks[block][:place]] for line in lines.text
-        ]
+        above = [line for lines in chain(*blocks[:block], blocks[block][:place]) for line in lines.text]
         there = {ast.unparse(statement) for statement in ast.parse("\n".join(above)).body}
         writer.needs |= {"jax"} if writer.labels else set()
         missing = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
@@ -397,10 +387,8 @@ def _read_by(site: CommandSite) -> set[str]:
         texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.parsed.rest))
     names: set[str] = set()
     for text in texts:
-        try:
+        with suppress(SyntaxError):  # the models of a `%%flaxmodel` cell
             names |= {name for statement in ast.parse(text).body for name in reads(statement)}
-        except SyntaxError:  # the models of a `%%flaxmodel` cell
-            continue
     return names
 
 
@@ -411,18 +399,9 @@ def assigned_by(site: CommandSite | None) -> Iterable[str]:
     return (site.parsed.rest.partition("=")[0].strip(),)
 
 
-def _assigns_variables(statement: ast.stmt) -> bool:
-    """Whether `session().models['net'].variables = …` may stand there."""
-    return any(
-        isinstance(node, ast.Attribute) and node.attr == "variables" and isinstance(node.ctx, ast.Store)
-        for node in ast.walk(statement)
-    )
-
-
-def _is_of_jax(node: ast.AST) -> bool:
-    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-    names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-    return any(name.partition(".")[0] in ("jax", "flax") for name in names)
+def sets_variables(node: ast.AST) -> bool:
+    """Whether it is the left side of `session().models['net'].variables = …`."""
+    return isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load)
 
 
 def _leaves(context: ScriptContext) -> set[str]:

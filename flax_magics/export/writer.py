@@ -79,7 +79,7 @@ class LineWriter:
         prefix = "session_" if any(name in self.free.used for name in names) else ""
         self.root, self.params, self.dropout = (self.free.take(prefix + name) for name in names)
         self.digest = self.free.take("print_digest")
-        self._streams = {"params": self.params, "dropout": self.dropout}
+        self.spare |= {"params_key": self.params, "dropout_key": self.dropout}
 
     # -- text
 
@@ -109,30 +109,18 @@ class LineWriter:
         Args:
           taken: an init took the draw's `params` key, and this is another.
         """
-        name = "own_params" if taken and stream == "params" else stream
-        if name not in self._streams:
-            self._streams[name] = self.free.take(f"{name}_key")
-        return self._streams[name]
+        return self.variable("own_params_key" if taken and stream == "params" else f"{stream}_key")
 
-    def fold(self, stream: str, root: str | None = None) -> str:
-        """The key of a stream that the split does not give, from the root key before it is split."""
+    def fold(self, stream: str, key: str, root: str | None = None) -> str:
+        """The line that gives `key` a stream that the split does not give, from the root key before it is split."""
+        made = f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08X})"
+        return f"{key} = {made}  # stream {self.text(stream)}"
+
+    def draw(self, streams: Iterable[str] = (), *, taken: bool = False) -> list[str]:
+        """One draw from the root key, of which `streams` will be used."""
         self.needs.add("jax")
-        return f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08X})"
-
-    def draw(self, streams: Iterable[str] = (), *, taken: bool = False, stay: bool = False) -> list[str]:
-        """One draw from the root key.
-
-        Args:
-          streams: those that will be used.
-          stay: the root key does not move: the next draw is the same one.
-        """
-        self.needs.add("jax")
-        folds = [self._folded(stream, self.key(stream, taken=taken)) for stream in _apart(streams, taken)]
-        split = f"{'_' if stay else self.root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"
-        return [*([self.STAYS] if stay else []), *folds, split]
-
-    def _folded(self, stream: str, key: str, root: str | None = None) -> str:
-        return f"{key} = {self.fold(stream, root)}  # stream {self.text(stream)}"
+        folds = [self.fold(stream, self.key(stream, taken=taken)) for stream in _apart(streams, taken)]
+        return [*folds, f"{self.root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"]
 
     def start(self, seed: int) -> str:
         """The root key at draw 1 of `seed`."""
@@ -149,9 +137,8 @@ class LineWriter:
           taken: see `key`.
           moves: `root` is that of the next draw then.
         """
-        self.needs.add("jax")
         folded = _apart(streams, taken)
-        lines = [self._folded(stream, key(stream), root) for stream in folded]
+        lines = [self.fold(stream, key(stream), root) for stream in folded]
         split = [root if moves else "_"]
         split += [key(stream) if stream in streams and stream not in folded else "_" for stream in SPLIT]
         if any(name != "_" for name in split):
@@ -160,7 +147,6 @@ class LineWriter:
 
     def advance(self, draws: int, root: str | None = None) -> list[str]:
         """Moves the root key on by so many draws that nothing is taken of."""
-        self.needs.add("jax")
         root = root or self.root
         line = f"{root} = jax.random.split({root}, 3)[0]"
         return [line] if draws == 1 else [f"for _ in range({draws}):", self.unit + line]
@@ -220,6 +206,11 @@ def _apart(streams: Iterable[str], taken: bool) -> list[str]:
     return [stream for stream in streams if stream not in SPLIT or (taken and stream == "params")]
 
 
+def draws(many: int) -> str:
+    """`a draw`, `3 draws`."""
+    return "a draw" if many == 1 else f"{many} draws"
+
+
 def label_of(call: str, mode: str = "") -> str:
     """How a run is called where its digest is printed: `train net(x)`."""
     call = " ".join(call.split())
@@ -238,28 +229,23 @@ def indented(lines: Iterable[str], by: str) -> list[str]:
     return [by + line if line else line for line in lines]
 
 
-def joined(blocks: Sequence[Sequence[Lines]]) -> list[str]:
-    """The lines of all cells: one empty line between them, two around functions and classes."""
-    script: list[str] = []
-    last = Lines([])
+def joined(blocks: Sequence[Sequence[Lines]]) -> str:
+    """The text of all cells: one empty line between them, two around functions and classes."""
+    script, above, after_function = "", "", False
     for block in blocks:
         begins = True
         for lines in block:
-            parted = begins or lines.apart or last.apart
+            parted = begins or lines.apart or after_function
             text = "\n".join(line.rstrip() for line in lines.text)
             text = text.lstrip("\n") if parted else text
             if not text.strip():
                 continue
             if script and parted:
-                while not script[-1]:
-                    del script[-1]
-                far = lines.apart or last.apart or _defines(text, 0) or _defines("\n".join(last.text), -1)
-                script += [""] * (2 if far else 1)
-            last, begins = Lines(text.split("\n"), lines.apart), False
-            script += last.text
-    while script and not script[-1]:
-        del script[-1]
-    return script
+                far = lines.apart or after_function or _defines(text, 0) or _defines(above, -1)
+                script = script.rstrip("\n") + ("\n\n\n" if far else "\n\n")
+            script += f"{text}\n"
+            above, after_function, begins = text, lines.apart, False
+    return f"{script.rstrip()}\n" if script else ""
 
 
 def _defines(text: str, place: int) -> bool:
@@ -316,8 +302,8 @@ def _last_brackets(text: str) -> tuple[int, int, list[str]]:
     if not isinstance(node, (ast.Call, ast.Dict)) or end_of(text, node) != len(text):
         return 0, 0, []
     if isinstance(node, ast.Call):
-        inside: list[Any] = [*node.args, *node.keywords]
-        items = [segment(text, one) for one in sorted(inside, key=lambda one: one.col_offset)]
+        arguments: list[Any] = [*node.args, *node.keywords]
+        items = [segment(text, each) for each in sorted(arguments, key=lambda each: each.col_offset)]
         return text.index("(", end_of(text, node.func)) + 1, len(text) - 1, items
     signs = ("**" if key is None else f"{segment(text, key)}: " for key in node.keys)
     items = [sign + segment(text, value) for sign, value in zip(signs, node.values, strict=True)]

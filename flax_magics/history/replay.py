@@ -7,7 +7,7 @@ was; what the model reads from outside may then be another, which is said.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax
 from ..base.digest import Agreement, with_digest, with_output
 from ..base.measures import Timing
 from ..base.text import bytes_
+from ..base.types import Leaf, PyTree
 from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
 from ..compile.compiler import settings
@@ -24,6 +25,7 @@ from ..execution.call import Call, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
 from ..models.construction import adopt_built
+from ..rng.keys import Draw, DrawBatch
 from ..run import COMMANDS, RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, objects_in
 from ..state.runs import StoredRun
@@ -32,8 +34,8 @@ from ..state.runs import StoredRun
 class Repeat(NamedTuple):
     """What running once more gave: the output, what was sown, where the program came from, the time, what is to be said."""
 
-    output: Any
-    sown: Mapping[str, Any]
+    output: PyTree
+    sown: Mapping[str, PyTree]
     program: str
     timing: Timing
     said: tuple[str, ...] = ()
@@ -55,55 +57,39 @@ class Replaying:
     def replay_all(self, draw: Iterable[StoredRun]) -> list[Run]:
         """The runs of a draw as new ones. Each is counted, and whether any gave other bits."""
         runs = []
-        for kept in draw:
-            run = self.replay(kept)
+        for stored in draw:
+            run = self.replay(stored)
             differs = run.agreement is not None and run.agreement.identical is False
-            kept.replays = (kept.replays[0] + 1, kept.replays[1] or differs)
+            stored.replays = (stored.replays[0] + 1, stored.replays[1] or differs)
             runs.append(run)
         return runs
 
-    def replay(self, kept: StoredRun) -> Run:
+    def replay(self, stored: StoredRun) -> Run:
         """The run as a new Run, marked as replayed, with its `agreement`.
 
         Raises:
           FlaxMagicsError: what it needs is gone. What the model raises is passed on.
         """
-        facts = kept.facts
         started = time.time()
-        again = self._again(kept)
-        was, digest = kept.output(), facts["_taken"].digest
-        if was is not RELEASED:
-            agreement = with_output(was, again.output)
+        repeat = self._again(stored)
+        output, digest = stored.output(), stored.facts["_taken"].digest
+        if output is not RELEASED:
+            agreement = with_output(output, repeat.output)
         elif digest is not None:
-            agreement = with_digest(digest, again.output)
+            agreement = with_digest(digest, repeat.output)
         else:
             agreement = Agreement(None)
-        agreement = replace(agreement, said=again.said)
-        run = object.__new__(Run)
-        run.__dict__.update(facts)
+        news = {"output": repeat.output, "sown": repeat.sown, "program": repeat.program, "timing": repeat.timing}
+        unset = {"reason": "", "causes": (), "cost": None, "limits": None, "cell": None, "notes": (), "made": None}
         return like(
-            run,
-            inputs=RELEASED if kept.inputs is None else jax.tree_util.tree_unflatten(*kept.inputs),
-            output=again.output,
-            sown=again.sown,
-            program=again.program,
-            reason="",
-            causes=(),
-            timing=again.timing,
-            cost=None,
-            limits=None,
-            started=started,
-            cell=None,
-            notes=(),
-            made=None,
-            changed={},
-            replayed=True,
-            first=False,
-            agreement=agreement,
+            stored.run(),
+            **{**unset, **news, "changed": {}, "replayed": True, "first": False, "started": started},
+            inputs=RELEASED if stored.inputs is None else jax.tree_util.tree_unflatten(*stored.inputs),
+            agreement=replace(agreement, said=repeat.said),
         )
 
-    def _again(self, kept: StoredRun) -> Repeat:
-        facts, origin = kept.facts, kept.origin
+    def _again(self, stored: StoredRun) -> Repeat:
+        facts, origin = stored.facts, stored.origin
         if not COMMANDS[facts["command"]].model:
             return Repeat(facts["keys"][facts["call"]], {}, "", Timing())
         what = f"draw {facts['draw']} of seed {facts['seed']}"
@@ -113,46 +99,43 @@ class Replaying:
                 " With inputs of its own a run takes the same keys.",
                 form=_same_keys(facts),
             )
-        if origin is None or kept.inputs is None:
+        if origin is None or stored.inputs is None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: its inputs and variables were let go of, the oldest first, to stay within"
                 f" {bytes_(self.limit)}. With a higher limit later ones are kept.",
                 write=f"%config FlaxMagics.replay_bytes = {max(4 * self.limit, 1_000_000_000)}",
             )
-        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in (*kept.inputs[1], *origin.leaves)):
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in (*stored.inputs[1], *origin.leaves)):
             raise FlaxMagicsError(
                 f"{what} cannot be run again: an array that it used was deleted or donated since, and its values are gone."
             )
         how = origin.how
         if isinstance(how, BuildRecipe):
-            return self._build(how, facts)
-        args, kwargs = jax.tree_util.tree_unflatten(*kept.inputs)
+            return self._build(how, facts["keys"])
+        args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
         call = Call(how.method, args, kwargs, facts["call"])
         if isinstance(how, InitRecipe):
-            return self._init(how, call, facts)
-        said = (*self._edited(how), *_of_inputs(how, *kept.inputs))
-        variables = jax.tree_util.tree_unflatten(how.structure, origin.leaves)
+            return self._init(how, call, facts["keys"].draw)
+        variables, draw = jax.tree_util.tree_unflatten(how.structure, origin.leaves), facts["keys"].draw
         program = None if how.program is None else how.program()
-        if how.settings != settings():
-            said = (*said, *_of_settings(how.settings, settings()))
-            program = None  # it may not even take the same numbers
-        if program is None:
-            repeat = self._made_anew(how, variables, call, facts)
+        changed = [text for text, then, now in zip(SETTINGS, how.settings, settings(), strict=True) if then != now]
+        said = (*self._edited(how), *_of_inputs(how, *stored.inputs), *changed)
+        if program is None or changed:  # under other settings it may not even take the same numbers
+            repeat = self._made_anew(how, variables, call, draw)
         else:  # the very program
             plan = Plan.of_recipe(how, program, call.text)
-            arguments = {name: leaf for name, leaf in zip(how.names, kept.inputs[1], strict=True) if name is not None}
-            result = plan.run(facts["keys"].draw, variables, arguments, self.services)
+            arguments = {name: leaf for name, leaf in zip(how.names, stored.inputs[1], strict=True) if name is not None}
+            result = plan.run(draw, variables, arguments, self.services)
             repeat = Repeat(result.output, result.sown, "reused", Timing(run=result.timing.run))
         return repeat._replace(said=(*said, *repeat.said))
 
-    def _made_anew(self, how: ApplyRecipe, variables: Any, call: Call, facts: Any) -> Repeat:
+    def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
         """The model as it was, its program made anew."""
         entry = replace(how.entry, variables=variables)
         if how.skeleton is not None:
             written: Any = how.entry.model
             model = adopt_built(how.skeleton.rebuild(variables), written.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
-        draw = facts["keys"].draw
         options = replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
         parts = self.services.programs.parts
@@ -164,44 +147,40 @@ class Replaying:
             if last is not None:
                 parts[how.name] = last
         said: tuple[str, ...] = ()
-        if how.options.eager:
-            pass
-        elif how.key is None:
+        if how.key is None and not how.options.eager:
             said = ("the program was made anew: whether all that the model reads is as it was cannot be told",)
-        elif execution.plan.model.cache_key() != how.key:
+        elif not how.options.eager and execution.plan.model.cache_key() != how.key:
             said = ("the program was made anew: something that the model's code reads is another now",)
         result = execution.result
         return Repeat(result.output, result.sown, execution.built.origin, execution.timing, said)
 
-    def _init(self, how: InitRecipe, call: Call, facts: Any) -> Repeat:
+    def _init(self, how: InitRecipe, call: Call, draw: Draw) -> Repeat:
         name, clock, units = how.entry.name, self.services.clock, self.services.programs.units
         self.services.on_phase(f"initialising {name}")
         bound = prepare_init(name, how.entry.model, call)
         begin = clock()
         with plain_errors(call):
-            variables, _ = bound.initialising(facts["keys"].draw, units).finish()
+            variables, _ = bound.initialising(draw, units).finish()
         return Repeat(variables, {}, "eager", Timing(init=clock() - begin), self._edited(how))
 
-    def _build(self, how: BuildRecipe, facts: Any) -> Repeat:
+    def _build(self, how: BuildRecipe, keys: Mapping[str, jax.Array]) -> Repeat:
         self.services.on_phase(f"building {how.name}")
         said: tuple[str, ...] = ()
         if how.fingerprint is None or how.recipe.fingerprint() != how.fingerprint:
             said = ("what the module is built of may have changed since",)
         begin = self.services.clock()
-        state = adopt_built(how.recipe.build(facts["keys"]), how.recipe.text).state()
+        state = adopt_built(how.recipe.build(keys), how.recipe.text).state()
         jax.block_until_ready(state)
         return Repeat(state, {}, "eager", Timing(init=self.services.clock() - begin), said)
 
     def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
         """Whether the model is another now."""
-        now = self.models.get(how.entry.name)
-        if now is not None and now.fingerprint is not None and now.fingerprint == how.entry.fingerprint:
-            return ()
-        if now is not None and now.fingerprint is None and now.model is how.entry.model:
-            return ()
-        if now is not None and how.entry.fingerprint is None and now.model.holds_variables:
-            return ()
-        return (f"{how.entry.name} was edited since: this is its code as it was then",)
+        then, now = how.entry, self.models.get(how.entry.name)
+        if now is not None:
+            same = now.model is then.model if now.fingerprint is None else now.fingerprint == then.fingerprint
+            if same or (then.fingerprint is None and now.model.holds_variables):
+                return ()
+        return (f"{then.name} was edited since: this is its code as it was then",)
 
 
 def _same_keys(facts: Mapping[str, Any]) -> str:
@@ -211,15 +190,14 @@ def _same_keys(facts: Mapping[str, Any]) -> str:
     return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call'].partition('(')[0]}(…)"
 
 
-def _of_settings(then: tuple[Any, ...], now: tuple[Any, ...]) -> Iterator[str]:
-    """Whose settings are others than they were; see `compiling.settings`."""
-    if then[0] != now[0]:
-        yield "JAX is set otherwise than it was: its precision, its devices or the like"
-    if then[1] != now[1]:
-        yield "Flax is set otherwise than it was: its flags, its interceptors or the like"
+SETTINGS = (
+    "JAX is set otherwise than it was: its precision, its devices or the like",
+    "Flax is set otherwise than it was: its flags, its interceptors or the like",
+)
+"""What is said where JAX's settings, or Flax's, are others than they were; see `compiler.settings`."""
 
 
-def _of_inputs(how: ApplyRecipe, treedef: Any, leaves: list[Any]) -> tuple[str, ...]:
+def _of_inputs(how: ApplyRecipe, treedef: object, leaves: list[Leaf]) -> tuple[str, ...]:
     """Inputs that may not be what they were."""
     if how.moving:
         return ("an object in the call holds variables of its own: whether they are as they were cannot be told",)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
-from rich.cells import cell_len
+import jax
 
-from ..base.text import WIDTH, clean, count, cut, dotted, plural, ulp, wrap
+from ..base.text import WIDTH, cell_len, clean, count, cut, dotted, plural, ulp, wrap
 from ..errors import FlaxMagicsError
 from ..report import facts
-from ..report.html import notice_bundle, render, shown_bundle
+from ..report.html import render, shown_bundle
 from ..report.text import Notice
 from ..rng.keys import RootKey, RunKeys, short_key
-from ..run import COMMANDS, Run
+from ..run import COMMANDS, DrawNumber, Note, Run
 from ..state import runs
 from ..state.runs import RunLog, StoredRun
 from ..state.state import State
@@ -27,27 +27,16 @@ if TYPE_CHECKING:
     from ..base.digest import Agreement, Difference
 
 
-def history_html(found: History, *, everything: bool = False) -> str:
+def history_html(history: History, *, everything: bool = False) -> str:
     """What `%flax_history` shows."""
-    shown, said = rows(found, everything=everything)
-    context: dict[str, object] = {
-        "heading": [part for part in heading(found) if part],
-        "rows": shown,
-        "left_out": said,
-        "none": NONE,
-    }
-    return render("history.html", context)
+    shown, said = rows(history, everything=everything)
+    return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "none": NONE})
 
 
-def history_bundle(found: History, everything: bool, style: str) -> dict[str, Any]:
+def history_bundle(history: History, everything: bool, style: str) -> dict[str, str]:
     """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
-    plain = history_text(found, everything=everything)
-    return shown_bundle(plain, lambda: history_html(found, everything=everything), style)
-
-
-def replay_bundle(run: Run, style: str) -> dict[str, Any]:
-    """The MIME bundle of a replay."""
-    return notice_bundle(notice_of(run), style)
+    plain = history_text(history, everything=everything)
+    return shown_bundle(plain, lambda: history_html(history, everything=everything), style)
 
 
 KEYS_ALONE = "replayed, its keys alone"
@@ -81,38 +70,36 @@ class DrawRow:
     cell: int | None
     started: float
     marks: tuple[str, ...]
-    _kept: StoredRun = field(repr=False)
+    _stored: StoredRun = field(repr=False)
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
         """Stream → the first word of its key, of the streams that something took."""
-        facts = self._kept.facts
-        keys, made = facts["keys"], facts["made"] is not None
-        if not COMMANDS[self.command].forward:
-            return {name: _word(keys, name) for name in keys}
-        taken = [*(["params"] if made else []), *facts["used"]]
-        return {name: _word(keys, name) for name in dict.fromkeys(taken) if name in keys}
+        keys, used = self._stored.facts["keys"], self._stored.facts["used"]
+        if COMMANDS[self.command].forward:
+            taken = dict.fromkeys((*(("params",) if self.initialises else ()), *used))
+            return {name: _word(keys, name) for name in taken if name in keys}
+        return {name: _word(keys, name) for name in keys}
 
     @cached_property
     def inputs(self) -> str:
         """Dtypes and shapes of the arguments: `float32[3,4,4], train=True`."""
-        return self._kept.shapes if COMMANDS[self.command].model else ""
+        return self._stored.shapes if COMMANDS[self.command].model else ""
 
     @cached_property
     def digest(self) -> str | None:
         """The output's digest, taken now if it was not and the output is still there; None if it is gone."""
-        return self._kept.run().digest
+        return self._stored.run().digest
 
     @property
     def weights(self) -> str:
         """Whose variables ran, such as `initialised in draw 1`; empty for a key."""
-        weights: str = self._kept.facts["weights"]
-        return weights
+        return str(self._stored.facts["weights"])
 
     @property
     def initialises(self) -> bool:
         """Whether it made variables."""
-        return self._kept.facts["made"] is not None
+        return self._stored.facts["made"] is not None
 
     @property
     def last(self) -> int:
@@ -122,17 +109,17 @@ class DrawRow:
     @property
     def run(self) -> Run:
         """The Run; an array that nobody holds any more makes its whole field `RELEASED`."""
-        return self._kept.run()
+        return self._stored.run()
 
 
-def _word(keys: Any, name: str) -> str:
+def _word(keys: Mapping[str, jax.Array], name: str) -> str:
     if isinstance(keys, RunKeys):  # no array has to be made
         return keys.data(name)[:4][::-1].hex()
     return short_key(keys[name])
 
 
 @dataclass(frozen=True, eq=False)
-class History:
+class History(Sequence[DrawRow]):
     """The draws of a session, oldest first: a sequence of `DrawRow`, shown as a table.
 
     Attributes:
@@ -147,9 +134,6 @@ class History:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[DrawRow]:
-        return iter(self.rows)
-
     @overload
     def __getitem__(self, at: int) -> DrawRow: ...
     @overload
@@ -158,13 +142,11 @@ class History:
         return self.rows[at]
 
     def __str__(self) -> str:
-
         return history_text(self)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-
         return history_html(self)
 
 
@@ -178,32 +160,22 @@ def of_runs(
     """
     if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
         raise FlaxMagicsError(f"`last` is a number of draws, 1 or more, not {last!r}.")
-    wanted = (kept for kept in runs.backwards(chain) if model is None or kept.facts["model"] == model)
-    rows = [_drawn(kept, cells) for kept in islice(wanted, last)][::-1]
+    wanted = (stored for stored in runs.backwards(chain) if model is None or stored.facts["model"] == model)
+    rows = [_drawn(stored, cells) for stored in islice(wanted, last)][::-1]
     return History(tuple(rows), sum(1 for _ in wanted), root.seed)
 
 
-def _drawn(kept: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
-    facts = kept.facts
-    times, differs = kept.replays
+def _drawn(stored: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
+    facts = stored.facts
+    times, differs = stored.replays
     marks = [KEYS_ALONE] if facts["replayed"] else []
     if times:
         marks.append("replayed, and it differed" if differs else "replayed")
     if facts["elsewhere"] is None:  # the numbers of another process are those of other cells
         marks += cells.get(facts["cell"], ())
-    return DrawRow(
-        facts["seed"],
-        facts["draw"],
-        facts["draws"],
-        facts["command"],
-        facts["model"] if COMMANDS[facts["command"]].model else facts["call"],
-        facts["mode"],
-        facts["call"],
-        facts["cell"],
-        facts["started"],
-        tuple(marks),
-        kept,
-    )
+    same = {name: facts[name] for name in ("seed", "draw", "draws", "command", "mode", "call", "cell", "started")}
+    name = facts["model"] if COMMANDS[facts["command"]].model else facts["call"]
+    return DrawRow(**same, name=name, marks=tuple(marks), _stored=stored)
 
 
 def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[StoredRun]:
@@ -213,21 +185,22 @@ def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[StoredRu
       FlaxMagicsError: there is no such draw.
     """
     if isinstance(draw, Run):
-        for kept in runs.backwards(state.runs):
-            if kept.facts["_taken"] is draw._taken:
-                return [kept]
-        wanted: tuple[int, int] = (draw.seed, draw.draw)
+        for stored in runs.backwards(state.runs):
+            if stored.facts["_taken"] is draw._taken:
+                return [stored]
+        wanted: DrawNumber = (draw.seed, draw.draw)
     elif draw == "last":
-        drawn = (kept.facts for kept in runs.backwards(state.runs) if not kept.facts["replayed"])
+        drawn = (stored.facts for stored in runs.backwards(state.runs) if not stored.facts["replayed"])
         wanted = next(((facts["seed"], facts["draw"]) for facts in drawn), (state.root.seed, 0))
     elif isinstance(draw, str):
         raise FlaxMagicsError(f"a draw is a number, (seed, number), 'last' or a Run, not {draw!r}.")
     else:
-        wanted = state.check_draw(draw)
-    found = runs.of_draw(state.runs, *state.check_draw(wanted))
-    if not found:
-        raise FlaxMagicsError(f"draw {wanted[1]} of seed {wanted[0]} has no run that could be run again.")
-    return found
+        wanted = draw
+    seed, number = state.check_draw(wanted)
+    drawn_then = runs.of_draw(state.runs, seed, number)
+    if not drawn_then:
+        raise FlaxMagicsError(f"draw {number} of seed {seed} has no run that could be run again.")
+    return drawn_then
 
 
 SHOWN = 60
@@ -257,18 +230,13 @@ class HistoryRow:
     """Whose ran, where that is another answer than for the model's row before."""
 
 
-def heading(history: History) -> tuple[str, ...]:
+def heading(history: History) -> list[str]:
     """`history`, `12 draws`, `seed 0`."""
     rows = history.rows
     seeds = list(dict.fromkeys([*(row.seed for row in rows), history.seed]))
-    first = time.strftime("%Y-%m-%d", time.localtime(rows[0].started)) if rows else ""
     seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    return (
-        "history",
-        plural(len(rows) + history.earlier, "run"),
-        seed,
-        first,
-    )
+    first = [time.strftime("%Y-%m-%d", time.localtime(row.started)) for row in rows[:1]]
+    return ["history", plural(len(rows) + history.earlier, "run"), seed, *first]
 
 
 def rows(history: History, *, everything: bool = False) -> tuple[tuple[HistoryRow, ...], str]:
@@ -277,11 +245,8 @@ def rows(history: History, *, everything: bool = False) -> tuple[tuple[HistoryRo
     groups = list(_groups(history.rows))
     hidden = 0 if everything else max(0, len(groups) - SHOWN)
     missing = sum(map(len, groups[:hidden])) + history.earlier
-    said = ""
-    if hidden:
-        said = f"{plural(missing, 'earlier run')} not shown: %flax_history --all"
-    elif missing:
-        said = f"{plural(missing, 'earlier run')} left out"
+    how = "not shown: %flax_history --all" if hidden else "left out"
+    said = f"{plural(missing, 'earlier run')} {how}" if missing else ""
     news = _weights(groups)
     return tuple(_row(group, several, news[i]) for i, group in enumerate(groups) if i >= hidden), said
 
@@ -293,9 +258,8 @@ def _weights(groups: list[list[DrawRow]]) -> list[str]:
     for group in groups:
         row = group[0]
         known = last.get(row.name, row.weights)
-        has_model = COMMANDS[row.command].model
-        news.append(row.weights if has_model and not row.initialises and row.weights != known else "")
-        if has_model:
+        news.append(row.weights if not row.initialises and row.weights != known else "")
+        if COMMANDS[row.command].model:
             last[row.name] = group[-1].weights
     return news
 
@@ -328,12 +292,12 @@ def _line(cells: Iterable[str], wide: list[int]) -> str:
     return "  ".join(["", draw.rjust(wide[0]), *padded]).rstrip()
 
 
-def _groups(found: tuple[DrawRow, ...]) -> Iterator[list[DrawRow]]:
+def _groups(rows: Iterable[DrawRow]) -> Iterator[list[DrawRow]]:
     """Draws one by one; those that follow each other in one execution of a cell, of one call and mode, together.
 
     Where a loop makes several calls by turns, those of each are together.
     """
-    for _, of_cell in itertools.groupby(found, lambda row: (row.seed, row.cell)):
+    for _, of_cell in itertools.groupby(rows, lambda row: (row.seed, row.cell)):
         drawn = list(of_cell)
         groups = [group for _, alike in itertools.groupby(drawn, _kind) for group in _parted(list(alike))]
         if len(groups) > BY_TURNS and drawn[0].cell is not None:
@@ -344,11 +308,8 @@ def _groups(found: tuple[DrawRow, ...]) -> Iterator[list[DrawRow]]:
         yield from groups
 
 
-def _parted(group: list[DrawRow]) -> Iterator[list[DrawRow]]:
-    if len(group) < FOLDED:
-        yield from ([row] for row in group)
-    else:
-        yield group
+def _parted(group: list[DrawRow]) -> list[list[DrawRow]]:
+    return [group] if len(group) >= FOLDED else [[row] for row in group]
 
 
 def _kind(row: DrawRow) -> tuple[object, ...]:
@@ -363,26 +324,19 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
         # By turns: others are in between.
         through = last.last - first.draw < sum(row.draws or 1 for row in group)
         draw += f"–{last.last}" if through else f" … {last.last}"
-    what = f"{first.command} {first.name}"
     mode = "" if first.mode in ("", "as written") else f" {first.mode}"
+    what = clean(f"{first.command} {first.name}{mode}")
     inputs = first.inputs if first.inputs == last.inputs else f"{first.inputs} … {last.inputs}"
     keys = [f"{clean(stream)} {word}" for stream, word in first.keys.items()]
     if len(group) > 1 or first.last != first.draw:
         keys = [f"{key} …" for key in keys]
     digest = f"{count(len(group))} runs" if len(group) > 1 else first.digest or "not taken"
-    marks = tuple(map(clean, first.marks))
-    return HistoryRow(
-        draw,
-        clean(what + mode),
-        digest,
-        "" if first.cell is None else f"[{first.cell}]",
-        time.strftime("%H:%M:%S", time.localtime(first.started)),
-        clean(inputs),
-        tuple(keys),
-        tuple(mark for mark in marks if mark.startswith(REPLAYED)),
-        tuple(mark for mark in marks if not mark.startswith(REPLAYED)),
-        f"weights {clean(weights)}" if weights else "",
-    )
+    cell = "" if first.cell is None else f"[{first.cell}]"
+    at = time.strftime("%H:%M:%S", time.localtime(first.started))
+    replays = tuple(mark for mark in map(clean, first.marks) if mark.startswith(REPLAYED))
+    marks = tuple(mark for mark in map(clean, first.marks) if not mark.startswith(REPLAYED))
+    weights = f"weights {clean(weights)}" if weights else ""
+    return HistoryRow(draw, what, digest, cell, at, clean(inputs), tuple(keys), replays, marks, weights)
 
 
 NAMED = 6
@@ -391,8 +345,6 @@ NAMED = 6
 
 def notice_of(run: Run) -> Notice:
     """`net · train · draw 3 of seed 0 · replayed · identical: float32[3,4,3]`, and beneath it what differs."""
-    from ..run import Note
-
     agreement = run.agreement
     assert agreement is not None
     notes = [Note("replay", clean(text)) for text in agreement.said]
@@ -406,13 +358,8 @@ def notice_of(run: Run) -> Notice:
         notes = [*(Note("replay", text) for text in shown), *notes]
     elif agreement.identical is None:
         notes.insert(0, Note("replay", NOTHING, form="%flax_apply -o run …"))
-    texts = (
-        facts.mode_of(run),
-        f"{facts.draw_of(run, seed=True).removesuffix(' again')}",
-        "replayed",
-        verdict(run, agreement),
-    )
-    return Notice(facts.name_of(run), tuple(text for text in texts if text), tuple(notes))
+    draw = facts.draw_of(run, seed=True).removesuffix(" again")
+    return Notice(facts.name_of(run), (facts.mode_of(run), draw, "replayed", verdict(run, agreement)), tuple(notes))
 
 
 NOTHING = "its output was let go of before a digest was taken: there is nothing to compare with"

@@ -16,7 +16,6 @@ import numpy as np
 from ..base.digest import describe
 from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
-from ..line.variant import positional_names
 
 Names: TypeAlias = tuple[str, ...]
 Path: TypeAlias = tuple[str, ...]

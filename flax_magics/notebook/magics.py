@@ -285,7 +285,7 @@ class FlaxMagics(Magics):
     @command(FLAX_EXPORT)
     def flax_export(self, use: CommandUse) -> None:
         """`%flax_export [FILE]`"""
-        from ..export.file import notice, script_bundle, write
+        from ..export import notice, script_bundle, write
 
         name = unquoted(use.rest).strip()
         if name and use["cell"]:
@@ -312,16 +312,17 @@ class FlaxMagics(Magics):
     @command(FLAX_REPLAY)
     def flax_replay(self, use: CommandUse) -> Any:
         """`%flax_replay N`"""
-        from ..history.table import replay_bundle
+        from ..history.table import notice_of
+        from ..report.html import notice_bundle
 
         draw = use.replay_of()
         with self.notebook.working("preparing") as live:
             runs = self.session.run_replay(draw)
         if use["out"]:
             use.user_ns[use["out"]] = runs[-1]
-        live.show({} if use["quiet"] else replay_bundle(runs[0], self.style))
+        live.show({} if use["quiet"] else notice_bundle(notice_of(runs[0]), self.style))
         for run in runs[1:]:
-            self.publish(replay_bundle(run, self.style), use)
+            self.tell(notice_of(run), use)
         return use.value_once(runs[-1])
 
     @command(FLAX_SAVE)
@@ -404,7 +405,6 @@ def unload(shell: Any) -> None:
 def _import() -> None:
     """Imports what a model cell and a first run need."""
     from .. import _session  # noqa: F401
-    from ..compile import disk_cache  # noqa: F401
     from ..models import linen  # noqa: F401
     from ..report import html, live  # noqa: F401
     from . import model_cell  # noqa: F401

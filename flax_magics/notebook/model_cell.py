@@ -13,7 +13,6 @@ from ..code.library import is_module, is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import Assignment, parse_assignment, parse_call
 from ..line.expression import Expression
-from ..models.arguments import constructor
 from ..models.calls import constructor
 from ..models.construction import Construction, adopt, modules_in, needed_fields, spell_construction, takes_rngs
 

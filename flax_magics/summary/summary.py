@@ -1,15 +1,25 @@
-"""A model summarised by shapes alone, and a call checked by them. Nothing is computed or drawn."""
+"""A model summarised by shapes alone, and a call checked by them. Nothing is computed, drawn or compiled.
+
+FLOPs are those of XLA's cost analysis: the equations of a module's calls are told by their marks, cut out of the program,
+and lowered by themselves. What computes the same is lowered once, so that fifty equal blocks cost no more than one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-from jax.extend.core import Var
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 
 from ..base.digest import count_parameters, data_of, describe
 from ..base.text import bytes_, join, plural
+from ..base.types import PyTree
 from ..compile.initialise import initialised
 from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError
@@ -17,17 +27,26 @@ from ..execution.call import Call, prepare, prepare_init, trace_shapes
 from ..execution.execute import plain_errors
 from ..execution.notes import of_mode
 from ..models.base import CallTrace, Model
-from ..models.calls import LONGEST, Arguments
+from ..models.calls import LONGEST, Arguments, Called, Calls, Path, marks_of
 from ..models.switch import WHEN_TRAINING
 from ..rng.keys import Draw
-from .modules import TracedModules, equations, modules_of
-from .view import Summary
+from .view import Array, Module, Summary, innermost, total
 
 if TYPE_CHECKING:
     from ..state.entry import ModelEntry
 
 LOOP = "a loop (scan, while) counts as one turn of it: XLA does not know how many there are"
 NO_COUNT = "this backend counts no FLOPs"
+_OWN = re.compile(r"0x[0-9a-f]+|\b\d+(?=:u32\[\])")
+"""What parts two pieces that cost the same: addresses of functions, and the numbers that Flax folds into keys."""
+
+
+class Flops(NamedTuple):
+    """As XLA counts them, None where the backend does not say."""
+
+    forward: int | None
+    both: int | None
+    """Of the forward and the backward pass together; None too where nobody asked."""
 
 
 def of_variables(entry: ModelEntry) -> Summary:
@@ -39,22 +58,14 @@ def of_variables(entry: ModelEntry) -> Summary:
     name, model = entry.name, entry.model
     variables = entry.held
     if variables is None:
-        raise FlaxMagicsError(
-            f"`{name}` has no variables yet, and without a call nobody knows which it will have.",
-            form=f"%flax_summary {name}(…)",
-        )
-    modules = modules_of(model, variables, TracedModules())
+        reason = "and without a call nobody knows which it will have"
+        raise FlaxMagicsError(f"`{name}` has no variables yet, {reason}.", form=f"%flax_summary {name}(…)")
+    modules = modules_of(model, variables, {}, {}, {})
     return Summary(name, model.describe(), "", "as written", model.fields_as_written(), True, modules)
 
 
 def of_call(
-    entry: ModelEntry,
-    call: Call,
-    mode: str | None,
-    draw: Draw,
-    *,
-    backward: bool = False,
-    phase: Callable[[str], None] = lambda phase: None,
+    entry: ModelEntry, call: Call, mode: str | None, draw: Draw, *, backward: bool, phase: Callable[[str], None]
 ) -> Summary:
     """The summary of a model in a call.
 
@@ -73,33 +84,23 @@ def of_call(
         call_traced = trace_shapes(entry, prepared, draw)
         traced, record, variables = call_traced.traced, call_traced.trace, call_traced.request.variables
         phase(f"counting {entry.name}")
-        program, handed_back = traced.jaxpr.jaxpr, _handed_back(prepared.model, traced, variables)
-        modules = TracedModules.of(record, program, handed_back, backward=backward)
-    whole = modules.flops.get(None, modules.nothing)
-    loops = any(equation.primitive.name in ("scan", "while") for equation in equations(program))
+        program, calls, costs = traced.jaxpr.jaxpr, record.calls or Calls(), _Costs(backward)
+        pieces = _pieces(program, calls, _handed_back(prepared.model, traced, variables))
+        flops = defaultdict(lambda: costs.count([]), {path: costs.count(parts) for path, parts in pieces.items()})
+        modules = modules_of(prepared.model, variables, _called_in(calls, program), record.asked, flops)
     _, updates = traced.out_info
     written = sorted(name for name in prepared.model.commit(updates, record).changed if name in updates)
+    sown = {name: describe(updates[name], LONGEST) for name in written if name in record.sown}
     mode = prepared.mode_of(record)
-    return Summary(
-        entry.name,
-        entry.model.describe(),
-        call.text,
-        mode,
-        prepared.switch,
-        entry.ready,
-        modules_of(prepared.model, variables, modules),
-        whole.forward,
-        whole.both,
-        tuple(name for name in written if name not in record.sown),
-        {name: describe(updates[name], LONGEST) for name in written if name in record.sown},
-        (
-            *(note.text for note in of_mode(entry.name, prepared, mode, CallTrace())),
-            *(note for note, said in ((LOOP, loops), (NO_COUNT, whole.forward is None)) if said),
-        ),
-    )
+    notes = [note.text for note in of_mode(entry.name, prepared, mode, CallTrace())]
+    notes += [LOOP] if any(equation.primitive.name in ("scan", "while") for equation in equations(program)) else []
+    notes += [NO_COUNT] if flops[None].forward is None else []
+    about = (entry.name, entry.model.describe(), call.text, mode, prepared.switch, entry.ready)
+    collections = tuple(name for name in written if name not in sown)
+    return Summary(*about, modules, *flops[None], collections, sown, tuple(notes))
 
 
-def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> frozenset[Var]:
+def _handed_back(model: Model, traced: Any, variables: Mapping[str, PyTree]) -> frozenset[Var]:
     """Inputs of the program that hold the variables which the model does not write.
 
     Flax's own count of the backward pass has linen's `apply` hand back all that it may write, which is everything: a
@@ -108,15 +109,16 @@ def _handed_back(model: Model, traced: Any, variables: Mapping[str, Any]) -> fro
     if model.holds_variables:
         return frozenset()
     _, updates = traced.out_info
-    written = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]}
-    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
-    inputs = traced.jaxpr.jaxpr.invars[: len(leaves)]
-    return frozenset(
-        var for var, (path, _) in zip(inputs, leaves, strict=True) if jax.tree_util.keystr(path) not in written
-    )
+    written = set(_paths(updates))
+    inputs = zip(traced.jaxpr.jaxpr.invars, _paths(variables), strict=False)  # those of the arguments come after
+    return frozenset(var for var, path in inputs if path not in written)
 
 
-def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str, str], ...]:
+def _paths(tree: PyTree) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def check_call(name: str, model: Model, call: Call, key: jax.Array) -> tuple[tuple[str, str], ...]:
     """Rows of label and value: parameters, out, streams, switch.
 
     Args:
@@ -127,8 +129,8 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     """
     first = prepare_init(name, model, call)
     prepared = prepare(name, model, Call(call.method, call.args, first.kwargs, call.text), None)
-    variables: Mapping[str, Any]
-    shapes: Mapping[str, Any]
+    variables: Mapping[str, PyTree]
+    shapes: Mapping[str, PyTree]
     if model.holds_variables:
         variables, shapes = model.own_variables(), model.collections()
     else:
@@ -149,3 +151,208 @@ def check_call(name: str, model: Model, call: Call, key: Any) -> tuple[tuple[str
     names = dict.fromkeys(switch.partition("=")[0] for switch in switches)
     rows.append(("switch", ", ".join(names) or "none"))
     return tuple(rows)
+
+
+# -- modules
+
+
+def _called_in(calls: Calls, program: Jaxpr) -> dict[Path, tuple[Called, int]]:
+    """Path → the first call, and how many there are.
+
+    A transform may trace its body twice and throw one trace away, of which no more than a few constants stay.
+    """
+    traced = Counter(mark for equation in equations(program) for mark in marks_of(equation))
+    from_outside = [called for called in calls.made.values() if not called.inside]
+    most: Counter[tuple[Path, str, str]] = Counter()
+    for called in from_outside:
+        kind = (called.path, called.method, called.inputs)
+        most[kind] = max(most[kind], traced[called.mark])
+    whole = (c for c in from_outside if 0 < most[c.path, c.method, c.inputs] < 2 * traced[c.mark])
+    times = Counter(called.path for called in whole)
+    first: dict[Path, Called] = {}
+    for called in from_outside:
+        first.setdefault(called.path, called)
+    return {path: (called, max(times[path], 1)) for path, called in first.items()}
+
+
+def modules_of(
+    model: Model,
+    variables: Mapping[str, PyTree],
+    called: Mapping[Path, tuple[Called, int]],
+    asked: Mapping[str, list[Path]],
+    flops: Mapping[Path | None, Flops],
+) -> tuple[Module, ...]:
+    """The modules that were called or hold variables, each with what is its own.
+
+    Args:
+      called: path → the first call, and how many there are.
+      asked: random stream → paths of the modules that consumed it.
+      flops: path → what its calls cost.
+    """
+    classes = dict(model.module_classes())
+    leaves = sorted(model.iter_variables(variables), key=lambda leaf: (leaf[0], leaf[1]))
+    if not called and len(classes) <= 1:
+        # Without a call: a module of no known class around every variable.
+        around = (path[:n] for _, path, _, _ in leaves for n in range(1, len(path)))
+        classes = {**dict.fromkeys(around, ""), **classes}
+    known = {*called, *classes}
+    paths = {(), *called, *(innermost(path, known) for _, path, _, _ in leaves)}
+    arrays: dict[Path, list[Array]] = {}
+    for collection, path, leaf, about in leaves:
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            owner, shape = innermost(path, paths), tuple(leaf.shape)
+            size = math.prod(shape) * leaf.dtype.itemsize
+            name = "/".join(path[len(owner) :])
+            arrays.setdefault(owner, []).append(Array(collection, name, str(leaf.dtype), shape, size, about))
+    streams: dict[Path, dict[str, None]] = {}
+    for stream, takers in asked.items():
+        for taker in takers:
+            streams.setdefault(innermost(taker, paths), {})[stream] = None
+    modules = []
+    for path in _ordered(paths, list(called)):
+        held = tuple(arrays.get(path, ())), tuple(streams.get(path, ()))
+        if path in called:
+            first, times = called[path]
+            module = Module(path, first.cls, first.method, times, first.inputs, first.outputs, *held, *flops[path])
+        else:
+            module = Module(path, classes.get(path, ""), "", 0, "", "", *held)
+        modules.append(module)
+    return tuple(modules)
+
+
+def _ordered(paths: Iterable[Path], called: list[Path]) -> list[Path]:
+    """Each path before those inside it, siblings in the order of their calls; what was not called comes last."""
+    rank = {path: i for i, path in enumerate(called)}
+    first: dict[Path, int] = {}
+    for path in paths:
+        for n in range(len(path) + 1):
+            first[path[:n]] = min(first.get(path[:n], len(rank)), rank.get(path, len(rank)))
+    return sorted(paths, key=lambda path: [(first[path[:n]], _natural(path[n - 1])) for n in range(1, len(path) + 1)])
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """`layer_10` comes after `layer_9`."""
+    stem = name.rstrip("0123456789")
+    return (stem, int(name[len(stem) :] or 0))
+
+
+# -- FLOPs
+
+
+@dataclass(frozen=True)
+class ModuleEquations:
+    """Equations of one jaxpr that belong together.
+
+    Attributes:
+      back: inputs of the jaxpr that count as handed back as they are: linen's `apply` does that with what it may write.
+    """
+
+    jaxpr: Jaxpr
+    equations: list[JaxprEqn]
+    back: frozenset[Var]
+
+
+def _pieces(program: Jaxpr, calls: Calls, back: frozenset[Var]) -> dict[Path | None, list[ModuleEquations]]:
+    """The pieces of each module, by path; of all modules together under None.
+
+    Args:
+      back: inputs of the program; see `ModuleEquations`.
+    """
+    pieces: dict[Path | None, list[ModuleEquations]] = {}
+
+    def collect(jaxpr: Jaxpr, back: frozenset[Var], around: frozenset[Path | None]) -> None:
+        here: dict[Path | None, ModuleEquations] = {}
+        for equation in jaxpr.eqns:
+            owners: set[Path | None] = {calls.made[mark].path for mark in marks_of(equation) if mark in calls.made}
+            owners |= {None} if owners else set()
+            for path in owners - around:
+                here.setdefault(path, ModuleEquations(jaxpr, [], back)).equations.append(equation)
+            for inner in _inner(equation):
+                same = len(inner.invars) == len(equation.invars)
+                pairs = zip(inner.invars, equation.invars, strict=True) if same else ()
+                below = frozenset(mine for mine, outer in pairs if isinstance(outer, Var) and outer in back)
+                collect(inner, below, around | owners)
+        for path, piece in here.items():
+            pieces.setdefault(path, []).append(piece)
+
+    collect(program, back, frozenset())
+    return pieces
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """The equations of a program, at any depth."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _inner(equation):
+            yield from equations(inner)
+
+
+def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs in an equation's parameters."""
+    for value in equation.params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, (ClosedJaxpr, Jaxpr)):
+                yield part.jaxpr if isinstance(part, ClosedJaxpr) else part
+
+
+@dataclass
+class _Costs:
+    """Counts pieces; those of the same text once."""
+
+    backward: bool
+    _known: dict[str, Flops] = field(default_factory=dict)
+    _uses: dict[Jaxpr, Counter[Var]] = field(default_factory=dict)
+    """Jaxpr → how often each of its variables is read."""
+
+    def count(self, pieces: list[ModuleEquations]) -> Flops:
+        """The sum over `pieces`."""
+        counts = [self._count(piece) for piece in pieces]
+        both = total([count.both for count in counts]) if self.backward else None
+        return Flops(total([count.forward for count in counts]), both)
+
+    def _count(self, piece: ModuleEquations) -> Flops:
+        closed = self._closed(piece)
+        text = _OWN.sub("", str(closed.jaxpr))
+        if text not in self._known:
+            function = jaxpr_as_fun(closed)
+            shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in closed.jaxpr.invars]
+            both = _flops(_pulled_back(function), shapes) if self.backward else None
+            self._known[text] = Flops(_flops(function, shapes), both)
+        return self._known[text]
+
+    def _closed(self, piece: ModuleEquations) -> ClosedJaxpr:
+        """The equations of a piece as a program: of all that they read, giving what the rest reads of them."""
+        jaxpr = piece.jaxpr
+        if jaxpr not in self._uses:
+            self._uses[jaxpr] = _reads([*(var for each in jaxpr.eqns for var in each.invars), *jaxpr.outvars])
+        uses, inside = self._uses[jaxpr], _reads([var for each in piece.equations for var in each.invars])
+        results = dict.fromkeys(var for each in piece.equations for var in each.outvars)
+        read = [var for var in inside if var not in results]
+        outputs = [var for var in results if uses[var] > inside[var]] + [var for var in read if var in piece.back]
+        debug_info = jaxpr.debug_info.with_unknown_names()
+        parts = {"constvars": [], "invars": read, "outvars": outputs, "eqns": piece.equations}
+        return ClosedJaxpr(jaxpr.replace(**parts, debug_info=debug_info), [])
+
+
+def _reads(variables: Iterable[object]) -> Counter[Var]:
+    """How often each variable stands there; a literal is none."""
+    return Counter(var for var in variables if isinstance(var, Var))
+
+
+def _flops(function: Callable[..., PyTree], shapes: list[jax.ShapeDtypeStruct]) -> int | None:
+    cost = jax.jit(function).lower(*shapes).cost_analysis()
+    return None if cost is None else int(cost.get("flops", 0))
+
+
+def _pulled_back(function: Callable[..., list[jax.Array]]) -> Callable[..., PyTree]:
+    """The vjp with respect to all floating inputs, its cotangents the outputs themselves."""
+
+    def cotangent(output: jax.Array) -> jax.Array | np.ndarray:
+        floating = jax.numpy.issubdtype(output.dtype, jax.numpy.inexact)
+        return output if floating else np.zeros(output.shape, jax.dtypes.float0)
+
+    def both(*values: jax.Array) -> PyTree:
+        outputs, pull = jax.vjp(function, *values)
+        return pull([cotangent(output) for output in outputs])
+
+    return both

@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import treescope  # type: ignore[import-untyped]
-from rich.cells import cell_len
 
-from ..base.text import WIDTH, bytes_, clean, clean_lines, count, dotted, plural, wrap
+from ..base.text import WIDTH, bytes_, cell_len, clean, clean_lines, count, dotted, plural, wrap
+from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
 from ..report.facts import Row as Fact
 from ..report.html import render, shown_bundle
 from ..report.text import columns
-from .modules import Array, Module, Size, sizes, total
 
 
 def summary_html(summary: Summary, depth: int | None = None) -> str:
     """What `%flax_summary` shows: each row folds. At first those with others inside are open, as deep as the text goes."""
     root = tree(summary)
-    deep = shown_depth(root, depth)
-
-    def node(row: ModuleRow, level: int) -> dict[str, object]:
-        return {
-            "name": row.name,
-            "cls": row.cls,
-            "cells": cells(summary, row),
-            "said": details(summary, row),
-            "rows": [node(part, level + 1) for part in row.rows],
-            "open": bool(row.rows) and level < deep,
-        }
-
-    context: dict[str, object] = {
-        "heading": [part for part in heading(summary) if part],
-        "labels": labels(summary),
-        "root": node(root, 0),
-        "facts": facts(summary),
-    }
-    return render("summary.html", context)
+    of_row = {"cells": partial(cells, summary), "details": partial(details, summary)}
+    parts = {"heading": heading(summary), "labels": labels(summary), "facts": facts(summary)}
+    return render("summary.html", {**parts, **of_row, "root": root, "deep": shown_depth(root, depth)})
 
 
-def summary_bundle(summary: Summary, depth: int | None, style: str) -> dict[str, Any]:
+def summary_bundle(summary: Summary, depth: int | None, style: str) -> dict[str, str]:
     """The MIME bundle of a summary; for `depth` see `summary.summary_text`."""
     return shown_bundle(summary_text(summary, depth), lambda: summary_html(summary, depth), style)
 
 
-def tree_bundle(name: str, variables: Any, style: str) -> dict[str, Any]:
+def tree_bundle(name: str, variables: PyTree, style: str) -> dict[str, str]:
     """The MIME bundle of a model's variables as a tree. It has scripts, as treescope makes it.
 
     Raises:
@@ -67,6 +50,71 @@ def tree_bundle(name: str, variables: Any, style: str) -> dict[str, Any]:
         warnings.simplefilter("ignore", DeprecationWarning)
         text = clean_lines(treescope.render_to_text(variables, ignore_exceptions=True))
         return shown_bundle("\n".join(text), html, style)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is of a collection: elements of its arrays, and bytes."""
+
+    elements: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.elements + other.elements, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Array:
+    """One variable: its name within the module, and what it is; `about` holds its metadata, such as partition names."""
+
+    collection: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    about: str = ""
+
+    @property
+    def size(self) -> Size:
+        """Its elements and bytes."""
+        return Size(math.prod(self.shape), self.bytes)
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a model.
+
+    Attributes:
+      path: where it is; `()` is the model itself.
+      cls: its class; empty where that is known only in a call.
+      method: what was called, in its first call.
+      calls: how many calls there are; 0 for one that was not called.
+      inputs, outputs: those of the first call, as `float32[3,4], train=True`.
+      arrays: variables of its own, those of its submodules left out.
+      streams: random streams that it consumed.
+      flops: of all its calls, submodules included, as XLA counts them; None where that is not known.
+      vjp_flops: of forward and backward pass together, with respect to variables and floating inputs, without what no
+        gradient depends on; None unless asked.
+    """
+
+    path: Path
+    cls: str
+    method: str = ""
+    calls: int = 0
+    inputs: str = ""
+    outputs: str = ""
+    arrays: tuple[Array, ...] = ()
+    streams: tuple[str, ...] = ()
+    flops: int | None = None
+    vjp_flops: int | None = None
+
+
+def sizes(parts: Iterable[tuple[str, Size]]) -> dict[str, Size]:
+    """Collection → how much there is of it in all of these; parameters first."""
+    of_collection: dict[str, Size] = {}
+    for collection, size in parts:
+        of_collection[collection] = of_collection.get(collection, Size()) + size
+    return dict(sorted(of_collection.items(), key=lambda item: (item[0] not in ("params", "Param"), item[0])))
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,7 +151,7 @@ class Summary:
     @cached_property
     def totals(self) -> Mapping[str, Size]:
         """Collection → how much there is of it, `params` first."""
-        return sizes(array for module in self.modules for array in module.arrays)
+        return sizes((array.collection, array.size) for module in self.modules for array in module.arrays)
 
     @property
     def parameters(self) -> int:
@@ -123,7 +171,8 @@ class Summary:
 
     def under(self, path: Path) -> Mapping[str, Size]:
         """How much there is in the module at `path` and its submodules, by collection."""
-        return sizes(a for m in self.modules if m.path[: len(path)] == path for a in m.arrays)
+        inside = (module for module in self.modules if module.path[: len(path)] == path)
+        return sizes((array.collection, array.size) for module in inside for array in module.arrays)
 
     def __repr__(self) -> str:
         flops = "" if self.flops is None else f", {count(self.flops)} FLOPs"
@@ -153,7 +202,6 @@ class ModuleRow:
       sizes: collection → how much there is in one of them, submodules included.
       flops, vjp_flops: of one of them.
       rows: the submodules of the first; of a turn its modules.
-      path: of the first.
     """
 
     name: str
@@ -163,38 +211,35 @@ class ModuleRow:
     flops: int | None
     vjp_flops: int | None
     rows: tuple[ModuleRow, ...]
-    path: tuple[str, ...]
-
-    @property
-    def size(self) -> int:
-        """How many rows it is with all that is inside."""
-        return 1 + sum(row.size for row in self.rows)
 
     @property
     def depth(self) -> int:
         """How many levels of rows are inside."""
-        return 1 + max(row.depth for row in self.rows) if self.rows else 0
+        return max((1 + row.depth for row in self.rows), default=0)
 
-    def to(self, depth: int) -> int:
-        """How many rows it is down to a depth."""
-        return 1 + (sum(row.to(depth - 1) for row in self.rows) if depth else 0)
+    def size(self, depth: int = -1) -> int:
+        """How many rows it is with what is inside, down to a depth; with all of it by default."""
+        return 1 + (sum(row.size(depth - 1) for row in self.rows) if depth else 0)
+
+
+def innermost(path: Path, paths: Container[Path]) -> Path:
+    """The innermost of `paths` that `path` is in."""
+    return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in paths), ())
 
 
 def tree(summary: Summary) -> ModuleRow:
     """The model itself, with everything folded that repeats."""
-    inside: dict[tuple[str, ...], list[Module]] = {}
+    inside: dict[Path, list[Module]] = {}
     paths = {module.path for module in summary.modules}
     for module in summary.modules:
         if module.path:
-            around = next(module.path[:n] for n in range(len(module.path) - 1, -1, -1) if module.path[:n] in paths)
-            inside.setdefault(around, []).append(module)
+            inside.setdefault(innermost(module.path[:-1], paths), []).append(module)
 
-    def row(module: Module, around: tuple[str, ...]) -> ModuleRow:
+    def row(module: Module, around: Path) -> ModuleRow:
         name = clean("/".join(module.path[len(around) :])) or clean(summary.name)
         cls = clean(module.cls) + (f".{clean(module.method)}" if module.method not in ("", "__call__") else "")
         rows = tuple(fold([row(part, module.path) for part in inside.get(module.path, ())]))
-        sizes = summary.under(module.path)
-        return ModuleRow(name, cls, module, sizes, module.flops, module.vjp_flops, rows, module.path)
+        return ModuleRow(name, cls, module, summary.under(module.path), module.flops, module.vjp_flops, rows)
 
     return row(summary.modules[0], ())
 
@@ -223,31 +268,36 @@ def fold(rows: Sequence[ModuleRow]) -> Iterator[ModuleRow]:
         at = end
 
 
+def total(counts: list[int | None]) -> int | None:
+    """The sum, None where one of them is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
 def _folded(rows: Sequence[ModuleRow], turn: int) -> ModuleRow:
     times, first, last = len(rows) // turn, rows[0], rows[-1]
     name = f"{first.name}{', ' if len(rows) == 2 else ' … '}{last.name}"
     if turn == 1:
         return replace(first, name=name, cls=f"{times} × {first.cls}".rstrip(" ×"))
     one = rows[:turn]
-    sizes: dict[str, Size] = {}
-    for collection, size in (item for row in one for item in row.sizes.items()):
-        sizes[collection] = sizes.get(collection, Size()) + size
+    size = sizes(item for row in one for item in row.sizes.items())
     kinds = ", ".join(row.cls or row.name for row in one)
     flops, both = total([row.flops for row in one]), total([row.vjp_flops for row in one])
-    return ModuleRow(name, f"{times} × ({kinds})", None, sizes, flops, both, tuple(one), first.path)
+    return ModuleRow(name, f"{times} × ({kinds})", None, size, flops, both, tuple(one))
 
 
-def heading(summary: Summary) -> tuple[str, ...]:
+def heading(summary: Summary) -> list[str]:
     """Name, construction, mode, and the call."""
     switch = clean(", ".join(summary.switch))
     mode = f"{clean(summary.mode)} ({switch})" if switch else clean(summary.mode)
-    return (clean(summary.name), clean(summary.model), mode if summary.call else switch, clean(summary.call))
+    parts = (clean(summary.name), clean(summary.model), mode if summary.call else switch, clean(summary.call))
+    return [part for part in parts if part]
 
 
 def labels(summary: Summary) -> tuple[str, ...]:
     """What the columns of numbers are: the parameters, their bytes, FLOPs as far as they are known."""
-    flops = ("FLOPs",) if summary.flops is not None else ()
-    return (primary(summary), "bytes", *flops, *(("vjp FLOPs",) if summary.vjp_flops is not None else ()))
+    flops = (("FLOPs", summary.flops), ("vjp FLOPs", summary.vjp_flops))
+    return (primary(summary), "bytes", *(label for label, count in flops if count is not None))
 
 
 def primary(summary: Summary) -> str:
@@ -258,12 +308,9 @@ def primary(summary: Summary) -> str:
 def cells(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
     """The numbers of a row, as many as there are `labels`."""
     size = row.sizes.get(primary(summary))
-    numbers = ["", ""] if size is None else [number(size.elements), bytes_(size.bytes)]
-    if summary.flops is not None:
-        numbers.append(number(row.flops))
-    if summary.vjp_flops is not None:
-        numbers.append(number(row.vjp_flops))
-    return tuple(numbers)
+    numbers = ("", "") if size is None else (number(size.elements), bytes_(size.bytes))
+    flops = ((summary.flops, row.flops), (summary.vjp_flops, row.vjp_flops))
+    return (*numbers, *(number(of_row) for of_call, of_row in flops if of_call is not None))
 
 
 def number(value: int | None) -> str:
@@ -278,8 +325,7 @@ def details(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
         return ()
     said = []
     if module.calls:
-        inputs = clean(module.inputs) or "nothing"
-        said.append(f"{inputs} → {clean(module.outputs)}")
+        said.append(f"{clean(module.inputs) or 'nothing'} → {clean(module.outputs)}")
     elif summary.call:
         said.append("not called")
     if module.calls > 1:
@@ -287,10 +333,8 @@ def details(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
     for collection, size in row.sizes.items():
         arrays = [array for array in module.arrays if array.collection == collection]
         many = "" if collection == primary(summary) else f" {number(size.elements)}, {bytes_(size.bytes)}"
-        if arrays and collection != "RngState":
-            said.append(f"{clean(collection)}{many}: {', '.join(map(spell, arrays))}")
-        elif many:
-            said.append(f"{clean(collection)}{many}")
+        spelled = f": {', '.join(map(spell, arrays))}" if arrays and collection != "RngState" else ""
+        said += [f"{clean(collection)}{many}{spelled}"] if many or spelled else []
     if module.streams:
         said.append(f"takes {clean(', '.join(module.streams))}")
     return tuple(said)
@@ -331,7 +375,7 @@ def shown_depth(root: ModuleRow, depth: int | None) -> int:
     if depth is not None:
         return depth
     deep = root.depth
-    while deep > 1 and root.to(deep) > LINES:
+    while deep > 1 and root.size(deep) > LINES:
         deep -= 1
     return deep
 
@@ -347,15 +391,13 @@ def summary_text(summary: Summary, depth: int | None = None) -> str:
     rows = list(_rows(root, deep))
     numbers = [labels(summary), *(cells(summary, row) for row, _ in rows)]
     widths = [max(cell_len(line[i]) for line in numbers) for i in range(len(numbers[0]))]
-    lines = dotted(heading(summary))
-    lines.append(_line("  module", numbers[0], widths))
+    lines = [*dotted(heading(summary)), *_aligned("module", "  ", numbers[0], widths)]
     for (row, level), figures in zip(rows, numbers[1:], strict=True):
         indent = "  " * (level + 1)
-        lines += _left(f"{row.name}  {row.cls}".rstrip(), indent, figures, widths)
+        lines += _aligned(f"{row.name}  {row.cls}".rstrip(), indent, figures, widths)
         said = details(summary, row)
-        hidden = row.size - 1 if level == deep else 0
-        if hidden:
-            said = (*said, f"{plural(hidden, 'row')} inside")
+        if level == deep and row.rows:
+            said = (*said, f"{plural(row.size() - 1, 'row')} inside")
         if said:
             lines += wrap(" · ".join(said), indent + "  ", indent + "    ")
     lines += columns(facts(summary))
@@ -371,14 +413,9 @@ def _rows(row: ModuleRow, deep: int, level: int = 0) -> Iterator[tuple[ModuleRow
             yield from _rows(part, deep, level + 1)
 
 
-def _left(text: str, indent: str, figures: Sequence[str], widths: Sequence[int]) -> list[str]:
+def _aligned(text: str, indent: str, figures: Sequence[str], widths: Sequence[int]) -> list[str]:
     """A name with its numbers at the right; a name that leaves no room for them has lines of its own."""
     room = WIDTH - sum(widths) - 2 * len(widths)
     *above, last = wrap(text, indent, indent + "    ", room)
-    return [*above, _line(last, figures, widths)]
-
-
-def _line(left: str, figures: Sequence[str], widths: Sequence[int]) -> str:
-    room = WIDTH - sum(widths) - 2 * len(widths)
     right = "".join("  " + " " * (wide - cell_len(text)) + text for text, wide in zip(figures, widths, strict=True))
-    return (left + " " * (room - cell_len(left)) + right).rstrip()
+    return [*above, (last + " " * (room - cell_len(last)) + right).rstrip()]

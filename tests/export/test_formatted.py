@@ -54,7 +54,6 @@ class Module(nnx.Module):
         self.norm = nnx.BatchNorm(features, rngs=rngs)
         self.dropout = nnx.Dropout(rate, rngs=rngs)
         self.out = nnx.Linear(features, classes, rngs=rngs)
-
     def __call__(self, x):
         return self.out(self.dropout(self.norm(self.hidden(x))))
 """,

@@ -116,7 +116,5 @@ held = nnx.bridge.ToNNX(nn.Dropout(0.5, deterministic=False), rngs=nnx.Rngs(para
 
 @pytest.mark.parametrize("kind", SESSIONS)
 def test_a_session_of_this_kind_is_its_export(notebook, tmp_path, kind):
-    for cell in SESSIONS[kind]:
-        notebook(cell)
-    assert "Left out" not in assert_same(notebook, tmp_path)
+    assert "Left out" not in assert_same(notebook, tmp_path, *SESSIONS[kind])
     assert notebook.session.export().unexported == ()

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import sharp_bits
 from exporting import NORMED, assert_same, printed
 
-MODEL = """\
-%%flaxmodel
-class MyModel(nn.Module):
-  num_neurons: int
-  training: bool
-
-  @nn.compact
-  def __call__(self, x):
-    x = nn.Dense(self.num_neurons)(x)
-    return nn.Dropout(rate=0.5, deterministic=not self.training)(x)
-
-my_model = MyModel(num_neurons=3, training=False)
-"""
+MODEL = sharp_bits.MODEL.lstrip()
+TRAIN = "y = %flax_apply --train my_model(x)"
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
 
 def test_two_cells_share_a_draw(notebook, tmp_path):
-    notebook(MODEL)
-    notebook("variables = %flax_init my_model(x)")
-    notebook("y = %flax_apply --train my_model(x)")
-    notebook("z = %flax_apply --train my_model(x)\nz.shape")
-    script = assert_same(notebook, tmp_path)
-    assert "variables = my_model.init(params_key, x)\n" in script
+    cells = ("variables = %flax_init my_model(x)", TRAIN, "z = %flax_apply --train my_model(x)\nz.shape")
+    assert "variables = my_model.init(params_key, x)\n" in assert_same(notebook, tmp_path, MODEL, *cells)
 
 
 def test_statistics_are_kept_in_a_loop_that_initialises(notebook, tmp_path):
@@ -42,10 +28,8 @@ def test_statistics_are_kept_in_a_loop_that_initialises(notebook, tmp_path):
 
 
 def test_an_init_before_a_loop_is_of_the_loops_first_draw(notebook, tmp_path):
-    notebook(MODEL)
-    notebook("%flax_init my_model(x);")
-    notebook("for i in range(3):\n  y = %flax_apply --train my_model(x * i)\n  print(y.shape)")
-    assert_same(notebook, tmp_path)
+    loop = "for i in range(3):\n  y = %flax_apply --train my_model(x * i)\n  print(y.shape)"
+    assert_same(notebook, tmp_path, MODEL, "%flax_init my_model(x);", loop)
 
 
 def test_further_streams_and_keys_by_name(notebook, tmp_path):
@@ -60,36 +44,20 @@ class Noisy(nn.Module):
 
 noisy = Noisy()
 """)
-    notebook("%flax_init noisy(x);")
-    notebook("y = %flax_apply noisy(x)")
-    notebook("y = %flax_apply --key z_rng noisy(x)")
-    notebook("latent = %flax_key latent\ndropout = %flax_key dropout")
-    notebook("%flax_key another")
-    notebook("z = jax.random.normal(latent, x.shape)\ny = %flax_apply noisy(z)")
-    script = assert_same(notebook, tmp_path)
+    runs = ("%flax_init noisy(x);", "y = %flax_apply noisy(x)", "y = %flax_apply --key z_rng noisy(x)")
+    keys = ("latent = %flax_key latent\ndropout = %flax_key dropout", "%flax_key another")
+    last = "z = jax.random.normal(latent, x.shape)\ny = %flax_apply noisy(z)"
+    script = assert_same(notebook, tmp_path, *runs, *keys, last)
     assert "noise_key = jax.random.fold_in(root_key, 0x" in script
 
 
 def test_restarts_repeated_and_edited_cells(notebook, tmp_path):
     notebook("WIDTH = 3\nscale = 2.0\ndef twice(x):\n    return x * scale")
     cell = MODEL.replace("nn.Dense(self.num_neurons)(x)", "twice(nn.Dense(self.num_neurons)(x))")
-    notebook(cell)
-    run = "y = %flax_apply --train my_model(x)"
-    notebook(run)
-    notebook(run)
-    notebook(cell)
-    notebook(run)
-    notebook("scale = 3.0")
-    notebook(run)
-    notebook("%flax_key --seed 3")
-    notebook(run)
-    notebook(cell.replace("rate=0.5", "rate=0.2"))  # variables kept
-    notebook(run)
-    notebook(cell.replace("num_neurons=3", "num_neurons=5"))  # variables dropped
-    notebook(run)
-    notebook("%flax_key --seed 0 --fresh")
-    notebook(run)
-    assert_same(notebook, tmp_path)
+    cells = [cell, TRAIN, TRAIN, cell, TRAIN, "scale = 3.0", TRAIN, "%flax_key --seed 3", TRAIN]
+    cells += [cell.replace("rate=0.5", "rate=0.2"), TRAIN]  # variables kept
+    cells += [cell.replace("num_neurons=3", "num_neurons=5"), TRAIN]  # variables dropped
+    assert_same(notebook, tmp_path, *cells, "%flax_key --seed 0 --fresh", TRAIN)
 
 
 def test_functions_hold_commands(notebook, tmp_path):
@@ -101,8 +69,7 @@ def step(x, n):
         y = %flax_apply --train my_model(x + i)
     return y
 ''')
-    notebook("a = step(x, 2)\nb = step(a @ jnp.ones((3, 4)), 1)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "a = step(x, 2)\nb = step(a @ jnp.ones((3, 4)), 1)")
     assert "    global root_key, variables\n" in script
 
 
@@ -117,55 +84,43 @@ def second(x):
     y = %flax_apply --train my_model(x)
     return y""")
     notebook("if x.ndim == 2:\n    y = %flax_apply my_model(x)\nelse:\n    z = %flax_apply my_model(x)")
-    notebook("y = second(x)\ny = second(y @ jnp.ones((3, 4)))")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "y = second(x)\ny = second(y @ jnp.ones((3, 4)))")
     assert "if x.ndim == 2:\n    # Left out: it never ran.\n" in script
     assert "else:\n    root_key, params_key, dropout_key = jax.random.split(root_key, 3)\n" in script
     assert script.count("Left out") == 1
 
 
 def test_a_function_and_its_loop_in_a_cell_that_is_run_again(notebook, tmp_path):
-    notebook(MODEL)
-    notebook("y = %flax_apply my_model(x)")
+    run = "y = %flax_apply my_model(x)"
     cell = """\
 def step(x):
     y = %flax_apply --train --draw last my_model(x)
     return y
 for i in range(2):
     y = step(x * i)"""
-    notebook(cell)
-    notebook("y = %flax_apply my_model(x)")
-    notebook(cell)
-    assert "Left out" not in assert_same(notebook, tmp_path)
+    assert "Left out" not in assert_same(notebook, tmp_path, MODEL, run, cell, run, cell)
 
 
 def test_a_function_defined_again_and_a_model_bound_anew(notebook, tmp_path):
-    step = "def step(x):\n    y = %flax_apply net(x)\n    return y"
-    for cell in (
-        "net = nn.Dense(2)\n%flaxmodel net",
-        step,
-        step,
-        "y = step(x)",
-        "y = step(x)",
-        "net = nn.Dense(3)",
-        "y = step(x)",
-        "net = nn.Dense(2)\n%flaxmodel net",
-        "y = step(x)\nfor _ in range(2): y = step(x)",
-    ):
-        notebook(cell)
-    script = assert_same(notebook, tmp_path)
+    step, model = "def step(x):\n    y = %flax_apply net(x)\n    return y", "net = nn.Dense(2)\n%flaxmodel net"
+    run = "y = step(x)"
+    cells = (model, step, step, run, run, "net = nn.Dense(3)", run, model)
+    script = assert_same(notebook, tmp_path, *cells, "y = step(x)\nfor _ in range(2): y = step(x)")
     assert script.count("def step") == 2
     assert script.count("def apply") == 3
 
 
 def test_options_of_one_run(notebook, tmp_path):
-    notebook(MODEL)
-    notebook("y = %flax_apply --train --draws 4 my_model(x)")
-    notebook("y = %flax_apply --train --draw 2 my_model(x)\ny = %flax_apply --train --draw last my_model(x)")
-    notebook("y = %flax_apply --train --eager my_model(x)")
-    notebook("other = my_model.init(jax.random.key(9), x)\ny = %flax_apply --variables other my_model(x)")
-    notebook("y = %flax_apply --train --repeat 2 my_model(x)")
-    assert_same(notebook, tmp_path)
+    assert_same(
+        notebook,
+        tmp_path,
+        MODEL,
+        "y = %flax_apply --train --draws 4 my_model(x)",
+        "y = %flax_apply --train --draw 2 my_model(x)\ny = %flax_apply --train --draw last my_model(x)",
+        "y = %flax_apply --train --eager my_model(x)",
+        "other = my_model.init(jax.random.key(9), x)\ny = %flax_apply --variables other my_model(x)",
+        "y = %flax_apply --train --repeat 2 my_model(x)",
+    )
 
 
 def test_mutable_and_sown_collections_and_methods(notebook, tmp_path):
@@ -176,15 +131,12 @@ class Auto(nn.Module):
     self.encoder = nn.Dense(2)
     self.decoder = nn.Dense(4)
     self.norm = nn.BatchNorm(use_running_average=False)
-
   def encode(self, x):
     z = self.encoder(x)
     self.sow('intermediates', 'z', z)
     return z
-
   def decode(self, z):
     return self.decoder(self.norm(z))
-
   def __call__(self, x, scale=1.0, *, act=None, n=1):
     for _ in range(n):
       x = self.encode(x) @ jnp.ones((2, 4))
@@ -193,13 +145,11 @@ class Auto(nn.Module):
 
 auto = Auto()
 """)
-    notebook("z = %flax_apply auto.encode(x)")
-    notebook("back = %flax_apply auto.decode(z)")
-    notebook("y = %flax_apply auto(x, 2.0, act=nn.relu)\ny = %flax_apply auto(x, scale=3, n=2)")
-    notebook("y, updates = %flax_apply --mutable intermediates auto(x)")
-    notebook("out = %flax_apply --mutable batch_stats auto(x)")
-    notebook("h = %flax_apply auto.encoder(x)")
-    assert_same(notebook, tmp_path)
+    methods = ("z = %flax_apply auto.encode(x)", "back = %flax_apply auto.decode(z)")
+    calls = "y = %flax_apply auto(x, 2.0, act=nn.relu)\ny = %flax_apply auto(x, scale=3, n=2)"
+    sown = "y, updates = %flax_apply --mutable intermediates auto(x)"
+    written = "out = %flax_apply --mutable batch_stats auto(x)"
+    assert_same(notebook, tmp_path, *methods, calls, sown, written, "h = %flax_apply auto.encoder(x)")
 
 
 def test_cells_of_statements_and_what_is_around_commands(notebook, tmp_path, monkeypatch, bang):
@@ -211,9 +161,7 @@ def test_cells_of_statements_and_what_is_around_commands(notebook, tmp_path, mon
     notebook("%%time\ny = %flax_apply --train my_model(x)")
     notebook("%%capture out\nprint('hidden')\ny = %flax_apply --train my_model(x)")
     notebook(f"%time z = y + 1\nfiles = {bang}echo a b\n!true\n%precision 3")
-    notebook("print(len(files))")
-    notebook("w = %flax_apply my_model(z @ jnp.ones((3, 4)))")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "print(len(files))", "w = %flax_apply my_model(z @ jnp.ones((3, 4)))")
     assert "# %%time\n" in script
     assert f"# files = {bang}echo a b\n" in script
     assert "# Left out: `files` is not there: a magic or the shell gives it.\n# print(len(files))\n" in script
@@ -225,9 +173,9 @@ def test_cells_that_fail(notebook, tmp_path):
     notebook.fails("y = %flax_apply my_model(x)\nz = undefined + 1\nw = 3")
     notebook.fails("%flax_apply my_model(undefined)")
     notebook.fails("for i in range(3):\n    y = %flax_apply --train my_model(x)\n    if i: raise RuntimeError")
-    notebook("y = %flax_apply --train my_model(x)")
+    notebook(TRAIN)
     kept = [run for run in notebook.session.runs if run.draw not in (2, 3)]
-    script = assert_same(notebook, tmp_path, kept)
+    script = assert_same(notebook, tmp_path, kept=kept)
     assert "# In [4] failed here with NameError:\n# z = undefined + 1\n" in script
     assert "2 draws that no line of the cells explains: my_model(x).\n" in script
     assert script.endswith("\n# 1 cell that failed and left nothing is left out.\n")
@@ -245,7 +193,7 @@ def test_the_session_in_the_users_own_code(notebook, tmp_path):
     notebook("y = %flax_apply my_model(x)\nz = %flax_apply --variables {'params':params} my_model(x)")
     notebook("%flax_init my_model(x);\ny = %flax_apply my_model(x)")
     runs = notebook.session.runs
-    script = assert_same(notebook, tmp_path, [runs[0], *runs[3:]])
+    script = assert_same(notebook, tmp_path, kept=[runs[0], *runs[3:]])
     for lines in (
         "# Left out: `flax_magics` is not there: it comes from flax_magics.\n# session = flax_magics.session()\n",
         "# Left out: `session` is not there: it comes from flax_magics.\n"
@@ -279,17 +227,7 @@ def print_digest(call, result):
   print(f"{call:<17}  {hasher.hexdigest()[:16]}")
 
 
-class MyModel(nn.Module):
-  num_neurons: int
-  training: bool
-
-  @nn.compact
-  def __call__(self, x):
-    x = nn.Dense(self.num_neurons)(x)
-    return nn.Dropout(rate=0.5, deterministic=not self.training)(x)
-
-my_model = MyModel(num_neurons=3, training=False)
-
+{model}
 
 @jax.jit
 def apply(variables, x):
@@ -314,14 +252,12 @@ root_key, params_key, dropout_key = jax.random.split(root_key, 3)
 y_train = train(variables, x, dropout_key)
 print_digest("train my_model(x)", y_train)
 y_train
-"""
+""".replace("{model}", MODEL.partition("\n")[2])
 
 
 def test_the_notebook_of_the_sharp_bits_is_the_code_that_it_has_by_hand(notebook, tmp_path):
-    notebook(MODEL)
-    notebook("y = %flax_apply my_model(x)")
-    notebook("# once more\ny_train = %flax_apply --train my_model(x)\ny_train")
-    script = assert_same(notebook, tmp_path)
+    cells = ("y = %flax_apply my_model(x)", "# once more\ny_train = %flax_apply --train my_model(x)\ny_train")
+    script = assert_same(notebook, tmp_path, MODEL, *cells)
     docstring, _, code = script.partition('"""\n\n')
     assert code == SHARP_BITS
     assert docstring.startswith('"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.\n')
@@ -332,8 +268,7 @@ def test_names_of_the_users_own_are_left_alone(notebook, tmp_path):
     notebook(MODEL)
     notebook("train, variables, updates, root_key, result, hashlib, np = range(7)\ndef apply(a): return a")
     notebook("def print_digest(a): print(a)\ny = %flax_apply my_model(x)\ny = %flax_apply --train my_model(x)")
-    notebook("print_digest(apply(train))\nprint(root_key, variables, apply)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "print_digest(apply(train))\nprint(root_key, variables, apply)")
     assert notebook.session.export().unexported == ()
     assert "session_root_key, session_params_key, session_dropout_key = " in script
     assert "my_model_variables = my_model.init(session_params_key, x)\n" in script
@@ -343,9 +278,8 @@ def test_a_setting_before_jax_is_imported_stays_before_it(notebook, tmp_path):
     notebook("%reset -f")
     notebook("import os\nos.environ['A_SETTING'] = '1'\nimport jax, flax.linen as nn")
     notebook("x = jax.random.uniform(jax.random.key(42), (3, 4))\nnet = nn.Dense(2)\n%flaxmodel net")
-    notebook("y = %flax_apply net(x)")
     # The first cells of this notebook import JAX without a setting before.
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "y = %flax_apply net(x)")
     assert script.index("import jax") < script.index("os.environ")
 
 
@@ -365,11 +299,8 @@ class Net(nn.Module):
   def __call__(self, x, train=False):
     return nn.Dropout(0.5, deterministic=not train)(nn.Dense(2)(Block()(x)))
 """
-    for cell in (block, net, "y = %flax_apply --train Net(x)", "y = %flax_apply Block(x)"):
-        notebook(cell)
-    for cell in (block.replace("relu", "tanh"), "y = %flax_apply --train Net(x)\ny = %flax_apply Block(x)"):
-        notebook(cell)
-    assert_same(notebook, tmp_path)
+    outer, inner = "y = %flax_apply --train Net(x)", "y = %flax_apply Block(x)"
+    assert_same(notebook, tmp_path, block, net, outer, inner, block.replace("relu", "tanh"), f"{outer}\n{inner}")
 
 
 def test_switches_in_a_config_mapped_axes_and_starred_arguments(notebook, tmp_path):
@@ -393,8 +324,7 @@ class Net(nn.Module):
 """)
     notebook("y = %flax_apply --train net(x)\ny = %flax_apply --eval net(x, 2)")
     notebook("args, given = (x,), {'n': 1}\ny = %flax_apply net(*args, **given)")
-    notebook("kind = 'a'\ny = %flax_apply net(x, kind=kind)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "kind = 'a'\ny = %flax_apply net(x, kind=kind)")
     assert "net.clone(config=dataclasses.replace(net.config, deterministic=False)).apply(" in script
 
 
@@ -411,7 +341,6 @@ finally:
     first, *rest = %flax_apply --eval normed(x)
     total: jax.Array = %flax_apply --eval normed(x)
 """)
-    notebook("for width in (3, 4):\n    m = nn.Dense(width)\n    %flaxmodel m\n    y = %flax_apply m(x)")
     assert_same(notebook, tmp_path)
 
 
@@ -419,8 +348,7 @@ def test_what_only_a_notebook_knows_is_left_out_with_its_reason(notebook, tmp_pa
     notebook(MODEL)
     notebook("y = %flax_apply -o run my_model(x)")
     notebook("print(run.timing)\nprint(Out)\nawait_me = 1")
-    notebook("s = %flax_summary -q my_model(x)\nprint(s.flops)\nawait_me += 1")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "s = %flax_summary -q my_model(x)\nprint(s.flops)\nawait_me += 1")
     for lines in (
         "# Left out: `run` is not there: it is a Run of the session.\n# print(run.timing)\n",
         "# Left out: `Out` is not there: it is the notebook's own.\n# print(Out)\n",

@@ -31,8 +31,7 @@ def test_choices_inside_containers_are_literals_or_static_arguments(notebook, tm
     notebook("options = {'causal': True, 'scale': 3, 'acts': [nn.gelu, nn.relu], 'mask': None}")
     notebook("y = %flax_apply attend(x, options)")
     notebook("options['causal'] = False\ny = %flax_apply attend(x, options=options)")
-    notebook("batch = {'x': x, 'lang': 'en'}\ny = %flax_apply --draws 2 attend(batch)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "batch = {'x': x, 'lang': 'en'}\ny = %flax_apply --draws 2 attend(batch)")
     assert "  return attend.apply(variables, x, {'causal': True, 'scale': scale}, rngs={'dropout': dropout_key})\n" in (
         script.replace("(\n    ", "(").replace("\n  )", ")")
     )
@@ -45,8 +44,7 @@ def test_draws_from_an_earlier_one_on(notebook, tmp_path):
     notebook(ATTEND)
     notebook("y = %flax_apply attend(x)\nys = %flax_apply --draws 3 attend(x)")
     notebook("ys = %flax_apply --draw 2 --draws 3 attend(x)\nys = %flax_apply --draw 1 --draws 1 attend(x)")
-    notebook("%flax_key --seed 5\nys = %flax_apply --draw 0:2 --draws 2 attend(x * 2)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "%flax_key --seed 5\nys = %flax_apply --draw 0:2 --draws 2 attend(x * 2)")
     digests = [run.digest for run in notebook.session.runs]
     assert digests[1] == digests[2]
     assert "replayed_root_key = jax.random.key(0)  # draws 2 to 4 again\n" in script
@@ -62,16 +60,13 @@ class Block(nnx.Module):
     self.linear = nnx.Linear(4, 4, rngs=rngs)
     self.norm = nnx.BatchNorm(4, rngs=rngs)
     self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
   def __call__(self, x):
     h = self.linear(x)
     self.sow(nnx.Intermediate, 'hidden', h)
     return self.dropout(self.norm(h))
-
 class Net(nnx.Module):
   def __init__(self, rngs):
     self.first, self.second = Block(rngs), Block(rngs)
-
   def __call__(self, x):
     return self.second(self.first(x))
 """)
@@ -79,8 +74,7 @@ class Net(nnx.Module):
     notebook("pair = %flax_apply --train --mutable Intermediate --mutable BatchStat net(x)")
     notebook("%flax_apply --eval --mutable Intermediate net(x);")
     notebook("y, sown = %flax_apply --train --draw 2 --mutable Intermediate net(x)")
-    notebook("ys = %flax_apply --eval --draws 2 net(x)\ny = net(x)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "ys = %flax_apply --eval --draws 2 net(x)\ny = net(x)")
     assert "updates = {\n  'BatchStat': {\n    'first/norm/mean': net.first.norm.mean[...],\n" in script
     assert "sown = {'Intermediate': nnx.to_pure_dict(nnx.pop(net_copy, nnx.Intermediate))}\n" in script
     assert "  def one_draw(dropout_key):\n    model = nnx.clone(net)\n" in script
@@ -94,16 +88,13 @@ def test_what_layers_of_a_list_sow(notebook, tmp_path):
 class Layer(nnx.Module):
   def __init__(self, rngs):
     self.linear = nnx.Linear(4, 4, rngs=rngs)
-
   def __call__(self, x):
     self.sow(nnx.Intermediate, 'before', x)
     return self.linear(x)
-
 class Net(nnx.Module):
   def __init__(self, rngs):
     layers = [Layer(rngs), Layer(rngs)]
     self.layers = nnx.List(layers) if hasattr(nnx, 'List') else layers
-
   def __call__(self, x):
     for layer in self.layers:
       x = layer(x)
@@ -127,8 +118,7 @@ two = Two()
 """)
     notebook("h, mean = %flax_apply two(x)\n(h, mean), updates = %flax_apply --mutable batch_stats two(x)")
     notebook("out, updates = %flax_apply --mutable batch_stats two(x)\nout, *rest = %flax_apply two(x)")
-    notebook("out = %flax_apply --mutable batch_stats two(x)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "out = %flax_apply --mutable batch_stats two(x)")
     assert "(h, mean), new_values = apply(variables, x)\n" in script
     assert "out, updates = apply(variables, x)\nvariables = {**variables, **updates}\n" in script
     assert "out = apply(variables, x)\nvariables = {**variables, **out[1]}\n" in script
@@ -137,7 +127,6 @@ two = Two()
 def test_a_name_for_the_variables_that_is_read_after_they_changed_keeps_what_it_was(notebook, tmp_path):
     cell = "class B(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n"
     notebook(f"%%flaxmodel\n{cell}    return nn.BatchNorm(use_running_average=False)(x)\n\nb = B()")
-    notebook("variables = %flax_init b(x)\nn = len(variables)")
-    notebook("y = %flax_apply b(x)")
-    notebook("y = %flax_apply --variables variables b(x)")
-    assert "\nvariables = b_variables = b.init(params_key, x)\n" in assert_same(notebook, tmp_path)
+    runs = ("variables = %flax_init b(x)\nn = len(variables)", "y = %flax_apply b(x)")
+    script = assert_same(notebook, tmp_path, *runs, "y = %flax_apply --variables variables b(x)")
+    assert "\nvariables = b_variables = b.init(params_key, x)\n" in script

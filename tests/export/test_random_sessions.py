@@ -31,24 +31,18 @@ MODELS = {
 class Base(nn.Module):
     width: int = 3
     double: int = width * 2
-
     def setup(self):
         self.dense = nn.Dense(self.double)
-
     def __call__(self, x):
         return self.dense(x)
-
 class Child(Base):
     rate: float = 0.5
     training: bool = False
-
     def setup(self):
         super().setup()
         self.dropout = nn.Dropout(self.rate)
-
     def __call__(self, x):
         return self.dropout(super().__call__(x), deterministic=not self.training)
-
     def encode(self, x):
         return super().__call__(x)
 
@@ -76,11 +70,9 @@ seq = nn.Sequential([nn.Dense(3), nn.relu, drop, nn.Dense(2), drop])
 class Config:
     rate: float = 0.5
     training: bool = False
-
 class Holding(nn.Module):
     parts: dict
     config: Config
-
     @nn.compact
     def __call__(self, x):
         x = self.parts['drop'](self.parts['dense'](x))
@@ -104,7 +96,6 @@ class Inner(nnx.Module):
     def __init__(self, rngs):
         self.linear = nnx.Linear(4, 3, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
     def __call__(self, x):
         return self.dropout(self.linear(x))
 
@@ -117,7 +108,6 @@ class Net(nnx.Module):
         self.linear = nnx.Linear(inside, outside, rngs=rngs)
         self.norm = nnx.BatchNorm(outside, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
     def __call__(self, x, scale=1.0):
         return self.dropout(self.norm(self.linear(x))) * scale
 """,
@@ -126,12 +116,10 @@ class Net(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Mode:
     training: bool = False
-
 class Own(nnx.Module):
     def __init__(self, *, rngs):
         self.linear = nnx.Linear(4, 3, rngs=rngs)
         self.mode, self.is_training = Mode(), False
-
     def __call__(self, x, rngs=None):
         return self.linear(x) * (2 if self.mode.training else 1) * (3 if self.is_training else 1)
 
@@ -152,6 +140,7 @@ CALLS = {
     "child": ["child(x)", "child.encode(x)"],
     "net": ["net(x)", "net(x, 2.0)"],
 }
+KEYS = ["latent = %flax_key latent", "%flax_key --seed 3", "%flax_key --seed 0 --fresh", "k = %flax_key dropout"]
 PYTHON = [
     "def half(values):\n    return values / 2\nz = half(jnp.ones(3))",
     "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    told = str(error)\nprint(told)",
@@ -212,14 +201,7 @@ class Writer:
             case 3:
                 return pick([f"%flax_init {name}(x);", f"variables = %flax_init {name}(x)\nn = len(variables)"])
             case 4:
-                return pick(
-                    [
-                        "latent = %flax_key latent",
-                        "%flax_key --seed 3",
-                        "%flax_key --seed 0 --fresh",
-                        "k = %flax_key dropout",
-                    ]
-                )
+                return pick(KEYS)
             case 5:
                 return pick(PYTHON)
             case 6 if self.cells:
@@ -276,10 +258,8 @@ def test_a_random_session_is_its_export_its_file_and_its_replays(notebook, tmp_p
         if model._entry().variables is None or name == "noisy":
             continue
         again.register(name, model.module)
-        assert (
-            again.apply(name, notebook["x"], mode="eval").digest
-            == session.apply(name, notebook["x"], mode="eval").digest
-        )
+        loaded, saved = (each.apply(name, notebook["x"], mode="eval").digest for each in (again, session))
+        assert loaded == saved
     drawn = [run for run in runs if run.command == "apply" and not run.replayed and run.seed == session.seed]
     for run in drawn[-2:]:
         if [r.draw for r in runs if r.seed == run.seed].count(run.draw) == 1:

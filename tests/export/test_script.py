@@ -52,15 +52,8 @@ def test_a_scripts_session_is_its_models_its_inputs_by_name_and_its_runs(tmp_pat
     (tmp_path / "train.py").write_text(SCRIPT)
     flag = "jax_disable_most_optimizations"
     environment = {**os.environ, flag.upper(): str(jax.config.read(flag))}
-    done = subprocess.run(
-        [sys.executable, "train.py"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        timeout=300,
-        check=True,
-    )
+    options = {"capture_output": True, "text": True, "timeout": 300, "check": True}
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, **options)
     unexported, digests = done.stdout.splitlines()
     assert unexported == "('a draw that no line of the cells explains: net(…)',)"
     text = (tmp_path / "session.py").read_text()

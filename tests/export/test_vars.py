@@ -29,19 +29,15 @@ def test_variables_that_were_given_as_a_message_writes_it_too_and_taken(notebook
     notebook(message.partition("write: ")[2])
     notebook("%flax_apply net(x)\n%flax_vars net = {**variables, 'params': params}")
     notebook("%flax_apply --train net(x)")
-    notebook("taken = %flax_vars net\nprint(sorted(taken))")
-    notebook("%flax_apply net(x)")
-    script = assert_same(notebook, tmp_path)
+    script = assert_same(notebook, tmp_path, "taken = %flax_vars net\nprint(sorted(taken))", "%flax_apply net(x)")
     assert "\nnet_variables = {**net_variables, **{'params': params}}\n" in script
     assert "\nnet_variables = {**variables, 'params': params}\n" in script
     assert "\ntaken = net_variables\nprint(sorted(taken))\n" in script
 
 
 def test_an_nnx_module_is_updated(notebook, tmp_path):
-    notebook(NNX)
-    notebook("state = %flax_vars net\n%flax_vars net = jax.tree.map(lambda leaf: leaf * 2, state)")
-    notebook("%flax_apply net(x)")
-    script = assert_same(notebook, tmp_path)
+    double = "state = %flax_vars net\n%flax_vars net = jax.tree.map(lambda leaf: leaf * 2, state)"
+    script = assert_same(notebook, tmp_path, NNX, double, "%flax_apply net(x)")
     assert "\nstate = nnx.state(net)\nnnx.update(net, jax.tree.map(lambda leaf: leaf * 2, state))\n" in script
 
 
@@ -57,6 +53,5 @@ def test_runs_after_variables_that_no_line_gives_are_left_out(notebook):
 
 
 def test_a_mode_that_nothing_set(notebook, tmp_path):
-    notebook(MODEL.replace(", train: bool = False", "").replace("not train", "True"))
-    notebook("y = %flax_apply --train net(x)")
-    assert "Left out" not in assert_same(notebook, tmp_path)
+    model = MODEL.replace(", train: bool = False", "").replace("not train", "True")
+    assert "Left out" not in assert_same(notebook, tmp_path, model, "y = %flax_apply --train net(x)")

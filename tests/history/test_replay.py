@@ -54,7 +54,21 @@ def session():
     return Session(seed=0)
 
 
+@pytest.fixture
+def net(session):
+    """A session with the model of the notebook."""
+    session.register("net", MyModel(3, training=True))
+    return session
+
+
 x = notebook_x()
+
+
+def forget_programs(session, name):
+    session.programs.by_call.clear()
+    session.programs.by_text.clear()
+    session._plans.forget(name)
+    gc.collect()
 
 
 def looked_at(session):
@@ -93,10 +107,7 @@ def test_it_does_after_an_edit_and_after_another_seed_too_and_says_that_the_code
 def test_a_program_that_is_gone_is_made_anew(session, module):
     session.register("b", module)
     runs = [session.apply("b", x + i, mode="train") for i in range(2)]
-    session.programs.by_call.clear()
-    session.programs.by_text.clear()
-    session._plans.forget("b")
-    gc.collect()
+    forget_programs(session, "b")
     before = looked_at(session)
     again = [session.replay(run.draw) for run in runs]
     assert [(run.agreement, run.program) for run in again] == [(IDENTICAL, "compiled"), (IDENTICAL, "reused")]
@@ -119,33 +130,27 @@ def test_what_the_model_reads_from_outside_is_as_it_was_while_the_program_is_the
     run = session.apply("net", x)
     monkeypatch.setitem(globals(), "SCALE", 3.0)
     assert session.replay(1).agreement.identical
-    session.programs.by_call.clear()
-    session.programs.by_text.clear()
-    session._plans.forget("net")
-    gc.collect()
+    forget_programs(session, "net")
     agreement = session.replay(1).agreement
     assert not agreement.identical
     assert agreement.said == ("the program was made anew: something that the model's code reads is another now",)
     assert bits(run.output) == bits(session.runs[-1].output)
 
 
-def test_another_setting_of_jax_is_said(session):
-    session.register("net", MyModel(3, training=True))
-    run = session.apply("net", x)
+def test_another_setting_of_jax_is_said(net):
+    run = net.apply("net", x)
     with jax.default_matmul_precision("float32"):
-        assert session.replay(run).agreement.said == (
-            "JAX is set otherwise than it was: its precision, its devices or the like",
-        )
-    assert session.replay(run).agreement == IDENTICAL
+        said = net.replay(run).agreement.said
+    assert said == ("JAX is set otherwise than it was: its precision, its devices or the like",)
+    assert net.replay(run).agreement == IDENTICAL
 
 
-def test_without_its_output_it_is_held_against_the_digest_and_without_that_against_nothing(session):
-    session.register("net", MyModel(3, training=True))
-    assert session.apply("net", x).digest is not None
-    session.apply("net", x)
+def test_without_its_output_it_is_held_against_the_digest_and_without_that_against_nothing(net):
+    assert net.apply("net", x).digest is not None
+    net.apply("net", x)
     gc.collect()
-    assert session.replay(1).agreement == BY_DIGEST
-    assert session.replay(2).agreement == NOTHING
+    assert net.replay(1).agreement == BY_DIGEST
+    assert net.replay(2).agreement == NOTHING
 
 
 def test_another_result_is_told_leaf_by_leaf(session, monkeypatch):
@@ -161,44 +166,32 @@ def test_another_result_is_told_leaf_by_leaf(session, monkeypatch):
     other["n"][2] = 7
     kept = session._state.runs.kept
     monkeypatch.setattr(type(kept), "output", lambda self: other)
-    assert session.replay(1).agreement == Agreement(
-        False,
-        "output",
-        (
-            Difference("['a']", 1, 6, float(np.float32(2).item()) * 2.0**-23, 1),
-            Difference("['n']", 1, 3, 5.0),
-        ),
-    )
+    of_a = Difference("['a']", 1, 6, float(np.float32(2).item()) * 2.0**-23, 1)
+    assert session.replay(1).agreement == Agreement(False, "output", (of_a, Difference("['n']", 1, 3, 5.0)))
 
 
-def test_an_init_and_a_key_replay_too(session):
-    session.register("net", MyModel(3, training=True))
-    variables = session.init("net", x)
-    key = session.key("latent")
-    assert session.replay(1).agreement == IDENTICAL
-    assert bits(session.replay(1).output) == bits(variables)
-    again = session.replay("last")
+def test_an_init_and_a_key_replay_too(net):
+    variables = net.init("net", x)
+    key = net.key("latent")
+    assert net.replay(1).agreement == IDENTICAL
+    assert bits(net.replay(1).output) == bits(variables)
+    again = net.replay("last")
     assert (again.command, again.agreement, bits(again.output)) == ("key", IDENTICAL, bits(key))
 
 
-def test_a_draw_that_an_init_and_an_apply_shared_is_two_runs(session):
-    session.register("net", MyModel(3, training=True))
-    held = session.init("net", x)
-    y = session.apply("net", x).output
-    assert [(run.command, run.agreement) for run in session.run_replay(1)] == [
-        ("init", IDENTICAL),
-        ("apply", IDENTICAL),
-    ]
-    assert bits(session.replay(1).output) == bits(y)
+def test_a_draw_that_an_init_and_an_apply_shared_is_two_runs(net):
+    held = net.init("net", x)
+    y = net.apply("net", x).output
+    assert [(run.command, run.agreement) for run in net.run_replay(1)] == [("init", IDENTICAL), ("apply", IDENTICAL)]
+    assert bits(net.replay(1).output) == bits(y)
     assert held is not None
 
 
-def test_a_draw_that_is_open_stays_open(session):
-    session.register("net", MyModel(3, training=True))
-    session.apply("net", x)
-    session.init("net", x)
-    session.replay(1)
-    assert session.apply("net", x).draw == 2
+def test_a_draw_that_is_open_stays_open(net):
+    net.apply("net", x)
+    net.init("net", x)
+    net.replay(1)
+    assert net.apply("net", x).draw == 2
 
 
 def test_a_module_that_the_session_built(session):
@@ -215,11 +208,10 @@ def test_a_module_that_the_session_built(session):
     assert bits(nnx.state(net)) == before
 
 
-def test_many_draws_at_once(session):
-    session.register("net", MyModel(3, training=True))
-    run = session.apply("net", x, draws=4)
-    assert [session.replay(n).agreement for n in (1, 4)] == [IDENTICAL] * 2
-    assert session.replay(run).draws == 4
+def test_many_draws_at_once(net):
+    run = net.apply("net", x, draws=4)
+    assert [net.replay(n).agreement for n in (1, 4)] == [IDENTICAL] * 2
+    assert net.replay(run).draws == 4
 
 
 @pytest.mark.parametrize(
@@ -254,11 +246,10 @@ def test_variables_of_the_users_own_and_a_key_in_the_call(session):
     assert session.replay(run).agreement == IDENTICAL
 
 
-def test_a_run_with_an_earlier_draws_keys_is_replayed_by_its_name(session):
-    session.register("net", MyModel(3, training=True))
-    session.apply("net", x)
-    run = session.apply("net", x[:2], draw=1)
-    again = session.replay(run)
+def test_a_run_with_an_earlier_draws_keys_is_replayed_by_its_name(net):
+    net.apply("net", x)
+    run = net.apply("net", x[:2], draw=1)
+    again = net.replay(run)
     assert again.agreement == IDENTICAL
     assert again.output.shape == (2, 4, 3)
 
@@ -351,13 +342,12 @@ def test_what_was_let_go_of_is_said():
     assert runs[0].output is not None
 
 
-def test_an_array_that_was_deleted_is_said(session):
-    session.register("net", MyModel(3, training=True))
+def test_an_array_that_was_deleted_is_said(net):
     y = jnp.array(x)
-    session.apply("net", y)
+    net.apply("net", y)
     y.delete()
     with pytest.raises(FlaxMagicsError, match="an array that it used was deleted or donated since"):
-        session.replay(1)
+        net.replay(1)
 
 
 def test_a_draw_that_never_was(session):

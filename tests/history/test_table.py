@@ -24,16 +24,10 @@ AT = time.mktime((2026, 11, 25, 9, 30, 0, 0, 0, -1))
 
 def drawn(run: Run, *marks: str, **changes: object) -> DrawRow:
     run = replace(run, started=AT, keys=RunKeys.of(DRAW, *run.keys), **changes)
-    name = run.call if run.command == "key" else run.model
-    return DrawRow(
-        run.seed, run.draw, run.draws, run.command, name or "", run.mode, run.call, run.cell, AT, marks, held(run)
-    )
-
-
-def held(run: Run) -> StoredRun:
-    """The run as a session keeps it; it lives as long as this."""
-    KEPT.append(run)
-    return StoredRun(run)
+    KEPT.append(run)  # the session's own record holds no output
+    name = (run.call if run.command == "key" else run.model) or ""
+    about = (run.seed, run.draw, run.draws, run.command, name, run.mode, run.call, run.cell)
+    return DrawRow(*about, AT, marks, StoredRun(run))
 
 
 KEPT: list[Run] = []

@@ -15,11 +15,13 @@ from rich.cells import cell_len
 
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.summary import view
-from flax_magics.summary.modules import Array, Module
-from flax_magics.summary.view import Summary, summary_bundle, summary_text, tree, tree_bundle
+from flax_magics.summary.view import Array, Module, Summary, summary_bundle, summary_text, tree, tree_bundle
 
 KERNEL = Array("params", "kernel", "float32", (9, 4), 144)
 BIAS = Array("params", "bias", "float32", (4,), 16)
+MEAN = Array("batch_stats", "mean", "float32", (4,), 16)
+SCALE = Array("params", "scale", "bfloat16", (4,), 8, "names=('mlp',)")
+SAME = "float32[16,4]"
 
 
 def dense(*path: str, flops: int = 1216) -> Module:
@@ -36,22 +38,8 @@ NET = Summary(
     (
         Module((), "Net", "encode", 1, "float32[16,9], train=True", "float32[16,2]", (), (), 1504, 4460),
         dense("Dense_0"),
-        Module(
-            ("BatchNorm_0",),
-            "BatchNorm",
-            "__call__",
-            2,
-            "float32[16,4]",
-            "float32[16,4]",
-            (
-                Array("batch_stats", "mean", "float32", (4,), 16),
-                Array("params", "scale", "bfloat16", (4,), 8, "names=('mlp',)"),
-            ),
-            (),
-            120,
-            360,
-        ),
-        Module(("Dropout_0",), "Dropout", "__call__", 1, "float32[16,4]", "float32[16,4]", (), ("dropout",), 168, 500),
+        Module(("BatchNorm_0",), "BatchNorm", "__call__", 2, SAME, SAME, (MEAN, SCALE), (), 120, 360),
+        Module(("Dropout_0",), "Dropout", "__call__", 1, SAME, SAME, (), ("dropout",), 168, 500),
         Module(("unused",), "", arrays=(BIAS,)),
     ),
     1504,
@@ -66,11 +54,11 @@ def stack(layers: int) -> Summary:
     """A model of so many equal blocks, and of so many turns of two layers."""
     modules = [Module((), "Net", "__call__", 1, "float32[16,9]", "float32[16,4]", (), (), 10**9, None)]
     for i in range(layers):
-        modules.append(Module((f"Block_{i}",), "Block", "__call__", 1, "float32[16,4]", "float32[16,4]", flops=1216))
+        modules.append(Module((f"Block_{i}",), "Block", "__call__", 1, SAME, SAME, flops=1216))
         modules.append(replace(dense(f"Block_{i}", "Dense_0"), vjp_flops=None))
     for i in range(layers):
         modules.append(replace(dense(f"Dense_{i}"), vjp_flops=None))
-        modules.append(Module((f"Norm_{i}",), "Norm", "__call__", 1, "float32[16,4]", "float32[16,4]", flops=8))
+        modules.append(Module((f"Norm_{i}",), "Norm", "__call__", 1, SAME, SAME, flops=8))
     return Summary("net", "Net()", "net(x)", "as written", (), True, tuple(modules), 10**9)
 
 
@@ -123,11 +111,8 @@ def test_fifty_equal_blocks_are_one_row_and_turns_of_two_layers_another() -> Non
 def test_a_layer_that_differs_stands_by_itself() -> None:
     modules = [NET.modules[0], dense("a_0"), dense("a_1"), dense("a_2", flops=7), dense("a_3"), dense("a_4")]
     rows = tree(replace(NET, modules=tuple(modules))).rows
-    assert [(row.name, row.cls) for row in rows] == [
-        ("a_0, a_1", "2 × Dense"),
-        ("a_2", "Dense"),
-        ("a_3, a_4", "2 × Dense"),
-    ]
+    alike = [("a_0, a_1", "2 × Dense"), ("a_2", "Dense"), ("a_3, a_4", "2 × Dense")]
+    assert [(row.name, row.cls) for row in rows] == alike
 
 
 def test_a_depth_counts_in_what_it_hides() -> None:
@@ -199,10 +184,8 @@ def test_every_string_is_escaped_and_nothing_is_fetched_or_run() -> None:
 
 
 def test_a_bundle_has_text_and_html() -> None:
-    assert summary_bundle(NET, 0, "auto") == {
-        "text/plain": summary_text(NET, 0),
-        "text/html": view.summary_html(NET, 0),
-    }
+    shown = {"text/plain": summary_text(NET, 0), "text/html": view.summary_html(NET, 0)}
+    assert summary_bundle(NET, 0, "auto") == shown
     assert set(summary_bundle(NET, None, "text")) == {"text/plain"}
 
 

@@ -39,12 +39,15 @@ def digests_of(lines: list[str]) -> list[str]:
     return [word for word in last if len(word) == 16 and set(word) <= set("0123456789abcdef")]
 
 
-def assert_same(notebook: Any, folder: Path, kept: list[Any] | None = None) -> str:
+def assert_same(notebook: Any, folder: Path, *cells: str, kept: list[Any] | None = None) -> str:
     """The exported script, which prints the digest of every run of the session, in order.
 
     Args:
+      cells: run before.
       kept: runs that were held, where the session has let go of their outputs.
     """
+    for cell in cells:
+        notebook(cell)
     script = exported(notebook)
     expected = [run.digest for run in (notebook.session.runs if kept is None else kept)]
     assert None not in expected

@@ -1,0 +1,415 @@
+"""Runs of models: of linen init, the jitted apply, what it keeps; of NNX the module built, its keys and mode, its call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from ..rng.keys import SPLIT
+from ..run import MODULE, ExportFacts, Run, Settings
+from .cells import is_build
+from .context import CommandLines
+from .functions import CannotSay, SplitArguments, as_written, split
+from .writer import LineWriter, call, indented, label_of
+
+Keys = Mapping[str, str]
+"""Stream, or argument that is given a key of the draw (`--key`) → the variable that holds its key."""
+
+
+def _arguments(command: CommandLines, written: Iterable[str], added: Settings, keys: Keys) -> list[str]:
+    """The arguments of a call, with the switches that are added to it, and with the keys that `--key` gives it."""
+    switches = (f"{name}={value}" for name, value in added)
+    return [*written, *switches, *(f"{name}={keys[name]}" for name in command.options.get("key") or ())]
+
+
+def _passed(command: CommandLines, keys: Collection[str]) -> list[str]:
+    """The variables of keys as they are given to a function: those of many draws at once are lists."""
+    if command.options["draws"] is None or not keys:
+        return [*keys]
+    command.writer.needs.add("jnp")
+    return [f"jnp.stack({name})" for name in keys]
+
+
+def _of_module(command: CommandLines, expression: str, module: str) -> str:
+    """An expression in which `MODULE` stands for the module."""
+    if "dataclasses." in expression:
+        command.writer.needs.add("dataclasses")
+    return expression.replace(MODULE, module)
+
+
+# -- linen
+
+
+def init_linen(command: CommandLines) -> list[str]:
+    """The lines of `%flax_init`."""
+    writer, model, site = command.writer, command.model, command.site
+    lines, _, params = command.keys_of_init("params")
+    before, items = _init_items(command, command.runs[-1].spelling or ExportFacts(), {}, params)
+    assigned = f"{command.target} = " if command.target and command.target != model.variables else ""
+    lines.append(call(f"{assigned}{model.variables} = {before}", items))
+    if site.target and not command.target:
+        lines.append(f"{site.target} {model.variables}")
+    command.context.assigned.add(model.variables)
+    lines += _keep_first_key(command, params)
+    return [*lines, *writer.show(label_of(call(f"{model.name}.init(", items[1:])), model.variables)]
+
+
+def apply_linen(command: CommandLines) -> list[str]:
+    """The lines of `%flax_apply`.
+
+    Raises:
+      CannotSay: its runs were not alike.
+    """
+    writer, model, options, facts = command.writer, command.model, command.options, command.facts
+    lines, key, params = command.keys()
+    keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
+    variables = options["variables"] or model.variables
+    lines += _init_lines(command, keys, params)
+    value = _linen_call(command, keys, variables)
+    mutable = _mutable(command)
+    keeps = options["variables"] is None and options["draw"] is None and options["draws"] is None
+    kept = [name for name in facts.kept if name in mutable] if keeps else []
+    if kept:
+        command.context.assigned.add(model.variables)
+    parts = "parts" in facts.returns
+    if not mutable:
+        return [*lines, *command.value_lines(value, parts=parts)]
+    if not options["mutable"]:
+        updates = writer.variable("updates", "new_values") if kept else "_"
+        after = _merged(command, kept, updates)
+        return [*lines, *command.value_lines(value, after=after, parts=parts, updates=updates)]
+    # The cell gets (output, updates), with the collections in them that it asked for.
+    asked = [name for name in options["mutable"] if name in facts.mutable]
+    pair = len(command.targets) == 2
+    if set(asked) == set(mutable) and (command.target or pair or not kept):
+        updates = command.targets[1] if pair else f"{command.target}[1]"
+        return [*lines, *command.value_lines(value, after=_merged(command, kept, updates), parts=pair)]
+    output, updates = command.output, writer.variable("updates", "new_values")
+    lines += [f"{output}, {updates} = {value}", *_merged(command, kept, updates)]
+    return [*lines, *command.pair_lines(f"{{{_picked(writer, asked, updates)}}}")]
+
+
+def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
+    """The call of the jitted function for a run, or with `--eager` of the model."""
+    if command.options["eager"]:
+        return call(*_apply_items(command, keys, as_written(command.call.arguments), variables))
+    writer, name, facts, draws = command.writer, command.model.name, command.facts, command.options["draws"]
+    inside = {stream: f"{stream}_key" for stream in keys}
+    one = list(inside.values())
+    many = one if draws is None else [f"{key}s" for key in one]
+    arguments = split(writer, command.call, facts, ("jax", name, "variables", *one, *many))
+    value = call(*_apply_items(command, inside, arguments.inside, "variables"))
+    body = [f"return {value}"]
+    if draws is not None and one:
+        mapped = f"return jax.vmap(one_draw)({', '.join(many)})"
+        body = [f"def one_draw({', '.join(one)}):", f"{writer.unit}return {value}", "", mapped]
+    elif draws is not None:
+        body = [f"return jax.vmap(lambda: {value}, axis_size={draws})()"]
+    elif facts.axes:
+        # Around a model that names a mapped axis: the axis with one element, which stands for this device.
+        mapped = "one_device"
+        for axis in sorted(facts.axes):
+            mapped = f"jax.vmap({mapped}, axis_name={writer.text(axis)}, axis_size=1)"
+        body = ["def one_device():", f"{writer.unit}return {value}", "", f"outputs = {mapped}()"]
+        body.append(f"return jax.tree.map(lambda leaf: leaf[{', '.join('0' * len(facts.axes))}], outputs)")
+    parameters = ("variables", *_with_keys(arguments.parameters, many))
+    function = command.jitted("jax.jit", parameters, body, arguments.static)
+    return call(f"{function}(", [variables, *_with_keys(arguments.outside, _passed(command, keys.values()))])
+
+
+def _with_keys(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Arguments of the call, or parameters for them, with the keys: before them where one is starred."""
+    starred = any(argument.startswith("*") for argument in arguments)
+    return [*keys, *arguments] if starred else [*arguments, *keys]
+
+
+def _init_items(command: CommandLines, facts: ExportFacts, keys: Keys, key: str) -> tuple[str, list[str]]:
+    """`net.init(` and its arguments, for the init that is part of a run (or is the run)."""
+    if facts.init_streams:
+        streams = (command.writer.text(stream) for stream in ("params", *facts.init_streams))
+        key = "{" + ", ".join(f"{stream}: {key}" for stream in streams) + "}"
+    arguments = _arguments(command, as_written(command.call.arguments), facts.init_arguments, keys)
+    return f"{_of_module(command, facts.init_module, command.model.name)}.init(", [key, *arguments, *_method(command)]
+
+
+def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], variables: str) -> tuple[str, list[str]]:
+    """`net.apply(` and its arguments, `arguments` being those of the call."""
+    writer, facts, mutable = command.writer, command.facts, _mutable(command)
+    items = [variables, *_arguments(command, arguments, facts.arguments, keys)]
+    if facts.streams:
+        rngs = ", ".join(f"{writer.text(stream)}: {keys[stream]}" for stream in facts.streams)
+        items.append(f"rngs={{{rngs}}}")
+    if mutable:
+        items.append(f"mutable=[{', '.join(map(writer.text, mutable))}]")
+    return f"{_of_module(command, facts.module, command.model.name)}.apply(", [*items, *_method(command)]
+
+
+def _mutable(command: CommandLines) -> list[str]:
+    return sorted({*command.facts.mutable, *command.options["mutable"]})
+
+
+def _method(command: CommandLines) -> list[str]:
+    method = command.call.method
+    if not method:
+        return []
+    if len(method) == 1 and hasattr(type(command.model.module), method[0]):
+        return [f"method={command.writer.text(method[0])}"]
+    return [f"method=lambda module, *args, **kwargs: module.{'.'.join(method)}(*args, **kwargs)"]
+
+
+def _merged(command: CommandLines, kept: Sequence[str], updates: str) -> list[str]:
+    """The line that puts what a run wrote, `updates`, into the variables."""
+    if not kept:
+        return []
+    variables = command.model.variables
+    whole = set(kept) == set(_mutable(command))
+    new = f"**{updates}" if whole else _picked(command.writer, kept, updates)
+    return [f"{variables} = {{**{variables}, {new}}}"]
+
+
+def _picked(writer: LineWriter, names: Sequence[str], updates: str) -> str:
+    return ", ".join(f"{writer.text(name)}: {updates}[{writer.text(name)}]" for name in names)
+
+
+def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
+    """The init that is part of a run, or what a method adds to the variables."""
+    context, writer, model = command.context, command.writer, command.model
+
+    def init_of(run: Run, key: str) -> tuple[str, list[str]]:
+        context.assigned.add(model.variables)
+        return _init_items(command, run.spelling or command.facts, keys, key)
+
+    lines: list[str] = []
+    if command.initialising:
+        before, items = init_of(command.initialising[0], params)
+        lines = [call(f"{model.variables} = {before}", items), *_keep_first_key(command, params)]
+        if context.is_conditional(command.site):
+            lines = [f"if {model.variables} is None:", *indented(lines, writer.unit)]
+    adding = [run for run in command.runs if run.made is not None and run.made.added]
+    if adding:
+        if command.site.path and len(adding) < len(command.runs):
+            raise CannotSay("its first run added variables to those that were there, and the others did not")
+        writer.needs.add("traverse_util")
+        flat = writer.variable("flat_variables")
+        before, items = init_of(adding[0], model.first_key or params)
+        lines.append(call(f"{flat} = traverse_util.flatten_dict({before}", items, "))"))
+        lines.append(f"{flat}.update(traverse_util.flatten_dict({model.variables}))")
+        lines.append(f"{model.variables} = traverse_util.unflatten_dict({flat})")
+    return lines
+
+
+def _keep_first_key(command: CommandLines, params: str) -> list[str]:
+    """The line that keeps the key of the first init, where a method adds variables later."""
+    if not command.model.first_key:
+        return []
+    command.context.assigned.add(command.model.first_key)
+    return [f"{command.model.first_key} = {params}"]
+
+
+# -- NNX
+
+
+def with_rngs(construction: str, rngs: str = "nnx.Rngs(params=0, dropout=1)") -> str:
+    """`Net(8, 3)` with the argument that it lacks; by itself any streams, whose keys do not matter."""
+    inside = construction.rstrip().removesuffix(")").rstrip().rstrip(",")
+    return f"{inside}{'' if inside.endswith('(') else ', '}rngs={rngs})"
+
+
+def construction_of(run: Run, params: str, dropout: str) -> str:
+    """How the module of an init was built, with these keys."""
+    built = run.by_hand.partition(" = ")[2]
+    return built.replace("params=params_key", f"params={params}").replace("dropout=dropout_key", f"dropout={dropout}")
+
+
+def init_nnx(command: CommandLines) -> list[str]:
+    """The lines of `%flax_init`: the same construction with other keys, into the same object."""
+    target, state = command.site.target, f"nnx.state({command.model.name})"
+    lines, key, params = command.keys_of_init(*SPLIT)
+    lines.append(_rebuilt(command, command.runs[-1], params, key("dropout")))
+    bind = [f"{target} {state}"] if target else []
+    return [*lines, *bind, *command.writer.show(label_of(f"init {command.call.call}"), state)]
+
+
+def _rebuilt(command: CommandLines, run: Run, params: str, dropout: str) -> str:
+    """A module's own objects get the values of one that is built anew."""
+    command.writer.needs.add("nnx")
+    return f"nnx.update({command.model.name}, nnx.state({construction_of(run, params, dropout)}))"
+
+
+def apply_nnx(command: CommandLines) -> list[str]:
+    """The lines of `%flax_apply`.
+
+    Raises:
+      CannotSay: its runs were not alike, or an option has no lines.
+    """
+    writer, model, options, facts = command.writer, command.model.name, command.options, command.facts
+    many = options["draws"] is not None
+    lines, key, params = command.keys()
+    keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
+    if command.initialising:
+        lines.append(_rebuilt(command, _build_before(command), params, key("dropout")))
+    if many and options["mutable"]:
+        raise CannotSay("--mutable of many draws of an NNX model at once has no lines yet")
+    keeps = options["variables"] is None and options["draw"] is None
+    module = model
+    if options["variables"] is not None or (not many and (not keeps or (facts.mode and facts.mode.back is None))):
+        # A run that keeps nothing has a copy, with other variables where some are given.
+        module = writer.variable(f"{model}_copy")
+        writer.needs.add("nnx")
+        lines.append(f"{module} = nnx.clone({model})")
+        lines += [] if options["variables"] is None else [f"nnx.update({module}, {options['variables']})"]
+    parts = "parts" in facts.returns
+    if many:
+        return [*lines, *command.value_lines(_call_of_many(command, keys, module), parts=parts)]
+    lines += [*_reseeded(command, keys, module), *_mode_lines(command, module)]
+    value = _nnx_call(command, keys, module)
+    after = _mode_lines(command, module, back=True) if module == model else []
+    kept = [f"nnx.update({model}, nnx.state({module}))"] if module != model and keeps else []
+    popped = f"nnx.pop({module}, nnx.Intermediate)" if facts.sown else ""
+    if not options["mutable"]:
+        after += [*([popped] if popped else []), *kept]
+        return [*lines, *command.value_lines(value, after=after, parts=parts)]
+    # The cell gets (output, updates).
+    lines += [f"{command.output} = {value}", *after, *kept]
+    if popped:
+        writer.needs.add("nnx")
+        sown = [collection for collection in facts.given if collection.sown]
+        if not sown:
+            lines.append(popped)
+        elif not all(collection.whole for collection in sown):
+            values = writer.variable("sown", "sown_values")
+            lines.append(f"{values} = nnx.to_pure_dict({popped})")
+            popped = values
+    return [*lines, *command.pair_lines(_updates(command, module, popped))]
+
+
+def _build_before(command: CommandLines) -> Run:
+    """The init that built the module which runs of the command have built anew."""
+    if command.options["draws"] is not None:
+        raise CannotSay("many draws at once, the first of which built the module anew, have no lines yet")
+    if len(command.initialising) < len(command.runs):
+        raise CannotSay("its first run built the module anew, and the others did not")
+    earlier = command.context.groups.runs[: command.indices[0]]
+    builds = [run for run in earlier if run.model == command.runs[0].model and is_build(run)]
+    if not builds:
+        raise CannotSay("nobody knows how the module was built")
+    return builds[-1]
+
+
+def _nnx_call(command: CommandLines, keys: Keys, module: str) -> str:
+    """The call of the model's function, or with `--eager` of the model."""
+    options, facts, rngs = command.options, command.facts, _rngs(command, keys)
+    handed = [f"rngs={rngs}"] if rngs else []
+    if options["eager"]:
+        items = _arguments(command, as_written(command.call.arguments), facts.arguments, keys)
+        return call(".".join((module, *command.call.method)) + "(", [*items, *handed])
+    arguments, parameters, body = _call_in_function(command)
+    # The mode is the module's own, unless the call has it as an argument.
+    mode = "" if facts.arguments else "as written"
+    function = command.jitted("nnx.jit", parameters, [body], arguments.static, mode=mode)
+    passed = [*arguments.outside, *(keys[name] for name in options["key"]), *([rngs] if rngs else [])]
+    return call(f"{function}(", [module, *_starred_last(passed)])
+
+
+def _call_of_many(command: CommandLines, keys: Keys, module: str) -> str:
+    """The call of a function that takes the module apart, and puts it together once for each draw."""
+    name, inside = command.model.name, {stream: f"{stream}_key" for stream in keys}
+    one, many = list(inside.values()), [f"{key}s" for key in inside.values()]
+    arguments, parameters, line = _call_in_function(command)
+    copy = "model" if name != "model" else "copy"
+    while copy in {*parameters, *one}:
+        copy += "_"
+    line = line.replace(f"return {name}", f"return {copy}", 1)
+    rngs = _rngs(command, inside)
+    if rngs:
+        line = line.replace("rngs=rngs", f"rngs={rngs}")
+    inner = [f"{copy} = nnx.clone({name})", *_reseeded(command, inside, copy), *_mode_lines(command, copy), line]
+    mapped = f"jax.vmap(one_draw)({', '.join(many)})"
+    if not keys:
+        mapped = f"jax.vmap(one_draw, axis_size={command.options['draws']})()"
+    body = [f"def one_draw({', '.join(one)}):", *indented(inner, command.writer.unit), "", f"return {mapped}"]
+    function = command.jitted("nnx.jit", (name, *arguments.parameters, *many), body, arguments.static)
+    return call(f"{function}(", [module, *arguments.outside, *_passed(command, keys.values())])
+
+
+def _call_in_function(command: CommandLines) -> tuple[SplitArguments, list[str], str]:
+    """The call with its arguments parted; parameters of the function that makes it, and the line that does."""
+    writer, name, facts = command.writer, command.model.name, command.facts
+    keys = {argument: f"{argument}_key" for argument in command.options["key"]}
+    rngs = ["rngs"] if facts.handed else []
+    arguments = split(writer, command.call, facts, ("jax", "nnx", name, *keys.values(), *rngs))
+    items = [*_arguments(command, arguments.inside, facts.arguments, keys), *(f"{each}={each}" for each in rngs)]
+    writer.needs.add("nnx")
+    parameters = _starred_last([name, *arguments.parameters, *keys.values(), *rngs])
+    return arguments, parameters, call(f"return {'.'.join((name, *command.call.method))}(", items)
+
+
+def _starred_last(arguments: Sequence[str]) -> list[str]:
+    return sorted(arguments, key=lambda argument: argument.startswith("*"))
+
+
+def _reseeded(command: CommandLines, keys: Keys, module: str) -> list[str]:
+    """The line that gives the streams that the module holds the keys of the draw."""
+    writer, facts = command.writer, command.facts
+    streams = [f"{stream}={keys[stream]}" for stream in facts.streams if stream in facts.held]
+    if not streams:
+        return []
+    writer.needs.add("nnx")
+    return [call("nnx.reseed(", [module, f"policy={writer.text('match_shape')}", *streams])]
+
+
+def _rngs(command: CommandLines, keys: Keys) -> str:
+    """The `rngs` that the call is given; empty where it takes none, or the user's."""
+    facts = command.facts
+    if not facts.handed:
+        return ""
+    command.writer.needs.add("nnx")
+    in_module = facts.held - set(SPLIT)
+    return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in in_module)})"
+
+
+def _mode_lines(command: CommandLines, module: str, *, back: bool = False) -> list[str]:
+    """The lines that set the mode of a run, or that set it `back`."""
+    mode = command.facts.mode
+    lines = () if mode is None else mode.back or () if back else mode.to
+    return [_of_module(command, line, module) for line in lines]
+
+
+def _updates(command: CommandLines, module: str, popped: str) -> str:
+    """The collections that a run handed back, as a dict.
+
+    Args:
+      popped: the expression that takes off `module` what was sown; a name for it where that is not given as it is.
+
+    Raises:
+      CannotSay: the run sowed variables of a type of their own.
+    """
+    writer, items = command.writer, []
+    for collection in command.facts.given:
+        if collection.sown and collection.name != "Intermediate":
+            raise CannotSay(f"what it sowed are variables of a type of their own, `{collection.name}`")
+        if not collection.sown:
+            values = f"{{{', '.join(_held(writer, module, *place) for place in collection.paths)}}}"
+        elif collection.whole:
+            values = f"nnx.to_pure_dict({popped})"
+        else:
+            values = _nested(writer, [path for path, _ in collection.paths], popped)
+        items.append(f"{writer.text(collection.name)}: {values}")
+    return f"{{{', '.join(items)}}}"
+
+
+def _held(writer: LineWriter, module: str, path: tuple[str | int, ...], variable: bool) -> str:
+    """`"layers/0/kernel": net.layers[0].kernel[...]`"""
+    steps = [f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in path]
+    return f"{writer.text('/'.join(map(str, path)))}: {module}{''.join(steps)}{'[...]' if variable else ''}"
+
+
+def _nested(writer: LineWriter, paths: Iterable[Sequence[str | int]], sown: str) -> str:
+    """Values of `sown` as a dict, nested by their paths, with names in the place of numbers."""
+    inside: dict[str | int, list[Sequence[str | int]]] = {}
+    for step, *rest in paths:
+        inside.setdefault(step, []).append(rest)
+    rows = []
+    for step, rests in inside.items():
+        value = f"{sown}[{writer.text(step) if isinstance(step, str) else step}]"
+        rows.append(f"{writer.text(str(step))}: {_nested(writer, rests, value) if rests[0] else value}")
+    return f"{{{', '.join(rows)}}}"
