@@ -33,7 +33,7 @@ def history_html(history: History, *, everything: bool = False) -> str:
     return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "none": NONE})
 
 
-def history_bundle(history: History, everything: bool, style: str) -> dict[str, str]:
+def history_bundle(history: History, everything: bool, style: str) -> dict[str, object]:
     """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
     plain = history_text(history, everything=everything)
     return shown_bundle(plain, lambda: history_html(history, everything=everything), style)

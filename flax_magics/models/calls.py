@@ -16,6 +16,7 @@ import numpy as np
 from ..base.digest import describe
 from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
+from ..line.expression import positional_names
 
 Names: TypeAlias = tuple[str, ...]
 Path: TypeAlias = tuple[str, ...]

@@ -21,7 +21,7 @@ from .runs import RunLog, StoredRun
 class SavedInit:
     """How a linen model's variables came to be, as `InitRecord` has it; `program` is a digest."""
 
-    key: jax.Array
+    key: jax.Array | jax.ShapeDtypeStruct
     method: Path
     args: tuple[PyTree, ...]
     kwargs: dict[str, PyTree]

@@ -27,12 +27,12 @@ def summary_html(summary: Summary, depth: int | None = None) -> str:
     return render("summary.html", {**parts, **of_row, "root": root, "deep": shown_depth(root, depth)})
 
 
-def summary_bundle(summary: Summary, depth: int | None, style: str) -> dict[str, str]:
+def summary_bundle(summary: Summary, depth: int | None, style: str) -> dict[str, object]:
     """The MIME bundle of a summary; for `depth` see `summary.summary_text`."""
     return shown_bundle(summary_text(summary, depth), lambda: summary_html(summary, depth), style)
 
 
-def tree_bundle(name: str, variables: PyTree, style: str) -> dict[str, str]:
+def tree_bundle(name: str, variables: PyTree, style: str) -> dict[str, object]:
     """The MIME bundle of a model's variables as a tree. It has scripts, as treescope makes it.
 
     Raises:
