@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from .base.digest import Agreement, Spread, Values, all_words, describe, digest_of, sample_of, spread_of, values_of
 from .base.measures import Cost, Limits, Memory, Timing, environment
@@ -44,8 +48,7 @@ COMMANDS = {
 """What draws. Where a room tells these apart in more than that, it has a dict of its own with the same keys."""
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(Struct, frozen=True):
     """A sharp bit that was found.
 
     Attributes:
@@ -66,8 +69,7 @@ class Note:
         return advice(self.write, self.form, self.edit)
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(Struct, frozen=True):
     """One thing that made a program new.
 
     Attributes:
@@ -85,8 +87,7 @@ class Cause:
     dtypes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class InitStats:
+class InitStats(Struct, frozen=True):
     """Variables that this run initialised: how many parameters (array elements of `params`) and bytes of all."""
 
     parameters: int
@@ -122,8 +123,7 @@ class OutputFacts:
             self.values = values_of(output)
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+class Run(Struct, frozen=True, eq=False, weakref=True):
     """One run.
 
     Attributes:
@@ -172,15 +172,15 @@ class Run:
     keys: Mapping[str, Leaf]
     device: str
     started: float
-    sown: Mapping[str, PyTree] = field(default_factory=dict)
-    used: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    changed: Mapping[str, int] = field(default_factory=dict)
+    sown: Mapping[str, PyTree] = {}
+    used: Mapping[str, tuple[str, ...]] = {}
+    changed: Mapping[str, int] = {}
     program: str = ""
     reason: str = ""
     causes: tuple[Cause, ...] = ()
     switch: str = ""
     static: tuple[str, ...] = ()
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing = Timing()
     memory: Memory | None = None
     cost: Cost | None = None
     limits: Limits | None = None
@@ -194,9 +194,12 @@ class Run:
     draws: int | None = None
     elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None
-    _taken: OutputFacts = field(default_factory=OutputFacts, repr=False)
-    spelling: ExportFacts | None = field(default=None, repr=False)
+    _taken: OutputFacts = msgspec.field(default_factory=OutputFacts)
+    spelling: ExportFacts | None = None
     """Of an apply and an init: what it takes to write them as plain Flax."""
+
+    def __repr__(self) -> str:
+        return repr_without(self, "_taken", "spelling")
 
     @property
     def kind(self) -> CommandKind:
@@ -240,13 +243,17 @@ class Run:
             self._taken.values = values_of(self.output)
         return self._taken.values or ()
 
+    def with_notes(self, notes: tuple[Note, ...]) -> Run:
+        """The run with these notes in place of its own."""
+        return replace(self, notes=notes)
+
     def to_json(self) -> dict[str, object]:
         """The run as JSON data: what it was, with a few values of its output alone. Keys are given in full, their words in
         hex.
         """
         timing = asdict(self.timing)
         steady = timing.pop("steady")
-        timing |= {} if steady is None else {"steady": list(steady["times"])}
+        timing |= {} if steady is None else {"steady": list(steady.times)}
         return {
             "version": 1,
             **recorded(self),
@@ -265,11 +272,16 @@ class Run:
 
 def like(run: Run, **changes: object) -> Run:
     """The run with a few fields changed, and with nothing of its output read yet."""
-    return altered(run, {**changes, "_taken": OutputFacts()})
+    return replace(run, _taken=OutputFacts(), **changes)
 
 
-@dataclass(frozen=True)
-class HandedBack:
+def repr_without(record: Struct, *hidden: str) -> str:
+    """The `repr` of a Struct, without fields that are of no use to a reader."""
+    shown = (f"{name}={getattr(record, name)!r}" for name in record.__struct_fields__ if name not in hidden)
+    return f"{type(record).__name__}({', '.join(shown)})"
+
+
+class HandedBack(Struct, frozen=True):
     """A collection that an NNX run handed back.
 
     Attributes:
@@ -285,8 +297,7 @@ class HandedBack:
     whole: bool = False
 
 
-@dataclass(frozen=True)
-class ContainerPart:
+class ContainerPart(Struct, frozen=True):
     """A container of an argument, or what is in one.
 
     Attributes:
@@ -303,8 +314,7 @@ class ContainerPart:
         return self.kind == kind or any(part.has(kind) for _, part in self.inside)
 
 
-@dataclass(frozen=True)
-class ModeByHand:
+class ModeByHand(Struct, frozen=True):
     """The statements that set an NNX module's mode, and those that set it back: None where no call of one mode does.
 
     `MODULE` stands for the module's name.
@@ -314,8 +324,7 @@ class ModeByHand:
     back: tuple[str, ...] | None
 
 
-@dataclass(frozen=True)
-class ExportFacts:
+class ExportFacts(Struct, frozen=True):
     """The parts of an apply by hand; an init has those of the init alone.
 
     Attributes:
@@ -361,19 +370,6 @@ class ExportFacts:
     given: tuple[HandedBack, ...] = ()
     code: bytes | None = None
     containers: tuple[tuple[str, ContainerPart], ...] = ()
-
-
-T = TypeVar("T")
-
-
-def altered(record: T, changes: Mapping[str, object]) -> T:
-    """`dataclasses.replace(record, **changes)` at a tenth of its cost: no field is checked, and what was worked
-    out of the old one and kept beside its fields is carried over.
-    """
-    new: T = object.__new__(type(record))
-    new.__dict__.update(record.__dict__)
-    new.__dict__.update(changes)
-    return new
 
 
 def recorded(run: Run) -> dict[str, object]:

@@ -9,10 +9,10 @@ import base64
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import jax
 import numpy as np
+from msgspec import Struct
 
 from .types import HostArray, Leaf, PyTree
 from .ulp import largest_ulp
@@ -123,8 +123,7 @@ CHUNK = 1 << 20
 """Elements that are looked at at once: what an output of any size takes beside itself."""
 
 
-@dataclass(frozen=True)
-class Values:
+class Values(Struct, frozen=True):
     """One array of floating-point numbers.
 
     Attributes:
@@ -288,8 +287,7 @@ def _arrays(tree: PyTree) -> Iterator[Leaf]:
     return (leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """One leaf that differs.
 
     Attributes:
@@ -308,8 +306,7 @@ class Difference:
     text: str = ""
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(Struct, frozen=True):
     """How a replay compares with the run.
 
     Attributes:
@@ -386,8 +383,7 @@ def alike(one: object, other: object) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Spread:
+class Spread(Struct, frozen=True):
     """How one array of the output differs between draws.
 
     Attributes:

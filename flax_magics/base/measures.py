@@ -12,19 +12,18 @@ import os
 import platform
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxlib import version as jaxlib_version
+from msgspec import Struct
 
 from .types import PyTree
 
 
-@dataclass(frozen=True)
-class Steady:
+class Steady(Struct, frozen=True):
     """A run repeated with the same keys: every time in seconds, in the order they were taken."""
 
     times: tuple[float, ...]
@@ -58,8 +57,7 @@ LEAST = 5
 """Runs from which a slow one can be told."""
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(Struct, frozen=True):
     """What XLA counts in one run of a program, on each of its devices.
 
     Attributes:
@@ -73,8 +71,7 @@ class Cost:
     loops: bool = False
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """What one device was measured to reach: FLOP/s in a large matmul of `dtype`, bytes/s in a large copy (read and
     written).
     """
@@ -85,8 +82,7 @@ class Limits:
     bytes: float
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(Struct, frozen=True):
     """Seconds that each phase took; 0.0 for a phase that did not happen.
 
     `run` begins once the inputs are ready (that wait is `wait`) and a run that was interrupted before has left the device
@@ -112,8 +108,7 @@ class Timing:
         return self.trace + self.lower + self.compile - self.beside
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(Struct, frozen=True):
     """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none.
 
     The device counts from the start of the process, whatever ran in it.

@@ -12,7 +12,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from .journal import FRESH, ExecutedCell
 from .names import assigned_names
@@ -24,8 +25,7 @@ NAMED = 3
 """Further executions of a cell that are named; of more the last, and how many there were."""
 
 
-@dataclass(frozen=True)
-class Rerun:
+class Rerun(Struct, frozen=True):
     """A cell that drew, and was run again or has a variable that was rebound since.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rerun:
     known: bool
     edited: bool
     rebound: Mapping[str, int]
-    since: Mapping[str, int] = field(default_factory=dict)
+    since: Mapping[str, int] = {}
 
     @property
     def text(self) -> str:

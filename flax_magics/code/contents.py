@@ -25,11 +25,11 @@ from __future__ import annotations
 import enum
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import is_
 
 import jax
 import numpy as np
+from msgspec import Struct
 
 from ..base.digest import alike
 from ..base.private import NNX_STACKS, flax_globals, nnx_stacks
@@ -111,8 +111,7 @@ class Unknown:
     __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(Struct, frozen=True):
     """Something of the user's as a person would write it, and what tells it from another that is written alike."""
 
     text: str

@@ -20,11 +20,11 @@ import sys
 import types
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from msgspec import Struct
 
 from ..base.digest import describe, on_host
 from .fingerprint import OF_LINEN, NotPlain, code_digest
@@ -42,8 +42,7 @@ _MADE = ("_abc", "__dataclass", "_pytree__", "_compact_name_scope")
 PieceKind = Literal["value", "function", "method", "class"]
 
 
-@dataclass(frozen=True)
-class CodePiece:
+class CodePiece(Struct, frozen=True):
     """One thing that a model is made of: what kind, how a person would write it, and what tells it from another."""
 
     kind: PieceKind

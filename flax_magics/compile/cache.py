@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.measures import Memory, Timing, default_device, name_devices
 from ..base.threads import Future, Unfinished, elsewhere, smallest, wait_for
@@ -55,8 +57,7 @@ Trees = tuple[Structure, Structure]
 """How a program's arguments and its results are put together."""
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(Struct, frozen=True, weakref=True):
     """An executable and what its trace told about it."""
 
     executable: Executable
@@ -69,8 +70,7 @@ class Program:
     """It calls back into Python, or has other effects: such a program holds an interrupt for as long as it runs."""
 
 
-@dataclass(frozen=True)
-class BuiltProgram:
+class BuiltProgram(Struct, frozen=True):
     """A program and where it came from.
 
     Attributes:
@@ -88,15 +88,14 @@ class BuiltProgram:
     request: TraceRequest
     program: Program | None
     origin: str = "reused"
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing = Timing()
     resumed: bool = False
     reason: str = ""
     causes: tuple[Cause, ...] = ()
-    scalars: Mapping[str, str] = field(default_factory=dict)
+    scalars: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True)
-class PendingProgram:
+class PendingProgram(Struct, frozen=True):
     """A program that has been traced and lowered, and is being compiled; `executable` is None until then."""
 
     key: Hashable | None
@@ -303,8 +302,7 @@ def placed(request: TraceRequest) -> tuple[object, ...]:
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
 
 
-@dataclass(frozen=True)
-class LeafSpec:
+class LeafSpec(Struct, frozen=True):
     """One argument or variable, as far as a program depends on it.
 
     Attributes:
@@ -325,8 +323,7 @@ class LeafSpec:
         return self.text.partition("[")[0]
 
 
-@dataclass(frozen=True)
-class LastCall:
+class LastCall(Struct, frozen=True):
     """What the next run of a model is compared with: what was called, and the kind of each argument."""
 
     method: tuple[str, ...]
@@ -335,8 +332,7 @@ class LastCall:
     key: Hashable | None
 
 
-@dataclass(frozen=True)
-class ProgramSpec:
+class ProgramSpec(Struct, frozen=True):
     """What a program was made for.
 
     Attributes:

@@ -37,6 +37,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 from jaxlib import version as jaxlib_version
+from msgspec import Struct
 
 from ..base import __version__
 from ..base.digest import data_of
@@ -91,8 +92,7 @@ def settings_in_words() -> dict[str, object]:
     return words | flax_state_in_words()
 
 
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(Struct, frozen=True):
     """An executable, where it is from (`compiled`, `disk cache`), and the seconds that this took."""
 
     executable: Executable

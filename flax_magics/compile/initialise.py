@@ -13,13 +13,14 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import count_parameters, data_of, is_key, weakly_typed
 from ..base.private import is_in_mesh, staging_of
@@ -38,8 +39,7 @@ COMPUTED = object()
 """Stands for a leaf of the variables that has to be computed."""
 
 
-@dataclass(frozen=True)
-class TracedInit:
+class TracedInit(Struct, frozen=True, dict=True):
     """An initialisation as a jaxpr over the key and the arrays among the arguments.
 
     Attributes:
@@ -314,8 +314,7 @@ def _same_in_a_trace(equation: Equation) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class InitRecord:
+class InitRecord(Struct, frozen=True):
     """How a model's variables were made: enough to ask what a later version of the model would make of it.
 
     `args` and `kwargs` hold shapes in place of arrays. `traced` is the initialisation as a program, None where it cannot be

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 
 import jax
 import numpy as np
+from msgspec.structs import replace
 
 from ..base.measures import Cost, Limits, Memory, default_device, name_devices
 from ..base.text import bytes_

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from msgspec.structs import replace
 
 from ..base.digest import describe
 from ..base.measures import name_devices

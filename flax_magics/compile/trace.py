@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.extend.core
 from jax.extend.core import Jaxpr
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.types import PyTree
 from ..models.base import CallTrace, Incomplete, MissingVariables, Model, Needs, Updates, Variables
@@ -22,8 +23,7 @@ Traced: TypeAlias = Any
 Add: TypeAlias = Callable[[Variables], Variables]
 
 
-@dataclass(frozen=True)
-class TraceRequest:
+class TraceRequest(Struct, frozen=True):
     """All that a program is made for."""
 
     name: str
@@ -37,7 +37,7 @@ class TraceRequest:
     mutable: frozenset[str] = frozenset()
     mode: str = "as written"
     """`train`, `eval` or `as written`."""
-    guess: Needs = field(default_factory=Needs)
+    guess: Needs = Needs()
     noted: bool = False
     """The record notes the calls of modules."""
 
@@ -69,8 +69,7 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
 
 
-@dataclass(frozen=True)
-class TracedCall(Generic[P]):
+class TracedCall(Struct, Generic[P], frozen=True):
     """A call traced with all that it needs.
 
     Attributes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 
 import jax
+from msgspec.structs import replace
 
 from ..base.digest import bytes_of, has_nan, own
 from ..base.measures import Timing
@@ -19,7 +19,7 @@ from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
 from ..models.base import Commit
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import DrawNumber, Note, altered, like
+from ..run import DrawNumber, Note, like
 from ..state import runs
 from ..state.entry import InitRecipe, ModelEntry, Origin
 from ..state.models import replaced_by_init
@@ -176,15 +176,15 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     if inputs.fresh and source is not None:
         source = source.now(variables, entry.update_counts)
         if source is not entry.source:
-            after = altered(entry, {"source": source})
+            after = replace(entry, source=source)
     updates = result.updates
     if updates:
         commit = plan.model.commit(updates, result.trace)
         changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
         if changed:
-            after = altered(after or entry, {"update_counts": {**entry.update_counts, **changed}})
+            after = replace(after or entry, update_counts={**entry.update_counts, **changed})
         if not plan.model.holds_variables:
-            after = altered(after or entry, {"variables": {**variables, **updates}})
+            after = replace(after or entry, variables={**variables, **updates})
         last.wrote(updates)
     newest = None if state.runs is None else state.runs.kept
     run = like(

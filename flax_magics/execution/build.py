@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Mapping
-from dataclasses import replace
 
 import jax
+from msgspec.structs import replace
 
 from ..base.measures import Timing
 from ..code.walk import arrays_in
@@ -19,7 +19,7 @@ from ..errors import FlaxMagicsError, written
 from ..models.base import ModelWithVariables
 from ..models.construction import BuiltBySession, Construction, adopt_built, keys_of, spell_construction
 from ..rng.keys import Draw
-from ..run import DrawNumber, Run, altered
+from ..run import DrawNumber, Run
 from ..state import models
 from ..state.entry import BuildRecipe, ModelEntry
 from ..state.models import Registration, replaced_by_init
@@ -88,7 +88,7 @@ class Building:
             changes = change.changes
         draw = state.root.draw()
         model, run = _build_in(state, draw, name, recipe, self.services)
-        run = altered(run, {"cell": cell})
+        run = replace(run, cell=cell)
         entry = _built(ModelEntry(name, model, model.fingerprint()), model, recipe, run.keys, draw)
         change = Registration(name, "new") if old is None else Registration(name, "changed", changes, "own")
         stored = _stored(name, recipe, run)
@@ -122,7 +122,7 @@ def rebuild(
     assert users_model.holds_variables
     replaced, notes = replaced_by_init(entry, limit)
     facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": draw is not None}
-    run = altered(run, {**facts, "notes": notes})
+    run = replace(run, **facts, notes=notes)
     entry = _built(entry, model, recipe, run.keys, opened)
     entry = replace(entry, update_counts={}, outdated=False, replaced=replaced)
     opens = None if draw is not None else (name, opened)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.types import PyTree
 from ..compile.compiler import Units
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
     from ..state.weights import Collections
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(Struct, frozen=True):
     """What is called, with what, and how a person wrote it."""
 
     method: Path
@@ -58,8 +59,7 @@ for attribute in ("__module__", "__name__", "__qualname__"):  # hosts show an er
     setattr(BadCall, attribute, getattr(FlaxMagicsError, attribute))
 
 
-@dataclass(frozen=True)
-class BoundCall:
+class BoundCall(Struct, frozen=True):
     """A call whose arguments fit, and the model in its mode.
 
     Attributes:

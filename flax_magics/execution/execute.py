@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import jax
 from flax import errors as flax_errors
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.measures import Limits, Timing, name_devices
 from ..compile.cache import BuiltProgram, PendingProgram, Services
@@ -30,8 +32,7 @@ if TYPE_CHECKING:
     from ..line.options import ApplyOptions
 
 
-@dataclass(frozen=True)
-class ApplyRequest:
+class ApplyRequest(Struct, frozen=True, dict=True):
     """One apply as it is wanted.
 
     Attributes:
@@ -63,8 +64,7 @@ class ApplyRequest:
         return Line(self.call.command, self.call.text, self.bound.signature)
 
 
-@dataclass(frozen=True)
-class RunVariables:
+class RunVariables(Struct, frozen=True):
     """Variables to run with, and how they came about in this draw.
 
     Attributes:
@@ -83,8 +83,7 @@ class RunVariables:
     taken: bool = False
 
 
-@dataclass(frozen=True)
-class Execution:
+class Execution(Struct, frozen=True):
     """An apply that was carried out."""
 
     request: ApplyRequest

@@ -10,10 +10,11 @@ import contextlib
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import jax
 from flax.core import unfreeze
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import FlaxMagicsError
 from ..models.base import FLAX_ARGUMENTS, Idiom, Model
@@ -33,8 +34,7 @@ BOUND = frozenset(
 """Names of linen's own that mean something inside the model alone."""
 
 
-@dataclass(frozen=True)
-class Translation(contextlib.AbstractContextManager["Translation"]):
+class Translation(Struct, contextlib.AbstractContextManager["Translation"], frozen=True):
     """A block that runs a call of the model: an error that comes of Flax's own words becomes one that says the command.
 
     Attributes:

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
+from msgspec.structs import replace
 
 from ..base.digest import data_of, has_nan, is_key
 from ..base.text import join
@@ -17,7 +18,7 @@ from ..models.base import CallTrace, KeyUse
 from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, Layer, following
 from ..rng.keys import SeenKeys
-from ..run import RELEASED, Note, Run, altered
+from ..run import RELEASED, Note, Run
 from ..state.weights import FOR_THIS_RUN, Collections
 from .call import BoundCall
 
@@ -177,12 +178,12 @@ def with_values(run: Run) -> Run:
     text = f"the output of {run.model} holds NaN"
     from_input = run.inputs is not RELEASED and has_nan(run.inputs)
     note = Note("nan", f"{text}, and so does its input") if from_input else Note("nan", text, **_finding_nan(run))
-    return altered(run, {"notes": (*run.notes, note)})
+    return run.with_notes((*run.notes, note))
 
 
 def without_inputs(run: Run) -> Run:
     """The run, holding on to its output alone."""
-    return altered(run, {"inputs": RELEASED})
+    return replace(run, inputs=RELEASED)
 
 
 def _finding_nan(run: Run) -> dict[str, str]:

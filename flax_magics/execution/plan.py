@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.measures import Steady, Timing
 from ..base.types import Leaf, PyTree
@@ -18,7 +20,6 @@ from ..compile.limits import is_out_of_memory, out_of_memory
 from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
 from ..models.base import SOWN, CallTrace, Incomplete, Model, Needs, Variables
 from ..rng.keys import SPLIT, Draw, DrawBatch
-from ..run import altered
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -47,8 +48,7 @@ class RunResult(NamedTuple):
     trace: CallTrace
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Struct, frozen=True, eq=False, dict=True):
     """How one line runs: all that does not change from one run of it to the next.
 
     Attributes:
@@ -68,7 +68,7 @@ class Plan:
     @classmethod
     def of_recipe(cls, recipe: ApplyRecipe, program: Program, text: str) -> Plan:
         """The plan of a run that is run again by the very program that ran it, once."""
-        options = replace(recipe.options, repeat=1, roofline=False)
+        options = dataclasses.replace(recipe.options, repeat=1, roofline=False)
         return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program)
 
     @cached_property
@@ -147,7 +147,7 @@ class Plan:
         output, updates = first
         if draw.size is not None:  # as after as many runs one by one
             updates = {name: tree if name in trace.sown else _last(tree) for name, tree in updates.items()}
-        timing = altered(_NO_TIME, {"run": times[0], "wait": wait, "busy": free - begin})
+        timing = replace(_NO_TIME, run=times[0], wait=wait, busy=free - begin)
         if len(times) > 1:
             timing = replace(timing, steady=Steady(tuple(times)))
         if not updates and not self.options.mutable:  # as of most runs

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import bytes_of, is_key
 from ..base.measures import devices_of
@@ -53,8 +55,7 @@ class Outcome(NamedTuple):
     commit: Commit | None = None
 
 
-@dataclass(frozen=True)
-class Applied:
+class Applied(Struct, frozen=True):
     """An apply where everything was found out.
 
     Attributes:
@@ -84,7 +85,7 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         entry=request.entry.without_variables(),
         skeleton=model.layout.skeleton if model.holds_variables else None,
         method=request.bound.call.method,
-        options=replace(request.options, variables=None),
+        options=dataclasses.replace(request.options, variables=None),
         taken=plan.taken and "params" in execution.result.needs.streams,
         settings=settings(),
         key=plan.model.cache_key(),

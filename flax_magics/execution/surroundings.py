@@ -7,9 +7,9 @@ anything happens, and says what plain Flax to write in its place.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -153,7 +153,7 @@ def _error(said: str, instead: str, lines: list[str], form: str | None = None) -
 
 def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:
     """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
-    options = replace(options, draws=None)
+    options = dataclasses.replace(options, draws=None)
     try:
         call = with_keys(entry, call, options, state.root.draw())
         bound = prepare(entry.name, entry.model, call, options.mode)

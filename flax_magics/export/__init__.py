@@ -22,6 +22,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import Struct
+
 from ..base.files import replace_file
 from ..base.text import plural
 from ..cells.journal import ExecutedCell, NotebookCells
@@ -38,8 +40,7 @@ from .script import RootKeyTracker, Script, assigned_by, sets_variables
 from .writer import LineWriter
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(Struct, frozen=True):
     """A script.
 
     Attributes:

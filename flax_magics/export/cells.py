@@ -9,7 +9,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.tokens import ends_quietly
 from ..cells.journal import ExecutedCell, Place
@@ -31,8 +34,7 @@ AS_BODY = ("time", "capture", "prun", "snakeviz", "memit", "mprun", "scalene", "
 """Cell magics of others that run their body once, in the notebook's own namespace."""
 
 
-@dataclass(frozen=True, eq=False)
-class CommandSite:
+class CommandSite(Struct, frozen=True, eq=False):
     """A place in a cell's text where a command stands.
 
     Attributes:
@@ -112,8 +114,7 @@ MATCHES: dict[str, Callable[[CommandSite, Run], bool]] = {
 """For each command of a run, whether a place where that command stands may have made the run."""
 
 
-@dataclass(frozen=True, eq=False)
-class ForeignMagic:
+class ForeignMagic(Struct, frozen=True, eq=False):
     """A place where a magic or shell line of others stands: it becomes a comment.
 
     Attributes:
@@ -125,8 +126,7 @@ class ForeignMagic:
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class CellSource:
+class CellSource(Struct, frozen=True, eq=False):
     """A cell as Python.
 
     Attributes:
@@ -141,8 +141,8 @@ class CellSource:
 
     text: str
     tree: ast.Module
-    sites: dict[ast.stmt, CommandSite] = field(default_factory=dict)
-    foreign: dict[ast.stmt, ForeignMagic] = field(default_factory=dict)
+    sites: dict[ast.stmt, CommandSite] = {}
+    foreign: dict[ast.stmt, ForeignMagic] = {}
     above: tuple[str, ...] = ()
     opaque: bool = False
     offset: int = 0

@@ -8,6 +8,8 @@ import keyword
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from ..line.call import Argument, CallExpression
 from ..run import ContainerPart, ExportFacts
 from .writer import LineWriter, call, indented
@@ -152,8 +154,7 @@ class Function:
     used: int
 
 
-@dataclass(frozen=True)
-class JittedFunction:
+class JittedFunction(Struct, frozen=True):
     """A function that a run needs.
 
     Attributes:

@@ -6,12 +6,14 @@ was; what the model reads from outside may then be another, which is said.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import Agreement, with_digest, with_output
 from ..base.measures import Timing
@@ -25,7 +27,7 @@ from ..execution.call import Call, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
 from ..models.construction import adopt_built
-from ..rng.keys import Draw, DrawBatch
+from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import COMMANDS, RELEASED, Run, like
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, objects_in
 from ..state.runs import StoredRun
@@ -41,8 +43,7 @@ class Repeat(NamedTuple):
     said: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Replaying:
+class Replaying(Struct, frozen=True):
     """What a replay works with.
 
     Attributes:
@@ -72,7 +73,7 @@ class Replaying:
         """
         started = time.time()
         repeat = self._again(stored)
-        output, digest = stored.output(), stored.facts["_taken"].digest
+        output, digest = stored.output(), stored.facts._taken.digest
         if output is not RELEASED:
             agreement = with_output(output, repeat.output)
         elif digest is not None:
@@ -90,10 +91,10 @@ class Replaying:
 
     def _again(self, stored: StoredRun) -> Repeat:
         facts, origin = stored.facts, stored.origin
-        if not COMMANDS[facts["command"]].model:
-            return Repeat(facts["keys"][facts["call"]], {}, "", Timing())
-        what = f"draw {facts['draw']} of seed {facts['seed']}"
-        if facts["elsewhere"] is not None:
+        if not COMMANDS[facts.command].model:
+            return Repeat(facts.keys[facts.call], {}, "", Timing())
+        what = f"draw {facts.draw} of seed {facts.seed}"
+        if facts.elsewhere is not None:
             raise FlaxMagicsError(
                 f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
                 " With inputs of its own a run takes the same keys.",
@@ -111,12 +112,14 @@ class Replaying:
             )
         how = origin.how
         if isinstance(how, BuildRecipe):
-            return self._build(how, facts["keys"])
+            return self._build(how, facts.keys)
         args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
-        call = Call(how.method, args, kwargs, facts["call"])
+        call = Call(how.method, args, kwargs, facts.call)
+        assert isinstance(facts.keys, RunKeys)
+        draw = facts.keys.draw
         if isinstance(how, InitRecipe):
-            return self._init(how, call, facts["keys"].draw)
-        variables, draw = jax.tree_util.tree_unflatten(how.structure, origin.leaves), facts["keys"].draw
+            return self._init(how, call, draw.first)
+        variables = jax.tree_util.tree_unflatten(how.structure, origin.leaves)
         program = None if how.program is None else how.program()
         changed = [text for text, then, now in zip(SETTINGS, how.settings, settings(), strict=True) if then != now]
         said = (*self._edited(how), *_of_inputs(how, *stored.inputs), *changed)
@@ -136,7 +139,7 @@ class Replaying:
             written: Any = how.entry.model
             model = adopt_built(how.skeleton.rebuild(variables), written.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
-        options = replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
+        options = dataclasses.replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
         parts = self.services.programs.parts
         last = parts.get(how.name)
@@ -183,11 +186,11 @@ class Replaying:
         return (f"{then.name} was edited since: this is its code as it was then",)
 
 
-def _same_keys(facts: Mapping[str, Any]) -> str:
+def _same_keys(facts: Run) -> str:
     """The line that runs a call with the keys of an earlier draw, its arguments left open: they are not in the file."""
-    command = f"%flax_{facts['command']}"
-    mode = {"train": " --train", "eval": " --eval"}.get(facts["mode"], "")
-    return f"{command} --draw {facts['seed']}:{facts['draw']}{mode} {facts['call'].partition('(')[0]}(…)"
+    command = f"%flax_{facts.command}"
+    mode = {"train": " --train", "eval": " --eval"}.get(facts.mode, "")
+    return f"{command} --draw {facts.seed}:{facts.draw}{mode} {facts.call.partition('(')[0]}(…)"
 
 
 SETTINGS = (

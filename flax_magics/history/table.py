@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, overload
 
 import jax
+from msgspec import Struct
 
 from ..base.text import WIDTH, cell_len, clean, count, cut, dotted, plural, ulp, wrap
 from ..errors import FlaxMagicsError
@@ -18,7 +18,7 @@ from ..report import facts
 from ..report.html import render, shown_bundle
 from ..report.text import Notice
 from ..rng.keys import RootKey, RunKeys, short_key
-from ..run import COMMANDS, DrawNumber, Note, Run
+from ..run import COMMANDS, DrawNumber, Note, Run, repr_without
 from ..state import runs
 from ..state.runs import RunLog, StoredRun
 from ..state.state import State
@@ -43,8 +43,7 @@ KEYS_ALONE = "replayed, its keys alone"
 """What marks a run with `--draw`."""
 
 
-@dataclass(frozen=True, eq=False)
-class DrawRow:
+class DrawRow(Struct, frozen=True, eq=False, dict=True):
     """One draw, or one of the runs that shared a draw.
 
     Attributes:
@@ -70,12 +69,15 @@ class DrawRow:
     cell: int | None
     started: float
     marks: tuple[str, ...]
-    _stored: StoredRun = field(repr=False)
+    _stored: StoredRun
+
+    def __repr__(self) -> str:
+        return repr_without(self, "_stored")
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
         """Stream → the first word of its key, of the streams that something took."""
-        keys, used = self._stored.facts["keys"], self._stored.facts["used"]
+        keys, used = self._stored.facts.keys, self._stored.facts.used
         if COMMANDS[self.command].forward:
             taken = dict.fromkeys((*(("params",) if self.initialises else ()), *used))
             return {name: _word(keys, name) for name in taken if name in keys}
@@ -94,12 +96,12 @@ class DrawRow:
     @property
     def weights(self) -> str:
         """Whose variables ran, such as `initialised in draw 1`; empty for a key."""
-        return str(self._stored.facts["weights"])
+        return self._stored.facts.weights
 
     @property
     def initialises(self) -> bool:
         """Whether it made variables."""
-        return self._stored.facts["made"] is not None
+        return self._stored.facts.made is not None
 
     @property
     def last(self) -> int:
@@ -118,8 +120,7 @@ def _word(keys: Mapping[str, jax.Array], name: str) -> str:
     return short_key(keys[name])
 
 
-@dataclass(frozen=True, eq=False)
-class History(Sequence[DrawRow]):
+class History(Struct, Sequence[DrawRow], frozen=True, eq=False):
     """The draws of a session, oldest first: a sequence of `DrawRow`, shown as a table.
 
     Attributes:
@@ -160,7 +161,7 @@ def of_runs(
     """
     if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
         raise FlaxMagicsError(f"`last` is a number of draws, 1 or more, not {last!r}.")
-    wanted = (stored for stored in runs.backwards(chain) if model is None or stored.facts["model"] == model)
+    wanted = (stored for stored in runs.backwards(chain) if model is None or stored.facts.model == model)
     rows = [_drawn(stored, cells) for stored in islice(wanted, last)][::-1]
     return History(tuple(rows), sum(1 for _ in wanted), root.seed)
 
@@ -168,13 +169,15 @@ def of_runs(
 def _drawn(stored: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
     facts = stored.facts
     times, differs = stored.replays
-    marks = [KEYS_ALONE] if facts["replayed"] else []
+    marks = [KEYS_ALONE] if facts.replayed else []
     if times:
         marks.append("replayed, and it differed" if differs else "replayed")
-    if facts["elsewhere"] is None:  # the numbers of another process are those of other cells
-        marks += cells.get(facts["cell"], ())
-    same = {name: facts[name] for name in ("seed", "draw", "draws", "command", "mode", "call", "cell", "started")}
-    name = facts["model"] if COMMANDS[facts["command"]].model else facts["call"]
+    if facts.elsewhere is None:  # the numbers of another process are those of other cells
+        marks += cells.get(facts.cell or 0, ())
+    same = {
+        name: getattr(facts, name) for name in ("seed", "draw", "draws", "command", "mode", "call", "cell", "started")
+    }
+    name = (COMMANDS[facts.command].model and facts.model) or facts.call
     return DrawRow(**same, name=name, marks=tuple(marks), _stored=stored)
 
 
@@ -186,12 +189,12 @@ def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[StoredRu
     """
     if isinstance(draw, Run):
         for stored in runs.backwards(state.runs):
-            if stored.facts["_taken"] is draw._taken:
+            if stored.facts._taken is draw._taken:
                 return [stored]
         wanted: DrawNumber = (draw.seed, draw.draw)
     elif draw == "last":
-        drawn = (stored.facts for stored in runs.backwards(state.runs) if not stored.facts["replayed"])
-        wanted = next(((facts["seed"], facts["draw"]) for facts in drawn), (state.root.seed, 0))
+        drawn = (stored.facts for stored in runs.backwards(state.runs) if not stored.facts.replayed)
+        wanted = next(((facts.seed, facts.draw) for facts in drawn), (state.root.seed, 0))
     elif isinstance(draw, str):
         raise FlaxMagicsError(f"a draw is a number, (seed, number), 'last' or a Run, not {draw!r}.")
     else:
@@ -213,8 +216,7 @@ BY_TURNS = 12
 NONE = "no draw yet: %flax_apply net(x) makes one"
 
 
-@dataclass(frozen=True)
-class HistoryRow:
+class HistoryRow(Struct, frozen=True):
     """One draw, or several that one cell made of one model: the words of each column."""
 
     draw: str

@@ -7,14 +7,17 @@ module holds its own, so a session asks it for them in every run, and writes bac
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from msgspec import Struct
 
 from ..base.threads import Assignment, at_once
 from ..base.types import Leaf, PyTree
@@ -41,8 +44,7 @@ SOWN = "(sown)"
 """Where they keep what NNX sowed, by type: a type may be that of variables which stay, too."""
 
 
-@dataclass(frozen=True)
-class KeyUse:
+class KeyUse(Struct, frozen=True):
     """One key that a module took from a stream, and what it drew with it.
 
     Attributes:
@@ -98,11 +100,10 @@ class CallTrace:
         """This record, completed by streams and layers that only a trace sees: inside the model's own jitted functions."""
         asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
         layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
-        return replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
+        return dataclasses.replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(Struct, frozen=True):
     """The needs of one run besides variables: streams it may draw from, collections it may write, and
     mapped axes of size 1 that stand for this one device.
     """
@@ -116,8 +117,7 @@ class Needs:
         return Needs(self.streams | set(record.asked), self.mutable | record.written, self.axes | record.axes)
 
 
-@dataclass(frozen=True)
-class Commit:
+class Commit(Struct, frozen=True):
     """The changes of a run, and how a module that holds its own variables is given them."""
 
     changed: tuple[str, ...]

@@ -7,11 +7,13 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import describe
 from ..base.types import Leaf, PyTree
@@ -25,8 +27,7 @@ Kwargs: TypeAlias = dict[str, PyTree]
 Function: TypeAlias = Callable[..., PyTree]
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(Struct, frozen=True):
     """Arguments and keyword arguments as leaves: those that a program is given when it runs, and those it is made for.
 
     Arrays and Python numbers are traced; bools, strings, callables and whatever else is no array are static.
@@ -158,8 +159,7 @@ _numbers = itertools.count(1)
 _MARK = re.compile(r"flax_magics_call_(\d+)\b")
 
 
-@dataclass(frozen=True)
-class Called:
+class Called(Struct, frozen=True):
     """One call: the module's path and class, the method, its inputs and outputs as `dtype[shape]`."""
 
     path: Path

@@ -6,8 +6,9 @@ import inspect
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
@@ -92,8 +93,7 @@ def variable_name(class_name: str) -> str:
     return name if name != class_name else f"{name}_model"
 
 
-@dataclass(frozen=True)
-class Construction:
+class Construction(Struct, frozen=True):
     """A construction with everything but its `rngs`: class, arguments, and how a person wrote it."""
 
     cls: Function
@@ -130,12 +130,11 @@ class Construction:
         return f"{name} = {inside}{comma}rngs=nnx.Rngs({keys}))"
 
 
-@dataclass(frozen=True)
-class BuiltBySession:
+class BuiltBySession(Struct, frozen=True):
     """A model that the session built: from what, with which keys, and a digest of the recipe at that time."""
 
     recipe: Construction
-    keys: Mapping[str, jax.Array] = field(repr=False)
+    keys: Mapping[str, jax.Array]
     fingerprint: bytes | None
 
     @classmethod

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -108,7 +109,7 @@ class NnxModel:
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """Every attribute of a switch's name, on every module of the copy that runs."""
-        return replace(self, mode=train), self._switches_read(train)
+        return dataclasses.replace(self, mode=train), self._switches_read(train)
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
         """The model itself: an NNX module is initialised where it is built."""
@@ -219,7 +220,7 @@ class NnxModel:
                 "an object in the call holds references, which a run would change even where it fails.",
                 hint="the registered module may hold some: make it part of that, or pass one that holds arrays",
             )
-        model = replace(self, passed=passed) if passed else self
+        model = dataclasses.replace(self, passed=passed) if passed else self
         # A Sequential's own call takes any keyword, and hands `rngs` on to the layers that take some.
         layers = filter(callable, self.module.layers) if isinstance(self.module, nnx.Sequential) else ()
         takes = any("rngs" in each.parameters for each in (signature, *map(readable_signature, layers)))
@@ -230,7 +231,7 @@ class NnxModel:
         arguments = dict(kwargs)
         with suppress(TypeError):  # arguments that do not fit, which is said later
             arguments |= signature.bind_partial(*args, **kwargs).arguments
-        return (model, True) if "rngs" in arguments else (replace(model, gives_rngs=True), False)
+        return (model, True) if "rngs" in arguments else (dataclasses.replace(model, gives_rngs=True), False)
 
     def supplied_arguments(self) -> tuple[str, ...]:
         """`rngs`, where the call takes some and has none."""

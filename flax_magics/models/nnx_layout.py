@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from msgspec import Struct
 
 from ..base.digest import own
 from ..base.threads import Assignment
@@ -61,8 +62,7 @@ class Same:
         return self is other or (isinstance(other, Same) and bool(self.value == other.value))
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(Struct, frozen=True, dict=True):
     """One variable (or bare array): where it is, and the object that holds it."""
 
     collection: str
@@ -265,8 +265,7 @@ def _on_arrays(module: nnx.Module) -> PyTree:
     return nnx.with_vars(module, ref=False, allow_duplicates=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Skeleton:
+class Skeleton(Struct, frozen=True, eq=False):
     """A module as it was, without its arrays: with other values it is another module, whatever became of the first.
 
     `rows`: type, name, path and structure of each variable, and what stands for those that no program is given.

@@ -17,10 +17,11 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain
 from types import FrameType, NoneType
 from typing import Any, NamedTuple, TypeVar
+
+from msgspec import Struct
 
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
@@ -237,16 +238,14 @@ def _replaced(value: PyTree, changes: dict[str, object]) -> PyTree:
         return new
 
 
-@dataclass(frozen=True)
-class CodePlace:
+class CodePlace(Struct, frozen=True):
     """The expression that gives a layer its switch: its text, empty where it was not found, and whether it is a literal."""
 
     text: str = ""
     literal: bool = False
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(Struct, frozen=True):
     """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
 
     kind: str

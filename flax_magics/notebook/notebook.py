@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,7 +89,7 @@ class Reporter:
                 from ..report.html import bundle
 
                 noted = with_values(run)
-                noted = replace(noted, notes=self._unsaid(noted.notes))
+                noted = noted.with_notes(self._unsaid(noted.notes))
                 self._said.update((note.kind, note.text) for note in noted.notes)
                 self.publish(bundle(noted, "off", self._settings().style))
 
@@ -143,11 +142,11 @@ class Reporter:
         unsaid = self._unsaid(notes)
         self._said.update((note.kind, note.text) for note in notes)
         setting, told = ("off", unsaid) if quiet else (settings.report, notes)
-        shown = run if told == run.notes else replace(run, notes=told)
+        shown = run if told == run.notes else run.with_notes(told)
         length = level(shown, setting)
         self._runs += run.kind.forward and not quiet
         # In a loop a sharp bit that was said is no news: the counting line carries it.
-        news = length if unsaid else level(replace(run, notes=()), setting)
+        news = length if unsaid else level(run.with_notes(()), setting)
         if setting == "off":
             self._read_later(shown)
         if news == "line" and self._runs > 1 and run.kind.forward:

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import jax
 import numpy as np
+from msgspec import Struct
 
 from ..base.digest import data_of, words
 from ..errors import FlaxMagicsError
@@ -50,8 +51,7 @@ def _on_data(derive: Callable[..., jax.Array], impl: str) -> Callable[..., jax.A
 _in_three = partial(jax.random.split, num=3)
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(Struct, frozen=True, dict=True):
     """One draw from the root key: its number under its seed, and the root that it splits (host data, uncommitted)."""
 
     seed: int
@@ -123,8 +123,7 @@ class Draw:
         return {}
 
 
-@dataclass(frozen=True)
-class DrawBatch:
+class DrawBatch(Struct, frozen=True, dict=True):
     """Draws one after the other, for one run that takes them all: what a Draw gives, with an axis in front."""
 
     first: Draw
@@ -194,8 +193,7 @@ class RunKeys(Mapping[str, jax.Array]):
         return len(self.names)
 
 
-@dataclass(frozen=True)
-class RootKey:
+class RootKey(Struct, frozen=True):
     """The root key of a session: the seed it began with, how many draws it has given, and its data now."""
 
     seed: int

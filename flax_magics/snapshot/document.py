@@ -9,7 +9,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import jax
 import msgspec
 import numpy as np
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from ..base import __version__
 from ..base.digest import Spread, Values, count_parameters, is_key, own
@@ -28,7 +28,7 @@ from ..base.types import PyTree
 from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, DrawBatch, RootKey, RunKeys, as_key
-from ..run import RELEASED, InitStats, Note, OutputFacts, Run, altered
+from ..run import RELEASED, InitStats, Note, OutputFacts, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State
@@ -287,7 +287,7 @@ class WrittenRuns:
         self._data += [(self._data_of(run), run) for run in reversed(new)]
         # A run's digest may be taken after it was noted down, and it may be run again.
         return [
-            data | {"digest": data["digest"] or run.facts["_taken"].digest, "replays": run.replays}
+            data | {"digest": data["digest"] or run.facts._taken.digest, "replays": run.replays}
             for data, run in self._data
         ]
 
@@ -295,7 +295,7 @@ class WrittenRuns:
         run = stored.run()
         if not self._digest:
             _ = run.shape  # while there is an output to read it from
-            run = altered(run, {"output": RELEASED})
+            run = replace(run, output=RELEASED)
         impl: str | None
         match run.keys:
             case WrittenKeys(impl=impl) | RunKeys(draw=Draw(impl=impl) | DrawBatch(impl=impl)):

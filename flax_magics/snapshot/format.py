@@ -24,12 +24,12 @@ import re
 import stat
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from ..base.digest import little_endian
 from ..base.files import Damaged, convert, loads, open_without_waiting, replace_file
@@ -94,8 +94,7 @@ def json_of(value: object) -> str:
         raise FlaxMagicsError("the session cannot be saved: something in it is nested too deeply.") from None
 
 
-@dataclass(frozen=True)
-class FileContents:
+class FileContents(Struct, frozen=True):
     """What a file has: JSON data of which nothing is known yet, and arrays, which nobody else holds."""
 
     document: object

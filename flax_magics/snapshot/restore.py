@@ -6,11 +6,12 @@ All of them fit or none is used: same tree, shapes and dtypes. What does not is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import jax
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import alike
 from ..base.text import clean
@@ -40,8 +41,7 @@ class Unfit(Exception):
         super().__init__(", ".join(self.lines))
 
 
-@dataclass(frozen=True)
-class Matched:
+class Matched(Struct, frozen=True):
     """A model with the variables that waited for it.
 
     Attributes:

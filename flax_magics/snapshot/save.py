@@ -6,15 +6,17 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.files import checked_target
 from ..base.text import plural
 from ..base.threads import Future, Workers, uninterrupted, wait_for
 from ..errors import FlaxMagicsError
-from ..run import COMMANDS, Note
+from ..run import COMMANDS, Note, Run
 from ..state.runs import RunLog, backwards, length
 from ..state.state import SavedModel, State
 from . import document, restore
@@ -22,8 +24,7 @@ from .document import Snapshot, WrittenRuns
 from .restore import Matched, Unfit
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(Struct, frozen=True):
     """What was written: where to, how much, and of what.
 
     Attributes:
@@ -46,8 +47,7 @@ class Saved:
     kept: bool = False
 
 
-@dataclass(frozen=True)
-class Restored:
+class Restored(Struct, frozen=True):
     """What was read, and what became of it.
 
     Attributes:
@@ -154,7 +154,7 @@ def _lost(current: State, snapshot: Snapshot, runs: RunLog | None) -> list[Note]
     """
     notes = []
     in_file = {_identity(stored.facts) for stored in backwards(runs)}
-    drawn = [stored.facts for stored in backwards(current.runs) if not COMMANDS[stored.facts["command"]].opens]
+    drawn = [stored.facts for stored in backwards(current.runs) if not COMMANDS[stored.facts.command].opens]
     lost = sum(_identity(facts) not in in_file for facts in drawn)
     if lost:
         what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
@@ -172,9 +172,9 @@ def _lost(current: State, snapshot: Snapshot, runs: RunLog | None) -> list[Note]
     return notes
 
 
-def _identity(facts: Mapping[str, object]) -> tuple[object, ...]:
+def _identity(facts: Run) -> tuple[object, ...]:
     """What tells a run from every other, here and in a file."""
-    return tuple(facts[name] for name in ("seed", "draw", "command", "model", "started"))
+    return (facts.seed, facts.draw, facts.command, facts.model, facts.started)
 
 
 def _other(snapshot: Snapshot) -> list[Note]:
@@ -248,9 +248,9 @@ class Autosave:
         self._pending: deque[tuple[Snapshot, State]] = deque(maxlen=1)
         self._hurry = threading.Event()
 
-    def after(self, facts: Mapping[str, object], state: State) -> None:
-        """Notes the session down if the run, of which `facts` are the fields, changed variables."""
-        if facts["changed"] or facts["made"] is not None:
+    def after(self, run: Run, state: State) -> None:
+        """Notes the session down if the run changed variables."""
+        if run.changed or run.made is not None:
             self.offer(state)
 
     def offer(self, state: State) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import jax
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import bytes_of, own
 from ..base.types import Leaf, PyTree
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
     from ..models.nnx_layout import Skeleton
 
 
-@dataclass(frozen=True)
-class ModelEntry:
+class ModelEntry(Struct, frozen=True):
     """A registered model as the session's state has it.
 
     Attributes:
@@ -43,9 +44,9 @@ class ModelEntry:
     fingerprint: bytes | None
     variables: Collections | None = None
     init: InitRecord | None = None
-    update_counts: Mapping[str, int] = field(default_factory=dict)
+    update_counts: Mapping[str, int] = {}
     outdated: bool = False
-    known_needs: Mapping[tuple[Path, str], Needs] = field(default_factory=dict)
+    known_needs: Mapping[tuple[Path, str], Needs] = {}
     static_ints: frozenset[tuple[Path, str]] = frozenset()
     """Int arguments, by method, whose value the model needs."""
     built: BuiltBySession | None = None
@@ -103,15 +104,13 @@ class ModelEntry:
         return replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
 
 
-@dataclass(frozen=True)
-class _NoModel:
+class _NoModel(Struct, frozen=True):
     """In the place of a module that is not to be held."""
 
     written: str
 
 
-@dataclass(frozen=True, eq=False)
-class ApplyRecipe:
+class ApplyRecipe(Struct, frozen=True, eq=False):
     """What applies of one line have in common.
 
     Attributes:
@@ -159,8 +158,7 @@ class ApplyRecipe:
         return self.inputs + self.variables + sum(map(bytes_of, self.pinned))
 
 
-@dataclass(frozen=True, eq=False)
-class InitRecipe:
+class InitRecipe(Struct, frozen=True, eq=False):
     """What an init of a linen model needs: the model as it was, and the method that was called; `pinned` as in `Applied`."""
 
     entry: ModelEntry
@@ -168,8 +166,7 @@ class InitRecipe:
     pinned: tuple[Leaf, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class BuildRecipe:
+class BuildRecipe(Struct, frozen=True, eq=False):
     """What the building of an NNX module needs: its recipe, and a digest of that at the time; `pinned` as in `Applied`."""
 
     name: str

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
@@ -31,8 +32,7 @@ from .weights import (
 )
 
 
-@dataclass(frozen=True)
-class Registration:
+class Registration(Struct, frozen=True):
     """The result of registering: whether the model is new, the same or changed, and what became of its variables."""
 
     name: str
@@ -44,7 +44,7 @@ class Registration:
     unfit: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
     """Differences from the model for which those variables were saved."""
-    write: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    write: Callable[[], None] | None = None
     """Carries the variables over into a module that holds its own."""
 
 

@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from operator import is_
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from msgspec.structs import replace
 
 from ..base.digest import bytes_of, describe, own
 from ..base.threads import uninterrupted
@@ -47,7 +48,7 @@ class StoredRun:
       inputs: tree structure and leaves of the inputs, where they are those of an earlier run.
 
     Attributes:
-      facts: the fields of the Run.
+      facts: the Run without its arrays.
       origin, inputs: see above; None once they were let go of.
       record: what an apply was seen to ask for, None for every other run.
       replays: how often it was run again, and whether any of these gave other bits.
@@ -59,7 +60,7 @@ class StoredRun:
 
     def __init__(self, run: Run, origin: Origin | None = None, size: int = 0, inputs: Inputs | None = None) -> None:
         self._run = weakref.ref(run)
-        self.facts = {**run.__dict__, "output": RELEASED, "inputs": RELEASED, "sown": {}}
+        self.facts = replace(run, output=RELEASED, inputs=RELEASED, sown={})
         self._output = _weakly(run.output)
         self._sown = _weakly(dict(run.sown)) if run.sown else None
         self._shapes: str | None = None
@@ -79,10 +80,8 @@ class StoredRun:
         if run is not None:
             return run
         sown = RELEASED if self._sown is None else _held(self._sown)
-        run = object.__new__(Run)
-        run.__dict__.update(self.facts)
-        run.__dict__.update(output=self.output(), inputs=self._inputs(), sown={} if sown is RELEASED else sown)
-        return run
+        sown = {} if sown is RELEASED else sown
+        return replace(self.facts, output=self.output(), inputs=self._inputs(), sown=sown)
 
     def output(self) -> PyTree:
         """What the run gave, `RELEASED` where nobody holds it any more."""
@@ -186,8 +185,8 @@ def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
     calls: dict[int, set[str]] = {}
     for stored in backwards(chain):
         facts = stored.facts
-        if facts["cell"] is not None and not facts["replayed"] and facts["elsewhere"] is None:
-            calls.setdefault(facts["cell"], set()).add(facts["call"] if COMMANDS[facts["command"]].model else "")
+        if facts.cell is not None and not facts.replayed and facts.elsewhere is None:
+            calls.setdefault(facts.cell, set()).add(facts.call if COMMANDS[facts.command].model else "")
     return {number: tuple(texts) for number, texts in calls.items()}
 
 
@@ -196,23 +195,23 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
 
     Where a seed was started again it is the last time that counts.
     """
-    drawn = (stored for stored in backwards(chain) if not stored.facts["replayed"])
+    drawn = (stored for stored in backwards(chain) if not stored.facts.replayed)
     for stored in drawn:
         facts = stored.facts
-        if facts["seed"] == seed and facts["draw"] <= number < facts["draw"] + (facts["draws"] or 1):
+        if facts.seed == seed and facts.draw <= number < facts.draw + (facts.draws or 1):
             before = next(drawn, None)
             return [before, stored] if before is not None and _shared(before.facts, facts) else [stored]
     return []
 
 
-def _shared(init: Mapping[str, Any], apply: Mapping[str, Any]) -> bool:
+def _shared(init: Run, apply: Run) -> bool:
     """Whether an apply went on with the draw that an init opened."""
-    opens, continues = COMMANDS[init["command"]].opens, COMMANDS[apply["command"]].forward
-    if not (opens and continues and init["model"] == apply["model"]):
+    opens, continues = COMMANDS[init.command].opens, COMMANDS[apply.command].forward
+    if not (opens and continues and init.model == apply.model):
         return False
-    opened, taken = getattr(init["keys"], "draw", None), getattr(apply["keys"], "draw", None)
+    opened, taken = getattr(init.keys, "draw", None), getattr(apply.keys, "draw", None)
     if opened is None or taken is None:  # keys of a module that was built, or of a file, not what they were drawn from
-        return (init["seed"], init["draw"]) == (apply["seed"], apply["draw"])
+        return (init.seed, init.draw) == (apply.seed, apply.draw)
     return opened is taken.first
 
 
@@ -223,8 +222,8 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
       reach: runs of any model that are looked at.
     """
     recent = (stored.facts for stored in islice(backwards(chain), reach))
-    applies = (facts for facts in recent if COMMANDS[facts["command"]].forward and facts["model"] == model)
-    return [(facts["program"], facts["causes"]) for facts in islice(applies, n)]
+    applies = (facts for facts in recent if COMMANDS[facts.command].forward and facts.model == model)
+    return [(facts.program, facts.causes) for facts in islice(applies, n)]
 
 
 REPLAY_BYTES = 256_000_000

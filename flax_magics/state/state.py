@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 
 import jax
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
 from ..rng.keys import Draw, RootKey
-from ..run import altered
 from .entry import ModelEntry
 from .runs import RunLog, StoredRun
 
 
-@dataclass(frozen=True)
-class SavedInit:
+class SavedInit(Struct, frozen=True):
     """How a linen model's variables came to be, as `InitRecord` has it; `program` is a digest."""
 
     key: jax.Array | jax.ShapeDtypeStruct
@@ -28,8 +27,7 @@ class SavedInit:
     program: str | None
 
 
-@dataclass(frozen=True)
-class SavedModel:
+class SavedModel(Struct, frozen=True):
     """A model's variables, and what is needed to hold them against a model that is registered under its name.
 
     A file's JSON has its fields under these names, with `Node`s in the place of trees.
@@ -51,7 +49,7 @@ class SavedModel:
     text: str
     source: str
     variables: PyTree
-    updates: Mapping[str, int] = field(default_factory=dict)
+    updates: Mapping[str, int] = {}
     outdated: bool = False
     stale: bool = False
     made: SavedInit | None = None
@@ -59,7 +57,7 @@ class SavedModel:
     keys: Mapping[str, jax.Array] | None = None
     parameters: int = 0
     bytes: int = 0
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = {}
     file: str = ""
 
     @property
@@ -68,27 +66,26 @@ class SavedModel:
         return self.variables is not None
 
 
-@dataclass(frozen=True)
-class State:
+class State(Struct, frozen=True):
     """All that a command may change."""
 
     root: RootKey
-    models: Mapping[str, ModelEntry] = field(default_factory=dict)
+    models: Mapping[str, ModelEntry] = {}
     opened: tuple[str, Draw] | None = None
     """A draw whose `params` an init took, and the model whose next apply takes the rest of it."""
     runs: RunLog | None = None
-    seeds: Mapping[int, tuple[int, str]] = field(default_factory=dict)
+    seeds: Mapping[int, tuple[int, str]] = {}
     """seed → the last draw that was made under it before it was started again, and the PRNG implementation."""
-    waiting: Mapping[str, SavedModel] = field(default_factory=dict)
+    waiting: Mapping[str, SavedModel] = {}
     """Variables that were read from a file, by the name of the model that they wait for."""
 
     def after(self, kept: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
         """The state once a run has succeeded. A replay moves neither the root nor a draw that is open."""
-        root, opened = (self.root, self.opened) if kept.facts["replayed"] else (self.root.after(draw), opened)
+        root, opened = (self.root, self.opened) if kept.facts.replayed else (self.root.after(draw), opened)
         models = self.models if entry is None else {**self.models, entry.name: entry}
         waiting = self.waiting and self._still_waiting(entry)
         log = RunLog.add(self.runs, kept)
-        return altered(self, {"root": root, "models": models, "opened": opened, "runs": log, "waiting": waiting})
+        return replace(self, root=root, models=models, opened=opened, runs=log, waiting=waiting)
 
     def with_variables(self, entry: ModelEntry) -> State:
         """The state once the user has given a model other variables."""
@@ -154,8 +151,7 @@ class State:
         return seed, number
 
 
-@dataclass(frozen=True)
-class Restart:
+class Restart(Struct, frozen=True):
     """What restarting the root key means for what is there: models that keep variables, a seed that was used before."""
 
     seed: int

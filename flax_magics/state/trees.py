@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict, freeze
+from msgspec import Struct
 
 from ..base.digest import is_key, weakly_typed
 from ..base.files import Damaged
@@ -132,8 +133,7 @@ def _impl_of(keys: jax.Array | jax.ShapeDtypeStruct, path: str) -> str:
     raise _cannot(path, f"its PRNG implementation is none of {', '.join(_IMPLS)}")
 
 
-@dataclass(frozen=True)
-class Reader:
+class Reader(Struct, frozen=True):
     """Turns nodes into trees. Raises Damaged for what no Writer has written."""
 
     arrays: Mapping[str, HostArray]
@@ -229,8 +229,7 @@ def _keys_of(words: HostArray, impl: str) -> jax.Array:
     return key
 
 
-@dataclass(frozen=True)
-class OpaqueNode:
+class OpaqueNode(Struct, frozen=True):
     """A node of a class that is not ours to make: its name, and its children in JAX's order."""
 
     cls: str

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ast
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax.core import meta
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import quick_digest
 from ..base.types import Leaf, PyTree
@@ -64,8 +65,7 @@ def _reference(leaf: Leaf) -> weakref.ref[Leaf] | None:
     return weakref.ref(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else None
 
 
-@dataclass(frozen=True)
-class WeightSource:
+class WeightSource(Struct, frozen=True):
     """Where a model's variables came from.
 
     Attributes:
@@ -78,7 +78,7 @@ class WeightSource:
     text: str
     seed: int | None = None
     changed: bool = False
-    marks: Mapping[str, Mark] = field(default_factory=dict, repr=False, compare=False)
+    marks: Mapping[str, Mark] = {}
 
     @classmethod
     def initialised(cls, draw: Draw, variables: Collections, *, in_module: bool = False) -> WeightSource:
@@ -141,8 +141,7 @@ class WeightSource:
         return self.text + of_seed + (", changed by your code since" if self.changed else "")
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(Struct, frozen=True):
     """How the user gave variables, so that a message can say what to write.
 
     Attributes:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
+from msgspec import Struct
 
 from ..base.digest import count_parameters, data_of, describe
 from ..base.text import bytes_, join, plural
@@ -239,8 +240,7 @@ def _natural(name: str) -> tuple[str, int]:
 # -- FLOPs
 
 
-@dataclass(frozen=True)
-class ModuleEquations:
+class ModuleEquations(Struct, frozen=True):
     """Equations of one jaxpr that belong together.
 
     Attributes:

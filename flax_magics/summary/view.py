@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import treescope  # type: ignore[import-untyped]
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.text import WIDTH, bytes_, cell_len, clean, clean_lines, count, dotted, plural, wrap
 from ..base.types import PyTree
@@ -52,8 +53,7 @@ def tree_bundle(name: str, variables: PyTree, style: str) -> dict[str, object]:
         return shown_bundle("\n".join(text), html, style)
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(Struct, frozen=True):
     """How much there is of a collection: elements of its arrays, and bytes."""
 
     elements: int = 0
@@ -63,8 +63,7 @@ class Size:
         return Size(self.elements + other.elements, self.bytes + other.bytes)
 
 
-@dataclass(frozen=True)
-class Array:
+class Array(Struct, frozen=True):
     """One variable: its name within the module, and what it is; `about` holds its metadata, such as partition names."""
 
     collection: str
@@ -80,8 +79,7 @@ class Array:
         return Size(math.prod(self.shape), self.bytes)
 
 
-@dataclass(frozen=True)
-class Module:
+class Module(Struct, frozen=True):
     """One module of a model.
 
     Attributes:
@@ -117,8 +115,7 @@ def sizes(parts: Iterable[tuple[str, Size]]) -> dict[str, Size]:
     return dict(sorted(of_collection.items(), key=lambda item: (item[0] not in ("params", "Param"), item[0])))
 
 
-@dataclass(frozen=True, repr=False)
-class Summary:
+class Summary(Struct, frozen=True, dict=True):
     """What a model is, by shapes alone. `print` shows all of it.
 
     Attributes:
@@ -145,7 +142,7 @@ class Summary:
     flops: int | None = None
     vjp_flops: int | None = None
     written: tuple[str, ...] = ()
-    sown: Mapping[str, str] = field(default_factory=dict)
+    sown: Mapping[str, str] = {}
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -191,8 +188,7 @@ EXACT = 10_000_000
 """Below, a row shows a number in full."""
 
 
-@dataclass(frozen=True)
-class ModuleRow:
+class ModuleRow(Struct, frozen=True):
     """A module, several equal ones that follow each other, or a turn of several that repeats.
 
     Attributes:

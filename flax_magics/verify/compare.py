@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
+from msgspec import Struct
 
 from ..base.files import Damaged
 from ..base.types import HostArray
@@ -23,16 +23,14 @@ NAMES = {"device_kind": "device kind"}
 """How a fact of the environment is called, where it is not by its own name."""
 
 
-@dataclass(frozen=True)
-class Tolerance:
+class Tolerance(Struct, frozen=True):
     """How far a floating-point value may be from the stored one: `atol + rtol * abs(stored)`."""
 
     rtol: float
     atol: float = 0.0
 
 
-@dataclass(frozen=True)
-class Distance:
+class Distance(Struct, frozen=True):
     """How far the values kept of one output are from those of another.
 
     Attributes:
@@ -53,8 +51,7 @@ class Distance:
     array: str
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """What became of one run, or of several that were stored as one.
 
     Attributes:
@@ -78,7 +75,7 @@ class Verdict:
     run: Recorded | None = None
     runs: int = 1
     distance: Distance | None = None
-    changed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    changed: dict[str, tuple[str, str]] = {}
 
 
 def compare(stored: Iterable[Cell], now: Iterable[Cell], tolerance: Tolerance | None = None) -> list[Verdict]:

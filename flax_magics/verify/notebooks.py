@@ -17,12 +17,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import msgspec
+from msgspec import Struct
 
 from ..base.files import RUN_JSON, RUNS_JSON, Damaged, convert, open_without_waiting
 from ..base.text import clean, cut
@@ -130,8 +130,7 @@ class RecordedLoop(msgspec.Struct, frozen=True):
     further: Further | None = None
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(Struct, frozen=True):
     """The runs of one cell, in the order in which they were made.
 
     Attributes:

@@ -6,8 +6,10 @@ import math
 import shlex
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from ..base.text import clean, count, cut, flow, plural, table, ulp, wrap
 from ..errors import advice_lines
@@ -29,8 +31,7 @@ SHOWN = 10
 _GIVEN = 1000
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """What became of one notebook.
 
     Attributes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
 
 import numpy as np
 from html_reader import EVIL, Reader
+from msgspec.structs import replace
 from rich.cells import cell_len
 from runs_to_show import DRAW, INIT, KEY, REUSED
 

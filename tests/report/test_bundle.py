@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from html_reader import EVIL, Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.cells import cell_len
 from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from html_reader import EVIL, Reader
+from msgspec.structs import replace
 from runs_to_show import COMPILED, INIT, KEY, NOTED, REPEATED, REUSED
 
 from flax_magics.base.measures import Cost, Limits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from textwrap import dedent
 
 import numpy as np
@@ -11,6 +10,7 @@ import treescope
 from html_reader import EVIL, Reader
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from rich.cells import cell_len
 
 from flax_magics.errors import FlaxMagicsError

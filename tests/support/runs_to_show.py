@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from flax_magics.base.measures import Memory, Steady, Timing
 from flax_magics.rng.keys import RootKey

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from made import HERE, VALUES, cell, notebook, run, sample
+from msgspec.structs import replace
 
 from flax_magics.errors import FlaxMagicsError
 from flax_magics.verify.compare import Tolerance, compare
