@@ -48,7 +48,7 @@ COMMANDS = {
 """What draws. Where a room tells these apart in more than that, it has a dict of its own with the same keys."""
 
 
-class Note(Struct, frozen=True):
+class Note(Struct, frozen=True, forbid_unknown_fields=True):
     """A sharp bit that was found.
 
     Attributes:
@@ -87,7 +87,7 @@ class Cause(Struct, frozen=True):
     dtypes: tuple[str, ...] = ()
 
 
-class InitStats(Struct, frozen=True):
+class InitStats(Struct, frozen=True, forbid_unknown_fields=True):
     """Variables that this run initialised: how many parameters (array elements of `params`) and bytes of all."""
 
     parameters: int

@@ -123,7 +123,7 @@ CHUNK = 1 << 20
 """Elements that are looked at at once: what an output of any size takes beside itself."""
 
 
-class Values(Struct, frozen=True):
+class Values(Struct, frozen=True, forbid_unknown_fields=True):
     """One array of floating-point numbers.
 
     Attributes:
@@ -383,7 +383,7 @@ def alike(one: object, other: object) -> bool:
         return False
 
 
-class Spread(Struct, frozen=True):
+class Spread(Struct, frozen=True, forbid_unknown_fields=True):
     """How one array of the output differs between draws.
 
     Attributes:

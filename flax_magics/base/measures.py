@@ -23,7 +23,7 @@ from msgspec import Struct
 from .types import PyTree
 
 
-class Steady(Struct, frozen=True):
+class Steady(Struct, frozen=True, forbid_unknown_fields=True):
     """A run repeated with the same keys: every time in seconds, in the order they were taken."""
 
     times: tuple[float, ...]
@@ -57,7 +57,7 @@ LEAST = 5
 """Runs from which a slow one can be told."""
 
 
-class Cost(Struct, frozen=True):
+class Cost(Struct, frozen=True, forbid_unknown_fields=True):
     """What XLA counts in one run of a program, on each of its devices.
 
     Attributes:
@@ -71,7 +71,7 @@ class Cost(Struct, frozen=True):
     loops: bool = False
 
 
-class Limits(Struct, frozen=True):
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """What one device was measured to reach: FLOP/s in a large matmul of `dtype`, bytes/s in a large copy (read and
     written).
     """
@@ -82,7 +82,7 @@ class Limits(Struct, frozen=True):
     bytes: float
 
 
-class Timing(Struct, frozen=True):
+class Timing(Struct, frozen=True, forbid_unknown_fields=True):
     """Seconds that each phase took; 0.0 for a phase that did not happen.
 
     `run` begins once the inputs are ready (that wait is `wait`) and a run that was interrupted before has left the device
@@ -108,7 +108,7 @@ class Timing(Struct, frozen=True):
         return self.trace + self.lower + self.compile - self.beside
 
 
-class Memory(Struct, frozen=True):
+class Memory(Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none.
 
     The device counts from the start of the process, whatever ran in it.

@@ -10,10 +10,10 @@ import contextlib
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 from flax.core import unfreeze
-from msgspec import Struct
 from msgspec.structs import replace
 
 from ..errors import FlaxMagicsError
@@ -34,7 +34,8 @@ BOUND = frozenset(
 """Names of linen's own that mean something inside the model alone."""
 
 
-class Translation(Struct, contextlib.AbstractContextManager["Translation"], frozen=True):
+@dataclass(frozen=True)
+class Translation(contextlib.AbstractContextManager["Translation"]):
     """A block that runs a call of the model: an error that comes of Flax's own words becomes one that says the command.
 
     Attributes:

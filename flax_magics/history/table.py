@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, overload
@@ -120,7 +121,8 @@ def _word(keys: Mapping[str, jax.Array], name: str) -> str:
     return short_key(keys[name])
 
 
-class History(Struct, Sequence[DrawRow], frozen=True, eq=False):
+@dataclass(frozen=True, eq=False)
+class History(Sequence[DrawRow]):
     """The draws of a session, oldest first: a sequence of `DrawRow`, shown as a table.
 
     Attributes:

@@ -51,7 +51,7 @@ def _on_data(derive: Callable[..., jax.Array], impl: str) -> Callable[..., jax.A
 _in_three = partial(jax.random.split, num=3)
 
 
-class Draw(Struct, frozen=True, dict=True):
+class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """One draw from the root key: its number under its seed, and the root that it splits (host data, uncommitted)."""
 
     seed: int
@@ -193,7 +193,7 @@ class RunKeys(Mapping[str, jax.Array]):
         return len(self.names)
 
 
-class RootKey(Struct, frozen=True):
+class RootKey(Struct, frozen=True, forbid_unknown_fields=True):
     """The root key of a session: the seed it began with, how many draws it has given, and its data now."""
 
     seed: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import math
 import platform
@@ -171,7 +170,7 @@ def with_sources(snapshot: Snapshot, state: State, known: dict[str, tuple[object
         if name not in known or known[name][0] is not module:
             known[name] = module, source_of(module)
     models = (
-        dataclasses.replace(model, source=known[model.name][1]) if model.name in state.models else model
+        replace(model, source=known[model.name][1]) if model.name in state.models else model
         for model in snapshot.models
     )
     return replace(snapshot, models=tuple(models))
@@ -246,7 +245,7 @@ def _written(model: SavedModel, writer: Writer) -> SavedModel:
     keys = model.keys and {
         stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()
     }
-    return dataclasses.replace(model, variables=variables, made=init, keys=keys, file="")
+    return replace(model, variables=variables, made=init, keys=keys, file="")
 
 
 def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
@@ -264,7 +263,7 @@ def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
     if call_writer.foreign is not None:
         return None
     writer.arrays.update(call_writer.arrays)
-    return dataclasses.replace(model.made, **nodes)
+    return replace(model.made, **nodes)
 
 
 class WrittenRuns:
@@ -351,7 +350,7 @@ def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
     if keys and not all(_is_key(key) and not key.shape for key in keys.values()):
         raise Damaged(f"what `{name}` was built with is no key")
     init = model.made and _init_of(model.made, name, reader)
-    return dataclasses.replace(model, variables=variables, made=init, keys=keys, file=path)
+    return replace(model, variables=variables, made=init, keys=keys, file=path)
 
 
 def _has_names(tree: PyTree) -> bool:
@@ -376,7 +375,7 @@ def _init_of(init: SavedInit, name: str, reader: Reader) -> SavedInit:
     opaque = foreign_in((args, kwargs)) is not None
     if opaque or type(args) is not tuple or not _has_names(kwargs) or not _is_key(key):
         raise Damaged(f"what `{name}` was initialised with is no call")
-    return dataclasses.replace(init, key=key, args=args, kwargs=dict(kwargs))
+    return replace(init, key=key, args=args, kwargs=dict(kwargs))
 
 
 def _runs_of(reader: Reader) -> RunLog | None:
@@ -402,7 +401,7 @@ def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
         elsewhere |= {"leaves": record.leaves, "bits": record.bits}
     taken = OutputFacts(record.digest, record.output, None if record.draws is None else record.spread, record.values)
     facts: dict[str, Any] = {
-        **{field.name: getattr(record, field.name) for field in dataclasses.fields(Run) if hasattr(record, field.name)},
+        **{name: getattr(record, name) for name in Run.__struct_fields__ if hasattr(record, name)},
         "inputs": RELEASED,
         "output": RELEASED,
         "keys": WrittenKeys(record.keys, record.impl or "", record.draws),

@@ -17,17 +17,17 @@ from .entry import ModelEntry
 from .runs import RunLog, StoredRun
 
 
-class SavedInit(Struct, frozen=True):
+class SavedInit(Struct, frozen=True, forbid_unknown_fields=True):
     """How a linen model's variables came to be, as `InitRecord` has it; `program` is a digest."""
 
-    key: jax.Array | jax.ShapeDtypeStruct
+    key: PyTree
     method: Path
-    args: tuple[PyTree, ...]
-    kwargs: dict[str, PyTree]
-    program: str | None
+    args: PyTree
+    kwargs: PyTree
+    program: str
 
 
-class SavedModel(Struct, frozen=True):
+class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
     """A model's variables, and what is needed to hold them against a model that is registered under its name.
 
     A file's JSON has its fields under these names, with `Node`s in the place of trees.
@@ -54,7 +54,7 @@ class SavedModel(Struct, frozen=True):
     stale: bool = False
     made: SavedInit | None = None
     assigned: bool = False
-    keys: Mapping[str, jax.Array] | None = None
+    keys: Mapping[str, PyTree] | None = None
     parameters: int = 0
     bytes: int = 0
     versions: Mapping[str, str] = {}
