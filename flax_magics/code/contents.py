@@ -30,6 +30,7 @@ from operator import is_
 import jax
 import numpy as np
 from msgspec import Struct
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec, Sharding
 
 from ..base.digest import alike
 from ..base.private import NNX_STACKS, flax_globals, nnx_stacks
@@ -38,10 +39,7 @@ from .fingerprint import Fingerprint, fingerprint
 
 _WITHOUT = (dict, list, tuple, type(None))
 """Nodes that have no static data but the keys of a dict, which JAX compares well."""
-_EXACT = (
-    *(str, bytes, type(None), type, enum.Enum, np.dtype),
-    *(jax.sharding.Sharding, jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.sharding.PartitionSpec),
-)
+_EXACT = (str, bytes, type(None), type, enum.Enum, np.dtype, Sharding, Mesh, AbstractMesh, PartitionSpec)
 """Types whose values never change, and are equal only where they are the same: JAX's `==` is enough."""
 
 

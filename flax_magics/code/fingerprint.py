@@ -333,12 +333,17 @@ class Guards:
         for cell, old in self._cells:
             if _contents(cell) is not old:
                 return False
-        return (
-            all(getattr(owner, name, _ABSENT) is old for owner, name, old in self._attributes)
-            and all(len(items) == len(old) and all(map(is_, items, old)) for items, old in self._lists)
-            and all(members == old for members, old in self._sets)
-            and all((each.shape, each.dtype, each.tobytes()) == old for each, old in self._arrays)
-        )
+        # Loops, as a run asks this each time: a generator costs more than what most of these hold.
+        for owner, name, old in self._attributes:
+            if getattr(owner, name, _ABSENT) is not old:
+                return False
+        for items, old_items in self._lists:
+            if len(items) != len(old_items) or not all(map(is_, items, old_items)):
+                return False
+        for members, old_members in self._sets:
+            if members != old_members:
+                return False
+        return all((array.shape, array.dtype, array.tobytes()) == old for array, old in self._arrays)
 
 
 def _contents(cell: types.CellType) -> object:

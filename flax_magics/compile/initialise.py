@@ -278,22 +278,16 @@ def _folds_a_constant(equation: Equation) -> bool:
     if equation.primitive.name != "random_fold_in":
         return False
     key, constant = equation.invars
-    return (
-        key.aval.shape == ()
-        and str(key.aval.dtype) == "key<fry>"
-        and is_on_host(THREEFRY)
-        and hasattr(constant, "val")
-        and constant.aval.dtype == np.uint32
-    )
+    is_key_of_host = key.aval.shape == () and str(key.aval.dtype) == "key<fry>" and is_on_host(THREEFRY)
+    return is_key_of_host and hasattr(constant, "val") and constant.aval.dtype == np.uint32
 
 
 def can_run(traced: TracedInit) -> bool:
     """Whether its equations give what `module.init` gives."""
     # Set so, JAX runs op by op in its own way: looking for NaN, without jit, or over a mesh.
     special = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
-    if any(getattr(jax.config, name, False) for name in special) or is_in_mesh():
-        return False
-    if not traced.whole or traced.closed.effects:
+    is_special = any(getattr(jax.config, name, False) for name in special) or is_in_mesh()
+    if is_special or not traced.whole or traced.closed.effects:
         return False
     read = _read_by(traced.needed)
     inputs = zip(traced.closed.jaxpr.invars[1:], traced.inputs, strict=True)
@@ -302,16 +296,16 @@ def can_run(traced: TracedInit) -> bool:
     return all(map(_same_in_a_trace, traced.needed))
 
 
+_OTHERWISE = ("closed_call", "sharding_constraint", "run_state", "remat", "checkpoint")
+"""Further primitives that JAX runs otherwise op by op than in a program."""
+
+
 def _same_in_a_trace(equation: Equation) -> bool:
     """Whether op by op, too, JAX runs the equation as one program; Python functions it would run op by op in turn."""
-    name = equation.primitive.name
-    return not (
-        equation.primitive.call_primitive
-        or getattr(equation.primitive, "map_primitive", False)
-        or name.startswith("custom_")
-        or "callback" in name
-        or name in ("closed_call", "sharding_constraint", "run_state", "remat", "checkpoint")
-    )
+    name, primitive = equation.primitive.name, equation.primitive
+    if primitive.call_primitive or getattr(primitive, "map_primitive", False) or name.startswith("custom_"):
+        return False
+    return "callback" not in name and name not in _OTHERWISE
 
 
 class InitRecord(Struct, frozen=True):

@@ -284,8 +284,8 @@ def of_programs(
       leaf: gives an argument of this run by its name, None where there is no such.
     """
     name = re.split(r"\W", line.call, maxsplit=1)[0]
-    now = [cause for cause in causes if cause.kind in AVOIDABLE]
-    if not now or _of_another(causes):
+    avoidable = [cause for cause in causes if cause.kind in AVOIDABLE]
+    if not avoidable or _of_another(causes):
         return
     runs = [("compiled", causes)]
     for run in earlier[: WINDOW - 1]:
@@ -297,7 +297,7 @@ def of_programs(
     counted = [why for why in compiled if not why or _of_another(why) or any(cause.kind in AVOIDABLE for cause in why)]
     if len(counted) < NEW:
         return
-    name_of, kind = now[0].name, now[0].kind
+    name_of, kind = avoidable[0].name, avoidable[0].kind
     whys = [cause for why in counted if not _of_another(why) for cause in why]
     all_of = [cause for cause in whys if cause.name == name_of and cause.kind in AVOIDABLE]
     mend = _advice(name_of, kind, all_of, leaf(name_of))

@@ -7,6 +7,12 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import jax
 import jax.extend.core
+from jax.errors import (
+    ConcretizationTypeError,
+    NonConcreteBooleanIndexError,
+    TracerArrayConversionError,
+    TracerIntegerConversionError,
+)
 from jax.extend.core import Jaxpr
 from msgspec import Struct
 from msgspec.structs import replace
@@ -14,7 +20,7 @@ from msgspec.structs import replace
 from ..base.types import PyTree
 from ..models.base import CallTrace, Incomplete, MissingVariables, Model, Needs, Updates, Variables
 from ..models.calls import Arguments, Calls, Function, Kwargs, Path
-from ..rng.keys import Draw, DrawBatch, Words
+from ..rng.keys import THREEFRY, Draw, DrawBatch, Words
 from .jaxpr import Atom, Equation
 
 P = TypeVar("P")
@@ -206,16 +212,15 @@ def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
         return forward(variables, keys, *rebuild(arguments))
 
     def many(variables: Variables, keys: PyTree, arguments: Kwargs) -> PyTree:
-        shared = {name: value for name, value in arguments.items() if name not in request.keyed}
-        own = {name: value for name, value in arguments.items() if name in request.keyed}
+        keyed = {name: value for name, value in arguments.items() if name in request.keyed}
 
-        def draw(keys: PyTree, own: Kwargs) -> PyTree:
-            return one(variables, keys, {**shared, **own})
+        def draw(keys: PyTree, keyed: Kwargs) -> PyTree:
+            return one(variables, keys, {**arguments, **keyed})
 
-        if request.draw.impl == "threefry2x32":
-            return jax.vmap(draw, axis_size=size)(keys, own)
+        if request.draw.impl == THREEFRY:
+            return jax.vmap(draw, axis_size=size)(keys, keyed)
         # Mapped over keys, JAX's other generators give other bits than one by one.
-        return jax.lax.scan(lambda _, each: (None, draw(*each)), None, (keys, own), length=size)[1]
+        return jax.lax.scan(lambda _, each: (None, draw(*each)), None, (keys, keyed), length=size)[1]
 
     return one if size is None else many
 
@@ -318,10 +323,8 @@ def _open(jaxpr: Jaxpr) -> Jaxpr:
 
 
 TRACER_ERRORS = (
-    jax.errors.ConcretizationTypeError,  # and the conversions to bool and index, which are kinds of it
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
+    # The conversions to bool and index are kinds of the first.
+    *(ConcretizationTypeError, TracerArrayConversionError, TracerIntegerConversionError, NonConcreteBooleanIndexError),
 )
 """What JAX raises when traced code needs a value; a shape that is traced is a TypeError without a kind of its own."""
 

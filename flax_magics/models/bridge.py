@@ -37,11 +37,11 @@ def watching(recorder: Recorder) -> Iterator[None]:
     """Tells `recorder` of the streams that are looked up inside `ToLinen` modules, and of what these write."""
 
     def streams_of(original: Function, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        recorder.forking, before = True, recorder.forking  # it takes a key of every stream there is: that is no asking
+        recorder.forking, was_forking = True, recorder.forking  # it takes a key of every stream: that is no asking
         try:
             return original(*args, **kwargs)
         finally:
-            recorder.forking = before
+            recorder.forking = was_forking
 
     def look_up(original: Function, rngs: nnx.Rngs, name: str, error: object) -> PyTree:
         outer = _current()
@@ -87,9 +87,9 @@ def initialising(streams: set[str]) -> Iterator[None]:
 
 def _written(outer: wrappers.ToLinen, module: nnx.Module) -> Iterator[tuple[str, bool]]:
     """Collections that the module holds other values of than its variables were, and whether they were sown."""
-    before = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
+    given = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and not isinstance(part, nnx.RngState):
-            if all(id(leaf) in before for leaf in jax.tree_util.tree_leaves(part)):
+            if all(id(leaf) in given for leaf in jax.tree_util.tree_leaves(part)):
                 continue
             yield variablelib.variable_name_from_type(type(part), allow_register=True), is_sown(part)

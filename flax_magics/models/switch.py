@@ -334,11 +334,8 @@ def _own_switch(module: object, frame: FrameType | None) -> str:
     """A module's own switch as its methods write it: `train`, `self.training`, `self.config.deterministic`."""
     code = None if frame is None else frame.f_code
     arguments = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    configs = {
-        f"self.{name}.": value
-        for name, value in vars(module).items()
-        if dataclasses.is_dataclass(value) and not hasattr(value, "scope") and not name.startswith("_")
-    }
+    held = [(name, value) for name, value in vars(module).items() if dataclasses.is_dataclass(value)]
+    configs = {f"self.{name}.": value for name, value in held if not (hasattr(value, "scope") or name.startswith("_"))}
     places = ((prefix, value, name) for prefix, value in {"self.": module, **configs}.items() for name in WHEN_TRAINING)
     fields = (prefix + name for prefix, value, name in places if isinstance(getattr(value, name, None), bool))
     return next(chain((name for name in arguments if name in WHEN_TRAINING), fields), "")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import subprocess
+import sys
 import threading
+from collections import namedtuple
 from typing import Any
 
 import flax.linen as nn
@@ -287,44 +290,34 @@ def test_pytrees_bools_and_strings_as_arguments(session):
 def test_devices_are_named():
     from flax_magics.base.measures import name_devices
 
-    class Device:
-        platform = "gpu"
-
-        def __init__(self, id: int) -> None:
-            self.id = id
-
-    assert name_devices({Device(0)}) == "gpu:0"
-    assert name_devices({Device(2), Device(0)}) == "gpu:0,2"
-    assert name_devices(map(Device, range(8)) and {Device(i) for i in range(8)}) == "gpu:0-7"
+    device = namedtuple("Device", ("id", "platform"), defaults=("gpu",))
+    assert name_devices({device(0)}) == "gpu:0"
+    assert name_devices({device(2), device(0)}) == "gpu:0,2"
+    assert name_devices(set(map(device, range(8)))) == "gpu:0-7"
 
 
-def test_the_process_can_leave_while_something_compiles(tmp_path):
-    import subprocess
-    import sys
+LEAVES = """
+import concurrent.futures
+import flax.linen as nn
+import jax.numpy as jnp
+from flax_magics import Session
 
-    script = tmp_path / "leave.py"
-    script.write_text(
-        "import jax, jax.numpy as jnp, flax.linen as nn\n"
-        "from flax_magics import Session\n"
-        "import concurrent.futures\n"
-        "class Net(nn.Module):\n"
-        "  @nn.compact\n"
-        "  def __call__(self, x):\n"
-        "    for i in range(40):\n"
-        "      x = nn.relu(nn.Dense(64 + i)(x))\n"
-        "    return x\n"
-        "s = Session(0)\n"
-        "s.register('net', Net())\n"
-        "def stop(*a, **k):\n"
-        "  raise KeyboardInterrupt\n"
-        "concurrent.futures.wait = stop\n"
-        "try:\n"
-        "  s.apply('net', jnp.ones((4, 64)))\n"
-        "except KeyboardInterrupt:\n"
-        "  print('interrupted')\n"
-    )
+def stop(*args, **kwargs):
+  raise KeyboardInterrupt
+
+session = Session(0)
+session.register("net", nn.Sequential([layer for i in range(40) for layer in (nn.Dense(64 + i), nn.relu)]))
+concurrent.futures.wait = stop
+try:
+  session.apply("net", jnp.ones((4, 64)))
+except KeyboardInterrupt:
+  print("interrupted")
+"""
+
+
+def test_the_process_can_leave_while_something_compiles():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, env=environment, timeout=300)
     assert (done.returncode, done.stdout) == (0, "interrupted\n")
 
 

@@ -101,12 +101,8 @@ def is_taken_apart(module: Any, *args: Any) -> bool:
 @pytest.mark.parametrize(
     ("module", "apart"),
     [
-        (Everything(), True),
-        (Statistic(), True),
-        (Statistic(nn.relu), False),
-        (Statistic(nn.gelu), True),
-        (Lifted(), True),
-        (LooksAtValues(), False),
+        *((Everything(), True), (Lifted(), True), (LooksAtValues(), False)),
+        *((Statistic(), True), (Statistic(nn.relu), False), (Statistic(nn.gelu), True)),
     ],
 )
 def test_what_is_taken_apart_has_the_bits_of_init_by_hand(module, apart):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -56,59 +59,58 @@ class Takes(nn.Module):
         return x * scale if mask is None else x * scale * mask
 
 
-def test_it_is_held_against_the_most_similar_program_not_the_last(session):
+@pytest.fixture
+def takes(session):
     session.register("net", Takes())
-    session.apply("net", X, 2.0)
-    session.apply("net", jnp.ones((7, 4), jnp.bfloat16), jnp.float32(2.0))
-    assert why(session.apply("net", jnp.ones((3, 4)), 2.0)) == "x: float32[2,4] → float32[3,4]"
+    return session
 
 
-def test_of_equally_similar_ones_it_is_the_one_that_ran_last(session):
-    session.register("net", Takes())
+def test_it_is_held_against_the_most_similar_program_not_the_last(takes):
+    takes.apply("net", X, 2.0)
+    takes.apply("net", jnp.ones((7, 4), jnp.bfloat16), jnp.float32(2.0))
+    assert why(takes.apply("net", jnp.ones((3, 4)), 2.0)) == "x: float32[2,4] → float32[3,4]"
+
+
+def test_of_equally_similar_ones_it_is_the_one_that_ran_last(takes):
     for rows in (2, 3, 4):
-        session.apply("net", jnp.ones((rows, 4)))
-    assert session.apply("net", jnp.ones((3, 4))).program == "reused"
-    assert why(session.apply("net", jnp.ones((9, 4)))) == "x: float32[3,4] → float32[9,4]"
+        takes.apply("net", jnp.ones((rows, 4)))
+    assert takes.apply("net", jnp.ones((3, 4))).program == "reused"
+    assert why(takes.apply("net", jnp.ones((9, 4)))) == "x: float32[3,4] → float32[9,4]"
 
 
-def test_two_changes_are_named_and_more_are_counted(session):
-    session.register("net", Takes())
-    session.apply("net", X, jnp.ones(3))
-    run = session.apply("net", jnp.ones((5, 4)), jnp.ones((1, 3)))
+def test_two_changes_are_named_and_more_are_counted(takes):
+    takes.apply("net", X, jnp.ones(3))
+    run = takes.apply("net", jnp.ones((5, 4)), jnp.ones((1, 3)))
     assert why(run) == "x: float32[2,4] → float32[5,4]; scale: float32[3] → float32[1,3]"
-    run = session.apply("net", jnp.ones((6, 4), jnp.bfloat16), jnp.ones((6, 3)), how="tanh", mask=jnp.ones(3))
+    run = takes.apply("net", jnp.ones((6, 4), jnp.bfloat16), jnp.ones((6, 3)), how="tanh", mask=jnp.ones(3))
     assert why(run) == "x: float32[5,4] → bfloat16[6,4]; scale: float32[1,3] → float32[6,3]; and 2 more"
 
 
-def test_a_weak_type(session):
-    session.register("net", Takes())
+def test_a_weak_type(takes):
     half = X.astype(jnp.bfloat16)
-    session.apply("net", half[0], jnp.float32(2.0))
-    run = session.apply("net", half[0], jnp.asarray(2.0))
+    takes.apply("net", half[0], jnp.float32(2.0))
+    run = takes.apply("net", half[0], jnp.asarray(2.0))
     assert why(run) == "scale: float32[] → float32[] (weak type)"
 
 
-def test_a_python_number_in_place_of_an_array(session):
-    session.register("net", Takes())
-    session.apply("net", X, jnp.float32(2.0))
-    assert why(session.apply("net", X, 2.0)) == "scale: float32[] → a Python float"
-    assert session.apply("net", X, 3.0).program == "reused"
-    assert why(session.apply("net", X, 3)) == "scale: a Python float → a Python int"
+def test_a_python_number_in_place_of_an_array(takes):
+    takes.apply("net", X, jnp.float32(2.0))
+    assert why(takes.apply("net", X, 2.0)) == "scale: float32[] → a Python float"
+    assert takes.apply("net", X, 3.0).program == "reused"
+    assert why(takes.apply("net", X, 3)) == "scale: a Python float → a Python int"
 
 
-def test_a_static_value(session):
-    session.register("net", Takes())
-    session.apply("net", X, n=3)
-    assert why(session.apply("net", X, n=4)) == "n: 3 → 4"
-    assert why(session.apply("net", X, n=4, how="tanh")) == "how: not given before"
-    assert why(session.apply("net", X, n=4, how="gelu")) == "how: 'tanh' → 'gelu'"
+def test_a_static_value(takes):
+    takes.apply("net", X, n=3)
+    assert why(takes.apply("net", X, n=4)) == "n: 3 → 4"
+    assert why(takes.apply("net", X, n=4, how="tanh")) == "how: not given before"
+    assert why(takes.apply("net", X, n=4, how="gelu")) == "how: 'tanh' → 'gelu'"
 
 
-def test_an_argument_more_or_less(session):
-    session.register("net", Takes())
-    session.apply("net", X, how="tanh")
-    assert why(session.apply("net", X, how="tanh", mask=jnp.ones(3))) == "mask: not given before"
-    assert why(session.apply("net", X)) == "how: given before"
+def test_an_argument_more_or_less(takes):
+    takes.apply("net", X, how="tanh")
+    assert why(takes.apply("net", X, how="tanh", mask=jnp.ones(3))) == "mask: not given before"
+    assert why(takes.apply("net", X)) == "how: given before"
 
 
 class Sums(nn.Module):
@@ -359,37 +361,36 @@ def test_arrays_that_were_placed(session):
         assert run.reason == "x: float32[2,4] → float32[2,4] on cpu:0"
 
 
-def test_another_device(tmp_path):
-    """With two devices, which takes a process of its own."""
-    import os
-    import subprocess
-    import sys
+PLACES = """
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax_magics import Session
 
-    script = tmp_path / "devices.py"
-    script.write_text(
-        "import jax, jax.numpy as jnp, flax.linen as nn\n"
-        "from flax_magics import Session\n"
-        "class Net(nn.Module):\n"
-        "  def __call__(self, x):\n"
-        "    return x + 1\n"
-        "s = Session(0)\n"
-        "s.register('net', Net())\n"
-        "one, two = jax.devices()\n"
-        "s.apply('net', jax.device_put(jnp.ones((4, 2)), one))\n"
-        "print(s.apply('net', jax.device_put(jnp.ones((4, 2)), two)).reason)\n"
-        "mesh = jax.sharding.Mesh(jax.devices(), ('data',))\n"
-        "rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))\n"
-        "print(s.apply('net', jax.device_put(jnp.ones((4, 2)), rows)).reason)\n"
-    )
-    environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+class Net(nn.Module):
+  def __call__(self, x):
+    return x + 1
+
+session = Session(0)
+session.register("net", Net())
+mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+for place in (*jax.devices(), rows):
+  print(session.apply("net", jax.device_put(jnp.ones((4, 2)), place)).reason)
+"""
+
+
+def test_another_device():
+    """With two devices, which takes a process of its own."""
+    two = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-c", PLACES]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **two}, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (
-        "x: float32[4,2] on cpu:0 → float32[4,2] on cpu:1\n"
-        "x: float32[4,2] on cpu:1 → float32[4,2] on cpu:0,1 as P('data',)\n"
-    )
+    assert done.stdout.splitlines() == [
+        "first run of this program",
+        "x: float32[4,2] on cpu:0 → float32[4,2] on cpu:1",
+        "x: float32[4,2] on cpu:1 → float32[4,2] on cpu:0,1 as P('data',)",
+    ]
 
 
 # -- and where there is nothing to say
@@ -430,9 +431,8 @@ def one_note(text: str, advice: tuple[str, str]) -> list[tuple[str, list[tuple[s
     return [(text, [advice])]
 
 
-def test_a_batch_size_that_varies(session):
-    session.register("net", Takes())
-    said = [advice(session.apply("net", jnp.ones((rows, 4)))) for rows in (128, 64, 64, 32)]
+def test_a_batch_size_that_varies(takes):
+    said = [advice(takes.apply("net", jnp.ones((rows, 4)))) for rows in (128, 64, 64, 32)]
     assert said[:3] == [[], [], []]
     assert said[3] == one_note(
         "3 of the last 4 runs of net compiled: the batch size of `x` varies (32, 64, 128), and each size is a program"
@@ -453,20 +453,18 @@ def test_other_models_under_one_name_are_no_reason_for_a_note(session):
     )
 
 
-def test_another_axis_that_varies(session):
-    session.register("net", Takes())
+def test_another_axis_that_varies(takes):
     for length in (4, 5):
-        session.apply("net", jnp.ones((2, 2, length)))
-    assert advice(session.apply("net", jnp.ones((2, 2, 9)))) == one_note(
+        takes.apply("net", jnp.ones((2, 2, length)))
+    assert advice(takes.apply("net", jnp.ones((2, 2, 9)))) == one_note(
         "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
         " what is padding takes a mask",
         ("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 0), (0, 0), (0, 9 - ….shape[2])]))"),
     )
 
 
-def test_a_static_number_that_varies(session):
-    session.register("net", Takes())
-    said = [advice(session.apply("net", X, n=n)) for n in (1, 2, 3)]
+def test_a_static_number_that_varies(takes):
+    said = [advice(takes.apply("net", X, n=n)) for n in (1, 2, 3)]
     assert said[:2] == [[], []]
     assert said[2] == one_note(
         "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of its own",
@@ -474,23 +472,21 @@ def test_a_static_number_that_varies(session):
     )
 
 
-def test_a_weak_type_and_a_dtype_that_vary(session):
-    session.register("net", Takes())
+def test_a_weak_type_and_a_dtype_that_vary(takes):
     half = X[0].astype(jnp.bfloat16)
-    session.apply("net", half, jnp.float32(2.0))
-    session.apply("net", half, jnp.float16(2.0))
-    assert advice(session.apply("net", half, jnp.asarray(2.0))) == one_note(
+    takes.apply("net", half, jnp.float32(2.0))
+    takes.apply("net", half, jnp.float16(2.0))
+    assert advice(takes.apply("net", half, jnp.asarray(2.0))) == one_note(
         "3 of the last 3 runs of net compiled: the dtype of `scale` varies (float16, float32, weak types too), and each"
         " is a program of its own",
         ("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"),
     )
 
 
-def test_numbers_of_python_that_vary_in_kind(session):
-    session.register("net", Takes())
-    session.apply("net", X, jnp.float32(2.0))
-    session.apply("net", X, 2.0)
-    assert advice(session.apply("net", X, 2)) == one_note(
+def test_numbers_of_python_that_vary_in_kind(takes):
+    takes.apply("net", X, jnp.float32(2.0))
+    takes.apply("net", X, 2.0)
+    assert advice(takes.apply("net", X, 2)) == one_note(
         "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
         " kind is a program of its own",
         ("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"),
@@ -508,17 +504,16 @@ def test_modes_that_alternate_and_edits_are_no_cause(session):
     assert advice(session.apply("both", jnp.ones((3, 4)), mode="train")) == []
 
 
-def test_only_the_last_ten_runs_of_the_model_count(session):
-    session.register("net", Takes())
-    session.register("other", Sums())
+def test_only_the_last_ten_runs_of_the_model_count(takes):
+    takes.register("other", Sums())
     for rows in (2, 3):
-        session.apply("net", jnp.ones((rows, 4)))
+        takes.apply("net", jnp.ones((rows, 4)))
     for _ in range(8):
-        session.apply("net", X)
-        session.apply("other", (X, X))
-    assert advice(session.apply("net", jnp.ones((5, 4)))) == []  # the first program is eleven runs ago
-    assert len(advice(session.apply("net", jnp.ones((6, 4))))) == 0
-    assert len(advice(session.apply("net", jnp.ones((7, 4))))) == 1
+        takes.apply("net", X)
+        takes.apply("other", (X, X))
+    assert advice(takes.apply("net", jnp.ones((5, 4)))) == []  # the first program is eleven runs ago
+    assert len(advice(takes.apply("net", jnp.ones((6, 4))))) == 0
+    assert len(advice(takes.apply("net", jnp.ones((7, 4))))) == 1
 
 
 def test_the_note_is_quieted_by_its_kind(notebook):

@@ -172,17 +172,6 @@ def test_shared_modules_lists_and_variables_of_any_type(session):
     assert net.layers[1] is net.embed
 
 
-def test_a_new_attribute_makes_a_new_program(session):
-    x, net = an_input(), Net(8, 3, nnx.Rngs(0))
-    session.register("net", net)
-    first = session.apply("net", x, mode="eval")
-    net.last = nnx.Linear(8, 2, rngs=nnx.Rngs(5))
-    second = session.apply("net", x, mode="eval")
-    assert (first.shape, second.shape) == ("float32[5,3]", "float32[5,2]")
-    net.dropout.rate = 0.25
-    assert session.apply("net", x, mode="train").program == "compiled"
-
-
 def test_what_the_model_adds_to_itself_is_on_the_object_afterwards(session):
     class Adding(nnx.Module):
         def __init__(self, rngs):
