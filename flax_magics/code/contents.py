@@ -29,8 +29,8 @@ from operator import is_
 
 import jax
 import numpy as np
-from msgspec import Struct
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec, Sharding
+from msgspec import Struct
 
 from ..base.digest import alike
 from ..base.private import NNX_STACKS, flax_globals, nnx_stacks
