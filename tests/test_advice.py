@@ -458,7 +458,7 @@ SCENARIOS = [
     traced(MADE, "%flax_apply -q --train N(x)", (OWN_CLASS,), check="variables.shape == (3, 4, 2)"),
     # -- sharp bits
     Scenario(
-        "execution.notes.with_values",
+        "execution.notes.with_notes_of_output",
         "%flax_apply net(x)",
         (INITIALISED.format("jax.nn.initializers.ones").replace("(x)\n", "(x - x) / 0\n"),),
         stops="FloatingPointError",

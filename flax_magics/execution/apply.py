@@ -30,7 +30,7 @@ from . import notes, record
 from .build import renewed
 from .call import Call, prepare_init
 from .execute import ApplyRequest, Execution, execute, plain_errors
-from .notes import OUTDATED, outdated_own, with_values
+from .notes import OUTDATED, outdated_own, with_notes_of_output
 from .plan_cache import LastRun
 from .record import Applied, Outcome, recipe_of, stored_init
 
@@ -93,7 +93,7 @@ def apply_model(
         first=state.runs is None,
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
-        run = with_values(run)
+        run = with_notes_of_output(run)
     write = None
     if anew and users_model.holds_variables and new_model.holds_variables:
         after = replace(after, model=users_model)
@@ -205,7 +205,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         weights="" if source is None else source.describe(draw.seed),
     )
     if last.looked_at and has_nan(result.output):
-        run = with_values(run)
+        run = with_notes_of_output(run)
     return Outcome(run, last.stored(run, inputs, newest), draw, after, None, None, commit)
 
 

@@ -171,7 +171,7 @@ def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterat
             yield Note("mutable", text, **written(str(corrected)))
 
 
-def with_values(run: Run) -> Run:
+def with_notes_of_output(run: Run) -> Run:
     """The run, with the sharp bit that its output holds NaN, where no other tells of it. Reads all of the output."""
     if any(note.kind in ("nan", "nan params") for note in run.notes) or not any(values.nan for values in run.values):
         return run

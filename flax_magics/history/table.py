@@ -303,11 +303,11 @@ def _groups(rows: Iterable[DrawRow]) -> Iterator[list[DrawRow]]:
     """
     for _, of_cell in itertools.groupby(rows, lambda row: (row.seed, row.cell)):
         drawn = list(of_cell)
-        groups = [group for _, alike in itertools.groupby(drawn, _kind) for group in _parted(list(alike))]
+        groups = [group for _, alike in itertools.groupby(drawn, _folds_by) for group in _parted(list(alike))]
         if len(groups) > BY_TURNS and drawn[0].cell is not None:
             by_kind: dict[object, list[DrawRow]] = {}
             for row in drawn:
-                by_kind.setdefault(_kind(row), []).append(row)
+                by_kind.setdefault(_folds_by(row), []).append(row)
             groups = [group for alike in by_kind.values() for group in _parted(alike)]
         yield from groups
 
@@ -316,7 +316,7 @@ def _parted(group: list[DrawRow]) -> list[list[DrawRow]]:
     return [group] if len(group) >= FOLDED else [[row] for row in group]
 
 
-def _kind(row: DrawRow) -> tuple[object, ...]:
+def _folds_by(row: DrawRow) -> tuple[object, ...]:
     return row.command, row.name, row.mode, row.marks, row.call, row.weights
 
 

@@ -85,11 +85,14 @@ class Reporter:
         for run in later:
             run._taken.take(run.output)
             if any(values.nan for values in run.values) and self._settings().notes.get("nan", True):
-                from ..execution.notes import with_values
+                from ..execution.notes import with_notes_of_output
                 from ..report.html import bundle
 
-                noted = with_values(run)
-                noted = noted.with_notes(self._unsaid(noted.notes))
+                noted = with_notes_of_output(run)
+                # Its inputs were let go of: if these held NaN, too, another run of the line has said both.
+                texts = [text for _, text in self._said]
+                news = [note for note in noted.notes if not any(text.startswith(note.text) for text in texts)]
+                noted = noted.with_notes(tuple(news))
                 self._said.update((note.kind, note.text) for note in noted.notes)
                 self.publish(bundle(noted, "off", self._settings().style))
 
@@ -132,12 +135,12 @@ class Reporter:
             self._read_later(run)
             live.clear()
             return
-        from ..execution.notes import with_values
+        from ..execution.notes import with_notes_of_output
         from ..report.html import bundle, level
 
         settings = self._settings()
         if not quiet and settings.report != "off":
-            run = with_values(run)  # what is shown is read for its digest anyway
+            run = with_notes_of_output(run)  # what is shown is read for its digest anyway
         notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
         unsaid = self._unsaid(notes)
         self._said.update((note.kind, note.text) for note in notes)

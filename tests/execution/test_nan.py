@@ -170,6 +170,11 @@ def test_quiet_runs_say_it_once_and_large_ones_when_the_cell_ends(negative):
     assert said in ("", "! the output of big_net holds NaN")
 
 
+def test_nan_that_came_with_the_input_is_said_once(negative):
+    assert negative("y = %flax_apply -q net(x * jnp.nan)") == "! the output of net holds NaN, and so does its input"
+    assert negative("y = %flax_apply -q net(x * jnp.nan)") == ""
+
+
 def test_it_can_be_quieted(negative):
     negative("%config FlaxMagics.notes = {'nan': False}")
     out = negative("y = %flax_apply net(x)")
