@@ -24,8 +24,8 @@ ROOT = Path(flax_magics.__file__).parent
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
 IN_MODELS = {
-    "_HashableProxy", "_committed", "_context", "_get_stream", "_pytree__nodes", "_pytree__state", "_raw_value", "_update_variables",
-    "_var_metadata",
+    "_HashableProxy", "_committed", "_context", "_get_stream", "_pytree__nodes", "_pytree__state", "_raw_value",
+    "_update_variables", "_var_metadata",
 }  # fmt: skip
 """What models/ takes of objects of theirs, or replaces while it traces."""
 NOT_THEIRS = {"_field_type", "_fields", "_getframe", "_render_traceback_", "_signal"}
