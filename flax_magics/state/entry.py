@@ -159,7 +159,7 @@ class ApplyRecipe(Struct, frozen=True, eq=False):
 
 
 class InitRecipe(Struct, frozen=True, eq=False):
-    """What an init of a linen model needs: the model as it was, and the method that was called; `pinned` as in `Applied`."""
+    """What an init of a linen model needs: the model as it was, and the method called; `pinned` as in `ApplyRecipe`."""
 
     entry: ModelEntry
     method: Path
@@ -167,7 +167,7 @@ class InitRecipe(Struct, frozen=True, eq=False):
 
 
 class BuildRecipe(Struct, frozen=True, eq=False):
-    """What the building of an NNX module needs: its recipe, and a digest of that at the time; `pinned` as in `Applied`."""
+    """What building an NNX module needs: its recipe, and a digest of that at the time; `pinned` as in `ApplyRecipe`."""
 
     name: str
     recipe: Construction
@@ -205,7 +205,7 @@ class Replaced:
     Attributes:
       source: where they came from.
       updates: collection → how many runs had written it.
-      origin, inputs: as `Kept` has them, so that they count like a run; None once they were let go of.
+      origin, inputs: as `StoredRun` has them, so that they count like a run; None once they were let go of.
     """
 
     def __init__(self, variables: object, source: WeightSource, updates: Mapping[str, int]) -> None:
