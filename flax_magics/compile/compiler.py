@@ -259,7 +259,7 @@ def _surroundings() -> tuple[str, ...]:
 def _processor() -> str:
     """The processor with all its instructions: what XLA compiles for one may not run on another.
 
-    `environment.processor` is of those alone that may change a sum.
+    `measures.processor` is of those alone that may change a sum.
     """
     names, core = ("model name", "flags", "Features", "CPU part"), first_core()
     rows = [f"{name}: {core[name]}" for name in names if name in core]

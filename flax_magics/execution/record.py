@@ -214,8 +214,8 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
         in_call = {*dict(arguments), *written_in_call(bound.signature, call.args, call.kwargs)}
         fields = (setting for setting in map(setting_of, bound.switch) if setting[0] not in in_call)
         module = cloned(MODULE, model.module, fields)
-    mutable, kept = tuple(sorted({*result.updates, *result.sown})), tuple(sorted(result.updates))
-    return replace(facts, module=module, mutable=mutable, kept=kept)
+    written = tuple(sorted(result.updates))
+    return replace(facts, module=module, mutable=tuple(sorted({*written, *result.sown})), kept=written)
 
 
 def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:

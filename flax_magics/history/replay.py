@@ -178,12 +178,12 @@ class Replaying(Struct, frozen=True):
 
     def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
         """Whether the model is another now."""
-        then, now = how.entry, self.models.get(how.entry.name)
-        if now is not None:
-            same = now.model is then.model if now.fingerprint is None else now.fingerprint == then.fingerprint
-            if same or (then.fingerprint is None and now.model.holds_variables):
+        entry, current = how.entry, self.models.get(how.entry.name)
+        if current is not None:
+            same = current.model is entry.model if current.fingerprint is None else current.computes(entry.fingerprint)
+            if same or (entry.fingerprint is None and current.model.holds_variables):
                 return ()
-        return (f"{then.name} was edited since: this is its code as it was then",)
+        return (f"{entry.name} was edited since: this is its code as it was then",)
 
 
 def _same_keys(facts: Run) -> str:

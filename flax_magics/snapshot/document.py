@@ -136,9 +136,9 @@ def _taken(entry: ModelEntry) -> SavedModel:
         variables: PyTree = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
     else:
         variables = _own(entry.variables)
-    made = None
+    saved_init = None
     if init is not None and init.program is not None:
-        made = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
+        saved_init = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
     parameters, size = count_parameters(entry.collections() or {})
     return SavedModel(
         name=entry.name,
@@ -149,7 +149,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
         updates=dict(entry.update_counts),
         outdated=entry.outdated,
         stale=entry.rebuild_next,
-        made=made,
+        made=saved_init,
         assigned=entry.init is None,
         keys=None if entry.built is None else dict(entry.built.keys),
         parameters=parameters,
