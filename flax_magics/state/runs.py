@@ -352,7 +352,7 @@ class ReplayBudget:
 
 
 def _sizes_in(held: _Held, known: Mapping[int, int]) -> dict[int, int]:
-    """id → bytes of each array that a run holds, without those in `known`."""
+    """The bytes of each array that a run holds, by its id, without those in `known`."""
     assert held.origin is not None
     assert held.inputs is not None
     leaves = (*held.origin.leaves, *held.inputs[1], *held.origin.how.pinned)
