@@ -77,7 +77,7 @@ def apply_model(
     steady = (*of_mode, *notes.of_mutable(options.mutable, collections, execution.request.line))
     run_notes = [*said, *steady, *_notes(execution, keys_in_call)]
     if replayed is not None:
-        # Where a run with an earlier draw's keys drew other numbers than that draw's own run.
+        # Notes where this run drew other random numbers than the run that made the draw.
         # The last of them: of an init and an apply that shared the draw, the apply.
         for stored in runs.of_draw(state.runs, replayed.seed, replayed.number)[-1:]:
             run_notes += notes.compare(replayed.number, stored.record, result.trace)

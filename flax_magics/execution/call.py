@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Call(Struct, frozen=True):
-    """What is called, with what, and how a person wrote it."""
+    """A call as it was written: method, evaluated arguments, text, and the command that it stands on."""
 
     method: Path
     args: tuple[PyTree, ...]
@@ -120,7 +120,7 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
 
 
 def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
-    """For an init: the model as written, never in training; a switch without a value is initialised in evaluation."""
+    """Binds the call of an init: the model as written, never in training; a switch without a value means evaluation."""
     signature = model.signature(call.method)
     written = written_in_call(signature, call.args, call.kwargs)
     kwargs = dict(call.kwargs)
@@ -188,7 +188,7 @@ def trace_shapes(entry: ModelEntry, bound: BoundCall, draw: Draw) -> TracedCall[
 
     held = entry.held
     request = request_of(entry, bound, draw, shapes() if held is None else held, ApplyOptions())
-    # A method may need what the first init did not make.
+    # A method may need variables that the first init did not make: shapes of these are added.
     add = None if entry.model.holds_variables else lambda held: merged(held, shapes())[0]
     try:
         return trace_call(replace(request, noted=True), add=add)
@@ -242,7 +242,7 @@ def _plain(signature: inspect.Signature) -> str:
 
 
 def as_names(value: str | Iterable[str]) -> tuple[str, ...]:
-    """One name or several, as a tuple."""
+    """Names given as one string or several, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 

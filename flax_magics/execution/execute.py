@@ -49,7 +49,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
 
     @cached_property
     def bound(self) -> BoundCall:
-        """The call with the keys that `--key` adds, its mode set. Raises FlaxMagicsError for a mistake in it."""
+        """The call bound to the model in its mode, `--key`'s keys added. Raises FlaxMagicsError for a mistake in it."""
         call = with_keys(self.entry, self.call, self.options, self.draw)
         return prepare(self.entry.name, self.entry.model, call, self.options.mode)
 
@@ -84,7 +84,7 @@ class RunVariables(Struct, frozen=True):
 
 
 class Execution(Struct, frozen=True):
-    """An apply that was carried out."""
+    """An apply that has run, with everything that was worked out for it."""
 
     request: ApplyRequest
     variables: RunVariables
@@ -100,7 +100,7 @@ class Execution(Struct, frozen=True):
 
     @property
     def mode(self) -> str:
-        """The mode that the model ran in."""
+        """The mode that the model ran in, see `BoundCall.mode_of`."""
         return self.request.bound.mode_of(self.result.trace)
 
     @property
@@ -111,10 +111,10 @@ class Execution(Struct, frozen=True):
 
 
 def execute(request: ApplyRequest) -> Execution:
-    """Initialises if need be, finds or builds the program, runs it and waits for the device.
+    """Initialises where needed, finds or builds the program, runs it, and waits for the device.
 
     Raises:
-      FlaxMagicsError: a mistake in the call, or no memory. What the model raises is passed on.
+      FlaxMagicsError: a mistake in the call, or memory ran out. What the model raises is passed on.
     """
     call, options, draw, services = request.call, request.options, request.draw, request.services
     if options.repeat < 1:
@@ -219,7 +219,7 @@ def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVa
     first = request.draw.first
     key = entry.init.key if entry.init is not None else first.stream("params", taken=variables.taken)
     init = prepare_init(entry.name, entry.model, call)
-    assert not init.model.holds_variables  # an NNX module lacks none
+    assert not init.model.holds_variables  # an NNX module always has all of its variables
     begin = clock()
     fresh = jax.block_until_ready(init.model.init(key, call.method, call.args, init.kwargs))
     seconds = clock() - begin

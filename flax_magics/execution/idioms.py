@@ -132,7 +132,7 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
     # -- the variables as the first argument
 
     def _begins_with_variables(self) -> bool:
-        """Whether the call's first argument has the tree of the model's variables."""
+        """Whether the call's first argument is a pytree like the model's variables, as one passes it to `apply`."""
         value = self.call.args[0] if self.call.args else None
         if not isinstance(value, Mapping) or not value:
             return False

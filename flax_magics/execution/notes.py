@@ -25,7 +25,7 @@ from .call import BoundCall
 KNOWN_STREAMS = ("params", "dropout", "default")
 
 INITIALISED = ("kernel", "bias", "scale", "embedding")
-"""Parameters of Flax's layers, each with an argument `NAME_init`."""
+"""Parameters whose initializer is set on Flax's layers by an argument `NAME_init`."""
 
 OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new ones")
 
@@ -199,7 +199,7 @@ def _finding_nan(run: Run) -> dict[str, str]:
 
 
 def may_be_key(leaf: Leaf) -> bool:
-    """Whether a leaf is an array of typed keys, or has the dtype and a shape of legacy ones."""
+    """Whether a leaf can be a PRNG key: typed keys, or uint32 of the shape of a legacy key."""
     return isinstance(leaf, jax.Array) and (is_key(leaf) or (leaf.dtype == "uint32" and leaf.shape in ((2,), (4,))))
 
 

@@ -189,7 +189,7 @@ def _last(tree: PyTree) -> PyTree:
 def _parted(
     output: PyTree, updates: Collections, trace: CallTrace, mutable: tuple[str, ...]
 ) -> tuple[PyTree, dict[str, PyTree], dict[str, PyTree]]:
-    """The output as it is handed back, what the run wrote, and what it sowed."""
+    """Sorts the result of a run: the output as it is returned, what was written, and what was sown."""
     updates = dict(updates)
     sown: dict[str, PyTree] = dict(updates.pop(SOWN, {}))
     for name in trace.sown:

@@ -98,7 +98,7 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         inputs=sum(map(bytes_of, arguments.leaves)),
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
-        # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
+        # An NNX module is kept as a skeleton without arrays.
         pinned=() if model.holds_variables else tuple(arrays_in(model.module)),
     )
 
@@ -157,7 +157,7 @@ def run_of_draw(command: str, draw: Draw, output: PyTree, **fields: Any) -> Run:
 
 
 def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
-    """A key drawn under a name; the output is the key."""
+    """The Run of a key that was drawn under a name; its output is the key."""
     by_hand = "root_key, params_key, dropout_key = jax.random.split(root_key, 3)"
     return run_of_draw(
         "key",
@@ -274,7 +274,7 @@ def _given(execution: Execution, model: ModelWithVariables) -> Iterator[HandedBa
 
 
 def _returns(output: PyTree) -> frozenset[str]:
-    """What the output has besides arrays; see `ExportFacts.returns`."""
+    """What the output has besides arrays (`keys`, `objects`, `parts`), see `ExportFacts.returns`."""
     kinds = {"parts"} if type(output) in (tuple, list) else set()
     for leaf in jax.tree_util.tree_leaves(output):
         if is_key(leaf):

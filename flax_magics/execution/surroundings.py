@@ -153,7 +153,7 @@ def _error(said: str, instead: str, lines: list[str], form: str | None = None) -
 
 
 def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:
-    """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
+    """Lines to paste: variables, a key for each stream of the call, and the call by hand; none if unknown."""
     options = dataclasses.replace(options, draws=None)
     try:
         call = with_keys(entry, call, options, state.root.draw())
@@ -163,7 +163,7 @@ def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyO
             needs = Needs(frozenset({"dropout"}))
         needs = needs or trace_shapes(entry, bound, state.root.draw()).needs
         code = record.by_hand(bound, options, needs, {*needs.mutable, *options.mutable})
-    except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
+    except Exception:  # the call does not fit, or the model raises: it is told so where it may stand
         return []
     # The name of a traced argument stands for nothing outside of the traced function.
     text = f"{call.text.partition('(')[0]}(…)" if has_tracer(call.args, call.kwargs) else call.text

@@ -76,7 +76,7 @@ def export_session(
         cell_runs = match([(cell, read_cell(cell.text, cells.transform)) for cell in cells.executed], runs)
         restarts, seed = cells.restarts, cells.seed
         title = "The cells of a notebook in the order in which they ran"
-        # The command that asks for the export, and what follows it in its cell, is no part of it.
+        # The command that asks for the export, and what stands below it in its cell, are not exported.
         statements = cell_runs[-1].statements if cell_runs else []
         calls = [each.site.name if each.site else ast.unparse(each.statement) for each in statements]
         asking = [i for i, call in enumerate(calls) if call == "flax_export" or ".export(" in call]

@@ -336,12 +336,12 @@ class CommandLines:
     ) -> str:
         """Makes sure that the jitted function of the call is defined, and returns its name; `mode` as in its name."""
         model, method, mode = self.model.name, self.call.method, mode or self.site.mode
-        # `train`, `evaluate`, `apply`, `encode`, `train_encode`
+        # The function's name: `train`, `evaluate`, `apply`; with a method `encode`, `train_encode`.
         verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
         if method:
             verb = method[-1] if mode == "as written" else f"{verb}_{method[-1]}"
         verb += "" if self.options["draws"] is None else "_draws"
-        # With several models each function is called after its own.
+        # With several models, each function has the model in its name.
         several = len({run.model for run in self.context.groups.runs if run.kind.forward}) > 1
         names = (f"{verb}_{model}",) if several else (verb, f"{verb}_{model}")
         function = JittedFunction(model, names, decorator, tuple(parameters), tuple(static), tuple(body))

@@ -274,7 +274,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
     if not options["mutable"]:
         after += [*([popped] if popped else []), *kept]
         return [*lines, *command.value_lines(value, after=after, parts=parts)]
-    # The cell gets (output, updates).
+    # With `--mutable` the cell's value is (output, updates).
     lines += [f"{command.output} = {value}", *after, *kept]
     if popped:
         writer.needs.add("nnx")

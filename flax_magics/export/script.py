@@ -137,7 +137,7 @@ class Script:
     # -- one execution of a cell
 
     def cell(self, cell_run: CellRun) -> None:
-        """Writes one execution of a cell."""
+        """Writes one execution of a cell, as a block of its own."""
         cell, source, statements = cell_run.cell, cell_run.source, cell_run.statements
         self.blocks.append([])
         self.context.states = {row.name: row.state for row in cell.registered}

@@ -209,7 +209,7 @@ def _apart(streams: Iterable[str], taken: bool) -> list[str]:
 
 
 def draws(many: int) -> str:
-    """`a draw`, `3 draws`."""
+    """A number of draws in words: `a draw`, `3 draws`."""
     return "a draw" if many == 1 else f"{many} draws"
 
 

@@ -128,7 +128,7 @@ class Replaying(Struct, frozen=True):
         said = (*self._edited(how), *_of_inputs(how, *stored.inputs), *changed)
         if program is None or changed:  # under other settings the program may not even accept the arguments
             repeat = self._made_anew(how, variables, call, draw)
-        else:  # the very program
+        else:  # the program that ran is still kept
             plan = Plan.of_recipe(how, program, call.text)
             arguments = {name: leaf for name, leaf in zip(how.names, stored.inputs[1], strict=True) if name is not None}
             result = plan.run(draw, variables, arguments, self.services)

@@ -35,7 +35,7 @@ def history_html(history: History, *, everything: bool = False) -> str:
 
 
 def history_bundle(history: History, everything: bool, style: str) -> dict[str, object]:
-    """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
+    """The MIME bundle of `%flax_history`; `everything`: all rows, not only the last `SHOWN`."""
     plain = history_text(history, everything=everything)
     return shown_bundle(plain, lambda: history_html(history, everything=everything), style)
 
@@ -86,7 +86,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def inputs(self) -> str:
-        """Dtypes and shapes of the arguments: `float32[3,4,4], train=True`."""
+        """Dtypes and shapes of the arguments, `float32[3,4,4], train=True`; empty for a key."""
         return self._stored.shapes if COMMANDS[self.command].model else ""
 
     @cached_property
@@ -106,7 +106,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     @property
     def last(self) -> int:
-        """The number of the last draw that it took."""
+        """The number of the last draw that it took: more than `draw` if it took several."""
         return self.draw + (self.draws or 1) - 1
 
     @property

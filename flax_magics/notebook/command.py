@@ -206,7 +206,7 @@ class CommandUse:
             text = f"`{name}` is no model but {type(value).__name__}; {listed}."
             tree = expression.tree
             calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and root_name(node) in known]
-            if calls:  # `jnp.sum(net(x))`
+            if calls:  # such as `jnp.sum(net(x))`, where only the inner call can be a command's
                 return FlaxMagicsError(text, **written(values_first(expression.text, tree, expression.command, calls)))
         return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")
 

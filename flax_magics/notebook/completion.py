@@ -164,7 +164,7 @@ class Matcher:
         try:
             return completions(self.shell.Completer.text_until_cursor, text, COMMANDS, self.get_models())
         except Exception:
-            return []  # IPython would print the traceback into the line that is being typed
+            return []  # IPython would print a traceback into the line that is being typed
 
     def flax_matcher(self, context: Any) -> dict[str, Any]:
         """The matcher of version 2 (IPython ≥ 8.6): beside an option or a model, it suppresses all other matches."""

@@ -173,7 +173,7 @@ class FlaxMagics(Magics):
         if use.cell is None:
             modules = model_cell.from_line(use)
         else:
-            model_cell.read_line(use.rest)  # a mistake there is told before anything runs
+            model_cell.read_line(use.rest)  # only to have a mistake told before the body runs
             # A copy: the cell may bind names again, which is compared below.
             names_before = dict(use.user_ns)
             assigned = run_body(self.shell, use.cell, use.line)
@@ -378,7 +378,7 @@ def load(shell: Any) -> None:
     """Registers the commands in a shell, once however often it is loaded. Prints nothing."""
     if shell in _loaded:
         return
-    magics = FlaxMagics(shell=shell, parent=shell)  # adds itself to the shell's configurables, for %config
+    magics = FlaxMagics(shell=shell, parent=shell)  # this also adds it to `shell.configurables`, for %config
     notebook = magics.notebook
     matcher = Matcher(shell, notebook.model_names)
     shell.register_magics(magics)

@@ -33,7 +33,7 @@ LATER_RUNS = 1000
 LATER_BYTES = 16_000_000
 """The most bytes of outputs that are held until then."""
 REFRESH = 0.2
-"""Seconds between two updates of a counting line."""
+"""The fewest seconds between two updates of a counting line."""
 
 
 class Settings(NamedTuple):

@@ -99,7 +99,7 @@ def mode_of(run: Run) -> str:
 
 
 def draw_of(run: Run, *, seed: bool) -> str:
-    """`draw 2`, `draws 3–10`, `draw 2 of seed 0`; with `again` when it was replayed."""
+    """The draw in words: `draw 2`, `draws 3–10`, `draw 2 of seed 0`; with `again` for a replay."""
     last = last_draw(run)
     numbers = f"draw {run.draw}" if last == run.draw else f"draws {run.draw}–{last}"
     return numbers + (f" of seed {run.seed}" if seed else "") + (" again" if run.replayed else "")
@@ -116,7 +116,7 @@ def new_session(run: Run) -> str:
 
 
 def brief(run: Run) -> tuple[str, ...]:
-    """The parts of the one-line form after name, mode and device."""
+    """The parts of a one-line report after name, mode and device: draw, what was made, program, time, weights."""
     if not run.kind.model:
         return (draw_of(run, seed=True), fingerprint_of(next(iter(run.keys.values()), None)))
     parts = [draw_of(run, seed=False)]

@@ -185,7 +185,7 @@ class Loop:
 
     @property
     def line(self) -> Notice:
-        """`net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`"""
+        """The counting line, such as `net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`."""
         low, high = self.draws
         programs = []
         for program, times in self.programs.items():

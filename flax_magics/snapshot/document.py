@@ -197,12 +197,12 @@ def versions() -> dict[str, str]:
 
 
 def settings() -> dict[str, str]:
-    """JAX's settings that change the bits of a run, as text."""
+    """The JAX settings that change the bits of a run, with their values as text."""
     return {name: str(getattr(jax.config, name)) for name in _SETTINGS if hasattr(jax.config, name)}
 
 
 def device() -> str:
-    """The first device: its platform and kind."""
+    """Platform and kind of the first device, such as `gpu NVIDIA H100`; the platform alone if both are the same."""
     first = jax.devices()[0]
     return f"{first.platform} {first.device_kind}" if first.device_kind != first.platform else first.platform
 
@@ -283,7 +283,7 @@ class WrittenRuns:
         self._data: list[tuple[dict[str, Any], StoredRun]] = []
 
     def of(self, log: RunLog | None) -> list[dict[str, Any]]:
-        """The data of every run, oldest first."""
+        """The JSON data of every run in `log`, oldest first."""
         last = self._data[-1][1] if self._data else None
         new = list(takewhile(lambda run: run is not last, backwards(log)))
         if log is None or len(new) == log.length:  # the last known run is not in it: another history, from a file

@@ -37,7 +37,7 @@ class Unfit(Exception):
     """Raised where variables from a file do not fit the registered model; `lines` has each difference."""
 
     def __init__(self, lines: tuple[str, ...]) -> None:
-        self.lines = tuple(map(clean, lines))  # with names that stand in the file
+        self.lines = tuple(map(clean, lines))  # they have names from the file
         super().__init__(", ".join(self.lines))
 
 
@@ -104,7 +104,7 @@ def _held_against(saved: SavedModel, model: Model) -> tuple[PyTree, InitRecord |
     if saved_init is not None:
         try:
             init = initialised(model, saved_init.key, saved_init.method, saved_init.args, saved_init.kwargs)
-        except Exception as error:  # the user's code does not take the old call
+        except Exception as error:  # the user's present code does not accept the old call
             raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
     if (
         saved_init is None or init is None or init.shapes is None

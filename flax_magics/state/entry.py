@@ -50,7 +50,7 @@ class ModelEntry(Struct, frozen=True):
     static_ints: frozenset[tuple[Path, str]] = frozenset()
     """(method, argument) of each int argument whose value the model needs, so that it is static."""
     built: BuiltBySession | None = None
-    """How the session built the module (NNX), None where the user did."""
+    """How the session built the NNX module; None where the user's code did, and for a linen model."""
     rebuild_next: bool = False
     """The NNX module is to be built again at its next use (`--fresh`)."""
     initial_sample: bytes | None = None
@@ -99,7 +99,7 @@ class ModelEntry(Struct, frozen=True):
         """The entry without arrays; in the place of an NNX module stands only how it was written."""
         model: Any = self.model
         if self.model.holds_variables:
-            # The module itself is the user's, and would keep its arrays alive for as long as this is kept.
+            # The user's own module would keep its arrays alive for as long as the recipe is kept.
             model = _NoModel(self.model.written)
         return replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
 

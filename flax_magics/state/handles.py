@@ -61,10 +61,10 @@ class RegisteredModel:
 
     @property
     def previous(self) -> PyTree:
-        """The variables that the last init replaced: set, loaded or trained ones, or such as runs had written into.
+        """The variables that the last init replaced, if they were set, loaded or trained, or written by runs.
 
         Raises:
-          FlaxMagicsError: there are none, or they were let go of to stay within `replay_bytes`.
+          FlaxMagicsError: there are none, or they were dropped to stay within `replay_bytes`.
         """
         replaced = self._entry().replaced
         if replaced is None:
@@ -153,7 +153,7 @@ class SessionView:
 
     @property
     def collections(self) -> dict[str, Mapping[str, PyTree] | None]:
-        """The variables that the session holds, by model; None for an NNX module, and before the first init."""
+        """The variables that the session itself holds, by model: None for an NNX module, and before the first init."""
         return {name: entry.variables for name, entry in self._state.models.items()}
 
     def variables(self, name: str, module: object = None) -> PyTree:
@@ -167,7 +167,7 @@ class SessionView:
 
     @property
     def runs(self) -> list[Run]:
-        """Every run so far, newest last; outputs that nobody holds any more are gone."""
+        """Every run so far, newest last. Outputs that only the session referred to are `RELEASED`."""
         return self.last(len(self))
 
     def last(self, n: int) -> list[Run]:
@@ -176,7 +176,7 @@ class SessionView:
 
     @property
     def cells(self) -> dict[int, tuple[str, ...]]:
-        """Numbers of this kernel's cells that drew → the calls that they made, as they were written."""
+        """Cell number → the calls of its runs as they were written, for cells of this kernel."""
         return calls_by_cell(self._state.runs)
 
     @property

@@ -119,12 +119,12 @@ def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[M
     if old.variables is None:
         return entry, Registration(old.name, "changed")
     before = old.init
-    if before is None:  # assigned by the user: how they were made is not known
+    if before is None:  # assigned by the user: how they are made is unknown, so nothing can be compared
         return entry, Registration(old.name, "changed", variables="kept")
     try:
         # The last init's call is traced with the new code; nothing is computed.
         init = initialised(model, before.key, before.method, before.args, before.kwargs)
-    except Exception as error:  # the user's new code does not take the old call
+    except Exception as error:  # the edited code does not accept the last init's call
         changes: tuple[str, ...] = (f"the last init's call fails now ({type(error).__name__})",)
     else:
         comparable = init.shapes is not None and before.shapes is not None

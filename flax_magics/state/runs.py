@@ -95,7 +95,7 @@ class StoredRun:
 
     @property
     def shapes(self) -> str:
-        """Dtypes and shapes of the inputs, which outlive them: `float32[3,4,4], train=True`."""
+        """Dtypes and shapes of the inputs, `float32[3,4,4], train=True`; known even after the inputs were dropped."""
         if self._shapes is None:
             try:
                 self._shapes = describe_inputs(self._inputs())
@@ -160,7 +160,7 @@ class RunLog(NamedTuple):
 
     @staticmethod
     def add(chain: RunLog | None, stored: StoredRun) -> RunLog:
-        """`chain` with one more run."""
+        """Returns `chain` with one more run in front; `chain` itself stays as it is."""
         return RunLog(stored, chain, length(chain) + 1)
 
 
@@ -387,5 +387,5 @@ def arrays_of(models: Mapping[str, ModelEntry], pinned: bool) -> Iterator[Leaf]:
             yield from jax.tree_util.tree_leaves(entry.held)
         if pinned and not entry.model.holds_variables:
             yield from arrays_in(entry.model.module)
-        elif pinned and entry.built is not None:  # what such a module holds are its variables
+        elif pinned and entry.built is not None:  # all arrays in an NNX module are its variables
             yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))

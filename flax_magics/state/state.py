@@ -78,7 +78,7 @@ class State(Struct, frozen=True):
     seeds: Mapping[int, tuple[int, str]] = {}
     """seed → the last draw under it before it was restarted, and its PRNG implementation."""
     waiting: Mapping[str, SavedModel] = {}
-    """Variables that were read from a file, by the name of the model that they wait for."""
+    """Variables read from a file whose models are not registered yet, by model name."""
 
     def after(self, kept: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
         """The state after a run that succeeded. A replay moves neither the root key nor the open draw."""
@@ -89,7 +89,7 @@ class State(Struct, frozen=True):
         return replace(self, root=root, models=models, opened=opened, runs=log, waiting=waiting)
 
     def with_variables(self, entry: ModelEntry) -> State:
-        """The state once the user has given a model other variables."""
+        """The state after the user has assigned variables to a model."""
         return replace(self, models={**self.models, entry.name: entry}, waiting=self._still_waiting(entry))
 
     def restarted(self, root: RootKey, *, fresh: bool) -> tuple[State, Restart]:

@@ -242,7 +242,7 @@ class OpaqueNode(Struct, frozen=True):
 
 
 def class_name(cls: type) -> str:
-    """The name by which a class is told from others: `my_module.State`."""
+    """The full name of a class, by which a file refers to it: `my_module.State`."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -34,7 +34,7 @@ SHOWN = 12
 """How many leaves a message names."""
 
 Collections = Mapping[str, PyTree]
-"""Variables by collection."""
+"""The variables of a model: collection → pytree."""
 
 
 class Mark(NamedTuple):
@@ -155,7 +155,7 @@ class Written(Struct, frozen=True):
 
     @classmethod
     def assignment(cls, name: str) -> Written:
-        """`models['net'].variables = …` in Python."""
+        """The line of an assignment in Python, `models['net'].variables = …`."""
         return cls(f"{CURRENT.format(name)} = {{}}")
 
     def advice(self, pattern: str) -> dict[str, str]:
@@ -258,7 +258,7 @@ def check_fit(name: str, value: Collections, written: Written, expected: Collect
 
 
 def unfit(name: str, problems: list[str]) -> FlaxMagicsError:
-    """The error for variables that do not fit a model. Nothing was changed."""
+    """The error for variables that do not fit a model, with the first `SHOWN` differences."""
     more = len(problems) - SHOWN
     lines = problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
     return FlaxMagicsError(f"these variables do not fit `{name}`, and none of them was taken:", hint="\n".join(lines))
@@ -377,7 +377,7 @@ class WeightNames:
             if not all(isinstance(leaf, jax.Array) and not leaf.is_deleted() for leaf in (*leaves_inside, *leaves)):
                 continue
             if _same(inside, params) or quick_digest(leaves_inside) == quick_digest(leaves):
-                return None  # the model has what one of them has
+                return None  # the model has the same weights as one of the names
             others[expression] = tree
         return _note(model, models[model] or {}, others) if others else None
 
@@ -413,7 +413,7 @@ def _inside(tree: Collections, params: Collections) -> Collections | None:
         return None
     try:
         jax.tree_util.tree_structure(inside)
-    except ValueError:  # keys that cannot be sorted
+    except ValueError:  # a dict with keys that cannot be sorted is no pytree
         return None
     return inside
 

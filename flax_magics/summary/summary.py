@@ -198,7 +198,7 @@ def modules_of(
     classes = dict(model.module_classes())
     leaves = sorted(model.iter_variables(variables), key=lambda leaf: (leaf[0], leaf[1]))
     if not called and len(classes) <= 1:
-        # Without a call: a module of no known class around every variable.
+        # No call has shown which modules there are: every inner node of a variable's path counts as one.
         around = (path[:n] for _, path, _, _ in leaves for n in range(1, len(path)))
         classes = {**dict.fromkeys(around, ""), **classes}
     known = {*called, *classes}

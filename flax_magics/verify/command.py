@@ -1,4 +1,4 @@
-"""`python -m flax_magics verify FILES…`: the command line."""
+"""The command line of `python -m flax_magics verify FILES…`."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def _wide(array: HostArray) -> HostArray:
 
 
 def _absolute(dtype: str, one: HostArray, other: HostArray) -> float:
-    if dtype in _INTEGERS:  # exactly, where a float would not hold them
+    if dtype in _INTEGERS:  # as Python ints: a float cannot hold every 64-bit integer
         return float(max(abs(int(a) - int(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)))
     with np.errstate(all="ignore"):
         return float(np.abs(_wide(other) - _wide(one)).max())

@@ -66,7 +66,7 @@ class Leaf(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """How many elements it has."""
+        """How many elements the array has."""
         shape = self.array.partition("[")[2].rstrip("]")
         return math.prod(int(size) for size in shape.split(",")) if shape else 1
 
@@ -205,7 +205,7 @@ def is_run(cell: NotebookNode) -> bool:
 
 
 def tags_of(cell: NotebookNode) -> list[str]:
-    """The tags of a cell."""
+    """The tags in a cell's metadata; none where these are malformed."""
     tags = cell.metadata.get("tags")
     return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
