@@ -1,4 +1,4 @@
-"""How a line runs: its Plan, made by the line's first run, and `Plan.run`, by which everything is run."""
+"""How a line (a call's text with its options) runs: the Plan that its first run makes, and `Plan.run` for all runs."""
 
 from __future__ import annotations
 

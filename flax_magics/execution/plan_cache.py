@@ -1,4 +1,4 @@
-"""Plans kept per line: running a line again needs no trace, no program key, no notes worked out.
+"""Plans kept per line (a call's text with its options): a line that ran before needs no trace, no lookup, no new notes.
 
 A run leaves a `LastRun` behind if everything that it depended on can be checked cheaply: the model's guards, JAX's
 settings, the signatures of arguments and variables. The next run of the line compares these with what is there now; if

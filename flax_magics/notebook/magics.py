@@ -370,7 +370,6 @@ class FlaxMagics(Magics):
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
 
 
-# Weak, so that a shell that is gone is not kept by its extension.
 _loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher]] = weakref.WeakKeyDictionary()
 
 

@@ -113,7 +113,7 @@ class StoredRun:
     def let_go(self) -> None:
         """Drops what a replay needs. Inputs that somebody else holds can still be read."""
         if self.inputs is not None:
-            # Read while the inputs are there.
+            # Described now, because the arrays may be gone when somebody asks.
             self._shapes = self.shapes
             treedef, leaves = self.inputs
             self._weak = treedef, list(map(_reference, leaves))
@@ -387,5 +387,5 @@ def arrays_of(models: Mapping[str, ModelEntry], pinned: bool) -> Iterator[Leaf]:
             yield from jax.tree_util.tree_leaves(entry.held)
         if pinned and not entry.model.holds_variables:
             yield from arrays_in(entry.model.module)
-        elif pinned and entry.built is not None:  # all arrays in an NNX module are its variables
+        elif pinned and entry.built is not None:  # its own arrays are all variables; these were given to its constructor
             yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))

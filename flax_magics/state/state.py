@@ -63,7 +63,7 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def ready(self) -> bool:
-        """Whether there are variables."""
+        """Whether the file has variables of the model: none before its first init."""
         return self.variables is not None
 
 

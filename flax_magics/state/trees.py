@@ -141,7 +141,7 @@ class Reader(Struct, frozen=True):
     arrays: Mapping[str, HostArray]
 
     def tree(self, node: Node, depth: int = 0) -> PyTree:
-        """The tree that `node` stands for."""
+        """The pytree that `node` represents; `depth` counts the nodes around it."""
         if depth > DEPTH:
             raise Damaged("a tree in it is nested too deeply")
         if node is None or type(node) in (bool, int, float, str):
