@@ -387,5 +387,5 @@ def arrays_of(models: Mapping[str, ModelEntry], pinned: bool) -> Iterator[Leaf]:
             yield from jax.tree_util.tree_leaves(entry.held)
         if pinned and not entry.model.holds_variables:
             yield from arrays_in(entry.model.module)
-        elif pinned and entry.built is not None:  # its own arrays are all variables; these were given to its constructor
+        elif pinned and entry.built is not None:  # its own arrays are all variables; its arguments are not
             yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))
