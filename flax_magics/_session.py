@@ -109,8 +109,8 @@ class Session(SessionView):
     ) -> list[Registration]:
         """Registers several modules, all or none, and returns what became of each.
 
-        A Construction among them is built first, one draw each. `anew` are names whose earlier registration is ignored:
-        an unbuilt module there counts as new.
+        A Construction among them is built first, one draw each. A user-built NNX module whose name is in `anew` counts
+        as new, even if one of the same code was registered before.
         """
         if modules:
             self._stand_outside(surroundings.of_register, *next(iter(modules.items())), cell)
