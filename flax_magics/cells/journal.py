@@ -239,7 +239,7 @@ def failing_line(error: BaseException) -> int | None:
     line = None
     for frame, number in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
-        top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # the latter in IPython 7 and 8
+        top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # the latter in older IPython
         # Not a command's argument, which is compiled as `<call …>`, nor an imported file, which has other globals.
         in_cell = frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
         line = number if top and in_cell else line
