@@ -247,8 +247,7 @@ class Session(SessionView):
         return self.run_key(name).output  # type: ignore[no-any-return]
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
-        """Restarts the root key at draw 1 of `seed`; with `fresh` every model is also initialised anew at its next use.
-        """
+        """Restarts the root key at draw 1 of `seed`; with `fresh` every model also initialises anew at its next use."""
         line = restart_line(seed, fresh=fresh)
         self._stand_outside(surroundings.of_state, line, line)
         root = RootKey.from_seed(seed)

@@ -112,8 +112,7 @@ RELEASED = Released()
 
 @dataclass(eq=False)
 class OutputFacts:
-    """Facts derived from a run's output, each computed once. Copies of a Run share them, and they outlive the output.
-    """
+    """Facts about a run's output, each computed once; copies of a Run share them, and they outlive the output."""
 
     digest: str | None = None
     shape: str | None = None

@@ -302,7 +302,7 @@ class Difference(Struct, frozen=True):
     Attributes:
       path: its place in the result, as `jax.tree_util.keystr` writes it; empty where the result is one array.
       elements, size: how many of its elements differ, and how many it has.
-      largest: the largest absolute difference of two elements, NaN where one of them is; None where they are no numbers.
+      largest: the largest absolute difference of two elements, NaN if one of them is; None where they are no numbers.
       ulp: the same in units in the last place (see `largest_ulp`); None for integers, and where an element is NaN.
       text: the difference in words where it is none of numbers: another shape, dtype or value.
     """

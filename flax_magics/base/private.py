@@ -19,8 +19,7 @@ TRANSFORMS = "jax._src.interpreters."
 
 
 def is_tracing() -> bool:
-    """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still recognizes most traces).
-    """
+    """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still tells most traces)."""
     return not _is_clean()()
 
 

@@ -1,5 +1,4 @@
-"""Aliases of `Any` for pytrees and their leaves, which Python's type system cannot describe: any class may be a node.
-"""
+"""Aliases of `Any` for pytrees and their leaves: any class may be a node, which no annotation can express."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ Transform = Callable[[str], str]
 """Turns a cell's text into Python, as IPython does."""
 
 NAMED = 3
-"""The most repeated executions of a cell that are listed by number; of more, only their count and the last are given.
-"""
+"""The most repeated executions of a cell that are listed; of more, only their count and the last are given."""
 
 
 class Rerun(Struct, frozen=True):
@@ -112,8 +111,7 @@ def reruns(cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], tra
 
 
 def _since_restart(executed: list[ExecutedCell]) -> list[ExecutedCell]:
-    """The executions from the last fresh start on: `--fresh`, or a restart of the root key by a cell that is run again.
-    """
+    """The executions since the last fresh start: `--fresh`, or a repeated cell that restarts the root key."""
     start, restarting = 0, set[str]()
     for at, one in enumerate(executed):
         if one.restarted == FRESH or (one.restarted and one.identity in restarting):
@@ -138,8 +136,7 @@ class _Bindings:
         return self._known[what]
 
     def between(self, names: frozenset[str], first: ExecutedCell, last: ExecutedCell) -> dict[str, int]:
-        """Those of `names` that another cell rebound between two executions of a cell → number of the last such cell.
-        """
+        """Those of `names` that another cell rebound between two executions of a cell → number of the last one."""
         bound_by: dict[str, ExecutedCell] = {}
         rebound: dict[str, int] = {}
         for other in self.executed if names else ():
@@ -171,8 +168,7 @@ class _Bindings:
         return rebound
 
     def _differs(self, name: str, earlier: ExecutedCell | None, later: ExecutedCell) -> bool:
-        """Whether `later` may have bound `name` to another value than `earlier`; not if it is the same cell, unchanged.
-        """
+        """Whether `later` may have bound `name` to another value than `earlier`; not if it is that cell, unchanged."""
         if earlier is None or earlier.identity != later.identity or earlier.text.strip() != later.text.strip():
             return True
         if any(row.name == name and row.state == "changed" for row in later.registered):
@@ -209,8 +205,7 @@ def _number(one: ExecutedCell) -> int:
 
 
 def _used(calls: Iterable[str], text: str) -> frozenset[str]:
-    """The names read by those calls that are written in the cell itself; a call in a function has the function's names.
-    """
+    """The names that the calls read; only calls written in the cell itself count, not those in functions elsewhere."""
     squeezed = "".join(text.split())
     written = [call for call in set(calls) if "".join(call.split()) in squeezed]
     nodes = (node for call in written for statement in _statements(call) for node in ast.walk(statement))

@@ -99,8 +99,7 @@ OF_LINEN = ("scope", "parent", "name")
 
 
 class _Digest:
-    """One walk that hashes a value and everything that it holds and reads, each object once, and collects its guards.
-    """
+    """One walk that hashes a value and everything that it holds and reads, each object once, and makes its guards."""
 
     def __init__(self) -> None:
         self.hasher = hashlib.sha256()
@@ -279,8 +278,7 @@ class Guards:
     _arrays: list[tuple[np.ndarray[Any, Any], tuple[object, ...]]] = field(default_factory=list)
 
     def note(self, kind: Kind, value: Any) -> None:
-        """Guards everything of `value` that can change in place; what it holds gets guards of its own during the walk.
-        """
+        """Guards everything of `value` that can change in place; what it holds gets guards of its own in the walk."""
         if kind == "function":
             self.function(value)
             if value.__kwdefaults__:

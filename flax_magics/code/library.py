@@ -74,8 +74,7 @@ OUTSIDE = frozenset(
         "subprocess", "sys", "tempfile", "threading", "time", "urllib", "uuid", "zoneinfo",
     ]
 )  # fmt: skip
-"""Modules through which code reads the clock, the environment, files or random numbers; its result cannot be predicted.
-"""
+"""Modules through which code reads the clock, the environment, files or random numbers: its result may change anytime."""
 
 
 class Loads(NamedTuple):

@@ -314,8 +314,7 @@ def call_key(request: TraceRequest) -> Hashable | None:
 
 
 def _equations(traced: Traced, request: TraceRequest) -> Hashable | None:
-    """A key of a traced program that is equal only if lowering gives the same program; None where that cannot be told.
-    """
+    """A key of a traced program, equal only if lowering gives the same program; None where that cannot be told."""
     equations = identity(traced.jaxpr)
     trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
     return equations and (equations, trees, request.name, jax_settings(), jax.default_backend(), placed(request))

@@ -215,8 +215,7 @@ class Initialising:
 
     @property
     def expected(self) -> Variables | None:
-        """The variables with shapes in place of arrays to be computed; None where only running `module.init` can tell.
-        """
+        """The variables, as shapes where they are to be computed; None where only running `module.init` can tell."""
         return None if self._in_units is None else self._in_units.variables
 
     def begin(self, *, rest: bool = False) -> None:

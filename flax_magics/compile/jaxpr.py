@@ -39,8 +39,7 @@ _OF_DERIVATIVES = {
 }
 """Parameters that hold functions for differentiation, which lowering does not read."""
 _EQUATION = {"invars", "outvars", "primitive", "params", "effects", "source_info", "ctx"}
-"""The known slots of an equation. If a later JAX adds one, equations have no identity, since it may change the program.
-"""
+"""The known slots of an equation. If a later JAX adds one, it may change the program: equations then have no identity."""
 
 
 class _Unknown(Exception):

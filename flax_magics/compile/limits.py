@@ -144,8 +144,7 @@ def limits(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits
 
 def _measure(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits:
     def fastest(function: Callable[[jax.Array], jax.Array], n: int, axes: int) -> tuple[int, float]:
-        """(n, seconds of the fastest run) with an array of `axes` axes of size n; n is halved until it fits in memory.
-        """
+        """(n, seconds of the fastest run) for an array with `axes` axes of size n; n is halved until it fits."""
         while True:
             try:
                 x = jax.device_put(np.ones((n,) * axes, jax.numpy.dtype(dtype)), device)

@@ -86,8 +86,7 @@ def _variable(path: tuple[object, ...]) -> str:
 
 
 def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) -> Causes:
-    """The differences between `now` and the most similar program in `known`; of equally similar ones the last that ran.
-    """
+    """The differences between `now` and the most similar program in `known`; of equals the one that ran last."""
 
     def rank(pair: tuple[int, ProgramSpec]) -> tuple[int, int, bool, int]:
         age, old = pair

@@ -300,8 +300,7 @@ def _root(node: ast.expr) -> ast.expr:
 
 
 def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
-    """The error for a call of something else than a name or its attribute: `Net(3)(x)`, `nets[0](x)`, `net(x).sum()`.
-    """
+    """The error for a call of anything but a name or its attribute: `Net(3)(x)`, `nets[0](x)`, `net(x).sum()`."""
     root = _root(call.func)
     while isinstance(root, ast.Call) and isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
         root = _root(root.func)

@@ -263,8 +263,7 @@ def new_key(name: str) -> str:
 
 
 def positional_names(signature: inspect.Signature, n: int) -> list[str]:
-    """Names of the parameters that receive `n` positional arguments: `args[0]` for `*args`, `argument 3` if too many.
-    """
+    """Names of the parameters for `n` positional arguments: `args[0]` for `*args`, `argument 3` if too many."""
     names: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:

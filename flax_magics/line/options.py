@@ -207,8 +207,7 @@ class _Reader:
             raise FlaxMagicsError(f"{self.command.name}: {error.reason}", hint=pointed) from None
 
     def _wants(self, option: Option, before: str, value: str, after: str) -> FlaxMagicsError:
-        """The error for an option whose value is missing or wrong; `before` is the line up to and including its flag.
-        """
+        """The error for an option whose value is missing or wrong; `before` is the line up to its flag, included."""
         wanted = "a Python name" if option.is_name else f"a value ({option.metavar})"
         sample = "…"
         if option.type is int:

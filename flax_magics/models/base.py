@@ -200,8 +200,7 @@ class AnyModel(Protocol):
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block during which the caller guarantees that nobody changes the module, so that it is inspected only once.
-        """
+        """A block in which the caller guarantees that nobody changes the module, so that it is inspected only once."""
 
     def describe(self) -> str:
         """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
@@ -213,7 +212,7 @@ class AnyModel(Protocol):
         """Names of the module's own fields."""
 
     def signature(self, method: Path) -> inspect.Signature:
-        """The signature of a method (`()`: the call itself), without `self`. Raises FlaxMagicsError if there is none."""
+        """The signature of a method (`()`: `__call__`), without `self`. Raises FlaxMagicsError if there is none."""
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
         """A copy with its switch fields set for training or evaluation, and what was set, such as `training=True`.
@@ -232,8 +231,7 @@ class AnyModel(Protocol):
         """Streams that every run is given, whether or not it consumes them."""
 
     def cache_key(self) -> object:
-        """A hashable value, equal for two models only if they give the same programs; None where that cannot be told.
-        """
+        """A hashable value, equal for two models only if their programs are equal; None where that cannot be told."""
 
     def fingerprint(self) -> bytes | None:
         """A digest of what the model computes, the same after an unchanged cell ran again; None: cannot be told."""

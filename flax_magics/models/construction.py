@@ -90,15 +90,13 @@ def spell_construction(cls: type, command: str, spelled: str = "", name: str = "
 
 
 def variable_name(class_name: str) -> str:
-    """A variable name for a class: `MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`; never the class's own name.
-    """
+    """A variable name for a class: `MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`; never its own name."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[^_])(?=[A-Z][a-z])", "_", class_name).lower()
     return name if name != class_name else f"{name}_model"
 
 
 class Construction(Struct, frozen=True):
-    """The recipe of an NNX module that the session builds: class, arguments without `rngs`, and the text of the call.
-    """
+    """The recipe of an NNX module that the session builds: class, arguments without `rngs`, text of the call."""
 
     cls: Function
     args: Args

@@ -116,8 +116,7 @@ class LinenModel:
         return without_self(inspect.signature(function))
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """A clone with its switch fields set, and what was set. Clones are cached while the fingerprint stays the same.
-        """
+        """A clone with its switch fields set, and what was set. Clones are cached until the fingerprint changes."""
         cache, digest = self._cache, self.fingerprint()
         if digest is None or digest != cache.digest:  # without a fingerprint, changes in place would go unnoticed
             cache.digest, cache.modes = digest, {}

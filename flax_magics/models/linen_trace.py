@@ -1,5 +1,4 @@
-"""Observation of a linen model in a trace: streams asked for, collections written, layers called, unbound mapped axes.
-"""
+"""Observation of a linen model in a trace: streams, collections written, layers called, unbound mapped axes."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The adapter of NNX modules: the object in the user's namespace holds the state, and each run works on a copy of it.
-"""
+"""The adapter of NNX modules: the object in the user's namespace holds the state, and runs work on copies of it."""
 
 from __future__ import annotations
 
@@ -71,8 +70,7 @@ class NnxModel:
     # -- what it is
 
     def describe(self) -> str:
-        """The construction as it was written, else pieced together from attributes named like constructor parameters.
-        """
+        """The construction as it was written, else put together from attributes named like constructor parameters."""
         if self.written:
             return self.written
         cls = type(self.module)
@@ -89,8 +87,7 @@ class NnxModel:
         return [str(name) for name, _ in parts_of(self.module) or ()]
 
     def signature(self, method: Path) -> inspect.Signature:
-        """The signature of a method of the module or of a submodule. Raises FlaxMagicsError if there is no such method.
-        """
+        """The signature of a method of the module or a submodule. Raises FlaxMagicsError if there is no such method."""
         cls = type(self.module).__name__
         target: Any = self.module
         for i, name in enumerate(method):
@@ -131,8 +128,7 @@ class NnxModel:
     # -- what it holds
 
     def streams(self) -> frozenset[str]:
-        """Tags of the streams that the module holds, and the stream names of an `rngs` argument that the session adds.
-        """
+        """Tags of the streams that the module holds, and streams of the `rngs` argument if the session adds one."""
         return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
 
     @property
@@ -172,8 +168,7 @@ class NnxModel:
         return out
 
     def cache_key(self) -> tuple[object, ...] | None:
-        """All that a program depends on: code, graph with static attributes, shapes of stream keys, mode, added `rngs`.
-        """
+        """All that a program depends on: code, graph with static attributes, shapes of stream keys, mode, `rngs`."""
         code, layout = self.code(), self.layout
         if code is None:
             return None

@@ -1,5 +1,4 @@
-"""The graph of an NNX module: its parts and paths, its train/eval switches, and writing a run's changes back into it.
-"""
+"""The graph of an NNX module: its parts and paths, its train/eval switches, and writing a run's changes back."""
 
 from __future__ import annotations
 

@@ -31,8 +31,7 @@ from .nnx_graph import GRAPH, RAW, SIMPLE, assignment, flat_state, is_fixed, is_
 _DATA = (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, list, dict)
 
 Values = dict[str, dict[str, PyTree]]
-"""Variable type → path → array: `{'Param': {'linear/kernel': …}}`. Bare arrays, without a Variable, have type `Array`.
-"""
+"""Variable type → path → array: `{'Param': {'linear/kernel': …}}`. The type of arrays without a Variable is `Array`."""
 
 _SLOT: Any = vars(nnx.Variable)[RAW]
 """Descriptor of the value's slot: its `__get__` reads a value without Flax's hooks, and `map` can call it from C."""
@@ -81,8 +80,7 @@ class Slot(Struct, frozen=True, dict=True):
     structure: PyTree = None
     """The treedef of a Variable: its type and metadata without the value."""
     ref: bool = False
-    """The Variable holds a JAX array reference: runs get the array inside, and updates are written into the reference.
-    """
+    """The Variable holds a JAX array reference: runs get the array in it, and updates are written into it."""
 
     @cached_property
     def sown(self) -> bool:
@@ -127,8 +125,7 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """The fingerprint of the graph's classes and of static values that may change in place, unseen by the graphdef.
-        """
+        """The fingerprint of the graph's classes, and of static values whose changes in place the graphdef cannot see."""
         values = {id(value): value for value in self._held if not isinstance(value, SIMPLE)}
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
@@ -137,8 +134,7 @@ class Layout:
 
     @cached_property
     def numbers(self) -> str:
-        """The repr of the graph's static numbers: a graphdef compares by `==`, for which `1`, `1.0` and `True` are one.
-        """
+        """The repr of the graph's static numbers, because to the graphdef's `==` the values 1, 1.0 and True are one."""
         return repr([value for value in self._held if isinstance(value, SIMPLE)])
 
     @property
@@ -189,8 +185,7 @@ class Layout:
         return cls(module, Same(graphdef), tuple(slots), nodes, held)
 
     def copying(self, other: Layout) -> list[Assignment]:
-        """The Assignments that copy the values of `other`, a layout with the same graphdef; sown values are left alone.
-        """
+        """The Assignments that copy the values of `other`, a layout with the same graphdef; sown values stay."""
         pairs = zip(self.slots, other.slots, strict=True)
         return [slot.assignment(_own(new.read())) for slot, new in pairs if not (slot.sown or slot.fixed)]
 

@@ -130,8 +130,7 @@ def forward(
 
 
 def commit(layout: Layout, passed: Passed, updates: Variables, structure: RebuiltGraph | None) -> Commit:
-    """The writes that bring a run's `updates` into the module's own objects and into the variables that were `passed`.
-    """
+    """The writes that bring a run's `updates` into the module's own objects and into the `passed` variables."""
     ours = (STRUCTURE, ARGUMENTS, CONVERTED)
     changed = [name for name in updates if name not in ours and name not in layout.random]
     moved: list[Assignment] = [assignment(passed[int(i)], value) for i, value in updates.get(ARGUMENTS, {}).items()]

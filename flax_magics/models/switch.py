@@ -138,8 +138,7 @@ class _FieldWriter:
                 self._count(inner)
 
     def of(self, value: object, path: str, name: str) -> str:
-        """The expression for `value` with its switches set; `name`, the expression for it as it is, if nothing is set.
-        """
+        """The expression for `value` with its switches set; `name`, the expression for it as it is, if none is set."""
         if id(value) in self.shared:
             return self.shared[id(value)] or name
         changed = {}
@@ -244,8 +243,7 @@ def _replaced(value: PyTree, changes: dict[str, object]) -> PyTree:
 
 
 class CodePlace(Struct, frozen=True):
-    """The source expression that gives a layer its switch: its text (empty if not found), and whether it is a literal.
-    """
+    """The source expression of a layer's switch: its text, empty if not found, and whether it is a literal."""
 
     text: str = ""
     literal: bool = False
@@ -355,8 +353,7 @@ def _own_switch(module: object, frame: FrameType | None) -> str:
 
 
 def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_SwitchPlace]:
-    """Every call in the class's methods that passes `switch` to a `layer`: calls of it (`in_call`), else constructions.
-    """
+    """Every call in the class's methods that passes `switch` to a `layer`: calls of it (`in_call`) or constructions."""
     function: Callable[..., Any] = layer.__call__.__get__(object()) if in_call else layer
     parameters = list(inspect.signature(function).parameters)  # without `self`
     position = parameters.index(switch) if switch in parameters else None
