@@ -74,7 +74,7 @@ OUTSIDE = frozenset(
         "subprocess", "sys", "tempfile", "threading", "time", "urllib", "uuid", "zoneinfo",
     ]
 )  # fmt: skip
-"""Modules through which code reads the clock, the environment, files or random numbers: its result may change anytime."""
+"""Modules through which code reads the clock, the environment, files or random numbers: its results may vary."""
 
 
 class Loads(NamedTuple):

@@ -39,7 +39,7 @@ _OF_DERIVATIVES = {
 }
 """Parameters that hold functions for differentiation, which lowering does not read."""
 _EQUATION = {"invars", "outvars", "primitive", "params", "effects", "source_info", "ctx"}
-"""The known slots of an equation. If a later JAX adds one, it may change the program: equations then have no identity."""
+"""The known slots of an equation. One that a later JAX adds may change the program: there is no identity then."""
 
 
 class _Unknown(Exception):

@@ -69,7 +69,7 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
     """
     guess = request.guess
     ask = Needs(guess.streams | request.model.streams(), guess.mutable | request.mutable, guess.axes)
-    for _ in range(16):  # each round finds at least one more need; a model that never settles must not loop forever
+    for _ in range(16):  # each round finds more needs; a model that never settles must not loop forever
         record = CallTrace(calls=Calls() if request.noted else None)
         program = _named(request, ask, record)
         try:
@@ -132,7 +132,7 @@ def trace_call(request: TraceRequest, *, find: Find[P] = lambda request: None, a
             except Exception as again:
                 if not is_tracer_error(again):
                     raise again from None
-        raise  # the first error, in terms of the user's own call
+        raise  # the first error: it is of the call as the user wrote it
 
 
 def _with_variables(request: TraceRequest, find: Find[P], add: Add | None) -> TracedCall[P]:

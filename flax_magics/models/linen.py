@@ -224,8 +224,9 @@ class LinenModel:
     def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Leaf, str]]:
         """(collection, path, array, partitioning names as text) of every array."""
         for name, tree in variables.items():
+            # A box (`nn.Partitioned`) is a pytree node itself: stopping at it keeps its metadata beside the array.
             boxes = jax.tree_util.tree_leaves_with_path(
-                tree, is_leaf=lambda value: isinstance(value, meta.AxisMetadata)  # `nn.Partitioned` boxes
+                tree, is_leaf=lambda value: isinstance(value, meta.AxisMetadata)
             )
             for keys, box in boxes:
                 path = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)

@@ -125,7 +125,7 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """The fingerprint of the graph's classes, and of static values whose changes in place the graphdef cannot see."""
+        """The fingerprint of the graph's classes, and of static values that may change unseen by the graphdef."""
         values = {id(value): value for value in self._held if not isinstance(value, SIMPLE)}
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
