@@ -173,6 +173,7 @@ class Session(SessionView):
         return entry_of(self._state.models, model)
 
     def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
+        """`handles.entry_now`, with waiting variables of a loaded file considered; see `run_apply` for `module`."""
         entry, notes = entry_now(self._state.models, name, module)
         if not notes or name not in self._state.waiting:
             return entry, notes

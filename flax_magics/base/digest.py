@@ -186,6 +186,7 @@ def _parts(leaf: Leaf) -> Iterator[HostArray]:
 
 
 def _values(path: str, leaf: Leaf) -> Values:
+    """Statistics of one array in a single pass over its chunks, so that memory stays bounded."""
     nan = inf = finite = size = 0
     total, least, most = 0.0, np.inf, -np.inf
     ordered = True
@@ -263,6 +264,7 @@ def describe(tree: PyTree, limit: int = 60) -> str:
 
 
 def _describe(tree: PyTree) -> str:
+    """`describe` without the cut: containers with their items, arrays as `dtype[shape]`, functions by name."""
     if hasattr(tree, "shape") and hasattr(tree, "dtype"):
         return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
     if isinstance(tree, Mapping):
@@ -353,6 +355,7 @@ def with_digest(was: str, now: PyTree) -> Agreement:
 
 
 def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
+    """The difference of two leaves, None where every bit agrees."""
     if was is now:
         return None  # the very same array: nothing has to be read
     if not (_has_bits(was) and _has_bits(now)):

@@ -167,6 +167,7 @@ def loads(text: str, what: str) -> object:
 
     # Python keeps the last of two equal names in silence; in a file of ours a second one means tampering.
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """Makes the dict of a JSON object; raises where a name repeats."""
         fields = dict(pairs)
         if len(fields) != len(pairs):
             raise Damaged(f"{what} has a name that stands twice")

@@ -143,6 +143,7 @@ def environment(device: str) -> dict[str, object]:
 
 @lru_cache(maxsize=8)
 def _on(kind: str) -> dict[str, object]:
+    """`environment` for a platform such as `cpu`."""
     try:
         device_kind = str(jax.devices(kind)[0].device_kind) if kind else None
     except RuntimeError:  # no such backend in this process

@@ -118,7 +118,7 @@ def flax_globals() -> tuple[Mapping[str, object], list[object], object, list[lis
 
     Raises AttributeError or KeyError where a version of Flax keeps them elsewhere.
     """
-    modules = sys.modules  # not imports: NNX takes long to import, and without it nobody can have set its stacks
+    modules = sys.modules  # no imports: NNX takes long to import, and its stacks are empty until then
     return (
         modules["flax.configurations"].config._values,
         modules["flax.linen.module"]._global_interceptor_stack._storage,

@@ -160,6 +160,7 @@ def seconds(value: float, like: float | None = None) -> str:
 
 
 def _digits(value: float, index: int) -> str:
+    """The number with three significant digits; `index` is that of its unit in `_SECONDS`."""
     if index == 0:  # no second decimal for microseconds: reading the clock itself costs as much
         return f"{value:.1f}" if 0 < round(value, 1) < 9.95 and value % 1 > 0.049 else f"{value:.0f}"
     if value < 9.995:
@@ -214,6 +215,7 @@ def plural(value: int, noun: str) -> str:
 
 
 def _scaled(value: int, units: tuple[str, ...], exact: int) -> str:
+    """`value` in the largest unit that keeps it at 1 or more; below `exact` in full, in the first unit."""
     if value < exact:
         return f"{value:,} {units[0]}".rstrip()
     scaled, index = float(value), 0

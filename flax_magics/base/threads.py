@@ -89,6 +89,7 @@ class Workers:
         return future
 
     def _work(self) -> None:
+        """The body of a worker thread: takes tasks until none is waiting."""
         while True:
             with self._lock:
                 if not self._waiting:
@@ -99,6 +100,7 @@ class Workers:
 
 
 def _fulfil(future: Future, work: Callable[[], object]) -> None:
+    """Runs `work` and puts its result or its exception into `future`."""
     try:
         future.set_result(work())
     except BaseException as error:  # whatever it is, or whoever waits would wait forever

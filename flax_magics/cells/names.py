@@ -37,6 +37,7 @@ def reads(node: ast.stmt) -> set[str]:
 
 
 def _read(table: symtable.SymbolTable) -> Iterator[str]:
+    """Global names that the code of a symbol table, or of a table inside it, refers to."""
     for symbol in table.get_symbols():
         if symbol.is_referenced() and symbol.is_global():
             yield symbol.get_name()
@@ -103,6 +104,7 @@ def assigned_names(tree: ast.AST) -> tuple[str, ...]:
 
 
 def _assigned(node: ast.AST, comprehension: bool = False) -> Iterator[str]:
+    """Names bound by `node`; `comprehension`: it stands inside one, whose loop variables are its own."""
     children = [*ast.iter_child_nodes(node)]
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():

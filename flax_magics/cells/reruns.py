@@ -213,6 +213,7 @@ def _used(calls: Iterable[str], text: str) -> frozenset[str]:
 
 
 def _bound(one: ExecutedCell, transform: Transform) -> frozenset[str]:
+    """`_Bindings.of`, computed: names that statements, a `%%flaxmodel` line and registrations bound."""
     text = one.text
     first, _, body = text.lstrip().partition("\n")
     names: set[str] = set()

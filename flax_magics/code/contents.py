@@ -6,7 +6,7 @@ fields of a registered dataclass, the function of a `Partial`, the names of a `P
 which finds an object that was changed in place equal to itself and `1` equal to `True`, and raises for an array. So its
 contents are hashed here.
 
-All state that Flax 0.11.2, 0.12.8 and 0.12.12 keep outside modules and scopes, counted above and left out below:
+All state that Flax 0.11.2, 0.12.8 and 0.12.12 keep outside modules and scopes; the first table is what is compared:
 
     flax.config                                       every flag
     linen.module._global_interceptor_stack            `nn.intercept_methods`, by what the functions do
@@ -96,6 +96,7 @@ def static_data(treedef: PyTree) -> list[object]:
 
 
 def _changeable(value: object) -> Iterator[object]:
+    """The items of aux data that JAX's `==` does not tell apart, tuples taken apart."""
     if type(value) is tuple:  # taken apart, so that the exact values in it are left out
         for item in value:
             yield from _changeable(item)

@@ -113,6 +113,7 @@ class _Digest:
         self.hasher.update(repr(words).encode())
 
     def visit(self, value: object) -> None:
+        """Hashes `value`, then its parts; raises NotPlain for anything whose state cannot be read."""
         if type(value) in ATOMS or value is ... or value is NotImplemented or value is MISSING:
             self.tag(value)
             return
@@ -195,6 +196,7 @@ class _Digest:
         return True
 
     def _object(self, value: object) -> bool:
+        """Hashes an object of another kind: library functions by name, dataclasses by their parts; others raise."""
         if is_outside(value):
             raise NotPlain(repr(value))
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
@@ -211,6 +213,7 @@ class _Digest:
         return True
 
     def _array(self, value: Any) -> None:
+        """Hashes dtype, shape, weak type and every byte of an array."""
         if isinstance(value, jax.core.Tracer):
             raise NotPlain("tracer")
         if is_key(value):
@@ -224,6 +227,7 @@ class _Digest:
         self.hasher.update(array.tobytes())
 
     def _function(self, function: types.FunctionType) -> bool:
+        """Hashes a function: the user's by its code and what it reads, a library's by its name."""
         code = function.__code__
         if not library_file(code.co_filename):
             self.tag("function", function.__name__, code_digest(code, function.__doc__))
@@ -354,6 +358,7 @@ class Guards:
 
 
 def _contents(cell: types.CellType) -> object:
+    """The value in a closure cell, `_ABSENT` for an empty one."""
     try:
         return cell.cell_contents
     except ValueError:  # a variable that is not assigned yet

@@ -224,7 +224,7 @@ class _Inventory:
             self.add(name, "value", inner.__name__)
             name = inner.__name__
         digest = b""
-        with contextlib.suppress(NotPlain):  # such code compares equal, and the change is told as that of the model
+        with contextlib.suppress(NotPlain):  # such code compares equal: `compare` then says that the model changed
             digest = code_digest(code, inner.__doc__)
         self.add(name, "method" if method else "function", inner.__name__, digest)
         for edge, variable, item in parts_of(inner, "function"):

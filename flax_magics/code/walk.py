@@ -203,6 +203,7 @@ def reads_of(code: types.CodeType, namespace: Mapping[str, object]) -> Iterator[
 
 
 def _reads_of_module(spelled: str, module: types.ModuleType, code: types.CodeType, seen: set[int]) -> Iterator[Read]:
+    """`reads_of` for the attributes of a user module `module` that `code` loads under the name `spelled`."""
     # Which attributes are read from which object cannot be told from `co_names`: every name in the code counts.
     for name in code.co_names:
         yield Read(f"{spelled}.{name}", vars(module), name)

@@ -188,6 +188,7 @@ class DiskCache:
         return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Path and status of each file in the folder; none where it cannot be read."""
         with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
@@ -195,6 +196,7 @@ class DiskCache:
                         yield entry.path, entry.stat()
 
     def _drop_oldest(self) -> None:
+        """Deletes the least recently used files until the folder is within the limit."""
         files = sorted(self._files(), key=lambda file: file[1].st_mtime)
         whole = sum(status.st_size for _, status in files)
         for path, status in files:
@@ -212,6 +214,7 @@ def devices_of(executable: Executable) -> set[jax.Device]:
 
 
 def _packed(name: str, executable: Executable) -> bytes:
+    """The bytes of a file: magic number, digest, a JSON head with name, devices and types, and the executable."""
     from jax.experimental import serialize_executable
 
     payload, _, _ = serialize_executable.serialize(executable)
@@ -221,6 +224,7 @@ def _packed(name: str, executable: Executable) -> bytes:
 
 
 def _unpacked(data: bytes, name: str, lowered: jax.stages.Lowered) -> Executable:
+    """The executable in a file's bytes; raises ValueError or whatever JAX raises if it is not the wanted one."""
     from jax.experimental.serialize_executable import deserialize_and_load
 
     magic, digest, line, payload = data.split(b"\n", 3)
@@ -288,6 +292,7 @@ class Compiler:
         return self.workers.submit(lambda: self._make(lowered, disk, name))
 
     def _make(self, lowered: jax.stages.Lowered, disk: DiskCache | None, name: str) -> Compiled:
+        """Loads or compiles a program, on a worker thread, and hands a compiled one over to be stored."""
         begin = time.perf_counter()
         executable = None if disk is None else disk.load(name, lowered)
         if executable is not None:

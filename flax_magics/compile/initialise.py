@@ -261,6 +261,7 @@ class Initialising:
         return variables
 
     def _evaluate(self, i: int, equation: Equation, arguments: list[Leaf]) -> list[Leaf]:
+        """The outputs of equation `i`: by its unit, on the host, or by JAX itself."""
         if i not in self._unit_of:  # `_folds_a_constant`: threefry on the host
             key, constant = arguments
             return [as_key(threefry(data_of(key), (int(constant),))[0], THREEFRY)]

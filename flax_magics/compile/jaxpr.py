@@ -106,6 +106,7 @@ class _Writer:
         self.word("end")
 
     def equation(self, equation: Equation) -> None:
+        """Writes primitive, context, parameters, inputs and outputs of one equation."""
         if set(type(equation).__slots__) - _EQUATION or equation.effects:
             raise _Unknown(equation)
         name = equation.primitive.name
@@ -121,10 +122,12 @@ class _Writer:
         self.word(name)
 
     def define(self, variable: Atom) -> None:
+        """Numbers a variable where it is bound, and writes its type."""
         self._variables[variable] = len(self._variables)
         self.any(variable.aval)
 
     def atom(self, atom: Atom) -> None:
+        """Writes an input: a literal by its value, a variable by its number."""
         if hasattr(atom, "val"):
             self.any(_bits_of(atom.val))
             self.any(atom.aval)
@@ -132,18 +135,21 @@ class _Writer:
             self.word(self._variables[atom])
 
     def many(self, items: Iterable[object]) -> None:
+        """Writes a sequence of any values between brackets."""
         self.word("(")
         for item in items:
             self.any(item)
         self.word(")")
 
     def named(self, items: Iterable[tuple[str, object]]) -> None:
+        """Writes named values, sorted by name."""
         for key, item in sorted(items, key=lambda item: item[0]):
             self.word(key)
             self.any(item)
         self.word("named")
 
     def any(self, value: PyTree) -> None:
+        """Writes a value of any known kind; raises `_Unknown` for others."""
         kind = type(value)
         if kind in _PLAIN:
             self.word(value)

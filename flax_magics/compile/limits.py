@@ -143,6 +143,8 @@ def limits(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits
 
 
 def _measure(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits:
+    """Times a matmul and a copy on `device` and returns the rates."""
+
     def fastest(function: Callable[[jax.Array], jax.Array], n: int, axes: int) -> tuple[int, float]:
         """(n, seconds of the fastest run) for an array with `axes` axes of size n; n is halved until it fits."""
         while True:

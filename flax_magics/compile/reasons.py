@@ -160,6 +160,7 @@ def _changed(old: Mapping[str, T], now: Mapping[str, T]) -> Iterator[tuple[str, 
 
 
 def _of_pairs(kind: str, old: Mapping[str, object], now: Mapping[str, object]) -> Iterator[Cause]:
+    """Differences between options or settings, which have a name and a value each."""
     for name, before, after in _changed(old, now):
         one, other = str("none" if before is None and kind == "option" else before), str(after)
         yield Cause(kind, name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
@@ -188,6 +189,7 @@ def _without_switches(one: ProgramSpec, other: ProgramSpec) -> Inventory:
 
 
 def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iterator[str]:
+    """Differences between leaves of the variables, as `kernel [4,3]→[4,5]`, with only the part that differs."""
     for name, before, after in _changed(old, now):
         if before is None or after is None:
             yield f"{name} {'added' if before is None else 'removed'}"
@@ -201,6 +203,7 @@ def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iter
 
 
 def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
+    """Differences between arguments; switches that follow from another mode are left out."""
     differs = False
     for name, before, after in _changed(old.arguments, now.arguments):
         if name in WHEN_TRAINING and old.mode != now.mode:
@@ -227,6 +230,7 @@ def _is_changed(old: Structure | None, now: Structure) -> bool:
 
 
 def _what(before: LeafSpec, after: LeafSpec) -> str:
+    """The kind of a `Cause` for an argument that differs, the most telling property first."""
     if "static" in (before.kind, after.kind):
         return "static"
     if before.kind != after.kind or before.kind == "number":
@@ -254,6 +258,7 @@ def _kind(leaf: Leaf, traced: bool) -> str:
 
 
 def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
+    """The LeafSpec of an argument leaf or variable."""
     kind = _kind(leaf, traced)
     if kind == "static":
         return LeafSpec(kind, describe(leaf))
@@ -346,6 +351,7 @@ def _advice(
 
 
 def _of_shapes(name: str, shapes: set[tuple[int, ...]]) -> tuple[str, Callable[[str], str]] | None:
+    """The advice for an argument whose shape varies: reshape, or pad to the largest size of each axis."""
     ranks = {len(shape) for shape in shapes}
     if len(ranks) > 1 or ranks == {0}:
         text = f"the number of axes of `{name}` varies, and each is a program of its own"

@@ -78,7 +78,7 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
             ask = ask.and_what(record)
             continue
         needed = needs(record, request)
-        # Too many streams must go, too: the model could see them by `has_rng`, and `apply` by hand has none.
+        # A stream too many must go as well: `has_rng` would show it to the model, unlike in an `apply` by hand.
         if needed == ask:
             record.unused = unused(traced, request.arguments)
             record.unchanged = unchanged(traced, request, ask)
@@ -136,6 +136,7 @@ def trace_call(request: TraceRequest, *, find: Find[P] = lambda request: None, a
 
 
 def _with_variables(request: TraceRequest, find: Find[P], add: Add | None) -> TracedCall[P]:
+    """Traces with missing variables added and sown collections emptied, until neither is needed."""
     while True:
         known = find(request)
         if known is not None:

@@ -371,6 +371,7 @@ def statements(text: str) -> list[ast.stmt]:
 
 
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
+    """The error for a statement that is no single assignment to a name."""
     match statement:
         case ast.Assign([_, _, *_]):
             message = "one name at a time: `a = b = …` would give one model two names."

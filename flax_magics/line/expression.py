@@ -106,6 +106,7 @@ class Expression:
         user_ns: dict[str, object],
         local_ns: Mapping[str, object] | None,
     ) -> Any:
+        """Compiles and runs a tree that is made from this expression; `gather` is what `_GATHER` stands for in it."""
         local = {} if local_ns is None or local_ns is user_ns else local_ns
         names = tuple(name for name in self._names if name in local) if local else ()
         # At every evaluation: `linecache` may have been cleared since the code was compiled.

@@ -199,6 +199,7 @@ class _Reader:
         return next(words, len(self.line))
 
     def _end_of(self, start: int) -> int:
+        """The end of the word that begins at `start`; raises the error for an unclosed bracket or quote."""
         try:
             return token_end(self.line, start)
         except Unbalanced as error:
@@ -221,6 +222,7 @@ class _Reader:
         return FlaxMagicsError(message, **self._corrected(f"{before.strip()} {sample} {rest}"))
 
     def _unknown(self, start: int, flag: str) -> FlaxMagicsError:
+        """The error for an unknown option, with the nearest known ones and the list of all."""
         command, line, bare = self.command, self.line, flag.lstrip(_DASHES)
         known = [option.key for option in (*command.options, HELP)]
         near = [f"--{key}" for key in known if bare and key.startswith(bare)]

@@ -75,6 +75,7 @@ class Recorder:
         self.drawing: tuple[tuple[int, ...], float] | None = None
 
     def _takes(self, name: str, scope: Scope) -> None:
+        """Records that the model took a key of stream `name`, and of what the key is made."""
         path = tuple(scope.path)
         self.record.asked.setdefault(name, []).append(path)
         lazy = scope.rngs.get(name)
@@ -102,6 +103,7 @@ class Recorder:
             yield
 
     def _make_rng(self, make_rng: Function, scope: Scope, name: str = "params") -> PyTree:
+        """Replaces `Scope.make_rng`: records the stream, and returns a stand-in key where it was not given."""
         if not self.forking:
             self._takes(name, scope)
         # A stream that was given but that a lifted transform withholds from its inside: Flax raises its own error.
@@ -116,11 +118,13 @@ class Recorder:
         return jax.random.key(0, impl=self.root_impl)
 
     def _has_rng(self, has_rng: Callable[..., bool], scope: Scope, name: str) -> bool:
+        """Replaces `Scope.has_rng`: records questions of the model, not those of Flax itself."""
         if not self.asking:
             self.record.queried.add(name)
         return has_rng(scope, name)
 
     def _put_variable(self, put_variable: Function, scope: Scope, col: str, name: str, value: object) -> None:
+        """Replaces `Scope.put_variable`: records the collection; an immutable one makes the trace incomplete."""
         self.record.written.add(col)
         if col not in self.ask.mutable and scope.has_variable(col, name):
             self.incomplete = True  # and not written, which Flax would refuse
@@ -128,6 +132,7 @@ class Recorder:
             put_variable(scope, col, name, value)
 
     def _sow(self, sow: Function, module: nn.Module, col: str, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        """Replaces `nn.Module.sow`: records the collection as sown and written."""
         self.record.sown.add(col)
         self.record.written.add(col)
         self.incomplete |= col not in self.ask.mutable
@@ -135,6 +140,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _fork_rngs(self, fork_rngs: Callable[..., AbstractContextManager[None]], module: nn.Module) -> Iterator[None]:
+        """Replaces `transforms.fork_rngs`: keys that it takes while it forks do not count as used."""
         with contextlib.ExitStack() as stack:  # only entering Flax's block forks; its body is the model's again
             self.forking = True
             try:
@@ -144,10 +150,12 @@ class Recorder:
             yield
 
     def _of_this_trace(self, from_module: Function, cls: Function, module: nn.Module) -> object:
+        """Replaces `_HashableProxy.from_module`: adds this trace to the hash by which `nn.jit` caches its traces."""
         proxy = from_module(cls, module)
         return cls(proxy.module_ref, hash((proxy.hash_key, self.trace)))
 
     def _layers(self, call: Function, args: Args, kwargs: Kwargs, context: Any) -> PyTree:
+        """Interceptor of every method: records dropout and normalization layers, and calls for a summary."""
         module = context.module
         if context.method_name == "__call__" and module.scope is not None:
             if isinstance(module, nn.Dropout) and module.rate != 0.0:
@@ -163,6 +171,7 @@ class Recorder:
             self.drawing = None
 
     def _noted(self, call: Function, args: Args, kwargs: Kwargs, context: Any) -> PyTree:
+        """Makes the call, recorded in `CallTrace.calls` where these are wanted."""
         module, name, calls = context.module, context.method_name, self.record.calls
         # Transformed classes (`nn.jit(Net)`) call a wrapper that is no method of the class around the module's own.
         if calls is None or module.scope is None or name == "setup" or not hasattr(type(module), name):
@@ -170,6 +179,7 @@ class Recorder:
         return calls.note(call, args, kwargs, path=tuple(module.scope.path), cls=type(module).__name__, method=name)
 
     def _layer(self, kind: str, context: Any, args: Args, kwargs: Kwargs) -> None:
+        """Records one dropout or normalization layer with the modules around it."""
         try:
             given = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
         except TypeError:  # the call itself raises it

@@ -120,6 +120,7 @@ class NnxModel:
         return self._switches_read(None)
 
     def _switches_read(self, train: bool | None) -> tuple[str, ...]:
+        """The switches with their values in mode `train`, None for the present ones; kept with the layout."""
         layout = self.layout
         if train not in layout.switches:
             layout.switches[train] = switches_read(layout.nodes, train)

@@ -119,6 +119,7 @@ def is_other(node: object, held: Parts) -> bool:
 
 
 def _is_another(value: object, old: object) -> bool:
+    """Whether `value` is another part than `old`; an array in place of an array is not."""
     if value is old or (isinstance(value, _ARRAYS) and isinstance(old, _ARRAYS)):
         return False
     if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):

@@ -277,10 +277,12 @@ class Watcher:
             yield
 
     def _draw(self, draw: Function, stream: nnx.RngStream) -> PyTree:
+        """Replaces `RngStream.__call__`: records the use of the stream."""
         self._consumed(stream)
         return draw(stream)
 
     def _look_up(self, look_up: Function, rngs: object, name: str, error: Callable[[str], Exception]) -> PyTree:
+        """Replaces `Rngs._get_stream`: records a stream that the call's `rngs` lack as missing."""
         if self._lacks(rngs, name):
             # NNX would fall back on a `default` stream if there is one; here every stream has a key of its own.
             self.missing = name
@@ -296,6 +298,7 @@ class Watcher:
     def _sow(
         self, sow: Function, module: nnx.Module, variable_type: object, name: str, *args: PyTree, **kwargs: PyTree
     ) -> PyTree:
+        """Replaces `nnx.Module.sow`: marks a variable that it creates."""
         is_new = not hasattr(module, name)
         if _MAY_LOSE:  # a run returns sown values, as `nnx.capture` does, so the flag must not drop them
             args, kwargs = args[:3], {**kwargs, "capture_noop": False}
@@ -308,6 +311,7 @@ class Watcher:
         return result
 
     def _dropout(self, dropout: Function, module: nnx.Dropout, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        """Replaces `Dropout.__call__`: records the layer, and the mask for the keys taken meanwhile."""
         if module.rate != 0.0:
             self._layer(module, "dropout", kwargs)
         self.drawing = mask_of(module, args, kwargs)
@@ -317,10 +321,12 @@ class Watcher:
             self.drawing = None
 
     def _norm(self, norm: Function, module: nnx.Module, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        """Replaces `BatchNorm.__call__`: records the layer."""
         self._layer(module, "norm", kwargs)
         return norm(module, *args, **kwargs)
 
     def _noted(self, name: str, method: Function, module: nnx.Module, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        """Replaces a public method of a module: records its call for a summary."""
         calls, path, call = self.record.calls, self._path(module), functools.partial(method, module)
         if calls is None or path is None:
             return call(*args, **kwargs)
@@ -334,6 +340,7 @@ class Watcher:
         return rngs is self.handed or any(path_of(stream.key) == HANDED for stream in streams)
 
     def _consumed(self, stream: nnx.RngStream) -> None:
+        """Records which module took a key of `stream`, and of what the key is made."""
         path = path_of(stream.key)
         if path is not None:
             consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
@@ -369,6 +376,7 @@ class Watcher:
         return ()
 
     def _path(self, module: object) -> Path | None:
+        """The path of a module of the copy, or of a transform's copy of it; None for any other object."""
         if id(module) in self.paths and self.parts[self.paths[id(module)]] is module:
             return self.paths[id(module)]
         for part in vars(module).values():  # a transform's copy of a module: its variables still carry their paths
@@ -379,6 +387,7 @@ class Watcher:
         return None
 
     def _layer(self, module: nnx.Module, kind: str, given: Kwargs) -> None:
+        """Records a dropout or normalization layer with the modules around it."""
         path = self._path(module)
         path = self._caller() if path is None else path
         around = (self.parts.get(path[:n]) for n in reversed(range(len(path))))

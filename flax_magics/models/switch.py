@@ -132,6 +132,7 @@ class _FieldWriter:
         self.shared: dict[int, str] = {}
 
     def _count(self, value: object) -> None:
+        """Counts how often each part of the module is reached, to find shared ones."""
         self.visits[id(value)] += 1
         if self.visits[id(value)] == 1:
             for _, inner in _parts(value):
@@ -204,6 +205,7 @@ class _Setter:
         return self.memo[id(value)]
 
     def _visit(self, value: object, path: str) -> object:
+        """`visit` for a value that was not met before: a copy if a switch inside was set, else the value itself."""
         if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
             items = {step: self.visit(item, path + step) for step, item in _parts(value)}
             if all(items[step] is item for step, item in _parts(value)):
@@ -223,6 +225,7 @@ class _Setter:
         return _replaced(value, changes) if changes else value
 
     def _switch(self, name: str, old: object, where: str, *, top: bool) -> object:
+        """The new value of the switch at `where`, which is also added to `settings`; the old one if it is not set."""
         if (top and name in self.fixed) or not isinstance(old, self.kind):
             return old
         new = old if self.train is None else value_of(name, self.train)
@@ -231,6 +234,7 @@ class _Setter:
 
 
 def _replaced(value: PyTree, changes: dict[str, object]) -> PyTree:
+    """A copy of a dataclass instance with some fields changed."""
     if _is_linen(value):  # `dataclasses.replace` would lose the module's name and parent
         return value.clone(**changes)
     try:
