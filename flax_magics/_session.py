@@ -77,7 +77,7 @@ class Session(SessionView):
     ) -> None:
         self._state = State(RootKey.from_seed(seed))
         self.services = Services(ProgramCache(clock), clock, lambda phase: None, SeenKeys({self._state.root.data}))
-        """Shared by all commands; its `on_phase` is called with what a command begins to do, such as `compiling`."""
+        """Shared by all commands; its `on_phase` is called with what one begins to do, such as `compiling net`."""
         self.programs.compiler.keep_on_disk(disk_cache)
         self._plans = PlanCache()
         self._keeping = ReplayBudget(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))

@@ -165,7 +165,7 @@ class Damaged(Exception):
 def loads(text: str, what: str) -> object:
     """Parses JSON. Raises Damaged if it is invalid or an object repeats a name; the message calls the text `what`."""
 
-    # Python keeps the last of two equal names in silence; in a file of ours a second one means tampering.
+    # Python keeps the last of two equal names in silence; in a file of ours a second one means damage or tampering.
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         """Makes the dict of a JSON object; raises where a name repeats."""
         fields = dict(pairs)

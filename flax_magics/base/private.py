@@ -60,7 +60,7 @@ def trace_context_names() -> tuple[str, ...]:
         return ()  # older versions
     try:
         return tuple(trace_context_names())
-    except NotImplementedError:  # so in jax 0.10 with the jaxlib of its release
+    except NotImplementedError:  # the installed jaxlib is too old for it
         return ()
 
 

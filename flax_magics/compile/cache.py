@@ -53,7 +53,7 @@ LEFT = 4
 
 
 OnPhase = Callable[[str], None]
-"""Called with what is being done, as it begins: `tracing`, `lowering`, `compiling`."""
+"""Called with what is being done, as it begins; here with `tracing`, `lowering` or `compiling`."""
 Trees = tuple[Structure, Structure]
 """Structures of a program's arguments and of its results."""
 

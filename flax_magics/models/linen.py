@@ -127,7 +127,7 @@ class LinenModel:
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
         """A clone whose switches without a value are set for evaluation."""
-        # The set is shared: what this init learns is asked of the model itself later.
+        # The set is shared with the clone, so that `init_streams` of this model knows what the clone's init finds.
         return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._cache.init_streams))
 
     def fields_as_written(self) -> tuple[str, ...]:
