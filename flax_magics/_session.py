@@ -51,13 +51,12 @@ class Session(SessionView):
     """Registered models, one root key, and the runs that split it. Needs no IPython.
 
     Every `apply` is one draw, `root, params, dropout = jax.random.split(root, 3)`, committed once the run has
-    succeeded. A method raises FlaxMagicsError for a mistake and lets the model's own errors through; the session is
-    then unchanged.
+    succeeded. A method that raises, FlaxMagicsError for a mistake or what the model itself raises, has changed nothing.
 
     `seed` starts the root key. `disk_cache` keeps compiled programs on disk, in the user's cache directory (True) or in
     the given folder, and loads programs from there; see `compile.compiler` for what that trusts. `replay_bytes` limits
-    what is kept for replays alone: inputs, and variables that later runs overwrote. `clock` returns seconds (tests
-      replace it).
+    what is kept for replays alone: inputs, and variables that later runs overwrote. `clock` returns seconds;
+    tests replace it.
 
     Example::
 
@@ -268,12 +267,10 @@ class Session(SessionView):
         backward: bool = False,
         **kwargs: PyTree,
     ) -> Summary:
-        """Modules, shapes, variables, FLOPs and streams of a call, by abstract evaluation: nothing is computed or
-        drawn.
+        """Modules, shapes, variables, FLOPs and streams of a call, by abstract evaluation: nothing is drawn.
 
         Without arguments and `method` it covers the variables alone; a model whose call takes no inputs is summarized
-        by `method="__call__"`. `backward` also counts the FLOPs of the backward pass, which takes about three times as
-        long.
+        by `method="__call__"`. `backward` also counts the FLOPs of the backward pass, which takes three times as long.
         """
         name = self._entry(model, mode).name
         bare = not args and not kwargs and method is None

@@ -42,9 +42,8 @@ class FlaxMagicsError(Exception):
 def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[str, str]]:
     """(label, text) of each given piece of advice; the label says how the text is meant.
 
-    `write: ` precedes complete lines that can be pasted and run, `form: ` a text with a gap (`…`), and `in your model:
-      `
-    an edit of the user's code.
+    `write: ` precedes complete lines that can be pasted and run, `form: ` a text with a gap (`…`), and
+    `in your model: ` an edit of the user's code.
     """
     return [(label, text) for label, text in (("write: ", write), ("form: ", form), ("in your model: ", edit)) if text]
 

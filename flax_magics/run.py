@@ -76,8 +76,7 @@ class Cause(Struct, frozen=True):
     Attributes:
       kind: for an argument `shape`, `dtype`, `weak` (weak type), `number` (a Python number in place of an array, or the
         reverse), `static` (a static value), `given` (present in one call only), `placed` (another device) or
-        `structure`; else `method`, `mode`, `model`, `variables`, `option`, `setting`, `keys` or `dropped` (from the
-        cache).
+        `structure`; else `method`, `mode`, `model`, `variables`, `option`, `setting`, `keys`, `dropped` (from cache).
       name: the argument, option or setting; empty where the kind says it all.
       text: the change in words: `x: float32[128,784] → float32[64,784]`.
       shapes, dtypes: of an array argument, before and now.
@@ -150,8 +149,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       reason: why a program was compiled, in a few words; empty when it was not. `causes` has it in parts.
       static: arguments that became part of the program, such as `n=3`.
       timing, memory: see `Timing` and `Memory`; memory is None where no program ran.
-      cost, limits: for a repeated run, XLA's cost analysis, and the machine's measured peak rates if those were asked
-        for.
+      cost, limits: for a repeated run, XLA's cost analysis, and the machine's measured peak rates if asked for.
       cell: the cell's execution number, None outside a notebook.
       started: seconds since the epoch.
       notes: likely mistakes that were found.

@@ -26,8 +26,7 @@ def own(leaf: Leaf) -> Leaf:
 def weakly_typed(array: jax.Array | HostArray) -> jax.Array:
     """The array with the same bits, as a weakly typed JAX array of its dtype.
 
-    JAX's public API makes weakly typed arrays from Python scalars alone, so in three dtypes; programs return them in
-    any.
+    JAX's public API makes weakly typed arrays from Python scalars alone, in three dtypes; programs return them in any.
     """
     weak: jax.Array = jax.device_put(array)
     if not weak.weak_type:
@@ -239,9 +238,8 @@ def digest_of(tree: PyTree) -> str:
     """The first 16 hex digits of a sha256 over each leaf of `tree` in JAX's order.
 
     Hashed per leaf: its key path as `jax.tree_util.keystr` writes it, then dtype and shape as text, each closed by a
-      zero
-    byte, then the elements as little-endian bytes in C order (typed keys: their key data). Of a leaf that is neither
-    array nor number its `repr` is hashed.
+    zero byte, then the elements as little-endian bytes in C order (typed keys: their key data). Of a leaf that is
+    neither array nor number its `repr` is hashed.
     """
     hasher = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

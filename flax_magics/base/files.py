@@ -47,8 +47,8 @@ class Cancelled(Exception):
 def replace_file(path: Path, write: Callable[[str], None], ticket: threading.Lock | None = None) -> None:
     """Replaces the file at `path` atomically by the one that `write(name)` creates under a temporary name.
 
-    A symbolic link stays a link: its target is replaced. A new file gets the permissions of the umask; a replaced file
-    keeps its permissions.
+    A symbolic link stays a link: its target is replaced. A new file gets the permissions of the umask; a replaced
+    one keeps its own.
 
     Args:
       ticket: acquired just before the rename. A thread that acquires it earlier cancels the write.

@@ -63,8 +63,7 @@ class Cost(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
       flops: floating-point operations.
       bytes: bytes read and written, after fusion.
-      loops: the program has loops over floating-point values. XLA counts a loop's body once, so the true cost is
-        higher.
+      loops: the program has loops over floating-point values. XLA counts a body once: the true cost is higher.
     """
 
     flops: float
@@ -135,8 +134,7 @@ def environment(device: str) -> dict[str, object]:
     """The environment of a run on `device` (such as `cpu:0`), as JSON data.
 
     Keys: `versions` of jax, jaxlib and flax; `device_kind` as JAX names it (`NVIDIA H100 80GB HBM3`, `cpu`), None where
-    there is no such backend; `processor` (see `processor`) and `threads` (how many XLA computes with), None but for a
-    CPU.
+    there is no such backend; `processor` (see `processor`) and `threads` (of XLA), None unless it is a CPU.
     """
     return copy.deepcopy(_on(device.partition(":")[0]))  # a copy: the cached dict would be the caller's to change
 
@@ -170,8 +168,7 @@ def threads() -> int:
 def processor() -> str:
     """The processor's make with a digest of its vector instructions: `x86_64-GenuineIntel-6-143-5a1b9c02`.
 
-    XLA compiles for the processor it runs on, so another processor may sum in another order and differ in the last
-    bits.
+    XLA compiles for the processor it runs on, so another one may sum in another order and differ in the last bits.
     """
     machine, rows = platform.machine() or "unknown", first_core()
     if not rows:

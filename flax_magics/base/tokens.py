@@ -69,8 +69,7 @@ def pieces(text: str, start: int = 0) -> Iterator[Token]:
 
 
 def token_end(text: str, start: int) -> int:
-    """The end index of the command-line word that begins at `start`: it ends at white space outside strings and
-    brackets.
+    """The end index of the command-line word at `start`, which ends at white space outside strings and brackets.
 
     Raises:
       Unbalanced: the text ends inside a string or a bracket, or a closing bracket matches no open one.

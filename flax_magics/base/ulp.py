@@ -15,8 +15,7 @@ def largest_ulp(one: HostArray, other: HostArray) -> int | None:
     their bits differ. Complex numbers are compared by their parts.
 
     Returns:
-      None where there is no such distance: for integers, unsigned floats and floats over 64 bits, empty arrays, and
-        NaN.
+      None where there is no such distance: for integers, unsigned floats, floats over 64 bits, empty arrays, NaN.
     """
     if one.dtype.kind == "c":
         parts = np.dtype(f"f{one.dtype.itemsize // 2}").newbyteorder(one.dtype.byteorder)

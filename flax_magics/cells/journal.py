@@ -171,9 +171,7 @@ class Journal:
         self._running = self._running._replace(first=self.runs(), places=(), loads=(*self._running.loads, load))
 
     def cells(self, shell: Any) -> list[ExecutedCell]:
-        """All executions so far, the running one last; those before the extension was loaded come from IPython's
-        history.
-        """
+        """All executions so far, the running one last; earlier ones as IPython's history has them."""
         # The running cell's number: IPython 7.34 raises `execution_count` after the cell, IPython 9 before it.
         number = shell.displayhook.prompt_count if self._depth else shell.execution_count
         told = self.so_far(number)

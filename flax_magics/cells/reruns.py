@@ -148,8 +148,7 @@ class _Bindings:
         return rebound
 
     def after(self, names: frozenset[str], drew: ExecutedCell) -> dict[str, int]:
-        """Those of `names` bound by a cell before the draw that was run again after it and may have bound them
-        otherwise.
+        """Those of `names` that a cell had bound before the draw and may have changed when it ran again after the draw.
 
         A new cell after the draw does not count: it most likely stands below, and Run All reaches it later. Nor does an
         unchanged cell, which most likely binds the same value again.
@@ -221,8 +220,7 @@ def _bound(one: ExecutedCell, transform: Transform) -> frozenset[str]:
         target, equals, _ = first.partition("=")
         if equals and first.startswith("%%flaxmodel"):
             names.add(target.split()[-1])
-        # Bodies of other cell magics may be no Python or run elsewhere. Of one that failed it is unknown how far it
-        # got.
+        # Bodies of other cell magics may be no Python or run elsewhere. How far a failed one got is unknown.
         text = body if re.match(r"%%(flax|time\b|capture\b)", first) and one.error is None else ""
     names.update(row.name for row in one.registered)
     statements = _statements(text, transform)

@@ -204,8 +204,7 @@ class _Digest:
             # Builtins, ufuncs, jitted library functions: known by their name in an installed module.
             self.tag("library", type(value).__qualname__, module, name, id(value))
             return False
-        # A user's function wrapped by jax.jit, custom_jvp and the like: the wrapper's options (static_argnums) are
-        # hidden.
+        # A user's function wrapped by jax.jit, custom_jvp and the like: the wrapper's options are hidden.
         is_wrapping = hasattr(value, "__wrapped__") and library_module(type(value).__module__) and callable(value)
         if is_wrapping or not dataclasses.is_dataclass(value):
             raise NotPlain(repr(type(value)))

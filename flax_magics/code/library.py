@@ -116,9 +116,7 @@ def is_outside(value: object) -> bool:
 
 
 def reads_outside(name: str, module: ModuleType, code: CodeType) -> bool:
-    """Whether `code`, where `name` is the library `module`, reads from `OUTSIDE` through it, as `np.random.rand()`
-    does.
-    """
+    """Whether `code`, where `name` is the library `module`, reads from `OUTSIDE` through it: `np.random.rand()`."""
     if is_outside(module):
         return True
     for attributes in loads_of(code).names.get(name, ()):
@@ -161,9 +159,7 @@ def library_module(name: str | None) -> bool:
 
 
 def nnx_modules() -> tuple[type, ...]:
-    """`(nnx.Module,)` for `isinstance`; empty where NNX is not imported, since importing it takes longer than many
-    runs.
-    """
+    """`(nnx.Module,)` for `isinstance`; empty where NNX is not imported, which takes longer than many runs."""
     nnx = sys.modules.get("flax.nnx")
     return () if nnx is None else (nnx.Module,)
 

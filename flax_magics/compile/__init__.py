@@ -1,3 +1,1 @@
-"""From a call to a compiled program: tracing, lowering, XLA, the caches in memory and on disk, and reasons to
-recompile.
-"""
+"""From a call to a compiled program: tracing, lowering, XLA, the caches, and why a program is new."""

@@ -284,9 +284,7 @@ class Compiler:
         self.disk = None if where is False else DiskCache(None if where is True else Path(where))
 
     def start(self, lowered: jax.stages.Lowered, key: Hashable | None) -> Future:
-        """Starts to compile and returns a future of the `Compiled`. `key`: the `program_key`; None skips the disk
-        cache.
-        """
+        """Starts to compile and returns a future of the `Compiled`. `key`: the `program_key`; None: no disk cache."""
         disk = self.disk if key is not None and not users_cache() else None
         name = "" if disk is None else disk.name_of(key)
         return self.workers.submit(lambda: self._make(lowered, disk, name))

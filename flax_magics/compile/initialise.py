@@ -281,9 +281,7 @@ def _as_array(value: Leaf, *, weak: bool) -> Leaf:
 
 
 def _folds_a_constant(equation: Equation) -> bool:
-    """Whether an equation folds a constant into a key, as each `make_rng` does with a module's path: the host can do
-    it.
-    """
+    """Whether an equation folds a constant into a key, as `make_rng` does with a path: the host can do that."""
     if equation.primitive.name != "random_fold_in":
         return False
     key, constant = equation.invars
@@ -310,9 +308,7 @@ _OTHERWISE = ("closed_call", "sharding_constraint", "run_state", "remat", "check
 
 
 def _same_in_a_trace(equation: Equation) -> bool:
-    """Whether eager JAX, too, runs the equation as one program; functions in custom_jvp and the like run op by op
-    there.
-    """
+    """Whether eager JAX, too, runs the equation as one program; functions in custom_jvp run op by op there."""
     name, primitive = equation.primitive.name, equation.primitive
     if primitive.call_primitive or getattr(primitive, "map_primitive", False) or name.startswith("custom_"):
         return False

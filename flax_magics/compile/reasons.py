@@ -111,8 +111,7 @@ def sentence(causes: Causes) -> str:
 
 
 def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> BuiltProgram:
-    """Completes `built` with the reasons why it is new, by comparison with the model's earlier programs, and records
-    it.
+    """Completes `built` with the reasons why it is new, by comparison with the model's earlier ones; records it.
 
     Args:
       new: the call was not in the cache, so that it was traced.
@@ -277,9 +276,7 @@ NEW = 3
 """The number of compiled programs among them from which on there is a note."""
 
 AVOIDABLE = ("shape", "dtype", "weak", "number", "static")
-"""Kinds of causes that a user can avoid. Modes, methods and settings alternate between cached programs; edits are
-meant.
-"""
+"""Kinds of causes that a user can avoid. Modes, methods and settings have programs side by side; edits are meant."""
 
 
 def of_programs(

@@ -109,8 +109,7 @@ def trace_call(request: TraceRequest, *, find: Find[P] = lambda request: None, a
     """Traces a call, repeatedly until it is given what it asks for.
 
     An int whose value the model needs becomes static: each one alone is tried first, then all together. A collection
-      that
-    the call sows starts empty, because Flax would append to what is there. The variables may be shapes.
+    that the call sows starts empty, because Flax would append to what is there. The variables may be shapes.
 
     Args:
       find: looks up a cached result for a request, which spares the trace.
@@ -272,8 +271,7 @@ def forwarded(jaxpr: Jaxpr, *, repeated: bool = False) -> tuple[int | None, ...]
     """For each output of a jaxpr the index of the input that it is unmodified, None for one that was computed.
 
     Args:
-      repeated: an input that is broadcast along a new first axis counts, too: a value that is the same for all of a
-        `vmap`.
+      repeated: an input that is broadcast along a new first axis counts, too: what is the same in a whole `vmap`.
     """
     inputs = {var: i for i, var in enumerate(jaxpr.invars)}
     makers = {var: (equation, i) for equation in jaxpr.eqns for i, var in enumerate(equation.outvars)}
@@ -320,9 +318,7 @@ def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
 
 
 def _scan(equation: Equation) -> tuple[int | None, ...]:
-    """`_through` for a scan: carries that each step returns unmodified, and stacked outputs that are the scanned
-    inputs.
-    """
+    """`_through` for a scan: carries that each step returns unmodified, stacked outputs that are scanned inputs."""
     params = equation.params
     if "num_consts" in params:
         consts, carries = params["num_consts"], params["num_carry"]

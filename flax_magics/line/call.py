@@ -214,9 +214,7 @@ def syntax_error(text: str, error: Exception, place: str) -> FlaxMagicsError:
 
 
 def _validate(tree: ast.expr, text: str, command: str) -> None:
-    """Raises the error for what `ast.parse` accepts and only the compiler refuses: `await`, `yield`, a repeated
-    keyword.
-    """
+    """Raises the error for what only the compiler refuses, not `ast.parse`: `await`, `yield`, a repeated keyword."""
     try:
         compile(ast.Expression(tree), "<call>", "eval")
     except (SyntaxError, ValueError) as error:

@@ -73,8 +73,7 @@ class Command(NamedTuple):
       help: paragraphs, separated by blank lines.
       options: in the order of the help text.
       examples: lines or cells that run as they are, in this order.
-      takes: what follows the options, for completion: `call`, `assignment`, `model`, `stream`, `draw`, `file` or
-        nothing.
+      takes: what follows the options, for completion: `call`, `assignment`, `model`, `stream`, `draw`, `file`.
       bare: it works without anything after it; other commands then show their help.
     """
 

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 Variables: TypeAlias = Mapping[str, PyTree]
 Updates: TypeAlias = dict[str, PyTree]
 Forward = Callable[[Variables, Mapping[str, Any], Args, Kwargs], tuple[PyTree, Updates]]
-"""`forward(variables, keys, args, kwargs) -> (output, updates)`, pure; `updates`: collection → what was written or
-sown.
-"""
+"""`forward(variables, keys, args, kwargs) -> (output, updates)`, pure; `updates`: what was written or sown."""
 
 # Keys of `updates` beside the collections. The parentheses keep them from being the name of a collection or type.
 ARGUMENTS = "(arguments)"

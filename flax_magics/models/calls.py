@@ -28,8 +28,7 @@ Function: TypeAlias = Callable[..., PyTree]
 
 
 class Arguments(Struct, frozen=True):
-    """`(args, kwargs)` of a call flattened to named leaves, each traced (program input) or static (part of the
-    program).
+    """`(args, kwargs)` of a call flattened to named leaves, each traced (an input) or static (in the program).
 
     Arrays and Python numbers are traced; bools, strings, callables and all other objects are static.
 

@@ -1,6 +1,4 @@
-"""Construction of models: the adapter for a user's module, the line that registers it, and NNX modules built by a
-session.
-"""
+"""Construction of models: the adapter for a user's module, the line that registers it, NNX modules built here."""
 
 from __future__ import annotations
 

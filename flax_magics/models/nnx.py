@@ -279,9 +279,7 @@ class NnxModel:
             transplant({id(other.module): self.module}, [part for _, part in walk(other.module)])
 
     def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """The run in plain Flax: `net.train(); nnx.reseed(net, …, dropout=dropout_key); nnx.jit(lambda net:
-        net(x))(net)`.
-        """
+        """The run in plain Flax: `net.train(); nnx.reseed(net, dropout=…); nnx.jit(lambda net: net(x))(net)`."""
         name = call.partition("(")[0].partition(".")[0]
         parts = [] if self.mode is None else [*mode_by_hand(name, self.layout.nodes, self.mode)]
         held = [stream for stream in streams if stream in self.layout.tags]

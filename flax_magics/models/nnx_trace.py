@@ -85,8 +85,7 @@ def forward(
             kwargs = {**kwargs, "rngs": handed}
         watcher = Watcher(copy, record, handed)
         try:
-            # Variables made during the run are plain ones, like those that the module holds, whatever the flag
-            # `flax_hijax_variable` says.
+            # Variables that the model makes are plain ones, like those it holds, whatever `flax_hijax_variable` says.
             plain = nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
             with watcher.watching(), plain:
                 target: Any = copy

@@ -79,8 +79,7 @@ def set_fields(value: T, train: bool, fixed: frozenset[str]) -> tuple[T, tuple[s
     """A copy of `value`, a linen module or config dataclass, with its switches set; and what was set, as text.
 
     Switches are fields of the value itself, of dataclasses nested in it at any depth, and of those in tuples, lists and
-    dicts (submodules given as fields). A switch with value None counts only if no other was found and the call has
-    none.
+    dicts (submodules given as fields). A switch with value None counts only if there is no other and none in the call.
     """
     result, settings = _visited(value, train, fixed, bool)
     return (result, settings) if settings or fixed else _visited(value, train, fixed, NoneType)

@@ -326,9 +326,7 @@ def _is_known() -> bool:
 
 
 def agrees_with_jax() -> bool:
-    """Whether JAX's own split and fold of one key equal those of `threefry`. Compiles, so it takes a fraction of a
-    second.
-    """
+    """Whether JAX's own split and fold of one key equal those of `threefry`. Takes a fraction of a second."""
     key, tag = jax.random.key(1), 0x9E3779B9
     keys = [*jax.random.split(key, 3), jax.random.fold_in(key, np.uint32(tag))]
     return list(map(data_of, keys)) == threefry(data_of(key), (0, 1, 2, tag))
