@@ -27,9 +27,7 @@ OPTIMISED_LITTLE = "jax_disable_most_optimizations"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--unoptimised",
-        action="store_true",
-        help="XLA leaves out its optimisations in the files that ask for them too",
+        "--unoptimised", action="store_true", help="XLA leaves out its optimisations in the files that ask for them too"
     )
 
 
