@@ -26,7 +26,7 @@ from ..base.digest import count_parameters, data_of, is_key, weakly_typed
 from ..base.private import is_in_mesh, staging_of
 from ..base.threads import Future, wait_for
 from ..base.types import Leaf, PyTree
-from ..models.base import Model, Updates, Variables
+from ..models.base import ModelWithInit, Updates, Variables
 from ..models.calls import Args, Kwargs, Path
 from ..rng.keys import THREEFRY, Draw, as_key, is_on_host, shape_of_key, threefry
 from ..run import InitStats
@@ -88,12 +88,11 @@ class TracedInit(Struct, frozen=True, dict=True):
         return hasher.hexdigest()
 
 
-def trace_init(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> TracedInit:
+def trace_init(model: ModelWithInit, key: Key, method: Path, args: Args, kwargs: Kwargs) -> TracedInit:
     """Traces the initialisation by shapes; nothing is computed. `key`, `args` and `kwargs` may hold arrays or shapes.
 
     What the model raises is passed on, and what JAX raises where it looks at values.
     """
-    assert not model.holds_variables  # an NNX module is initialised where it is built
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [leaf for leaf in leaves if is_array(leaf)]
     variables: PyTree = None
@@ -189,9 +188,8 @@ class Initialising:
     """
 
     def __init__(
-        self, model: Model, method: Path, args: Args, kwargs: Kwargs, *, draw: Draw, units: Units, taken: bool = False
+        self, model: ModelWithInit, method: Path, args: Args, kwargs: Kwargs, *, draw: Draw, units: Units, taken: bool
     ) -> None:
-        assert not model.holds_variables  # an NNX module is initialised where it is built
         self._model = model
         self._call = method, args, kwargs
         self._draw, self._taken = draw, taken
@@ -332,7 +330,7 @@ class InitRecord(Struct, frozen=True):
         return None if self.traced is None else self.traced.digest
 
 
-def initialised(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
+def initialised(model: ModelWithInit, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
     """Traces the initialisation by shapes; nothing is computed. `args`/`kwargs` may hold arrays or shapes."""
     traced: TracedInit | None = None
     with contextlib.suppress(jax.errors.JAXTypeError):  # initialisation looks at values

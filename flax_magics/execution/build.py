@@ -118,8 +118,7 @@ def rebuild(
     opened = state.find_draw(draw) or state.root.draw()
     with plain_errors(call):
         model, run = _build_in(state, opened, name, recipe, services)
-    users_model = entry.model
-    assert users_model.holds_variables
+    users_model = entry.nnx
     replaced, notes = replaced_by_init(entry, limit)
     facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": draw is not None}
     run = replace(run, **facts, notes=notes)

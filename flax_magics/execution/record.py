@@ -19,7 +19,6 @@ from ..base.text import join
 from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
 from ..code.library import nnx_modules
-from ..code.walk import arrays_in
 from ..compile.compiler import settings
 from ..compile.limits import cost_of, devices_in, with_peak
 from ..line.expression import positional_names, with_arguments
@@ -74,7 +73,6 @@ class Applied(Struct, frozen=True):
 def recipe_of(execution: Execution) -> ApplyRecipe:
     """What running it again takes besides keys, variables and inputs. Its program is held weakly."""
     request, plan, arguments = execution.request, execution.plan, execution.arguments
-    model = request.entry.model
     leaves, structure = jax.tree_util.tree_flatten(execution.built.request.variables)
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
     findable = plan.program if execution.built.key is not None else None
@@ -83,7 +81,6 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
     moving = () if nnx is None else (*nnx_modules(), nnx.Variable)
     return ApplyRecipe(
         entry=request.entry.without_variables(),
-        skeleton=model.layout.skeleton if model.holds_variables else None,
         method=request.bound.call.method,
         options=dataclasses.replace(request.options, variables=None),
         taken=plan.taken and "params" in execution.result.needs.streams,
@@ -98,8 +95,7 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         inputs=sum(map(bytes_of, arguments.leaves)),
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
-        # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
-        pinned=() if model.holds_variables else tuple(arrays_in(model.module)),
+        pinned=request.entry.model.other_arrays(),
     )
 
 
@@ -176,17 +172,17 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
 
 def facts_of_apply(execution: Execution) -> ExportFacts:
     """The spelling of an apply, from its execution."""
-    bound, result, registered = execution.request.bound, execution.result, execution.variables.entry.model
-    call, model = bound.call, bound.model
+    bound, result, entry = execution.request.bound, execution.result, execution.variables.entry
+    call, model, registered = bound.call, bound.model, entry.model
     parameters = tuple(positional_names(bound.signature, len(call.args)))
     static = frozenset(name for name, _ in execution.arguments.static)
     passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     arguments = _added(bound.kwargs, call.kwargs)
     init = ExportFacts() if registered.holds_variables else ExportFacts(init_streams=registered.init_streams)
-    if execution.variables.made is not None and not registered.holds_variables:
+    if execution.variables.made is not None:
         # With the keys that `--key` adds, and without the switches of the run.
         kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init = facts_of_init(replace(call, kwargs=kwargs), registered)
+        init = facts_of_init(replace(call, kwargs=kwargs), entry.linen)
     facts = replace(
         init,
         parameters=parameters,
@@ -200,13 +196,13 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
         returns=_returns(result.output),
         code=registered.code(),
     )
-    if model.holds_variables and registered.holds_variables:
+    if model.holds_variables:
         return replace(
             facts,
             nnx=True,
             held=model.layout.tags,
             handed=bool(model.supplied_arguments()),
-            mode=None if bound.mode == "as written" else _mode(registered, bound.mode == "train"),
+            mode=None if bound.mode == "as written" else _mode(entry.nnx, bound.mode == "train"),
             given=tuple(_given(execution, model)),
         )
     module = MODULE
@@ -227,10 +223,10 @@ def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
 
 def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:
     """The spelling of the init of a linen model that has run."""
-    init = prepare_init("", model, call)
-    before, after = read_fields(model.module), read_fields(init.model.module)
-    module = cloned(MODULE, model.module, map(setting_of, after) if before != after else ())
-    arguments = _added(init.kwargs, call.kwargs)
+    to_init, init_call = prepare_init("", model, call)
+    as_written, switches = read_fields(model.module), read_fields(to_init.module)
+    module = cloned(MODULE, model.module, map(setting_of, switches) if as_written != switches else ())
+    arguments = _added(init_call.kwargs, call.kwargs)
     return ExportFacts(init_arguments=arguments, init_module=module, init_streams=model.init_streams)
 
 

@@ -23,9 +23,10 @@ from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
 from ..compile.compiler import settings
 from ..errors import FlaxMagicsError
-from ..execution.call import Call, prepare_init
+from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
+from ..models.base import ModelRecord
 from ..models.construction import adopt_built
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import COMMANDS, RELEASED, Run, like
@@ -135,9 +136,9 @@ class Replaying(Struct, frozen=True):
     def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
         """The model as it was, its program made anew."""
         entry = replace(how.entry, variables=variables)
-        if how.skeleton is not None:
-            written: Any = how.entry.model
-            model = adopt_built(how.skeleton.rebuild(variables), written.written)
+        record: Any = how.entry.model
+        if isinstance(record, ModelRecord):
+            model = adopt_built(record.skeleton.rebuild(variables), record.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
         options = dataclasses.replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
@@ -160,10 +161,10 @@ class Replaying(Struct, frozen=True):
     def _init(self, how: InitRecipe, call: Call, draw: Draw) -> Repeat:
         name, clock, units = how.entry.name, self.services.clock, self.services.programs.units
         self.services.on_phase(f"initialising {name}")
-        bound = prepare_init(name, how.entry.model, call)
+        model, init_call = prepare_init(name, how.entry.linen, call)
         begin = clock()
         with plain_errors(call):
-            variables, _ = bound.initialising(draw, units).finish()
+            variables, _ = initialising(model, init_call, draw, units).finish()
         return Repeat(variables, {}, "eager", Timing(init=clock() - begin), self._edited(how))
 
     def _build(self, how: BuildRecipe, keys: Mapping[str, jax.Array]) -> Repeat:

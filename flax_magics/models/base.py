@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
 
 from msgspec import Struct
 
@@ -29,7 +29,7 @@ from .switch import Layer, layer_of
 
 if TYPE_CHECKING:
     from .nnx_graph import RebuiltGraph
-    from .nnx_layout import Layout, Values
+    from .nnx_layout import Layout, Skeleton, Values
 
 Variables: TypeAlias = Mapping[str, PyTree]
 Updates: TypeAlias = dict[str, PyTree]
@@ -181,6 +181,13 @@ def check_name(owner: object, name: str) -> None:
         raise Idiom(method=name, linen=method is flaxs[0])
 
 
+class ModelRecord(Struct, frozen=True):
+    """A module that holds its own variables, without its arrays: `written` as its construction was."""
+
+    written: str
+    skeleton: Skeleton
+
+
 class AnyModel(Protocol):
     """A module as a session sees it: what linen's and NNX's answer alike."""
 
@@ -211,7 +218,7 @@ class AnyModel(Protocol):
           fixed: switches that the call has as arguments; a field of the same name is left to the call.
         """
 
-    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Self:
         """A model to initialise with: as written, but a switch field that has no value stands for evaluation."""
 
     def fields_as_written(self) -> tuple[str, ...]:
@@ -240,6 +247,27 @@ class AnyModel(Protocol):
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
+
+    def own_variables(self, of_session: Variables | None) -> Variables | None:
+        """The variables as they are now: the module's own, or `of_session`, which the session holds in their place.
+
+        The keys and counts of random streams are the draw's to give.
+        """
+
+    def collections(self, of_session: Variables | None) -> Variables | None:
+        """`own_variables` without anything that belongs to random streams."""
+
+    def state(self, of_session: Variables | None) -> Variables | None:
+        """`own_variables` as a user reads them; what the module holds is copied, so that later runs do not change it."""
+
+    def variables_to_save(self, of_session: Variables | None) -> PyTree:
+        """The variables as a file has them: the session's collections, or type, path and value of each of the module's."""
+
+    def other_arrays(self) -> tuple[Leaf, ...]:
+        """Arrays that the module holds besides its variables."""
+
+    def without_arrays(self) -> Any:
+        """What is kept of it for a replay: itself, or a `ModelRecord` where it would keep variables alive."""
 
     def module_classes(self) -> Mapping[Path, str]:
         """Classes of the modules, by path, that are known without a call."""
@@ -291,13 +319,13 @@ class ModelWithVariables(AnyModel, Protocol):
     def layout(self) -> Layout:
         """The module taken apart, as it is now."""
 
-    def own_variables(self) -> Values:
+    def own_variables(self, of_session: Variables | None = None) -> Values:
         """The variables as they are now, by type and path; the keys and counts of random streams are the draw's to give."""
 
-    def collections(self) -> Values:
+    def collections(self, of_session: Variables | None = None) -> Values:
         """The variables as they are now, without anything that belongs to random streams."""
 
-    def state(self) -> PyTree:
+    def state(self, of_session: Variables | None = None) -> Variables:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
 
     def read_state(self, name: str, value: object) -> Values:

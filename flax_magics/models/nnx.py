@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 from flax import nnx
@@ -20,7 +20,18 @@ from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.expression import with_arguments
 from . import nnx_trace
-from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
+from .base import (
+    CallTrace,
+    Commit,
+    Forward,
+    Model,
+    ModelRecord,
+    ModelWithVariables,
+    Needs,
+    Variables,
+    check_name,
+    own_methods,
+)
 from .calls import Args, Kwargs, Names, Path, constructor, readable_signature
 from .nnx_graph import (
     GRAPH,
@@ -111,7 +122,7 @@ class NnxModel:
         """Every attribute of a switch's name, on every module of the copy that runs."""
         return dataclasses.replace(self, mode=train), self._switches_read(train)
 
-    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Self:
         """The model itself: an NNX module is initialised where it is built."""
         return self
 
@@ -136,18 +147,31 @@ class NnxModel:
         """Tags that are no names in the Rngs which the session makes."""
         return self.layout.tags - frozenset(SUPPLIED)
 
-    def own_variables(self) -> Values:
+    def own_variables(self, of_session: Variables | None = None) -> Values:
         """The module's variables as they are now, by type; the keys and counts of its streams are the draw's to give."""
         return self.layout.given()
 
-    def collections(self) -> Values:
+    def collections(self, of_session: Variables | None = None) -> Values:
         """The variables as they are now, without keys and counts of random streams."""
         layout = self.layout
         return {name: tree for name, tree in layout.given().items() if name not in layout.random}
 
-    def state(self) -> PyTree:
+    def state(self, of_session: Variables | None = None) -> PyTree:
         """`nnx.state` of the module, its variables copies: later runs do not change them."""
         return jax.tree_util.tree_map(lambda leaf: leaf[...] if is_ref(leaf) else leaf, nnx.state(self.module, **GRAPH))
+
+    def variables_to_save(self, of_session: Variables | None) -> tuple[tuple[str, Path, PyTree], ...]:
+        """Type, path and value of each variable, without sown and fixed ones."""
+        slots = (slot for slot in self.layout.slots if not slot.sown and not slot.fixed)
+        return tuple((slot.collection, slot.path, slot.read()) for slot in slots)
+
+    def other_arrays(self) -> tuple[Leaf, ...]:
+        """None: what the module holds are its variables."""
+        return ()
+
+    def without_arrays(self) -> ModelRecord:
+        """What it takes to build the module with other values. The module is the user's, and would keep its arrays alive."""
+        return ModelRecord(self.written, self.layout.skeleton)
 
     def read_state(self, name: str, value: Any) -> Values:
         """The module's variables with those of `value`, an `nnx.State` (or a mapping like one), in their places.

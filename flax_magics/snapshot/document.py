@@ -131,11 +131,6 @@ def take(state: State) -> Snapshot:
 
 def _taken(entry: ModelEntry) -> SavedModel:
     model, init = entry.model, entry.init or entry.previous_init
-    if model.holds_variables:
-        slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
-        variables: PyTree = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
-    else:
-        variables = _own(entry.variables)
     saved_init = None
     if init is not None and init.program is not None:
         saved_init = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
@@ -145,7 +140,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
         holds_variables=model.holds_variables,
         text=model.describe(),
         source="",
-        variables=variables,
+        variables=_own(model.variables_to_save(entry.variables)),
         updates=dict(entry.update_counts),
         outdated=entry.outdated,
         stale=entry.rebuild_next,

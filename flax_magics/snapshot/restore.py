@@ -21,7 +21,7 @@ from ..code.inventory import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
 from ..execution.build import Building, built_with
-from ..models.base import Model, ModelWithVariables
+from ..models.base import Model, ModelWithInit, ModelWithVariables
 from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
@@ -77,8 +77,8 @@ def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
 
 def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     model = entry.model
-    if saved.holds_variables is not model.holds_variables:
-        there, here = ("an NNX", "a linen") if saved.holds_variables else ("a linen", "an NNX")
+    there, here = ("an NNX" if each.holds_variables else "a linen" for each in (saved, model))
+    if there != here:
         raise Unfit((f"{there} model is in the file, and {here} one is registered",))
     if model.holds_variables:
         return _into_module(saved, entry, model)
@@ -98,7 +98,7 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     return Matched(entry)
 
 
-def _held_against(saved: SavedModel, model: Model) -> tuple[PyTree, InitRecord | None, bool]:
+def _held_against(saved: SavedModel, model: ModelWithInit) -> tuple[PyTree, InitRecord | None, bool]:
     """The variables as the model has them, how they are made, and whether the model would now make others."""
     saved_init, variables, init = saved.made, saved.variables, None
     if saved_init is not None:

@@ -13,7 +13,7 @@ from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError
-from ..models.base import Model, ModelWithVariables
+from ..models.base import ModelWithInit, ModelWithVariables
 from ..models.construction import BuiltBySession, adopt
 from ..run import Note
 from .entry import ModelEntry, Replaced
@@ -84,7 +84,7 @@ def register_holding(
     entry = ModelEntry(name, model, fingerprint, built=built, initial_sample=first, source=WeightSource.own(name))
     if old is None:
         return entry, Registration(name, "new")
-    if old.model.holds_variables and model.module is old.model.module:
+    if model.module is old.model.module:
         return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
     if not old.model.holds_variables or old.rebuild_next:
         return entry, Registration(name, "changed", variables="own")
@@ -105,7 +105,7 @@ def _shapes(model: ModelWithVariables) -> PyTree:
     return jax.eval_shape(lambda: variables)
 
 
-def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
+def _edited(old: ModelEntry, model: ModelWithInit, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
     """An edited linen model: the old variables stay where what the new code would initialise has their shapes."""
     entry = replace(old, model=model, fingerprint=fingerprint, static_ints=frozenset())
     if old.variables is None:

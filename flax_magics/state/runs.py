@@ -373,7 +373,7 @@ def arrays_of(models: Mapping[str, ModelEntry], pinned: bool) -> Iterator[Leaf]:
     for entry in models.values():
         with contextlib.suppress(Exception):  # a module that its owner has made one that no run would take
             yield from jax.tree_util.tree_leaves(entry.held)
-        if pinned and not entry.model.holds_variables:
-            yield from arrays_in(entry.model.module)
-        elif pinned and entry.built is not None:  # what such a module holds are its variables
+        if pinned:
+            yield from entry.model.other_arrays()
+        if pinned and entry.built is not None:
             yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))

@@ -99,13 +99,7 @@ class State(Struct, frozen=True):
         """
         models = self.models
         if fresh:
-            models = {
-                name: replace(
-                    entry.with_variables(None, entry.source if entry.model.holds_variables else None),
-                    rebuild_next=entry.model.holds_variables,
-                )
-                for name, entry in models.items()
-            }
+            models = {name: entry.to_be_made_anew() for name, entry in models.items()}
         to_build = {name for name, entry in models.items() if entry.rebuild_next and entry.built is not None}
         keeping = tuple(name for name, entry in models.items() if entry.ready and name not in to_build)
         restart = Restart(root.seed, fresh, keeping, again=self._last(root.seed)[0] > 0)
