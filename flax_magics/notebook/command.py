@@ -21,9 +21,9 @@ from ..errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, writt
 from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, statements, values_first
 from ..line.commands import FLAX_VARS
 from ..line.options import Command, LineOptions, read
-from .failures import show_user_frames
 from .notebook import Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
+from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
     from ..execution.call import Call

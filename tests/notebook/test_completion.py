@@ -216,7 +216,7 @@ class TestInTheShell:
 def test_the_parts_of_the_command_line_import_neither_jax_nor_flax_nor_ipython() -> None:
     code = (
         "import sys; import flax_magics.line.options, flax_magics.line.call, flax_magics.notebook.run_cell, "
-        "flax_magics.notebook.failures, flax_magics.notebook.completion; "
+        "flax_magics.notebook.tracebacks, flax_magics.notebook.interrupts, flax_magics.notebook.completion; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax', 'numpy', 'IPython'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
