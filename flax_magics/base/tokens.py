@@ -135,3 +135,9 @@ def index_of(text: str, line: int, column: int) -> int:
     line = min(max(line, 1), len(lines))
     here = lines[line - 1].encode()[: max(column, 0)].decode(errors="ignore")
     return sum(len(before) + 1 for before in lines[: line - 1]) + len(here)
+
+
+def variable_name(class_name: str) -> str:
+    """`MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[^_])(?=[A-Z][a-z])", "_", class_name).lower()
+    return name if name != class_name else f"{name}_model"

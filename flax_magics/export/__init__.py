@@ -26,11 +26,11 @@ from msgspec import Struct
 
 from ..base.files import replace_file
 from ..base.text import plural
+from ..base.tokens import variable_name
 from ..cells.journal import ExecutedCell, NotebookCells
 from ..cells.names import Free, binds, mentioned, reads
 from ..errors import FlaxMagicsError
 from ..models.base import Model
-from ..models.construction import variable_name
 from ..report.text import Notice
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from ..base.tokens import ends_quietly, pieces, point_at
+from ..base.tokens import ends_quietly, pieces, point_at, variable_name
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, written
 from .expression import Expression, end_of, segment, start_of
@@ -322,7 +322,7 @@ def _function_name(node: ast.expr) -> str:
 def _name_for(root: ast.expr, value: ast.expr) -> str:
     """A variable's name for `value`: `net` for `Net(3)`; where `root` is what gives it, `a` for `nets['a']`."""
     class_name = _function_name(value)
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower() if class_name != class_name.lower() else ""
+    name = variable_name(class_name) if class_name != class_name.lower() else ""
     if isinstance(root, ast.Subscript) and isinstance(root.slice, ast.Constant) and isinstance(root.slice.value, str):
         name = root.slice.value
     return name if name.isidentifier() and not keyword.iskeyword(name) else "net"
