@@ -1,14 +1,15 @@
 """Python text that may be unfinished: where its strings, brackets and comments are, and how to point at a place in it.
 
 `tokenize` raises on the first open bracket and `ast` needs the whole; a command line, a cell that is being typed and an
-error message need neither.
+error message need neither. What is whole is taken apart by `statements`.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _PIECE = r"""
@@ -135,6 +136,14 @@ def index_of(text: str, line: int, column: int) -> int:
     line = min(max(line, 1), len(lines))
     here = lines[line - 1].encode()[: max(column, 0)].decode(errors="ignore")
     return sum(len(before) + 1 for before in lines[: line - 1]) + len(here)
+
+
+def statements(text: str, transform: Callable[[str], str] = str) -> list[ast.stmt]:
+    """What a text holds as Python, once `transform` has made Python of it; nothing where it is none."""
+    try:
+        return ast.parse(transform(text)).body
+    except (SyntaxError, ValueError):
+        return []
 
 
 def variable_name(class_name: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from ..base.tokens import ends_quietly, pieces, point_at, variable_name
+from ..base.tokens import ends_quietly, pieces, point_at, statements, variable_name
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, written
 from .expression import Expression, end_of, segment, start_of
@@ -353,14 +353,6 @@ def plain_name(text: str, otherwise: str) -> str:
 def _is_expression(text: str) -> bool:
     body = statements(text)
     return len(body) == 1 and isinstance(body[0], ast.Expr)
-
-
-def statements(text: str) -> list[ast.stmt]:
-    """What a text holds as Python; nothing where it is none."""
-    try:
-        return ast.parse(text).body
-    except (SyntaxError, ValueError):
-        return []
 
 
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:

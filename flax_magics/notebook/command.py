@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.magic import line_cell_magic, line_magic, needs_local_scope, no_var_expand
 
 from ..base.private import is_tracing
+from ..base.tokens import statements
 from ..code.library import is_module, is_module_class
 from ..errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, written
-from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, statements, values_first
+from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
 from ..line.commands import FLAX_VARS
 from ..line.options import Command, LineOptions, read
 from .notebook import Notebook
