@@ -247,8 +247,7 @@ def source_of(module: object) -> str:
 
     Empty where the code is not to be had: in a plain Python prompt.
     """
-    texts = dict.fromkeys(map(_text, _classes(module)))
-    return "\n\n".join(filter(None, texts))[:LIMIT]
+    return "\n\n".join(filter(None, dict.fromkeys(map(_text, _classes(module)))))[:LIMIT]
 
 
 def _classes(module: object) -> list[type]:

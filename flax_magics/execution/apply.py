@@ -9,7 +9,7 @@ import jax
 from msgspec.structs import replace
 
 from ..base.digest import bytes_of, has_nan, own
-from ..base.measures import Timing
+from ..base.measures import Timing, devices_of
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..compile.limits import devices_in, with_peak
@@ -18,7 +18,7 @@ from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
 from ..models.base import Commit
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import DrawNumber, Note, like
+from ..run import DrawNumber, Note, Run, like
 from ..state import runs
 from ..state.entry import InitRecipe, ModelEntry, Origin
 from ..state.models import replaced_by_init
@@ -87,7 +87,6 @@ def apply_model(
         started=started,
         made=made_of(entry.nnx.collections()) if anew else variables.made,
         changed={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
-        replayed=replayed is not None,
         first=state.runs is None,
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
@@ -239,14 +238,17 @@ def init_model(
     source = WeightSource.initialised(opened, variables)
     replaced, more = replaced_by_init(entry, limit)
     spelling = record.facts_of_init(call, model)
-    run = record.run_of_draw(
-        "init",
-        opened,
-        variables,
+    run = Run(
+        command="init",
         model=name,
+        mode="",
         call=call.text,
         inputs=(call.args, init_call.kwargs),
+        output=variables,
+        seed=opened.seed,
+        draw=opened.number,
         keys=RunKeys.of(opened, "params"),
+        device=devices_of(variables),
         started=started,
         program="eager",
         timing=Timing(init=seconds),

@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping
 import jax
 from msgspec.structs import replace
 
-from ..base.measures import Timing
+from ..base.measures import Timing, devices_of
 from ..code.walk import arrays_in
 from ..compile.cache import Services
 from ..compile.initialise import made_of
@@ -28,7 +28,7 @@ from ..state.state import State
 from ..state.weights import WeightSource
 from .call import Call
 from .execute import plain_errors
-from .record import Outcome, run_of_draw, stored_init
+from .record import Outcome, stored_init
 
 RegisterResult = tuple[State, Registration, StoredRun | None]
 """The state with one module, what became of its name, and the run of one that was built now."""
@@ -139,14 +139,18 @@ def _build_in(
     model = adopt_built(recipe.build(keys), recipe.text)
     jax.block_until_ready(model.collections())
     seconds = clock() - start
-    run = run_of_draw(
-        "init",
-        draw,
-        model.state(),
+    variables = model.state()
+    run = Run(
+        command="init",
         model=name,
+        mode="",
         call=recipe.text,
         inputs=(recipe.args, dict(recipe.kwargs)),
+        output=variables,
+        seed=draw.seed,
+        draw=draw.number,
         keys=keys,
+        device=devices_of(variables),
         started=started,
         program="eager",
         timing=Timing(init=seconds),

@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 from msgspec import Struct
@@ -27,7 +27,7 @@ from ..models.base import Commit, ModelWithInit, ModelWithVariables, Needs
 from ..models.linen_trace import inside
 from ..models.switch import cloned, read_fields, setting_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import MODULE, ContainerPart, ExportFacts, HandedBack, ModeByHand, Note, Run, Settings
+from ..run import MODULE, ContainerPart, ExportFacts, HandedBack, InitStats, ModeByHand, Note, Run, Settings
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, Origin, objects_in
 from ..state.runs import StoredRun
 from .call import BoundCall, Call, prepare_init
@@ -105,13 +105,18 @@ def stored_init(run: Run, recipe: InitRecipe | BuildRecipe) -> StoredRun:
     return StoredRun(run, Origin(recipe, []), size)
 
 
-def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) -> Run:
-    """An apply, from its execution.
+class ApplyFields(TypedDict):
+    """Those of an apply's `Run` that its execution does not tell."""
 
-    Args:
-      written: collections that the run wrote.
-      fields: those of a `Run` that an execution does not tell.
-    """
+    notes: tuple[Note, ...]
+    started: float
+    made: InitStats | None
+    changed: Mapping[str, int]
+    first: bool
+
+
+def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[ApplyFields]) -> Run:
+    """An apply, from its execution. `written`: collections that the run wrote."""
     request, plan, built, result = execution.request, execution.plan, execution.built, execution.result
     bound, options, draw, program = request.bound, request.options, request.draw, plan.program
     arrays = result.output, result.updates, result.sown
@@ -141,31 +146,29 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) ->
         cell=bound.call.cell,
         by_hand=by_hand(bound, options, result.needs, {*written, *result.sown, *options.mutable}),
         weights=execution.variables.weights,
+        replayed=options.draw is not None,
         spelling=facts_of_apply(execution),
         **fields,
     )  # fmt: skip
 
 
-def run_of_draw(command: str, draw: Draw, output: PyTree, **fields: Any) -> Run:
-    """A run that calls no model: an init, the building of a module, or a key. `fields` are the others of a `Run`."""
-    device = devices_of(output)
-    return Run(command=command, output=output, mode="", seed=draw.seed, draw=draw.number, device=device, **fields)
-
-
 def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
     """A key drawn under a name; the output is the key."""
-    by_hand = "root_key, params_key, dropout_key = jax.random.split(root_key, 3)"
-    return run_of_draw(
-        "key",
-        draw,
-        draw.stream(name),
+    key = draw.stream(name)
+    return Run(
+        command="key",
         model=None,
+        mode="",
         call=name,
         inputs=((), {}),
+        output=key,
+        seed=draw.seed,
+        draw=draw.number,
         keys=RunKeys.of(draw, name),
+        device=devices_of(key),
         started=time.time(),
         cell=cell,
-        by_hand=by_hand,
+        by_hand="root_key, params_key, dropout_key = jax.random.split(root_key, 3)",
         first=first,
     )
 

@@ -89,8 +89,7 @@ def export_session(
     for cell_run in cell_runs:
         script.cell(cell_run)
     written = sum(any(map(any, (lines.text for lines in block))) for block in script.blocks)
-    text = script.finished(title, sources)
-    return Exported(text, written, len(runs), tuple(context.unexported))
+    return Exported(script.finished(title, sources), written, len(runs), tuple(context.unexported))
 
 
 def _model(

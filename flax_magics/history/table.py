@@ -19,7 +19,7 @@ from ..report import facts
 from ..report.html import render, shown_bundle
 from ..report.text import Notice
 from ..rng.keys import RootKey, RunKeys, short_key
-from ..run import COMMANDS, DrawNumber, Note, Run, repr_without
+from ..run import COMMANDS, CommandName, DrawNumber, Note, Run, repr_without
 from ..state import runs
 from ..state.runs import RunLog, StoredRun
 from ..state.state import State
@@ -50,7 +50,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     Attributes:
       seed, draw: which draw of which seed.
       draws: how many it took at once, None for one.
-      command: what drew: `apply`, `init`, `key`.
+      command: what drew.
       name: the model's; for a key its stream.
       mode: as in `Run`; empty for an init or a key.
       call: as it was written.
@@ -63,7 +63,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     seed: int
     draw: int
     draws: int | None
-    command: str
+    command: CommandName
     name: str
     mode: str
     call: str

@@ -151,8 +151,7 @@ def _inside() -> _Inside:
     # What was never imported has no frames, so nothing is imported to look.
     modules = [sys.modules[name] for name in (*PACKAGES, *MACHINERY) if name in sys.modules]
     folders = [folder + os.sep for module in modules for folder in getattr(module, "__path__", ())]
-    files = [str(module.__file__) for module in modules if not hasattr(module, "__path__")]
-    places = (*folders, *files)
+    places = (*folders, *(str(module.__file__) for module in modules if not hasattr(module, "__path__")))
 
     def inside(step: TracebackType, following: TracebackType | None) -> bool:
         code = step.tb_frame.f_code

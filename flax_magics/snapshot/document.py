@@ -27,7 +27,7 @@ from ..base.types import PyTree
 from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, DrawBatch, RootKey, RunKeys, as_key
-from ..run import RELEASED, InitStats, Note, OutputFacts, Run
+from ..run import RELEASED, CommandName, InitStats, Note, OutputFacts, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State
@@ -76,7 +76,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     """
 
     version: Literal[1]
-    command: Literal["apply", "init", "key"]
+    command: CommandName
     model: str | None
     mode: str
     weights: str

@@ -20,13 +20,12 @@ from ..base.types import Leaf, PyTree
 from ..code.inventory import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
-from ..execution.build import Building, built_with
+from ..execution.build import Building, RegisterResult, built_with
 from ..models.base import Model, ModelWithInit, ModelWithVariables
 from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
 from ..state.models import Registration, differences
-from ..state.runs import StoredRun
 from ..state.state import SavedModel, State
 from ..state.trees import Differs, foreign_in, graft
 from ..state.weights import WeightSource
@@ -106,9 +105,8 @@ def _held_against(saved: SavedModel, model: ModelWithInit) -> tuple[PyTree, Init
             init = initialised(model, saved_init.key, saved_init.method, saved_init.args, saved_init.kwargs)
         except Exception as error:  # the user's code does not take the old call
             raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
-    if (
-        saved_init is None or init is None or init.shapes is None
-    ):  # the init looks at values: only running it would tell
+    # Where the init looks at values only running it would tell its shapes.
+    if saved_init is None or init is None or init.shapes is None:
         opaque = foreign_in(variables)
         if opaque is not None:
             text = f"{opaque[0]} is a {opaque[1]} in the file, and the model does not say what to make of it"
@@ -212,9 +210,7 @@ def unfit(errors: Mapping[str, Unfit], path: str) -> FlaxMagicsError:
 class RestoringBuilding(Building):
     """Registers modules in a session to which variables of a file wait to be given."""
 
-    def register(
-        self, state: State, name: str, module: object, *, anew: bool, cell: int | None
-    ) -> tuple[State, Registration, StoredRun | None]:
+    def register(self, state: State, name: str, module: object, *, anew: bool, cell: int | None) -> RegisterResult:
         """As `Building.register`, with the variables that wait for the name if they fit.
 
         A module that the file's session had built is built with the keys of that time, which is no draw, if its

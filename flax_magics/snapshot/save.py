@@ -193,8 +193,7 @@ def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:
     A session in which nothing has happened yet does not replace one that is in the file: a notebook that turns this on in
     its first cells would lose there what it is on for.
     """
-    saved = _there(state, path_of(path)) or save_session(state, path)
-    return Autosave(path_of(path).absolute(), saved)
+    return Autosave(path_of(path).absolute(), _there(state, path_of(path)) or save_session(state, path))
 
 
 def _there(state: State, target: Path) -> Saved | None:

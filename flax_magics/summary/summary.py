@@ -130,8 +130,6 @@ def check_call(name: str, model: Model, call: Call, key: jax.Array) -> tuple[tup
     """
     to_init, init_call = prepare_init(name, model, call)
     prepared = prepare(name, model, init_call, None)
-    variables: Mapping[str, PyTree]
-    shapes: Mapping[str, PyTree]
     if to_init.holds_variables:
         variables, shapes = to_init.own_variables(), to_init.collections()
     else:
