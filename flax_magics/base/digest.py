@@ -363,8 +363,8 @@ def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):  # infinite ones, and NaN
         apart = np.abs(one[differ].astype(wide) - other[differ].astype(wide))
-    largest = float(apart.max())  # NaN if any is
-    return Difference(path, count, one.size, largest, largest_ulp(one[differ], other[differ]))
+    # The largest is NaN if any is.
+    return Difference(path, count, one.size, float(apart.max()), largest_ulp(one[differ], other[differ]))
 
 
 def _bits(array: HostArray) -> HostArray:

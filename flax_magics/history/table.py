@@ -322,8 +322,7 @@ def _folds_by(row: DrawRow) -> tuple[object, ...]:
 
 def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     first, last = group[0], group[-1]
-    seed = f"{first.seed}:" if several else ""
-    draw = f"{seed}{first.draw}"
+    draw = f"{first.seed}:{first.draw}" if several else f"{first.draw}"
     if first.draw != last.last:
         # By turns: others are in between.
         through = last.last - first.draw < sum(row.draws or 1 for row in group)

@@ -397,8 +397,7 @@ async def _stop(client: NotebookClient, manager: AsyncKernelManager, gently: boo
 def _last_words(said: IO[bytes]) -> str:
     """The last line that the kernel's process wrote."""
     with contextlib.suppress(OSError, ValueError):
-        size = said.seek(0, os.SEEK_END)
-        said.seek(max(0, size - 4000))
+        said.seek(max(0, said.seek(0, os.SEEK_END) - 4000))
         lines = said.read().decode("utf-8", errors="replace").splitlines()
         return next((cut(clean(line), 200) for line in reversed(lines) if line.strip()), "")
     return ""
