@@ -152,8 +152,8 @@ def has_nan(tree: PyTree) -> bool:
     leaves = [tree] if isinstance(tree, jax.Array) else jax.tree_util.tree_leaves(tree)
     for leaf in leaves:
         if _is_inexact(leaf):
-            for part in _parts(leaf):
-                least = np.minimum.reduce(part)  # NaN if any of them is: a third of what `isnan` takes of a few numbers
+            for chunk in _chunks(leaf):
+                least = np.minimum.reduce(chunk)  # NaN if any is: a third of what `isnan` takes of a few numbers
                 if least != least:
                     return True
     return False
@@ -171,32 +171,32 @@ def _is_inexact(leaf: Leaf) -> bool:
     return bool(getattr(leaf, "is_fully_addressable", True))
 
 
-def _parts(leaf: Leaf) -> Iterator[HostArray]:
+def _chunks(leaf: Leaf) -> Iterator[HostArray]:
     """The numbers of an array, `CHUNK` at a time, in a dtype that NumPy itself has."""
     flat = np.asarray(leaf).reshape(-1)
     for start in range(0, flat.size, CHUNK):
-        part = flat[start : start + CHUNK]
+        chunk = flat[start : start + CHUNK]
         # bfloat16 and the kinds of float8: every one of their numbers is one of float32's.
-        yield part if part.dtype.kind in "fc" and part.dtype.itemsize > 2 else part.astype(np.float32)
+        yield chunk if chunk.dtype.kind in "fc" and chunk.dtype.itemsize > 2 else chunk.astype(np.float32)
 
 
 def _values(path: str, leaf: Leaf) -> Values:
     nan = inf = finite = size = 0
     total, least, most = 0.0, np.inf, -np.inf
     ordered = True
-    for part in _parts(leaf):
-        size += part.size
-        ordered = part.dtype.kind == "f"
-        is_finite = np.isfinite(part)
+    for chunk in _chunks(leaf):
+        size += chunk.size
+        ordered = chunk.dtype.kind == "f"
+        is_finite = np.isfinite(chunk)
         good = int(is_finite.sum())
-        if good < part.size:
-            missing = int(np.isnan(part).sum())
-            nan, inf = nan + missing, inf + part.size - good - missing
-            part = part[is_finite]
+        if good < chunk.size:
+            missing = int(np.isnan(chunk).sum())
+            nan, inf = nan + missing, inf + chunk.size - good - missing
+            chunk = chunk[is_finite]
         if good and ordered:
             finite += good
-            total += float(part.sum(dtype=np.float64))
-            least, most = min(least, float(part.min())), max(most, float(part.max()))
+            total += float(chunk.sum(dtype=np.float64))
+            least, most = min(least, float(chunk.min())), max(most, float(chunk.max()))
     if not finite:
         return Values(path, size, nan, inf, None, None, None)
     return Values(path, size, nan, inf, least, most, total / finite)

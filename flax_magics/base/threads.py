@@ -36,9 +36,9 @@ def at_once(assignments: Iterable[Assignment]) -> None:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C back for the time of the block, and lets it strike afterwards. Threads get none anyway."""
-    before = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
     # It may be ignored, or handled outside of Python.
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
     signals: list[tuple[int, FrameType | None]] = []
@@ -46,9 +46,9 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
         if signals:
-            before(*signals[0])
+            handler(*signals[0])
 
 
 Future: TypeAlias = "concurrent.futures.Future[Any]"

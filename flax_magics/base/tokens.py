@@ -124,9 +124,9 @@ def point_at(text: str, position: int) -> str:
     # Tabs and control characters would move the caret, or the terminal's cursor.
     line = re.sub(r"[\x00-\x1f\x7f]", " ", text[start:] if end < 0 else text[start:end])
     indent = len(line) - len(line.lstrip())
-    before = line[indent : position - start]
+    left = line[indent : position - start]
     # Wide characters take two columns; a caret by their count would stand too far left.
-    columns = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in before)
+    columns = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in left)
     return f"{line.strip()}\n{' ' * columns}^"
 
 
@@ -135,7 +135,7 @@ def index_of(text: str, line: int, column: int) -> int:
     lines = text.split("\n")
     line = min(max(line, 1), len(lines))
     here = lines[line - 1].encode()[: max(column, 0)].decode(errors="ignore")
-    return sum(len(before) + 1 for before in lines[: line - 1]) + len(here)
+    return sum(len(above) + 1 for above in lines[: line - 1]) + len(here)
 
 
 def statements(text: str, transform: Callable[[str], str] = str) -> list[ast.stmt]:

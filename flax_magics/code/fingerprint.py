@@ -124,7 +124,7 @@ class _Digest:
         if not self._label(kind, value):
             return
         self.guards.note(kind, value)
-        for edge, name, part in parts_of(value, kind):
+        for edge, name, inner in parts_of(value, kind):
             # A method's class is visited where the method was reached from; a model's `parent` is None.
             is_hidden = edge == "attribute" and kind == "object" and (name.startswith("_") or name in OF_LINEN)
             if edge == "owner" or (edge == "field" and name == "parent") or is_hidden:
@@ -133,10 +133,10 @@ class _Digest:
                 self.visit(name)
             elif edge not in ("item", "inner"):
                 self.tag(edge, name)
-            if edge == "field" and part is MISSING:
+            if edge == "field" and inner is MISSING:
                 self.guards.attribute(value, name)
-                part = getattr(value, name, MISSING)
-            self.visit(part)
+                inner = getattr(value, name, MISSING)
+            self.visit(inner)
 
     def _label(self, kind: Kind, value: Any) -> bool:
         """Hashes what `value` itself is. Whether what it holds counts, too: what a library defines is told by its name."""

@@ -75,9 +75,9 @@ class _Writer:
 
     def seen(self, thing: object) -> bool:
         """Writes the number of this very object, a new one at the first time. Whether it was written before."""
-        before = id(thing) in self._once
+        is_known = id(thing) in self._once
         self.word(self._once.setdefault(id(thing), len(self._once)))
-        return before
+        return is_known
 
     def value(self, value: object) -> None:
         """A value of JAX's own, which is kept and compared."""

@@ -237,7 +237,7 @@ def init_model(
     seconds = clock() - start
     source = WeightSource.initialised(opened, variables)
     replaced, more = replaced_by_init(entry, limit)
-    spelling = record.facts_of_init(call, model)
+    facts = record.facts_of_init(call, model)
     run = Run(
         command="init",
         model=name,
@@ -255,11 +255,11 @@ def init_model(
         cell=call.cell,
         made=made_of(variables),
         notes=(*said, *more, *notes.of_params(variables)),
-        by_hand=model.init_by_hand(call.text, call.method, spelling.init_arguments, spelling.init_module),
+        by_hand=model.init_by_hand(call.text, call.method, facts.init_arguments, facts.init_module),
         weights=source.describe(opened.seed),
         replayed=draw is not None,
         first=state.runs is None,
-        spelling=spelling,
+        spelling=facts,
     )
     recipe = InitRecipe(entry.without_variables(), call.method, model.other_arrays())
     entry = replace(entry.with_variables(variables, source, init_record), replaced=replaced)

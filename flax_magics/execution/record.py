@@ -174,7 +174,7 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
 
 
 def facts_of_apply(execution: Execution) -> ExportFacts:
-    """The spelling of an apply, from its execution."""
+    """What it takes to write an apply as plain Flax, from its execution."""
     bound, result, entry = execution.request.bound, execution.result, execution.variables.entry
     call, model, registered = bound.call, bound.model, entry.model
     parameters = tuple(positional_names(bound.signature, len(call.args)))
@@ -225,7 +225,7 @@ def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
 
 
 def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:
-    """The spelling of the init of a linen model that has run."""
+    """What it takes to write the init of a linen model, which has run, as plain Flax."""
     to_init, init_call = prepare_init("", model, call)
     as_written, switches = read_fields(model.module), read_fields(to_init.module)
     module = cloned(MODULE, model.module, map(setting_of, switches) if as_written != switches else ())

@@ -178,8 +178,8 @@ class ScriptContext:
 
     def is_conditional(self, site: CommandSite) -> bool:
         """Whether some runs of a place initialise and others do not, so that the script has to look."""
-        made = [initialises(self.groups.runs[index]) for index in self.groups.of_site(site)]
-        return bool(site.path) and any(made) and (len(made) == 1 or not all(made))
+        inits = [initialises(self.groups.runs[index]) for index in self.groups.of_site(site)]
+        return bool(site.path) and any(inits) and (len(inits) == 1 or not all(inits))
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
         """These runs have no lines: models whose variables they made or changed are lost."""

@@ -59,7 +59,7 @@ class RootKeyTracker:
 
     def after(self, statement: ExecutedStatement) -> None:
         """The statement has run."""
-        drawn = [made for made in statement.runs if not self.context.groups.runs[made[0]].replayed]
+        drawn = [row for row in statement.runs if not self.context.groups.runs[row[0]].replayed]
         if drawn:
             self._stand(*drawn[-1])
 

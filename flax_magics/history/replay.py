@@ -122,7 +122,7 @@ class Replaying(Struct, frozen=True):
             return self._init(how, call, draw.first)
         variables = jax.tree_util.tree_unflatten(how.structure, origin.leaves)
         program = None if how.program is None else how.program()
-        changed = [text for text, then, now in zip(SETTINGS, how.settings, settings(), strict=True) if then != now]
+        changed = [text for text, old, new in zip(SETTINGS, how.settings, settings(), strict=True) if old != new]
         said = (*self._edited(how), *_of_inputs(how, *stored.inputs), *changed)
         if program is None or changed:  # under other settings it may not even take the same numbers
             repeat = self._made_anew(how, variables, call, draw)

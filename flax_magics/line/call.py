@@ -204,7 +204,7 @@ def syntax_error(text: str, error: Exception, place: str) -> FlaxMagicsError:
         reason, line, column = error.msg, error.lineno or 1, error.offset or 1
     lines = text.split("\n")
     line = min(line, len(lines))
-    position = sum(len(before) + 1 for before in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
+    position = sum(len(above) + 1 for above in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
     return FlaxMagicsError(f"{place.format(line=line)}: {reason}", hint=point_at(text, position))
 
 

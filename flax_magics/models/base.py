@@ -139,7 +139,7 @@ class MissingVariables(Exception):
 
 
 class Incomplete(Exception):
-    """The trace asked for more than it was given; its Record says for what. It must be done again."""
+    """The trace asked for more than it was given; its `CallTrace` says for what. It must be done again."""
 
 
 FLAX_ARGUMENTS = {

@@ -87,9 +87,9 @@ def initialising(streams: set[str]) -> Iterator[None]:
 
 def _written(outer: wrappers.ToLinen, module: nnx.Module) -> Iterator[tuple[str, bool]]:
     """Collections that the module holds other values of than its variables were, and whether they were sown."""
-    given = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
+    ids_before = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and not isinstance(part, nnx.RngState):
-            if all(id(leaf) in given for leaf in jax.tree_util.tree_leaves(part)):
+            if all(id(leaf) in ids_before for leaf in jax.tree_util.tree_leaves(part)):
                 continue
             yield variablelib.variable_name_from_type(type(part), allow_register=True), is_sown(part)

@@ -251,7 +251,7 @@ def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
     call_writer, at = Writer(), f"{model.name} initialised with"
     try:
         nodes = {
-            part: call_writer.tree(getattr(model.made, part), f"{at}/{part}") for part in ("key", "args", "kwargs")
+            name: call_writer.tree(getattr(model.made, name), f"{at}/{name}") for name in ("key", "args", "kwargs")
         }
     except FlaxMagicsError:
         return None

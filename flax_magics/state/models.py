@@ -110,19 +110,19 @@ def _edited(old: ModelEntry, model: ModelWithInit, fingerprint: bytes | None) ->
     entry = replace(old, model=model, fingerprint=fingerprint, static_ints=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
-    before = old.init
-    if before is None:  # assigned by the user: how they were made is not known
+    old_init = old.init
+    if old_init is None:  # assigned by the user: how they were made is not known
         return entry, Registration(old.name, "changed", variables="kept")
     try:
-        init = initialised(model, before.key, before.method, before.args, before.kwargs)
+        init = initialised(model, old_init.key, old_init.method, old_init.args, old_init.kwargs)
     except Exception as error:  # the user's new code does not take the old call
         changes: tuple[str, ...] = (f"the last init's call fails now ({type(error).__name__})",)
     else:
-        comparable = init.shapes is not None and before.shapes is not None
-        changes = differences(before.shapes, init.shapes) if comparable else ()
+        comparable = init.shapes is not None and old_init.shapes is not None
+        changes = differences(old_init.shapes, init.shapes) if comparable else ()
     if changes:
         return entry.with_variables(None, None), Registration(old.name, "changed", changes, "dropped")
-    same = comparable and init.program is not None and init.program == before.program
+    same = comparable and init.program is not None and init.program == old_init.program
     entry = replace(entry, init=init) if same else replace(entry, outdated=True)
     return entry, Registration(old.name, "changed", variables="kept")
 

@@ -199,8 +199,8 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
     for stored in drawn:
         facts = stored.facts
         if facts.seed == seed and facts.draw <= number < facts.draw + (facts.draws or 1):
-            before = next(drawn, None)
-            return [before, stored] if before is not None and _shared(before.facts, facts) else [stored]
+            previous = next(drawn, None)
+            return [previous, stored] if previous is not None and _shared(previous.facts, facts) else [stored]
     return []
 
 
@@ -307,10 +307,10 @@ class ReplayBudget:
                 continue
             how = held.origin.how
             if isinstance(how, ApplyRecipe):
-                before = self._last.get(how.name)
-                if before is not None and before.origin is not None and before.inputs is not None:
-                    _share(held.inputs[1], before.inputs[1])
-                    leaves, old = held.origin.leaves, before.origin.leaves
+                last = self._last.get(how.name)
+                if last is not None and last.origin is not None and last.inputs is not None:
+                    _share(held.inputs[1], last.inputs[1])
+                    leaves, old = held.origin.leaves, last.origin.leaves
                     _share(leaves, old)
                     if len(leaves) == len(old) and all(map(is_, leaves, old)):
                         held.origin.leaves = old  # one list of them, too

@@ -215,14 +215,14 @@ def first_line(cell: NotebookNode) -> str:
 
 def other_order(notebook: NotebookNode) -> str:
     """`cell 4 was run before cell 3`, of the first two cells that were; empty where they were run from top to bottom."""
-    latest, before = 0, 0
+    latest_count = latest_cell = 0
     for number, cell in code_cells(notebook):
         count = cell.execution_count
         if count is None or not is_run(cell):
             continue
-        if count < latest:
-            return f"cell {number} was run before cell {before}"
-        latest, before = count, number
+        if count < latest_count:
+            return f"cell {number} was run before cell {latest_cell}"
+        latest_count, latest_cell = count, number
     return ""
 
 
