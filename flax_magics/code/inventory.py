@@ -68,23 +68,23 @@ def changes(old: Inventory, new: Inventory) -> list[str]:
     """
     values, code, others = [], [], []
     for name, piece in new.items():
-        before = old.get(name)
-        if before is None:
+        old_piece = old.get(name)
+        if old_piece is None:
             others.append(f"{_spell(name, piece)}: not there before")
-        elif before.print == piece.print:
+        elif old_piece.print == piece.print:
             continue
-        elif piece.kind != before.kind:
-            code.append(f"{_spell(name, before)} became {_spell(name, piece)}")
+        elif piece.kind != old_piece.kind:
+            code.append(f"{_spell(name, old_piece)} became {_spell(name, piece)}")
         elif piece.kind == "function":
             code.append(f"{name}() was redefined")
         elif piece.kind == "method":
             code.append(f"{name} was edited")
         elif piece.kind == "class":
-            code.insert(0, f"{name or 'the model'}: {before.text} → {piece.text}")
-        elif before.text == piece.text:
+            code.insert(0, f"{name or 'the model'}: {old_piece.text} → {piece.text}")
+        elif old_piece.text == piece.text:
             values.append(f"{name}: other values")
         else:
-            values.append(f"{name}: {before.text} → {piece.text}")
+            values.append(f"{name}: {old_piece.text} → {piece.text}")
     others += [f"{_spell(name, piece)}: there before" for name, piece in old.items() if name not in new]
     return [*values, *code] or others
 
@@ -249,8 +249,7 @@ def source_of(module: object) -> str:
 
     Empty where there is no source, as in a plain Python prompt.
     """
-    texts = dict.fromkeys(map(_text, _classes(module)))
-    return "\n\n".join(filter(None, texts))[:LIMIT]
+    return "\n\n".join(filter(None, dict.fromkeys(map(_text, _classes(module)))))[:LIMIT]
 
 
 def _classes(module: object) -> list[type]:

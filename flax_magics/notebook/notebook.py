@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
 from ..line.call import CallExpression
-from .failures import InterruptGuard, stopped
+from .interrupts import InterruptGuard
+from .tracebacks import stopped
 
 if TYPE_CHECKING:
     from .._session import Session

@@ -14,7 +14,7 @@ from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.compile.initialise import trace_init
-from flax_magics.execution.call import Call, prepare_init
+from flax_magics.execution.call import Call, initialising, prepare_init
 from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
 
@@ -93,9 +93,9 @@ def of_hand(module: Any, *args: Any) -> Any:
 def is_taken_apart(module: Any, *args: Any) -> bool:
     """Whether it is units that run, not `module.init`."""
     call = Call((), args, {}, "net(x)")
-    prepared = prepare_init("net", adopt(module, "net"), call)
+    model, init_call = prepare_init("net", adopt(module, "net"), call)
     units = Session(seed=0).programs.units
-    return prepared.initialising(RootKey.from_seed(0).draw(), units).expected is not None
+    return initialising(model, init_call, RootKey.from_seed(0).draw(), units).expected is not None
 
 
 @pytest.mark.parametrize(
