@@ -17,11 +17,8 @@ import flax_magics
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
-SEEDS = (
-    [int(os.environ["FLAX_MAGICS_SESSION"])]
-    if "FLAX_MAGICS_SESSION" in os.environ
-    else (range(int(os.environ.get("FLAX_MAGICS_SESSIONS", "4"))))
-)
+ONE = os.environ.get("FLAX_MAGICS_SESSION")
+SEEDS = [int(ONE)] if ONE else range(int(os.environ.get("FLAX_MAGICS_SESSIONS", "4")))
 
 IMPORTS = "import dataclasses\nfrom flax import nnx\nx = x[0]\nbatches = jnp.stack([x, x * 2])\n"
 

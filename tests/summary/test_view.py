@@ -1,4 +1,4 @@
-"""A summary as text in 80 columns and as HTML that folds, and variables as a tree."""
+"""A summary as text in 80 columns and as HTML, and variables as a tree."""
 
 from __future__ import annotations
 
