@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 
 import jax
@@ -126,7 +125,7 @@ class State(Struct, frozen=True):
         seed, number = self.check_draw(wanted)
         impl = self._last(seed)[1]
         # `jax_default_prng_impl` may have changed since the seed was used.
-        with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else contextlib.nullcontext():
+        with jax.default_prng_impl(impl):
             root = RootKey.from_seed(seed)
         # Each draw splits the root that the draw before it left.
         for _ in range(number - 1):
