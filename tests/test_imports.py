@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
-
-
-def printed(script: str, *options: str) -> str:
-    """What a script prints in a process of its own."""
-    command = [sys.executable, *options, "-c", textwrap.dedent(script)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+from processes import printed_by
 
 
 def test_the_package_and_what_reads_the_command_line_import_neither_jax_nor_flax_nor_ipython():
@@ -20,12 +12,12 @@ def test_the_package_and_what_reads_the_command_line_import_neither_jax_nor_flax
         import flax_magics.notebook.tracebacks, flax_magics.notebook.interrupts, flax_magics.notebook.completion
         print(sorted({"jax", "jaxlib", "flax", "optax", "numpy", "IPython"} & set(sys.modules)))
     """
-    assert printed(script, "-W", "error") == "[]\n"
+    assert printed_by(script, "-W", "error") == "[]\n"
 
 
 def test_the_names_that_need_jax_import_it_when_they_are_asked_for():
     script = "import flax_magics; print(flax_magics.Session(seed=3).seed, flax_magics.Run.__name__)"
-    assert printed(script, "-W", "error") == "3 Run\n"
+    assert printed_by(script, "-W", "error") == "3 Run\n"
 
 
 def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
@@ -37,7 +29,7 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
         shell.run_line_magic("load_ext", "flax_magics")
         print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - {"flax_magics", "IPython"}))
     """
-    assert set(printed(script).split()) <= {"_blake2", "_hashlib", "bdb", "hashlib"}
+    assert set(printed_by(script).split()) <= {"_blake2", "_hashlib", "bdb", "hashlib"}
 
 
 def test_a_run_of_a_linen_model_imports_nothing_of_nnx():
@@ -59,5 +51,5 @@ def test_a_run_of_a_linen_model_imports_nothing_of_nnx():
           session.apply("net", jnp.ones((rows, 4)))
         print(before, "flax.nnx" in sys.modules)
     """
-    before, after = printed(script).split()
+    before, after = printed_by(script).split()
     assert after == before

@@ -17,11 +17,6 @@ from flax_magics.rng.keys import stream_tag
 from flax_magics.run import RELEASED
 
 
-@pytest.fixture
-def session():
-    return Session(seed=0)
-
-
 def split(root_key: Any) -> Any:
     return jax.random.split(root_key, 3)
 

@@ -42,11 +42,6 @@ Wider.__name__ = Wider.__qualname__ = "Normed"
 
 
 @pytest.fixture
-def session():
-    return Session(seed=0)
-
-
-@pytest.fixture
 def net():
     return session_of(MyModel(3, training=True))
 

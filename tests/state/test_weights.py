@@ -435,8 +435,8 @@ def test_they_count_in_replay_bytes_and_are_let_go_of_with_the_oldest():
 def test_where_they_are_too_large_to_be_kept_the_note_says_so():
     session = session_with_set_weights(replay_bytes=10)
     session.init("net", X)
-    kept = "they are not kept: 64 B are more than replay_bytes, 10 B"
-    assert notes_of(session) == [(f"this init replaced weights of net: set in a script; {kept}", None)]
+    why = "they are not kept: 64 B are more than replay_bytes, 10 B"
+    assert notes_of(session) == [(f"this init replaced weights of net: set in a script; {why}", None)]
 
 
 def test_the_next_that_are_replaced_take_their_place():

@@ -171,9 +171,9 @@ def runs_as_by_hand(
     leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
     traced = [isinstance(leaf, (jax.Array, np.ndarray, float)) for leaf in leaves]
 
-    def call(net: Any, given: Any, passed: dict[str, Any]) -> Any:
-        given = iter(given)
-        filled = [next(given) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
+    def call(net: Any, traced_leaves: Any, passed: dict[str, Any]) -> Any:
+        rest = iter(traced_leaves)
+        filled = [next(rest) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
         args, kwargs = jax.tree_util.tree_unflatten(tree, filled)
         return getattr(net, method or "__call__")(*args, **kwargs, **passed)
 
@@ -182,8 +182,8 @@ def runs_as_by_hand(
     for draw in (1, 2, 3):
         nnx.reseed(other, policy="match_shape", **keys_of(draw)(*tags))
         passed = {"rngs": nnx.Rngs(**keys_of(draw)(*rngs))} if rngs else {}
-        given = [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced]
-        output = by_hand(other, given, passed)
+        traced_leaves = [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced]
+        output = by_hand(other, traced_leaves, passed)
         run = session.apply("net", *args, mode=mode, method=method, eager=eager, **kwargs)
         assert bits(run.output) == bits(output)
         assert values(run.sown) == values(sown_off(other))
