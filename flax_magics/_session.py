@@ -181,7 +181,7 @@ class Session(SessionView):
     # -- draws
 
     def init(
-        self, model: object, /, *args: Any, method: str | None = None, draw: DrawNumber | None = None, **kwargs: Any
+        self, model: object, /, *args: Any, method: str | None = None, keys_of: DrawNumber | None = None, **kwargs: Any
     ) -> Mapping[str, PyTree]:
         """Initialises the variables of a model anew, and returns them: collections by name, as Flax's `init` gives them.
 
@@ -189,7 +189,7 @@ class Session(SessionView):
         """
         name = self._entry(model).name
         call = Call.of(name, method, args, kwargs, command="%flax_init")
-        return self.run_init(name, call, draw=draw).output  # type: ignore[no-any-return]
+        return self.run_init(name, call, keys_of=keys_of).output  # type: ignore[no-any-return]
 
     def apply(
         self,
@@ -201,8 +201,8 @@ class Session(SessionView):
         mutable: str | Iterable[str] = (),
         variables: Mapping[str, PyTree] | None = None,
         key: str | Iterable[str] = (),
-        draw: DrawNumber | None = None,
-        draws: int | None = None,
+        keys_of: DrawNumber | None = None,
+        samples: int | None = None,
         repeat: int = 1,
         eager: bool = False,
         roofline: bool = False,
@@ -217,8 +217,9 @@ class Session(SessionView):
           mutable: collections to hand back: the output is then `(output, updates)`, as in Flax.
           variables: run with these and keep nothing.
           key: arguments that are given the draw's stream of their name.
-          draw: use the keys of an earlier draw: its number, or `(seed, number)`. No new draw is made.
-          draws: so many at once, the model mapped over their keys; arrays of the output have an axis of that size in front.
+          keys_of: use the keys of an earlier draw: its number, or `(seed, number)`. No new draw is made.
+          samples: so many draws at once, the model mapped over their keys; arrays of the output have an axis of that size in
+            front.
           repeat: run so often with the same keys; `timing.steady` has every time.
           eager: run without compiling.
           roofline: `limits` has what the machine reaches, measured once; without `repeat` there are 20 runs.
@@ -229,8 +230,8 @@ class Session(SessionView):
             mutable=as_names(mutable),
             variables=variables,
             key=as_names(key),
-            draw=draw,
-            draws=draws,
+            keys_of=keys_of,
+            samples=samples,
             repeat=repeat,
             eager=eager,
             roofline=roofline,
@@ -381,7 +382,7 @@ class Session(SessionView):
             draw, phase = self._state.root.draw(), self.services.on_phase  # the next draw is looked at, and not made
             return summary.of_call(entry, call, mode, draw, backward=backward, phase=phase)
 
-    def run_init(self, name: str, call: Call, *, draw: DrawNumber | None = None, module: object = None) -> Run:
+    def run_init(self, name: str, call: Call, *, keys_of: DrawNumber | None = None, module: object = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
         self._stand_outside(surroundings.of_init, self._entry(name), call)
         entry, notes = self._entry_now(name, module)
@@ -389,10 +390,10 @@ class Session(SessionView):
         if entry.model.holds_variables:
             with self._translation(entry, call):
                 entry.model.signature(call.method)
-            outcome = rebuild(*inputs, draw=draw, limit=self.replay_bytes)
+            outcome = rebuild(*inputs, keys_of=keys_of, limit=self.replay_bytes)
         else:
             with self._translation(entry, call):
-                outcome = init_model(*inputs, draw=draw, limit=self.replay_bytes, said=notes)
+                outcome = init_model(*inputs, keys_of=keys_of, limit=self.replay_bytes, said=notes)
         self._commit(outcome)
         assert outcome.entry is not None
         self._keeping.replace(entry.replaced, outcome.entry.replaced)

@@ -136,7 +136,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       output: what the model returned (an init: the variables; a key: the key).
       sown: collection → what the model sowed there in this run.
       seed, draw: which draw of which seed; numbers count from 1 under each seed.
-      draws: how many draws were taken at once, from `draw` on; arrays of the output and the keys then have an axis of
+      samples: how many draws were taken at once, from `draw` on; arrays of the output and the keys then have an axis of
         that size in front. None for one draw as it is.
       keys: stream → its typed key in this draw: `params` and `dropout` (an apply has both), and every further stream
         that the model asked for. `params (folded)` is a run's own `params` stream where an init took the draw's.
@@ -191,7 +191,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     weights: str = ""
     replayed: bool = False
     first: bool = False
-    draws: int | None = None
+    samples: int | None = None
     elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None
     _taken: OutputFacts = msgspec.field(default_factory=OutputFacts)
@@ -221,11 +221,11 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
 
     @property
     def spread(self) -> tuple[Spread, ...]:
-        """How each array of the output differs between the draws of this run, worked out when first asked for.
+        """How each array of the output differs between the samples of this run, worked out when first asked for.
 
         Empty for one draw, and where the output was let go before.
         """
-        if self.draws is None:
+        if self.samples is None:
             return ()
         if self._taken.spread is None and self.output is not RELEASED:
             self._taken.spread = spread_of(self.output)
@@ -376,7 +376,8 @@ def recorded(run: Run) -> dict[str, object]:
     """As JSON data: which run it was, its keys (their words in hex), digest and sample, and what its bits depend on."""
     plain = ("command", "model", "mode", "weights", "call", "seed", "draw", "draws", "device", "started", "replayed")
     return {
-        **{name: getattr(run, name) for name in plain},
+        # What was saved has the number of samples under this name.
+        **{name: run.samples if name == "draws" else getattr(run, name) for name in plain},
         "output": run.shape,
         "keys": all_words(run.keys),
         "digest": run.digest,

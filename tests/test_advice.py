@@ -278,9 +278,10 @@ SCENARIOS = [
     Scenario("line.options._wants", "%flax_apply --mutable net(x)", (NET,), ("params",)),
     Scenario("line.options._wants", "%flax_apply --repeat 0 net(x)", (NET,)),
     Scenario("line.options._unknown", "%flax_apply --eagr net(x)", (NET,)),
+    Scenario("line.options._unknown", "%flax_apply --draws 2 net(x)", (NET,)),
     Scenario("line.options._after_the_call", "%flax_apply net(x) --eager", (NET,)),
     Scenario("line.options.file_name", "%flax_save -q", (NET,), ("a.safetensors",)),
-    Scenario("notebook.command.draw_of", "%flax_apply --draw frst net(x)", (NET, RAN)),
+    Scenario("notebook.command.draw_of", "%flax_apply --keys-of frst net(x)", (NET, RAN)),
     Scenario("notebook.command.draw_of", "%flax_replay x", (NET, RAN)),
     Scenario("notebook.command.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
     Scenario("state.state.check_draw", "%flax_replay 9", (NET, RAN)),
@@ -356,8 +357,8 @@ SCENARIOS = [
             "flax_magics.execution.execute.limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9)
         ),
     ),
-    Scenario("execution.execute._check_draws", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
-    Scenario("execution.execute._check_draws", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
+    Scenario("execution.execute._check_samples", "%flax_apply --train --samples 2 Net(x)", (SWITCHED,)),
+    Scenario("execution.execute._check_samples", "%flax_apply --samples 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
     # -- weights
     Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
     Scenario("notebook.magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),

@@ -378,14 +378,14 @@ def test_an_earlier_draw_gives_its_keys_again_and_moves_nothing(session):
     session.register("net", MyModel(3, True))
     runs = [session.apply("net", x) for _ in range(3)]
     root = data_of(session.root_key)
-    again = session.apply("net", x, draw=2)
+    again = session.apply("net", x, keys_of=2)
     assert bits(again.output) == bits(runs[1].output)
     assert (again.draw, again.replayed) == (2, True)
     assert data_of(session.root_key) == root
     session.restart(7)
-    assert bits(session.apply("net", x, draw=(0, 3)).output) == bits(runs[2].output)
+    assert bits(session.apply("net", x, keys_of=(0, 3)).output) == bits(runs[2].output)
     with pytest.raises(FlaxMagicsError, match="draw 9 of seed 0 was not made in this session: it has draws 1 to 3"):
-        session.apply("net", x, draw=(0, 9))
+        session.apply("net", x, keys_of=(0, 9))
 
 
 def test_repeat_runs_with_the_same_keys_and_counts_one_draw_and_one_update(session):
@@ -439,7 +439,7 @@ class Fails(nn.Module):
         lambda s, x: s.apply("net", x, mask=x),
         lambda s, x: s.apply("nett", x),
         lambda s, x: s.apply("net", x, method="encode"),
-        lambda s, x: s.apply("net", x, draw=99),
+        lambda s, x: s.apply("net", x, keys_of=99),
         lambda s, x: s.apply("net", x, repeat=0),
         lambda s, x: s.apply("net", x, mode="test"),
         lambda s, x: s.key("not a name"),

@@ -384,12 +384,12 @@ def alike(one: object, other: object) -> bool:
 
 
 class Spread(Struct, frozen=True, forbid_unknown_fields=True):
-    """How one array of the output differs between draws.
+    """How one array of the output differs between samples.
 
     Attributes:
       path: where it is in the output, as `jax.tree_util.keystr` writes it; empty where the output is one array.
-      mean: over all draws and elements.
-      deviation: each element's standard deviation over the draws (n - 1 in the denominator), averaged over the elements;
+      mean: over all samples and elements.
+      deviation: each element's standard deviation over the samples (n - 1 in the denominator), averaged over the elements;
         NaN for one draw.
     """
 
@@ -399,7 +399,7 @@ class Spread(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def spread_of(output: PyTree) -> tuple[Spread, ...]:
-    """The spread of every array of numbers in `output`, draws on its first axis; empty arrays and keys left out."""
+    """The spread of every array of numbers in `output`, samples on its first axis; empty arrays and keys left out."""
     spreads = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size:

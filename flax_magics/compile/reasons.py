@@ -60,7 +60,7 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
     parts = [part for which in arguments.treedef.children() for part in which.children()]
     options = {
         "--mutable": ", ".join(sorted(request.mutable)),
-        "--draws": "" if request.draw.size is None else str(request.draw.size),
+        "--samples": "" if request.draw.size is None else str(request.draw.size),
         "--key": ", ".join(sorted(request.keyed)),
     }
     return ProgramSpec(

@@ -50,12 +50,12 @@ def apply_model(
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
     name = entry.name
-    replayed = state.find_draw(options.draw)
+    replayed = state.find_draw(options.keys_of)
     opened = state.opened
     # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
     shares = replayed is None and opened is not None and opened[0] == name and entry.ready
     begin = replayed or (opened[1] if shares and opened else state.root.draw())
-    draw = begin if options.draws is None else _series(state, begin, options)
+    draw = begin if options.samples is None else _series(state, begin, options)
     started = time.time()
     users_model = entry.model
     anew = entry.rebuild_next and entry.built is not None and replayed is None and options.variables is None
@@ -64,7 +64,7 @@ def apply_model(
     new_model = entry.model
     execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
-    keep = options.variables is None and options.draw is None
+    keep = options.variables is None and options.keys_of is None
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
     after = _after(execution, changed if keep else ())
@@ -134,7 +134,7 @@ def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[
     bound, options, line = request.bound, request.options, request.line
     known = {name for needs in request.entry.known_needs.values() for name in needs.streams}
     yield from notes.of_streams(trace, known)
-    if options.draw is None:  # a replay brings its keys again, and means to
+    if options.keys_of is None:  # a replay brings its keys again, and means to
         yield from notes.of_keys(keys_in_call, request.services.seen, line)
     yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
     if execution.variables.made is not None:
@@ -146,10 +146,10 @@ def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
     """The draws of a run that takes many, from `begin` on. A replay may go no further than what was drawn."""
-    size = options.draws
+    size = options.samples
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise FlaxMagicsError(f"--draws takes a number of draws, 1 or more, not {size!r}.")
-    if options.draw is not None:
+        raise FlaxMagicsError(f"--samples takes a number of samples, 1 or more, not {size!r}.")
+    if options.keys_of is not None:
         state.find_draw((begin.seed, begin.number + size - 1))
     return DrawBatch(begin, size)
 
@@ -215,14 +215,14 @@ def init_model(
     call: Call,
     services: Services,
     *,
-    draw: DrawNumber | None,
+    keys_of: DrawNumber | None,
     limit: int,
     said: tuple[Note, ...],
 ) -> Outcome:
     """An init of a linen model.
 
     Args:
-      draw: an earlier one whose key it takes, None for the next.
+      keys_of: an earlier draw whose key it takes, None for the next.
       limit: see `replaced_by_init`.
       said: notes on how the entry came to be.
 
@@ -232,7 +232,7 @@ def init_model(
     name, model, clock = entry.name, entry.model, services.clock
     assert not model.holds_variables
     bound = prepare_init(name, model, call)
-    opened = state.find_draw(draw) or state.root.draw()
+    opened = state.find_draw(keys_of) or state.root.draw()
     services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):
@@ -257,10 +257,10 @@ def init_model(
         notes=(*said, *more, *notes.of_params(variables)),
         by_hand=model.init_by_hand(call.text, call.method, spelling.init_arguments, spelling.init_module),
         weights=source.describe(opened.seed),
-        replayed=draw is not None,
+        replayed=keys_of is not None,
         first=state.runs is None,
         spelling=spelling,
     )
     recipe = InitRecipe(entry.without_variables(), call.method, tuple(arrays_in(model.module)))
     entry = replace(entry.with_variables(variables, source, init_record), replaced=replaced)
-    return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if draw is not None else (name, opened))
+    return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if keys_of is not None else (name, opened))

@@ -96,12 +96,12 @@ class Building:
 
 
 def rebuild(
-    state: State, entry: ModelEntry, call: Call, services: Services, *, draw: DrawNumber | None, limit: int
+    state: State, entry: ModelEntry, call: Call, services: Services, *, keys_of: DrawNumber | None, limit: int
 ) -> Outcome:
     """`init` of a model that holds its variables: the same construction again, into the same object.
 
     Args:
-      draw: an earlier one whose keys it takes, None for the next.
+      keys_of: an earlier draw whose keys it takes, None for the next.
       limit: see `replaced_by_init`.
 
     Raises:
@@ -115,17 +115,17 @@ def rebuild(
             **written(spell_construction(type(entry.model.module), "%flaxmodel", name=name)),
         )
     recipe = entry.built.recipe
-    opened = state.find_draw(draw) or state.root.draw()
+    opened = state.find_draw(keys_of) or state.root.draw()
     with plain_errors(call):
         model, run = _build_in(state, opened, name, recipe, services)
     users_model = entry.model
     assert users_model.holds_variables
     replaced, notes = replaced_by_init(entry, limit)
-    facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": draw is not None}
+    facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": keys_of is not None}
     run = replace(run, **facts, notes=notes)
     entry = _built(entry, model, recipe, run.keys, opened)
     entry = replace(entry, update_counts={}, outdated=False, replaced=replaced)
-    opens = None if draw is not None else (name, opened)
+    opens = None if keys_of is not None else (name, opened)
     return Outcome(run, _stored(name, recipe, run), opened, entry, opens, lambda: users_model.become(model))
 
 

@@ -190,10 +190,10 @@ def _finding_nan(run: Run) -> dict[str, str]:
     """The lines that run it once more, op by op, and stop at the operation that gives NaN; none where more is needed."""
     added = {} if run.inputs is RELEASED else run.inputs[1]
     by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
-    if by_key or run.inputs is RELEASED or run.draws is not None or run.weights == FOR_THIS_RUN:
+    if by_key or run.inputs is RELEASED or run.samples is not None or run.weights == FOR_THIS_RUN:
         return {}
     mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
-    return written(f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}")
+    return written(f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --keys-of last {mode}{run.call}")
 
 
 def may_be_key(leaf: Leaf) -> bool:

@@ -34,7 +34,7 @@ class RunResult(NamedTuple):
 
     Attributes:
       output: of the model; with `--mutable` it is `(output, updates)`.
-      updates: what was written, as it is after the last of the draws.
+      updates: what was written, as it is after the last of the samples.
       sown: what was sown.
       timing: of the run and of what it waited for.
       needs, trace: those of the plan; a run op by op may find out more.

@@ -128,7 +128,7 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) ->
         output=result.output,
         seed=draw.first.seed,
         draw=draw.first.number,
-        draws=draw.size,
+        samples=draw.size,
         keys=RunKeys(draw, plan.key_names(result.needs)),
         device=devices_of((result.output, built.request.variables)) if program is None else program.device,
         sown=result.sown,
@@ -289,7 +289,7 @@ def _added(kwargs: Mapping[str, PyTree], written: Mapping[str, PyTree]) -> Setti
 def by_hand(bound: BoundCall, options: ApplyOptions, needs: Needs, mutable: set[str]) -> str:
     """The run as plain Flax, with what the model needs and the collections that are to be mutable.
 
-    Many draws are mapped over their keys (linen), or one by one (NNX).
+    Samples are mapped over their keys (linen), or one by one (NNX).
     """
     call, streams = bound.call, tuple(sorted(needs.streams))
     in_call = written_in_call(bound.signature, call.args, bound.kwargs)
@@ -298,7 +298,7 @@ def by_hand(bound: BoundCall, options: ApplyOptions, needs: Needs, mutable: set[
     text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
     code = inside(needs.axes, bound.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable))))
     names = [f"{name}_key" for name in dict.fromkeys((*options.key, *streams))]
-    if options.draws is None or not names:
+    if options.samples is None or not names:
         return code
     many = ", ".join(f"{name}s" for name in names)
     if not bound.model.holds_variables:

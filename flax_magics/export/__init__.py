@@ -250,8 +250,8 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
     if "…" in arguments:
         return f"# Left out: {run.command} {called}({arguments}): its input has no name at the top of a file."
     options = {"train": "--train ", "eval": "--eval "}.get(run.mode, "")
-    options += f"--draws {run.draws} " if run.draws is not None else ""
-    options += f"--draw {run.seed}:{run.draw} " if run.replayed else ""
+    options += f"--samples {run.samples} " if run.samples is not None else ""
+    options += f"--keys-of {run.seed}:{run.draw} " if run.replayed else ""
     options += "--eager " if run.kind.forward and run.program == "eager" else ""
     return f"get_ipython().run_line_magic('flax_{run.command}', {f'{options}{called}({arguments})'!r})"
 

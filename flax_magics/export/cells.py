@@ -93,11 +93,11 @@ class CommandSite(Struct, frozen=True, eq=False):
         """Whether the call that is written here is that of `run`, in a draw of its own or in an earlier one."""
         if self.call is None or run.call not in (self.call.call, self.call.text):
             return False
-        return run.replayed == (self.parsed.options["draw"] is not None)
+        return run.replayed == (self.parsed.options["keys_of"] is not None)
 
     def has_mode_of(self, run: Run) -> bool:
-        """Whether mode and number of draws are those of `run`. A model without a switch runs as written in any mode."""
-        return run.mode in (self.mode, "as written") and run.draws == self.parsed.options["draws"]
+        """Whether mode and number of samples are those of `run`. A model without a switch runs as written in any mode."""
+        return run.mode in (self.mode, "as written") and run.samples == self.parsed.options["samples"]
 
 
 def is_build(run: Run) -> bool:

@@ -70,7 +70,7 @@ class RootKeyTracker:
           unexplained: nothing in the cells explains them, which the script says.
         """
         runs = {index: self.context.groups.runs[index] for index in indices}
-        drawn = {index: run.draws or 1 for index, run in runs.items() if not run.replayed}
+        drawn = {index: run.samples or 1 for index, run in runs.items() if not run.replayed}
         moves = sum(many for index, many in drawn.items() if index not in self.context.groups.leader)
         if not moves:
             return []
@@ -88,7 +88,7 @@ class RootKeyTracker:
         groups = self.context.groups
         run = groups.runs[index]
         stays = site is not None and run.kind.opens and groups.stays(site)
-        self.at = run.seed, run.draw + (run.draws or 1) - 1 - stays
+        self.at = run.seed, run.draw + (run.samples or 1) - 1 - stays
 
     def _started(self) -> tuple[list[str], tuple[int, int]]:
         """The line that makes the root key, where it is not there yet; and where it stands then."""

@@ -139,7 +139,9 @@ class Replaying(Struct, frozen=True):
             written: Any = how.entry.model
             model = adopt_built(how.skeleton.rebuild(variables), written.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
-        options = dataclasses.replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
+        options = dataclasses.replace(
+            how.options, keys_of=(draw.first.seed, draw.first.number), repeat=1, roofline=False
+        )
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
         parts = self.services.programs.parts
         last = parts.get(how.name)
@@ -190,7 +192,7 @@ def _same_keys(facts: Run) -> str:
     """The line that runs a call with the keys of an earlier draw, its arguments left open: they are not in the file."""
     command = f"%flax_{facts.command}"
     mode = {"train": " --train", "eval": " --eval"}.get(facts.mode, "")
-    return f"{command} --draw {facts.seed}:{facts.draw}{mode} {facts.call.partition('(')[0]}(…)"
+    return f"{command} --keys-of {facts.seed}:{facts.draw}{mode} {facts.call.partition('(')[0]}(…)"
 
 
 SETTINGS = (

@@ -41,7 +41,7 @@ def history_bundle(history: History, everything: bool, style: str) -> dict[str, 
 
 
 KEYS_ALONE = "replayed, its keys alone"
-"""What marks a run with `--draw`."""
+"""What marks a run with `--keys-of`."""
 
 
 class DrawRow(Struct, frozen=True, eq=False, dict=True):
@@ -49,7 +49,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     Attributes:
       seed, draw: which draw of which seed.
-      draws: how many it took at once, None for one.
+      samples: how many draws it took at once, None for one.
       command: what drew: `apply`, `init`, `key`.
       name: the model's; for a key its stream.
       mode: as in `Run`; empty for an init or a key.
@@ -62,7 +62,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     seed: int
     draw: int
-    draws: int | None
+    samples: int | None
     command: str
     name: str
     mode: str
@@ -107,7 +107,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     @property
     def last(self) -> int:
         """The number of the last draw that it took."""
-        return self.draw + (self.draws or 1) - 1
+        return self.draw + (self.samples or 1) - 1
 
     @property
     def run(self) -> Run:
@@ -177,7 +177,7 @@ def _drawn(stored: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
     if facts.elsewhere is None:  # the numbers of another process are those of other cells
         marks += cells.get(facts.cell or 0, ())
     same = {
-        name: getattr(facts, name) for name in ("seed", "draw", "draws", "command", "mode", "call", "cell", "started")
+        name: getattr(facts, name) for name in ("seed", "draw", "samples", "command", "mode", "call", "cell", "started")
     }
     name = (COMMANDS[facts.command].model and facts.model) or facts.call
     return DrawRow(**same, name=name, marks=tuple(marks), _stored=stored)
@@ -326,7 +326,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     draw = f"{seed}{first.draw}"
     if first.draw != last.last:
         # By turns: others are in between.
-        through = last.last - first.draw < sum(row.draws or 1 for row in group)
+        through = last.last - first.draw < sum(row.samples or 1 for row in group)
         draw += f"–{last.last}" if through else f" … {last.last}"
     mode = "" if first.mode in ("", "as written") else f" {first.mode}"
     what = clean(f"{first.command} {first.name}{mode}")

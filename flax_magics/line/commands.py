@@ -6,8 +6,11 @@ from .options import Command, Option
 
 QUIET = Option("--quiet", "show nothing but a sharp bit that was not said yet", short="-q")
 BIND = Option("--out", "bind the Run to NAME as well", "NAME", short="-o", is_name=True)
-DRAW = Option(
-    "--draw", "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run", "N"
+KEYS_OF = Option(
+    "--keys-of",
+    "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run",
+    "N",
+    was="--draw",
 )
 REPEAT = Option(
     "--repeat",
@@ -58,7 +61,7 @@ FLAX_INIT = Command(
     "Initialises the model's variables, or initialises them again, and gives them. It opens a draw and uses its params "
     "key; if the next draw is this model's %flax_apply, that takes the same draw's other streams. The call is the one "
     "that Flax's init gets, without the key: net(x), not net.init(key, x).",
-    (DRAW, QUIET, BIND),
+    (KEYS_OF, QUIET, BIND),
     ("%flax_init net(x)", "variables = %flax_init net(x)"),
 )
 
@@ -76,8 +79,8 @@ FLAX_APPLY = Command(
         Option("--mutable", "hand a collection back: gives (output, updates)", "NAME", "-m", many=True, is_name=True),
         Option("--variables", "run with other variables, and keep nothing", "EXPR"),
         Option("--key", "pass the draw's stream ARG as that argument", "ARG", many=True, is_name=True),
-        DRAW,
-        Option("--draws", "K draws at once, outputs stacked: Monte-Carlo dropout", "K", type=int),
+        KEYS_OF,
+        Option("--samples", "K draws at once, outputs stacked: Monte-Carlo dropout", "K", type=int, was="--draws"),
         REPEAT,
         Option(
             "--roofline",
@@ -90,7 +93,7 @@ FLAX_APPLY = Command(
     (
         "y = %flax_apply net(x)",
         "%flax_apply --train net(x)",
-        "ys = %flax_apply --train --draws 8 net(x)",
+        "ys = %flax_apply --train --samples 8 net(x)",
         "%flax_apply --repeat 20 -o run net(x)",
         "%flax_apply --roofline net(x)",
         "%%flax_apply --train\nx2 = x * 2\ny = net(x2)",

@@ -38,6 +38,7 @@ class Option(NamedTuple):
       type: str or int, of the value.
       least: the smallest int that is accepted, None for any.
       is_name: the value must be a Python name.
+      was: what it was called before.
     """
 
     flag: str
@@ -49,11 +50,12 @@ class Option(NamedTuple):
     type: builtins.type[str] | builtins.type[int] = str
     least: int | None = 1
     is_name: bool = False
+    was: str = ""
 
     @property
     def key(self) -> str:
         """Its name in `LineOptions.options`, such as `train`."""
-        return self.flag.lstrip("-")
+        return self.flag.lstrip("-").replace("-", "_")
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -221,9 +223,13 @@ class _Reader:
 
     def _unknown(self, start: int, flag: str) -> FlaxMagicsError:
         command, line, bare = self.command, self.line, flag.lstrip(_DASHES)
-        known = [option.key for option in (*command.options, HELP)]
-        near = [f"--{key}" for key in known if bare and key.startswith(bare)]
-        near = near or [f"--{key}" for key in nearest(bare, known, 1)]
+        for option in command.options:
+            if option.was == flag:
+                advice = self._corrected(f"{line[:start]}{option.flag}{line[start + len(flag) :]}")
+                return FlaxMagicsError(f"{flag} is called {option.flag} now.", **advice)
+        known = [option.flag.lstrip("-") for option in (*command.options, HELP)]
+        near = [f"--{name}" for name in known if bare and name.startswith(bare)]
+        near = near or [f"--{name}" for name in nearest(bare, known, 1)]
         message, advice = f"{command.name} has no option {flag}.", {}
         if near:
             message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
@@ -327,8 +333,8 @@ class ApplyOptions:
     mutable: tuple[str, ...] = ()
     variables: Mapping[str, PyTree] | None = None
     key: tuple[str, ...] = ()
-    draw: DrawNumber | None = None
-    draws: int | None = None
+    keys_of: DrawNumber | None = None
+    samples: int | None = None
     repeat: int = 1
     eager: bool = False
     roofline: bool = False
@@ -342,12 +348,13 @@ class ApplyOptions:
     @property
     def line(self) -> str:
         """The command with these options, as far as they have a text."""
-        draw = ":".join(map(str, self.draw)) if isinstance(self.draw, tuple) else self.draw
+        keys_of = ":".join(map(str, self.keys_of)) if isinstance(self.keys_of, tuple) else self.keys_of
         options = [f"--{self.mode}"] if self.mode else []
         options += [f"--mutable {name}" for name in self.mutable]
         options += [] if self.variables is None else ["--variables …"]
         options += [f"--key {name}" for name in self.key]
-        options += [f"--{name} {value}" for name, value in (("draw", draw), ("draws", self.draws)) if value is not None]
+        options += [] if keys_of is None else [f"--keys-of {keys_of}"]
+        options += [] if self.samples is None else [f"--samples {self.samples}"]
         options += [f"--repeat {self.repeat}"] if self.repeat > 1 else []
         options += [f"--{name}" for name in ("roofline", "eager") if getattr(self, name)]
         return " ".join(["%flax_apply", *options])

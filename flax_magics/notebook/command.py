@@ -207,13 +207,13 @@ class CommandUse:
                 return FlaxMagicsError(text, **written(values_first(expression.text, tree, expression.command, calls)))
         return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")
 
-    def draw(self) -> DrawNumber | None:
-        """The draw that `--draw` names."""
-        text = self["draw"]
+    def keys_of(self) -> DrawNumber | None:
+        """The draw that `--keys-of` names."""
+        text = self["keys_of"]
         if text is None:
             return None
         typed = f"{'%' if self.cell is None else '%%'}{self.spec.bare_name} {self.line}".strip()
-        return self.draw_of(text, re.sub(rf"(--draw[\s=]+){re.escape(text)}", r"\1{}", typed, count=1))
+        return self.draw_of(text, re.sub(rf"(--keys-of[\s=]+){re.escape(text)}", r"\1{}", typed, count=1))
 
     def draw_of(self, text: str, line: str) -> DrawNumber:
         """A number, `last`, `seed:N`, or the name of a Run, as `Session.apply` takes it.
@@ -234,7 +234,7 @@ class CommandUse:
             return run.seed, run.draw
         choices = ["last", *(name for name, value in self.names().items() if isinstance(value, Run))]
         near = next(iter(nearest(text, choices)), "last")
-        taker = "%flax_replay" if line.startswith("%flax_replay") else "--draw"
+        taker = "%flax_replay" if line.startswith("%flax_replay") else "--keys-of"
         raise FlaxMagicsError(
             f"{taker} takes a number, last, seed:N or the name of a Run, not `{text}`.",
             hint=did_you_mean(text, choices),

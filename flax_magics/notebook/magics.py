@@ -185,7 +185,7 @@ class FlaxMagics(Magics):
 
         def run(expression: CallExpression) -> Run:
             name, call, module = use.resolve(expression)
-            init_run = self.session.run_init(name, call, draw=use.draw(), module=module)
+            init_run = self.session.run_init(name, call, keys_of=use.keys_of(), module=module)
             target = assigned_to(self.shell) if use.cell is None else None
             variables = self.session.collections[name]
             if target is not None and variables is not None:
@@ -206,8 +206,9 @@ class FlaxMagics(Magics):
                 note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
             else:
                 variables = parse_expression(variables, "--variables").evaluate(use.user_ns, use.local_ns)
-            chosen = {option: use[option] for option in ("mutable", "key", "draws", "eager", "roofline")}
-            options = ApplyOptions(mode=mode, variables=variables, draw=use.draw(), repeat=use["repeat"] or 1, **chosen)
+            chosen = {option: use[option] for option in ("mutable", "key", "samples", "eager", "roofline")}
+            chosen |= {"keys_of": use.keys_of(), "repeat": use["repeat"] or 1}
+            options = ApplyOptions(mode=mode, variables=variables, **chosen)
             notes = () if note is None else (note,)
             return self.session.run_apply(name, call, options, module=module, notes=notes)
 

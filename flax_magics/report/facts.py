@@ -107,7 +107,7 @@ def draw_of(run: Run, *, seed: bool) -> str:
 
 def last_draw(run: Run) -> int:
     """The number of the last draw that a run took."""
-    return run.draw + (run.draws or 1) - 1
+    return run.draw + (run.samples or 1) - 1
 
 
 def new_session(run: Run) -> str:
@@ -154,7 +154,7 @@ def rows(run: Run) -> tuple[Row, ...]:
     )
     shown = [
         Row("out", (" · ".join((cut(clean(run.shape), 72), *not_finite(run))),) if forward else ()),
-        Row("draws", draws_of(run)),
+        Row("samples", samples_of(run)),
         Row("vars", (*((clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))),
         Row("sown", tuple(f"{clean(name)}: {clean(describe(value))}" for name, value in run.sown.items())),
         Row("keys", keys_of(run)),
@@ -190,14 +190,14 @@ def values_of(run: Run) -> tuple[str, ...]:
     )
 
 
-def draws_of(run: Run) -> tuple[str, ...]:
-    """Mean and spread of each array of the output over the draws of one run; of many arrays, the first four."""
+def samples_of(run: Run) -> tuple[str, ...]:
+    """Mean and spread of each array of the output over the samples of one run; of many arrays, the first four."""
     texts = [f"{_at(spread.path)}mean {_number(spread.mean)}" for spread in run.spread]
-    if (run.draws or 1) == 1:
+    if (run.samples or 1) == 1:
         return _first_four(texts)
     deviations = (_number(spread.deviation) for spread in run.spread)
     texts = [f"{text}, spread ± {deviation}" for text, deviation in zip(texts, deviations, strict=True)]
-    return (*_first_four(texts), "(each element's standard deviation over the draws, averaged)") if texts else ()
+    return (*_first_four(texts), "(each element's standard deviation over the samples, averaged)") if texts else ()
 
 
 def _first_four(texts: Iterable[str]) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ def level(run: Run, setting: str) -> Level:
     if not run.kind.model:
         return "normal" if run.first else "line"
     initialised = run.made is not None or run.kind.opens
-    repeated = run.draws is not None or run.timing.steady is not None
+    repeated = run.samples is not None or run.timing.steady is not None
     news = initialised or repeated or run.first or run.program == "compiled" or run.notes
     return "normal" if news else "line"
 

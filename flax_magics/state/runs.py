@@ -198,7 +198,7 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
     drawn = (stored for stored in backwards(chain) if not stored.facts.replayed)
     for stored in drawn:
         facts = stored.facts
-        if facts.seed == seed and facts.draw <= number < facts.draw + (facts.draws or 1):
+        if facts.seed == seed and facts.draw <= number < facts.draw + (facts.samples or 1):
             before = next(drawn, None)
             return [before, stored] if before is not None and _shared(before.facts, facts) else [stored]
     return []

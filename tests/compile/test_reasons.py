@@ -324,8 +324,8 @@ class Asks(nn.Module):
 def test_options(session):
     first_run(session, Asks())
     assert why(session.apply("net", X, mutable="cache")) == "--mutable: none → cache"
-    assert why(session.apply("net", X, draws=3)) == "--draws: none → 3"
-    assert why(session.apply("net", X, draws=4)) == "--draws: 3 → 4"
+    assert why(session.apply("net", X, samples=3)) == "--samples: none → 3"
+    assert why(session.apply("net", X, samples=4)) == "--samples: 3 → 4"
 
 
 def test_a_setting_of_jax_by_name_and_value(session):

@@ -45,7 +45,7 @@ network = ConvNet()
     "#@title A form\nvariables = %flax_init network(x)",
     "for step in range(2):\n    for batch in x:\n        logits = %flax_apply --train network(batch)\nlogits.shape",
     'logits, statistics = %flax_apply --train --mutable batch_stats network(x, {"noisy": True, "scale": 0.1})',
-    "%flax_apply --draw 2 --eval network(x)\nlogits[:2].mean()",
+    "%flax_apply --keys-of 2 --eval network(x)\nlogits[:2].mean()",
     """\
 %%flaxmodel module = Module(4, 8, rate=0.25)
 class Module(nnx.Module):
@@ -58,7 +58,7 @@ class Module(nnx.Module):
         return self.out(self.dropout(self.norm(self.hidden(x))))
 """,
     "y, statistics = %flax_apply --train --mutable BatchStat module(x)",
-    "samples = %flax_apply --eval --draws 4 module(x)\n%flax_init module(x)",
+    "samples = %flax_apply --eval --samples 4 module(x)\n%flax_init module(x)",
     "latent = %flax_key latent",
 ]
 

@@ -104,8 +104,8 @@ class Net(Base):
 held = nnx.bridge.ToNNX(nn.Dropout(0.5, deterministic=False), rngs=nnx.Rngs(params=0, dropout=1)).lazy_init(x)
 """,
         "for i in range(2):\n  y = %flax_apply --train net(x * i)",
-        "y = %flax_apply --eval net(x)\ny = %flax_apply net(x)\nz = net(x)\nys = %flax_apply --train --draws 2 net(x)",
-        "y = %flax_apply --train --eager net(x)\ny = %flax_apply --train --draw last net(x)",
+        "y = %flax_apply --eval net(x)\ny = %flax_apply net(x)\nz = net(x)\nys = %flax_apply --train --samples 2 net(x)",
+        "y = %flax_apply --train --eager net(x)\ny = %flax_apply --train --keys-of last net(x)",
         "%flax_init net(x);\nnet.eval()\ny = %flax_apply net(x)\ny = %flax_apply held(x)",
     ],
     "one name for several models in a loop": [

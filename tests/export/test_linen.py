@@ -94,7 +94,7 @@ def test_a_function_and_its_loop_in_a_cell_that_is_run_again(notebook, tmp_path)
     run = "y = %flax_apply my_model(x)"
     cell = """\
 def step(x):
-    y = %flax_apply --train --draw last my_model(x)
+    y = %flax_apply --train --keys-of last my_model(x)
     return y
 for i in range(2):
     y = step(x * i)"""
@@ -115,8 +115,8 @@ def test_options_of_one_run(notebook, tmp_path):
         notebook,
         tmp_path,
         MODEL,
-        "y = %flax_apply --train --draws 4 my_model(x)",
-        "y = %flax_apply --train --draw 2 my_model(x)\ny = %flax_apply --train --draw last my_model(x)",
+        "y = %flax_apply --train --samples 4 my_model(x)",
+        "y = %flax_apply --train --keys-of 2 my_model(x)\ny = %flax_apply --train --keys-of last my_model(x)",
         "y = %flax_apply --train --eager my_model(x)",
         "other = my_model.init(jax.random.key(9), x)\ny = %flax_apply --variables other my_model(x)",
         "y = %flax_apply --train --repeat 2 my_model(x)",

@@ -26,7 +26,7 @@ def drawn(run: Run, *marks: str, **changes: object) -> DrawRow:
     run = replace(run, started=AT, keys=RunKeys.of(DRAW, *run.keys), **changes)
     KEPT.append(run)  # the session's own record holds no output
     name = (run.call if run.command == "key" else run.model) or ""
-    about = (run.seed, run.draw, run.draws, run.command, name, run.mode, run.call, run.cell)
+    about = (run.seed, run.draw, run.samples, run.command, name, run.mode, run.call, run.cell)
     return DrawRow(*about, AT, marks, StoredRun(run))
 
 

@@ -145,8 +145,8 @@ def test_remat_writes_statistics_alone_op_by_op_too(session):
 def test_many_draws_of_a_model_whose_transform_hands_params_through(session):
     net = Holding(Noise, nnx.remat(lambda block, x: block(x)))
     session.register("net", net)
-    many = session.apply("net", an_input(), draws=3)
-    singles = [session.apply("net", an_input(), draw=draw).output for draw in (1, 2, 3)]
+    many = session.apply("net", an_input(), samples=3)
+    singles = [session.apply("net", an_input(), keys_of=draw).output for draw in (1, 2, 3)]
     assert bits(many.output) == bits(jnp.stack(singles))
 
 

@@ -197,13 +197,13 @@ def test_an_earlier_draw_by_number_last_seed_or_run(sharp_bits):
     sharp_bits("a = %flax_apply --train -o run my_model(x)")
     sharp_bits("b = %flax_apply --train my_model(x)")
     for option, expected in (("1", "a"), ("2", "b"), ("last", "b"), ("0:1", "a"), ("run", "a")):
-        out = sharp_bits(f"c = %flax_apply --train --draw {option} my_model(x)")
+        out = sharp_bits(f"c = %flax_apply --train --keys-of {option} my_model(x)")
         assert bits(sharp_bits["c"]) == bits(sharp_bits[expected])
         assert "again" in out
     assert sharp_bits.session.draws == 2
-    assert sharp_bits.fails("%flax_apply --draw soon my_model(x)") == (
-        "FlaxMagicsError: --draw takes a number, last, seed:N or the name of a Run, not `soon`.\n"
-        "  write: %flax_apply --draw last my_model(x)"
+    assert sharp_bits.fails("%flax_apply --keys-of soon my_model(x)") == (
+        "FlaxMagicsError: --keys-of takes a number, last, seed:N or the name of a Run, not `soon`.\n"
+        "  write: %flax_apply --keys-of last my_model(x)"
     )
 
 

@@ -1,4 +1,4 @@
-"""`%flax_history`, `%flax_replay`, and what `%flax` and `--draw` say of earlier draws."""
+"""`%flax_history`, `%flax_replay`, and what `%flax` and `--keys-of` say of earlier draws."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_loop_replays_identically_whatever_was_shown_of_it(notebook):
 
 def test_it_is_of_a_run_by_its_name_too_and_gives_the_run(sharp_bits):
     sharp_bits("y = %flax_apply -o first --train my_model(x)")
-    sharp_bits("z = %flax_apply -q -o other --train --draw 1 my_model(x[:2])")
+    sharp_bits("z = %flax_apply -q -o other --train --keys-of 1 my_model(x[:2])")
     assert sharp_bits("%flax_replay other") == (
         "my_model · train · draw 1 of seed 0 · replayed · identical: float32[2,4,3]"
     )
@@ -125,10 +125,10 @@ def test_what_was_let_go_of(notebook):
 
 def test_the_layers_with_other_masks_are_named(sharp_bits):
     sharp_bits("y = %flax_apply -q --train my_model(x)")
-    out = sharp_bits("z = %flax_apply --train --draw 1 my_model(x[:2])")
+    out = sharp_bits("z = %flax_apply --train --keys-of 1 my_model(x[:2])")
     assert out.endswith("! other random numbers than in draw 1 at Dropout_0: [3,4,3] there, [2,4,3] here")
     sharp_bits("%config FlaxMagics.notes = {'masks': False}")
-    assert "other random numbers" not in sharp_bits("z = %flax_apply --train --draw 1 my_model(x[:2])")
+    assert "other random numbers" not in sharp_bits("z = %flax_apply --train --keys-of 1 my_model(x[:2])")
 
 
 def test_cells_that_were_run_again_are_named_and_marked(sharp_bits):

@@ -36,7 +36,7 @@ MORE = (
         ("%flax_apply x(x)", "`x` is no model but ArrayImpl; registered: my_model."),
         ("%flax_key --fresh", "--fresh goes with --seed.\n  write: %flax_key --seed 0 --fresh"),
         (
-            "%flax_apply --draw 9 my_model(x)",
+            "%flax_apply --keys-of 9 my_model(x)",
             "draw 9 of seed 0 was not made in this session: it has draw 1 alone.\n  write: %flax_history",
         ),
         *((cell, None) for cell in MORE),
@@ -51,7 +51,7 @@ def test_a_mistake_is_one_short_message_and_changes_nothing(sharp_bits, cell, me
 
 
 @pytest.mark.parametrize(
-    "cell", ["%flax_apply --draw frst my_model(x)", "%flax_apply mymodel(x)", "%flaxmodel mymodel"]
+    "cell", ["%flax_apply --keys-of frst my_model(x)", "%flax_apply mymodel(x)", "%flaxmodel mymodel"]
 )
 def test_what_is_kept_of_an_error_holds_no_array_of_the_notebook(sharp_bits, cell):
     sharp_bits("y = %flax_apply -q my_model(x)")

@@ -193,9 +193,9 @@ def test_seeds_that_were_used_before_can_be_drawn_from_again(path):
     session.save(path)
     other = loaded_session(path, MyModel(3, True))
     for draw in (1, (1, 2), (4, 1)):
-        assert bits(session.apply("net", x, draw=draw).output) == bits(other.apply("net", x, draw=draw).output)
+        assert bits(session.apply("net", x, keys_of=draw).output) == bits(other.apply("net", x, keys_of=draw).output)
     with pytest.raises(FlaxMagicsError, match="draw 3 of seed 1 was not made in this session: it has draws 1 to 2"):
-        other.apply("net", x, draw=(1, 3))
+        other.apply("net", x, keys_of=(1, 3))
 
 
 def test_the_history_comes_back_without_its_arrays(path):
@@ -206,7 +206,7 @@ def test_the_history_comes_back_without_its_arrays(path):
         session.apply("net", x, train=False, repeat=3),
     ]
     session.register("plain", MyModel(3, True))
-    held += [session.apply("plain", x, draws=3), session.apply("plain", x, draw=1)]
+    held += [session.apply("plain", x, samples=3), session.apply("plain", x, keys_of=1)]
     session.init("plain", x)
     session.key("latent")
     session.save(path)
@@ -629,7 +629,7 @@ def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(pat
         other.replay(1)
     assert str(error.value).startswith(
         "draw 1 of seed 0 cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
-        " With inputs of its own a run takes the same keys.\n  form: %flax_init --draw 0:1 net(…)"
+        " With inputs of its own a run takes the same keys.\n  form: %flax_init --keys-of 0:1 net(…)"
     )
     run = other.apply("net", x)
     assert other.replay(2).agreement.identical

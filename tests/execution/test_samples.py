@@ -1,4 +1,4 @@
-"""Many draws in one run: each the single run of that draw, and the root where so many single runs leave it."""
+"""Samples, many draws in one run: each the single run of that draw, and the root where so many single runs leave it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Handed(nnx.Module):
 
 
 def pair(make, *inputs, seed=0):
-    """Two sessions with the same model, initialised where there are inputs: one for many draws, one for single ones."""
+    """Two sessions with the same model, initialised where there are inputs: one for samples, one for single ones."""
     sessions = Session(seed), Session(seed)
     for session in sessions:
         session.register("net", make())
@@ -70,10 +70,10 @@ def bits(one, other):
 
 def test_each_draw_is_the_single_run_of_that_draw():
     many, single = pair(Plain)
-    run = many.apply("net", X, draws=4)
+    run = many.apply("net", X, samples=4)
     outputs = [single.apply("net", X).output for _ in range(4)]
     bits(run.output, jnp.stack(outputs))
-    assert (run.draw, run.draws) == (1, 4)
+    assert (run.draw, run.samples) == (1, 4)
     assert many.draws == single.draws == 4
     bits(jax.random.key_data(many.root_key), jax.random.key_data(single.root_key))
     bits(many.apply("net", X).output, single.apply("net", X).output)
@@ -81,7 +81,7 @@ def test_each_draw_is_the_single_run_of_that_draw():
 
 def test_batchnorm_in_evaluation_and_an_extra_stream():
     many, single = pair(Net, X, seed=3)
-    run = many.apply("net", X, mode="eval", draws=3)
+    run = many.apply("net", X, mode="eval", samples=3)
     runs = [single.apply("net", X, mode="eval") for _ in range(3)]
     np.testing.assert_allclose(run.output, jnp.stack([r.output for r in runs]), rtol=1e-5, atol=1e-6)
     for name in ("params", "dropout", "noise"):
@@ -93,7 +93,7 @@ def test_batchnorm_in_evaluation_and_an_extra_stream():
 
 def test_by_hand_is_a_vmap_over_the_keys():
     session, _ = pair(Plain)
-    run = session.apply("net", X, draws=5)
+    run = session.apply("net", X, samples=5)
     variables = session.models["net"].variables
     hand = jax.vmap(lambda variables, x, key: Plain().apply(variables, x, rngs={"dropout": key}), (None, None, 0))
     bits(run.output, jax.jit(hand)(variables, X, run.keys["dropout"]))
@@ -103,7 +103,7 @@ def test_by_hand_is_a_vmap_over_the_keys():
 
 def test_an_opened_draw_is_the_first_of_them():
     many, single = pair(Plain, X)
-    run = many.apply("net", X, draws=2)
+    run = many.apply("net", X, samples=2)
     outputs = [single.apply("net", X).output for _ in range(2)]
     bits(run.output, jnp.stack(outputs))
     assert (run.draw, many.draws) == (1, 2)
@@ -111,21 +111,21 @@ def test_an_opened_draw_is_the_first_of_them():
 
 def test_eager_and_other_generators():
     session, _ = pair(Plain, X)
-    compiled = session.apply("net", X, draws=3)
-    eager = session.apply("net", X, draw=1, draws=3, eager=True)
+    compiled = session.apply("net", X, samples=3)
+    eager = session.apply("net", X, keys_of=1, samples=3, eager=True)
     np.testing.assert_allclose(compiled.output, eager.output, rtol=1e-6)
     assert eager.replayed
     with jax.default_prng_impl("rbg"):
         many, single = pair(Plain, X)
-    run = many.apply("net", X, draws=3)
+    run = many.apply("net", X, samples=3)
     bits(run.output, jnp.stack([single.apply("net", X).output for _ in range(3)]))
 
 
-@pytest.mark.parametrize("draws", [1, 3])
-def test_nnx(draws):
+@pytest.mark.parametrize("samples", [1, 3])
+def test_nnx(samples):
     many, single = pair(lambda: Own(rngs=nnx.Rngs(0)), seed=1)
-    run = many.apply("net", X, mode="eval", draws=draws)
-    outputs = [single.apply("net", X, mode="eval").output for _ in range(draws)]
+    run = many.apply("net", X, mode="eval", samples=samples)
+    outputs = [single.apply("net", X, mode="eval").output for _ in range(samples)]
     bits(run.output, jnp.stack(outputs))
     one, other = many.models["net"].module, single.models["net"].module
     bits(jax.random.key_data(one.dropout.rngs.key[...]), jax.random.key_data(other.dropout.rngs.key[...]))
@@ -143,7 +143,7 @@ def test_nnx_dropout_on_and_rngs_of_the_call():
 
     for module, count in ((Masked, 1), (Handed, 0)):
         many, single = pair(lambda module=module: module(rngs=nnx.Rngs(0)), seed=1)
-        run = many.apply("net", X, mode="train", draws=4)
+        run = many.apply("net", X, mode="train", samples=4)
         outputs = [single.apply("net", X, mode="train").output for _ in range(4)]
         np.testing.assert_allclose(run.output, jnp.stack(outputs), rtol=1e-6)
         assert len({np.asarray(mask).tobytes() for mask in run.output == 0}) == 4
@@ -161,7 +161,7 @@ def test_keys_as_arguments():
             return nn.Dense(2)(x) + jax.random.normal(z_rng, (2,))
 
     many, single = pair(Sampler, X, jax.random.key(7))
-    run = many.apply("net", X, key="z_rng", draws=3)
+    run = many.apply("net", X, key="z_rng", samples=3)
     bits(run.output, jnp.stack([single.apply("net", X, key="z_rng").output for _ in range(3)]))
     assert run.by_hand.startswith("jax.vmap(lambda z_rng_key: ")
 
@@ -175,7 +175,7 @@ def test_sown_values_are_stacked():
             return x.sum()
 
     session, _ = pair(Sower)
-    run = session.apply("net", X, draws=2)
+    run = session.apply("net", X, samples=2)
     assert run.sown["intermediates"]["h"][0].shape == (2, 5, 4)
     assert session.models["net"].variables == {}
 
@@ -187,7 +187,7 @@ def test_a_model_that_asks_for_nothing_gives_the_same_every_time():
             return nn.Dense(2)(x)
 
     session, _ = pair(Still)
-    run = session.apply("net", X, draws=3)
+    run = session.apply("net", X, samples=3)
     assert run.output.shape == (3, 5, 2)
     assert run.spread[0].deviation == 0.0
     assert run.by_hand == "net.apply(variables, …)"
@@ -196,42 +196,42 @@ def test_a_model_that_asks_for_nothing_gives_the_same_every_time():
 def test_what_single_runs_would_hand_on_is_refused():
     session, _ = pair(Net, X)
     with pytest.raises(FlaxMagicsError) as caught:
-        session.apply("net", X, mode="train", draws=8)
+        session.apply("net", X, mode="train", samples=8)
     assert str(caught.value) == (
-        "net writes `batch_stats` in this run: 8 draws at once would all start from the same, where run by run each hands "
+        "net writes `batch_stats` in this run: 8 samples at once would all start from the same, where run by run each hands "
         "it on to the next.\n  form: for _ in range(8):\n            %flax_apply --train net(…)"
     )
     assert session.draws == 1  # the init's
     session.register("own", Own(rngs=nnx.Rngs(0)))
     before = np.asarray(session.models["own"].module.norm.mean[...])
-    with pytest.raises(FlaxMagicsError, match="own writes `BatchStat` in this run: 2 draws at once"):
-        session.apply("own", X, mode="train", draws=2)
+    with pytest.raises(FlaxMagicsError, match="own writes `BatchStat` in this run: 2 samples at once"):
+        session.apply("own", X, mode="train", samples=2)
     bits(session.models["own"].module.norm.mean[...], before)
     session.register("handed", Handed(rngs=nnx.Rngs(0)))
-    with pytest.raises(FlaxMagicsError, match="passes rngs of its own: they would give all 2 draws the same keys"):
-        session.apply("handed", X, rngs=nnx.Rngs(5), draws=2)
+    with pytest.raises(FlaxMagicsError, match="passes rngs of its own: they would give all 2 samples the same keys"):
+        session.apply("handed", X, rngs=nnx.Rngs(5), samples=2)
     assert session.draws == 1
 
 
-@pytest.mark.parametrize("draws", [0, -1, True, 1.5])
-def test_a_number_that_is_none(draws):
+@pytest.mark.parametrize("samples", [0, -1, True, 1.5])
+def test_a_number_that_is_none(samples):
     session, _ = pair(Plain)
-    with pytest.raises(FlaxMagicsError, match="--draws takes a number of draws, 1 or more"):
-        session.apply("net", X, draws=draws)
+    with pytest.raises(FlaxMagicsError, match="--samples takes a number of samples, 1 or more"):
+        session.apply("net", X, samples=samples)
 
 
 def test_a_replay_goes_no_further_than_what_was_drawn():
     session, _ = pair(Plain)
-    first = session.apply("net", X, draws=3)
-    bits(session.apply("net", X, draw=2, draws=2).output, first.output[1:])
+    first = session.apply("net", X, samples=3)
+    bits(session.apply("net", X, keys_of=2, samples=2).output, first.output[1:])
     with pytest.raises(FlaxMagicsError, match="draw 4 of seed 0 was not made in this session"):
-        session.apply("net", X, draw=2, draws=3)
+        session.apply("net", X, keys_of=2, samples=3)
     assert session.draws == 3
 
 
 def test_spread():
     session, _ = pair(Plain)
-    run = session.apply("net", X, draws=6)
+    run = session.apply("net", X, samples=6)
     (spread,) = run.spread
     values = np.asarray(run.output, np.float64)
     assert spread.mean == values.mean()
@@ -243,15 +243,15 @@ def test_spread():
 def test_the_report_says_which_draws_and_how_they_differ():
     session, _ = pair(Plain)
     session.apply("net", X)
-    run = session.apply("net", X, draws=6)
+    run = session.apply("net", X, samples=6)
     (spread,) = run.spread
     normal = text.normal(run).splitlines()
     assert normal[0] == "net · as written · cpu:0 · draws 2–7 of seed 0"
-    assert normal[1] == "  out    float32[6,5,8]"
-    assert normal[2] == f"  draws  mean {spread.mean:.3g}, spread ± {spread.deviation:.3g}"
-    assert normal[3] == "         (each element's standard deviation over the draws, averaged)"
-    assert "  jit    compiled in" in "\n".join(normal)
-    assert ": --draws: none → 6" in "\n".join(normal)
+    assert normal[1] == "  out      float32[6,5,8]"
+    assert normal[2] == f"  samples  mean {spread.mean:.3g}, spread ± {spread.deviation:.3g}"
+    assert normal[3] == "           (each element's standard deviation over the samples, averaged)"
+    assert "  jit      compiled in" in "\n".join(normal)
+    assert ": --samples: none → 6" in "\n".join(normal)
     assert f"mean {spread.mean:.3g} ± {spread.deviation:.3g}" in text.report(run, "line")
     assert f"mean {spread.mean:.3g}, spread ± {spread.deviation:.3g}" in html.report_html(run, "normal")
     assert session.apply("net", X).draw == 8
@@ -262,10 +262,10 @@ def test_the_command(notebook):
         "%%flaxmodel -q net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n"
         "    return nn.Dropout(0.5, deterministic=False)(x)"
     )
-    notebook("ys = %flax_apply -q --draws 4 -o run net(x)")
+    notebook("ys = %flax_apply -q --samples 4 -o run net(x)")
     assert notebook["ys"].shape == (4, 3, 4, 4)
-    assert notebook["run"].draws == 4
-    out = notebook("for _ in range(2):\n  %flax_apply --draws 2 net(x);")
+    assert notebook["run"].samples == 4
+    out = notebook("for _ in range(2):\n  %flax_apply --samples 2 net(x);")
     assert "draws 5–6 of seed 0" in out
     assert "draws 7–8 of seed 0" in out
-    assert "--draws needs a positive whole number, not 0." in notebook.fails("%flax_apply --draws 0 net(x)")
+    assert "--samples needs a positive whole number, not 0." in notebook.fails("%flax_apply --samples 0 net(x)")
