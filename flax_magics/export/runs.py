@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from ..models.lifted import written_by_place
 from ..rng.keys import SPLIT
 from ..run import MODULE, ExportFacts, Run, Settings
 from .cells import is_build
@@ -18,7 +19,8 @@ Keys = Mapping[str, str]
 def _arguments(command: CommandLines, written: Iterable[str], added: Settings, keys: Keys) -> list[str]:
     """The arguments of a call, with the switches that are added to it, and with the keys that `--key` gives it."""
     switches = (f"{name}={value}" for name, value in added)
-    return [*written, *switches, *(f"{name}={keys[name]}" for name in command.options.get("key") or ())]
+    arguments = [*written, *switches, *(f"{name}={keys[name]}" for name in command.options.get("key") or ())]
+    return written_by_place(type(command.model.module), command.call.method, arguments)
 
 
 def _passed(command: CommandLines, keys: Collection[str]) -> list[str]:

@@ -25,7 +25,7 @@ from ..base.types import PyTree
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 
 _GATHER = "__flax_gather__"
-_GAP = "_gap_"
+GAP = "_gap_"
 """Stands for `…`, which is no Python, while a call is read."""
 
 
@@ -204,7 +204,7 @@ class Line(NamedTuple):
 
         None where that cannot be written: the argument does not stand by itself, say.
         """
-        call = ast.parse(self.call.replace("…", _GAP), mode="eval").body
+        call = ast.parse(self.call.replace("…", GAP), mode="eval").body
         assert isinstance(call, ast.Call)
         if any(isinstance(arg, ast.Starred) for arg in call.args):
             return None
@@ -216,7 +216,7 @@ class Line(NamedTuple):
             return None
         if write is not None:
             text = write if isinstance(write, str) else write(ast.unparse(argument))
-            edited = ast.parse(text.replace("…", _GAP), mode="eval").body
+            edited = ast.parse(text.replace("…", GAP), mode="eval").body
             call.args = [edited if arg is argument else arg for arg in call.args]
             for item in call.keywords:
                 item.value = edited if item.value is argument else item.value
@@ -226,7 +226,7 @@ class Line(NamedTuple):
                 return None
             call.args = call.args[:place]
             call.keywords = [ast.keyword(*item) for item in items[place:] if item[1] is not argument]
-        return self._replace(call=ast.unparse(call).replace(_GAP, "…"))
+        return self._replace(call=ast.unparse(call).replace(GAP, "…"))
 
 
 def without_option(command: str, flag: str, value: str = "") -> str:

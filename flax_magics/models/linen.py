@@ -21,6 +21,7 @@ from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
 from ..code.inventory import shorten
 from ..errors import FlaxMagicsError, did_you_mean
+from ..line.expression import GAP, with_arguments
 from ..run import MODULE, Settings
 from .base import (
     FLAX_ARGUMENTS,
@@ -37,6 +38,7 @@ from .base import (
     own_methods,
 )
 from .calls import TAKES_ANYTHING, Args, Function, Kwargs, Names, Path, without_self
+from .lifted import by_place, written_by_place
 from .linen_trace import Recorder, bound, sowing, unbound_axis
 from .switch import cloned, read_fields, set_fields, set_unset_fields, setting_of
 
@@ -132,7 +134,7 @@ class LinenModel:
         """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
         across = nnx_bridge()
         with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
-            target, kwargs = self._target(method, kwargs)
+            target, args, kwargs = self._target(method, args, kwargs)
             variables = self.module.init(key, *args, method=target, **kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
 
@@ -166,7 +168,7 @@ class LinenModel:
 
         def run(variables: Variables, keys: PyTree, args: Args, kwargs: Kwargs) -> tuple[PyTree, Updates]:
             across, recorder = nnx_bridge(), Recorder(ask, record, keys, root_impl)
-            target, kwargs = self._target(method, kwargs)
+            target, args, kwargs = self._target(method, args, kwargs)
             apply = partial(
                 self.module.apply, variables, *args, rngs=dict(keys), method=target, mutable=mutable, **kwargs
             )
@@ -191,13 +193,14 @@ class LinenModel:
 
         return run
 
-    def _target(self, method: Path, kwargs: Kwargs) -> tuple[str | Function | None, Kwargs]:
-        """The `method` for Flax's `apply` and `init`, and the keywords that they hand on to it."""
+    def _target(self, method: Path, args: Args, kwargs: Kwargs) -> tuple[str | Function | None, Args, Kwargs]:
+        """The `method` for Flax's `apply` and `init`, and the arguments that they hand on to it."""
+        args, kwargs = by_place(type(self.module), method, args, kwargs, lambda default: default)
         shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}  # Flax would take them for its own
         if not method and not shadowed:
-            return None, kwargs
+            return None, args, kwargs
         if len(method) == 1 and hasattr(type(self.module), method[0]) and not shadowed:
-            return method[0], kwargs
+            return method[0], args, kwargs
 
         def call(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> PyTree:
             target: Any = module
@@ -207,7 +210,7 @@ class LinenModel:
                 target = getattr(target, name)
             return target(*args, **kwargs, **shadowed)
 
-        return call, {} if shadowed else kwargs
+        return call, args, {} if shadowed else kwargs
 
     def module_classes(self) -> dict[Path, str]:
         """The model itself: its submodules are made in a call."""
@@ -240,8 +243,8 @@ class LinenModel:
         key = "params_key"
         if self.init_streams:
             key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"
-        more = [f"{name}={value}" for name, value in arguments]
-        return self._in_plain_flax("init", call, method, module, first=key, more=more)
+        call = with_arguments(call, [f"{name}={value}" for name, value in arguments])
+        return self._in_plain_flax("init", call, method, module, first=key, more=[])
 
     @property
     def init_streams(self) -> tuple[str, ...]:
@@ -252,7 +255,11 @@ class LinenModel:
         """`call` as one of Flax's `verb` on `module`, with `first` before the call's own arguments and `more` after them."""
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
-        shadowed = any(f"{name}=" in arguments for name in FLAX_ARGUMENTS) and _keywords(call) & {*FLAX_ARGUMENTS}
+        texts = _argument_texts(call)
+        shadowed = any(text.startswith(f"{name}=") for text in texts for name in FLAX_ARGUMENTS)
+        placed = written_by_place(type(self.module), method, texts)
+        if placed != texts:
+            arguments = ", ".join(placed)
         parts = [first, *([arguments] if arguments and not shadowed else []), *more]
         if shadowed:
             parts.append(f"method=lambda m: {'.'.join(('m', *method))}({arguments})")
@@ -263,12 +270,13 @@ class LinenModel:
         return f"{module.replace(MODULE, name.partition('.')[0])}.{verb}({', '.join(parts)})"
 
 
-def _keywords(call: str) -> set[str]:
-    """Names of the keyword arguments of a call, as far as it is written as text."""
+def _argument_texts(call: str) -> list[str]:
+    """The arguments of a call as text, those that nobody wrote down as `…`; none where it is no Python."""
     with suppress(SyntaxError):
-        tree = ast.parse(call, mode="eval").body
-        return {keyword.arg for keyword in tree.keywords if keyword.arg} if isinstance(tree, ast.Call) else set()
-    return set()
+        tree = ast.parse(call.replace("…", GAP), mode="eval").body
+        assert isinstance(tree, ast.Call)
+        return [ast.unparse(node).replace(GAP, "…") for node in (*tree.args, *tree.keywords)]
+    return []
 
 
 def _short(value: object) -> str:
