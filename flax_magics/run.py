@@ -142,6 +142,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         that the model asked for. `params (folded)` is a run's own `params` stream where an init took the draw's.
       used: stream → paths of the modules that consumed it, in order.
       changed: collection that the model wrote → how many updates it has had.
+      dropped: collections that it wrote in a run that keeps nothing.
       device: such as `cpu:0`.
       program: `compiled`, `reused`, `disk cache` or `eager`; empty for a key.
       reason: why a program was compiled, in a few words; empty when it was not. `causes` has it in parts.
@@ -175,6 +176,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     sown: Mapping[str, PyTree] = {}
     used: Mapping[str, tuple[str, ...]] = {}
     changed: Mapping[str, int] = {}
+    dropped: tuple[str, ...] = ()
     program: str = ""
     reason: str = ""
     causes: tuple[Cause, ...] = ()
@@ -260,6 +262,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
             **{name: getattr(self, name) for name in ("switch", "program", "reason", "cell", "by_hand")},
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
+            "dropped": list(self.dropped),
             "static": list(self.static),
             "timing": timing,
             **{

@@ -357,7 +357,6 @@ SCENARIOS = [
             "flax_magics.execution.execute.limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9)
         ),
     ),
-    Scenario("execution.execute._check_samples", "%flax_apply --train --samples 2 Net(x)", (SWITCHED,)),
     Scenario("execution.execute._check_samples", "%flax_apply --samples 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
     # -- weights
     Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
@@ -486,6 +485,16 @@ SCENARIOS = [
         edit=lambda cell, advice: cell.replace("(x)\n", f"(x + {advice.replace('…', 'x.shape')})\n"),
     ),
     Scenario("execution.notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
+    Scenario("execution.notes.of_samples", "%flax_apply --eval --samples 2 Net(x);", (SWITCHED,)),
+    Scenario("execution.notes.of_samples", "%flax_apply --samples 2 net(x);", (NET,)),
+    Scenario(
+        "execution.notes.of_samples",
+        "%flax_apply --samples 2 Net(x);",
+        (FIXED.replace(", train=False", ""),),
+        edit=lambda cell, advice: cell.replace("x)", "x, train=False)", 1).replace(
+            "deterministic=True", advice.splitlines()[-1]
+        ),
+    ),
     Scenario("execution.notes.of_keys", "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
     Scenario("execution.notes.of_keys", "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
     Scenario(

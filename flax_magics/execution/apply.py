@@ -64,10 +64,9 @@ def apply_model(
     new_model = entry.model
     execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
-    keep = options.variables is None and options.keys_of is None
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
-    after = _after(execution, changed if keep else ())
+    after = _after(execution, changed if options.keeps else ())
     keys_in_call = dict(notes.keys_in(execution.arguments, services.seen, options.key))
     collections = {*execution.built.request.variables, *result.updates, *result.sown}
     of_mode = notes.of_mode(name, bound, execution.mode, result.trace)
@@ -88,7 +87,10 @@ def apply_model(
         notes=tuple(run_notes),
         started=started,
         made=made_of(new_model.collections()) if anew and new_model.holds_variables else variables.made,
-        changed={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
+        changed={collection: after.update_counts[collection] for collection in sorted(changed)}
+        if options.keeps
+        else {},
+        dropped=() if options.keeps else tuple(sorted(changed)),
         replayed=replayed is not None,
         first=state.runs is None,
     )
@@ -99,13 +101,14 @@ def apply_model(
         after = replace(after, model=users_model)
 
         def write() -> None:
-            commit.make()
+            if options.keeps:
+                commit.make()
             users_model.become(new_model)
 
     recipe = recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
-    outcome = Outcome(run, stored, draw, after, write=write, commit=commit if keep else None)
+    outcome = Outcome(run, stored, draw, after, write=write, commit=commit if options.keeps else None)
     return Applied(outcome, execution, recipe, steady, tuple(keys_in_call.values()))
 
 
@@ -139,6 +142,8 @@ def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[
     yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
     if execution.variables.made is not None:
         yield from notes.of_params(execution.variables.values)
+    if options.samples is not None and options.samples > 1:
+        yield from notes.of_samples(bound, options, trace, line)
     yield from notes.of_scalars(execution.built.scalars, line)
     if bound.own_rngs and not trace.asked:
         yield Note("rngs", "rngs: yours, draw unused")

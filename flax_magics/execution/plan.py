@@ -34,7 +34,7 @@ class RunResult(NamedTuple):
 
     Attributes:
       output: of the model; with `--mutable` it is `(output, updates)`.
-      updates: what was written, as it is after the last of the samples.
+      updates: what was written.
       sown: what was sown.
       timing: of the run and of what it waited for.
       needs, trace: those of the plan; a run op by op may find out more.
@@ -145,8 +145,6 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
                 break
             start = clock()
         output, updates = first
-        if draw.size is not None:  # as after as many runs one by one
-            updates = {name: tree if name in trace.sown else _last(tree) for name, tree in updates.items()}
         timing = replace(_NO_TIME, run=times[0], wait=wait, busy=free - begin)
         if len(times) > 1:
             timing = replace(timing, steady=Steady(tuple(times)))
@@ -173,10 +171,6 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
             jax.effects_barrier()
             unfinished.wait = None
             return result, needs, seen.with_what(traced.trace)
-
-
-def _last(tree: PyTree) -> PyTree:
-    return jax.tree_util.tree_map(lambda leaf: leaf[-1], tree)
 
 
 def _parted(

@@ -289,14 +289,18 @@ def _added(kwargs: Mapping[str, PyTree], written: Mapping[str, PyTree]) -> Setti
 def by_hand(bound: BoundCall, options: ApplyOptions, needs: Needs, mutable: set[str]) -> str:
     """The run as plain Flax, with what the model needs and the collections that are to be mutable.
 
-    Samples are mapped over their keys (linen), or one by one (NNX).
+    Samples are mapped over their keys (linen), or run one by one on copies (NNX).
     """
-    call, streams = bound.call, tuple(sorted(needs.streams))
+    call, streams, copy = bound.call, tuple(sorted(needs.streams)), ""
     in_call = written_in_call(bound.signature, call.args, bound.kwargs)
     switch = tuple(setting for setting in bound.switch if options.mode and setting.partition("=")[0] not in in_call)
     added = [f"{name}={value}" for name, value in bound.kwargs.items() if name not in call.kwargs]
-    text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
-    code = inside(needs.axes, bound.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable))))
+    text = call.text
+    if options.samples is not None and bound.model.holds_variables:
+        name = text.partition("(")[0].partition(".")[0]
+        text, copy = f"{name}_copy{text.removeprefix(name)}", f"{name}_copy = nnx.clone({name}); "
+    text = with_arguments(text, [*(f"{name}={name}_key" for name in options.key), *added])
+    code = copy + inside(needs.axes, bound.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable))))
     names = [f"{name}_key" for name in dict.fromkeys((*options.key, *streams))]
     if options.samples is None or not names:
         return code

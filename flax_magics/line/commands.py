@@ -80,7 +80,13 @@ FLAX_APPLY = Command(
         Option("--variables", "run with other variables, and keep nothing", "EXPR"),
         Option("--key", "pass the draw's stream ARG as that argument", "ARG", many=True, is_name=True),
         KEYS_OF,
-        Option("--samples", "K draws at once, outputs stacked: Monte-Carlo dropout", "K", type=int, was="--draws"),
+        Option(
+            "--samples",
+            "K draws at once, outputs stacked: Monte-Carlo dropout; keep nothing that the model writes",
+            "K",
+            type=int,
+            was="--draws",
+        ),
         REPEAT,
         Option(
             "--roofline",
@@ -269,7 +275,19 @@ MEANINGS = (
 
 KINDS = (
     *("dropout", "norm", "mode", "nan", "stream", "root key", "key again", "same key", "unused key", "mutable"),
-    *("zero params", "nan params", "scalar", "programs", "masks", "replaced", "weights", "outdated", "file", "rebound"),
+    *(
+        "samples",
+        "zero params",
+        "nan params",
+        "scalar",
+        "programs",
+        "masks",
+        "replaced",
+        "weights",
+        "outdated",
+        "file",
+        "rebound",
+    ),
 )
 """Kinds of sharp bits, by which they are quieted.
 
@@ -283,6 +301,7 @@ key again: a key that went into an earlier run is passed again.
 same key: one key is given to two arguments of a call.
 unused key: a key is passed that the model does not use.
 mutable: a collection is asked for by a name that the model does not have.
+samples: all samples of a run are the same, because no key went into them.
 zero params: all params are zero after init.
 nan params: params hold NaN after init.
 scalar: a Python number stands where an array was.

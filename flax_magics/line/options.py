@@ -359,6 +359,11 @@ class ApplyOptions:
         options += [f"--{name}" for name in ("roofline", "eager") if getattr(self, name)]
         return " ".join(["%flax_apply", *options])
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what the model writes is kept."""
+        return self.variables is None and self.keys_of is None and self.samples is None
+
     @cached_property
     def plain(self) -> bool:
         """Whether it is one compiled run of the next draw with the model's own variables."""

@@ -223,8 +223,9 @@ def _made(run: Run) -> tuple[str, ...]:
 
 
 def changed_of(run: Run) -> tuple[str, ...]:
-    """`batch_stats: update 11` for each collection that the model wrote."""
-    return tuple(f"{clean(name)}: update {updates}" for name, updates in run.changed.items())
+    """`batch_stats: update 11`, or `batch_stats: not kept`, for each collection that the model wrote."""
+    updated = (f"{clean(name)}: update {updates}" for name, updates in run.changed.items())
+    return (*updated, *(f"{clean(name)}: not kept" for name in run.dropped))
 
 
 def keys_of(run: Run) -> tuple[str, ...]:

@@ -115,6 +115,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     replays: tuple[int, bool]
     leaves: list[dict[str, str | int]] | None = None
     bits: str = ""
+    dropped: tuple[str, ...] = ()
 
 
 def take(state: State) -> Snapshot:

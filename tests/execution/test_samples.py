@@ -65,6 +65,8 @@ def pair(make, *inputs, seed=0):
 def bits(one, other):
     for a, b in zip(jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other), strict=True):
         assert a.dtype == b.dtype
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = map(jax.random.key_data, (a, b))
         assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -127,9 +129,7 @@ def test_nnx(samples):
     run = many.apply("net", X, mode="eval", samples=samples)
     outputs = [single.apply("net", X, mode="eval").output for _ in range(samples)]
     bits(run.output, jnp.stack(outputs))
-    one, other = many.models["net"].module, single.models["net"].module
-    bits(jax.random.key_data(one.dropout.rngs.key[...]), jax.random.key_data(other.dropout.rngs.key[...]))
-    bits(one.dropout.rngs.count[...], other.dropout.rngs.count[...])
+    bits(nnx.state(many.models["net"].module), nnx.state(Own(rngs=nnx.Rngs(0))))
     bits(jax.random.key_data(many.root_key), jax.random.key_data(single.root_key))
 
 
@@ -141,17 +141,14 @@ def test_nnx_dropout_on_and_rngs_of_the_call():
         def __call__(self, x):
             return self.dropout(x)
 
-    for module, count in ((Masked, 1), (Handed, 0)):
+    for module in (Masked, Handed):
         many, single = pair(lambda module=module: module(rngs=nnx.Rngs(0)), seed=1)
         run = many.apply("net", X, mode="train", samples=4)
         outputs = [single.apply("net", X, mode="train").output for _ in range(4)]
         np.testing.assert_allclose(run.output, jnp.stack(outputs), rtol=1e-6)
         assert len({np.asarray(mask).tobytes() for mask in run.output == 0}) == 4
-        if count:
+        if module is Masked:
             bits(run.output, jnp.stack(outputs))
-            one, other = many.models["net"].module, single.models["net"].module
-            bits(one.dropout.rngs.count[...], other.dropout.rngs.count[...])
-            bits(jax.random.key_data(one.dropout.rngs.key[...]), jax.random.key_data(other.dropout.rngs.key[...]))
 
 
 def test_keys_as_arguments():
@@ -180,37 +177,116 @@ def test_sown_values_are_stacked():
     assert session.models["net"].variables == {}
 
 
-def test_a_model_that_asks_for_nothing_gives_the_same_every_time():
-    class Still(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(2)(x)
+def test_what_a_model_writes_is_handed_back_and_not_kept():
+    session, _ = pair(Net, X)
+    variables = session.models["net"].variables
+    run = session.apply("net", X, mode="train", mutable="batch_stats", samples=8)
 
+    @jax.jit
+    def hand(variables, x, *keys):
+        def one(*keys):
+            rngs = dict(zip(("dropout", "noise"), keys, strict=True))
+            return Net().apply(variables, x, training=True, rngs=rngs, mutable=["batch_stats"])
+
+        return jax.vmap(one)(*keys)
+
+    bits(run.output, hand(variables, X, run.keys["dropout"], run.keys["noise"]))
+    bits(session.models["net"].variables, variables)
+    assert (run.changed, run.dropped) == ({}, ("batch_stats",))
+    assert "  vars     initialised in draw 1    batch_stats: not kept\n" in text.normal(run)
+    assert "batch_stats: not kept" in " ".join(text.report(run, "line").split())
+    assert session.replay(run).agreement.identical
+    again = session.apply("net", X, mode="train", keys_of=1)
+    assert again.dropped == ("batch_stats",)
+    assert session.apply("net", X, mode="train").changed == {"batch_stats": 1}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_nnx_statistics_are_not_kept(eager):
+    module = Own(rngs=nnx.Rngs(0))
+    session, before = Session(), nnx.state(nnx.clone(module))
+    session.register("own", module)
+    run = session.apply("own", X, mode="train", samples=2, eager=eager)
+    bits(nnx.state(module), before)
+    assert run.dropped == ("BatchStat",)
+    assert run.by_hand == (
+        "for default_key in default_keys:\n    own_copy = nnx.clone(own); own_copy.train(); nnx.reseed(own_copy, "
+        "policy='match_shape', default=default_key); nnx.jit(lambda own_copy: own_copy(…))(own_copy)"
+    )
+    masks = {np.asarray(sample == 0).tobytes() for sample in run.output}
+    assert len(masks) == 2
+    session.apply("own", X, mode="train")
+    assert session.runs[-1].changed == {"BatchStat": 1}
+
+
+def test_rngs_of_the_users_own_are_refused():
+    session = Session()
+    session.register("handed", Handed(rngs=nnx.Rngs(0)))
+    with pytest.raises(FlaxMagicsError, match="passes rngs of its own: they would give all 2 samples the same keys"):
+        session.apply("handed", X, rngs=nnx.Rngs(5), samples=2)
+    assert session.draws == 0
+
+
+class Still(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x)
+
+
+class Asking(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x)
+
+
+class Switched(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False, z_rng=None):
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+class Fixed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dropout(0.5, deterministic=True)(x)
+
+
+def test_samples_without_a_key_are_all_the_same():
     session, _ = pair(Still)
     run = session.apply("net", X, samples=3)
-    assert run.output.shape == (3, 5, 2)
+    bits(run.output, jnp.stack([run.output[0]] * 3))
     assert run.spread[0].deviation == 0.0
     assert run.by_hand == "net.apply(variables, …)"
 
 
-def test_what_single_runs_would_hand_on_is_refused():
-    session, _ = pair(Net, X)
-    with pytest.raises(FlaxMagicsError) as caught:
-        session.apply("net", X, mode="train", samples=8)
-    assert str(caught.value) == (
-        "net writes `batch_stats` in this run: 8 samples at once would all start from the same, where run by run each hands "
-        "it on to the next.\n  form: for _ in range(8):\n            %flax_apply --train net(…)"
-    )
-    assert session.draws == 1  # the init's
-    session.register("own", Own(rngs=nnx.Rngs(0)))
-    before = np.asarray(session.models["own"].module.norm.mean[...])
-    with pytest.raises(FlaxMagicsError, match="own writes `BatchStat` in this run: 2 samples at once"):
-        session.apply("own", X, mode="train", samples=2)
-    bits(session.models["own"].module.norm.mean[...], before)
-    session.register("handed", Handed(rngs=nnx.Rngs(0)))
-    with pytest.raises(FlaxMagicsError, match="passes rngs of its own: they would give all 2 samples the same keys"):
-        session.apply("handed", X, rngs=nnx.Rngs(5), samples=2)
-    assert session.draws == 1
+@pytest.mark.parametrize(
+    ("model", "options", "advice"),
+    [
+        (Still, {}, "form: %flax_apply net(…)"),
+        (Switched, {}, "form: %flax_apply --train --samples 3 net(…)"),
+        (Switched, {"mode": "eval"}, "form: %flax_apply --train --samples 3 net(…)"),
+        (Switched, {"train": False}, "form: %flax_apply --samples 3 net(…, train=True)"),
+        (Switched, {"key": "z_rng"}, "form: %flax_apply --train --key z_rng --samples 3 net(…)"),
+        (Asking, {}, "form: %flax_apply --train --samples 3 net(…)"),
+        (Fixed, {}, "in your model: def __call__(self, …, train): deterministic=not train"),
+        (lambda: nn.BatchNorm(use_running_average=True), {}, "form: %flax_apply net(…)"),
+        (lambda: Own(rngs=nnx.Rngs(0)), {"mode": "eval"}, "form: %flax_apply --train --samples 3 net(…)"),
+    ],
+)
+def test_the_line_that_makes_them_differ(model, options, advice):
+    session, _ = pair(model)
+    (note,) = [note for note in session.apply("net", X, samples=3, **options).notes if note.kind == "samples"]
+    assert note.text == "all 3 samples are the same: no key is used in this run"
+    assert [f"{label.strip()} {' '.join(said.split())}" for label, said in note.advice] == [advice]
+
+
+def test_what_is_off_in_training_is_told_once_and_one_sample_is_no_news():
+    session, _ = pair(Fixed)
+    notes = session.apply("net", X, mode="train", samples=2).notes
+    assert [(note.kind, bool(note.advice)) for note in notes] == [("dropout", True), ("samples", False)]
+    assert [note.kind for note in session.apply("net", X, samples=1).notes] == []
+    switched, _ = pair(Switched)
+    assert [note.kind for note in switched.apply("net", X, mode="train", samples=2).notes] == []
 
 
 @pytest.mark.parametrize("samples", [0, -1, True, 1.5])

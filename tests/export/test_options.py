@@ -81,7 +81,7 @@ class Net(nnx.Module):
     script = assert_same(notebook, tmp_path, "ys = %flax_apply --eval --samples 2 net(x)\ny = net(x)")
     assert "updates = {\n  'BatchStat': {\n    'first/norm/mean': net.first.norm.mean[...],\n" in script
     assert "sown = {'Intermediate': nnx.to_pure_dict(nnx.pop(net_copy, nnx.Intermediate))}\n" in script
-    assert "  def one_draw(dropout_key):\n    model = nnx.clone(net)\n" in script
+    assert "  def one_sample(dropout_key):\n    model = nnx.clone(net)\n" in script
 
 
 @pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")
