@@ -102,15 +102,8 @@ def staging() -> Any:
         (lambda: {name for _, name in private.nnx_stacks()} <= set(private.NNX_STACKS), True),
     ],
     ids=[
-        *(
-            "trace_state_clean",
-            "trace_context",
-            "trace_context_names",
-            "mesh",
-            "apply_primitive",
-            "custom_staging_rules",
-        ),
-        *("FrozenDict._dict", "flags, interceptors and rules", "NNX's stacks"),
+        *("trace_state_clean", "trace_context", "trace_context_names", "mesh", "apply_primitive"),
+        *("custom_staging_rules", "FrozenDict._dict", "flags, interceptors and rules", "NNX's stacks"),
     ],
 )
 def test_this_version_has_the_name(fetch: Callable[[], Any], expected: Any) -> None:
