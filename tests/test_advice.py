@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import io
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import made
 import nbformat
 import numpy as np
@@ -34,6 +36,10 @@ class Net(nn.Module):
     return nn.Dense(self.features)(x)
 """
 CLASS = NET.partition("\n")[2]
+EXPLICIT = """from jax.sharding import AxisType, NamedSharding, PartitionSpec
+mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Explicit,))
+x = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
+"""
 
 
 def model(call: str, body: str, made: str = "") -> str:
@@ -212,6 +218,18 @@ def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FLAGS, HIJAX, True)
 
 
+def only_in_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `jax.set_mesh(mesh)` by itself set nothing, which other tests would meet."""
+    original = jax.set_mesh
+
+    @contextlib.contextmanager
+    def set_mesh(mesh: Any) -> Iterator[None]:
+        with original(mesh):
+            yield
+
+    monkeypatch.setattr(jax, "set_mesh", set_mesh)
+
+
 COLLECTIONS, OF_NNX = "state.weights.check_collections", "state.weights.check_state"
 ALIVE, OTHERS = "state.weights.check_alive", "state.weights._note"
 RUN_CELL, UNKNOWN = "notebook.run_cell.run_statements_with_call", "notebook.command._unknown"
@@ -357,6 +375,8 @@ SCENARIOS = [
     Scenario("execution.notes.of_unused", "%flax_apply net(x, jax.random.key(5));", (UNUSED.format(""),),
              edit=put("(x)\n", "(x + {})\n", "x.shape")),
     Scenario("execution.notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
+    Scenario("execution.sharding.of_explicit_axes", "with jax.set_mesh(mesh):\n  y = %flax_apply net(x)",
+             ("%flaxmodel net = nn.Dropout(0.5, deterministic=False)", EXPLICIT), patch=only_in_with, again=True),
     Scenario(SAMPLES, "%flax_apply --eval --samples 2 Net(x);", (SWITCHED,)),
     Scenario(SAMPLES, "%flax_apply --samples 2 net(x);", (NET,)),
     Scenario(SAMPLES, "%flax_apply --samples 2 Net(x);", (FIXED.replace(", train=False", ""),),

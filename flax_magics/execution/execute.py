@@ -27,6 +27,7 @@ from ..state.entry import ModelEntry
 from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
 from .call import BoundCall, Call, initialising, prepare, prepare_init, request_of, with_drawn_key, with_keys
 from .plan import Plan, RunResult, StartedProgram, begin_program, finish_program, needs_by_shapes
+from .sharding import of_explicit_axes
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -256,6 +257,9 @@ class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
             raise _kept_out(error) from None
         if error is not None and is_out_of_memory(error):
             raise out_of_memory(error, self.call.text, None) from None
+        sharded = None if error is None else of_explicit_axes(error, self.call)
+        if sharded is not None:
+            raise sharded from None
 
 
 def _kept_out(error: Exception) -> FlaxMagicsError:
