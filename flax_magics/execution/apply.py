@@ -66,7 +66,8 @@ def apply_model(
     result, variables, bound = execution.result, execution.variables, execution.request.bound
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
-    after = _after(execution, changed if options.keeps else ())
+    updated = changed if options.keeps else ()
+    after = _after(execution, updated)
     keys_in_call = dict(notes.keys_in(execution.arguments, services.seen, options.key))
     collections = {*execution.built.request.variables, *result.updates, *result.sown}
     of_mode = notes.of_mode(name, bound, execution.mode, result.trace)
@@ -88,9 +89,7 @@ def apply_model(
         notes=tuple(run_notes),
         started=started,
         made=made_of(entry.nnx.collections()) if anew else variables.made,
-        changed={collection: after.update_counts[collection] for collection in sorted(changed)}
-        if options.keeps
-        else {},
+        changed={collection: after.update_counts[collection] for collection in sorted(updated)},
         dropped=() if options.keeps else tuple(sorted(changed)),
         first=state.runs is None,
     )

@@ -133,7 +133,7 @@ def of_samples(bound: BoundCall, options: ApplyOptions, record: CallTrace, line:
     """Samples that are all the same, because no key went into them: with dropout that is off, the line that turns it on."""
     if record.asked or not record.unused.issuperset(options.key):
         return
-    text = f"all {options.samples} samples are the same: no key is used in this run"
+    text = f"the {options.samples} samples are the same: no key is used in this run"
     off = [layer for layer in record.layers if layer.kind == "dropout" and not layer.training]
     evaluating = [
         name for name, value in map(setting_of, bound.switch) if value is not WHEN_TRAINING[name.rpartition(".")[2]]

@@ -254,7 +254,7 @@ def test_samples_without_a_key_are_all_the_same():
 def test_the_line_that_makes_them_differ(model, options, advice):
     session = session_of(model())
     (note,) = [note for note in session.apply("net", X, samples=3, **options).notes if note.kind == "samples"]
-    assert note.text == "all 3 samples are the same: no key is used in this run"
+    assert note.text == "the 3 samples are the same: no key is used in this run"
     assert [f"{label.strip()} {' '.join(said.split())}" for label, said in note.advice] == [advice]
 
 
