@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -63,6 +64,29 @@ def _has_bits(leaf: Leaf) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
+def opened(tree: PyTree) -> PyTree:
+    """`tree` with the attributes of each object in the place of the object itself, under the name of its class.
+
+    An object that is no tree of JAX's is told by what it holds: its `repr` may have an address, or numbers cut short.
+    Arrays, plain values and what can be called stay. One that holds itself stays, too.
+    """
+    try:
+        return jax.tree_util.tree_map(_opened, tree)
+    except RecursionError:
+        return tree
+
+
+def _opened(leaf: Leaf) -> PyTree:
+    held = {} if _has_bits(leaf) or callable(leaf) else getattr(leaf, "__dict__", {})
+    inside = {name: value for name, value in held.items() if not name.startswith("__")}
+    return {type(leaf).__qualname__: jax.tree_util.tree_map(_opened, inside)} if inside else leaf
+
+
+def _spelled_value(leaf: Leaf) -> str:
+    """A leaf that is no array: its `repr`, without the address that it may have."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf))
+
+
 SAMPLED = 64
 """Elements of an array that `quick_digest` reads, about: evenly spaced ones on a CPU, elsewhere the first."""
 
@@ -96,7 +120,8 @@ def sample_of(tree: PyTree) -> dict[str, object]:
       `leaves`: of each array its `path` as `jax.tree_util.keystr` writes it, `array` (`float32[3,4]`), and how many
       `values` it gives. `bits`: the values of all of them one after the other, little-endian, in base64.
     """
-    rows = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][:VALUES]
+    leaves_by_path = jax.tree_util.tree_flatten_with_path(opened(tree))[0]
+    rows = [(path, leaf) for path, leaf in leaves_by_path if _is_number(leaf)][:VALUES]
     each = max(1, VALUES // max(1, len(rows)))
     leaves, bits = [], []
     for path, leaf in rows:
@@ -143,7 +168,7 @@ class Values(Struct, frozen=True, forbid_unknown_fields=True):
 
 def values_of(tree: PyTree) -> tuple[Values, ...]:
     """The arrays of `tree` that hold floating-point or complex numbers, in JAX's order. Reads all of them."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(opened(tree))[0]
     return tuple(_values(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if _is_inexact(leaf))
 
 
@@ -232,13 +257,14 @@ def digest_of(tree: PyTree) -> str:
     """sha256, first 16 hex digits, over each leaf of `tree` in JAX's order.
 
     Per leaf: its key path as `jax.tree_util.keystr` writes it, dtype and shape as text, each closed by a zero byte, then
-    its elements as little-endian bytes in C order (typed keys: their key data). A leaf that is no array is its `repr`.
+    its elements as little-endian bytes in C order (typed keys: their key data). An object that is no tree is its class's
+    name and its attributes (see `opened`), any other leaf that is no array its `repr`.
     """
     hasher = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(opened(tree))[0]:
         hasher.update(jax.tree_util.keystr(path).encode() + b"\0")
         if not _has_bits(leaf):
-            hasher.update(repr(leaf).encode() + b"\0")
+            hasher.update(_spelled_value(leaf).encode() + b"\0")
             continue
         if is_key(leaf):
             hasher.update(str(leaf.dtype).encode())
@@ -324,8 +350,8 @@ class Agreement(Struct, frozen=True):
 
 def with_output(was: PyTree, now: PyTree) -> Agreement:
     """Compares two results leaf by leaf, bit by bit."""
-    old, old_tree = jax.tree_util.tree_flatten_with_path(was)
-    new, new_tree = jax.tree_util.tree_flatten_with_path(now)
+    old, old_tree = jax.tree_util.tree_flatten_with_path(opened(was))
+    new, new_tree = jax.tree_util.tree_flatten_with_path(opened(now))
     if [path for path, _ in old] != [path for path, _ in new] or not alike(old_tree, new_tree):
         return Agreement(
             False, "output", (Difference("", text=f"{len(old)} leaves → {len(new)}, put together otherwise"),)
@@ -347,8 +373,9 @@ def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
     if was is now:
         return None
     if not (_has_bits(was) and _has_bits(now)):
-        same = type(was) is type(now) and repr(was) == repr(now)
-        return None if same else Difference(path, text=f"{was!r} → {now!r}")
+        before, after = _spelled_value(was), _spelled_value(now)
+        same = type(was) is type(now) and before == after
+        return None if same else Difference(path, text=f"{before} → {after}")
     one, other = on_host(was), on_host(now)
     if one.dtype != other.dtype or one.shape != other.shape:
         return Difference(path, text=f"{spelled(one)} → {spelled(other)}")

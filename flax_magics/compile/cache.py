@@ -25,7 +25,7 @@ from ..code.contents import Structure, Unknown
 from ..code.fingerprint import fingerprint
 from ..code.inventory import Inventory
 from ..code.library import library
-from ..models.base import CallTrace, Needs, Variables
+from ..models.base import CallTrace, ForeignOutput, Needs, Variables
 from ..models.calls import signature_of
 from ..rng.keys import SeenKeys
 from ..run import Cause
@@ -191,6 +191,8 @@ class ProgramCache:
         request, traced = call.request, call.traced
         if call.known is not None:
             return BuiltProgram(key, request, call.known)
+        if call.trace.foreign:
+            raise ForeignOutput(call.trace.foreign)
         assert start is not None
         equations = _equations(traced, request)
         timing, shareable, resumed = Timing(trace=self.clock() - start), True, True

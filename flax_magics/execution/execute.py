@@ -19,8 +19,9 @@ from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
 from ..line.expression import Line, without_option
-from ..models.base import ARGUMENTS, MissingVariables, Variables
+from ..models.base import ARGUMENTS, ForeignOutput, MissingVariables, Variables
 from ..models.calls import Arguments
+from ..models.linen import lacking_stream
 from ..rng.keys import Draw, DrawBatch
 from ..run import InitStats
 from ..state.entry import ModelEntry
@@ -248,16 +249,42 @@ class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, flax_errors.InvalidRngError):
             raise _kept_out(error) from None
+        if isinstance(error, ForeignOutput):
+            raise _foreign(error, self.call) from None
+        if isinstance(error, (RuntimeError, ValueError)) and "deleted" in str(error):
+            _check_inputs(self.call)
         if error is not None and is_out_of_memory(error):
             raise out_of_memory(error, self.call.text, None) from None
 
 
-def _kept_out(error: Exception) -> FlaxMagicsError:
+def _kept_out(error: flax_errors.InvalidRngError) -> FlaxMagicsError:
     """Every stream is fed, so a stream can be missing only inside a transform that keeps it out."""
-    first = str(error).split(" (https")[0].rstrip(".")
-    stream = next(iter(re.findall(r'PRNG for "(\w+)"', first)), "…")
+    first, stream = str(error).split(" (https")[0].rstrip("."), lacking_stream(error) or "…"
     message = f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on."
     return FlaxMagicsError(message, edit=f"split_rngs={{'{stream}': True, …}}")
+
+
+def _foreign(error: ForeignOutput, call: Call) -> FlaxMagicsError:
+    """Op by op a call may give what it likes, one draw at a time."""
+    draws = re.search(r"--draws[\s=]+([0-9]+)", call.command)
+    command = call.command
+    for option, value in (("--draws", "[0-9]+"), ("--roofline", ""), ("--eager", "")):
+        command = without_option(command, option, value)
+    line = f"{command} --eager {call.text}"
+    if draws is not None:
+        line = f"for _ in range({draws[1]}):\n    {line}"
+    message = f"{call.text} gives `{error}`, which is no tree of arrays: no compiled program can give it, op by op it can."
+    return FlaxMagicsError(message, **written(line))
+
+
+def _check_inputs(call: Call) -> None:
+    """Raises where an array among the arguments was donated or deleted."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path((call.args, call.kwargs)):
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            place = f"argument {path[1].idx + 1}" if path[0].idx == 0 else f"`{path[1].key}`"
+            message = f"{place} of {call.text} is gone: your code has donated or deleted its arrays."
+            hint = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
+            raise FlaxMagicsError(message, hint=hint) from None
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:

@@ -12,13 +12,14 @@ import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.digest import opened
 from ..base.measures import Steady, Timing
 from ..base.types import Leaf, PyTree
 from ..compile import reasons
 from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
 from ..compile.limits import is_out_of_memory, out_of_memory
 from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
-from ..models.base import SOWN, CallTrace, Incomplete, Model, Needs, Variables
+from ..models.base import SOWN, CallTrace, ForeignOutput, Incomplete, Model, Needs, Variables
 from ..rng.keys import SPLIT, Draw, DrawBatch
 
 if TYPE_CHECKING:
@@ -168,8 +169,10 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
                 needs = needs.and_what(seen)
                 continue
             result = output, leave_out(updates, traced.trace.unchanged)
-            unfinished.wait = functools.partial(jax.block_until_ready, result)
-            jax.block_until_ready(result)
+            if seen.foreign:  # of many draws, which JAX would have to stack
+                raise ForeignOutput(seen.foreign)
+            unfinished.wait = functools.partial(jax.block_until_ready, opened(result))
+            unfinished.wait()
             jax.effects_barrier()
             unfinished.wait = None
             return result, needs, seen.with_what(traced.trace)

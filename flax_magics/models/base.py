@@ -89,6 +89,8 @@ class CallTrace:
     """How the run changed the model's graph (NNX), None if it did not."""
     calls: Calls | None = None
     """Where the calls of modules are noted, None where nobody asks for them."""
+    foreign: str = ""
+    """The class of an object that the model gives or sows and that is no tree of arrays: no program can give it."""
 
     def passed(self, kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> None:
         """Notes a layer, once; see `layer_of`."""
@@ -136,6 +138,10 @@ class Commit(Struct, frozen=True):
 
 class MissingVariables(Exception):
     """The model needs variables that it was not given (a method that the first init did not reach)."""
+
+
+class ForeignOutput(Exception):
+    """The model gives or sows an object that no program can give; its message is the name of the object's class."""
 
 
 class Incomplete(Exception):
