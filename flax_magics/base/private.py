@@ -39,6 +39,16 @@ def role_of(module: str) -> Literal["callback", "trace"] | None:
     return "trace" if module.startswith(TRANSFORMS) else None
 
 
+@cache
+def hide_frames(folder: str) -> None:
+    """Has JAX leave out the frames of a folder's files where it says where a value came from: in leaked tracers, say."""
+    try:
+        from jax._src.source_info_util import register_exclusion
+    except ImportError:
+        return
+    register_exclusion(folder)
+
+
 def trace_context_of() -> Callable[[], tuple[object, ...]]:
     """JAX's function that gives all settings of a thread that a trace depends on.
 

@@ -19,7 +19,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -39,7 +39,8 @@ LONGEST = 64
 # Class attributes that Python and Flax add.
 _MADE = ("_abc", "__dataclass", "_pytree__", "_compact_name_scope")
 
-PieceKind = Literal["value", "function", "method", "class"]
+PieceKind = Literal["value", "function", "method", "class", "layer"]
+"""`layer`: a plain attribute of a library's NNX layer, which follows from what its owner built it with, or was set."""
 
 
 class CodePiece(Struct, frozen=True):
@@ -63,13 +64,25 @@ def inventory(module: object) -> Inventory:
     return walk.pieces
 
 
+def values(named: Iterable[tuple[str, object]]) -> Inventory:
+    """The pieces of values, each of which a person knows by a name."""
+    walk = _Inventory()
+    for name, value in named:
+        with contextlib.suppress(Exception):
+            walk.visit(name, value)
+    return walk.pieces
+
+
 def changes(old: Inventory, new: Inventory) -> list[str]:
-    """What differs, the most telling first: values, then code, then what only one of the two has."""
-    values, code, others = [], [], []
+    """What differs, the most telling first: values, then code, then what only one of the two has.
+
+    Attributes of layers are told where nothing else is.
+    """
+    values, code, others, layers = list[str](), list[str](), list[str](), list[str]()
     for name, piece in new.items():
         before = old.get(name)
         if before is None:
-            others.append(f"{_spell(name, piece)}: not there before")
+            others += [f"{_spell(name, piece)}: not there before"] * (piece.kind != "layer")
         elif before.print == piece.print:
             continue
         elif piece.kind != before.kind:
@@ -83,9 +96,10 @@ def changes(old: Inventory, new: Inventory) -> list[str]:
         elif before.text == piece.text:
             values.append(f"{name}: other values")
         else:
-            values.append(f"{name}: {before.text} → {piece.text}")
-    others += [f"{_spell(name, piece)}: there before" for name, piece in old.items() if name not in new]
-    return [*values, *code] or others
+            (layers if piece.kind == "layer" else values).append(f"{name}: {before.text} → {piece.text}")
+    gone = {name: piece for name, piece in old.items() if name not in new and piece.kind != "layer"}
+    others += [f"{_spell(name, piece)}: there before" for name, piece in gone.items()]
+    return [*values, *code] or others or layers
 
 
 def _spell(name: str, piece: CodePiece) -> str:
@@ -184,8 +198,14 @@ class _Inventory:
             if item is MISSING and not hasattr(value, attribute):
                 continue
             item = getattr(value, attribute) if item is MISSING else item
+            spelled = f"{name}[{attribute}]" if attribute.isdigit() else f"{name}.{attribute}" if name else attribute
             if not follows or isinstance(item, (*nnx_modules(), list, tuple, dict)) or callable(item):
-                self.visit(f"{name}.{attribute}" if name else attribute, item)
+                self.visit(spelled, item)
+            elif type(item) in ATOMS:
+                self.add(spelled, "layer", repr(item))
+        if not is_module(value) and callable(getattr(value, "items", None)):  # a config that keeps its fields inside
+            for field, item in value.items():
+                self.visit(f"{name}.{field}", item)
 
     def cls(self, cls: type) -> None:
         """A class of the user's: what it and its bases define. A library's is known by name."""

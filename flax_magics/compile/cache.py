@@ -8,17 +8,20 @@ Last by the lowered program's own text, which tells what the equations leave ope
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.measures import Memory, Timing, default_device, name_devices
+from ..base.private import hide_frames
 from ..base.threads import Future, Unfinished, elsewhere, smallest, wait_for
 from ..base.types import PyTree
 from ..code.contents import Structure, Unknown
@@ -43,8 +46,10 @@ from .compiler import (
 )
 from .jaxpr import identity
 from .limits import memory_of
-from .trace import Traced, TracedCall, TraceRequest, trace_call
+from .trace import PROGRAM_FILE, Traced, TracedCall, TraceRequest, trace_call
 
+FOLDER = f"{Path(__file__).parent.parent}{os.sep}"
+"""Of this package."""
 KEPT = 128
 """Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
 
@@ -130,6 +135,8 @@ class ProgramCache:
     unfinished: Unfinished = field(default_factory=Unfinished)
 
     def __post_init__(self) -> None:
+        for place in (FOLDER, PROGRAM_FILE):
+            hide_frames(place)
         self.compiler = Compiler()
         self.units = Units(self.compiler)
 
@@ -342,6 +349,7 @@ class ProgramSpec(Struct, frozen=True):
       edition: fingerprint of the model in its mode.
       structures: how each argument is put together, by the parameter's name.
       held: how the variables are put together.
+      static, held_static: their static fields, by the names that a person knows; of the arguments one by one.
       options: of the command, as they are written.
       settings: of JAX and Flax, by name; `context`: those of JAX that have no name, too.
     """
@@ -355,6 +363,8 @@ class ProgramSpec(Struct, frozen=True):
     structures: Mapping[str, Structure]
     variables: Mapping[str, LeafSpec]
     held: Structure
+    static: Mapping[str, Inventory]
+    held_static: Inventory
     options: Mapping[str, str]
     settings: Mapping[str, object]
     context: tuple[object, ...]

@@ -67,6 +67,8 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
         except Incomplete:
             ask = ask.and_what(record)
             continue
+        if len(traced.jaxpr.in_avals) > len(jax.tree_util.tree_leaves(inputs_of(request, ask))):
+            _check_leaks(request, ask)
         needed = needs(record, request)
         if needed == ask:
             record.unused = unused(traced, request.arguments)
@@ -74,6 +76,13 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
             return _without(traced, request, ask, record.unchanged), ask, record
         ask = needed
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
+
+
+def _check_leaks(request: TraceRequest, ask: Needs) -> None:
+    """Raises JAX's error where the model uses a value of an earlier trace, which a trace alone takes for one more input."""
+    closed = jax.make_jaxpr(_named(request, ask, CallTrace()))(*inputs_of(request, ask))
+    for leaked in (constant for constant in closed.consts if isinstance(constant, jax.core.Tracer)):
+        jax.jit(lambda value: value)(leaked)
 
 
 class TracedCall(Struct, Generic[P], frozen=True):
@@ -190,6 +199,10 @@ def _without(traced: Traced, request: TraceRequest, ask: Needs, variables: froze
     return jax.jit(program).trace(*inputs_of(request, ask))
 
 
+PROGRAM_FILE = "<flax_magics>"
+"""In the place of a file: where messages of JAX say that a program is."""
+
+
 def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
     """The function that is compiled. JAX's messages name it, where it is and its arguments: the user's words, not ours."""
     impl = request.draw.impl
@@ -200,7 +213,7 @@ def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
         return _without_objects(run(variables, typed, arguments), record)
 
     program.__name__ = program.__qualname__ = request.name
-    program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_firstlineno=1, co_name=request.name)
+    program.__code__ = program.__code__.replace(co_filename=PROGRAM_FILE, co_firstlineno=1, co_name=request.name)
     return program
 
 

@@ -58,7 +58,7 @@ def test_train_in_the_second_draw_and_a_line_when_nothing_is_new(sharp_bits):
         "  out   float32[3,4,3]\n"
         "  vars  initialised in draw 1\n"
         "  keys  dropout → Dropout_0\n"
-        "  jit   compiled in …: mode: as written → train\n"
+        "  jit   compiled in …: now with --train\n"
         "  run   …"
     )
     assert bits(sharp_bits["y"]) == bits(by_hand(sharp_bits, training=True, draws=2)[1])
