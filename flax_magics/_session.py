@@ -22,13 +22,14 @@ from .errors import FlaxMagicsError
 from .execution import record, surroundings
 from .execution.apply import apply_again, apply_model, init_model
 from .execution.build import Building, rebuild
-from .execution.call import Call, as_names
+from .execution.call import Call, ShapeBefore, as_names, shapes_before
 from .execution.idioms import Translation
 from .execution.plan_cache import PlanCache
 from .execution.record import Outcome
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
+from .models.calls import Path
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run
 from .state.entry import ModelEntry
@@ -169,14 +170,23 @@ class Session(SessionView):
 
     def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
         entry, notes = entry_now(self._state.models, name, module)
-        if not notes or name not in self._state.waiting:
+        if name not in self._state.waiting or not (notes or name not in self._state.models):
             return entry, notes
         from .snapshot import restore
 
         return restore.rebound(self._state.waiting, entry, notes)
 
+    def _entry_before(self, name: str, module: object) -> ModelEntry:
+        """The registered entry, or that of a module which its first run is to register."""
+        return self._state.models.get(name) or entry_now(self._state.models, name, module)[0]
+
     def _translation(self, entry: ModelEntry, call: Call) -> Translation:
         return Translation(entry.name, entry.model, call, entry.variables)
+
+    def shapes_before(self, name: str, method: Path) -> dict[str, ShapeBefore]:
+        """Shapes of the arguments, by name, for which a model's variables were made, or else its last program."""
+        entry = self._state.models.get(name)
+        return {} if entry is None else shapes_before(entry, method, self.programs.purposes.get(name, ()))
 
     # -- draws
 
@@ -383,7 +393,7 @@ class Session(SessionView):
 
     def run_init(self, name: str, call: Call, *, draw: DrawNumber | None = None, module: object = None) -> Run:
         """`init` with the call as it was written; see `run_apply` for `module`."""
-        self._stand_outside(surroundings.of_init, self._entry(name), call)
+        self._stand_outside(surroundings.of_init, self._entry_before(name, module), call)
         entry, notes = self._entry_now(name, module)
         inputs = self._state, entry, call, self.services
         if entry.model.holds_variables:
@@ -406,10 +416,10 @@ class Session(SessionView):
         """
         where = surroundings.surroundings()  # as `_stand_outside` does, which costs a call more
         if where is not None:
-            raise surroundings.of_apply(where, self._state, self._entry(name), call, options)
+            raise surroundings.of_apply(where, self._state, self._entry_before(name, module), call, options)
         library.look()
-        entry = self._state.models.get(name) or self._entry(name)
-        if module is None or module is entry.model.module:
+        entry = self._state.models.get(name)
+        if entry is not None and (module is None or module is entry.model.module):
             with entry.model.held_still:
                 state = self._state
                 shares = state.opened is not None and state.opened[0] == entry.name

@@ -156,6 +156,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       weights: where the variables came from that it ran with (an init: that it made), such as `initialised in draw 1`.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: the first draw of this session.
+      registered: how the model is built, where this run registered it; empty where it was registered before.
       elsewhere: of a run that was read from a file, as JSON data: what its bits depended on (see `environment`) and a
         few values of its output, if they were kept (see `sample_of`); None for every other.
       agreement: of a replay by `Session.replay`, how it compares with the run; None for every other.
@@ -191,6 +192,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     weights: str = ""
     replayed: bool = False
     first: bool = False
+    registered: str = ""
     draws: int | None = None
     elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None

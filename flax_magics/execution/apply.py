@@ -62,7 +62,8 @@ def apply_model(
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
     new_model = entry.model
-    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares))
+    others = next((note.write or note.form for note in said if note.kind == "weights"), None)
+    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares, others=others))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
     keep = options.variables is None and options.draw is None
     commit = bound.model.commit(result.updates, result.trace)
@@ -91,6 +92,7 @@ def apply_model(
         changed={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
         replayed=replayed is not None,
         first=state.runs is None,
+        registered="" if name in state.models else new_model.describe(),
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
         run = with_notes_of_output(run)
@@ -259,6 +261,7 @@ def init_model(
         weights=source.describe(opened.seed),
         replayed=draw is not None,
         first=state.runs is None,
+        registered="" if name in state.models else model.describe(),
         spelling=spelling,
     )
     recipe = InitRecipe(entry.without_variables(), call.method, tuple(arrays_in(model.module)))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.digest import describe
 from ..base.types import PyTree
 from ..compile.compiler import Units
 from ..compile.initialise import Initialising, merged, trace_init
@@ -23,6 +24,7 @@ from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value
 from ..rng.keys import Draw, DrawBatch, shape_of_key
 
 if TYPE_CHECKING:
+    from ..compile.cache import ProgramSpec
     from ..state.entry import ModelEntry
     from ..state.weights import Collections
 
@@ -193,6 +195,29 @@ def trace_shapes(entry: ModelEntry, bound: BoundCall, draw: Draw) -> TracedCall[
         return trace_call(replace(request, noted=True), add=add)
     except MissingVariables as error:
         raise error.__cause__ or error from None
+
+
+class ShapeBefore(NamedTuple):
+    """An argument as it was earlier: who saw it, such as `init saw`, its shape, and dtype and shape in words."""
+
+    who: str
+    shape: tuple[int, ...]
+    text: str
+
+
+def shapes_before(entry: ModelEntry, method: Path, programs: Sequence[ProgramSpec]) -> dict[str, ShapeBefore]:
+    """Arrays among a method's arguments, by name: as the init had them, else as the last of the `programs` took them."""
+    init = entry.init or entry.previous_init
+    if init is not None and init.method == method:
+        rows = Arguments.of(init.args, init.kwargs, entry.model.signature(method), frozenset()).rows
+        return {
+            name: ShapeBefore("init saw", leaf.shape, describe(leaf))
+            for name, leaf, _ in rows
+            if hasattr(leaf, "shape")
+        }
+    spec = next((spec for spec in reversed(programs) if spec.method == method), None)
+    arguments = {} if spec is None else {name: leaf for name, leaf in spec.arguments.items() if leaf.kind == "array"}
+    return {name: ShapeBefore("an earlier run had", leaf.shape, leaf.text) for name, leaf in arguments.items()}
 
 
 def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, PyTree]) -> None:

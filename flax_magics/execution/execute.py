@@ -39,6 +39,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     Attributes:
       entry: the model as it is before.
       params_taken: an init took this draw's `params` key already.
+      others: the line that gives the model other weights, which a name of the notebook holds; None where none does.
     """
 
     entry: ModelEntry
@@ -47,6 +48,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     draw: Draw | DrawBatch
     services: Services
     params_taken: bool
+    others: str | None = None
 
     @cached_property
     def bound(self) -> BoundCall:
@@ -162,12 +164,12 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
         else:
             taken = request.params_taken
             check_collections(entry.name, values, line)
+        check_alive(f"these variables of `{entry.name}`", values)
         return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=taken)
     if held is None:
         return None
+    entry.check_alive(call.text, request.others)
     source = entry.source_now()
-    whose = f" ({source.describe()})" if source is not None else ""
-    check_alive(f"the weights of `{entry.name}`{whose}", held, f"%flax_init {call.text}")
     entry = entry if source is entry.source else replace(entry, source=source)
     weights = "" if source is None else source.describe(request.draw.first.seed)
     return RunVariables(entry, held, weights=weights, taken=taken)
@@ -273,18 +275,16 @@ def _foreign(error: ForeignOutput, call: Call) -> FlaxMagicsError:
     line = f"{command} --eager {call.text}"
     if draws is not None:
         line = f"for _ in range({draws[1]}):\n    {line}"
-    message = f"{call.text} gives `{error}`, which is no tree of arrays: no compiled program can give it, op by op it can."
+    message = (
+        f"{call.text} gives `{error}`, which is no tree of arrays: no compiled program can give it, op by op it can."
+    )
     return FlaxMagicsError(message, **written(line))
 
 
 def _check_inputs(call: Call) -> None:
     """Raises where an array among the arguments was donated or deleted."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path((call.args, call.kwargs)):
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            place = f"argument {path[1].idx + 1}" if path[0].idx == 0 else f"`{path[1].key}`"
-            message = f"{place} of {call.text} is gone: your code has donated or deleted its arrays."
-            hint = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
-            raise FlaxMagicsError(message, hint=hint) from None
+    for place, value in (*enumerate(call.args, 1), *call.kwargs.items()):
+        check_alive(f"the values of argument {place} of {call.text}", value)
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:

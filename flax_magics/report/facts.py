@@ -111,8 +111,9 @@ def last_draw(run: Run) -> int:
 
 
 def new_session(run: Run) -> str:
-    """What the first report of a kernel begins with, empty for every other."""
-    return f"new session, seed {run.seed}" if run.first else ""
+    """What the report begins with: of the first of a kernel its seed, of the first of a model how that was registered."""
+    model = f"{name_of(run)} registered: {clean(run.registered)}" if run.registered else ""
+    return " · ".join(filter(None, (f"new session, seed {run.seed}" if run.first else "", model)))
 
 
 def brief(run: Run) -> tuple[str, ...]:

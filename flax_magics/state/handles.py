@@ -157,8 +157,14 @@ class SessionView:
         return {name: entry.variables for name, entry in self._state.models.items()}
 
     def variables(self, name: str, module: object = None) -> PyTree:
-        """The variables of a model as `models[name].variables` gives them; see `entry_now` for `module`."""
-        return entry_now(self._state.models, name, module)[0].read_variables()
+        """The variables of a model as `models[name].variables` gives them; see `entry_now` for `module`.
+
+        Raises:
+          FlaxMagicsError: the user's code has donated or deleted some.
+        """
+        entry, _ = entry_now(self._state.models, name, module)
+        entry.check_alive(f"{name}(…)")
+        return entry.read_variables()
 
     @property
     def waiting(self) -> Mapping[str, SavedModel]:
@@ -231,7 +237,12 @@ def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
 
 
 def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
-    """The entry of a name that stands for `module` now (None: for what it stood for), and what is to be said of that."""
+    """The entry of a name that stands for `module` now (None: for what it stood for), and what is to be said of that.
+
+    A module under a name that nothing is registered by is registered: its run says so.
+    """
+    if module is not None and name not in models:
+        return register(None, name, module)[0], ()
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:
         return entry, ()

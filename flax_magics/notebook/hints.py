@@ -1,0 +1,107 @@
+"""What to add to an error of the model's own, beneath its message: what the call has to do with it, and what to write."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..base.private import is_tracing
+from ..errors import advice_lines
+
+if TYPE_CHECKING:
+    from .notebook import ModelCall, Notebook
+
+
+def hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tuple[str, ...]:
+    """The lines that stand beneath the error's message; none where nothing is known."""
+    from ..compile.trace import is_tracer_error
+
+    called = notebook.called
+    if called is not None and is_tracer_error(error) and not is_tracing():
+        said, command = "the model looks at a value while it is traced", called.expression.command
+        if not command.startswith("%flax_apply"):
+            return (said,)
+        return (f"{said}; op by op it can", *advice_lines(f"{command} --eager {called.expression.call}"))
+    unset = re.search(r'"(\w+)" must be passed to the constructor or at call time', str(error))
+    if called is not None and isinstance(error, ValueError) and unset is not None:
+        mode = options.get("train") or options.get("eval")
+        return _of_unset(unset[1], called, has_mode=bool(mode))
+    lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
+    if lacking is not None:
+        return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
+    return () if called is None else _of_shapes(error, called, notebook)
+
+
+def _of_unset(parameter: str, called: ModelCall, *, has_mode: bool) -> tuple[str, ...]:
+    """What to say where a layer of the model has no value for `parameter`: the option that sets it, or an edit.
+
+    `--train` and `--eval` set what stands for the call or for the model itself, and not what the model keeps to itself.
+    """
+    from ..models.construction import adopt
+    from ..models.switch import call_switches, following
+
+    expression = called.expression
+    model = adopt(called.module, expression.target)
+    signature = model.signature(expression.method)
+    in_call = call_switches(signature)
+    standing = {setting.partition("=")[0] for setting in model.fields_as_written()}
+    fields = {setting.partition("=")[0] for setting in model.fields_in_mode(True, fixed=frozenset())[1]}
+    if not has_mode and (fields - standing or any(signature.parameters[name].default is None for name in in_call)):
+        lines = "\n".join(f"{expression.command} {option} {expression.call}" for option in ("--train", "--eval"))
+        return ("it is the model's own switch, and has no value as written", *advice_lines(lines))
+    switch = next(iter((*in_call, *(f"self.{name}" for name in sorted(fields)))), "")
+    edit = following(parameter, switch, "".join(expression.method[-1:]))
+    return (f"`{parameter}` has no value, and no switch of the model's sets it", *advice_lines(edit=edit))
+
+
+def _of_shapes(error: Exception, called: ModelCall, notebook: Notebook) -> tuple[str, ...]:
+    """What the variables were made for, and what the call has, where one axis is missing or a shape was refused."""
+    from ..base.digest import describe
+    from ..models.calls import Arguments
+    from ..models.construction import adopt
+
+    name, call = called.expression.target, called.call
+    signature = adopt(called.module, name).signature(call.method)
+    shapes = notebook.session.shapes_before(name, call.method)
+    pairs = [
+        (argument, shapes[argument], leaf)
+        for argument, leaf, _ in Arguments.of(call.args, call.kwargs, signature, frozenset()).rows
+        if argument in shapes and hasattr(leaf, "shape")
+    ]
+    lacking = [argument for argument, before, leaf in pairs if before.shape[1:] == leaf.shape and before.shape]
+    refused = [argument for argument, before, leaf in pairs if before.shape[1:] != leaf.shape[1:]]
+    if not lacking and not (refused and "shape" in str(error)):
+        return ()
+    first = (lacking or refused)[0]
+    before, leaf = next((before, leaf) for argument, before, leaf in pairs if argument == first)
+    text = f"{before.who} {first}: {before.text}, and this call has {describe(leaf)}"
+    if not lacking:
+        return (text,)
+    line = _with_axis(called, signature, lacking, [argument for argument, *_ in pairs])
+    return (f"{text}: a batch axis is missing", *advice_lines(line))
+
+
+def _with_axis(called: ModelCall, signature: Any, lacking: list[str], arguments: list[str]) -> str | None:
+    """The line with one more axis for the arguments that lack it; None where only a part of an argument does."""
+    from ..line.expression import Line
+
+    line: Line | None = Line(called.expression.command, called.expression.call, signature)
+    imports = ""
+    for name in dict.fromkeys(re.sub(r"^(\w+)[\[.].*", r"\1", argument) for argument in lacking):
+        inside = [argument for argument in arguments if re.match(rf"{name}\b", argument)]
+        if line is None or not set(inside) <= set(lacking):
+            return None
+        if inside != [name]:
+            imports = "import jax\n"
+        line = line.with_argument(name, _batched if inside == [name] else _batched_tree)
+    return None if line is None else f"{imports}{line}"
+
+
+def _batched(argument: str) -> str:
+    whole = isinstance(ast.parse(argument, mode="eval").body, (ast.Name, ast.Attribute, ast.Subscript, ast.Call))
+    return f"{argument}[None]" if whole else f"({argument})[None]"
+
+
+def _batched_tree(argument: str) -> str:
+    return f"jax.tree_util.tree_map(lambda leaf: leaf[None], {argument})"
