@@ -18,28 +18,28 @@ __all__ = ["FlaxMagicsError", "Run", "Session", "load_ipython_extension", "sessi
 
 
 def session() -> Session:
-    """The Session of this process, made at first use: the one that the commands use."""
+    """The Session that the notebook commands use; one per process, created at first use."""
     from ._session import current
 
     return current()
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """`%load_ext flax_magics`."""
+    """Registers the magic commands: IPython calls this for `%load_ext flax_magics`."""
     from .notebook.magics import load
 
     load(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
-    """`%unload_ext flax_magics`."""
+    """Removes the magic commands: IPython calls this for `%unload_ext flax_magics`."""
     from .notebook.magics import unload
 
     unload(shell)
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: loading the extension must not import JAX.
+    # Imported at first access: loading the extension must not import JAX.
     if name == "Session":
         from ._session import Session
 

@@ -1,7 +1,7 @@
-"""The session: models, the root key, runs. The only thing that changes, and it changes by one assignment.
+"""The session: models, root key and runs, in one immutable `State` that each command replaces by a single assignment.
 
-Everything a command does is worked out first; then one new `State` takes the place of the old. A command that fails or
-is interrupted anywhere has changed nothing: same root key, same variables, same runs.
+A command computes everything first and commits at the end. One that fails or is interrupted before that has changed
+nothing: same root key, same variables, same runs.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from .errors import FlaxMagicsError
 from .execution import record, surroundings
 from .execution.apply import apply_again, apply_model, init_model
 from .execution.build import Building, rebuild
-from .execution.call import Call, ShapeBefore, as_names, shapes_before
+from .execution.call import Call, as_names
 from .execution.idioms import Translation
 from .execution.plan_cache import PlanCache
 from .execution.record import Outcome
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
-from .models.calls import Path
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run
 from .state.entry import ModelEntry
@@ -49,15 +48,15 @@ FileName = str | os.PathLike[str]
 
 
 class Session(SessionView):
-    """Models, one root key, and the runs that split it. Needs no IPython.
+    """Registered models, one root key, and the runs that split it. Needs no IPython.
 
-    Every `apply` is one draw: `root, params, dropout = jax.random.split(root, 3)`, made only once the run has succeeded.
-    A method raises FlaxMagicsError for a mistake, and passes on what the model raises: nothing has changed then.
+    Every `apply` is one draw, `root, params, dropout = jax.random.split(root, 3)`, committed once the run has
+    succeeded. A method that raises, FlaxMagicsError for a mistake or what the model itself raises, has changed nothing.
 
-    `seed` is what the root key starts from. `disk_cache` keeps compiled programs on disk, in the user's cache directory or
-    in a folder of that name, and uses what is there (see `DiskCache` for what that trusts): a notebook's commands do, a
-    script if it asks for it. `replay_bytes` is how much is kept of what only replays need: inputs, and variables that
-    later runs overwrote. `clock` gives seconds, for tests that own time.
+    `seed` starts the root key. `disk_cache` keeps compiled programs on disk, in the user's cache directory (True) or in
+    the given folder, and loads programs from there; see `compile.compiler` for what that trusts. `replay_bytes` limits
+    what is kept for replays alone: inputs, and variables that later runs overwrote. `clock` returns seconds;
+    tests replace it.
 
     Example::
 
@@ -77,16 +76,16 @@ class Session(SessionView):
     ) -> None:
         self._state = State(RootKey.from_seed(seed))
         self.services = Services(ProgramCache(clock), clock, lambda phase: None, SeenKeys({self._state.root.data}))
-        """What commands work with; `on_phase` is told what one is doing, as it begins: `compiling net`."""
+        """Shared by all commands; its `on_phase` is called with what one begins to do, such as `compiling net`."""
         self.programs.compiler.keep_on_disk(disk_cache)
         self._plans = PlanCache()
         self._keeping = ReplayBudget(replay_bytes, lambda pinned: arrays_of(self._state.models, pinned))
         self.autosaving: Autosave | None = None
-        """What saves the session in the background, None where nothing does."""
+        """Saves the session in the background after changes; None where autosave is off."""
 
     @property
     def programs(self) -> ProgramCache:
-        """The programs that are kept."""
+        """The cache of compiled programs."""
         return self.services.programs
 
     # -- models
@@ -107,14 +106,15 @@ class Session(SessionView):
     def register_all(
         self, modules: Mapping[str, object], *, anew: Container[str] = (), cell: int | None = None
     ) -> list[Registration]:
-        """Registers several modules, all or none; says what became of each. A Construction is built, a draw for each.
+        """Registers several modules, all or none, and returns what became of each.
 
-        `anew` are names that stand for nothing any more: a module of the user's own is a new one there.
+        A Construction among them is built first, one draw each. A user-built NNX module whose name is in `anew` counts
+        as new, even if one of the same code was registered before.
         """
         if modules:
             self._stand_outside(surroundings.of_register, *next(iter(modules.items())), cell)
         building = Building(self.services)
-        if self._state.waiting:
+        if self._state.waiting:  # variables from a file wait for their models
             from .snapshot.restore import RestoringBuilding
 
             building = RestoringBuilding(self.services)
@@ -138,10 +138,10 @@ class Session(SessionView):
     def assign(
         self, name: str, variables: PyTree | None, *, module: object = None, written: Written | None = None
     ) -> tuple[Note, ...]:
-        """Gives a model other variables, as `models[name].variables = …` does; gives what is to be said of that.
+        """Replaces a model's variables, as `models[name].variables = …` does, and returns notes for the report.
 
-        Collections by name, held as they are and not copied, or None to have the next run initialise; of an NNX module an
-        `nnx.State` of all or some. Trees, shapes and dtypes must be the model's. `written` is how the user gave them.
+        For linen: collections by name, held without a copy, or None, which has the next run initialise. For NNX: an
+        `nnx.State` of all or some variables. Trees, shapes and dtypes must fit. `written` tells how the user gave them.
         """
         line = f"session.models['{name}'].variables = …" if written is None else f"%flax_vars {name} = …"
         self._stand_outside(surroundings.of_state, f"the assignment of `{name}`'s variables", line)
@@ -158,7 +158,10 @@ class Session(SessionView):
         return notes
 
     def _stand_outside(self, refused: Callable[..., FlaxMagicsError], *what: object) -> None:
-        """Whatever draws, runs or changes the session begins here: raises what `refused` gives where it may not."""
+        """Raises `refused(where, *what)` inside a traced function, a host callback or another command.
+
+        Every method that draws, runs or changes the session calls this first.
+        """
         where = surroundings.surroundings()
         if where is not None:
             raise refused(where, *what)
@@ -169,6 +172,7 @@ class Session(SessionView):
         return entry_of(self._state.models, model)
 
     def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
+        """`handles.entry_now`, with waiting variables of a loaded file considered; see `run_apply` for `module`."""
         entry, notes = entry_now(self._state.models, name, module)
         if name not in self._state.waiting or not (notes or name not in self._state.models):
             return entry, notes
@@ -176,26 +180,17 @@ class Session(SessionView):
 
         return restore.rebound(self._state.waiting, entry, notes)
 
-    def _entry_before(self, name: str, module: object) -> ModelEntry:
-        """The registered entry, or that of a module which its first run is to register."""
-        return self._state.models.get(name) or entry_now(self._state.models, name, module)[0]
-
     def _translation(self, entry: ModelEntry, call: Call) -> Translation:
         return Translation(entry.name, entry.model, call, entry.variables)
-
-    def shapes_before(self, name: str, method: Path) -> dict[str, ShapeBefore]:
-        """Shapes of the arguments, by name, for which a model's variables were made, or else its last program."""
-        entry = self._state.models.get(name)
-        return {} if entry is None else shapes_before(entry, method, self.programs.purposes.get(name, ()))
 
     # -- draws
 
     def init(
         self, model: object, /, *args: Any, method: str | None = None, draw: DrawNumber | None = None, **kwargs: Any
     ) -> Mapping[str, PyTree]:
-        """Initialises the variables of a model anew, and returns them: collections by name, as Flax's `init` gives them.
+        """Initialises a model's variables and returns them as Flax's `init` does: collections by name.
 
-        Opens a draw and uses its `params` key; this model's `apply`, if it is next, takes the other streams of the draw.
+        Opens a draw and uses its `params` key. If this model's `apply` comes next, it uses the draw's other streams.
         """
         name = self._entry(model).name
         call = Call.of(name, method, args, kwargs, command="%flax_init")
@@ -218,20 +213,20 @@ class Session(SessionView):
         roofline: bool = False,
         **kwargs: PyTree,
     ) -> Run:
-        """One draw, one compiled forward pass; the Run says what it was.
+        """Makes one draw and one compiled forward pass, and returns the Run that describes it.
 
         Args:
-          model: a registered name, or what `models[...]` gives; `args` and `kwargs` are the call's own arguments.
-          method: another method than the call; dots reach into submodules.
+          model: a registered name or an item of `models`; `args` and `kwargs` are the arguments of the call itself.
+          method: a method to call in place of `__call__`; dots reach into submodules.
           mode: `train` or `eval` sets the model's own switch; None runs it as written.
           mutable: collections to hand back: the output is then `(output, updates)`, as in Flax.
-          variables: run with these and keep nothing.
-          key: arguments that are given the draw's stream of their name.
-          draw: use the keys of an earlier draw: its number, or `(seed, number)`. No new draw is made.
-          draws: so many at once, the model mapped over their keys; arrays of the output have an axis of that size in front.
-          repeat: run so often with the same keys; `timing.steady` has every time.
-          eager: run without compiling.
-          roofline: `limits` has what the machine reaches, measured once; without `repeat` there are 20 runs.
+          variables: run with these in place of the model's own, and keep no updates.
+          key: names of arguments that receive the draw's key of the stream of the same name.
+          draw: reuse the keys of an earlier draw: its number, or `(seed, number)`. No new draw is made.
+          draws: take this many draws at once and map the model over their keys; output arrays get a leading axis.
+          repeat: run this many times with the same keys; `timing.steady` has all times.
+          eager: run op by op, without compiling.
+          roofline: also measure the machine's peak rates, once, into `limits`; without `repeat` there are 20 runs.
         """
         name = self._entry(model, mode).name
         options = ApplyOptions(
@@ -248,11 +243,11 @@ class Session(SessionView):
         return self.run_apply(name, Call.of(name, method, args, kwargs, command=options.line), options)
 
     def key(self, name: str) -> jax.Array:
-        """Draws a key and returns its stream `name`: a typed key, shape (). The session never splits it."""
+        """Makes a draw and returns its key of stream `name`: a typed key, shape (), which the session never splits."""
         return self.run_key(name).output  # type: ignore[no-any-return]
 
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
-        """Starts the root key again at draw 1 of `seed`; `fresh` also initialises every model anew at its next use."""
+        """Restarts the root key at draw 1 of `seed`; with `fresh` every model also initialises anew at its next use."""
         line = restart_line(seed, fresh=fresh)
         self._stand_outside(surroundings.of_state, line, line)
         root = RootKey.from_seed(seed)
@@ -272,10 +267,10 @@ class Session(SessionView):
         backward: bool = False,
         **kwargs: PyTree,
     ) -> Summary:
-        """Modules, shapes, variables, FLOPs and streams of a call, by shapes alone: nothing is computed, drawn or kept.
+        """Modules, shapes, variables, FLOPs and streams of a call, by abstract evaluation: nothing is drawn.
 
-        Without arguments and `method` it is of the variables alone; `method="__call__"` is the call of a model without
-        inputs. `backward` counts the backward pass's FLOPs too, which takes about three times as long.
+        Without arguments and `method` it covers the variables alone; a model whose call takes no inputs is summarized
+        by `method="__call__"`. `backward` also counts the FLOPs of the backward pass, which takes three times as long.
         """
         name = self._entry(model, mode).name
         bare = not args and not kwargs and method is None
@@ -285,10 +280,10 @@ class Session(SessionView):
     def history(
         self, *, last: int | None = None, model: str | None = None, cells: Mapping[int, tuple[str, ...]] | None = None
     ) -> History:
-        """Every draw of the session, oldest first: what drew, keys, input shapes, digest, cell and time, a record each.
+        """Every draw of the session, oldest first: a record of command, keys, input shapes, digest, cell and time each.
 
-        `last` and `model` choose the last draws, and those of one model; `cells` says what became of a cell since. Digests
-        are taken of outputs that are still there.
+        `last` limits it to the last draws, `model` to one model; `cells` maps a cell's number to remarks on what became
+        of it. Digests are computed now, of outputs that still exist.
         """
         from .history import table
 
@@ -296,21 +291,21 @@ class Session(SessionView):
         return table.of_runs(self._state.runs, self._state.root, last, name, cells or {})
 
     def replay(self, draw: DrawNumber | str | Run) -> Run:
-        """Runs a draw (its number, `(seed, number)`, `"last"`), or a Run alone, again: same keys, variables and inputs.
+        """Repeats a draw (its number, `(seed, number)` or `"last"`) or a Run with the same keys, variables and inputs.
 
-        Moves nothing, and is no draw. Of a draw that an init and an apply shared, the apply's Run is given; its
-        `agreement` tells whether every bit is the same.
+        It is no new draw and changes nothing. Where an init and an apply shared the draw, the apply's Run is returned;
+        its `agreement` tells whether every bit is the same.
         """
         return self.run_replay(draw)[-1]
 
     # -- files
 
     def export(self, file: FileName | None = None, *, plain: bool = False, force: bool = False) -> Exported:
-        """The session as a plain Flax script, without flax_magics; written to `file` if one is named.
+        """The session as a plain Flax script that does not need flax_magics; written to `file` if one is named.
 
-        In a notebook it is made of the cells that ran. In a script it is made of the code behind the models and inputs
-        that have names at the top of their files, and of the runs; what has none is left out, and said. `plain` leaves
-        the digests out. Only a file that was exported and not changed since is replaced, with `force` any.
+        In a notebook it consists of the cells that ran. In a script it consists of the runs and of the code of models
+        and inputs with top-level names; others are left out with a comment. `plain` omits the digests. An existing file
+        is replaced only if it is an unchanged earlier export, or with `force`.
         """
         from .export import write
 
@@ -320,9 +315,10 @@ class Session(SessionView):
         return script
 
     def run_export(self, *, plain: bool) -> Exported:
-        """`export`, which writes no file."""
+        """`export` without writing a file."""
         from .export import export_session
 
+        # The journal has the cells of the process-wide session, not those of a user's second `Session()`.
         cells = cells_of_notebook() if self is existing() else None
         return export_session(self._state.models, self.runs, cells, seed=self.seed, digests=not plain)
 
@@ -333,10 +329,10 @@ class Session(SessionView):
         return save_session(self._state, path)
 
     def load(self, path: FileName) -> Restored:
-        """Restores what `save` wrote: the next draw is the one that would have come. Runs nothing that the file says.
+        """Restores a saved session, so that its next draw is the one that would have come. Runs no code from the file.
 
-        Variables go to the models of their names, registered now or later: all of them fit, or nothing is loaded. Root
-        key and history are those of the file; models that are not in it stay as they are.
+        Variables go to the models of the same names, registered now or later; unless all fit, nothing is loaded. Root
+        key and history become those of the file; models that are not in it stay as they are.
         """
         line = f"%flax_load {os.fspath(path)}"
         self._stand_outside(surroundings.of_state, line, line)
@@ -352,9 +348,9 @@ class Session(SessionView):
         return restored
 
     def autosave(self, path: FileName | None) -> Saved | None:
-        """From now on, `autosaving` saves in the background after whatever changes variables; None ends that.
+        """Turns autosave to `path` on: variables are saved in the background after each change. None turns it off.
 
-        The first time is now, so that what cannot be saved is told at once.
+        The first save happens now, so that an error shows at once.
         """
         from .snapshot.save import autosave_session
 
@@ -367,7 +363,7 @@ class Session(SessionView):
     # -- how: one Run each, committed at the end
 
     def run_replay(self, draw: DrawNumber | str | Run) -> list[Run]:
-        """`replay`, giving every run of the draw: two where an init and an apply shared it."""
+        """`replay` that returns every run of the draw: two where an init and an apply shared it."""
         self._stand_outside(surroundings.of_replay, draw)
         from .history import table
         from .history.replay import Replaying
@@ -378,21 +374,22 @@ class Session(SessionView):
     def run_summary(
         self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: object = None
     ) -> Summary:
-        """`summary` with the call as it was written, None for none; see `run_apply` for `module`."""
+        """`summary` of a parsed call, None for the variables alone; see `run_apply` for `module`."""
         from .summary import summary
 
-        if module is not None:  # another than was registered: what JAX traces in its place holds no arrays
+        # A summary changes nothing and may run in a traced function, unless the name now stands for another module.
+        if module is not None:
             line = f"%flax_summary {name if call is None else call.text}"
             self._stand_outside(surroundings.of_state, line, line)
         entry, _ = entry_now(self._state.models, name, module)
         if call is None:
             return summary.of_variables(entry)
         with self._translation(entry, call):
-            draw, phase = self._state.root.draw(), self.services.on_phase  # the next draw is looked at, and not made
+            draw, phase = self._state.root.draw(), self.services.on_phase  # the draw is not committed
             return summary.of_call(entry, call, mode, draw, backward=backward, phase=phase)
 
     def run_init(self, name: str, call: Call, *, draw: DrawNumber | None = None, module: object = None) -> Run:
-        """`init` with the call as it was written; see `run_apply` for `module`."""
+        """`init` of a parsed call; see `run_apply` for `module`."""
         self._stand_outside(surroundings.of_init, self._entry_before(name, module), call)
         entry, notes = self._entry_now(name, module)
         inputs = self._state, entry, call, self.services
@@ -411,10 +408,12 @@ class Session(SessionView):
     def run_apply(
         self, name: str, call: Call, options: ApplyOptions, *, module: object = None, notes: tuple[Note, ...] = ()
     ) -> Run:
-        """`apply` with the call as it was written; `notes` are to be said besides what the run itself shows, and `module`,
-        if it is not the one that is registered, takes its place once the run has succeeded.
+        """`apply` of a parsed call.
+
+        `notes` are added to those of the run. `module` is the object that the name stands for now; if it is not the
+        registered one, it takes that one's place once the run has succeeded.
         """
-        where = surroundings.surroundings()  # as `_stand_outside` does, which costs a call more
+        where = surroundings.surroundings()  # inlined `_stand_outside`: this is the path of every run in a loop
         if where is not None:
             raise surroundings.of_apply(where, self._state, self._entry_before(name, module), call, options)
         library.look()
@@ -423,6 +422,7 @@ class Session(SessionView):
             with entry.model.held_still:
                 state = self._state
                 shares = state.opened is not None and state.opened[0] == entry.name
+                # The fast path repeats the last run of the line on a new draw. It makes no notes and shares no draw.
                 last = None if shares or notes or not options.plain else self._plans.find(entry.name, call, options)
                 outcome = None if last is None else apply_again(last, state, entry, call, self.services)
                 if outcome is None:
@@ -433,12 +433,12 @@ class Session(SessionView):
         return self._run(entry, (*more, *notes), call, options)
 
     def _run(self, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
-        """`run_apply` where everything has to be found out; `notes` are on how the entry came to be."""
+        """`run_apply` without a plan of an earlier run; `notes` concern how the entry came to be."""
         with self._translation(entry, call):
             applied = apply_model(self._state, entry, call, options, self.services, said=notes)
         outcome = applied.outcome
         self._commit(outcome)
-        if notes:
+        if notes:  # the name was rebound: plans of the earlier module must not be found again
             self._plans.forget(entry.name)
         elif outcome.write is None:
             self._plans.keep(entry, applied, self.services)
@@ -447,7 +447,7 @@ class Session(SessionView):
         return outcome.run
 
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
-        """`key`, as a Run whose output is the key."""
+        """`key` that returns the Run, whose output is the key. `cell`: the number of the notebook cell."""
         if not name.isidentifier():
             line = f"%flax_key {plain_name(name, 'latent')}"
             raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write=line)
@@ -458,17 +458,19 @@ class Session(SessionView):
         return run
 
     def _commit(self, outcome: Outcome) -> None:
-        """Makes the run part of the session, with what it left behind in the user's own object: one step."""
+        """Makes the run part of the session, and writes its updates into an NNX module, in one uninterruptible step."""
         _, stored, draw, entry, opened, write, commit = outcome
         state = self._state.after(stored, draw.last, entry, opened)
+        # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
+            # The common case: plain assignments in one C call cost less than deferring the signal.
             into = () if commit is None else commit.assignments
             at_once((*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)))
         else:
-            with uninterrupted():
+            with uninterrupted():  # `write` runs Python code
                 write()
                 self._state = state
                 self._keeping.noted.append(stored)
@@ -481,12 +483,12 @@ _current: Session | None = None
 
 
 def existing() -> Session | None:
-    """The session of this process if it has been made."""
+    """The session of this process, None if none has been made yet."""
     return _current
 
 
 def current(seed: int = 0, *, disk_cache: bool = False, replay_bytes: int = REPLAY_BYTES) -> Session:
-    """The session of this process, made at first use."""
+    """The session of this process. The arguments count at its creation alone, which is at the first call."""
     global _current
     if _current is None:
         _current = Session(seed, disk_cache=disk_cache, replay_bytes=replay_bytes)

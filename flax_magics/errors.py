@@ -1,4 +1,4 @@
-"""The one error type, how it is shown, and "did you mean".
+"""The error type of all commands, the advice in its message, and "did you mean".
 
 Nothing here imports IPython, JAX or Flax: an error must be cheap to raise and safe to render.
 """
@@ -9,15 +9,15 @@ from collections.abc import Iterable
 
 
 class FlaxMagicsError(Exception):
-    """A mistake in using a command: what, why, and what to write instead.
+    """A mistake in using a command: what is wrong, why, and what to write instead.
 
-    The message is complete by itself, so a notebook shows it without a traceback. IPython asks an exception for
-    `_render_traceback_` before it formats frames, and the cell is still an error (Run All and nbclient stop).
+    The message is complete by itself, so a notebook shows it without a traceback: IPython calls `_render_traceback_` of
+    an exception instead of formatting frames. The cell still fails, and Run All and nbclient stop.
 
     Args:
       message: one sentence that says what is wrong and why.
       write: complete lines that can be pasted and run instead.
-      form: the same with a gap (`…`) that the reader has to fill.
+      form: lines with a gap (`…`) that the reader has to fill.
       edit: an edit of the user's own code.
       hint: one more line, such as the nearest names.
     """
@@ -40,16 +40,16 @@ class FlaxMagicsError(Exception):
 
 
 def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[str, str]]:
-    """What a message advises, each text after the label that says how it is meant.
+    """(label, text) of each given piece of advice; the label says how the text is meant.
 
-    `write: ` stands before complete lines that can be pasted and run, `form: ` before a text with a gap (`…`), and
-    `in your model: ` before an edit of the user's code.
+    `write: ` precedes complete lines that can be pasted and run, `form: ` a text with a gap (`…`), and
+    `in your model: ` an edit of the user's code.
     """
     return [(label, text) for label, text in (("write: ", write), ("form: ", form), ("in your model: ", edit)) if text]
 
 
 def advice_lines(write: str | None = None, form: str | None = None, edit: str | None = None) -> list[str]:
-    """`advice` as lines of text; further lines of a text stand under its first."""
+    """`advice` as lines of a message; further lines of a text are indented under its first."""
     lines = []
     for label, text in advice(write, form, edit):
         first, *rest = text.splitlines()
@@ -58,9 +58,9 @@ def advice_lines(write: str | None = None, form: str | None = None, edit: str | 
 
 
 def written(text: str) -> dict[str, str]:
-    """`text` as the `write` of a message, or as its `form` where it has a gap.
+    """Keyword arguments of `FlaxMagicsError` for the advice `text`: `write`, or `form` where it has a gap (`…`).
 
-    The first line of a `%%` cell alone is no cell: its body is the gap.
+    A `%%` line by itself gets a gap for the body of its cell.
     """
     if text.startswith("%%") and "\n" not in text and "…" not in text:
         text += "\n…"
@@ -68,11 +68,11 @@ def written(text: str) -> dict[str, str]:
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The names in `known` that a person may have meant by `name`, nearest first, at most `n`.
+    """At most `n` names in `known` that resemble `name`, nearest first.
 
-    Upper and lower case decide between names that are equally near, then the order of `known`.
+    Case is ignored at first; it decides between names that are equally near, then the order of `known`.
     """
-    import difflib  # a millisecond that a session without mistakes does not need
+    import difflib  # a millisecond that only mistakes cost
 
     def likeness(one: str, other: str) -> float:
         return difflib.SequenceMatcher(None, one, other).ratio()
@@ -80,16 +80,16 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     near = []
     for place, choice in enumerate(dict.fromkeys(known)):
         folded = likeness(name.lower(), choice.lower())
-        if folded >= 0.6:
+        if folded >= 0.6:  # the default cutoff of `difflib.get_close_matches`
             near.append((-folded, -likeness(name, choice), place, choice))
     return [choice for *_, choice in sorted(near)[:n]]
 
 
 def did_you_mean(name: str, *known: Iterable[str]) -> str | None:
-    """`did you mean dropout?`, or None where nothing is near.
+    """`did you mean dropout?`, or None where no name is near.
 
     Args:
-      known: groups of names, the likeliest first: of the first that has a near one, the nearest are told.
+      known: groups of names, the likeliest first; only the first group with a near name is suggested from.
     """
     near = next(filter(None, (nearest(name, group) for group in known)), [])
     return f"did you mean {' or '.join(near)}?" if near else None

@@ -1,4 +1,4 @@
-"""What a run was, as data: frozen, returned by `Session.apply`, kept in `Session.runs`, shown by the report."""
+"""The record of a run, frozen: returned by `Session.apply`, kept in `Session.runs`, shown by the report."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from .base.types import Leaf, PyTree
 from .errors import advice
 
 Settings = tuple[tuple[str, bool], ...]
-"""Switches by name, or by path, and their values."""
+"""Train/eval switches and their values, such as `(("config.training", True),)`."""
 
 
 DrawNumber = int | tuple[int, int]
-"""A draw by its number under the seed that is in use, or by `(seed, number)`."""
+"""A draw: its number under the current seed, or `(seed, number)`."""
 
-MODULE = "\0"
-"""What stands for the module's name in an expression that is kept."""
+MODULE = "\0"  # no source text can contain it
+"""Placeholder for the module's name in stored expressions: an export may give the module another name."""
 
 
 class CommandKind(NamedTuple):
-    """What runs of one command have in common.
+    """Properties that all runs of one command share.
 
     Attributes:
-      model: they run a registered model.
-      forward: the model is called, by a program or op by op, and gives the output.
-      opens: they make variables, of a draw's `params`; a forward run of the model that comes next has the rest of the draw.
+      model: the run concerns a registered model.
+      forward: the model is called, compiled or eagerly, and its result is the output.
+      opens: the run makes variables from a draw's `params` key and leaves the draw open: if the model's next run is a
+        forward run, it uses the other streams of the same draw.
     """
 
     model: bool
@@ -45,16 +46,16 @@ COMMANDS = {
     "init": CommandKind(model=True, forward=False, opens=True),
     "key": CommandKind(model=False, forward=False, opens=False),
 }
-"""What draws. Where a room tells these apart in more than that, it has a dict of its own with the same keys."""
+"""The commands that draw. A module that needs more per command has a dict of its own with the same keys."""
 
 
 class Note(Struct, frozen=True, forbid_unknown_fields=True):
-    """A sharp bit that was found.
+    """A remark about a likely mistake in a run ("sharp bit"), such as dropout that is off although training was asked.
 
     Attributes:
-      kind: what `%config FlaxMagics.notes` can quiet.
+      kind: the name by which `%config FlaxMagics.notes` turns such notes off.
       text: one line.
-      write, form, edit: what mends it; see `errors.advice`.
+      write, form, edit: how to fix it; see `errors.advice`.
     """
 
     kind: str
@@ -65,19 +66,20 @@ class Note(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def advice(self) -> list[tuple[str, str]]:
-        """Label and text of what mends it."""
+        """How to fix it, as (label, text) pairs."""
         return advice(self.write, self.form, self.edit)
 
 
 class Cause(Struct, frozen=True):
-    """One thing that made a program new.
+    """One reason why a program had to be compiled.
 
     Attributes:
-      kind: of an argument `shape`, `dtype`, `weak`, `number` (a Python number and an array), `static`, `given`,
-        `placed` or `structure`; or `method`, `mode`, `model`, `variables`, `option`, `setting`, `keys`.
-      name: of the argument, option or setting; empty where the kind says it.
-      text: what was, and what is: `x: float32[128,784] → float32[64,784]`.
-      shapes, dtypes: of an array, before and now.
+      kind: for an argument `shape`, `dtype`, `weak` (weak type), `number` (a Python number in place of an array, or the
+        reverse), `static` (a static value), `given` (present in one call only), `placed` (another device) or
+        `structure`; else `method`, `mode`, `model`, `variables`, `option`, `setting`, `keys`, `dropped` (from cache).
+      name: the argument, option or setting; empty where the kind says it all.
+      text: the change in words: `x: float32[128,784] → float32[64,784]`.
+      shapes, dtypes: of an array argument, before and now.
     """
 
     kind: str
@@ -88,17 +90,17 @@ class Cause(Struct, frozen=True):
 
 
 class InitStats(Struct, frozen=True, forbid_unknown_fields=True):
-    """Variables that this run initialised: how many parameters (array elements of `params`) and bytes of all."""
+    """The variables that a run initialised: elements of `params`, and bytes and names of all collections."""
 
     parameters: int
     bytes: int
     collections: tuple[str, ...]
     added: bool = False
-    """True when they were added to variables that were there: a method needed what the first init did not make."""
+    """True where existing variables were completed, because a method needs some that the first init did not make."""
 
 
 class Released:
-    """Stands for an output that the session no longer holds."""
+    """Type of `RELEASED`, the placeholder for an output that the session no longer holds."""
 
     def __repr__(self) -> str:
         return "<no longer held by the session>"
@@ -109,7 +111,7 @@ RELEASED = Released()
 
 @dataclass(eq=False)
 class OutputFacts:
-    """What was read off the output once. Shared by the copies of one Run, so that it outlives the output."""
+    """Facts about a run's output, each computed once; copies of a Run share them, and they outlive the output."""
 
     digest: str | None = None
     shape: str | None = None
@@ -117,49 +119,49 @@ class OutputFacts:
     values: tuple[Values, ...] | None = None
 
     def take(self, output: PyTree) -> None:
-        """Computes digest and values of an output that is still there, where they are not known yet."""
+        """Computes `digest` and `values` from `output` unless they are known. Call it before the output is released."""
         self.digest = self.digest or digest_of(output)
         if self.values is None:
             self.values = values_of(output)
 
 
 class Run(Struct, frozen=True, eq=False, weakref=True):
-    """One run.
+    """One run: an apply, an init or a key.
 
     Attributes:
-      command: what drew, one of `COMMANDS`.
-      model: the registered name, None for a key.
+      command: a key of `COMMANDS`.
+      model: the model's registered name, None for a key.
       mode: `train`, `eval` or `as written`; empty for an init or a key.
       switch: the model's own switches and their values, such as `training=True`; empty if it has none.
       call: the call as it was written, such as `net(x)`.
-      inputs: positional and keyword arguments as the model got them.
+      inputs: (args, kwargs) as the model got them.
       output: what the model returned (an init: the variables; a key: the key).
-      sown: collection → what the model sowed there in this run.
+      sown: collection → the values that the model sowed there in this run.
       seed, draw: which draw of which seed; numbers count from 1 under each seed.
-      draws: how many draws were taken at once, from `draw` on; arrays of the output and the keys then have an axis of
-        that size in front. None for one draw as it is.
+      draws: the number of draws taken at once, from `draw` on; arrays of output and keys then have a leading axis of
+        that size. None for a single draw.
       keys: stream → its typed key in this draw: `params` and `dropout` (an apply has both), and every further stream
         that the model asked for. `params (folded)` is a run's own `params` stream where an init took the draw's.
       used: stream → paths of the modules that consumed it, in order.
-      changed: collection that the model wrote → how many updates it has had.
+      changed: collection that the model wrote → the number of updates it has had so far.
       device: such as `cpu:0`.
       program: `compiled`, `reused`, `disk cache` or `eager`; empty for a key.
       reason: why a program was compiled, in a few words; empty when it was not. `causes` has it in parts.
       static: arguments that became part of the program, such as `n=3`.
       timing, memory: see `Timing` and `Memory`; memory is None where no program ran.
-      cost, limits: of a repeated run, what XLA counts in the program, and what the machine reaches if that was asked for.
+      cost, limits: for a repeated run, XLA's cost analysis, and the machine's measured peak rates if asked for.
       cell: the cell's execution number, None outside a notebook.
       started: seconds since the epoch.
-      notes: the sharp bits that were found.
-      made: the variables this run initialised, if any.
-      by_hand: the same run as plain Flax.
-      weights: where the variables came from that it ran with (an init: that it made), such as `initialised in draw 1`.
+      notes: likely mistakes that were found.
+      made: the variables that this run initialised, if any.
+      by_hand: a line of plain Flax that repeats the run.
+      weights: the origin of the variables that it used (an init: made), such as `initialised in draw 1`.
       replayed: the keys were those of an earlier draw, and no new draw was made.
-      first: the first draw of this session.
+      first: it is the first draw of this session.
       registered: how the model is built, where this run registered it; empty where it was registered before.
-      elsewhere: of a run that was read from a file, as JSON data: what its bits depended on (see `environment`) and a
-        few values of its output, if they were kept (see `sample_of`); None for every other.
-      agreement: of a replay by `Session.replay`, how it compares with the run; None for every other.
+      elsewhere: for a run loaded from a file, JSON data of the environment that its bits depended on (see
+        `environment`) and a sample of its output if one was kept (see `sample_of`); else None.
+      agreement: for a replay by `Session.replay`, the comparison with the original run; else None.
     """
 
     command: str
@@ -198,19 +200,19 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     agreement: Agreement | None = None
     _taken: OutputFacts = msgspec.field(default_factory=OutputFacts)
     spelling: ExportFacts | None = None
-    """Of an apply and an init: what it takes to write them as plain Flax."""
+    """For an apply and an init: the facts from which an export writes the run as plain Flax."""
 
     def __repr__(self) -> str:
-        return repr_without(self, "_taken", "spelling")
+        return repr_without(self, "_taken", "spelling")  # both are long, and of no use to a reader
 
     @property
     def kind(self) -> CommandKind:
-        """What the run has in common with all of its command."""
+        """The properties that all runs of its command share."""
         return COMMANDS[self.command]
 
     @property
     def digest(self) -> str | None:
-        """`digest_of(output)`, taken when first asked for; None if the output was let go before."""
+        """`digest_of(output)`, computed at first access; None if the output was released before that."""
         if self.output is not RELEASED:
             self._taken.take(self.output)
         return self._taken.digest
@@ -223,9 +225,9 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
 
     @property
     def spread(self) -> tuple[Spread, ...]:
-        """How each array of the output differs between the draws of this run, worked out when first asked for.
+        """How each array of the output varies between the draws of this run, computed at first access.
 
-        Empty for one draw, and where the output was let go before.
+        Empty for a single draw, and where the output was released before that.
         """
         if self.draws is None:
             return ()
@@ -235,9 +237,9 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
 
     @property
     def values(self) -> tuple[Values, ...]:
-        """What the numbers of each array of the output are like, looked at when first asked for.
+        """Statistics of each floating-point array of the output, computed at first access.
 
-        Empty for an init and a key, and where the output was let go before.
+        Empty for an init and a key, and where the output was released before that.
         """
         if not self.kind.forward:
             return ()
@@ -250,9 +252,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         return replace(self, notes=notes)
 
     def to_json(self) -> dict[str, object]:
-        """The run as JSON data: what it was, with a few values of its output alone. Keys are given in full, their words in
-        hex.
-        """
+        """The run as JSON data, with a sample of its output in place of the output. Keys are given in full, in hex."""
         timing = asdict(self.timing)
         steady = timing.pop("steady")
         timing |= {} if steady is None else {"steady": list(steady.times)}
@@ -273,24 +273,25 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
 
 
 def like(run: Run, **changes: object) -> Run:
-    """The run with a few fields changed, and with nothing of its output read yet."""
+    """A copy of the run with `changes`, its output facts not computed yet."""
+    # `replace` alone would share the facts of `run` with a run that may have another output.
     return replace(run, _taken=OutputFacts(), **changes)
 
 
 def repr_without(record: Struct, *hidden: str) -> str:
-    """The `repr` of a Struct, without fields that are of no use to a reader."""
+    """The `repr` of a Struct without the `hidden` fields."""
     shown = (f"{name}={getattr(record, name)!r}" for name in record.__struct_fields__ if name not in hidden)
     return f"{type(record).__name__}({', '.join(shown)})"
 
 
 class HandedBack(Struct, frozen=True):
-    """A collection that an NNX run handed back.
+    """A collection of an NNX run's updates that `--mutable` handed back with the output.
 
     Attributes:
-      name: of the variables' type.
-      paths: of its values in the module, each with whether a variable holds it.
-      sown: they were sown, and are nested by path; others stand under their path as one name.
-      whole: it is all that was sown, by names alone.
+      name: the variables' type, such as `BatchStat`.
+      paths: path of each value in the module, and whether an `nnx.Variable` holds it there.
+      sown: the values were sown and are nested by path; others are keyed by their joined path.
+      whole: nothing else was sown, and every step of the paths is a name: an export can take the whole state.
     """
 
     name: str
@@ -300,26 +301,27 @@ class HandedBack(Struct, frozen=True):
 
 
 class ContainerPart(Struct, frozen=True):
-    """A container of an argument, or what is in one.
+    """A node of an argument's pytree, taken apart as far as it contains static leaves.
 
     Attributes:
-      kind: `dict`, `list` or `tuple`; `none`; `data` for what is given to the program, `choice` for a leaf that it is
-        made for; `other` for a container of another kind with such a leaf in it.
-      inside: keys or places, and what is there.
+      kind: `dict`, `list` or `tuple`; `none`; `data` for a part without static leaves; `choice` for a static leaf;
+        `other` for a container of another kind that has a static leaf inside.
+      inside: key or index of each child, and the child; empty but for `dict`, `list` and `tuple`.
     """
 
     kind: str
     inside: tuple[tuple[str | int, ContainerPart], ...] = ()
 
     def has(self, kind: str) -> bool:
-        """Whether it is, or has, a part of that kind."""
+        """Whether this node or any node below it is of that kind."""
         return self.kind == kind or any(part.has(kind) for _, part in self.inside)
 
 
 class ModeByHand(Struct, frozen=True):
-    """The statements that set an NNX module's mode, and those that set it back: None where no call of one mode does.
+    """Statements that switch an NNX module to a run's mode (`to`), and `back` to the mode that it had.
 
-    `MODULE` stands for the module's name.
+    `back` is None where the earlier switches were mixed, so that no single mode restores them. `MODULE` stands for the
+    module's name.
     """
 
     to: tuple[str, ...]
@@ -327,28 +329,28 @@ class ModeByHand(Struct, frozen=True):
 
 
 class ExportFacts(Struct, frozen=True):
-    """The parts of an apply by hand; an init has those of the init alone.
+    """The facts from which an export writes an apply as plain Flax; an init has the `init_…` ones alone.
 
     Attributes:
-      parameters: names of the parameters that the positional arguments are given to.
-      static: names of the arguments' leaves that are part of the program: `train`, `batch['flag']`.
+      parameters: names of the parameters that receive the positional arguments.
+      static: names of argument leaves that are static, part of the program: `train`, `batch['flag']`.
       streams: the random streams that the model is given.
-      held: those of them that an NNX module holds itself.
-      handed: the session makes the call's `rngs` (NNX).
-      taken: the run's own `params` key is folded in, since an init took that of the draw.
-      arguments: switches that are added to the call.
-      nnx: it is a run of an NNX module.
-      module: the expression for a linen module with the switches set that are its fields.
-      mode: how the mode of an NNX module is set; None where it ran as written.
-      mutable: collections that are mutable in a linen run. `kept` are those that become part of the variables.
+      held: those streams that an NNX module holds itself.
+      handed: the session makes the call's `rngs` argument (NNX).
+      taken: the run's `params` key is folded in, because an init used the one of the draw's split.
+      arguments: switches that are added to the call as arguments.
+      nnx: the model is an NNX module.
+      module: the expression for a linen module, switches set that are fields of it.
+      mode: how an NNX module's mode is set; None where it ran as written.
+      mutable: collections that are mutable in a linen run; `kept` are those that become part of the variables.
       sown: whether something was sown.
-      axes: mapped axes that are bound around the run.
+      axes: names of mapped axes that `jax.vmap` has to bind around the run.
       init_arguments, init_module: `arguments` and `module` of the init that was part of the run, or is the run.
-      init_streams: random streams that it has to be given besides `params`.
-      containers: arguments that have such a leaf inside, by name, taken apart.
-      returns: what the output has besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
+      init_streams: random streams that this init needs besides `params`.
+      containers: arguments that have a static leaf inside, by name, taken apart.
+      returns: what the output contains besides arrays: `keys`, `objects`; `parts` where it is a tuple or list.
       given: collections that an NNX run handed back.
-      code: a fingerprint of the model's code and of what that reads, None where it has none.
+      code: a fingerprint of the model's code and of all that it reads; None where that cannot be told.
     """
 
     parameters: tuple[str, ...] = ()
@@ -375,7 +377,7 @@ class ExportFacts(Struct, frozen=True):
 
 
 def recorded(run: Run) -> dict[str, object]:
-    """As JSON data: which run it was, its keys (their words in hex), digest and sample, and what its bits depend on."""
+    """The run as JSON data: identity, keys (in hex), digest and sample of the output, and its environment."""
     plain = ("command", "model", "mode", "weights", "call", "seed", "draw", "draws", "device", "started", "replayed")
     return {
         **{name: getattr(run, name) for name in plain},
@@ -383,5 +385,6 @@ def recorded(run: Run) -> dict[str, object]:
         "keys": all_words(run.keys),
         "digest": run.digest,
         **(sample_of(run.output) if run.output is not RELEASED else {}),
+        # A run from a file keeps the environment that it was made in.
         **(environment(run.device) if run.elsewhere is None else run.elsewhere),
     }

@@ -1,3 +1,3 @@
-"""What every room may use: text, files, digests, threads, the version. Knows nothing of models or commands."""
+"""Helpers that every room may import: text, files, digests, threads, the version. None knows models or commands."""
 
 __version__ = "0.1.0"

@@ -1,6 +1,6 @@
-"""What can be told of a tree of arrays: a digest of every bit, its shape in words, its range, a few of its values.
+"""Facts about a pytree of arrays: a digest of every bit, its shapes in words, ranges of values, a small sample.
 
-And of two of them: whether they agree in every bit, and if not, which leaves differ and by how much.
+And the comparison of two pytrees: whether every bit agrees, and if not, which leaves differ and by how much.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .ulp import largest_ulp
 
 
 def own(leaf: Leaf) -> Leaf:
-    """A copy of an array of NumPy's, which its owner may write into; any other leaf itself."""
+    """A copy of a NumPy array, since its owner may write into it later; any other leaf itself."""
     return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def weakly_typed(array: jax.Array | HostArray) -> jax.Array:
-    """The array, weakly typed, with the same bits.
+    """The array with the same bits, as a weakly typed JAX array of its dtype.
 
-    `jnp.asarray(1.5)` is the one that JAX has a call for, of three dtypes; what a program gives may be of any.
+    JAX's public API makes weakly typed arrays from Python scalars alone, in three dtypes; programs return them in any.
     """
     weak: jax.Array = jax.device_put(array)
     if not weak.weak_type:
-        with jax.debug_nans(False), jax.debug_infs(False):  # nothing is computed that could go wrong
+        with jax.debug_nans(False), jax.debug_infs(False):  # a NaN that is only converted is no error of this step
             weak = jax.lax.convert_element_type_p.bind(
                 weak, new_dtype=np.dtype(weak.dtype), weak_type=True, sharding=None
             )
@@ -39,40 +39,39 @@ def weakly_typed(array: jax.Array | HostArray) -> jax.Array:
 
 
 def is_key(leaf: Leaf) -> bool:
-    """Whether a leaf is an array of typed keys."""
+    """Whether a leaf is an array of typed PRNG keys (`jax.random.key`); legacy uint32 keys are plain arrays."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def on_host(leaf: Leaf) -> HostArray:
-    """A leaf's numbers, on the host, once the device has them; of typed keys their key data."""
+    """A leaf as a NumPy array; typed keys as their key data. Blocks until the device has computed it."""
     return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
 def little_endian(array: HostArray) -> HostArray:
-    """The array, its bytes in the order in which files and digests have them."""
+    """The array in little-endian byte order, as files and digests have it."""
     return array.astype(array.dtype.newbyteorder("<")) if array.dtype.byteorder == ">" else array
 
 
 def spelled(array: HostArray) -> str:
-    """Dtype and shape: `float32[3,4]`."""
+    """Dtype and shape as text: `float32[3,4]`."""
     return f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
 
 
 def _has_bits(leaf: Leaf) -> bool:
-    """Whether a leaf is an array, or a number of Python's."""
+    """Whether a leaf is an array or a Python number."""
     return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
 def opened(tree: PyTree) -> PyTree:
     """`tree` with the attributes of each object in the place of the object itself, under the name of its class.
 
-    An object that is no tree of JAX's is told by what it holds: its `repr` may have an address, or numbers cut short.
-    Arrays, plain values and what can be called stay. One that holds itself stays, too.
+    What can be called stays. An object's `repr` may have an address, or numbers cut short.
     """
     try:
         return jax.tree_util.tree_map(_opened, tree)
-    except RecursionError:
+    except RecursionError:  # it holds itself
         return tree
 
 
@@ -83,42 +82,45 @@ def _opened(leaf: Leaf) -> PyTree:
 
 
 def _spelled_value(leaf: Leaf) -> str:
-    """A leaf that is no array: its `repr`, without the address that it may have."""
+    """The `repr` of a leaf that is no array, without an address."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf))
 
 
 SAMPLED = 64
-"""Elements of an array that `quick_digest` reads, about: evenly spaced ones on a CPU, elsewhere the first."""
+"""Roughly how many elements of an array `quick_digest` reads: evenly spaced ones on a CPU, the first ones elsewhere."""
 
 
 def quick_digest(leaves: list[Leaf]) -> bytes:
-    """A digest of some elements of every array, random keys left out: where it is another, so are the values."""
+    """A cheap digest of some elements of every array, typed keys left out.
+
+    Different digests prove different values; equal digests prove nothing.
+    """
     hasher = hashlib.sha256()
     for leaf in leaves:
         if isinstance(leaf, jax.Array):
             if is_key(leaf) or leaf.is_deleted():
                 continue
-            leaf = leaf.addressable_data(0)  # taking elements of a sharded array needs to be told how
+            leaf = leaf.addressable_data(0)  # slicing a sharded array may need an explicit output sharding
             if leaf.ndim and all(device.platform != "cpu" for device in leaf.devices()):
-                leaf = leaf.ravel()[:SAMPLED]  # spares the way of the whole array
-        flat = np.asarray(leaf).ravel()  # on a CPU where it is
+                leaf = leaf.ravel()[:SAMPLED]  # on the device, so that the whole array is not transferred
+        flat = np.asarray(leaf).ravel()  # on a CPU this is a view, not a copy
         hasher.update(flat[:: max(1, flat.size // SAMPLED)].tobytes())
     return hasher.digest()
 
 
 VALUES = 48
-"""Values that are taken of one output at most."""
+"""The most values that `sample_of` takes of one output."""
 
 
 def sample_of(tree: PyTree) -> dict[str, object]:
-    """Values of the arrays of `tree`, as JSON data.
+    """A small sample of the values in `tree`, as JSON data.
 
-    The first `VALUES` arrays share them: each gives as many, at least one, evenly spaced in C order from its first element
-    to its last; one that has fewer elements gives all of them. Typed keys give their key data.
+    The first `VALUES` arrays share the budget evenly, with at least one value each. An array's values are evenly spaced
+    in C order from its first element to its last; a smaller array is taken whole. Typed keys count as their key data.
 
     Returns:
-      `leaves`: of each array its `path` as `jax.tree_util.keystr` writes it, `array` (`float32[3,4]`), and how many
-      `values` it gives. `bits`: the values of all of them one after the other, little-endian, in base64.
+      `leaves`: for each array its `path` as `jax.tree_util.keystr` writes it, its type as `array` (`float32[3,4]`), and
+      the number of its `values`. `bits`: all values concatenated, little-endian, in base64.
     """
     leaves_by_path = jax.tree_util.tree_flatten_with_path(opened(tree))[0]
     rows = [(path, leaf) for path, leaf in leaves_by_path if _is_number(leaf)][:VALUES]
@@ -134,27 +136,28 @@ def sample_of(tree: PyTree) -> dict[str, object]:
 
 def _is_number(leaf: Leaf) -> bool:
     dtype = getattr(leaf, "dtype", None)
+    # Objects, bytes, text and dates are no numbers; typed keys have a dtype that is no np.dtype, and count.
     return _has_bits(leaf) and not (isinstance(dtype, np.dtype) and dtype.kind in "OSUMm")
 
 
 def _positions(size: int, most: int) -> list[int]:
-    """Where in `size` elements the values are taken, `most` of them at most."""
+    """At most `most` evenly spaced indices into `size` elements, the first and the last included."""
     if size <= most:
         return list(range(size))
     return [0] if most == 1 else [i * (size - 1) // (most - 1) for i in range(most)]
 
 
 CHUNK = 1 << 20
-"""Elements that are looked at at once: what an output of any size takes beside itself."""
+"""Elements processed at once, which bounds the temporary memory for an output of any size."""
 
 
 class Values(Struct, frozen=True, forbid_unknown_fields=True):
-    """One array of floating-point numbers.
+    """Statistics of one floating-point or complex array of an output.
 
     Attributes:
-      path: where it is in the output, as `jax.tree_util.keystr` writes it; empty where it is all of it.
-      size, nan, inf: how many numbers there are, and how many are NaN or infinite.
-      least, most, mean: of the finite ones; None where there are none, and of complex numbers.
+      path: its place in the output, as `jax.tree_util.keystr` writes it; empty where the output is this array.
+      size, nan, inf: the number of elements, of NaNs and of infinities.
+      least, most, mean: over the finite elements; None where there are none, and for complex numbers.
     """
 
     path: str
@@ -167,25 +170,25 @@ class Values(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def values_of(tree: PyTree) -> tuple[Values, ...]:
-    """The arrays of `tree` that hold floating-point or complex numbers, in JAX's order. Reads all of them."""
+    """`Values` of each floating-point or complex array of `tree`, in JAX's order. Reads every element."""
     leaves = jax.tree_util.tree_flatten_with_path(opened(tree))[0]
     return tuple(_values(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if _is_inexact(leaf))
 
 
 def has_nan(tree: PyTree) -> bool:
-    """Whether any number in `tree` is NaN."""
+    """Whether any floating-point number in `tree` is NaN. Reads every element, so it blocks until they are computed."""
     leaves = [tree] if isinstance(tree, jax.Array) else jax.tree_util.tree_leaves(tree)
     for leaf in leaves:
         if _is_inexact(leaf):
             for part in _parts(leaf):
-                least = np.minimum.reduce(part)  # NaN if any of them is: a third of what `isnan` takes of a few numbers
+                least = np.minimum.reduce(part)  # NaN if any element is; three times as fast as `isnan` on small arrays
                 if least != least:
                     return True
     return False
 
 
 def _is_inexact(leaf: Leaf) -> bool:
-    """Whether a leaf is an array of floats or complex numbers, all of which this process can read."""
+    """Whether a leaf is a float, a complex number or an array of these that is fully addressable from this process."""
     if isinstance(leaf, (float, complex)):
         return True
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -197,15 +200,16 @@ def _is_inexact(leaf: Leaf) -> bool:
 
 
 def _parts(leaf: Leaf) -> Iterator[HostArray]:
-    """The numbers of an array, `CHUNK` at a time, in a dtype that NumPy itself has."""
+    """The elements of an array in chunks of `CHUNK`, in a dtype that NumPy computes with natively."""
     flat = np.asarray(leaf).reshape(-1)
     for start in range(0, flat.size, CHUNK):
         part = flat[start : start + CHUNK]
-        # bfloat16 and the kinds of float8: every one of their numbers is one of float32's.
+        # float32 holds every bfloat16, float16 and float8 number exactly.
         yield part if part.dtype.kind in "fc" and part.dtype.itemsize > 2 else part.astype(np.float32)
 
 
 def _values(path: str, leaf: Leaf) -> Values:
+    """Statistics of one array in a single pass over its chunks, so that memory stays bounded."""
     nan = inf = finite = size = 0
     total, least, most = 0.0, np.inf, -np.inf
     ordered = True
@@ -220,7 +224,7 @@ def _values(path: str, leaf: Leaf) -> Values:
             part = part[is_finite]
         if good and ordered:
             finite += good
-            total += float(part.sum(dtype=np.float64))
+            total += float(part.sum(dtype=np.float64))  # in float32 the mean of a large array loses digits
             least, most = min(least, float(part.min())), max(most, float(part.max()))
     if not finite:
         return Values(path, size, nan, inf, None, None, None)
@@ -228,7 +232,7 @@ def _values(path: str, leaf: Leaf) -> Values:
 
 
 def data_of(key: jax.Array | HostArray) -> bytes:
-    """Host key data of a typed or a legacy (uint32) key; waits for the device."""
+    """The key data of a typed or legacy (uint32) key as bytes; blocks until the device has it."""
     return on_host(key).tobytes()
 
 
@@ -238,7 +242,8 @@ def words(key: jax.Array | HostArray) -> str:
 
 
 def all_words(keys: Mapping[str, jax.Array]) -> dict[str, str]:
-    """`words` of each key; of those of a draw (`RunKeys`), which has their data on the host, no array is made."""
+    """`words` of each key by stream name."""
+    # `RunKeys` has its keys as bytes on the host: asking it spares a device array per key.
     data = getattr(keys, "data", lambda name: data_of(keys[name]))
     return {name: _hex(data(name)) for name in keys}
 
@@ -248,17 +253,18 @@ def _hex(data: bytes) -> str:
 
 
 def bytes_of(leaf: Leaf) -> int:
-    """Bytes of an array, 0 for what is none."""
+    """The size of an array in bytes, 0 for any other leaf."""
     size = getattr(leaf, "nbytes", 0)
-    return size if isinstance(size, int) else 0
+    return size if isinstance(size, int) else 0  # an object of the user's may have an `nbytes` of any kind
 
 
 def digest_of(tree: PyTree) -> str:
-    """sha256, first 16 hex digits, over each leaf of `tree` in JAX's order.
+    """The first 16 hex digits of a sha256 over each leaf of `tree` in JAX's order.
 
-    Per leaf: its key path as `jax.tree_util.keystr` writes it, dtype and shape as text, each closed by a zero byte, then
-    its elements as little-endian bytes in C order (typed keys: their key data). An object that is no tree is its class's
-    name and its attributes (see `opened`), any other leaf that is no array its `repr`.
+    Hashed per leaf: its key path as `jax.tree_util.keystr` writes it, then dtype and shape as text, each closed by a
+    zero byte, then the elements as little-endian bytes in C order (typed keys: their key data). Of an object that is no
+    tree its class's name and its attributes are hashed (see `opened`), of any other leaf that is neither array nor number
+    its `repr`.
     """
     hasher = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(opened(tree))[0]:
@@ -275,12 +281,13 @@ def digest_of(tree: PyTree) -> str:
 
 
 def describe(tree: PyTree, limit: int = 60) -> str:
-    """The structure of `tree` with every array as `dtype[shape]`, cut to `limit` characters with `…`."""
+    """The structure of `tree` as text, every array as `dtype[shape]`, cut to `limit` characters with `…`."""
     text = _describe(tree)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _describe(tree: PyTree) -> str:
+    """`describe` without the cut: containers with their items, arrays as `dtype[shape]`, functions by name."""
     if hasattr(tree, "shape") and hasattr(tree, "dtype"):
         return f"{tree.dtype}[{','.join(map(str, tree.shape))}]"
     if isinstance(tree, Mapping):
@@ -298,13 +305,14 @@ def _describe(tree: PyTree) -> str:
     if callable(tree) and not isinstance(tree, type) and isinstance(getattr(tree, "__name__", None), str):
         return str(tree.__name__)
     leaves = jax.tree_util.tree_leaves(tree)
+    # An unregistered object is its own single leaf: describing that again would never end.
     if leaves and not (len(leaves) == 1 and leaves[0] is tree):
         return f"{type(tree).__name__}({', '.join(map(_describe, leaves))})"
     return type(tree).__name__
 
 
 def count_parameters(tree: Mapping[str, PyTree]) -> tuple[int, int]:
-    """Elements of `params` (of NNX's `Param`), and bytes of everything; of arrays or of their shapes."""
+    """The number of elements in `params` (NNX: `Param`) and the bytes of all collections; arrays may be shapes."""
     parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", tree.get("Param", {}))))
     return parameters, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in _arrays(tree))
 
@@ -314,14 +322,14 @@ def _arrays(tree: PyTree) -> Iterator[Leaf]:
 
 
 class Difference(Struct, frozen=True):
-    """One leaf that differs.
+    """One leaf in which two results differ.
 
     Attributes:
-      path: where it is, as `jax.tree_util.keystr` writes it; empty where the result is one array.
-      elements, size: how many of its elements differ, and how many there are.
-      largest: the largest absolute difference of two elements, NaN where one of them is; None where they are no numbers.
-      ulp: the same in units in the last place, see `largest_ulp`. None for integers, and where one of two is NaN.
-      text: what it is in words, where it is no difference of numbers: another shape, dtype or value.
+      path: its place in the result, as `jax.tree_util.keystr` writes it; empty where the result is one array.
+      elements, size: how many of its elements differ, and how many it has.
+      largest: the largest absolute difference of two elements, NaN if one of them is; None where they are no numbers.
+      ulp: the same in units in the last place (see `largest_ulp`); None for integers, and where an element is NaN.
+      text: the difference in words where it is none of numbers: another shape, dtype or value.
     """
 
     path: str
@@ -333,13 +341,13 @@ class Difference(Struct, frozen=True):
 
 
 class Agreement(Struct, frozen=True):
-    """How a replay compares with the run.
+    """The result of comparing a replay with the original run.
 
     Attributes:
-      identical: None where there was nothing to compare with.
-      against: `output`, or `digest` where the output was gone, which can only tell whether all is the same.
-      differences: the leaves that differ.
-      said: what is to be known about the replay: the model was edited since, its program was made anew.
+      identical: whether every bit agrees; None where nothing of the original was left to compare with.
+      against: what was compared: `output`, or `digest` where the output is gone, which tells no single differences.
+      differences: the leaves that differ; empty for `digest`.
+      said: circumstances of the replay as sentences: the model was edited since, its program was compiled anew.
     """
 
     identical: bool | None
@@ -349,7 +357,7 @@ class Agreement(Struct, frozen=True):
 
 
 def with_output(was: PyTree, now: PyTree) -> Agreement:
-    """Compares two results leaf by leaf, bit by bit."""
+    """Compares two results leaf by leaf and bit by bit. Trees that are put together otherwise are not compared."""
     old, old_tree = jax.tree_util.tree_flatten_with_path(opened(was))
     new, new_tree = jax.tree_util.tree_flatten_with_path(opened(now))
     if [path for path, _ in old] != [path for path, _ in new] or not alike(old_tree, new_tree):
@@ -365,13 +373,14 @@ def with_output(was: PyTree, now: PyTree) -> Agreement:
 
 
 def with_digest(was: str, now: PyTree) -> Agreement:
-    """Compares a result with the digest of another."""
+    """Compares a result with the digest of another whose arrays are gone."""
     return Agreement(digest_of(now) == was, "digest")
 
 
 def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
+    """The difference of two leaves, None where every bit agrees."""
     if was is now:
-        return None
+        return None  # the very same array: nothing has to be read
     if not (_has_bits(was) and _has_bits(now)):
         before, after = _spelled_value(was), _spelled_value(now)
         same = type(was) is type(now) and before == after
@@ -380,41 +389,44 @@ def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
     if one.dtype != other.dtype or one.shape != other.shape:
         return Difference(path, text=f"{spelled(one)} → {spelled(other)}")
     differ = _bits(one) != _bits(other)
-    if one.ndim < differ.ndim:  # a complex number is two
+    if one.ndim < differ.ndim:  # complex: one entry for the real and one for the imaginary part
         differ = differ.any(-1)
     count = int(np.count_nonzero(differ))
     if not count:
         return None
-    if is_key(was) or one.dtype.kind not in "iufcV":
+    if is_key(was) or one.dtype.kind not in "iufcV":  # V: bfloat16 and float8 on NumPy
         return Difference(path, count, one.size)
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    with np.errstate(all="ignore"):  # infinite ones, and NaN
+    with np.errstate(all="ignore"):  # inf - inf and NaN would warn
         apart = np.abs(one[differ].astype(wide) - other[differ].astype(wide))
     largest = float(apart.max())  # NaN if any is
     return Difference(path, count, one.size, largest, largest_ulp(one[differ], other[differ]))
 
 
 def _bits(array: HostArray) -> HostArray:
-    """The elements as integers of their size; of a complex number its parts, on a last axis of 2."""
-    array = np.ascontiguousarray(array).reshape(array.shape)
+    """The elements viewed as integers of the same size; complex ones as two, on an added last axis.
+
+    Compared as floats, 0.0 would equal -0.0, and NaN nothing.
+    """
+    array = np.ascontiguousarray(array).reshape(array.shape)  # `ascontiguousarray` makes a scalar 1-dimensional
     if array.dtype.kind == "c":
         array = array.view(f"f{array.dtype.itemsize // 2}").reshape(*array.shape, 2)
     return array.view(f"i{array.dtype.itemsize}") if array.dtype.itemsize in (1, 2, 4, 8) else array
 
 
 def alike(one: object, other: object) -> bool:
-    """Whether two treedefs are equal, static data that cannot be compared being another."""
+    """Whether two treedefs are equal; False where comparing their static data raises."""
     try:
         return bool(one == other)
-    except Exception:  # an array among the static data, or whatever a class of the user's raises
+    except Exception:  # an array among the static data, or a user's `__eq__` that fails
         return False
 
 
 class Spread(Struct, frozen=True, forbid_unknown_fields=True):
-    """How one array of the output differs between draws.
+    """How one array of an output varies between the draws of one run.
 
     Attributes:
-      path: where it is in the output, as `jax.tree_util.keystr` writes it; empty where the output is one array.
+      path: its place in the output, as `jax.tree_util.keystr` writes it; empty where the output is one array.
       mean: over all draws and elements.
       deviation: each element's standard deviation over the draws (n - 1 in the denominator), averaged over the elements;
         NaN for one draw.
@@ -426,14 +438,14 @@ class Spread(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def spread_of(output: PyTree) -> tuple[Spread, ...]:
-    """The spread of every array of numbers in `output`, draws on its first axis; empty arrays and keys left out."""
+    """The spread of every array in `output`, whose first axis are the draws; empty arrays and keys are left out."""
     spreads = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size:
             continue
         values = np.asarray(leaf)
         if values.dtype.kind != "c":
-            values = values.astype(np.float64)
+            values = values.astype(np.float64)  # sums in the output's own dtype lose digits
         deviation = float(np.std(values, axis=0, ddof=1).mean()) if len(values) > 1 else float("nan")
         spreads.append(Spread(jax.tree_util.keystr(path), float(values.mean().real), deviation))
     return tuple(spreads)

@@ -1,8 +1,8 @@
-"""A file that is replaced whole or not at all, and JSON out of a file, read by somebody who trusts nothing in it.
+"""Atomic replacement of files, and strict reading of JSON from files that may be damaged.
 
-What is written goes into a temporary folder beside the old file, reaches the disk, and takes the old one's name in one
-step. Whatever happens before that step, a full disk, an interrupt, a killed process, leaves the old file as it was; a
-killed process leaves its temporary folder too, which the next one to write there takes away.
+New content is written into a temporary folder beside the old file, synchronized to disk, and renamed over the old file
+in one step. A full disk, an interrupt or a killed process before that step leaves the old file as it was. A killed
+process also leaves its temporary folder; the next writer of the same file removes it.
 """
 
 from __future__ import annotations
@@ -25,42 +25,43 @@ from ..errors import FlaxMagicsError
 T = TypeVar("T")
 
 RUN_JSON = "application/vnd.flax-magics.run+json"
-"""The MIME type of a run as data, so that a saved notebook can be verified later."""
+"""MIME type under which a notebook output carries a run as JSON, so that the saved notebook can be verified later."""
 RUNS_JSON = "application/vnd.flax-magics.runs+json"
-"""The same for the runs of a counting line."""
+"""MIME type for the several runs that share one report line, as in a loop."""
 
 _OURS = ".flax-tmp"
 _STALE = 60.0
-"""Seconds from which a temporary folder that nobody holds is somebody's who was killed."""
+"""Age in seconds from which an unlocked temporary folder is taken for the leftover of a killed process."""
 
 
 def open_without_waiting(path: Path) -> BinaryIO:
-    """Opens a file to read it. A named pipe does not wait here until somebody writes: the caller is to refuse it."""
+    """Opens a file for reading without blocking on a named pipe; the caller checks that it is a regular file."""
+    # Opening a pipe for reading blocks until somebody opens it for writing. Windows has no O_NONBLOCK.
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
 
 
 class Cancelled(Exception):
-    """The write was called off before it took the old file's place."""
+    """Raised by `replace_file` when another thread took the `ticket` first: the old file stays."""
 
 
 def replace_file(path: Path, write: Callable[[str], None], ticket: threading.Lock | None = None) -> None:
-    """Replaces the file at `path` by the one that `write` makes under the name that it is given.
+    """Replaces the file at `path` atomically by the one that `write(name)` creates under a temporary name.
 
-    A link stays one: what it points at is replaced. A new file has the rights that the umask gives, an old one keeps
-    its own.
+    A symbolic link stays a link: its target is replaced. A new file gets the permissions of the umask; a replaced
+    one keeps its own.
 
     Args:
-      ticket: taken before the old file is replaced. Another thread that takes it first has called the write off.
+      ticket: acquired just before the rename. A thread that acquires it earlier cancels the write.
 
     Raises:
-      FlaxMagicsError: there is no such folder, or something that is no file stands there.
-      OSError: the disk is full, or may not be written.
-      Cancelled: see `ticket`.
+      FlaxMagicsError: the folder does not exist, or `path` is something else than a regular file.
+      OSError: the disk is full or not writable.
+      Cancelled: the `ticket` was taken.
     """
     old, target = checked_target(path), Path(os.path.realpath(path))
     _sweep(target.parent, target.name)
-    # A folder of our own, since what writes the file may have temporary files, too (safetensors has, which a kill leaves
-    # behind under names that nobody would know); nobody else can look into it.
+    # A private folder rather than a file: `write` may leave temporary files of its own when it is killed (safetensors
+    # does, under names that nobody could recognize), and 0o700 keeps other users out.
     workshop = target.parent / f".{target.name}.{secrets.token_hex(4)}{_OURS}"
     os.mkdir(workshop, 0o700)
     try:
@@ -70,29 +71,34 @@ def replace_file(path: Path, write: Callable[[str], None], ticket: threading.Loc
             write(os.fspath(new))
             with open(new, "rb+") as file:
                 if old is not None and hasattr(os, "fchown"):
-                    with contextlib.suppress(OSError):  # a group that the user is not in
+                    with contextlib.suppress(OSError):  # the user is not a member of the old file's group
                         os.fchown(file.fileno(), -1, old.st_gid)
                 os.chmod(new, rights)
+                # Before the rename: otherwise a crash may leave the new name with the content not yet written.
                 os.fsync(file.fileno())
             if ticket is not None and not ticket.acquire(blocking=False):
                 raise Cancelled
             os.replace(new, target)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
-    # The new name has to reach the disk. Where a folder cannot be synchronised, the file system sees to it.
+    # The rename itself must reach the disk too. Systems that cannot sync a folder (Windows) do without.
     with contextlib.suppress(OSError), _opened(target.parent) as handle:
         os.fsync(handle)
 
 
 def _rights_of_new(folder: Path) -> int:
-    """The rights of a file that is made now: to ask for the umask is to change it, under the feet of other threads."""
+    """The permissions that a newly created file gets, found by creating one."""
+    # `os.umask` can only be read by setting it, which other threads would see.
     probe = folder / "probe"
     os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return stat.S_IMODE(os.stat(probe).st_mode)
 
 
 def checked_target(path: Path) -> os.stat_result | None:
-    """The file that stands at `path`, None for nothing. Raises FlaxMagicsError: it could not be one of ours."""
+    """The status of the regular file at `path`, None if there is none.
+
+    Raises FlaxMagicsError where `path` cannot be written as a file, PermissionError where the file is read-only.
+    """
     target = Path(os.path.realpath(path))
     try:
         old = os.stat(target)
@@ -107,7 +113,7 @@ def checked_target(path: Path) -> os.stat_result | None:
         raise FlaxMagicsError(f"`{path}` is a folder, not a file.")
     if not stat.S_ISREG(old.st_mode):
         raise FlaxMagicsError(f"`{path}` is no regular file, and is not replaced by one.")
-    if not os.access(target, os.W_OK):  # renaming would not ask
+    if not os.access(target, os.W_OK):  # a rename would replace even a read-only file
         raise PermissionError(13, "Permission denied", os.fspath(path))
     return old
 
@@ -123,20 +129,21 @@ def _opened(folder: Path, flags: int = 0) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _in_use(folder: Path) -> Iterator[None]:
-    """Marks a folder as in use, for as long as its writer lives."""
-    if sys.platform == "win32":
+    """Holds a lock on `folder` during the block, so that `_sweep` of another process leaves it alone."""
+    if sys.platform == "win32":  # there is no flock, and `_sweep` does nothing either
         yield
         return
     import fcntl
 
     with _opened(folder) as handle:
-        with contextlib.suppress(OSError):  # a file system without locks
+        # The kernel releases the lock when the process dies, however it dies. Some file systems have no locks.
+        with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
 def _sweep(folder: Path, name: str) -> None:
-    """Takes away what killed writers of this file have left. What another one is writing stays."""
+    """Removes temporary folders that killed writers of the file `name` left; those of running writers are locked."""
     if sys.platform == "win32":
         return
     import fcntl
@@ -145,19 +152,22 @@ def _sweep(folder: Path, name: str) -> None:
         leftovers = [one for one in os.listdir(folder) if one.startswith(f".{name}.") and one.endswith(_OURS)]
         for one in leftovers:
             with contextlib.suppress(OSError), _opened(folder / one, os.O_DIRECTORY | os.O_NOFOLLOW) as handle:
+                # Young folders are spared: their writer may not have locked yet, or the file system has no locks.
                 if abs(time.time() - os.fstat(handle).st_mtime) > _STALE:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(folder / one, ignore_errors=True)
 
 
 class Damaged(Exception):
-    """What was read is not what was written; the text says where, as the end of a sentence."""
+    """Raised by a reader of a damaged or altered file; the text is the end of a sentence that begins with its name."""
 
 
 def loads(text: str, what: str) -> object:
-    """JSON as `json` writes it. Raises Damaged for what is none, and for a name that stands twice; `what` names it."""
+    """Parses JSON. Raises Damaged if it is invalid or an object repeats a name; the message calls the text `what`."""
 
+    # Python keeps the last of two equal names in silence; in a file of ours a second one means damage or tampering.
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        """Makes the dict of a JSON object; raises where a name repeats."""
         fields = dict(pairs)
         if len(fields) != len(pairs):
             raise Damaged(f"{what} has a name that stands twice")
@@ -167,15 +177,15 @@ def loads(text: str, what: str) -> object:
         return json.loads(text, object_pairs_hook=once)
     except RecursionError:
         raise Damaged(f"{what} is nested too deeply") from None
-    except ValueError:  # no JSON, or an int of thousands of digits
+    except ValueError:  # invalid JSON, or an int over Python's limit of 4300 digits
         raise Damaged(f"{what} is no JSON") from None
 
 
 def convert(data: object, kind: type[T], what: str) -> T:
-    """JSON data as records of the type `kind`. Raises Damaged: it is something else; `what` names it."""
-    import msgspec  # takes some 10 ms, which loading the extension has no use for
+    """Converts JSON data to the record type `kind`. Raises Damaged if it does not fit; `what` names the data."""
+    import msgspec  # takes some 10 ms to import, and `%load_ext` imports this module
 
     try:
         return msgspec.convert(data, kind, str_keys=True)
-    except (msgspec.ValidationError, ValueError) as error:  # of half a surrogate pair msgspec says so by itself
+    except (msgspec.ValidationError, ValueError) as error:  # a lone surrogate in a key is a UnicodeEncodeError
         raise Damaged(f"{what} is not what it should be: {error}") from None

@@ -1,5 +1,5 @@
-"""What was measured of a run: times, memory, cost, limits; and what its bits depend on beside its code and keys: versions,
-kind of device, processor, threads.
+"""Measurements of a run (times, memory, cost, limits) and the environment that its bits depend on besides code and
+keys: versions, kind of device, processor, threads.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from .types import PyTree
 
 
 class Steady(Struct, frozen=True, forbid_unknown_fields=True):
-    """A run repeated with the same keys: every time in seconds, in the order they were taken."""
+    """The times of a run that was repeated with the same keys, in seconds and in the order they were taken."""
 
     times: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median time in seconds."""
         return float(np.median(self.times))
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, seconds."""
+        """Half the interquartile range, in seconds."""
         low, high = np.percentile(self.times, [25, 75])
         return float(high - low) / 2
 
     @property
     def outliers(self) -> tuple[int, ...]:
-        """Indices of the runs that were slow, in order.
+        """Indices of slow runs, in order; empty for fewer than `LEAST` runs.
 
-        Slow is beyond the upper quartile by more than 1.5 times the distance between the quartiles, and by more than a
-        tenth: where all runs agree to a part in a thousand, none of them is worth a word. Fewer than five tell nothing.
+        A run is slow if its time exceeds the upper quartile by more than 1.5 interquartile ranges and by more than
+        10%. The second condition keeps out runs that stand out only because all others agree to a part in a thousand.
         """
         if len(self.times) < LEAST:
             return ()
@@ -54,16 +54,16 @@ class Steady(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 LEAST = 5
-"""Runs from which a slow one can be told."""
+"""Number of repeated runs from which outliers are looked for."""
 
 
 class Cost(Struct, frozen=True, forbid_unknown_fields=True):
-    """What XLA counts in one run of a program, on each of its devices.
+    """XLA's cost analysis of one run of a program, per device.
 
     Attributes:
       flops: floating-point operations.
-      bytes: bytes that are read and written, after fusion.
-      loops: the program has loops over numbers, and XLA counts the body of a loop once: it is more than that.
+      bytes: bytes read and written, after fusion.
+      loops: the program has loops over floating-point values. XLA counts a body once: the true cost is higher.
     """
 
     flops: float
@@ -72,8 +72,8 @@ class Cost(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
-    """What one device was measured to reach: FLOP/s in a large matmul of `dtype`, bytes/s in a large copy (read and
-    written).
+    """The measured peak rates of one device: FLOP/s in a large matmul of `dtype`, bytes/s (read plus written) in a
+    large copy.
     """
 
     device: str
@@ -83,13 +83,12 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Timing(Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds that each phase took; 0.0 for a phase that did not happen.
+    """Seconds spent in each phase of a run; 0.0 for a phase that did not happen.
 
-    `run` begins once the inputs are ready (that wait is `wait`) and a run that was interrupted before has left the device
-    (that wait is `busy`), and ends when the device has finished; it never includes trace, lowering or compilation.
-    `compile` is all that the compilation took, and `beside` the part of it that went on beside other work and that nobody
-    waited for: the phases without `beside` add up to the time that passed. `init` is the initialisation of variables; in a
-    run that initialises and compiles, its tracing is part of `trace`.
+    `run` starts once the inputs are ready (`wait`) and the device is free of an earlier interrupted run (`busy`), and
+    ends when the device has finished; it never includes tracing, lowering or compilation. `compile` is the whole
+    compilation, `beside` the part of it that overlapped other work, so all phases minus `beside` add up to the elapsed
+    time. `init` is the initialisation of variables; in a run that also compiles, its tracing counts as `trace`.
     """
 
     trace: float = 0.0
@@ -104,14 +103,14 @@ class Timing(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def building(self) -> float:
-        """What the program was waited for: trace, lower and compile together, without what ran beside; seconds."""
+        """Seconds that the caller waited for the program: trace, lower and compile without the overlapped part."""
         return self.trace + self.lower + self.compile - self.beside
 
 
 class Memory(Struct, frozen=True, forbid_unknown_fields=True):
-    """Bytes, as XLA's analysis of the program gives them; `peak` is the device's own count, None where it keeps none.
+    """Bytes by XLA's memory analysis of the program.
 
-    The device counts from the start of the process, whatever ran in it.
+    `peak` is the device's own high-water mark since the process started, whatever else ran; None where it keeps none.
     """
 
     arguments: int
@@ -122,26 +121,27 @@ class Memory(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def analysed(self) -> int:
-        """Arguments, outputs and temporaries together: what the program needs at most, as XLA has it."""
+        """Arguments, outputs and temporaries together: an upper bound of what the program needs, by XLA's analysis."""
         return self.arguments + self.outputs + self.temporaries
 
 
 _NAMES = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+# Instruction sets that decide how XLA vectorizes, and so in which order it sums; other CPU flags leave bits alone.
 _VECTORS = re.compile(r"^(a?simd|sse|ssse|avx|fma|f16c|amx|neon|sve|sme|bf16|i8mm|fphp)")
 
 
 def environment(device: str) -> dict[str, object]:
-    """As JSON data, for a run on `device` (such as `cpu:0`).
+    """The environment of a run on `device` (such as `cpu:0`), as JSON data.
 
-    `versions` of jax, jaxlib and flax; `device_kind` as JAX names it (`NVIDIA H100 80GB HBM3`, `cpu`), None where it names
-    none; and where the device is a CPU, `processor` (see `processor`) and `threads`, how many XLA computes with, both None
-    elsewhere.
+    Keys: `versions` of jax, jaxlib and flax; `device_kind` as JAX names it (`NVIDIA H100 80GB HBM3`, `cpu`), None where
+    there is no such backend; `processor` (see `processor`) and `threads` (of XLA), None unless it is a CPU.
     """
-    return copy.deepcopy(_on(device.partition(":")[0]))
+    return copy.deepcopy(_on(device.partition(":")[0]))  # a copy: the cached dict would be the caller's to change
 
 
 @lru_cache(maxsize=8)
 def _on(kind: str) -> dict[str, object]:
+    """`environment` for a platform such as `cpu`."""
     try:
         device_kind = str(jax.devices(kind)[0].device_kind) if kind else None
     except RuntimeError:  # no such backend in this process
@@ -156,7 +156,7 @@ def _on(kind: str) -> dict[str, object]:
 
 
 def threads() -> int:
-    """How many threads XLA's CPU client computes with: `NPROC` if that is set, else the CPUs that this process may use."""
+    """The number of threads of XLA's CPU client: `NPROC` if that is set, else the CPUs that this process may use."""
     with contextlib.suppress(ValueError, KeyError):
         return int(os.environ["NPROC"])
     if hasattr(os, "sched_getaffinity"):
@@ -166,9 +166,9 @@ def threads() -> int:
 
 @lru_cache(maxsize=1)
 def processor() -> str:
-    """The processor's make, and a digest of the vector instructions that it has: `x86_64-GenuineIntel-6-143-5a1b9c02`.
+    """The processor's make with a digest of its vector instructions: `x86_64-GenuineIntel-6-143-5a1b9c02`.
 
-    XLA compiles for the processor that it finds, so that sums may be taken in another order on another one.
+    XLA compiles for the processor it runs on, so another one may sum in another order and differ in the last bits.
     """
     machine, rows = platform.machine() or "unknown", first_core()
     if not rows:
@@ -181,23 +181,24 @@ def processor() -> str:
 
 @lru_cache(maxsize=1)
 def first_core() -> dict[str, str]:
-    """What Linux says of the first core, by its names for it; empty elsewhere. Not to be changed."""
+    """The fields of the first core in Linux's `/proc/cpuinfo`; empty elsewhere. Cached: callers must not change it."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
-            first = file.read(1 << 14).split("\n\n")[0]  # the whole of a large machine takes long
+            first = file.read(1 << 14).split("\n\n")[0]  # on machines with many cores the whole file takes long to read
     except OSError:
         return {}
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
 
 
 def default_device() -> jax.Device:
-    """The device that JAX would use now."""
+    """The device on which JAX would place a new array now."""
     device: jax.Device | str | None = getattr(jax.config, "jax_default_device", None)
+    # The setting may be a Device, a platform's name such as "cpu", or None for the default backend.
     return jax.local_devices(backend=device)[0] if device is None or isinstance(device, str) else device
 
 
 def devices_of(tree: PyTree) -> str:
-    """The names of the devices that hold the arrays of `tree`; see `name_devices`."""
+    """The devices that hold the arrays of `tree`, as text (see `name_devices`); without arrays the default device."""
     leaves = [leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array)]
     return name_devices({device for leaf in leaves for device in leaf.devices()} or {default_device()})
 

@@ -1,4 +1,4 @@
-"""Private names of JAX and Flax: a function for each, with what is done where a version has it no longer."""
+"""Private names of JAX and Flax, a function for each, with a fallback for versions that lack the name."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from .types import Leaf
 
 CALLBACKS = frozenset({"jax._src.callback", "jax._src.debugging"})
-"""Modules through which a running program calls Python."""
+"""JAX modules whose frames are on the stack while a compiled program calls back into Python."""
 TRANSFORMS = "jax._src.interpreters."
-"""What the modules are called in which JAX calls a function to trace, differentiate or map it."""
+"""Prefix of the JAX modules that call a function to trace, differentiate or map it."""
 
 
 def is_tracing() -> bool:
-    """Whether JAX traces something on this thread; False where it cannot be told: the calling modules still tell most."""
+    """Whether JAX is tracing on this thread; False where JAX lacks the query (`role_of` still tells most traces)."""
     return not _is_clean()()
 
 
@@ -28,82 +28,90 @@ def _is_clean() -> Callable[[], bool]:
     try:
         from jax._src.core import trace_state_clean
     except ImportError:
-        return lambda: True
+        return lambda: True  # "clean": otherwise every command would be refused
     return trace_state_clean
 
 
 def role_of(module: str) -> Literal["callback", "trace"] | None:
-    """What a frame of the module means for the code that it calls, None for nothing."""
+    """What a stack frame of `module` says about the code it calls: a host callback, a trace, or neither (None)."""
     if module in CALLBACKS:
         return "callback"
     return "trace" if module.startswith(TRANSFORMS) else None
 
 
 @cache
-def hide_frames(folder: str) -> None:
-    """Has JAX leave out the frames of a folder's files where it says where a value came from: in leaked tracers, say."""
+def hide_frames(folder: str) -> bool:
+    """Has JAX leave out the frames of a folder's files where it says where a value came from, a leaked tracer, say.
+
+    Gives whether this version can do that.
+    """
     try:
         from jax._src.source_info_util import register_exclusion
     except ImportError:
-        return
+        return False
     register_exclusion(folder)
+    return True
 
 
 def trace_context_of() -> Callable[[], tuple[object, ...]]:
-    """JAX's function that gives all settings of a thread that a trace depends on.
+    """JAX's function that returns every thread-local setting which a trace depends on, as a tuple.
 
-    Where there is none it gives nothing, and the contexts of `with jax.set_mesh` and the like are not told apart.
+    On a JAX without it the replacement returns `()`, so programs traced under different `jax.set_mesh` contexts cannot
+    be told apart there.
     """
     try:
         from jax._src.config import trace_context
     except ImportError:
-        return tuple
+        return tuple  # called without arguments: `()`
     return trace_context  # type: ignore[no-any-return]
 
 
 def trace_context_names() -> tuple[str, ...]:
-    """What each item of a trace's context is called; empty where JAX does not say."""
+    """The name of each item of the trace context, in order; empty where JAX does not name them."""
     try:
         from jax._src.config import trace_context_names
     except ImportError:
-        return ()
+        return ()  # older versions
     try:
         return tuple(trace_context_names())
-    except NotImplementedError:
+    except NotImplementedError:  # the installed jaxlib is too old for it
         return ()
 
 
 def is_in_mesh() -> bool:
-    """Whether this thread computes over a mesh; True where it cannot be told."""
+    """Whether a mesh is set on this thread; True where it cannot be told, so that callers take the careful way."""
     try:
         from jax._src import mesh
 
+        # `jax.set_mesh` sets the abstract mesh, the older `with mesh:` the physical one of the thread.
         return not (mesh.get_abstract_mesh().empty and mesh.thread_resources.env.physical_mesh.empty)
     except (ImportError, AttributeError):
         return True
 
 
 def is_compiled_alone(primitive: Primitive) -> bool:
-    """Whether JAX runs a primitive op by op by compiling it; False where it cannot be told."""
+    """Whether eager JAX runs this primitive by compiling it as a program of its own; False where it cannot be told."""
     try:
         from jax._src.dispatch import apply_primitive
     except ImportError:
         return False
+    # `impl` is then `partial(apply_primitive, primitive)`; other primitives have Python rules of their own.
     return getattr(primitive.impl, "func", None) is apply_primitive
 
 
 class Staging(NamedTuple):
-    """What decides whether a jitted function is one equation in the trace of a key, or inlined there."""
+    """The JAX objects that decide whether a jitted function becomes one equation of a trace or is inlined into it."""
 
     trace: object
+    """The trace itself; equations of nested traces are left alone."""
     rules: dict[Primitive, Callable[..., object]]
-    """By primitive: what is done instead of writing an equation."""
+    """Primitive → the function that JAX calls instead of recording an equation."""
     jit: Primitive
-    """The primitive of jitted functions, which has a rule."""
+    """The primitive of jitted functions; `rules` has an entry for it."""
 
 
 def staging_of(key: Leaf) -> Staging | None:
-    """That of the trace in which `key` is a tracer; None where a version of JAX has other names for it."""
+    """The staging rules of the trace in which `key` is a tracer; None where a version of JAX names them otherwise."""
     try:
         from jax._src.interpreters.partial_eval import custom_staging_rules
         from jax.extend.core.primitives import jit_p
@@ -114,16 +122,17 @@ def staging_of(key: Leaf) -> Staging | None:
 
 
 def contents_of(mapping: Mapping[str, object]) -> Mapping[str, object]:
-    """The dict inside Flax's frozen one, which wraps what it gives anew each time; any other mapping itself."""
+    """The dict inside a Flax `FrozenDict`; any other mapping itself."""
+    # A FrozenDict wraps nested dicts anew at each access, so identities of its values never repeat.
     return getattr(mapping, "_dict", mapping)
 
 
 def flax_globals() -> tuple[Mapping[str, object], list[object], object, list[list[object]]]:
-    """What Flax keeps of its own on this thread: its flags, interceptors, logical axis rules, and `nnx_stacks`.
+    """Flax's own global state on this thread: flags, method interceptors, logical axis rules, and the `nnx_stacks`.
 
     Raises AttributeError or KeyError where a version of Flax keeps them elsewhere.
     """
-    modules = sys.modules
+    modules = sys.modules  # no imports: NNX takes long to import, and its stacks are empty until then
     return (
         modules["flax.configurations"].config._values,
         modules["flax.linen.module"]._global_interceptor_stack._storage,
@@ -140,13 +149,13 @@ NNX_STACKS = {
     "graph_mode_stack": "nnx.set_graph_mode",
     "graph_updates_stack": "nnx.set_graph_updates",
 }
-"""Stacks of NNX's, of which the last item is in force → how it is put there."""
+"""Name of an NNX stack, whose last item is in force → the call that pushes onto it."""
 
 
 @cache
 def nnx_stacks() -> list[tuple[object, str]]:
-    """The stacks that this version of NNX has: what holds them, a lot for each thread, and their names."""
+    """The stacks that this version of NNX has, as (thread-local owner, attribute name)."""
     modules = sys.modules
-    graphs = modules.get("flax.nnx.graphlib") or modules["flax.nnx.graph"]
+    graphs = modules.get("flax.nnx.graphlib") or modules["flax.nnx.graph"]  # flax 0.11 has it there
     owners = modules["flax.nnx.variablelib"].VARIABLE_CONTEXT, graphs.GRAPH_CONTEXT
     return [(owner, name) for owner in owners for name in NNX_STACKS if hasattr(owner, name)]

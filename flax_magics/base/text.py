@@ -1,4 +1,4 @@
-"""Text for people: numbers with units, and columns that wrap at a width in terminal cells and cut nothing unless asked."""
+"""Text for people: numbers with units, and lines wrapped to a width in terminal cells. Nothing is cut unless asked."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterable, Sequence
 
 WIDTH = 80
 LEAST = 20
-"""Cells that the last column of a table is never narrower than."""
+"""The smallest width, in terminal cells, of the last column of a table."""
 _BREAKS = " /,.:;·→([{=_-"
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def cell_len(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """The number of terminal columns that a text takes: wide characters take two, combining ones none."""
     return _measure()(text)
 
 
 @functools.cache
 def _measure() -> Callable[[str], int]:
-    from rich.cells import cell_len  # `%load_ext` imports this file, and shows nothing
+    from rich.cells import cell_len  # here, because `%load_ext` imports this module and shows nothing
 
     return cell_len
 
@@ -28,8 +28,9 @@ def _measure() -> Callable[[str], int]:
 def clean(text: str) -> str:
     """One line that is safe to print: whitespace becomes single spaces, other invisible characters their escapes.
 
-    A terminal obeys control characters, and bidirectional marks reorder a line; both may stand in a user's strings.
+    A user's strings may hold control characters, which a terminal obeys, and marks that reverse the text's direction.
     """
+    # The common case, a fraction of the cost of looking up every character.
     if text.isascii() and text.isprintable() and "  " not in text:
         return text.strip(" ")
     spaced = " ".join(text.split())
@@ -37,7 +38,7 @@ def clean(text: str) -> str:
 
 
 def clean_lines(text: str) -> list[str]:
-    """`clean` for text whose lines and indentation mean something, such as code; empty lines at the ends go."""
+    """`clean` for code: line by line, indentation kept. Empty lines at the start and the end are dropped."""
     lines = []
     for line in text.expandtabs(4).splitlines():
         indent = " " * (len(line) - len(line.lstrip(" ")))
@@ -46,21 +47,21 @@ def clean_lines(text: str) -> list[str]:
 
 
 def cut(text: str, width: int) -> str:
-    """`text` in at most `width` cells, its end replaced by `…` if it is longer."""
+    """`text` cut to at most `width` terminal cells, its end replaced by `…` if it is longer."""
     from rich.cells import set_cell_size
 
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def wrap(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:
-    """Lines of `text`, the first after the prefix `first`, the others after `rest` (as many spaces by default).
+    """Wraps `text` into lines: the first after the prefix `first`, the others after `rest` (by default as many spaces).
 
-    Breaks at a space where there is one in the last half of the line, else after punctuation, else anywhere.
+    A line breaks at a space in its last half, else after punctuation there, else anywhere.
     """
     rest = " " * cell_len(first) if rest is None else rest
     lines, prefix = [], first
     while True:
-        room = max(width - cell_len(prefix), 8)
+        room = max(width - cell_len(prefix), 8)  # a prefix wider than the line must not stop the loop from advancing
         if cell_len(text) <= room:
             lines.append((prefix + text).rstrip())
             return lines
@@ -70,7 +71,7 @@ def wrap(text: str, first: str = "", rest: str | None = None, width: int = WIDTH
 
 
 def _break(text: str, room: int) -> int:
-    """How many characters of `text` go on a line of `room` cells, at least one."""
+    """The number of characters of `text` to put on a line of `room` cells, at least one."""
     fits = 0
     for index, character in enumerate(text):
         room -= cell_len(character)
@@ -90,7 +91,10 @@ def _break(text: str, room: int) -> int:
 def flow(
     items: Iterable[str], first: str = "", rest: str | None = None, gap: str = "    ", width: int = WIDTH
 ) -> list[str]:
-    """Items side by side with `gap` between them; an item that does not fit starts the next line."""
+    """Lines of items side by side, `gap` between them; an item that does not fit starts the next line.
+
+    `first` and `rest` are the prefixes of the first and of the further lines.
+    """
     rest = " " * cell_len(first) if rest is None else rest
     lines: list[str] = []
     current, empty = first, True
@@ -110,13 +114,13 @@ def flow(
 
 
 def dotted(parts: Sequence[str], width: int = WIDTH) -> list[str]:
-    """`a · b · c`; a line that is too long breaks after a dot and goes on indented."""
+    """`a · b · c` without the empty parts; a line that is too long breaks after a dot, the next one is indented."""
     shown = [part for part in parts if part]
     return flow([*(part + " ·" for part in shown[:-1]), *shown[-1:]], rest="    ", gap=" ", width=width)
 
 
 def table(rows: Iterable[Sequence[str]], indent: str = "", gap: str = "  ", width: int = WIDTH) -> list[str]:
-    """Rows with every column but the last as wide as its widest cell (at most 40); the last hangs under itself."""
+    """Lines of a table: each column but the last is as wide as its widest cell (at most 40); the last column wraps."""
     cells = [list(row) for row in rows]
     if not cells:
         return []
@@ -128,14 +132,14 @@ def table(rows: Iterable[Sequence[str]], indent: str = "", gap: str = "  ", widt
         for cell, wide in zip(row, widths, strict=False):
             over = cell_len(cell) > wide
             prefix += cell + ("" if over else " " * (wide - cell_len(cell))) + gap
-        if cell_len(prefix) > width - LEAST:  # no room for the last column here: it goes below
+        if cell_len(prefix) > width - LEAST:  # the last column goes on the line below
             lines += wrap(prefix.strip(), indent, indent + "  ", width)
             prefix = indent + "    "
         lines += wrap(row[-1], prefix, " " * hang, width)
     return lines
 
 
-# A tenth of the next unit is where that unit takes over: 0.22 ms reads better than 220 µs.
+# (size, unit, limit): a unit is used below its limit, a tenth of the next unit, since 0.22 ms reads better than 220 µs.
 _SECONDS = ((1e-6, "µs", 1e-4), (1e-3, "ms", 1e-1), (1.0, "s", 60.0))
 
 
@@ -149,14 +153,15 @@ def seconds(value: float, like: float | None = None) -> str:
     if value <= 0 and like is None:
         return "0 s"
     for index, (size, unit, limit) in enumerate(_SECONDS):
-        # Decided after rounding: `100.0 ms` is never said.
+        # Compared after rounding, so that a value just below the limit is not written as `100.0 ms`.
         if float(_digits((value if like is None else like) / size, index)) * size < limit * (1 - 1e-9):
             return f"{_digits(value / size, index)} {unit}"
     return _long(value)
 
 
 def _digits(value: float, index: int) -> str:
-    if index == 0:  # microseconds are never worth a second decimal: the clock itself costs as much
+    """The number with three significant digits; `index` is that of its unit in `_SECONDS`."""
+    if index == 0:  # no second decimal for microseconds: reading the clock itself costs as much
         return f"{value:.1f}" if 0 < round(value, 1) < 9.95 and value % 1 > 0.049 else f"{value:.0f}"
     if value < 9.995:
         text = f"{value:.2f}"
@@ -165,12 +170,12 @@ def _digits(value: float, index: int) -> str:
 
 
 def elapsed(value: float) -> str:
-    """Whole seconds, for a clock that ticks: `3 s`, `1 min 3 s`."""
+    """Whole seconds, rounded down, for the ticking display of a running command: `3 s`, `1 min 3 s`."""
     return f"{int(value)} s" if value < 60 else _long(int(value))
 
 
 def _long(value: float) -> str:
-    """Minutes or hours, with the next unit below when it is not zero."""
+    """Minutes and seconds, or hours and minutes; the smaller unit is left out when it is zero."""
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
         return f"{minutes} min" + (f" {rest} s" if rest else "")
@@ -179,28 +184,28 @@ def _long(value: float) -> str:
 
 
 def bytes_(value: int) -> str:
-    """`60 B`, `1.2 KB`, `3.4 MB`: steps of 1000."""
+    """Bytes as `60 B`, `1.2 KB`, `3.4 MB`, in steps of 1000."""
     return _scaled(value, ("B", "KB", "MB", "GB", "TB", "PB"), exact=1_000)
 
 
 def flops(value: int) -> str:
-    """`800 FLOP`, `1.2 MFLOP`: floating-point operations, in steps of 1000."""
+    """Floating-point operations as `800 FLOP`, `1.2 MFLOP`, in steps of 1000."""
     return _scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"), exact=1_000)
 
 
 def share(value: float) -> str:
-    """A part of a whole: `0.3 %`, `41 %`, `120 %`."""
+    """A fraction (1.0 is the whole) as percent: `0.3 %`, `41 %`, `120 %`."""
     percent = 100 * value
     return f"{percent:.1g} %" if percent < 0.95 else f"{percent:,.0f} %"
 
 
 def count(value: int) -> str:
-    """`15`, `1,234`, `12.3 k`, `1.2 M`: exact below ten thousand."""
+    """A count as `15`, `1,234`, `12.3 k`, `1.2 M`: exact below ten thousand."""
     return _scaled(value, ("", "k", "M", "G", "T"), exact=10_000)
 
 
 def ulp(value: int) -> str:
-    """`1 ulp`, `1,234 ulp`; of numbers whose bits differ and that are no ulp apart, what they are."""
+    """`1 ulp`, `1,234 ulp`; numbers of different bits that are 0 ulp apart can only be 0 and -0, which is said."""
     return f"{value:,} ulp" if value else "0 ulp: 0 and -0"
 
 
@@ -210,6 +215,7 @@ def plural(value: int, noun: str) -> str:
 
 
 def _scaled(value: int, units: tuple[str, ...], exact: int) -> str:
+    """`value` in the largest unit that keeps it at 1 or more; below `exact` in full, in the first unit."""
     if value < exact:
         return f"{value:,} {units[0]}".rstrip()
     scaled, index = float(value), 0
@@ -220,10 +226,10 @@ def _scaled(value: int, units: tuple[str, ...], exact: int) -> str:
 
 
 def join(path: Iterable[str]) -> str:
-    """A module's path as Flax writes it; the model itself is `(the model)`."""
+    """A module's path with slashes, as Flax writes it; the empty path is `(the model)`."""
     return "/".join(path) or "(the model)"
 
 
 def quoted_name(name: str) -> str:
-    """A name that stood in a file, safe to print."""
+    """A name that was read from an untrusted file: cleaned, cut to 80 cells and in backticks."""
     return f"`{cut(clean(name), 80)}`"

@@ -1,7 +1,7 @@
-"""Assignments that an interrupt cannot part; and threads that compile or wait, so that the main thread can be interrupted.
+"""Assignments that Ctrl-C cannot split, and worker threads, which leave the main thread free to be interrupted.
 
-Python looks for signals between bytecodes. Assignments that one call of C makes have none between them; work that needs
-Python holds the signal back, which costs more.
+Python handles signals between bytecodes. `at_once` makes several assignments inside one C call, where there are none;
+`uninterrupted` defers the signal during a block of Python code, which costs more.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ import jax
 from .types import PyTree
 
 Assignment = tuple[Any, ...]
-"""A function of C and its arguments: `(object.__setattr__, owner, name, value)`, `(operator.setitem, items, key, value)`."""
+"""A function implemented in C with its arguments, `(object.__setattr__, owner, name, value)` or `(setitem, items, key,
+value)`; calling it runs no bytecode."""
 
 
 def at_once(assignments: Iterable[Assignment]) -> None:
-    """Makes all assignments, with no bytecode between one and the next."""
+    """Makes all assignments, with no bytecode between one and the next: an interrupt comes before all or after all."""
+    # `deque(maxlen=0)` exhausts an iterator in C. A loop, a comprehension or `all` would run bytecode.
     collections.deque(starmap(call, tuple(assignments)), maxlen=0)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back for the time of the block, and lets it strike afterwards. Threads get none anyway."""
+    """Defers Ctrl-C during the block and delivers it afterwards. On other threads than the main one it does nothing."""
     before = signal.getsignal(signal.SIGINT)
-    # It may be ignored, or handled outside of Python.
+    # Only the main thread gets signals. A handler that is no callable ignores SIGINT, or was set outside of Python.
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
@@ -56,9 +58,9 @@ T = TypeVar("T")
 
 
 class Workers:
-    """Does work in the order in which it was given, on as many threads as there are cores; without work there is no thread.
+    """A thread pool that starts work in the order it was submitted, on up to one thread per core; idle threads end.
 
-    The threads are no daemons: a compilation that is cut off when Python exits aborts the process.
+    Unlike daemon threads these are joined at exit: cutting off an XLA compilation there aborts the process.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -66,17 +68,18 @@ class Workers:
         self._lock = threading.Lock()
         self._waiting: collections.deque[tuple[Future, Callable[[], object]]] = collections.deque()
         self._running = 0
+        """Number of threads, each of which has or is about to take a task."""
 
     @property
     def busy(self) -> bool:
-        """Whether something is being done, or waits to be."""
+        """Whether any task is running or waiting."""
         with self._lock:
             return self._running > 0
 
     def submit(self, work: Callable[[], object]) -> Future:
-        """A future of what `work()` gives."""
+        """Queues `work` and returns a future of its result."""
         future: Future = concurrent.futures.Future()
-        with uninterrupted():  # a future that no thread will fill would be waited for forever
+        with uninterrupted():  # an interrupt before the start of the thread would leave a future that is never filled
             with self._lock:
                 self._waiting.append((future, work))
                 start = self._running < self._most
@@ -86,24 +89,27 @@ class Workers:
         return future
 
     def _work(self) -> None:
+        """The body of a worker thread: takes tasks until none is waiting."""
         while True:
             with self._lock:
                 if not self._waiting:
-                    self._running -= 1
+                    self._running -= 1  # under the same lock as the check: `submit` then starts another thread
                     return
                 future, work = self._waiting.popleft()
             _fulfil(future, work)
 
 
 def _fulfil(future: Future, work: Callable[[], object]) -> None:
+    """Runs `work` and puts its result or its exception into `future`."""
     try:
         future.set_result(work())
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, or whoever waits would wait forever
         future.set_exception(error)
 
 
 def wait_for(future: Future) -> Any:
-    """The result of a future. Returns to Python often enough for an interrupt to be heard."""
+    """Waits for the result of a future, open to Ctrl-C; raises what the work raised."""
+    # In slices, so that Python gets to run signal handlers in between.
     while not future.done():
         concurrent.futures.wait([future], timeout=0.2)
     return future.result()
@@ -111,21 +117,24 @@ def wait_for(future: Future) -> Any:
 
 @dataclass
 class Unfinished:
-    """The run that the device is busy with, from its dispatch until somebody has waited for it."""
+    """The run that still occupies the device after an interrupt: XLA cannot cancel it, so the next run waits for it."""
 
     wait: Callable[[], object] | None = None
-    """Returns once the device has finished; None where nobody was interrupted."""
+    """Blocks until the device has finished; None where it is idle."""
 
     def finish(self) -> None:
-        """Waits for what an interrupted run has left behind; its errors are nobody's any more."""
+        """Blocks until the interrupted run has left the device. Its errors are dropped."""
         if self.wait is not None:
-            with contextlib.suppress(Exception):  # of a run that the user has given up
+            with contextlib.suppress(Exception):  # the user has given this run up
                 self.wait()
             self.wait = None
 
 
 def smallest(result: PyTree) -> Callable[[], object] | None:
-    """A function that waits for a program, and holds of its result the smallest array alone; None where it has no array."""
+    """A function that blocks until a program's `result` is computed; None where the result has no array.
+
+    Of the result it keeps only the smallest array alive: all outputs of a program become ready together.
+    """
     arrays = [leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)]
     return min(arrays, key=lambda array: array.nbytes).block_until_ready if arrays else None
 
@@ -133,15 +142,16 @@ def smallest(result: PyTree) -> Callable[[], object] | None:
 def elsewhere(
     function: Callable[..., T], arguments: PyTree, unfinished: Unfinished, settings: Callable[[], object]
 ) -> T:
-    """`function(*arguments)` on another thread, so that an interrupt returns at once where the call itself would hold it.
+    """Calls `function(*arguments)` on another thread, so that Ctrl-C takes effect during a call that blocks in C.
 
-    It costs 0.1 ms. Of JAX's settings another thread has the global ones alone: where this thread has others, by a
-    `with` of the user's, the call is made here.
+    The hop costs 0.1 ms. A new thread sees JAX's global settings only: where this thread has others, set by a `with` of
+    the user's, the function is called here instead.
 
     Args:
-      arguments: a pytree; what is no array in it becomes one here, under this thread's settings.
-      settings: gives those of the thread that asks.
+      arguments: a pytree of arrays and numbers.
+      settings: returns the JAX settings of the thread that calls it.
     """
+    # Numbers become arrays here: their dtype depends on this thread's settings (x64, dtype promotion).
     arguments = jax.tree_util.tree_map(
         lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.numpy.asarray(leaf), arguments
     )
@@ -151,12 +161,13 @@ def elsewhere(
     def call_there() -> object:
         return function(*arguments) if settings() == here else _HERE
 
-    # The context carries the cell that output belongs to, in ipykernel 7 and after.
+    # Since version 7 ipykernel finds the cell to which printed output belongs in a context variable.
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(_fulfil, future, call_there), name="flax_magics run")
-    with uninterrupted():  # a future that no thread will fill would be waited for forever
+    with uninterrupted():  # an interrupt before the start of the thread would leave a future that is never filled
         unfinished.wait = future.result
         thread.start()
+    # An interrupt leaves this loop, and `unfinished.wait` set: the next run waits for the thread.
     while not future.done():
         concurrent.futures.wait([future], timeout=0.2)
     unfinished.wait = None
@@ -165,4 +176,4 @@ def elsewhere(
 
 
 _HERE = object()
-"""What a thread answers that has other settings than the one that asks."""
+"""Returned by the other thread where its JAX settings differ, so that the call is made on the calling thread."""

@@ -1,7 +1,7 @@
-"""Python text that may be unfinished: where its strings, brackets and comments are, and how to point at a place in it.
+"""A tokenizer for Python text that may be incomplete: its strings, brackets and comments, and carets for messages.
 
-`tokenize` raises on the first open bracket and `ast` needs the whole; a command line, a cell that is being typed and an
-error message need neither.
+`tokenize` raises on an open bracket, and `ast` needs complete code. A command line has text after the code, and a cell
+that is being typed has no end yet.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
+# The order counts: a closed string before the lone quote that opens an unclosed one, and triple quotes before single.
 _PIECE = r"""
       (?P<string>'''(?:[^\\]|\\.)*?'''|\"\"\"(?:[^\\]|\\.)*?\"\"\"|'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")
     | (?P<quote>'''|\"\"\"|['"])
@@ -26,12 +27,12 @@ _PARTNER = {")": "(", "]": "[", "}": "{"}
 
 
 class Token(NamedTuple):
-    """A stretch of text, `text[start:end]`.
+    """One token, `text[start:end]`.
 
     Attributes:
-      kind: `string`, `quote` (a string that is never closed begins here), `comment`, `open`, `close`, `join` (a
-        backslash and its newline), `newline`, `space` or `word`.
-      depth: how many brackets are open after it.
+      kind: `string`, `quote` (the start of an unclosed string), `comment`, `open`, `close` (brackets), `join` (a
+        backslash and its newline), `newline`, `space` or `word` (anything else).
+      depth: the number of brackets that are open after it.
     """
 
     kind: str
@@ -41,10 +42,10 @@ class Token(NamedTuple):
 
 
 class Unbalanced(ValueError):
-    """Brackets or quotes that do not match.
+    """Raised by `token_end` for brackets or quotes that do not match.
 
     Args:
-      reason: such as `'(' was never closed`, in Python's own words.
+      reason: in Python's own words, such as `'(' was never closed`.
       position: index of the bracket or quote in the text.
     """
 
@@ -55,9 +56,9 @@ class Unbalanced(ValueError):
 
 
 def pieces(text: str, start: int = 0) -> Iterator[Token]:
-    """The pieces of `text` from `start` on; a closing bracket that nothing opened leaves the depth at 0."""
+    """The tokens of `text` from index `start` on. An unmatched closing bracket leaves the depth at 0."""
     depth = 0
-    # Compiled at first use: loading the extension needs none of it.
+    # Compiled at first use (`re` caches it), so that `%load_ext` does not pay for it.
     for match in re.compile(_PIECE, re.VERBOSE | re.DOTALL).finditer(text, start):
         kind = match.lastgroup or ""
         if kind == "open":
@@ -68,10 +69,10 @@ def pieces(text: str, start: int = 0) -> Iterator[Token]:
 
 
 def token_end(text: str, start: int) -> int:
-    """Index after the token that begins at `start`: text up to white space that is in no string and no bracket.
+    """The end index of the command-line word at `start`, which ends at white space outside strings and brackets.
 
     Raises:
-      Unbalanced: if it ends inside a string or a bracket, or closes a bracket that was not open.
+      Unbalanced: the text ends inside a string or a bracket, or a closing bracket matches no open one.
     """
     opened: list[int] = []
     end = start
@@ -96,9 +97,9 @@ def token_end(text: str, start: int) -> int:
 
 
 def logical_end(text: str, start: int) -> int | None:
-    """Index of the newline that ends the logical line begun at `start` (or of the end of `text`).
+    """The index of the newline that ends the logical line beginning at `start`, or of the end of `text`.
 
-    None if a bracket or a string is still open there.
+    None if `text` ends with a bracket or string still open.
     """
     end, depth = start, 0
     for piece in pieces(text, start):
@@ -111,27 +112,27 @@ def logical_end(text: str, start: int) -> int | None:
 
 
 def ends_quietly(text: str) -> bool:
-    """Whether the last thing in `text`, comments and white space aside, is a `;`."""
+    """Whether `text` ends in a `;`, comments and white space aside: IPython's way to show no output."""
     tokens = [piece for piece in pieces(text) if piece.kind not in ("comment", "space", "newline", "join")]
     return bool(tokens) and tokens[-1].kind == "word" and text[tokens[-1].end - 1] == ";"
 
 
 def point_at(text: str, position: int) -> str:
-    """The line of `text` that holds index `position`, and under it a caret at that place."""
+    """The line of `text` around index `position`, and below it a caret that points at the position."""
     start = text.rfind("\n", 0, position) + 1
     end = text.find("\n", start)
-    # Tabs and control characters would move the caret, or the terminal's cursor.
+    # A tab has another width on each screen, and control characters move the terminal's cursor.
     line = re.sub(r"[\x00-\x1f\x7f]", " ", text[start:] if end < 0 else text[start:end])
     indent = len(line) - len(line.lstrip())
     before = line[indent : position - start]
-    # Wide characters take two columns; a caret by their count would stand too far left.
+    # East Asian wide characters take two columns each.
     columns = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in before)
     return f"{line.strip()}\n{' ' * columns}^"
 
 
 def index_of(text: str, line: int, column: int) -> int:
-    """Index in `text` of a position as `ast` gives it: `line` from 1, `column` in bytes of UTF-8."""
-    lines = text.split("\n")
+    """The index in `text` of a position in `ast`'s terms: `line` counts from 1, `column` is in UTF-8 bytes from 0."""
+    lines = text.split("\n")  # not `splitlines`, which also splits at form feeds and other separators
     line = min(max(line, 1), len(lines))
     here = lines[line - 1].encode()[: max(column, 0)].decode(errors="ignore")
     return sum(len(before) + 1 for before in lines[: line - 1]) + len(here)

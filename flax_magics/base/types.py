@@ -1,4 +1,4 @@
-"""Names for types that Python's annotations cannot say more of, since JAX takes any class in a pytree."""
+"""Aliases of `Any` for pytrees and their leaves: any class may be a node, which no annotation can express."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 PyTree: TypeAlias = Any
-"""Nested containers of leaves, as `jax.tree_util` takes and gives them; a single leaf is one, too."""
+"""Nested containers of leaves, as `jax.tree_util` handles them; a single leaf is a pytree, too."""
 
 Leaf: TypeAlias = Any
-"""What stands in a pytree: mostly an array, or else any object."""
+"""A leaf of a pytree: usually an array or a number, but any object may be one."""
 
 HostArray: TypeAlias = "np.ndarray[Any, Any]"
-"""An array of NumPy's, of any shape and dtype."""
+"""A NumPy array of any shape and dtype."""

@@ -1,6 +1,6 @@
-"""Which cells were executed, in order, and what each did to the session: what an export and `%flax` are made of.
+"""A journal of the executed cells and of what each did to the session: the source of an export and of `%flax_history`.
 
-Nothing here imports IPython: the shell comes in as an argument.
+Nothing here imports IPython: the shell is passed in.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FRESH = "fresh"
 
 
 class Load(NamedTuple):
-    """A session that `%flax_load` read, whose history took the place of the one that was there.
+    """One `%flax_load`: the loaded session's history replaced the one before.
 
     Attributes:
-      file: as it was written on the line.
-      state: when the file was written, in ns, and its size in bytes.
-      seed, draws: where its root key stood.
-      models: names of the models in it.
+      file: the path as it was written on the line.
+      state: the file's modification time in ns and its size in bytes; see `state_of`.
+      seed, draws: the position of the loaded root key.
+      models: names of the models in the file.
     """
 
     file: str
@@ -36,12 +36,12 @@ class Load(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the command stood that made a run of the session.
+    """The place in the cells' code of the command that made a run.
 
     Attributes:
-      run: its index.
-      line: from 1, in the text that IPython made of the cell.
-      function: whose line it is; its name begins with `<` at the top of a cell.
+      run: the run's index in `Session.runs`.
+      line: line number from 1, in the Python text that IPython made of the cell.
+      function: name of the function around the line; at the top level of a cell it begins with `<`.
     """
 
     run: int
@@ -53,17 +53,17 @@ class ExecutedCell(NamedTuple):
     """One execution of a cell.
 
     Attributes:
-      number: as the notebook shows it; None for one that is in no history.
-      text: as it was typed.
-      first, end: it made the session's runs from index `first` up to `end`.
-      error: the class of the exception that ended it, None if it succeeded.
-      line: where that was, in the text that IPython made of the cell, from 1; None where it is not known.
-      registered: what its `flaxmodel` commands registered, in order.
-      cell: the cell's own id, None where the frontend sends none.
-      restarted: `seed` if it started the root key again, `fresh` if with models that initialise anew; else empty.
-      loads: what its `%flax_load` commands read.
-      gone: what it did is in no history any more: another was loaded since.
-      places: of the runs that its commands made, in order.
+      number: the execution count that the notebook shows; None for one that is not in IPython's history.
+      text: the cell as it was typed.
+      first, end: it made the session's runs `first` to `end - 1`.
+      error: class name of the exception that ended it, None if it succeeded.
+      line: line number of that exception, from 1, in the Python text that IPython made of the cell; None if unknown.
+      registered: the models that its `flaxmodel` commands registered, in order.
+      cell: the cell's id, None where the frontend sends none.
+      restarted: `seed` if it restarted the root key, `fresh` if it also has models initialise anew; else empty.
+      loads: its `%flax_load` commands, in order.
+      gone: its runs are in no history any more, since another session was loaded.
+      places: the places of the commands that made its runs, in order.
     """
 
     number: int | None
@@ -81,18 +81,18 @@ class ExecutedCell(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """What tells the cell from others: its id, else its text."""
+        """Equal for executions of the same cell: its id, or its text where the frontend sends no id."""
         return self.cell or self.text.strip()
 
 
 class NotebookCells(NamedTuple):
-    """What an export of a notebook is made of.
+    """The input of an export of a notebook.
 
     Attributes:
-      executed: the cells that ran, in order; the last may be running.
-      transform: makes Python of a cell, as IPython does.
-      restarts: how many runs there were each time the root key was started again.
-      seed: what the root key started from, before any restart.
+      executed: the executed cells, in order; the last may still be running.
+      transform: turns a cell's text into Python, as IPython does.
+      restarts: for each restart of the root key, the number of runs before it.
+      seed: the seed before any restart.
     """
 
     executed: list[ExecutedCell]
@@ -102,71 +102,77 @@ class NotebookCells(NamedTuple):
 
 
 class Journal:
-    """Keeps the executions of one shell, from the moment that it is told of them."""
+    """Records the cell executions of one shell from the time its hooks are registered."""
 
     def __init__(self, runs: Callable[[], int]) -> None:
         self.runs = runs
-        """How many runs the session has."""
+        """Returns the number of runs that the session has now."""
         self.executed: list[ExecutedCell] = []
         self.restarts: list[int] = []
-        """How many runs there were when the root key was started again."""
+        """For each restart of the root key, the number of runs before it."""
         self._depth = 0
-        """How many cells are running: `%%capture` runs one inside of another."""
+        """Number of nested cell executions: `%%capture` runs a cell inside a cell."""
         self._running = ExecutedCell(None, "")
-        """The outermost of them, with what its commands did so far, and an error of one inside."""
+        """The outermost running cell, with what its commands did so far; errors of nested cells count as its own."""
 
     def begin(self, info: Any = None, cell: str | None = None) -> None:
-        """`pre_run_cell`; `cell` is the id of the one that begins, None where the frontend sends none."""
+        """IPython's `pre_run_cell` hook. `cell`: the id of the cell, None where the frontend sends none."""
         if not self._depth:
             self._running = ExecutedCell(None, str(getattr(info, "raw_cell", "") or ""), self.runs(), cell=cell)
         self._depth += 1
 
     def end(self, result: Any = None) -> None:
-        """`post_run_cell`"""
-        if not self._depth:  # the cell that loaded the extension, whose beginning nobody told
+        """IPython's `post_run_cell` hook."""
+        if not self._depth:  # the cell that loaded the extension: its `pre_run_cell` came before the hook was there
             self._running = self._running._replace(text=str(getattr(result.info, "raw_cell", "") or ""), first=0)
         self._depth = max(self._depth - 1, 0)
         error = result.error_before_exec or result.error_in_exec
-        if error is not None:  # inside of a magic too, which does not fail: what came after the error has not run
+        # A nested cell that failed counts although its magic (`%%capture`) succeeds: the rest of it has not run.
+        if error is not None:
             self._running = self._running._replace(error=type(error).__name__, line=failing_line(error))
         if not self._depth:
             number = result.execution_count if getattr(result.info, "store_history", True) else None
             self.executed.append(self._running._replace(number=number, end=self.runs()))
 
     def drew(self, runs_before: int, names: object) -> None:
-        """A command has ended, before which there were so many runs. `names` is the notebook's namespace."""
+        """Records where in the cell a command made its runs; called after each command.
+
+        Args:
+          runs_before: the number of runs when the command began.
+          names: the notebook's namespace, by which its frames are recognized.
+        """
         frame = calling_frame(names) if self._depth and self.runs() > runs_before else None
         if frame is not None:
             places = self._running.places
-            known = places[-1].run + 1 if places else 0  # by commands inside of this one
+            known = places[-1].run + 1 if places else 0  # commands inside this one have recorded theirs already
             place = frame.f_lineno, frame.f_code.co_name
             more = (Place(run, *place) for run in range(max(runs_before, known), self.runs()))
             self._running = self._running._replace(places=(*places, *more))
 
     def registered(self, rows: list[Registered]) -> None:
-        """A `flaxmodel` command has registered these."""
+        """Records what a `flaxmodel` command registered."""
         self._running = self._running._replace(registered=(*self._running.registered, *rows))
 
     def restarted(self, *, fresh: bool = False) -> None:
-        """The root key has been started again."""
+        """Records that the root key was restarted; `fresh`: models initialise anew, too."""
         self.restarts.append(self.runs())
         kind = FRESH if fresh or self._running.restarted == FRESH else "seed"
         self._running = self._running._replace(restarted=kind)
 
     def so_far(self, number: int) -> list[ExecutedCell]:
-        """All executions of which this journal was told, the running one, which has this number, last."""
+        """All recorded executions; the running one comes last and gets `number`."""
         running = self._running._replace(number=number, end=self.runs(), error=None, line=None)
         return [*self.executed, *([running] if self._depth else [])]
 
     def loaded(self, load: Load) -> None:
-        """A session was read from a file: the history is that of the file, and has nothing of what ran here before."""
+        """Records that a session was loaded: runs of earlier cells are in the history no more."""
         self.executed = [cell._replace(first=0, end=0, gone=True, places=()) for cell in self.executed]
         self.restarts.clear()
         self._running = self._running._replace(first=self.runs(), places=(), loads=(*self._running.loads, load))
 
     def cells(self, shell: Any) -> list[ExecutedCell]:
-        """All executions so far, the running one last; those from before this journal as the shell's history has them."""
-        # The number that IPython shows: 7.34 counts after the cell, 9 before it.
+        """All executions so far, the running one last; earlier ones as IPython's history has them."""
+        # The running cell's number: IPython 7.34 raises `execution_count` after the cell, IPython 9 before it.
         number = shell.displayhook.prompt_count if self._depth else shell.execution_count
         told = self.so_far(number)
         known = {cell.number for cell in told}
@@ -177,7 +183,7 @@ class Journal:
             if n and n not in known and n < number
         ]
         cells: list[ExecutedCell] = []
-        for cell in told:  # those without a number stay where they are
+        for cell in told:  # executions without a number keep their place in the order
             while earlier and cell.number is not None and (earlier[0].number or 0) < cell.number:
                 cells.append(earlier.pop(0))
             cells.append(cell)
@@ -185,7 +191,7 @@ class Journal:
 
 
 def state_of(file: str) -> tuple[int, int] | None:
-    """When a file was written, in ns, and its size in bytes; None where there is none."""
+    """Modification time (ns) and size (bytes) of a file, to tell whether it changed; None where there is none."""
     try:
         status = Path(file).expanduser().stat()
     except OSError:
@@ -198,28 +204,28 @@ _cell_number: Callable[[], int] | None = None
 
 
 def in_notebook(cells: Callable[[], NotebookCells] | None, number: Callable[[], int] | None = None) -> None:
-    """The session of this process is that of a notebook. None: it is no more.
+    """Tells this module that the process-wide session is a notebook's; None when the extension is unloaded.
 
     Args:
-      cells: gives what an export is made of.
-      number: gives the number of the cell that is running.
+      cells: returns the input of an export.
+      number: returns the execution count of the running cell.
     """
     global _cells, _cell_number
     _cells, _cell_number = cells, number
 
 
 def cell_number() -> int | None:
-    """The number of the cell that is running, None outside of a notebook."""
+    """The execution count of the running cell, None outside a notebook."""
     return None if _cell_number is None else _cell_number()
 
 
 def cells_of_notebook() -> NotebookCells | None:
-    """The cells that an export is made of, None outside of a notebook."""
+    """The input of an export, None outside a notebook."""
     return None if _cells is None else _cells()
 
 
 def calling_frame(names: object) -> FrameType | None:
-    """The innermost code of the notebook's, whose namespace is `names`, that is running; None where there is none."""
+    """The innermost running frame of notebook code, whose globals are `names`; None where there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals is not names:
         frame = frame.f_back
@@ -227,12 +233,12 @@ def calling_frame(names: object) -> FrameType | None:
 
 
 def failing_line(error: BaseException) -> int | None:
-    """The line of the cell that raised `error`: of the innermost code that is a cell's own, not a function's."""
+    """The line of the cell's top-level code at which `error` was raised, from 1; None where no such frame is found."""
     line = None
     for frame, number in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
-        top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # IPython 7
-        # An argument of a command is code of its own, on one line; a file that is imported has other globals.
+        top = code.co_name == "<module>" or code.co_name.startswith("<cell line")  # the latter in older IPython
+        # Not a command's argument, which is compiled as `<call …>`, nor an imported file, which has other globals.
         in_cell = frame.f_globals.get("__name__") == "__main__" and not code.co_filename.startswith("<call ")
         line = number if top and in_cell else line
     return line
@@ -240,19 +246,19 @@ def failing_line(error: BaseException) -> int | None:
 
 @dataclass(frozen=True)
 class Registered:
-    """One model that a cell registered.
+    """One model that a `flaxmodel` command registered, as its report shows it.
 
     Attributes:
-      name: its variable name.
-      module: how it is built, such as `Net(features=8)`.
-      state: how it compares with the model of that name before.
-      changes: what changed, such as `Dense_0/kernel [4,3]→[4,5]`.
+      name: the model's variable name.
+      module: its construction, such as `Net(features=8)`.
+      state: the comparison with the model registered under that name before.
+      changes: differences from that one, such as `Dense_0/kernel [4,3]→[4,5]`.
       variables: what became of the variables; `none` if there were none, `own` if the module holds new ones.
       check: rows of label and value for `--check`.
-      draw: what a module that the session built was built with, such as `draw 1 of seed 0`.
-      file: where variables were that waited for this model.
-      unfit: why they were not used, leaf by leaf.
-      other: what is other about the model than it was there.
+      draw: for a module that the session built, the draw of its keys, such as `draw 1 of seed 0`.
+      file: the file whose saved variables waited for this model.
+      unfit: the leaves of these that do not fit, which is why none was used.
+      other: differences from the model for which they were saved.
     """
 
     name: str
@@ -268,14 +274,14 @@ class Registered:
 
     @property
     def headline(self) -> str:
-        """What follows the name in the first part: nothing, `unchanged`, `changed`, `changed: a, b`."""
+        """The text after the name: empty for a new model, `unchanged`, `changed`, or `changed: a, b`."""
         if self.state == "changed" and self.changes:
             return "changed: " + ", ".join(map(clean, self.changes))
         return "" if self.state == "new" else self.state
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What follows the first part."""
+        """The further parts of the report line, after name and headline."""
         changed = {
             "dropped": ("variables dropped", "next run initialises"),
             "own": ("with variables of its own",),

@@ -1,4 +1,4 @@
-"""Which names a piece of a session's code reads and binds, and names that it leaves free for ours."""
+"""Names that notebook code reads and binds, and names that are free for an export to use."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ if TYPE_CHECKING:
     import symtable
 
 _NOTEBOOK = {"get_ipython", "In", "Out", "__IPYTHON__"}
+# In a notebook IPython puts names of its own into `builtins`, such as `display`.
 BUILTIN = frozenset(vars(builtins)) - _NOTEBOOK - {"display"} | {"__name__", "__doc__", "__builtins__", "exit", "quit"}
-"""Names that are there in a script, whoever runs it."""
+"""Names that exist in any Python script without an import."""
 
 
 def reads(node: ast.stmt) -> set[str]:
-    """Global names that running `node`, or a function that it defines, reads."""
-    import symtable  # an export's, and `%load_ext` imports this file
+    """The global names that `node`, or a function that it defines, reads when it runs."""
+    import symtable  # only an export needs it, and `%load_ext` imports this module
 
     updated = {n.target.id for n in ast.walk(node) if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)}
     text = ast.unparse(ast.fix_missing_locations(ast.Module([node], [])))
-    # In a function a comprehension's own variables are no globals, on Python 3.12 and after too.
+    # Wrapped in a function: at module level Python 3.12 inlines comprehensions, and their variables look like globals.
     assigned = sorted(assigned_names(node))
     lines = ["async def cell():", *([f" global {', '.join(assigned)}"] if assigned else []), textwrap.indent(text, " ")]
     try:
         table = symtable.symtable("\n".join(lines), "<cell>", "exec")
-    except SyntaxError:  # `from … import *`, and whatever else has its place at the top alone
+    except SyntaxError:  # `from … import *` and the like, which only the top level allows
         return updated | {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     return updated | {name for child in table.get_children() for name in _read(child)}
 
 
 def _read(table: symtable.SymbolTable) -> Iterator[str]:
+    """Global names that the code of a symbol table, or of a table inside it, refers to."""
     for symbol in table.get_symbols():
         if symbol.is_referenced() and symbol.is_global():
             yield symbol.get_name()
@@ -44,14 +46,14 @@ def _read(table: symtable.SymbolTable) -> Iterator[str]:
 
 
 def binds(node: ast.stmt) -> set[str]:
-    """Names that running `node` binds, those of a `global` in its functions too."""
+    """The global names that running `node` binds, those that its functions declare `global` included."""
     declared = {name for n in ast.walk(node) if isinstance(n, ast.Global) for name in n.names}
     handled = {n.name for n in ast.walk(node) if isinstance(n, ast.ExceptHandler) and n.name}
     return {*assigned_names(node), *handled, *declared, *_starred(node)}
 
 
 def _starred(node: ast.stmt) -> set[str]:
-    """What `from module import *` brings, where the module is loaded in this process."""
+    """The names that `from module import *` binds; empty where the module is not imported in this process."""
     if not isinstance(node, ast.ImportFrom) or node.names[0].name != "*" or node.module not in sys.modules:
         return set()
     module = sys.modules[str(node.module)]
@@ -59,7 +61,7 @@ def _starred(node: ast.stmt) -> set[str]:
 
 
 def mentioned(node: ast.AST) -> Iterator[str]:
-    """Every name that occurs in the code, but for those that only a class's methods have as their own."""
+    """Every name that occurs in the code, except methods' names and their parameters, which clash with no global."""
     if isinstance(node, ast.Name):
         yield node.id
     elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -78,18 +80,18 @@ def mentioned(node: ast.AST) -> Iterator[str]:
 
 
 def is_of_the_notebook(name: str) -> bool:
-    """Whether it is IPython's: itself, or an earlier result or input: `In`, `_`, `__`, `_3`, `_i3`."""
+    """Whether `name` is one that IPython defines, for itself or for past inputs and results: `In`, `_`, `_3`, `_i3`."""
     return name in _NOTEBOOK or re.fullmatch(r"_+|_[_i]*\d+|_i{1,3}|_[iod]h", name) is not None
 
 
 class Free:
-    """Gives names that the session's own code does not use."""
+    """Hands out names that the session's own code does not use, each once."""
 
     def __init__(self, used: set[str]) -> None:
         self.used = used | set(BUILTIN)
 
     def take(self, *wanted: str) -> str:
-        """The first of `wanted` that is free, or the last with a number; it is used from then on."""
+        """Returns the first free name of `wanted`, else the last one with a number from 2, and marks it as used."""
         numbered = (f"{wanted[-1]}_{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain(wanted, numbered) if name not in self.used)
         self.used.add(name)
@@ -97,15 +99,17 @@ class Free:
 
 
 def assigned_names(tree: ast.AST) -> tuple[str, ...]:
-    """Names that running `tree` binds in its own scope, in order of first appearance."""
+    """The names that running `tree` binds in its own scope, in order of first appearance."""
     return tuple(dict.fromkeys(_assigned(tree)))
 
 
 def _assigned(node: ast.AST, comprehension: bool = False) -> Iterator[str]:
+    """Names bound by `node`; `comprehension`: it stands inside one, whose loop variables are its own."""
     children = [*ast.iter_child_nodes(node)]
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef():
             yield node.name
+            # The body has a scope of its own; decorators and defaults run in this one, and may hold a walrus.
             children = [*node.decorator_list, *node.args.defaults, *(d for d in node.args.kw_defaults if d)]
         case ast.ClassDef():
             yield node.name
@@ -116,13 +120,13 @@ def _assigned(node: ast.AST, comprehension: bool = False) -> Iterator[str]:
             for alias in node.names:
                 if alias.name != "*":
                     yield alias.asname or alias.name.split(".")[0]
-        case ast.AnnAssign(value=None):
+        case ast.AnnAssign(value=None):  # `x: int` binds nothing
             children = []
         case ast.NamedExpr(target=ast.Name(name)):
             yield name
             children = [node.value]
         case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
-            comprehension = True
+            comprehension = True  # its targets are its own, but a walrus inside binds in the scope around it
         case ast.Name(name, ast.Store()) if not comprehension:
             yield name
         case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):

@@ -1,8 +1,8 @@
-"""What became of the cells that drew: run again, edited, a variable of theirs rebound.
+"""Cells that made draws and were run again or edited, or whose variables were rebound: their draws may not come again.
 
-A kernel does not see the order of the cells in the notebook, so nothing is said of what a fresh run would give. It sees
-that a cell drew and was run again: every such cell draws once less in Run All. And it sees that a cell which bound a
-variable was run again after another had drawn with it.
+A kernel does not see the order of the cells in the notebook, so nothing here predicts what Run All would give. It sees
+that a cell drew and was run again, which Run All does only once. And it sees that the cell which bound a variable was
+run again after another cell had drawn with that variable.
 
 Nothing here imports IPython.
 """
@@ -19,23 +19,22 @@ from .journal import FRESH, ExecutedCell
 from .names import assigned_names
 
 Transform = Callable[[str], str]
-"""Makes Python of a cell's text, as IPython does."""
+"""Turns a cell's text into Python, as IPython does."""
 
 NAMED = 3
-"""Further executions of a cell that are named; of more the last, and how many there were."""
+"""The most repeated executions of a cell that are listed; of more, only their count and the last are given."""
 
 
 class Rerun(Struct, frozen=True):
-    """A cell that drew, and was run again or has a variable that was rebound since.
+    """A cell that made draws and was run again since, or uses a variable that was rebound since.
 
     Attributes:
-      numbers: its executions, in order.
-      known: the frontend tells which cell it is; without that it is the same text that was run again.
-      edited: the text was another in one of them.
-      rebound: variables that the last execution's calls use and that other cells have bound since the first, with the
-        number of the last cell that did.
-      since: variables that the last draw's calls use and that the cells which had bound them were edited, or go on from
-        what is there, and were run again after it; with the number of the last that was.
+      numbers: execution counts of the cell, in order.
+      known: the frontend sends cell ids. Without them, equal texts count as the same cell.
+      edited: the text differed between executions.
+      rebound: variable that the last execution's calls use → the last other cell that rebound it since the first one.
+      since: variable that the last draw's calls use → the last cell that had bound it and was run again after the draw,
+        edited or with code that changes the variable again, such as `x = x + 1`.
     """
 
     numbers: tuple[int, ...]
@@ -60,7 +59,7 @@ class Rerun(Struct, frozen=True):
         return "; ".join(parts)
 
     def marks(self) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Number of each execution, and what is said of the draws that it made."""
+        """Execution count → remarks on the draws of that execution, for the history table."""
         last = self.numbers[-1]
         for number in self.numbers[:-1]:
             what = "cell edited" if self.edited else "cell run again" if self.known else "the same text run again"
@@ -77,12 +76,12 @@ def _by(names: Mapping[str, int]) -> str:
 
 
 def reruns(cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], transform: Transform) -> tuple[Rerun, ...]:
-    """Cells that drew and of which there is something to say, in the order of their first execution.
+    """The cells whose draws may not come again, in the order of their first execution.
 
     Args:
       cells: every execution, in order.
-      drew: number of each execution that drew → the calls that it made, as they were written.
-      transform: makes Python of a cell's text, as IPython does.
+      drew: execution count of each cell that drew → its calls as they were written.
+      transform: turns a cell's text into Python, as IPython does.
     """
     executed = _since_restart([cell for cell in cells if cell.number is not None])
     bindings = _Bindings(executed, transform)
@@ -98,9 +97,9 @@ def reruns(cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], tra
         drawing = [run for run in runs if _number(run) in drew]
         if not drawing:
             continue
-        # One whose models came out unchanged has other comments or another layout at most.
+        # Not by text alone: a model cell whose models are unchanged differs in comments or layout only.
         edited = len({run.text.strip() for run in runs if not _unchanged(run)} | {runs[0].text.strip()}) > 1
-        # One that drew once is drawn from once in Run All too, unless it is another cell now.
+        # A cell of which only one execution drew draws once in Run All, too, unless it was edited since.
         again = len(runs) > 1 and (len(drawing) > 1 or (edited and drawing[0] is not runs[-1]))
         last = runs[-1] if again else drawing[-1]
         rebound = bindings.between(uses(last), runs[0], last) if again else {}
@@ -112,7 +111,7 @@ def reruns(cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], tra
 
 
 def _since_restart(executed: list[ExecutedCell]) -> list[ExecutedCell]:
-    """The executions from the last on that began anew: `--fresh`, or a restart whose own cell was run again."""
+    """The executions since the last fresh start: `--fresh`, or a repeated cell that restarts the root key."""
     start, restarting = 0, set[str]()
     for at, one in enumerate(executed):
         if one.restarted == FRESH or (one.restarted and one.identity in restarting):
@@ -123,21 +122,21 @@ def _since_restart(executed: list[ExecutedCell]) -> list[ExecutedCell]:
 
 
 class _Bindings:
-    """Which names each of the executed cells bound."""
+    """The names that each executed cell bound, parsed once for each text."""
 
     def __init__(self, executed: Sequence[ExecutedCell], transform: Transform) -> None:
         self.executed, self.transform = executed, transform
         self._known: dict[object, frozenset[str]] = {}
 
     def of(self, one: ExecutedCell) -> frozenset[str]:
-        """Names that an execution bound at the cell's top level; none where its text is no Python."""
+        """The names that an execution bound at the cell's top level; empty where its text does not parse."""
         what = one.text, one.error, one.line, one.registered
         if what not in self._known:
             self._known[what] = _bound(one, self.transform)
         return self._known[what]
 
     def between(self, names: frozenset[str], first: ExecutedCell, last: ExecutedCell) -> dict[str, int]:
-        """Those of `names` that another cell bound to something else between two executions of one."""
+        """Those of `names` that another cell rebound between two executions of a cell → number of the last one."""
         bound_by: dict[str, ExecutedCell] = {}
         rebound: dict[str, int] = {}
         for other in self.executed if names else ():
@@ -149,10 +148,10 @@ class _Bindings:
         return rebound
 
     def after(self, names: frozenset[str], drew: ExecutedCell) -> dict[str, int]:
-        """Those of `names` that a cell bound before the draw, and was run again to bind to something else after it.
+        """Those of `names` that a cell had bound before the draw and may have changed when it ran again after the draw.
 
-        What another cell binds after it is nothing to tell: it stands below, as far as anybody knows. Nor is a cell that
-        is what it was, and binds the same again as far as anybody knows.
+        A new cell after the draw does not count: it most likely stands below, and Run All reaches it later. Nor does an
+        unchanged cell, which most likely binds the same value again.
         """
         earlier: dict[tuple[str, str], ExecutedCell] = {}
         rebound: dict[str, int] = {}
@@ -168,7 +167,7 @@ class _Bindings:
         return rebound
 
     def _differs(self, name: str, earlier: ExecutedCell | None, later: ExecutedCell) -> bool:
-        """Whether a cell may have bound `name` to something else than `earlier` did: not if it is that cell, as it was."""
+        """Whether `later` may have bound `name` to another value than `earlier`; not if it is that cell, unchanged."""
         if earlier is None or earlier.identity != later.identity or earlier.text.strip() != later.text.strip():
             return True
         if any(row.name == name and row.state == "changed" for row in later.registered):
@@ -177,7 +176,7 @@ class _Bindings:
 
 
 def _going_on(text: str, transform: Transform) -> set[str]:
-    """Names that a cell reads before it binds them, as in `x = x + 1`."""
+    """The names that a cell reads before it binds them, as in `x = x + 1`: another execution gives another value."""
     read, bound = set[str](), set[str]()
     for statement in _statements(text, transform):
         names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
@@ -188,7 +187,7 @@ def _going_on(text: str, transform: Transform) -> set[str]:
 
 
 def _statements(text: str, transform: Transform = str) -> list[ast.stmt]:
-    """What a text holds as Python; nothing where it is none."""
+    """The statements of a text; empty where it does not parse."""
     try:
         return ast.parse(transform(text)).body
     except (SyntaxError, ValueError):
@@ -205,7 +204,7 @@ def _number(one: ExecutedCell) -> int:
 
 
 def _used(calls: Iterable[str], text: str) -> frozenset[str]:
-    """Names that calls read which stand in the cell itself: those in a function of another cell may be its own."""
+    """The names that the calls read; only calls written in the cell itself count, not those in functions elsewhere."""
     squeezed = "".join(text.split())
     written = [call for call in set(calls) if "".join(call.split()) in squeezed]
     nodes = (node for call in written for statement in _statements(call) for node in ast.walk(statement))
@@ -213,6 +212,7 @@ def _used(calls: Iterable[str], text: str) -> frozenset[str]:
 
 
 def _bound(one: ExecutedCell, transform: Transform) -> frozenset[str]:
+    """`_Bindings.of`, computed: names that statements, a `%%flaxmodel` line and registrations bound."""
     text = one.text
     first, _, body = text.lstrip().partition("\n")
     names: set[str] = set()
@@ -220,13 +220,13 @@ def _bound(one: ExecutedCell, transform: Transform) -> frozenset[str]:
         target, equals, _ = first.partition("=")
         if equals and first.startswith("%%flaxmodel"):
             names.add(target.split()[-1])
-        # What is in other cell magics may be no Python, or run elsewhere; of one that failed nobody knows how far it came.
+        # Bodies of other cell magics may be no Python or run elsewhere. How far a failed one got is unknown.
         text = body if re.match(r"%%(flax|time\b|capture\b)", first) and one.error is None else ""
     names.update(row.name for row in one.registered)
     statements = _statements(text, transform)
-    if one.error is not None:
+    if one.error is not None:  # only the statements above the failing line have run for sure
         names.clear()
         statements = [each for each in statements if one.line is not None and (each.end_lineno or 0) < one.line]
     names.update(assigned_names(ast.Module(statements, [])))
-    # A cell that came out as it was leaves the model that was there.
+    # An unchanged model keeps the registered object: its name was not rebound.
     return frozenset(names - {row.name for row in one.registered if row.state == "unchanged"})

@@ -1,1 +1,1 @@
-"""The user's code: what it reads, a fingerprint of that, and which part of it is whose."""
+"""The user's code: what it reads, a fingerprint of it, and which code is the user's and which a library's."""

@@ -1,10 +1,11 @@
-"""What JAX and Flax compare by `==` or not at all, told by its contents: static data of trees, and Flax's own settings.
+"""Comparison by content of what JAX and Flax compare by `==` or not at all: pytrees' static data, Flax's settings.
 
-Static data is what a class of trees keeps beside its children: `struct.field(pytree_node=False)`, the meta fields of a
-registered dataclass, the function of a `Partial`, the names of a `Partitioned`. JAX compares it by `==`, which finds an
-object that was changed in place equal to itself, `1` equal to `True`, and raises for an array. So its contents are read.
+Static data (aux data) is what a pytree node keeps besides its children: `struct.field(pytree_node=False)`, the meta
+fields of a registered dataclass, the function of a `Partial`, the names of a `Partitioned`. JAX compares it by `==`,
+which finds an object that was changed in place equal to itself and `1` equal to `True`, and raises for an array. So its
+contents are hashed here.
 
-Of Flax 0.11.2, 0.12.8 and 0.12.12 all that is kept outside of modules and scopes was looked at:
+All state that Flax 0.11.2, 0.12.8 and 0.12.12 keep outside modules and scopes; the first table is what is compared:
 
     flax.config                                       every flag
     linen.module._global_interceptor_stack            `nn.intercept_methods`, by what the functions do
@@ -40,15 +41,16 @@ from ..base.types import PyTree
 from .fingerprint import Fingerprint, fingerprint
 
 _WITHOUT = (dict, list, tuple, type(None))
-"""Nodes that have no static data but the keys of a dict, which JAX compares well."""
+"""Node types without static data, or with dict keys only, for which JAX's `==` is enough."""
 _EXACT = (str, bytes, type(None), type, enum.Enum, np.dtype, Sharding, Mesh, AbstractMesh, PartitionSpec)
-"""Types whose values never change, and are equal only where they are the same: JAX's `==` is enough."""
+"""Immutable types whose `==` holds for the same value only, so that their contents need not be hashed."""
 
 
 class Structure:
-    """A treedef and a digest of its static data as it was when this was made, None where that cannot be told.
+    """A treedef with a digest of the contents that its static data had at construction.
 
-    Two are equal where the trees are put together alike, and the static data had the same contents when each was made.
+    `contents` is empty for trees without static data, None where the data has no fingerprint. Two Structures are equal
+    if the treedefs are and the contents were.
     """
 
     __slots__ = ("contents", "treedef")
@@ -59,16 +61,17 @@ class Structure:
 
     @classmethod
     def of(cls, treedef: jax.tree_util.PyTreeDef) -> Structure:
-        """Reads the static data; half a microsecond for each node of the tree."""
+        """Hashes the static data as it is now; half a microsecond for each node of the tree."""
         return cls(treedef, _digest(static_data(treedef)))
 
     @property
     def size(self) -> tuple[int, int]:
-        """How many nodes and leaves the tree has."""
+        """The number of nodes and of leaves."""
         return self.treedef.num_nodes, self.treedef.num_leaves
 
     def fits(self, treedef: jax.tree_util.PyTreeDef) -> bool:
-        """`self == Structure.of(treedef)`, at the cost of a comparison where there is no static data to be read."""
+        """`self == Structure.of(treedef)`, but only a comparison of treedefs where there is no static data."""
+        # Contents that cannot be told (None) never fit: they may have changed.
         return alike(self.treedef, treedef) and (
             self.contents == b"" or (self.contents is not None and self.contents == _digest(static_data(treedef)))
         )
@@ -81,7 +84,7 @@ class Structure:
 
 
 def static_data(treedef: PyTree) -> list[object]:
-    """The static data of all nodes, in order, without values that JAX's own comparison tells apart (`_EXACT`)."""
+    """The static data of all nodes in a fixed order, without values that JAX's own `==` tells apart (`_EXACT`)."""
     data: list[object] = []
     waiting = [treedef]
     while waiting:
@@ -122,7 +125,8 @@ def static_fields(treedef: PyTree, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _changeable(value: object) -> Iterator[object]:
-    if type(value) is tuple:
+    """The items of aux data that JAX's `==` does not tell apart, tuples taken apart."""
+    if type(value) is tuple:  # taken apart, so that the exact values in it are left out
         for item in value:
             yield from _changeable(item)
     elif not isinstance(value, _EXACT):
@@ -134,13 +138,13 @@ def _digest(data: list[object]) -> bytes | None:
 
 
 class Unknown:
-    """Stands for what cannot be told from what it was before: it equals itself alone, and each look gives a new one."""
+    """Placeholder for a setting whose contents cannot be told. Each look makes a new one, equal only to itself."""
 
     __slots__ = ()
 
 
 class Described(Struct, frozen=True):
-    """Something of the user's as a person would write it, and what tells it from another that is written alike."""
+    """A user's object as text for people, with a digest that tells it from another of the same text."""
 
     text: str
     contents: bytes | None
@@ -153,7 +157,7 @@ _last_prints: dict[str, Fingerprint] = {}
 
 
 def _contents_of(kind: str, *values: object) -> bytes | Unknown:
-    """A digest of some values of the user's, read again where one of them is another or has changed."""
+    """A digest of some user's values, cached under `kind` until one of them is replaced or changes in place."""
     last = _last_prints.get(kind)
     if last is None or len(last.value) != len(values) or not all(map(is_, last.value, values)):
         last = _last_prints[kind] = Fingerprint(values)
@@ -161,12 +165,12 @@ def _contents_of(kind: str, *values: object) -> bytes | Unknown:
 
 
 def flax_state() -> tuple[object, ...]:
-    """What Flax keeps, on this thread now: two equal ones give the same trace. It takes about a microsecond."""
-    if "flax.linen" not in sys.modules:  # then nobody has set anything
+    """Flax's global state on this thread, read before every run in about 1 µs: equal values give equal traces."""
+    if "flax.linen" not in sys.modules:  # nobody can have set anything, and an import would be slow
         return ()
     try:
         flags, interceptors, rules, stacks = flax_globals()
-    except (AttributeError, KeyError):  # a Flax that keeps it elsewhere: every run is traced
+    except (AttributeError, KeyError):  # a version of Flax that keeps it elsewhere: every run is traced anew
         return (Unknown(),)
     return (
         tuple(flags.values()),
@@ -177,7 +181,7 @@ def flax_state() -> tuple[object, ...]:
 
 
 def flax_state_in_words() -> dict[str, object]:
-    """What Flax keeps, by name, for a person."""
+    """Flax's global state by name, for the sentence that says why a program is new."""
     try:
         flags, interceptors, rules, stacks = flax_globals()
     except (AttributeError, KeyError):

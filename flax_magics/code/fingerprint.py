@@ -1,16 +1,15 @@
-"""A digest of what a model computes: its classes' code, its fields, and the values of all that they read.
+"""A digest of what a model computes: its classes' code, its fields, and the values of everything that they read.
 
-Two equal fingerprints mean that tracing again would give the same program. That is claimed only for what is plain:
-code, classes, modules of libraries, numbers, text, arrays and containers of these. Anything else (an open file, an
-iterator, an object with state of its own) has no fingerprint, and whoever asked traces again instead of guessing.
+Equal fingerprints mean that tracing again would give the same program. This is claimed only for plain values: code,
+classes, library modules, numbers, text, arrays and containers of these. Anything else (an open file, an iterator, an
+object with hidden state) has no fingerprint, and the caller traces again instead of guessing.
 
 What a library defines counts by identity: editing an installed package needs a restart, as everywhere in Python.
 Comments, layout, docstrings, annotations and line numbers do not count.
 
-With the digest come guards: the places that it was read from and that can change (a global, a class's attributes, a
-list's items, an array's bytes), with what stood there. While they all hold the same objects, the fingerprint is the same,
-and asking again costs a look at each place and no walk. Another object of the same value breaks a guard, and only costs
-the walk.
+Guards make asking again cheap: they hold every mutable place that the digest was read from (a global, a class's
+attributes, a list's items, an array's bytes) with the object found there. While all places hold the same objects the
+digest is valid, and no walk is needed. Another object of equal value breaks a guard, which costs only a walk.
 """
 
 from __future__ import annotations
@@ -35,32 +34,35 @@ from .walk import ATOMS, MISSING, Kind, kind_of, parts_of, reads_of
 
 
 class NotPlain(Exception):
-    """Something was reached whose value cannot be told from the outside."""
+    """Raised by the walk at a value whose state cannot be read, such as an iterator: there is no fingerprint."""
 
 
 def fingerprint(value: object) -> bytes | None:
-    """The digest of `value` and of everything it reaches, None where something is not plain."""
+    """The digest of `value` and of everything that it reaches; None where something of that is not plain."""
     return guarded(value)[0]
 
 
 def guarded(value: object) -> tuple[bytes | None, Guards]:
-    """`fingerprint(value)`, and what tells whether it would still be the same."""
+    """`fingerprint(value)`, with the guards that tell later whether it is still valid."""
     digest = _Digest()
     try:
         digest.visit(value)
-    except (NotPlain, RecursionError):
+    except (NotPlain, RecursionError):  # deeply nested data: tracing again is slow but right
         return None, Guards(open=True)
     return digest.hasher.digest(), digest.guards
 
 
 _HAS_DOCSTRING = 0x4000000
-"""The flag of code whose first constant is a docstring, where this Python has one."""
+"""`co_flags` bit, new in Python 3.13, of code whose first constant is a docstring; never set in older versions."""
 
 
 @functools.lru_cache(maxsize=4096)
 def code_digest(code: types.CodeType, doc: str | None = None) -> bytes:
-    """A digest of instructions and constants, `doc` left out, those of functions inside it, too; nothing that it reads."""
-    # Names of the arguments, which a call can use; other locals have a number and no name that code could read.
+    """A digest of a code object's instructions and constants, inner functions included.
+
+    Left out are the docstring `doc` and the values of the names that the code reads.
+    """
+    # Parameter names count, since calls may use them. Renaming another local changes no behavior, so those do not.
     starred = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred]
     digest = _Digest()
@@ -79,7 +81,7 @@ def code_digest(code: types.CodeType, doc: str | None = None) -> bytes:
 
 @dataclass
 class Fingerprint:
-    """The fingerprint of one value, taken when it is asked for and again when something it was read from has changed."""
+    """The fingerprint of one value, cached until a guard says that something it was read from has changed."""
 
     value: Any
     _digest: bytes | None = None
@@ -93,29 +95,30 @@ class Fingerprint:
 
 
 OF_LINEN = ("scope", "parent", "name")
-"""Attributes by which linen binds a module."""
+"""Attributes that linen sets on a module when it binds it; they say nothing of what the module computes."""
 
 
 class _Digest:
-    """Hashes a value and all that it holds and reads, each thing once; keeps the guards of it."""
+    """One walk that hashes a value and everything that it holds and reads, each object once, and makes its guards."""
 
     def __init__(self) -> None:
         self.hasher = hashlib.sha256()
         self.guards = Guards()
-        # id → order of first visit; the objects are kept so that no id is used again during the walk.
+        # id → order of first visit. `_kept` keeps the objects alive, so that no id is reused during the walk.
         self._seen: dict[int, int] = {}
         self._kept: list[object] = []
 
     def tag(self, *words: object) -> None:
-        """Hashes plain values, which their repr tells from all others."""
+        """Hashes values by their repr; they must be of types whose repr tells every two values apart."""
         self.hasher.update(repr(words).encode())
 
     def visit(self, value: object) -> None:
+        """Hashes `value`, then its parts; raises NotPlain for anything whose state cannot be read."""
         if type(value) in ATOMS or value is ... or value is NotImplemented or value is MISSING:
             self.tag(value)
             return
         first = self._seen.get(id(value))
-        if first is not None:
+        if first is not None:  # a cycle, or a shared object: sharing itself is hashed, too
             self.tag("again", first)
             return
         self._seen[id(value)] = len(self._seen)
@@ -125,7 +128,7 @@ class _Digest:
             return
         self.guards.note(kind, value)
         for edge, name, part in parts_of(value, kind):
-            # A method's class is visited where the method was reached from; a model's `parent` is None.
+            # "owner" is a method's class, which was visited before the method; `parent` is None on an unbound module.
             is_hidden = edge == "attribute" and kind == "object" and (name.startswith("_") or name in OF_LINEN)
             if edge == "owner" or (edge == "field" and name == "parent") or is_hidden:
                 continue
@@ -133,18 +136,19 @@ class _Digest:
                 self.visit(name)
             elif edge not in ("item", "inner"):
                 self.tag(edge, name)
-            if edge == "field" and part is MISSING:
+            if edge == "field" and part is MISSING:  # a slot or a class default, which no guard of `__dict__` covers
                 self.guards.attribute(value, name)
                 part = getattr(value, name, MISSING)
             self.visit(part)
 
     def _label(self, kind: Kind, value: Any) -> bool:
-        """Hashes what `value` itself is. Whether what it holds counts, too: what a library defines is told by its name."""
+        """Hashes `value` itself; returns whether its parts count, too. What a library defines is known by its name."""
         match kind:
             case "function":
                 return self._function(value)
             case "class":
                 if library_module(value.__module__):
+                    # The id tells classes apart that a library makes in a function, under one name.
                     self.tag("library class", value.__module__, value.__qualname__, id(value))
                     return False
                 self.tag("class", value.__qualname__)
@@ -167,15 +171,16 @@ class _Digest:
             case "mapping":
                 cls = type(value)
                 root = cls.__module__.partition(".")[0]
+                # Another class's mapping may compute its items, or hold more than them.
                 if not library_module(cls.__module__) or root not in ("builtins", "collections", "types", "flax"):
                     raise NotPlain(repr(cls))
                 self.tag(cls.__qualname__, len(value))
             case "set":
-                prints = [fingerprint(item) for item in value]
+                prints = [fingerprint(item) for item in value]  # each by itself, since a set has no order to hash in
                 if None in prints:
                     raise NotPlain(repr(value))
                 self.guards.note("set", value)
-                self.guards.open |= any(type(item) not in ATOMS for item in value)  # they may change where they are
+                self.guards.open |= any(type(item) not in ATOMS for item in value)  # members may change in place
                 self.tag("set", sorted(filter(None, prints)))
                 return False
             case "dtype":
@@ -191,14 +196,15 @@ class _Digest:
         return True
 
     def _object(self, value: object) -> bool:
+        """Hashes an object of another kind: library functions by name, dataclasses by their parts; others raise."""
         if is_outside(value):
             raise NotPlain(repr(value))
         module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
         if isinstance(module, str) and isinstance(name, str) and library_module(module) and callable(value):
-            # Builtins, ufuncs, jitted library functions: they have a name in an installed module, and are found there again.
+            # Builtins, ufuncs, jitted library functions: known by their name in an installed module.
             self.tag("library", type(value).__qualname__, module, name, id(value))
             return False
-        # A function inside jax.jit, custom_jvp and the like: the wrapping's own options cannot be read.
+        # A user's function wrapped by jax.jit, custom_jvp and the like: the wrapper's options are hidden.
         is_wrapping = hasattr(value, "__wrapped__") and library_module(type(value).__module__) and callable(value)
         if is_wrapping or not dataclasses.is_dataclass(value):
             raise NotPlain(repr(type(value)))
@@ -206,6 +212,7 @@ class _Digest:
         return True
 
     def _array(self, value: Any) -> None:
+        """Hashes dtype, shape, weak type and every byte of an array."""
         if isinstance(value, jax.core.Tracer):
             raise NotPlain("tracer")
         if is_key(value):
@@ -213,11 +220,13 @@ class _Digest:
         array = on_host(value)
         if array.dtype.hasobject:
             raise NotPlain("object array")
+        # `str` has the byte order; `name` tells bfloat16 and float8 apart, whose `str` is a mere `<V2`.
         self.tag("array", type(value).__name__, array.dtype.str, array.dtype.name, array.shape)
         self.tag("weak", getattr(value, "weak_type", False))
         self.hasher.update(array.tobytes())
 
     def _function(self, function: types.FunctionType) -> bool:
+        """Hashes a function: the user's by its code and what it reads, a library's by its name."""
         code = function.__code__
         if not library_file(code.co_filename):
             self.tag("function", function.__name__, code_digest(code, function.__doc__))
@@ -229,13 +238,14 @@ class _Digest:
             self.guards.function(function)
             self.tag("library function", function.__module__, function.__qualname__, id(code))
             return False
-        self.tag("library wrapper", function.__name__, id(code))  # what it wraps is in its closure
+        # A wrapper from a library's decorator: the user's function is in its closure, which the walk visits next.
+        self.tag("library wrapper", function.__name__, id(code))
         return True
 
     def _reads(self, function: types.FunctionType) -> None:
-        """What its code reads from its module: the names it loads, and attributes of the user's own modules."""
+        """Hashes and guards what a function's code reads: globals, and attributes of the user's own modules."""
         for spelled, namespace, name in reads_of(function.__code__, function.__globals__):
-            if namespace is None:
+            if namespace is None:  # `eval`, `globals()`, the clock: whatever is read cannot be told
                 raise NotPlain(spelled)
             self.guards.name(namespace, name)
             if name not in namespace:
@@ -248,17 +258,17 @@ class _Digest:
 
 
 BYTES = 1 << 20
-"""Arrays of NumPy beyond this size are not guarded: comparing costs as much as reading them."""
+"""Bytes beyond which a NumPy array is not guarded: comparing it would cost as much as hashing it again."""
 
 _ABSENT = object()
 _NOTHING: Mapping[str, object] = {}
 Contents = Mapping[Any, object]
-"""A mapping by whatever keys."""
+"""A mapping with keys of any type."""
 
 
 @dataclass
 class Guards:
-    """Places and what stood in them. `open` tells that something was met which cannot be guarded."""
+    """Mutable places with the objects found in them. `open`: something cannot be guarded, so `hold` is never true."""
 
     open: bool = False
     _names: list[tuple[Mapping[str, object], str, object]] = field(default_factory=list)
@@ -271,7 +281,7 @@ class Guards:
     _arrays: list[tuple[np.ndarray[Any, Any], tuple[object, ...]]] = field(default_factory=list)
 
     def note(self, kind: Kind, value: Any) -> None:
-        """All that may change of a thing and of what it holds, as far as this is not a thing of its own."""
+        """Guards everything of `value` that can change in place; what it holds gets guards of its own in the walk."""
         if kind == "function":
             self.function(value)
             if value.__kwdefaults__:
@@ -286,39 +296,40 @@ class Guards:
             self.whole(getattr(value, "__dict__", _NOTHING))
         elif isinstance(value, list):
             self.items(value)
-        elif isinstance(value, set):  # its members have to be compared by value
+        elif isinstance(value, set):  # compared by value: the order in which a set gives its members means nothing
             self._sets.append((value, frozenset(value)))
-        elif isinstance(value, np.ndarray):
+        elif isinstance(value, np.ndarray):  # JAX arrays are immutable
             if value.nbytes > BYTES:
                 self.open = True
             else:
                 self._arrays.append((value, (value.shape, value.dtype, value.tobytes())))
 
     def name(self, namespace: Mapping[str, object], name: str) -> None:
-        """What `name` is bound to, or that it is not."""
+        """Guards a global: the object that `name` is bound to in `namespace`, or that it is unbound."""
         self._names.append((namespace, name, namespace.get(name, _ABSENT)))
 
     def attribute(self, owner: object, name: str) -> None:
-        """An attribute of an object that keeps it elsewhere than in a dict."""
+        """Guards an attribute that is not in the owner's `__dict__`, such as a slot or `__bases__`."""
         self._attributes.append((owner, name, getattr(owner, name, _ABSENT)))
 
     def whole(self, mapping: Contents) -> None:
-        """All keys and values, in order."""
+        """Guards a mapping: all keys and values, in order."""
         self._wholes.append((mapping, tuple(mapping), tuple(mapping.values())))
 
     def items(self, value: list[object]) -> None:
-        """The items of a list."""
+        """Guards the items of a list."""
         self._lists.append((value, tuple(value)))
 
     def function(self, function: types.FunctionType) -> None:
-        """Code, defaults, and what its closure holds."""
+        """Guards a function's code, its defaults and the cells of its closure."""
         self._functions.append((function, function.__code__, function.__defaults__, function.__kwdefaults__))
         self._cells += [(cell, _contents(cell)) for cell in function.__closure__ or ()]
 
     def hold(self) -> bool:
-        """Whether everything stands where it stood."""
+        """Whether every place still holds the very object that was found there. Called before every run."""
         if self.open:
             return False
+        # Loops in place of `all` with generators: setting one up costs more than most of these lists take.
         for namespace, name, old in self._names:
             if namespace.get(name, _ABSENT) is not old:
                 return False
@@ -333,7 +344,6 @@ class Guards:
         for cell, old in self._cells:
             if _contents(cell) is not old:
                 return False
-        # Loops, as a run asks this each time: a generator costs more than what most of these hold.
         for owner, name, old in self._attributes:
             if getattr(owner, name, _ABSENT) is not old:
                 return False
@@ -347,7 +357,8 @@ class Guards:
 
 
 def _contents(cell: types.CellType) -> object:
+    """The value in a closure cell, `_ABSENT` for an empty one."""
     try:
         return cell.cell_contents
-    except ValueError:
+    except ValueError:  # a variable that is not assigned yet
         return _ABSENT

@@ -1,10 +1,8 @@
-"""What a model is made of, for a person: its pieces by name, and the source of its classes.
+"""Inventories of models for people: fields, code and what the code reads, by name. And the source of a model's classes.
 
-The pieces are its fields, the code of its classes, and what that code reads.
-
-Two inventories tell what changed between them (`features: 3 → 5`, `helper() was redefined`). They are an account for a
-person, taken when a program is compiled and at no other time; whether a program may be used again is `fingerprint`'s to
-say. So an inventory may leave things out, and it never raises.
+Two inventories are compared to say what changed (`features: 3 → 5`, `helper() was redefined`). They are only made when
+a program is compiled, for the sentence that says why. Whether a program may be reused is decided by `fingerprint`
+alone, so an inventory may leave things out, and it never raises.
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ from .library import is_module, is_module_class, library_file, library_module, n
 from .walk import ATOMS, MISSING, kind_of, parts_of, reads_of
 
 MOST = 2000
-"""Pieces in an inventory; a model of more is described by these."""
+"""The most pieces in an inventory; further ones are left out."""
 LONGEST = 64
-"""Items of one container that are named; a longer one counts as a whole."""
+"""The most items of a container that are listed one by one; of a longer one only the length counts."""
 
-# Class attributes that Python and Flax add.
+# Prefixes of class attributes that Python and Flax add.
 _MADE = ("_abc", "__dataclass", "_pytree__", "_compact_name_scope")
 
 PieceKind = Literal["value", "function", "method", "class", "layer"]
@@ -44,7 +42,7 @@ PieceKind = Literal["value", "function", "method", "class", "layer"]
 
 
 class CodePiece(Struct, frozen=True):
-    """One thing that a model is made of: what kind, how a person would write it, and what tells it from another."""
+    """One piece of a model: its kind, its text for people, and bytes (`print`) that differ where the piece does."""
 
     kind: PieceKind
     text: str
@@ -52,13 +50,13 @@ class CodePiece(Struct, frozen=True):
 
 
 Inventory = Mapping[str, CodePiece]
-"""Name → piece. Names are those that a person uses: `features`, `config.width`, `WIDTH`, `Net.__call__`, `helper`."""
+"""Name → piece, under names that a person uses: `features`, `config.width`, `WIDTH`, `Net.__call__`, `helper`."""
 
 
 def inventory(module: object) -> Inventory:
-    """The pieces of a module of either API."""
+    """The pieces of a linen or NNX module. Never raises."""
     walk = _Inventory()
-    # An account for a person: an odd object must not fail the run, and what was found before it still tells something.
+    # An odd object must not fail the run; the pieces found before it are still useful.
     with contextlib.suppress(Exception):
         walk.instance("", module)
     return walk.pieces
@@ -74,9 +72,10 @@ def values(named: Iterable[tuple[str, object]]) -> Inventory:
 
 
 def changes(old: Inventory, new: Inventory) -> list[str]:
-    """What differs, the most telling first: values, then code, then what only one of the two has.
+    """The differences as phrases, the most telling first: values, then code.
 
-    Attributes of layers are told where nothing else is.
+    Pieces that only one inventory has are told only where nothing else differs: they mostly follow from another change.
+    So do attributes of a library's layers, which come last.
     """
     values, code, others, layers = list[str](), list[str](), list[str](), list[str]()
     for name, piece in new.items():
@@ -113,7 +112,7 @@ def shorten(text: str, limit: int = 40) -> str:
 
 
 class _Inventory:
-    """Collects pieces; an object is visited once, under the first name that it is met by."""
+    """Collects the pieces of a model; an object is visited once, under the first name by which it is reached."""
 
     def __init__(self) -> None:
         self.pieces: dict[str, CodePiece] = {}
@@ -124,13 +123,13 @@ class _Inventory:
             self.pieces.setdefault(name, CodePiece(kind, shorten(text), text.encode() if data is None else data))
 
     def visit(self, name: str, value: Any) -> None:
-        """`value`, which a person knows as `name`."""
+        """Adds `value`, and what it holds, under `name`."""
         if type(value) in ATOMS or isinstance(value, enum.Enum):
             self.add(name, "value", repr(value))
             return
         if id(value) in self._seen or len(self.pieces) >= MOST:
             return
-        self._seen[id(value)] = value
+        self._seen[id(value)] = value  # kept alive: a temporary object's id could be reused
         kind = kind_of(value)
         match kind:
             case "function":
@@ -172,7 +171,7 @@ class _Inventory:
         self.add(name, "value", text, hashlib.sha256(on_host(value).tobytes() + text.encode()).digest())
 
     def instance(self, name: str, value: Any) -> None:
-        """A module, a config, or any other object: its class, and what it holds."""
+        """Adds a module, a config or any other object: its class, its fields and its attributes."""
         from flax import linen
 
         qualified = getattr(value, "__qualname__", None)
@@ -183,14 +182,15 @@ class _Inventory:
             else:
                 self.add(name, "value", qualified)
             return
-        nnx = sys.modules.get("flax.nnx")  # without it nothing can be a variable or a random stream
+        nnx = sys.modules.get("flax.nnx")  # not imported here: without it no value can be of these types
         if nnx is not None and isinstance(value, (nnx.Variable, nnx.RngStream, nnx.Rngs)):
-            return  # not what the model is made of, but what it is run with
+            return  # state that the model runs with, not part of its definition
         cls = type(value)
         self.add(name, "class", cls.__qualname__)
         self.cls(cls)
         hidden = OF_LINEN if isinstance(value, linen.Module) else ()
-        # What a library's NNX layer keeps follows from its variables' shapes and from how its owner built it.
+        # Of a library's NNX layer (nnx.Linear) only submodules and functions: its numbers follow from how it was built,
+        # and the change is named where the user's class builds it.
         follows = isinstance(value, nnx_modules()) and library_module(cls.__module__)
         for edge, attribute, item in parts_of(value, "object"):
             if edge == "type" or attribute in hidden or attribute.startswith("_"):
@@ -208,7 +208,7 @@ class _Inventory:
                 self.visit(f"{name}.{field}", item)
 
     def cls(self, cls: type) -> None:
-        """A class of the user's: what it and its bases define. A library's is known by name."""
+        """Adds what a user's class and its bases define; a library's class has no pieces."""
         if library_module(cls.__module__):
             return
         self._seen[id(cls)] = cls
@@ -228,7 +228,7 @@ class _Inventory:
                 self.visit(f"{cls.__name__}.{name}", item)
 
     def function(self, name: str, function: types.FunctionType, *, method: bool = False) -> None:
-        """Its own code, its defaults, and what it reads: globals and what it closes over."""
+        """Adds a function: its code, its defaults, the globals that it reads and the variables that it closes over."""
         inner = function
         while isinstance(getattr(inner, "__wrapped__", None), types.FunctionType):
             inner = inner.__wrapped__  # type: ignore[attr-defined]
@@ -238,11 +238,11 @@ class _Inventory:
                 self.add(name, "value", inner.__name__)
             return
         if not method and inner.__name__ not in ("<lambda>", name.rpartition(".")[2]):
-            # A field or a global that holds a function: which one counts, as well as how that is written.
+            # A field or global that holds a function (`act = nn.relu`): which function it is, and that function's code.
             self.add(name, "value", inner.__name__)
             name = inner.__name__
         digest = b""
-        with contextlib.suppress(NotPlain):
+        with contextlib.suppress(NotPlain):  # such code compares equal: `compare` then says that the model changed
             digest = code_digest(code, inner.__doc__)
         self.add(name, "method" if method else "function", inner.__name__, digest)
         for edge, variable, item in parts_of(inner, "function"):
@@ -251,7 +251,7 @@ class _Inventory:
             elif edge == "closure":
                 self.visit(variable, item)
         for spelled, namespace, read in reads_of(code, inner.__globals__):
-            if namespace is None or read not in namespace:  # it may be anything, or a builtin
+            if namespace is None or read not in namespace:  # what is read cannot be told, or is a builtin
                 continue
             value = namespace[read]
             if not isinstance(value, types.ModuleType) or namespace is not inner.__globals__:
@@ -259,13 +259,13 @@ class _Inventory:
 
 
 LIMIT = 200_000
-"""Characters of code that are kept of a model."""
+"""The most characters of source that are stored for a model."""
 
 
 def source_of(module: object) -> str:
-    """The cells (whole) and files (of each the classes) that define the module's classes, its submodules' too.
+    """The source of the classes of a module and its submodules: whole cells, and from files the classes alone.
 
-    Empty where the code is not to be had: in a plain Python prompt.
+    Empty where there is no source, as in a plain Python prompt.
     """
     texts = dict.fromkeys(map(_text, _classes(module)))
     return "\n\n".join(filter(None, texts))[:LIMIT]
@@ -277,7 +277,7 @@ def _classes(module: object) -> list[type]:
     seen: set[int] = set()
 
     def visit(value: Any, depth: int) -> None:
-        if id(value) in seen or depth > 8:
+        if id(value) in seen or depth > 8:  # deep enough for modules in containers in fields; this need not be complete
             return
         seen.add(id(value))
         kind = kind_of(value)
@@ -293,12 +293,13 @@ def _classes(module: object) -> list[type]:
 
 
 def _filename(cls: type) -> str:
-    """The file or the cell of a class, by the code of its methods; empty where it has none of its own."""
+    """The filename of a class's code, a file or a cell, by its methods; empty where it defines none."""
+    # Not by `inspect.getfile`: that goes by the module, which is `__main__` for every class of a notebook.
     for value in vars(cls).values():
         value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
         if isinstance(value, types.FunctionType) and value.__qualname__.startswith(f"{cls.__qualname__}."):
             filename = value.__code__.co_filename
-            if filename != "<string>":  # what dataclasses write
+            if filename != "<string>":  # generated by `dataclass`
                 return filename
     return ""
 
@@ -310,7 +311,7 @@ def _text(cls: type) -> str:
     if not lines:
         return ""
     if not filename.endswith(".py") or "ipykernel_" in filename or filename.startswith("<"):
-        # The magic's line is kept as a comment there: with it, the cell can be run as it is.
+        # `linecache` has the `%%flax…` line as a comment; uncommented, the text is a cell that can be run.
         return re.sub(r"\A# (?=%%flax)", "", "".join(lines).strip("\n"))
     try:
         return inspect.getsource(cls).strip("\n")
@@ -319,22 +320,22 @@ def _text(cls: type) -> str:
 
 
 def edited(before: str, now: str) -> tuple[str, ...]:
-    """Names of classes and functions that both codes define, not alike; comments, layout and docstrings do not count.
+    """Names of the top-level classes and functions that both sources define, but differently.
 
-    Empty where a code cannot be read, as that of a file that was altered.
+    Comments, layout and docstrings do not count. Empty where a source does not parse, such as one of an altered file.
     """
     texts_now = _definitions(now)
     return tuple(name for name, text in _definitions(before).items() if texts_now.get(name, text) != text)
 
 
 def _definitions(code: str) -> dict[str, str]:
-    """What a code defines at its top level: name → its syntax."""
-    if len(code) > LIMIT:
+    """Top-level class or function of a source → its syntax tree as text, docstrings left out."""
+    if len(code) > LIMIT:  # `source_of` has cut it
         return {}
     plain = "\n".join("" if line.startswith("%%flax") else line for line in code.splitlines())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Python thinks of somebody's backslashes
+            warnings.simplefilter("ignore")  # invalid escape sequences in the user's strings
             tree = ast.parse(plain)
             kinds = (ast.ClassDef, ast.FunctionDef)
             for node in ast.walk(tree):

@@ -1,7 +1,7 @@
-"""One walk over the user's code and values: what a thing is, what it holds, and what its code reads from its module.
+"""The common walk over the user's code and values: the kind of an object, its parts, and what its code reads.
 
-Three accounts of a model are folds of it: the digest of what it computes (`fingerprint`), its pieces by name
-(`inventory`), and the arrays that it keeps alive (`arrays_in`). Each decides for itself what counts.
+Three visitors share it: the digest of what a model computes (`fingerprint`), its pieces by name (`inventory`), and the
+arrays that it keeps alive (`arrays_in`). Each decides for itself which parts count.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from .library import OUTSIDE, is_outside, library_file, library_module, loads_of, reads_outside
 
 ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
-"""Types of values that hold nothing."""
+"""Types of immutable values without parts."""
 MISSING = dataclasses.MISSING
-"""Stands where a field is not in the object's own dict: in a slot, or left to the class's default."""
+"""Placeholder for a dataclass field that is not in the object's `__dict__`: it is in a slot or a class default."""
 
 # fmt: off
 Kind = Literal[
@@ -33,8 +33,9 @@ Kind = Literal[
 Edge = Literal["type", "base", "field", "attribute", "item", "default", "closure", "owner", "inner"]
 # fmt: on
 Part = tuple[Edge, Any, Any]
-"""How something is held, under which name (a key or an index of a container), and what it is."""
+"""(how the part is held, its name, key or index there, the part itself)."""
 
+# The first match decides.
 _KINDS: tuple[tuple[Kind, Any], ...] = (
     ("function", types.FunctionType),
     ("class", type),
@@ -61,11 +62,12 @@ _INNER: Mapping[str, tuple[str, ...]] = {
     "method": ("__func__", "__self__"),
     "enum": ("value",),
 }
+# Weak keys: a class of an earlier cell execution must not be kept alive by this cache.
 _kind_of_type: WeakKeyDictionary[type, Kind] = WeakKeyDictionary()
 
 
 def kind_of(value: object) -> Kind:
-    """What `value` is; `object` for an instance of any other class."""
+    """The kind of `value`, cached by its type; `object` for an instance of any other class."""
     cls = type(value)
     kind = _kind_of_type.get(cls)
     if kind is None:
@@ -74,7 +76,7 @@ def kind_of(value: object) -> Kind:
 
 
 def parts_of(value: Any, kind: Kind) -> Iterator[Part]:
-    """What `value` holds, one step deep."""
+    """The parts that `value` holds directly; callers walk on from these."""
     if kind == "sequence" or kind == "set":
         for index, item in enumerate(value):
             yield "item", index, item
@@ -92,7 +94,7 @@ def parts_of(value: Any, kind: Kind) -> Iterator[Part]:
         fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
         for name in fields:
             yield "field", name, held.get(name, MISSING)
-        for name, item in list(held.items()):
+        for name, item in list(held.items()):  # a copy: the dict may change while the caller looks at the parts
             if name not in fields:
                 yield "attribute", name, item
     else:
@@ -101,9 +103,12 @@ def parts_of(value: Any, kind: Kind) -> Iterator[Part]:
 
 
 def _parts_of_function(function: types.FunctionType) -> Iterator[Part]:
-    """Its defaults by parameter, what it closes over by variable (`owner`: its class, for `super()`), its attributes."""
+    """A function's defaults by parameter, closed-over values by variable, and attributes.
+
+    The class that `super()` needs is closed over as `__class__`; its edge is `owner`.
+    """
     code, defaults = function.__code__, function.__defaults__ or ()
-    # More defaults than parameters can be set by hand: those have no name.
+    # `__defaults__` may be set by hand to more values than there are parameters; the surplus gets empty names.
     names = ("",) * len(defaults) + code.co_varnames[: code.co_argcount]
     for name, default in zip(names[len(names) - len(defaults) :], defaults, strict=True):
         yield "default", name, default
@@ -112,15 +117,16 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[Part]:
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=False):
         try:
             contents = cell.cell_contents
-        except ValueError:  # nothing was put into it
+        except ValueError:  # an empty cell: the variable is not assigned yet
             continue
         yield "owner" if name == "__class__" else "closure", name, contents
     for name, item in vars(function).items():
-        if name != "__wrapped__" or not library_file(code.co_filename):  # a library's wrapper closes over it
+        # What a library's wrapper wraps is in its closure as well.
+        if name != "__wrapped__" or not library_file(code.co_filename):
             yield "attribute", name, item
 
 
-# Class attributes that Python, dataclasses or Flax make from the rest of the class.
+# Class attributes that Python, dataclasses or Flax derive from the rest of the class.
 _DERIVED = frozenset(
     [
         *("__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__firstlineno__", "__slots__"),
@@ -131,14 +137,15 @@ _DERIVED = frozenset(
     ]
 )
 
-# Methods that `dataclass` writes. A user's own, in code that was executed from a string, has the same file name.
+# Methods that `dataclass` generates. Their filename is `<string>`, but so is that of a user's code run by `exec`, which
+# is why the names are checked as well.
 _WRITTEN = frozenset(
     ["__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__", "__delattr__"]
 )
 
 
 def _parts_of_class(cls: type) -> Iterator[Part]:
-    """Its bases and what it defines, without what is made from that."""
+    """A class's bases and the attributes that it defines, without those that Python or Flax derive from them."""
     for base in cls.__bases__:
         yield "base", base.__name__, base
     is_dataclass = "__dataclass_fields__" in vars(cls)
@@ -146,20 +153,21 @@ def _parts_of_class(cls: type) -> Iterator[Part]:
         if name in _DERIVED or isinstance(item, (types.GetSetDescriptorType, types.MemberDescriptorType)):
             continue
         if is_dataclass and name in _WRITTEN:
-            method = inspect.unwrap(item)  # Flax wraps what `dataclass` executes as text
+            method = inspect.unwrap(item)  # Flax wraps the generated methods
             if isinstance(method, types.FunctionType) and method.__code__.co_filename == "<string>":
                 continue
         if name in ("parent", "scope") and library_module(type(item).__module__):
-            continue  # linen's descriptor
+            continue  # linen's descriptor, not a default of the user's
         yield "attribute", name, item
 
 
 class Read(NamedTuple):
-    """One name that code reads from a module of the user's.
+    """One name that code reads from one of the user's modules.
 
     Attributes:
-      spelled: as a person would write it; the reason where what is read cannot be told.
-      namespace: what it is looked up in, None where what is read cannot be told; `name`: under which name.
+      spelled: the name as a person would write it; where what is read cannot be told, the cause, such as `eval`.
+      namespace: the module's dict in which it is looked up; None where what is read cannot be told.
+      name: the key in `namespace`.
     """
 
     spelled: str
@@ -167,15 +175,15 @@ class Read(NamedTuple):
     name: str = ""
 
 
-# What a walk cannot follow: reading names by a string.
+# Builtins that read names given as strings, or outside state: code that uses one cannot be followed.
 _REFLECTION = frozenset({"globals", "locals", "vars", "eval", "exec", "open", "next", "iter", "input", "__import__"})
 
 
 def reads_of(code: types.CodeType, namespace: Mapping[str, object]) -> Iterator[Read]:
-    """What `code` and the functions inside it read from their module, and from the user's modules that this imports."""
+    """What `code` and its inner functions read from their module, and from other user modules imported there."""
     loads = loads_of(code)
     for name in loads.imports:
-        if name in OUTSIDE or not library_module(name):
+        if name in OUTSIDE or not library_module(name):  # which attributes of it are read is not followed
             yield Read(name)
     if not _REFLECTION.isdisjoint(loads.names):
         yield Read(", ".join(_REFLECTION.intersection(loads.names)))
@@ -195,7 +203,8 @@ def reads_of(code: types.CodeType, namespace: Mapping[str, object]) -> Iterator[
 
 
 def _reads_of_module(spelled: str, module: types.ModuleType, code: types.CodeType, seen: set[int]) -> Iterator[Read]:
-    # Which attributes are read from it is not known exactly: every name in the code counts.
+    """`reads_of` for the attributes of a user module `module` that `code` loads under the name `spelled`."""
+    # Which attributes are read from which object cannot be told from `co_names`: every name in the code counts.
     for name in code.co_names:
         yield Read(f"{spelled}.{name}", vars(module), name)
         value = vars(module).get(name)
@@ -208,13 +217,13 @@ def _reads_of_module(spelled: str, module: types.ModuleType, code: types.CodeTyp
 
 
 MOST = 10_000
-"""Objects that are looked at for arrays: one behind more of them is not counted."""
+"""The most objects that `arrays_in` visits; arrays beyond them are not counted."""
 
 
 def arrays_in(value: object) -> list[jax.Array | np.ndarray[Any, Any]]:
-    """Every array that `value` keeps alive: a module or a class, and what their fields, defaults and closures hold.
+    """Every array that a module or class keeps alive through fields, defaults and closures.
 
-    What the code reads from its module by name is not held by it: the module is the user's, and stays.
+    Globals that its code reads do not count: the user's namespace holds them anyway.
     """
     arrays: list[jax.Array | np.ndarray[Any, Any]] = []
     seen: set[int] = set()

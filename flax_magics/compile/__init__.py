@@ -1,1 +1,1 @@
-"""From a call that is traced to a program that is kept: trace, lowering, XLA, disk, and why a program is new."""
+"""From a call to a compiled program: tracing, lowering, XLA, the caches, and why a program is new."""

@@ -1,9 +1,9 @@
-"""Trace, lower, compile; and programs kept by what they compute.
+"""Tracing, lowering and compiling of calls, with a cache of programs.
 
-A program is looked up three times. First by what the call is made of (the model's fingerprint, mode, argument shapes,
-JAX's settings): a hit skips tracing, and is offered only for models whose whole source could be fingerprinted. Then by the
-equations of its trace, so that an edit which computes the same thing is traced, but neither lowered nor compiled again.
-Last by the lowered program's own text, which tells what the equations leave open.
+A program is looked up by three keys in turn. First by the call (model fingerprint, mode, argument shapes, JAX's
+settings): a hit skips tracing; models that cannot be fingerprinted have no such key. Then by the equations of the
+trace: an edit that computes the same is neither lowered nor compiled again. Last by the lowered program's text, for
+programs whose equations cannot be compared.
 """
 
 from __future__ import annotations
@@ -51,42 +51,43 @@ from .trace import PROGRAM_FILE, Traced, TracedCall, TraceRequest, trace_call
 FOLDER = f"{Path(__file__).parent.parent}{os.sep}"
 """Of this package."""
 KEPT = 128
-"""Programs kept at most, the least recently used dropped first. The smallest takes most of a megabyte."""
+"""The most programs in the cache, evicted least recently used first. Even a small one takes most of a megabyte."""
 
 LEFT = 4
-"""Compilations kept at most that were interrupted, have ended since, and that no run has come back for."""
+"""The most finished compilations that are kept although their run was interrupted and not repeated so far."""
 
 
 OnPhase = Callable[[str], None]
+"""Called with what is being done, as it begins; here with `tracing`, `lowering` or `compiling`."""
 Trees = tuple[Structure, Structure]
-"""How a program's arguments and its results are put together."""
+"""Structures of a program's arguments and of its results."""
 
 
 class Program(Struct, frozen=True, weakref=True):
-    """An executable and what its trace told about it."""
+    """An executable, with what was learned from its trace."""
 
     executable: Executable
-    """`executable(variables, keys, arguments) -> (output, updates)`, dispatched; `keys` are key data by stream."""
+    """`executable(variables, keys, arguments) -> (output, updates)`, asynchronous; `keys`: stream → uint32 key data."""
     needs: Needs
     trace: CallTrace
     device: str
     memory: Memory | None
     effects: bool
-    """It calls back into Python, or has other effects: such a program holds an interrupt for as long as it runs."""
+    """It has host callbacks or other effects. JAX dispatches it synchronously, so Ctrl-C has to wait until it ends."""
 
 
 class BuiltProgram(Struct, frozen=True):
-    """A program and where it came from.
+    """The program for a call, and where it came from.
 
     Attributes:
-      key: what it is kept by, None where tracing again could give another.
+      key: its `call_key`; None where tracing again could give another program.
       request: what it was made for.
-      program: None where the model runs op by op.
+      program: None where the model runs eagerly.
       origin: `compiled`, `disk cache`, `reused` or `eager`.
-      timing: of its phases; those that did not happen took no time.
+      timing: seconds of each phase, 0.0 for those that did not happen.
       resumed: an interrupted run had begun to compile it.
-      reason, causes: why it is new.
-      scalars: arguments that are Python numbers, and were arrays in the model's run before → their dtypes then.
+      reason, causes: why it had to be compiled, as a sentence and in parts; empty where it was not.
+      scalars: argument that is a Python number now and was an array in the model's last run → its dtype then.
     """
 
     key: Hashable | None
@@ -101,7 +102,17 @@ class BuiltProgram(Struct, frozen=True):
 
 
 class PendingProgram(Struct, frozen=True):
-    """A program that has been traced and lowered, and is being compiled; `executable` is None until then."""
+    """A program that is traced and lowered, and is being compiled unless `executable` was found in the cache.
+
+    Attributes:
+      key: its `call_key`, None where that cannot be told.
+      call: the traced call.
+      trees: the structures of arguments and results.
+      text_key: key of the lowered program, in `by_text` and `compiling`.
+      shareable: another call with the same `text_key` may use the executable.
+      executable: None while it is being compiled.
+      resumed: an interrupted run had begun to compile it.
+    """
 
     key: Hashable | None
     call: TracedCall[Program]
@@ -114,24 +125,27 @@ class PendingProgram(Struct, frozen=True):
 
     @property
     def request(self) -> TraceRequest:
-        """What it is made for."""
+        """The completed request that it is made for."""
         return self.call.request
 
 
 @dataclass
 class ProgramCache:
-    """The compiled programs of a session, and the compilations that are under way. `clock` gives seconds."""
+    """The compiled programs of a session, and the compilations under way. `clock` returns seconds."""
 
     clock: Callable[[], float]
     by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
+    """`call_key` → program, least recently used first."""
     by_text: OrderedDict[Hashable, tuple[Executable, Trees]] = field(default_factory=OrderedDict)
+    """Key of the lowered program → executable and structures, least recently used first."""
     by_equations: OrderedDict[Hashable, tuple[Hashable, Trees]] = field(default_factory=OrderedDict)
-    """equations → what the program lowered from them is kept by in `by_text`, and its trees."""
+    """Equations of a trace → key in `by_text` of the program lowered from them, and its structures."""
     compiling: dict[Hashable, Future] = field(default_factory=dict)
+    """Key of the lowered program → future of its `Compiled`; left here when the waiting run is interrupted."""
     parts: dict[str, LastCall] = field(default_factory=dict)
-    """model → its last run."""
+    """Model → its last run."""
     purposes: dict[str, deque[ProgramSpec]] = field(default_factory=dict)
-    """model → what its last programs were made for, newest last."""
+    """Model → descriptions of its last programs, newest last."""
     unfinished: Unfinished = field(default_factory=Unfinished)
 
     def __post_init__(self) -> None:
@@ -144,23 +158,25 @@ class ProgramCache:
         return len(self.by_text)
 
     def find(self, key: Hashable | None) -> Program | None:
-        """The program made for exactly this call; None if there is none, or the key is None."""
+        """The program for a `call_key`; None if none is cached or the key is None."""
         program = None if key is None else self.by_call.get(key)
         if program is not None:
             self.by_call.move_to_end(key)
         return program
 
     def run(self, program: Program, variables: Variables, keys: Variables, dynamic: Variables) -> PyTree:
-        """`(output, updates)` once the device has finished. An interrupt returns at once; the run goes on.
+        """Runs a program and returns `(output, updates)` once the device has finished.
 
-        `keys`: key data by stream, as `Draw.words` gives it.
+        Ctrl-C takes effect at once, but the device goes on: `unfinished` then waits for it. `keys`: stream → key data,
+        as `Draw.words` returns it.
         """
+        # Such a program is dispatched synchronously, deaf to Ctrl-C; others need no thread, whose hop costs 0.1 ms.
         if program.effects:
 
             def whole(*arguments: PyTree) -> PyTree:
                 result = program.executable(*arguments)
                 jax.block_until_ready(result)
-                jax.effects_barrier()  # host callbacks are through, too
+                jax.effects_barrier()  # outputs may be ready before the last host callback has run
                 return result
 
             return elsewhere(whole, (variables, keys, dynamic), self.unfinished, jax_settings)
@@ -169,18 +185,20 @@ class ProgramCache:
         try:
             jax.block_until_ready(result)
         except BaseException:
-            self.unfinished.wait = smallest(result)
+            self.unfinished.wait = smallest(result)  # so that the large outputs are freed
             raise
         self.unfinished.wait = None
         return result
 
     def start(self, request: TraceRequest, phase: OnPhase, since: float | None = None) -> PendingProgram | BuiltProgram:
-        """Finds the program of a call, or traces it, and begins to compile unless a program of the same equations or,
-        lowered, of the same text is kept.
+        """Finds the program of a call, or traces it and starts to compile it on another thread; see `finish`.
 
-        `phase` is told the name of each phase as it begins; `since` is when tracing began, if that was before.
-        Compiling happens on another thread, so that an interrupt returns at once; what it had begun is finished and used
-        when it is asked for again.
+        Nothing is compiled if a program of the same equations, or with the same lowered text, is cached or being
+        compiled. An interrupted run thus leaves its compilation to the next one.
+
+        Args:
+          phase: called with the name of each phase as it begins.
+          since: when tracing began, if that was before this call.
         """
         key: Hashable | None = None
         start = since
@@ -213,7 +231,7 @@ class ProgramCache:
             lowered = traced.lower()
             shared_key = program_key(traced, lowered, placed(request))
             timing = replace(timing, lower=self.clock() - start)
-            # Host callbacks are numbered in the text, not named: two programs with the same text may call two functions.
+            # The text numbers host callbacks and does not name them: programs of one text may call different functions.
             shareable = shared_key is not None
             text_key = shared_key or key or object()
             trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
@@ -222,7 +240,7 @@ class ProgramCache:
             executable = self._executable(text_key, trees)
             resumed = text_key in self.compiling
             if executable is None and not resumed:
-                # Those that were interrupted, are done, and that nobody came back for are forgotten, but for the last few.
+                # Finished compilations of interrupted runs that were never repeated would pile up.
                 for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
                     del self.compiling[forgotten]
                 self.compiling[text_key] = self.compiler.start(lowered, shared_key)
@@ -230,7 +248,8 @@ class ProgramCache:
         return PendingProgram(key, call, trees, text_key, shareable, executable, timing, resumed)
 
     def _executable(self, text_key: Hashable, trees: Trees | None) -> Executable:
-        """The executable of a lowered program whose trees are these, None where none is kept."""
+        """The cached executable of a lowered program, None where there is none with these structures."""
+        # Static data of the results is no part of the text: a hit with other trees would return the other's.
         executable, known = self.by_text.get(text_key, (None, None))
         if executable is None or known != trees:
             return None
@@ -238,7 +257,7 @@ class ProgramCache:
         return executable
 
     def finish(self, pending: PendingProgram | BuiltProgram, phase: OnPhase) -> BuiltProgram:
-        """Waits until `pending` is compiled, and keeps it."""
+        """Waits until `pending` is compiled, and caches it."""
         if isinstance(pending, BuiltProgram):
             return pending
         origin, timing, text_key, executable = "reused", pending.timing, pending.text_key, pending.executable
@@ -247,13 +266,13 @@ class ProgramCache:
             start = self.clock()
             try:
                 compiled: Compiled = wait_for(self.compiling[text_key])
-            except Exception:  # an interrupt leaves it there
+            except Exception:  # not on an interrupt: then the compilation goes on for the next run
                 del self.compiling[text_key]
                 raise
             waited = self.clock() - start
             del self.compiling[text_key]
             executable, origin = compiled.executable, compiled.origin
-            # The threads go by the machine's clock, which cannot be held against another.
+            # `compiled.seconds` is in time of the machine's clock, which a test's own clock does not follow.
             beside = max(0.0, compiled.seconds - waited) if self.clock is time.perf_counter else 0.0
             timing = replace(timing, compile=waited + beside, beside=beside)
             if pending.shareable:
@@ -268,11 +287,13 @@ class ProgramCache:
 
 @dataclass
 class Services:
-    """What every command of a session works with.
+    """What all commands of a session share.
 
     Attributes:
-      clock: gives seconds.
-      on_phase: told what is being done, as it begins.
+      programs: the program cache.
+      clock: returns seconds.
+      on_phase: called with what is being done, as it begins.
+      seen: keys that were met before, for notes on reused keys.
     """
 
     programs: ProgramCache
@@ -282,13 +303,16 @@ class Services:
 
 
 def call_key(request: TraceRequest) -> Hashable | None:
-    """Equal keys mean that tracing would give the same program; None if that cannot be told."""
+    """A key under which a call's program is cached: equal keys mean that tracing gives the same program.
+
+    None where that cannot be told, as for a model that has no fingerprint.
+    """
     arguments = request.arguments
     model, static = request.model.cache_key(), fingerprint(arguments.static)
     leaves, treedef = jax.tree_util.tree_flatten(request.variables)
     passed, variables = Structure.of(arguments.treedef), Structure.of(treedef)
     state = settings()
-    # What is unknown now cannot be compared with what it will be.
+    # A part that cannot be told now may be another at the next call without anyone noticing.
     if None in (model, static, passed.contents, variables.contents) or any(isinstance(s, Unknown) for s in state[1]):
         return None
     call = (request.name, request.method, request.mutable, request.mode == "train", request.keyed)
@@ -299,25 +323,27 @@ def call_key(request: TraceRequest) -> Hashable | None:
 
 
 def _equations(traced: Traced, request: TraceRequest) -> Hashable | None:
-    """What tells a traced program from others before it is lowered; None where only the lowered text can tell."""
+    """A key of a traced program, equal only if lowering gives the same program; None where that cannot be told."""
     equations = identity(traced.jaxpr)
     trees = (Structure.of(traced.in_tree), Structure.of(jax.tree_util.tree_structure(traced.out_info)))
     return equations and (equations, trees, request.name, jax_settings(), jax.default_backend(), placed(request))
 
 
 def placed(request: TraceRequest) -> tuple[object, ...]:
-    """The devices of the arguments that the user placed: they decide where the results are, and are part of the program."""
+    """Sharding of each input that the user placed (committed), None for others: it decides where the program runs."""
     leaves = jax.tree_util.tree_leaves((request.variables, request.arguments.dynamic))
     return tuple(signature_of(leaf)[-1] for leaf in leaves)
 
 
 class LeafSpec(Struct, frozen=True):
-    """One argument or variable, as far as a program depends on it.
+    """What a program depends on of one argument leaf or variable, for comparison with an earlier program.
 
     Attributes:
-      kind: `array`, `number` (of Python, traced) or `static`.
-      text: `float32[2,4]`, `a Python float`, or the value.
-      weak: its dtype gives way to others; `where`: the devices that it was placed on, empty if nobody chose.
+      kind: `array`, `number` (a traced Python number) or `static`.
+      text: `float32[2,4]`, `a Python float`, or the static value.
+      shape: of an array.
+      weak: its dtype is weak.
+      where: the devices that it was placed on, empty if it is not committed.
     """
 
     kind: str
@@ -333,25 +359,27 @@ class LeafSpec(Struct, frozen=True):
 
 
 class LastCall(Struct, frozen=True):
-    """What the next run of a model is compared with: what was called, and the kind of each argument."""
+    """A model's last run, with which its next one is compared: method, kind of each argument leaf, and `call_key`."""
 
     method: tuple[str, ...]
     kinds: Mapping[str, str]
-    """An array's is its dtype; `number` and `static` are the others."""
+    """Leaf → the dtype of an array, or `number`, or `static`."""
     key: Hashable | None
 
 
 class ProgramSpec(Struct, frozen=True):
-    """What a program was made for.
+    """A readable description of all that a program was made for, to say later why another one is new.
 
     Attributes:
-      key: of the call, None where that cannot be told.
+      key: the `call_key`, None where that cannot be told.
       edition: fingerprint of the model in its mode.
-      structures: how each argument is put together, by the parameter's name.
-      held: how the variables are put together.
-      static, held_static: their static fields, by the names that a person knows; of the arguments one by one.
-      options: of the command, as they are written.
-      settings: of JAX and Flax, by name; `context`: those of JAX that have no name, too.
+      structures: parameter → structure of its argument.
+      held: structure of the variables.
+      static: parameter → static fields inside its argument; held_static: those inside the variables.
+      options: the command's option → its value as text.
+      settings: settings of JAX and Flax by name.
+      context: all settings of JAX, including those without a name.
+      keys: the PRNG implementation.
     """
 
     key: Hashable | None

@@ -1,9 +1,10 @@
-"""The initialisation of a linen model, faster than op by op and with the same bits.
+"""The initialisation of a linen model, faster than eager `module.init` and with the same bits.
 
-By hand, `module.init` runs op by op, and every op of the forward pass is compiled and run with it. Here the same code is
-traced by shapes. What the variables do not depend on is left out, and what is left runs as JAX's op-by-op execution would
-run it, unit by unit (see `Units`): the bits are those of `module.init`. Where that could not be said (the model looks at
-values, it has side effects or callbacks, its functions run differently in a trace) it is `module.init` that runs.
+By hand, `module.init` runs eagerly, and compiles and runs every op of the forward pass, too. Here the same code is
+traced abstractly and the equations on which no variable depends are dropped. The others run one by one as in eager
+execution, each compiled ahead (see `Units`), so that the bits are those of `module.init`. Where this cannot be
+guaranteed (the model looks at values, has side effects or callbacks, or contains functions that run otherwise in a
+trace), `module.init` runs.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ from .jaxpr import Atom, Equation
 Key: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 COMPUTED = object()
-"""Stands for a leaf of the variables that has to be computed."""
+"""Placeholder for a leaf of the variables that the jaxpr computes."""
 
 
 class TracedInit(Struct, frozen=True, dict=True):
     """An initialisation as a jaxpr over the key and the arrays among the arguments.
 
     Attributes:
-      closed: the jaxpr, its outputs the variables' leaves that it computes.
-      needed: its equations that these depend on, in order.
-      leaves: the variables' leaves, `COMPUTED` in place of each output.
-      treedef: how the variables are put together.
+      closed: the jaxpr; its outputs are the leaves of the variables that have to be computed.
+      needed: the equations on which the outputs depend, in order.
+      leaves: all leaves of the variables, `COMPUTED` in place of each output.
+      treedef: the treedef of the variables.
       inputs: the arrays among the arguments.
-      whole: JAX's own inlining was kept off: each equation is one program where code runs op by op.
+      whole: JAX inlined no jitted function, so each equation is what eager execution runs as one program.
     """
 
     closed: ClosedJaxpr
@@ -60,25 +61,25 @@ class TracedInit(Struct, frozen=True, dict=True):
 
     @property
     def variables(self) -> PyTree:
-        """The variables as far as they are known before they are computed: shapes in place of what is not."""
+        """The variables before they are computed: known leaves as they are, the others as shapes."""
         return self.filled(map(_shape, self.closed.out_avals))
 
     def filled(self, computed: Iterator[Leaf]) -> PyTree:
-        """The variables, with `computed` in the places of those that the jaxpr gives."""
+        """The variables, with `computed` in place of the leaves that the jaxpr computes."""
         leaves = [next(computed) if leaf is COMPUTED else leaf for leaf in self.leaves]
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
     @property
     def shapes(self) -> PyTree:
-        """The variables, shapes in place of arrays."""
+        """The variables as shapes."""
         return jax.tree_util.tree_map(_shape, self.variables)
 
     @cached_property
     def digest(self) -> str:
-        """A digest of what the variables depend on, the forward pass left out."""
+        """A digest of the equations and constants that the variables depend on: an edited forward pass keeps it."""
         jaxpr = self.closed.jaxpr
         text = str(jaxpr.replace(eqns=list(self.needed)))
-        text = re.sub(r"0x[0-9a-f]+", "", text)  # functions are printed with their address
+        text = re.sub(r"0x[0-9a-f]+", "", text)  # addresses of functions, which differ between runs
         hasher = hashlib.sha256(text.encode())
         read = _read_by(self.needed) | _variables(jaxpr.outvars)
         constants = [value for var, value in zip(jaxpr.constvars, self.closed.consts, strict=True) if var in read]
@@ -89,11 +90,11 @@ class TracedInit(Struct, frozen=True, dict=True):
 
 
 def trace_init(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> TracedInit:
-    """Traces the initialisation by shapes; nothing is computed. `key`, `args` and `kwargs` may hold arrays or shapes.
+    """Traces `module.init` abstractly; nothing is computed. `key`, `args` and `kwargs` may hold arrays or shapes.
 
-    What the model raises is passed on, and what JAX raises where it looks at values.
+    Lets through what the model raises, and JAX's tracer errors where the model looks at values.
     """
-    assert not model.holds_variables  # an NNX module is initialised where it is built
+    assert not model.holds_variables  # an NNX module is initialised when it is built
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [leaf for leaf in leaves if is_array(leaf)]
     variables: PyTree = None
@@ -106,6 +107,7 @@ def trace_init(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs)
         args, kwargs = jax.tree_util.tree_unflatten(treedef, filled)
         with _no_inlining(key) as whole:
             variables = model.init(key, method, args, kwargs)
+        # Only tracers: a constant leaf must stay the object that the model made, not become an output of the jaxpr.
         return [leaf for leaf in jax.tree_util.tree_leaves(variables) if isinstance(leaf, jax.core.Tracer)]
 
     closed = jax.make_jaxpr(init)(key, dynamic)
@@ -119,9 +121,10 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def _no_inlining(key: jax.Array) -> Iterator[bool]:
-    """In the trace of `key`, each function jitted by itself stays one equation. Yields whether this JAX can do that.
+    """During the block, jitted functions stay single equations in the trace of `key`. Yields whether JAX allows that.
 
-    JAX runs a jitted function as one program, and inlines some (most of `jax.numpy`) where they are traced.
+    Eager JAX runs a jitted function as one program, but inlines some (most of `jax.numpy`) in a trace, where they would
+    fall apart into ops and might give other bits.
     """
     staging = staging_of(key)
     if staging is None:
@@ -132,6 +135,7 @@ def _no_inlining(key: jax.Array) -> Iterator[bool]:
         rule = rules[jit]
 
         def stage(trace: PyTree, source: object, *args: Atom, **params: PyTree) -> PyTree:
+            # A bool in older versions of JAX, an enum in newer ones.
             inline = params.get("inline")
             inlined = inline is True or getattr(inline, "name", "") == "JAX_EARLY"
             is_ours = trace is staging.trace and threading.get_ident() == thread
@@ -147,7 +151,7 @@ def _no_inlining(key: jax.Array) -> Iterator[bool]:
 
 
 def _needed(jaxpr: Jaxpr) -> tuple[Equation, ...]:
-    """The equations that a jaxpr's outputs depend on."""
+    """The equations on which a jaxpr's outputs depend, in order."""
     wanted, needed = _variables(jaxpr.outvars), []
     for equation in reversed(jaxpr.eqns):
         if wanted.intersection(equation.outvars):
@@ -157,7 +161,7 @@ def _needed(jaxpr: Jaxpr) -> tuple[Equation, ...]:
 
 
 def _variables(atoms: Iterable[Atom]) -> set[Atom]:
-    """The variables among atoms of a jaxpr: the others are literals."""
+    """The variables among the atoms of a jaxpr, without literals."""
     return {atom for atom in atoms if not hasattr(atom, "val")}
 
 
@@ -166,12 +170,12 @@ def _read_by(equations: tuple[Equation, ...]) -> set[Atom]:
 
 
 def _is_plain_array(leaf: Leaf) -> bool:
-    """Whether a leaf is an array of anything but keys."""
+    """Whether a leaf is an array other than typed keys."""
     return hasattr(leaf, "dtype") and not is_key(leaf)
 
 
 def is_array(leaf: Leaf) -> bool:
-    """Whether a leaf is an array or the shape of one: what an initialisation is traced over."""
+    """Whether a leaf is an array or a shape, and so an input of the traced initialisation."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -180,53 +184,54 @@ def _shape(leaf: Leaf) -> jax.ShapeDtypeStruct:
 
 
 class Initialising:
-    """An initialisation under way: `begin` starts to compile what takes long, `finish` gives the variables.
+    """An initialisation under way: traced at construction; `begin` starts compiling, `finish` returns the variables.
 
     Args:
-      model, method, args, kwargs: the call, made ready for an init.
-      draw: what its `params` key is drawn from.
-      taken: see `Draw.stream`.
+      model, method, args, kwargs: the call, with the switches set for an init.
+      draw: the draw of the `params` key.
+      units: compiles and caches the single programs.
+      taken: the draw's `params` key is already used; see `Draw.stream`.
     """
 
     def __init__(
         self, model: Model, method: Path, args: Args, kwargs: Kwargs, *, draw: Draw, units: Units, taken: bool = False
     ) -> None:
-        assert not model.holds_variables  # an NNX module is initialised where it is built
+        assert not model.holds_variables  # an NNX module is initialised when it is built
         self._model = model
         self._call = method, args, kwargs
         self._draw, self._taken = draw, taken
         self._units = units
         self._unit_of: dict[int, Future | None] = {}
-        """Number of an equation → its unit, once this is being compiled; None for one that runs as JAX runs it."""
+        """Index in `needed` → the future of its unit; None for an equation that is evaluated by JAX itself."""
         self._traced: TracedInit | None = None
         self._in_units: TracedInit | None = None
-        """The trace, if it can be run unit by unit."""
+        """The trace if its equations may be run one by one, else None: `module.init` runs."""
         try:
             self._traced = trace_init(model, shape_of_key(draw.impl), *self._call)
-        except Exception:  # `module.init` raises it, or does without a trace
+        except Exception:  # `module.init` raises it again, or works with values where a trace cannot
             return
         if can_run(self._traced):
             self._in_units = self._traced
 
     @property
     def expected(self) -> Variables | None:
-        """The variables, shapes in place of arrays that are to be computed; None where only running can tell."""
+        """The variables, as shapes where they are to be computed; None where only running `module.init` can tell."""
         return None if self._in_units is None else self._in_units.variables
 
     def begin(self, *, rest: bool = False) -> None:
-        """Starts to compile the units that are functions, on other threads: they take as long as a small model.
+        """Starts to compile, on other threads, the units that are jitted functions: these take longest.
 
         Args:
-          rest: the other units, too: single ops, which take little.
+          rest: then also the other units, single ops.
         """
         if rest:
-            self.begin()
+            self.begin()  # the long compilations first
         for i, equation in enumerate(() if self._in_units is None else self._in_units.needed):
             if i not in self._unit_of and ("jaxpr" in equation.params or (rest and not _folds_a_constant(equation))):
                 self._unit_of[i] = self._units.of_equation(equation)
 
     def finish(self) -> tuple[Updates, InitRecord]:
-        """The variables, once the device has them, and how they were made."""
+        """Computes the variables, waits for the device, and returns them with the record of how they were made."""
         self.begin(rest=True)
         key = self._draw.stream("params", taken=self._taken)
         traced = self._in_units
@@ -235,7 +240,7 @@ class Initialising:
         return variables, record(self._traced, key, *self._call)
 
     def _run(self, traced: TracedInit, key: jax.Array) -> Updates:
-        """The variables, computed. What is not needed any more is let go of on the way."""
+        """Evaluates the equations in order. An intermediate value is dropped after its last use, as eager code does."""
         jaxpr = traced.closed.jaxpr
         last = {var: i for i, equation in enumerate(traced.needed) for var in _variables(equation.invars)}
         last.update(dict.fromkeys(_variables(jaxpr.outvars), len(traced.needed)))
@@ -243,6 +248,7 @@ class Initialising:
         values.update(zip(jaxpr.invars, (key, *traced.inputs), strict=True))
 
         def read(atom: Atom) -> Leaf:
+            # A literal's value is a Python number, which has the wrong dtype by itself.
             return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else values[atom]
 
         for i, equation in enumerate(traced.needed):
@@ -255,7 +261,8 @@ class Initialising:
         return variables
 
     def _evaluate(self, i: int, equation: Equation, arguments: list[Leaf]) -> list[Leaf]:
-        if i not in self._unit_of:  # it folds a constant
+        """The outputs of equation `i`: by its unit, on the host, or by JAX itself."""
+        if i not in self._unit_of:  # `_folds_a_constant`: threefry on the host
             key, constant = arguments
             return [as_key(threefry(data_of(key), (int(constant),))[0], THREEFRY)]
         unit = self._unit_of[i]
@@ -267,14 +274,14 @@ class Initialising:
 
 
 def _as_array(value: Leaf, *, weak: bool) -> Leaf:
-    """A leaf as `module.init` gives it: a literal of the program is none yet."""
+    """A leaf as `module.init` returns it: a literal, still a NumPy array here, becomes a JAX array."""
     if not isinstance(value, np.ndarray):
         return value
     return weakly_typed(value) if weak else jax.device_put(value)
 
 
 def _folds_a_constant(equation: Equation) -> bool:
-    """Whether a module's name is folded into a key, as every `make_rng` does, which needs no program."""
+    """Whether an equation folds a constant into a key, as `make_rng` does with a path: the host can do that."""
     if equation.primitive.name != "random_fold_in":
         return False
     key, constant = equation.invars
@@ -283,8 +290,8 @@ def _folds_a_constant(equation: Equation) -> bool:
 
 
 def can_run(traced: TracedInit) -> bool:
-    """Whether its equations give what `module.init` gives."""
-    # Set so, JAX runs op by op in its own way: looking for NaN, without jit, or over a mesh.
+    """Whether evaluating the equations one by one gives the bits of `module.init`."""
+    # With these settings or in a mesh eager JAX runs in a different way.
     special = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
     is_special = any(getattr(jax.config, name, False) for name in special) or is_in_mesh()
     if is_special or not traced.whole or traced.closed.effects:
@@ -292,16 +299,16 @@ def can_run(traced: TracedInit) -> bool:
     read = _read_by(traced.needed)
     inputs = zip(traced.closed.jaxpr.invars[1:], traced.inputs, strict=True)
     if any(var in read and getattr(leaf, "committed", False) for var, leaf in inputs):
-        return False  # where the arguments are decides where the variables are
+        return False  # committed arguments decide on which devices the variables are
     return all(map(_same_in_a_trace, traced.needed))
 
 
 _OTHERWISE = ("closed_call", "sharding_constraint", "run_state", "remat", "checkpoint")
-"""Further primitives that JAX runs otherwise op by op than in a program."""
+"""Further primitives that eager JAX does not run as one program."""
 
 
 def _same_in_a_trace(equation: Equation) -> bool:
-    """Whether op by op, too, JAX runs the equation as one program; Python functions it would run op by op in turn."""
+    """Whether eager JAX, too, runs the equation as one program; functions in custom_jvp run op by op there."""
     name, primitive = equation.primitive.name, equation.primitive
     if primitive.call_primitive or getattr(primitive, "map_primitive", False) or name.startswith("custom_"):
         return False
@@ -309,10 +316,9 @@ def _same_in_a_trace(equation: Equation) -> bool:
 
 
 class InitRecord(Struct, frozen=True):
-    """How a model's variables were made: enough to ask what a later version of the model would make of it.
+    """How a model's variables were made: enough to trace the init of an edited model for the same call and compare.
 
-    `args` and `kwargs` hold shapes in place of arrays. `traced` is the initialisation as a program, None where it cannot be
-    traced.
+    `args` and `kwargs` have shapes in place of arrays. `traced` is None where the initialisation cannot be traced.
     """
 
     key: Key
@@ -323,29 +329,29 @@ class InitRecord(Struct, frozen=True):
 
     @property
     def shapes(self) -> PyTree:
-        """The variables, shapes in place of arrays; None where they cannot be told."""
+        """The variables as shapes; None where the initialisation cannot be traced."""
         return None if self.traced is None else self.traced.shapes
 
     @property
     def program(self) -> str | None:
-        """A digest of what the variables depend on, forward pass left out; None where that cannot be told."""
+        """A digest of what the variables depend on, without the forward pass; None where init cannot be traced."""
         return None if self.traced is None else self.traced.digest
 
 
 def initialised(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
-    """Traces the initialisation by shapes; nothing is computed. `args`/`kwargs` may hold arrays or shapes."""
+    """The record that an init of `model` would have, by an abstract trace; `args` and `kwargs` may hold shapes."""
     traced: TracedInit | None = None
-    with contextlib.suppress(jax.errors.JAXTypeError):  # initialisation looks at values
+    with contextlib.suppress(jax.errors.JAXTypeError):  # the init looks at values
         traced = trace_init(model, key, method, args, kwargs)
     return record(traced, key, method, args, kwargs)
 
 
 def record(traced: TracedInit | None, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
-    """The record of an init whose program is `traced`, None where it cannot be traced."""
+    """The record of an init that was traced as `traced`; None where it cannot be traced."""
     if traced is not None:
-        traced = replace(traced, inputs=())  # they are the user's arrays
+        traced = replace(traced, inputs=())  # the record must not keep the user's arrays alive
         if traced.closed.consts or any(map(is_array, traced.leaves)):
-            _ = traced.digest  # of arrays as they are now: they may be let go of, or written into
+            _ = traced.digest  # cached now: the arrays in it may be deleted or changed in place later
     return InitRecord(key, method, _abstract(args), _abstract(kwargs), traced)
 
 
@@ -354,7 +360,7 @@ def _abstract(tree: PyTree) -> PyTree:
 
 
 def merged(old: Variables, new: Variables) -> tuple[Updates, Updates]:
-    """`(old and what only new has, what only new has)`: of nested mappings. What is in `old` is never replaced."""
+    """(`old` completed by `new`, the part of `new` that was added), for nested mappings; `old` is never overwritten."""
     both, added = dict(old), {}
     for name, item in new.items():
         if name not in old:
@@ -367,6 +373,6 @@ def merged(old: Variables, new: Variables) -> tuple[Updates, Updates]:
 
 
 def made_of(variables: Variables, *, added: bool = False) -> InitStats:
-    """How many parameters and bytes were made; `added`: to variables that were there."""
+    """Counts the variables that a run made; `added`: they complete existing ones."""
     parameters, size = count_parameters(variables)
     return InitStats(parameters, size, tuple(variables), added)

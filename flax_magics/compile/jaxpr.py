@@ -1,9 +1,9 @@
-"""What a traced program computes, as something to compare: where it was lowered before, it need not be again.
+"""An identity of jaxprs, by which a traced program that was lowered before is recognized without lowering it again.
 
-Lowering takes about as long as tracing. Two traces that have equal identities have the same equations, over the same
-types, with the same parameters and constants, and so lower to the same program. Only what is known to be a plain value
-takes part: a program with effects, or with a function or anything else of unknown kind in a parameter (a host callback,
-whatever a later JAX adds), has no identity, and is lowered to see what it is.
+Lowering takes about as long as tracing. Jaxprs with equal identities have the same equations, over the same types, with
+the same parameters and constants, and so lower to the same program. Only known kinds of plain values take part: a
+program with effects, or with a function or another unknown object in a parameter (a host callback, additions of a later
+JAX), has no identity and is lowered and compared by its text.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..base.digest import on_host
 from ..base.types import Leaf, PyTree
 
 Equation: TypeAlias = Any
-"""A `jax.extend.core.JaxprEqn`: JAX's annotations do not say what the types of its variables have."""
+"""A `jax.extend.core.JaxprEqn`; `Any`, because JAX's annotations lack the attributes of its variables."""
 Atom: TypeAlias = Any
-"""A variable of a jaxpr; or a literal, which has a `val`."""
+"""An input of an equation: a variable, or a literal, which has a `val`."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _VALUES = {
@@ -31,25 +31,25 @@ _VALUES = {
     *("AbstractMesh", "GSPMDSharding", "Mesh", "MemorySpace", "NamedSharding", "PartitionSpec", "SingleDeviceSharding"),
     *("DotAlgorithm", "Format", "FTTuple", "Layout"),
 }
-"""Classes of JAX's whose instances are values: equal ones stand for the same."""
+"""Names of immutable JAX classes whose `==` compares all that matters for lowering."""
 _OF_DERIVATIVES = {
     ("custom_jvp_call", "jvp_jaxpr_fun"),
     ("custom_vjp_call", "fwd_jaxpr_thunk"),
     ("custom_vjp_call", "bwd"),
 }
-"""Parameters that lowering does not read: by then there is nothing to differentiate."""
+"""Parameters that hold functions for differentiation, which lowering does not read."""
 _EQUATION = {"invars", "outvars", "primitive", "params", "effects", "source_info", "ctx"}
-"""What an equation is made of. Where one has more, it is not known what that means."""
+"""The known slots of an equation. One that a later JAX adds may change the program: there is no identity then."""
 
 
 class _Unknown(Exception):
-    """Raised at a value of a kind for which nobody knows when two of them are the same."""
+    """Raised at a value of a kind whose equality is not known: the jaxpr has no identity."""
 
 
 def identity(closed: ClosedJaxpr) -> Hashable | None:
-    """What a closed jaxpr computes; None if that cannot be told from its equations.
+    """A hashable identity of a closed jaxpr; None where it contains something that cannot be compared.
 
-    Constants are read in full. Nothing of the user's is held.
+    Constants are hashed in full, and no user's array is kept alive.
     """
     if closed.effects:
         return None
@@ -62,7 +62,7 @@ def identity(closed: ClosedJaxpr) -> Hashable | None:
 
 
 class _Writer:
-    """Writes equations as words that are hashed, and as values that are compared by their own `==`."""
+    """Serializes equations: `words` are hashed; `values`, to which words refer by number, are compared by `==`."""
 
     def __init__(self) -> None:
         self.words: list[str] = []
@@ -74,13 +74,13 @@ class _Writer:
         self.words.append(f"{word!r};")
 
     def seen(self, thing: object) -> bool:
-        """Writes the number of this very object, a new one at the first time. Whether it was written before."""
+        """Writes a number for this very object; returns whether it was written before."""
         before = id(thing) in self._once
         self.word(self._once.setdefault(id(thing), len(self._once)))
         return before
 
     def value(self, value: object) -> None:
-        """A value of JAX's own, which is kept and compared."""
+        """Writes a value of a JAX class by its number in `values`, which become part of the identity."""
         try:
             number = self.values.setdefault((type(value), value), len(self.values))
         except TypeError:
@@ -92,10 +92,10 @@ class _Writer:
         self.jaxpr(closed.jaxpr)
 
     def jaxpr(self, jaxpr: Jaxpr) -> None:
-        """The same jaxpr again, as of a function that is called many times, is written once."""
+        """Writes a jaxpr; a repeated one, as of a jitted function that is called many times, only by its number."""
         if self.seen(jaxpr):
             return
-        if getattr(jaxpr, "is_high", False):
+        if getattr(jaxpr, "is_high", False):  # hijax types, which lowering rewrites first
             raise _Unknown(jaxpr)
         for variable in (*jaxpr.constvars, *jaxpr.invars):
             self.define(variable)
@@ -106,6 +106,7 @@ class _Writer:
         self.word("end")
 
     def equation(self, equation: Equation) -> None:
+        """Writes primitive, context, parameters, inputs and outputs of one equation."""
         if set(type(equation).__slots__) - _EQUATION or equation.effects:
             raise _Unknown(equation)
         name = equation.primitive.name
@@ -121,10 +122,12 @@ class _Writer:
         self.word(name)
 
     def define(self, variable: Atom) -> None:
+        """Numbers a variable where it is bound, and writes its type."""
         self._variables[variable] = len(self._variables)
         self.any(variable.aval)
 
     def atom(self, atom: Atom) -> None:
+        """Writes an input: a literal by its value, a variable by its number."""
         if hasattr(atom, "val"):
             self.any(_bits_of(atom.val))
             self.any(atom.aval)
@@ -132,18 +135,21 @@ class _Writer:
             self.word(self._variables[atom])
 
     def many(self, items: Iterable[object]) -> None:
+        """Writes a sequence of any values between brackets."""
         self.word("(")
         for item in items:
             self.any(item)
         self.word(")")
 
     def named(self, items: Iterable[tuple[str, object]]) -> None:
+        """Writes named values, sorted by name."""
         for key, item in sorted(items, key=lambda item: item[0]):
             self.word(key)
             self.any(item)
         self.word("named")
 
     def any(self, value: PyTree) -> None:
+        """Writes a value of any known kind; raises `_Unknown` for others."""
         kind = type(value)
         if kind in _PLAIN:
             self.word(value)
@@ -152,14 +158,14 @@ class _Writer:
         ):
             self.value(value)
         elif isinstance(value, (ClosedJaxpr, Jaxpr)):
-            # On newer JAX the two are one.
+            # Newer JAX has one class for both, so the attribute decides.
             self.closed(value) if hasattr(value, "consts") else self.jaxpr(value)
         elif isinstance(value, tuple) or kind is list:
             self.word(f"{kind.__module__}.{kind.__qualname__}")
             self.many(value)
         elif kind is frozenset:
             self.word("frozenset")
-            self.many(sorted(value, key=repr))
+            self.many(sorted(value, key=repr))  # a set's own order differs between equal sets
         elif kind is dict and all(isinstance(key, str) for key in value):
             self.named(value.items())
         elif isinstance(value, (np.ndarray, np.generic)):
@@ -169,7 +175,7 @@ class _Writer:
 
 
 def _bits_of(value: Leaf) -> tuple[object, ...]:
-    """A constant or literal: its bits, its type, and where it is if it was put there."""
+    """A constant or literal as plain values: a digest of its bits, its type, and its sharding if it is committed."""
     if type(value) in _PLAIN:
         return ("literal", value)
     dtype = getattr(value, "dtype", None)

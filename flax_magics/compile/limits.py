@@ -1,4 +1,4 @@
-"""How far a model is from what the machine can do, and what to say when a device ran out of memory."""
+"""XLA's memory and cost analysis of programs, measured peak rates of devices, and the message for out of memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from .compiler import Executable, jax_settings
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether XLA gave up for want of memory."""
+    """Whether an error is XLA's for a device that is out of memory."""
+    # By the type's name, which JAX has changed, and by the status code, which is all that tells the cause.
     return "RESOURCE_EXHAUSTED" in str(error) and type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError")
 
 
 def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> FlaxMagicsError:
-    """The error to show instead of XLA's, which names no line of the user's."""
+    """The error to show in place of XLA's long one: what was needed, what is free, what to try.
+
+    Args:
+      call: the call that failed, as written.
+      memory: XLA's analysis of the program, None where it was not compiled yet.
+    """
     allocation = re.search(r"allocat\w+ (\d+)(?: ?bytes)?", str(error))
     device = default_device()
     rows = []
@@ -42,7 +48,7 @@ def out_of_memory(error: BaseException, call: str, memory: Memory | None) -> Fla
 
 
 def with_peak(memory: Memory | None, devices: Iterable[jax.Device]) -> Memory | None:
-    """`memory` with the devices' own count of their peak so far, where they keep one; of several the highest."""
+    """`memory` with the highest peak that any of the devices has counted so far; unchanged where they do not count."""
     if memory is None:
         return None
     counts = [device.memory_stats() or {} for device in devices]
@@ -51,7 +57,7 @@ def with_peak(memory: Memory | None, devices: Iterable[jax.Device]) -> Memory | 
 
 
 def free_bytes(device: jax.Device) -> int | None:
-    """Bytes that the device could still give, None where neither it nor the system says."""
+    """Free bytes of a device; for a CPU the system's free memory. None where neither is known."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
@@ -62,54 +68,58 @@ def free_bytes(device: jax.Device) -> int | None:
 
 
 SIDES = {"cpu": 1024}
-"""Rows of the square matrices of the matmul, by platform."""
+"""Rows of the square matrices in the measured matmul, by platform; `SIDE` for others."""
 SIDE = 8192
 COPIED = {"cpu": 64_000_000}
-"""Bytes that the copy reads, and as many that it writes, by platform."""
+"""Bytes of the array in the measured copy, by platform; `COPY` for others."""
 COPY = 1_000_000_000
 TIMES = 5
-"""Runs of which the fastest counts: everything else that the machine did only made them slower."""
+"""Runs of each measurement, of which the fastest counts: whatever else the machine does can only slow one down."""
 LEAST = 128
+"""Size below which a measurement that runs out of memory is given up."""
 
 _FLOATS = re.compile(r"\b(?:f|bf|c)\d+")
 
 
 def _told(executable: Executable, analysis: str) -> PyTree:
-    """What a method of an executable gives; None where the backend does not say."""
+    """The result of an executable's method `analysis`; None where the backend does not implement it."""
     with suppress(jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):
         return getattr(executable, analysis)()
     return None
 
 
 def memory_of(executable: Executable) -> Memory | None:
-    """Bytes as XLA counts them for a compiled program; None where the backend does not say."""
+    """XLA's memory analysis of a compiled program; None where the backend has none."""
     stats = _told(executable, "memory_analysis")
     parts = ("argument", "output", "temp", "generated_code")
     return None if stats is None else Memory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
 
 
 def cost_of(executable: Executable) -> Cost | None:
-    """What XLA counts for one run of a compiled program on one device; None where the backend does not say."""
+    """XLA's cost analysis of a compiled program, per run and device; None where the backend has none."""
     counts = _told(executable, "cost_analysis")
-    counts = counts[0] if isinstance(counts, list) and counts else counts or {}
+    counts = counts[0] if isinstance(counts, list) and counts else counts or {}  # a list in some versions of JAX
     flops, moved = (max(float(counts.get(name) or 0), 0.0) for name in ("flops", "bytes accessed"))
     return Cost(flops, moved, _loops(executable.as_text() or "")) if flops > 0 or moved > 0 else None
 
 
 def _loops(text: str) -> bool:
-    """Whether a program loops over floating-point numbers. JAX's random bits loop over integers, and are no work of note."""
+    """Whether the text of a compiled program has a while loop that carries floating-point values.
+
+    JAX's random bits loop over integers, which costs nothing worth a remark.
+    """
     whiles = (line.partition(" while(")[0] for line in text.splitlines() if " while(" in line)
     return any(_FLOATS.search(carried) for carried in whiles)
 
 
 def devices_in(tree: PyTree) -> set[jax.Device]:
-    """The devices that hold the arrays of `tree`; where it has none, the one that JAX would use."""
+    """The devices that hold the arrays of `tree`; the default device where it has no arrays."""
     leaves = (leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array))
     return {device for leaf in leaves for device in leaf.devices()} or {default_device()}
 
 
 def dtype_of(*trees: PyTree) -> str:
-    """The floating-point dtype of most elements in the first tree that has one; `float32` where none has."""
+    """The floating-point dtype of most elements in the first tree that has any; `float32` where none has."""
     for tree in trees:
         sizes: Counter[str] = Counter()
         for leaf in jax.tree_util.tree_leaves(tree):
@@ -124,7 +134,8 @@ _MEASURED: dict[tuple[object, ...], Limits] = {}
 
 
 def limits(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits:
-    """What `device` reaches, measured at the first call for it, `dtype` and JAX's settings as they are now."""
+    """The peak rates of `device` for `dtype`, measured once for each combination with JAX's settings."""
+    # The settings decide the precision of the matmul, and so its speed.
     key = (device, dtype, jax_settings())
     if key not in _MEASURED:
         _MEASURED[key] = _measure(device, dtype, clock)
@@ -132,11 +143,14 @@ def limits(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits
 
 
 def _measure(device: jax.Device, dtype: str, clock: Callable[[], float]) -> Limits:
+    """Times a matmul and a copy on `device` and returns the rates."""
+
     def fastest(function: Callable[[jax.Array], jax.Array], n: int, axes: int) -> tuple[int, float]:
-        """`n`, halved until an array of such axes fits on the device, and the seconds of the fastest run."""
+        """(n, seconds of the fastest run) for an array with `axes` axes of size n; n is halved until it fits."""
         while True:
             try:
                 x = jax.device_put(np.ones((n,) * axes, jax.numpy.dtype(dtype)), device)
+                # Compiled ahead, so that no measured run includes compilation or dispatch through `jit`.
                 program = jax.jit(function).lower(x).compile()
                 jax.block_until_ready(program(x))
                 times = []

@@ -1,4 +1,4 @@
-"""Why a program is new, in one sentence; and what to do where programs keep being new."""
+"""Why a program had to be compiled, in one sentence; and a note where a model is compiled again and again."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .compiler import jax_settings, settings_in_words
 from .trace import TraceRequest
 
 REMEMBERED = 16
-"""Programs of one model that a new one is held against."""
+"""The number of a model's last programs with which a new one is compared."""
 NAMED = 2
-"""Changes that the sentence names; it counts the others."""
+"""The most changes that the sentence names; the others are counted."""
 
 T = TypeVar("T")
 Causes = tuple[Cause, ...]
@@ -37,7 +37,7 @@ RESUMED = "begun by the run that was interrupted"
 
 
 def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> LastCall:
-    """This run as the next one of its model will be compared with it."""
+    """The LastCall of this run, for comparison with the model's next run."""
     kinds = {
         name: str(leaf.dtype) if (kind := _kind(leaf, traced)) == "array" else kind
         for name, leaf, traced in arguments.rows
@@ -46,7 +46,7 @@ def ran(method: tuple[str, ...], arguments: Arguments, key: Hashable | None) -> 
 
 
 def scalars(before: LastCall | None, now: LastCall) -> dict[str, str]:
-    """Maps each argument that is a Python number now, and was an array in the model's last run, to its dtype then."""
+    """Argument that is a Python number now and was an array in the model's last run → its dtype then."""
     if before is None or before.method != now.method:
         return {}
     was = {name: before.kinds.get(name, "static") for name, kind in now.kinds.items() if kind == "number"}
@@ -54,7 +54,7 @@ def scalars(before: LastCall | None, now: LastCall) -> dict[str, str]:
 
 
 def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
-    """All that a program was made for, as a person would say it. Some milliseconds for a large model."""
+    """The ProgramSpec of a program. Takes some milliseconds for a large model, so only new programs get one."""
     model, arguments = request.model, request.arguments
     leaves, held = jax.tree_util.tree_flatten_with_path(request.variables)
     parts = [part for which in arguments.treedef.children() for part in which.children()]
@@ -85,7 +85,7 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
 
 
 def _variable(path: tuple[object, ...]) -> str:
-    """A variable's path as it is written, without the collection of parameters."""
+    """A variable's path with slashes; the collection is left out if it is `params` or `Param`."""
     return re.sub("^(params/)?(Param/)?", "", jax.tree_util.keystr(path, simple=True, separator="/"))
 
 
@@ -95,7 +95,7 @@ def _variable_name(place: str) -> str:
 
 
 def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) -> Causes:
-    """What differs between `now` and the one of `known` that is most like it; of equals the one that ran last."""
+    """The differences between `now` and the most similar program in `known`; of equals the one that ran last."""
 
     def rank(pair: tuple[int, ProgramSpec]) -> tuple[int, int, bool, int]:
         age, old = pair
@@ -108,21 +108,22 @@ def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) 
         return causes
     if now.key is not None and now.key == nearest.key:
         return (Cause("dropped", "", f"made before, and dropped since: the last {KEPT} programs are kept"),)
+    # The inventories show no difference, but the program is new: something changed that they do not list.
     changed = "the model" if now.edition != nearest.edition else "what the model reads"
     return (Cause("model", "", f"{changed} changed"),)
 
 
 def sentence(causes: Causes) -> str:
-    """The causes in one sentence; without any it is a first run."""
+    """The causes in one sentence; `FIRST` if there are none."""
     texts, more = [cause.text for cause in causes[:NAMED]], len(causes) - NAMED
     return "; ".join([*texts, f"and {more} more"] if more > 0 else texts) or FIRST
 
 
 def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> BuiltProgram:
-    """A program with why it is new, held against what its model ran before; the next one is held against this.
+    """Completes `built` with the reasons why it is new, by comparison with the model's earlier ones; records it.
 
     Args:
-      new: it was not found by its call.
+      new: the call was not in the cache, so that it was traced.
     """
     request = built.request
     last, now = programs.parts.get(request.name), ran(request.method, request.arguments, built.key)
@@ -131,7 +132,7 @@ def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> Buil
     reason = ""
     if new:
         spec, known = purpose(built.key, request), programs.purposes.get(request.name)
-        if built.origin == "compiled":
+        if built.origin == "compiled":  # one from the disk cache is new to this process only
             causes = compare(known, last, spec) if known else ()
             reason = sentence(causes) + (f"; {RESUMED}" if built.resumed else "")
         programs.purposes.setdefault(request.name, deque(maxlen=REMEMBERED)).append(spec)
@@ -139,8 +140,8 @@ def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> Buil
 
 
 def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
-    """Everything that differs between what two programs were made for, the most telling first."""
-    if old.method != now.method:  # its arguments are others altogether
+    """All differences between two programs, the most telling first."""
+    if old.method != now.method:  # arguments of different methods cannot be compared
         before, after = (".".join(spec.method) or "the call" for spec in (old, now))
         return [Cause("method", "", f"method: {before} → {after}")]
     causes = []
@@ -153,7 +154,7 @@ def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
     for name, value_before, value in _changed(old.options, now.options):
         causes.append(Cause("option", name, _of_option(f"{name} ", value_before or "", value or "")))
     settings = list(_of_settings(old.settings, now.settings))
-    if not settings and old.context != now.context:
+    if not settings and old.context != now.context:  # a setting without a name
         settings.append(Cause("setting", "", "a context of JAX's is another: a mesh, metadata or the like"))
     causes += settings
     if old.keys != now.keys:
@@ -162,7 +163,7 @@ def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
 
 
 def _changed(old: Mapping[str, T], now: Mapping[str, T]) -> Iterator[tuple[str, T | None, T | None]]:
-    """Each name that stands for something else in two mappings, with what it stands for; None where it is missing."""
+    """(name, old value, new value) of each name whose values differ; None for a missing one."""
     rows = ((name, old.get(name), now.get(name)) for name in dict.fromkeys([*old, *now]))
     return ((name, before, after) for name, before, after in rows if before is not after and before != after)
 
@@ -175,17 +176,19 @@ def _of_option(flag: str, before: str, after: str) -> str:
 
 
 def _of_settings(old: Mapping[str, object], now: Mapping[str, object]) -> Iterator[Cause]:
+    """Differences between settings, which have a name and a value each."""
     for name, before, after in _changed(old, now):
         one, other = str(before), str(after)
         yield Cause("setting", name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
 
 
 def _of_model(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
-    """The model itself, and its variables' shapes, which follow from it."""
+    """Changes of the model itself and of the shapes of its variables, which follow from it."""
     texts = changes(_without_switches(old, now), _without_switches(now, old))
     leaves = list(_of_leaves(old.variables, now.variables))
     edited = old.edition != now.edition
     some = "".join(leaves[:1]) + (f" and {len(leaves) - 1} more" if len(leaves) > 1 else "")
+    # `Net was edited` says little by itself: a changed leaf shows the effect.
     if texts and leaves and all(" → " not in text for text in texts):
         texts[-1] = f"{texts[-1]}: {some}"
     elif leaves and not texts:
@@ -195,13 +198,14 @@ def _of_model(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
 
 
 def _without_switches(one: ProgramSpec, other: ProgramSpec) -> Inventory:
-    """The inventory; where the mode differs, without the switches that the mode sets."""
+    """The inventory of `one`, without the switches if the modes differ: those are told as the change of mode."""
     if one.mode == other.mode:
         return one.inventory
     return {name: piece for name, piece in one.inventory.items() if name.rpartition(".")[2] not in WHEN_TRAINING}
 
 
 def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iterator[str]:
+    """Differences between leaves of the variables, as `kernel [4,3]→[4,5]`, with only the part that differs."""
     for name, before, after in _changed(old, now):
         if before is None or after is None:
             yield f"{name} {'added' if before is None else 'removed'}"
@@ -215,6 +219,7 @@ def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iter
 
 
 def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
+    """Differences between arguments; switches that follow from another mode are left out."""
     differs = False
     for name, before, after in _changed(old.arguments, now.arguments):
         if name in WHEN_TRAINING and old.mode != now.mode:
@@ -242,11 +247,12 @@ def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
 
 
 def _is_changed(old: Structure | None, now: Structure) -> bool:
-    """Whether static data is other than it was in a tree that is put together alike."""
+    """Whether two trees of the same size have different static data: a change inside, not another structure."""
     return old is not None and old.contents != now.contents and old.size == now.size
 
 
 def _what(before: LeafSpec, after: LeafSpec) -> str:
+    """The kind of a `Cause` for an argument that differs, the most telling property first."""
     if "static" in (before.kind, after.kind):
         return "static"
     if before.kind != after.kind or before.kind == "number":
@@ -269,7 +275,7 @@ def _in_words(before: LeafSpec, after: LeafSpec) -> Iterator[str]:
 
 
 def _pair(before: LeafSpec, after: LeafSpec) -> tuple[str, str]:
-    """Both as they are written, without what they have in common."""
+    """Both as text; weak type and devices are mentioned only where they differ."""
     weak = before.weak != after.weak and before.kind == after.kind
 
     def written(spec: LeafSpec) -> str:
@@ -284,6 +290,7 @@ def _kind(leaf: Leaf, traced: bool) -> str:
 
 
 def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
+    """The LeafSpec of an argument leaf or variable."""
     kind = _kind(leaf, traced)
     if kind == "static":
         return LeafSpec(kind, describe(leaf))
@@ -297,24 +304,24 @@ def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
 
 
 WINDOW = 10
-"""Runs of one model that are looked at."""
+"""The number of a model's last runs that are considered."""
 NEW = 3
-"""New programs among them that are worth a note."""
+"""The number of compiled programs among them from which on there is a note."""
 
 AVOIDABLE = ("shape", "dtype", "weak", "number", "static")
-"""Causes that a person can do something about. Both programs of two modes, methods or settings are kept; edits are meant."""
+"""Kinds of causes that a user can avoid. Modes, methods and settings have programs side by side; edits are meant."""
 
 
 def of_programs(
     line: Line, causes: Causes, earlier: Sequence[tuple[str, Causes]], leaf: Callable[[str], Leaf]
 ) -> Iterator[Note]:
-    """A note where the run that is being made is one of many that compiled.
+    """At most one note, on a run that is one of many that had to compile.
 
     Args:
-      line: of the run.
-      causes: why this run's program is new; none where it is not, or is the model's first.
-      earlier: of the runs before, newest first, where the program came from and why it was new.
-      leaf: gives an argument of this run by its name, None where there is no such.
+      line: the line of the run, for the advice.
+      causes: why this run's program is new; empty where it is not, or where it is the model's first.
+      earlier: (origin of the program, why it was new) of the runs before, newest first.
+      leaf: returns an argument leaf of this run by its name, None where there is none.
     """
     name = re.split(r"\W", line.call, maxsplit=1)[0]
     avoidable = [cause for cause in causes if cause.kind in AVOIDABLE]
@@ -326,7 +333,7 @@ def of_programs(
         if _of_another(run[1]):
             break
     compiled = [why for program, why in runs if program == "compiled"]
-    # The first program of a model has no cause, or the edit that made it, and is one of the many.
+    # The model's first program counts, too: it has no causes, or the edit of the model.
     counted = [why for why in compiled if not why or _of_another(why) or any(cause.kind in AVOIDABLE for cause in why)]
     if len(counted) < NEW:
         return
@@ -341,25 +348,28 @@ def of_programs(
 
 
 def _of_another(why: Causes) -> bool:
-    """Whether the model had been edited, or its name stood for another: what was before says nothing on it."""
+    """Whether the model was edited or replaced, so that earlier runs say nothing about it."""
     return any(cause.kind == "model" for cause in why)
 
 
 def _advice(
     name: str, kind: str, causes: list[Cause], leaf: Leaf
 ) -> tuple[str, dict[str, str] | Callable[[str], str]] | None:
-    """What varies, and what to write instead: advice, or what is done to the argument; None where nothing helps."""
+    """(What varies, what to write instead), or None where no advice helps.
+
+    What to write is advice for a note, or a function from the argument's text to its replacement.
+    """
     if kind == "shape":
         return _of_shapes(name, {shape for cause in causes for shape in cause.shapes})
     if kind == "static":
-        if type(leaf) is not int:
+        if type(leaf) is not int:  # a bool or string chooses between programs on purpose
             return None
         text = f"the model needs the value of `{name}`, and each value is a program of its own"
         return text, {"edit": f"jax.lax.fori_loop(0, {name}, …) for range({name}), jnp.where for if"}
     dtypes = sorted({dtype for cause in causes for dtype in (cause.dtypes or re.findall(r"(\w+)\[", cause.text))})
     try:
         dtype = jnp.result_type(*dtypes).name if dtypes else "float32"
-    except TypeError:  # keys
+    except TypeError:  # typed keys have no common dtype with numbers
         return None
     if kind == "number":
         text = f"`{name}` is an array in one run and a Python number in another, and each kind is a program of its own"
@@ -371,6 +381,7 @@ def _advice(
 
 
 def _of_shapes(name: str, shapes: set[tuple[int, ...]]) -> tuple[str, Callable[[str], str]] | None:
+    """The advice for an argument whose shape varies: reshape, or pad to the largest size of each axis."""
     ranks = {len(shape) for shape in shapes}
     if len(ranks) > 1 or ranks == {0}:
         text = f"the number of axes of `{name}` varies, and each is a program of its own"

@@ -1,4 +1,4 @@
-"""What a program is made for, and its trace: done again until the model has all that it asks for, and no more."""
+"""Tracing of a call, repeated until the model is given exactly the streams, collections and axes that it asks for."""
 
 from __future__ import annotations
 
@@ -28,10 +28,19 @@ P = TypeVar("P")
 Traced: TypeAlias = Any
 """A `jax.stages.Traced`."""
 Add: TypeAlias = Callable[[Variables], Variables]
+"""Returns the given variables completed by those that a method needs and no init has made."""
 
 
 class TraceRequest(Struct, frozen=True):
-    """All that a program is made for."""
+    """Everything that determines a program.
+
+    Attributes:
+      name: the model's name, which the compiled function gets.
+      arguments: the call's arguments, split into traced and static leaves.
+      variables: the model's variables by collection; may be shapes.
+      draw: the draw or batch of draws; only its size and PRNG implementation matter for the program.
+      guess: what earlier runs needed: a first attempt that may spare a trace.
+    """
 
     name: str
     model: Model
@@ -40,26 +49,28 @@ class TraceRequest(Struct, frozen=True):
     variables: Variables
     draw: Draw | DrawBatch
     keyed: frozenset[str] = frozenset()
-    """Arguments that have a key of the draw; of a series of draws, one key each."""
+    """Names of arguments that are keys of the draw; with a batch of draws they are mapped over."""
     mutable: frozenset[str] = frozenset()
+    """Collections that the user wants handed back."""
     mode: str = "as written"
     """`train`, `eval` or `as written`."""
     guess: Needs = Needs()
     noted: bool = False
-    """The record notes the calls of modules."""
+    """Record the calls of submodules, for a summary."""
 
 
 Find: TypeAlias = Callable[[TraceRequest], P | None]
+"""Returns a cached result for a request, None if there is none."""
 
 
 def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
-    """Traces until the model has all that it asks for: `(jax.stages.Traced, what it was given, what was seen)`.
+    """Traces until the model is given what it asks for: `(jax.stages.Traced, what it was given, what was observed)`.
 
-    A stream or collection is given only if the model asked for it in a trace; a guess that gave too much is corrected.
+    A stream or collection is given only if the model asked for it in a trace; a guess of too many is corrected.
     """
     guess = request.guess
     ask = Needs(guess.streams | request.model.streams(), guess.mutable | request.mutable, guess.axes)
-    for _ in range(16):
+    for _ in range(16):  # each round finds more needs; a model that never settles must not loop forever
         record = CallTrace(calls=Calls() if request.noted else None)
         program = _named(request, ask, record)
         try:
@@ -70,6 +81,7 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
         if len(traced.jaxpr.in_avals) > len(jax.tree_util.tree_leaves(inputs_of(request, ask))):
             _check_leaks(request, ask)
         needed = needs(record, request)
+        # A stream too many must go as well: `has_rng` would show it to the model, unlike in an `apply` by hand.
         if needed == ask:
             record.unused = unused(traced, request.arguments)
             record.unchanged = unchanged(traced, request, ask)
@@ -86,12 +98,14 @@ def _check_leaks(request: TraceRequest, ask: Needs) -> None:
 
 
 class TracedCall(Struct, Generic[P], frozen=True):
-    """A call traced with all that it needs.
+    """A call traced with everything that it needs.
 
     Attributes:
-      request: what was asked for, with the ints that turned out to be static and the variables that the call takes.
-      known: what `find` gave for that; then nothing was traced, and the rest is None or empty.
+      request: the request, completed: with ints that turned out to be static and the variables that the call takes.
+      known: the cached result that `find` returned for it; then nothing was traced, and the rest is None or empty.
       traced: a `jax.stages.Traced`.
+      needs: what the model was given.
+      trace: what was observed.
     """
 
     request: TraceRequest
@@ -102,17 +116,18 @@ class TracedCall(Struct, Generic[P], frozen=True):
 
 
 def trace_call(request: TraceRequest, *, find: Find[P] = lambda request: None, add: Add | None = None) -> TracedCall[P]:
-    """Traces a call again until it has what it asks for.
+    """Traces a call, repeatedly until it is given what it asks for.
 
-    An int whose value the model needs is made static: one at a time, then all. A collection that the call sows starts
-    empty, because Flax would append to what is there. The variables may be shapes.
+    An int whose value the model needs becomes static: each one alone is tried first, then all together. A collection
+    that the call sows starts empty, because Flax would append to what is there. The variables may be shapes.
 
     Args:
-      find: gives what is kept for such a request, which spares the trace.
-      add: the variables with those that an init makes besides. Asked once, where the model misses some.
+      find: looks up a cached result for a request, which spares the trace.
+      add: completes the variables by those that an init of this method makes; called at most once.
 
     Raises:
-      MissingVariables: the model misses variables, and there is no `add`. What the model raises is passed on.
+      MissingVariables: the model lacks variables, and there is no `add`.
+      Exception: whatever the model raises.
     """
     try:
         return _with_variables(request, find, add)
@@ -126,10 +141,11 @@ def trace_call(request: TraceRequest, *, find: Find[P] = lambda request: None, a
             except Exception as again:
                 if not is_tracer_error(again):
                     raise again from None
-        raise
+        raise  # the first error: it is of the call as the user wrote it
 
 
 def _with_variables(request: TraceRequest, find: Find[P], add: Add | None) -> TracedCall[P]:
+    """Traces with missing variables added and sown collections emptied, until neither is needed."""
     while True:
         known = find(request)
         if known is not None:
@@ -149,15 +165,15 @@ def _with_variables(request: TraceRequest, find: Find[P], add: Add | None) -> Tr
 
 
 def inputs_of(request: TraceRequest, ask: Needs) -> tuple[Variables, Mapping[str, Words], Kwargs]:
-    """What a program is traced for: variables, key data by stream, arguments. Which keys they are makes no difference."""
+    """The program's inputs: (variables, key data by stream, traced arguments). The keys' values do not matter here."""
     keys = {name: request.draw.words(name) for name in sorted(ask.streams)}
     return request.variables, keys, request.arguments.dynamic
 
 
 def unchanged(traced: Traced, request: TraceRequest, ask: Needs) -> frozenset[tuple[str, str]]:
-    """Variables (type and path) that the program gives as written, and that are what went in: their writer only had them.
+    """NNX variables (type, path) that the program returns as updates although they are its unmodified inputs.
 
-    Of models that hold their variables themselves.
+    A transform inside the model, such as `nnx.jit`, returns all variables that it was given. Empty for linen.
     """
     if not request.model.holds_variables:
         return frozenset()
@@ -175,7 +191,7 @@ def unchanged(traced: Traced, request: TraceRequest, ask: Needs) -> frozenset[tu
 
 
 def leave_out(updates: Variables, variables: Container[tuple[str, str]]) -> Updates:
-    """`updates` without `variables`, and without the types of which nothing is left."""
+    """`updates` without the given variables (type, path), and without types that become empty by that."""
     left = {}
     for name, tree in updates.items():
         inner = {path: value for path, value in tree.items() if (name, path) not in variables} if variables else tree
@@ -185,7 +201,7 @@ def leave_out(updates: Variables, variables: Container[tuple[str, str]]) -> Upda
 
 
 def _without(traced: Traced, request: TraceRequest, ask: Needs, variables: frozenset[tuple[str, str]]) -> Traced:
-    """The traced program without some of the variables that it writes."""
+    """The traced program without some of its updates: traced once more, as a function that drops these outputs."""
     if not variables:
         return traced
     run = jax.extend.core.jaxpr_as_fun(traced.jaxpr)
@@ -204,7 +220,7 @@ PROGRAM_FILE = "<flax_magics>"
 
 
 def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
-    """The function that is compiled. JAX's messages name it, where it is and its arguments: the user's words, not ours."""
+    """The function to compile. JAX's messages show its name, file and argument names, so they are the user's terms."""
     impl = request.draw.impl
     run = running(request, ask, record)
 
@@ -244,7 +260,7 @@ def _is_of_jax(leaf: Leaf) -> bool:
 
 
 def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
-    """`run(variables, keys, arguments) -> (output, updates)`; of a series of draws, all with an axis in front."""
+    """`run(variables, keys, arguments) -> (output, updates)`; for a batch of draws all results get a leading axis."""
     forward = request.model.forward(request.method, ask, record, request.draw.impl)
     rebuild, size = request.arguments.rebuild, request.draw.size
 
@@ -259,26 +275,27 @@ def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
 
         if request.draw.impl == THREEFRY:
             return jax.vmap(draw, axis_size=size)(keys, keyed)
-        # Mapped over keys, JAX's other generators give other bits than one by one.
+        # Under `vmap` the other PRNG implementations (`rbg`) give other bits than for one key at a time.
         return jax.lax.scan(lambda _, each: (None, draw(*each)), None, (keys, keyed), length=size)[1]
 
     return one if size is None else many
 
 
 def unused(traced: Traced, arguments: Arguments) -> frozenset[str]:
-    """Names of the traced arguments that no equation of the program reads and that are not handed back."""
+    """Names of the traced arguments that no equation of the program reads and that are no outputs."""
     jaxpr = traced.jaxpr.jaxpr
     names = sorted(arguments.dynamic)
     read = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
-    # The arguments come last, one leaf each, in the order in which JAX takes a dict apart.
+    # The arguments are the last inputs, one leaf each, sorted as JAX flattens a dict.
     last = jaxpr.invars[len(jaxpr.invars) - len(names) :]
     return frozenset(name for name, var in zip(names, last, strict=True) if id(var) not in read)
 
 
 def needs(record: CallTrace, request: TraceRequest) -> Needs:
-    """What a complete trace shows that the model needs.
+    """What the model needs, according to a complete trace.
 
-    `has_rng` alone is not asking, except that `--train` answers a model which uses `has_rng('dropout')` as its switch.
+    `has_rng` alone does not count as asking for a stream. The exception is `has_rng('dropout')` in train mode, which
+    some models use as their train/eval switch.
     """
     streams = set(record.asked) | record.held
     if request.mode == "train" and "dropout" in record.queried:
@@ -287,14 +304,14 @@ def needs(record: CallTrace, request: TraceRequest) -> Needs:
 
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
-"""Equations that run the one program they hold, on their own inputs, once."""
+"""Primitives whose equations run one inner jaxpr once, on the equation's own inputs."""
 
 
 def forwarded(jaxpr: Jaxpr, *, repeated: bool = False) -> tuple[int | None, ...]:
-    """For each output of a jaxpr the number of the input that it is, None for one that was worked out.
+    """For each output of a jaxpr the index of the input that it is unmodified, None for one that was computed.
 
     Args:
-      repeated: an input repeated along a new first axis counts, as what is the same in every row of a `vmap`.
+      repeated: an input that is broadcast along a new first axis counts, too: what is the same in a whole `vmap`.
     """
     inputs = {var: i for i, var in enumerate(jaxpr.invars)}
     makers = {var: (equation, i) for equation in jaxpr.eqns for i, var in enumerate(equation.outvars)}
@@ -315,7 +332,7 @@ def forwarded(jaxpr: Jaxpr, *, repeated: bool = False) -> tuple[int | None, ...]
 
 
 def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
-    """The same for one equation."""
+    """`forwarded` for the outputs of one equation, by the jaxprs inside it."""
     name, params = equation.primitive.name, equation.params
     if name in CALLS:
         inner = _open(params.get("jaxpr", params.get("call_jaxpr")))
@@ -323,11 +340,11 @@ def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
             return forwarded(inner, repeated=repeated)
     elif name == "scan":
         return _scan(equation)
-    elif name == "while":
+    elif name == "while":  # a carry is forwarded if the body returns it unmodified
         before, consts = params["cond_nconsts"], params["body_nconsts"]
         body = forwarded(_open(params["body_jaxpr"]))
         return tuple(before + consts + i if through == consts + i else None for i, through in enumerate(body))
-    elif name == "cond":
+    elif name == "cond":  # only if all branches forward the same input, which comes after the index
         branches = zip(*(forwarded(_open(branch)) for branch in params["branches"]), strict=True)
         return tuple(1 + ways[0] if ways[0] is not None and len(set(ways)) == 1 else None for ways in branches)
     elif name == "optimization_barrier":
@@ -341,7 +358,7 @@ def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
 
 
 def _scan(equation: Equation) -> tuple[int | None, ...]:
-    """A carry that every step hands on, and rows that every step gives back."""
+    """`_through` for a scan: carries that each step returns unmodified, stacked outputs that are scanned inputs."""
     params = equation.params
     if "num_consts" in params:
         consts, carries = params["num_consts"], params["num_carry"]
@@ -358,17 +375,17 @@ def _scan(equation: Equation) -> tuple[int | None, ...]:
 
 
 def _open(jaxpr: Jaxpr) -> Jaxpr:
-    """A jaxpr without its constants."""
+    """The Jaxpr inside a ClosedJaxpr; a Jaxpr itself."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 TRACER_ERRORS = (
-    # The conversions to bool and index are kinds of the first.
+    # TracerBoolConversionError and the like are subclasses of the first.
     *(ConcretizationTypeError, TracerArrayConversionError, TracerIntegerConversionError, NonConcreteBooleanIndexError),
 )
-"""What JAX raises when traced code needs a value; a shape that is traced is a TypeError without a kind of its own."""
+"""JAX's errors for traced code that needs a concrete value. A traced shape raises a bare TypeError instead."""
 
 
 def is_tracer_error(error: BaseException) -> bool:
-    """Whether the model looked at a value while it was traced."""
+    """Whether an error says that the model needs the concrete value of a tracer."""
     return isinstance(error, TRACER_ERRORS) or (isinstance(error, TypeError) and "concrete values" in str(error))

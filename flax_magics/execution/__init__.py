@@ -1,1 +1,1 @@
-"""A call run with a draw: made ready, compiled or found, run, and turned into a Run."""
+"""Running a call with a draw: binding it, finding or compiling its program, running that, and making the Run."""

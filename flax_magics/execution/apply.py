@@ -1,4 +1,4 @@
-"""What an init or an apply does to a state, worked out: the run, and what is to be kept of it. Nothing is changed here."""
+"""Works out an init or an apply: the Run, and what the session keeps of it. The session is not changed here."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from .plan_cache import LastRun
 from .record import Applied, Outcome, recipe_of, stored_init
 
 LOOKED_AT = 4_000_000
-"""Bytes of an output up to which it is looked at for NaN in any run; of a larger one that is shown, then."""
+"""Outputs of at most this many bytes are checked for NaN in every run; a larger one only if its report is shown."""
 
 
 def apply_model(
     state: State, entry: ModelEntry, call: Call, options: ApplyOptions, services: Services, *, said: tuple[Note, ...]
 ) -> Applied:
-    """An apply where everything has to be found out.
+    """Runs an apply for which no plan is kept: mode, needs, program and notes are all worked out.
 
     Args:
-      said: notes on how the entry came to be.
+      said: notes from finding the entry, such as a module that the name now stands for.
 
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
@@ -52,19 +52,22 @@ def apply_model(
     name = entry.name
     replayed = state.find_draw(options.draw)
     opened = state.opened
-    # Variables that an edit dropped took the opened draw's `params`: what comes now is a draw of its own.
+    # An apply continues the draw that an init of its model opened. Without variables (an edit dropped them) it must
+    # initialise again: in a new draw, because the open draw's `params` key is used.
     shares = replayed is None and opened is not None and opened[0] == name and entry.ready
     begin = replayed or (opened[1] if shares and opened else state.root.draw())
     draw = begin if options.draws is None else _series(state, begin, options)
     started = time.time()
     users_model = entry.model
     anew = entry.rebuild_next and entry.built is not None and replayed is None and options.variables is None
+    # `--fresh` marked this NNX module: it is built again in this draw, whose `params` key the run then finds used.
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
     new_model = entry.model
     others = next((note.write or note.form for note in said if note.kind == "weights"), None)
     execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares, others=others))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
+    # A replay and a run with `--variables` leave the model as it is.
     keep = options.variables is None and options.draw is None
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
@@ -75,7 +78,8 @@ def apply_model(
     steady = (*of_mode, *notes.of_mutable(options.mutable, collections, execution.request.line))
     run_notes = [*said, *steady, *_notes(execution, keys_in_call)]
     if replayed is not None:
-        # Where a run with an earlier draw's keys drew other numbers than that draw's own run.
+        # Notes where this run drew other random numbers than the run that made the draw.
+        # The last of them: of an init and an apply that shared the draw, the apply.
         for stored in runs.of_draw(state.runs, replayed.seed, replayed.number)[-1:]:
             run_notes += notes.compare(replayed.number, stored.record, result.trace)
     if entry.outdated and variables.made is None and options.variables is None:
@@ -100,22 +104,24 @@ def apply_model(
     if anew and users_model.holds_variables and new_model.holds_variables:
         after = replace(after, model=users_model)
 
+        # NNX: the updates go into the new module first; then the user's object takes over all of that module's values.
         def write() -> None:
             commit.make()
             users_model.become(new_model)
 
     recipe = recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
+    # NumPy arrays are copied: the user may write into them before a replay.
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
     outcome = Outcome(run, stored, draw, after, write=write, commit=commit if keep else None)
     return Applied(outcome, execution, recipe, steady, tuple(keys_in_call.values()))
 
 
 def _after(execution: Execution, changed: Iterable[str]) -> ModelEntry:
-    """The model with what the run wrote of it, and with what was learned about the call.
+    """The entry after the run: what the run wrote, and what was learned about the call (its needs, its static ints).
 
     Args:
-      changed: collections that are kept.
+      changed: the collections to keep.
     """
     entry, bound = execution.variables.entry, execution.request.bound
     method = bound.call.method
@@ -125,18 +131,20 @@ def _after(execution: Execution, changed: Iterable[str]) -> ModelEntry:
         static_ints=entry.static_ints | {(method, name) for name in execution.arguments.forced},
         update_counts={**entry.update_counts, **{name: entry.update_counts.get(name, 0) + 1 for name in changed}},
     )
+    # An NNX module holds its variables itself: the commit writes them.
     if changed and not bound.model.holds_variables and entry.variables is not None:
         entry = replace(entry, variables={**entry.variables, **execution.result.updates})
     return entry
 
 
 def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[Note]:
-    """Notes of this run alone."""
+    """Yields the notes that depend on this run's keys, variables and arguments, not on its line alone."""
     request, trace = execution.request, execution.result.trace
     bound, options, line = request.bound, request.options, request.line
     known = {name for needs in request.entry.known_needs.values() for name in needs.streams}
+    # Streams that earlier runs asked for were noted then.
     yield from notes.of_streams(trace, known)
-    if options.draw is None:  # a replay brings its keys again, and means to
+    if options.draw is None:  # a replay reuses its keys on purpose
         yield from notes.of_keys(keys_in_call, request.services.seen, line)
     yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
     if execution.variables.made is not None:
@@ -147,7 +155,8 @@ def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[
 
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
-    """The draws of a run that takes many, from `begin` on. A replay may go no further than what was drawn."""
+    """The `--draws N` consecutive draws from `begin` on. Raises FlaxMagicsError for a replay of draws never made."""
+    # `True` is an int, but no number of draws.
     size = options.draws
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise FlaxMagicsError(f"--draws takes a number of draws, 1 or more, not {size!r}.")
@@ -157,7 +166,7 @@ def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
 
 
 def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, services: Services) -> Outcome | None:
-    """An apply of a line that ran before; None where something it depends on differs, and then nothing has happened."""
+    """An apply of a line that has a plan. Returns None, with nothing changed, where something it depends on differs."""
     started = time.time()
     inputs = last.accepts(entry, call, services)
     if inputs is None:
@@ -165,16 +174,19 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     plan, draw, variables = last.plan, state.root.draw(), inputs.variables
     try:
         result = plan.run(draw, variables, inputs.arguments, services, inputs.pending)
-    except Exception:  # the long way finds out what it is, and says so
+    except Exception:  # `apply_model` runs it again, and reports the error with its advice
         return None
+    # The reason for the next new program is found by comparing with this run.
     services.programs.parts[entry.name] = last.parts
     memory = last.template.memory
+    # Of a program's memory figures only the device's peak changes from run to run.
     if memory is not None and memory.peak is not None:
         memory = with_peak(memory, devices_in((result.output, result.updates, result.sown)))
     source = entry.source
     after: ModelEntry | None = None
     changed: dict[str, int] = {}
     commit: Commit | None = None
+    # Leaves that neither this plan nor the session put there: the user's code changed the variables.
     if inputs.fresh and source is not None:
         source = source.now(variables, entry.update_counts)
         if source is not entry.source:
@@ -221,12 +233,12 @@ def init_model(
     limit: int,
     said: tuple[Note, ...],
 ) -> Outcome:
-    """An init of a linen model.
+    """Runs an init of a linen model.
 
     Args:
-      draw: an earlier one whose key it takes, None for the next.
-      limit: see `replaced_by_init`.
-      said: notes on how the entry came to be.
+      draw: number of an earlier draw whose `params` key is used; None makes the next draw.
+      limit: bytes of replaced variables that may be kept, see `replaced_by_init`.
+      said: notes from finding the entry.
 
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
@@ -266,4 +278,5 @@ def init_model(
     )
     recipe = InitRecipe(entry.without_variables(), call.method, tuple(arrays_in(model.module)))
     entry = replace(entry.with_variables(variables, source, init_record), replaced=replaced)
+    # An init opens its draw for the model's next apply; with an earlier draw's key it opens none.
     return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if draw is not None else (name, opened))

@@ -1,6 +1,6 @@
-"""NNX modules that the session builds, as draws: on a magic's line, by `%flax_init`, and anew after `--fresh`.
+"""Builds NNX modules as draws: on a magic's line, by `%flax_init`, and again after `--fresh`.
 
-Works on one State and gives another; what is to be written into the user's own object comes back as a function.
+A State goes in and a new one comes out; what must be written into the user's own object is returned as a function.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .execute import plain_errors
 from .record import Outcome, run_of_draw, stored_init
 
 RegisterResult = tuple[State, Registration, StoredRun | None]
-"""The state with one module, what became of its name, and the run of one that was built now."""
+"""The state with the module registered, what registering did, and the run of the construction, None without one."""
 
 
 class Building:
-    """Registers modules, and builds those of which only the construction is there.
+    """Registers modules, and builds those that are given as a `Construction`.
 
     Args:
-      services: what the session works with.
+      services: the session's programs, clock and progress callback.
     """
 
     def __init__(self, services: Services) -> None:
@@ -47,7 +47,7 @@ class Building:
     def register_all(
         self, state: State, modules: Mapping[str, object], anew: Container[str] = (), cell: int | None = None
     ) -> tuple[State, list[Registration], list[StoredRun]]:
-        """The state with all of `modules`, what became of each, and the runs of those that were built now.
+        """Registers `modules`. Returns the new state, what became of each, and the runs of those that were built.
 
         See `Session.register_all` for the arguments.
         """
@@ -58,30 +58,32 @@ class Building:
             builds += [] if build is None else [build]
             gone = change.variables in ("dropped", "own") and not isinstance(module, Construction)
             if (gone or change.unfit) and state.opened is not None and state.opened[0] == name:
-                state = replace(state, opened=None)  # its `params` went into variables that are no more
+                state = replace(state, opened=None)  # the open draw's `params` key made variables that are dropped now
         return state, changes, builds
 
     def register(self, state: State, name: str, module: object, *, anew: bool, cell: int | None) -> RegisterResult:
-        """The state with one module, what became of the name, and the run if the module was built now."""
+        """Registers one module. Returns the state, what became of the name, and the run if the module was built."""
         if isinstance(module, Construction):
             return self._build(state, name, module, cell)
         old = state.models.get(name)
+        # The name had been deleted, so a module that the user's code built is a new one, not an edit.
         if old is not None and anew and old.model.holds_variables and old.built is None:
             old = None
         entry, change = models.register(old, name, module)
         return replace(state, models=with_entry(state.models, entry)), change, None
 
     def _build(self, state: State, name: str, recipe: Construction, cell: int | None) -> RegisterResult:
-        """`register` for a module of `recipe`: the one that is there if it was built alike, else one of the next draw."""
+        """`register` for a Construction: keeps the module that an equal one built, else builds in the next draw."""
         old = state.models.get(name)
         changes: tuple[str, ...] = ()
         if old is not None and old.built is not None and not old.rebuild_next:
             fingerprint = recipe.fingerprint()
             if fingerprint is not None and fingerprint == old.built.fingerprint:
                 return state, models.unchanged(old), None
-            # An edit: what the old keys give now is held against what is there.
+            # After an edit, build with the old keys: no draw is made if that gives the same, or the old variables fit.
             entry, change = built_with(old, name, recipe, old.built.keys)
             if change.state == "unchanged":
+                # The next comparison then ends at the fingerprints.
                 entry = replace(entry, built=BuiltBySession.of(recipe, old.built.keys))
             if change.variables == "kept":
                 return replace(state, models={**state.models, name: entry}), change, None
@@ -98,11 +100,11 @@ class Building:
 def rebuild(
     state: State, entry: ModelEntry, call: Call, services: Services, *, draw: DrawNumber | None, limit: int
 ) -> Outcome:
-    """`init` of a model that holds its variables: the same construction again, into the same object.
+    """Runs the construction of an NNX module again (`%flax_init`); the commit moves its values into the user's object.
 
     Args:
-      draw: an earlier one whose keys it takes, None for the next.
-      limit: see `replaced_by_init`.
+      draw: number of an earlier draw whose keys are used; None makes the next draw.
+      limit: bytes of replaced variables that may be kept, see `replaced_by_init`.
 
     Raises:
       FlaxMagicsError: the user's own code built the module.
@@ -132,12 +134,13 @@ def rebuild(
 def _build_in(
     state: State, draw: Draw, name: str, recipe: Construction, services: Services
 ) -> tuple[ModelWithVariables, Run]:
-    """The module of `recipe` with the keys of `draw`, and the run that this is."""
+    """Builds the module of `recipe` with the keys of `draw`. Returns it and the Run that records it."""
     clock = services.clock
     started, start = time.time(), clock()
     keys = keys_of(draw)
     services.on_phase(f"building {name}")
     model = adopt_built(recipe.build(keys), recipe.text)
+    # JAX computes asynchronously: without waiting, the time would be that of the dispatch.
     jax.block_until_ready(model.collections())
     seconds = clock() - start
     run = run_of_draw(
@@ -153,6 +156,7 @@ def _build_in(
         timing=Timing(init=seconds),
         made=made_of(model.collections()),
         by_hand=recipe.by_hand(name),
+        # Only the words are needed here, so no arrays are marked.
         weights=WeightSource.initialised(draw, {}).describe(draw.seed),
         first=state.runs is None,
     )
@@ -162,7 +166,7 @@ def _build_in(
 def _built(
     entry: ModelEntry, model: ModelWithVariables, recipe: Construction, keys: Mapping[str, jax.Array], draw: Draw
 ) -> ModelEntry:
-    """The entry of a module that was built anew as `model`, with `keys` of `draw`."""
+    """Completes the entry of `model`, which `recipe` has just built with `keys` of `draw`."""
     built, sample = BuiltBySession.of(recipe, keys), model.sample()
     source = WeightSource.initialised(draw, model.collections(), in_module=True)
     return replace(entry, built=built, rebuild_next=False, initial_sample=sample, source=source)
@@ -176,16 +180,16 @@ def _stored(name: str, recipe: Construction, run: Run) -> StoredRun:
 def built_with(
     old: ModelEntry | None, name: str, recipe: Construction, keys: Mapping[str, jax.Array]
 ) -> tuple[ModelEntry, Registration]:
-    """The module of `recipe` built with keys of an earlier draw, held against `old`."""
+    """Builds the module of `recipe` with keys of an earlier draw, and compares it with the entry `old`."""
     model = adopt_built(recipe.build(keys), recipe.text)
     return models.register_holding(old, name, model, BuiltBySession.of(recipe, keys))
 
 
 def renewed(entry: ModelEntry, draw: Draw, *, taken: bool) -> ModelEntry:
-    """The entry of a stale module with one that is built anew in `draw`; the user's own object is as it was.
+    """Builds the module of an entry that `--fresh` marked again, in `draw`; the user's own object stays untouched.
 
     Args:
-      taken: see `Draw.stream`, of `params` alone.
+      taken: whether the draw's `params` key is used already, see `Draw.stream`.
     """
     assert entry.built is not None
     recipe = entry.built.recipe

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import describe
 from ..base.types import PyTree
 from ..compile.compiler import Units
 from ..compile.initialise import Initialising, merged, trace_init
@@ -24,13 +23,12 @@ from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value
 from ..rng.keys import Draw, DrawBatch, shape_of_key
 
 if TYPE_CHECKING:
-    from ..compile.cache import ProgramSpec
     from ..state.entry import ModelEntry
     from ..state.weights import Collections
 
 
 class Call(Struct, frozen=True):
-    """What is called, with what, and how a person wrote it."""
+    """A call as it was written: method, evaluated arguments, text, and the command that it stands on."""
 
     method: Path
     args: tuple[PyTree, ...]
@@ -38,36 +36,36 @@ class Call(Struct, frozen=True):
     text: str
     cell: int | None = None
     command: str = "%flax_apply"
-    """Of whose line the call is, with the options that were given."""
+    """The command before the call, with its options: `%flax_apply --train`."""
 
     @classmethod
     def of(cls, name: str, method: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, command: str) -> Call:
-        """A call that nobody wrote as text: arguments by place, keywords by name; `method` is `encoder.embed`, or None."""
+        """A script's call, with a text made up for messages; `method` may be dotted, None is `__call__`."""
         arguments = ", ".join(["…"] * len(args) + [f"{key}=…" for key in kwargs])
         path = tuple(method.split(".")) if method else ()
         return cls(path, args, kwargs, f"{'.'.join((name, *path))}({arguments})", command=command)
 
     @property
     def is_text(self) -> bool:
-        """Whether somebody wrote it as the text of a command, and not a script as arguments of a method."""
+        """Whether the call is text on a command's line, not arguments of a `Session` method."""
         return self.cell is not None or self.command == "--check"
 
 
 class BadCall(FlaxMagicsError):
-    """The arguments of a call do not fit the method."""
+    """Raised where the arguments of a call do not fit the signature of the method."""
 
 
-for attribute in ("__module__", "__name__", "__qualname__"):  # hosts show an error by these
+for attribute in ("__module__", "__name__", "__qualname__"):  # hosts print these: users see one name of errors
     setattr(BadCall, attribute, getattr(FlaxMagicsError, attribute))
 
 
 class BoundCall(Struct, frozen=True):
-    """A call whose arguments fit, and the model in its mode.
+    """A call whose arguments fit, and the model set to its mode.
 
     Attributes:
-      kwargs: the call's, with those that the mode adds.
-      switch: what was set, or how it stands as written.
-      mode: what was asked: `train`, `eval`, or `as written`.
+      kwargs: the call's keywords, with those that the mode adds.
+      switch: `name=value` of each switch: those that were set, or as they stand where no mode was asked for.
+      mode: what was asked for: `train`, `eval`, or `as written`; `init` for an init.
     """
 
     model: Model
@@ -77,17 +75,17 @@ class BoundCall(Struct, frozen=True):
     switch: tuple[str, ...]
     mode: str
     own_rngs: bool = False
-    """The call has `rngs` of the user's, where the session would have given some."""
+    """The user passes `rngs` in the call, in place of those that the session would make."""
 
     def mode_of(self, record: CallTrace) -> str:
-        """The mode that the run of `record` was in: as written where nothing was set.
+        """The mode in which the run that `record` traced was: `as written` where nothing was switched.
 
-        A model that looks whether it was given the stream `dropout` is switched by that.
+        A model that asks `has_rng("dropout")` is switched by being given that stream or not.
         """
         return self.mode if self.switch or "dropout" in record.queried else "as written"
 
     def initialising(self, draw: Draw, units: Units, *, taken: bool = False) -> Initialising:
-        """The initialisation that the call of an init is."""
+        """Prepares the init that this call asks for, which `begin` or `finish` starts; `taken` as in `Draw.stream`."""
         call = self.call
         return Initialising(self.model, call.method, call.args, self.kwargs, draw=draw, units=units, taken=taken)
 
@@ -109,7 +107,7 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
     else:
         train = mode == "train"
         check_agreement(train, written)
-        # `merge_param`: a field that has a value forbids the argument of the same name.
+        # `nn.merge_param` raises where a switch has a value both as a field and as an argument of the call.
         by_field = {key for key in defaults if defaults[key] is None and getattr(model.module, key, None) is not None}
         in_call = {key: value_of(key, train) for key in defaults if key in written or key not in by_field}
         kwargs |= {key: value for key, value in in_call.items() if key not in written}
@@ -122,7 +120,7 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
 
 
 def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
-    """For an init: the model as written, never in training; a switch without a value is initialised in evaluation."""
+    """Binds the call of an init: the model as written, never in training; a switch without a value means evaluation."""
     signature = model.signature(call.method)
     written = written_in_call(signature, call.args, call.kwargs)
     kwargs = dict(call.kwargs)
@@ -137,7 +135,7 @@ def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
 
 
 def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw | DrawBatch) -> Call:
-    """The call with the keys that `--key` adds."""
+    """Adds the keys of `--key` to the call's keywords. Raises FlaxMagicsError where the method cannot take them."""
     if not options.key:
         return call
     parameters = entry.model.signature(call.method).parameters
@@ -153,7 +151,7 @@ def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw |
 def request_of(
     entry: ModelEntry, bound: BoundCall, draw: Draw | DrawBatch, variables: Collections, options: ApplyOptions
 ) -> TraceRequest:
-    """What a program for a call is made for, with what earlier calls of the model were found to need."""
+    """The request to trace a call, beginning with what earlier calls of the model were found to need."""
     method = bound.call.method
     static = frozenset(name for of_method, name in entry.static_ints if of_method == method)
     return TraceRequest(
@@ -163,6 +161,7 @@ def request_of(
         Arguments.of(bound.call.args, bound.kwargs, bound.signature, static),
         variables,
         draw,
+        # With `--draws` each of these arguments has a key per draw, which is mapped like the streams' keys.
         keyed=frozenset(() if draw.size is None else options.key),
         mutable=frozenset(options.mutable),
         mode=bound.mode,
@@ -171,7 +170,7 @@ def request_of(
 
 
 def init_shapes(name: str, model: Model, call: Call, impl: str) -> Collections:
-    """The shapes of the variables that an init by keys of `impl` would make."""
+    """The shapes of the variables that an init with keys of the PRNG implementation `impl` would make."""
     first = prepare_init(name, model, call)
     traced = trace_init(first.model, shape_of_key(impl), call.method, call.args, first.kwargs)
     shapes: Collections = traced.shapes
@@ -179,9 +178,9 @@ def init_shapes(name: str, model: Model, call: Call, impl: str) -> Collections:
 
 
 def trace_shapes(entry: ModelEntry, bound: BoundCall, draw: Draw) -> TracedCall[None]:
-    """Traces a call by shapes alone, with the variables that are there, or those that an init would make.
+    """Traces a call by shapes alone, with the variables that are held, or with shapes of those that an init would make.
 
-    The calls of modules are noted. Of `draw` only the kind of its keys matters.
+    The trace records the call of every module. Of `draw` only the PRNG implementation matters, no key is used.
     """
 
     def shapes() -> Collections:
@@ -189,39 +188,20 @@ def trace_shapes(entry: ModelEntry, bound: BoundCall, draw: Draw) -> TracedCall[
 
     held = entry.held
     request = request_of(entry, bound, draw, shapes() if held is None else held, ApplyOptions())
-    # A method may need what the first init did not make.
+    # A method may need variables that the first init did not make: shapes of these are added.
     add = None if entry.model.holds_variables else lambda held: merged(held, shapes())[0]
     try:
         return trace_call(replace(request, noted=True), add=add)
     except MissingVariables as error:
+        # Flax's own error, which the models' rooms wrapped to be caught here.
         raise error.__cause__ or error from None
 
 
-class ShapeBefore(NamedTuple):
-    """An argument as it was earlier: who saw it, such as `init saw`, its shape, and dtype and shape in words."""
-
-    who: str
-    shape: tuple[int, ...]
-    text: str
-
-
-def shapes_before(entry: ModelEntry, method: Path, programs: Sequence[ProgramSpec]) -> dict[str, ShapeBefore]:
-    """Arrays among a method's arguments, by name: as the init had them, else as the last of the `programs` took them."""
-    init = entry.init or entry.previous_init
-    if init is not None and init.method == method:
-        rows = Arguments.of(init.args, init.kwargs, entry.model.signature(method), frozenset()).rows
-        return {
-            name: ShapeBefore("init saw", leaf.shape, describe(leaf))
-            for name, leaf, _ in rows
-            if hasattr(leaf, "shape")
-        }
-    spec = next((spec for spec in reversed(programs) if spec.method == method), None)
-    arguments = {} if spec is None else {name: leaf for name, leaf in spec.arguments.items() if leaf.kind == "array"}
-    return {name: ShapeBefore("an earlier run had", leaf.shape, leaf.text) for name, leaf in arguments.items()}
-
-
 def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs: dict[str, PyTree]) -> None:
-    """Raises BadCall where the arguments do not fit the signature: what is missing, or what is not known."""
+    """Raises BadCall, naming what is missing or unknown, where the arguments do not fit the signature.
+
+    Unknown arguments that are Flax's own (`rngs`, `mutable`, …) raise Idiom instead, which `Translation` answers.
+    """
     try:
         signature.bind(*call.args, **kwargs)
         return
@@ -256,18 +236,21 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
 
 
 def _plain(signature: inspect.Signature) -> str:
-    """The signature without annotations, which may be long."""
+    """The signature without annotations, which may be long, as text."""
     parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
 def as_names(value: str | Iterable[str]) -> tuple[str, ...]:
-    """One name or several, as a tuple."""
+    """Names given as one string or several, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
 
 
 def of_module(name: str, model: Model, lines: list[str]) -> list[str]:
-    """Lines of plain Flax that begin with a model's name, which is its class's where it was built from defaults."""
+    """Lines of plain Flax for a model that is registered under the name of its class.
+
+    In the notebook that name is the class, not an instance: the lines fetch the registered module and call that.
+    """
     if name != type(model.module).__name__:
         return lines
     plain = [re.sub(rf"^(variables = )?{name}(?=[.(])", r"\1module", line) for line in lines]
@@ -277,7 +260,7 @@ def of_module(name: str, model: Model, lines: list[str]) -> list[str]:
 
 
 def with_drawn_key(call: Call, name: str) -> str:
-    """The lines that draw a key for an argument which `--key` was to give, and pass it."""
+    """The lines to write in place of `--key NAME`: they draw a key by `%flax_key` and pass it in the call."""
     key = new_key(name)
     command = without_option(call.command, "--key", name)
     return f"{key} = %flax_key {name}\n{command} {with_arguments(call.text, [f'{name}={key}'])}"

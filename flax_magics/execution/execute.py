@@ -1,4 +1,4 @@
-"""One apply, from a call to its result: its variables, its plan, its run. Changes nothing itself."""
+"""One apply, from a call to its result: its variables, its plan, its run. The session is not changed here."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 class ApplyRequest(Struct, frozen=True, dict=True):
-    """One apply as it is wanted.
+    """An apply that was asked for.
 
     Attributes:
-      entry: the model as it is before.
-      params_taken: an init took this draw's `params` key already.
+      entry: the model as it is before the run.
+      params_taken: an init has used this draw's `params` key already.
       others: the line that gives the model other weights, which a name of the notebook holds; None where none does.
     """
 
@@ -52,18 +52,18 @@ class ApplyRequest(Struct, frozen=True, dict=True):
 
     @cached_property
     def bound(self) -> BoundCall:
-        """The call with the keys that `--key` adds, its mode set. Raises FlaxMagicsError for a mistake in it."""
+        """The call bound to the model in its mode, `--key`'s keys added. Raises FlaxMagicsError for a mistake in it."""
         call = with_keys(self.entry, self.call, self.options, self.draw)
         return prepare(self.entry.name, self.entry.model, call, self.options.mode)
 
     @property
     def op_by_op(self) -> bool:
-        """Whether nothing is to be compiled."""
+        """Whether to run without compiling: with `--eager`, or under `jax.disable_jit`."""
         return self.options.eager or bool(getattr(jax.config, "jax_disable_jit", False))
 
     @property
     def line(self) -> Line:
-        """As it was written."""
+        """The command and its call as they were written, from which advice makes other lines."""
         return Line(self.call.command, self.call.text, self.bound.signature)
 
 
@@ -71,11 +71,11 @@ class RunVariables(Struct, frozen=True):
     """Variables to run with, and how they came about in this draw.
 
     Attributes:
-      entry: the model with them, where it is to keep them.
+      entry: the model with these variables, unless they were given for this run alone.
       made: what was initialised for this run, None where nothing was.
-      seconds: that this took.
-      weights: whose they are.
-      taken: the draw's `params` key went into variables: the run's own `params` stream must be another.
+      seconds: how long that took.
+      weights: where the variables came from, in words.
+      taken: the draw's `params` key went into variables, so the run's own stream `params` must have another key.
     """
 
     entry: ModelEntry
@@ -87,7 +87,7 @@ class RunVariables(Struct, frozen=True):
 
 
 class Execution(Struct, frozen=True):
-    """An apply that was carried out."""
+    """An apply that has run, with everything that was worked out for it."""
 
     request: ApplyRequest
     variables: RunVariables
@@ -98,26 +98,26 @@ class Execution(Struct, frozen=True):
 
     @property
     def arguments(self) -> Arguments:
-        """The call's, as the program took them."""
+        """The call's arguments, as the program took them."""
         return self.built.request.arguments
 
     @property
     def mode(self) -> str:
-        """The mode that the model ran in."""
+        """The mode that the model ran in, see `BoundCall.mode_of`."""
         return self.request.bound.mode_of(self.result.trace)
 
     @property
     def timing(self) -> Timing:
-        """Of the run, of building its program, and of initialising."""
+        """Times of the run, of each phase of building its program, and of initialising."""
         phases = {name: getattr(self.built.timing, name) for name in ("trace", "lower", "compile", "beside")}
         return replace(self.result.timing, init=self.variables.seconds, **phases)
 
 
 def execute(request: ApplyRequest) -> Execution:
-    """Initialises if need be, finds or builds the program, runs it and waits for the device.
+    """Initialises where needed, finds or builds the program, runs it, and waits for the device.
 
     Raises:
-      FlaxMagicsError: a mistake in the call, or no memory. What the model raises is passed on.
+      FlaxMagicsError: a mistake in the call, or memory ran out. What the model raises is passed on.
     """
     call, options, draw, services = request.call, request.options, request.draw, request.services
     if options.repeat < 1:
@@ -129,6 +129,7 @@ def execute(request: ApplyRequest) -> Execution:
         variables, built = _variables(request), None
         if variables is None:
             variables, built = _initialise(request)
+        # At most twice: the method may need variables that the first init did not make, which are then added.
         while True:
             try:
                 plan, built = _make_plan(request, variables, built)
@@ -144,10 +145,11 @@ def execute(request: ApplyRequest) -> Execution:
 
 
 def _variables(request: ApplyRequest) -> RunVariables | None:
-    """The variables to run with, given or there; None where they have to be initialised in this draw.
+    """The variables to run with: given ones or held ones. None where they have to be initialised in this draw.
 
     Raises:
-      FlaxMagicsError: the variables that are given are none, or `--key params` asks for the key that initialises.
+      FlaxMagicsError: the given ones are no variables, held ones were deleted, or `--key params` asks for the key that
+        initialises.
     """
     entry, options, call = request.entry, request.options, request.bound.call
     held = None if options.variables is not None else entry.held
@@ -176,27 +178,29 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
 
 
 def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | None]:
-    """Makes the variables while the program is compiled, for which their shapes are enough.
+    """Initialises the variables while the run's program compiles, for which their shapes are enough.
 
-    The program is None where it has to be made once the variables are there: they do not tell their shapes before, or
-    are not all that the call needs. Of the time until then, tracing both counts as trace, the rest as init.
+    The program is None where it must be made afterwards: the init cannot tell shapes in advance, or the call needs
+    variables that it does not make. Of the time, tracing both counts as trace, the rest as init.
     """
     entry, draw, services = request.entry, request.draw, request.services
     services.on_phase(f"initialising {entry.name}")
     init = prepare_init(entry.name, entry.model, request.bound.call)
     since = services.clock()
-    # An init that the session opened and whose variables were dropped since has used this key already.
+    # If edits dropped the variables that used this draw's `params` key, the new init gets another key.
     initialising = init.initialising(draw.first, services.programs.units, taken=request.params_taken)
     program: StartedProgram | None = None
     if initialising.expected is not None and not request.op_by_op:
-        # The one thread traces the run, and another compiles meanwhile.
+        # This thread traces the run while others compile the units of the init that take longest.
         initialising.begin()
+        # With variables missing, the program is made once they were added.
         with contextlib.suppress(MissingVariables):
             wanted = request_of(entry, request.bound, draw, initialising.expected, request.options)
             program = begin_program(wanted, services, since)
+        # What is left to wait for from here on counts as init.
         if isinstance(program, PendingProgram):
             since = services.clock()
-        # What the program takes to compile is what has to be waited for, so it comes before many small ones.
+        # The run's program takes longest to compile, so it is queued before the many small units.
         initialising.begin(rest=True)
         services.on_phase(f"initialising {entry.name}")
     values, record = initialising.finish()
@@ -208,14 +212,17 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
 
 
 def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:
-    """Adds the variables that a method needs and the first init did not make, from the first init's key."""
+    """Adds the variables that a method needs and the first init did not make, using the first init's key.
+
+    Raises the model's own error where nothing is added: the variables are the user's, or were completed before.
+    """
     entry, call, clock = variables.entry, request.bound.call, request.services.clock
     if request.options.variables is not None or (variables.made is not None and variables.made.added):
         raise error.__cause__ or error
     first = request.draw.first
     key = entry.init.key if entry.init is not None else first.stream("params", taken=variables.taken)
     init = prepare_init(entry.name, entry.model, call)
-    assert not init.model.holds_variables  # an NNX module lacks none
+    assert not init.model.holds_variables  # an NNX module always has all of its variables
     begin = clock()
     fresh = jax.block_until_ready(init.model.init(key, call.method, call.args, init.kwargs))
     seconds = clock() - begin
@@ -227,7 +234,7 @@ def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVa
 
 
 def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgram | None) -> tuple[Plan, BuiltProgram]:
-    """How the call runs with variables that are there, by the program that is built, or else found or built now."""
+    """The plan of the call, and its program: `built` if that is there, else one that is found or compiled now."""
     bound, services, options = request.bound, request.services, request.options
     traced = None
     if built is None:
@@ -244,7 +251,7 @@ def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgr
 
 @dataclass
 class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
-    """Turns what no frame of the user's explains into one short message; everything else passes as it is."""
+    """Turns a stream missing in a lifted transform and exhausted memory into one short message; passes other errors."""
 
     call: Call
 
@@ -260,7 +267,7 @@ class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
 
 
 def _kept_out(error: flax_errors.InvalidRngError) -> FlaxMagicsError:
-    """Every stream is fed, so a stream can be missing only inside a transform that keeps it out."""
+    """The error of a missing stream: a run passes all streams, so only a lifted transform can keep one out."""
     first, stream = str(error).split(" (https")[0].rstrip("."), lacking_stream(error) or "…"
     message = f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on."
     return FlaxMagicsError(message, edit=f"split_rngs={{'{stream}': True, …}}")
@@ -288,7 +295,7 @@ def _check_inputs(call: Call) -> None:
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:
-    """Raises where a key is passed that the model draws from itself."""
+    """Raises FlaxMagicsError where `--key` passes the key of a stream that the model also draws from itself."""
     both = sorted(set(request.options.key) & result.needs.streams)
     if both:
         name = request.entry.name
@@ -297,13 +304,14 @@ def _check_keys(request: ApplyRequest, result: RunResult) -> None:
 
 
 def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
-    """Raises where the model wrote something that each of `size` runs one by one would have handed on to the next.
+    """Raises FlaxMagicsError where the model wrote what each of `size` runs one by one would pass to the next.
 
-    The state of the random streams alone may be written: it stays as after the last of them.
+    Only the state of random streams may be written: it ends as after the last of the draws.
     """
     name, line = request.entry.name, request.line
     one_by_one = f"for _ in range({size}):\n    {line.without_option('--draws', '[0-9]+')}"
     changed = request.bound.model.commit(result.updates, result.trace).changed
+    # NNX: the run changed the module's graph.
     if result.trace.structure is not None and not changed:
         changed = ("its own structure",)
     if changed:
@@ -313,13 +321,14 @@ def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
             " each hands it on to the next.",
             **written(one_by_one),
         )
+    # An `rngs` object of the user's, whose counts the run has moved.
     if ARGUMENTS in result.updates:
         message = f"{line.call} passes rngs of its own: they would give all {size} draws the same keys."
         raise FlaxMagicsError(message, **written(str(line.with_argument("rngs", None) or one_by_one)))
 
 
 def _limits(result: RunResult, built: BuiltProgram, services: Services) -> Limits:
-    """What one of the devices reaches, in the dtype that most of the variables have."""
+    """Measures what one of the devices reaches (FLOP/s, bytes/s), in the dtype that most of the variables have."""
     device = min(devices_in((result.output, result.updates)), key=lambda device: device.id)
     services.on_phase(f"measuring what {name_devices({device})} reaches")
     return limits(device, dtype_of(built.request.variables, built.request.arguments.dynamic), services.clock)

@@ -1,6 +1,7 @@
-"""Calls in Flax's own words where a command stands, such as `net.apply(variables, x)`, and the command that says the same.
+"""Calls in Flax's own words on a command's line, such as `net.apply(variables, x)`, and the command that says the same.
 
-Flax's methods would run as if they were the model's: `init` would leave the session with variables that are none.
+They are refused, since a command would run them as methods of the model: `%flax_init net.init(key, x)` would then keep
+what the method made, which are no variables of the model.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from .call import BadCall, Call, init_shapes, of_module
 INIT, APPLY, SUMMARY, CHECK = "%flax_init", "%flax_apply", "%flax_summary", "--check"
 
 COMMANDS = {**dict.fromkeys(("init", "init_with_output", "lazy_init"), INIT), "apply": APPLY, "tabulate": SUMMARY}
-"""A method of Flax's own → the command in its place."""
+"""Maps a method of Flax to the command that does the same."""
 
 BOUND = frozenset(
     {"variable", "param", "has_variable", "get_variable", "put_variable", "is_mutable_collection", "has_rng", "sow"}
     | {"perturb", "is_initializing", "variables", "unbind", "setup", "scope", "parent", "path"}
 )
-"""Names of linen's own that mean something inside the model alone."""
+"""Attributes of a linen module that only mean something inside the model, where it is bound."""
 
 
 @dataclass(frozen=True)
 class Translation(contextlib.AbstractContextManager["Translation"]):
-    """A block that runs a call of the model: an error that comes of Flax's own words becomes one that says the command.
+    """Surrounds a call of the model: errors that come of Flax's own words become ones that name the command.
 
     Attributes:
-      variables: those that the session has of it, None where there are none.
+      variables: the model's variables in the session, None before an init.
     """
 
     name: str
@@ -52,10 +53,11 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
             raise (self._of_method(error) if error.method else self._of_argument(error.argument)) from None
         method, module = self.call.method, self.model.module
         if isinstance(error, TypeError) and method and (len(method) > 1 or not hasattr(type(module), method[0])):
-            # A submodule of `setup`, whose signature nobody knew before it ran.
+            # A submodule assigned in `setup` has no signature before it runs: what Python's own TypeError says is read.
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if unknown and unknown[1] in FLAX_ARGUMENTS.keys() & self.call.kwargs.keys():
                 raise self._of_argument(unknown[1]) from None
+        # Other messages of ours have named the mistake already.
         of_the_call = isinstance(error, BadCall) or not isinstance(error, FlaxMagicsError)
         if isinstance(error, Exception) and of_the_call and self._begins_with_variables():
             raise self._of_variables() from None
@@ -87,7 +89,7 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
         return self._error(said, [call.text], f"session.models['{self.name}'].module.{'.'.join(call.method)}(…)")
 
     def _of_command(self, command: str) -> FlaxMagicsError:
-        """For a method that a command stands for: the same call without its first argument, which the session gives."""
+        """The error for a method that a command replaces, with the same call without what the session passes itself."""
         what, argument = ("variables and keys", "variables") if command == APPLY else ("a key", "rngs")
         said = f"`{self._function}` is Flax's own, and {command} is the command for it: the session gives {what}."
         form = f"session.{command.removeprefix('%flax_')}('{self.name}', …)"
@@ -96,9 +98,11 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
             return self._error(said, [], form)
         if call.command != CHECK and not call.command.startswith(command):
             call = replace(call, command=command)
+        # `net.encoder.init(key, x)` becomes `net.encoder(x)`.
         tree.func = tree.func.value if isinstance(tree.func, ast.Attribute) else tree.func
         tree.keywords = [keyword for keyword in tree.keywords if keyword.arg != argument]
         first, tree.args = tree.args[:1], tree.args[1:]
+        # In `net.apply(*arguments)` the first argument cannot be taken off.
         line = None if first and isinstance(first[0], ast.Starred) else _line(call, tree, None)
         return self._error(said, [line or call.text], form)
 
@@ -112,7 +116,7 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
         return self._error(said, self._plain_flax() if line is None else [line], f"session.{verb}('{self.name}', …)")
 
     def _plain_flax(self) -> list[str]:
-        """The call by hand, for what no command has an option for."""
+        """Lines that make the call by hand, where no option stands for an argument; none if they are unknown."""
         tree, name = _tree(self.call), self.name
         if tree is None or self.call.method or self.model.holds_variables:
             return []
@@ -128,18 +132,18 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
     # -- the variables as the first argument
 
     def _begins_with_variables(self) -> bool:
-        """Whether the call's first argument has the tree of the model's variables."""
+        """Whether the call's first argument is a pytree like the model's variables, as one passes it to `apply`."""
         value = self.call.args[0] if self.call.args else None
         if not isinstance(value, Mapping) or not value:
             return False
         if self.model.holds_variables:
-            with contextlib.suppress(Exception):  # it is something else
+            with contextlib.suppress(Exception):  # `read_state` refuses what is no state of the module
                 return bool(self.model.read_state(self.name, value))
             return False
         variables = self.variables
         if variables is None:
             call = replace(self.call, args=self.call.args[1:])
-            with contextlib.suppress(Exception):  # then the call is wrong in another way as well
+            with contextlib.suppress(Exception):  # the call has another mistake, too
                 variables = init_shapes(self.name, self.model, call, "threefry2x32")
         return variables is not None and _structure(value) == _structure(variables)
 
@@ -151,6 +155,7 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
             return self._error(said, [], form)
         first, *tree.args = tree.args
         command = self.call.command
+        # The advised line has to run: a switch without a default needs a mode.
         if command.startswith((APPLY, SUMMARY)) and not {"--train", "--eval"} & set(command.split()):
             signature = self.model.signature(self.call.method)
             given = written_in_call(signature, self.call.args[1:], self.call.kwargs)
@@ -163,7 +168,7 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
         return self._error(said, lines, form)
 
     def _error(self, said: str, lines: list[str], form: str) -> FlaxMagicsError:
-        """`lines`: complete ones, in a notebook; `form`: in a script, where the call has no text."""
+        """The error with `lines`, complete ones for a notebook, or `form`, for a script, whose calls have no text."""
         if not self.call.is_text:
             return FlaxMagicsError(said, form=form)
         if lines and lines[0].startswith(CHECK):
@@ -172,7 +177,7 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
 
 
 def _tree(call: Call) -> ast.Call | None:
-    """The call as a tree of its own; None where nobody wrote it as text."""
+    """The call's syntax tree, parsed anew so that it may be edited; None where the call was not written as text."""
     if not call.is_text:
         return None
     tree = ast.parse(call.text, mode="eval").body
@@ -181,10 +186,10 @@ def _tree(call: Call) -> ast.Call | None:
 
 
 def _line(call: Call, tree: ast.Call, module: object) -> str | None:
-    """The command with each argument of Flax's as the option or the method that says it; None where there is none.
+    """The command with each of Flax's arguments as an option or a method; None where one has neither.
 
     Args:
-      module: what `method=` may be a method of, None for a model that is not known.
+      module: its methods are those that `method=` may name; None where the model is not known.
     """
     words, keywords = [call.command], []
     applies = call.command.startswith(APPLY)
@@ -210,7 +215,7 @@ def _line(call: Call, tree: ast.Call, module: object) -> str | None:
 
 
 def _method(value: object, module: object) -> str | None:
-    """The name under which `method=value` is written as a call: empty for the call itself, None for a function besides."""
+    """How `method=value` is written as a call: a name, empty for `__call__`; None for a function that is no method."""
     if value is None or isinstance(value, str):
         return value or ""
     name = getattr(value, "__name__", "")
@@ -221,10 +226,11 @@ def _method(value: object, module: object) -> str | None:
 
 
 def _one_word(node: ast.expr) -> str:
-    """An expression as an option takes it: white space stands in brackets."""
+    """The expression's text as one word of an option: in parentheses where it may hold spaces outside of brackets."""
     text = ast.unparse(node)
     return text if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript, ast.Dict, ast.Call)) else f"({text})"
 
 
 def _structure(variables: Collections) -> jax.tree_util.PyTreeDef:
+    # A FrozenDict and a dict of the same leaves are different pytrees.
     return jax.tree_util.tree_structure(unfreeze(dict(variables)))

@@ -1,4 +1,4 @@
-"""The sharp bits that are looked for in every run, each one line and the line that mends it."""
+"""The sharp bits that every run is searched for; each is a note of one line, with the line that mends it."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from .call import BoundCall
 KNOWN_STREAMS = ("params", "dropout", "default")
 
 INITIALISED = ("kernel", "bias", "scale", "embedding")
-"""Parameters of Flax's layers, each with an argument `NAME_init`."""
+"""Parameters whose initializer is set on Flax's layers by an argument `NAME_init`."""
 
 OUTDATED = Note("outdated", "variables from before the edit: %flax_init for new ones")
 
 
 def outdated_own(name: str) -> Note:
-    """The same of an NNX module that the user's own code built."""
+    """The same note for an NNX module that the user's own code built: only that code can build it again."""
     text = "variables from before the edit: its cell again after `del` gives new ones"
     return Note("outdated", text, write=f"del {name}")
 
 
 def of_mode(name: str, prepared: BoundCall, mode: str, record: CallTrace) -> Iterator[Note]:
-    """Training was asked and every dropout (or BatchNorm) is in its evaluation behaviour, or the other way round; or
-    the model `name` has nothing that could be set.
+    """Notes that a mode did not take: all layers of a kind (dropout, norm) behave the other way, or there is no switch.
 
-    Where other layers do as was asked, one that is told otherwise by more than a literal beside a switch is meant to be:
-    a backbone that stays frozen.
+    Where other layers obey, one that does not is meant to be so (a frozen backbone), unless a literal beside a switch
+    of its own sets it.
 
     Args:
-      mode: what was asked if something was set, else `as written`.
+      name: the model's.
+      mode: the mode that the run was in: what was asked for, or `as written` if nothing was set.
     """
     asked = prepared.mode
     if asked not in ("train", "eval"):
@@ -82,7 +82,7 @@ def _wrong_mode(kind: str, layers: list[Layer], training: bool) -> Note:
 
 
 def of_streams(record: CallTrace, told: Container[str]) -> Iterator[Note]:
-    """Streams other than Flax's own, once each: a mistyped `rng_collection` must not pass in silence."""
+    """Notes streams that Flax's layers do not use, each once: Flax accepts a mistyped `rng_collection` in silence."""
     for name, paths in record.asked.items():
         if name in KNOWN_STREAMS or name in told:
             continue
@@ -93,21 +93,22 @@ def of_streams(record: CallTrace, told: Container[str]) -> Iterator[Note]:
 
 
 def of_params(variables: Collections) -> Iterator[Note]:
-    """Params, just initialised, that hold NaN, or that are zero throughout.
+    """Notes freshly initialised params that hold NaN, or that are all zero.
 
-    A layer may begin at zero, and so may a model that has nothing but biases: a weight of two dimensions or more has to
-    be among what is zero.
+    Zero biases are usual, so the zero leaves must have a weight of two dimensions or more among them.
     """
     zero, weight = True, ""
     for path, leaf in jax.tree_util.tree_flatten_with_path(variables.get("params", {}))[0]:
+        # Another process holds parts of it, or it is no array: it cannot be read here.
         if not isinstance(leaf, jax.Array) or not leaf.is_fully_addressable:
             return
         if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact):
             continue
-        # On a CPU NumPy reads the array where it is, and compiles nothing.
+        # On a CPU NumPy reads the array in place; JAX would compile the comparison.
         on_host = all(device.platform == "cpu" for device in leaf.devices())
         values: Leaf = np.asarray(leaf) if on_host else leaf
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        # Only NaN differs from itself.
         if bool((values != values).any()):
             text = f"{join(names)} holds NaN after init: look at its initializer"
             yield Note("nan params", text, edit=_initializer(names, values.ndim))
@@ -121,21 +122,21 @@ def of_params(variables: Collections) -> Iterator[Note]:
 
 
 def _initializer(path: list[str], ndim: int) -> str:
-    """How a layer of Flax is told to initialise a parameter; one of the user's own names its initializer itself."""
+    """Code that sets a parameter's initializer: with `NAME_init=` for Flax's layers, bare for the user's own."""
     name = path[-1] if path else "kernel"
     initializer = {"bias": "zeros", "scale": "ones"}.get(name, "lecun_normal()" if ndim >= 2 else "normal()")
     return f"{name}_init=" * (name in INITIALISED) + f"jax.nn.initializers.{initializer}"
 
 
 def of_scalars(dtypes: Mapping[str, str], line: Line) -> Iterator[Note]:
-    """Python numbers where arrays of these dtypes were: each kind of argument has a program of its own."""
+    """Notes arguments that are Python numbers where an array was before: each of the two kinds compiles a program."""
     for name, dtype in dtypes.items():
         text = f"`{name}` is a Python number where an array was before: that is another program"
         yield Note("scalar", text, **as_array(line, name, dtype))
 
 
 def of_unused(switch: Iterable[str], keys: Iterable[str], unused: Container[str], line: Line) -> Iterator[Note]:
-    """Keys in the call that the program does not read. In evaluation that is as it should be."""
+    """Notes keys in the call that the program does not read, except in evaluation mode, where that is expected."""
     for setting in switch:
         path, _, value = setting.partition("=")
         name = path.rpartition(".")[2]
@@ -154,10 +155,10 @@ def of_unused(switch: Iterable[str], keys: Iterable[str], unused: Container[str]
 
 
 def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterator[Note]:
-    """Collections to be handed back that are not there: Flax hands back nothing, in silence.
+    """Notes names in `--mutable` that are no collection of the model: Flax silently returns nothing for these.
 
     Args:
-      asked: names of collections; `known`: those of the variables, and of what the run wrote or sowed.
+      asked: names that the line has; `known`: collections of the variables, and of what the run wrote or sowed.
     """
     known = sorted(known)
     for name in asked:
@@ -172,7 +173,7 @@ def of_mutable(asked: Iterable[str], known: Iterable[str], line: Line) -> Iterat
 
 
 def with_notes_of_output(run: Run) -> Run:
-    """The run, with the sharp bit that its output holds NaN, where no other tells of it. Reads all of the output."""
+    """The run, with a note if its output holds NaN and no other note says so. Reads the whole output."""
     if any(note.kind in ("nan", "nan params") for note in run.notes) or not any(values.nan for values in run.values):
         return run
     text = f"the output of {run.model} holds NaN"
@@ -182,13 +183,14 @@ def with_notes_of_output(run: Run) -> Run:
 
 
 def without_inputs(run: Run) -> Run:
-    """The run, holding on to its output alone."""
+    """The run without its inputs: a kept copy then holds no more memory than its output."""
     return replace(run, inputs=RELEASED)
 
 
 def _finding_nan(run: Run) -> dict[str, str]:
-    """The lines that run it once more, op by op, and stop at the operation that gives NaN; none where more is needed."""
+    """The line that runs it again, op by op, up to the operation that makes NaN; empty where no line can repeat it."""
     added = {} if run.inputs is RELEASED else run.inputs[1]
+    # Beyond the mode's switches, an argument that is not in the call's text was passed by `--key`.
     by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
     if by_key or run.inputs is RELEASED or run.draws is not None or run.weights == FOR_THIS_RUN:
         return {}
@@ -197,17 +199,20 @@ def _finding_nan(run: Run) -> dict[str, str]:
 
 
 def may_be_key(leaf: Leaf) -> bool:
-    """Whether a leaf is an array of typed keys, or has the dtype and a shape of legacy ones."""
+    """Whether a leaf can be a PRNG key: typed keys, or uint32 of the shape of a legacy key."""
     return isinstance(leaf, jax.Array) and (is_key(leaf) or (leaf.dtype == "uint32" and leaf.shape in ((2,), (4,))))
 
 
 def keys_in(arguments: Arguments, seen: SeenKeys, but: Container[str]) -> Iterator[tuple[str, bytes]]:
-    """Names and data of the arguments that are keys: typed ones, and legacy ones that are known as keys.
+    """Yields name and key data of the arguments that are keys.
+
+    A legacy key is an ordinary uint32 array: it counts where this session has met its words as a key.
 
     Args:
       but: names that are left out.
     """
     for name, leaf in arguments.dynamic.items():
+        # An array of typed keys is meant to be split up, so it is no key that may be used twice.
         if name not in but and may_be_key(leaf) and not (is_key(leaf) and leaf.ndim):
             data = data_of(leaf)
             if is_key(leaf) or data in seen.roots or data in seen.runs:
@@ -215,7 +220,7 @@ def keys_in(arguments: Arguments, seen: SeenKeys, but: Container[str]) -> Iterat
 
 
 def of_keys(in_call: Mapping[str, bytes], seen: SeenKeys, line: Line) -> Iterator[Note]:
-    """What is to be said of the keys in a call."""
+    """Notes keys that are used twice: by two arguments, as a root key, or in an earlier run."""
     first: dict[bytes, str] = {}
     for name, data in in_call.items():
         if data in first:
@@ -232,7 +237,7 @@ def of_keys(in_call: Mapping[str, bytes], seen: SeenKeys, line: Line) -> Iterato
 
 
 def _with_keys(line: Line, *names: str) -> dict[str, str]:
-    """The lines that draw keys of their own for arguments, and pass them."""
+    """The lines that draw a new key for each argument by `%flax_key`, and the call with these."""
     draws, edited = [], line
     for name in names:
         stream = next((word for word in reversed(re.findall(r"\w+", name)) if word.isidentifier()), "latent")
@@ -244,18 +249,17 @@ def _with_keys(line: Line, *names: str) -> dict[str, str]:
 
 
 NAMED = 4
-"""Layers that a note names; of more it says how many."""
+"""How many layers a note names; the rest is counted."""
 OTHER_KEY = "another key, by its place in the model"
 
 
 def compare(draw: int, earlier: CallTrace | None, trace: CallTrace) -> Iterator[Note]:
-    """What is to be said of a run with the keys of `draw`, whose own run saw `earlier`.
+    """Notes random numbers other than those of `earlier`, the run that made `draw`, though the keys are the same.
 
-    A mask is the same where the key is made of the same and the shape and the rate agree. Where a module draws with a key
-    itself, what it draws is not known: then only where it took the key is compared, and nothing is claimed of the rest.
-    Inside a transform an equal path and shape may still be another mask, unless both runs are of one trace.
+    Masks agree if key, shape and rate agree. Of a module that draws with a key by itself only the key is compared.
+    Inside a lifted transform equal paths and shapes prove nothing, unless both runs come of one trace.
     """
-    # A record without them is of a run that could not be watched so closely.
+    # A trace without `takes` is of a run whose keys could not be watched.
     if earlier is None or earlier is trace or not (earlier.takes or trace.takes):
         return
     old, new = _by_place(earlier.takes), _by_place(trace.takes)
@@ -278,7 +282,7 @@ _Place = tuple[str, Path, int]
 
 
 def _by_place(takes: Iterable[KeyUse]) -> dict[_Place, KeyUse]:
-    """Stream, module and how often it took a key before → that key."""
+    """Maps stream, module path, and how often the module had taken a key of the stream before, to the key's use."""
     by_place: dict[_Place, KeyUse] = {}
     for take in takes:
         n = 0
@@ -289,7 +293,7 @@ def _by_place(takes: Iterable[KeyUse]) -> dict[_Place, KeyUse]:
 
 
 def _differing(texts: dict[_Place, str]) -> Iterator[str]:
-    """The places that differ in the same way in one text, some of these and the rest counted."""
+    """A text for each way to differ, with its places; past NAMED texts the remaining places are in one."""
     alike: dict[str, list[_Place]] = {}
     for place, text in texts.items():
         if text:
@@ -304,7 +308,7 @@ def _differing(texts: dict[_Place, str]) -> Iterator[str]:
 
 
 def _apart(old: KeyUse, new: KeyUse) -> str:
-    """`[4,8] there, [2,8] here`; empty where what was drawn with the same key is the same, or not known."""
+    """How two uses of a key differ, such as `[4,8] there, [2,8] here`; empty where they agree or one is unknown."""
     if old.source != new.source:
         return OTHER_KEY
     if old.drew is None or new.drew is None:

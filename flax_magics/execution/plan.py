@@ -1,4 +1,4 @@
-"""How a line runs: its Plan, which its first run makes, and the one way in which anything is run."""
+"""How a line (a call's text with its options) runs: the Plan that its first run makes, and `Plan.run` for all runs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _NO_TIME = Timing()
 
 
 class RunResult(NamedTuple):
-    """What one run gave.
+    """The result of one run.
 
     Attributes:
-      output: of the model; with `--mutable` it is `(output, updates)`.
-      updates: what was written, as it is after the last of the draws.
-      sown: what was sown.
-      timing: of the run and of what it waited for.
+      output: the model's; with `--mutable` it is `(output, updates)`.
+      updates: collections that were written, as they are after the last of the draws.
+      sown: collections that were sown.
+      timing: of the run, and of what it waited for.
       needs, trace: those of the plan; a run op by op may find out more.
     """
 
@@ -50,13 +50,13 @@ class RunResult(NamedTuple):
 
 
 class Plan(Struct, frozen=True, eq=False, dict=True):
-    """How one line runs: all that does not change from one run of it to the next.
+    """How one line runs: everything that does not change from one run of the line to the next.
 
     Attributes:
-      model: in its mode.
+      model: the model, set to its mode.
       text: the call as it was written.
-      taken: the draw's `params` key goes into variables: a stream of that name is another, see `Draw.stream`.
-      body: what runs: the program, or for a model that runs op by op its call as it was traced by shapes.
+      taken: the draw's `params` key goes into variables: the run's stream `params` gets another, see `Draw.stream`.
+      body: the program; for a model that runs op by op, its call as traced by shapes.
     """
 
     name: str
@@ -68,27 +68,27 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
 
     @classmethod
     def of_recipe(cls, recipe: ApplyRecipe, program: Program, text: str) -> Plan:
-        """The plan of a run that is run again by the very program that ran it, once."""
+        """The plan that replays a run by the program that ran it: once, whatever `--repeat` said."""
         options = dataclasses.replace(recipe.options, repeat=1, roofline=False)
         return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program)
 
     @cached_property
     def program(self) -> Program | None:
-        """None where the model runs op by op."""
+        """The compiled program, None where the model runs op by op."""
         return self.body if isinstance(self.body, Program) else None
 
     @cached_property
     def runs(self) -> int:
-        """How often it runs, of one result."""
+        """How often a run executes it (`--repeat`), with one result."""
         return self.options.runs
 
     @cached_property
     def streams(self) -> tuple[str, ...]:
-        """Streams of which a run is given the key."""
+        """Names of the streams whose keys are passed, sorted."""
         return tuple(sorted(self.body.needs.streams))
 
     def key_names(self, needs: Needs) -> dict[str, tuple[str, bool]]:
-        """The keys of a Run (see `RunKeys`) that turned out to need `needs`."""
+        """Names of the keys that a Run lists (see `RunKeys`) if it turned out to need `needs`."""
         names = {name: (name, False) for name in (*SPLIT, *self.options.key, *sorted(needs.streams))}
         if self.taken and "params" in needs.streams:
             names["params (folded)"] = ("params", True)
@@ -106,7 +106,7 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
 
         Args:
           arguments: the traced ones, by name.
-          pending: those of the inputs that may not be there yet; None for all of them, after a run that may have been
+          pending: inputs that may still be computed on the device; None for all, after a run that may have been
             interrupted.
 
         Raises:
@@ -117,11 +117,13 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
         needs, trace = body.needs, body.trace
         keys = {name: draw.words(name, taken=taken and name == "params") for name in self.streams}
         begin = free = clock()
+        # What an interrupted run still takes on the device is no time of this one.
         if pending is None:
             if programs.unfinished.wait is not None:
                 on_phase(f"waiting for the interrupted run, then {self.name}")
                 programs.unfinished.finish()
             free, pending = clock(), (variables, arguments)
+        # Computing the inputs is timed apart, so that it does not count as the run.
         if pending:
             on_phase(f"waiting for the inputs of {self.name}")
             jax.block_until_ready(pending)
@@ -141,25 +143,27 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
                     raise out_of_memory(error, self.text, None if program is None else program.memory) from None
                 raise
             times.append(clock() - start)
+            # Every repeat has the same keys: the first result is kept, the others only give times.
             first = result if first is None else first
             if len(times) == runs:
                 break
             start = clock()
         output, updates = first
-        if draw.size is not None:  # as after as many runs one by one
+        if draw.size is not None:  # updates end as after that many runs one by one
             updates = {name: tree if name in trace.sown else _last(tree) for name, tree in updates.items()}
         timing = replace(_NO_TIME, run=times[0], wait=wait, busy=free - begin)
         if len(times) > 1:
             timing = replace(timing, steady=Steady(tuple(times)))
-        if not updates and not self.options.mutable:  # as of most runs
+        if not updates and not self.options.mutable:  # the usual case, which needs no sorting
             return RunResult(output, updates, {}, timing, needs, trace)
         return RunResult(*_parted(output, updates, trace, self.options.mutable), timing, needs, trace)
 
     def _run_op_by_op(self, needs: Needs, services: Services) -> tuple[PyTree, Needs, CallTrace]:
-        """As by hand. Gives what the model turned out to need too, which the next run is given at once."""
+        """Runs the model without jit. Also returns its needs, grown by what it asked for, for repeats to begin with."""
         traced, unfinished = self.body, services.programs.unfinished
         assert isinstance(traced, TracedCall)
         request, draw = traced.request, traced.request.draw
+        # What the model needs shows only when it asks: then it runs again, with that as well.
         while True:
             seen = CallTrace()
             keys = {name: draw.stream(name, taken=self.taken and name == "params") for name in sorted(needs.streams)}
@@ -168,11 +172,14 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
             except Incomplete:
                 needs = needs.and_what(seen)
                 continue
+            # Compiled, a run does not return what it hands through unchanged.
             result = output, leave_out(updates, traced.trace.unchanged)
             if seen.foreign:  # of many draws, which JAX would have to stack
                 raise ForeignOutput(seen.foreign)
+            # An interrupted wait leaves the device at work, for which the next run then waits.
             unfinished.wait = functools.partial(jax.block_until_ready, opened(result))
             unfinished.wait()
+            # Host callbacks have printed into this cell once the barrier is passed.
             jax.effects_barrier()
             unfinished.wait = None
             return result, needs, seen.with_what(traced.trace)
@@ -185,7 +192,7 @@ def _last(tree: PyTree) -> PyTree:
 def _parted(
     output: PyTree, updates: Collections, trace: CallTrace, mutable: tuple[str, ...]
 ) -> tuple[PyTree, dict[str, PyTree], dict[str, PyTree]]:
-    """The output as it is handed back, what the run wrote, and what it sowed."""
+    """Sorts the result of a run: the output as it is returned, what was written, and what was sown."""
     updates = dict(updates)
     sown: dict[str, PyTree] = dict(updates.pop(SOWN, {}))
     for name in trace.sown:
@@ -198,7 +205,7 @@ def _parted(
 
 
 def needs_by_shapes(request: TraceRequest) -> TracedCall[None]:
-    """What a call that runs op by op needs; of a model that cannot be traced, all that it may need."""
+    """Traces a call that runs op by op for its needs; for a model that cannot be traced, assumes all it may need."""
     try:
         return trace_call(request)
     except Exception as error:
@@ -210,23 +217,23 @@ def needs_by_shapes(request: TraceRequest) -> TracedCall[None]:
 
 
 StartedProgram = PendingProgram | BuiltProgram
-"""One that is being compiled, or was there."""
+"""A program that is being compiled, or one that was found."""
 
 
 def begin_program(request: TraceRequest, services: Services, since: float | None = None) -> StartedProgram:
-    """Finds the program, or traces and lowers it and has it compiled. The variables may be shapes.
+    """Finds the program, or traces and lowers it and starts to compile it. The variables may be shapes.
 
     Args:
-      since: when that began, if it was before.
+      since: clock time at which its preparation began, None for now.
     """
     return services.programs.start(request, lambda phase: services.on_phase(f"{phase} {request.name}"), since)
 
 
 def finish_program(begun: StartedProgram, services: Services, variables: Variables | None = None) -> BuiltProgram:
-    """Waits until the program is compiled, and says why it is new.
+    """Waits until the program is compiled, and adds the reason why it is new.
 
     Args:
-      variables: those to run with, where `begin_program` was given shapes.
+      variables: the arrays, where `begin_program` was given their shapes.
     """
     request = begun.request
     built = services.programs.finish(begun, lambda phase: services.on_phase(f"{phase} {request.name}"))

@@ -1,8 +1,8 @@
-"""Plans kept by the line that they are of: a run like an earlier one needs nothing found out anew.
+"""Plans kept per line (a call's text with its options): a line that ran before needs no trace, no lookup, no new notes.
 
-A run that went through leaves a `LastRun` behind where all that it depended on can be looked at cheaply: the model's
-guards, JAX's settings, the signatures of arguments and variables. The next run of the same line holds these against what
-is there now. Where anything differs everything is found out, as if nothing had been kept.
+A run leaves a `LastRun` behind if everything that it depended on can be checked cheaply: the model's guards, JAX's
+settings, the signatures of arguments and variables. The next run of the line compares these with what is there now; if
+anything differs, `apply_model` works everything out, as if nothing had been kept.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from .plan import Plan
 from .record import Applied
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+"""Types whose values compare by `==`: static arguments of other types keep a line from having a plan."""
 SMALL = 65_536
-"""Bytes."""
+"""Outputs of at most this many bytes are checked for NaN by each run of a plan."""
 
 WeakLeaf = Callable[[], Leaf]
-"""Gives a leaf that is held weakly, None once it is gone."""
+"""Returns a leaf that is held by a weak reference, None once it is gone."""
 
 
 class Inputs(NamedTuple):
-    """What a run of a plan takes.
+    """The inputs of a run of a plan.
 
     Attributes:
       kwargs: the call's, with those that the mode adds.
-      arguments: the traced ones by name; `same`: they are the very arrays of the run before.
-      leaves: those of the variables; `fresh`: those among them that are others than the run before left.
-      pending: what may not be there yet.
+      arguments: the traced ones by name; `same`: they are the very objects of the run before.
+      leaves: those of the variables; `fresh`: those that neither the run before used nor wrote.
+      pending: inputs that may still be computed on the device.
     """
 
     kwargs: dict[str, PyTree]
@@ -64,25 +65,24 @@ class Inputs(NamedTuple):
 
 @dataclass(eq=False)
 class LastRun:
-    """The last run of a line: its plan, and what that depends on.
+    """The last run of a line: its plan, and everything that the plan depends on.
 
     Attributes:
-      registered: the registered model, whose guards tell of an edit; the plan's was made of it by setting its mode, and is
-        nobody else's.
-      key: the cache key of the registered one.
+      registered: the registered model, whose guards notice an edit; the plan has a copy of it, set to its mode.
+      key: the registered model's cache key.
       library: the edition of Flax's own code.
-      leaves: for each leaf of the arguments its name, whether it is traced, and its signature or else its value.
-      structure: how the arguments are put together; `flat`: each of them is one leaf, and none has a name.
+      leaves: for each leaf of the arguments its name, whether it is traced, and its signature, or its value if static.
+      structure: of the arguments' pytree; `flat`: all arguments are positional, and each is a single leaf.
       added: keyword arguments that the mode added to the call's.
-      variables: how the variables are put together, and signatures of their leaves.
-      known, passed: leaves of the variables and of the arguments that were looked at, held weakly.
-      written: for each leaf that a run writes which of the variables it is, None for a stream's own.
-      key_names: the keys of the Run: see `RunKeys`.
+      variables: structure of the variables, and the signatures of their leaves.
+      known, passed: leaves of the variables and of the arguments whose signatures were checked, held weakly.
+      written: for each leaf that a run writes, its index among the variables' leaves; None if it is not one of them.
+      key_names: the keys that the Run lists, see `RunKeys`.
       parts: the run as `ProgramCache` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
-      template: the Run, as far as it does not change.
-      looked_at: the output is small and on the host: looking for NaN takes some microseconds.
-      recipe: what replays of its runs have in common.
+      template: the Run, with the fields that stay the same.
+      looked_at: the output is small and on the host, so that a check for NaN takes some microseconds.
+      recipe: what replays of the line's runs share.
     """
 
     plan: Plan
@@ -105,12 +105,13 @@ class LastRun:
     recipe: ApplyRecipe = field(repr=False)
 
     def accepts(self, entry: ModelEntry, call: Call, services: Services) -> Inputs | None:
-        """What the plan is to be run with; None where something that it depends on differs from the last run."""
+        """The inputs to run the plan with; None where something that it depends on differs from the last run."""
         model, programs = entry.model, services.programs
         if model is not self.registered or entry.outdated or entry.rebuild_next or settings() != self.recipe.settings:
             return None
         if model.cache_key() != self.key or library.edition != self.library or programs.unfinished.wait is not None:
             return None
+        # Another program has run for the model since: whether numbers replaced arrays must be asked again.
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return None
         kwargs = {**call.kwargs, **self.added} if self.added else call.kwargs
@@ -123,44 +124,46 @@ class LastRun:
         fresh = self._fresh(leaves, treedef)
         if fresh is None:
             return None
-        # The others were there for the run before.
+        # Everything else was computed before the last run began.
         pending = (fresh, arguments) if fresh or known is None else ()
         return Inputs(kwargs, arguments, known is not None, variables, leaves, fresh, pending)
 
     def stored(self, run: Run, inputs: Inputs, before: StoredRun | None) -> StoredRun:
-        """The run as the session keeps it. What is as it was in the run before is shared with that: a loop adds little.
+        """The run as the session keeps it. It shares inputs and variables with the run before if they are the same.
 
         Args:
           before: the session's last run, None if there was none.
         """
         recipe, fresh = self.recipe, bool(inputs.fresh)
         origin = shared_inputs = None
+        # Only the run before is shared with, and only if it is of this line.
         if before is not None and before.origin is not None and before.origin.how is recipe:
             shared_inputs = before.inputs if inputs.same else None
             origin = None if fresh or recipe.written else before.origin
         if origin is None:
-            # What is no array of JAX's may be changed where it is.
+            # NumPy arrays are copied: the user may write into them.
             origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
         return StoredRun(run, origin, size, shared_inputs)
 
     def wrote(self, updates: Mapping[str, PyTree]) -> None:
-        """What the run itself wrote need not be looked at by the next: the same program gave it, and it is there."""
+        """Marks the leaves that the run wrote as checked: the same program made them, with the same signatures."""
         for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
             if i is not None:
                 self.known[i] = _weakly(leaf)
 
     def _known(self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> dict[str, Leaf] | None:
-        """The traced leaves by name where they are the very arrays of the run before, as in a loop; None otherwise."""
+        """The traced leaves by name if all arguments are the objects of the run before, as in a loop; else None."""
         if not self.flat or kwargs or len(args) != len(self.passed):
             return None
         for known, leaf in zip(self.passed, args, strict=True):
+            # A dead reference returns None too, so an argument that is None proves nothing.
             if leaf is None or known() is not leaf:
                 return None
         return dict(zip([name for name, _, _ in self.leaves], args, strict=True))
 
     def _traced(self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> dict[str, Leaf] | None:
-        """The traced leaves by name, None where the arguments are others."""
+        """The traced leaves by name; None where structure, a signature or a static value differs."""
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
         if not self.structure.fits(treedef):
             return None
@@ -172,14 +175,16 @@ class LastRun:
                         return None
                     self.passed[i] = _weakly(leaf)
                 arguments[name] = leaf
+            # `True == 1 == 1.0`, but each type has its own program.
             elif type(leaf) is not type(was) or leaf != was:
                 return None
         return arguments
 
     def _fresh(self, leaves: list[Leaf], treedef: jax.tree_util.PyTreeDef) -> list[Leaf] | None:
-        """The leaves of the variables that are others than they were, None where one of them is of another kind."""
+        """Leaves of the variables that the run before did not leave; None where structure or a signature differs."""
         if not self.variables[0].fits(treedef):
             return None
+        # `map` keeps this loop in C: it goes over every leaf at every run.
         if all(map(is_, map(call_it, self.known), leaves)):
             return []
         fresh = []
@@ -197,11 +202,11 @@ def _weakly(leaf: Leaf) -> WeakLeaf:
 
 
 def _nothing() -> None:
-    """In place of a reference to what may change where it is: it is looked at every time."""
+    """Stands for the reference to a leaf that can change in place: no leaf is it, so the leaf is checked every time."""
 
 
 def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun | None:
-    """What a run leaves behind for the next of its line; None where only the long way can tell whether it is the same.
+    """What a run leaves behind for the next run of its line; None where only `apply_model` can tell whether they agree.
 
     Args:
       entry: the model as it was before the run.
@@ -225,6 +230,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     ):
         return None
     traced = arguments.dynamic
+    # Whether a key was used before has to be asked at each run.
     if any(map(may_be_key, traced.values())) or any(type(leaf) not in SIMPLE for _, leaf in arguments.static):
         return None
     assert after is not None
@@ -233,6 +239,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     values_after, structure = jax.tree_util.tree_flatten(variables if after.variables is None else after.variables)
     signatures: list[object] = list(map(signature_of, values))
     passed, held = Structure.of(arguments.treedef), Structure.of(treedef)
+    # The run changed the kind of its variables (a cache that grew), so the next one needs another program.
     if not held.fits(structure) or passed.contents is None or list(map(signature_of, values_after)) != signatures:
         return None
     template = like(
@@ -275,30 +282,31 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
 
 
 def _places(variables: Variables, updates: Variables) -> tuple[int | None, ...]:
-    """For each leaf of `updates` the number of the variables' leaf in its place; None: it is no leaf of theirs."""
+    """For each leaf of `updates`, the index of the variables' leaf at the same path; None where there is none."""
     paths = {path: i for i, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(variables)[0])}
     return tuple(paths.get(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0])
 
 
 class PlanCache:
-    """The last lines that ran, each with its last run."""
+    """The `LastRun` of each of the lines that ran last."""
 
     def __init__(self) -> None:
         self._lines: OrderedDict[Hashable, LastRun] = OrderedDict()
 
     def find(self, name: str, call: Call, options: ApplyOptions) -> LastRun | None:
-        """What a run of the same line left behind."""
+        """The `LastRun` of this line, None if it left none."""
         return self._lines.get((name, call.text, options.mode, options.mutable))
 
     def keep(self, entry: ModelEntry, applied: Applied, services: Services) -> None:
-        """Keeps what a run leaves behind (see `last_run`); of many lines the oldest is let go."""
+        """Keeps what a run leaves behind (see `last_run`); beyond `KEPT` lines the oldest is dropped."""
         request = applied.execution.request
         place = (entry.name, request.call.text, request.options.mode, request.options.mutable)
+        # A run that cannot be checked cheaply leaves its line without a plan.
         self._lines.pop(place, None)
         last = last_run(entry, applied, services)
         if last is not None:
             keep(self._lines, place, last, KEPT)
 
     def forget(self, name: str) -> None:
-        """Lets go of every line of a model: it is another now."""
+        """Drops every line of a model that was registered again."""
         self._lines = OrderedDict((place, last) for place, last in self._lines.items() if last.recipe.name != name)

@@ -1,4 +1,4 @@
-"""The Run of each command, from what it did, and what it takes to write it again as plain Flax."""
+"""Makes the Run of each command from what it did, and collects what it takes to write it again as plain Flax."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from .execute import Execution
 
 
 class Outcome(NamedTuple):
-    """What a command worked out, for the session to make part of itself.
+    """What a command worked out, for the session to commit.
 
     Attributes:
-      draw: what it took from the root key.
-      entry: the model as it is to be kept, None: as it is.
-      opened: the model whose next apply goes on with the draw.
+      draw: the draw to take from the root key.
+      entry: the model's new entry, None if it stays as it is.
+      opened: name and draw if that model's next apply shall go on with the draw.
       write: writes into the user's own object, where that takes more than `commit`.
-      commit: what the run changed in a module that holds its own variables.
+      commit: the changes to the variables of a module that holds them itself.
     """
 
     run: Run
@@ -56,12 +56,12 @@ class Outcome(NamedTuple):
 
 
 class Applied(Struct, frozen=True):
-    """An apply where everything was found out.
+    """An apply that `apply_model` worked out.
 
     Attributes:
-      recipe: what replays of its line have in common.
-      steady: notes that every run of its line has.
-      keys_in_call: data of keys that the user passed in the call.
+      recipe: what replays of its line's runs share.
+      steady: notes that every run of the line has.
+      keys_in_call: data of the keys that the user passed in the call.
     """
 
     outcome: Outcome
@@ -72,14 +72,14 @@ class Applied(Struct, frozen=True):
 
 
 def recipe_of(execution: Execution) -> ApplyRecipe:
-    """What running it again takes besides keys, variables and inputs. Its program is held weakly."""
+    """What a replay takes besides keys, variables and inputs. The program is held weakly."""
     request, plan, arguments = execution.request, execution.plan, execution.arguments
     model = request.entry.model
     leaves, structure = jax.tree_util.tree_flatten(execution.built.request.variables)
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
     findable = plan.program if execution.built.key is not None else None
     nnx = sys.modules.get("flax.nnx")
-    # Objects that hold variables, of which a run may change the values.
+    # Objects that hold variables, whose values a run may change in place.
     moving = () if nnx is None else (*nnx_modules(), nnx.Variable)
     return ApplyRecipe(
         entry=request.entry.without_variables(),
@@ -98,23 +98,23 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         inputs=sum(map(bytes_of, arguments.leaves)),
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
-        # Of a module that holds its variables only classes are kept, which NNX keeps for ever itself.
+        # An NNX module is kept as a skeleton without arrays.
         pinned=() if model.holds_variables else tuple(arrays_in(model.module)),
     )
 
 
 def stored_init(run: Run, recipe: InitRecipe | BuildRecipe) -> StoredRun:
-    """An init of a linen model, or the building of an NNX module, as the session keeps it."""
+    """An init of a linen model, or the construction of an NNX module, as the session keeps it."""
     size = sum(map(bytes_of, (*jax.tree_util.tree_leaves(run.inputs), *recipe.pinned)))
     return StoredRun(run, Origin(recipe, []), size)
 
 
 def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) -> Run:
-    """An apply, from its execution.
+    """The Run of an apply, from its execution.
 
     Args:
       written: collections that the run wrote.
-      fields: those of a `Run` that an execution does not tell.
+      fields: the fields of a `Run` that an execution does not tell.
     """
     request, plan, built, result = execution.request, execution.plan, execution.built, execution.result
     bound, options, draw, program = request.bound, request.options, request.draw, plan.program
@@ -151,13 +151,13 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) ->
 
 
 def run_of_draw(command: str, draw: Draw, output: PyTree, **fields: Any) -> Run:
-    """A run that calls no model: an init, the building of a module, or a key. `fields` are the others of a `Run`."""
+    """The Run of an init, a construction or a key, which call no model; `fields` are its other fields."""
     device = devices_of(output)
     return Run(command=command, output=output, mode="", seed=draw.seed, draw=draw.number, device=device, **fields)
 
 
 def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
-    """A key drawn under a name; the output is the key."""
+    """The Run of a key that was drawn under a name; its output is the key."""
     by_hand = "root_key, params_key, dropout_key = jax.random.split(root_key, 3)"
     return run_of_draw(
         "key",
@@ -175,7 +175,7 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
 
 
 def facts_of_apply(execution: Execution) -> ExportFacts:
-    """The spelling of an apply, from its execution."""
+    """What an export needs to write an apply as plain Flax."""
     bound, result, registered = execution.request.bound, execution.result, execution.variables.entry.model
     call, model = bound.call, bound.model
     parameters = tuple(positional_names(bound.signature, len(call.args)))
@@ -184,7 +184,7 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
     arguments = _added(bound.kwargs, call.kwargs)
     init = ExportFacts() if registered.holds_variables else ExportFacts(init_streams=registered.init_streams)
     if execution.variables.made is not None and not registered.holds_variables:
-        # With the keys that `--key` adds, and without the switches of the run.
+        # The init gets the keys of `--key`, but no switch that the run's mode added.
         kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
         init = facts_of_init(replace(call, kwargs=kwargs), registered)
     facts = replace(
@@ -219,6 +219,7 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
 
 
 def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
+    # Here, so that the first run of a linen model imports nothing of NNX.
     from ..models.nnx_graph import back_by_hand, mode_by_hand
 
     nodes = model.layout.nodes
@@ -226,7 +227,7 @@ def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
 
 
 def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:
-    """The spelling of the init of a linen model that has run."""
+    """What an export needs to write the init of a linen model as plain Flax."""
     init = prepare_init("", model, call)
     before, after = read_fields(model.module), read_fields(init.model.module)
     module = cloned(MODULE, model.module, map(setting_of, after) if before != after else ())
@@ -235,11 +236,12 @@ def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:
 
 
 def _holds(name: str, static: frozenset[str]) -> bool:
+    """Whether a leaf inside the argument `name` is static."""
     return any(leaf.startswith((f"{name}[", f"{name}.")) for leaf in static)
 
 
 def _part(value: PyTree, name: str, static: frozenset[str]) -> ContainerPart:
-    """`value`, whose path is `name`, taken apart as far as there are leaves in it that a program is made for."""
+    """Describes `value`, which stands at the path `name`, part by part down to its static leaves."""
     if value is None:
         return ContainerPart("none")
     if name in static:
@@ -256,12 +258,13 @@ def _part(value: PyTree, name: str, static: frozenset[str]) -> ContainerPart:
 
 
 def _given(execution: Execution, model: ModelWithVariables) -> Iterator[HandedBack]:
-    """The collections in the updates of an NNX run that was asked for some."""
+    """For each collection that an NNX run returned by `--mutable`, the places of its values in the module."""
     sown = execution.result.sown
     for name, tree in execution.result.output[1].items() if execution.request.options.mutable else ():
         if name in sown:
             leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: not isinstance(part, dict))
             steps = [tuple(str(key.key) for key in path) for path, _ in leaves]
+            # The nested dicts have text as keys: digits are an index into a list of submodules.
             paths = [tuple(int(step) if step.isdigit() else step for step in path) for path in steps]
             whole = len(sown) == 1 and paths == steps
             yield HandedBack(name, tuple((path, True) for path in paths), sown=True, whole=whole)
@@ -271,7 +274,7 @@ def _given(execution: Execution, model: ModelWithVariables) -> Iterator[HandedBa
 
 
 def _returns(output: PyTree) -> frozenset[str]:
-    """What the output has besides arrays; see `ExportFacts.returns`."""
+    """What the output has besides arrays (`keys`, `objects`, `parts`), see `ExportFacts.returns`."""
     kinds = {"parts"} if type(output) in (tuple, list) else set()
     for leaf in jax.tree_util.tree_leaves(output):
         if is_key(leaf):
@@ -282,14 +285,14 @@ def _returns(output: PyTree) -> frozenset[str]:
 
 
 def _added(kwargs: Mapping[str, PyTree], written: Mapping[str, PyTree]) -> Settings:
-    """The switches that a call got besides what is written in it."""
+    """The boolean switches that the mode added to the keywords written in the call."""
     return tuple((name, value) for name, value in kwargs.items() if name not in written and isinstance(value, bool))
 
 
 def by_hand(bound: BoundCall, options: ApplyOptions, needs: Needs, mutable: set[str]) -> str:
-    """The run as plain Flax, with what the model needs and the collections that are to be mutable.
+    """The run as plain Flax; `mutable` are the collections to make mutable.
 
-    Many draws are mapped over their keys (linen), or one by one (NNX).
+    A linen run of many draws is mapped over their keys by `jax.vmap`, an NNX run is a loop over them.
     """
     call, streams = bound.call, tuple(sorted(needs.streams))
     in_call = written_in_call(bound.signature, call.args, bound.kwargs)

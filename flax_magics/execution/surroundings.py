@@ -1,7 +1,7 @@
-"""Where a command stands. It is no part of a function that JAX traces, of a host callback, or of another command.
+"""Where a command may not stand: inside a function that JAX traces, in a host callback, or inside another command.
 
-There it would run once for many calls, pass no gradient on, or take a draw that is being taken. So it refuses before
-anything happens, and says what plain Flax to write in its place.
+There it would run once for many calls, pass no gradient on, or take a draw that another command is making. So it
+refuses before anything happens, with the plain Flax to write in its place.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ COMMAND = "in code that another command runs, and the draw of that one is not fi
 
 
 def surroundings() -> str | None:
-    """What the code that calls the session is part of, as a message says it; None where it may draw and run."""
+    """What the code that calls the session is part of, in words for a message; None where it may draw and run."""
     tracing = TRACE if private.is_tracing() else None
+    # The session's own frames come first; one of them further out belongs to another command.
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") == _SESSION:
         frame = frame.f_back
@@ -49,7 +50,7 @@ def surroundings() -> str | None:
             return tracing or CALLBACK
         if role == "trace":
             tracing = TRACE
-        # A cell's or a script's own frame: what is below is the kernel, some 50 frames that take as long as a small run.
+        # A cell's or script's own frame ends the walk: the kernel's frames below, some 50, take as long as a small run.
         walk = None if walk.f_code.co_name == "<module>" else walk.f_back
     return tracing
 
@@ -58,7 +59,7 @@ _SESSION = "flax_magics._session"
 
 
 def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
-    """The error for an apply: plain Flax with the same variables, mode, streams and collections."""
+    """The error for an apply that stands there: plain Flax with the same variables, mode, streams and collections."""
     if entry.model.holds_variables:
         return _of_nnx(where, state, entry, call, options)
     name, model = entry.name, f"session.models['{entry.name}']"
@@ -75,7 +76,7 @@ def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: A
 
 def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
     name, lines = entry.name, list[str]()
-    with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
+    with contextlib.suppress(FlaxMagicsError):  # the call does not fit: it is told so where it may stand
         filled = with_keys(entry, call, options, state.root.draw())
         arguments = [f"{key}={key}_key" for key in options.key]
         keys = dict.fromkeys(options.key)
@@ -95,14 +96,14 @@ def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: Ap
 
 
 def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
-    """The error for an init."""
+    """The error for an init that stands there."""
     said = f"{call.command} {call.text} stands {where}."
     if entry.model.holds_variables:
         return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
     model = entry.model
     lines: list[str] = []
     if call.cell is not None:
-        with contextlib.suppress(FlaxMagicsError):  # a call that does not fit, which is told where it stands alone
+        with contextlib.suppress(FlaxMagicsError):  # the call does not fit: it is told so where it may stand
             switches = record.facts_of_init(call, model)
             by_hand = model.init_by_hand(call.text, call.method, switches.init_arguments, switches.init_module)
             lines = of_module(entry.name, model, ["params_key = %flax_key params", f"variables = {by_hand}"])
@@ -111,7 +112,7 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
 
 
 def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsError:
-    """The error for the construction of an NNX module."""
+    """The error for the construction of an NNX module; `recipe` is None where the user's own code builds it."""
     if recipe is None:
         return FlaxMagicsError(said)
     keys = [f"{stream}_key = %flax_key {stream}" for stream in ("params", "dropout")]
@@ -119,7 +120,7 @@ def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsErr
 
 
 def of_register(where: str, name: str, module: object, cell: int | None) -> FlaxMagicsError:
-    """The error for a model that is registered, or that the session is to build."""
+    """The error for registering a model there, or a construction for the session to build."""
     said = f"`{name}` is registered {where}."
     if isinstance(module, Construction):
         return of_build(said, name, module)
@@ -128,13 +129,13 @@ def of_register(where: str, name: str, module: object, cell: int | None) -> Flax
 
 
 def of_key(where: str, name: str, cell: int | None) -> FlaxMagicsError:
-    """The error for a key that is drawn."""
+    """The error for drawing a key there."""
     line = f"{name}_key = session.key('{name}')" if cell is None else f"{name}_key = %flax_key {name}"
     return _error(f"the key `{name}` is drawn {where}.", "Draw it before, and use it there.", [line])
 
 
 def of_replay(where: str, draw: DrawNumber | str | Run) -> FlaxMagicsError:
-    """The error for a draw that is run again; `draw` as `Session.replay` takes it."""
+    """The error for replaying a draw there; `draw` as in `Session.replay`."""
     if isinstance(draw, Run):
         draw = draw.seed, draw.draw
     line = f"%flax_replay {':'.join(map(str, draw)) if isinstance(draw, tuple) else draw}"
@@ -142,7 +143,7 @@ def of_replay(where: str, draw: DrawNumber | str | Run) -> FlaxMagicsError:
 
 
 def of_state(where: str, what: str, line: str) -> FlaxMagicsError:
-    """The error for what changes the session otherwise, such as a restart."""
+    """The error for another change of the session there, such as a restart."""
     return _error(f"{what} stands {where}.", "Write it before or after.", [line])
 
 
@@ -152,19 +153,19 @@ def _error(said: str, instead: str, lines: list[str], form: str | None = None) -
 
 
 def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:
-    """Complete lines: the variables, a key for each stream that the call consumes, and the call by hand; none if unknown."""
+    """Lines to paste: variables, a key for each stream of the call, and the call by hand; none if unknown."""
     options = dataclasses.replace(options, draws=None)
     try:
         call = with_keys(entry, call, options, state.root.draw())
         bound = prepare(entry.name, entry.model, call, options.mode)
         needs = entry.known_needs.get((call.method, bound.mode))
-        if needs is None and where == COMMAND:  # what the other command runs may be this very model
+        if needs is None and where == COMMAND:  # a trace may run into the very model that the other command runs
             needs = Needs(frozenset({"dropout"}))
         needs = needs or trace_shapes(entry, bound, state.root.draw()).needs
         code = record.by_hand(bound, options, needs, {*needs.mutable, *options.mutable})
-    except Exception:  # the call does not fit, or the model raises: that is told where the call stands alone
+    except Exception:  # the call does not fit, or the model raises: it is told so where it may stand
         return []
-    # An argument that is traced is no value outside, whatever has its name there.
+    # The name of a traced argument stands for nothing outside of the traced function.
     text = f"{call.text.partition('(')[0]}(…)" if has_tracer(call.args, call.kwargs) else call.text
     variables = f"%flax_init {text}" if entry.variables is None else f"%flax_vars {entry.name}"
     keys = dict.fromkeys((*options.key, *sorted(needs.streams)))

@@ -1,8 +1,9 @@
-"""A session as a plain Flax script: `%flax_export`.
+"""Writes a session as a plain Flax script: `%flax_export`.
 
-The cells that ran, in the order in which they ran, each command replaced by the lines that a person would have written for
-what it did: the split of the root key, `init`, a jitted `apply` with its rngs, what is kept. What cannot be written is said
-in its place. Its file is written whole or not at all, formatted, and never over something that a person wrote.
+The script has the cells in the order in which they ran. Each command is replaced by the lines that a person would have
+written: the split of the root key, `init`, a jitted `apply` with its rngs, what is kept. What cannot be written is
+named in a comment in its place. The file is written whole or not at all, formatted, and never over something that a
+person wrote.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from .writer import LineWriter
 
 
 class Exported(Struct, frozen=True):
-    """A script.
+    """A session as a script.
 
     Attributes:
-      text: the whole of it.
-      cells: how many executions of cells left something in it.
-      runs: how many there were.
+      text: the whole script.
+      cells: how many executions of cells left lines in it.
+      runs: how many runs the session had.
       unexported: what could not be exported, each with its reason.
     """
 
@@ -59,13 +60,13 @@ class Exported(Struct, frozen=True):
 def export_session(
     models: Mapping[str, ModelEntry], runs: Sequence[Run], cells: NotebookCells | None, *, seed: int, digests: bool
 ) -> Exported:
-    """The script of a session.
+    """Writes the script of a session.
 
     Args:
-      cells: those that a notebook ran; the last may be the one that asks for the export. None for a session that no
-        cells made, whose script is what `_cell_runs_of` finds.
-      seed: of the root key, where neither cells nor runs say what it was at first.
-      digests: print a digest for each run.
+      cells: the cells that a notebook ran, the last of which may be asking for the export; None outside of a notebook,
+        where `_cell_runs_of` finds the code that the session came from.
+      seed: of the root key, if neither cells nor runs tell what it was at first.
+      digests: whether the script prints a digest for each run.
     """
     if cells is None:
         cell_runs, restarts = _cell_runs_of(models, runs), []
@@ -75,12 +76,13 @@ def export_session(
         cell_runs = match([(cell, read_cell(cell.text, cells.transform)) for cell in cells.executed], runs)
         restarts, seed = cells.restarts, cells.seed
         title = "The cells of a notebook in the order in which they ran"
-        # The command that asks for the export, and what follows it in its cell, is no part of it.
+        # The command that asks for the export, and what stands below it in its cell, are not exported.
         statements = cell_runs[-1].statements if cell_runs else []
         calls = [each.site.name if each.site else ast.unparse(each.statement) for each in statements]
         asking = [i for i, call in enumerate(calls) if call == "flax_export" or ".export(" in call]
         del statements[asking[-1] if asking else len(statements) :]
     sources = [cell_run.source for cell_run in cell_runs]
+    # Reading all cells comes before any writing: a name of ours must be free in every cell of the session.
     free = Free({*models, *(name for source in sources for name in mentioned(source.tree))})
     writer = LineWriter.like([cell_run.cell.text for cell_run in cell_runs], free, digests=digests)
     script_models = {name: _model(name, models, runs, free, sources) for name in models}
@@ -96,9 +98,10 @@ def export_session(
 def _model(
     name: str, entries: Mapping[str, ModelEntry], runs: Sequence[Run], free: Free, sources: Sequence[CellSource]
 ) -> ScriptModel:
-    """A registered model, with names for what the script has of it."""
+    """A registered model in the script, with free names for its variables and keys."""
     entry = entries[name]
     module = entry.model.module
+    # Registered under its class's name: in the script that name is the class.
     instance = free.take(variable_name(name)) if type(module).__name__ == name else name
     if entry.model.holds_variables:
         construction = entry.built.recipe.text if entry.built is not None else ""
@@ -113,10 +116,11 @@ def _model(
 
 
 def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]) -> str:
-    """The user's own name for a model's variables, where it always has what the session has; empty where it may not."""
+    """The user's own name for a model's variables, if it always holds the session's; empty where it may not."""
     sites = [site for source in sources for site in source.sites.values()]
     inits = [site for site in sites if site.name == "flax_init" and site.call]
     targets = [site.target.removesuffix("=").strip() for site in inits if site.call and site.call.target == model]
+    # Only if every init assigns to one plain name, at the top of a cell, and nothing else ever binds it.
     if len(set(targets)) != 1 or not targets[0].isidentifier() or any(site.path for site in inits):
         return ""
     nodes = [node for source in sources for node in ast.walk(source.tree)]
@@ -129,7 +133,7 @@ def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]
 
 @dataclass(eq=False)
 class _File:
-    """A module's own text, and its statements at the top level."""
+    """The source of a Python file (a module), and its statements at the top level."""
 
     globals: Mapping[str, object]
     statements: list[ast.stmt]
@@ -137,7 +141,7 @@ class _File:
 
     @classmethod
     def of(cls, name: str) -> _File | None:
-        """The module of that name, None where it has no text."""
+        """The file of an imported module, None if its source is not to be had."""
         module = sys.modules.get(name)
         try:
             text = inspect.getsource(module)  # type: ignore[arg-type]
@@ -146,12 +150,12 @@ class _File:
             return None
 
     def name_of(self, value: object) -> str | None:
-        """The global name that stands for this very object, and that a top-level statement binds."""
+        """A global name that is bound to this very object by a statement at the top level; None if there is none."""
         names = (name for name, held in self.globals.items() if held is value and not name.startswith("_"))
         return next((name for name in names if any(name in binds(statement) for statement in self.statements)), None)
 
     def reached(self, names: Iterable[str]) -> Iterator[str]:
-        """The texts of the statements that bind `names`, and of those that these need."""
+        """Yields the texts of the statements that bind `names`, and of those that they need in turn."""
         needed, wanted = set[ast.stmt](), set(names)
         while more := {s for s in self.statements if not wanted.isdisjoint(binds(s))} - needed:
             needed |= more
@@ -163,11 +167,11 @@ class _File:
 
 
 class _Files:
-    """The files that a session's models come from, and the script that was run.
+    """The files that define the session's models, and the script that was run.
 
     Attributes:
-      of: gives the file of a module: one and the same each time.
-      used: what the export takes from each, in the order in which it came to need them.
+      of: maps a module's name to its file; cached, so that each file is one object.
+      used: file → the global names that the export takes from it, in the order in which they were needed.
     """
 
     def __init__(self) -> None:
@@ -175,12 +179,12 @@ class _Files:
         self.used: dict[_File, set[str]] = {}
 
     def use(self, file: _File, name: str) -> str:
-        """Notes that the export needs a global name of a file."""
+        """Records that the export needs a global name of `file`, and returns the name."""
         self.used.setdefault(file, set()).add(name)
         return name
 
     def named(self, value: object, file: _File | None) -> str | None:
-        """The name that stands for an object in `file`, or in the script that was run."""
+        """A name for an object in `file`, or else in the script that was run; None if neither has one."""
         for place in filter(None, (file, self.of("__main__"))):
             name = place.name_of(value)
             if name is not None:
@@ -188,15 +192,15 @@ class _Files:
         return None
 
     def spelled(self, value: object, file: _File | None) -> str:
-        """A value as an expression: a literal, or the name that stands for it; `…` where there is neither."""
+        """A value as an expression: its literal or its name; `…` if it has neither."""
         literal = value is None or isinstance(value, (bool, int, float, str))
         return repr(value) if literal else self.named(value, file) or "…"
 
 
 def _cell_runs_of(models: Mapping[str, ModelEntry], runs: Sequence[Run]) -> list[CellRun]:
-    """What stands for the cells of a session that has none: the code behind it, then one line for each run.
+    """Stands in for the cells of a session without any: the code that it needs, then one line for each run.
 
-    What has no name at the top level of the file that defines the model is left out, and said.
+    Inputs and models without a name at the top level of their file become a comment.
     """
     files = _Files()
     of_model = {name: files.of(type(entry.model.module).__module__) for name, entry in models.items()}
@@ -238,6 +242,7 @@ def _construction(name: str, model: Model, file: _File | None, files: _Files) ->
 
 def _line_of(run: Run, file: _File | None, files: _Files) -> str:
     if not run.kind.model:
+        # In the form that IPython gives magics, which is what the export looks for in cells.
         return f"get_ipython().run_line_magic('flax_key', {run.call!r})"
     arguments = "…"
     if run.inputs is not RELEASED and run.inputs:
@@ -260,33 +265,34 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
 
 
 def script_bundle(code: str, style: str) -> dict[str, str]:
-    """The MIME bundle of Python code: as Markdown, every notebook gives it the colours of its cells."""
+    """The MIME bundle of Python code. As Markdown it has the syntax colors of every host."""
     if style == "text":
         return {"text/plain": code}
+    # A fence longer than any run of backticks in the code.
     fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", code)), 3)
     return {"text/plain": code, "text/markdown": f"{fence}python\n{code}{fence}\n"}
 
 
-# The last line, with a digest of those above: by it can be told whether somebody has changed the file.
+# The last line of a file, with a digest of the lines above it, which tells whether somebody has edited them.
 _MARK = "# Written by %flax_export, which replaces this file as long as nobody changes it: "
 
 
 def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tuple[Path, bool]:
-    """Writes the script `text` to `file`, which ends in `.py`; gives the file's path, and whether it replaced one.
+    """Writes the script to `file`, which must end in `.py`. Returns the path, and whether a file was replaced.
 
     Args:
-      force: replace what is there whatever it is.
+      force: replace any file that is there.
 
     Raises:
-      FlaxMagicsError: there is a file that no export wrote, or one that was changed since; or no place for a file, or
-        no writing to it: what was there is as it was.
+      FlaxMagicsError: another file is there, or an export that was edited since; or it cannot be written. Nothing was
+        changed then.
     """
     path = Path(file).expanduser()
     if path.suffix != ".py":
         name = path.with_suffix(".py") if path.suffix not in ("", ".") else path.parent / f"{path.name.strip('.')}.py"
         line = f"%flax_export {name if path.name != '.py' else path.parent / 'session.py'}"
         raise FlaxMagicsError(f"a script is a file with the ending .py, and `{path.name}` has another.", write=line)
-    path = path.resolve()  # through a link the file is written that it stands for
+    path = path.resolve()  # a link stays, and the file that it points to is written
     if path.is_dir():
         raise FlaxMagicsError(f"`{file}` is a folder.", write=f"%flax_export {Path(file) / 'session.py'}")
     if not path.parent.is_dir():
@@ -308,13 +314,14 @@ def write(file: str | os.PathLike[str], text: str, *, force: bool = False) -> tu
 
 
 def _quoted(path: Path) -> str:
-    """A path as the shell reads it, a `~` at its begin as it is."""
+    """A path for a shell command; a leading `~` stays unquoted, since the shell has to expand it."""
     home, slash, rest = str(path).partition("/")
     return home + slash + shlex.quote(rest) if home == "~" and rest else shlex.quote(str(path)) if home != "~" else home
 
 
 def formatted(text: str, path: Path) -> str:
-    """`text` as ruff or black has it by the settings that hold for `path`; as it is where neither is installed."""
+    """`text` formatted by ruff or black with the settings that apply to `path`; unchanged if neither is installed."""
+    # Of this Python's environment first, which may not be on PATH.
     folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     for name, options in (("ruff", ["format"]), ("black", ["--quiet"])):
         program = shutil.which(name, path=folders)
@@ -329,7 +336,7 @@ def formatted(text: str, path: Path) -> str:
 
 
 def notice(script: Exported, path: Path, replaced: bool) -> Notice:
-    """`session.py · written · 12 cells · 9 runs`, and below it what could not be exported."""
+    """The answer of `%flax_export FILE`: `session.py · written · 12 cells · 9 runs`, and what was not exported."""
     notes = tuple(Note("export", f"not in the script: {reason}") for reason in script.unexported)
     parts = ("replaced" if replaced else "written", plural(script.cells, "cell"), plural(script.runs, "run"))
     return Notice(path.name, parts, notes)

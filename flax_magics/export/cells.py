@@ -1,7 +1,7 @@
-"""A notebook's cells as Python text with their commands found, and which statement of which cell made which run.
+"""Reads a notebook's cells as Python, finds the commands in them, and matches runs with the statements that made them.
 
-IPython's own transformers make calls of `get_ipython()` out of magics and shell lines, in place and line by line, so what
-is found here is what ran.
+IPython's own transformers turn magics and shell lines into calls of `get_ipython()`, in place and line by line. So what
+is found here is what IPython ran.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ Transform = Callable[[str], str]
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = FunctionNode | ast.ClassDef
 _Valued = ast.Expr | ast.Assign | ast.AnnAssign | ast.AugAssign
-"""Statements whose value may be a command."""
+"""Kinds of statement with a value, which may be a command."""
 
 AS_BODY = ("time", "capture", "prun", "snakeviz", "memit", "mprun", "scalene", "timed")
-"""Cell magics of others that run their body once, in the notebook's own namespace."""
+"""Other cell magics that run their body once, in the notebook's own namespace, so that it counts as a cell."""
 
 
 class CommandSite(Struct, frozen=True, eq=False):
-    """A place in a cell's text where a command stands.
+    """A command at its place in a cell.
 
     Attributes:
-      statement: the statement that it is, in the cell's syntax tree.
+      statement: the statement that the command is, in the cell's syntax tree.
       name: of the command, such as `flax_apply`.
-      parsed: its options and what follows them, read.
-      call: its call, where it takes one.
-      target: what stands left of its value, with the sign: `y =`, `total +=`; empty if nothing does.
-      path: the compound statements and functions that it is inside, outermost first.
-      line: what stands after the command's name.
-      above: lines that there were before the cell's text, where the code that ran counts them.
+      parsed: its options, and what follows them.
+      call: the model's call, for commands that take one.
+      target: the text before the command, up to its sign: `y =`, `total +=`; empty if its value is not assigned.
+      path: the compound statements and functions around it, outermost first.
+      line: the text after the command's name.
+      above: how many lines the code that ran had above the cell's text.
     """
 
     statement: ast.stmt
@@ -58,31 +58,31 @@ class CommandSite(Struct, frozen=True, eq=False):
     above: int = 0
 
     def is_at(self, place: Place) -> bool:
-        """Whether it is the line of that number, in a function of that name."""
+        """Whether the command is on that line, counted in the code that ran, and in a function of that name."""
         inside = self.in_function
         named = place.function.startswith("<") if inside is None else place.function == inside.name
         return named and self.statement.lineno <= place.line - self.above <= end(self.statement)
 
     @property
     def draws(self) -> bool:
-        """Whether a run comes of it."""
+        """Whether the command makes a run."""
         return self.name in ("flax_apply", "flax_init") or (self.name == "flax_key" and bool(self.parsed.rest))
 
     @property
     def in_function(self) -> FunctionNode | None:
-        """The innermost function that it is inside."""
+        """The innermost function around it; None at the top level."""
         return next((node for node in reversed(self.path) if isinstance(node, FunctionNode)), None)
 
     @property
     def mode(self) -> str:
-        """The mode of its runs, as a Run says it; empty where a run has none."""
+        """The mode of its runs, spelled as in a Run; empty for commands without a mode."""
         if self.name != "flax_apply":
             return ""
         options = self.parsed.options
         return "train" if options["train"] else "eval" if options["eval"] else "as written"
 
     def matches(self, run: Run) -> bool:
-        """Whether `run` may be one of this place."""
+        """Whether `run` may have been made by this command."""
         if self.name == "flaxmodel":
             name = self.parsed.rest.partition("=")[0].strip()
             return is_build(run) and name in (run.model, MODELS)
@@ -90,18 +90,18 @@ class CommandSite(Struct, frozen=True, eq=False):
         return run.command == command and MATCHES[command](self, run)
 
     def has_call_of(self, run: Run) -> bool:
-        """Whether the call that is written here is that of `run`, in a draw of its own or in an earlier one."""
+        """Whether `run` has the call that is written here, and is a replay only if `--draw` is written here."""
         if self.call is None or run.call not in (self.call.call, self.call.text):
             return False
         return run.replayed == (self.parsed.options["draw"] is not None)
 
     def has_mode_of(self, run: Run) -> bool:
-        """Whether mode and number of draws are those of `run`. A model without a switch runs as written in any mode."""
+        """Whether mode and number of draws agree. In any mode, a run of a model without a switch is `as written`."""
         return run.mode in (self.mode, "as written") and run.draws == self.parsed.options["draws"]
 
 
 def is_build(run: Run) -> bool:
-    """Whether a module was built on a model's line, whose call is the construction itself."""
+    """Whether the run built a module on a model's line: then its call is the construction itself."""
     inside = run.call.rstrip().removesuffix(")").rstrip(", ")
     return run.kind.opens and run.by_hand.partition(" = ")[2].startswith(inside)
 
@@ -111,15 +111,15 @@ MATCHES: dict[str, Callable[[CommandSite, Run], bool]] = {
     "init": lambda site, run: site.has_call_of(run) and not is_build(run),
     "key": lambda site, run: run.call == site.parsed.rest,
 }
-"""For each command of a run, whether a place where that command stands may have made the run."""
+"""For each command of a run, whether a place with that command may have made the run."""
 
 
 class ForeignMagic(Struct, frozen=True, eq=False):
-    """A place where a magic or shell line of others stands: it becomes a comment.
+    """A magic or shell line that is not ours; the script has it as a comment.
 
     Attributes:
-      shown: as it was written, one line each; empty for one that loads or sets this package, for which nothing stands.
-      names: what it assigned.
+      shown: its lines as they were written; empty for one that loads or configures this package, which is left out.
+      names: the names that it assigns.
     """
 
     shown: tuple[str, ...]
@@ -127,16 +127,16 @@ class ForeignMagic(Struct, frozen=True, eq=False):
 
 
 class CellSource(Struct, frozen=True, eq=False):
-    """A cell as Python.
+    """A cell read as Python.
 
     Attributes:
-      text: of the cell, its cell magics opened.
-      tree: its syntax.
-      sites, foreign: where commands and the magics of others stand, by statement.
-      above: lines of comment that stand for cell magics.
-      captured: names that a cell magic gives a value: the output that it took.
-      opaque: it is no Python, and `above` is all that there is.
-      offset: how many lines of `text` less there were where the code that ran counts them (see `ExecutedCell.line`).
+      text: its code, with the bodies of cell magics in their place.
+      tree: the syntax tree of `text`.
+      sites, foreign: statement → the command, or other magic, that it is.
+      above: comments in the place of cell magics.
+      captured: names that a cell magic assigns its captured output to.
+      opaque: the cell is no Python, and only `above` is left of it.
+      offset: how many lines `text` has less above it than the code that ran (see `ExecutedCell.line`).
     """
 
     text: str
@@ -149,16 +149,16 @@ class CellSource(Struct, frozen=True, eq=False):
     captured: tuple[str, ...] = ()
 
     def sites_in(self, statement: ast.stmt) -> list[CommandSite]:
-        """The places of commands in a statement; its own, where it is one."""
+        """The commands inside a statement, or the command that it is."""
         return [site for site in self.sites.values() if statement in (site.statement, *site.path)]
 
     def statements(self) -> list[ExecutedStatement]:
-        """Its statements as if all of them had been executed."""
+        """Its statements, as if the whole cell had been executed."""
         return [ExecutedStatement(statement, self.sites.get(statement)) for statement in self.tree.body]
 
 
 def read_cell(raw: str, transform: Transform) -> CellSource:
-    """The cell `raw` as it was typed, read. A text that is no Python is opaque."""
+    """Reads a cell as it was typed. One that cannot be parsed becomes opaque."""
     if not raw.strip():
         return CellSource("", ast.Module([], []))
     try:
@@ -172,7 +172,7 @@ def read_cell(raw: str, transform: Transform) -> CellSource:
         ] if ast.unparse(func) == "get_ipython().run_cell_magic":
             try:
                 return _opened(name, line, inner, transform)
-            except FlaxMagicsError as error:  # a line that the command refused
+            except FlaxMagicsError as error:  # the command had refused its line when it ran
                 return _opaque(f"%%{name} {line}", f"({error})")
     return _with_sites(text)
 
@@ -182,7 +182,7 @@ def _opaque(*above: str) -> CellSource:
 
 
 def _opened(name: str, line: str, body: str, transform: Transform) -> CellSource:
-    """A cell magic's body as the cell that it is."""
+    """Reads a cell magic's body in place of the magic."""
     shown = f"%%{name} {line}".rstrip()
     if f"%{name}" not in COMMANDS and name not in ("flaxmodel", *AS_BODY):
         return _opaque(shown, *body.rstrip().splitlines())
@@ -193,12 +193,12 @@ def _opened(name: str, line: str, body: str, transform: Transform) -> CellSource
     rest = read(COMMANDS["%%flaxmodel"], line.rstrip("; ")).rest if name == "flaxmodel" else ""
     if inner.opaque:
         return inner
-    # Empty lines at the top of a body, which IPython takes off, and the magic's own line.
+    # IPython strips empty lines at the top of the body; 1 is the line of the magic itself.
     offset = 1 + next((i for i, text in enumerate(body.splitlines()) if text.strip()), 0)
     if name == "flaxmodel":
         register = f"\nget_ipython().run_line_magic('flaxmodel', {rest or MODELS!r})\n"
         return _with_sites(inner.text.rstrip() + register, inner.above, offset)
-    # `%%flax_apply` and its like: the last statement is the call, and becomes a line.
+    # In `%%flax_apply` and the like the last statement is the call: rewritten as the line magic.
     last = inner.tree.body[-1] if inner.tree.body else None
     if not isinstance(last, _Valued) or not isinstance(last.value, ast.Call):
         return inner
@@ -207,17 +207,18 @@ def _opened(name: str, line: str, body: str, transform: Transform) -> CellSource
     semicolon = ";" if ends_quietly(inner.text) else ""
     written = f"{line} {segment(inner.text, last.value)}{semicolon}".strip()
     below = f"{inner.text[:start]}{target}get_ipython().run_line_magic({name!r}, {written!r})"
-    # The call may have stood over several lines: those after it keep their numbers.
+    # A call over several lines becomes one line: pad, so that the lines below keep their numbers.
     below += "\n" * inner.text[start:stop].count("\n") + "\n"
     return _with_sites(below, inner.above, offset)
 
 
 MODELS = "*"
-"""Stands on the line of a `%%flaxmodel` cell that has none of its own: the models that it defined."""
+"""The line of a `%%flaxmodel` cell that names no model: it registers the models that the cell defined."""
 
 
 def _timed(text: str, transform: Transform) -> str:
-    """`text` with the code of each `%time` line in its place, which runs it in the notebook's own namespace."""
+    """`text` with `%time CODE` replaced by its code, which it runs in the notebook's own namespace."""
+    # From the last to the first, so that the positions of those before stay valid.
     for statement, _ in reversed(list(_statements(ast.parse(text).body, ()))):
         match statement:
             case ast.Expr(ast.Call(func, [ast.Constant("time"), ast.Constant(str(line))])):
@@ -228,6 +229,7 @@ def _timed(text: str, transform: Transform) -> str:
 
 
 def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> CellSource:
+    """The cell `text` with its commands and other magics found."""
     source = CellSource(text, ast.parse(text), above=above, offset=offset)
     for statement, path in _statements(source.tree.body, ()):
         if not isinstance(statement, _Valued) or not isinstance(statement.value, ast.Call):
@@ -238,7 +240,7 @@ def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> Cell
             case "get_ipython().run_line_magic", [ast.Constant(str(name)), ast.Constant(str(line))]:
                 command = COMMANDS.get(f"%{name}") or COMMANDS.get(f"%%{name}")
                 if command is not None:
-                    with suppress(FlaxMagicsError):  # of a line that the command refused, which ended the cell
+                    with suppress(FlaxMagicsError):  # a line that the command refused, which had ended the cell
                         what = _read_line(name, command, line)
                         source.sites[statement] = CommandSite(statement, *what, target, path, line, offset)
                         continue
@@ -254,7 +256,7 @@ def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> Cell
 
 
 def _read_line(name: str, command: Command, line: str) -> tuple[str, LineOptions, CallExpression | None]:
-    """What a command's line asks for: `help` or the command itself, its options, and its call where it takes one."""
+    """Reads a command's line as name (`help` where it only shows that), options, and call where it takes one."""
     parsed = read(command, line if command.takes == "call" else line.rstrip("; "))
     if parsed.help or (not parsed.rest and name in ("flax_apply", "flax_init")):
         return "help", parsed, None
@@ -263,7 +265,7 @@ def _read_line(name: str, command: Command, line: str) -> tuple[str, LineOptions
 
 
 def _statements(body: list[ast.stmt], path: tuple[ast.stmt, ...]) -> Iterator[tuple[ast.stmt, tuple[ast.stmt, ...]]]:
-    """Every statement with those that it is inside, in the order of the text."""
+    """Yields every statement and the statements around it, in the order of the text."""
     for statement in body:
         yield statement, path
         for inner in blocks(statement):
@@ -271,20 +273,21 @@ def _statements(body: list[ast.stmt], path: tuple[ast.stmt, ...]) -> Iterator[tu
 
 
 def blocks(statement: ast.stmt) -> list[list[ast.stmt]]:
-    """The blocks of a compound statement, in the order of the text."""
+    """The blocks of statements in a compound statement, in the order of the text."""
     inside: list[list[ast.stmt]] = []
     for block in (getattr(statement, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases")):
+        # `handlers` and `cases` hold nodes with a body of their own; the others hold statements.
         inside += [block] if block and isinstance(block[0], ast.stmt) else [part.body for part in block]
     return inside
 
 
 @dataclass(eq=False)
 class ExecutedStatement:
-    """One statement at the top of a cell as it was executed.
+    """A statement at the top level of a cell, as it was executed.
 
     Attributes:
-      runs: the session's runs by index, with the place in the code that made each; None for one that no place explains.
-      failed: the cell ended in it.
+      runs: (index of a run, the command that made it) for each of its runs; None where no command explains the run.
+      failed: the cell ended with an error in this statement.
     """
 
     statement: ast.stmt
@@ -295,7 +298,7 @@ class ExecutedStatement:
 
 @dataclass(eq=False)
 class CellRun:
-    """One execution of a cell: its statements as far as they ran; `loose` runs follow the last of them."""
+    """One execution of a cell: the statements that ran, and the indices of `loose` runs that none of them explains."""
 
     cell: ExecutedCell
     source: CellSource
@@ -304,12 +307,13 @@ class CellRun:
 
 
 def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run]) -> list[CellRun]:
-    """The executions in order, each with its runs.
+    """Matches runs with the statements that made them. Returns the executions in order.
 
-    A statement that is a command made one run; a loop, and a call of a function with a command in it, any number: as many
-    as there are but for those that later commands of the cell need. Of lines that are alike, the one counts whose number
-    the run has.
+    A command at the top level made one run. A loop, or a call of a function with commands, made any number: it takes
+    all runs that fit, but leaves as many as later commands of the cell need. Among equal lines the recorded line number
+    of the run decides.
     """
+    # Functions with commands stay callable from later cells.
     functions: list[CommandSite] = []
     cell_runs = []
     for cell, source in cells:
@@ -331,12 +335,12 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
 
 
 def _executed(cell: ExecutedCell, source: CellSource) -> list[ExecutedStatement]:
-    """The statements of a cell as far as they ran."""
+    """The statements of a cell that ran: all, or those up to the line of the error."""
     statements = source.statements()
     if cell.error is None:
         return statements
     line = (cell.line or 0) - source.offset
-    # Before the first line stands the command of the cell's own, which failed once the body had run.
+    # Line 0 or less is the magic's own, which fails after the whole body has run.
     if cell.line is None or line >= 1:
         statements = [statement for statement in statements if begin(statement.statement) <= line]
     if statements:
@@ -345,7 +349,7 @@ def _executed(cell: ExecutedCell, source: CellSource) -> list[ExecutedStatement]
 
 
 def begin(statement: ast.stmt) -> int:
-    """The first line of a statement, its decorators included."""
+    """The first line of a statement, counting its decorators."""
     decorators: list[ast.expr] = getattr(statement, "decorator_list", [])
     return min([statement.lineno, *(decorator.lineno for decorator in decorators)])
 
@@ -356,19 +360,19 @@ def end(statement: ast.stmt) -> int:
 
 
 _REPEATING = FunctionNode | ast.For | ast.AsyncFor | ast.While
-"""In these a place can make more than one run in one execution of its statement."""
+"""In these, a command can make several runs in one execution of the statement."""
 
 
 @dataclass(eq=False)
 class _RunQueue:
-    """The session's runs; those of one cell wait, by index, for the statement that made them."""
+    """The runs of one cell, by index, that wait for the statement that made them."""
 
     runs: Sequence[Run]
     waiting: list[int]
     cell: ExecutedCell
 
     def take_one(self, statement: ExecutedStatement, site: CommandSite) -> None:
-        """The run of a command: the next, and what nobody explains before it."""
+        """Assigns the first waiting run that fits to a command; runs before it are its too, but unexplained."""
         if site.name == "flaxmodel":
             while self.waiting and site.matches(self.runs[self.waiting[0]]):
                 statement.runs.append((self.waiting.pop(0), site))
@@ -380,22 +384,24 @@ class _RunQueue:
             del self.waiting[: first + 1]
 
     def take_many(self, statement: ExecutedStatement, sites: list[CommandSite], later: list[CommandSite]) -> None:
-        """The runs of a statement that has commands inside, or calls functions that have."""
+        """Assigns runs to a statement with commands inside, or with calls of functions that have commands."""
         places = {place.run: place for place in self.cell.places}
         used: set[CommandSite] = set()
         while self.waiting:
             run, place = self.runs[self.waiting[0]], places.get(self.waiting[0])
             fitting = [site for site in sites if site.matches(run)]
-            # The first of them: a function that is defined again takes the place of the one before.
+            # In the order of `sites`: a function that was defined again comes before the one it replaced.
             site = next((site for site in fitting if place and site.is_at(place)), None)
             if site is None:
-                # Where lines are alike, each of them has run before one has run again.
+                # Of equal lines, each must have run once before one runs again.
                 unused = [site for site in fitting if site not in used]
                 repeating = (site for site in fitting if any(isinstance(node, _REPEATING) for node in site.path))
                 site = next(iter([*unused, *repeating]), None)
                 if site is None:
+                    # No command of this statement explains the run: it may belong to the next.
                     return
                 needed = sum(1 for other in later if other.matches(run))
+                # Leave the runs that later commands of the cell cannot do without.
                 if needed and sum(1 for index in self.waiting if site.matches(self.runs[index])) <= needed:
                     return
             used.add(site)

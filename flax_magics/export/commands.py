@@ -1,4 +1,4 @@
-"""The lines that stand in the place of a command: one function for each."""
+"""The lines that replace each command in a script: one function for each."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .functions import CannotSay
 from .writer import draws, label_of
 
 SESSION_VARIABLES = re.compile(r"flax_magics\.session\(\)\.models\[(['\"])(\w+)\1\]\.variables")
-"""A model's variables, as messages write them."""
+"""The expression for a model's variables that messages advise."""
 
 
 def _nothing(command: CommandLines) -> list[str]:
-    """A command that leaves the session as it was."""
+    """For commands that leave the session as it was. Raises CannotSay if the value is used."""
     if command.site.target:
         raise CannotSay(f"its value is a report of %{command.site.name}")
     return []
 
 
 def _key(command: CommandLines) -> list[str]:
-    """`%flax_key`: shows the root key, restarts it, or draws from it."""
+    """`%flax_key`: shows the root key (no lines), restarts it, or draws from it."""
     writer, options, site, name = command.writer, command.options, command.site, command.site.parsed.rest
     if options["seed"] is not None:
         command.context.assigned.add(writer.root)
@@ -39,6 +39,7 @@ def _key(command: CommandLines) -> list[str]:
         return _nothing(command)
     command.context.assigned.add(writer.root)
     show = writer.show(f"key {name}", command.target or writer.key(name))
+    # The folded key is made from the root before it is split, so it can go straight to the user's name.
     if command.target and name not in SPLIT:
         return [writer.fold(name, command.target), *writer.draw(), *show]
     bind = [f"{site.target} {writer.key(name)}"] if site.target else []
@@ -46,10 +47,10 @@ def _key(command: CommandLines) -> list[str]:
 
 
 def _run(command: CommandLines) -> list[str]:
-    """`%flax_init` and `%flax_apply`."""
+    """`%flax_init` and `%flax_apply`. Raises CannotSay where no lines reproduce its runs."""
     context, site = command.context, command.site
     if not command.indices:
-        # Another branch, say: what a line like it did elsewhere is what this one would do.
+        # A branch that was never taken: the runs of an equal line elsewhere show what it would do.
         alike = [i for i, run in enumerate(context.groups.runs) if run.made is None and site.matches(run)]
         if not alike or site.name == "flax_init":
             raise CannotSay("it never ran")
@@ -58,6 +59,7 @@ def _run(command: CommandLines) -> list[str]:
     if any(run.spelling is not None and run.spelling.nnx is not model.holds for run in command.runs):
         raise CannotSay(f"`{name}` was a model of Flax's other API then")
     if site.name == "flax_init" or command.initialising:
+        # New variables: what made the old ones impossible to write no longer matters.
         context.lost.pop(name, None)
     if name in context.lost and command.options.get("variables") is None:
         raise CannotSay(context.lost[name])
@@ -67,11 +69,12 @@ def _run(command: CommandLines) -> list[str]:
 
 
 def _register(command: CommandLines) -> list[str]:
-    """`%flaxmodel net = Net(8)`, and what a cell registers by itself."""
+    """`%flaxmodel net = Net(8)`, and the models that a `%%flaxmodel` cell registers by itself."""
     context, writer, site = command.context, command.writer, command.site
     name, _, written = (part.strip() for part in site.parsed.rest.partition("="))
     lines: list[str] = []
     for registered in context.states if name == MODELS else (name,):
+        # Nothing to write for a name that the cell binds itself; a model that the session built has a run, below.
         model = context.models.get(registered)
         if model is None or model.name == registered or (model.holds and command.runs):
             continue
@@ -94,7 +97,7 @@ def _register(command: CommandLines) -> list[str]:
     if known is not None and known.construction and "rngs" not in written:
         if context.states.get(name) == "unchanged":
             return []
-        # An edit that kept the values: the keys do not matter, the streams do.
+        # An edit after which the old values were kept: any keys will do, but the same streams must be there.
         writer.needs.add("nnx")
         written = runs.with_rngs(written)
     context.assigned.add(name)
@@ -102,7 +105,7 @@ def _register(command: CommandLines) -> list[str]:
 
 
 def _variables(command: CommandLines) -> list[str]:
-    """`%flax_vars`: a model's variables as they are, or others in their place."""
+    """`%flax_vars`: returns a model's variables, or puts others in their place."""
     context, site = command.context, command.site
     name, equals, value = (part.strip() for part in site.parsed.rest.partition("="))
     model = context.model(name)
@@ -120,10 +123,10 @@ def _variables(command: CommandLines) -> list[str]:
 
 
 def _variables_of(context: ScriptContext, name: str) -> str:
-    """The variables of a model as an expression.
+    """A model's variables, as an expression.
 
     Raises:
-      CannotSay: the script has not those of the session.
+      CannotSay: the script could not reproduce them.
     """
     if name in context.lost:
         raise CannotSay(context.lost[name])
@@ -132,7 +135,7 @@ def _variables_of(context: ScriptContext, name: str) -> str:
 
 
 def _load(command: CommandLines) -> list[str]:
-    """`%flax_load`: the variables of linen models out of the file, and the root key as it has it."""
+    """`%flax_load`: reads linen variables from the file, and sets the root key to where it stood there."""
     context, writer, load = command.context, command.writer, command.context.load
     if load is None:
         raise CannotSay("it stands inside of another statement")
@@ -149,6 +152,7 @@ def _load(command: CommandLines) -> list[str]:
         context.assigned.add(model.variables)
         writer.needs |= {"safetensors", "traverse_util"}
         tensors = writer.variable("tensors", "loaded_tensors")
+        # One reading serves all models of the file.
         if not any("load_file(" in line for line in lines):
             file = str(Path(load.file).expanduser()) if load.file.startswith("~") else load.file
             read = f"safetensors.flax.load_file({writer.text(file)})"
@@ -161,18 +165,20 @@ def _load(command: CommandLines) -> list[str]:
 
 
 def _why_unreadable(load: Load, name: str, model: ScriptModel) -> str:
-    """Why plain lines cannot read the variables; empty where they can."""
+    """Why plain lines cannot read a model's variables from the file, as a relative clause; empty where they can."""
     if model.holds:
         return "and those of an NNX model have no lines yet"
+    # The file was written to since: what it has now need not be what was loaded.
     if state_of(load.file) != load.state:
         return "which is not the file any more that it was"
+    # `history` is the name of an array of the file's own.
     if name == "history" or not _is_plain(model.loaded):
         return "and have leaves or names that plain lines do not read"
     return ""
 
 
 def _is_plain(tree: PyTree) -> bool:
-    """Whether names joined by `/` and arrays of plain numbers are all that there is."""
+    """Whether a tree has only arrays of plain numbers, under names that can be joined by `/`."""
     if isinstance(tree, Mapping):
         names = all(type(name) is str and name and "/" not in name for name in tree)
         return bool(tree) and names and all(map(_is_plain, tree.values()))
@@ -189,4 +195,4 @@ LINES: Mapping[str, Callable[[CommandLines], list[str]]] = {
     "flax_vars": _variables,
     "flaxmodel": _register,
 }
-"""What writes each command, or raises `CannotSay`; another one is a comment with its reason."""
+"""Command → the function that writes its lines or raises CannotSay; any other command becomes a comment."""

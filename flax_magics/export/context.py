@@ -1,4 +1,4 @@
-"""The script as far as it is written: its models, runs and names; and the command whose lines are being written."""
+"""The state of a script that is being written: models, runs, names; and the command whose lines are written now."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .writer import WIDTH, LineWriter, indented, label_of
 
 @dataclass(eq=False)
 class ScriptModel:
-    """A registered model in the script.
+    """A registered model as the script has it.
 
     Attributes:
-      name: the variable that holds the module: not its registered name where that is the class's own.
+      name: the variable that holds the module; not the registered name where that is its class.
       module: the module as it is registered now.
       holds: whether it holds its variables (NNX).
       variables: the variable that holds its variables (linen).
-      construction: how the session built it, without `rngs` (NNX).
-      first_key: the variable that keeps the key of its first init, where a method adds variables later; else empty.
-      loaded: its variables as they are now: of the tree that a file had.
+      construction: the text by which the session built it, without `rngs` (NNX); empty if the user did.
+      first_key: the variable that keeps the key of the first init, if a method adds variables later; else empty.
+      loaded: its present variables, whose tree shows whether a file's can be read by plain lines.
     """
 
     name: str
@@ -46,14 +46,14 @@ class ScriptModel:
 
 
 class RunGroups:
-    """The runs of a session: the places in its cells that made them, and which of them share a draw.
+    """The runs of a session, the commands that made them, and which of them share a draw.
 
     Attributes:
-      runs: all of them.
-      versions: for each run a value that is the same where the model's code, and all that it reads, was the same.
-      made_by: run → the place that made it, for those that a place explains.
-      by_statement: place → its runs, by index, of each statement that ran it.
-      follower: an init → the apply that took the rest of its draw; `leader` the other way round.
+      runs: all of them, in order.
+      versions: for each run a value that is equal as long as the model's code, and all that it reads, stays the same.
+      made_by: index of a run → the command that made it; missing for runs that no command explains.
+      by_statement: command → the indices of its runs, a list for each executed statement that it ran in.
+      follower: index of an init → that of the apply which took the rest of its draw; `leader` is the inverse.
     """
 
     def __init__(self, runs: Sequence[Run], cell_runs: Sequence[CellRun], restarts: Sequence[int]) -> None:
@@ -62,7 +62,7 @@ class RunGroups:
         self.made_by: dict[int, CommandSite] = {}
         self.by_statement: dict[CommandSite, list[list[int]]] = {}
         self.follower: dict[int, int] = {}
-        # The fingerprint of each run's model; where there is none, how often the model had been another until then.
+        # The model's fingerprint at each run; without one, a count of how often the model had changed by then.
         changes: Counter[str | None] = Counter()
         for run in runs:
             changes[run.model] += any(cause.kind == "model" for cause in run.causes)
@@ -77,7 +77,7 @@ class RunGroups:
         for site in (site for cell_run in cell_runs for site in cell_run.source.sites.values()):
             twin = in_functions.get((site.name, site.line, site.target))
             if twin is not None and site not in self.by_statement and site.in_function is not None:
-                # The function was defined again before it was called: what its runs were is what they would be.
+                # A function that was defined again before it was called would make the runs that the other made.
                 self.by_statement[site] = self.by_statement[twin]
         for init, index in pairwise(i for i, run in enumerate(runs) if not run.replayed):
             first, second = runs[init], runs[index]
@@ -87,22 +87,22 @@ class RunGroups:
         self.leader = {apply: init for init, apply in self.follower.items()}
 
     def of_site(self, site: CommandSite) -> list[int]:
-        """The runs of a place, by index."""
+        """The indices of all runs that a command made."""
         return list(chain.from_iterable(self.by_statement.get(site, [])))
 
     def shares_in_place(self, site: CommandSite) -> bool:
-        """Whether each run of `site` finds the rest of a draw that an init left in the same block just before."""
+        """Whether each run of `site` goes on with a draw that an init in the same block opened just before."""
         inits = [self.made_by.get(self.leader.get(index, -1)) for index in self.of_site(site)]
         alone = site.parsed.options.get("draws") is None
         return alone and bool(inits) and all(init is not None and init.path == site.path for init in inits)
 
     def stays(self, site: CommandSite) -> bool:
-        """Whether the draw of an init at `site` is made again by the apply that takes the rest of it."""
+        """Whether the root key stays after an init, because an apply elsewhere splits it again."""
         after = [self.made_by.get(self.follower.get(index, -1)) for index in self.of_site(site)]
         return bool(after) and all(other is not None and not self.shares_in_place(other) for other in after)
 
     def folded_later(self, site: CommandSite) -> tuple[tuple[str, ...], bool]:
-        """The streams that the apply after an init at `site` takes of its draw, and whether it has its own `params`."""
+        """Streams that the apply after an init takes from the same draw, and whether its own `params` is folded in."""
         after = [self.follower.get(index, -1) for index in self.of_site(site)]
         shared = [index for index in after if index in self.made_by and self.shares_in_place(self.made_by[index])]
         facts = {index: self.runs[index].spelling or ExportFacts() for index in shared}
@@ -115,30 +115,30 @@ FROM_PACKAGE = "it comes from flax_magics"
 
 @dataclass(eq=False)
 class SessionNames:
-    """Names that have no value in the script, each with the reason.
+    """Names that have no value in the script, with the reason.
 
-    Those of flax_magics and of IPython, and what only lines gave that are comments. Every other name is the user's
-    affair: whether it is there, and what it stands for, is never asked.
+    These are names of flax_magics and IPython, and names that only left-out lines assign. All other names are the
+    user's: whether they are defined is never asked.
 
     Attributes:
-      bound: what the session's code has given something else: `_`, say.
+      bound: names that the session's code assigned itself, such as `_`.
     """
 
     gone: dict[str, str] = field(default_factory=lambda: {"flax_magics": FROM_PACKAGE})
     bound: set[str] = field(default_factory=set)
 
     def lose(self, names: Iterable[str], reason: str) -> None:
-        """`names` have no value from now on."""
+        """Records that `names` have no value from here on."""
         self.gone.update(dict.fromkeys(names, reason))
 
     def bind(self, names: Iterable[str]) -> None:
-        """`names` get a value in the script."""
+        """Records that `names` are assigned in the script."""
         for name in names:
             self.gone.pop(name, None)
             self.bound.add(name)
 
     def missing(self, names: Iterable[str]) -> CannotSay | None:
-        """Why code that reads `names` cannot stand in the script; None where it can."""
+        """The error for code that reads a name without a value; None if it reads none."""
         for name in sorted(names):
             reason = self.gone.get(name)
             if reason is None and is_of_the_notebook(name) and name not in self.bound:
@@ -150,18 +150,18 @@ class SessionNames:
 
 @dataclass(eq=False)
 class ScriptContext:
-    """A script as far as it is written.
+    """The state of a script that is being written.
 
     Attributes:
       models: by registered name.
-      names: those that the script has not.
+      names: those without a value in the script.
       unexported: what could not be exported, each with its reason.
-      lost: models whose variables the script has not, with the reason.
-      assigned: names that the lines of the command at hand assign: a function has to declare them.
-      states: what became of the models that the cell registered: `new`, `unchanged`, `changed`.
-      load: what the `%flax_load` at hand read.
-      gone: the cell's runs are in no history any more.
-      define: makes sure that a function is in the script where it will be used, and gives its name.
+      lost: model → the reason why the script does not have its variables.
+      assigned: names that the lines of the present command assign; inside a function they are declared global.
+      states: model → what became of it in the present cell: `new`, `unchanged`, `changed`.
+      load: what the present `%flax_load` read.
+      gone: the runs of the present cell are not in the history, which a later `%flax_load` replaced.
+      define: makes sure that a function is defined before it is used, and returns its name.
     """
 
     writer: LineWriter
@@ -177,34 +177,34 @@ class ScriptContext:
     define: Callable[[JittedFunction, CommandSite], str] = field(init=False)
 
     def is_conditional(self, site: CommandSite) -> bool:
-        """Whether some runs of a place initialise and others do not, so that the script has to look."""
+        """Whether only some runs of a command initialised, so that the script must test for variables."""
         made = [initialises(self.groups.runs[index]) for index in self.groups.of_site(site)]
         return bool(site.path) and any(made) and (len(made) == 1 or not all(made))
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
-        """These runs have no lines: models whose variables they made or changed are lost."""
+        """Records runs that have no lines: the script no longer has the variables that they made or changed."""
         for run in (self.groups.runs[index] for index in indices):
             if run.model is not None and not run.replayed and (run.made is not None or run.changed):
                 self.lost[run.model] = reason
 
     def model(self, name: str) -> ScriptModel:
-        """A registered model. Raises `CannotSay` where it is known no more."""
+        """A registered model. Raises CannotSay where it is unknown by now."""
         if name not in self.models:
             raise CannotSay(f"the model `{name}` is not known any more")
         return self.models[name]
 
 
 def initialises(run: Run) -> bool:
-    """Whether a run made all of its model's variables."""
+    """Whether a run made all variables of its model, rather than adding some."""
     return run.made is not None and not run.made.added
 
 
 KeyNames = Callable[[str], str]
-"""The variable that holds a stream's key."""
+"""Stream → the variable that holds its key."""
 
 
 class CommandLines:
-    """One command of a cell with the runs that it made, and the parts of which its lines are put together."""
+    """One command of a cell with its runs, and the parts of which its lines are composed."""
 
     def __init__(self, context: ScriptContext, site: CommandSite, indices: Sequence[int]) -> None:
         self.context, self.site, self.indices = context, site, indices
@@ -213,26 +213,26 @@ class CommandLines:
 
     @property
     def call(self) -> CallExpression:
-        """What is called."""
+        """The model's call, as written on the command's line."""
         assert self.site.call is not None
         return self.site.call
 
     @property
     def model(self) -> ScriptModel:
-        """The model that it runs."""
+        """The model that the command runs."""
         return self.context.model(self.runs[-1].model or "")
 
     @property
     def initialising(self) -> list[Run]:
-        """Its runs that made all of the model's variables."""
+        """Those of its runs that made all variables of the model."""
         return [run for run in self.runs if initialises(run)]
 
     @cached_property
     def facts(self) -> ExportFacts:
-        """What its runs have in common; where a later one asked for more, that.
+        """The facts that all of its runs share; streams and collections are those of all runs together.
 
         Raises:
-          CannotSay: they are not alike.
+          CannotSay: the runs are too different for one set of lines.
         """
         facts = [run.spelling for run in self.runs if run.spelling is not None]
         if not facts:
@@ -247,6 +247,7 @@ class CommandLines:
             raise CannotSay("its model takes its mode in another way since an edit")
         mode = last.mode
         if mode is not None and any(each.mode != mode for each in facts):
+            # Runs that set the mode back in different ways: a copy is run, which needs no setting back.
             mode = replace(mode, back=None)
         taken_apart = tuple(f"{name}[" for name, part in last.containers if not part.has("other"))
         names = (name for name in last.static if not name.isidentifier() and name not in last.parameters)
@@ -262,7 +263,7 @@ class CommandLines:
     # -- the keys of its draw
 
     def keys(self) -> tuple[list[str], KeyNames, str]:
-        """The lines that make its keys, which variable holds each stream's key, and the one that an init is given."""
+        """The lines that make its keys, the variable of each stream's key, and the variable of the init's key."""
         context, writer, facts, many = self.context, self.writer, self.facts, self.options["draws"] is not None
         streams = (*facts.streams, *self.options["key"])
         if many and facts.taken and "params" in streams:
@@ -275,12 +276,13 @@ class CommandLines:
         if many:
             return self._many_keys(writer.root, (*streams, *(("params",) if makes else ())), key)
         if context.groups.shares_in_place(self.site):
+            # The init before it has split the root key already.
             context.assigned |= {writer.params, writer.dropout, *map(key, streams)}
             return [], key, writer.params
         return writer.draw(streams, taken=facts.taken), key, writer.params
 
     def keys_of_init(self, *streams: str) -> tuple[list[str], KeyNames, str]:
-        """The same for an init, which takes `streams` of its draw."""
+        """`keys` for an init, which takes `streams` of its draw."""
         if self.options["draw"] is not None:
             return self.replayed_keys(streams)
         writer = self.writer
@@ -288,7 +290,7 @@ class CommandLines:
         return self.draw_of_init(*streams), writer.key, writer.params
 
     def replayed_keys(self, streams: Iterable[str], *, taken: bool = False) -> tuple[list[str], KeyNames, str]:
-        """The keys of an earlier draw, or of as many draws as one run takes from that on, made again from its seed."""
+        """`keys` for `--draw`: those of an earlier draw, or of several from it on, made again from the seed."""
         writer, size = self.writer, self.options.get("draws")
         draws = {(run.seed, run.draw) for run in self.runs}
         if len(draws) > 1:
@@ -307,7 +309,7 @@ class CommandLines:
         return lines, names.__getitem__, names.get("params", "")
 
     def _many_keys(self, root: str, streams: Iterable[str], key: KeyNames) -> tuple[list[str], KeyNames, str]:
-        """As many draws from `root` as one run takes: their keys in lists."""
+        """`keys` for `--draws`: a loop of draws from `root`, with the keys of each stream in a list."""
         writer, size = self.writer, self.options["draws"]
         names = {stream: writer.variable(f"{stream}_keys") for stream in dict.fromkeys(streams)}
         if not names:
@@ -319,8 +321,9 @@ class CommandLines:
         return lines, names.__getitem__, f"{names.get('params', '')}[0]"
 
     def draw_of_init(self, *streams: str) -> list[str]:
-        """The draw of an init that takes `streams` of it, with the keys that the apply after it takes of it too."""
+        """The draw of an init that takes `streams`, with the keys that the apply after it takes from the same draw."""
         writer, groups = self.writer, self.context.groups
+        # The root key is not moved on: the apply that goes on with this draw splits it again.
         if groups.stays(self.site):
             return [writer.STAYS, *writer.keys_of(writer.root, streams, writer.key)]
         later, taken = groups.folded_later(self.site)
@@ -331,14 +334,14 @@ class CommandLines:
     def jitted(
         self, decorator: str, parameters: Sequence[str], body: Sequence[str], static: Sequence[str], *, mode: str = ""
     ) -> str:
-        """The name of the function that it calls, which is in the script then; `mode` where that is not part of it."""
+        """Makes sure that the jitted function of the call is defined, and returns its name; `mode` as in its name."""
         model, method, mode = self.model.name, self.call.method, mode or self.site.mode
-        # `train`, `evaluate`, `apply`, `encode`, `train_encode`
+        # The function's name: `train`, `evaluate`, `apply`; with a method `encode`, `train_encode`.
         verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
         if method:
             verb = method[-1] if mode == "as written" else f"{verb}_{method[-1]}"
         verb += "" if self.options["draws"] is None else "_draws"
-        # With several models each function is called after its own.
+        # With several models, each function has the model in its name.
         several = len({run.model for run in self.context.groups.runs if run.kind.forward}) > 1
         names = (f"{verb}_{model}",) if several else (verb, f"{verb}_{model}")
         function = JittedFunction(model, names, decorator, tuple(parameters), tuple(static), tuple(body))
@@ -348,18 +351,18 @@ class CommandLines:
 
     @property
     def label(self) -> str:
-        """What its digest is called."""
+        """The label of its digest."""
         return label_of(self.call.call, self.site.mode)
 
     @cached_property
     def target(self) -> str:
-        """The name of `y =`; empty for a target that is anything else."""
+        """The single name in `y =`; empty for any other target."""
         name = self.site.target.removesuffix("=").strip()
         return name if self.site.target.endswith("=") and name.isidentifier() else ""
 
     @cached_property
     def targets(self) -> list[str]:
-        """The names of `y, updates =`; empty for a target that is anything else."""
+        """The names in `y, updates =`; empty for any other target."""
         match ast.parse(f"{self.site.target} 0").body if self.site.target else []:
             case [ast.Assign([ast.Tuple(parts)])] if all(isinstance(part, ast.Name) for part in parts):
                 return [part.id for part in parts if isinstance(part, ast.Name)]
@@ -368,16 +371,17 @@ class CommandLines:
     def value_lines(
         self, value: str, *, after: Sequence[str] = (), parts: bool = False, updates: str = ""
     ) -> list[str]:
-        """The lines that run `value`, hold or drop the output, and print its digest.
+        """The lines that evaluate `value`, assign or drop the result, and print its digest.
 
         Args:
-          after: lines that follow the run.
-          parts: the output is a tuple, so that names in its place are the whole of it.
-          updates: `value` is a pair of the output and of what gets this name; `_` where nobody wants it.
+          after: lines that come right after the evaluation.
+          parts: the output is a tuple, which the names of the target take apart.
+          updates: the name for the second part where `value` is (output, updates); `_` if nobody uses it.
         """
         writer, target, label = self.writer, self.site.target, self.label
         if not target and not updates:
             line = f"{writer.digest}({writer.text(label)}, {value})" if writer.digests else value
+            # Printed in one go, if the line stays within the width.
             if not writer.digests or len(line) <= WIDTH - 2 * len(writer.unit):
                 writer.labels += [label] * writer.digests
                 return [line, *after]
@@ -392,11 +396,11 @@ class CommandLines:
 
     @property
     def output(self) -> str:
-        """The variable that holds the output where the cell gets `(output, updates)`."""
+        """The variable that holds the output where the command's value is `(output, updates)`."""
         return self.targets[0] if len(self.targets) == 2 else self.writer.variable("output", "result")
 
     def pair_lines(self, updates: str) -> list[str]:
-        """The lines that give the cell `(output, updates)`, once `output` holds the first of them."""
+        """The lines that assign `(output, updates)` as the cell does, once `self.output` holds the output."""
         if len(self.targets) != 2:
             return self.value_lines(f"({self.output}, {updates})")
         return [f"{self.targets[1]} = {updates}", *self.writer.show(self.label, f"({', '.join(self.targets)})")]

@@ -1,4 +1,4 @@
-"""A statement of a cell as the script has it: as it is, but for the commands in it and what only a notebook has."""
+"""Writes one statement of a cell: unchanged but for the commands in it, and for what only works in a notebook."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _A_RUN = "it is a Run of the session"
 
 
 def as_typed(line: str) -> str:
-    """A line of a cell before IPython made Python of it."""
+    """A line as the user typed it, before IPython turned magics and shell lines into calls."""
     return _SHELL.sub(r"!\2", _MAGIC.sub(lambda magic: f"%{magic[2]} {magic[4]}".rstrip(), line))
 
 
 def commented(lines: Iterable[str], indent: str = "") -> list[str]:
-    """Lines of a cell as comments at one indentation."""
+    """Lines of a cell as comments, `#` at the same indentation."""
     return [f"{indent}# {as_typed(line.removeprefix(indent))}".rstrip() for line in lines]
 
 
 @dataclass(eq=False)
 class Edit:
-    """Writes one statement at the top of a cell.
+    """Writes one statement at the top level of a cell.
 
     Attributes:
       source: the cell.
-      command: gives the lines in the place of a command; raises `CannotSay`.
-      futures: gets the names that are imported from `__future__`, which stand at the top of the script.
-      left_out: something became a comment.
-      written: places of commands that have lines.
-      declared: function → names that the lines in it assign, and that are global.
+      command: returns the lines for a command, or raises CannotSay.
+      futures: collects names imported from `__future__`, which must stand at the top of the script.
+      left_out: something in it became a comment.
+      written: the commands that have lines.
+      declared: function → names that lines inside assign, to be declared global there.
     """
 
     source: CellSource
@@ -51,12 +51,12 @@ class Edit:
     written: set[CommandSite] = field(default_factory=set)
     declared: dict[FunctionNode, set[str]] = field(default_factory=dict)
     _edits: list[tuple[int, int, list[str]]] = field(default_factory=list)
-    """First and last line, and the lines in their place."""
+    """(first line, last line, new lines) of each replacement."""
 
     def statement(self, statement: ast.stmt) -> tuple[list[str], bool]:
-        """The lines of `statement`, and whether there is code among them.
+        """The lines for `statement`, and whether any of them is code.
 
-        One of whose commands some have no lines becomes a comment as a whole.
+        If a command inside a larger statement has no lines, the whole statement becomes a comment.
         """
         try:
             code = self._one(statement)
@@ -66,23 +66,26 @@ class Edit:
         for function, names in self.declared.items():
             if not code or not names:
                 continue
+            # `global` comes first in the body, but after a docstring.
             first = function.body[0]
             docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
             at = end(first) + 1 if docstring else begin(first)
             self._edits.append((at, at - 1, [f"{self._indent(first)}global {', '.join(sorted(names))}"]))
         first_line = begin(statement)
         lines = lines_of_statement(self.source, statement)
+        # From the bottom up, so that line numbers of edits above stay valid.
         for start, last, new in sorted(self._edits, key=lambda edit: edit[0], reverse=True):
             lines[start - first_line : last - first_line + 1] = new
+        # Compiled only to see whether a script may have it: nothing is run.
         try:
             compile("\n".join(lines), "<script>", "exec", dont_inherit=True)
-        except SyntaxError as error:  # `await` at the top
+        except SyntaxError as error:  # such as `await` at the top level
             code = self._leave_out(statement, CannotSay(f"outside of a notebook it is no Python: {error.msg}"))
             return self._edits[-1][2], code
         return lines, code
 
     def _one(self, statement: ast.stmt, *, here: bool = True) -> bool:
-        """Notes the edits of `statement`; whether code is left of it. `here`: it is in no function and no class."""
+        """Collects the edits for `statement`. Returns whether code is left; `here`: not inside a function or class."""
         names, source = self.context.names, self.source
         if statement in source.sites:
             return self._site(statement, source.sites[statement], here)
@@ -93,6 +96,7 @@ class Edit:
             names.lose(magic.names, "a magic or the shell gives it")
             self._replace(statement, commented(magic.shown, self._indent(statement)))
             return False
+        # The body of a function runs later: its names are not judged here.
         if not here:
             self._blocks(statement, here=False)
             return True
@@ -110,8 +114,9 @@ class Edit:
             self._blocks(statement, here=False)
             names.bind(binds(statement))
             return True
-        # A loop, a branch, `with` and `try` run what is inside of them here and now.
+        # The bodies of loops, branches, `with` and `try` run now: each statement in them is judged by itself.
         head = copy.deepcopy(statement)
+        # The head alone: what the bodies read is asked for them.
         for block in blocks(head):
             block[:] = [ast.Pass()]
         reason = names.missing(reads(head))
@@ -126,20 +131,21 @@ class Edit:
         return False
 
     def _reads(self, statement: ast.stmt) -> set[str]:
-        """Global names that a statement reads; the shell, of which commands and magics are calls, is none of them."""
+        """Global names that a statement reads. `get_ipython` counts only where no magic accounts for it."""
         nodes = list(ast.walk(statement))
         calls = sum(node in self.source.sites or node in self.source.foreign for node in nodes)
         shells = sum(isinstance(node, ast.Name) and node.id == "get_ipython" for node in nodes)
         return reads(statement) - ({"get_ipython"} if shells == calls else set())
 
     def _blocks(self, statement: ast.stmt, *, here: bool) -> bool:
-        """The edits of the blocks of `statement`, with `pass` in one of which nothing is left; whether some code is."""
+        """Edits the blocks of `statement`, with `pass` where one has nothing left. Returns whether code is left."""
         some = False
         for block in filter(None, blocks(statement)):
             edits = len(self._edits)
             code = [self._one(inner, here=here) for inner in block]
             some = some or any(code)
             starts = [inner.lineno for inner in block]
+            # Whole lines are replaced, so a replaced statement must not share its line with another.
             shared = len(set(starts)) < len(block) or statement.lineno in (*starts, *map(end, block))
             if shared and len(self._edits) > edits:
                 raise CannotSay("what has to be replaced shares its line with another statement")
@@ -153,6 +159,7 @@ class Edit:
         try:
             lines = self.command(site)
         except CannotSay as error:
+            # `statement` catches it, and leaves out the whole statement around the command.
             if site.path:
                 raise
             return self._leave_out(statement, error)
@@ -167,6 +174,7 @@ class Edit:
     def _import(self, statement: ast.Import | ast.ImportFrom) -> bool:
         names = self.context.names
         if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
+            # Collected for the top of the script, where Python wants them.
             self.futures += [alias.name for alias in statement.names]
             self._replace(statement, [])
             return False
@@ -182,8 +190,9 @@ class Edit:
         return bool(kept)
 
     def _leave_out(self, statement: ast.stmt, reason: CannotSay) -> bool:
-        """A comment in the place of `statement`, whose names have no value then."""
+        """Replaces `statement` by a comment; the names that it would assign have no value from here on."""
         first, last = begin(statement), end(statement)
+        # Edits inside of it no longer apply.
         self._edits = [edit for edit in self._edits if not first <= edit[0] <= last + 1]
         indent, lines = self._indent(statement), lines_of_statement(self.source, statement)
         self._replace(statement, [f"{indent}# Left out: {reason}.", *commented(lines, indent)])
@@ -201,7 +210,7 @@ class Edit:
 
 
 def lines_of_statement(source: CellSource, statement: ast.stmt) -> list[str]:
-    """The text of a statement: its lines, or its own part of a line that others share with a `;`."""
+    """The lines of a statement; only its own part of a line that it shares by `;`."""
     others = (other for other in source.tree.body if other is not statement)
     if any(other.lineno <= end(statement) and statement.lineno <= end(other) for other in others):
         return segment(source.text, statement).split("\n")
@@ -209,7 +218,7 @@ def lines_of_statement(source: CellSource, statement: ast.stmt) -> list[str]:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """The packages that code imports, by an import or by their names as text."""
+    """The top-level packages that code imports, by statements or by `import_module` with a literal name."""
     modules: list[str] = []
     for node in ast.walk(tree):
         match node:

@@ -1,4 +1,4 @@
-"""What a call becomes: its arguments parted, and the jitted function for each way in which a model is run."""
+"""Splits a call's arguments into data and constants, and describes the jitted functions that a script defines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .writer import LineWriter, call, indented
 
 
 class CannotSay(Exception):
-    """A command or a statement for which there are no lines; the message says why.
+    """Raised for a command or statement that has no lines in a script; the message says why.
 
     Attributes:
-      cause: why the names that it gives a value have none then.
+      cause: the reason given for names that it would have assigned.
     """
 
     def __init__(self, message: str, cause: str = "") -> None:
@@ -29,14 +29,14 @@ class CannotSay(Exception):
 
 @dataclass(eq=False)
 class SplitArguments:
-    """The arguments of a call, parted into those of a jitted function and those that are written into its body.
+    """The arguments of a call, split into parameters of a jitted function and constants written into its body.
 
     Attributes:
-      used: names that no further parameter may have.
-      parameters: names of the function's own parameters.
-      inside: the arguments as its body passes them on.
-      outside: what is given for the parameters, as the cell has it.
-      static: parameters that are no data.
+      used: names that no further parameter may take.
+      parameters: the function's own parameters.
+      inside: the arguments as the body passes them to the model.
+      outside: the values for the parameters, as the cell has them.
+      static: parameters that are static arguments for `jax.jit`.
     """
 
     writer: LineWriter
@@ -47,11 +47,11 @@ class SplitArguments:
     static: list[str] = field(default_factory=list)
 
     def expression(self, written: str, part: ContainerPart, name: str) -> str:
-        """What the function's body has for an argument, or for a part of one that is a container.
+        """What the body has in place of an argument, or of a part of a container; data becomes a parameter.
 
         Args:
-          written: what the call has there.
-          name: for the parameter, where it becomes one.
+          written: the text in the call.
+          name: the parameter's preferred name.
         """
         if part.kind == "none":
             return "None"
@@ -79,11 +79,11 @@ class SplitArguments:
 
 
 def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: Iterable[str]) -> SplitArguments:
-    """The arguments of `call`. `used` are names that no parameter may have."""
+    """Splits the arguments of `call`; `used` are names that no parameter may have."""
     containers = dict(facts.containers)
     arguments = SplitArguments(writer, set(used))
     if any(name in ("*", "**") for name, _ in call.arguments):
-        # Which of them come by `**`, only the call itself knows.
+        # Static names that are neither spelled out nor positional can only come from `**`.
         unknown = sorted(facts.static - {name for name, _ in call.arguments} - set(facts.parameters))
         arguments.static += [name for name in unknown if name.isidentifier()]
     unnamed = (f"argument_{place}" for place in itertools.count(len(facts.parameters)))
@@ -97,7 +97,7 @@ def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: It
             continue
         leaf = next(positional) if name is None else name
         part = containers.get(leaf) or ContainerPart("choice" if leaf in facts.static else "data")
-        # True, None, a string: no data, whatever the run made of it.
+        # Constants such as True, None or a string are no data, however the run took them.
         constants = (object,) if leaf in facts.static else (bool, str, bytes, type(None))
         value = text if _is_literal(text, constants) else arguments.expression(text, part, leaf)
         arguments.inside.append(value if name is None else f"{name}={value}")
@@ -105,7 +105,7 @@ def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: It
 
 
 def _elements(written: str, part: ContainerPart) -> dict[str | int, str]:
-    """The elements of a container that is spelled out in the call; none of one that has a name."""
+    """The texts of a container's elements if it is spelled out in the call; none if it is given by a name."""
     elements: dict[str | int, ast.expr] = {}
     match ast.parse(written.strip(), mode="eval").body:
         case ast.Dict(keys, values):
@@ -121,18 +121,18 @@ def _elements(written: str, part: ContainerPart) -> dict[str | int, str]:
 
 
 def as_written(arguments: Sequence[Argument]) -> list[str]:
-    """The arguments of a call as the cell has them."""
+    """The arguments of a call as the cell has them, each on one line."""
     signs = {None: "", "*": "*", "**": "**"}
     return [signs.get(name, f"{name}=") + one_line(text) for name, text in arguments]
 
 
 def one_line(text: str) -> str:
-    """An expression on one line."""
+    """The expression on one line; its own text if that has no line break."""
     return text if "\n" not in text else ast.unparse(ast.parse(text.strip(), mode="eval").body)
 
 
 def _is_literal(text: str, kinds: tuple[type, ...] = (object,)) -> bool:
-    """Whether it is a literal of one of these types."""
+    """Whether the text is a literal of one of these types."""
     try:
         return isinstance(ast.literal_eval(text), kinds)
     except (ValueError, SyntaxError):
@@ -141,12 +141,12 @@ def _is_literal(text: str, kinds: tuple[type, ...] = (object,)) -> bool:
 
 @dataclass(eq=False)
 class Function:
-    """A function of the script.
+    """A function that the script has defined.
 
     Attributes:
-      version: of the model's code when it was defined: see `RunGroups.versions`. JAX traces it once, so that for another
-        version it has to be defined again.
-      used: the last cell, by number, that calls it.
+      version: of the model's code when it was defined, see `RunGroups.versions`. JAX traces a function once, so another
+        version needs a new definition.
+      used: index of the last cell that calls it.
     """
 
     name: str
@@ -155,14 +155,14 @@ class Function:
 
 
 class JittedFunction(Struct, frozen=True):
-    """A function that a run needs.
+    """A jitted function that a run needs; equal ones are defined once.
 
     Attributes:
       model: the variable that holds the module.
-      names: how it may be called, best first.
+      names: names to choose from, best first.
       decorator: such as `jax.jit`.
       parameters, static: see `SplitArguments`.
-      body: its lines.
+      body: its lines, without indentation.
     """
 
     model: str
@@ -173,7 +173,7 @@ class JittedFunction(Struct, frozen=True):
     body: tuple[str, ...]
 
     def lines(self, writer: LineWriter, name: str) -> list[str]:
-        """The function under `name`."""
+        """The lines of the function, defined as `name`."""
         decorator = f"@{self.decorator}"
         if self.static:
             writer.needs.add("functools")

@@ -1,4 +1,4 @@
-"""Runs of models: of linen init, the jitted apply, what it keeps; of NNX the module built, its keys and mode, its call."""
+"""The lines for runs of models: linen's init and jitted apply, and NNX's construction, keys, mode and call."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .functions import CannotSay, SplitArguments, as_written, split
 from .writer import LineWriter, call, indented, label_of
 
 Keys = Mapping[str, str]
-"""Stream, or argument that is given a key of the draw (`--key`) → the variable that holds its key."""
+"""Stream, or argument of `--key` → the variable that holds its key."""
 
 
 def _arguments(command: CommandLines, written: Iterable[str], added: Settings, keys: Keys) -> list[str]:
-    """The arguments of a call, with the switches that are added to it, and with the keys that `--key` gives it."""
+    """The arguments of a call with the switches of the mode, and with the keys of `--key`."""
     switches = (f"{name}={value}" for name, value in added)
     return [*written, *switches, *(f"{name}={keys[name]}" for name in command.options.get("key") or ())]
 
 
 def _passed(command: CommandLines, keys: Collection[str]) -> list[str]:
-    """The variables of keys as they are given to a function: those of many draws at once are lists."""
+    """The keys as passed to a function; those of `--draws` are lists, which are stacked to be mapped."""
     if command.options["draws"] is None or not keys:
         return [*keys]
     command.writer.needs.add("jnp")
@@ -30,7 +30,7 @@ def _passed(command: CommandLines, keys: Collection[str]) -> list[str]:
 
 
 def _of_module(command: CommandLines, expression: str, module: str) -> str:
-    """An expression in which `MODULE` stands for the module."""
+    """`expression` with `module` in the place of `MODULE`."""
     if "dataclasses." in expression:
         command.writer.needs.add("dataclasses")
     return expression.replace(MODULE, module)
@@ -40,7 +40,7 @@ def _of_module(command: CommandLines, expression: str, module: str) -> str:
 
 
 def init_linen(command: CommandLines) -> list[str]:
-    """The lines of `%flax_init`."""
+    """The lines of `%flax_init` for a linen model."""
     writer, model, site = command.writer, command.model, command.site
     lines, _, params = command.keys_of_init("params")
     before, items = _init_items(command, command.runs[-1].spelling or ExportFacts(), {}, params)
@@ -54,10 +54,10 @@ def init_linen(command: CommandLines) -> list[str]:
 
 
 def apply_linen(command: CommandLines) -> list[str]:
-    """The lines of `%flax_apply`.
+    """The lines of `%flax_apply` for a linen model.
 
     Raises:
-      CannotSay: its runs were not alike.
+      CannotSay: its runs differ too much for one set of lines.
     """
     writer, model, options, facts = command.writer, command.model, command.options, command.facts
     lines, key, params = command.keys()
@@ -66,6 +66,7 @@ def apply_linen(command: CommandLines) -> list[str]:
     lines += _init_lines(command, keys, params)
     value = _linen_call(command, keys, variables)
     mutable = _mutable(command)
+    # What the run writes becomes part of the variables only in a plain run.
     keeps = options["variables"] is None and options["draw"] is None and options["draws"] is None
     kept = [name for name in facts.kept if name in mutable] if keeps else []
     if kept:
@@ -77,7 +78,7 @@ def apply_linen(command: CommandLines) -> list[str]:
         updates = writer.variable("updates", "new_values") if kept else "_"
         after = _merged(command, kept, updates)
         return [*lines, *command.value_lines(value, after=after, parts=parts, updates=updates)]
-    # The cell gets (output, updates), with the collections in them that it asked for.
+    # With `--mutable` the cell's value is (output, updates), updates having only the collections asked for.
     asked = [name for name in options["mutable"] if name in facts.mutable]
     pair = len(command.targets) == 2
     if set(asked) == set(mutable) and (command.target or pair or not kept):
@@ -89,7 +90,7 @@ def apply_linen(command: CommandLines) -> list[str]:
 
 
 def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
-    """The call of the jitted function for a run, or with `--eager` of the model."""
+    """The call of the jitted function, or with `--eager` of `apply` itself."""
     if command.options["eager"]:
         return call(*_apply_items(command, keys, as_written(command.call.arguments), variables))
     writer, name, facts, draws = command.writer, command.model.name, command.facts, command.options["draws"]
@@ -105,7 +106,7 @@ def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
     elif draws is not None:
         body = [f"return jax.vmap(lambda: {value}, axis_size={draws})()"]
     elif facts.axes:
-        # Around a model that names a mapped axis: the axis with one element, which stands for this device.
+        # The model names a mapped axis: an axis of one element stands for this one device.
         mapped = "one_device"
         for axis in sorted(facts.axes):
             mapped = f"jax.vmap({mapped}, axis_name={writer.text(axis)}, axis_size=1)"
@@ -117,13 +118,14 @@ def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
 
 
 def _with_keys(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Arguments of the call, or parameters for them, with the keys: before them where one is starred."""
+    """Arguments or parameters with those of the keys: after them, or before them if one is starred."""
     starred = any(argument.startswith("*") for argument in arguments)
     return [*keys, *arguments] if starred else [*arguments, *keys]
 
 
 def _init_items(command: CommandLines, facts: ExportFacts, keys: Keys, key: str) -> tuple[str, list[str]]:
-    """`net.init(` and its arguments, for the init that is part of a run (or is the run)."""
+    """`net.init(` and its arguments, for an init, or for the init inside of an apply."""
+    # The session's init gave each of these streams the same key.
     if facts.init_streams:
         streams = (command.writer.text(stream) for stream in ("params", *facts.init_streams))
         key = "{" + ", ".join(f"{stream}: {key}" for stream in streams) + "}"
@@ -132,7 +134,7 @@ def _init_items(command: CommandLines, facts: ExportFacts, keys: Keys, key: str)
 
 
 def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], variables: str) -> tuple[str, list[str]]:
-    """`net.apply(` and its arguments, `arguments` being those of the call."""
+    """`net.apply(` and its arguments; `arguments` are those of the call."""
     writer, facts, mutable = command.writer, command.facts, _mutable(command)
     items = [variables, *_arguments(command, arguments, facts.arguments, keys)]
     if facts.streams:
@@ -151,13 +153,14 @@ def _method(command: CommandLines) -> list[str]:
     method = command.call.method
     if not method:
         return []
+    # Flax takes the name of a method of the class, but no path to a submodule's method.
     if len(method) == 1 and hasattr(type(command.model.module), method[0]):
         return [f"method={command.writer.text(method[0])}"]
     return [f"method=lambda module, *args, **kwargs: module.{'.'.join(method)}(*args, **kwargs)"]
 
 
 def _merged(command: CommandLines, kept: Sequence[str], updates: str) -> list[str]:
-    """The line that puts what a run wrote, `updates`, into the variables."""
+    """The line that merges collections which a run wrote into the variables; none if nothing is kept."""
     if not kept:
         return []
     variables = command.model.variables
@@ -171,7 +174,7 @@ def _picked(writer: LineWriter, names: Sequence[str], updates: str) -> str:
 
 
 def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
-    """The init that is part of a run, or what a method adds to the variables."""
+    """The lines for the init inside of a run, or for variables that a method adds."""
     context, writer, model = command.context, command.writer, command.model
 
     def init_of(run: Run, key: str) -> tuple[str, list[str]]:
@@ -182,6 +185,7 @@ def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
     if command.initialising:
         before, items = init_of(command.initialising[0], params)
         lines = [call(f"{model.variables} = {before}", items), *_keep_first_key(command, params)]
+        # In a loop or a function only the first run initialises.
         if context.is_conditional(command.site):
             lines = [f"if {model.variables} is None:", *indented(lines, writer.unit)]
     adding = [run for run in command.runs if run.made is not None and run.made.added]
@@ -192,13 +196,14 @@ def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
         flat = writer.variable("flat_variables")
         before, items = init_of(adding[0], model.first_key or params)
         lines.append(call(f"{flat} = traverse_util.flatten_dict({before}", items, "))"))
+        # Variables that are there win over fresh ones.
         lines.append(f"{flat}.update(traverse_util.flatten_dict({model.variables}))")
         lines.append(f"{model.variables} = traverse_util.unflatten_dict({flat})")
     return lines
 
 
 def _keep_first_key(command: CommandLines, params: str) -> list[str]:
-    """The line that keeps the key of the first init, where a method adds variables later."""
+    """The line that keeps the key of the first init, for a method that adds variables later."""
     if not command.model.first_key:
         return []
     command.context.assigned.add(command.model.first_key)
@@ -209,19 +214,19 @@ def _keep_first_key(command: CommandLines, params: str) -> list[str]:
 
 
 def with_rngs(construction: str, rngs: str = "nnx.Rngs(params=0, dropout=1)") -> str:
-    """`Net(8, 3)` with the argument that it lacks; by itself any streams, whose keys do not matter."""
+    """`Net(8, 3)` with an `rngs` argument added; by default one with streams whose keys do not matter."""
     inside = construction.rstrip().removesuffix(")").rstrip().rstrip(",")
     return f"{inside}{'' if inside.endswith('(') else ', '}rngs={rngs})"
 
 
 def construction_of(run: Run, params: str, dropout: str) -> str:
-    """How the module of an init was built, with these keys."""
+    """The construction of a run's module, with these variables as keys."""
     built = run.by_hand.partition(" = ")[2]
     return built.replace("params=params_key", f"params={params}").replace("dropout=dropout_key", f"dropout={dropout}")
 
 
 def init_nnx(command: CommandLines) -> list[str]:
-    """The lines of `%flax_init`: the same construction with other keys, into the same object."""
+    """The lines of `%flax_init` for an NNX model: the same construction with other keys, into the same object."""
     target, state = command.site.target, f"nnx.state({command.model.name})"
     lines, key, params = command.keys_of_init(*SPLIT)
     lines.append(_rebuilt(command, command.runs[-1], params, key("dropout")))
@@ -230,16 +235,16 @@ def init_nnx(command: CommandLines) -> list[str]:
 
 
 def _rebuilt(command: CommandLines, run: Run, params: str, dropout: str) -> str:
-    """A module's own objects get the values of one that is built anew."""
+    """The line that gives a module's own variables the values of a newly built module."""
     command.writer.needs.add("nnx")
     return f"nnx.update({command.model.name}, nnx.state({construction_of(run, params, dropout)}))"
 
 
 def apply_nnx(command: CommandLines) -> list[str]:
-    """The lines of `%flax_apply`.
+    """The lines of `%flax_apply` for an NNX model.
 
     Raises:
-      CannotSay: its runs were not alike, or an option has no lines.
+      CannotSay: its runs differ too much for one set of lines, or no lines do what an option does.
     """
     writer, model, options, facts = command.writer, command.model.name, command.options, command.facts
     many = options["draws"] is not None
@@ -252,7 +257,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
     keeps = options["variables"] is None and options["draw"] is None
     module = model
     if options["variables"] is not None or (not many and (not keeps or (facts.mode and facts.mode.back is None))):
-        # A run that keeps nothing has a copy, with other variables where some are given.
+        # A run that keeps nothing works on a copy, with the given variables if there are some.
         module = writer.variable(f"{model}_copy")
         writer.needs.add("nnx")
         lines.append(f"{module} = nnx.clone({model})")
@@ -260,6 +265,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
     parts = "parts" in facts.returns
     if many:
         return [*lines, *command.value_lines(_call_of_many(command, keys, module), parts=parts)]
+    # In the order of a run: keys, mode, call, and the mode set back.
     lines += [*_reseeded(command, keys, module), *_mode_lines(command, module)]
     value = _nnx_call(command, keys, module)
     after = _mode_lines(command, module, back=True) if module == model else []
@@ -268,7 +274,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
     if not options["mutable"]:
         after += [*([popped] if popped else []), *kept]
         return [*lines, *command.value_lines(value, after=after, parts=parts)]
-    # The cell gets (output, updates).
+    # With `--mutable` the cell's value is (output, updates).
     lines += [f"{command.output} = {value}", *after, *kept]
     if popped:
         writer.needs.add("nnx")
@@ -283,7 +289,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
 
 
 def _build_before(command: CommandLines) -> Run:
-    """The init that built the module which runs of the command have built anew."""
+    """The init that built the module, for runs that build it again (after `--fresh`). Raises CannotSay."""
     if command.options["draws"] is not None:
         raise CannotSay("many draws at once, the first of which built the module anew, have no lines yet")
     if len(command.initialising) < len(command.runs):
@@ -296,14 +302,14 @@ def _build_before(command: CommandLines) -> Run:
 
 
 def _nnx_call(command: CommandLines, keys: Keys, module: str) -> str:
-    """The call of the model's function, or with `--eager` of the model."""
+    """The call of the jitted function, or with `--eager` of the module itself."""
     options, facts, rngs = command.options, command.facts, _rngs(command, keys)
     handed = [f"rngs={rngs}"] if rngs else []
     if options["eager"]:
         items = _arguments(command, as_written(command.call.arguments), facts.arguments, keys)
         return call(".".join((module, *command.call.method)) + "(", [*items, *handed])
     arguments, parameters, body = _call_in_function(command)
-    # The mode is the module's own, unless the call has it as an argument.
+    # The mode is set on the module, outside of the function, unless it is an argument of the call.
     mode = "" if facts.arguments else "as written"
     function = command.jitted("nnx.jit", parameters, [body], arguments.static, mode=mode)
     passed = [*arguments.outside, *(keys[name] for name in options["key"]), *([rngs] if rngs else [])]
@@ -311,7 +317,7 @@ def _nnx_call(command: CommandLines, keys: Keys, module: str) -> str:
 
 
 def _call_of_many(command: CommandLines, keys: Keys, module: str) -> str:
-    """The call of a function that takes the module apart, and puts it together once for each draw."""
+    """The call of a function that runs a copy of the module for each draw, mapped over their keys."""
     name, inside = command.model.name, {stream: f"{stream}_key" for stream in keys}
     one, many = list(inside.values()), [f"{key}s" for key in inside.values()]
     arguments, parameters, line = _call_in_function(command)
@@ -332,7 +338,7 @@ def _call_of_many(command: CommandLines, keys: Keys, module: str) -> str:
 
 
 def _call_in_function(command: CommandLines) -> tuple[SplitArguments, list[str], str]:
-    """The call with its arguments parted; parameters of the function that makes it, and the line that does."""
+    """The split arguments of the call, the parameters of the function that makes it, and its `return` line."""
     writer, name, facts = command.writer, command.model.name, command.facts
     keys = {argument: f"{argument}_key" for argument in command.options["key"]}
     rngs = ["rngs"] if facts.handed else []
@@ -348,7 +354,7 @@ def _starred_last(arguments: Sequence[str]) -> list[str]:
 
 
 def _reseeded(command: CommandLines, keys: Keys, module: str) -> list[str]:
-    """The line that gives the streams that the module holds the keys of the draw."""
+    """The line that gives the module's own random streams the keys of the draw; none if it holds none of these."""
     writer, facts = command.writer, command.facts
     streams = [f"{stream}={keys[stream]}" for stream in facts.streams if stream in facts.held]
     if not streams:
@@ -358,30 +364,31 @@ def _reseeded(command: CommandLines, keys: Keys, module: str) -> list[str]:
 
 
 def _rngs(command: CommandLines, keys: Keys) -> str:
-    """The `rngs` that the call is given; empty where it takes none, or the user's."""
+    """The `rngs` argument that the call is given; empty if it takes none, or the user's own."""
     facts = command.facts
     if not facts.handed:
         return ""
     command.writer.needs.add("nnx")
+    # Streams that the module holds are reseeded there.
     in_module = facts.held - set(SPLIT)
     return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in in_module)})"
 
 
 def _mode_lines(command: CommandLines, module: str, *, back: bool = False) -> list[str]:
-    """The lines that set the mode of a run, or that set it `back`."""
+    """The lines that set the mode on the module; with `back` those that restore it."""
     mode = command.facts.mode
     lines = () if mode is None else mode.back or () if back else mode.to
     return [_of_module(command, line, module) for line in lines]
 
 
 def _updates(command: CommandLines, module: str, popped: str) -> str:
-    """The collections that a run handed back, as a dict.
+    """The collections that a run returned by `--mutable`, as the text of a dict.
 
     Args:
-      popped: the expression that takes off `module` what was sown; a name for it where that is not given as it is.
+      popped: the expression that pops what was sown, or the name of a variable that has it.
 
     Raises:
-      CannotSay: the run sowed variables of a type of their own.
+      CannotSay: the run sowed variables of a type of the user's.
     """
     writer, items = command.writer, []
     for collection in command.facts.given:
@@ -398,13 +405,13 @@ def _updates(command: CommandLines, module: str, popped: str) -> str:
 
 
 def _held(writer: LineWriter, module: str, path: tuple[str | int, ...], variable: bool) -> str:
-    """`"layers/0/kernel": net.layers[0].kernel[...]`"""
+    """One entry of a dict of held values: `"layers/0/kernel": net.layers[0].kernel[...]`."""
     steps = [f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r}]" for step in path]
     return f"{writer.text('/'.join(map(str, path)))}: {module}{''.join(steps)}{'[...]' if variable else ''}"
 
 
 def _nested(writer: LineWriter, paths: Iterable[Sequence[str | int]], sown: str) -> str:
-    """Values of `sown` as a dict, nested by their paths, with names in the place of numbers."""
+    """The text of a dict of sown values, nested by path; numbers in a path become text keys, as a run returns them."""
     inside: dict[str | int, list[Sequence[str | int]]] = {}
     for step, *rest in paths:
         inside.setdefault(step, []).append(rest)

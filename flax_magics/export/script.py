@@ -1,4 +1,4 @@
-"""A session as a script: its cells in the order in which they ran, and plain Flax in the place of every command."""
+"""Writes the cells of a session in the order in which they ran, with plain Flax in the place of every command."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .writer import Lines, draws, joined
 
 @dataclass(eq=False)
 class RootKeyTracker:
-    """Where the root key of a script stands, and what moves it to where the next run finds it.
+    """Tracks the script's root key, so that each run finds it where the session had it.
 
     Attributes:
-      seed: what it starts from, before any restart.
-      at: seed and number of the last draw that was made of it; None while it is not there.
+      seed: what the root key starts from.
+      at: seed and number of the last draw taken from it; None before the script has made it.
     """
 
     context: ScriptContext
@@ -35,8 +35,9 @@ class RootKeyTracker:
     at: tuple[int, int] | None = None
 
     def before(self, statement: ExecutedStatement) -> list[str]:
-        """The lines that bring the root key to where the runs of `statement` find it; none where it is there."""
+        """The lines that bring the root key to the draw that `statement` begins with; none if it is there."""
         site, groups, writer = statement.site, self.context.groups, self.context.writer
+        # The restart itself is a line of the command.
         if site is not None and site.name == "flax_key" and site.parsed.options["seed"] is not None:
             self.at = site.parsed.options["seed"], 0
             return []
@@ -45,6 +46,7 @@ class RootKeyTracker:
             return []
         run = groups.runs[drawn[0]]
         lines, (seed, number) = self._started()
+        # The apply of an init: the draw is made already.
         if drawn[0] in groups.leader and (seed, number) == (run.seed, run.draw):
             return lines
         if seed != run.seed or run.draw - 1 < number:
@@ -58,19 +60,20 @@ class RootKeyTracker:
         return lines
 
     def after(self, statement: ExecutedStatement) -> None:
-        """The statement has run."""
+        """Moves on past the draws of a statement that was written."""
         drawn = [made for made in statement.runs if not self.context.groups.runs[made[0]].replayed]
         if drawn:
             self._stand(*drawn[-1])
 
     def skip(self, indices: Sequence[int], *, unexplained: bool = False) -> list[str]:
-        """The lines that move the root key on in the place of runs that have none.
+        """The lines that move the root key past runs which have no lines of their own.
 
         Args:
-          unexplained: nothing in the cells explains them, which the script says.
+          unexplained: no command in the cells made them, which a comment says.
         """
         runs = {index: self.context.groups.runs[index] for index in indices}
         drawn = {index: run.draws or 1 for index, run in runs.items() if not run.replayed}
+        # The apply after an init shares its draw, which is counted there.
         moves = sum(many for index, many in drawn.items() if index not in self.context.groups.leader)
         if not moves:
             return []
@@ -85,13 +88,14 @@ class RootKeyTracker:
         return lines
 
     def _stand(self, index: int, site: CommandSite | None = None) -> None:
+        """Records where the root key is after a run; `site` is the command that made it, if known."""
         groups = self.context.groups
         run = groups.runs[index]
         stays = site is not None and run.kind.opens and groups.stays(site)
         self.at = run.seed, run.draw + (run.draws or 1) - 1 - stays
 
     def _started(self) -> tuple[list[str], tuple[int, int]]:
-        """The line that makes the root key, where it is not there yet; and where it stands then."""
+        """The line that makes the root key, none if it exists; and the draw it is at."""
         if self.at is not None:
             return [], self.at
         self.at = self.seed, 0
@@ -100,15 +104,15 @@ class RootKeyTracker:
 
 @dataclass(eq=False)
 class Script:
-    """Writes the cells one by one.
+    """Writes a script, cell by cell.
 
     Attributes:
       root: the root key.
-      blocks: what has been written, one block for each execution of a cell.
-      functions: the jitted functions that are there; `of_site` has those that each place calls.
-      bound_in: name → the block in which it was given a value last.
-      futures: what the cells import from `__future__`.
-      failed: how many cells failed and left nothing.
+      blocks: what is written so far, a block for each execution of a cell.
+      functions: jitted functions that are defined; `of_site`: command → the one that it calls.
+      bound_in: name → index of the block that assigned it last.
+      futures: names that the cells import from `__future__`.
+      failed: how many cells failed without leaving anything.
     """
 
     context: ScriptContext
@@ -123,6 +127,7 @@ class Script:
     def __post_init__(self) -> None:
         self.context.define = self._define
         self._before: list[Lines] = []
+        # Definitions that stand right where they are called.
         self._inline: list[str] = []
         self._runs: list[tuple[int, CommandSite | None]] = []
         self._declared: dict[FunctionNode, set[str]] = {}
@@ -132,13 +137,14 @@ class Script:
     # -- one execution of a cell
 
     def cell(self, cell_run: CellRun) -> None:
-        """Writes one execution of a cell."""
+        """Writes one execution of a cell, as a block of its own."""
         cell, source, statements = cell_run.cell, cell_run.source, cell_run.statements
         self.blocks.append([])
         self.context.states = {row.name: row.state for row in cell.registered}
         self.context.load, self.context.gone = None, cell.gone
         self._loads = iter(cell.loads)
         fails_at_once = all(each.failed and not blocks(each.statement) for each in statements)
+        # It made no run and bound no name, so that a comment would be all that is left of it.
         if cell.error is not None and cell.first == cell.end and fails_at_once:
             self.failed += 1
             return
@@ -160,10 +166,11 @@ class Script:
                     self._write_statement(statement, source, gap)
             written = [line for lines in self.blocks[-1][start:] for line in lines.text]
             parts = [line for each in on_one_line for line in lines_of_statement(source, each.statement)]
-            if len(on_one_line) > 1 and written[-len(parts) :] == parts:  # nothing of it was replaced
+            if len(on_one_line) > 1 and written[-len(parts) :] == parts:  # unchanged: written on one line again
                 gap = written[: -len(parts)]
                 self.blocks[-1][start:] = [Lines([*gap, *text[begin(on_one_line[0].statement) - 1 : last]], ours=False)]
         self._skip(cell_run.loose)
+        # Comments at the end of the cell, unless it failed before them.
         if len(statements) == len(source.tree.body):
             self._write(text[last:])
         self._write(restore, ours=True)
@@ -173,7 +180,7 @@ class Script:
             self.blocks[-1].append(Lines(lines, ours=ours))
 
     def _write_failed(self, cell_run: CellRun, statement: ast.stmt, gap: list[str]) -> None:
-        """The statement in which a cell failed. Of one that runs others it is not known which of its names have a value."""
+        """Comments out the statement that a cell failed in; of a compound one, any name may be left without a value."""
         cell, names = cell_run.cell, self.context.names
         what = "A cell" if cell.number is None else f"In [{cell.number}]"
         lines = commented(lines_of_statement(cell_run.source, statement))
@@ -181,14 +188,14 @@ class Script:
         names.lose(binds(statement) if blocks(statement) else binds(statement) - names.bound, f"{what} failed")
 
     def _skip(self, indices: Sequence[int]) -> None:
-        """Runs that no line of the cells explains."""
+        """Moves the root key past runs that no command in the cells made."""
         self.context.skipped(indices, "its variables come from a draw that no line of the cells explains")
         self._write(self.root.skip(indices, unexplained=True), ours=True)
 
     # -- one statement
 
     def _write_statement(self, executed: ExecutedStatement, source: CellSource, gap: list[str]) -> None:
-        """Writes a statement below the lines of comment and the empty ones above it."""
+        """Writes a statement, below `gap`: the comments and empty lines above it."""
         context, statement, site = self.context, executed.statement, executed.site
         self._before, self._runs = [], executed.runs
         if site is not None and site.name == "flax_load":
@@ -196,6 +203,7 @@ class Script:
             if context.load is not None:
                 self.root.at = context.load.seed, context.load.draws
         self._skip([index for index, site in executed.runs if site is None])
+        # Before the statement's own lines, since its commands rely on the root key and on defined functions.
         self._prepare(executed)
         edit = Edit(source, context, self._command, self.futures)
         self._declared = edit.declared
@@ -215,7 +223,7 @@ class Script:
             self._write(self.root.skip(skipped), ours=True)
 
     def _command(self, site: CommandSite) -> list[str]:
-        """The lines of a command. Raises `CannotSay`."""
+        """The lines of a command, as `Edit` asks for them. Raises CannotSay."""
         context, self._inline = self.context, []
         indices = context.groups.of_site(site)
         reason = context.names.missing(_read_by(site))
@@ -231,6 +239,7 @@ class Script:
         except CannotSay as error:
             if indices or not site.path or not site.draws:
                 raise
+            # A branch that never ran must not run silently in the script either.
             shown = " ".join(f"{site.target} %{site.name} {site.line}".split())
             return [f"# Left out: {error}.", f"# {shown}", f"raise NotImplementedError({context.writer.text(shown)})"]
         if site.in_function is not None:
@@ -241,7 +250,7 @@ class Script:
         return [*self._inline, *lines]
 
     def _prepare(self, executed: ExecutedStatement) -> None:
-        """What must stand before a statement: the root key where it has to be, variables that are not there yet."""
+        """Writes what must come before a statement: moves of the root key, and variables that are tested for."""
         groups = self.context.groups
         lines = self.root.before(executed)
         self._before += [Lines(lines)] if lines else []
@@ -250,6 +259,7 @@ class Script:
             if site is None:
                 continue
             run = groups.runs[index]
+            # A function of an earlier cell is called: its model may have been edited since.
             if site.in_function is not None and executed.statement not in site.path and site in self.of_site:
                 versions = {groups.versions[other] for other, place in executed.runs if place is site}
                 self._define_again(self.of_site[site], versions)
@@ -263,7 +273,7 @@ class Script:
     # -- functions
 
     def _define(self, jitted: JittedFunction, site: CommandSite) -> str:
-        """See `ScriptContext.define`."""
+        """Defines a jitted function where needed; see `ScriptContext.define`."""
         groups, writer = self.context.groups, self.context.writer
         self.of_site[site] = jitted
         known = self.functions.get(jitted)
@@ -272,7 +282,7 @@ class Script:
         if site.in_function is None:
             runs_by_statement = [[index for index, place in self._runs if place is site]]
         by_statement = [{groups.versions[index] for index in indices} for indices in runs_by_statement]
-        if any(len(versions) > 1 for versions in by_statement):  # the model changes while the statement runs
+        if any(len(versions) > 1 for versions in by_statement):  # edited while it runs: define it at each call
             self._inline = jitted.lines(writer, name)
             if known is None or site.in_function is None:
                 self.functions[jitted] = Function(name, object(), len(self.blocks) - 1)
@@ -286,7 +296,7 @@ class Script:
         return name
 
     def _define_again(self, jitted: JittedFunction, versions: set[object]) -> None:
-        """Makes sure that a function that is there is the one of the model as it is in the runs to come."""
+        """Defines a function once more if the coming runs have another version of the model's code."""
         function = self.functions[jitted]
         if len(versions) == 1 and versions != {function.version}:
             (function.version,) = versions
@@ -294,7 +304,7 @@ class Script:
         function.used = len(self.blocks) - 1
 
     def _write_function(self, jitted: JittedFunction) -> None:
-        """Writes a function beside its model, or before the statement at hand where an older one is used in between."""
+        """Writes a function beside its model; or right before the statement, if an older version is used in between."""
         function, here, writer = self.functions[jitted], len(self.blocks) - 1, self.context.writer
         lines = Lines(writer.fitted(jitted.lines(writer, function.name)), apart=True)
         place = self.bound_in.get(jitted.model, here)
@@ -304,7 +314,7 @@ class Script:
     # -- NNX modules that a cell made again
 
     def _kept_modules(self, rows: Sequence[Registered]) -> tuple[list[str], list[str]]:
-        """Lines around a cell that builds anew what the session kept."""
+        """Lines before and after a cell that builds NNX modules again where the session kept the old ones."""
         keep: list[str] = []
         restore: list[str] = []
         for row in rows:
@@ -312,20 +322,21 @@ class Script:
             if model is None or not model.holds or row.variables != "kept" or row.state == "new":
                 continue
             if (row.state == "unchanged" and model.construction) or model.name not in self.context.names.bound:
-                continue  # its line is left out
+                continue  # nothing builds it again: its line is left out, or its name is not bound
             old = self.context.writer.variable(f"{model.name}_before")
             keep.append(f"{old} = {model.name}")
             if row.state == "unchanged":
                 restore.append(f"{model.name} = {old}")
             else:
                 self.context.writer.needs.add("nnx")
+                # The new object gets the old values; the streams' state is set by each run.
                 restore.append(f"nnx.update({model.name}, nnx.state({old}, nnx.Not(nnx.RngState)))")
         return keep, restore
 
     # -- the whole of it
 
     def finished(self, title: str, sources: Sequence[CellSource]) -> str:
-        """The text of the script once all cells are written; `sources` are the cells."""
+        """The text of the finished script; `sources` are the cells."""
         self._add_head(sources)
         if self.failed:
             noun, verb = ("cell", "is") if self.failed == 1 else ("cells", "are")
@@ -337,6 +348,7 @@ class Script:
         above.append('"""')
         if self.futures:
             above += ["", f"from __future__ import {', '.join(sorted(set(self.futures)))}"]
+        # `display` is a name that only a notebook has.
         parsed = [ast.parse("\n".join(lines.text)) for lines in chain.from_iterable(self.blocks)]
         displays = any("display" in reads(statement) for tree in parsed for statement in tree.body)
         if displays and "display" not in self.context.names.bound:
@@ -344,9 +356,9 @@ class Script:
         return "\n".join(above) + "\n\n" + joined(self.blocks)
 
     def _add_head(self, sources: Sequence[CellSource]) -> None:
-        """Puts our imports and the function that prints digests above the first line of ours.
+        """Inserts our imports, and the function that prints digests, above the first lines that use them.
 
-        They stand below the cell that imports JAX: what is set before that (`os.environ`) stays before it.
+        They come below the cell that imports JAX, so that what must be set before it (`os.environ`) stays first.
         """
         writer, blocks = self.context.writer, self.blocks
         first = next(((i, j) for i, block in enumerate(blocks) for j, lines in enumerate(block) if lines.ours), None)
@@ -357,6 +369,7 @@ class Script:
             first = cell + 1, 0
         block, place = first
         above = [line for lines in chain(*blocks[:block], blocks[block][:place]) for line in lines.text]
+        # Not twice: the user's own cells may have the same imports above.
         there = {ast.unparse(statement) for statement in ast.parse("\n".join(above)).body}
         writer.needs |= {"jax"} if writer.labels else set()
         missing = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
@@ -370,7 +383,7 @@ class Script:
 
 
 def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedStatement]]:
-    """The statements, those together that share a line."""
+    """The statements in groups that share a line."""
     lines: list[list[ExecutedStatement]] = []
     for statement in statements:
         if lines and begin(statement.statement) <= end(lines[-1][-1].statement):
@@ -381,31 +394,31 @@ def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedState
 
 
 def _read_by(site: CommandSite) -> set[str]:
-    """Names that the line of a command reads."""
+    """The names that a command's line reads."""
     texts = [site.parsed.options.get("variables") or ""]
     if site.name in ("flax_apply", "flax_init", "flax_vars", "flaxmodel"):
         texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.parsed.rest))
     names: set[str] = set()
     for text in texts:
-        with suppress(SyntaxError):  # the models of a `%%flaxmodel` cell
+        with suppress(SyntaxError):  # the line `*` of a `%%flaxmodel` cell is no expression
             names |= {name for statement in ast.parse(text).body for name in reads(statement)}
     return names
 
 
 def assigned_by(site: CommandSite | None) -> Iterable[str]:
-    """The model whose variables `%flax_vars net = …` sets."""
+    """The model whose variables `%flax_vars net = …` sets; empty for any other command."""
     if site is None or site.name != "flax_vars" or "=" not in site.parsed.rest:
         return ()
     return (site.parsed.rest.partition("=")[0].strip(),)
 
 
 def sets_variables(node: ast.AST) -> bool:
-    """Whether it is the left side of `session().models['net'].variables = …`."""
+    """Whether it is the target of an assignment to a model's `variables`."""
     return isinstance(node, ast.Attribute) and node.attr == "variables" and not isinstance(node.ctx, ast.Load)
 
 
 def _leaves(context: ScriptContext) -> set[str]:
-    """What the results have besides arrays: see `LineWriter.digest_function`."""
+    """Kinds of leaves besides arrays in the results, see `LineWriter.digest_function`."""
     kinds: set[str] = set()
     for run in context.groups.runs:
         model = context.models.get(run.model or "")

@@ -1,4 +1,4 @@
-"""What the lines of a script share: names that are free, quotes, indentation, the root key and its draws, blank lines."""
+"""How lines of a script are written: free names, quotes, indentation, draws from the root key, line breaks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..line.expression import end_of, segment, start_of
 from ..rng.keys import SPLIT, stream_tag
 
 WIDTH = 88
-"""Columns, the default of formatters."""
+"""The width that formatters use by default."""
 _NAMED = re.compile(r"""(?:'[^']*'|"[^"]*"): |\w+=(?!=)""")
-"""What stands before a value in a dict and in a call."""
+"""Matches `key: ` of a dict entry or `name=` of an argument at the beginning of a text."""
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Lines:
     """Lines of a script that belong together.
 
     Attributes:
-      apart: a function of ours, which stands apart.
-      ours: some of them are ours, so that our imports have to stand above.
+      apart: a function that we add, with two empty lines around it.
+      ours: some are ours, so that our imports must come before them.
     """
 
     text: list[str]
@@ -36,16 +36,16 @@ class Lines:
 
 @dataclass(eq=False)
 class LineWriter:
-    """How a script is written.
+    """Writes lines in the style of the session's own code.
 
     Attributes:
-      free: names that are left.
-      unit: one step of indentation, as the session's own code has it.
-      quote: the quotes that the session's own code prefers.
-      digests: whether a line with a digest is printed for each run.
-      needs: modules that our lines use: see `IMPORTS`.
-      spare: names of variables that hold something for the next line.
-      labels: what the digests are called.
+      free: names that are not taken yet.
+      unit: one level of indentation.
+      quote: the preferred quotes.
+      digests: whether a digest is printed for each run.
+      needs: modules that our lines use, keys of `IMPORTS`.
+      spare: purpose → name of a variable of ours.
+      labels: the labels of all digests, whose lengths align the output.
     """
 
     free: Free
@@ -65,17 +65,19 @@ class LineWriter:
         "safetensors": "import safetensors.flax",
         "traverse_util": "from flax import traverse_util",
     }
+    # The comment after an init whose draw an apply elsewhere goes on with.
     STAYS: ClassVar[str] = "# The first run below splits this key again, and takes the rest of the draw."
 
     @classmethod
     def like(cls, texts: Sequence[str], free: Free, *, digests: bool) -> LineWriter:
-        """One that writes as the cells `texts` are written."""
+        """A writer that uses the indentation and quotes of the cells `texts`."""
         quotes = Counter(letter for text in texts for letter in text if letter in "'\"")
         unit = next((unit for text in texts if (unit := _indentation(text))), "    ")
         return cls(free, unit, "'" if quotes["'"] > quotes['"'] else '"', digests)
 
     def __post_init__(self) -> None:
         names = ("root_key", "params_key", "dropout_key")
+        # If the user has one of these names, all three get a prefix, so that they stay recognizable.
         prefix = "session_" if any(name in self.free.used for name in names) else ""
         self.root, self.params, self.dropout = (self.free.take(prefix + name) for name in names)
         self.digest = self.free.take("print_digest")
@@ -84,7 +86,7 @@ class LineWriter:
     # -- text
 
     def text(self, value: str) -> str:
-        """`value` as a string literal."""
+        """`value` as a string literal, in the preferred quotes where that needs no escaping."""
         plain = repr(value)
         inner = plain[1:-1]
         if self.quote not in value and plain[0] != self.quote and "\\" not in inner:
@@ -92,50 +94,50 @@ class LineWriter:
         return plain
 
     def variable(self, name: str, other: str | None = None) -> str:
-        """The variable of ours that is called so, or `other` where that name is not free."""
+        """Our variable for a purpose, called `name` if that is free, else `other`; the same at each call."""
         if name not in self.spare:
             self.spare[name] = self.free.take(name, other or name)
         return self.spare[name]
 
     def fitted(self, lines: Iterable[str], column: int = 0) -> list[str]:
-        """Our lines with those that are too long as several, where all will stand `column` columns to the right."""
+        """Our lines, with long ones broken, for an indentation of `column` columns."""
         return [short for line in lines for short in _fitted(line, self.unit, WIDTH - column)]
 
     # -- keys
 
     def key(self, stream: str, *, taken: bool = False) -> str:
-        """The variable that holds a stream's key of the last draw.
+        """The variable that holds a stream's key of the latest draw.
 
         Args:
-          taken: an init took the draw's `params` key, and this is another.
+          taken: the draw's `params` key went into variables, so the stream `params` has another.
         """
         return self.variable("own_params_key" if taken and stream == "params" else f"{stream}_key")
 
     def fold(self, stream: str, key: str, root: str | None = None) -> str:
-        """The line that gives `key` a stream that the split does not give, from the root key before it is split."""
+        """The line that makes the key of a stream other than the split's, from the root key before it is split."""
         made = f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08X})"
         return f"{key} = {made}  # stream {self.text(stream)}"
 
     def draw(self, streams: Iterable[str] = (), *, taken: bool = False) -> list[str]:
-        """One draw from the root key, of which `streams` will be used."""
+        """The lines of one draw from the root key, for a run that uses `streams`."""
         self.needs.add("jax")
         folds = [self.fold(stream, self.key(stream, taken=taken)) for stream in _apart(streams, taken)]
         return [*folds, f"{self.root}, {self.params}, {self.dropout} = jax.random.split({self.root}, 3)"]
 
     def start(self, seed: int) -> str:
-        """The root key at draw 1 of `seed`."""
+        """The line that makes the root key, at draw 1 of `seed`."""
         self.needs.add("jax")
         return f"{self.root} = jax.random.key({seed})"
 
     def keys_of(
         self, root: str, streams: Iterable[str], key: Callable[[str], str], *, taken: bool = False, moves: bool = False
     ) -> list[str]:
-        """The keys of one draw from another root key than the session's: those of `streams` alone.
+        """The lines that make the keys of `streams` in one draw from `root`, which may be another than the session's.
 
         Args:
-          key: the variable of each stream's.
+          key: stream → the variable for its key.
           taken: see `key`.
-          moves: `root` is that of the next draw then.
+          moves: whether `root` becomes the root key of the next draw.
         """
         folded = _apart(streams, taken)
         lines = [self.fold(stream, key(stream), root) for stream in folded]
@@ -146,7 +148,7 @@ class LineWriter:
         return lines
 
     def advance(self, draws: int, root: str | None = None) -> list[str]:
-        """Moves the root key on by so many draws that nothing is taken of."""
+        """The lines that move the root key on by `draws` draws, without taking keys."""
         root = root or self.root
         line = f"{root} = jax.random.split({root}, 3)[0]"
         return [line] if draws == 1 else [f"for _ in range({draws}):", self.unit + line]
@@ -154,17 +156,17 @@ class LineWriter:
     # -- digests
 
     def show(self, label: str, value: str) -> list[str]:
-        """The line that prints a digest, where they are wanted."""
+        """The line that prints a digest, if digests are wanted."""
         if not self.digests:
             return []
         self.labels.append(label)
         return [f"{self.digest}({self.text(label)}, {value})"]
 
     def digest_function(self, has: Container[str]) -> list[str]:
-        """The function that prints the digest of a run: what `flax_magics.run.digest_of` states, on little-endian machines.
+        """The lines of the function that prints a digest, computed like `digest_of` on little-endian machines.
 
         Args:
-          has: `keys` and `objects`, where some result has leaves that are such.
+          has: `keys` and `objects` if some result has such leaves; the lines for them are left out otherwise.
         """
         key_type, result = "", "result"
         opened: list[str] = []
@@ -212,17 +214,17 @@ class LineWriter:
 
 
 def _apart(streams: Iterable[str], taken: bool) -> list[str]:
-    """The streams whose keys the split does not give."""
+    """The streams whose keys are folded in, since the split does not make them."""
     return [stream for stream in streams if stream not in SPLIT or (taken and stream == "params")]
 
 
 def draws(many: int) -> str:
-    """`a draw`, `3 draws`."""
+    """A number of draws in words: `a draw`, `3 draws`."""
     return "a draw" if many == 1 else f"{many} draws"
 
 
 def label_of(call: str, mode: str = "") -> str:
-    """How a run is called where its digest is printed: `train net(x)`."""
+    """The label of a run's digest, such as `train net(x)`, shortened to fit a line."""
     call = " ".join(call.split())
     if len(call) > 48:
         call = call[:47].rstrip() + "…"
@@ -230,17 +232,17 @@ def label_of(call: str, mode: str = "") -> str:
 
 
 def call(before: str, items: Iterable[str], after: str = ")") -> str:
-    """`before`, the items with commas between, and `after`: one logical line."""
+    """`before`, the items with commas between them, and `after`: one line, which `fitted` may break."""
     return f"{before}{', '.join(items)}{after}"
 
 
 def indented(lines: Iterable[str], by: str) -> list[str]:
-    """`lines` further to the right; empty ones stay empty."""
+    """`lines` indented by `by`; empty lines stay empty."""
     return [by + line if line else line for line in lines]
 
 
 def joined(blocks: Sequence[Sequence[Lines]]) -> str:
-    """The text of all cells: one empty line between them, two around functions and classes."""
+    """The text of all blocks, with one empty line between cells, and two around functions and classes."""
     script, above, after_function = "", "", False
     for block in blocks:
         begins = True
@@ -259,13 +261,13 @@ def joined(blocks: Sequence[Sequence[Lines]]) -> str:
 
 
 def _defines(text: str, place: int) -> bool:
-    """Whether the first statement of `text`, or the last, is a function or a class."""
+    """Whether the statement at `place` (0: first, -1: last) of `text` defines a function or class."""
     body = ast.parse(text).body
     return bool(body) and isinstance(body[place], (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
 
 
 def _indentation(text: str) -> str:
-    """The indentation that the blocks of `text` have first; empty where it has none."""
+    """The first indentation in `text`; empty if there is none."""
     depth, line_begins = 0, True
     for piece in pieces(text):
         if piece.kind == "space" and line_begins and not depth:
@@ -276,7 +278,7 @@ def _indentation(text: str) -> str:
 
 
 def _fitted(line: str, unit: str, width: int) -> list[str]:
-    """A line as it is, or with what stands in its last brackets on lines of its own."""
+    """A line, or if it is too long, several: the contents of its last brackets go on lines of their own."""
     indent = line[: len(line) - len(line.lstrip())]
     if len(line) <= width or line.lstrip().startswith("#"):
         return [line]
@@ -297,7 +299,7 @@ def _fitted(line: str, unit: str, width: int) -> list[str]:
 
 
 def _last_brackets(text: str) -> tuple[int, int, list[str]]:
-    """Where the inside of the brackets that end one of our lines begins and ends, and its items; none for other lines."""
+    """Start, end and items of the contents of the brackets that end a line; no items if it ends otherwise."""
     if text.startswith("def "):
         start, end = text.index("(") + 1, text.rindex(")")
         return start, end, text[start:end].split(", ")
@@ -307,7 +309,7 @@ def _last_brackets(text: str) -> tuple[int, int, list[str]]:
         return named.end() + start, named.end() + end, items
     try:
         node = getattr(ast.parse(text).body[0], "value", None)
-    except SyntaxError:  # a decorator
+    except SyntaxError:  # a decorator or the like, which stays one line
         return 0, 0, []
     if not isinstance(node, (ast.Call, ast.Dict)) or end_of(text, node) != len(text):
         return 0, 0, []

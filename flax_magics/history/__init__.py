@@ -1,1 +1,1 @@
-"""The draws of a session as records, and one of them run again."""
+"""The draws of a session as a table, and replays."""

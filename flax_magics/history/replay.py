@@ -1,7 +1,7 @@
-"""A run once more, with its keys, its variables and its inputs, and whether it gives the same. Moves nothing.
+"""Runs a draw again, with its keys, variables and inputs, and says whether the result is the same. Changes nothing.
 
-The program that ran is run again where the session still keeps it. Where it does not, it is made anew of the model as it
-was; what the model reads from outside may then be another, which is said.
+The program that ran is used again while the session keeps it. Otherwise it is compiled again from the model as it was;
+what its code reads from outside (globals, files) may have changed since, which the replay then says.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..state.runs import StoredRun
 
 
 class Repeat(NamedTuple):
-    """What running once more gave: the output, what was sown, where the program came from, the time, what is to be said."""
+    """The result of running once more: output, sown values, the program's origin, times, and remarks for the user."""
 
     output: PyTree
     sown: Mapping[str, PyTree]
@@ -44,11 +44,11 @@ class Repeat(NamedTuple):
 
 
 class Replaying(Struct, frozen=True):
-    """What a replay works with.
+    """Replays the runs of a session.
 
     Attributes:
       models: the registered ones as they are now.
-      limit: bytes that are kept for replays, to be told where something is gone.
+      limit: the most bytes kept for replays, named in the error where something was dropped.
     """
 
     models: Mapping[str, ModelEntry]
@@ -56,7 +56,7 @@ class Replaying(Struct, frozen=True):
     limit: int
 
     def replay_all(self, draw: Iterable[StoredRun]) -> list[Run]:
-        """The runs of a draw as new ones. Each is counted, and whether any gave other bits."""
+        """Replays the runs of a draw, as new Runs. Each stored run counts its replays, and notes if any differed."""
         runs = []
         for stored in draw:
             run = self.replay(stored)
@@ -66,7 +66,7 @@ class Replaying(Struct, frozen=True):
         return runs
 
     def replay(self, stored: StoredRun) -> Run:
-        """The run as a new Run, marked as replayed, with its `agreement`.
+        """Runs it again. Returns a new Run, marked as replayed, with its `agreement`.
 
         Raises:
           FlaxMagicsError: what it needs is gone. What the model raises is passed on.
@@ -77,6 +77,7 @@ class Replaying(Struct, frozen=True):
         if output is not RELEASED:
             agreement = with_output(output, repeat.output)
         elif digest is not None:
+            # The output is gone, but its digest was taken while it was there.
             agreement = with_digest(digest, repeat.output)
         else:
             agreement = Agreement(None)
@@ -91,6 +92,7 @@ class Replaying(Struct, frozen=True):
 
     def _again(self, stored: StoredRun) -> Repeat:
         facts, origin = stored.facts, stored.origin
+        # A key was only drawn: nothing has to be run.
         if not COMMANDS[facts.command].model:
             return Repeat(facts.keys[facts.call], {}, "", Timing())
         what = f"draw {facts.draw} of seed {facts.seed}"
@@ -115,6 +117,7 @@ class Replaying(Struct, frozen=True):
             return self._build(how, facts.keys)
         args, kwargs = jax.tree_util.tree_unflatten(*stored.inputs)
         call = Call(how.method, args, kwargs, facts.call)
+        # Only runs of a file and constructions have other keys, and both are dealt with above.
         assert isinstance(facts.keys, RunKeys)
         draw = facts.keys.draw
         if isinstance(how, InitRecipe):
@@ -123,9 +126,9 @@ class Replaying(Struct, frozen=True):
         program = None if how.program is None else how.program()
         changed = [text for text, then, now in zip(SETTINGS, how.settings, settings(), strict=True) if then != now]
         said = (*self._edited(how), *_of_inputs(how, *stored.inputs), *changed)
-        if program is None or changed:  # under other settings it may not even take the same numbers
+        if program is None or changed:  # under other settings the program may not even accept the arguments
             repeat = self._made_anew(how, variables, call, draw)
-        else:  # the very program
+        else:  # the program that ran is still kept
             plan = Plan.of_recipe(how, program, call.text)
             arguments = {name: leaf for name, leaf in zip(how.names, stored.inputs[1], strict=True) if name is not None}
             result = plan.run(draw, variables, arguments, self.services)
@@ -133,19 +136,21 @@ class Replaying(Struct, frozen=True):
         return repeat._replace(said=(*said, *repeat.said))
 
     def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
-        """The model as it was, its program made anew."""
+        """Runs it with a program that is compiled again, from the model as it was."""
         entry = replace(how.entry, variables=variables)
         if how.skeleton is not None:
+            # Only the text that describes it is left of an NNX module: the skeleton and the variables make it again.
             written: Any = how.entry.model
             model = adopt_built(how.skeleton.rebuild(variables), written.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
         options = dataclasses.replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
+        # `--key` adds these to the call again.
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
         parts = self.services.programs.parts
         last = parts.get(how.name)
         try:
             execution = execute(ApplyRequest(entry, call, options, draw, self.services, params_taken=how.taken))
-        finally:  # the next run of the model is held against the last of its own
+        finally:  # the reason for the model's next new program is found by comparing with its own last run
             parts.pop(how.name, None)
             if last is not None:
                 parts[how.name] = last
@@ -177,9 +182,10 @@ class Replaying(Struct, frozen=True):
         return Repeat(state, {}, "eager", Timing(init=self.services.clock() - begin), said)
 
     def _edited(self, how: ApplyRecipe | InitRecipe) -> tuple[str, ...]:
-        """Whether the model is another now."""
+        """A remark if the registered model is not the one that ran: edited since, or no longer there."""
         entry, current = how.entry, self.models.get(how.entry.name)
         if current is not None:
+            # Without a fingerprint only the same object is known to be unchanged.
             same = current.model is entry.model if current.fingerprint is None else current.computes(entry.fingerprint)
             if same or (entry.fingerprint is None and current.model.holds_variables):
                 return ()
@@ -187,7 +193,7 @@ class Replaying(Struct, frozen=True):
 
 
 def _same_keys(facts: Run) -> str:
-    """The line that runs a call with the keys of an earlier draw, its arguments left open: they are not in the file."""
+    """The line that runs a call with the keys of an earlier draw, with a gap for its arguments."""
     command = f"%flax_{facts.command}"
     mode = {"train": " --train", "eval": " --eval"}.get(facts.mode, "")
     return f"{command} --draw {facts.seed}:{facts.draw}{mode} {facts.call.partition('(')[0]}(…)"
@@ -197,11 +203,11 @@ SETTINGS = (
     "JAX is set otherwise than it was: its precision, its devices or the like",
     "Flax is set otherwise than it was: its flags, its interceptors or the like",
 )
-"""What is said where JAX's settings, or Flax's, are others than they were; see `compiler.settings`."""
+"""Remarks for JAX settings and for Flax settings that changed since, in the order of `compiler.settings`."""
 
 
 def _of_inputs(how: ApplyRecipe, treedef: object, leaves: list[Leaf]) -> tuple[str, ...]:
-    """Inputs that may not be what they were."""
+    """Remarks on inputs that may have changed since the run."""
     if how.moving:
         return ("an object in the call holds variables of its own: whether they are as they were cannot be told",)
     if how.objects == b"":

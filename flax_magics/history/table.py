@@ -1,4 +1,4 @@
-"""Every draw of a session, a record each: what `%flax_history` shows as text and HTML; and which runs a replay is of."""
+"""Every draw of a session as a record, shown by `%flax_history` as text and HTML; and finding the runs of a draw."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 def history_html(history: History, *, everything: bool = False) -> str:
-    """What `%flax_history` shows."""
+    """The table of `%flax_history` as HTML; `everything`: all rows, however many."""
     shown, said = rows(history, everything=everything)
     return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "none": NONE})
 
 
 def history_bundle(history: History, everything: bool, style: str) -> dict[str, object]:
-    """The MIME bundle of `%flax_history`; `everything`: all rows, however many."""
+    """The MIME bundle of `%flax_history`; `everything`: all rows, not only the last `SHOWN`."""
     plain = history_text(history, everything=everything)
     return shown_bundle(plain, lambda: history_html(history, everything=everything), style)
 
 
 KEYS_ALONE = "replayed, its keys alone"
-"""What marks a run with `--draw`."""
+"""Marks a run that took the keys of an earlier draw (`--draw`)."""
 
 
 class DrawRow(Struct, frozen=True, eq=False, dict=True):
@@ -56,7 +56,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
       call: as it was written.
       cell: the cell's number, None outside a notebook.
       started: seconds since the epoch.
-      marks: `replayed` where it was run again, of a run with the keys of an earlier draw `KEYS_ALONE`, and what became of
+      marks: `replayed` if it was run again, `KEYS_ALONE` if it took the keys of an earlier draw, and what became of
         the cell since.
     """
 
@@ -77,7 +77,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
-        """Stream → the first word of its key, of the streams that something took."""
+        """Stream → the first word of its key in hex, for the streams that the run consumed."""
         keys, used = self._stored.facts.keys, self._stored.facts.used
         if COMMANDS[self.command].forward:
             taken = dict.fromkeys((*(("params",) if self.initialises else ()), *used))
@@ -86,37 +86,37 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     @cached_property
     def inputs(self) -> str:
-        """Dtypes and shapes of the arguments: `float32[3,4,4], train=True`."""
+        """Dtypes and shapes of the arguments, `float32[3,4,4], train=True`; empty for a key."""
         return self._stored.shapes if COMMANDS[self.command].model else ""
 
     @cached_property
     def digest(self) -> str | None:
-        """The output's digest, taken now if it was not and the output is still there; None if it is gone."""
+        """The output's digest, computed now if the output is still there; None if it is gone."""
         return self._stored.run().digest
 
     @property
     def weights(self) -> str:
-        """Whose variables ran, such as `initialised in draw 1`; empty for a key."""
+        """Whose variables were used, such as `initialised in draw 1`; empty for a key."""
         return self._stored.facts.weights
 
     @property
     def initialises(self) -> bool:
-        """Whether it made variables."""
+        """Whether it made variables, as an init does, or an apply that found none."""
         return self._stored.facts.made is not None
 
     @property
     def last(self) -> int:
-        """The number of the last draw that it took."""
+        """The number of the last draw that it took: more than `draw` if it took several."""
         return self.draw + (self.draws or 1) - 1
 
     @property
     def run(self) -> Run:
-        """The Run; an array that nobody holds any more makes its whole field `RELEASED`."""
+        """The Run. A field of which an array is gone is `RELEASED` as a whole."""
         return self._stored.run()
 
 
 def _word(keys: Mapping[str, jax.Array], name: str) -> str:
-    if isinstance(keys, RunKeys):  # no array has to be made
+    if isinstance(keys, RunKeys):  # from the host's data, without making an array
         return keys.data(name)[:4][::-1].hex()
     return short_key(keys[name])
 
@@ -156,15 +156,16 @@ class History(Sequence[DrawRow]):
 def of_runs(
     chain: RunLog | None, root: RootKey, last: int | None, model: str | None, cells: Mapping[int, tuple[str, ...]]
 ) -> History:
-    """See `Session.history`.
+    """Makes the History of a session; see `Session.history` for the arguments.
 
     Raises:
-      FlaxMagicsError: `last` is no number of draws.
+      FlaxMagicsError: `last` is not a number of draws.
     """
     if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
         raise FlaxMagicsError(f"`last` is a number of draws, 1 or more, not {last!r}.")
     wanted = (stored for stored in runs.backwards(chain) if model is None or stored.facts.model == model)
     rows = [_drawn(stored, cells) for stored in islice(wanted, last)][::-1]
+    # What is left of the generator are the rows before the last ones.
     return History(tuple(rows), sum(1 for _ in wanted), root.seed)
 
 
@@ -174,7 +175,7 @@ def _drawn(stored: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
     marks = [KEYS_ALONE] if facts.replayed else []
     if times:
         marks.append("replayed, and it differed" if differs else "replayed")
-    if facts.elsewhere is None:  # the numbers of another process are those of other cells
+    if facts.elsewhere is None:  # a run of another process has a cell number of another kernel
         marks += cells.get(facts.cell or 0, ())
     same = {
         name: getattr(facts, name) for name in ("seed", "draw", "draws", "command", "mode", "call", "cell", "started")
@@ -184,13 +185,14 @@ def _drawn(stored: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
 
 
 def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[StoredRun]:
-    """The runs that a replay of `draw` is of, in order.
+    """The stored runs that a replay of `draw` repeats, in order.
 
     Raises:
       FlaxMagicsError: there is no such draw.
     """
     if isinstance(draw, Run):
         for stored in runs.backwards(state.runs):
+            # The copies of a Run share this object, whatever notes they have.
             if stored.facts._taken is draw._taken:
                 return [stored]
         wanted: DrawNumber = (draw.seed, draw.draw)
@@ -209,17 +211,17 @@ def find(state: State, draw: int | tuple[int, int] | str | Run) -> list[StoredRu
 
 
 SHOWN = 60
-"""Rows that are shown; of more the last."""
+"""How many rows are shown, the last ones."""
 REPLAYED = "replayed"
 FOLDED = 3
-"""So many runs of one cell are one row."""
+"""From this many on, runs of one cell and call that follow each other are one row."""
 BY_TURNS = 12
-"""Rows of one cell, from which on the runs of one call are one row wherever they stand in it."""
+"""From this many rows of one cell on, runs of the same call are one row even if others stand between them."""
 NONE = "no draw yet: %flax_apply net(x) makes one"
 
 
 class HistoryRow(Struct, frozen=True):
-    """One draw, or several that one cell made of one model: the words of each column."""
+    """A row of the table: one draw, or several that one cell made, as the text of each column."""
 
     draw: str
     what: str
@@ -231,11 +233,11 @@ class HistoryRow(Struct, frozen=True):
     replayed: tuple[str, ...]
     marks: tuple[str, ...]
     weights: str = ""
-    """Whose ran, where that is another answer than for the model's row before."""
+    """Where the weights came from, if that has changed since the model's row before."""
 
 
 def heading(history: History) -> list[str]:
-    """`history`, `12 draws`, `seed 0`."""
+    """The parts of the first line: `history`, `12 draws`, `seed 0`, and the date of the first draw."""
     rows = history.rows
     seeds = list(dict.fromkeys([*(row.seed for row in rows), history.seed]))
     seed = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
@@ -244,7 +246,7 @@ def heading(history: History) -> list[str]:
 
 
 def rows(history: History, *, everything: bool = False) -> tuple[tuple[HistoryRow, ...], str]:
-    """The rows, oldest first, the last `SHOWN` or all; and what is said of those that are not shown."""
+    """The rows, oldest first (the last `SHOWN`, or all), and a remark on those that are not shown, or an empty one."""
     several = len({row.seed for row in history.rows} | {history.seed}) > 1
     groups = list(_groups(history.rows))
     hidden = 0 if everything else max(0, len(groups) - SHOWN)
@@ -256,7 +258,7 @@ def rows(history: History, *, everything: bool = False) -> tuple[tuple[HistoryRo
 
 
 def _weights(groups: list[list[DrawRow]]) -> list[str]:
-    """For each row whose weights ran, where the model has run with others before."""
+    """For each group of rows, whose weights ran if these are not those that the model ran with before; else empty."""
     last: dict[str, str] = {}
     news = []
     for group in groups:
@@ -269,7 +271,7 @@ def _weights(groups: list[list[DrawRow]]) -> list[str]:
 
 
 def history_text(history: History, *, everything: bool = False) -> str:
-    """What `%flax_history` shows; `everything`: all rows, however many."""
+    """The table of `%flax_history` as text in 80 columns; `everything`: all rows, however many."""
     shown, said = rows(history, everything=everything)
     lines = dotted(heading(history))
     if not shown:
@@ -278,6 +280,7 @@ def history_text(history: History, *, everything: bool = False) -> str:
     titles = ("draw", "what", "digest", "cell", "time")
     cells = [(row.draw, row.what, row.digest, row.cell, row.time) for row in shown]
     wide = [max(len(title), *(cell_len(cell[at]) for cell in cells)) for at, title in enumerate(titles)]
+    # The second column gives way if the line is too long; 8 are the gaps between five columns.
     wide[1] = min(wide[1], WIDTH - 2 - wide[0] - sum(wide[2:]) - 8)
     lines.append(_line(titles, wide))
     for row, cell in zip(shown, cells, strict=True):
@@ -297,9 +300,9 @@ def _line(cells: Iterable[str], wide: list[int]) -> str:
 
 
 def _groups(rows: Iterable[DrawRow]) -> Iterator[list[DrawRow]]:
-    """Draws one by one; those that follow each other in one execution of a cell, of one call and mode, together.
+    """Groups the draws that make one row: runs of the same call and mode, one after the other in one cell.
 
-    Where a loop makes several calls by turns, those of each are together.
+    Where a loop makes several calls in turn, the runs of each call are one group.
     """
     for _, of_cell in itertools.groupby(rows, lambda row: (row.seed, row.cell)):
         drawn = list(of_cell)
@@ -325,7 +328,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     seed = f"{first.seed}:" if several else ""
     draw = f"{seed}{first.draw}"
     if first.draw != last.last:
-        # By turns: others are in between.
+        # If other calls stand between, the numbers are not consecutive, and no dash may say so.
         through = last.last - first.draw < sum(row.draws or 1 for row in group)
         draw += f"–{last.last}" if through else f" … {last.last}"
     mode = "" if first.mode in ("", "as written") else f" {first.mode}"
@@ -344,13 +347,14 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
 
 
 NAMED = 6
-"""Leaves that are named; of more it is said how many."""
+"""How many leaves are named; the rest is counted."""
 
 
 def notice_of(run: Run) -> Notice:
-    """`net · train · draw 3 of seed 0 · replayed · identical: float32[3,4,3]`, and beneath it what differs."""
+    """A replay's line, `net · train · draw 3 of seed 0 · replayed · identical: float32[3,4,3]`, and what differs."""
     agreement = run.agreement
     assert agreement is not None
+    # These texts hold names and messages of the user's code.
     notes = [Note("replay", clean(text)) for text in agreement.said]
     if agreement.identical is False:
         shown = [difference_text(difference) for difference in agreement.differences[:NAMED]]
@@ -370,7 +374,7 @@ NOTHING = "its output was let go of before a digest was taken: there is nothing 
 
 
 def verdict(run: Run, agreement: Agreement) -> str:
-    """`identical: float32[3,4,3]`, `identical, by its digest`, `differs`, `nothing to compare with`."""
+    """The result in a few words: `identical: float32[3,4,3]`, `identical, by its digest`, `differs`, …"""
     if agreement.identical is None:
         return "nothing to compare with"
     if not agreement.identical:
@@ -380,7 +384,7 @@ def verdict(run: Run, agreement: Agreement) -> str:
 
 
 def difference_text(difference: Difference) -> str:
-    """`['a']: 3 of 36 elements, up to 1.19e-07 (1 ulp)`."""
+    """How one leaf differs: `['a']: 3 of 36 elements, up to 1.19e-07 (1 ulp)`."""
     where = f"{clean(difference.path)}: " if difference.path else ""
     if difference.text:
         return where + cut(clean(difference.text), 120)

@@ -1,6 +1,6 @@
-"""`model.method(x, train=True)` read as Python: names, arguments, and where it is wrong.
+"""Parsing of a command's call, `model.method(x, train=True)`, and the error messages for everything else.
 
-What is read here is evaluated exactly as Python would in that place: order, stars, walrus, names of the enclosing
+The arguments are evaluated exactly as Python would do in that place: order, stars, walrus, names of the enclosing
 function. Only the call itself is left to the session.
 """
 
@@ -23,7 +23,7 @@ from .expression import Expression, end_of, segment, start_of
 
 
 class Argument(NamedTuple):
-    """One argument as it is written: its text, and its name (None if positional, `*` or `**` if starred)."""
+    """One argument as written in the call: its text, and its keyword (None if positional, `*` or `**` if starred)."""
 
     name: str | None
     text: str
@@ -31,13 +31,13 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CallExpression(Expression):
-    """A call on a plain name or on an attribute of one.
+    """A call of a plain name or of an attribute of one, parsed.
 
     Attributes:
       target: the name, such as `net`.
       method: the attributes after it: () for `net(x)`, ('encoder', 'embed') for `net.encoder.embed(x)`.
-      quiet: it ended in `;`.
-      command: what it is the call of, with the options that were given: `%flax_apply --train`.
+      quiet: the text ended in `;`, so that the notebook shows no output.
+      command: the command with the options that were given, for messages: `%flax_apply --train`.
     """
 
     tree: ast.Call
@@ -48,12 +48,12 @@ class CallExpression(Expression):
 
     @cached_property
     def call(self) -> str:
-        """The call in Python's normal form, such as `net(x, train=False)`."""
+        """The call as `ast.unparse` formats it, such as `net(x, train=False)`."""
         return ast.unparse(self.tree)
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
-        """As they are written, in order."""
+        """The arguments as written: positional ones first, then keywords."""
         args = [("*", arg.value) if isinstance(arg, ast.Starred) else (None, arg) for arg in self.tree.args]
         kwargs = [(item.arg or "**", item.value) for item in self.tree.keywords]
         return tuple(Argument(name, segment(self.text, value)) for name, value in (*args, *kwargs))
@@ -65,6 +65,7 @@ class CallExpression(Expression):
 
         See `Expression.evaluate` for arguments and errors.
         """
+        # Names and constants are looked up without running code: this is on the path of every run in a loop.
         if self._is_plain:
             local = user_ns if local_ns is None else local_ns
 
@@ -77,20 +78,20 @@ class CallExpression(Expression):
             try:
                 args = tuple(map(value_of, self.tree.args))
                 return args, {str(item.arg): value_of(item.value) for item in self.tree.keywords}
-            except KeyError:  # a builtin, or a mistake
+            except KeyError:  # a builtin or an undefined name: running code finds the one and explains the other
                 pass
         return self._gathered(self.tree.args, user_ns, local_ns)
 
     @cached_property
     def _is_plain(self) -> bool:
-        """Whether every argument is a name or a constant, as most are: these need no code to be run."""
+        """Whether every argument is a name or a constant, as in most calls."""
         named = all(item.arg is not None for item in self.tree.keywords)
         values = (*self.tree.args, *(item.value for item in self.tree.keywords))
         return named and all(isinstance(value, (ast.Name, ast.Constant)) for value in values)
 
 
 class Assignment(NamedTuple):
-    """`net = Net(3)` as a name and an expression, which is None for a bare `net`."""
+    """`net = Net(3)` as a name and an expression; the expression is None for a bare `net`."""
 
     name: str
     expression: Expression | None
@@ -98,14 +99,14 @@ class Assignment(NamedTuple):
 
 @lru_cache(maxsize=256)
 def parse_call(text: str, command: str = "%flax_apply") -> CallExpression:
-    """`net(x)` or `net.method(x)`, read.
+    """Parses `net(x)` or `net.method(x)`.
 
     Args:
       text: may span lines, and may end in `;` or a comment.
-      command: as messages write it, with the options that were given.
+      command: the command for messages, with the options that were given.
 
     Raises:
-      FlaxMagicsError: for anything else; the message says what to write.
+      FlaxMagicsError: the text is anything else; the message says what to write.
     """
     text, source, quiet = _bare(text)
     if not source.strip():
@@ -128,10 +129,10 @@ def parse_call(text: str, command: str = "%flax_apply") -> CallExpression:
 
 
 def parse_expression(text: str, command: str) -> Expression:
-    """Any one expression, read, such as the value of an option.
+    """Parses a single expression, such as the value of an option.
 
     Raises:
-      FlaxMagicsError: a syntax error.
+      FlaxMagicsError: it has a syntax error.
     """
     text = text.strip()
     try:
@@ -144,13 +145,13 @@ def parse_expression(text: str, command: str) -> Expression:
 
 @lru_cache(maxsize=64)
 def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net = Net(3)") -> Assignment:
-    """`net = Net(3)` or `net`, read.
+    """Parses `net = Net(3)` or `net`.
 
     Args:
-      sample: what stands after the command, for a message.
+      sample: an example of the text, for the message about an empty one.
 
     Raises:
-      FlaxMagicsError: for anything else; the message says what to write.
+      FlaxMagicsError: the text is anything else; the message says what to write.
     """
     text, source, _ = _bare(text)
     if not source.strip():
@@ -172,8 +173,9 @@ def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net 
 
 
 def _bare(text: str) -> tuple[str, str, bool]:
-    """`text` stripped; the same with blanks for comments and for a `;` at its end; whether it had the `;`."""
+    """(`text` stripped, the same without comments and a final `;`, whether it had the `;`)."""
     text = text.strip()
+    # Comments become blanks of the same length: positions in the tree then hold for `text`, too.
     source = "".join(
         " " * (piece.end - piece.start) if piece.kind == "comment" else text[piece.start : piece.end]
         for piece in pieces(text)
@@ -183,7 +185,7 @@ def _bare(text: str) -> tuple[str, str, bool]:
 
 
 def _refused(message: str, line: str) -> FlaxMagicsError:
-    """The error for what cannot be read; `line` is what to write instead."""
+    """The error for a text that cannot be parsed; `line` is what to write instead."""
     return FlaxMagicsError(message, **written(line))
 
 
@@ -193,12 +195,15 @@ def _short(text: str, limit: int = 40) -> str:
 
 
 def _name(command: str) -> str:
-    """`%flax_apply` of `%flax_apply --train`."""
+    """The command without its options: `%flax_apply` of `%flax_apply --train`."""
     return command.split(" ")[0]
 
 
 def syntax_error(text: str, error: Exception, place: str) -> FlaxMagicsError:
-    """What Python finds wrong with a text; a `{line}` in `place` is the line's number."""
+    """A Python syntax error as a short message with a caret.
+
+    `place` is the beginning of the message; a `{line}` in it is replaced by the line's number.
+    """
     reason, line, column = str(error), 1, 1
     if isinstance(error, SyntaxError):
         reason, line, column = error.msg, error.lineno or 1, error.offset or 1
@@ -209,7 +214,7 @@ def syntax_error(text: str, error: Exception, place: str) -> FlaxMagicsError:
 
 
 def _validate(tree: ast.expr, text: str, command: str) -> None:
-    """What only the compiler finds: `await`, `yield`, a keyword given twice."""
+    """Raises the error for what only the compiler refuses, not `ast.parse`: `await`, `yield`, a repeated keyword."""
     try:
         compile(ast.Expression(tree), "<call>", "eval")
     except (SyntaxError, ValueError) as error:
@@ -217,7 +222,7 @@ def _validate(tree: ast.expr, text: str, command: str) -> None:
 
 
 def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
-    """The error for text that is Python, but no expression; None if it is no Python."""
+    """The error for text that parses as statements but is no expression; None if it does not parse."""
     body = statements(source)
     if not body:
         return None
@@ -225,7 +230,7 @@ def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
         calls = [node for node in body if isinstance(getattr(node, "value", None), ast.Call)]
         lines = [_run_first(text, node, command) for node in calls]
         if len(calls) < len(body) or len({root for call in calls if (root := root_name(call.value))}) > 1:  # type: ignore[attr-defined]
-            lines = [*lines[:1], "…"]  # whether the others are for the command cannot be told
+            lines = [*lines[:1], "…"]  # whether the other statements call the model cannot be told
         return _refused("one call at a time.", "\n".join(lines))
     if isinstance(body[0], (ast.Assign, ast.AnnAssign)) and body[0].value is not None:
         message = f"{_name(command)} takes the call alone, and gives its value."
@@ -234,25 +239,25 @@ def _statement(text: str, source: str, command: str) -> FlaxMagicsError | None:
 
 
 def _run_first(text: str, statement: ast.stmt, command: str) -> str:
-    """The lines of a call, or of an assignment whose value is to come from the command."""
+    """The lines to write for a statement: its call run by the command, its value assigned as before."""
     value: ast.expr = statement.value  # type: ignore[attr-defined]
     if root_name(value) is None:
         lines = values_first(text, statement, command)
         return lines if "\n" in lines else f"{text[start_of(text, statement) : start_of(text, value)]}{lines}"
     line = f"{command} {segment(text, value)}"
     targets = statement.targets if isinstance(statement, ast.Assign) else []
-    if len(targets) > 1:  # IPython knows no `a = b = %magic`
+    if len(targets) > 1:  # IPython's syntax is `a = %magic`, without a second target
         first, *others = (segment(text, target) for target in targets)
         return "\n".join([f"{first} = {line}", *(f"{other} = {first}" for other in others)])
     return text[start_of(text, statement) : start_of(text, value)] + line
 
 
 def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list[ast.Call] | None = None) -> str:
-    """Lines that run the model's calls in `tree`, and one that goes on with their values.
+    """The lines to write for code around model calls: one command for each call, then `tree` with their values.
 
     Args:
-      calls: those that are the model's; left out, all of `tree`, if one model is called in it and not in a function of
-        its own. Of others nobody knows which is the model.
+      calls: the model's calls. Left out: all calls in `tree`, provided that they call one name, are not nested and run
+        exactly once. Otherwise it cannot be told which name is the model, and the result is a form.
     """
     if calls is None:
         lazy = any(isinstance(node, (ast.Lambda, ast.comprehension)) for node in ast.walk(tree))
@@ -262,27 +267,27 @@ def values_first(text: str, tree: ast.expr | ast.stmt, command: str, calls: list
             return f"{command} …"
     named_calls = list(zip(fresh_names("y", tree), sorted(calls, key=lambda call: start_of(text, call)), strict=False))
     rest = text[: end_of(text, tree)]
-    for name, call in reversed(named_calls):
+    for name, call in reversed(named_calls):  # from the end, so that earlier positions stay valid
         rest = f"{rest[: start_of(text, call)]}{name}{rest[end_of(text, call) :]}"
     lines = [f"{name} = {command} {segment(text, call)}" for name, call in named_calls]
     return "\n".join([*lines, rest[start_of(text, tree) :]])
 
 
 def fresh_names(name: str, tree: ast.AST) -> Iterator[str]:
-    """`name` and, numbered from 2 on, others like it, without those that `tree` uses."""
+    """`name`, `name2`, `name3` …, without names that `tree` uses."""
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     numbered = (name if n == 1 else f"{name}{n}" for n in itertools.count(1))
     return (each for each in numbered if each not in used)
 
 
 def root_name(node: ast.expr) -> str | None:
-    """`net` of `net.encode(x)`; None for what is no call of a name or of its attributes."""
+    """The first name of a call: `net` of `net.encode(x)`. None for anything but a call of a name or its attributes."""
     root = _root(node.func) if isinstance(node, ast.Call) else None
     return root.id if isinstance(root, ast.Name) else None
 
 
 def _is_builtin(node: ast.expr) -> bool:
-    """Whether it is a call of one of Python's own functions, such as `print`."""
+    """Whether `node` is a call of a Python builtin, such as `print`."""
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and hasattr(builtins, node.func.id)
 
 
@@ -293,12 +298,12 @@ def _root(node: ast.expr) -> ast.expr:
 
 
 def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
-    """The error for a call of something that is no name and no attribute of one."""
+    """The error for a call of anything but a name or its attribute: `Net(3)(x)`, `nets[0](x)`, `net(x).sum()`."""
     root = _root(call.func)
     while isinstance(root, ast.Call) and isinstance(_root(root.func), ast.Call):  # `net(x).sum().item()`
         root = _root(root.func)
+    # A capital tells `Net(3).encode(x)`, a construction, from `net(x).sum()`, a call whose value is used.
     if isinstance(root, ast.Call) and isinstance(call.func, ast.Attribute) and not _function_name(root)[:1].isupper():
-        # `net(x).sum()`: the model is called, and then something is done with its value.
         message = f"`{_short(text)}` is more than the model's call."
         return _refused(message, values_first(text, call, command, [root]))
     name = next(fresh_names(_name_for(root, root), call))
@@ -307,20 +312,20 @@ def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
     try:
         parse_call(rest, command)
         run = f"{command} {rest}"
-    except FlaxMagicsError as error:  # `Net(3)(x).sum()`
+    except FlaxMagicsError as error:  # `Net(3)(x).sum()`: after naming the model there is still more than a call
         run = error.write or error.form or f"{command} …"
     message = f"`{_short(text[start:end])}` has no name: register it first."
     return _refused(message, f"%flaxmodel {name} = {text[start:end]}\n{run}")
 
 
 def _function_name(node: ast.expr) -> str:
-    """`Dense` of `nn.Dense(3)`; empty for what is no call of something that has a name."""
+    """The last name of the called function: `Dense` of `nn.Dense(3)`. Empty if it has none."""
     function = getattr(node, "func", None)
     return str(getattr(function, "id", getattr(function, "attr", "")))
 
 
 def _name_for(root: ast.expr, value: ast.expr) -> str:
-    """A variable's name for `value`: `net` for `Net(3)`; where `root` is what gives it, `a` for `nets['a']`."""
+    """A variable name for `value`: `my_net` for `MyNet(3)`, `a` if `root` is `nets['a']`, else `net`."""
     class_name = _function_name(value)
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower() if class_name != class_name.lower() else ""
     if isinstance(root, ast.Subscript) and isinstance(root.slice, ast.Constant) and isinstance(root.slice.value, str):
@@ -329,7 +334,7 @@ def _name_for(root: ast.expr, value: ast.expr) -> str:
 
 
 def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
-    """The error for an assignment whose name, sign or missing value Python refuses; None if it is something else."""
+    """The error for `my-net = …`, `net := …` or `net =`, which Python refuses; None for another syntax error."""
     walrus = re.match(r"(\w+)\s*:=\s*(.+)", source, re.DOTALL)
     if walrus and _is_expression(walrus[2]):
         return _refused("write `=`, not `:=`.", f"{command} {walrus[1]} = {walrus[2]}")
@@ -345,7 +350,7 @@ def _bad_name(source: str, command: str) -> FlaxMagicsError | None:
 
 
 def plain_name(text: str, otherwise: str) -> str:
-    """A Python name like `text`: `my_net` for `my-net`; `otherwise` where nothing is left."""
+    """`text` made a valid Python name: `my_net` for `my-net`; `otherwise` where that is not possible."""
     name = re.sub(r"\W+", "_", text).strip("_").lstrip("0123456789")
     return name if name.isidentifier() and not keyword.iskeyword(name) else otherwise
 
@@ -356,7 +361,7 @@ def _is_expression(text: str) -> bool:
 
 
 def statements(text: str) -> list[ast.stmt]:
-    """What a text holds as Python; nothing where it is none."""
+    """The statements of a text; empty where it does not parse."""
     try:
         return ast.parse(text).body
     except (SyntaxError, ValueError):
@@ -364,6 +369,7 @@ def statements(text: str) -> list[ast.stmt]:
 
 
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:
+    """The error for a statement that is no single assignment to a name."""
     match statement:
         case ast.Assign([_, _, *_]):
             message = "one name at a time: `a = b = …` would give one model two names."
@@ -383,7 +389,7 @@ def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsEr
 
 
 def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> str:
-    """The lines that register what `statements` name or make, one model each, or a form where that cannot be told."""
+    """The lines that register the models of `statements`, one each; a form where the models cannot be told."""
     taken: set[str] = set()
     lines = []
     for target, value in (pair for statement in statements for pair in _models(statement)):
@@ -403,7 +409,11 @@ def _registrations(text: str, statements: Sequence[ast.stmt], command: str) -> s
 
 
 def _models(statement: ast.stmt) -> list[tuple[ast.expr | None, ast.expr | None]]:
-    """What a statement would register: what names the model, and its value where that is another. None: unknown."""
+    """(target, value) of each model that a statement would register.
+
+    The value is None for a bare name; target and value are the same node for a construction without a name. (None,
+    None) where it cannot be told.
+    """
     match statement:
         case ast.Assign([ast.Tuple(names) | ast.List(names)], ast.Tuple(values) | ast.List(values)):
             return list(zip(names, values, strict=False)) if len(names) == len(values) else [(None, None)]

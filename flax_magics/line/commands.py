@@ -244,7 +244,7 @@ COMMANDS = {value.name: value for value in list(globals().values()) if isinstanc
 
 
 def restart_line(seed: int, *, fresh: bool) -> str:
-    """The line that starts the root key again."""
+    """The `%flax_key` line that restarts the root key, for messages and reports."""
     return f"%flax_key --seed {seed}{' --fresh' if fresh else ''}"
 
 
@@ -263,13 +263,13 @@ MEANINGS = (
     ("%flax_history", "every draw so far: keys, inputs, digest, cell, time"),
     ("%flax_replay N", "runs a draw again, and says whether every bit is the same"),
 )
-"""What `%flax` lists."""
+"""The commands with their meanings, as `%flax` lists them."""
 
 KINDS = (
     *("dropout", "norm", "mode", "nan", "stream", "root key", "key again", "same key", "unused key", "mutable"),
     *("zero params", "nan params", "scalar", "programs", "masks", "replaced", "weights", "outdated", "file", "rebound"),
 )
-"""Kinds of sharp bits, by which they are quieted.
+"""Kinds of notes on likely mistakes; `%config FlaxMagics.notes` turns them off by these names.
 
 dropout: every dropout is off in training, or on in evaluation.
 norm: BatchNorm is in the other mode than was asked.

@@ -1,7 +1,7 @@
-"""One Python expression: its text with positions, evaluated as Python would in the place where it stands.
+"""A Python expression of a command, evaluated as if it stood in the cell. And edits of command lines for advice.
 
-And the line of a run, to be written otherwise: with another argument, with an option more or less. What a message advises
-is complete this way: the user's own call, options included.
+A `Line` is a command with its call. Messages change an argument or an option of it, so that their advice is the user's
+own complete line.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from ..base.types import PyTree
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 
 _GATHER = "__flax_gather__"
+"""Name under which the code of a call finds the function that collects its arguments."""
 _GAP = "_gap_"
-"""Stands for `…`, which is no Python, while a call is read."""
+"""Replaces `…`, which is no Python, while a call is parsed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +35,8 @@ class Expression:
     """One Python expression, with what is needed to evaluate it.
 
     Attributes:
-      text: what was written, white space around it taken off; errors and tracebacks point into it.
-      tree: the expression; its positions are those in `text`.
+      text: the stripped text; errors and tracebacks point into it.
+      tree: its syntax tree, with positions in `text`.
     """
 
     text: str
@@ -44,23 +45,23 @@ class Expression:
 
     @property
     def source(self) -> str:
-        """The expression's own text, as it was written."""
+        """The text of the expression itself: of `net = Net(3)` it is `Net(3)`."""
         return segment(self.text, self.tree)
 
     @cached_property
     def filename(self) -> str:
-        """The name under which `text` stands in `linecache`, so that tracebacks show it."""
+        """The filename of the compiled code; `linecache` has `text` under it, so that tracebacks show the line."""
         return f"<call {crc32(self.text.encode()):08x}>"
 
     def evaluate(self, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None) -> PyTree:
-        """The expression's value.
+        """Evaluates the expression.
 
         Args:
           user_ns: the globals; a walrus binds here.
-          local_ns: names of the enclosing function, which lambdas and comprehensions see too.
+          local_ns: names of the enclosing function; lambdas and comprehensions see them, too.
 
         Raises:
-          FlaxMagicsError: for a name that is not defined.
+          FlaxMagicsError: a name in the expression is not defined.
           Exception: whatever the user's code raises, with `text` in its traceback.
         """
         return self._run(lambda: self.tree, None, user_ns, local_ns)
@@ -68,7 +69,7 @@ class Expression:
     def construct(
         self, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None
     ) -> tuple[Any, tuple[PyTree, ...], dict[str, PyTree]]:
-        """`(function, args, kwargs)` of an expression that is a call, everything evaluated but the call itself."""
+        """`(function, args, kwargs)` of an expression that is a call: evaluates all parts, but does not call."""
         assert isinstance(self.tree, ast.Call)
         (function, *args), kwargs = self._gathered([self.tree.func, *self.tree.args], user_ns, local_ns)
         return function, tuple(args), kwargs
@@ -76,14 +77,19 @@ class Expression:
     def _gathered(
         self, args: list[ast.expr], user_ns: dict[str, object], local_ns: Mapping[str, object] | None
     ) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
-        """What a function would get that is called with `args` and with the keyword arguments of this call."""
+        """Evaluates `args` and this call's keyword arguments, and returns what a called function would receive.
+
+        A function that returns its own arguments is called in place of the user's, so that Python itself unpacks stars,
+        keeps the order and refuses repeated keywords.
+        """
 
         def gather(*args: object, **kwargs: object) -> tuple[tuple[PyTree, ...], dict[str, PyTree]]:
             return args, kwargs
 
         call = self.tree
         assert isinstance(call, ast.Call)
-        # Python names the function when it refuses a call: `net() got multiple values for keyword argument 'x'`.
+        # Python's messages name the function: `net() got multiple values for keyword argument 'x'`. Module "builtins"
+        # is the one that they do not put in front.
         gather.__qualname__ = ast.unparse(call.func)
         gather.__module__ = "builtins"
 
@@ -100,11 +106,12 @@ class Expression:
         user_ns: dict[str, object],
         local_ns: Mapping[str, object] | None,
     ) -> Any:
+        """Compiles and runs a tree that is made from this expression; `gather` is what `_GATHER` stands for in it."""
         local = {} if local_ns is None or local_ns is user_ns else local_ns
         names = tuple(name for name in self._names if name in local) if local else ()
-        # Every time: linecache may have been cleared since the code was compiled.
+        # At every evaluation: `linecache` may have been cleared since the code was compiled.
         linecache.cache[self.filename] = (len(self.text), None, self.text.splitlines(True), self.filename)
-        # The value and the call taken apart are two codes of one expression.
+        # Evaluating and gathering compile differently, and so do other sets of local names.
         which = gather is None, names
         code = self._code.get(which)
         if code is None:
@@ -114,7 +121,7 @@ class Expression:
         except NameError as error:
             frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
             if not error.name or frame.f_code.co_filename != self.filename:
-                raise  # other code looked for it
+                raise  # the name is missing in a function of the user's, not in the expression
             raise self._undefined(error.name, [*user_ns, *local]) from None
 
     @cached_property
@@ -122,7 +129,7 @@ class Expression:
         return tuple(sorted({node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}))
 
     def _undefined(self, name: str, known: list[str]) -> FlaxMagicsError:
-        """The short error for a name that `text` uses and that nobody defined."""
+        """The short error for an undefined name in `text`, with the nearest known names."""
         hint = did_you_mean(name, (choice for choice in known if not choice.startswith("_")))
         if hint is None:
             near = nearest(name, (choice for choice in vars(builtins) if choice.islower()), 1)
@@ -134,29 +141,30 @@ class Expression:
 
 
 def _compile(tree: ast.expr, names: tuple[str, ...], filename: str) -> CodeType:
-    """Code of a function of (gather, *names) that returns `tree`.
+    """Code of a function of (gather, *names) that returns the value of `tree`.
 
-    A function, because `eval` with separate locals hides them from lambdas and comprehensions. `global`, because a
-    walrus at the top of a cell binds there; one on a name of the enclosing function cannot reach that function.
+    It is a function because locals that `eval` gets are hidden from lambdas and comprehensions. Names bound by a walrus
+    are declared `global`, since at the top of a cell a walrus binds there; except that one on a name of the enclosing
+    function stays inside the expression.
     """
     arguments = ast.arguments([], [ast.arg(name) for name in (_GATHER, *names)], None, [], [], None, [])
     function = ast.FunctionDef("call", arguments, [ast.Return(tree)], [], None)
-    function.type_params = []  # type: ignore[attr-defined]
+    function.type_params = []  # type: ignore[attr-defined]  # `compile` requires it since Python 3.12
     bound = sorted(set(_walrus(tree)) - set(names))
     if bound:
         function.body.insert(0, ast.Global(bound))
     for node in (function, *function.body):
         ast.copy_location(node, tree)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # given once, when the text was read
+        warnings.simplefilter("ignore", SyntaxWarning)  # already given when the text was parsed
         module = compile(ast.fix_missing_locations(ast.Module([function], [])), filename, "exec")
     code = next(constant for constant in module.co_consts if isinstance(constant, CodeType))
-    # Tracebacks then show the text without a function's name and arguments, as for any top-level line.
+    # Named like top-level code, so that tracebacks show no function of ours.
     return code.replace(co_name="<module>", co_qualname="<module>")
 
 
 def _walrus(tree: ast.AST) -> list[str]:
-    """Names that `:=` binds in the scope that `tree` itself is in (comprehensions bind there, lambdas do not)."""
+    """Names that `:=` binds in the scope of `tree` itself: also from comprehensions inside, but not from lambdas."""
     if isinstance(tree, ast.Lambda):
         defaults = (*tree.args.defaults, *filter(None, tree.args.kw_defaults))
         return [name for default in defaults for name in _walrus(default)]
@@ -165,27 +173,27 @@ def _walrus(tree: ast.AST) -> list[str]:
 
 
 def start_of(text: str, node: ast.expr | ast.stmt) -> int:
-    """Where `node` begins, as an index into `text`."""
+    """The index in `text` where `node` begins."""
     return index_of(text, node.lineno, node.col_offset)
 
 
 def end_of(text: str, node: ast.expr | ast.stmt) -> int:
-    """Where `node` ends, as an index into `text`."""
+    """The index in `text` where `node` ends."""
     return index_of(text, node.end_lineno or node.lineno, node.end_col_offset or node.col_offset)
 
 
 def segment(text: str, node: ast.expr | ast.stmt) -> str:
-    """The text of `node`."""
+    """The part of `text` that `node` covers."""
     return text[start_of(text, node) : end_of(text, node)]
 
 
 class Line(NamedTuple):
-    """A command with its options, and a call.
+    """A command with its options and its call, for advice that shows an edited line.
 
     Attributes:
-      command: `%flax_apply --train`.
-      call: in Python's normal form; arguments that nobody wrote down are `…`.
-      signature: of what is called.
+      command: such as `%flax_apply --train`.
+      call: the call as `ast.unparse` formats it; arguments whose text is unknown (in a script) are `…`.
+      signature: the signature of the called method.
     """
 
     command: str
@@ -196,13 +204,14 @@ class Line(NamedTuple):
         return f"{self.command} {self.call}"
 
     def without_option(self, flag: str, value: str = "") -> Line:
-        """See `without_option`."""
+        """The line without an option of the command; see the function `without_option`."""
         return self._replace(command=without_option(self.command, flag, value))
 
     def with_argument(self, name: str, write: str | Callable[[str], str] | None) -> Line | None:
-        """With another text in the place of the argument's, or without it, and those after it by their names.
+        """The line with the argument `name` replaced by `write`, a text or a function of the old text.
 
-        None where that cannot be written: the argument does not stand by itself, say.
+        None removes the argument; positional ones after it become keywords. Returns None where this is not possible,
+        for instance because the call has starred arguments.
         """
         call = ast.parse(self.call.replace("…", _GAP), mode="eval").body
         assert isinstance(call, ast.Call)
@@ -222,7 +231,7 @@ class Line(NamedTuple):
                 item.value = edited if item.value is argument else item.value
         else:
             place = names.index(name) if argument in call.args else len(call.args)
-            if not all(other.isidentifier() for other in names[place + 1 :]):
+            if not all(other.isidentifier() for other in names[place + 1 :]):  # `args[1]` of `*args` has no keyword
                 return None
             call.args = call.args[:place]
             call.keywords = [ast.keyword(*item) for item in items[place:] if item[1] is not argument]
@@ -230,32 +239,32 @@ class Line(NamedTuple):
 
 
 def without_option(command: str, flag: str, value: str = "") -> str:
-    """`command` without an option; `value` is a pattern of the value that goes with it."""
+    """`command` without the option `flag`; `value` is a regular expression for its value, empty for a flag."""
     pattern = rf"{flag}[\s=]+{value}" if value else flag
     return re.sub(rf"\s+{pattern}(?=\s|$)", "", command)
 
 
 def as_array(line: Line, name: str, dtype: str) -> dict[str, str]:
-    """The advice to pass an argument as an array of a dtype."""
+    """Advice (`write` or `form`) to pass the argument `name` as an array of `dtype`."""
     return changed(line, name, lambda argument: f"jnp.asarray({argument}, '{dtype}')")
 
 
 def changed(line: Line, name: str, write: Callable[[str], str]) -> dict[str, str]:
-    """The line with `write(text)` of an argument; a form where the argument is no expression of its own in the call.
+    """Advice that shows the line with the argument's text replaced by `write(text)`, which may use `jnp`.
 
-    `write` may use `jnp`.
+    It is a form where the argument has no expression of its own in the call.
     """
     edited = line.with_argument(name, write)
     return {"form": write("…")} if edited is None else written(f"import jax.numpy as jnp\n{edited}")
 
 
 def new_key(name: str) -> str:
-    """A variable's name for a key that an argument is to be given."""
+    """A variable name for the PRNG key to pass as the argument `name`."""
     return f"new_{name}" if name.endswith("key") else f"{name}_key"
 
 
 def positional_names(signature: inspect.Signature, n: int) -> list[str]:
-    """The parameters that `n` positional arguments are given to."""
+    """Names of the parameters for `n` positional arguments: `args[0]` for `*args`, `argument 3` if too many."""
     names: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -266,7 +275,7 @@ def positional_names(signature: inspect.Signature, n: int) -> list[str]:
 
 
 def with_arguments(call: str, arguments: Sequence[str]) -> str:
-    """A call as text with more arguments at its end."""
+    """The text of a call with more arguments appended."""
     if not arguments:
         return call
     inside = call.rpartition(")")[0].rstrip().rstrip(",")

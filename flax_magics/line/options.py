@@ -1,6 +1,6 @@
-"""The options of a command line, read up to the call.
+"""Parsing of a command's options, up to the call.
 
-argparse cannot: what follows the options is Python, which may hold dashes, quotes, brackets and white space.
+argparse does not fit: the Python call that follows the options may contain dashes, quotes, brackets and white space.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from ..run import DrawNumber
 
 _DASHES = "-–—"
-"""The long ones are what phones and word processors make of two hyphens."""
+"""Phones and word processors turn two hyphens into one of the long dashes; these get a message, too."""
 
 
 class Option(NamedTuple):
-    """One option.
+    """The definition of one option.
 
     Attributes:
-      flag: as it is written, such as `--train`.
+      flag: its long form, such as `--train`.
       help: one sentence.
-      metavar: what its value stands for, such as `NAME`; None for a flag, which is True or False.
-      short: another way to write it, such as `-o`.
-      many: it may be given again, and its values are a tuple.
-      quotes: its value may be written in quotes, which are taken off.
-      type: str or int, of the value.
+      metavar: placeholder of its value in the help, such as `NAME`; None for a flag, which is True or False.
+      short: its short form, such as `-o`.
+      many: it may be repeated; its value is then a tuple.
+      quotes: its value may be written in quotes, which are removed.
+      type: type of the value, str or int.
       least: the smallest int that is accepted, None for any.
-      is_name: the value must be a Python name.
+      is_name: the value must be a Python identifier.
     """
 
     flag: str
@@ -53,12 +53,12 @@ class Option(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in `LineOptions.options`, such as `train`."""
+        """Its key in `LineOptions.options`, such as `train`."""
         return self.flag.lstrip("-")
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Every way to write it."""
+        """All forms of the flag."""
         return (self.flag,) if self.short is None else (self.short, self.flag)
 
 
@@ -66,16 +66,16 @@ HELP = Option("--help", "show this help", short="-h")
 
 
 class Command(NamedTuple):
-    """A command as a person meets it.
+    """The definition of one command: help text, options and what follows them.
 
     Attributes:
       name: with its percent signs, such as `%flax_apply`.
       usage: one or more lines, such as `%flax_apply [options] model.method(x, mask=m)`.
-      help: paragraphs, parted by blank lines.
-      options: in the order in which help lists them.
-      examples: each runs as it stands, in this order.
-      takes: what follows the options, for completion: a `call`, a `model`, a `stream`, a `draw`, or something else.
-      bare: it means something without a word after it; of the others that is asking for help.
+      help: paragraphs, separated by blank lines.
+      options: in the order of the help text.
+      examples: lines or cells that run as they are, in this order.
+      takes: what follows the options, for completion: `call`, `assignment`, `model`, `stream`, `draw`, `file`.
+      bare: it works without anything after it; other commands then show their help.
     """
 
     name: str
@@ -88,20 +88,20 @@ class Command(NamedTuple):
 
     @property
     def bare_name(self) -> str:
-        """Without its percent signs, of which a line has one and a cell two."""
+        """The name without percent signs."""
         return self.name.lstrip("%")
 
     @property
     def flags(self) -> dict[str, Option]:
-        """Every way to write an option of this command, `--help` included."""
+        """Every form of every flag → its option, `--help` included."""
         return {flag: option for option in (*self.options, HELP) for flag in option.flags}
 
     def needs_rest(self, line: str) -> bool:
-        """Whether something has to follow the options of `line`: a cell has its body for that."""
+        """Whether something must follow the options of `line`; not for a cell command, whose body follows."""
         return not self.bare and not self.name.startswith("%%") and "--autosave" not in line
 
     def render_help(self) -> str:
-        """Usage, help, options and examples in 80 columns."""
+        """The help text in 80 columns: usage, help, options and examples."""
         options = [
             (", ".join(option.flags) + (f" {option.metavar}" if option.metavar else ""), option.help)
             for option in (*self.options, HELP)
@@ -121,13 +121,13 @@ class Command(NamedTuple):
 
 
 class LineOptions(NamedTuple):
-    """A command line, read.
+    """A parsed command line.
 
     Attributes:
-      options: key → value; every option of the command is there, at its default if it was not given.
-      rest: what follows the options, without white space around it.
+      options: key → value for every option of the command; False, None or () where it was not given.
+      rest: the stripped text after the options.
       offset: index of `rest` in the line.
-      help: help was asked for; nothing else is filled in.
+      help: `--help` was given; nothing else is filled in.
     """
 
     options: dict[str, Any]
@@ -137,24 +137,24 @@ class LineOptions(NamedTuple):
 
 
 def read(command: Command, line: str) -> LineOptions:
-    """The options at the beginning of `line`, and what follows them.
+    """Parses the options at the beginning of `line`.
 
-    A value is one token: text up to white space that is in no string and no bracket. `--` ends the options.
+    A value ends at white space outside strings and brackets. `--` ends the options.
 
     Raises:
-      FlaxMagicsError: an option that the command has not, without its value, with a wrong one, or after the call.
+      FlaxMagicsError: an option is unknown, lacks its value, has a wrong value, or stands after the call.
     """
     return _Reader(command, line).read()
 
 
 class _Reader:
-    """Reads one line of a command."""
+    """Parses one line of a command; keeps what error messages need."""
 
     def __init__(self, command: Command, line: str) -> None:
         self.command, self.line = command, line
 
     def read(self) -> LineOptions:
-        """See `read`."""
+        """The implementation of the function `read`."""
         command, line = self.command, self.line
         options: dict[str, Any] = {option.key: None if option.metavar else False for option in command.options}
         options |= {option.key: () for option in command.options if option.many}
@@ -179,7 +179,7 @@ class _Reader:
                 continue
             begin = position - len(value) if equals else self._skip(position)
             if not equals:
-                # Another option there is no value, and neither is nothing.
+                # If another option or nothing follows, the value was left out.
                 word = (line[begin:].split(None, 1) or ["--"])[0]
                 position = begin if word.startswith("--") or word in command.flags else self._end_of(begin)
             value, after = line[begin:position], line[position:]
@@ -206,11 +206,12 @@ class _Reader:
         return LineOptions(options, rest, position)
 
     def _skip(self, position: int) -> int:
-        """Where the next word begins."""
+        """The index of the next word at or after `position`."""
         words = (piece.start for piece in pieces(self.line, position) if piece.kind not in ("space", "newline", "join"))
         return next(words, len(self.line))
 
     def _end_of(self, start: int) -> int:
+        """The end of the word that begins at `start`; raises the error for an unclosed bracket or quote."""
         try:
             return token_end(self.line, start)
         except Unbalanced as error:
@@ -219,7 +220,7 @@ class _Reader:
             raise FlaxMagicsError(f"{self.command.name}: {error.reason}", hint=pointed) from None
 
     def _wants(self, option: Option, before: str, value: str, after: str) -> FlaxMagicsError:
-        """The error for an option, written up to `before`, whose value is missing or wrong."""
+        """The error for an option whose value is missing or wrong; `before` is the line up to its flag, included."""
         wanted = "a Python name" if option.is_name else f"a value ({option.metavar})"
         sample = "…"
         if option.type is int:
@@ -227,12 +228,13 @@ class _Reader:
             if option.least is not None:
                 wanted = "a positive whole number" if option.least == 1 else f"a whole number from {option.least} on"
         message = f"{before.split()[-1]} needs {wanted}" + (f", not {value}." if value else ".")
-        # `--repeat net(x)`: the value was left out, and the call read in its place.
+        # In `--repeat net(x)` the number was left out and the call taken for it: the advice keeps the call.
         rest = (value + after if "(" in value else after).strip()
         rest = rest or ("…" if self.command.needs_rest(self.line) else "")
         return FlaxMagicsError(message, **self._corrected(f"{before.strip()} {sample} {rest}"))
 
     def _unknown(self, start: int, flag: str) -> FlaxMagicsError:
+        """The error for an unknown option, with the nearest known ones and the list of all."""
         command, line, bare = self.command, self.line, flag.lstrip(_DASHES)
         known = [option.key for option in (*command.options, HELP)]
         near = [f"--{key}" for key in known if bare and key.startswith(bare)]
@@ -246,9 +248,9 @@ class _Reader:
         return FlaxMagicsError(message, hint=hint, **advice)
 
     def _after_the_call(self, start: int, end: int) -> bool:
-        """Whether help is asked for after the call; any other option there is an error.
+        """Whether `--help` stands after the call; raises for any other option there.
 
-        Python would read `net(x) --train` as `net(x) - (-train)`.
+        Python would parse `net(x) --train` as `net(x) - (-train)`.
         """
         command, line = self.command, self.line
         flags, spaced = list[tuple[int, str]](), False
@@ -256,6 +258,7 @@ class _Reader:
             if piece.kind == "comment":
                 end = piece.start
                 break
+            # Only a word of its own outside brackets: `f(a --b)` and `x-o` are Python.
             if spaced and not piece.depth and piece.kind == "word" and piece.start > start:
                 word = line[piece.start : piece.end].partition("=")[0].rstrip(";")
                 if word in command.flags or (word.startswith("--") and word[2:3].isalpha()):
@@ -272,12 +275,12 @@ class _Reader:
         call = line[start:first].strip()
         options = line[first:end].strip().rstrip("; ")
         last = command.flags.get(options.split()[-1])
-        gap = "" if last is None or last.metavar is None else " …"  # else the call would be its value
+        gap = "" if last is None or last.metavar is None else " …"  # in front it would take the call as its value
         advice = self._corrected(f"{line[:start]}{options}{gap} {call}")
         raise FlaxMagicsError(f"options come first: {word} stands after `{call.splitlines()[0]}`.", **advice)
 
     def _corrected(self, line: str) -> dict[str, str]:
-        """A line with a mistake taken out as the advice of a message; of one that has another, that one's own advice."""
+        """Advice that shows `line`, from which a mistake was removed. If it has another, the advice for that one."""
         command, line = self.command, line.strip()
         if "…" in line:
             return written(f"{command.name} {line}")
@@ -285,13 +288,14 @@ class _Reader:
             corrected = _Reader(command, line).read()
         except FlaxMagicsError as error:
             return written(error.write or error.form or "") if error.write or error.form else {}
+        # The two exclude each other, and which one was meant is unknown: no advice.
         if corrected.options.get("train") and corrected.options.get("eval"):
             return {}
         return written(f"{command.name} {line}" + (" …" if not corrected.rest and command.needs_rest(line) else ""))
 
 
 def _convert(option: Option, value: str) -> str | int | None:
-    """`value` as the option wants it, None if it cannot be that."""
+    """`value` converted to the option's type, None if it is not valid."""
     value = unquoted(value) if option.quotes else value
     if option.type is str:
         return None if option.is_name and not value.isidentifier() else value
@@ -303,7 +307,7 @@ def _convert(option: Option, value: str) -> str | int | None:
 
 
 def unquoted(value: str) -> str:
-    """`value` without its quotes, if the whole of it is one quoted string."""
+    """`value` without its quotes if it is a single quoted string, else unchanged."""
     first = next(pieces(value), None)
     if first is None or first.kind != "string" or first.end != len(value):
         return value
@@ -312,15 +316,15 @@ def unquoted(value: str) -> str:
 
 
 def quoted(value: str) -> str:
-    """`value` as an option takes it: in quotes where it would not be one word."""
+    """`value` as it is written on a command line: in double quotes unless it is a plain word."""
     return value if re.fullmatch(r"[\w./~:+-]+", value) else '"' + value.replace('"', '\\"') + '"'
 
 
 def file_name(rest: str, command: Command) -> str:
-    """What stands after the options as the name of a file, which may be in quotes.
+    """The file name in `rest`, the text after the options; it may be in quotes.
 
     Raises:
-      FlaxMagicsError: nothing stands there.
+      FlaxMagicsError: there is none.
     """
     name = unquoted(rest).strip()
     if not name:
@@ -329,12 +333,12 @@ def file_name(rest: str, command: Command) -> str:
 
 
 REPEAT = 20
-"""Runs of `--roofline` by itself."""
+"""The number of runs of `--roofline` without `--repeat`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApplyOptions:
-    """The options of one apply; see `Session.apply`."""
+    """The options of one apply; `Session.apply` documents them."""
 
     mode: str | None = None
     mutable: tuple[str, ...] = ()
@@ -345,16 +349,16 @@ class ApplyOptions:
     repeat: int = 1
     eager: bool = False
     roofline: bool = False
-    """Also measure what the machine reaches; without `repeat` the run is repeated `REPEAT` times."""
+    """Also measure the machine's peak rates; without `repeat` the program runs `REPEAT` times."""
 
     @property
     def runs(self) -> int:
-        """How often the program runs."""
+        """The number of times that the program runs."""
         return REPEAT if self.roofline and self.repeat == 1 else self.repeat
 
     @property
     def line(self) -> str:
-        """The command with these options, as far as they have a text."""
+        """`%flax_apply` with these options, for messages; variables, whose text is unknown, are `…`."""
         draw = ":".join(map(str, self.draw)) if isinstance(self.draw, tuple) else self.draw
         options = [f"--{self.mode}"] if self.mode else []
         options += [f"--mutable {name}" for name in self.mutable]
@@ -367,5 +371,7 @@ class ApplyOptions:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether it is one compiled run of the next draw with the model's own variables."""
+        """Whether this is a single compiled run of the next draw with the model's own variables: no option but `mode`
+        and `mutable`. Only such runs have a fast path.
+        """
         return self.variables is None and self == ApplyOptions(mode=self.mode, mutable=self.mutable)

@@ -1,1 +1,1 @@
-"""A Flax module as a session sees it: one Protocol, answered once for linen and once for NNX."""
+"""Adapters of Flax modules: a common Protocol, implemented once for linen and once for NNX."""

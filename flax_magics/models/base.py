@@ -1,7 +1,7 @@
-"""What a session needs of a model, as Protocols: `ModelWithInit` is answered by linen.py, `ModelWithVariables` by nnx.py.
+"""The Protocols through which a session uses a model: linen.py implements `ModelWithInit`, nnx.py `ModelWithVariables`.
 
-A model is configured, traced and run. A linen model holds no variables, keys or counts: those are the session's. An NNX
-module holds its own, so a session asks it for them in every run, and writes back what the run changed.
+A linen module holds no variables: the session keeps them and passes them to each run. An NNX module holds its own: the
+session reads them before each run and writes back what the run changed.
 """
 
 from __future__ import annotations
@@ -34,25 +34,26 @@ if TYPE_CHECKING:
 Variables: TypeAlias = Mapping[str, PyTree]
 Updates: TypeAlias = dict[str, PyTree]
 Forward = Callable[[Variables, Mapping[str, Any], Args, Kwargs], tuple[PyTree, Updates]]
-"""`forward(variables, keys, args, kwargs) -> (output, updates)`; pure; `updates` holds what was written or sown."""
+"""`forward(variables, keys, args, kwargs) -> (output, updates)`, pure; `updates`: what was written or sown."""
 
+# Keys of `updates` beside the collections. The parentheses keep them from being the name of a collection or type.
 ARGUMENTS = "(arguments)"
-"""Where a run's updates keep what it changed in NNX objects that the call passed, such as the counts of an Rngs."""
+"""Holds changes to NNX objects that were passed to the call, such as the counts of an `nnx.Rngs`."""
 CONVERTED = "(converted)"
-"""Where they keep Python numbers and 64-bit arrays of NumPy that a variable held, unchanged: JAX hands back its own."""
+"""Holds unchanged variables whose value was a Python number or a 64-bit NumPy array: a program returns them as JAX
+arrays of another dtype, which NNX stores by hand, too."""
 SOWN = "(sown)"
-"""Where they keep what NNX sowed, by type: a type may be that of variables which stay, too."""
+"""Holds what NNX sowed, by variable type; apart, because variables of the same type may stay in the module."""
 
 
 class KeyUse(Struct, frozen=True):
-    """One key that a module took from a stream, and what it drew with it.
+    """One key that a module took from a stream, and the random numbers that it drew with it.
 
     Attributes:
-      path: the module's.
-      source: what its key is made of, besides the stream's own: equal sources of one stream give equal keys, outside of
-        transforms.
-      drew: the shape of a dropout's mask and its rate; None where that is not known.
-      inside: a transform of Flax's is around it (`nn.scan`, `nnx.vmap`, …), which may have split or forked the stream.
+      path: the path of the module.
+      source: what is folded into the stream's key: outside of transforms, equal sources in one stream give equal keys.
+      drew: shape and rate of a dropout's mask; None for other uses.
+      inside: it happened inside a lifted transform (`nn.scan`, `nnx.vmap`, …), which may have split the stream's key.
     """
 
     stream: str
@@ -64,80 +65,82 @@ class KeyUse(Struct, frozen=True):
 
 @dataclass
 class CallTrace:
-    """Records what one trace saw of the model. Filled while the model runs; read-only afterwards."""
+    """What one trace observed of the model. Filled while the model is traced; read-only afterwards."""
 
     asked: dict[str, list[Path]] = field(default_factory=dict)
-    """stream → paths of the modules that called `make_rng` for it."""
+    """Stream → paths of the modules that called `make_rng` for it."""
     takes: list[KeyUse] = field(default_factory=list)
     """Keys that modules took, in order."""
     queried: set[str] = field(default_factory=set)
-    """Streams that `has_rng` was asked about."""
+    """Streams for which the model called `has_rng`."""
     written: set[str] = field(default_factory=set)
-    """Collections that something was put into, sown ones included."""
+    """Collections that were written, sown ones included."""
     sown: set[str] = field(default_factory=set)
-    """Collections that `sow` wrote; of NNX `SOWN`."""
+    """Collections that `sow` wrote; for NNX only `SOWN`."""
     layers: list[Layer] = field(default_factory=list)
+    """Dropout and normalization layers that were called, each once."""
     axes: set[str] = field(default_factory=set)
-    """Mapped axes that the model names and that nothing around it binds."""
+    """Mapped axes that the model names (`axis_name` of a BatchNorm) and that nothing around it binds."""
     unused: frozenset[str] = frozenset()
-    """Traced arguments that nothing in the program reads."""
+    """Traced arguments that no equation of the program reads."""
     unchanged: frozenset[tuple[str, str]] = frozenset()
-    """Variables (type and path) that were handed back by a transform inside the model as they were (NNX)."""
+    """NNX variables (type, path) that the program returns as outputs although they are its unmodified inputs."""
     held: set[str] = field(default_factory=set)
-    """Streams that the model is given whether or not it consumes them: those that an NNX module holds."""
+    """Streams that an NNX module holds: it gets their keys whether or not it consumes them."""
     structure: RebuiltGraph | None = None
-    """How the run changed the model's graph (NNX), None if it did not."""
+    """The changed graph of an NNX module, None if the run did not change it."""
     calls: Calls | None = None
-    """Where the calls of modules are noted, None where nobody asks for them."""
+    """Records the calls of submodules; None where nobody asks for them."""
     foreign: str = ""
     """The class of an object that the model gives or sows and that is no tree of arrays: no program can give it."""
 
     def passed(self, kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> None:
-        """Notes a layer, once; see `layer_of`."""
+        """Records a dropout or normalization layer that is being called; see `layer_of` for the arguments."""
         layer = layer_of(kind, path, module, around, given)
         if layer is not None and layer not in self.layers:
             self.layers.append(layer)
 
     def with_what(self, traced: CallTrace) -> CallTrace:
-        """This record, completed by streams and layers that only a trace sees: inside the model's own jitted functions."""
+        """This record of an eager run, completed by what only a trace sees inside the model's own jitted functions.
+
+        An eager run may find such a function in JAX's cache and never run its Python code.
+        """
         asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
         layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
         return dataclasses.replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
 
 
 class Needs(Struct, frozen=True):
-    """The needs of one run besides variables: streams it may draw from, collections it may write, and
-    mapped axes of size 1 that stand for this one device.
-    """
+    """What one run must be given besides variables: random streams, mutable collections, and mapped axes of size 1."""
 
     streams: frozenset[str] = frozenset()
     mutable: frozenset[str] = frozenset()
     axes: frozenset[str] = frozenset()
 
     def and_what(self, record: CallTrace) -> Needs:
-        """These needs and those that an incomplete trace showed."""
+        """These needs together with everything that an incomplete trace asked for, for the next attempt."""
         return Needs(self.streams | set(record.asked), self.mutable | record.written, self.axes | record.axes)
 
 
 class Commit(Struct, frozen=True):
-    """The changes of a run, and how a module that holds its own variables is given them."""
+    """The collections that a run changed, and the writes that bring the changes into an NNX module."""
 
     changed: tuple[str, ...]
-    """Collections (of NNX: types of variables, random streams left out) that the run wrote."""
+    """Collections (NNX: variable types, without random streams) that the run wrote."""
     assignments: tuple[Assignment, ...] = ()
-    """They write the changes into the module; there are none where the session holds the variables."""
+    """Assignments that write the changes into an NNX module; empty for linen, whose variables the session holds."""
     write: Callable[[], None] | None = None
-    """Writes a graph that was changed, which takes more than assignments."""
+    """Writes what single assignments cannot: references, or a graph with other attributes than before."""
 
     def make(self) -> None:
-        """Writes all of it."""
+        """Writes all changes into the module."""
         if self.write is not None:
             self.write()
         at_once(self.assignments)
 
 
 class MissingVariables(Exception):
-    """The model needs variables that it was not given (a method that the first init did not reach)."""
+    """Raised by `forward` where the model needs variables that do not exist: the init did not reach this method."""
 
 
 class ForeignOutput(Exception):
@@ -145,7 +148,10 @@ class ForeignOutput(Exception):
 
 
 class Incomplete(Exception):
-    """The trace asked for more than it was given; its Record says for what. It must be done again."""
+    """Raised by `forward` where the model asked for streams, collections or axes that it was not given.
+
+    The `CallTrace` says for which; the caller traces again with them.
+    """
 
 
 FLAX_ARGUMENTS = {
@@ -155,16 +161,18 @@ FLAX_ARGUMENTS = {
     "variables": "the session gives its own, and --variables gives others",
     "capture_intermediates": "it is one of Flax's `apply`",
 }
-"""Arguments of Flax's `apply` and `init` → what there is in their place."""
+"""Argument of Flax's `apply` or `init` → what a command offers in its place; the end of a message."""
 
 
 class Idiom(FlaxMagicsError):
-    """The call is in Flax's own words: it names a method of Flax's base class, or an argument of Flax's `apply` or `init`.
+    """Raised for a call in Flax's own terms: `net.apply(…)` or another base-class method, or `net(x, rngs=…)`.
+
+    `execution.idioms` turns it into a message with the command to write instead.
 
     Attributes:
-      method: the method; empty where it is the argument.
-      argument: the argument; empty where it is the method.
-      linen: the method is one of linen's.
+      method: the method of Flax's base class; empty where an argument is the cause.
+      argument: the argument of Flax's `apply` or `init`; empty where a method is the cause.
+      linen: the method is defined by `nn.Module`.
     """
 
     def __init__(self, *, method: str = "", argument: str = "", linen: bool = True) -> None:
@@ -173,14 +181,14 @@ class Idiom(FlaxMagicsError):
 
 
 def check_name(owner: object, name: str) -> None:
-    """Raises Idiom where `owner.name` is what `nn.Module`, `nnx.Module` or their bases define, and the model does not."""
+    """Raises Idiom if `owner.name` is defined by `nn.Module`, `nnx.Module` or their bases and not by the model."""
     from flax import linen
 
     if isinstance(owner, linen.Module) and name in ("scope", "parent"):
         raise Idiom(method=name)
     across = sys.modules.get("flax.nnx.bridge.module")
     bases = (linen.Module, *nnx_modules(), *(() if across is None else (across.Module,)))
-    # What it is, not where it stands: `nnx.tabulate` leaves the methods of Module in every class that it has seen.
+    # Compared by identity, not by the defining class: `nnx.tabulate` copies Module's methods into every class it meets.
     missing = object()
     method, *flaxs = [inspect.getattr_static(cls, name, missing) for cls in (type(owner), *bases)]
     if name not in vars(owner) and method is not missing and any(method is each for each in flaxs):
@@ -188,72 +196,81 @@ def check_name(owner: object, name: str) -> None:
 
 
 class AnyModel(Protocol):
-    """A module as a session sees it: what linen's and NNX's answer alike."""
+    """The part of a model's interface that linen and NNX share."""
 
     @property
     def module(self) -> Any:
-        """The user's own object."""
+        """The user's module object."""
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block in which nobody changes the module, so that it is looked at once."""
+        """A block in which the caller guarantees that nobody changes the module, so that it is inspected only once."""
 
     def describe(self) -> str:
         """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
 
     def methods(self) -> list[str]:
-        """Names that can be called as `net.NAME(…)`, in order of definition."""
+        """Names of the methods that can be called as `net.NAME(…)`, in order of definition."""
 
     def fields(self) -> list[str]:
         """Names of the module's own fields."""
 
     def signature(self, method: Path) -> inspect.Signature:
-        """The signature of a method (`()`: the call itself), without `self`. Raises FlaxMagicsError if there is none."""
+        """The signature of a method (`()`: `__call__`), without `self`. Raises FlaxMagicsError if there is none."""
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """A model whose own fields stand for training or not, and what was set, such as `training=True`.
+        """A copy with its switch fields set for training or evaluation, and what was set, such as `training=True`.
 
         Args:
           fixed: switches that the call has as arguments; a field of the same name is left to the call.
         """
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """A model to initialise with: as written, but a switch field that has no value stands for evaluation."""
+        """The model to initialise with: as written, but a switch field without a value is set for evaluation."""
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """The module's own switches as they stand."""
+        """The module's own switches with their present values, such as `training=False`."""
 
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
 
     def cache_key(self) -> object:
-        """A value that differs from another model's where its programs do; None where that cannot be told."""
+        """A hashable value, equal for two models only if their programs are equal; None where that cannot be told."""
 
     def fingerprint(self) -> bytes | None:
-        """A digest of what the model computes: equal for what an unchanged cell makes again. None: cannot be told."""
+        """A digest of what the model computes, the same after an unchanged cell ran again; None: cannot be told."""
 
     def code(self) -> bytes | None:
-        """A digest of the model's code and of its plain values; None where that cannot be told."""
+        """A digest of the model's code and plain values; None where that cannot be told."""
 
     def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
-        """A model that adds the argument which the session makes (`rngs`), and whether the user gave it already."""
+        """(A model that adds the session's `rngs` if the call takes and lacks them, whether the user gave some)."""
 
     def supplied_arguments(self) -> tuple[str, ...]:
-        """Names of the arguments that the model adds to the call itself."""
+        """Names of the arguments that the model adds to the call: `rngs` or none."""
 
     def commit(self, updates: Variables, record: CallTrace) -> Commit:
-        """The collections that a run's updates change, and the assignments that write them into the module."""
+        """The collections that a run's `updates` change, and the writes that bring them into the module."""
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
-        """The run as a pure function. Calling it fills `record`; streams that `ask` lacks get a stand-in key."""
+        """The run as a pure function, which fills `record` while it is called.
+
+        Args:
+          ask: the streams, collections and axes to run with.
+          root_impl: PRNG implementation of the dummy keys for streams that `ask` lacks.
+
+        Raises:
+          Incomplete: `ask` lacks something (raised by the returned function).
+          MissingVariables: the model needs variables that do not exist (raised by the returned function).
+        """
 
     def module_classes(self) -> Mapping[Path, str]:
-        """Classes of the modules, by path, that are known without a call."""
+        """Path → class name of the modules that are known without a call."""
 
     def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Leaf, str]]:
-        """Collection, path, value and metadata (such as `names=(None, 'mlp')`) of every array of `variables`.
+        """(collection, path, array, metadata) of every array; metadata is text such as `names=(None, 'mlp')`.
 
-        The keys and counts of random streams that a module holds are one collection, `RngState`.
+        Keys and counts of random streams that an NNX module holds are reported as one collection, `RngState`.
         """
 
     def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
@@ -265,80 +282,83 @@ class ModelWithInit(AnyModel, Protocol):
 
     @property
     def holds_variables(self) -> Literal[False]:
-        """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
+        """False: the session holds the variables. mypy narrows `Model` by this literal."""
 
     def init(self, key: object, method: Path, args: Args, kwargs: Kwargs) -> Updates:
         """Fresh variables; `key` is the `params` key, the only one that an init gets."""
 
     @property
     def init_streams(self) -> tuple[str, ...]:
-        """Streams that an init by hand has to be given besides `params`, known once it has run."""
+        """Streams besides `params` that a handwritten init must be given; known once an init has run."""
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
-        """The init as a person would have written it, with switches added to the call and set on the module.
+        """The init in plain Flax.
 
         Args:
-          module: the module with its switches set, `MODULE` in the place of its name.
+          arguments: switches that are added to the call.
+          module: the expression for the module with its switches set; `MODULE` stands for its name.
         """
 
 
 class ModelWithVariables(AnyModel, Protocol):
-    """An NNX module: it holds its own variables, so that a session reads them in every run and writes what changed."""
+    """An NNX module: it holds its own variables, which a session reads before each run and updates after it."""
 
     @property
     def holds_variables(self) -> Literal[True]:
-        """Whether the variables are the module's own. mypy tells the two kinds of `Model` by it."""
+        """True: the module holds its variables. mypy narrows `Model` by this literal."""
 
     @property
     def written(self) -> str:
-        """The construction as it was written, where the session made it: `Net(8, 3)`."""
+        """The text of the construction, such as `Net(8, 3)`, where the session built the module; else empty."""
 
     @property
     def layout(self) -> Layout:
-        """The module taken apart, as it is now."""
+        """The module split into graph and variables, as it is now."""
 
     def own_variables(self) -> Values:
-        """The variables as they are now, by type and path; the keys and counts of random streams are the draw's to give."""
+        """The present variables by type and path, without the random keys and counts that each draw replaces."""
 
     def collections(self) -> Values:
-        """The variables as they are now, without anything that belongs to random streams."""
+        """The present variables without anything that belongs to random streams."""
 
     def state(self) -> PyTree:
-        """`nnx.state` of the module, its variables copies: later runs do not change them."""
+        """`nnx.state` of the module with copied variables, which later runs do not change."""
 
     def read_state(self, name: str, value: object) -> Values:
-        """Its own variables with those of `value` in their places. Raises FlaxMagicsError where these do not fit."""
+        """The module's variables, replaced by those in `value`; `name` is the model's, for messages.
+
+        Raises FlaxMagicsError if `value` has a variable that the module lacks.
+        """
 
     def sample(self) -> bytes:
-        """A digest of some elements of every variable: tells a module of another seed from one of the same."""
+        """A digest of some elements of every variable: differs between modules built with different seeds."""
 
     def assign(self, values: Values) -> None:
-        """Puts `values` into the module."""
+        """Writes `values` into the module's own variables."""
 
     def become(self, other: ModelWithVariables) -> None:
-        """Gives the module's own objects the values of `other`, a newly built one, or all that it holds."""
+        """Makes the module's own objects equal to the newly built `other`: its values, or its whole structure."""
 
 
 Model = ModelWithInit | ModelWithVariables
-"""Either kind; asking `holds_variables` says which."""
+"""A model of either API; test `holds_variables` to narrow it."""
 
 
 def own_methods(cls: type, *, but: str) -> list[str]:
-    """Public methods that the user's classes define, in order of definition, without the hook of the name `but`."""
+    """Public methods that the user's classes define, in order of definition, without the Flax hook named `but`."""
     users = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("flax", "builtins")]
     methods = [name for base in users for name, value in vars(base).items() if inspect.isfunction(value)]
     return [name for name in dict.fromkeys(methods) if not name.startswith("_") and name != but]
 
 
-_REPLACING = threading.RLock()
+_REPLACING = threading.RLock()  # reentrant: the bridge replaces further methods inside the block of linen's
 
 
 @contextlib.contextmanager
 def replaced(*replacements: tuple[object, str, Function]) -> Iterator[None]:
-    """Inside the block, `owner.name(…)` of each replacement is `replacement(original, …)` for calls of this thread alone.
+    """Monkey-patches methods during the block: `owner.name(…)` calls `replacement(original, …)`, on this thread only.
 
-    A lock is held from before the first name is read until the last is put back, so that no other thread takes a
-    replacement for the original.
+    A lock is held throughout, so that no other thread reads a replacement as the original and later "restores" it.
     """
     thread = threading.get_ident()
 
@@ -352,8 +372,9 @@ def replaced(*replacements: tuple[object, str, Function]) -> Iterator[None]:
 
     with _REPLACING:
         originals = [(owner, name, vars(owner).get(name)) for owner, name, _ in replacements]
-        try:  # an interrupt may come at any moment
+        try:  # around the replacing, too: an interrupt in between must not leave a method replaced
             for owner, name, replacement in replacements:
+                # From `vars`, since `getattr` would bind a classmethod to its class.
                 method = vars(owner).get(name, getattr(owner, name))
                 is_of_class = isinstance(method, classmethod)
                 call = here(method.__func__ if is_of_class else method, replacement)
@@ -363,5 +384,5 @@ def replaced(*replacements: tuple[object, str, Function]) -> Iterator[None]:
             for owner, name, original in originals:
                 if original is not None:
                     setattr(owner, name, original)
-                elif name in vars(owner):  # the base class has it
+                elif name in vars(owner):  # the original is inherited
                     delattr(owner, name)

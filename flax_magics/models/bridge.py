@@ -1,8 +1,8 @@
 """Watches NNX modules inside linen ones (`nnx.bridge.to_linen`) while a linen model is traced or initialised.
 
-`ToLinen` builds its module anew in every call, with the streams that linen was given; one that linen was not given falls
-back in silence on a `default` of seed 0, and what the module writes to a collection that is not mutable is dropped in
-silence. Here both are asking, as in linen.
+`ToLinen` builds its NNX module anew in every call, with the streams that linen was given. A stream that is missing
+falls back silently on a `default` of seed 0, and writes to an immutable collection are dropped silently. Here both
+count as asking for the stream or the collection, as they do in linen.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
 
 def _current() -> Any:
-    """The `ToLinen` whose call is running, None outside of one."""
+    """The `ToLinen` module whose call is running, None outside of one."""
     stack = linen_module._context.module_stack
     return stack[-1] if stack and isinstance(stack[-1], wrappers.ToLinen) else None
 
 
 @contextlib.contextmanager
 def watching(recorder: Recorder) -> Iterator[None]:
-    """Tells `recorder` of the streams that are looked up inside `ToLinen` modules, and of what these write."""
+    """During the block, `recorder` learns of streams that `ToLinen` modules look up and of collections they write."""
 
     def streams_of(original: Function, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        recorder.forking, was_forking = True, recorder.forking  # it takes a key of every stream: that is no asking
+        # The bridge takes a key of every stream to build its Rngs, which does not mean that the module uses them.
+        recorder.forking, was_forking = True, recorder.forking
         try:
             return original(*args, **kwargs)
         finally:
@@ -45,7 +46,7 @@ def watching(recorder: Recorder) -> Iterator[None]:
 
     def look_up(original: Function, rngs: nnx.Rngs, name: str, error: object) -> PyTree:
         outer = _current()
-        # What `params` gives when the module is built anew is replaced by the variables.
+        # `params` is only used while the module is built anew, and those values are replaced by the variables.
         if outer is not None and name != "params" and not name.startswith("_"):
             recorder.record.asked.setdefault(name, []).append(tuple(outer.scope.path))
             recorder.incomplete |= name not in recorder.ask.streams
@@ -69,9 +70,9 @@ def watching(recorder: Recorder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def initialising(streams: set[str]) -> Iterator[None]:
-    """Inside the block, a stream that an init does not give falls back on `params`, as every other of linen's does.
+    """During the block, a stream missing in an init falls back on `params`, as linen's own streams do.
 
-    `streams` is filled with those that did: by hand they have to be given.
+    The names of such streams are added to `streams`: a handwritten init must be given them.
     """
 
     def look_up(original: Function, rngs: nnx.Rngs, name: str, error: object) -> PyTree:
@@ -86,7 +87,8 @@ def initialising(streams: set[str]) -> Iterator[None]:
 
 
 def _written(outer: wrappers.ToLinen, module: nnx.Module) -> Iterator[tuple[str, bool]]:
-    """Collections that the module holds other values of than its variables were, and whether they were sown."""
+    """(collection, whether it was sown) of every variable that the call has changed."""
+    # By identity: an array that was not written is the very object that linen's variables have.
     given = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and not isinstance(part, nnx.RngState):

@@ -1,4 +1,4 @@
-"""Calls: their arguments taken apart, what takes them, and the calls of a model's modules noted while it is traced."""
+"""A call's arguments split into traced and static leaves, signatures, and the record of submodule calls in a trace."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ Function: TypeAlias = Callable[..., PyTree]
 
 
 class Arguments(Struct, frozen=True):
-    """Arguments and keyword arguments as leaves: those that a program is given when it runs, and those it is made for.
+    """`(args, kwargs)` of a call flattened to named leaves, each traced (an input) or static (in the program).
 
-    Arrays and Python numbers are traced; bools, strings, callables and whatever else is no array are static.
-    `parameters` are those that the arguments are given to. `forced` names int leaves that are static because the model
-    needs their value.
+    Arrays and Python numbers are traced; bools, strings, callables and all other objects are static.
+
+    Attributes:
+      treedef: of `(args, kwargs)`.
+      parameters: the parameter that receives each argument, positional ones first.
+      names, leaves, traced: name, value and kind of each leaf; a name is a parameter with a path, such as `batch['x']`.
+      forced: names of int leaves that are static because the model needs their value.
     """
 
     treedef: PyTree
@@ -44,7 +48,7 @@ class Arguments(Struct, frozen=True):
 
     @classmethod
     def of(cls, args: Args, kwargs: Kwargs, signature: inspect.Signature, forced: frozenset[str]) -> Arguments:
-        """Takes `(args, kwargs)` apart; leaves are named after the parameters that they are given to."""
+        """Flattens `(args, kwargs)`; leaves are named after the parameters of `signature`."""
         paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
         positional = positional_names(signature, len(args))
         names = tuple(
@@ -57,11 +61,11 @@ class Arguments(Struct, frozen=True):
 
     @property
     def rows(self) -> Iterator[tuple[str, Leaf, bool]]:
-        """Name of each leaf, the leaf, and whether it is traced."""
+        """(name, leaf, whether it is traced) of each leaf."""
         return zip(self.names, self.leaves, self.traced, strict=True)
 
     def with_static(self, names: Collection[str]) -> Arguments:
-        """The same with the values of `names` as part of the program."""
+        """A copy in which the leaves of `names` are static."""
         traced = tuple(traced and name not in names for name, _, traced in self.rows)
         return replace(self, traced=traced, forced=self.forced.union(names))
 
@@ -76,7 +80,7 @@ class Arguments(Struct, frozen=True):
         return tuple((name, leaf) for name, leaf, traced in self.rows if not traced)
 
     def leaf(self, name: str) -> Leaf:
-        """The leaf of that name, None where there is none."""
+        """The leaf called `name`, None where there is none."""
         return dict(zip(self.names, self.leaves, strict=True)).get(name)
 
     @property
@@ -85,46 +89,47 @@ class Arguments(Struct, frozen=True):
         return tuple(name for name, leaf, traced in self.rows if traced and type(leaf) is int)
 
     def rebuild(self, dynamic: Mapping[str, Leaf]) -> tuple[Args, Kwargs]:
-        """`(args, kwargs)` with other traced leaves in the places of these."""
+        """`(args, kwargs)` with the traced leaves replaced by those of `dynamic`; static leaves stay."""
         leaves = [dynamic[name] if traced else leaf for name, leaf, traced in self.rows]
         args, kwargs = jax.tree_util.tree_unflatten(self.treedef, leaves)
         return args, kwargs
 
 
 def is_traced(leaf: object) -> bool:
-    """Whether a leaf is data (an array or a number), as opposed to a choice that the program is made for."""
+    """Whether a leaf is data that a program takes as input (an array or number) and not a choice it is compiled for."""
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         return isinstance(leaf, jax.Array) or leaf.dtype.kind not in "OUSMm"
     return isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)
 
 
 def has_tracer(*trees: PyTree) -> bool:
-    """Whether JAX is tracing with a leaf of the trees."""
+    """Whether any leaf of the trees is a tracer, that is, the code runs inside a JAX transform."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
 
 
 def signature_of(leaf: object) -> tuple[Any, ...]:
-    """What a compiled program is specialised on, of one traced leaf: shape, dtype, weak type, and where it is if that
-    was chosen.
+    """(shape, dtype, weak type, sharding) of a traced leaf: what a compiled program is specialized on.
+
+    The sharding is None unless the user placed the array (it is committed).
     """
     if isinstance(leaf, jax.Array):
         committed = getattr(leaf, "committed", None)
-        if committed is None:
+        if committed is None:  # older JAX has the private attribute only
             committed = getattr(leaf, "_committed", False)
         # A key array has no weak type.
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), leaf.sharding if committed else None
     if isinstance(leaf, (np.ndarray, np.generic)):
         return leaf.shape, leaf.dtype, False, None
-    if isinstance(leaf, jax.ShapeDtypeStruct):  # an array that is yet to be computed
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # a variable that an init is still computing
         return leaf.shape, leaf.dtype, leaf.weak_type, None
-    return (), type(leaf), True, None
+    return (), type(leaf), True, None  # a Python number: JAX gives it a weak type
 
 
 TAKES_ANYTHING = inspect.signature(lambda *args, **kwargs: None)
 
 
 def readable_signature(function: Function) -> inspect.Signature:
-    """The signature of `function`, `TAKES_ANYTHING` where Python cannot read one."""
+    """The signature of `function`; `TAKES_ANYTHING` where it has none that can be inspected (some builtins)."""
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
@@ -132,10 +137,8 @@ def readable_signature(function: Function) -> inspect.Signature:
 
 
 def constructor(cls: Any) -> inspect.Signature:
-    """The signature of a class's construction, as `readable_signature` gives it.
-
-    NNX's metaclass takes anything and hands it to `__init__`, so that is where to look.
-    """
+    """The signature with which a class is constructed, or `TAKES_ANYTHING`."""
+    # For an NNX class `inspect.signature` finds its metaclass's `__call__(*args, **kwargs)`.
     if not is_nnx_class(cls):
         return readable_signature(cls)
     signature = readable_signature(cls.__init__)
@@ -153,14 +156,14 @@ def is_nnx_class(cls: object) -> bool:
 
 
 LONGEST = 400
-"""Characters of what is told of a call's inputs or outputs."""
+"""The most characters of the description of a call's inputs or outputs."""
 
 _numbers = itertools.count(1)
 _MARK = re.compile(r"flax_magics_call_(\d+)\b")
 
 
 class Called(Struct, frozen=True):
-    """One call: the module's path and class, the method, its inputs and outputs as `dtype[shape]`."""
+    """One call of a submodule in a trace: path, class and method, with inputs and outputs as `dtype[shape]` text."""
 
     path: Path
     cls: str
@@ -168,23 +171,23 @@ class Called(Struct, frozen=True):
     inputs: str
     outputs: str
     mark: int
-    """The number in the name scope of its equations; never used again in this process."""
+    """The number in the name scope of its equations, unique in the process."""
     inside: bool
-    """It was made by another method of the same module."""
+    """Another method of the same module made the call."""
 
 
 @dataclass
 class Calls:
-    """The calls of one trace, in the order in which they began.
+    """The submodule calls of one trace, in the order in which they began.
 
-    Each runs under a name scope of its own, so that the equations that it traced can be told from all others.
+    Each call is traced under a name scope of its own, by which its equations are recognized in the jaxpr.
     """
 
     made: dict[int, Called] = field(default_factory=dict)
     _running: list[Path] = field(default_factory=list)
 
     def note(self, call: Function, args: Args, kwargs: Kwargs, *, path: Path, cls: str, method: str) -> PyTree:
-        """Makes the call, and gives what it gives."""
+        """Makes the call `call(*args, **kwargs)`, records it, and returns its result."""
         mark = next(_numbers)
         inputs = ", ".join([*map(_spell, args), *(f"{name}={_spell(value)}" for name, value in kwargs.items())])
         self.made[mark] = Called(path, cls, method, inputs, "", mark, path in self._running)
@@ -205,5 +208,5 @@ def _spell(value: object) -> str:
 
 
 def marks_of(equation: Any) -> list[int]:
-    """The marks of the calls, outermost first, that an equation of a jaxpr was traced in."""
+    """The marks of the calls, outermost first, during which an equation of a jaxpr was traced."""
     return [int(mark) for mark in _MARK.findall(str(equation.source_info.name_stack))]

@@ -1,4 +1,4 @@
-"""How a user's module is constructed: the Model that it becomes, the line that says it, and what a session builds itself."""
+"""Construction of models: the adapter for a user's module, the line that registers it, NNX modules built here."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def adopt(module: Any, name: str) -> Model:
-    """The Model for a user's module.
+    """The Model (adapter) for a user's module, which messages call `name`.
 
     Raises:
-      FlaxMagicsError: `module` is no Flax module, or is one that is already bound to variables.
+      FlaxMagicsError: `module` is no instance of a Flax module, or a linen module that is bound to variables.
     """
     from flax import linen
 
@@ -55,32 +55,32 @@ def adopt(module: Any, name: str) -> Model:
 
 
 def adopt_built(module: object, written: str) -> ModelWithVariables:
-    """The Model for an NNX module that the session built; `written`: its construction as a person wrote it."""
+    """The Model for an NNX module that the session built; `written` is the text of its construction."""
     from .nnx import NnxModel
 
     return NnxModel(module, written=written)
 
 
 def needed_fields(cls: type) -> list[str]:
-    """Arguments that the class cannot be built without."""
+    """Names of the constructor's parameters that have no default."""
     starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = [each for each in constructor(cls).parameters.values() if each.kind not in starred]
     return [each.name for each in parameters if each.default is each.empty]
 
 
 def modules_in(names: Mapping[str, object]) -> tuple[list[str], list[str]]:
-    """Names of the modules in a namespace, and of the module classes."""
+    """(names of the module instances, names of the module classes) in a namespace."""
     return [name for name in names if is_module(names[name])], [name for name in names if is_module_class(names[name])]
 
 
 def spell_construction(cls: type, command: str, spelled: str = "", name: str = "") -> str:
-    """The line that registers an instance of `cls`, its fields included: `%%flaxmodel my_model = MyModel(n=…)`.
+    """The line that registers an instance of `cls` with gaps for its required fields: `%flaxmodel net = Net(n=…)`.
 
-    NNX's `rngs` are left to the session.
+    The `rngs` of an NNX class are left out, since the session supplies them.
 
     Args:
-      spelled: the class as it is written where that is not its own name.
-      name: the model's; left out, one like the class's.
+      spelled: the expression for the class; left out, its name.
+      name: the model's name; left out, one derived from the class.
     """
     supplied = takes_rngs(cls, (), {})
     fields = ", ".join(f"{name}=…" for name in needed_fields(cls) if name != "rngs" or not supplied)
@@ -88,13 +88,13 @@ def spell_construction(cls: type, command: str, spelled: str = "", name: str = "
 
 
 def variable_name(class_name: str) -> str:
-    """`MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`."""
+    """A variable name for a class: `MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`; never its own name."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[^_])(?=[A-Z][a-z])", "_", class_name).lower()
     return name if name != class_name else f"{name}_model"
 
 
 class Construction(Struct, frozen=True):
-    """A construction with everything but its `rngs`: class, arguments, and how a person wrote it."""
+    """The recipe of an NNX module that the session builds: class, arguments without `rngs`, text of the call."""
 
     cls: Function
     args: Args
@@ -103,11 +103,11 @@ class Construction(Struct, frozen=True):
 
     @classmethod
     def of(cls, function: Function, args: Args, kwargs: Mapping[str, PyTree], text: str) -> Construction | None:
-        """The recipe of a call that is for the session to make, None for every other."""
+        """The recipe of a constructor call that lacks `rngs`; None for every other call, which is made as it is."""
         return cls(function, args, kwargs, text) if takes_rngs(function, args, kwargs) else None
 
     def build(self, keys: Mapping[str, jax.Array]) -> object:
-        """The module, with `nnx.Rngs(**keys)`."""
+        """Builds the module with `rngs=nnx.Rngs(**keys)`."""
         from flax import nnx
 
         return self.cls(*self.args, **self.kwargs, rngs=nnx.Rngs(**keys))
@@ -119,11 +119,11 @@ class Construction(Struct, frozen=True):
         return nnx.eval_shape(lambda: self.cls(*self.args, **self.kwargs, rngs=nnx.Rngs(params=0, dropout=1)))
 
     def fingerprint(self) -> bytes | None:
-        """A digest of all that it says, None where something is not plain."""
+        """A digest of the class, its code and the arguments; None where something of that is not plain."""
         return fingerprint((self.cls, self.args, dict(self.kwargs)))
 
     def by_hand(self, name: str) -> str:
-        """`net = Net(8, 3, rngs=nnx.Rngs(params=params_key, dropout=dropout_key))`"""
+        """The same in plain Flax: `net = Net(8, 3, rngs=nnx.Rngs(params=params_key, dropout=dropout_key))`."""
         inside = self.text.rstrip().removesuffix(")").rstrip().rstrip(",")
         comma = "" if inside.endswith("(") else ", "
         keys = ", ".join(f"{stream}={stream}_key" for stream in SPLIT)
@@ -131,7 +131,7 @@ class Construction(Struct, frozen=True):
 
 
 class BuiltBySession(Struct, frozen=True):
-    """A model that the session built: from what, with which keys, and a digest of the recipe at that time."""
+    """How the session built a model: the recipe, the keys, and the recipe's fingerprint at that time."""
 
     recipe: Construction
     keys: Mapping[str, jax.Array]
@@ -139,24 +139,24 @@ class BuiltBySession(Struct, frozen=True):
 
     @classmethod
     def of(cls, recipe: Construction, keys: Mapping[str, jax.Array]) -> BuiltBySession:
-        """As the recipe stands now."""
+        """Takes the recipe's fingerprint now: its class may be edited later."""
         return cls(recipe, keys, recipe.fingerprint())
 
 
 def keys_of(draw: Draw, *, taken: bool = False) -> dict[str, jax.Array]:
-    """The streams of a draw that a construction gets.
+    """The keys of a draw that a construction gets: `params` and `dropout`.
 
     Args:
-      taken: something else took the draw's `params` key.
+      taken: the draw's `params` key was already used for something else; see `Draw.stream`.
     """
     return {name: draw.stream(name, taken=taken and name == "params") for name in SPLIT}
 
 
 def takes_rngs(function: object, args: Args, kwargs: Mapping[str, PyTree]) -> bool:
-    """Whether `function` is an NNX module class whose constructor takes `rngs`, and the call gives none."""
+    """Whether `function` is an NNX module class whose constructor takes `rngs` while the call passes none."""
     if not is_nnx_class(function):
         return False
     signature = constructor(function)
-    with suppress(TypeError):  # arguments that do not fit, which the construction itself says
+    with suppress(TypeError):  # arguments that do not fit: the construction itself raises the better error
         return "rngs" in signature.parameters and "rngs" not in signature.bind_partial(*args, **kwargs).arguments
     return False

@@ -1,4 +1,4 @@
-"""A linen module as a session sees it."""
+"""The adapter of linen modules: `LinenModel` implements `ModelWithInit`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lacking_stream(error: InvalidRngError) -> str | None:
 
 
 def nnx_bridge() -> ModuleType | None:
-    """The module that watches NNX modules inside linen ones; None as long as nobody has imported Flax's bridge."""
+    """Our `bridge` module; None while Flax's bridge is not imported, since then no model can contain NNX modules."""
     if "flax.nnx.bridge" not in sys.modules:
         return None
     from . import bridge
@@ -61,32 +61,34 @@ def nnx_bridge() -> ModuleType | None:
 
 @dataclass
 class ModeCache:
-    """Results about a module that hold for as long as its code and its fields are the same."""
+    """Cached results about a linen module, valid while its code and fields stay the same."""
 
     fingerprint: Fingerprint | None = None
     init_streams: set[str] = field(default_factory=set)
-    """Streams that an init by hand has to be given besides `params`."""
+    """Streams besides `params` that a handwritten init must be given."""
     digest: bytes | None = None
+    """The fingerprint for which `modes` is valid."""
     modes: dict[tuple[bool, frozenset[str]], tuple[Model, tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LinenModel:
-    """Wraps `flax.linen.Module`; holds no variables."""
+    """A linen module; the session holds its variables."""
 
     module: nn.Module
     _cache: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
 
     held_still: ClassVar[AbstractContextManager[None]] = nullcontext()
-    """A block that does nothing: a linen module does not change."""
+    """Does nothing: linen modules are immutable."""
     holds_variables: ClassVar[Literal[False]] = False
 
     def describe(self) -> str:
-        """The module's fields as they differ from their defaults, in one line."""
+        """The construction with the fields that differ from their defaults, in one line."""
         parts = []
         for name in self.fields():
             declared = type(self.module).__dataclass_fields__[name]
             value, default = getattr(self.module, name, None), declared.default
+            # `==` for plain values alone: an array's would be an array, and a user's class may raise.
             is_default = value is default or (isinstance(value, (bool, int, float, str)) and value == default)
             if declared.init and not is_default:
                 parts.append(f"{name}={_short(value)}")
@@ -97,11 +99,14 @@ class LinenModel:
         return own_methods(type(self.module), but="setup")
 
     def fields(self) -> list[str]:
-        """The dataclass fields, without linen's own."""
+        """Names of the dataclass fields, without linen's own `parent` and `name`."""
         return [name for name in type(self.module).__dataclass_fields__ if name not in ("parent", "name")]
 
     def signature(self, method: Path) -> inspect.Signature:
-        """Without `self`. A submodule of `setup` is known only inside the model: its signature is `(*args, **kwargs)`."""
+        """The signature of a method, without `self`. Raises FlaxMagicsError if there is no such method.
+
+        A submodule made in `setup` exists only inside a bound module: its signature is `(*args, **kwargs)`.
+        """
         name = method[0] if method else "__call__"
         if method:
             check_name(self.module, name)
@@ -118,9 +123,9 @@ class LinenModel:
         return without_self(inspect.signature(function))
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """A clone with the switches among its fields set. Clones are kept for as long as the module is the same."""
+        """A clone with its switch fields set, and what was set. Clones are cached until the fingerprint changes."""
         cache, digest = self._cache, self.fingerprint()
-        if digest is None or digest != cache.digest:  # without one, fields may change where they are
+        if digest is None or digest != cache.digest:  # without a fingerprint, changes in place would go unnoticed
             cache.digest, cache.modes = digest, {}
         if (train, fixed) not in cache.modes:
             module, settings = set_fields(self.module, train, fixed)
@@ -128,15 +133,16 @@ class LinenModel:
         return cache.modes[train, fixed]
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """A clone whose unset switches stand for evaluation."""
+        """A clone whose switches without a value are set for evaluation."""
+        # The set is shared with the clone, so that `init_streams` of this model knows what the clone's init finds.
         return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._cache.init_streams))
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """The switches among the module's fields, as they stand."""
+        """The switch fields with their present values, such as `training=False`."""
         return read_fields(self.module)
 
     def init(self, key: Any, method: Path, args: Args, kwargs: Kwargs) -> Updates:
-        """Eager, as by hand. Sown collections are dropped: Flax would append the next run's values to them."""
+        """`module.init`, eagerly as by hand. Sown collections are dropped, since later runs would append to them."""
         across = nnx_bridge()
         with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
             target, kwargs = self._target(method, kwargs)
@@ -163,31 +169,31 @@ class LinenModel:
             return variables
 
     def streams(self) -> frozenset[str]:
-        """No stream: one is given only because a trace asked for it."""
+        """None: a linen model is given the streams that a trace asked for."""
         return frozenset()
 
     def fingerprint(self) -> bytes | None:
-        """A digest of the module's classes and fields, kept for as long as nothing that it was read from changes."""
+        """A digest of the module's classes and fields, cached until something that it was read from changes."""
         if self._cache.fingerprint is None:
             self._cache.fingerprint = Fingerprint(self.module)
         return self._cache.fingerprint.digest()
 
-    cache_key = code = fingerprint  # it holds all that a program is made from
+    cache_key = code = fingerprint  # a linen program depends on nothing else of the module
 
     def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
-        """Nothing is added: linen's streams are no arguments."""
+        """The model itself: linen gets its streams from `apply`, not by an argument of the call."""
         return self, False
 
     def supplied_arguments(self) -> tuple[str, ...]:
-        """No argument: streams are given to linen's `apply`, not to the method."""
+        """None: linen gets its streams from `apply`."""
         return ()
 
     def commit(self, updates: Variables, record: CallTrace) -> Commit:
-        """The collections that were written; the session holds them, and there is nothing to assign."""
+        """The written collections, without assignments: the session holds the variables."""
         return Commit(tuple(updates))
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
-        """The module's `apply`, watched. Raises MissingVariables for variables that are not there."""
+        """The module's `apply` under observation; see `AnyModel.forward`."""
         mutable = sorted(ask.mutable)
 
         def run(variables: Variables, keys: PyTree, args: Args, kwargs: Kwargs) -> tuple[PyTree, Updates]:
@@ -200,10 +206,11 @@ class LinenModel:
                 with recorder.watching(), nullcontext() if across is None else across.watching(recorder):
                     output, updates = bound(apply, sorted(ask.axes))
             except _MISSING as error:
-                if recorder.incomplete:
+                if recorder.incomplete:  # the variable may be missing only because its collection was not mutable
                     raise Incomplete from None
                 raise MissingVariables(str(error)) from error
             except Exception as error:
+                # With stand-in keys or without its collections the model may fail in any way: try again with all first.
                 axis = unbound_axis(error)
                 if axis is not None and axis not in ask.axes:
                     record.axes.add(axis)
@@ -212,14 +219,15 @@ class LinenModel:
                 raise Incomplete from None
             if recorder.incomplete:
                 raise Incomplete
-            record.axes |= ask.axes
+            record.axes |= ask.axes  # bound axes raise no error, so they have to be recorded as needed here
             return output, {name: tree for name, tree in dict(updates).items() if name in record.written}
 
         return run
 
     def _target(self, method: Path, kwargs: Kwargs) -> tuple[str | Function | None, Kwargs]:
-        """The `method` for Flax's `apply` and `init`, and the keywords that they hand on to it."""
-        shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}  # Flax would take them for its own
+        """The `method` argument for Flax's `apply` and `init`, and the keyword arguments to pass beside it."""
+        # A user's argument called `rngs` or `mutable` must be closed over, or Flax would take it for its own.
+        shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}
         if not method and not shadowed:
             return None, kwargs
         if len(method) == 1 and hasattr(type(self.module), method[0]) and not shadowed:
@@ -236,12 +244,13 @@ class LinenModel:
         return call, {} if shadowed else kwargs
 
     def module_classes(self) -> dict[Path, str]:
-        """The model itself: its submodules are made in a call."""
+        """The model's own class: its submodules exist in a call only."""
         return {(): type(self.module).__name__}
 
     def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Leaf, str]]:
-        """Collection, path, value and partitioning names of every array."""
+        """(collection, path, array, partitioning names as text) of every array."""
         for name, tree in variables.items():
+            # A box (`nn.Partitioned`) is a pytree node itself: stopping at it keeps its metadata beside the array.
             boxes = jax.tree_util.tree_leaves_with_path(
                 tree, is_leaf=lambda value: isinstance(value, meta.AxisMetadata)
             )
@@ -252,7 +261,7 @@ class LinenModel:
                     yield name, path, leaf, about
 
     def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """`net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`"""
+        """The run in plain Flax: `net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`."""
         more = []
         if streams:
             more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
@@ -262,7 +271,7 @@ class LinenModel:
         return self._in_plain_flax("apply", call, method, module, first="variables", more=more)
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
-        """`net.init(params_key, x)`; `call` with the switches in `arguments` and in `module`: see `ExportFacts.module`."""
+        """The init in plain Flax: `net.init(params_key, x)`, with the switches of `arguments` and `module` applied."""
         key = "params_key"
         if self.init_streams:
             key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"
@@ -271,11 +280,11 @@ class LinenModel:
 
     @property
     def init_streams(self) -> tuple[str, ...]:
-        """Streams that an init by hand has to be given besides `params`: those of NNX modules inside, once it has run."""
+        """Streams of NNX modules inside that a handwritten init must be given besides `params`; known after an init."""
         return tuple(sorted(self._cache.init_streams))
 
     def _in_plain_flax(self, verb: str, call: str, method: Path, module: str, *, first: str, more: list[str]) -> str:
-        """`call` as one of Flax's `verb` on `module`, with `first` before the call's own arguments and `more` after them."""
+        """`module.verb(first, <arguments of call>, *more)`, as text; `verb` is `apply` or `init`."""
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
         shadowed = any(f"{name}=" in arguments for name in FLAX_ARGUMENTS) and _keywords(call) & {*FLAX_ARGUMENTS}
@@ -290,7 +299,7 @@ class LinenModel:
 
 
 def _keywords(call: str) -> set[str]:
-    """Names of the keyword arguments of a call, as far as it is written as text."""
+    """Names of the keyword arguments in the text of a call; empty where it does not parse."""
     with suppress(SyntaxError):
         tree = ast.parse(call, mode="eval").body
         return {keyword.arg for keyword in tree.keywords if keyword.arg} if isinstance(tree, ast.Call) else set()

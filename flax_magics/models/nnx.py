@@ -1,4 +1,4 @@
-"""An NNX module as a session sees it: the object in the namespace is the one truth, and runs work on a copy of it."""
+"""The adapter of NNX modules: the object in the user's namespace holds the state, and runs work on copies of it."""
 
 from __future__ import annotations
 
@@ -38,39 +38,39 @@ from .nnx_graph import (
 from .nnx_layout import Layout, LayoutCache, Values
 
 SUPPLIED = ("params", "dropout")
-"""Streams of the Rngs that the session makes."""
+"""Streams that are always in the `nnx.Rngs` which the session makes for a call."""
 
 
 @dataclass(frozen=True)
 class NnxModel:
-    """Wraps `flax.nnx.Module`; its variables are the module's own."""
+    """An NNX module, which holds its own variables."""
 
     module: Any
     mode: bool | None = None
-    """True: training is set on the copy that runs; None: as the module has it."""
+    """Mode of the copy that runs: True for training, False for evaluation, None as the module has it."""
     gives_rngs: bool = False
-    """The call takes `rngs`, and the session makes them."""
+    """The session adds an `rngs` argument to the call."""
     passed: tuple[nnx.Variable[Any], ...] = field(default=(), repr=False, compare=False)
-    """Variables of the NNX objects in the call, in order."""
+    """Variables of NNX objects among the call's arguments, in order; a run may change them."""
     written: str = ""
-    """The construction, where the session made it: `Net(8, 3)`."""
+    """The text of the construction, such as `Net(8, 3)`, where the session built the module; else empty."""
     _cache: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
     holds_variables: ClassVar[Literal[True]] = True
 
     @property
     def layout(self) -> Layout:
-        """The module taken apart, as it is now."""
+        """The module split into graph and variables, as it is now."""
         return self._cache.of(self.module)
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block in which the module is taken apart once."""
+        """A block during which the layout is checked once, at its beginning."""
         return self._cache
 
     # -- what it is
 
     def describe(self) -> str:
-        """The construction as it was written, or the arguments that are kept as attributes of their names."""
+        """The construction as it was written, else put together from attributes named like constructor parameters."""
         if self.written:
             return self.written
         cls = type(self.module)
@@ -83,11 +83,11 @@ class NnxModel:
         return own_methods(type(self.module), but="set_view")
 
     def fields(self) -> list[str]:
-        """The module's own attributes."""
+        """Names of the module's attributes."""
         return [str(name) for name, _ in parts_of(self.module) or ()]
 
     def signature(self, method: Path) -> inspect.Signature:
-        """The signature of a method of the module or of a part of it; one that takes anything where none can be read."""
+        """The signature of a method of the module or a submodule. Raises FlaxMagicsError if there is no such method."""
         cls = type(self.module).__name__
         target: Any = self.module
         for i, name in enumerate(method):
@@ -108,18 +108,19 @@ class NnxModel:
     # -- its switch
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """Every attribute of a switch's name, on every module of the copy that runs."""
+        """A model whose runs set every switch attribute on every module of their copy, and what they set."""
         return dataclasses.replace(self, mode=train), self._switches_read(train)
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
-        """The model itself: an NNX module is initialised where it is built."""
+        """The model itself: an NNX module is initialised when it is built."""
         return self
 
     def fields_as_written(self) -> tuple[str, ...]:
-        """The switches of all modules in the graph, as they stand."""
+        """The switches of all modules in the graph with their present values."""
         return self._switches_read(None)
 
     def _switches_read(self, train: bool | None) -> tuple[str, ...]:
+        """The switches with their values in mode `train`, None for the present ones; kept with the layout."""
         layout = self.layout
         if train not in layout.switches:
             layout.switches[train] = switches_read(layout.nodes, train)
@@ -128,32 +129,33 @@ class NnxModel:
     # -- what it holds
 
     def streams(self) -> frozenset[str]:
-        """Tags of the streams that are replaced in every run, and the names in the Rngs that the session makes."""
+        """Tags of the streams that the module holds, and streams of the `rngs` argument if the session adds one."""
         return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
 
     @property
     def _own_tags(self) -> frozenset[str]:
-        """Tags that are no names in the Rngs which the session makes."""
+        """Tags of held streams other than `params` and `dropout`, which the session's `rngs` argument has as well."""
         return self.layout.tags - frozenset(SUPPLIED)
 
     def own_variables(self) -> Values:
-        """The module's variables as they are now, by type; the keys and counts of its streams are the draw's to give."""
+        """The module's present variables by type, without the random keys and counts that each draw replaces."""
         return self.layout.given()
 
     def collections(self) -> Values:
-        """The variables as they are now, without keys and counts of random streams."""
+        """The module's present variables, without anything that belongs to random streams."""
         layout = self.layout
         return {name: tree for name, tree in layout.given().items() if name not in layout.random}
 
     def state(self) -> PyTree:
-        """`nnx.state` of the module, its variables copies: later runs do not change them."""
+        """`nnx.state` of the module with copied variables, which later runs do not change."""
+        # Runs replace arrays and change references in place: only the latter have to be read out.
         return jax.tree_util.tree_map(lambda leaf: leaf[...] if is_ref(leaf) else leaf, nnx.state(self.module, **GRAPH))
 
     def read_state(self, name: str, value: Any) -> Values:
-        """The module's variables with those of `value`, an `nnx.State` (or a mapping like one), in their places.
+        """The module's variables, replaced by those in `value`, an `nnx.State` or a mapping of the same form.
 
         Raises:
-          FlaxMagicsError: `value` has a variable that the module has not.
+          FlaxMagicsError: `value` has a variable that the module lacks.
         """
         slots = {slot.path: slot for slot in self.layout.slots}
         out = self.own_variables()
@@ -167,21 +169,21 @@ class NnxModel:
         return out
 
     def cache_key(self) -> tuple[object, ...] | None:
-        """The code of all classes in the graph, the graph itself with its static attributes, and the mode."""
+        """All that a program depends on: code, graph with static attributes, shapes of stream keys, mode, `rngs`."""
         code, layout = self.code(), self.layout
         if code is None:
             return None
         return code, layout.graphdef, layout.numbers, layout.streams(), self.mode, self.gives_rngs
 
     def code(self) -> bytes | None:
-        """A digest of the classes in the graph, and of its static values that are more than numbers and text.
+        """A digest of the classes in the graph and of its static values other than numbers and text.
 
-        None where something is not plain. Where each value stands is the graphdef's to say.
+        None where something is not plain. The positions of these values are not in it: `cache_key` adds the graphdef.
         """
         return self.layout.fingerprint.digest()
 
     def fingerprint(self) -> bytes | None:
-        """A digest of the code and of the graph's shapes and plain values: equal for what an unchanged cell makes again."""
+        """A digest of code, variable shapes and plain static values: the same after an unchanged cell ran again."""
         code = self.code()
         if code is None:
             return None
@@ -191,10 +193,10 @@ class NnxModel:
         return hashlib.sha256(code + repr((shapes, values)).encode()).digest()
 
     def sample(self) -> bytes:
-        """A digest of some elements of every variable but the streams' own: tells a new seed from the same one.
+        """A digest of some elements of every variable outside random streams; another seed gives another digest.
 
         Raises:
-          FlaxMagicsError: the module holds shapes in place of arrays.
+          FlaxMagicsError: the module holds shapes in place of arrays (`nnx.eval_shape`).
         """
         collections = self.collections()
         for (_, name, *_), leaf in jax.tree_util.tree_leaves_with_path(collections):
@@ -209,10 +211,10 @@ class NnxModel:
     # -- running
 
     def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
-        """A model that makes the call's `rngs`, if it takes some and gives none; whether the user gave some.
+        """(The model, adding `rngs` to the call if it takes some and lacks them; whether the user passed some).
 
         Raises:
-          FlaxMagicsError: an object in the call holds references.
+          FlaxMagicsError: an NNX object among the arguments holds JAX array references.
         """
         passed = nnx_trace.variables_in((args, kwargs))
         if any(is_ref(raw(variable)) for variable in passed):
@@ -221,39 +223,39 @@ class NnxModel:
                 hint="the registered module may hold some: make it part of that, or pass one that holds arrays",
             )
         model = dataclasses.replace(self, passed=passed) if passed else self
-        # A Sequential's own call takes any keyword, and hands `rngs` on to the layers that take some.
+        # `nnx.Sequential.__call__` takes any keywords and passes `rngs` to those layers whose signature has it.
         layers = filter(callable, self.module.layers) if isinstance(self.module, nnx.Sequential) else ()
         takes = any("rngs" in each.parameters for each in (signature, *map(readable_signature, layers)))
-        # A layer of Flax's own that holds streams uses these where it is called without `rngs`.
+        # A layer of Flax itself that holds streams, such as `nnx.Dropout`, uses these when called without `rngs`.
         holds_its_own = type(self.module).__module__.partition(".")[0] == "flax" and bool(self.layout.tags)
         if not takes or holds_its_own:
             return model, False
         arguments = dict(kwargs)
-        with suppress(TypeError):  # arguments that do not fit, which is said later
+        with suppress(TypeError):  # arguments that do not fit get their message later
             arguments |= signature.bind_partial(*args, **kwargs).arguments
         return (model, True) if "rngs" in arguments else (dataclasses.replace(model, gives_rngs=True), False)
 
     def supplied_arguments(self) -> tuple[str, ...]:
-        """`rngs`, where the call takes some and has none."""
+        """`("rngs",)` where the session adds them to the call."""
         return ("rngs",) if self.gives_rngs else ()
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
-        """The run on a copy whose streams are those of `keys`, by tag, as `nnx.reseed` would set them."""
+        """The run on a copy whose held streams are reseeded from `keys` by tag, as `nnx.reseed` would do."""
         record.held |= self.streams()
         rngs = sorted(ask.streams - self._own_tags) if self.gives_rngs else None
         return nnx_trace.forward(self.layout, method, ask, record, mode=self.mode, rngs=rngs)
 
     def commit(self, updates: Variables, record: CallTrace) -> Commit:
-        """The assignments that write `updates` into the module's own objects."""
+        """The writes that bring `updates` into the module's own objects."""
         return nnx_trace.commit(self.layout, self.passed, updates, record.structure)
 
     def module_classes(self) -> dict[Path, str]:
-        """The modules of the graph."""
+        """Path → class name of every module in the graph."""
         modules = [(path, node) for path, node in self.layout.nodes if isinstance(node, nnx.Module)]
         return {tuple(map(str, path)): type(node).__name__ for path, node in modules}
 
     def iter_variables(self, variables: Variables) -> Iterator[tuple[str, Path, Leaf, str]]:
-        """Type, path, value and metadata of every array; what earlier calls sowed is left out."""
+        """(type, path, array, metadata as text) of every array; values that earlier calls sowed are left out."""
         for slot in self.layout.slots:
             if slot.sown:
                 continue
@@ -263,18 +265,21 @@ class NnxModel:
                 yield name, tuple(map(str, slot.path)), leaf, _about(slot.leaf)
 
     def assign(self, values: Values) -> None:
-        """Puts `values` into the module."""
+        """Writes `values` into the module's own variables, in one uninterruptible step."""
         at_once(self.layout.assignments(values))
 
     def become(self, other: ModelWithVariables) -> None:
-        """The module's own objects get the values of another, newly built one; where that one is built otherwise, all."""
+        """Makes the module's own objects equal to the newly built `other`, so that the user's references stay valid.
+
+        Values are copied where both have the same graph; otherwise all attributes are transplanted.
+        """
         if self.layout.graphdef == other.layout.graphdef:
             at_once(self.layout.copying(other.layout))
         else:
             transplant({id(other.module): self.module}, [part for _, part in walk(other.module)])
 
     def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """`net.train(); nnx.reseed(net, policy='match_shape', dropout=dropout_key); nnx.jit(lambda net: net(x))(net)`"""
+        """The run in plain Flax: `net.train(); nnx.reseed(net, dropout=…); nnx.jit(lambda net: net(x))(net)`."""
         name = call.partition("(")[0].partition(".")[0]
         parts = [] if self.mode is None else [*mode_by_hand(name, self.layout.nodes, self.mode)]
         held = [stream for stream in streams if stream in self.layout.tags]
@@ -288,7 +293,7 @@ class NnxModel:
 
 
 def _about(variable: object) -> str:
-    """A Variable's metadata as text: `sharding_names=(None, 'mlp')`."""
+    """A Variable's metadata as text, without Flax's defaults and hooks: `sharding_names=(None, 'mlp')`."""
     if not isinstance(variable, nnx.Variable) or isinstance(variable, nnx.RngState):
         return ""
     usual = getattr(type(variable), "required_metadata", ())

@@ -1,4 +1,4 @@
-"""The graph of an NNX module: its parts and their paths, its switches, and how a run's changes get into it."""
+"""The graph of an NNX module: its parts and paths, its train/eval switches, and writing a run's changes back."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from .switch import WHEN_TRAINING, cloned, read_fields, set_fields, setting_of, 
 SIMPLE = (bool, int, float, complex, str, bytes)
 _ARRAYS = (jax.Array, np.ndarray)
 Parts = tuple[tuple[Any, Any], ...]
-"""Names (or places) and values of what a node holds."""
+"""(attribute name, key or index; value) of everything that a node holds."""
 
 RAW = "raw_value" if "raw_value" in nnx.Variable.__slots__ else "_raw_value"
-"""The slot that a Variable holds its value in."""
+"""The slot of `nnx.Variable` with its value; versions of Flax name it differently."""
 _HIJAX: Any = getattr(configurations, "flax_hijax_variable", None)
-"""The flag that makes Variables of another kind, which hold their values elsewhere."""
-# Graph mode, where this version has another: models may share modules.
+"""Flax's flag for hijax Variables, which keep their values elsewhere; None in versions without it."""
+# Newer versions also have a tree mode, which a user may make the default; it refuses models that share modules.
 GRAPH: dict[str, Any] = {"graph": True} if "graph" in inspect.signature(nnx.split).parameters else {}
 _PRIVATE = ("_pytree__state", "_pytree__nodes")
-"""Attributes in which NNX notes when an object was made, and which of its attributes hold data."""
+"""NNX's own bookkeeping attributes: the trace that made an object, and which of its attributes hold data."""
 
 
 def raw(variable: object) -> PyTree:
-    """The value that a Variable holds, without its hooks.
+    """The value that a Variable holds, without calling its `on_get_value` hooks.
 
     Raises:
-      FlaxMagicsError: it is one of hijax, which holds none.
+      FlaxMagicsError: it is a hijax Variable, which has no such slot.
     """
     try:
         return object.__getattribute__(variable, RAW)
@@ -53,32 +53,32 @@ def raw(variable: object) -> PyTree:
 
 
 def set_raw(variable: nnx.Variable[Any], value: object) -> None:
-    """Puts a value into a Variable, without its hooks, as `nnx.update` does."""
+    """Sets a Variable's value without calling its `on_set_value` hooks, as `nnx.update` does."""
     object.__setattr__(variable, RAW, value)
 
 
 def assignment(variable: nnx.Variable[Any], value: object) -> Assignment:
-    """`set_raw` as an assignment that is still to be made."""
+    """`set_raw(variable, value)` as an Assignment for `at_once`."""
     return (object.__setattr__, variable, RAW, value)
 
 
 def is_ref(value: object) -> bool:
-    """Whether a value is a reference of JAX's, which programs change where it is."""
+    """Whether a value is a JAX array reference (a mutable array), which programs change in place."""
     return variablelib.is_array_ref(value)
 
 
 def walk(module: object) -> Iterator[tuple[Path, Any]]:
-    """Paths and parts of the graph, each part once: modules, variables, containers, and what is static."""
+    """(path, part) of the graph, each object once: modules, variables, containers and static values."""
     return nnx.iter_graph(module, **GRAPH)  # type: ignore[return-value]
 
 
 def flat_state(state: object) -> list[tuple[Path, Any]]:
-    """Paths and variables (or bare arrays) of an `nnx.State`."""
+    """(path, variable or bare array) of an `nnx.State`, in its order."""
     return list(nnx.to_flat_state(state))  # type: ignore[arg-type]
 
 
 def parts_of(node: object) -> Parts | None:
-    """Names and values of what a node holds, None for what cannot be changed in place."""
+    """Names and values of what a module, dict or list holds; None for anything else, which is no mutable node."""
     if isinstance(node, nnx.Pytree):
         return tuple((name, value) for name, value in vars(node).items() if name not in _PRIVATE)
     if isinstance(node, dict):
@@ -87,22 +87,23 @@ def parts_of(node: object) -> Parts | None:
 
 
 def is_sown(part: object) -> bool:
-    """Whether a part is an intermediate value: handed back, never kept."""
-    return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)  # held for its gradient
+    """Whether a part is a sown intermediate value, which a run returns and never stores."""
+    # A Perturbation is an Intermediate by class, but the model keeps it: gradients are taken with respect to it.
+    return isinstance(part, nnx.Intermediate) and not isinstance(part, nnx.Perturbation)
 
 
 def is_fixed(leaf: object) -> bool:
-    """Whether a leaf of the graph is no data, such as a function in the place of a layer."""
+    """Whether a leaf of the graph is static, such as a function in place of a layer, and not an array or variable."""
     return not isinstance(leaf, (nnx.Variable, bool)) and not is_traced(leaf)
 
 
 def spell(path: Path) -> str:
-    """`('layers', 0, 'kernel')` → `layers/0/kernel`."""
+    """A path as text: `('layers', 0, 'kernel')` → `layers/0/kernel`."""
     return "/".join(map(str, path))
 
 
 def same(old: PyTree, new: PyTree) -> bool:
-    """Whether two values hold the very same arrays."""
+    """Whether two pytrees hold the identical array objects: an unmodified value, even if it was reassigned."""
     if old is new:
         return True
     flat: list[tuple[list[Leaf], PyTree]] = [jax.tree_util.tree_flatten(value) for value in (old, new)]
@@ -110,7 +111,7 @@ def same(old: PyTree, new: PyTree) -> bool:
 
 
 def is_other(node: object, held: Parts) -> bool:
-    """Whether a module or container holds other parts than it held; an array in place of an array is the same part."""
+    """Whether a node holds other parts than before (`held`). Another array in place of an array is no other part."""
     parts = parts_of(node)
     if parts is None or [name for name, _ in parts] != [name for name, _ in held]:
         return True
@@ -118,21 +119,23 @@ def is_other(node: object, held: Parts) -> bool:
 
 
 def _is_another(value: object, old: object) -> bool:
+    """Whether `value` is another part than `old`; an array in place of an array is not."""
     if value is old or (isinstance(value, _ARRAYS) and isinstance(old, _ARRAYS)):
         return False
     if type(value) is not type(old) or isinstance(value, (nnx.Pytree, nnx.Variable, list, dict)):
         return True
     try:
         return not bool(value == old)
-    except Exception:
+    except Exception:  # a user's `__eq__` may raise, or compare arrays
         return True
 
 
 def taken_from(module: nnx.Module, before: Mapping[Path, object]) -> tuple[RebuiltGraph, list[PyTree]]:
-    """The graph of `module`, which a run changed, and the values of its variables.
+    """The graph of a run's copy whose structure the run changed, and the values of its variables.
 
     Args:
-      before: its parts by path, as they were before the run.
+      module: the copy, after the run.
+      before: the copy's parts by path, as they were before the run.
     """
     old_paths = {id(part): path for path, part in before.items() if isinstance(part, (nnx.Pytree, nnx.Variable))}
     parts = {path: part for path, part in walk(module) if isinstance(part, (nnx.Pytree, nnx.Variable))}
@@ -150,20 +153,20 @@ def taken_from(module: nnx.Module, before: Mapping[Path, object]) -> tuple[Rebui
 
 @dataclass
 class RebuiltGraph:
-    """The graph after a run that set, removed or replaced attributes: more than other values of the same variables."""
+    """The graph after a run that set, removed or replaced attributes, without the values of its variables."""
 
     graphdef: nnx.GraphDef[Any]
     skeleton: tuple[tuple[Path, PyTree], ...]
-    """Paths of the variables, and the tree structure of each."""
+    """Path and treedef of each variable."""
     fixed: tuple[tuple[Path, Leaf], ...]
-    """Paths of what is no data, and what it is."""
+    """Path and value of each static leaf."""
     matches: Mapping[Path, Path]
-    """Path in the graph as it is now → path before, of every part that was there before."""
+    """Path after the run → path before it, of every part that existed before."""
     added: tuple[str, ...]
-    """Types of variables that are new."""
+    """Types of variables that the run created."""
 
     def put_into(self, module: nnx.Module, values: list[PyTree]) -> None:
-        """Gives the objects of `module` the attributes that the run's copy has."""
+        """Gives the objects of `module` the attributes of the run's copy; `values` are in the order of `skeleton`."""
         flat = [
             (path, jax.tree_util.tree_unflatten(structure, jax.tree_util.tree_leaves(value)))
             for (path, structure), value in zip(self.skeleton, values, strict=True)
@@ -175,10 +178,11 @@ class RebuiltGraph:
 
 
 def transplant(originals: Mapping[int, Any], copies: Iterable[object]) -> None:
-    """Gives each original (by the id of its copy) what its copy holds.
+    """Gives each original the attributes of its copy; `originals` maps the id of a copy to its original.
 
-    A part of a copy that is itself the copy of an original becomes that original; what is new is taken over as it is.
+    A part of a copy that is itself the copy of an original becomes that original; new parts are taken over as they are.
     """
+    # All writes are prepared before the first is made, so that an error leaves every original as it was.
     writes: list[Callable[[], None]] = []
 
     def swap(value: PyTree) -> PyTree:
@@ -193,7 +197,8 @@ def transplant(originals: Mapping[int, Any], copies: Iterable[object]) -> None:
     def write_to(target: Any, copy: Any) -> Callable[[], None]:
         if isinstance(target, nnx.Variable):
             metadata = dict(copy._var_metadata)
-            if is_ref(raw(target)) and "ref" in metadata:  # the copy holds an array, and says so
+            # Runs work on arrays in place of references, and the copy's metadata says so.
+            if is_ref(raw(target)) and "ref" in metadata:
                 metadata["ref"] = True
 
             def write() -> None:
@@ -226,17 +231,17 @@ def transplant(originals: Mapping[int, Any], copies: Iterable[object]) -> None:
 _MISSING = object()
 
 Nodes = Iterable[tuple[Path, Any]]
-"""Modules and containers of a graph, with their paths."""
+"""(path, node) of the modules and containers of a graph."""
 
 _FLAX_SWITCHES = ("deterministic", "use_running_average")
-"""The switches that `train()` and `eval()` set themselves."""
+"""The switches that NNX's `train()` and `eval()` set without being told their names."""
 
 
 def mode_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...]:
-    """The statements that set every switch of a graph, where `module` is the expression that it stands for.
+    """Statements of plain Flax that set every switch of a graph; `module` is the expression for it.
 
-    `net.train(is_training=True)` for those of modules, with the user's own as arguments, and
-    `net.config = dataclasses.replace(net.config, training=True)` for those of configs, which it does not reach.
+    Switches of modules are set by `net.train(is_training=True)`, with the user's own as arguments. Switches in config
+    dataclasses, which `train()` does not reach, by `net.config = dataclasses.replace(net.config, training=True)`.
     """
     of_modules: dict[str, bool] = {}
     out: dict[str, None] = {}
@@ -255,7 +260,10 @@ def mode_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...]:
 
 
 def back_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...] | None:
-    """The statements that set the switches back to how they stand; None where one mode does not describe them."""
+    """Statements that restore the present switches after a run in mode `train`.
+
+    Empty where they already are as in that mode, None where they are mixed, so that no mode restores them.
+    """
     as_they_stand = [(id(node), name, value) for node, name, value, _ in _switches(nodes, None)]
     for other in (train, not train):
         if as_they_stand == [(id(node), name, value) for node, name, value, _ in _switches(nodes, other)]:
@@ -264,13 +272,19 @@ def back_by_hand(module: str, nodes: Nodes, train: bool) -> tuple[str, ...] | No
 
 
 def switches_read(nodes: Nodes, train: bool | None) -> tuple[str, ...]:
-    """How the switches of a graph's `nodes` read in a mode; as they stand for None. Each with how many modules have it."""
+    """The switches of a graph with their values in mode `train` (None: present values), such as `training=True`.
+
+    A switch of several modules is listed once, as `deterministic=False in 3 modules`.
+    """
     counts = Counter(setting for _, _, _, setting in _switches(nodes, train))
     return tuple(setting if n == 1 else f"{setting} in {n} modules" for setting, n in sorted(counts.items()))
 
 
 def set_mode(module: nnx.Module, train: bool | None) -> Callable[[], None]:
-    """Sets every switch of `module`; gives what sets them back, where the model has not set them itself since."""
+    """Sets every switch of `module`, and returns a function that undoes it.
+
+    Undoing leaves switches alone that the model has set itself since.
+    """
     if train is None:
         return lambda: None
     changes = []
@@ -289,9 +303,10 @@ def set_mode(module: nnx.Module, train: bool | None) -> Callable[[], None]:
 
 
 def _switches(nodes: Nodes, train: bool | None) -> Iterator[tuple[Any, str, Any, str]]:
-    """Every switch of the graph: the module that has it, the attribute to set and its value, and how that reads.
+    """(module, attribute to set, its value, text such as `training=True`) of every switch in the graph.
 
-    A switch is an attribute of the module, of its class, or a field of a config dataclass that it holds.
+    A switch is an attribute of a module or its class, or a field of a config dataclass that the module holds; for a
+    field the attribute is the config, and the value a copy of it.
     """
     for _, node in nodes:
         if not isinstance(node, nnx.Pytree):

@@ -1,7 +1,8 @@
-"""An NNX module taken apart, put together again inside a program, and written back in one step.
+"""The layout of an NNX module: split into graph and variables, merged again inside a program, and written back.
 
-`nnx.split` is done once and kept for as long as no module of the graph has another attribute than before; a run then
-reads the variables' arrays from the objects, and its commit writes those that changed back onto the same objects.
+`nnx.split` takes about as long as a small run. So it is done once and its result kept while every module of the graph
+holds the same attributes. A run reads the arrays from the variables, and its commit writes changed ones into the same
+objects.
 """
 
 from __future__ import annotations
@@ -30,23 +31,24 @@ from .nnx_graph import GRAPH, RAW, SIMPLE, assignment, flat_state, is_fixed, is_
 _DATA = (nnx.Pytree, nnx.Variable, jax.Array, np.ndarray, list, dict)
 
 Values = dict[str, dict[str, PyTree]]
-"""Variable type → path → array: `{'Param': {'linear/kernel': …}}`. An array without a Variable is of type `Array`."""
+"""Variable type → path → array: `{'Param': {'linear/kernel': …}}`. The type of arrays without a Variable is `Array`."""
 
 _SLOT: Any = vars(nnx.Variable)[RAW]
+"""Descriptor of the value's slot: its `__get__` reads a value without Flax's hooks, and `map` can call it from C."""
 
 _NO_NUMPY: set[type] = set()
-"""Types of values that were met and that nobody changes where they are."""
+"""Types of values seen so far that are not NumPy arrays: if all values are of these, none needs a copy."""
 
 
 def _own(value: Leaf) -> Leaf:
-    """The value, a copy of one of NumPy's: a run op by op could change it in place."""
+    """The value, copied if it is a NumPy array, which an eager run could change in place. Remembers other types."""
     if not isinstance(value, np.ndarray):
         _NO_NUMPY.add(type(value))
     return own(value)
 
 
 class Same:
-    """A graphdef as part of a key: compared for equality, which is quick for the very same one; hashed once."""
+    """A graphdef as part of a cache key, with a cached hash and an identity check before the slow comparison."""
 
     def __init__(self, value: nnx.GraphDef[Any]) -> None:
         self.value = value
@@ -63,37 +65,37 @@ class Same:
 
 
 class Slot(Struct, frozen=True, dict=True):
-    """One variable (or bare array): where it is, and the object that holds it."""
+    """One variable or bare array of a module: its place, and the object that holds it."""
 
     collection: str
     name: str
     path: Path
     leaf: Leaf
     holder: PyTree
-    """The dict of attributes, or the container, that a bare array is in; None for a Variable."""
+    """The attribute dict or container that holds a bare array; None for a Variable."""
     drawn: bool = False
-    """A stream's key or count: every run begins with those of its draw, whatever the module holds."""
+    """The key or count of a random stream: each run starts with those of its draw, whatever the module holds."""
     fixed: bool = False
-    """No data, such as a function in the place of a layer: the program is made for it."""
+    """Static, such as a function in place of a layer: part of the program, not an input."""
     structure: PyTree = None
-    """Of a Variable: what it is apart from its value."""
+    """The treedef of a Variable: its type and metadata without the value."""
     ref: bool = False
-    """Whether the Variable holds a reference: runs work on what is in there, and it is written back into it."""
+    """The Variable holds a JAX array reference: runs get the array in it, and updates are written into it."""
 
     @cached_property
     def sown(self) -> bool:
-        """Whether an earlier call by hand sowed it: a run starts without it."""
+        """Whether it was sown by an earlier call outside the session; runs start without it."""
         return is_sown(self.leaf)
 
     def read(self) -> PyTree:
-        """Its value now."""
+        """The present value; for a reference the array inside."""
         if self.ref:
-            with jax.ensure_compile_time_eval():  # a program that is being made must not read it when it runs
+            with jax.ensure_compile_time_eval():  # in a trace the read would become part of the program
                 return raw(self.leaf)[...]
         return raw(self.leaf) if self.holder is None else self.holder[self._key]
 
     def assignment(self, value: object) -> Assignment:
-        """The assignment that replaces its value."""
+        """The Assignment that replaces its value."""
         if self.ref:
             return (setitem, raw(self.leaf), ..., value)
         if self.holder is None:
@@ -103,26 +105,27 @@ class Slot(Struct, frozen=True, dict=True):
     @property
     def _key(self) -> str | int:
         key: str | int = self.path[-1]
+        # A path may have an int where the user's dict has the text of it as its key.
         return str(key) if isinstance(self.holder, dict) and key not in self.holder else key
 
 
 @dataclass
 class Layout:
-    """A module as it was when it was taken apart."""
+    """A module split into graph and variables, valid while the `held` guards hold."""
 
     module: Any
     graphdef: Same
     slots: tuple[Slot, ...]
     nodes: tuple[tuple[Path, Any], ...]
-    """The graph's modules and containers."""
+    """(path, object) of the graph's modules and containers."""
     held: Guards
-    """They hold for as long as each of these holds the very objects that it held."""
+    """Guards on the attributes and items of all nodes."""
     switches: dict[bool | None, tuple[str, ...]] = field(default_factory=dict)
-    """How the switches between training and evaluation read, by mode."""
+    """Mode → the train/eval switches with their values in it, as text; filled on demand."""
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        """The fingerprint of the graph's classes, and of static values that change behind the graphdef's back."""
+        """The fingerprint of the graph's classes, and of static values that may change unseen by the graphdef."""
         values = {id(value): value for value in self._held if not isinstance(value, SIMPLE)}
         classes = dict.fromkeys(type(node) for _, node in self.nodes)
         kinds = dict.fromkeys(type(slot.leaf) for slot in self.slots if slot.holder is None)
@@ -131,14 +134,14 @@ class Layout:
 
     @cached_property
     def numbers(self) -> str:
-        """The graph's static numbers as they are written: to a graphdef `1`, `1.0` and `True` are one."""
+        """The repr of the graph's static numbers, because to the graphdef's `==` the values 1, 1.0 and True are one."""
         return repr([value for value in self._held if isinstance(value, SIMPLE)])
 
     @property
     def _held(self) -> Iterator[object]:
-        """Static values of the graph's nodes, and what its variables are besides their values, without names and None."""
+        """Static values of the graph's nodes and of its variables' metadata, without texts and None."""
         for _, node in self.nodes:
-            # In the graphdef's order, not in that of the assignments: a copy is of the same code.
+            # Sorted as in the graphdef: the order in which a constructor assigns attributes must not count.
             for _, value in sorted(parts_of(node) or (), key=lambda part: str(part[0])):
                 if value is not None and not isinstance(value, (*_DATA, str, bytes)):
                     yield value
@@ -147,10 +150,10 @@ class Layout:
 
     @classmethod
     def of(cls, module: nnx.Module) -> Layout:
-        """Takes `module` apart.
+        """Splits `module`.
 
         Raises:
-          FlaxMagicsError: it holds references that a program would change in place.
+          FlaxMagicsError: it holds a JAX array reference outside a Variable.
         """
         graphdef, state = nnx.split(_on_arrays(module), **GRAPH)
         parts = dict(walk(module))
@@ -158,7 +161,9 @@ class Layout:
         for path, leaf in flat_state(state):
             holder = parts.get(path[:-1])
             if isinstance(leaf, nnx.Variable):
+                # `leaf` is a copy that `nnx.split` made; `parts` has the module's own Variable.
                 variable, structure = parts.get(path, leaf), jax.tree_util.tree_structure(leaf)
+                # A RngState outside a stream (a user's own) is a variable like any other.
                 drawn = isinstance(leaf, nnx.RngState) and isinstance(holder, nnx.RngStream)
                 where = type(leaf).__name__, spell(path), path
                 slots.append(Slot(*where, variable, None, drawn=drawn, structure=structure, ref=is_ref(raw(variable))))
@@ -180,15 +185,15 @@ class Layout:
         return cls(module, Same(graphdef), tuple(slots), nodes, held)
 
     def copying(self, other: Layout) -> list[Assignment]:
-        """The assignments that give the module the values of `other`, which has the same graphdef. Sown values stay."""
+        """The Assignments that copy the values of `other`, a layout with the same graphdef; sown values stay."""
         pairs = zip(self.slots, other.slots, strict=True)
         return [slot.assignment(_own(new.read())) for slot, new in pairs if not (slot.sown or slot.fixed)]
 
     def given(self) -> Values:
-        """The arrays that a program is given, as they are now: neither streams' own nor what earlier calls sowed."""
+        """The present arrays that a program gets as inputs: all but random streams, sown and static values."""
         out: Values = {}
         for collection, names, leaves in self._given[0]:
-            values = list(map(_SLOT.__get__, leaves))
+            values = list(map(_SLOT.__get__, leaves))  # one C loop: this runs before each dispatch
             if not _NO_NUMPY.issuperset(map(type, values)):
                 values = list(map(_own, values))
             out[collection] = dict(zip(names, values, strict=True))
@@ -198,7 +203,7 @@ class Layout:
 
     @cached_property
     def _given(self) -> tuple[list[tuple[str, list[str], list[Any]]], list[Slot]]:
-        """Variables by type, with names and objects, which are read in one go; and the slots that take more."""
+        """Plain Variables as (type, names, objects), which are read in one go, and the slots that need `Slot.read`."""
         variables: dict[str, tuple[list[str], list[Any]]] = {}
         others = []
         for slot in self.slots:
@@ -213,7 +218,7 @@ class Layout:
         return [(collection, names, leaves) for collection, (names, leaves) in variables.items()], others
 
     def streams(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the streams' keys: () for one key, otherwise as many as NNX's `fork` made."""
+        """The shape of each held stream's key: () for one key, else the shape to which NNX's `fork` split it."""
         return tuple(slot.read().shape for slot in self._drawn)
 
     @cached_property
@@ -222,31 +227,31 @@ class Layout:
 
     @cached_property
     def random(self) -> frozenset[str]:
-        """Types of the variables that are a random stream's."""
+        """The variable types that belong to random streams, such as `RngKey`."""
         return frozenset(slot.collection for slot in self.slots if isinstance(slot.leaf, nnx.RngState))
 
     def rebuild(self, values: Mapping[str, Mapping[str, PyTree]]) -> Any:
-        """A copy of the module that holds `values`, all of its variables its own."""
-        # Streams are read anew for every copy: NNX's `fork` gives the same Variable keys of another shape.
+        """A copy of the module that holds `values` in Variables of its own."""
+        # Not `self.skeleton`: NNX's `fork` gives a stream's Variable a key of another shape, unseen by the guards.
         return Skeleton.of(self).rebuild(values)
 
     @cached_property
     def skeleton(self) -> Skeleton:
-        """The module without its arrays, its streams as they were when it was first asked for."""
+        """The module without its arrays, random streams as at the first access."""
         return Skeleton.of(self)
 
     @cached_property
     def has_refs(self) -> bool:
-        """Whether any variable is a reference, which takes more than an assignment to be written."""
+        """Whether any variable holds a reference: writing into one runs Python code, so it can be interrupted."""
         return any(slot.ref for slot in self.slots)
 
     @cached_property
     def tags(self) -> frozenset[str]:
-        """Tags of the streams that the graph holds."""
+        """Tags of the random streams in the graph, such as `dropout`."""
         return frozenset(str(part.key.tag) for _, part in walk(self.module) if isinstance(part, nnx.RngStream))
 
     def assignments(self, values: Mapping[str, Mapping[str, PyTree]]) -> list[Assignment]:
-        """The assignments that put `values`, of all or of some variables, into the module's own objects."""
+        """The Assignments that write `values`, of all or some variables, into the module's own objects."""
         slots = self._by_name
         rows = [(collection, name, value) for collection, tree in values.items() for name, value in tree.items()]
         return [slots[kind, name].assignment(value) for kind, name, value in rows if (kind, name) in slots]
@@ -257,18 +262,19 @@ class Layout:
 
 
 def _on_arrays(module: nnx.Module) -> PyTree:
-    """A copy that holds arrays where the module holds references; the module itself if it holds none."""
+    """A copy with arrays in place of references; the module itself if it holds no references."""
     if not any(isinstance(part, nnx.Variable) and is_ref(raw(part)) for _, part in walk(module)):
         return module
-    if hasattr(nnx, "to_arrays"):
+    if hasattr(nnx, "to_arrays"):  # older Flax; newer has `with_vars`
         return nnx.to_arrays(module)
     return nnx.with_vars(module, ref=False, allow_duplicates=True)
 
 
 class Skeleton(Struct, frozen=True, eq=False):
-    """A module as it was, without its arrays: with other values it is another module, whatever became of the first.
+    """A module without its arrays, from which copies with other values are built; it does not keep the module alive.
 
-    `rows`: type, name, path and structure of each variable, and what stands for those that no program is given.
+    `rows`: (type, name, path, treedef, value) of each variable; `value` is for those that are no program inputs (random
+    streams, static and sown values), and None for the others.
     """
 
     graphdef: Same
@@ -276,7 +282,7 @@ class Skeleton(Struct, frozen=True, eq=False):
 
     @classmethod
     def of(cls, layout: Layout) -> Skeleton:
-        """The module of a layout, its streams as they are now."""
+        """The skeleton of a layout's module, with its random streams as they are now."""
         rows = []
         for slot in layout.slots:
             value = slot.read() if slot.drawn or slot.fixed or slot.sown else None
@@ -286,7 +292,7 @@ class Skeleton(Struct, frozen=True, eq=False):
         return cls(layout.graphdef, tuple(rows))
 
     def rebuild(self, values: Mapping[str, Mapping[str, PyTree]]) -> Any:
-        """A module that holds `values`, all of its variables its own."""
+        """A new module that holds `values` in Variables of its own."""
         flat = []
         for collection, name, path, structure, stand_in in self.rows:
             value = values.get(collection, {}).get(name, stand_in)
@@ -298,14 +304,15 @@ class Skeleton(Struct, frozen=True, eq=False):
 
 @dataclass
 class LayoutCache:
-    """A module's layout, kept until the module is another."""
+    """Caches a module's layout until the module's structure changes."""
 
     layout: Layout | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     steady: int = 0
+    """Number of nested blocks during which nobody changes the module, so that its guards need no check."""
 
     def __enter__(self) -> None:
-        """Begins a time in which nobody changes the module: it is looked at once."""
+        """Begins a block in which nobody changes the module: its guards are checked now, and not until the end."""
         self.layout = self.layout if self.layout is not None and self.layout.held.hold() else None
         self.steady += 1
 

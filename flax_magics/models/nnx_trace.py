@@ -1,4 +1,4 @@
-"""One run of an NNX module on a copy of it, watched: streams consumed, layers passed, what was sown, and what it changed."""
+"""One observed run of an NNX module on a copy: streams consumed, layers called, values sown, variables changed."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ from .nnx_layout import Layout
 from .switch import mask_of
 
 Passed = tuple[nnx.Variable[Any], ...]
-"""Variables of the NNX objects that a call was given."""
+"""Variables of the NNX objects among a call's arguments."""
 STRUCTURE = "(structure)"
-"""Where a run's result keeps the variables of a graph that the run changed."""
+"""Key of a run's updates with the variables' values where the run changed the graph itself; see `RebuiltGraph`."""
 
 
 def forward(
@@ -62,19 +62,20 @@ def forward(
     """The run of a module as a pure function; see `AnyModel.forward`.
 
     Args:
-      mode: what the switches of the copy are set to; None: they stay.
-      rngs: names of the streams in the `rngs` that the call is handed; None: it is handed none.
+      mode: True or False sets the copy's switches for training or evaluation; None leaves them.
+      rngs: stream names of the `nnx.Rngs` that is added to the call as `rngs`; None adds no such argument.
     """
 
     def run(variables: Variables, keys: PyTree, args: Args, kwargs: Kwargs) -> tuple[PyTree, Updates]:
         copy = layout.rebuild(variables)
         before = dict(walk(copy))
         values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
-        _pop(copy, is_sown)
+        _pop(copy, is_sown)  # sown by earlier calls: the run would append to it
         undo = set_mode(copy, mode)
         reseed(copy, keys)
         trace = object() if has_tracer(variables, keys, args, kwargs) else None
         mark(copy, trace)
+        # After mode, reseeding and marks, so that only what the model itself changes counts as another structure.
         nodes = [(node, parts) for _, node in walk(copy) if (parts := parts_of(node)) is not None]
         handed = None
         passed = [(variable, raw(variable)) for variable in variables_in((args, kwargs))]
@@ -84,7 +85,7 @@ def forward(
             kwargs = {**kwargs, "rngs": handed}
         watcher = Watcher(copy, record, handed)
         try:
-            # Variables that the model makes are like those that it holds, whatever `flax_hijax_variable` says.
+            # Variables that the model makes are plain ones, like those it holds, whatever `flax_hijax_variable` says.
             plain = nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
             with watcher.watching(), plain:
                 target: Any = copy
@@ -94,6 +95,7 @@ def forward(
         except (AttributeError, KeyError):
             if watcher.missing is None or watcher.missing in ask.streams:
                 raise
+            # Otherwise it comes from the look-up of a stream that was not given: below it counts as asking for it.
         finally:
             unmark(copy)
         if watcher.missing is not None and watcher.missing not in ask.streams:
@@ -118,6 +120,7 @@ def forward(
             value = raw(part) if isinstance(part, nnx.Variable) else part
             if not same(values[slot.path], value):
                 updates.setdefault(slot.collection, {})[slot.name] = value
+            # A program returns a Python number as an array, which by hand ends up in the module, too.
             elif trace is not None and _is_converted(slot.read(), value):
                 updates.setdefault(CONVERTED, {}).setdefault(slot.collection, {})[slot.name] = value
         return output, updates
@@ -126,7 +129,7 @@ def forward(
 
 
 def commit(layout: Layout, passed: Passed, updates: Variables, structure: RebuiltGraph | None) -> Commit:
-    """How to write a run's `updates` into the module's own objects, and into the variables that were `passed`."""
+    """The writes that bring a run's `updates` into the module's own objects and into the `passed` variables."""
     ours = (STRUCTURE, ARGUMENTS, CONVERTED)
     changed = [name for name in updates if name not in ours and name not in layout.random]
     moved: list[Assignment] = [assignment(passed[int(i)], value) for i, value in updates.get(ARGUMENTS, {}).items()]
@@ -142,7 +145,7 @@ def commit(layout: Layout, passed: Passed, updates: Variables, structure: Rebuil
 
 
 def variables_in(tree: PyTree) -> Passed:
-    """The variables of all NNX objects in a tree of arguments, in order."""
+    """The variables of all NNX objects in a pytree of arguments, in order."""
     variables: list[nnx.Variable[Any]] = []
     for leaf in jax.tree_util.tree_leaves(tree, is_leaf=lambda part: isinstance(part, (nnx.Pytree, nnx.Variable))):
         if isinstance(leaf, nnx.Variable):
@@ -153,12 +156,15 @@ def variables_in(tree: PyTree) -> Passed:
 
 
 def _variables_of(module: object) -> list[nnx.Variable[Any]]:
-    """The variables of a graph, in order."""
+    """The Variables of a module's graph, in graph order."""
     return [part for _, part in walk(module) if isinstance(part, nnx.Variable)]
 
 
 def reseed(module: object, keys: Mapping[str, Any]) -> None:
-    """`nnx.reseed(module, policy='match_shape', **keys)`: a key of its own for each stream of a tag, in graph order."""
+    """Does what `nnx.reseed(module, policy='match_shape', **keys)` does, on key data alone.
+
+    The n-th stream of a tag, in graph order, gets `fold_in(keys[tag], n)`, split to the shape that the stream has.
+    """
     parts = dict(walk(module))
     for path, (tag, number) in _places(parts).items():
         if tag in keys:
@@ -170,13 +176,13 @@ def reseed(module: object, keys: Mapping[str, Any]) -> None:
 
 
 def _is_converted(held: PyTree, traced: PyTree) -> bool:
-    """Whether JAX has made another dtype of a value by taking it into a program."""
+    """Whether a value got another dtype by becoming a program input: Python numbers and 64-bit arrays do."""
     before, after = jax.tree_util.tree_leaves(held), jax.tree_util.tree_leaves(traced)
     return any(getattr(old, "dtype", None) != new.dtype for old, new in zip(before, after, strict=True))
 
 
 def _pop(module: nnx.Module, wanted: Callable[[object], bool]) -> Updates:
-    """Takes the parts that are `wanted` off the graph: type → nested by path."""
+    """Removes the parts for which `wanted` is true from the graph; returns type → values nested by path."""
     out: Updates = {}
     for path, node in list(walk(module)):
         for name, part in [row for row in parts_of(node) or () if wanted(row[1])]:
@@ -193,20 +199,20 @@ def _pop(module: nnx.Module, wanted: Callable[[object], bool]) -> Updates:
 
 MARK = "flax_magics_path"
 SOWED = "flax_magics_sown"
-"""Metadata of variables: the path; that `sow` made it in this run."""
+"""Metadata keys of Variables during a run: its path; that `sow` created it in this run."""
 _MAY_LOSE = "capture_noop" in inspect.signature(nnx.Module.sow).parameters
-"""Whether this version may be set to sow nothing outside of `nnx.capture`."""
+"""Whether this version has a flag under which `sow` does nothing outside `nnx.capture`."""
 HANDED: Path = ("(rngs of the call)",)
-"""In place of a path: a stream that the session made for the call."""
+"""The path with which streams of the session's `rngs` argument are marked."""
 
 
 def mark(module: object, trace: object, handed: bool = False) -> None:
-    """Every variable of the graph carries its path.
+    """Stores its path in the metadata of every Variable of a graph, so that copies made by transforms carry it, too.
 
     Args:
-      trace: what tells this trace from every other. A function inside the model that is jitted by itself is then traced
-        in each, where JAX would answer from what it remembers, and the streams in there would go unseen.
-      handed: the graph is the Rngs that the session made for the call.
+      trace: an object unique to this trace. Metadata is static data, so that functions jitted inside the model are
+        traced again instead of being found in JAX's cache, where their streams would go unseen.
+      handed: the graph is the session's `rngs` argument.
     """
     for path, part in walk(module):
         if isinstance(part, nnx.Variable):
@@ -215,29 +221,33 @@ def mark(module: object, trace: object, handed: bool = False) -> None:
 
 
 def path_of(variable: nnx.Variable[Any]) -> Path | None:
-    """The path that a variable carries, None for one that the user passed or that the model made itself."""
+    """The path with which a variable was marked; None for one that the user passed or that the model created."""
     path, _ = variable._var_metadata.get(MARK, (None, None))
     return path  # type: ignore[no-any-return]
 
 
 def was_sown(part: object) -> bool:
-    """Whether a variable came to be by `sow` in this run."""
+    """Whether `sow` created a variable in this run."""
     return isinstance(part, nnx.Variable) and SOWED in getattr(part, "_var_metadata", ())
 
 
 def unmark(module: nnx.Module) -> None:
-    """Takes the paths off again."""
+    """Removes the marks from all variables of a graph."""
     for variable in _variables_of(module):
-        if MARK in getattr(variable, "_var_metadata", ()):  # hijax has none
+        if MARK in getattr(variable, "_var_metadata", ()):  # hijax Variables have no such attribute
             metadata = {name: value for name, value in variable._var_metadata.items() if name != MARK}
             object.__setattr__(variable, "_var_metadata", metadata)
 
 
 class Watcher:
-    """Fills a CallTrace from one run of `module`, a copy whose variables are marked.
+    """Fills a CallTrace during one run of `module`, a copy whose variables are marked.
 
     Args:
-      handed: the Rngs that the session made for the call, None if it made none.
+      handed: the session's `rngs` argument, None if it adds none.
+
+    Attributes:
+      missing: the stream that a look-up did not find, None if there was none.
+      drawing: shape and rate of the mask of the dropout that is running.
     """
 
     def __init__(self, module: nnx.Module, record: CallTrace, handed: object) -> None:
@@ -252,7 +262,7 @@ class Watcher:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside the block, what the module does on this thread fills the record."""
+        """During the block, calls of NNX's methods on this thread fill the record."""
         modules = [part for part in self.parts.values() if isinstance(part, nnx.Module)]
         noted = [] if self.record.calls is None else list(dict.fromkeys(map(type, modules)))
         with replaced(
@@ -266,17 +276,20 @@ class Watcher:
             yield
 
     def _draw(self, draw: Function, stream: nnx.RngStream) -> PyTree:
+        """Replaces `RngStream.__call__`: records the use of the stream."""
         self._consumed(stream)
         return draw(stream)
 
     def _look_up(self, look_up: Function, rngs: object, name: str, error: Callable[[str], Exception]) -> PyTree:
+        """Replaces `Rngs._get_stream`: records a stream that the call's `rngs` lack as missing."""
         if self._lacks(rngs, name):
-            # With a `default` NNX would fall back on that: in each draw a stream has its own key.
+            # NNX would fall back on a `default` stream if there is one; here every stream has a key of its own.
             self.missing = name
             raise error(f"No RngStream named '{name}' found in Rngs.")
         try:
             return look_up(rngs, name, error)
         except (AttributeError, KeyError):
+            # Python's own protocols look up private names, such as `__deepcopy__`.
             if self.handed is not None and not name.startswith("_"):
                 self.missing = name
             raise
@@ -284,8 +297,9 @@ class Watcher:
     def _sow(
         self, sow: Function, module: nnx.Module, variable_type: object, name: str, *args: PyTree, **kwargs: PyTree
     ) -> PyTree:
+        """Replaces `nnx.Module.sow`: marks a variable that it creates."""
         is_new = not hasattr(module, name)
-        if _MAY_LOSE:  # a run hands back what is sown, as `nnx.capture` does
+        if _MAY_LOSE:  # a run returns sown values, as `nnx.capture` does, so the flag must not drop them
             args, kwargs = args[:3], {**kwargs, "capture_noop": False}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)' outside", DeprecationWarning)
@@ -296,6 +310,7 @@ class Watcher:
         return result
 
     def _dropout(self, dropout: Function, module: nnx.Dropout, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        """Replaces `Dropout.__call__`: records the layer, and the mask for the keys taken meanwhile."""
         if module.rate != 0.0:
             self._layer(module, "dropout", kwargs)
         self.drawing = mask_of(module, args, kwargs)
@@ -305,48 +320,53 @@ class Watcher:
             self.drawing = None
 
     def _norm(self, norm: Function, module: nnx.Module, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        """Replaces `BatchNorm.__call__`: records the layer."""
         self._layer(module, "norm", kwargs)
         return norm(module, *args, **kwargs)
 
     def _noted(self, name: str, method: Function, module: nnx.Module, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        """Replaces a public method of a module: records its call for a summary."""
         calls, path, call = self.record.calls, self._path(module), functools.partial(method, module)
         if calls is None or path is None:
             return call(*args, **kwargs)
         return calls.note(call, args, kwargs, path=tuple(map(str, path)), cls=type(module).__name__, method=name)
 
     def _lacks(self, rngs: object, name: str) -> bool:
-        """Whether `rngs` are those of the call, or a transform's copy of them, and have no stream of that name."""
+        """Whether `rngs` is the session's argument or a transform's copy of it, and has no stream called `name`."""
         if self.handed is None or name.startswith("_") or name in vars(rngs):
             return False
         streams = [part for part in vars(rngs).values() if isinstance(part, nnx.RngStream)]
         return rngs is self.handed or any(path_of(stream.key) == HANDED for stream in streams)
 
     def _consumed(self, stream: nnx.RngStream) -> None:
+        """Records which module took a key of `stream`, and of what the key is made."""
         path = path_of(stream.key)
         if path is not None:
             consumer = self._caller() if path == HANDED else self._module_at(path[:-1])
             tag, where = str(stream.key.tag), tuple(map(str, consumer))
             self.record.asked.setdefault(tag, []).append(where)
-            # A stream's key is the draw's with its place among the streams of its tag folded in, and then its count.
+            # `reseed` folds the stream's number among those of its tag into the draw's key, and each use its count:
+            # equal (place, count) give equal keys.
             place: tuple[object, ...] = (tag,) if path == HANDED else self.places.get(path[:-1], path)
             inside = not self._own(stream, path)
             self.record.takes.append(KeyUse(tag, where, (place, self.drawn[place]), self.drawing, inside))
             self.drawn[place] += 1
 
     def _own(self, stream: nnx.RngStream, path: Path) -> bool:
-        """Whether a stream is the model's own or the call's, and no copy of a transform's."""
+        """Whether a stream is the very object of the model or the call, and no copy that a transform made."""
         if path == HANDED:
             return any(part is stream for part in vars(self.handed).values())
         return self.parts.get(path[:-1]) is stream
 
     def _module_at(self, path: Path) -> Path:
-        """The nearest module around a part: a layer's stream is the layer's."""
+        """The path of the innermost module around a part: the owner of a stream."""
         while path and not isinstance(self.parts.get(path), nnx.Module):
             path = path[:-1]
         return path
 
     def _caller(self) -> Path:
-        """The innermost module whose method is running: who consumes a stream that came as an argument."""
+        """The path of the innermost module whose method is running: the consumer of a stream from the call's `rngs`."""
+        # A method has its module as `self`, a function that is passed one usually as `module`.
         for frame, _ in traceback.walk_stack(sys._getframe(2)):
             module = frame.f_locals.get("self", frame.f_locals.get("module"))
             path = self._path(module) if isinstance(module, nnx.Module) else None
@@ -355,9 +375,10 @@ class Watcher:
         return ()
 
     def _path(self, module: object) -> Path | None:
+        """The path of a module of the copy, or of a transform's copy of it; None for any other object."""
         if id(module) in self.paths and self.parts[self.paths[id(module)]] is module:
             return self.paths[id(module)]
-        for part in vars(module).values():  # a transform's copy
+        for part in vars(module).values():  # a transform's copy of a module: its variables still carry their paths
             variable = getattr(part, "key", None) if isinstance(part, nnx.RngStream) else part
             path = path_of(variable) if isinstance(variable, nnx.Variable) else None
             if path is not None:
@@ -365,6 +386,7 @@ class Watcher:
         return None
 
     def _layer(self, module: nnx.Module, kind: str, given: Kwargs) -> None:
+        """Records a dropout or normalization layer with the modules around it."""
         path = self._path(module)
         path = self._caller() if path is None else path
         around = (self.parts.get(path[:n]) for n in reversed(range(len(path))))
@@ -373,7 +395,7 @@ class Watcher:
 
 
 def _places(parts: Mapping[Path, object]) -> dict[Path, tuple[str, int]]:
-    """For each stream of a graph its tag, and which of the streams of that tag it is, in graph order."""
+    """Path of each stream in a graph → (its tag, its number from 0 among the streams of that tag, in graph order)."""
     places: dict[Path, tuple[str, int]] = {}
     numbers: Counter[str] = Counter()
     for path, part in parts.items():
@@ -385,6 +407,6 @@ def _places(parts: Mapping[Path, object]) -> dict[Path, tuple[str, int]]:
 
 
 def _public(cls: type) -> list[str]:
-    """The call and the public methods of a module class, without those that every module has."""
+    """`__call__` and the public methods of a module class, without those that `nnx.Module` defines."""
     names = [name for name, _ in inspect.getmembers(cls, inspect.isfunction)]
     return [name for name in names if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))]

@@ -1,7 +1,7 @@
-"""The switch between training and evaluation, under the names that Flax models use for it, of linen and of NNX.
+"""The switch between training and evaluation, under the names that linen and NNX models use for it.
 
-It is set on the fields of models and configs; of a dropout or normalisation layer that a trace passed through it is found
-where the source gives it.
+It is set on fields of models and of their configs. For a dropout or normalization layer that a trace called, the place
+in the source that gives the layer its switch is found.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ T = TypeVar("T")
 
 WHEN_TRAINING = dict.fromkeys(("train", "training", "is_training"), True)
 WHEN_TRAINING |= dict.fromkeys(("deterministic", "use_running_average"), False)
-"""Each name's value in training."""
+"""Name of a switch → its value in training."""
 SWITCH_OF = {"dropout": "deterministic", "norm": "use_running_average"}
-"""Kind of a layer of Flax's → its own argument that switches it."""
+"""Kind of a Flax layer → the argument that switches it."""
 
 
 def value_of(name: str, train: bool) -> bool:
-    """The value of switch `name` for training (or not)."""
+    """The value of the switch `name` for training (`train`) or evaluation."""
     return WHEN_TRAINING[name] is train
 
 
 def following(switch: str, own: str, method: str = "") -> str:
-    """The edit that has a layer's switch follow its module's own: `deterministic=not self.training`.
+    """The source edit that makes a layer's switch follow that of its module: `deterministic=not self.training`.
 
     Args:
-      own: the module's switch as its code writes it; where it has none, `method` takes one.
+      switch: the layer's argument.
+      own: the module's switch as its code writes it; if empty, the edit adds a parameter `train` to `method`.
     """
     follows = own or "train"
     alike = WHEN_TRAINING[follows.rpartition(".")[2]] is WHEN_TRAINING[switch]
@@ -54,12 +55,12 @@ def following(switch: str, own: str, method: str = "") -> str:
 
 
 def call_switches(signature: inspect.Signature) -> tuple[str, ...]:
-    """Names of the arguments that are switches."""
+    """Names of a method's parameters that are switches."""
     return tuple(name for name in signature.parameters if name in WHEN_TRAINING)
 
 
 def written_in_call(signature: inspect.Signature, args: Args, kwargs: Kwargs) -> Kwargs:
-    """Switch arguments that the call itself gives, and their values. A call that does not fit gives none."""
+    """Switch → value for switches passed in the call itself; empty for a call that does not fit the signature."""
     with suppress(TypeError):
         bound = signature.bind_partial(*args, **kwargs)
         return {name: value for name, value in bound.arguments.items() if name in WHEN_TRAINING}
@@ -67,7 +68,7 @@ def written_in_call(signature: inspect.Signature, args: Args, kwargs: Kwargs) ->
 
 
 def check_agreement(train: bool, written: Kwargs) -> None:
-    """Raises FlaxMagicsError where an option contradicts an argument written in the call."""
+    """Raises FlaxMagicsError where `--train` or `--eval` contradicts a switch written in the call."""
     for name, value in written.items():
         if isinstance(value, bool) and value is not value_of(name, train):
             option = "--train" if train else "--eval"
@@ -75,51 +76,53 @@ def check_agreement(train: bool, written: Kwargs) -> None:
 
 
 def set_fields(value: T, train: bool, fixed: frozenset[str]) -> tuple[T, tuple[str, ...]]:
-    """`value` (a dataclass: a linen module or a config) with its switches set, and what was set.
+    """A copy of `value`, a linen module or config dataclass, with its switches set; and what was set, as text.
 
-    Fields are found on the value itself, on dataclasses that it holds, however deep, and in tuples, lists and dicts of
-    these (submodules given as fields). A switch that is None counts only if no other was found and the call has none: then
-    nothing else can turn it.
+    Switches are fields of the value itself, of dataclasses nested in it at any depth, and of those in tuples, lists and
+    dicts (submodules given as fields). A switch with value None counts only if there is no other and none in the call.
     """
     result, settings = _visited(value, train, fixed, bool)
     return (result, settings) if settings or fixed else _visited(value, train, fixed, NoneType)
 
 
 def set_unset_fields(value: T, fixed: frozenset[str]) -> T:
-    """`value` with the switches that have no value in evaluation, if it has no other switch."""
+    """`value` with switches that are None set for evaluation, provided that it has no other switch."""
     return value if fixed or read_fields(value) else _visited(value, False, fixed, NoneType)[0]
 
 
 def read_fields(value: object) -> tuple[str, ...]:
-    """The switches of `value` as they stand: `('training=False', 'config.deterministic=True')`."""
+    """The switches of `value` with their present values: `('training=False', 'config.deterministic=True')`."""
     return _visited(value, None, frozenset(), bool)[1]
 
 
 def _visited(value: T, train: bool | None, fixed: frozenset[str], kind: type) -> tuple[T, tuple[str, ...]]:
-    """`value` with those of its switches set whose values are of a `kind`, and what was set; None sets nothing."""
+    """`value` with those switches set whose present values are of type `kind`, and all such switches as text.
+
+    With `train` None nothing is set, and the text has the present values.
+    """
     setter = _Setter(train, fixed, kind)
     return setter.visit(value, ""), tuple(setter.settings)
 
 
 def setting_of(text: str) -> tuple[str, bool]:
-    """`config.training=True`, or `deterministic=False in 3 modules` of NNX, as name and value."""
+    """(name, value) of a switch as text: `config.training=True`, or NNX's `deterministic=False in 3 modules`."""
     name, _, value = text.rpartition("=")
     return name, value.startswith("True")
 
 
 def cloned(name: str, module: object, settings: Iterable[tuple[str, object]]) -> str:
-    """`net.clone(training=True)`, and what sets a switch on what is in a field; `name` itself for no settings.
+    """The expression for a module with switches set: `net.clone(training=True)`; `name` itself without settings.
 
     Args:
-      name: the expression that the module stands for.
-      module: the module with its switches set, or as it was: their places are the same.
-      settings: path of a field, as `set_fields` has it, and its value: `("layers[2].deterministic", False)`.
+      name: the expression for the module as it is.
+      module: the module, with its switches set or not.
+      settings: (path of a field as `set_fields` writes it, value): `("layers[2].deterministic", False)`.
     """
     return _FieldWriter(dict(settings), module).of(module, "", name)
 
 
 class _FieldWriter:
-    """Writes the expression that sets switches anew, visiting in the order of `_Setter`, so that paths are the same."""
+    """Writes the expression for `cloned`. It visits in the order of `_Setter`, so that both have the same paths."""
 
     def __init__(self, settings: Mapping[str, object], module: object) -> None:
         self.settings = settings
@@ -128,13 +131,14 @@ class _FieldWriter:
         self.shared: dict[int, str] = {}
 
     def _count(self, value: object) -> None:
+        """Counts how often each part of the module is reached, to find shared ones."""
         self.visits[id(value)] += 1
         if self.visits[id(value)] == 1:
             for _, inner in _parts(value):
                 self._count(inner)
 
     def of(self, value: object, path: str, name: str) -> str:
-        """The expression for `value` with its switches set, where `name` stands for it as it is; `name` if it has none."""
+        """The expression for `value` with its switches set; `name`, the expression for it as it is, if none is set."""
         if id(value) in self.shared:
             return self.shared[id(value)] or name
         changed = {}
@@ -146,13 +150,13 @@ class _FieldWriter:
         text = _expression(value, name, changed) if changed else name
         if self.visits[id(value)] == 1:
             return text
-        # What stands in two places is one module, with one place among the variables: it must be made once.
+        # A module in two fields is one module with one set of variables: a walrus makes its clone only once.
         self.shared[id(value)] = f"shared_{sum(map(bool, self.shared.values())) + 1}" if changed else ""
         return f"({self.shared[id(value)]} := {text})" if changed else name
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
-    """The parts of a value in which switches are looked for, each with its step: `.config`, `[0]`, `['head']`."""
+    """(step, part) of the parts of `value` that may hold switches; a step is `.config`, `[0]` or `['head']`."""
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         yield from ((f"[{i}]", item) for i, item in enumerate(value))
     elif isinstance(value, Mapping):
@@ -163,7 +167,7 @@ def _parts(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _expression(value: object, name: str, changed: Mapping[str, str]) -> str:
-    """The expression for `value` with some of its parts changed, by their steps."""
+    """The expression for `value` with some parts replaced; `changed` maps a part's step to its new expression."""
     if isinstance(value, Mapping):
         text = ", ".join([f"**{name}", *(f"{step[1:-1]}: {part}" for step, part in changed.items())])
         return f"{{{text}}}" if type(value) is dict else f"type({name})({{{text}}})"
@@ -181,11 +185,11 @@ def _expression(value: object, name: str, changed: Mapping[str, str]) -> str:
 
 
 def _is_linen(value: object) -> bool:
-    return hasattr(value, "clone") and hasattr(value, "scope")
+    return hasattr(value, "clone") and hasattr(value, "scope")  # told by attributes: linen may not be imported
 
 
 class _Setter:
-    """Walks a tree of dataclasses. A value that is shared stays shared: the same object is replaced by the same copy."""
+    """Walks nested dataclasses and sets switches on copies. Sharing is kept: one object becomes one copy everywhere."""
 
     def __init__(self, train: bool | None, fixed: frozenset[str], kind: type) -> None:
         self.train = train
@@ -200,6 +204,7 @@ class _Setter:
         return self.memo[id(value)]
 
     def _visit(self, value: object, path: str) -> object:
+        """`visit` for a value that was not met before: a copy if a switch inside was set, else the value itself."""
         if isinstance(value, (tuple, list, Mapping)) and not hasattr(value, "_fields"):
             items = {step: self.visit(item, path + step) for step, item in _parts(value)}
             if all(items[step] is item for step, item in _parts(value)):
@@ -219,6 +224,7 @@ class _Setter:
         return _replaced(value, changes) if changes else value
 
     def _switch(self, name: str, old: object, where: str, *, top: bool) -> object:
+        """The new value of the switch at `where`, which is also added to `settings`; the old one if it is not set."""
         if (top and name in self.fixed) or not isinstance(old, self.kind):
             return old
         new = old if self.train is None else value_of(name, self.train)
@@ -227,11 +233,12 @@ class _Setter:
 
 
 def _replaced(value: PyTree, changes: dict[str, object]) -> PyTree:
-    if _is_linen(value):  # clone keeps name and parent right
+    """A copy of a dataclass instance with some fields changed."""
+    if _is_linen(value):  # `dataclasses.replace` would lose the module's name and parent
         return value.clone(**changes)
     try:
         return dataclasses.replace(value, **changes)
-    except (TypeError, ValueError):  # fields that `__init__` does not take
+    except (TypeError, ValueError):  # fields with init=False, or an `__init__` of the user's
         new = copy.copy(value)
         for name, item in changes.items():
             object.__setattr__(new, name, item)
@@ -239,39 +246,41 @@ def _replaced(value: PyTree, changes: dict[str, object]) -> PyTree:
 
 
 class CodePlace(Struct, frozen=True):
-    """The expression that gives a layer its switch: its text, empty where it was not found, and whether it is a literal."""
+    """The source expression of a layer's switch: its text, empty if not found, and whether it is a literal."""
 
     text: str = ""
     literal: bool = False
 
 
 class Layer(Struct, frozen=True):
-    """A dropout or normalisation layer that a trace passed through, and whether it is in its training behaviour."""
+    """A dropout or normalization layer that was called in a trace, and whether it ran in its training behavior."""
 
     kind: str
     """`dropout` or `norm`."""
     path: Path
     training: bool
     owner: str
-    """The class that made the layer, with the line that gives it its switch where that is known: `MyModel (line 8)`."""
+    """The class that made the layer, with the line that sets the switch where that is known: `MyModel (line 8)`."""
     switch: str
     """The layer's own argument, such as `deterministic`."""
     value: bool
-    """The value of that argument."""
+    """The argument's value in this call."""
     source: CodePlace = CodePlace()
     own_switch: str = ""
-    """The owner's own switch as its code writes it, such as `train` or `self.training`; empty if it has none."""
+    """The owner's own switch as its code would write it, such as `train` or `self.training`; empty if it has none."""
     method: str = ""
     """The owner's method that called the layer."""
 
 
 class _SwitchPlace(NamedTuple):
-    """A place in the source that gives the switch of a layer.
+    """A call in the source that passes a layer its switch: `nn.Dropout(0.5, deterministic=True)` or `self.drop(x, …)`.
 
     Attributes:
-      expression: what it is given; `line`: of that, in the file or cell.
-      call: the lines of the call; `name`: of the attribute that the call's value is assigned to.
-      keyword: it is given by its name.
+      expression: the switch's expression.
+      line: line of the expression in the file or cell.
+      call: lines of the whole call.
+      name: the attribute that the call's value is assigned to (`self.name = …`), empty if none.
+      keyword: the switch is passed as a keyword, not by position.
     """
 
     expression: ast.expr
@@ -282,14 +291,14 @@ class _SwitchPlace(NamedTuple):
 
 
 def layer_of(kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> Layer | None:
-    """The layer `module` at `path`, called while its trace runs; None where nothing says if it trains.
+    """Describes the layer `module` at `path`, which is being called right now; None where its switch is no bool.
 
     Args:
       around: the modules around it, innermost first.
-      given: arguments of its call, by name.
+      given: arguments of the call by name.
     """
     name = SWITCH_OF[kind]
-    in_call = given.get(name) is not None  # the construction gives it otherwise
+    in_call = given.get(name) is not None  # else the switch was given at construction
     value = given[name] if in_call else getattr(module, name)
     if not isinstance(value, bool):
         return None
@@ -301,13 +310,15 @@ def layer_of(kind: str, path: Path, module: object, around: list[Any], given: Ma
     frame = _frame_of(owner)
     line = None if frame is None else frame.f_lineno
     written = list(_places_of(type(owner), type(module), name, in_call))
+    # By the attribute's name first; else by the line that is running; else calls that are not assigned (in `@compact`).
     named = [place for place in written if place.name and place.name == re.sub(r"_\d+$", "", path[-1] if path else "")]
     here = [place for place in written if line in place.call]
     places = named or here or [place for place in written if not place.name]
-    # Any call of two arguments might give one by its place.
+    # Positional candidates are uncertain, since any call with enough arguments looks like one: keywords win.
     places = [place for place in places if place.keyword] or places
     texts = {ast.unparse(place.expression) for place in places}
     made_in, source = type(owner).__name__, CodePlace()
+    # Several different expressions, or a literal that is not the actual value: the place was not found.
     literal = len(texts) == 1 and isinstance(places[0].expression, ast.Constant)
     if len(texts) == 1 and (not literal or texts == {str(value)}):
         source = CodePlace(texts.pop(), literal)
@@ -321,7 +332,7 @@ def _is_flax(cls: type) -> bool:
 
 
 def _frame_of(module: object) -> FrameType | None:
-    """The innermost frame of the user's in which a method of `module` runs."""
+    """The innermost frame of user code whose first argument is `module`, that is, a running method of it."""
     for frame, _ in traceback.walk_stack(sys._getframe(1)):
         code = frame.f_code
         is_ours = str(frame.f_globals.get("__name__")).startswith(("flax.", "flax_magics."))
@@ -331,7 +342,10 @@ def _frame_of(module: object) -> FrameType | None:
 
 
 def _own_switch(module: object, frame: FrameType | None) -> str:
-    """A module's own switch as its methods write it: `train`, `self.training`, `self.config.deterministic`."""
+    """A module's own switch as its methods write it: `train`, `self.training`, `self.config.deterministic`; or empty.
+
+    An argument of the running method (`frame`) comes before fields.
+    """
     code = None if frame is None else frame.f_code
     arguments = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     held = [(name, value) for name, value in vars(module).items() if dataclasses.is_dataclass(value)]
@@ -342,7 +356,7 @@ def _own_switch(module: object, frame: FrameType | None) -> str:
 
 
 def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_SwitchPlace]:
-    """Every place in the class's methods that gives `switch` to a layer, where it is made or where it is called."""
+    """Every call in the class's methods that passes `switch` to a `layer`: calls of it (`in_call`) or constructions."""
     function: Callable[..., Any] = layer.__call__.__get__(object()) if in_call else layer
     parameters = list(inspect.signature(function).parameters)  # without `self`
     position = parameters.index(switch) if switch in parameters else None
@@ -365,6 +379,7 @@ def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_
                 place = range(call.lineno + start - 1, (call.end_lineno or call.lineno) + start)
                 expression = next((item.value for item in call.keywords if item.arg == switch), None)
                 keyword = expression is not None
+                # The positional arguments of `partial` begin with the layer itself, so they are off by one.
                 if not keyword and position is not None and len(call.args) > position:
                     expression = call.args[position] if _last(call.func) != "partial" else None
                 if expression is not None:
@@ -373,7 +388,7 @@ def _places_of(cls: type, layer: type, switch: str, in_call: bool) -> Iterator[_
 
 
 def _makes(call: ast.Call, layer: type) -> bool:
-    """Whether a call makes the layer: `nn.Dropout(…)` or `partial(nn.Dropout, …)`."""
+    """Whether a call constructs the layer: `nn.Dropout(…)` or `partial(nn.Dropout, …)`."""
     return layer.__name__ in {_last(call.func), *(_last(arg) for arg in call.args if _last(call.func) == "partial")}
 
 
@@ -382,12 +397,12 @@ def _last(node: ast.expr) -> str:
 
 
 def mask_of(module: Any, args: Args, kwargs: Kwargs) -> tuple[tuple[int, ...], float] | None:
-    """Shape and rate of the mask that a dropout draws, of linen or NNX, for the arguments of its call."""
+    """(shape, rate) of the mask that a linen or NNX dropout draws when called with these arguments; None if unknown."""
     inputs = args[0] if args else kwargs.get("inputs")
     shape, rate = getattr(inputs, "shape", None), module.rate
     if shape is None or not isinstance(rate, (int, float)):
         return None
     whole = list(shape)
     for dim in module.broadcast_dims:
-        whole[dim] = 1
+        whole[dim] = 1  # the mask is broadcast along these axes
     return tuple(whole), float(rate)

@@ -1,1 +1,1 @@
-"""The commands in an IPython shell. Nothing else imports IPython."""
+"""The commands in an IPython shell. No other room imports IPython."""

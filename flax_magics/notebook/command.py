@@ -1,6 +1,6 @@
-"""What all commands do alike when they are used: help, errors that a person can read, a call read, run and reported.
+"""What all commands share: help, errors that a person can read, and reading, running and reporting a call.
 
-What a line asks for is put in the session's terms here. JAX and Flax are imported once that happens, not before.
+Turns what a line asks for into calls of the session. JAX and Flax are imported when that happens, not before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Namespace = dict[str, object]
 
 def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
     """Makes a magic of a method that takes a `CommandUse`: with help, and errors that a person can read."""
-    # A loop runs one line many times. What is read of it is shared, and nobody changes it.
+    # A loop runs one line many times, so the last lines are kept as read; nobody changes what was read.
     read_line, read_cell = (lru_cache(partial(read, spec._replace(name=sign + spec.bare_name))) for sign in ("%", "%%"))
 
     def decorate(function: Callable[[Any, CommandUse], Any]) -> Any:
@@ -45,7 +45,7 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
             notebook: Notebook = self.notebook
             options = LineOptions({})
             try:
-                # A `;` belongs to a call, which reads it itself; elsewhere it only silences.
+                # For a call, a `;` is read together with it; elsewhere it only silences.
                 text = line if spec.takes == "call" else line.rstrip("; ")
                 options = read_line(text) if cell is None else read_cell(text)
                 if options.help or (not line.strip() and cell is None and not spec.bare):
@@ -54,21 +54,23 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
                 runs_before = notebook.journal.runs()
                 names = notebook.shell.user_ns if local_ns is None else local_ns
                 value = function(self, CommandUse(notebook, spec, line, cell, options, names))
+                # Only a command that succeeded is noted down: where it stood, for the runs that it made.
                 notebook.journal.drew(runs_before, notebook.shell.user_global_ns)
                 notebook.tell_of_autosave()
                 return value
             except FlaxMagicsError:
                 raise
+            # An error of the model's own: shown without our frames.
             except Exception as error:
                 show_user_frames(error, notebook.shell, hint=hints(error, notebook, options.options))
                 raise
             finally:
                 notebook.called = None  # its arguments would be held until the next command
 
-        del run.__wrapped__  # IPython 7 calls by the signature that it finds behind it
+        del run.__wrapped__  # IPython 7 would call by the signature of the wrapped function
         run.__doc__ = spec.render_help()
-        # What this gives is not used: IPython 7 puts a function around each that binds its signature in every call, which
-        # costs as much as all that a line needs.
+        # What `mark` returns is not used: IPython 7 returns a wrapper that binds the signature in every call, which
+        # costs as much as all else that a line needs.
         mark = line_cell_magic if spec.takes in ("call", "assignment") else line_magic
         mark(no_var_expand(needs_local_scope(run)))
         return run
@@ -81,10 +83,10 @@ class CommandUse:
     """One use of a command. `use["train"]` is the value of an option.
 
     Attributes:
-      line: what stands after the command's name.
-      cell: the lines below, None for a line magic.
-      read: the line, read.
-      local_ns: names of the function that the line stands in, else those of the notebook.
+      line: the text after the command's name.
+      cell: the lines below it; None for a line magic.
+      read: the line as options and rest.
+      local_ns: the names of the function that the line stands in; at the top of a cell those of the notebook.
     """
 
     notebook: Notebook
@@ -99,7 +101,7 @@ class CommandUse:
 
     @property
     def rest(self) -> str:
-        """What stands after the options."""
+        """The text after the options."""
         return self.read.rest
 
     @property
@@ -108,11 +110,11 @@ class CommandUse:
         return self.notebook.shell.user_ns  # type: ignore[no-any-return]
 
     def value_of(self, name: str) -> Any:
-        """What a name stands for where the line stands; None for nothing."""
+        """The value of a name at the place of the line; None if it is not bound."""
         return self.local_ns[name] if name in self.local_ns else self.user_ns.get(name)
 
     def names(self) -> Namespace:
-        """All names that the line can use. Not to be held by a local: the traceback of an error would hold their arrays."""
+        """All names that the line can use. Not for a local variable: a traceback would keep all their arrays alive."""
         return {**self.user_ns, **self.local_ns}
 
     @property
@@ -121,19 +123,19 @@ class CommandUse:
         return displayed_quietly(self.notebook.shell, self.line)
 
     def value_once(self, value: Any) -> Any:
-        """The value of a line that has shown it: None where it would be displayed once more, or a `;` keeps it back."""
+        """The value of a line that has shown it: None where the host would display it again, or a `;` silences it."""
         shown = not self["quiet"] and (self.cell is not None or displayed(self.notebook.shell))
         return None if shown or self.silenced else value
 
     @property
     def mode(self) -> str | None:
-        """What `--train` and `--eval` ask for."""
+        """The mode that `--train` or `--eval` asks for; None for neither. Raises FlaxMagicsError for both."""
         if self["train"] and self["eval"]:
             raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
         return "train" if self["train"] else "eval" if self["eval"] else None
 
     def run(self, run: Callable[[CallExpression], Run]) -> Any:
-        """Runs the call of a line or of a cell, reports it, and gives its value."""
+        """Runs the call of a line or a cell, and reports it. Returns the output; None if it is assigned or silenced."""
         expression, assign = self.read_body()
         with self.notebook.working("preparing") as live:
             finished = run(expression)
@@ -147,7 +149,7 @@ class CommandUse:
         return None if quiet else finished.output
 
     def read_body(self) -> tuple[CallExpression, Callable[[Any], None] | None]:
-        """The call of a line or of a cell, whose other statements are run; and what binds its value, in a cell."""
+        """The call of a line; or of a cell, whose other statements are run, with a function that assigns the value."""
         name = self.spec.name
         if self.cell is None:
             return parse_call(self.rest, f"{name} {self.line[: self.read.offset]}".strip()), None
@@ -159,7 +161,7 @@ class CommandUse:
         return run_statements_with_call(self.notebook.shell, self.cell, self.line, f"%{name}")
 
     def resolve(self, expression: CallExpression, *, registers: bool = True) -> tuple[str, Call, Any]:
-        """Name, call, and the module that the name stands for in the namespace, if it is another than was registered.
+        """Name of the model, the evaluated call, and the module that the name stands for now, None if as registered.
 
         Args:
           registers: a module that never was registered is, once the command has succeeded.
@@ -174,18 +176,19 @@ class CommandUse:
             raise self._unknown(expression, value)
         args, kwargs = expression.evaluate(self.user_ns, self.local_ns)
         call = Call(expression.method, args, kwargs, expression.call, self.notebook.number, expression.command)
+        # From here on an error may come from the model: its hints are about this call.
         self.notebook.called = ModelCall(expression, call, registered if registered is not None else value)
         if value is registered:
             return target, call, None
         if is_module_class(value) and type(registered).__name__ == value.__name__ and type(registered) is not value:
-            # A class registered under its own name, and defined again in a cell without the magic.
+            # Registered under its own name, and the class was defined again in a cell without the magic.
             from ..models.construction import needed_fields
 
             value = None if needed_fields(value) else value()
         return target, call, value if is_module(value) else None
 
     def _unknown(self, expression: CallExpression, value: Any) -> FlaxMagicsError:
-        """The error for a name that is not registered, and stands for `value` in the namespace."""
+        """The error for a name without a registered model; `value` is what it is bound to in the namespace."""
         from ..models.construction import adopt, modules_in, spell_construction
 
         session, name = self.notebook.session, expression.target
@@ -217,7 +220,7 @@ class CommandUse:
             text = f"`{name}` is no model but {type(value).__name__}; {listed}."
             tree = expression.tree
             calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and root_name(node) in known]
-            if calls:  # `jnp.sum(net(x))`
+            if calls:  # such as `jnp.sum(net(x))`, where only the inner call can be a command's
                 return FlaxMagicsError(text, **written(values_first(expression.text, tree, expression.command, calls)))
         return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")
 
@@ -248,18 +251,22 @@ class CommandUse:
         return None
 
     def draw(self) -> DrawNumber | None:
-        """The draw that `--draw` names."""
+        """The draw that `--draw` names, None without the option."""
         text = self["draw"]
         if text is None:
             return None
+        # Typed again with a gap for the draw, so that advice can be pasted.
         typed = f"{'%' if self.cell is None else '%%'}{self.spec.bare_name} {self.line}".strip()
         return self.draw_of(text, re.sub(rf"(--draw[\s=]+){re.escape(text)}", r"\1{}", typed, count=1))
 
     def draw_of(self, text: str, line: str) -> DrawNumber:
-        """A number, `last`, `seed:N`, or the name of a Run, as `Session.apply` takes it.
+        """A draw as `Session.apply` takes it, from a number, `last`, `seed:N`, or the name of a Run.
 
         Args:
-          line: the whole one, `{}` in the place of `text`.
+          line: the whole line, with `{}` in the place of `text`.
+
+        Raises:
+          FlaxMagicsError: `text` is none of these.
         """
         from ..run import Run
 
@@ -282,10 +289,10 @@ class CommandUse:
         )
 
     def replay_of(self) -> DrawNumber | str | Run:
-        """What `%flax_replay` is of, as `Session.replay` takes it: of the name of a Run it is that run itself.
+        """The argument of `%flax_replay` as `Session.replay` takes it. The name of a Run means that run alone.
 
         Raises:
-          FlaxMagicsError: nothing has been drawn, or the line names none of these.
+          FlaxMagicsError: nothing has been drawn, or the line names no draw.
         """
         from ..run import Run
 
@@ -299,7 +306,7 @@ class CommandUse:
 
 
 def parse_variables(text: str) -> Assignment:
-    """`net`, or `net = EXPR`: what `%flax_vars` takes.
+    """Reads the line of `%flax_vars`: `net`, or `net = EXPR`.
 
     Raises:
       FlaxMagicsError: it is something else.
@@ -316,7 +323,7 @@ def parse_variables(text: str) -> Assignment:
 
 
 def with_package(user_ns: Namespace, local_ns: Namespace) -> Namespace:
-    """Names of the enclosing function, with `flax_magics` where the notebook has none: messages write that."""
+    """The names for an expression, with `flax_magics` even if it was not imported: advice relies on that."""
     names = {} if local_ns is user_ns else dict(local_ns)
     if "flax_magics" not in user_ns:
         names.setdefault("flax_magics", sys.modules["flax_magics"])

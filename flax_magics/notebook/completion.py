@@ -1,6 +1,6 @@
-"""Tab completion: options, model names, their methods and fields, and argument names.
+"""Tab completion of options, model names, their methods and fields, and argument names.
 
-The names of the commands themselves are completed by IPython, as those of any magic.
+IPython itself completes the names of the commands, as of any magic.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _PATH = re.compile(r"[^\W\d]\w*(\.\w*)*")
 
 
 def completions(line: str, text: str, commands: Mapping[str, Command], models: Mapping[str, ModelNames]) -> list[str]:
-    """What may stand in the place of `text`, best first.
+    """What can stand in the place of `text`, best first.
 
     Args:
       line: the line up to the cursor.
-      text: the token before the cursor, as IPython cuts it (at white space, brackets and commas, not at dots).
+      text: the token before the cursor, as IPython cuts it: at white space, brackets and commas, but not at dots.
       commands: by name, `%` signs included.
-      models: the registered ones, by name.
+      models: names of the registered models, by model.
     """
     line_match = _COMMAND.fullmatch(line)
     if line_match is None:
@@ -40,6 +40,7 @@ def completions(line: str, text: str, commands: Mapping[str, Command], models: M
         return []
     written, position, waiting = _options_before(command, rest)
     rest = rest[position:]
+    # The value of an option is being typed: only file names can be offered.
     if waiting is not None:
         return files(rest, text) if waiting.metavar == "FILE" else []
     flag_start = rest or "--"
@@ -60,7 +61,7 @@ def completions(line: str, text: str, commands: Mapping[str, Command], models: M
 
 
 def _options_before(command: Command, rest: str) -> tuple[set[Option], int, Option | None]:
-    """The options that are complete, the index of what follows them, and the option whose value is being written."""
+    """The options that are complete, where the text after them begins, and the option whose value is being typed."""
     complete, position, waiting = set[Option](), 0, None
     while position < len(rest) and (waiting is not None or rest[position] == "-" or rest[position].isspace()):
         if rest[position].isspace():
@@ -70,6 +71,7 @@ def _options_before(command: Command, rest: str) -> tuple[set[Option], int, Opti
             end = token_end(rest, position)
         except Unbalanced:
             break
+        # The last token is still being typed.
         if end == len(rest):
             break
         flag, equals, _ = rest[position:end].partition("=")
@@ -82,10 +84,10 @@ def _options_before(command: Command, rest: str) -> tuple[set[Option], int, Opti
 
 
 def files(start: str, text: str, most: int = 200) -> list[str]:
-    """Folders and files whose name begins as `start` does, those that may be a saved session first.
+    """Folders and files that begin with `start`, files that may be a saved session first.
 
     Args:
-      text: the part of `start` that is replaced by what is found.
+      text: the end of `start`, which each result replaces.
     """
     start, text = start.lstrip("'\""), text.lstrip("'\"")
     folder, _, name = start.rpartition("/")
@@ -95,9 +97,10 @@ def files(start: str, text: str, most: int = 200) -> list[str]:
             names = [entry.name + "/" * entry.is_dir() for entry in entries if entry.name.startswith(name)]
     except OSError:
         return []
+    # Hidden files are offered once a dot is typed.
     names = [each for each in names if name or not each.startswith(".")]
     names.sort(key=lambda each: (not each.endswith(".safetensors"), not each.endswith("/"), each))
-    # What is typed may be cut at a bracket, or have a folder before it.
+    # IPython's token may begin inside the file's name (after a bracket), or before it (at the folder).
     over = len(name) - len(text) if text else 0
     return [text[: max(-over, 0)] + each[max(over, 0) :] for each in names[:most]]
 
@@ -119,7 +122,7 @@ def _attributes(path: str, text: str, models: Mapping[str, ModelNames]) -> list[
 
 
 def _arguments(rest: str, text: str, models: Mapping[str, ModelNames]) -> list[str]:
-    """`train=` where an argument of the call begins."""
+    """`name=` for each argument of the call that is not given yet, where an argument begins; else nothing."""
     path = _PATH.match(rest)
     if path is None or rest[path.end() : path.end() + 1] != "(":
         return []
@@ -129,6 +132,7 @@ def _arguments(rest: str, text: str, models: Mapping[str, ModelNames]) -> list[s
         return []
     depth, here, written = 0, path.end() + 1, set[str]()
     for piece in pieces(rest, path.end()):
+        # Inside of a string or a comment.
         if piece.kind in ("quote", "comment"):
             return []
         depth = piece.depth
@@ -145,25 +149,25 @@ def _arguments(rest: str, text: str, models: Mapping[str, ModelNames]) -> list[s
 
 
 class Matcher:
-    """`completions` as IPython's completer calls it.
+    """Connects `completions` with IPython's completer.
 
     Args:
       shell: an `InteractiveShell`.
-      get_models: gives the registered models; must be cheap, and must not make a session.
+      get_models: returns the names of the registered models; must be fast, and must not make a session.
     """
 
     def __init__(self, shell: Any, get_models: Callable[[], Mapping[str, ModelNames]]) -> None:
         self.shell, self.get_models = shell, get_models
 
     def flax_matches(self, text: str) -> list[str]:
-        """A matcher for every IPython."""
+        """The matcher for versions of IPython that only take the token."""
         try:
             return completions(self.shell.Completer.text_until_cursor, text, COMMANDS, self.get_models())
         except Exception:
-            return []  # IPython would print the traceback into the line that is being typed
+            return []  # IPython would print a traceback into the line that is being typed
 
     def flax_matcher(self, context: Any) -> dict[str, Any]:
-        """A matcher of version 2 (IPython ≥ 8.6): in the place of an option or a model, nothing else is offered."""
+        """The matcher of version 2 (IPython ≥ 8.6): beside an option or a model, it suppresses all other matches."""
         from IPython.core.completer import SimpleCompletion
 
         line = self.shell.Completer.text_until_cursor
@@ -171,6 +175,7 @@ class Matcher:
         matches = self.flax_matches(token)
         return {
             "completions": [SimpleCompletion(text=name, type="magic") for name in matches],
+            # Where an argument begins, any expression may stand: other completions are still of use.
             "suppress": bool(matches) and not matches[0].endswith("="),
             "matched_fragment": token,
         }
@@ -178,13 +183,13 @@ class Matcher:
     flax_matcher.matcher_api_version = 2  # type: ignore[attr-defined]
 
     def install(self) -> None:
-        """Has the shell's completer ask this, by the kind of matcher that this version of IPython takes."""
+        """Adds the matcher to the shell's completer, in the form that this version of IPython takes."""
         from IPython.core import completer
 
         self._hook = self.flax_matcher if hasattr(completer, "SimpleCompletion") else self.flax_matches
         self.shell.Completer.custom_matchers.append(self._hook)
 
     def uninstall(self) -> None:
-        """Takes it away again."""
-        with suppress(ValueError):  # another completer took its place
+        """Removes the matcher."""
+        with suppress(ValueError):  # the completer was replaced meanwhile
             self.shell.Completer.custom_matchers.remove(self._hook)

@@ -1,11 +1,11 @@
-"""What a command fails with: errors that show the user's frames alone, and a Ctrl-C that is always heard.
+"""How a command fails: tracebacks with the user's frames alone, and a Ctrl-C that is never lost.
 
-IPython asks an exception for `_render_traceback_` before it formats frames (7.34, 9, and ipykernel through them). It
-still formats here, with the shell's own formatter, mode and colours: only frames and causes are chosen.
+IPython asks an exception for `_render_traceback_` before it formats frames (7.34, 9, and ipykernel through them). The
+shell's own formatter, mode and colors are still used: only frames and causes are chosen here.
 
 Python raises `KeyboardInterrupt` between any two bytecodes of the main thread. While JAX traces, one in ten falls into
-a callback of the garbage collector or of a weak reference, where Python prints an exception and drops it, or into an
-`__eq__` that NumPy calls, which clears it or makes a `SystemError` of it (measured on jax 0.10, 2,400 interrupts). The
+a callback of the garbage collector or of a weak reference, where Python prints the exception and drops it, or into an
+`__eq__` called by NumPy, which clears it or turns it into a `SystemError` (measured on jax 0.10, 2,400 interrupts). The
 command would go on as if nobody had asked it to stop.
 """
 
@@ -26,36 +26,36 @@ from typing import Any
 from ..errors import FlaxMagicsError
 
 PACKAGES = ("flax_magics", "flax", "jax", "jaxlib", "IPython", "ipykernel", "traitlets", "decorator", "numpy")
-"""Whose frames are not the user's."""
+"""Packages whose frames are left out of tracebacks."""
 MACHINERY = ("contextlib", "functools", "threading", "concurrent.futures")
-"""Standard library that only carries a call on."""
+"""Modules of the standard library whose frames are left out: they only pass a call on."""
 _DROPPED = ("JaxStackTraceBeforeTransformation", "UnfilteredStackTrace", "SimplifiedTraceback")
-"""Causes that JAX attaches to keep its own frames."""
+"""Types of the causes that JAX attaches to keep its own frames."""
 _Step = tuple[int, int]
 _Inside = Callable[[TracebackType, TracebackType | None], bool]
-"""Of a step and the step after it: whether the user has no interest in it."""
+"""(a step of a traceback, the step after it) → whether to leave it out."""
 _JAX_NOTE = "For simplicity, JAX has removed its internal frames"
 AGAIN = 0.05
-"""Seconds until it is looked at whether an interrupt is still on its way, and after that between two looks."""
+"""Seconds between two checks whether an interrupt was lost."""
 
 
 def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ()) -> None:
-    """Has IPython show `exc` with the user's frames, its message, and `hint` as further lines.
+    """Has IPython show `exc` with the user's frames, its message, and the lines of `hint`.
 
     An exception that renders itself (such as `FlaxMagicsError`), or that takes no attributes, stays as it is. A hint
-    given before stays too while the same error is still on its way up.
+    that was set before stays while the same error is still propagating.
 
     Args:
-      exc: the error that is being handled, to be raised again after this.
-      shell: an `InteractiveShell`, or None, which changes nothing.
-      hint: lines that stand below the message.
+      exc: the error that is being handled; the caller raises it again.
+      shell: an `InteractiveShell`; with None nothing is done.
+      hint: lines below the message.
     """
     if shell is None or hasattr(type(exc), "_render_traceback_"):
         return
     rendering = getattr(exc, "__dict__", {}).get("_render_traceback_")
     end = None
     if isinstance(rendering, _Rendering):
-        # Raised anew after it was shown: Python keeps the old traceback below the new one.
+        # Shown before and raised again: Python has added the new frames above the old ones, which are left out.
         hint, end = (hint, rendering.shown) if rendering.shown else (hint or rendering.hint, rendering.end)
     with suppress(AttributeError):
         exc._render_traceback_ = _Rendering(shell, hint, end)  # type: ignore[attr-defined]
@@ -78,11 +78,11 @@ def end_in_cell(error: FlaxMagicsError, shell: Any) -> None:
 
 
 def stopped(error: KeyboardInterrupt, doing: str | None) -> None:
-    """Has IPython show an interrupt as one line: where in our code or XLA's it struck is nobody's concern.
+    """Has IPython show an interrupt as one line, since it does not matter where in our code or XLA's it fell.
 
     Args:
-      error: the interrupt, to be raised again after this.
-      doing: what was being done, such as `compiling net`; None if it was done when the interrupt was heard.
+      error: the interrupt; the caller raises it again.
+      doing: what was being done, such as `compiling net`; None if it was done before the interrupt was noticed.
     """
     late = "heard only when the command was done, and it counts"
     said = late if doing is None else f"stopped while {doing}; the session is as it was before"
@@ -90,10 +90,10 @@ def stopped(error: KeyboardInterrupt, doing: str | None) -> None:
 
 
 class _Rendering:
-    """What IPython calls for a traceback's lines. It holds no exception: that would be a cycle, which pins arrays.
+    """IPython calls it for the lines of a traceback. It holds no exception: that cycle would keep arrays alive.
 
     Args:
-      end: the step where an earlier raise of the same exception begins, if there was one.
+      end: the step at which an earlier raise of the same exception begins, None if there was none.
     """
 
     def __init__(self, shell: Any, hint: tuple[str, ...], end: _Step | None) -> None:
@@ -101,6 +101,7 @@ class _Rendering:
         self.shown: _Step | None = None
 
     def __call__(self) -> list[str]:
+        # IPython calls without the exception: find the one that is being shown.
         raised = (sys.exc_info()[1], getattr(sys, "last_exc", None), getattr(sys, "last_value", None))
         exc = next((exc for exc in raised if getattr(exc, "__dict__", {}).get("_render_traceback_") is self), None)
         if exc is None:
@@ -113,6 +114,7 @@ class _Rendering:
                     lines = formatter.structured_traceback(type(exc), exc, exc.__traceback__, tb_offset=0)
                 else:
                     lines = formatter.get_exception_only(type(exc), exc)
+        # A formatter that fails must not hide the error itself.
         except Exception:
             lines = [f"{type(exc).__name__}: {exc}"]
         return [*lines[:-1], lines[-1].rstrip("\n"), *self.hint]
@@ -120,15 +122,17 @@ class _Rendering:
 
 @contextmanager
 def _users_view(exc: BaseException, inside: _Inside, end: _Step | None) -> Iterator[list[BaseException]]:
-    """The chain of `exc` with its frames and causes reduced to the user's, for as long as it is being formatted."""
+    """Reduces the chain of `exc` to the user's frames and causes, and restores it after the block."""
     saved: list[tuple[Any, ...]] = []
     link: BaseException | None = exc
     try:
+        # Chains of exceptions can be cyclic.
         while link is not None and not any(link is entry[0] for entry in saved):
             notes = getattr(link, "__notes__", None)
             saved.append((link, link.__traceback__, link.__cause__, link.__context__, link.__suppress_context__, notes))
             cause, context = _next(link, inside)
             trace = None
+            # `tb_next` cannot skip steps: the chain is built anew, from the innermost step outwards.
             for step in reversed(_user_steps(link.__traceback__, inside, end)):
                 trace = TracebackType(trace, step.tb_frame, step.tb_lasti, step.tb_lineno)
             link.__traceback__ = trace
@@ -146,13 +150,13 @@ def _users_view(exc: BaseException, inside: _Inside, end: _Step | None) -> Itera
 
 
 def _next(exc: BaseException, inside: _Inside) -> tuple[BaseException | None, BaseException | None]:
-    """The cause, or else the context, that the user's view of `exc` goes on with."""
+    """The next exception of the chain to show, as (cause, context), of which one is None."""
     seen = {id(exc)}
     explicit = exc.__cause__ is not None
     link = exc.__cause__ or (None if exc.__suppress_context__ else exc.__context__)
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        # A cause without any frame was made by hand, in `raise … from ValueError(…)`.
+        # A cause without frames is one that the user made: `raise … from ValueError(…)`.
         by_hand = link is exc.__cause__ and link.__traceback__ is None
         if type(link).__name__ not in _DROPPED and (by_hand or _user_steps(link.__traceback__, inside)):
             return (link, None) if explicit else (None, link)
@@ -162,7 +166,7 @@ def _next(exc: BaseException, inside: _Inside) -> tuple[BaseException | None, Ba
 
 
 def _user_steps(trace: TracebackType | None, inside: _Inside, end: _Step | None = None) -> list[TracebackType]:
-    """The steps in the user's code before the one that `end` identifies, without those that only start a magic."""
+    """The steps in the user's code, up to the one that `end` identifies."""
     steps = []
     while trace is not None and (end is None or _identity(trace) != end):
         steps.append(trace)
@@ -171,13 +175,13 @@ def _user_steps(trace: TracebackType | None, inside: _Inside, end: _Step | None 
 
 
 def _identity(step: TracebackType | None) -> _Step | None:
-    """What tells a step from others without keeping it alive."""
+    """Identifies a step without keeping it, and so its frame's arrays, alive."""
     return None if step is None else (id(step), id(step.tb_frame.f_code))
 
 
 def _inside() -> _Inside:
-    """Tells the steps that are not the user's: `PACKAGES`, `MACHINERY`, and the line that only starts a magic."""
-    # What was never imported has no frames, so nothing is imported to look.
+    """Makes the test for steps to leave out: of `PACKAGES`, of `MACHINERY`, and lines that only start a magic."""
+    # A module that is not imported has no frames, so looking must not import it.
     modules = [sys.modules[name] for name in (*PACKAGES, *MACHINERY) if name in sys.modules]
     folders = [folder + os.sep for module in modules for folder in getattr(module, "__path__", ())]
     files = [str(module.__file__) for module in modules if not hasattr(module, "__path__")]
@@ -189,7 +193,7 @@ def _inside() -> _Inside:
         if file.startswith(places) or file.startswith(("<frozen importlib", "<decorator-gen", "<flax_magics")):
             return True
         if file == "<string>" and code.co_name.startswith("__"):
-            return True  # what `dataclasses` makes: it has no text to show
+            return True  # a method made by `dataclasses`, which has no source to show
         if following is None or step.tb_frame.f_locals is not step.tb_frame.f_globals:
             return False
         return following.tb_frame.f_code.co_name in ("run_line_magic", "run_cell_magic")
@@ -198,14 +202,14 @@ def _inside() -> _Inside:
 
 
 class InterruptGuard:
-    """From `begin` to `end` of a command, an interrupt stops it wherever it falls.
+    """Makes sure that an interrupt stops the command, wherever it falls between `begin` and `end`.
 
-    After an interrupt a thread sends another signal every `AGAIN` seconds, which asks whether the first one is being
-    handled: in a `finally`, an `except` or a `with` on its way out. If it is, it is left alone; if not, it was lost,
-    and is raised anew. A handler of the user's own is left in place, and other threads get no signals.
+    After an interrupt, a thread sends another signal every `AGAIN` seconds, to ask whether the first is being handled
+    (in a `finally`, `except` or `with` on its way out). If so nothing happens; if not it was lost, and is raised again.
+    A handler of the user's own is left in place, and other threads get no signals.
 
     Args:
-      parts: the code of functions that `begin` and `end` are called in, and where nothing is to strike.
+      parts: code of the functions around `begin` and `end`, in which nothing is raised: they must not be left halfway.
     """
 
     def __init__(self, *parts: CodeType) -> None:
@@ -216,9 +220,10 @@ class InterruptGuard:
         self._ours: Callable[[int, FrameType | None], None] | None = None
 
     def begin(self) -> None:
-        """Replaces Python's own handler of SIGINT, if that is the one in place. Does nothing outside the main thread."""
+        """Replaces Python's own handler of SIGINT, if that is in place. Does nothing outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return
+        # `_signal` and not `signal`, whose enums cost 18 instead of 4 µs for each command.
         if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
             self._ours, self._hook, sys.unraisablehook = self._strike, sys.unraisablehook, self._unraisable
             _signal.signal(_signal.SIGINT, self._ours)
@@ -227,17 +232,17 @@ class InterruptGuard:
         """Puts Python's own handler back.
 
         Args:
-          error: what the command ends with.
+          error: the exception that the command ends with, if any.
 
         Returns:
-          the interrupt to be raised instead: it was made another error by those who got it, or it was lost, and the
-          command was done before it could strike again.
+          The interrupt that the caller is to raise instead: it was turned into another error, or lost, and the command
+          ended before it was raised again. None if there is nothing to raise.
         """
         if self._ours is None:
             return None
-        with self._lock:  # from here on nobody asks
+        with self._lock:  # the thread sends no more signals after this
             ours, self._ours = self._ours, None
-        # This delivers what is waiting first, so that no question is left for the handler that comes next.
+        # `_signal.signal` delivers pending signals first, so that none is left for the handler that it installs.
         if _signal.getsignal(_signal.SIGINT) is ours:
             _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         if sys.unraisablehook == self._unraisable:
@@ -248,15 +253,17 @@ class InterruptGuard:
         return KeyboardInterrupt()
 
     def _strike(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signal."""
+        """Handles SIGINT: raises a user's interrupt; for a signal of our thread raises it again if it was lost."""
         asked, self._asking = self._asking, False
+        # Our own question: nothing to do if the command ends, or if the interrupt is on its way up.
         if asked and (self._ours is None or self._struck is None or _within(self._struck, sys.exc_info()[1])):
             return
         self._struck = KeyboardInterrupt()
         if not self._watched:
             self._watched = True
-            # Without the locks of `threading`, which the code that was interrupted may hold.
+            # Without `threading`, whose locks the interrupted code may hold.
             _thread.start_new_thread(self._watch, ())
+        # Inside `begin`, `end` and around them it is only noted: `end` returns it.
         if frame is None or frame.f_code not in self._parts:
             raise self._struck
 
@@ -266,17 +273,18 @@ class InterruptGuard:
             with self._lock:
                 if self._ours is None:
                     return
+                # Under the lock, so that no signal is sent once `end` has put the handler back.
                 self._asking = True
                 _thread.interrupt_main()
 
     def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Keeps Python from printing an interrupt that it dropped, where that one is raised again."""
+        """Keeps Python from reporting a dropped interrupt as unraisable: it will be raised again."""
         if self._struck is None or lost.exc_value is not self._struck:
             self._hook(lost)
 
 
 def _within(sought: BaseException, error: BaseException | None) -> bool:
-    """Whether an error is the one that is sought, or was raised while that was handled."""
+    """Whether `error` is the exception sought, or was raised while that was being handled."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if error is sought:

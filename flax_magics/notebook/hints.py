@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tuple[str, ...]:
-    """The lines that stand beneath the error's message; none where nothing is known."""
+    """Lines to add below an error that the model's code raised; none if we know no more than it says."""
     from ..compile.trace import is_tracer_error
 
     called = notebook.called
@@ -23,6 +23,7 @@ def hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tupl
         if not command.startswith("%flax_apply"):
             return (said,)
         return (f"{said}; op by op it can", *advice_lines(f"{command} --eager {called.expression.call}"))
+    # The message of `nn.merge_param`.
     unset = re.search(r'"(\w+)" must be passed to the constructor or at call time', str(error))
     if called is not None and isinstance(error, ValueError) and unset is not None:
         mode = options.get("train") or options.get("eval")
@@ -34,9 +35,9 @@ def hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tupl
 
 
 def _of_unset(parameter: str, called: ModelCall, *, has_mode: bool) -> tuple[str, ...]:
-    """What to say where a layer of the model has no value for `parameter`: the option that sets it, or an edit.
+    """What to say of an unset switch `parameter` of a layer: the option that sets it, or the edit that connects it.
 
-    `--train` and `--eval` set what stands for the call or for the model itself, and not what the model keeps to itself.
+    `--train` and `--eval` set arguments of the call and fields of the model; a layer that is given neither stays unset.
     """
     from ..models.construction import adopt
     from ..models.switch import call_switches, following
@@ -61,9 +62,11 @@ def _of_shapes(error: Exception, called: ModelCall, notebook: Notebook) -> tuple
     from ..models.calls import Arguments
     from ..models.construction import adopt
 
-    name, call = called.expression.target, called.call
+    session, name, call = notebook.session, called.expression.target, called.call
+    if name not in session.models:  # this was to be its first run
+        return ()
     signature = adopt(called.module, name).signature(call.method)
-    shapes = notebook.session.shapes_before(name, call.method)
+    shapes = session.models[name].shapes_before(call.method, session.programs.purposes.get(name, ()))
     pairs = [
         (argument, shapes[argument], leaf)
         for argument, leaf, _ in Arguments.of(call.args, call.kwargs, signature, frozenset()).rows

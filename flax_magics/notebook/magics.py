@@ -1,6 +1,6 @@
-"""The commands: read the line, call the session, show what comes back; and the extension, which puts them into a shell.
+"""The commands (read the line, call the session, show the result), and the extension that adds them to a shell.
 
-Nothing here imports JAX or Flax before a command is used.
+Importing this module imports neither JAX nor Flax; the first command does.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class FlaxMagics(Magics):
         self.notebook = Notebook(
             shell, lambda: Settings(self.seed, self.report, self.style, self.notes, self.disk_cache, self.replay_bytes)
         )
+        # Until what a first run needs was imported, see `end_cell`.
         self._imports_wait = True
 
     # -- settings
@@ -93,6 +94,7 @@ class FlaxMagics(Magics):
 
         session = existing()
         seed: int = proposal["value"]
+        # Traitlets validates in `__init__` as well, before there is a notebook.
         if hasattr(self, "notebook") and session is not None and session.draws and session.seed != seed:
             draws = plural(session.draws, "draw")
             message = f"the session has made {draws} from seed {session.seed}; `seed` is where it starts."
@@ -108,6 +110,7 @@ class FlaxMagics(Magics):
             session.programs.compiler.keep_on_disk(change["new"])
         elif change["name"] == "replay_bytes":
             session.replay_bytes = change["new"]
+        # Before the first draw nothing depends on the seed.
         elif not session.draws:
             session.restart(change["new"])
 
@@ -129,7 +132,7 @@ class FlaxMagics(Magics):
         return self.notebook.session
 
     def end_cell(self, result: Any = None) -> None:
-        """`post_run_cell`. Once JAX and Flax are there, what a first run needs is imported, which no run then waits for."""
+        """Handles `post_run_cell`. After the cell that imports JAX and Flax, imports what a first run needs, too."""
         self.notebook.end_cell(result)
         if self._imports_wait and all(name in sys.modules for name in ("jax", "flax.linen")):
             self._imports_wait = False
@@ -137,17 +140,17 @@ class FlaxMagics(Magics):
                 _import()
                 self.notebook.prepare()
             except (Exception, KeyboardInterrupt):
-                pass  # It was for speed alone. What is wrong is said by the first command, which imports it as well.
+                pass  # Only speed is lost. The first command imports the same, and reports what is wrong.
 
     # -- commands
 
     def publish(self, bundle: Mapping[str, Any], use: CommandUse | None = None) -> None:
-        """Shows a MIME bundle, but for a command that is quiet."""
+        """Shows a MIME bundle, unless the command is quiet."""
         if use is None or not use["quiet"]:
             self.notebook.reporter.publish(bundle)
 
     def tell(self, notice: Notice, use: CommandUse) -> None:
-        """Shows a line of news, but for a command that is quiet."""
+        """Shows a line of news, unless the command is quiet."""
         from ..report.html import notice_bundle
 
         self.publish(notice_bundle(notice, self.style), use)
@@ -170,7 +173,8 @@ class FlaxMagics(Magics):
         if use.cell is None:
             modules = model_cell.from_line(use)
         else:
-            model_cell.read_line(use.rest)  # a mistake there is told before anything runs
+            model_cell.read_line(use.rest)  # only to have a mistake told before the body runs
+            # A copy: the cell may bind names again, which is compared below.
             names_before = dict(use.user_ns)
             assigned = run_body(self.shell, use.cell, use.line)
             modules = model_cell.from_cell(use, assigned, names_before)
@@ -188,6 +192,7 @@ class FlaxMagics(Magics):
             init_run = self.session.run_init(name, call, draw=use.draw(), module=module)
             target = assigned_to(self.shell) if use.cell is None else None
             variables = self.session.collections[name]
+            # `variables = %flax_init net(x)`: a name that now holds the model's weights.
             if target is not None and variables is not None:
                 self.notebook.weight_names.hold(name, target, variables)
             return init_run
@@ -197,6 +202,7 @@ class FlaxMagics(Magics):
     @command(FLAX_APPLY)
     def flax_apply(self, use: CommandUse) -> Any:
         """`%flax_apply net(x)`"""
+        # Read first, so that a mistake in the options is told before arguments are evaluated.
         mode = use.mode
 
         def run(expression: CallExpression) -> Run:
@@ -219,6 +225,7 @@ class FlaxMagics(Magics):
         from ..summary.view import summary_bundle, tree_bundle
 
         mode, target = use.mode, use.rest.rstrip("; ")
+        # A name alone summarizes the variables, without a call.
         bare = use.cell is None and target.isidentifier()
         expression, assign = (parse_call(f"{target}()", "%flax_summary"), None) if bare else use.read_body()
         name, call, module = use.resolve(expression)
@@ -275,6 +282,7 @@ class FlaxMagics(Magics):
                 message = f"`{name}` has no variables yet: its first run initialises them, or an init does."
                 raise FlaxMagicsError(message, form=f"%flax_init {name}(…)")
         else:
+            # Evaluated with the package's name, since messages write `flax_magics.session()` without an import.
             weights = expression.evaluate(use.user_ns, with_package(use.user_ns, use.local_ns))
             written = Written(f"%flax_vars {name} = {{}}", expression.source)
             notes = self.session.assign(name, weights, module=module, written=written)
@@ -320,6 +328,7 @@ class FlaxMagics(Magics):
             runs = self.session.run_replay(draw)
         if use["out"]:
             use.user_ns[use["out"]] = runs[-1]
+        # The first report replaces the live line, further ones come below.
         live.show({} if use["quiet"] else notice_bundle(notice_of(runs[0]), self.style))
         for run in runs[1:]:
             self.tell(notice_of(run), use)
@@ -355,6 +364,7 @@ class FlaxMagics(Magics):
             file = file_name(use.rest, FLAX_LOAD)
             restored = self.session.load(file)
             models = (*restored.models, *(saved.name for saved in restored.waiting))
+            # The file's state tells an export whether it still is the file that was loaded.
             size = state_of(restored.path) or (0, 0)
             self.notebook.journal.loaded(Load(file, size, restored.seed, restored.draws, models))
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
@@ -364,13 +374,14 @@ _loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher]] = weakref.We
 
 
 def load(shell: Any) -> None:
-    """Registers the commands. Prints nothing; loading twice is loading once."""
+    """Registers the commands in a shell, once however often it is loaded. Prints nothing."""
     if shell in _loaded:
         return
-    magics = FlaxMagics(shell=shell, parent=shell)  # adds itself to the shell's configurables, for %config
+    magics = FlaxMagics(shell=shell, parent=shell)  # this also adds it to `shell.configurables`, for %config
     notebook = magics.notebook
     matcher = Matcher(shell, notebook.model_names)
     shell.register_magics(magics)
+    # Cleanup transformers run before IPython turns magics into calls, line by line.
     shell.input_transformers_cleanup.append(line_magic_transformer)
     matcher.install()
     shell.events.register("pre_run_cell", notebook.begin_cell)
@@ -381,7 +392,7 @@ def load(shell: Any) -> None:
 
 
 def unload(shell: Any) -> None:
-    """Takes everything back, hooks first. The session stays, for `%reload_ext` and for `flax_magics.session()`."""
+    """Removes everything, hooks first. The session stays, for `%reload_ext` and `flax_magics.session()`."""
     if shell not in _loaded:
         return
     magics, matcher = _loaded.pop(shell)
@@ -390,11 +401,12 @@ def unload(shell: Any) -> None:
     library.in_cells(False)
     in_notebook(None)
     matcher.uninstall()
-    with suppress(ValueError):  # somebody took it away before
+    with suppress(ValueError):  # it was removed by other code
         shell.input_transformers_cleanup.remove(line_magic_transformer)
     with suppress(ValueError):
         shell.configurables.remove(magics)
     manager = shell.magics_manager
+    # IPython has no call for this. A command that other code has replaced meanwhile is not ours to remove.
     for kind, names in magics.magics.items():
         for name in names:
             if getattr(manager.magics[kind].get(name), "__self__", None) is magics:
@@ -403,11 +415,12 @@ def unload(shell: Any) -> None:
 
 
 def _import() -> None:
-    """Imports what a model cell and a first run need."""
+    """Imports the modules that a cell with a model and a first run need."""
     from .. import _session  # noqa: F401
     from ..models import linen  # noqa: F401
     from ..report import html, live  # noqa: F401
     from . import model_cell  # noqa: F401
 
+    # Those of NNX only for a notebook that uses it.
     if "flax.nnx" in sys.modules:
         from ..models import nnx  # noqa: F401

@@ -1,4 +1,4 @@
-"""What a `%%flaxmodel` cell or a `%flaxmodel` line registers."""
+"""What a `%%flaxmodel` cell or a `%flaxmodel` line registers, checks and binds."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class CellModels(NamedTuple):
-    """What a cell or a line registers.
+    """The models of a cell or line.
 
     Attributes:
-      modules: name → module, or the Construction of an NNX module that the session is to build.
-      bind: name → value to bind once all are registered.
-      previous: names that the cell bound anew → what they stood for.
-      anew: names of models that stood for nothing before.
+      modules: name → module, or a Construction for an NNX module that the session is to build.
+      bind: name → value to bind in the namespace, once all are registered.
+      previous: name that the cell has bound again → its value before.
+      anew: names of models that were not bound before.
     """
 
     modules: Mapping[str, Any]
@@ -37,7 +37,7 @@ class CellModels(NamedTuple):
 
 
 def from_line(use: CommandUse) -> CellModels:
-    """`net = Net(3)`, or `net` for what is in the namespace already."""
+    """The models of a `%flaxmodel` line: `net = Net(3)`, or `net` for a module that is in the namespace."""
     name, expression = parse_assignment(use.rest)
     if expression is not None:
         value = build(expression, use.user_ns, use.local_ns)
@@ -59,16 +59,16 @@ def from_line(use: CommandUse) -> CellModels:
 
 
 def read_line(text: str) -> Assignment | None:
-    """What stands on the line of a `%%flaxmodel` cell; None for nothing. Raises FlaxMagicsError for anything else."""
+    """Reads the line of a `%%flaxmodel` cell; None for an empty one. Raises FlaxMagicsError if it is no assignment."""
     return parse_assignment(text, "%%flaxmodel") if text else None
 
 
 def from_cell(use: CommandUse, assigned: Iterable[str], names_before: Mapping[str, object]) -> CellModels:
-    """The cell's own instances, and the assignment on its line; with neither, the last module class of the cell.
+    """The models of a `%%flaxmodel` cell: its instances and the assignment on its line; else its last module class.
 
     Args:
-      assigned: names that the cell's body assigned at top level, in order.
-      names_before: the namespace as it was.
+      assigned: names that the body assigned at the top level, in order.
+      names_before: the namespace before the cell.
     """
     values: dict[str, Any] = {name: use.user_ns[name] for name in assigned if name in use.user_ns}
     modules = {name: value for name, value in values.items() if is_module(value) and not name.startswith("_")}
@@ -102,10 +102,10 @@ def from_cell(use: CommandUse, assigned: Iterable[str], names_before: Mapping[st
 
 
 def build(expression: Expression, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None) -> Any:
-    """The expression's value; of an NNX construction that gives no `rngs` the Construction, for the session to build.
+    """The value of the expression; for an NNX construction without `rngs` a Construction, which the session builds.
 
     Raises:
-      FlaxMagicsError: it constructs a module with a field that the class has not.
+      FlaxMagicsError: it gives a module a field that its class does not have.
     """
     call = expression.tree
     if isinstance(call, ast.Call) and isinstance(call.func, (ast.Name, ast.Attribute)):
@@ -114,17 +114,19 @@ def build(expression: Expression, user_ns: dict[str, object], local_ns: Mapping[
         if is_module_class(function):
             check_fields(function, names)
         if "rngs" not in names and is_module_class(function) and takes_rngs(function, (), {}):
+            # Only function and arguments are evaluated: the session builds the module with the `rngs` of a draw.
             _, args, kwargs = expression.construct(user_ns, local_ns)
             return Construction.of(function, args, kwargs, ast.unparse(call)) or function(*args, **kwargs)
     return expression.evaluate(user_ns, local_ns)
 
 
 def check_fields(cls: type, names: Iterable[str]) -> None:
-    """Raises FlaxMagicsError where one of `names` is no field (NNX: no argument of the constructor)."""
+    """Raises FlaxMagicsError where one of `names` is no field (NNX: no parameter of the constructor)."""
     parameters = constructor(cls).parameters
     unknown = next((name for name in names if name not in parameters), None)
     if unknown is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
+    # Linen adds these two to every module; they are no fields of the user's.
     known = [name for name in parameters if name not in ("parent", "name")]
     takes = f"it takes: {cls.__name__}({', '.join(known)})"
     hint = did_you_mean(unknown, known)
@@ -142,7 +144,7 @@ def _from_defaults(cls: Any, command: str, spelled: str) -> Any:
 
 
 def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
-    """`--check`: the rows to show, for a call on one of the modules models. Nothing is computed or kept."""
+    """The rows of `--check`, for a call of one of `models`; empty without the option. Nothing is computed or kept."""
     call = use["check"]
     if call is None:
         return ()
@@ -153,11 +155,12 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
     try:
         parsed = parse_call(call, "--check")
     except FlaxMagicsError as error:
-        raise FlaxMagicsError(error.message, hint=error.hint) from None  # `--check` begins no line
+        raise FlaxMagicsError(error.message, hint=error.hint) from None  # its advice would begin with a command
     if parsed.target not in models.modules:
         known = ", ".join(models.modules)
         raise FlaxMagicsError(f"--check {call}: this registers {known}, not `{parsed.target}`.")
     module = models.modules[parsed.target]
+    # An NNX module that is not built yet is checked by its shapes.
     model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
     asked = Call(parsed.method, *parsed.evaluate(use.user_ns, use.local_ns), parsed.call, command=parsed.command)
     with Translation(parsed.target, model, asked, None):
@@ -165,9 +168,9 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
 
 
 def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:
-    """Registers all of them or nothing, binds names, and says what became of each model.
+    """Registers all models or none, binds names, and says what became of each model.
 
-    When every model is unchanged, the names that the cell bound anew go back to the objects that were kept.
+    If all are unchanged, the names that the cell bound again return to the objects that were there.
     """
     session, user_ns = use.notebook.session, use.user_ns
     runs_before = len(session)
@@ -175,6 +178,7 @@ def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], .
     draws = {run.model: f"draw {run.draw} of seed {run.seed}" for run in session.last(len(session) - runs_before)}
     for name, value in models.bind.items():
         user_ns[name] = session.models[name].module if isinstance(value, Construction) else value
+    # An unchanged cell keeps the model and its programs: names go back to the objects that these belong to.
     if all(change.state == "unchanged" for change in changes):
         same_classes = set()
         for change in changes:
@@ -184,6 +188,7 @@ def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], .
                 user_ns[change.name] = module
         for name, old in models.previous.items():
             new = user_ns[name]
+            # Only classes and functions can be compared by their code; other values stay as the cell made them.
             if not isinstance(old, (type, FunctionType)) or type(old) is not type(new):
                 continue
             code = None if (old, new) in same_classes else fingerprint(old)

@@ -1,8 +1,8 @@
-"""A notebook as the commands see it: the session in it, the cells that run, and what is shown of it all.
+"""A notebook as the commands see it: its session, the cells that run, and what is shown.
 
-Shown is one report a run, one counting line for further runs of a cell, and a live line while a command is at work.
+A run is shown as a report, further runs of the same cell as one counting line, a command at work as a live line.
 
-Nothing here imports IPython: the shell comes in as an argument. Nothing imports JAX or Flax before a command is used.
+Nothing here imports IPython, since the shell is an argument, or imports JAX and Flax before a command is used.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
     from ..state.weights import WeightNames
 
 LATER_RUNS = 1000
+"""How many runs of a cell, at most, have their digests taken when it ends."""
 LATER_BYTES = 16_000_000
-"""Outputs that are held at most until a cell has ended."""
+"""The most bytes of outputs that are held until then."""
 REFRESH = 0.2
-"""Seconds between two updates of a counting line."""
+"""The fewest seconds between two updates of a counting line."""
 
 
 class Settings(NamedTuple):
-    """What a person has set; see `FlaxMagics`, which says what each is."""
+    """The settings of the notebook; `FlaxMagics` says what each means."""
 
     seed: int
     report: str
@@ -57,20 +58,21 @@ class ModelCall(NamedTuple):
 
 
 def existing() -> Session | None:
-    """The session of this process, None where there is none yet: asked without importing JAX."""
+    """The session of this process, or None. Does not import JAX."""
     module = sys.modules.get("flax_magics._session")
     return None if module is None else module.existing()
 
 
 class Reporter:
-    """What was shown in the cell that is running, and which sharp bits were said in this kernel.
+    """Shows runs: a report for each, and one counting line for further runs of a cell.
 
-    Shows one report a run, and one counting line for further runs of a cell.
+    Remembers which notes were shown in this kernel, so that each is shown once in a loop.
     """
 
     def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
         self._shell, self._settings = shell, settings
         self._said: set[tuple[str, str]] = set()
+        # The counting line of the running cell and, for a notebook that is saved, its runs as data.
         self._loop: Loop | None = None
         self._rows: Rows | None = None
         self._single: Mapping[str, object] = {}
@@ -81,12 +83,13 @@ class Reporter:
         self._later_bytes = 0
 
     def begin_cell(self) -> None:
-        """`pre_run_cell`: the runs of a cell are counted anew."""
+        """Handles `pre_run_cell`: the runs of a cell are counted from 0."""
         self._runs, self._loop, self._rows, self._display_id, self._pending = 0, None, None, None, False
 
     def end_cell(self) -> None:
-        """`post_run_cell`: the counting line as it is in the end, with its runs as data; and NaN that runs gave which
-        showed nothing, if that was not said.
+        """Handles `post_run_cell`: shows the final counting line, with its runs as data, and takes the digests put off.
+
+        A NaN in the output of a run that showed nothing is noted now, if it was not before.
         """
         if self._loop is not None and (self._pending or (self._loop.runs > 1 and self._rows is not None)):
             self._show_loop(self._loop, self._rows)
@@ -99,7 +102,7 @@ class Reporter:
                 from ..report.html import bundle
 
                 noted = with_notes_of_output(run)
-                # Its inputs were let go of: if these held NaN, too, another run of the line has said both.
+                # Its inputs are gone. If they had NaN too, an earlier note says so, and begins with the same words.
                 texts = [text for _, text in self._said]
                 news = [note for note in noted.notes if not any(text.startswith(note.text) for text in texts)]
                 noted = noted.with_notes(tuple(news))
@@ -110,24 +113,26 @@ class Reporter:
         return tuple(note for note in notes if (note.kind, note.text) not in self._said)
 
     def _read_later(self, run: Run) -> None:
-        """Takes the digest of a run that shows none, once the cell has ended: so that a replay has something to go by.
+        """Holds a run's output until the cell has ended, to take its digest then: a replay compares with it.
 
-        Until then its output is held. Of a cell that runs very often, or gives very much, the first runs have one.
+        For runs that show no report, whose digest nobody has taken. Of a cell with very many or very large outputs,
+        only the first ones are held.
         """
-        if run.memory is not None:  # of the program: no array has to be looked at
+        if run.memory is not None:  # known from the program, without looking at the output
             size = run.memory.outputs
         else:
             import jax
 
             size = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))
         if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
+            # The inputs of a loop's runs would otherwise all be held until the cell ends.
             from ..execution.notes import without_inputs
 
             self._later.append(without_inputs(run))
             self._later_bytes += size
 
     def live(self) -> Live:
-        """A live line for one command; the one before serves again once nothing of it is shown."""
+        """A live line for one command. The last one is used again, unless its line is still shown."""
         if self._live is None or self._live.in_use:
             from ..report.live import Live
 
@@ -135,12 +140,12 @@ class Reporter:
         return self._live
 
     def publish(self, bundle: Mapping[str, object]) -> None:
-        """Shows a MIME bundle; an empty one shows nothing."""
+        """Shows a MIME bundle, unless it is empty."""
         if bundle:
             self._shell.display_pub.publish(data=dict(bundle), metadata={})
 
     def report(self, run: Run, live: Live, *, quiet: bool) -> None:
-        """Shows a run in place of its live line, as long as its news. `quiet`: a sharp bit that was not said alone."""
+        """Shows a run in place of its live line, as long as its news; with `quiet` only notes that were not shown."""
         if quiet and not run.notes:
             self._read_later(run)
             live.clear()
@@ -150,7 +155,7 @@ class Reporter:
 
         settings = self._settings()
         if not quiet and settings.report != "off":
-            run = with_notes_of_output(run)  # what is shown is read for its digest anyway
+            run = with_notes_of_output(run)  # its digest is shown, so the output is read in any case
         notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
         unsaid = self._unsaid(notes)
         self._said.update((note.kind, note.text) for note in notes)
@@ -158,10 +163,11 @@ class Reporter:
         shown = run if told == run.notes else run.with_notes(told)
         length = level(shown, setting)
         self._runs += run.kind.forward and not quiet
-        # In a loop a sharp bit that was said is no news: the counting line carries it.
+        # In a loop, a note that was shown is no news: the counting line repeats it.
         news = length if unsaid else level(run.with_notes(()), setting)
         if setting == "off":
             self._read_later(shown)
+        # The first run of a cell has a report of its own.
         if news == "line" and self._runs > 1 and run.kind.forward:
             self._count(shown)
             live.clear()
@@ -169,7 +175,7 @@ class Reporter:
             live.show(bundle(shown, length, settings.style))
 
     def _count(self, run: Run) -> None:
-        """Adds a run to the cell's counting line. A line that stands for one run alone is that run's own."""
+        """Adds a run to the cell's counting line. As long as the line stands for one run, it is that run's own line."""
         from ..report.html import bundle
         from ..report.text import Loop, Rows
 
@@ -177,17 +183,18 @@ class Reporter:
         loop.add(run)
         self._pending = True
         self._single = bundle(run, "line", self._settings().style) if loop.runs == 1 else {}
-        # A terminal cannot take a line back: there it is printed once, when the cell ends. Nor can one be saved.
+        # A terminal cannot update a line: there it is printed once, when the cell ends, and without data to save.
         if getattr(self._shell, "kernel", None) is None:
             self._read_later(run)
             return
         self._rows = self._rows or Rows()
-        self._rows.add(run)  # with its digest, while its output is there
+        self._rows.add(run)  # takes its digest, while the output is there
+        # Updating at every run would cost a fast loop more than the runs do.
         if time.monotonic() - self._shown > REFRESH:
             self._show_loop(loop)
 
     def _show_loop(self, loop: Loop, rows: Rows | None = None) -> None:
-        """Shows the counting line, with `rows` for the last time."""
+        """Shows or updates the counting line; `rows` are added the last time, as data."""
         from ..report.html import loop_bundle
 
         data = self._single if loop.runs == 1 else loop_bundle(loop, self._settings().style, rows)
@@ -199,9 +206,9 @@ class Reporter:
 
 
 class CommandInProgress:
-    """A command at work: its live line, which is blank again if it fails, and what an interrupt says it stopped.
+    """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
 
-    While XLA compiles there is nothing else to do here, so `meanwhile` is called.
+    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait.
     """
 
     def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None]) -> None:
@@ -232,21 +239,21 @@ class CommandInProgress:
 
 
 class Notebook:
-    """One shell, with what the commands in it share. `settings` gives what a person has set by now."""
+    """A shell, and what the commands in it share. `settings` returns the settings as they are now."""
 
     def __init__(self, shell: Any, settings: Callable[[], Settings]) -> None:
         self.shell, self.settings = shell, settings
         self.reporter = Reporter(shell, settings)
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
         self.called: ModelCall | None = None
-        """What the command at hand calls, once its model was found."""
+        """The call of the running command, once its model was found; hints on errors refer to it."""
         self._cell: int | None = None
 
     # -- its session
 
     @property
     def session(self) -> Session:
-        """The session of this kernel, made at first use."""
+        """The session of this kernel, made at its first use."""
         session = existing()
         if session is None:
             from .._session import current
@@ -256,14 +263,15 @@ class Notebook:
         return session
 
     def model_names(self) -> dict[str, ModelNames]:
-        """What completion needs to know; makes no session."""
+        """Names for completion, by model. Makes no session."""
         session = existing()
         return {} if session is None else {name: model.names() for name, model in session.models.items()}
 
     # -- its cells
 
     def begin_cell(self, info: object = None, *_: object) -> None:
-        """`pre_run_cell`: runs are counted anew, and what the cell before did to Flax's own code may count."""
+        """Handles `pre_run_cell`: counts runs anew, and has the next command look for changes in Flax's own code."""
+        # While it is None, `number` asks the shell.
         self._cell = None
         self._cell = self.number
         self.journal.begin(info, _cell_id(info, self.shell))
@@ -271,7 +279,7 @@ class Notebook:
         library.new_cell()
 
     def end_cell(self, result: Any = None) -> None:
-        """`post_run_cell`: reports come to their end, and what is more than may be kept goes."""
+        """Handles `post_run_cell`: ends the reports, and drops what exceeds `replay_bytes`."""
         self.journal.end(result)
         if isinstance(result.error_in_exec, FlaxMagicsError):
             end_in_cell(result.error_in_exec, self.shell)
@@ -285,35 +293,35 @@ class Notebook:
 
     @cached_property
     def weight_names(self) -> WeightNames:
-        """What was seen of the names that hold weights."""
+        """Which names of the notebook hold weights, as far as it was seen."""
         from ..state.weights import WeightNames
 
         return WeightNames()
 
     @property
     def number(self) -> int:
-        """The number in the prompt of the cell that is running. IPython 7.34 counts after the cell, 9 before it."""
+        """The prompt number of the running cell, read as it begins: IPython 7.34 counts after the cell, 9 before."""
         return self.shell.displayhook.prompt_count if self._cell is None else self._cell
 
     def reruns(self) -> tuple[Rerun, ...]:
-        """Cells that drew and were run again, or have variables that were rebound since."""
+        """Cells that drew and were run again, or whose variables were bound again since."""
         from ..cells.reruns import reruns
 
         return reruns(self.journal.so_far(self.number), self.session.cells, self.shell.transform_cell)
 
     def executed(self) -> NotebookCells:
-        """What an export is made of."""
+        """The executed cells, of which an export is made."""
         shell, journal = self.shell, self.journal
         return NotebookCells(journal.cells(shell), shell.transform_cell, journal.restarts, self.settings().seed)
 
     # -- what is shown
 
     def working(self, what: str) -> CommandInProgress:
-        """A live line for as long as the block runs; blank again if it fails."""
+        """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""
         return CommandInProgress(self.session, self.reporter.live(), what, self.prepare)
 
     def prepare(self) -> None:
-        """Gets ready to show a run."""
+        """Loads what showing a run takes: the templates, unless no HTML is shown."""
         settings = self.settings()
         if settings.style != "text" and settings.report != "off":
             from ..report.html import prepare
@@ -321,7 +329,7 @@ class Notebook:
             prepare()
 
     def tell_of_autosave(self) -> None:
-        """Says, once, that saving in the background fails: at the first command after it did."""
+        """Reports once that saving in the background fails, after the first command since."""
         session = existing()
         if session is None or session.autosaving is None:
             return
@@ -334,9 +342,9 @@ class Notebook:
 
 
 def _cell_id(info: object, shell: Any) -> str | None:
-    """The id of the cell that begins, None where the frontend sends none."""
+    """The id of the beginning cell, None if the frontend sends none."""
     cell_id = getattr(info, "cell_id", None)
-    if cell_id is None:  # older IPythons do not hand it on
+    if cell_id is None:  # not passed on by older versions of IPython
         parent = getattr(shell, "parent_header", None)
         metadata = parent.get("metadata") if isinstance(parent, dict) else None
         cell_id = metadata.get("cellId") if isinstance(metadata, dict) else None

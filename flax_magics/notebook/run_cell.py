@@ -1,4 +1,4 @@
-"""Bodies of `%%flax…` cells run as the cells they look like, and magic lines that go over several lines."""
+"""Runs the bodies of `%%flax…` cells like ordinary cells, and rewrites magic lines that go on over several lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..line.options import read
 
 _VALUE = "__flax_value__"
 IN_CELL = "line {line} of this cell"
-"""Where a syntax error is. For a SyntaxError that a magic raises, IPython would show every frame down to the parser."""
+"""Where a syntax error is. Ours, because for a magic's SyntaxError IPython would show all frames down to the parser."""
 
 
 def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> tuple[str, ...]:
@@ -34,11 +34,11 @@ def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> 
     Args:
       shell: an `InteractiveShell`.
       body: the lines below the magic line.
-      line: what stands on the magic line, after `command`.
+      line: the text of the magic line after `command`.
       command: the magic, such as `%%flaxmodel`.
 
     Returns:
-      The names that it assigned at top level and that are there now, in order of first appearance.
+      The names that it assigned at the top level and that are bound now, in order of first appearance.
 
     Raises:
       FlaxMagicsError: the body is no Python, or awaits; nothing of it has run.
@@ -52,12 +52,12 @@ def run_body(shell: Any, body: str, line: str, command: str = "%%flaxmodel") -> 
 def run_statements_with_call(
     shell: Any, body: str, line: str = "", command: str = "%%flax_apply"
 ) -> tuple[CallExpression, Callable[[Any], None] | None]:
-    """Runs all of a body but its last statement, which must be a call with or without assignment.
+    """Runs all statements of a body but the last, which must be a call with or without assignment.
 
-    Arguments and errors are those of `run_body`; the call is read statements anything runs.
+    Arguments and errors are those of `run_body`; the last statement is read before anything runs.
 
     Returns:
-      The call, quiet if the body ended in `;`, and what makes the assignment, given the value: None for a call alone.
+      The call, quiet if the body ends in `;`; and a function that assigns its value, None for a call alone.
     """
     first = f"{command} {line}".rstrip()
     cell = _read(shell, body, first)
@@ -76,6 +76,7 @@ def run_statements_with_call(
         start, end = (index_of(cell.source, node.lineno, node.col_offset) for node in (last, value))
         lines = (f"{first} {options}".rstrip(), *(["…"] if statements else []), cell.source[start:end] + call_text)
         raise FlaxMagicsError(message, **written("\n".join(lines)))
+    # The text as it was written, which reports and exports show.
     call_text = ast.get_source_segment(cell.source, value) or ast.unparse(value)
     call = replace(parse_call(call_text, first.replace("%%", "%", 1)), quiet=cell.quiet)
     _run(shell, statements, cell, "all" if shell.ast_node_interactivity == "all" else "none")
@@ -83,38 +84,38 @@ def run_statements_with_call(
 
 
 def displayed_quietly(shell: Any, line: str) -> bool:
-    """Whether the value of the line magic that is running would be displayed, had its `line` not ended in `;`.
+    """Whether the value of the running line magic would be displayed, if its `line` did not end in `;`.
 
     `y = %flax_apply net(x);` must give `y` its value, and `%flax_apply net(x);` alone must leave `Out` as it is.
-    IPython looks for the `;` in the transformed cell, where it stands inside a string, and its decorator
-    `output_can_be_silenced` (IPython ≥ 8.9) takes the value from an assignment too. So this looks at what the calling
-    code does next: code of a displayed expression prints the value at once.
+    IPython looks for the `;` in the transformed cell, where it is inside a string, and its decorator
+    `output_can_be_silenced` (IPython ≥ 8.9) drops the value of an assignment too. So this looks at what the calling
+    code does next: the code of a displayed expression prints the value at once.
     """
     return ";" in line and ends_quietly(line) and displayed(shell)
 
 
 def displayed(shell: Any) -> bool:
-    """Whether the value of the line magic that is running will be displayed, and nothing else be done with it."""
+    """Whether the value of the running line magic is about to be displayed, and not used otherwise."""
     name, argument, _ = _following(shell)
-    # PRINT_EXPR up to Python 3.11, afterwards the first of the intrinsics.
+    # The instruction of a displayed expression: PRINT_EXPR up to Python 3.11, later the intrinsic number 1.
     return name == "PRINT_EXPR" or (name, argument) == ("CALL_INTRINSIC_1", 1)
 
 
 def assigned_to(shell: Any) -> str | None:
-    """The name of the notebook to which the value of the line magic that is running will be assigned; None for none."""
+    """The notebook's name that the value of the running line magic is about to be assigned to; None for none."""
     name, _, target = _following(shell)
     return target if name in ("STORE_NAME", "STORE_GLOBAL") else None
 
 
 def _following(shell: Any) -> tuple[str, int | None, Any]:
-    """The instruction after the line magic that is running, which the cell's code does with its value.
+    """The next instruction of the cell's code: what is done with the value of the running line magic.
 
-    Its name, its argument, and what that stands for; the name is empty where no cell is running.
+    Returns its name, its argument, and what that stands for; the name is empty if no cell is running.
     """
     frame = calling_frame(shell.user_global_ns)
     if frame is None:
         return "", None, None
-    # A call is never the last instruction.
+    # There is always one: a call is never the last instruction.
     following = next(step for step in dis.get_instructions(frame.f_code) if step.offset > frame.f_lasti)
     return following.opname, following.arg, following.argval
 
@@ -127,16 +128,16 @@ class _Cell(NamedTuple):
 
 
 def _read(shell: Any, body: str, magic_line: str) -> _Cell:
-    """The body as IPython would read it, with the positions it has in the whole cell."""
-    # IPython takes empty lines off the top.
+    """Parses the body as IPython would, with line numbers of the whole cell."""
+    # IPython strips empty lines at the top, which count in the cell's line numbers.
     above = next((i for i, line in enumerate(body.splitlines()) if line.strip()), 0)
-    # A comment, so that what reads the whole text as Python (`inspect.getsource` of a class) can.
+    # The magic line becomes a comment, so that the text is Python for `inspect.getsource`.
     source = f"# {magic_line}\n" + "\n" * above + shell.transform_cell(body)
-    # As the user typed it: a kernel names its cells, and the debugger finds them, by a hash of that.
+    # The cell as it was typed: kernels name cells, and debuggers find them, by a hash of that text.
     typed = (getattr(getattr(shell, "history_manager", None), "input_hist_raw", None) or [""])[-1]
     if not body.strip() or body.strip() not in typed or not typed.lstrip().startswith("%%"):
         typed = f"{magic_line}\n{body}"
-    # The number that IPython itself shows: 7.34 counts after the cell, 9 before it.
+    # The number that IPython shows: 7.34 counts after the cell, 9 before it.
     filename = shell.compile.cache(source, shell.displayhook.prompt_count, raw_code=typed)
     try:
         tree = shell.compile.ast_parse(source, filename=filename)
@@ -156,6 +157,7 @@ def _run(shell: Any, nodes: list[ast.stmt], cell: _Cell, interactivity: str) -> 
     if interactivity == "last_expr_or_assign" and nodes:
         match nodes[-1]:
             case ast.Assign([ast.Name(name)]) | ast.AugAssign(ast.Name(name)) | ast.AnnAssign(ast.Name(name)):
+                # Displaying `y` after `y = …` takes an expression of its own.
                 shown = ast.Expr(ast.Name(name, ast.Load()))
                 nodes = [*nodes, ast.fix_missing_locations(ast.copy_location(shown, nodes[-1]))]
     codes: list[CodeType] = []
@@ -166,16 +168,17 @@ def _run(shell: Any, nodes: list[ast.stmt], cell: _Cell, interactivity: str) -> 
         single = is_shown and not cell.quiet
         module = ast.Interactive([node]) if single else ast.Module([node], [])
         try:
-            # The shell's compiler carries `__future__` flags on to what it compiles next.
+            # The shell's compiler passes `__future__` flags on to what it compiles next.
             codes.append(shell.compile(module, cell.filename, "single" if single else "exec"))
         except (SyntaxError, ValueError, OverflowError) as error:
             raise syntax_error(cell.source, error, IN_CELL) from None
+    # After all were compiled, so that a syntax error is told before anything runs.
     for code in codes:
         exec(code, shell.user_global_ns, shell.user_ns)
 
 
 def _awaits(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """Yields what would make the code of `node` itself asynchronous, functions and classes in it left out."""
+    """Yields what makes the code of `node` itself asynchronous, without looking into functions and classes."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
             continue
@@ -186,7 +189,7 @@ def _awaits(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
 
 
 def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Callable[[Any], None]:
-    """A function that makes the assignment `statement`, given the value of its right side."""
+    """Makes a function that runs the assignment `statement` with a given value in place of its right side."""
     assert isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign))
     assert statement.value is not None
     value = ast.copy_location(ast.Name(_VALUE, ast.Load()), statement.value)
@@ -195,6 +198,7 @@ def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Ca
     code = compile(ast.Module([assignment], []), filename, "exec")
 
     def assign(result: Any) -> None:
+        # Through a name, since any object may be the value, and the target may be any (`a, b`, `x[0]`).
         user_ns[_VALUE] = result
         try:
             exec(code, user_ns)
@@ -205,7 +209,7 @@ def _assigner(statement: ast.stmt, filename: str, user_ns: dict[str, Any]) -> Ca
 
 
 def _magic_argument(call: ast.Call) -> tuple[str, str] | None:
-    """Options and call of a line magic, where `call` is what IPython made of one; None for any other call."""
+    """Options and call of a line magic, if `call` is what IPython made of one; None for any other call."""
     match call:
         case ast.Call(
             ast.Attribute(ast.Call(ast.Name("get_ipython")), "run_line_magic"),
@@ -222,32 +226,35 @@ def _magic_argument(call: ast.Call) -> tuple[str, str] | None:
 
 _LINE = re.compile(r"(?P<before>[ \t]*(?P<target>[^\s%#][^%#\n]*=[ \t]*)?)%(?P<name>flax\w*)(?=[ \t\\])")
 _ESCAPED = re.compile(r"[ \t]*(?:[%!?,;/]|[^\n#'\"]*=[ \t]*[%!])")
-"""The beginning of a line that IPython reads, and Python does not: its quotes and brackets mean nothing."""
+"""Matches the beginning of a line for IPython, whose quotes and brackets do not mean what they do in Python."""
 
 
 def line_magic_transformer(lines: list[str]) -> list[str]:
-    """A transformer for the end of `shell.input_transformers_cleanup`.
+    """An input transformer, for the end of `shell.input_transformers_cleanup`: joins magics over several lines.
 
-    The number of lines does not change, so neither does the number of any line of a body.
+    The number of lines stays the same, so that no line of a body changes its number.
     """
     if not any("%flax" in line for line in lines):
         return lines
+    # A comment or `#@title` line may stand above the magic.
     first = next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
     if lines[first].startswith("%%flax"):
         magic, *below = _joined(lines[first:])
+        # IPython wants the magic on the first line.
         return [magic, *lines[:first], *below]
+    # Other cell magics have a body of their own language.
     if lines[first].startswith("%%"):
         return lines
-    # To say whether a cell is complete, IPython looks for an open bracket, and in Python: in a string it is none.
+    # To tell whether a cell is complete, IPython looks for open brackets in Python: in a string it would find none.
     asked = sys._getframe(1).f_code.co_name == "check_complete"
     return _line_magics("".join(lines), asked).splitlines(keepends=True)
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """A cell with its `%%flax…` line in one piece.
+    """Joins the `%%flax…` line of a cell that goes on over several lines.
 
-    The lines that it went on over stay, as comments: they keep the numbers of those that follow, and an empty line
-    would tell a terminal that the cell is complete.
+    The further lines stay as comments: they keep the numbers of the lines below, and an empty line would tell a
+    terminal that the cell is complete.
     """
     text = "".join(lines)
     end = logical_end(text, 0)
@@ -255,17 +262,17 @@ def _joined(lines: list[str]) -> list[str]:
         return lines
     parts = [(piece.kind, text[piece.start : piece.end]) for piece in pieces(text[:end])]
     if any(kind == "string" and "\n" in part for kind, part in parts):
-        return lines  # the line must be one, and a string's own newline cannot become a space
+        return lines  # a string with a newline cannot be put on one line
     joined = "".join(part for kind, part in parts if kind not in ("newline", "join", "comment"))
     whole = "\n".join([joined, *(f"# {line}" for line in text[:end].split("\n")[1:])])
     return (whole + text[end:]).splitlines(keepends=True)
 
 
 def _line_magics(text: str, leave_open: bool) -> str:
-    """`text` with each `%flax…` call that goes on over lines rewritten as the Python that IPython would make of it.
+    """`text` with each `%flax…` call over several lines rewritten as the Python that IPython makes of a magic.
 
-    A call whose bracket is never closed takes the rest of the text, as it does in Python, and is told so when it runs;
-    with `leave_open` the bracket is left to be found.
+    A call whose bracket is never closed takes the rest of the text, as in Python, and fails when it runs. With
+    `leave_open` the text from its bracket on is returned as it is, so that the open bracket is found.
     """
     rewritten, position = "", 0
     while position < len(text):
@@ -296,16 +303,16 @@ def _line_magics(text: str, leave_open: bool) -> str:
 
 
 def _magic_at(text: str, position: int) -> re.Match[str] | None:
-    """The magic line that begins at `position`, up to its name."""
+    """Matches a `%flax…` line at `position`, up to the command's name; None if there is none."""
     magic = _LINE.match(text, position)
     target = magic["target"] if magic else None
     if target and (target.rstrip()[-2:-1] in tuple("=!<>+-*/|&^@:") or logical_end(target, 0) is None):
-        return None  # no assignment, or the `%` is inside a string or a bracket
+        return None  # not a plain `=`, or the `%` is inside a string or a bracket
     return magic
 
 
 def _physical_end(text: str, position: int) -> int:
-    """Index of the newline that ends the line at `position`, lines joined by a backslash being one."""
+    """Index of the newline that ends the line at `position`; lines joined by a backslash count as one."""
     end = text.find("\n", position)
     while end > position and text[end - 1] == "\\":
         end = text.find("\n", end + 1)
@@ -313,20 +320,21 @@ def _physical_end(text: str, position: int) -> int:
 
 
 def _statement_end(text: str, position: int) -> int | None:
-    """As `logical_end`; None if the rest of the text is inside a bracket or a string."""
+    """`logical_end` of the statement at `position`; None if the rest of the text is in a bracket or a string."""
     end = logical_end(text, position)
     if end is None:
         quote = next((piece for piece in pieces(text, position) if piece.kind == "quote"), None)
         if quote is not None and quote.end - quote.start == 1:
-            return _physical_end(text, position)  # such as `!echo it's` after a name that IPython calls
+            return _physical_end(text, position)  # an apostrophe, as in `!echo it's` after a name that IPython calls
     return end
 
 
 def _open_call(text: str, start: int) -> int | None:
-    """Where the token begins whose bracket is open at the end of `text`; None if it is not a bracket that is open."""
+    """Start of the token whose bracket is still open at the end of `text`; None if no bracket is open."""
     opened: list[int] = []
     for piece in pieces(text, start):
         if piece.kind == "quote":
+            # In an open string, brackets do not count.
             return None
         if piece.kind == "open":
             opened.append(piece.start)
@@ -341,12 +349,13 @@ def _open_call(text: str, start: int) -> int | None:
 
 
 def _as_call(name: str, argument: str) -> str:
-    """The call of a line magic, over as many lines as `argument` has."""
+    """The call of a line magic with `argument`, on as many lines as `argument` has."""
     line = "".join(
         " " if piece.kind == "join" and not piece.depth else argument[piece.start : piece.end]
         for piece in pieces(argument)
     )
     *first, last = line.removeprefix(" ").rstrip().split("\n")
     strings = [*(repr(text + "\n") for text in first), repr(last)]
+    # Lines that a backslash joined were dropped: pad, so that the lines below keep their numbers.
     filler = "\n" * (argument.count("\n") - len(first))
     return f"get_ipython().run_line_magic({name!r}, " + "\n".join(strings) + filler + ")"

@@ -1,4 +1,4 @@
-"""What `%flax` and a bare `%flax_key` show: the session at a glance, and its root key; as text and as HTML."""
+"""The answers of `%flax` (the session at a glance), `%flax_key` and `%flax_vars`, as text and as HTML."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ if TYPE_CHECKING:
 KEPT = 5
 """How many of the last runs are shown."""
 RERUNS = 8
-"""Cells that were run again, or whose variables were rebound, that are told of."""
+"""How many cells that were run again, or whose variables were bound again, are listed."""
 NO_MODEL = "none yet: begin a cell with %%flaxmodel, or write %flaxmodel net"
 NO_RUN = "none yet"
 RERUN = "cells that drew and were run again, or whose variables were rebound since"
 ONLY_FRESH = "Run All draws once for each: whether it gives the same, only a fresh run can tell"
 
+# Each row of the tables below: the text of its cells.
 Cells = tuple[tuple[str, ...], ...]
 
 
 class KeyCard(NamedTuple):
-    """The root key: its seed, its draws so far, the first word of what the next draw splits, its implementation."""
+    """The root key as shown: its seed, its draws so far, the first word of the key that the next draw splits, its PRNG
+    implementation.
+    """
 
     seed: int
     draws: int
@@ -49,13 +52,13 @@ class KeyCard(NamedTuple):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """`seed 0`, `3 draws so far`, `next is draw 4`, `threefry2x32`."""
+        """The parts of its line: `seed 0`, `3 draws so far`, `next is draw 4`, `threefry2x32`."""
         so_far = plural(self.draws, "draw") if self.draws else "no draw"
         return (f"seed {self.seed}", f"{so_far} so far", f"next is draw {self.draws + 1}", clean(self.impl))
 
     @property
     def ways(self) -> tuple[tuple[str, str], ...]:
-        """A line to write, and what it does."""
+        """Lines to write, each with what it does."""
         return (
             ("latent = %flax_key latent", "draws a key under a name"),
             (restart_line(self.seed, fresh=False), "starts again at draw 1: the same keys once more"),
@@ -87,12 +90,12 @@ class Status(NamedTuple):
 
 
 def key_card(session: Session) -> KeyCard:
-    """The root key as it stands."""
+    """The session's root key, as it is shown."""
     return KeyCard(session.seed, session.draws, short_key(session.root_key), str(jax.random.key_impl(session.root_key)))
 
 
 def variables(session: Session, name: str, notes: tuple[Note, ...] = ()) -> Notice:
-    """What `%flax_vars` answers."""
+    """The answer of `%flax_vars`."""
     model = session.models[name]
     collections = model.collections()
     if collections is None:
@@ -104,7 +107,7 @@ def variables(session: Session, name: str, notes: tuple[Note, ...] = ()) -> Noti
 
 
 def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
-    """The session at a glance."""
+    """Collects what `%flax` shows."""
     models, waiting = [], session.waiting
     for name, model in session.models.items():
         text = "not initialised"
@@ -149,7 +152,7 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
 
 
 def _on_disk(session: Session) -> str:
-    """Where programs are kept for the next kernel, and how much there is."""
+    """Where compiled programs are kept on disk, and how many bytes they take."""
     disk, theirs = session.programs.compiler.disk, users_cache()
     if theirs is not None:
         return f"in JAX's own cache, as you set it: {theirs}"
@@ -163,7 +166,7 @@ def _on_disk(session: Session) -> str:
 
 
 def _autosave(autosaving: Autosave) -> str:
-    """Where the session is saved in the background, and what was saved last."""
+    """The row on autosave: the file, and what was saved there last, or why saving fails."""
     if autosaving.error is not None:
         return f"fails: {autosaving.error}"
     last = autosaving.last
@@ -172,7 +175,7 @@ def _autosave(autosaving: Autosave) -> str:
 
 
 def restarted(restart: Restart) -> Notice:
-    """What `%flax_key --seed N` answers."""
+    """The answer of `%flax_key --seed N`."""
     texts = ["restarted", f"seed {restart.seed}", "next is draw 1"]
     notes = []
     names = ", ".join(restart.keeping)
@@ -191,13 +194,13 @@ def restarted(restart: Restart) -> Notice:
 
 
 def key_bundle(card: KeyCard, style: str) -> dict[str, object]:
-    """The MIME bundle of a bare `%flax_key`."""
+    """The MIME bundle of a bare `%flax_key`, which shows the root key."""
     lines = dotted((f"root key {clean(card.root)}", *card.parts)) + table(card.ways, indent="  ", gap="   ")
     return shown_bundle("\n".join(lines), lambda: render("key_card.html", {"card": card}), style)
 
 
 def status_bundle(status: Status, style: str) -> dict[str, object]:
-    """The MIME bundle of `%flax`: a headed block for each thing there is, commands last."""
+    """The MIME bundle of `%flax`: a block with a heading for each subject, the commands last."""
     key, versions = status.key, tuple(map(clean, status.versions))
     run_lines = [line_of(run).parts for run in status.runs[-KEPT:]]
     run_texts = [text for parts in run_lines for text in dotted(parts, WIDTH - 2)] or [NO_RUN]

@@ -1,1 +1,1 @@
-"""A run as text, as HTML and as the live line."""
+"""Reports: a run as text, as HTML, and the live line while a command is at work."""

@@ -1,4 +1,4 @@
-"""What there is to say about a run, in words, before anything is laid out: text and HTML are both made of these."""
+"""What a report says about a run, in words and without layout: the text and the HTML are both made from these facts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from ..run import Run
 
 FOLDED = "params (folded)"
-"""A run's own `params` stream, where an init took the draw's."""
+"""The name for a run's own `params` stream, where the draw's `params` key went into variables."""
 
 Level = Literal["off", "line", "normal", "details"]
 
 WAIT = 1e-3
-"""Seconds; a shorter wait for the inputs is not worth a row."""
+"""Seconds. A shorter wait for inputs is not reported."""
 
 
 class Row(NamedTuple):
-    """A label of at most six letters, and what stands beside it."""
+    """A row of a report: a label of at most six letters, and the items beside it."""
 
     label: str
     items: tuple[str, ...]
 
 
 class KeyFact(NamedTuple):
-    """One stream of a draw: the first word of its key (empty if it was not handed out), how it was made, its takers."""
+    """One stream of a draw: the first word of its key (empty if not handed out), how it was made, who consumed it."""
 
     stream: str
     fingerprint: str
@@ -40,24 +40,24 @@ class KeyFact(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One part of what a run cost, in seconds."""
+    """One part of a run's cost, in seconds."""
 
     name: str
     seconds: float
 
     @property
     def text(self) -> str:
-        """Such as `0.22 ms`."""
+        """The time with its unit, such as `0.22 ms`."""
         return seconds(self.seconds)
 
 
 class Reported(NamedTuple):
-    """How a report tells of the runs of one command. One that runs no model is told in one line, and has no longer form.
+    """How runs of one command are reported. A command that runs no model has a report of one line only.
 
     Attributes:
-      mode: what stands in the place of the mode, None for the run's own.
-      cost: the parts of the one-line form on where the program came from and what took time.
-      unused: why a key of the draw's split was not handed out, by stream; None for every other stream.
+      mode: the text in the place of the mode, None for the run's own mode.
+      cost: makes the parts of the one-line form that tell where the program came from and what took time.
+      unused: stream → why its key of the split was not handed out; under None the reason for every other stream.
     """
 
     mode: str | None
@@ -88,36 +88,36 @@ REPORTED = {
 
 
 def name_of(run: Run) -> str:
-    """The model's name; for a key, `key NAME`."""
+    """The model's name; for a key `key NAME`."""
     return clean(run.model if run.model is not None else f"key {next(iter(run.keys), '')}")
 
 
 def mode_of(run: Run) -> str:
-    """What stands in the place of the mode: `init` for an init, nothing for a key."""
+    """The mode as a report shows it: `init` for an init, empty for a key."""
     mode = REPORTED[run.command].mode
     return clean(run.mode) if mode is None else mode
 
 
 def draw_of(run: Run, *, seed: bool) -> str:
-    """`draw 2`, `draws 3–10`, `draw 2 of seed 0`; with `again` when it was replayed."""
+    """The draw in words: `draw 2`, `draws 3–10`, `draw 2 of seed 0`; with `again` for a replay."""
     last = last_draw(run)
     numbers = f"draw {run.draw}" if last == run.draw else f"draws {run.draw}–{last}"
     return numbers + (f" of seed {run.seed}" if seed else "") + (" again" if run.replayed else "")
 
 
 def last_draw(run: Run) -> int:
-    """The number of the last draw that a run took."""
+    """The number of the last draw that the run took: more than `run.draw` with `--draws`."""
     return run.draw + (run.draws or 1) - 1
 
 
 def new_session(run: Run) -> str:
-    """What the report begins with: of the first of a kernel its seed, of the first of a model how that was registered."""
+    """The line above the first report of a session, and above that of a run which registered its model; else empty."""
     model = f"{name_of(run)} registered: {clean(run.registered)}" if run.registered else ""
     return " · ".join(filter(None, (f"new session, seed {run.seed}" if run.first else "", model)))
 
 
 def brief(run: Run) -> tuple[str, ...]:
-    """The parts of the one-line form after name, mode and device."""
+    """The parts of a one-line report after name, mode and device: draw, what was made, program, time, weights."""
     if not run.kind.model:
         return (draw_of(run, seed=True), fingerprint_of(next(iter(run.keys.values()), None)))
     parts = [draw_of(run, seed=False)]
@@ -129,7 +129,7 @@ def brief(run: Run) -> tuple[str, ...]:
 
 
 def weights_of(run: Run) -> str:
-    """Whose weights ran, in few words: `weights of draw 1`, `weights set in [6]`; nothing where the run made them."""
+    """Whose weights ran, in few words: `weights of draw 1`, `weights set in [6]`; empty if the run made them."""
     if not run.weights or run.made is not None:
         return ""
     short = clean(run.weights).replace("initialised in draw", "of draw").replace(" in cell [", " in [")
@@ -137,16 +137,16 @@ def weights_of(run: Run) -> str:
 
 
 def program_of(run: Run) -> str:
-    """`reused`, `compiled in 0.41 s`, `eager`: a few words on where the program came from."""
+    """Where the program came from, in few words: `reused`, `compiled in 0.41 s`, `eager`."""
     if run.program == "compiled":
         return f"compiled in {seconds(run.timing.building)}"
-    if run.program == "reused" and run.timing.building:  # the model is not plain: only a trace could tell
+    if run.program == "reused" and run.timing.building:  # a model without a cache key is traced to find its program
         return f"reused, traced in {seconds(run.timing.building)}"
     return clean(run.program)
 
 
 def rows(run: Run) -> tuple[Row, ...]:
-    """The rows of the normal form in their order, those with nothing to say left out."""
+    """The rows of the normal report in order, without those that have nothing to say."""
     timing, forward = run.timing, run.kind.forward
     static = f"{', '.join(map(clean, run.static))} (part of the program: another value compiles again)"
     waits = (
@@ -171,7 +171,7 @@ def rows(run: Run) -> tuple[Row, ...]:
 
 
 def not_finite(run: Run) -> tuple[str, ...]:
-    """`3 of 8 NaN` and `1 of 8 inf`, over all arrays of the output; of several arrays, the first that has some."""
+    """`3 of 8 NaN` and `1 of 8 inf`, over all arrays of the output; of several also the first that has some."""
     size = count(sum(values.size for values in run.values))
     texts = []
     for name, label in (("nan", "NaN"), ("inf", "inf")):
@@ -183,7 +183,7 @@ def not_finite(run: Run) -> tuple[str, ...]:
 
 
 def values_of(run: Run) -> tuple[str, ...]:
-    """Range and mean of the finite numbers of each array of the output; of many arrays, the first four."""
+    """Range and mean of the finite numbers in each array of the output, of the first four arrays."""
     return _first_four(
         f"{_at(values.path)}{_number(values.least)} … {_number(values.most)}, mean {_number(values.mean)}"
         for values in run.values
@@ -192,8 +192,9 @@ def values_of(run: Run) -> tuple[str, ...]:
 
 
 def draws_of(run: Run) -> tuple[str, ...]:
-    """Mean and spread of each array of the output over the draws of one run; of many arrays, the first four."""
+    """Mean and spread over the draws of each array of the output, of the first four arrays."""
     texts = [f"{_at(spread.path)}mean {_number(spread.mean)}" for spread in run.spread]
+    # One draw has no spread.
     if (run.draws or 1) == 1:
         return _first_four(texts)
     deviations = (_number(spread.deviation) for spread in run.spread)
@@ -215,7 +216,7 @@ def _number(value: float) -> str:
 
 
 def _made(run: Run) -> tuple[str, ...]:
-    """The variables that the run initialised."""
+    """How many variables the run initialised, and their bytes; empty if it made none."""
     if run.made is None:
         return ()
     names = ", ".join(map(clean, run.made.collections)) or "params"
@@ -229,7 +230,7 @@ def changed_of(run: Run) -> tuple[str, ...]:
 
 
 def keys_of(run: Run) -> tuple[str, ...]:
-    """`dropout → Dropout_0` for each key. That variables were there already, and needed no `params`, is no news."""
+    """`dropout → Dropout_0` for each key. An unused `params` key is left out: variables were there, as usual."""
     if not run.kind.model:
         return ()
     where = {stream: takers(run, stream) for stream in run.keys}
@@ -237,12 +238,13 @@ def keys_of(run: Run) -> tuple[str, ...]:
 
 
 def takers(run: Run, stream: str) -> str:
-    """Who consumed a stream's key: module paths, `new variables`, or `nobody`."""
+    """Who consumed a stream's key: module paths, `argument NAME`, `new variables`, or `nobody`."""
     if stream == "params" and FOLDED in run.keys:
         return "new variables" if run.made is not None else "the variables"
     if stream == "params" and (run.kind.opens or run.made is not None):
         return "new variables"
     paths = run.used.get("params" if stream == FOLDED else stream, ())
+    # `--key` passes the draw's stream of an argument's name; a value of the user's own is no taker.
     arguments = run.inputs[1] if isinstance(run.inputs, tuple) else {}
     if not paths and stream in arguments:
         argument, key = arguments[stream], run.keys[stream]
@@ -252,7 +254,7 @@ def takers(run: Run, stream: str) -> str:
 
 
 def jit_of(run: Run) -> str:
-    """Where the program came from, what it cost, and why."""
+    """Where the program came from, how long that took, and why it was new."""
     origin = program_of(run)
     if run.program == "disk cache":
         origin = from_disk(run)
@@ -268,14 +270,14 @@ def from_disk(run: Run) -> str:
 
 
 def run_of(run: Run) -> str:
-    """Seconds on the device; of a repeated run, median, spread and the first outlier."""
+    """Time on the device; of a repeated run the median, the spread and the first outlier."""
     if run.timing.steady is None:
         return seconds(run.timing.run)
     return f"median {seconds(run.timing.steady.median)} {spread_of(run.timing.steady)}"
 
 
 def spread_of(steady: Steady) -> str:
-    """`± 0.01 ms of 20 (first outlier: run 4, 0.30 ms; 2 in all)`, the spread in the unit of the median."""
+    """`± 0.01 ms of 20 (first outlier: run 4, 0.30 ms; 2 in all)`, the spread in the median's unit."""
     spread = f"± {seconds(steady.spread, like=steady.median)} of {len(steady.times)}"
     slow = steady.outliers
     if not slow:
@@ -286,10 +288,11 @@ def spread_of(steady: Steady) -> str:
 
 
 def rate_of(run: Run) -> tuple[str, ...]:
-    """Operations and bytes a second of a repeated run, beside what the machine reaches, and what they are made of."""
+    """FLOP/s and bytes/s of a repeated run, beside what the machine reaches, and the counts that they come from."""
     cost, limits, steady = run.cost, run.limits, run.timing.steady
     if cost is None or steady is None or steady.median <= 0:
         return ()
+    # XLA counts the body of a loop once, however often it runs.
     least = "at least " if cost.loops else ""
     rates, counted = [], []
     for amount, unit, limit, what in (
@@ -309,7 +312,7 @@ def rate_of(run: Run) -> tuple[str, ...]:
 
 
 def memory_of(run: Run) -> tuple[str, ...]:
-    """The device's own count of its peak; where it keeps none, what XLA's analysis of the program says."""
+    """The device's own peak; where the device does not count, the sum by XLA's analysis of the program."""
     if run.memory is None:
         return ()
     if run.memory.peak is not None:
@@ -318,18 +321,18 @@ def memory_of(run: Run) -> tuple[str, ...]:
 
 
 def fingerprint_of(key: Leaf) -> str:
-    """The first word of a key in hex; an array of keys adds how many; None gives nothing."""
+    """The first word of a key in hex, `×N` after it for an array of keys; empty for None."""
     if key is None:
         return ""
     shape: tuple[int, ...] = getattr(key, "shape", ())
     many = (
         shape[:-1] if str(getattr(key, "dtype", "")) == "uint32" else shape
-    )  # of a legacy key, the last are its words
+    )  # the last axis of a legacy key holds its words
     return short_key(key) + (f" ×{'×'.join(map(str, many))}" if many else "")
 
 
 def key_facts(run: Run) -> tuple[KeyFact, ...]:
-    """Every key of the draw: those that were handed out, then those of the split that were not needed."""
+    """Every key of the draw: first those that were handed out, then those of the split that were not needed."""
     facts, reported = list[KeyFact](), REPORTED[run.command]
     for stream in dict.fromkeys((*run.keys, *(SPLIT if run.kind.model else ()))):
         taker = "you" if not run.kind.model else takers(run, stream) if stream in run.keys else "nobody"
@@ -342,13 +345,13 @@ def key_facts(run: Run) -> tuple[KeyFact, ...]:
 
 
 def phases(run: Run) -> tuple[Phase, ...]:
-    """What took time, in the order it happened; what did not happen is left out."""
+    """What took time, in the order in which it happened, without what did not happen."""
     timing = run.timing
     candidates = [
         Phase("init", timing.init),
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
-        Phase("XLA", timing.compile - timing.beside),  # what was waited for: the bar is the time that passed
+        Phase("XLA", timing.compile - timing.beside),  # without the time beside the init, which nobody waited for
         Phase("wait", timing.wait + timing.busy if timing.wait + timing.busy >= WAIT else 0.0),
         Phase("run", timing.steady.median if timing.steady else timing.run),
     ]
@@ -356,7 +359,7 @@ def phases(run: Run) -> tuple[Phase, ...]:
 
 
 def building(run: Run) -> tuple[Phase, ...]:
-    """The phases of making the program, what was not waited for last: it ran beside the init, or in an earlier run."""
+    """The phases of making the program; the last is compiling that ran beside the init, or in an earlier run."""
     making = [phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA")]
     if run.timing.beside >= WAIT:
         making.append(Phase("XLA beside the init" if run.timing.init else "XLA before this run", run.timing.beside))
@@ -364,7 +367,7 @@ def building(run: Run) -> tuple[Phase, ...]:
 
 
 def memory_facts(run: Run) -> tuple[tuple[str, str], ...]:
-    """What the program holds while it runs, by XLA's analysis, and the device's own count: label and bytes."""
+    """Label and bytes of what the program holds while it runs, by XLA's analysis, and of the device's peak so far."""
     memory = run.memory
     if memory is None:
         return ()

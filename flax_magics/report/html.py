@@ -1,6 +1,6 @@
-"""A run, a loop and a line of news as static HTML and as MIME bundles: no script, nothing fetched, the host's own colours.
+"""Runs, loops and news as static HTML and as MIME bundles: no script, nothing fetched, in the colors of the host.
 
-Every string goes through Jinja2's escaping; nothing here builds markup out of strings.
+Every string goes through Jinja2's escaping; no function here puts markup together from strings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Figure(NamedTuple):
-    """A large numeral: what was measured, the time, and a few words on it."""
+    """A large numeral of the report: its label, the time, and a few words beneath."""
 
     label: str
     time: str
@@ -32,13 +32,13 @@ class Figure(NamedTuple):
 
     @property
     def measures(self) -> tuple[tuple[str, str], ...]:
-        """Number and unit, twice for minutes and seconds: the unit is set smaller."""
+        """(number, unit) pairs of the time, two for `1 min 5 s`: the template sets units smaller."""
         pieces = self.time.split(" ")
         return tuple(zip(pieces[::2], pieces[1::2], strict=True))
 
 
 def report_html(run: Run, level: Level) -> str:
-    """The run at one level; `off` gives the sharp bits alone."""
+    """A run's report at one level; at `off` only its notes."""
     if level == "off":
         return render("notes.html", {"name": facts.name_of(run), "notes": note_lines(run.notes)})
     if level == "line" or not run.kind.model:
@@ -53,7 +53,7 @@ def report_html(run: Run, level: Level) -> str:
         "notes": note_lines(run.notes),
         "figures": figures(run),
         "segments": segments(run),
-        # The others are large numerals here.
+        # Those three are shown as large numerals above.
         "rows": [row for row in facts.rows(run) if row.label not in ("init", "jit", "run")],
         "open": level == "details",
         "keys": facts.key_facts(run),
@@ -67,19 +67,19 @@ def report_html(run: Run, level: Level) -> str:
 
 
 def line_html(notice: Notice) -> str:
-    """One line, sharp bits beneath."""
+    """A report of one line, its notes beneath."""
     name, mode, device, *texts = notice.parts
     context = {"first": notice.first, "name": name, "mode": mode, "device": device}
     return render("line.html", {**context, "texts": list(filter(None, texts)), "notes": note_lines(notice.notes)})
 
 
 def note_lines(notes: Iterable[Note]) -> list[tuple[list[str], list[tuple[str, list[str]]]]]:
-    """The lines of each note, and label and lines of what mends it."""
+    """For each note its lines, and the label and lines of each advice."""
     return [(clean_lines(note.text), [(label, clean_lines(text)) for label, text in note.advice]) for note in notes]
 
 
 def figures(run: Run) -> tuple[Figure, ...]:
-    """The largest numerals: initialisation, compilation and run, those that happened."""
+    """The times shown as large numerals: of the init, of making the program, and of the run, if they happened."""
     timing = run.timing
     shown = [Figure("init", seconds(timing.init), "eager")] if timing.init else []
     if not run.kind.forward:
@@ -98,7 +98,7 @@ def figures(run: Run) -> tuple[Figure, ...]:
 
 
 def segments(run: Run) -> tuple[tuple[Phase, float], ...]:
-    """The bar from left to right, each part with its share in percent; empty where there is nothing to compare."""
+    """The parts of the timing bar from left to right, with their share in percent; empty for a single part."""
     busy = [phase for phase in facts.phases(run) if phase.name != "wait"]
     whole = sum(phase.seconds for phase in busy)
     return tuple((phase, 100 * phase.seconds / whole) for phase in busy) if len(busy) > 1 else ()
@@ -106,14 +106,17 @@ def segments(run: Run) -> tuple[tuple[Phase, float], ...]:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
+    # At the first HTML: importing Jinja2 takes 30 ms and more.
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        # A misspelt name in a template fails instead of showing nothing.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # The templates belong to the package: looking at their files for each report is of no use.
         auto_reload=False,
     )
     environment.filters["clean"] = clean
@@ -122,18 +125,18 @@ def _environment() -> jinja2.Environment:
 
 @lru_cache(maxsize=1)
 def prepare() -> None:
-    """Reads the templates of a run, so that its report need not: some 20 ms."""
+    """Loads the templates of a run ahead of its report, which takes some 20 ms."""
     for name in ("parts.html", "style.html", "run.html"):
         _environment().get_template(name)
 
 
 def render(name: str, context: dict[str, object]) -> str:
-    """The template of that name, filled in."""
+    """Fills the template `name` with `context`."""
     return _environment().get_template(name).render(context).strip()
 
 
 def level(run: Run, setting: str) -> Level:
-    """How long the report of `run` should be: `setting`, or for `auto` as long as its news."""
+    """How much to report of `run`: `setting`, or for `auto` as much as is new about it."""
     if setting != "auto":
         return cast("Level", setting)
     if not run.kind.model:
@@ -148,8 +151,7 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, object]:
     """The MIME bundle of a run.
 
     Args:
-      run: what is shown.
-      level: see `level`; `off` gives the sharp bits alone, and an empty bundle where there are none.
+      level: see `level`; at `off` only the notes, and an empty bundle without any.
       style: `text` leaves the HTML out.
     """
     if level == "off" and not run.notes:
@@ -159,23 +161,23 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, object]:
 
 
 def loop_bundle(loop: Loop, style: str, rows: Rows | None = None) -> dict[str, object]:
-    """The MIME bundle of a counting line. `rows`, which are given once the cell has ended, add its runs as data."""
+    """The MIME bundle of a loop's counting line. `rows`, added once the cell has ended, are its runs as JSON."""
     shown = notice_bundle(loop.line, style)
     return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 
 def notice_bundle(notice: Notice, style: str) -> dict[str, object]:
-    """The MIME bundle of a line of news."""
+    """The MIME bundle of one line of news."""
     return shown_bundle(text.notice_text(notice), lambda: line_html(notice), style)
 
 
 def registered_bundle(models: Sequence[Registered], style: str) -> dict[str, object]:
-    """The MIME bundle of what `%%flaxmodel` registered; empty if that is nothing."""
+    """The MIME bundle of the models that `%%flaxmodel` registered; empty if there are none."""
     if not models:
         return {}
     return shown_bundle(text.registered_text(models), lambda: render("registered.html", {"models": models}), style)
 
 
 def shown_bundle(plain: str, rich: Callable[[], str], style: str) -> dict[str, object]:
-    """The MIME bundle of a text and its HTML, which is made where `style` is not `text`."""
+    """The MIME bundle of a text and of its HTML, which is only made unless `style` is `text`."""
     return {"text/plain": plain} if style == "text" else {"text/plain": plain, "text/html": rich()}

@@ -1,4 +1,4 @@
-"""The live line: `compiling net · 3 s` while something is slow, gone or replaced by the report when it is done."""
+"""The live line, `compiling net · 3 s`, shown while something is slow, and replaced by the report when it is done."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _ERASE = "\r\x1b[K"
 
 
 class Live:
-    """The live line of one command.
+    """The live line of one command, in a notebook or on a terminal.
 
     Args:
-      shell: IPython's shell, or None in a script.
-      delay: seconds before the line first shows.
+      shell: IPython's shell, None in a script.
+      delay: seconds before the line appears.
       interval: seconds between two updates.
-      clock: seconds, never going back.
-      stream: where a terminal's line goes; standard error by default.
+      clock: returns seconds, never going back.
+      stream: where a terminal's line is written, standard error by default.
 
     Attributes:
-      text: what is being done; may change, and the clock goes on.
-      display_id: of the display that holds the line, None if nothing was shown in a notebook.
+      text: what is being done; it may change while the elapsed time goes on.
+      display_id: of the display that shows the line, None if none was shown in a notebook.
     """
 
     def __init__(
@@ -49,30 +49,31 @@ class Live:
 
     @property
     def in_use(self) -> bool:
-        """Whether something is being done, or its line still waits for what takes its place."""
+        """Whether something is being done, or a shown line still waits to be replaced."""
         return self._working or self.display_id is not None
 
     def begin(self, text: str) -> None:
-        """Shows `text` and the elapsed time until `end`, once `delay` seconds have passed."""
+        """Shows `text` with the elapsed time until `end`, from `delay` seconds on."""
         self.text, self._started, self._working = text, self._clock(), True
         if self._visible():
+            # A line that is there already is redrawn at the usual interval.
             shown = self.display_id is not None
             ticker.begin(self._tick, self._interval if shown else self._delay, self._interval)
 
     def end(self) -> None:
-        """Nothing is drawn once this has returned."""
+        """Stops the line. Nothing is drawn any more once this has returned."""
         if not self._working:
             return
         self._working = False
         try:
             ticker.end()
-        finally:  # an interrupt may end the wait, and still the terminal's line is ours to wipe
+        finally:  # an interrupt may cut the wait short, and the terminal's line still has to be erased
             if self._on_terminal:
                 self._write(_ERASE)
                 self._on_terminal = False
 
     def show(self, bundle: Mapping[str, object]) -> None:
-        """Publishes a MIME bundle in place of the line, or anew where no line was shown. An empty one clears."""
+        """Publishes a MIME bundle, replacing the line if one is shown. An empty bundle clears the line."""
         if not bundle:
             self.clear()
         elif self._shell is None:
@@ -82,17 +83,18 @@ class Live:
             self.display_id = None
 
     def clear(self) -> None:
-        """Blanks the line of a command that failed or is quiet."""
+        """Blanks the line, after a command that failed or is quiet."""
         if self.display_id is not None:
             self._publish({"text/plain": ""}, update=True)
             self.display_id = None
 
     def _visible(self) -> bool:
-        with suppress(AttributeError, ValueError):  # standard error is None under pythonw, or closed
+        with suppress(AttributeError, ValueError):  # `sys.stderr` may be None (pythonw) or closed
             return self._in_kernel or (self._stream or sys.stderr).isatty()
         return False
 
     def _tick(self) -> None:
+        # `end` may have been called after this tick was due.
         if not self._working:
             return
         text = cut(clean(f"{self.text} · {elapsed(self._clock() - self._started)}"), WIDTH - 1)
@@ -113,7 +115,7 @@ class Live:
 
 
 class Ticker:
-    """Draws one job at a time; nothing is drawn any more once `end` has returned.
+    """Draws at intervals on one thread, for one job at a time. No drawing goes on once `end` has returned.
 
     Args:
       idle: seconds without work after which the thread ends.
@@ -121,21 +123,22 @@ class Ticker:
 
     def __init__(self, idle: float = 10.0) -> None:
         self._changed = threading.Condition(threading.Lock())
+        # `end` sets this without the lock.
         self._draw: Callable[[], None] | None = None
         self._due = self._interval = 0.0
         self._idle, self._wakes = idle, float("inf")
         self._thread: threading.Thread | None = None
 
     def begin(self, draw: Callable[[], None], delay: float, interval: float) -> None:
-        """Has a line drawn from `delay` seconds on, every `interval` seconds.
+        """Lets `draw` be called from `delay` seconds on, every `interval` seconds.
 
-        A thread that wakes early enough by itself is left asleep.
+        The thread is woken only if it would otherwise sleep too long, so that short commands wake nobody.
         """
         with self._changed:
-            # The context carries the cell that output belongs to, in ipykernel 7 and after.
+            # ipykernel 7 finds the cell that output belongs to through a context variable.
             self._draw = partial(contextvars.copy_context().run, draw)
             self._due, self._interval = time.monotonic() + delay, interval
-            if self._thread is None or not self._thread.is_alive():  # forked, or never started
+            if self._thread is None or not self._thread.is_alive():  # never started, ended by itself, or lost in a fork
                 self._thread = threading.Thread(target=self._run, name="flax_magics live", daemon=True)
                 self._wakes = self._due
                 self._thread.start()
@@ -143,8 +146,9 @@ class Ticker:
                 self._changed.notify()
 
     def end(self) -> None:
-        """Stops drawing, once a drawing that is under way is done."""
-        self._draw = None  # before the wait, which an interrupt may cut short
+        """Stops drawing, and waits for a drawing that is under way."""
+        self._draw = None  # before taking the lock, a wait that an interrupt may cut short
+        # The thread draws with the lock held, so holding it once means that no drawing is under way.
         with self._changed:
             pass
 
@@ -159,9 +163,9 @@ class Ticker:
                         self._due = now + self._interval
                         try:
                             draw()
-                        except Exception:  # a line that cannot be drawn must never harm the work it tells of
+                        except Exception:  # a failing display must never harm the work that it tells of
                             self._due = float("inf")
-                    # A line that cannot be drawn is never due: its end is still to be noticed.
+                    # After a failed drawing `_due` is infinite: the thread still wakes to notice that the job ended.
                     self._wakes = min(self._due, last + self._idle)
                 elif now - last >= self._idle:
                     self._thread = None

@@ -1,4 +1,4 @@
-"""A run as text, complete by itself in 80 columns; further runs of its cell in one line; other news in a line each."""
+"""Runs as text in 80 columns, complete without the HTML; a loop's runs, and other news, in one line each."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Notice(NamedTuple):
-    """What one line says: `net · train · cpu:0 · draw 2 · reused · run 0.22 ms`, `root key · restarted · seed 0`.
+    """The content of one line, such as `net · train · cpu:0 · draw 2 · reused · run 0.22 ms`.
 
     Attributes:
       name: what it is about.
-      texts: what is told of it, after mode and device where it has these.
-      notes: what to look out for, beneath the line.
+      texts: what is told of it, after mode and device if it has these.
+      notes: shown beneath the line.
       first: a line above it.
     """
 
@@ -40,33 +40,33 @@ class Notice(NamedTuple):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """All that stands in the line, safe to print; some may be empty."""
+        """The parts of the line in order, safe to print; some may be empty."""
         return tuple(map(clean, (self.name, self.mode, self.device, *self.texts)))
 
 
 def line_of(run: Run) -> Notice:
-    """The one-line form of a run."""
+    """The report of a run in one line."""
     name, mode, first = facts.name_of(run), facts.mode_of(run), facts.new_session(run)
     return Notice(name, facts.brief(run), run.notes, mode, run.device, first)
 
 
 def notice_text(notice: Notice) -> str:
-    """One line, unless 80 columns are too few for it, and sharp bits beneath."""
+    """The line, broken if it is longer than 80 columns, and the notes beneath."""
     first = [notice.first] if notice.first else []
     return "\n".join([*first, *dotted(notice.parts), *notes(notice.notes)])
 
 
 def normal(run: Run) -> str:
-    """Header, one row for each thing there is to say, and the sharp bits."""
+    """The normal report: a header, a row for each thing there is to say, and the notes."""
     return "\n".join([*head(run), *columns(facts.rows(run)), *notes(run.notes)])
 
 
 def details(run: Run) -> str:
-    """The normal form with keys, phases, memory and digest in full, and the run by hand."""
+    """The report in full: keys, phases, memory and digest, and the run as plain Flax."""
     keys = [(key.stream, key.fingerprint or "-", key.made_by, f"→ {key.takers}") for key in facts.key_facts(run)]
     memory = [f"{name} {amount}" for name, amount in facts.memory_facts(run)]
     items = {row.label: row.items for row in facts.rows(run) if row.label != "memory"}
-    items["keys"] = tuple(table(keys, width=WIDTH - 10))  # where they stood, if they did
+    items["keys"] = tuple(table(keys, width=WIDTH - 10))  # assigned in place, so that the row keeps its position
     items["memory"] = (*memory, "(by XLA's analysis)") if memory else ()
     items["digest"] = (run.digest,) if run.digest else ()
     below = {"out": facts.values_of(run), "jit": tuple(f"{phase.name} {phase.text}" for phase in facts.building(run))}
@@ -78,7 +78,7 @@ def details(run: Run) -> str:
     if code:
         lines.append("  by hand")
     for line in code:
-        # Breaks fall on spaces, which inside a bracket is still Python; what goes on hangs under its own indentation.
+        # Lines break at spaces: inside brackets that is still valid Python. What follows is indented further.
         body = line.lstrip(" ")
         indent = "    " + " " * min(len(line) - len(body), 40)
         lines += wrap(body, indent, indent + "    ")
@@ -86,7 +86,7 @@ def details(run: Run) -> str:
 
 
 def report(run: Run, level: Level) -> str:
-    """The run at one level; sharp bits are said at every level, and at `off` nothing else is."""
+    """A run's report at one level; notes are shown at every level, and at `off` nothing else."""
     if level == "details":
         return details(run)
     if level == "normal":
@@ -95,7 +95,7 @@ def report(run: Run, level: Level) -> str:
 
 
 def head(run: Run) -> list[str]:
-    """The header of the longer forms, below `new session, seed 0` if it is the first."""
+    """The header of the normal and the full report, below `new session, seed 0` for the first run."""
     lines = list(filter(None, [facts.new_session(run)]))
     if not run.kind.model:
         return lines + dotted((facts.name_of(run), *facts.brief(run)))
@@ -105,11 +105,11 @@ def head(run: Run) -> list[str]:
 
 
 def columns(rows: Iterable[Row], tables: Collection[str] = ()) -> list[str]:
-    """Rows with their labels in one column; items stand four spaces apart and hang under the first.
+    """Lays out rows with their labels in one column; items stand side by side, and wrap under the first.
 
     Args:
       rows: those without items are left out.
-      tables: labels of the rows whose items are lines of a table and stand below each other.
+      tables: labels of rows whose items are lines of a table, one below the other.
     """
     shown = [row for row in rows if row.items]
     labels = max([4, *(len(row.label) for row in shown)])
@@ -125,7 +125,7 @@ def columns(rows: Iterable[Row], tables: Collection[str] = ()) -> list[str]:
 
 
 def notes(sharp_bits: Iterable[Note]) -> list[str]:
-    """The sharp bits: `! text`, and beneath each the line that mends it."""
+    """The lines of notes: `! text`, and beneath each its advice."""
     lines: list[str] = []
     for note in sharp_bits:
         first, *others = clean_lines(note.text) or [""]
@@ -134,25 +134,25 @@ def notes(sharp_bits: Iterable[Note]) -> list[str]:
         for label, text in note.advice:
             for n, code in enumerate(clean_lines(text)):
                 begin = f"  {label}" if n == 0 else " " * (2 + len(label))
-                # A line to be pasted stays one line.
+                # Advice to paste must stay one line, however long.
                 lines += [begin + code] if label == "write: " else wrap(code, begin)
     return lines
 
 
 @dataclass
 class Loop:
-    """What the runs of one cell execution add up to. Begin with `Loop()` and `add` each run.
+    """The sum of the runs of one cell's execution, shown as one counting line. Begin with `Loop()`, and `add` each run.
 
     Attributes:
       model, mode, device: the names that occurred, in order, joined by commas.
       draws: lowest and highest draw number, (0, 0) before the first run.
       runs: how many runs were added.
-      programs: `compiled`, `reused`, `disk cache`, `eager` → how many runs.
-      building: seconds of trace, lower and compile together.
+      programs: origin of the program (`compiled`, `reused`, …) → how many runs.
+      building: seconds of tracing, lowering and compiling together.
       times: seconds on the device of each forward run.
       changed: collection → updates after the latest run.
       weights: whose weights ran, in order, joined by commas.
-      notes: the sharp bits, each once.
+      notes: the notes of all runs, each once.
     """
 
     model: str = ""
@@ -168,7 +168,7 @@ class Loop:
     notes: tuple[Note, ...] = ()
 
     def add(self, run: Run) -> None:
-        """One more run. Costs the same for the thousandth run as for the first."""
+        """Adds one run, at a cost that does not grow with the number of runs."""
         if run.kind.forward:
             self.programs.update([run.program] if run.program else [])
             self.times.append(run.timing.steady.median if run.timing.steady else run.timing.run)
@@ -185,7 +185,7 @@ class Loop:
 
     @property
     def line(self) -> Notice:
-        """`net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`"""
+        """The counting line, such as `net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`."""
         low, high = self.draws
         programs = []
         for program, times in self.programs.items():
@@ -207,7 +207,7 @@ def _joined(names: str, name: str) -> str:
 
 
 def registered_text(models: Sequence[Registered]) -> str:
-    """A line for each model, with the rows of its check beneath."""
+    """The lines of the registered models, with the rows of `--check` beneath each."""
     lines: list[str] = []
     for model in models:
         name = clean(model.name)
@@ -217,14 +217,14 @@ def registered_text(models: Sequence[Registered]) -> str:
 
 
 ROWS = 1000
-"""Runs of one counting line that are kept one by one."""
+"""How many runs of one loop are stored one by one."""
 
 
 class Rows:
-    """The runs of a loop, which share one counting line.
+    """The runs of a loop as data, for `verify`.
 
-    A row holds what differs from the row before it. Beyond `ROWS` of them, runs are counted, and their keys and digests
-    go into one digest for all: whether they agree can still be told, but not which of them does not.
+    A row holds only what differs from the row before. Runs beyond `ROWS` are counted, and hashed into one digest of
+    their keys and one of their outputs: whether they agree can still be told, but not which of them differs.
     """
 
     def __init__(self) -> None:
@@ -234,19 +234,21 @@ class Rows:
         self._keys, self._digests = hashlib.sha256(), hashlib.sha256()
 
     def add(self, run: Run) -> None:
-        """One more run, whose output is still there."""
+        """Adds a run while its output is still there: its digest is taken now."""
         if len(self._rows) < ROWS:
             row = recorded(run)
+            # `self` stands for a field that was not there: no value equals it.
             self._rows.append({name: value for name, value in row.items() if self._last.get(name, self) != value})
             self._last = row
         else:
             self._further += 1
+            # A separator, so that no two sequences have the same bytes.
             self._keys.update(json.dumps(all_words(run.keys), sort_keys=True).encode() + b"\0")
             self._digests.update(f"{run.digest}\0".encode())
 
     def to_json(self) -> dict[str, object]:
-        """`runs`, the rows in order; and `further`, None or how many more there were, with a digest of their keys and one
-        of their digests.
+        """`runs`: the rows in order; `further`: how many runs came after, with a digest of their keys and one of their
+        digests, or None.
         """
         keys, digest = (hasher.hexdigest()[:16] for hasher in (self._keys, self._digests))
         further = {"runs": self._further, "keys": keys, "digest": digest}

@@ -1,1 +1,1 @@
-"""Random keys: the root key, its draws and their streams."""
+"""PRNG keys: the root key of a session, its draws, and the streams of a draw."""

@@ -1,18 +1,18 @@
-"""The root key, its draws and their streams: pure functions over frozen records.
+"""The root key, its draws and their streams, as frozen records with pure methods.
 
 One draw is the line of Flax's notebook *The Sharp Bits*::
 
     root_key, params_key, dropout_key = jax.random.split(root_key, 3)
 
 The old root is never split again. Any further stream NAME is `jax.random.fold_in(old_root, stream_tag(NAME))`. With
-partitionable threefry `split(key, n)[i] == fold_in(key, i)`, so a tag always has its highest bit set: it can never meet
-one of the small integers that the split stands for.
+partitionable threefry `split(key, n)[i] == fold_in(key, i)`, so a tag always has its highest bit set: it never equals
+one of the small integers that the split amounts to.
 
-JAX's default generator is worked out on the host: a draw's keys without a program, in some microseconds. Threefry-2x32 with
-20 rounds (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011) is exact integer arithmetic. With
-`jax_threefry_partitionable`, which is the default, key i of `jax.random.split` and `jax.random.fold_in` by i are the hash
-of the counter (0, i). As a part of a program it would be the dearest: XLA takes 0.12 to 0.15 s to compile a split into
-three, on two cores, more than for eight dense layers.
+Keys of JAX's default generator are computed on the host, in microseconds and without a program. Threefry-2x32 with 20
+rounds (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011) is exact integer arithmetic, so the host has
+the device's bits. With `jax_threefry_partitionable`, the default, key i of `jax.random.split` and `jax.random.fold_in`
+by i both are the hash of the counter (0, i). In a program the split would be costly: XLA compiles a split into three in
+0.12 to 0.15 s on two cores, longer than eight dense layers.
 """
 
 from __future__ import annotations
@@ -31,35 +31,41 @@ from ..base.digest import data_of, words
 from ..errors import FlaxMagicsError
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
-"""Key data, as a program takes it."""
+"""Key data as a uint32 NumPy array: the form in which a program takes keys."""
 SPLIT = ("params", "dropout")
-"""The streams that the split itself gives, in its order."""
+"""The streams whose keys come from the split itself, in its order; every other stream is folded in."""
 
 
 @lru_cache(maxsize=1024)
 def stream_tag(name: str) -> int:
-    """The integer folded into the old root for stream `name`: 32 bits, the highest always set."""
+    """The integer that is folded into the old root for stream `name`: 32 bits of its sha256, the highest set."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") | 1 << 31
 
 
 @cache
 def _on_data(derive: Callable[..., jax.Array], impl: str) -> Callable[..., jax.Array]:
-    """`derive(key, …)` from key data to key data of one PRNG implementation, in one dispatch."""
+    """`derive(key, …)` as a jitted function from key data to key data, for keys of the PRNG implementation `impl`."""
     return jax.jit(lambda data, *more: jax.random.key_data(derive(jax.random.wrap_key_data(data, impl=impl), *more)))
 
 
-_in_three = partial(jax.random.split, num=3)
+_in_three = partial(jax.random.split, num=3)  # one object, so that `_on_data` finds its jitted function again
 
 
 class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
-    """One draw from the root key: its number under its seed, and the root that it splits (host data, uncommitted)."""
+    """One draw from the root key.
+
+    Attributes:
+      seed, number: which draw it is; numbers count from 1 under each seed.
+      root: key data of the root that it splits, on the host, so that keys made of it are on no particular device.
+      impl: JAX's name of the PRNG implementation, such as `threefry2x32`.
+    """
 
     seed: int
     number: int
     root: bytes
     impl: str
     size: ClassVar[None] = None
-    """One draw is no series of them: see `DrawBatch`."""
+    """None: keys have no leading axis, in contrast to those of a `DrawBatch`."""
 
     @cached_property
     def _split(self) -> list[bytes]:
@@ -69,22 +75,22 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
     @property
     def next_root(self) -> bytes:
-        """Key data of the root that the next draw splits."""
+        """Key data of the root for the next draw: the first of the three keys of the split."""
         return self._split[0]
 
     @property
     def first(self) -> Draw:
-        """Itself: see `DrawBatch`."""
+        """This draw, as if it were a `DrawBatch` of one."""
         return self
 
     @property
     def last(self) -> Draw:
-        """Itself: see `DrawBatch`."""
+        """This draw, as if it were a `DrawBatch` of one."""
         return self
 
     @property
     def draws(self) -> tuple[Draw, ...]:
-        """Itself alone: see `DrawBatch`."""
+        """This draw alone, as if it were a `DrawBatch` of one."""
         return (self,)
 
     def next(self) -> Draw:
@@ -95,18 +101,18 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         """The typed key of stream `name`, shape ().
 
         Args:
-          name: any stream; `params` and `dropout` come from the split, every other is folded in under its own tag.
-          taken: the split's key of this name already went to something else in this draw (an init took `params`), so
-            the stream is folded in as well: no key is used twice.
+          name: `params` and `dropout` come from the split, every other stream is folded in under its own tag.
+          taken: something else in this draw already uses the split's key of this name (an init took `params`), so this
+            stream is folded in, too: no key is used twice.
         """
         return as_key(self.data(name, taken=taken), self.impl)
 
     def words(self, name: str, *, taken: bool = False) -> Words:
-        """Its key data as a program takes it: uint32 of shape (2,), or as wide as `impl` has it."""
+        """The key data of stream `name` as uint32 of shape (2,), or wider for other implementations than threefry."""
         return _words(self.data(name, taken=taken))
 
     def data(self, name: str, *, taken: bool = False) -> bytes:
-        """Its key data, for which no array has to be made."""
+        """The key data of stream `name` as bytes; for threefry no device array is made."""
         if name in SPLIT and not taken:
             return self._split[1 + SPLIT.index(name)]
         if name not in self._folded:
@@ -124,14 +130,17 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
 
 
 class DrawBatch(Struct, frozen=True, dict=True):
-    """Draws one after the other, for one run that takes them all: what a Draw gives, with an axis in front."""
+    """Several consecutive draws for one run that is mapped over their keys. Keys get a leading axis of `size`.
+
+    It has the interface of a `Draw`: `first`, `last`, `draws`, `stream`, `words` and `data`.
+    """
 
     first: Draw
     size: int
 
     @cached_property
     def draws(self) -> tuple[Draw, ...]:
-        """The draws, in order."""
+        """The `size` draws, in order."""
         draws = [self.first]
         while len(draws) < self.size:
             draws.append(draws[-1].next())
@@ -139,34 +148,35 @@ class DrawBatch(Struct, frozen=True, dict=True):
 
     @property
     def last(self) -> Draw:
-        """The draw that the root moves on from."""
+        """The last of the draws, after which the root key goes on."""
         return self.draws[-1]
 
     @property
     def impl(self) -> str:
-        """The PRNG implementation."""
+        """JAX's name of the PRNG implementation, which all draws share."""
         return self.first.impl
 
     def stream(self, name: str, *, taken: bool = False) -> jax.Array:
-        """The typed keys of stream `name`, shape (size,). `taken` is said of the first draw: see `Draw.stream`."""
+        """The typed keys of stream `name`, shape (size,). `taken` concerns the first draw alone: see `Draw.stream`."""
         return as_key(self.data(name, taken=taken), self.impl, self.size)
 
     def words(self, name: str, *, taken: bool = False) -> Words:
-        """Their key data as a program takes it: what a Draw gives, with an axis of `size` in front."""
+        """The key data of stream `name` as uint32 of shape (size, 2), or wider for other implementations."""
         return _words(self.data(name, taken=taken)).reshape(self.size, -1)
 
     def data(self, name: str, *, taken: bool = False) -> bytes:
-        """Their key data, one after the other."""
+        """The key data of stream `name` of all draws, concatenated."""
+        # Only the first draw can share its `params` key with an init before it.
         return b"".join(draw.data(name, taken=taken and draw is self.first) for draw in self.draws)
 
 
 @dataclass(frozen=True)
 class RunKeys(Mapping[str, jax.Array]):
-    """The keys of a run by name, made when they are looked at: a history of runs then holds no device memory for them.
+    """The typed keys of a run by name, made when they are accessed, so that a history of runs holds no device memory.
 
     Attributes:
-      draw: what they are drawn from.
-      names: how a key is called in the run → the stream that it is, and whether that was taken (see `Draw.stream`).
+      draw: the draw that the keys come from.
+      names: key's name in the run → (stream, whether that was taken); see `Draw.stream`.
     """
 
     draw: Draw | DrawBatch
@@ -174,7 +184,7 @@ class RunKeys(Mapping[str, jax.Array]):
 
     @classmethod
     def of(cls, draw: Draw | DrawBatch, *names: str) -> RunKeys:
-        """Streams under their own names."""
+        """Keys of the streams `names`, each under its stream's name."""
         return cls(draw, {name: (name, False) for name in names})
 
     def __getitem__(self, name: str) -> jax.Array:
@@ -182,7 +192,7 @@ class RunKeys(Mapping[str, jax.Array]):
         return self.draw.stream(stream, taken=taken)
 
     def data(self, name: str) -> bytes:
-        """Key data of a key, for which no array has to be made."""
+        """The key data of one key as bytes, without making a device array."""
         stream, taken = self.names[name]
         return self.draw.data(stream, taken=taken)
 
@@ -194,7 +204,7 @@ class RunKeys(Mapping[str, jax.Array]):
 
 
 class RootKey(Struct, frozen=True, forbid_unknown_fields=True):
-    """The root key of a session: the seed it began with, how many draws it has given, and its data now."""
+    """The root key of a session: its seed, the number of draws so far, and the key data that the next draw splits."""
 
     seed: int
     draws: int
@@ -203,47 +213,50 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_seed(cls, seed: int) -> RootKey:
-        """Draw 0 of `seed`, under the PRNG implementation that JAX is set to now.
+        """The root key before the first draw of `seed`, with JAX's current default PRNG implementation.
 
         Raises:
           FlaxMagicsError: `seed` is no int.
         """
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise FlaxMagicsError(f"a seed is an int, not {seed!r}.")
-        with jax.ensure_compile_time_eval():  # a session may begin in a function that JAX traces
+        with jax.ensure_compile_time_eval():  # inside a traced function, too, the root key is a concrete value
             key = jax.random.key(seed)
             return cls(seed, 0, data_of(key), str(jax.random.key_impl(key)))
 
     @property
     def key(self) -> jax.Array:
-        """The typed key that the next draw will split, shape ()."""
+        """The typed key, shape (), that the next draw splits."""
         return as_key(self.data, self.impl)
 
     def draw(self) -> Draw:
-        """The next draw. The root itself does not move: see `after`."""
+        """The next draw. The root does not advance until `after`, so a failed run's draw is drawn again."""
         return Draw(self.seed, self.draws + 1, self.data, self.impl)
 
     def after(self, draw: Draw) -> RootKey:
-        """The root once `draw` has succeeded."""
+        """The root key after `draw` has succeeded."""
         return RootKey(self.seed, draw.number, draw.next_root, self.impl)
 
 
 def _words(data: bytes) -> Words:
-    # Key data of one key is a vector of words in every implementation that JAX has.
+    # In every PRNG implementation of JAX the data of one key is a vector of uint32.
     return np.frombuffer(data, np.uint32)
 
 
 def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
-    """A typed key, shape (), made of host key data; with `size` so many, shape (size,)."""
+    """A typed key of shape () from key data; with `size`, that many keys, shape (size,)."""
     words = _words(data) if size is None else _words(data).reshape(size, -1)
-    # `jnp.asarray` would compile a program for it.
+    # `device_put` only copies; `jnp.asarray` would compile a program.
     key: jax.Array = jax.random.wrap_key_data(jax.device_put(words), impl=impl)
     return key
 
 
 @dataclass
 class SeenKeys:
-    """Data of keys that a session has met: roots that it has split or will split, and keys → the run that they went into."""
+    """Keys that a session has met, by key data, so that the reuse of a key can be noted.
+
+    `roots`: roots that it has split or will split. `runs`: key passed to a run → that run, such as `draw 3`.
+    """
 
     roots: set[bytes] = field(default_factory=set)
     runs: dict[bytes, str] = field(default_factory=dict)
@@ -251,13 +264,13 @@ class SeenKeys:
 
 @cache
 def shape_of_key(impl: str) -> jax.ShapeDtypeStruct:
-    """A typed key of shape () as a shape."""
+    """The `ShapeDtypeStruct` of one typed key, shape ()."""
     shape: jax.ShapeDtypeStruct = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
     return shape
 
 
 def short_key(key: jax.Array) -> str:
-    """The first word of the key data in hex: `375f238f`. A short name for eyes, not for comparing."""
+    """The first word of the key data in hex, `375f238f`: a short name for people, too short to tell keys apart."""
     return words(key)[:8]
 
 
@@ -265,26 +278,28 @@ THREEFRY = "threefry2x32"
 _MASK = 0xFFFFFFFF
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _KNOWN = (0, 13)
-"""The first version of JAX that is not known to make its keys this way."""
+"""The first JAX version for which the host's threefry was not tried; from it on, one comparison decides."""
 
 
 def is_on_host(impl: str) -> bool:
-    """Whether keys of `impl` are worked out on the host, as JAX makes them."""
+    """Whether `threefry` computes the keys of `impl` as JAX would under its current settings."""
+    # Without the partitionable flag JAX splits by hashing all counters at once, which gives other keys.
     return impl == THREEFRY and bool(getattr(jax.config, "jax_threefry_partitionable", False)) and _is_known()
 
 
 def threefry(key: bytes, counters: Sequence[int]) -> list[bytes]:
-    """Key data of `jax.random.fold_in` of a key by each of `counters`, numbers of 32 bits.
+    """The key data of `jax.random.fold_in(key, counter)` for each of the 32-bit `counters`.
 
     Args:
-      key: key data of 8 bytes: two words, each as a little-endian machine has it. So is what comes back.
+      key: 8 bytes of key data: two little-endian words. Each result has the same form.
     """
     n = len(counters)
     ones, mask = _lanes(n)
     words = int.from_bytes(key, "little")
     first, second = words & _MASK, words >> 32
     schedule = (first * ones, second * ones, (first ^ second ^ 0x1BD11BDA) * ones)
-    # All in one pass: a counter each in lanes of 64 bits, half of which are room for what is carried or rotated out.
+    # One pass over big integers instead of a Python loop per key: each counter has a lane of 64 bits, whose upper half
+    # takes the carry of an addition or the bits rotated out until `mask` clears it.
     x = schedule[0]
     y = (sum(counter << 64 * i for i, counter in enumerate(counters)) + schedule[1]) & mask
     for i in range(5):
@@ -299,19 +314,19 @@ def threefry(key: bytes, counters: Sequence[int]) -> list[bytes]:
 
 @lru_cache(maxsize=64)
 def _lanes(n: int) -> tuple[int, int]:
-    """A one in each of `n` lanes, and 32 ones in each."""
+    """Big integers with 1, and with 32 one-bits, in each of `n` lanes of 64 bits."""
     ones = sum(1 << 64 * i for i in range(n))
     return ones, ones * _MASK
 
 
 @cache
 def _is_known() -> bool:
-    """Whether this version of JAX was tried; a newer one is held against what it makes itself, once."""
+    """Whether `threefry` agrees with this JAX: known for versions that were tried, for newer ones compared once."""
     return jax.__version_info__ < _KNOWN or agrees_with_jax()
 
 
 def agrees_with_jax() -> bool:
-    """Whether one key, split and folded by JAX itself, gives what `threefry` gives. Takes a fraction of a second."""
+    """Whether JAX's own split and fold of one key equal those of `threefry`. Takes a fraction of a second."""
     key, tag = jax.random.key(1), 0x9E3779B9
     keys = [*jax.random.split(key, 3), jax.random.fold_in(key, np.uint32(tag))]
     return list(map(data_of, keys)) == threefry(data_of(key), (0, 1, 2, tag))

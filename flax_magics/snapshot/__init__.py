@@ -1,1 +1,1 @@
-"""A session in a file: written, read, and matched to the models that are registered."""
+"""A session in a file: written, read, and its variables restored to the registered models."""

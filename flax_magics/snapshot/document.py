@@ -1,4 +1,4 @@
-"""A session at one moment as data: taken, written into a file as its JSON and arrays, and read out of one."""
+"""A session at one moment as a record: taken from the state, written into a file as JSON and arrays, and read back."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from ..state.trees import Node, Reader, Writer, foreign_in, key_read, key_type
 from . import format
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
-"""Settings of JAX's that change the bits of a run."""
+"""The JAX settings that change the bits of a run."""
 KeyWords = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{8})*\Z")]
 VariableRows = list[tuple[str, list[Any], Node]]
-"""Of each variable of an NNX model its type, the steps of its path, and its value."""
+"""For each variable of an NNX model its type, the steps of its path, and its value."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A session: its root key, what is open and its models; and what it ran on. Its runs are a `RunLog` beside it.
+    """A session without its runs, which are a `RunLog` beside it: root key, open draw, models, and what it ran on.
 
-    A file's JSON has its fields, and those of the records in them, under these names: to rename one is to change the format.
+    A file's JSON has these fields, and those of the records in them, by name: renaming one changes the file format.
 
     Attributes:
       saved: seconds since the epoch.
-      settings: JAX's, as they were.
+      settings: of JAX, at that time.
     """
 
     root: RootKey
@@ -62,17 +62,18 @@ class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def parameters(self) -> int:
-        """Of all models together."""
+        """Elements of the parameters of all models."""
         return sum(model.parameters for model in self.models)
 
 
 class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """A run in a file: what `Run.to_json` says of it, with what the history has of it besides.
+    """A run in a file: what `Run.to_json` has, and what the history needs besides.
 
     Attributes:
-      impl: the PRNG implementation of its keys, None where it has none.
-      inputs: their dtypes and shapes.
+      impl: the PRNG implementation of its keys, None if it has no keys.
+      inputs: their dtypes and shapes, as text.
       replays: how often it was run again, and whether any of these gave other bits.
+      leaves, bits: a few values of the output, see `digest.sample_of`; None and empty without any.
     """
 
     version: Literal[1]
@@ -118,11 +119,12 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def take(state: State) -> Snapshot:
-    """What the session is now, without the models' code: see `with_sources`.
+    """The state as a Snapshot, still without the code of the models (see `with_sources`, which is slower).
 
-    Values that others may change where they are (NumPy's) are copied.
+    NumPy arrays are copied, since their owners may write into them before the file is written.
     """
     models = [_taken(entry) for entry in state.models.values()]
+    # Models of an earlier file that are still waiting are saved again.
     waiting = [model for name, model in state.waiting.items() if name not in state.models]
     return Snapshot(
         state.root, state.opened, state.seeds, (*models, *waiting), versions(), device(), settings(), time.time()
@@ -130,8 +132,10 @@ def take(state: State) -> Snapshot:
 
 
 def _taken(entry: ModelEntry) -> SavedModel:
+    # After an assignment the earlier init still tells what fits the model.
     model, init = entry.model, entry.init or entry.previous_init
     if model.holds_variables:
+        # What is sown belongs to one run, and fixed slots are made by the construction.
         slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
         variables: PyTree = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
     else:
@@ -159,10 +163,10 @@ def _taken(entry: ModelEntry) -> SavedModel:
 
 
 def with_sources(snapshot: Snapshot, state: State, known: dict[str, tuple[object, str]] | None = None) -> Snapshot:
-    """With the code of the models that are registered in `state`.
+    """The snapshot with the source code of the models that are registered in `state`.
 
     Args:
-      known: name → module and its code, as they were looked up before.
+      known: name → module and its code from earlier saves, extended here.
     """
     known = {} if known is None else known
     for name, entry in state.models.items():
@@ -177,7 +181,7 @@ def with_sources(snapshot: Snapshot, state: State, known: dict[str, tuple[object
 
 
 def _own(tree: PyTree) -> PyTree:
-    """The tree in containers that nobody else has, NumPy's arrays copied."""
+    """A copy of the tree's containers, with NumPy arrays copied; JAX arrays, which cannot change, are shared."""
     if type(tree) is dict:
         return {key: _own(value) for key, value in tree.items()}
     if type(tree) in (list, tuple):
@@ -187,18 +191,18 @@ def _own(tree: PyTree) -> PyTree:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Of what a run's bits depend on. Not to be changed."""
+    """Versions that a run's bits depend on. The cached dict must not be changed."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     return {"flax_magics": __version__, "python": platform.python_version(), **packages}
 
 
 def settings() -> dict[str, str]:
-    """JAX's settings that change the bits of a run, as text."""
+    """The JAX settings that change the bits of a run, with their values as text."""
     return {name: str(getattr(jax.config, name)) for name in _SETTINGS if hasattr(jax.config, name)}
 
 
 def device() -> str:
-    """The first device: its platform and kind."""
+    """Platform and kind of the first device, such as `gpu NVIDIA H100`; the platform alone if both are the same."""
     first = jax.devices()[0]
     return f"{first.platform} {first.device_kind}" if first.device_kind != first.platform else first.platform
 
@@ -210,14 +214,14 @@ def write(
     history: WrittenRuns | None = None,
     ticket: threading.Lock | None = None,
 ) -> int:
-    """Writes a session, whole or not at all; gives the size in bytes.
+    """Writes a session into a file, whole or not at all. Returns the file's size in bytes.
 
     Args:
-      history: has noted down the runs of earlier snapshots.
+      history: keeps the JSON of runs that were written before.
       ticket: see `replace_file`.
 
     Raises:
-      FlaxMagicsError: something in it cannot be saved, or the file cannot be written; the old one is as it was.
+      FlaxMagicsError: something in it cannot be saved, or the file cannot be written; an old file is left as it was.
     """
     writer = Writer()
     records = format.json_of((history or WrittenRuns(digest=True)).of(runs)).encode()
@@ -226,7 +230,7 @@ def write(
 
 
 def _written(model: SavedModel, writer: Writer) -> SavedModel:
-    """The model with nodes in the place of its trees, whose arrays go into `writer`."""
+    """The model with JSON nodes in the place of its trees, whose arrays go into `writer`."""
     name, init = model.name, _init_written(model, writer)
     if model.holds_variables:
         variables: PyTree = [
@@ -234,6 +238,7 @@ def _written(model: SavedModel, writer: Writer) -> SavedModel:
             for collection, path, value in model.variables
         ]
     else:
+        # The same arrays, but a `foreign` of its own: it is asked about this tree alone.
         tree_writer = Writer(writer.arrays)
         variables = tree_writer.tree(model.variables, name)
         if tree_writer.foreign is not None and init is None:
@@ -249,10 +254,10 @@ def _written(model: SavedModel, writer: Writer) -> SavedModel:
 
 
 def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
-    """How the variables were made; None where that cannot be said without code of the user's."""
+    """The init that made the variables, as nodes; None where reading it would need classes of the user's code."""
     if model.made is None:
         return None
-    # An array of a call that cannot be written is not to be in the file.
+    # A writer of its own: if the call cannot be written, none of its arrays may be left in the file.
     call_writer, at = Writer(), f"{model.name} initialised with"
     try:
         nodes = {
@@ -267,10 +272,10 @@ def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
 
 
 class WrittenRuns:
-    """The runs of a session as JSON data, each made once: a session that is saved again and again adds few each time.
+    """The runs of a session as JSON data. Each run is converted once, so that saving again costs little.
 
     Args:
-      digest: take the digest of an output that is still there, which reads all of it.
+      digest: compute the digest of each output that is still there, which reads all of it.
     """
 
     def __init__(self, *, digest: bool) -> None:
@@ -278,13 +283,13 @@ class WrittenRuns:
         self._data: list[tuple[dict[str, Any], StoredRun]] = []
 
     def of(self, log: RunLog | None) -> list[dict[str, Any]]:
-        """The data of every run, oldest first."""
+        """The JSON data of every run in `log`, oldest first."""
         last = self._data[-1][1] if self._data else None
         new = list(takewhile(lambda run: run is not last, backwards(log)))
-        if log is None or len(new) == log.length:  # another history than before
+        if log is None or len(new) == log.length:  # the last known run is not in it: another history, from a file
             self._data = []
         self._data += [(self._data_of(run), run) for run in reversed(new)]
-        # A run's digest may be taken after it was noted down, and it may be run again.
+        # Digest and replays may have come since the run was converted.
         return [
             data | {"digest": data["digest"] or run.facts._taken.digest, "replays": run.replays}
             for data, run in self._data
@@ -293,7 +298,7 @@ class WrittenRuns:
     def _data_of(self, stored: StoredRun) -> dict[str, Any]:
         run = stored.run()
         if not self._digest:
-            _ = run.shape  # while there is an output to read it from
+            _ = run.shape  # read while the output is there: it goes into the file
             run = replace(run, output=RELEASED)
         impl: str | None
         match run.keys:
@@ -305,7 +310,7 @@ class WrittenRuns:
 
 
 def read(path: Path) -> tuple[Snapshot, RunLog | None]:
-    """What a file has. Raises FlaxMagicsError: it is no session, or not as it was written."""
+    """Reads a file. Raises FlaxMagicsError where it is no session, or is damaged."""
     contents = format.read(path)
     reader = Reader(contents.arrays)
     try:
@@ -313,7 +318,7 @@ def read(path: Path) -> tuple[Snapshot, RunLog | None]:
         if len({model.name for model in snapshot.models}) != len(snapshot.models):
             raise Damaged("two of its models have one name")
         for _, impl in snapshot.seeds.values():
-            if impl:  # none where no draw was made
+            if impl:  # empty where no draw was made under the seed
                 key_type(impl)
         _check_key(snapshot.root.data, snapshot.root.impl)
         if snapshot.opened is not None:
@@ -323,6 +328,7 @@ def read(path: Path) -> tuple[Snapshot, RunLog | None]:
     except Damaged as error:
         format.refuse(path, str(error))
     except RecursionError:
+        # Nodes are limited in depth, but JSON around them may be nested by whoever altered the file.
         format.refuse(path, "something in it is nested too deeply")
 
 
@@ -332,7 +338,7 @@ def _check_key(data: bytes, impl: str) -> None:
 
 
 def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
-    """The model with its trees in the place of their nodes: what `_written` took apart."""
+    """The model with trees in the place of nodes, the inverse of `_written`. Raises Damaged."""
     name = model.name
     if not name.isidentifier():
         raise Damaged("one of its models is none")
@@ -362,7 +368,7 @@ def _is_key(value: PyTree) -> bool:
 
 
 def _check_tree(tree: PyTree, what: str) -> None:
-    """Raises Damaged where JAX does not take something apart, such as a dict with keys of two types: none was saved."""
+    """Raises Damaged where JAX cannot flatten `tree`, such as a dict with keys of two types, which no session has."""
     try:
         jax.tree_util.tree_structure(tree)
     except ValueError:
@@ -379,7 +385,7 @@ def _init_of(init: SavedInit, name: str, reader: Reader) -> SavedInit:
 
 
 def _runs_of(reader: Reader) -> RunLog | None:
-    """The runs that `WrittenRuns` wrote; their inputs and outputs are `RELEASED`."""
+    """The runs in the file's history. Their inputs and outputs are `RELEASED`. Raises Damaged."""
     try:
         text = reader.stored("history").tobytes().decode()
     except UnicodeDecodeError:
@@ -393,6 +399,7 @@ def _runs_of(reader: Reader) -> RunLog | None:
 def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
     if record.keys and record.impl is None:
         raise Damaged("a run in its history does not say what its keys are")
+    # Eight hex digits for each word of each key.
     digits = 0 if record.impl is None else 8 * math.prod(key_type(record.impl)[1]) * (record.draws or 1)
     if any(len(words) != digits for words in record.keys.values()):
         raise Damaged("a run in its history has a key that is none")
@@ -414,11 +421,11 @@ def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
 
 @dataclass(frozen=True)
 class WrittenKeys(Mapping[str, jax.Array]):
-    """The keys of a run that was read, made when they are looked at.
+    """The keys of a run that was read from a file. Arrays are made only when one is asked for.
 
     Attributes:
-      words: stream → its words in hex, of all its keys one after the other.
-      size: of how many draws each has the keys; None for one key of shape ().
+      words: stream → the words of its keys in hex, one after the other.
+      size: how many draws have a key in it; None for one key of shape ().
     """
 
     words: Mapping[str, str]
@@ -426,7 +433,8 @@ class WrittenKeys(Mapping[str, jax.Array]):
     size: int | None = None
 
     def data(self, name: str) -> bytes:
-        """Key data."""
+        """The key data of a stream, as bytes of uint32 words."""
+        # Hex is written with the most significant digit first, whatever the machine's byte order.
         return np.frombuffer(bytes.fromhex(self.words[name]), ">u4").astype(np.uint32).tobytes()
 
     def __getitem__(self, name: str) -> jax.Array:

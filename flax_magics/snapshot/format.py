@@ -7,10 +7,10 @@
                 json          {"parts": name → {dtype, shape, sha256}, "document": …}
     arrays    their bytes, one after the other, nothing between them
 
-So `safetensors.numpy.load_file(FILE)` gives the arrays by name. One whose dtype it does not know everywhere (float8,
-int4, complex) is stored as bytes, `U8` with one more axis, and `parts` has its own dtype and shape.
+So `safetensors.numpy.load_file(FILE)` returns the arrays by name. A dtype that not every version of safetensors knows
+(float8, int4, complex) is stored as `U8` bytes with one more axis, and `parts` has its own dtype and shape.
 
-The library writes it and reads it, and each array is held against our checksum.
+safetensors writes and reads the file; each array is checked against our own checksum.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ from ..state.trees import CODES, NARROW, dtype_named, shape_of
 
 VERSION = 1
 HEADER_LIMIT = 100_000_000
-"""Bytes: the library reads no longer header."""
+"""Bytes. safetensors reads no longer header."""
 
 
 def write(path: Path, document: object, arrays: Mapping[str, HostArray], ticket: threading.Lock | None = None) -> int:
-    """Writes the file, whole or not at all; gives its size in bytes.
+    """Writes the file, whole or not at all. Returns its size in bytes.
 
     Args:
       path: where to; see `replace_file`.
-      document: what JSON can hold, or records of it.
-      arrays: of dtypes that `dtype_named` knows, by names that are not `__metadata__`.
+      document: JSON data, which may have msgspec records in it.
+      arrays: with dtypes that `dtype_named` knows, under names other than `__metadata__`.
       ticket: see `replace_file`.
 
     Raises:
-      FlaxMagicsError: the file cannot be written; the one that was there is as it was.
+      FlaxMagicsError: the file cannot be written; an old file is left as it was.
     """
+    # Imported when a file is written, since most sessions write none.
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -62,13 +63,14 @@ def write(path: Path, document: object, arrays: Mapping[str, HostArray], ticket:
     parts: dict[str, PartRecord] = {}
     for name, array in arrays.items():
         plain = array = little_endian(np.asarray(array, order="C"))
-        if array.dtype.name not in CODES:  # the elements' bytes, on an axis of their own
+        if array.dtype.name not in CODES:  # as bytes, with an axis for the bytes of one element
             plain = np.frombuffer(array.tobytes(), np.uint8).reshape(*array.shape, array.dtype.itemsize)
         digest = hashlib.sha256(plain.reshape(-1).view(np.uint8).data).hexdigest()
         parts[name] = PartRecord(array.dtype.name, list(array.shape), digest)
         stored[name] = plain
     text = json_of(ContentsRecord(parts, document))
     metadata = {"flax_magics": str(VERSION), "sha256": hashlib.sha256(text.encode()).hexdigest(), "json": text}
+    # JSON inside JSON has its quotes escaped, so the header may be twice as long.
     if 2 * len(text) > HEADER_LIMIT:
         raise FlaxMagicsError(f"`{path}` cannot be written: what is to stand in its header is too long.")
     try:
@@ -79,7 +81,7 @@ def write(path: Path, document: object, arrays: Mapping[str, HostArray], ticket:
 
 
 def _why(error: Exception) -> str:
-    """What the system says. The library tells of a full disk in an error of its own, with the number of the system's."""
+    """The system's reason. safetensors has its own error for a full disk, with the system's number in its text."""
     number = re.search(r"\(os error (\d{1,4})\)", str(error))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -87,7 +89,7 @@ def _why(error: Exception) -> str:
 
 
 def json_of(value: object) -> str:
-    """JSON data, with records in it, as text that `loads` reads. Raises FlaxMagicsError: it is nested too deeply."""
+    """JSON text of data that may have records in it. Raises FlaxMagicsError where it is nested too deeply."""
     try:
         return json.dumps(value, default=msgspec.to_builtins, separators=(",", ":"))
     except RecursionError:
@@ -95,14 +97,14 @@ def json_of(value: object) -> str:
 
 
 class FileContents(Struct, frozen=True):
-    """What a file has: JSON data of which nothing is known yet, and arrays, which nobody else holds."""
+    """A file's contents: JSON data that is not validated yet, and arrays that belong to the caller."""
 
     document: object
     arrays: Mapping[str, HostArray]
 
 
 class PartRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """What our JSON says of one array."""
+    """What our JSON says about one array."""
 
     dtype: str
     shape: list[int]
@@ -110,24 +112,24 @@ class PartRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ContentsRecord(msgspec.Struct, forbid_unknown_fields=True):
-    """Our JSON: the arrays by name, and the document."""
+    """Our JSON: the arrays by name, and the document, which `snapshot.document` validates."""
 
     parts: dict[str, PartRecord]
     document: Any
 
 
 def read(path: Path) -> FileContents:
-    """The file's contents, every byte of which has been held against its checksum.
+    """The file's contents, checked against the checksums.
 
     Raises:
-      FlaxMagicsError: there is no such file, it is none of ours, or it is not as it was written.
+      FlaxMagicsError: there is no such file, it is no file of %flax_save, or it is damaged.
     """
     from safetensors import SafetensorError, deserialize
 
     with _opened(path) as file:
         try:
             contents = convert(loads(_json_in(file, path), "its JSON"), ContentsRecord, "its JSON")
-            # Read, not mapped into memory: a mapped file that is cut short meanwhile kills the process.
+            # Read, not mapped: a mapped file that is truncated meanwhile kills the process (SIGBUS).
             file.seek(0)
             return FileContents(contents.document, _arrays(deserialize(file.read()), contents.parts))
         except Damaged as error:
@@ -143,6 +145,7 @@ def read(path: Path) -> FileContents:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
+        # Does not wait for a writer if it is a named pipe, which is refused below.
         file = open_without_waiting(path)
     except (FileNotFoundError, NotADirectoryError):
         raise FlaxMagicsError(f"there is no file `{path}`.", hint=_beside(path)) from None
@@ -158,7 +161,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _beside(path: Path) -> str | None:
-    """What is in the same folder and may have been meant."""
+    """A hint with names in the same folder that are spelled alike; None if there are none."""
     names: list[str] = []
     with contextlib.suppress(OSError):
         names = [name for name in os.listdir(path.parent) if not name.startswith(".")]
@@ -167,7 +170,7 @@ def _beside(path: Path) -> str | None:
 
 
 def refuse(path: Path, why: str) -> NoReturn:
-    """Raises the error for a file that is not as it was written; `why` may have names that stand in it."""
+    """Raises the error for a damaged file; `why` may have names from the file, which are cleaned for display."""
     raise FlaxMagicsError(f"`{path}` cannot be loaded: {clean(why)}.") from None
 
 
@@ -182,7 +185,7 @@ _KINDS = (
 
 
 def _json_in(file: BinaryIO, path: Path) -> str:
-    """Our JSON, as its checksum says it was written. Of a file that is none of ours no more is read than its beginning."""
+    """Our JSON, checked against its checksum. Of a file that is none of ours only the beginning is read."""
     start, size = file.read(64), os.fstat(file.fileno()).st_size
     length = int.from_bytes(start[:8], "little")
     if start[8:9] != b"{":
@@ -195,6 +198,7 @@ def _json_in(file: BinaryIO, path: Path) -> str:
         raise FlaxMagicsError(f"`{path}` is no file of %flax_save: it does not begin as one ({size} bytes).")
     if length > HEADER_LIMIT and length < size:
         raise Damaged(f"its header has {length} bytes, more than the {HEADER_LIMIT} that a header may have")
+    # Before reading: a length that was altered must not make us allocate that much.
     if length > size - 8:
         raise Damaged(f"its header should have {length} bytes, and the file has {size}: it was cut short or altered")
     file.seek(8)
@@ -216,14 +220,14 @@ def _json_in(file: BinaryIO, path: Path) -> str:
             raise FlaxMagicsError(message, write="%pip install -U flax_magics")
         raise Damaged(f"its format is {quoted_name(str(version))}, and there is no such format")
     text = metadata.get("json")
-    # One half of a surrogate pair cannot be encoded, and cannot have been written.
+    # Half a surrogate pair, which JSON can escape, cannot be encoded; such text was never written, and fails here.
     if not isinstance(text, str) or metadata.get("sha256") != hashlib.sha256(text.encode(errors="replace")).hexdigest():
         raise Damaged("its JSON has not the checksum that it was written with")
     return text
 
 
 def _arrays(stored: list[tuple[str, Any]], parts: Mapping[str, PartRecord]) -> dict[str, HostArray]:
-    """The arrays, in the order of our JSON, each with the dtype and shape that it says."""
+    """The arrays in the order of our JSON, each with its dtype and shape. Raises Damaged where one does not fit."""
     by_name = dict(stored)
     if parts.keys() != by_name.keys():
         raise Damaged("its header and its JSON name other arrays")
@@ -234,6 +238,7 @@ def _arrays(stored: list[tuple[str, Any]], parts: Mapping[str, PartRecord]) -> d
         if (entry["dtype"], entry["shape"]) != (CODES.get(dtype.name, "U8"), [*shape, *last]):
             raise Damaged(f"{quoted_name(name)} has another dtype or shape in its header than in its JSON")
         if hashlib.sha256(data).hexdigest() != part.sha256:
+            # Bytes that are no value, such as 2 as a bool, would have undefined results.
             raise Damaged(f"{quoted_name(name)} has not the checksum that it was written with")
         if dtype.name in NARROW and not _fits(np.frombuffer(data, np.uint8), dtype):
             raise Damaged(f"{quoted_name(name)} has bytes that are no {dtype.name}")
@@ -242,7 +247,8 @@ def _arrays(stored: list[tuple[str, Any]], parts: Mapping[str, PartRecord]) -> d
 
 
 def _fits(data: HostArray, dtype: np.dtype[Any]) -> bool:
-    """Whether every byte is one that a value of this narrow dtype is kept as."""
+    """Whether every byte is the encoding of a value of this narrow dtype."""
+    # A byte is an encoding if it survives the way to a number and back.
     every = np.arange(256, dtype=np.uint8)
     is_value = every.view(dtype).astype(np.float32).astype(dtype).view(np.uint8) == every
     return bool(is_value[data].all())

@@ -1,6 +1,6 @@
-"""Variables that were read from a file, held against the model that is registered under their name.
+"""Compares variables from a file with the model that is registered under their name, and restores them.
 
-All of them fit or none is used: same tree, shapes and dtypes. What does not is told leaf by leaf.
+Either all of them fit (same tree, shapes and dtypes) or none is used; what does not fit is listed leaf by leaf.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from .document import versions
 
 
 class Unfit(Exception):
-    """The variables do not fit the model."""
+    """Raised where variables from a file do not fit the registered model; `lines` has each difference."""
 
     def __init__(self, lines: tuple[str, ...]) -> None:
-        self.lines = tuple(map(clean, lines))  # with names that stand in the file
+        self.lines = tuple(map(clean, lines))  # they have names from the file
         super().__init__(", ".join(self.lines))
 
 
 class Matched(Struct, frozen=True):
-    """A model with the variables that waited for it.
+    """A model's entry with the variables from the file.
 
     Attributes:
-      entry: what the session is to have of it.
+      entry: the entry for the session.
       write: puts the variables into the user's own object (NNX); None where the session holds them.
-      other: what is other about the model than when they were saved, such as `was Net(rate=0.5) there`.
+      other: how the model differs from the one that was saved, such as `was Net(rate=0.5) there`.
     """
 
     entry: ModelEntry
@@ -65,11 +65,11 @@ def match(saved: SavedModel, entry: ModelEntry) -> Matched:
 
 
 def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
-    """What is other about a model than when it was saved. Its variables may fit nevertheless, and give something else."""
+    """How the model differs from the one that was saved. Its variables may fit, and its outputs still be others."""
     if not saved.ready:
         return ()
     text = model.describe()
-    # What is said of an NNX module depends on how its construction was written.
+    # An NNX module's description depends on how its construction was written, so it is not compared.
     fields = (f"was {saved.text} there",) if saved.text != text and not saved.holds_variables else ()
     names = edited(saved.source, source_of(model.module)) if saved.source else ()
     return (*fields, f"{', '.join(names)} edited since") if names else fields
@@ -99,16 +99,16 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
 
 
 def _held_against(saved: SavedModel, model: Model) -> tuple[PyTree, InitRecord | None, bool]:
-    """The variables as the model has them, how they are made, and whether the model would now make others."""
+    """The variables in the model's own classes, how they are made, and whether the model would now make others."""
     saved_init, variables, init = saved.made, saved.variables, None
     if saved_init is not None:
         try:
             init = initialised(model, saved_init.key, saved_init.method, saved_init.args, saved_init.kwargs)
-        except Exception as error:  # the user's code does not take the old call
+        except Exception as error:  # the user's present code does not accept the old call
             raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
     if (
         saved_init is None or init is None or init.shapes is None
-    ):  # the init looks at values: only running it would tell
+    ):  # the init depends on values, so its shapes are unknown without running it
         opaque = foreign_in(variables)
         if opaque is not None:
             text = f"{opaque[0]} is a {opaque[1]} in the file, and the model does not say what to make of it"
@@ -118,23 +118,24 @@ def _held_against(saved: SavedModel, model: Model) -> tuple[PyTree, InitRecord |
         variables = graft(variables, init.shapes)
     except Differs as error:
         raise Unfit((str(error),)) from None
-    except Exception as error:  # a class that cannot be put together of these children
+    except Exception as error:  # a pytree class of the user's that does not take these children
         raise Unfit((f"its variables cannot be put together ({type(error).__name__})",)) from error
-    # What runs have written may have grown, and collections that only a run makes are not the init's to know.
+    # Only what the init makes is compared: runs may have grown what they wrote, or added collections.
     names = [name for name in init.shapes if name not in saved.updates and (name in variables or not saved.assigned)]
+    # `params` are compared always: they must be there, whatever was assigned or written.
     if "params" in init.shapes and "params" not in names:
         names.append("params")
     present = {name: variables[name] for name in names if name in variables}
     changes = differences(_leaves_only(present), _leaves_only({name: init.shapes[name] for name in names}))
     if changes:
         raise Unfit(changes)
-    # Another version may trace the same code to another program.
+    # With other versions, the same code may trace to another program.
     outdated = saved.outdated or (saved.versions == versions() and init.program != saved_init.program)
     return variables, init, outdated
 
 
 def _leaves_only(tree: PyTree) -> PyTree:
-    """Shape and dtype of every leaf. A number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
+    """Shape and dtype of each leaf; for Python numbers and 64-bit NumPy arrays the dtype that JAX uses in a run."""
     return jax.tree_util.tree_map(_leaf, tree)
 
 
@@ -145,11 +146,11 @@ def _leaf(leaf: Leaf) -> object:
         return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return leaf
-    return SimpleNamespace(dtype=type(leaf).__name__, shape=())  # its type is all that is compared
+    return SimpleNamespace(dtype=type(leaf).__name__, shape=())  # no array: only its type can be compared
 
 
 def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables) -> Matched:
-    """The variables of an NNX module, each for the one that stands at its path."""
+    """Restores an NNX module: each saved variable goes to the one at the same path."""
     slots = {slot.path: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
     values_by_path = {}
     changes: list[str] = []
@@ -182,26 +183,27 @@ def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables
         source=WeightSource.loaded(saved.file, values, in_module=True),
     )
     assignments = [slots[path].assignment(value) for path, value in values_by_path.items()]
+    # One C-level loop, so that an interrupt finds all variables restored or none.
     return Matched(entry, lambda: at_once(assignments))
 
 
 def _fitted(value: PyTree, there: PyTree, name: str) -> tuple[PyTree, list[str]]:
-    """The value of a variable put together as the one that is `there`, and what is other about it."""
+    """A variable's value rebuilt in the classes of the present one, and the differences between the two."""
     try:
         value = graft(value, there, name)
     except Differs as error:
         return value, [str(error)]
-    except Exception as error:  # a class that cannot be put together of these children
+    except Exception as error:  # a pytree class of the user's that does not take these children
         return value, [f"{name} cannot be put together ({type(error).__name__})"]
     same = alike(jax.tree_util.tree_structure(value), jax.tree_util.tree_structure(there))
     changes = [] if same else [f"{name} is put together otherwise"]
-    # A line of the variable itself begins with a space, one of what is in it with its name.
+    # `differences` names a leaf by its path, which is empty for the variable itself: its line begins with a space.
     lines = differences(_leaves_only(value), _leaves_only(there))
     return value, changes + [f"{name}{line}" if line.startswith(" ") else f"{name}/{line}" for line in lines]
 
 
 def unfit(errors: Mapping[str, Unfit], path: str) -> FlaxMagicsError:
-    """The error for models that are registered and that a file does not fit."""
+    """The error for registered models that the file's variables do not fit; `path` is the file."""
     lines = [f"{name}: {change}" for name, error in errors.items() for change in error.lines]
     names = ", ".join(f"`{name}`" for name in errors)
     verb = "does" if len(errors) == 1 else "do"
@@ -210,15 +212,15 @@ def unfit(errors: Mapping[str, Unfit], path: str) -> FlaxMagicsError:
 
 
 class RestoringBuilding(Building):
-    """Registers modules in a session to which variables of a file wait to be given."""
+    """Registers modules in a session where variables from a file still wait for their models."""
 
     def register(
         self, state: State, name: str, module: object, *, anew: bool, cell: int | None
     ) -> tuple[State, Registration, StoredRun | None]:
-        """As `Building.register`, with the variables that wait for the name if they fit.
+        """As `Building.register`, and restores the variables that wait for the name, if they fit.
 
-        A module that the file's session had built is built with the keys of that time, which is no draw, if its
-        variables then fit.
+        A module that the file's session had built is built with the same keys, which makes no draw, if the variables
+        then fit.
         """
         saved = state.waiting.get(name)
         construction = module if isinstance(module, Construction) else None
@@ -227,13 +229,14 @@ class RestoringBuilding(Building):
             if not change.unfit:
                 return restored, change, None
         after, change, run = super().register(state, name, module, anew=anew, cell=cell)
+        # An equal construction kept the module that is there, which is not restored over.
         if saved is None or not saved.ready or (construction is not None and run is None):
             return after, change, run
         return *registered(replace(after, waiting=state.waiting), after.models[name], change), run
 
 
 def registered(state: State, entry: ModelEntry, change: Registration) -> tuple[State, Registration]:
-    """The state in which `entry` is registered, with the variables that wait for it if they fit; and what to say."""
+    """The state with `entry` registered, restored if variables that wait for it fit; and what to say of it."""
     entry, change = matched(state.waiting, entry, change)
     waiting = state.waiting
     if change.variables == "restored":
@@ -244,7 +247,7 @@ def registered(state: State, entry: ModelEntry, change: Registration) -> tuple[S
 def matched(
     waiting: Mapping[str, SavedModel], entry: ModelEntry, change: Registration
 ) -> tuple[ModelEntry, Registration]:
-    """`entry` with the variables that wait for it, if they fit."""
+    """`entry`, restored if variables that wait for its name fit. Otherwise the result lists why not."""
     saved = waiting.get(entry.name)
     if saved is None or not saved.ready:
         return entry, change
@@ -259,9 +262,9 @@ def matched(
 def rebound(
     waiting: Mapping[str, SavedModel], entry: ModelEntry, notes: tuple[Note, ...]
 ) -> tuple[ModelEntry, tuple[Note, ...]]:
-    """`entry`, of a name that stands for another module now, with the variables that wait for it if they fit.
+    """Restores the entry of a name that now stands for another module, if variables that wait for it fit.
 
-    A module that holds its own keeps them: they are the user's to replace.
+    An NNX module that the user has put there keeps its own variables.
     """
     if entry.ready:
         return entry, notes

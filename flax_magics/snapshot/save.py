@@ -1,4 +1,4 @@
-"""Saving a session and loading it, at once or in the background."""
+"""Saves and loads a session, saving at once or in the background."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .restore import Matched, Unfit
 
 
 class Saved(Struct, frozen=True):
-    """What was written: where to, how much, and of what.
+    """What was written.
 
     Attributes:
       bytes: the size of the file.
       models: names of the models whose variables are in it.
       draws: how many draws of `seed` had been made.
       runs: how many runs are in its history.
-      when: seconds since the epoch, when the session was as it is in the file.
-      kept: nothing was written: the file has a session, and this one has none yet.
+      when: seconds since the epoch at which the session was as in the file.
+      kept: nothing was written, because the file has a session and this one has none yet.
     """
 
     path: str
@@ -48,12 +48,12 @@ class Saved(Struct, frozen=True):
 
 
 class Restored(Struct, frozen=True):
-    """What was read, and what became of it.
+    """What was loaded.
 
     Attributes:
       models: names of the registered models that have their variables back.
-      waiting: models that are not registered yet; their variables are given to what is registered under their names.
-      notes: what is other here than where it was saved.
+      waiting: saved models that are not registered yet; registering one under its name restores it.
+      notes: how things here differ from where the file was saved.
     """
 
     path: str
@@ -66,11 +66,12 @@ class Restored(Struct, frozen=True):
     notes: tuple[Note, ...] = ()
 
 
+# One thread, so that two files are written one after the other.
 _writers = Workers(1)
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
-    """The path, `~` replaced. Raises FlaxMagicsError: it is none."""
+    """The path, with `~` expanded. Raises FlaxMagicsError where it is no file name."""
     text = os.fspath(path)
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise FlaxMagicsError(f"{path!r} is no name of a file.")
@@ -88,13 +89,13 @@ def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
     try:
         size = wait_for(work)
     except KeyboardInterrupt:
-        ticket.acquire(blocking=False)  # the writer replaces nothing once it is ours
+        ticket.acquire(blocking=False)  # once this thread has it, the writer does not replace the file any more
         raise
     return _saved(target, size, snapshot, state.runs)
 
 
 def _saved(path: Path, size: int, snapshot: Snapshot, runs: RunLog | None) -> Saved:
-    """What to say of a file that has `snapshot` and `runs`."""
+    """The record of a file that holds `snapshot` and `runs`."""
     return Saved(
         path=os.fspath(path),
         bytes=size,
@@ -108,13 +109,13 @@ def _saved(path: Path, size: int, snapshot: Snapshot, runs: RunLog | None) -> Sa
 
 
 def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, list[Callable[[], None]], Restored]:
-    """Reads a session out of a file. Changes nothing.
+    """Reads a session from a file. Changes nothing.
 
     Args:
-      current: the session that it is to take the place of.
+      current: the state that it is to replace.
 
     Returns:
-      What the session then is, what writes the variables of NNX modules into the user's own objects, and what to say.
+      The new state, functions that write variables into the user's own NNX objects, and what to say.
     """
     target = path_of(path)
     snapshot, runs = document.read(target)
@@ -126,6 +127,7 @@ def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, l
                 matches[saved.name] = restore.match(saved, current.models[saved.name])
             except Unfit as error:
                 unfit[saved.name] = error
+    # All models or none: half of a session would be neither the file's nor the old one.
     if unfit:
         raise restore.unfit(unfit, os.fspath(target))
     models = {**current.models, **{name: matched.entry for name, matched in matches.items()}}
@@ -150,9 +152,9 @@ def load_session(current: State, path: str | os.PathLike[str]) -> tuple[State, l
 
 
 def _lost(current: State, snapshot: Snapshot, runs: RunLog | None) -> list[Note]:
-    """What was in the session that the file replaced, and what stays that the file does not have.
+    """Notes on what the loaded session replaces, and on models here that the file does not have.
 
-    That models were built or initialised is not worth a word.
+    Inits and constructions that are lost are not worth a note.
     """
     notes = []
     in_file = {_identity(stored.facts) for stored in backwards(runs)}
@@ -175,12 +177,12 @@ def _lost(current: State, snapshot: Snapshot, runs: RunLog | None) -> list[Note]
 
 
 def _identity(facts: Run) -> tuple[object, ...]:
-    """What tells a run from every other, here and in a file."""
+    """What identifies a run, in this process and in a file."""
     return (facts.seed, facts.draw, facts.command, facts.model, facts.started)
 
 
 def _other(snapshot: Snapshot) -> list[Note]:
-    """What is other here than where the file was saved, if that may change bits."""
+    """A note on versions, settings and devices that are others than where the file was saved, if bits may change."""
     here = {**document.versions(), **document.settings(), "device": document.device()}
     there = {**snapshot.versions, **snapshot.settings, "device": snapshot.device}
     names = ("jax", "jaxlib", "flax", *document.settings(), "device")
@@ -190,27 +192,28 @@ def _other(snapshot: Snapshot) -> list[Note]:
 
 
 def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:
-    """Begins to save in the background: with a first time now, and from then on in the folder of that time.
+    """Starts saving in the background: once now, and from then on into the same file.
 
-    A session in which nothing has happened yet does not replace one that is in the file: a notebook that turns this on in
-    its first cells would lose there what it is on for.
+    A session without runs does not replace one in the file: turning autosave on in the first cell, after a restart,
+    would lose what it is for.
     """
+    # Absolute, since the working folder may change before a later save.
     saved = _there(state, path_of(path)) or save_session(state, path)
     return Autosave(path_of(path).absolute(), saved)
 
 
 def _there(state: State, target: Path) -> Saved | None:
-    """The session that a file has; None where this one is to replace it, whatever it is.
+    """The record of the session that the file has; None where it is to be replaced now.
 
     Raises:
-      FlaxMagicsError: it could not be replaced later.
+      FlaxMagicsError: the file is kept, but could not be replaced later.
     """
     if state.runs is not None or state.waiting:
         return None
     try:
         snapshot, runs = document.read(target)
         size = os.stat(target).st_size
-    except (FlaxMagicsError, OSError):  # none, or none of ours: the first time tells what there is to tell
+    except (FlaxMagicsError, OSError):  # no file, or none of ours: the first save reports what is wrong
         return None
     if runs is None:
         return None
@@ -222,52 +225,54 @@ def _there(state: State, target: Path) -> Saved | None:
 
 
 REST = 4.0
-"""A write is followed by a rest of so many times as long: saving takes a fifth of the time at most."""
+"""After a write, rest this many times as long: saving takes at most a fifth of the time."""
 
 
 class Autosave:
-    """Writes snapshots to one file, the last one last.
+    """Saves snapshots into one file in the background, the newest last.
 
     Args:
-      path: of the file.
-      last: what was written there before.
-      clock: gives seconds.
+      path: of the file, absolute.
+      last: what was written there last.
+      clock: returns seconds.
     """
 
     def __init__(self, path: Path, last: Saved, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
         self.last = last
-        """What was written last; its path is as it was given."""
+        """What was written last, with the path as the user gave it."""
         self.error: str | None = None
-        """Why the last write failed, None if it did not."""
+        """Why the last write failed, None if it succeeded."""
+        # The error that the user was told last.
         self._told: str | None = None
         self._clock = clock
         self._history = WrittenRuns(digest=False)
         self._sources: dict[str, tuple[object, str]] = {}
         self._worker = Workers(1)
         self._job: Future | None = None
-        """Writes what was noted down last."""
+        """The job that writes the newest snapshot."""
+        # Only the newest: a job that runs late writes that, and the jobs after it find nothing.
         self._pending: deque[tuple[Snapshot, State]] = deque(maxlen=1)
         self._hurry = threading.Event()
 
     def after(self, run: Run, state: State) -> None:
-        """Notes the session down if the run changed variables."""
+        """Saves soon, if the run changed variables."""
         if run.changed or run.made is not None:
             self.offer(state)
 
     def offer(self, state: State) -> None:
-        """Notes the session down, to be written soon."""
+        """Takes a snapshot of the state, to be written soon."""
         try:
             snapshot = document.take(state)
-        except Exception as error:  # the run has succeeded, whatever is the matter here
+        except Exception as error:  # the run has succeeded, and must not fail for its saving
             self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
             return
-        with uninterrupted():  # a snapshot that no thread takes would never be written
+        with uninterrupted():  # an interrupt in between would leave a snapshot that no job writes
             self._pending.append((snapshot, state))
             self._job = self._worker.submit(self._work)
 
     def flush(self) -> None:
-        """Waits until everything that was noted down is written, without rests."""
+        """Waits until every snapshot is written, skipping the rests."""
         self._hurry.set()
         try:
             if self._job is not None:
@@ -276,7 +281,7 @@ class Autosave:
             self._hurry.clear()
 
     def news(self) -> str | None:
-        """Why saving fails, if nobody was told yet."""
+        """Why saving fails; None if it does not, or if it was told before."""
         error = self.error
         if error is None or error == self._told:
             return None
@@ -284,7 +289,7 @@ class Autosave:
         return error
 
     def _work(self) -> None:
-        if not self._pending:  # written by an earlier job
+        if not self._pending:  # an earlier job wrote it already
             return
         start = self._clock()
         self._write(*self._pending.pop())
@@ -298,12 +303,13 @@ class Autosave:
             self.error = self._told = None
         except FlaxMagicsError as error:
             self.error = error.message
-        except Exception as error:  # nothing that fails here may pass unseen, and none of it is the user's to catch
+        except Exception as error:  # on this thread nobody would see it: the next command tells it
             self.error = f"`{self.path}` was not saved: {type(error).__name__}: {error}"
 
     def _rest(self, seconds: float) -> None:
-        """Rests, unless somebody waits or Python ends."""
+        """Waits up to a minute; ends early if somebody flushes, or if Python is about to exit."""
         end = self._clock() + min(seconds, 60.0)
         main = threading.main_thread()
         while main.is_alive() and self._clock() < end and not self._hurry.is_set():
+            # In short steps, because the end of the main thread wakes nobody.
             self._hurry.wait(max(0.0, min(0.05, end - self._clock())))

@@ -1,4 +1,4 @@
-"""What `%flax_save` and `%flax_load` say."""
+"""The answers of `%flax_save` and `%flax_load`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..state.state import SavedModel
 from .save import Autosave, Restored, Saved
 
 SHORT = 24
-"""Lines of code that are not folded away."""
+"""Up to this many lines of code are shown unfolded."""
 
 
 def loaded_bundle(restored: Restored, style: str, *, quiet: bool = False) -> dict[str, object]:
-    """The MIME bundle of a file that was loaded; quiet, of its sharp bits alone."""
+    """The MIME bundle of a loaded file; with `quiet` only of its notes, and empty without any."""
     if quiet:
         return notice_bundle(loaded(restored), style) if restored.notes else {}
     return shown_bundle(loaded_text(restored), lambda: loaded_html(restored), style)
 
 
 def loaded_text(restored: Restored) -> str:
-    """A line or two, sharp bits beneath, then the code of what waits, indented."""
+    """The line of `%flax_load` with its notes, then the code of each waiting model, indented."""
     lines = [notice_text(loaded(restored))]
     for model in restored.waiting:
         lines += ["", *dotted((f"{clean(model.name)} = {clean(model.text)}", *_parts(model)))]
@@ -33,7 +33,7 @@ def loaded_text(restored: Restored) -> str:
 
 
 def loaded_html(restored: Restored) -> str:
-    """The same, the code of each model that waits folded away."""
+    """The same as HTML, with the code of each waiting model folded."""
     notice = loaded(restored)
     waiting = [(model, _parts(model), clean_lines(model.source)) for model in restored.waiting]
     facts = {"name": clean(notice.name), "texts": [clean(text) for text in notice.texts], "waiting": waiting}
@@ -41,13 +41,13 @@ def loaded_html(restored: Restored) -> str:
 
 
 def _parts(model: SavedModel) -> tuple[str, str]:
-    """What is said of a model that waits, before its code."""
+    """What is said about a waiting model above its code."""
     code = "its code, which was not run:" if model.source else "its code is not in the file"
     return f"waits for its cell, or for %flaxmodel {clean(model.name)}", code
 
 
 def loaded(restored: Restored) -> Notice:
-    """What `%flax_load` answers, without the code of what waits."""
+    """The line of `%flax_load`, without the code of waiting models."""
     names = [model.name for model in restored.waiting]
     texts = [
         "loaded",
@@ -61,7 +61,7 @@ def loaded(restored: Restored) -> Notice:
 
 
 def saved(saved: Saved, *, autosaving: bool = False) -> Notice:
-    """What `%flax_save` answers."""
+    """The line of `%flax_save`."""
     if saved.kept:
         return _not_replaced(saved)
     what = plural(saved.parameters, "parameter")
@@ -76,7 +76,7 @@ def saved(saved: Saved, *, autosaving: bool = False) -> Notice:
 
 
 def _not_replaced(saved: Saved) -> Notice:
-    """What `%flax_save --autosave` answers in a session that has nothing yet, where the file has something."""
+    """The line of `%flax_save --autosave` where the file's session is kept, because this one is still empty."""
     text = (
         f"{saved.path} has a session of {plural(saved.runs, 'run')}, saved {clock(saved.when)}: what changes variables next"
         " replaces it, unless it is loaded first"
@@ -86,24 +86,24 @@ def _not_replaced(saved: Saved) -> Notice:
 
 
 def clock(seconds: float) -> str:
-    """`at 03:42:33` of today, with the date of any other day."""
+    """`at 03:42:33` for a time of today, with the date for any other day."""
     then = time.localtime(seconds)
     today = time.localtime()[:3] == then[:3]
     return time.strftime("at %H:%M:%S" if today else "on %Y-%m-%d at %H:%M:%S", then)
 
 
 def autosave_ended(before: Autosave | None) -> Notice:
-    """What `%flax_save --autosave off` answers."""
+    """The line of `%flax_save --autosave off`."""
     return Notice("autosave", ("was off",) if before is None else ("off", _left(before)))
 
 
 def autosave_failed(autosaving: Autosave, error: str) -> Notice:
-    """What the first command says after saving in the background has failed."""
+    """The line of the first command after saving in the background has failed."""
     note = Note("autosave", error, write="%flax_save --autosave off")
     return Notice("autosave", ("fails", _left(autosaving)), (note,))
 
 
 def _left(autosaving: Autosave) -> str:
-    """What is there of what was saved."""
+    """What is left of the saved file."""
     path = autosaving.last.path
     return f"{path} stays as it was saved last" if autosaving.path.is_file() else f"{path} is not there any more"

@@ -1,1 +1,1 @@
-"""What a session is at one moment: models, weights, runs. Frozen, replaced as a whole."""
+"""A session's state at one moment (models, weights, runs): frozen, and replaced as a whole."""

@@ -1,4 +1,4 @@
-"""What a session keeps of one model, and what running one of its runs again needs."""
+"""What a session keeps of one model, and what a replay of one of its runs needs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class ModelEntry(Struct, frozen=True):
-    """A registered model as the session's state has it.
+    """A registered model, as the session's state has it.
 
     Attributes:
-      fingerprint: at registration, None where the model is not plain.
-      variables: None until initialised.
+      fingerprint: `Model.fingerprint` at registration; None where it cannot be computed.
+      variables: None until initialised, and always for an NNX module, which holds its own.
       init: how the variables were initialised; None if they were assigned.
       update_counts: collection → how many runs have written it since the init.
       outdated: the variables are from before an edit that changed how they are made.
@@ -48,23 +48,23 @@ class ModelEntry(Struct, frozen=True):
     outdated: bool = False
     known_needs: Mapping[tuple[Path, str], Needs] = {}
     static_ints: frozenset[tuple[Path, str]] = frozenset()
-    """Int arguments, by method, whose value the model needs."""
+    """(method, argument) of each int argument whose value the model needs, so that it is static."""
     built: BuiltBySession | None = None
-    """How the session built the module (NNX), None where the user did."""
+    """How the session built the NNX module; None where the user's code did, and for a linen model."""
     rebuild_next: bool = False
-    """A module that holds its variables is to be built anew at its next use."""
+    """The NNX module is to be built again at its next use (`--fresh`)."""
     initial_sample: bytes | None = None
-    """A digest of such a module's variables as they were when it was registered."""
+    """A digest of some elements of the NNX module's variables when it was registered: tells another seed."""
     previous_init: InitRecord | None = None
-    """How the variables were made in whose place the user has put others: what the model's own look like."""
+    """The init whose variables the user replaced by others: it tells what fits the model."""
     source: WeightSource | None = None
     """Where the variables came from; None as long as there are none."""
     replaced: Replaced | None = None
-    """Variables in whose place an init has put fresh ones, where those were more than an earlier init's."""
+    """Variables that the last init replaced, if they were more than what an earlier init had made."""
 
     @property
     def ready(self) -> bool:
-        """Whether there are variables."""
+        """Whether there are variables to run with."""
         return self.variables is not None or self.model.holds_variables
 
     @property
@@ -74,7 +74,7 @@ class ModelEntry(Struct, frozen=True):
 
     @property
     def held(self) -> Collections | None:
-        """The variables by collection, where the session or the module holds them now."""
+        """The variables by collection as they are now; of an NNX module neither random streams nor sown values."""
         return self.model.own_variables() if self.model.holds_variables else self.variables
 
     def collections(self) -> Collections | None:
@@ -86,7 +86,7 @@ class ModelEntry(Struct, frozen=True):
         return self.model.state() if self.model.holds_variables else self.variables
 
     def source_now(self) -> WeightSource | None:
-        """Where the variables came from that are held now."""
+        """Where the variables came from that are held now: notices others that the user's code put in their place."""
         held = self.held
         return self.source if held is None or self.source is None else self.source.now(held, self.update_counts)
 
@@ -107,46 +107,46 @@ class ModelEntry(Struct, frozen=True):
         check_alive(f"the weights of `{self.name}`{whose}", self.held, others or f"%flax_init {call}", hint=hint)
 
     def computes(self, fingerprint: bytes | None) -> bool:
-        """Whether a model of that fingerprint computes what this one does, as far as can be told."""
+        """Whether a model of that fingerprint computes the same as this one; False where that cannot be told."""
         return fingerprint is not None and fingerprint == self.fingerprint
 
     def with_variables(
         self, variables: Collections | None, source: WeightSource | None, init: InitRecord | None = None
     ) -> ModelEntry:
-        """The model with other variables, which no run has written."""
+        """The entry with other variables, which no run has written yet."""
         return replace(self, variables=variables, init=init, update_counts={}, outdated=False, source=source)
 
     def without_variables(self) -> ModelEntry:
-        """The model as it is, holding no arrays: of a module that holds its own only the name, and what was learned."""
+        """The entry without arrays; in the place of an NNX module stands only how it was written."""
         model: Any = self.model
         if self.model.holds_variables:
-            # The module itself is the user's, and would keep its arrays alive for as long as this is kept.
+            # The user's own module would keep its arrays alive for as long as the recipe is kept.
             model = _NoModel(self.model.written)
         return replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
 
 
 class _NoModel(Struct, frozen=True):
-    """In the place of a module that is not to be held."""
+    """Stands in for an NNX module in a recipe, so that the recipe does not keep its arrays alive."""
 
     written: str
 
 
 class ApplyRecipe(Struct, frozen=True, eq=False):
-    """What applies of one line have in common.
+    """What the applies of one line have in common, for their replays.
 
     Attributes:
-      entry: the model as it was, without variables. Of a module that holds its variables it says the name alone.
-      skeleton: such a module without its arrays (see `Layout.skeleton`), None for every other.
-      options: without the variables of `--variables`, which are those that it ran with.
+      entry: the model as it was, without variables, see `ModelEntry.without_variables`.
+      skeleton: an NNX module without its arrays, see `Layout.skeleton`; None for a linen model.
+      options: without the variables of `--variables`, which are among those that the run had.
       taken: the draw's `params` key had gone into variables.
-      settings: JAX's, as they were.
-      key: what told its program from every other, None where that could not be told.
-      program: the executable and what it asked for, for as long as the session keeps it; None where there was none.
-      names: the traced inputs by the names that the program knows them by, None in the place of one that is static.
-      structure: how the variables are put together.
-      objects: a digest of `objects_in` the inputs and variables, None where it cannot be told.
-      moving: an input is an object that changes where it is.
-      inputs, variables, written: bytes of each; of what the run writes.
+      settings: JAX's and Flax's at the time, see `compiler.settings`.
+      key: `Model.cache_key` at the time, None where programs cannot be told apart.
+      program: a weak reference to the program, which lives as long as the session keeps it; None if it has no key.
+      names: names of the input leaves for the program, None for each that is static.
+      structure: treedef of the variables.
+      objects: a digest of `objects_in` the inputs and variables; empty where there are none, None where it is unknown.
+      moving: an input holds variables, which runs may change in place.
+      inputs, variables, written: bytes of the inputs, of the variables, and of what the run writes.
       pinned: arrays that the model holds besides its variables.
     """
 
@@ -175,12 +175,12 @@ class ApplyRecipe(Struct, frozen=True, eq=False):
 
     @property
     def size(self) -> int:
-        """Bytes that a run may hold on to, at most."""
+        """The most bytes that keeping a run for replays may take."""
         return self.inputs + self.variables + sum(map(bytes_of, self.pinned))
 
 
 class InitRecipe(Struct, frozen=True, eq=False):
-    """What an init of a linen model needs: the model as it was, and the method called; `pinned` as in `ApplyRecipe`."""
+    """What a replay of a linen init needs: the model as it was, and the method; `pinned` as in `ApplyRecipe`."""
 
     entry: ModelEntry
     method: Path
@@ -188,7 +188,7 @@ class InitRecipe(Struct, frozen=True, eq=False):
 
 
 class BuildRecipe(Struct, frozen=True, eq=False):
-    """What building an NNX module needs: its recipe, and a digest of that at the time; `pinned` as in `ApplyRecipe`."""
+    """What a replay of an NNX construction needs; `fingerprint` is the recipe's then, `pinned` as in `ApplyRecipe`."""
 
     name: str
     recipe: Construction
@@ -198,22 +198,23 @@ class BuildRecipe(Struct, frozen=True, eq=False):
 
 @dataclass(eq=False, slots=True)
 class Origin:
-    """What one run came from: `how` it was run, and the leaves of the variables that it ran with."""
+    """What a replay of one run needs besides keys and inputs: its recipe, and leaves of the variables that it had."""
 
     how: ApplyRecipe | InitRecipe | BuildRecipe
     leaves: list[Leaf]
 
     @property
     def record(self) -> CallTrace | None:
-        """What the run was seen to ask for."""
+        """What the trace of an apply saw, None for an init or a construction."""
         return self.how.record if isinstance(self.how, ApplyRecipe) else None
 
 
 def objects_in(treedef: object, leaves: Iterable[Leaf], structure: object) -> list[Leaf]:
-    """What may have changed where it is: inputs that are no arrays and not plain, static data of these and of variables.
+    """Whatever may be changed in place: inputs that are neither arrays nor plain values, and aux data of both pytrees.
 
     Args:
-      structure: how the variables are put together.
+      treedef: of the inputs, whose `leaves` these are.
+      structure: treedef of the variables.
     """
     plain = (bool, int, float, complex, str, bytes, type(None))
     others = (leaf for leaf in leaves if not hasattr(leaf, "dtype") and not isinstance(leaf, plain))
@@ -221,17 +222,17 @@ def objects_in(treedef: object, leaves: Iterable[Leaf], structure: object) -> li
 
 
 class Replaced:
-    """Variables that an init replaced, kept among the runs for as long as there is room, and until they are let go of.
+    """Variables that an init replaced, kept for `models[name].previous` while replays leave room for them.
 
     Attributes:
       source: where they came from.
       updates: collection → how many runs had written it.
-      origin, inputs: as `StoredRun` has them, so that they count like a run; None once they were let go of.
+      origin, inputs: as in `StoredRun`, so that `ReplayBudget` can treat it like a run; None once dropped.
     """
 
     def __init__(self, variables: object, source: WeightSource, updates: Mapping[str, int]) -> None:
         self.source, self.updates = source, updates
-        nothing: Any = SimpleNamespace(pinned=())  # came to be by no run, and holds nothing besides the variables
+        nothing: Any = SimpleNamespace(pinned=())  # in place of a recipe, of which only `pinned` is read
         leaves, self._structure = jax.tree_util.tree_flatten(variables)
         self.inputs: tuple[object, list[Leaf]] | None = (None, [])
         self.origin: Origin | None = Origin(nothing, list(map(own, leaves)))
@@ -239,10 +240,10 @@ class Replaced:
 
     @property
     def variables(self) -> PyTree:
-        """As they were."""
+        """The pytree that the init replaced. Only to be asked for while `origin` is there."""
         assert self.origin is not None
         return jax.tree_util.tree_unflatten(self._structure, self.origin.leaves)
 
     def let_go(self) -> None:
-        """Lets go of the arrays."""
+        """Drops the arrays, to stay within `replay_bytes`."""
         self.origin = self.inputs = None

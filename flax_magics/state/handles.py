@@ -1,19 +1,21 @@
-"""What a session shows of its state: models as handles that a person reads and assigns, runs, the root key.
+"""What a session shows of its state: models as handles that a person reads and assigns, the runs, the root key.
 
-And which registered model is meant by a name or a module.
+Also finds the registered model that is meant by a name or a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from ..base.digest import describe
 from ..base.types import PyTree
 from ..code.library import is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, written
+from ..models.calls import Arguments, Path
 from ..models.construction import spell_construction
 from ..run import Note, Run
 from .entry import ModelEntry
@@ -21,11 +23,20 @@ from .models import register
 from .runs import ReplayBudget, calls_by_cell, checked_limit, length, newest
 
 if TYPE_CHECKING:
+    from ..compile.cache import ProgramSpec
     from .state import SavedModel, State
 
 
+class ShapeBefore(NamedTuple):
+    """An argument as it was earlier: who saw it, such as `init saw`, its shape, and dtype and shape in words."""
+
+    who: str
+    shape: tuple[int, ...]
+    text: str
+
+
 class RegisteredModel:
-    """A model of a session. `variables` can be read, and assigned (weights from an optax loop of one's own)."""
+    """A registered model. Its `variables` can be read, and assigned (weights from the user's own optax loop)."""
 
     def __init__(self, name: str, state: Callable[[], State], assign: Callable[[str, PyTree], object]) -> None:
         self.name = name
@@ -41,7 +52,7 @@ class RegisteredModel:
 
     @property
     def variables(self) -> Mapping[str, PyTree] | None:
-        """Collections by name, as `init` gives them; None before the first init. Of an NNX module its `nnx.state`."""
+        """Collections by name, as `init` returns them; None before the first init. Of an NNX module its `nnx.state`."""
         return self._entry().read_variables()
 
     @variables.setter
@@ -56,15 +67,15 @@ class RegisteredModel:
 
     @property
     def updates(self) -> Mapping[str, int]:
-        """Collection → how many runs have written it since."""
+        """Collection → how many runs have written it since it was initialised or assigned."""
         return dict(self._entry().update_counts)
 
     @property
     def previous(self) -> PyTree:
-        """The variables that the last init replaced: set, loaded or trained ones, or such as runs had written into.
+        """The variables that the last init replaced, if they were set, loaded or trained, or written by runs.
 
         Raises:
-          FlaxMagicsError: there are none, or they were let go of to stay within `replay_bytes`.
+          FlaxMagicsError: there are none, or they were dropped to stay within `replay_bytes`.
         """
         replaced = self._entry().replaced
         if replaced is None:
@@ -83,10 +94,22 @@ class RegisteredModel:
         entry = self._entry()
         methods = {}
         for name in ("__call__", *entry.model.methods()):
-            with suppress(FlaxMagicsError):  # a module without a call
+            with suppress(FlaxMagicsError):  # a class without `__call__` has no signature to offer
                 methods[name] = tuple(entry.model.signature(() if name == "__call__" else (name,)).parameters)
         streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
         return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
+
+    def shapes_before(self, method: Path, programs: Sequence[ProgramSpec]) -> dict[str, ShapeBefore]:
+        """The array arguments of a method as the init had them, else as the last of the `programs` took them, by name."""
+        entry = self._entry()
+        init = entry.init or entry.previous_init
+        if init is not None and init.method == method:
+            rows = Arguments.of(init.args, init.kwargs, entry.model.signature(method), frozenset()).rows
+            arrays = {name: leaf for name, leaf, _ in rows if hasattr(leaf, "shape")}
+            return {name: ShapeBefore("init saw", leaf.shape, describe(leaf)) for name, leaf in arrays.items()}
+        spec = next((spec for spec in reversed(programs) if spec.method == method), None)
+        specs = {} if spec is None else {name: leaf for name, leaf in spec.arguments.items() if leaf.kind == "array"}
+        return {name: ShapeBefore("an earlier run had", leaf.shape, leaf.text) for name, leaf in specs.items()}
 
     def describe(self) -> str:
         """How it is built, in one line: `Net(features=8)`."""
@@ -126,7 +149,7 @@ class Models(Mapping[str, RegisteredModel]):
 
 
 class SessionView:
-    """What there is in a session, and how much of it is kept."""
+    """The part of a session that reads its state: models, draws, runs, and how much is kept of them."""
 
     _state: State
     _keeping: ReplayBudget
@@ -143,7 +166,7 @@ class SessionView:
 
     @property
     def root_key(self) -> jax.Array:
-        """The typed key, shape (), that the next draw will split. Not to be used: it would be used twice."""
+        """The typed key, shape (), that the next draw will split. Do not use it: it would be used twice."""
         return self._state.root.key
 
     def module(self, name: str) -> Any:
@@ -151,13 +174,17 @@ class SessionView:
         entry = self._state.models.get(name)
         return None if entry is None else entry.model.module
 
+    def _entry_before(self, name: str, module: object) -> ModelEntry:
+        """The registered entry, or that of a module which its first run is to register."""
+        return self._state.models.get(name) or entry_now(self._state.models, name, module)[0]
+
     @property
     def collections(self) -> dict[str, Mapping[str, PyTree] | None]:
-        """The variables that the session holds, by model; None for an NNX module, and before the first init."""
+        """The variables that the session itself holds, by model: None for an NNX module, and before the first init."""
         return {name: entry.variables for name, entry in self._state.models.items()}
 
     def variables(self, name: str, module: object = None) -> PyTree:
-        """The variables of a model as `models[name].variables` gives them; see `entry_now` for `module`.
+        """The variables of a model, as `models[name].variables` returns them; see `entry_now` for `module`.
 
         Raises:
           FlaxMagicsError: the user's code has donated or deleted some.
@@ -168,12 +195,12 @@ class SessionView:
 
     @property
     def waiting(self) -> Mapping[str, SavedModel]:
-        """Models of a file that was loaded whose variables nobody has yet: they are given to what is registered so."""
+        """Models of a loaded file that have variables, but no registered model yet; one of that name will get them."""
         return {name: saved for name, saved in self._state.waiting.items() if saved.ready}
 
     @property
     def runs(self) -> list[Run]:
-        """Every run so far, newest last; outputs that nobody holds any more are gone."""
+        """Every run so far, newest last. Outputs that only the session referred to are `RELEASED`."""
         return self.last(len(self))
 
     def last(self, n: int) -> list[Run]:
@@ -182,12 +209,12 @@ class SessionView:
 
     @property
     def cells(self) -> dict[int, tuple[str, ...]]:
-        """Numbers of this kernel's cells that drew → the calls that they made, as they were written."""
+        """Cell number → the calls of its runs as they were written, for cells of this kernel."""
         return calls_by_cell(self._state.runs)
 
     @property
     def replay_bytes(self) -> int:
-        """How many bytes are kept for replays at most; can be set."""
+        """The most bytes that are kept for replays; can be set."""
         return self._keeping.limit
 
     @replay_bytes.setter
@@ -196,17 +223,18 @@ class SessionView:
         self._keeping.settle()
 
     def settle(self) -> None:
-        """Lets go at once of what is more than `replay_bytes`. A session does so by itself, some runs later."""
+        """Drops what exceeds `replay_bytes` now. A session does so by itself, but only once in some runs."""
         self._keeping.settle()
 
     @property
     def kept_bytes(self) -> int:
-        """How many bytes only replays need now."""
+        """Bytes that are held for replays alone."""
         return self._keeping.bytes
 
     def __len__(self) -> int:
         return length(self._state.runs)
 
+    # Without it a session that has no runs yet would be false, because of `__len__`.
     def __bool__(self) -> bool:
         return True
 
@@ -216,10 +244,10 @@ class SessionView:
 
 
 def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
-    """The entry of a registered name, of what `Session.models` gives, or of a module that is registered.
+    """The entry of a registered name, of a handle from `Session.models`, or of a module that is registered.
 
     Raises:
-      FlaxMagicsError: there is none.
+      FlaxMagicsError: no such model is registered.
     """
     if isinstance(model, RegisteredModel):
         model = model.name
@@ -237,7 +265,7 @@ def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
 
 
 def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
-    """The entry of a name that stands for `module` now (None: for what it stood for), and what is to be said of that.
+    """The entry of a name that now stands for `module` (None: as registered), with a note if that is another.
 
     A module under a name that nothing is registered by is registered: its run says so.
     """
@@ -246,7 +274,7 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:
         return entry, ()
-    holds_variables = entry.model.holds_variables  # then the object in the namespace is the one truth
+    holds_variables = entry.model.holds_variables  # an NNX object in the namespace is itself the truth
     entry, change = register(None if holds_variables else entry, name, module)
     if change.state == "unchanged":
         return entry, ()

@@ -1,4 +1,4 @@
-"""The registered models: how one is registered, edited and assigned variables."""
+"""Registering, editing and assigning: how a model's entry changes, worked out without changing anything."""
 
 from __future__ import annotations
 
@@ -33,29 +33,34 @@ from .weights import (
 
 
 class Registration(Struct, frozen=True):
-    """The result of registering: whether the model is new, the same or changed, and what became of its variables."""
+    """The result of registering: whether the model is new, the same or changed, and what became of its variables.
+
+    Attributes:
+      unfit: where variables of `file` do not fit the model, and so still wait.
+    """
 
     name: str
     state: Literal["new", "unchanged", "changed"]
     changes: tuple[str, ...] = ()
     variables: Literal["none", "kept", "dropped", "own", "restored"] = "none"
     file: str = ""
-    """Where variables wait for this model that were restored from there, or that do not fit it: see `unfit`."""
+    """The loaded file that has variables for this model, if they were restored now, or are `unfit`; else empty."""
     unfit: tuple[str, ...] = ()
     other: tuple[str, ...] = ()
-    """Differences from the model for which those variables were saved."""
+    """How the model differs from the one that the file was saved with."""
     write: Callable[[], None] | None = None
-    """Carries the variables over into a module that holds its own."""
+    """Copies the old variables into the new NNX module, at the commit; None where nothing is copied."""
 
 
 def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEntry, Registration]:
     """The entry for `module` under `name`, and how it compares with `old`. Nothing is changed here.
 
     Raises:
-      FlaxMagicsError: the name is no identifier, or the module is none that can be registered.
+      FlaxMagicsError: the name is no identifier, or the object is no module that can be registered.
     """
     if not name.isidentifier():
         raise FlaxMagicsError(f"`{name}` is not a name that a model can have.")
+    # The same object may have been changed in place, so its fingerprint is asked again.
     if old is not None and module is old.model.module and old.computes(old.model.fingerprint()):
         return old, unchanged(old)
     model = adopt(module, name)
@@ -77,15 +82,17 @@ def register_holding(
 ) -> tuple[ModelEntry, Registration]:
     """`register` for a module that holds its own variables (NNX).
 
-    One that an unchanged cell made again gives way to the one that is there. After an edit the old variables go into the
-    new module if they all fit; otherwise, and where nothing but the initial values differs, its own stand.
+    If an unchanged cell built an equal module again, the old one stays. After an edit the old variables move into the
+    new module if all of them fit. If not, or if only initial values differ (another seed), the new one keeps its own.
     """
     fingerprint, first = model.fingerprint(), model.sample()
     entry = ModelEntry(name, model, fingerprint, built=built, initial_sample=first, source=WeightSource.own(name))
     if old is None:
         return entry, Registration(name, "new")
+    # The same object, changed in place: what it holds is the model.
     if old.model.holds_variables and model.module is old.model.module:
         return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
+    # After `--fresh` nothing of the old module is carried over.
     if not old.model.holds_variables or old.rebuild_next:
         return entry, Registration(name, "changed", variables="own")
     same = old.computes(fingerprint)
@@ -94,6 +101,7 @@ def register_holding(
     changes = ("initial values",) if same else differences(_shapes(old.model), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
+    # The kept values are outdated if the edited code would begin with others.
     values = old.model.collections()
     outdated = old.outdated or first != old.initial_sample
     entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
@@ -106,29 +114,31 @@ def _shapes(model: ModelWithVariables) -> PyTree:
 
 
 def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
-    """An edited linen model: the old variables stay where what the new code would initialise has their shapes."""
+    """An edited linen model: the old variables stay if its init would make the same names, shapes and dtypes."""
     entry = replace(old, model=model, fingerprint=fingerprint, static_ints=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
     before = old.init
-    if before is None:  # assigned by the user: how they were made is not known
+    if before is None:  # assigned by the user: how they are made is unknown, so nothing can be compared
         return entry, Registration(old.name, "changed", variables="kept")
     try:
+        # The last init's call is traced with the new code; nothing is computed.
         init = initialised(model, before.key, before.method, before.args, before.kwargs)
-    except Exception as error:  # the user's new code does not take the old call
+    except Exception as error:  # the edited code does not accept the last init's call
         changes: tuple[str, ...] = (f"the last init's call fails now ({type(error).__name__})",)
     else:
         comparable = init.shapes is not None and before.shapes is not None
         changes = differences(before.shapes, init.shapes) if comparable else ()
     if changes:
         return entry.with_variables(None, None), Registration(old.name, "changed", changes, "dropped")
+    # Only an equal init program is sure to make equal variables.
     same = comparable and init.program is not None and init.program == before.program
     entry = replace(entry, init=init) if same else replace(entry, outdated=True)
     return entry, Registration(old.name, "changed", variables="kept")
 
 
 def differences(old: PyTree, new: PyTree) -> tuple[str, ...]:
-    """Leaf by leaf: `Dense_0/kernel [4,3]→[4,5]`, `Dense_1/bias added`. `params` needs no naming."""
+    """Leaf by leaf: `Dense_0/kernel [4,3]→[4,5]`, `Dense_1/bias added`; leaves of `params` without that prefix."""
     before, after = named_leaves(old), named_leaves(new)
     out = []
     for name in dict.fromkeys([*before, *after]):
@@ -148,11 +158,12 @@ def differences(old: PyTree, new: PyTree) -> tuple[str, ...]:
 def assigned(
     entry: ModelEntry, variables: PyTree, written: Written, cell: int | None
 ) -> tuple[ModelEntry, Callable[[], None] | None]:
-    """The entry with `variables`; and what writes them into the user's own object (NNX), None where the session has them.
+    """The entry with `variables`, and a function that writes them into an NNX module (None for a linen model).
 
     Raises:
-      FlaxMagicsError: they do not fit, or an array of them was deleted.
+      FlaxMagicsError: they do not fit, or one of their arrays was deleted.
     """
+    # `previous_init` still tells what fits, after `init` no longer describes these variables.
     entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, update_counts={}, outdated=False)
     if entry.model.holds_variables:
         return _into_module(entry, entry.model, variables, written, cell)
@@ -168,7 +179,7 @@ def assigned(
 
 
 def _expected(entry: ModelEntry) -> tuple[Collections | None, frozenset[str]]:
-    """Variables that fit the model, and collections that its first init did not make; None where no init is known."""
+    """Variables that fit the model, and the collections that are optional; None where no init has shown what fits."""
     init = entry.previous_init
     if init is None or entry.variables is None:
         return None if init is None else init.shapes, frozenset()
@@ -179,10 +190,11 @@ def _expected(entry: ModelEntry) -> tuple[Collections | None, frozenset[str]]:
 def _into_module(
     entry: ModelEntry, model: ModelWithVariables, variables: object, written: Written, cell: int | None
 ) -> tuple[ModelEntry, Callable[[], None]]:
-    """Assigns to an NNX module; variables that are not among those given stay, as in `nnx.update`."""
+    """Checks variables for an NNX module. Those that are not given stay as they are, as in `nnx.update`."""
     name = entry.name
     check_state(name, variables, written, model.module)
     held, values = _by_path(model.own_variables()), model.read_state(name, variables)
+    # A state may also have streams and sown values, which are not compared; `read_state` refuses unknown paths.
     wrong = misfits(held, {path: leaf for path, leaf in _by_path(values).items() if path in held})
     if wrong:
         raise unfit(name, wrong)
@@ -192,19 +204,20 @@ def _into_module(
 
 
 def _by_path(values: Mapping[str, Mapping[str, Leaf]]) -> dict[str, Leaf]:
-    """The variables by their paths, whatever their types."""
+    """The variables by path, whatever the type that they are grouped by."""
     return {path: value for tree in values.values() for path, value in tree.items()}
 
 
 def replaced_by_init(entry: ModelEntry, limit: int) -> tuple[Replaced | None, tuple[Note, ...]]:
-    """The variables that an init is about to replace, unless an init made them just so; and the note that says it.
+    """The variables that an init replaces, if they are more than an init's own, and the note that says so.
 
-    An init over fresh variables leaves those that an earlier one replaced where they are.
+    Otherwise it returns what an earlier init replaced, which is kept on.
 
     Args:
-      limit: bytes that are kept at most.
+      limit: the most bytes to keep.
     """
     source = entry.source_now()
+    # As an init made them, they can be made again: nothing is lost.
     if not entry.ready or source is None or (source.is_initial and not entry.update_counts):
         return entry.replaced, ()
     replaced = Replaced(entry.read_variables(), source, entry.update_counts)

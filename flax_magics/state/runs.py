@@ -1,9 +1,9 @@
-"""Runs as a session keeps them: facts held, outputs weakly, and what a replay needs for as long as there is room for it.
+"""Runs as a session keeps them: facts for good, outputs weakly, and what a replay needs while there is room for it.
 
-How much that is: inputs, variables that later runs overwrote, and what models hold that are no more, the oldest let go
-first. Every array counts once, however many runs it went into, and not at all while a registered model has it. Runs are
-only noted as they come, with what they may take at most; what they do take is counted when that could be too much,
-after some thousand runs, or when somebody asks.
+A replay needs inputs, variables that later runs overwrote, and arrays of models that are gone; the oldest are dropped
+first. An array counts once, however many runs used it, and not at all while a registered model holds it. Counting is
+put off: a run is noted with the most that it may hold, and arrays are counted when the sum could exceed the limit,
+after `NOTED` runs, or when somebody asks.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from ..run import COMMANDS, RELEASED, Cause, Run
 from .entry import ApplyRecipe, ModelEntry, Origin, Replaced
 
 Inputs: TypeAlias = tuple[jax.tree_util.PyTreeDef, list[Leaf]]
-"""A run's positional and keyword arguments: how they are put together, and their leaves."""
+"""A run's positional and keyword arguments as a pytree: treedef and leaves."""
 _Weak: TypeAlias = tuple[jax.tree_util.PyTreeDef | None, list[Callable[[], Leaf]]]
-"""A pytree taken apart (None: it is one array): what gives each leaf, of an array a weak reference."""
+"""A pytree held weakly: its treedef (None: it is one array), and for each leaf a function that returns it or None."""
 
 
 class StoredRun:
-    """One run: its facts held, its output and what was sown held weakly.
+    """One run: its facts are kept for good; its output, and what was sown, only weakly.
 
-    Its inputs, and the variables that it ran with, are held until `let_go`: then weakly, and not at all. They are held as
-    leaves, so that a dict that is changed later is not what a replay gets; arrays of NumPy, which may be, are copied.
-
-    The Run in a user's hands holds its own arrays; as long as it lives, the session gives that very object.
+    Its inputs, and the variables that it had, are held until `let_go`; after that the inputs are held weakly. Both are
+    held as leaves, so that changing a dict later does not change a replay. NumPy arrays are copied, since they can be
+    written into. While the user holds the Run, the session returns that very object.
 
     Args:
       origin: what a replay needs besides keys and inputs, None for a key.
-      size: bytes that holding on to that and to the inputs may take, at most.
-      inputs: tree structure and leaves of the inputs, where they are those of an earlier run.
+      size: the most bytes that holding `origin` and the inputs may take.
+      inputs: the inputs, if they are shared with an earlier run.
 
     Attributes:
       facts: the Run without its arrays.
-      origin, inputs: see above; None once they were let go of.
+      origin, inputs: see above; None once dropped.
       record: what an apply was seen to ask for, None for every other run.
       replays: how often it was run again, and whether any of these gave other bits.
     """
 
+    # A session keeps every run, so each is kept small.
     __slots__ = (
         "_output", "_run", "_shapes", "_sown", "_weak", "facts", "inputs", "origin", "record", "replays", "size",
     )  # fmt: skip
@@ -75,7 +75,7 @@ class StoredRun:
             self.inputs = treedef, list(map(own, leaves))
 
     def run(self) -> Run:
-        """The run; an array that nobody holds any more makes its whole field `RELEASED`."""
+        """The run. A field of which an array is gone is `RELEASED` as a whole."""
         run = self._run()
         if run is not None:
             return run
@@ -84,7 +84,7 @@ class StoredRun:
         return replace(self.facts, output=self.output(), inputs=self._inputs(), sown=sown)
 
     def output(self) -> PyTree:
-        """What the run gave, `RELEASED` where nobody holds it any more."""
+        """What the run returned, `RELEASED` once an array of it is gone."""
         run = self._run()
         return _held(self._output) if run is None else run.output
 
@@ -95,24 +95,25 @@ class StoredRun:
 
     @property
     def shapes(self) -> str:
-        """Dtypes and shapes of the inputs, which outlive them: `float32[3,4,4], train=True`."""
+        """Dtypes and shapes of the inputs, `float32[3,4,4], train=True`; known even after the inputs were dropped."""
         if self._shapes is None:
             try:
                 self._shapes = describe_inputs(self._inputs())
-            except Exception:  # a type of the user's own that cannot be put together again
+            except Exception:  # a pytree class of the user's whose unflatten fails
                 self._shapes = "…"
         return self._shapes
 
     @classmethod
     def read(cls, run: Run, shapes: str, replays: tuple[int, bool]) -> StoredRun:
-        """A run of another process: its inputs are gone, their shapes are known."""
+        """A run of another process, read from a file: its inputs are gone, but their shapes were saved."""
         stored = cls(run)
         stored._shapes, stored.replays = shapes, replays
         return stored
 
     def let_go(self) -> None:
-        """Lets go of what a replay needs. Inputs that somebody else holds can still be read."""
+        """Drops what a replay needs. Inputs that somebody else holds can still be read."""
         if self.inputs is not None:
+            # Described now, because the arrays may be gone when somebody asks.
             self._shapes = self.shapes
             treedef, leaves = self.inputs
             self._weak = treedef, list(map(_reference, leaves))
@@ -128,14 +129,14 @@ def describe_inputs(inputs: PyTree) -> str:
 
 
 def _weakly(tree: PyTree) -> _Weak:
-    if isinstance(tree, jax.Array):  # as most are
+    if isinstance(tree, jax.Array):  # the usual output: no treedef to keep
         return None, [weakref.ref(tree)]
     leaves, treedef = jax.tree_util.tree_flatten(tree)
     return treedef, list(map(_reference, leaves))
 
 
 def _held(weak: _Weak) -> PyTree:
-    """The pytree, `RELEASED` where one of its arrays is no more."""
+    """The pytree, `RELEASED` if one of its arrays is gone."""
     treedef, references = weak
     leaves = [reference() for reference in references]
     if any(leaf is None for leaf in leaves):
@@ -145,13 +146,13 @@ def _held(weak: _Weak) -> PyTree:
 
 def _reference(leaf: Leaf) -> Callable[[], Leaf]:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        with contextlib.suppress(TypeError):  # a numpy scalar: a few bytes
+        with contextlib.suppress(TypeError):  # a NumPy scalar takes no weak reference, and has only a few bytes
             return weakref.ref(leaf)
     return lambda: leaf
 
 
 class RunLog(NamedTuple):
-    """Runs, newest first, as a linked list: adding one makes a new list and leaves the old as it was."""
+    """Runs as a linked list, newest first. Adding one leaves the list of every earlier State as it was."""
 
     kept: StoredRun
     before: RunLog | None
@@ -159,7 +160,7 @@ class RunLog(NamedTuple):
 
     @staticmethod
     def add(chain: RunLog | None, stored: StoredRun) -> RunLog:
-        """`chain` with one more run."""
+        """Returns `chain` with one more run in front; `chain` itself stays as it is."""
         return RunLog(stored, chain, length(chain) + 1)
 
 
@@ -181,10 +182,11 @@ def backwards(chain: RunLog | None) -> Iterator[StoredRun]:
 
 
 def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
-    """Numbers of this kernel's cells that drew → the calls that they made, as they were written; of a key an empty one."""
+    """Cell number → the calls of its runs as they were written, an empty one for a key; only cells of this kernel."""
     calls: dict[int, set[str]] = {}
     for stored in backwards(chain):
         facts = stored.facts
+        # Replays draw nothing, and runs of a loaded file have the cell numbers of another kernel.
         if facts.cell is not None and not facts.replayed and facts.elsewhere is None:
             calls.setdefault(facts.cell, set()).add(facts.call if COMMANDS[facts.command].model else "")
     return {number: tuple(texts) for number, texts in calls.items()}
@@ -193,33 +195,35 @@ def calls_by_cell(chain: RunLog | None) -> dict[int, tuple[str, ...]]:
 def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
     """The runs that took draw `number` of `seed`, in order: one, or an init and the apply that went on with its draw.
 
-    Where a seed was started again it is the last time that counts.
+    If the seed was restarted, only the runs since then count.
     """
     drawn = (stored for stored in backwards(chain) if not stored.facts.replayed)
     for stored in drawn:
         facts = stored.facts
         if facts.seed == seed and facts.draw <= number < facts.draw + (facts.draws or 1):
             before = next(drawn, None)
+            # An init that shares the draw is the run right before the apply.
             return [before, stored] if before is not None and _shared(before.facts, facts) else [stored]
     return []
 
 
 def _shared(init: Run, apply: Run) -> bool:
-    """Whether an apply went on with the draw that an init opened."""
+    """Whether an apply went on with the draw that an init had opened."""
     opens, continues = COMMANDS[init.command].opens, COMMANDS[apply.command].forward
     if not (opens and continues and init.model == apply.model):
         return False
     opened, taken = getattr(init.keys, "draw", None), getattr(apply.keys, "draw", None)
-    if opened is None or taken is None:  # keys of a module that was built, or of a file, not what they were drawn from
+    if opened is None or taken is None:  # keys of a built module or of a file do not tell their Draw
         return (init.seed, init.draw) == (apply.seed, apply.draw)
+    # By identity: after a restart of the same seed the draws are equal.
     return opened is taken.first
 
 
 def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> list[tuple[str, tuple[Cause, ...]]]:
-    """Of the last `n` runs of `model`, newest first: where the program came from, and why it was new.
+    """Where the program came from, and why it was new, of the last `n` runs of `model`, newest first.
 
     Args:
-      reach: runs of any model that are looked at.
+      reach: how many runs, of any model, are searched.
     """
     recent = (stored.facts for stored in islice(backwards(chain), reach))
     applies = (facts for facts in recent if COMMANDS[facts.command].forward and facts.model == model)
@@ -227,54 +231,57 @@ def causes_of(chain: RunLog | None, model: str, n: int, reach: int = 500) -> lis
 
 
 REPLAY_BYTES = 256_000_000
-"""What is kept where nobody says how much."""
+"""The most bytes that replays may hold, unless the user sets another limit."""
 NOTED = 4096
-"""Runs that are noted before they are looked at."""
+"""How many runs are noted before their arrays are counted."""
 _Held = StoredRun | Replaced
 
 
 class ReplayBudget:
-    """Runs that can be replayed, oldest first.
+    """Limits what is held for replays, dropping the oldest runs first.
 
     Args:
-      limit: bytes that they may hold together.
-      current: gives the arrays that the session holds anyway; if asked with True, those in its models' fields and code too,
-        which take longer to find.
+      limit: the most bytes that runs may hold together.
+      current: returns the arrays that the session holds anyway; with True also those in the fields and code of its
+        models, which take longer to find.
     """
 
     def __init__(self, limit: int, current: Callable[[bool], Iterable[Leaf]]) -> None:
         self.limit = checked_limit(limit)
         self._current = current
         self.noted: list[_Held] = []
-        """Runs that were not looked at yet, oldest first: appended to in the step that commits a run."""
+        """Runs whose arrays are not counted yet, oldest first: the commit of a run appends to it."""
         self._rough = 0
+        """The most bytes that the noted runs may hold."""
         self._known = 0
+        """Bytes that were counted last, without what the session holds anyway."""
         self._held: list[_Held] = []
         self._sizes: dict[int, int] = {}
-        """id of each array that they hold → its bytes."""
+        """id of each array that the counted runs hold → its bytes."""
         self._pinned = False
-        """Whether one of them holds arrays of its model's besides the variables."""
+        """Whether one of them holds arrays of its model besides the variables."""
         self._last: dict[str, _Held] = {}
-        """model → its newest run."""
+        """model → its newest counted apply, with which the next shares equal arrays."""
 
     def emptied(self) -> ReplayBudget:
-        """The same for a session that has begun anew."""
+        """A new budget of the same limit, for a session that begins anew from a file."""
         return ReplayBudget(self.limit, self._current)
 
     def look(self, size: int) -> None:
-        """Makes room, if it may be needed: runs that take `size` bytes at most have been noted."""
+        """Settles if it may be needed, after runs were noted that hold at most `size` bytes."""
         self._rough += size
         if self._rough + self._known > self.limit or len(self.noted) >= NOTED:
             self.settle()
 
     @property
     def bytes(self) -> int:
-        """Bytes that are held now, what the session holds anyway left out."""
+        """Bytes that are held now, without what the session holds anyway."""
         self.settle()
         return self._known
 
     def settle(self) -> None:
-        """Lets go of the oldest while there is too much, an eighth of the limit at a time."""
+        """Counts, and drops the oldest runs if they hold too much: down to seven eighths of the limit."""
+        # An interrupt halfway would leave sizes that do not belong to the held runs.
         with uninterrupted():
             self._take_in()
             anyway = {id(array) for array in self._current(self._pinned)}
@@ -283,18 +290,19 @@ class ReplayBudget:
                 self._let_go_of_oldest(anyway)
 
     def drop(self, replaced: Replaced) -> None:
-        """Lets go of variables that an init replaced."""
+        """Drops variables that an init replaced, whatever the limit."""
         with uninterrupted():
             self._take_in()
             if replaced in self._held:
                 self._held.remove(replaced)
                 replaced.let_go()
+                # Its arrays may belong to runs as well, so the sizes are collected again.
                 self._sizes = {}
                 for held in self._held:
                     self._sizes |= _sizes_in(held, self._sizes)
 
     def replace(self, before: Replaced | None, after: Replaced | None) -> None:
-        """Counts the variables that an init has replaced in the place of those that an earlier one replaced."""
+        """Counts the variables that an init replaced, in place of those that the init before it replaced."""
         if before is not None and before is not after:
             self.drop(before)
         if after is not None and before is not after:
@@ -302,6 +310,7 @@ class ReplayBudget:
             self.look(after.size)
 
     def _take_in(self) -> None:
+        # A run may have been dropped before it was ever counted.
         for held in self.noted:
             if held.origin is None or held.inputs is None:
                 continue
@@ -313,7 +322,7 @@ class ReplayBudget:
                     leaves, old = held.origin.leaves, before.origin.leaves
                     _share(leaves, old)
                     if len(leaves) == len(old) and all(map(is_, leaves, old)):
-                        held.origin.leaves = old  # one list of them, too
+                        held.origin.leaves = old  # the list itself is shared as well: a loop of runs keeps one
                 self._last[how.name] = held
             self._held.append(held)
             self._sizes |= _sizes_in(held, self._sizes)
@@ -321,10 +330,11 @@ class ReplayBudget:
         self.noted, self._rough = [], 0
 
     def _let_go_of_oldest(self, anyway: set[int]) -> None:
-        # Some room at once: otherwise every single run would have to count again.
+        # Well below the limit at once: otherwise each further run would exceed it and count everything again.
         enough = self.limit - self.limit // 8
         self._sizes, oldest_first, self._held = {}, self._held, []
         self._known, self._pinned = 0, False
+        # From the newest back: what still fits stays, all older runs are dropped.
         while oldest_first:
             sizes = _sizes_in(oldest_first[-1], self._sizes)
             more = sum(size for array, size in sizes.items() if array not in anyway)
@@ -342,7 +352,7 @@ class ReplayBudget:
 
 
 def _sizes_in(held: _Held, known: Mapping[int, int]) -> dict[int, int]:
-    """The bytes of each array that a run holds by its id, those that are known left out."""
+    """The bytes of each array that a run holds, by its id, without those in `known`."""
     assert held.origin is not None
     assert held.inputs is not None
     leaves = (*held.origin.leaves, *held.inputs[1], *held.origin.how.pinned)
@@ -350,30 +360,32 @@ def _sizes_in(held: _Held, known: Mapping[int, int]) -> dict[int, int]:
 
 
 def _share(leaves: list[Leaf], old: list[Leaf]) -> None:
-    """Arrays of NumPy that are bit by bit what they were in the run before become the same array."""
+    """Replaces NumPy arrays that equal those of the run before by these very arrays, so that a loop keeps one copy."""
     if leaves is old or len(leaves) != len(old) or np.ndarray not in set(map(type, leaves)):
         return
     for i, (leaf, was) in enumerate(zip(leaves, old, strict=True)):
         both = type(leaf) is np.ndarray and type(was) is np.ndarray
+        # The bytes of an object array are pointers, which say nothing about its elements.
         if not both or (leaf.dtype, leaf.shape) != (was.dtype, was.shape) or leaf.dtype.hasobject:
             continue
+        # As bytes, since NaN differs from itself, and 0.0 equals -0.0.
         if leaf.tobytes() == was.tobytes():
             leaves[i] = was
 
 
 def checked_limit(limit: object) -> int:
-    """`limit` if it is a number of bytes. Raises FlaxMagicsError: it is none."""
+    """Returns `limit`. Raises FlaxMagicsError where it is not a number of bytes."""
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise FlaxMagicsError(f"`replay_bytes` is a number of bytes, 0 or more, not {limit!r}.")
     return limit
 
 
 def arrays_of(models: Mapping[str, ModelEntry], pinned: bool) -> Iterator[Leaf]:
-    """The variables of registered models, as the session or the module holds them; `pinned`: and what else models hold."""
+    """The variables of registered models; with `pinned` also the arrays in their fields and code."""
     for entry in models.values():
-        with contextlib.suppress(Exception):  # a module that its owner has made one that no run would take
+        with contextlib.suppress(Exception):  # an NNX module may have been changed into what no run accepts
             yield from jax.tree_util.tree_leaves(entry.held)
         if pinned and not entry.model.holds_variables:
             yield from arrays_in(entry.model.module)
-        elif pinned and entry.built is not None:  # what such a module holds are its variables
+        elif pinned and entry.built is not None:  # its own arrays are all variables; its arguments are not
             yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))

@@ -1,4 +1,4 @@
-"""What a session is at one moment: frozen, replaced as a whole."""
+"""A session's state at one moment: frozen, and replaced as a whole by every command that changes something."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .runs import RunLog, StoredRun
 
 
 class SavedInit(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a linen model's variables came to be, as `InitRecord` has it; `program` is a digest."""
+    """How a linen model's variables were initialised, as `InitRecord` has it; `program` is a digest."""
 
     key: PyTree
     method: Path
@@ -28,20 +28,21 @@ class SavedInit(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
-    """A model's variables, and what is needed to hold them against a model that is registered under its name.
+    """A model's variables, and what is needed to compare them with a model that is registered under its name.
 
     A file's JSON has its fields under these names, with `Node`s in the place of trees.
 
     Attributes:
-      holds_variables: an NNX module, not a linen one.
+      holds_variables: whether it is an NNX module.
       text: how it was built, in one line.
-      source: the code of its classes, empty where that was not to be had.
-      variables: of a linen model its collections, None before an init; of an NNX one (type, path, value) of each
+      source: the code of its classes, empty where that cannot be read.
+      variables: of a linen model its collections, None before an init; of an NNX module (type, path, value) of each
         variable.
-      made: how a linen model's variables came to be; None where no init of the model is known.
-      assigned: the user put other variables in their place.
-      keys: what the session built an NNX module with; None where the user's code did.
-      file: where it was read.
+      stale: `ModelEntry.rebuild_next`.
+      made: how a linen model's variables were initialised; None where no init of the model is known.
+      assigned: the user has put other variables in their place.
+      keys: with which the session built an NNX module; None where the user's code did.
+      file: the path that it was read from.
     """
 
     name: str
@@ -62,7 +63,7 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def ready(self) -> bool:
-        """Whether there are variables."""
+        """Whether the file has variables of the model: none before its first init."""
         return self.variables is not None
 
 
@@ -80,20 +81,20 @@ def with_entry(models: Mapping[str, ModelEntry], entry: ModelEntry) -> Mapping[s
 
 
 class State(Struct, frozen=True):
-    """All that a command may change."""
+    """Everything of a session that a command may change."""
 
     root: RootKey
     models: Mapping[str, ModelEntry] = {}
     opened: tuple[str, Draw] | None = None
-    """A draw whose `params` an init took, and the model whose next apply takes the rest of it."""
+    """The model whose init opened a draw and used its `params` key, and that draw: its next apply goes on with it."""
     runs: RunLog | None = None
     seeds: Mapping[int, tuple[int, str]] = {}
-    """seed → the last draw that was made under it before it was started again, and the PRNG implementation."""
+    """seed → the last draw under it before it was restarted, and its PRNG implementation."""
     waiting: Mapping[str, SavedModel] = {}
-    """Variables that were read from a file, by the name of the model that they wait for."""
+    """Variables read from a file whose models are not registered yet, by model name."""
 
     def after(self, kept: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
-        """The state once a run has succeeded. A replay moves neither the root nor a draw that is open."""
+        """The state after a run that succeeded. A replay moves neither the root key nor the open draw."""
         root, opened = (self.root, self.opened) if kept.facts.replayed else (self.root.after(draw), opened)
         models = self.models if entry is None else with_entry(self.models, entry)
         waiting = self.waiting and self._still_waiting(entry)
@@ -101,14 +102,14 @@ class State(Struct, frozen=True):
         return replace(self, root=root, models=models, opened=opened, runs=log, waiting=waiting)
 
     def with_variables(self, entry: ModelEntry) -> State:
-        """The state once the user has given a model other variables."""
+        """The state after the user has assigned variables to a model."""
         return replace(self, models=with_entry(self.models, entry), waiting=self._still_waiting(entry))
 
     def restarted(self, root: RootKey, *, fresh: bool) -> tuple[State, Restart]:
-        """The state with another root key, nothing open; what was drawn under the old seed can still be found.
+        """The state with another root key and no open draw. Draws of the old seed can still be found.
 
         Args:
-          fresh: every model is to be initialised anew at its next use.
+          fresh: every model is to be initialised or built again at its next use.
         """
         models = self.models
         if fresh:
@@ -127,16 +128,17 @@ class State(Struct, frozen=True):
         return State(root, models, None, self.runs, seeds, waiting), restart
 
     def _still_waiting(self, entry: ModelEntry | None) -> Mapping[str, SavedModel]:
-        """What waits once `entry` has variables: no older ones for the same model."""
+        """The variables that still wait once `entry` has some: not those for the same model."""
         if entry is None or not entry.ready:
             return self.waiting
         return {name: model for name, model in self.waiting.items() if name != entry.name}
 
     def _last(self, seed: int) -> tuple[int, str]:
-        """The last draw that was made under `seed`, 0 for none, and its PRNG implementation."""
+        """The number of the last draw under `seed`, 0 for none, and its PRNG implementation."""
         last = self.seeds.get(seed, (0, ""))
         if seed != self.root.seed or not self.root.draws:
             return last
+        # A seed that was restarted may have gone further the first time.
         return max(last[0], self.root.draws), self.root.impl
 
     def find_draw(self, wanted: int | tuple[int, int] | None) -> Draw | None:
@@ -145,8 +147,10 @@ class State(Struct, frozen=True):
             return None
         seed, number = self.check_draw(wanted)
         impl = self._last(seed)[1]
+        # `jax_default_prng_impl` may have changed since the seed was used.
         with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else contextlib.nullcontext():
             root = RootKey.from_seed(seed)
+        # Each draw splits the root that the draw before it left.
         for _ in range(number - 1):
             root = root.after(root.draw())
         return root.draw()
@@ -165,7 +169,7 @@ class State(Struct, frozen=True):
 
 
 class Restart(Struct, frozen=True):
-    """What restarting the root key means for what is there: models that keep variables, a seed that was used before."""
+    """What a restart of the root key means: which models keep variables, and whether the seed was used before."""
 
     seed: int
     fresh: bool

@@ -1,4 +1,4 @@
-"""Trees of arrays as JSON and named arrays, and back, without running any code of what they were written from."""
+"""Pytrees as JSON and named arrays, and back; reading runs no code of the classes that were written."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ..base.types import HostArray, PyTree
 from ..errors import FlaxMagicsError
 
 DEPTH = 200
-"""Nodes inside one another: deeper trees are neither written nor read."""
+"""How deep a tree may be: deeper ones are neither written nor read."""
 _IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
-"""PRNG implementations that JAX has under these names."""
+"""PRNG implementations that JAX knows by these names; a file may name no other."""
 
 Node: TypeAlias = Any
-"""JSON data that stands for a tree."""
+"""JSON data that represents a pytree."""
 
 
 @dataclass
 class Writer:
-    """Turns trees into nodes, and gathers their arrays under names that tell where they are.
+    """Turns pytrees into nodes, and collects their arrays under names that tell their places.
 
     Attributes:
-      arrays: what was met so far, by name.
-      foreign: path and class of the first node that is read as an `OpaqueNode`.
+      arrays: arrays met so far, by name.
+      foreign: path and class of the first node of a class that a file can only name, read back as an `OpaqueNode`.
     """
 
     arrays: dict[str, HostArray] = field(default_factory=dict)
@@ -46,13 +46,14 @@ class Writer:
         """The node of `tree`.
 
         Args:
-          path: where it is, such as `net/params`; what its arrays are named after.
+          path: its place, such as `net/params`, after which its arrays are named.
 
         Raises:
-          FlaxMagicsError: a leaf is nothing that a file can hold.
+          FlaxMagicsError: a leaf is of a type that a file cannot hold.
         """
         if depth > DEPTH:
             raise FlaxMagicsError(f"`{path[:60]}…` is nested too deeply to be saved.")
+        # `type(…)`, not `isinstance`: a subclass would be read back as its base.
         if tree is None or type(tree) in (bool, int, float, str):
             if type(tree) is int and abs(tree) >> 200:
                 raise _cannot(path, "it is a whole number of more than 200 bits")
@@ -71,7 +72,7 @@ class Writer:
             return self._array(tree, path)
         if is_box(tree):
             return {_BOXES[type(tree)]: [self.key(tree.names, path), self.tree(tree.value, path, depth + 1)]}
-        if isinstance(tree, OpaqueNode):  # read from a file, and still not made anything of
+        if isinstance(tree, OpaqueNode):  # read from a file before, and no model has claimed it since
             cls, children = tree.cls, [(str(i), child) for i, child in enumerate(tree.children)]
         else:
             children, treedef = children_of(tree)
@@ -82,7 +83,7 @@ class Writer:
         return {"other": [cls, [self.tree(child, f"{path}/{name}", depth + 1) for name, child in children]]}
 
     def key(self, key: object, path: str) -> Node:
-        """A key of a dict, or the steps of a path. Raises FlaxMagicsError: a file cannot hold it."""
+        """The node of a dict's key, or of a path. Raises FlaxMagicsError where a file cannot hold it."""
         if key is None or type(key) in (str, int, bool):
             return key
         if type(key) is tuple:
@@ -106,18 +107,19 @@ class Writer:
             raise _cannot(path, f"it has the dtype {array.dtype}")
         try:
             self.arrays[name] = np.asarray(array)
-        except RuntimeError as error:  # given away to a jitted function, or deleted
+        except RuntimeError as error:  # donated to a jitted function, or deleted
             raise _cannot(path, f"JAX says: {str(error).splitlines()[0]}") from error
         return {kind: name}
 
     def _name(self, path: str) -> str:
-        """`path` as the name of an array, told apart from others that read alike."""
+        """A name for the array at `path`, with a number where an array before it has the same."""
+        # A key may hold half of a surrogate pair, which UTF-8 cannot encode.
         plain = path.encode(errors="backslashreplace").decode().replace("\0", "\\0")
         name, n = plain, 1
         while name in self.arrays:
             n += 1
             name = f"{plain}#{n}"
-        self.arrays[name] = np.empty(0)  # taken
+        self.arrays[name] = np.empty(0)  # reserves the name
         return name
 
 
@@ -126,7 +128,7 @@ def _cannot(path: str, why: str) -> FlaxMagicsError:
 
 
 def _impl_of(keys: jax.Array | jax.ShapeDtypeStruct, path: str) -> str:
-    """The PRNG implementation of typed keys. Raises FlaxMagicsError: it has no name that a file can give."""
+    """The PRNG implementation of typed keys. Raises FlaxMagicsError where it is none that a file may name."""
     for impl in _IMPLS:
         if key_type(impl)[0] == keys.dtype:
             return impl
@@ -134,12 +136,12 @@ def _impl_of(keys: jax.Array | jax.ShapeDtypeStruct, path: str) -> str:
 
 
 class Reader(Struct, frozen=True):
-    """Turns nodes into trees. Raises Damaged for what no Writer has written."""
+    """Turns nodes into pytrees. Raises Damaged for a node that no Writer makes."""
 
     arrays: Mapping[str, HostArray]
 
     def tree(self, node: Node, depth: int = 0) -> PyTree:
-        """The tree that `node` stands for."""
+        """The pytree that `node` represents; `depth` counts the nodes around it."""
         if depth > DEPTH:
             raise Damaged("a tree in it is nested too deeply")
         if node is None or type(node) in (bool, int, float, str):
@@ -152,6 +154,7 @@ class Reader(Struct, frozen=True):
             case [("dict" | "frozen" as kind, list(pairs))] if all(type(p) is list and len(p) == 2 for p in pairs):
                 keys = [key_read(key) for key, _ in pairs]
                 tree = dict(zip(keys, inside([child for _, child in pairs]), strict=True))
+                # Equal keys, such as 1 and True, would have merged.
                 if len(tree) != len(pairs):
                     raise Damaged("a dict in it has a key that stands twice")
                 return tree if kind == "dict" else freeze(tree)
@@ -173,10 +176,11 @@ class Reader(Struct, frozen=True):
             case [("array", str(name))]:
                 return self._array(name)
             case [("weak", str(name))]:
+                # The user's transfer guard is not meant for loading.
                 with jax.transfer_guard("allow"):
                     return weakly_typed(self._array(name))
             case [("numpy", str(name))]:
-                return self.stored(name).copy()  # two leaves that name one array are two
+                return self.stored(name).copy()  # two leaves that name one array must not share memory
             case [("scalar", str(name))] if not self.stored(name).shape:
                 return self.stored(name)[()]
             case [("key", [str(name), str(impl)])]:
@@ -184,7 +188,7 @@ class Reader(Struct, frozen=True):
         raise Damaged("a tree in it has a node that is none")
 
     def stored(self, name: str) -> HostArray:
-        """The array of that name as it was stored."""
+        """The stored array of that name. Raises Damaged where there is none."""
         if name not in self.arrays:
             raise Damaged("a tree in it names an array that is not there")
         return self.arrays[name]
@@ -192,7 +196,7 @@ class Reader(Struct, frozen=True):
     def _array(self, name: str) -> jax.Array:
         stored = self.stored(name)
         with jax.transfer_guard("allow"):
-            # A copy: on a CPU JAX may go on using NumPy's memory.
+            # Copied, because on a CPU JAX may use NumPy's memory as its own.
             array: jax.Array = jax.device_put(stored.copy())
         if array.dtype != stored.dtype:
             raise Damaged(
@@ -202,7 +206,7 @@ class Reader(Struct, frozen=True):
 
 
 def key_read(value: Node, depth: int = 0) -> Any:
-    """A key of a dict, or the steps of a path. Raises Damaged: it is none."""
+    """A key of a dict, or a path, from its node. Raises Damaged for anything else."""
     if isinstance(value, list) and depth < DEPTH:
         return tuple(key_read(part, depth + 1) for part in value)
     if value is None or type(value) in (str, int, bool):
@@ -212,8 +216,9 @@ def key_read(value: Node, depth: int = 0) -> Any:
 
 @lru_cache(maxsize=16)
 def key_type(impl: str) -> tuple[object, tuple[int, ...]]:
-    """The dtype of the keys of a PRNG implementation, and the shape of one's data. Raises Damaged: there is none."""
+    """The dtype of a PRNG implementation's keys, and the shape of one key's data. Raises Damaged for an unknown one."""
     try:
+        # By shapes, so that no device computes a key.
         key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
         return key.dtype, jax.eval_shape(jax.random.key_data, key).shape
     except (ValueError, TypeError):
@@ -221,7 +226,7 @@ def key_type(impl: str) -> tuple[object, tuple[int, ...]]:
 
 
 def _keys_of(words: HostArray, impl: str) -> jax.Array:
-    """Typed keys of their data, words on the last axis. Raises Damaged: they cannot be that."""
+    """Typed keys from their data, whose words are on the last axis. Raises Damaged where dtype or shape do not fit."""
     _, shape = key_type(impl)
     if words.dtype != np.uint32 or words.ndim < len(shape) or words.shape[words.ndim - len(shape) :] != shape:
         raise Damaged(f"it has keys that are none of {impl}")
@@ -230,30 +235,30 @@ def _keys_of(words: HostArray, impl: str) -> jax.Array:
 
 
 class OpaqueNode(Struct, frozen=True):
-    """A node of a class that is not ours to make: its name, and its children in JAX's order."""
+    """A pytree node of a class that reading must not make: the class's name, and the children in JAX's order."""
 
     cls: str
     children: tuple[PyTree, ...]
 
 
 def class_name(cls: type) -> str:
-    """The name by which a class is told from others: `my_module.State`."""
+    """The full name of a class, by which a file refers to it: `my_module.State`."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 _BOXES = {nn.Partitioned: "partitioned", nn.LogicallyPartitioned: "logical"}
-"""Flax's boxes with names of axes."""
+"""Flax's boxes of a value with axis names, and their kinds of node."""
 
 
 def is_box(tree: PyTree) -> bool:
-    """Whether it is a box that has nothing else but names and its value."""
+    """Whether it is one of Flax's boxes with nothing but names and a value: no mesh, no rules."""
     if type(tree) not in _BOXES or type(tree.names) is not tuple:
         return False
     return tree.mesh is None and getattr(tree, "rules", None) is None
 
 
 def children_of(tree: PyTree) -> tuple[list[tuple[str, PyTree]], jax.tree_util.PyTreeDef | None]:
-    """The children of a node by name, and how it is put together of them; None in the place of that for a leaf."""
+    """The direct children of a pytree node by name, and its treedef; none, and None, for a leaf."""
     children, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)
     if len(children) == 1 and children[0][1] is tree:
         return [], None
@@ -261,7 +266,7 @@ def children_of(tree: PyTree) -> tuple[list[tuple[str, PyTree]], jax.tree_util.P
 
 
 def foreign_in(tree: PyTree) -> tuple[str, str] | None:
-    """Where in a tree the first `OpaqueNode` is, and its class; None where there is none."""
+    """Path and class of the first `OpaqueNode` in a tree; None where there is none."""
     for place, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, OpaqueNode):
             return jax.tree_util.keystr(place, simple=True, separator="/"), leaf.cls
@@ -269,14 +274,14 @@ def foreign_in(tree: PyTree) -> tuple[str, str] | None:
 
 
 class Differs(Exception):
-    """A tree has another node in the place of an `OpaqueNode`: the text says where."""
+    """Raised where a tree has no match for an `OpaqueNode`; the text says where."""
 
 
 def graft(tree: PyTree, like: PyTree, path: str = "") -> PyTree:
-    """`tree` with every `OpaqueNode` put together as the node of `like` that is in its place.
+    """`tree` with each `OpaqueNode` rebuilt as the node of `like` in its place: with its class, and its own children.
 
     Raises:
-      Differs: there is no such node there, or one of another class or with other children.
+      Differs: `like` has no such node there, or one of another class or with other children.
     """
     if isinstance(tree, OpaqueNode):
         children, treedef = children_of(like)
@@ -293,7 +298,7 @@ def graft(tree: PyTree, like: PyTree, path: str = "") -> PyTree:
 
 
 def _get(like: PyTree, key: object) -> PyTree:
-    """The child of the other tree, None where there is none."""
+    """The child of `like`, None where there is none."""
     try:
         return like[key]
     except (TypeError, KeyError, IndexError, AttributeError):
@@ -306,21 +311,22 @@ CODES = {
     "bfloat16": "BF16",
     **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind, widths in _WIDTHS.items() for bits in widths},
 }
-"""dtypes that every version of the library gives back as they are, and what it calls them."""
+"""dtypes that every version of safetensors reads, and their codes in its format."""
 
 _RAW = (
     "complex64", "complex128", "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn",
     "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
     "float8_e5m2fnuz", "float8_e8m0fnu",
 )  # fmt: skip
-"""dtypes that are stored as bytes."""
+"""dtypes that are stored as bytes, because not every version of safetensors reads them."""
 
 NARROW = ("bool", "int2", "int4", "uint2", "uint4", "float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn")
-"""dtypes that fill a part of their byte: not every byte is one of their values."""
+"""dtypes that use only a part of their byte, so that some bytes are no value of theirs."""
 
 
 def dtype_named(name: str) -> np.dtype[Any]:
-    """The dtype of that name. Raises Damaged: there is none that a file can have, or that is known here."""
+    """The dtype of that name. Raises Damaged for a name that no file has, or that ml_dtypes here does not know."""
+    # Listed names alone: a file must not choose attributes of NumPy.
     if name not in (*CODES, *_RAW):
         raise Damaged(f"{quoted_name(name)} is no dtype")
     scalar_type = getattr(ml_dtypes, name, None) or getattr(np, name, None)
@@ -331,9 +337,10 @@ def dtype_named(name: str) -> np.dtype[Any]:
 
 
 def shape_of(name: str, value: object) -> tuple[int, ...]:
-    """A shape that an array can have. Raises Damaged for every other value."""
+    """The shape in a file, as a tuple. Raises Damaged where no array can have it."""
     if not isinstance(value, list) or len(value) > 32 or any(type(size) is not int or size < 0 for size in value):
         raise Damaged(f"the shape of {quoted_name(name)} is none")
+    # Sizes of 0 are left out, or they would hide a product that overflows.
     if math.prod(size or 1 for size in value) >= 1 << 60:
         raise Damaged(f"the shape of {quoted_name(name)} is larger than any array")
     return tuple(value)

@@ -1,8 +1,8 @@
-"""Whose weights a model has: where they came from, whether others that are to take their place fit, and who else has some.
+"""Where a model's weights came from, whether others fit in their place, and which names of the notebook hold some.
 
-A name of the notebook held a model's weights, and holds others now: that is a training loop by hand. It is known once it
-was seen to hold the very arrays that the model has: its variables or params, or a train state with them. What only looks
-like weights (gradients, moments, another model's) never did.
+A name that held a model's weights, and now holds others, means a training loop of the user's own. A name counts once it
+was seen with the very arrays of the model: its variables or params, or a train state with them. What only looks like
+weights (gradients, moments of an optimizer, another model's) never was.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from ..rng.keys import Draw
 from ..run import Note
 
 CURRENT = "flax_magics.session().models['{}'].variables"
-"""The expression that gives a model's variables; `%flax_vars` knows the name `flax_magics`, imported or not."""
+"""The expression that returns a model's variables; `%flax_vars` knows the name `flax_magics`, imported or not."""
 PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
-"""The line that brings replaced weights back."""
+"""The line that brings back weights which an init replaced."""
 FOR_THIS_RUN = "given for this run"
 COPIES = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
 SHOWN = 12
-"""Leaves that a message names."""
+"""How many leaves a message names."""
 
 Collections = Mapping[str, PyTree]
-"""Variables by collection."""
+"""The variables of a model: collection → pytree."""
 
 
 class Mark(NamedTuple):
     """Recognises the arrays of one collection, so that others in their place are noticed.
 
     Attributes:
-      leaves: the arrays, held weakly; None for what cannot be (a number of Python's).
-      digest: of some of their elements; None where another object is another value.
+      leaves: weak references to the arrays; None for a leaf that has none, such as a Python number.
+      digest: of some of their elements; None where any other object counts as another value.
     """
 
     leaves: tuple[weakref.ref[Leaf] | None, ...]
@@ -51,12 +51,12 @@ class Mark(NamedTuple):
 
     @classmethod
     def of(cls, tree: object, *, sampled: bool) -> Mark:
-        """The mark of the arrays of `tree`. `sampled`: their elements count, not the objects."""
+        """The mark of the arrays in `tree`. `sampled`: equal elements count as the same, in whatever objects."""
         leaves = jax.tree_util.tree_leaves(tree)
         return cls(tuple(map(_reference, leaves)), quick_digest(leaves) if sampled else None)
 
     def has(self, leaves: list[Leaf]) -> bool:
-        """Whether `leaves` are the very arrays."""
+        """Whether `leaves` are the same objects as the marked arrays."""
         return len(leaves) == len(self.leaves) and all(
             ref is None or ref() is leaf for ref, leaf in zip(self.leaves, leaves, strict=True)
         )
@@ -72,8 +72,8 @@ class WeightSource(Struct, frozen=True):
     Attributes:
       text: such as `initialised in draw 1` or `set in cell [6]`.
       seed: of the draw that initialised them; None where none did.
-      changed: the user's code has since put others in their place where they are held: in an NNX module, or in a dict.
-      marks: collection → what tells that.
+      changed: the user's code has replaced them since, in the NNX module or in the dict that holds them.
+      marks: collection → what its arrays are recognised by.
     """
 
     text: str
@@ -83,44 +83,44 @@ class WeightSource(Struct, frozen=True):
 
     @classmethod
     def initialised(cls, draw: Draw, variables: Collections, *, in_module: bool = False) -> WeightSource:
-        """The source of what an init, or the construction of an NNX module, made."""
+        """The source of variables that an init, or the construction of an NNX module, made in `draw`."""
         return cls(f"initialised in draw {draw.number}", draw.seed).over(variables, in_module=in_module)
 
     @classmethod
     def assigned(cls, cell: int | None, variables: Collections, *, in_module: bool = False) -> WeightSource:
-        """The source of what the user gave, in a cell or in a script."""
+        """The source of variables that the user assigned, in a cell or (None) in a script."""
         text = "set in a script" if cell is None else f"set in cell [{cell}]"
         return cls(text).over(variables, in_module=in_module)
 
     @classmethod
     def loaded(cls, file: str, variables: Collections, *, in_module: bool = False) -> WeightSource:
-        """The source of what a file had."""
+        """The source of variables that were read from a file."""
         return cls(f"loaded from {file}").over(variables, in_module=in_module)
 
     @classmethod
     def own(cls, name: str) -> WeightSource:
-        """The source of what an NNX module holds that the user's code built: the module's own to say."""
+        """The source of variables in an NNX module that the user's code built: only that code knows how."""
         return cls(f"held by {name}")
 
     def over(self, variables: Collections, *, in_module: bool = False) -> WeightSource:
         """The source with the marks of `variables`.
 
         Args:
-          in_module: an NNX module holds them. `nnx.jit` by hand gives it other objects of the same values.
+          in_module: an NNX module holds them, where a user's `nnx.jit` puts new objects with the same values.
         """
         marks = {name: Mark.of(tree, sampled=in_module) for name, tree in variables.items()}
         return replace(self, marks=marks)
 
     @property
     def is_initial(self) -> bool:
-        """Whether they are as a draw made them, but for what runs have written."""
+        """Whether they are as a draw made them, apart from what runs have written."""
         return self.seed is not None and not self.changed
 
     def now(self, variables: Collections, updates: Container[str]) -> WeightSource:
-        """The source of `variables`, which are held now where those were.
+        """The source of `variables`, which are held now, in the place of those that were marked.
 
         Args:
-          updates: collections that runs of the session have written.
+          updates: collections that the session's runs write; other values in these are no change by the user.
         """
         if self.changed:
             return self
@@ -133,11 +133,12 @@ class WeightSource(Struct, frozen=True):
                 continue
             if mark.digest is None or quick_digest(leaves) != mark.digest:
                 return replace(self, changed=True, marks={})
+            # Equal values in new objects: next time these objects are recognised at once.
             fresh[name] = Mark(tuple(map(_reference, leaves)), mark.digest)
         return replace(self, marks={**self.marks, **fresh}) if fresh else self
 
     def describe(self, seed: int | None = None) -> str:
-        """In words; for a session that draws from another `seed`, with that of the draw."""
+        """The source in words; names the draw's seed if it is not `seed`, under which the session draws now."""
         of_seed = "" if seed is None or self.seed in (None, seed) else f" of seed {self.seed}"
         return self.text + of_seed + (", changed by your code since" if self.changed else "")
 
@@ -146,8 +147,8 @@ class Written(Struct, frozen=True):
     """How the user gave variables, so that a message can say what to write.
 
     Attributes:
-      line: the whole line, `{}` in the place of the expression.
-      expression: as it was written; None where nobody knows.
+      line: the whole line, with `{}` in the place of the expression.
+      expression: as it was written; None where that is unknown.
     """
 
     line: str
@@ -155,17 +156,17 @@ class Written(Struct, frozen=True):
 
     @classmethod
     def assignment(cls, name: str) -> Written:
-        """`models['net'].variables = …` in Python."""
+        """The line of an assignment in Python, `models['net'].variables = …`."""
         return cls(f"{CURRENT.format(name)} = {{}}")
 
     def advice(self, pattern: str) -> dict[str, str]:
-        """Advice for an error: the line with `pattern` around the expression, to run, or with a gap to fill."""
+        """Advice for an error: the line with `pattern` around the expression, or around a gap if that is unknown."""
         text = self.line.replace("{}", pattern.replace("{}", self.expression or "…"), 1)
         return {"form" if self.expression is None else "write": text}
 
     @property
     def operand(self) -> str:
-        """The place of the expression after `**`."""
+        """The expression, as it stands after `**` or before a dot: in parentheses unless it is a simple one."""
         try:
             tree = ast.parse(self.expression or "x", mode="eval").body
         except SyntaxError:
@@ -178,10 +179,11 @@ def check_collections(name: str, value: object, written: Written, expected: Coll
     """Checks that `value` is a mapping of collections.
 
     Args:
-      expected: variables that fit the model, of which the shapes are enough; None where nobody knows any.
+      expected: variables that fit the model, or their shapes; None where none are known.
 
     Raises:
-      FlaxMagicsError: it is something else, holds bare parameters instead of collections, or is no tree that JAX takes.
+      FlaxMagicsError: it is something else, has bare parameters in place of collections, has tracers as leaves, or
+        cannot be flattened by JAX.
     """
     what = f"variables of `{name}`"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -205,19 +207,20 @@ def check_collections(name: str, value: object, written: Written, expected: Coll
 
 
 def check_state(name: str, value: object, written: Written, module: object) -> None:
-    """Checks that `value` is like an `nnx.State`; `module` is the one whose variables it is to give.
+    """Checks that `value` is a mapping, as an `nnx.State` is; `module` is the one to take its values.
 
     Raises:
       FlaxMagicsError: it is something else.
     """
     if not isinstance(value, Mapping):
+        # An NNX module in place of its state: the advice can name the expression that was written.
         as_written = written if isinstance(value, type(module)) else Written(written.line)
         message = f"variables of `{name}` are an nnx.State, not {type(value).__name__}."
         raise FlaxMagicsError(message, **as_written.advice("nnx.state({})"))
 
 
 def _from_attributes(name: str, value: object, written: Written, expected: Collections | None) -> dict[str, str]:
-    """Advice for a train state, which has the collections as attributes."""
+    """Advice for an object with the collections as attributes, such as a train state."""
     names = [one for one in (expected or {"params": None}) if isinstance(getattr(value, one, None), Mapping)]
     if "params" not in names:
         return Written(written.line).advice("{'params': {}}")
@@ -226,7 +229,7 @@ def _from_attributes(name: str, value: object, written: Written, expected: Colle
 
 
 def _with_current(name: str, parts: Mapping[str, str], expected: Collections | None) -> str:
-    """A dict of `parts`, with what the model has besides them."""
+    """The text of a dict of `parts`, completed by the model's other collections."""
     items = [f"'{key}': {value}" for key, value in parts.items()]
     if set(expected or ()) - set(parts):
         items.insert(0, f"**{CURRENT.format(name)}")
@@ -234,19 +237,20 @@ def _with_current(name: str, parts: Mapping[str, str], expected: Collections | N
 
 
 def check_fit(name: str, value: Collections, written: Written, expected: Collections, optional: Container[str]) -> None:
-    """Checks that `value` has the tree, the shapes and the dtypes of `expected`.
+    """Checks that `value` has the structure, shapes and dtypes of `expected`.
 
     Args:
-      optional: collections that it may do without.
+      optional: collections that it need not have.
 
     Raises:
-      FlaxMagicsError: it has not, which is told leaf by leaf.
+      FlaxMagicsError: it differs; the message lists the leaves.
     """
     wanted = {key: tree for key, tree in expected.items() if key in value or key not in optional}
     problems = misfits(wanted, value)
     if not problems:
         return
     missing = [key for key in wanted if key not in value]
+    # If only whole collections are missing, the advice takes them from the model.
     if missing and not misfits({key: tree for key, tree in wanted.items() if key in value}, value):
         names = " and ".join(f"`{key}`" for key in missing)
         message = f"variables of `{name}` have no {names}, and the model has."
@@ -255,14 +259,14 @@ def check_fit(name: str, value: Collections, written: Written, expected: Collect
 
 
 def unfit(name: str, problems: list[str]) -> FlaxMagicsError:
-    """The error for variables that do not fit a model. Nothing was changed."""
+    """The error for variables that do not fit a model, with the first `SHOWN` differences."""
     more = len(problems) - SHOWN
     lines = problems[:SHOWN] + ([f"and {more} more"] if more > 0 else [])
     return FlaxMagicsError(f"these variables do not fit `{name}`, and none of them was taken:", hint="\n".join(lines))
 
 
 def misfits(expected: object, value: object) -> list[str]:
-    """The differences between `value` and `expected`, a line for each leaf; names in `params` stand without it."""
+    """A line for each leaf of `value` that differs from `expected`; leaves of `params` without that prefix."""
     wanted, has = _described(expected), _described(value)
     lines = []
     for name, leaf in wanted.items():
@@ -277,14 +281,14 @@ def misfits(expected: object, value: object) -> list[str]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Leaf]:
-    """The leaves by name, such as `Dense_0/kernel`: those of `params` stand without it."""
+    """The leaves by name, such as `Dense_0/kernel`; those of `params` without that prefix."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = (jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/") for path, _ in leaves)
     return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def _described(tree: PyTree) -> dict[str, str]:
-    """Name → dtype and shape, without the boxes of `nn.with_partitioning`."""
+    """Name → dtype and shape of each leaf, without boxes such as `nn.Partitioned`."""
     leaves = named_leaves(jax.tree_util.tree_map(_unboxed, tree, is_leaf=_boxed))
     return {name: _describe(leaf) for name, leaf in leaves.items()}
 
@@ -299,7 +303,7 @@ def _unboxed(leaf: Leaf) -> Leaf:
 
 
 def _describe(leaf: Leaf) -> str:
-    """`float32[3,4]`; a number of Python's, or 64 bits of NumPy's, is what JAX makes of it in a run."""
+    """`float32[3,4]`; for Python numbers and 64-bit NumPy arrays the dtype that JAX gives them in a run."""
     if isinstance(leaf, (bool, int, float, complex)):
         leaf = np.asarray(leaf)
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -319,12 +323,12 @@ def check_alive(what: str, variables: object, line: str | None = None, *, hint: 
     """Checks that no array of the variables was donated or deleted.
 
     Args:
-      what: how they are called in a message.
-      line: what gives the model others; it has a gap where nobody knows how the call was written.
+      what: how a message calls the variables.
+      line: the line that makes new ones, with a gap where the call's text is unknown; None for no advice.
       hint: what to do otherwise.
 
     Raises:
-      FlaxMagicsError: one was.
+      FlaxMagicsError: an array was donated or deleted.
     """
     if is_gone(variables):
         message = f"{what} are gone: your code has donated or deleted their arrays."
@@ -332,16 +336,16 @@ def check_alive(what: str, variables: object, line: str | None = None, *, hint: 
 
 
 class WeightNames:
-    """What was seen of the names of one notebook. `models` are variables by model; None where the session has none."""
+    """Which names of a notebook hold a model's weights. `models` maps each model to its variables, or to None."""
 
     def __init__(self) -> None:
         self._seen: dict[str, dict[str, int]] = {}
-        """model → expression (`variables`, `state.params`) → id of the params that it gave when they were the model's."""
+        """model → expression (`variables`, `state.params`) → id of its params when these were the model's."""
         self._told: dict[str, tuple[int, ...]] = {}
-        """model → ids of the params that were told of last."""
+        """model → ids of the params in the last note, which is not repeated for them."""
 
     def look(self, models: Mapping[str, Collections | None], names: Mapping[str, object]) -> None:
-        """Notes which names hold a model's weights now."""
+        """Records which names hold a model's weights now."""
         wanted = {model: params for model, variables in models.items() if (params := _params(variables)) is not None}
         for expression, tree in _trees(names) if wanted else ():
             for model, params in wanted.items():
@@ -350,18 +354,18 @@ class WeightNames:
                     self.hold(model, expression, tree)
 
     def hold(self, model: str, expression: str, tree: Collections) -> None:
-        """Notes that an expression gives a model's weights now, and no other model's."""
+        """Records that an expression has a model's weights now, and no other model's."""
         for seen in self._seen.values():
             seen.pop(expression, None)
         self._seen.setdefault(model, {})[expression] = _id(tree)
 
     def chosen(self, model: str, names: Mapping[str, object]) -> None:
-        """The user has just given the model other weights: what the names hold besides is what was not chosen."""
+        """After the user gave the model other weights: what the names hold now was seen, and passed over on purpose."""
         seen = self._seen.get(model, {})
         seen.update({expression: _id(tree) for expression, tree in _trees(names, seen)})
 
     def note(self, model: str, models: Mapping[str, Collections | None], names: Mapping[str, object]) -> Note | None:
-        """The sharp bit that names hold other weights than `model`, which is about to run with its own; said once."""
+        """A note, once, if names that held `model`'s weights hold others, and `model` is about to run with its own."""
         seen = self._seen.get(model, {})
         moved = {expression: tree for expression, tree in _trees(names, seen) if _id(tree) != seen[expression]}
         ids, params = tuple(map(_id, moved.values())), _params(models.get(model))
@@ -375,11 +379,12 @@ class WeightNames:
             inside = _inside(tree, params)
             if inside is None or misfits(params, inside):
                 continue
+            # Donated arrays cannot be compared.
             leaves_inside = jax.tree_util.tree_leaves(inside)
             if is_gone(inside) or not all(isinstance(leaf, jax.Array) for leaf in (*leaves_inside, *leaves)):
                 continue
             if not gone and (_same(inside, params) or quick_digest(leaves_inside) == quick_digest(leaves)):
-                return None  # the model has what one of them has
+                return None  # the model has the same weights as one of the names
             others[expression] = tree
         return _note(model, models[model] or {}, others) if others else None
 
@@ -404,39 +409,41 @@ def _params(variables: Collections | None) -> Collections | None:
 
 
 def _id(tree: Collections) -> int:
-    """The id of the params that `tree` has, or is."""
+    """The id of the `params` in `tree`, or of `tree` itself where it has none."""
     return id(tree.get("params", tree))
 
 
 def _inside(tree: Collections, params: Collections) -> Collections | None:
-    """What `tree` has in the place of `params`; None where it has nothing like it, which most names tell at once."""
+    """What `tree` has in the place of `params`; None unless its keys are the same, as for most names."""
     inside = tree.get("params", tree)
     if not isinstance(inside, Mapping) or inside.keys() != params.keys():
         return None
     try:
         jax.tree_util.tree_structure(inside)
-    except ValueError:  # keys that cannot be sorted
+    except ValueError:  # a dict with keys that cannot be sorted is no pytree
         return None
     return inside
 
 
 def _same(one: PyTree, other: PyTree) -> bool:
-    """Whether the leaves are the very same objects."""
+    """Whether the leaves of both are the same objects."""
     leaves, others = jax.tree_util.tree_leaves(one), jax.tree_util.tree_leaves(other)
     return len(leaves) == len(others) and all(map(is_, leaves, others))
 
 
 def _trees(names: Mapping[str, object], only: Iterable[str] | None = None) -> Iterator[tuple[str, Collections]]:
-    """Expressions of the notebook that give a mapping: names, and the `params` of a dataclass (a train state).
+    """Yields expressions of the notebook that are mappings: names, and the `params` of a dataclass (a train state).
 
     Args:
-      only: those alone.
+      only: the expressions to look at, None for all.
     """
     for name in list(names) if only is None else dict.fromkeys(one.partition(".")[0] for one in only):
         value = names.get(name)
         if name.startswith("_"):
+            # Names such as `_` and `_3` are IPython's own, for earlier outputs.
             continue
         if not isinstance(value, Mapping) and "params" in getattr(type(value), "__dataclass_fields__", ()):
+            # Only a dataclass field is read: a property would run the user's code.
             name, value = f"{name}.params", getattr(value, "params", None)
         if isinstance(value, Mapping) and (only is None or name in only):
             yield name, value

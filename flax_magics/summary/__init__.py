@@ -1,1 +1,1 @@
-"""A model by shapes alone: its modules, their variables, FLOPs and streams."""
+"""Summaries of a model by shapes alone: modules, variables, FLOPs and streams."""

@@ -1,7 +1,8 @@
-"""A model summarised by shapes alone, and a call checked by them. Nothing is computed, drawn or compiled.
+"""Summaries of a model, and checks of a call, by shapes alone: nothing is computed, drawn or compiled.
 
-FLOPs are those of XLA's cost analysis: the equations of a module's calls are told by their marks, cut out of the program,
-and lowered by themselves. What computes the same is lowered once, so that fifty equal blocks cost no more than one.
+FLOPs come from XLA's cost analysis. Each module call is traced in a name scope of its own (its mark); a module's
+equations are cut out of the jaxpr by their marks, and lowered alone. Equal pieces are lowered once, so that fifty equal
+blocks cost no more than one.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ if TYPE_CHECKING:
 LOOP = "a loop (scan, while) counts as one turn of it: XLA does not know how many there are"
 NO_COUNT = "this backend counts no FLOPs"
 _OWN = re.compile(r"0x[0-9a-f]+|\b\d+(?=:u32\[\])")
-"""What parts two pieces that cost the same: addresses of functions, and the numbers that Flax folds into keys."""
+"""Matches what may differ between pieces of equal cost: addresses of functions, and constants folded into keys."""
 
 
 class Flops(NamedTuple):
-    """As XLA counts them, None where the backend does not say."""
+    """FLOPs as XLA counts them; None where the backend does not tell."""
 
     forward: int | None
     both: int | None
-    """Of the forward and the backward pass together; None too where nobody asked."""
+    """Of the forward and backward pass together; None also if the backward pass was not asked for."""
 
 
 def of_variables(entry: ModelEntry) -> Summary:
-    """The summary of a model without a call.
+    """The summary of a model's variables, without a call.
 
     Raises:
       FlaxMagicsError: it has no variables yet.
@@ -72,9 +73,9 @@ def of_call(
 
     Args:
       mode: `train`, `eval` or None: as written.
-      draw: any; only the kind of its keys matters.
-      backward: count the backward pass too.
-      phase: told what is being done.
+      draw: any; only its PRNG implementation matters.
+      backward: count the FLOPs of the backward pass too.
+      phase: called with the name of each phase as it begins.
 
     Raises:
       FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
@@ -87,12 +88,14 @@ def of_call(
         phase(f"counting {entry.name}")
         program, calls, costs = traced.jaxpr.jaxpr, record.calls or Calls(), _Costs(backward)
         pieces = _pieces(program, calls, _handed_back(prepared.model, traced, variables))
+        # A module without equations costs nothing.
         flops = defaultdict(lambda: costs.count([]), {path: costs.count(parts) for path, parts in pieces.items()})
         modules = modules_of(prepared.model, variables, _called_in(calls, program), record.asked, flops)
     _, updates = traced.out_info
     written = sorted(name for name in prepared.model.commit(updates, record).changed if name in updates)
     sown = {name: describe(updates[name], LONGEST) for name in written if name in record.sown}
     mode = prepared.mode_of(record)
+    # An empty trace: only a model without a switch is worth a note here, not its layers.
     notes = [note.text for note in of_mode(entry.name, prepared, mode, CallTrace())]
     notes += [LOOP] if any(equation.primitive.name in ("scan", "while") for equation in equations(program)) else []
     notes += [NO_COUNT] if flops[None].forward is None else []
@@ -102,16 +105,16 @@ def of_call(
 
 
 def _handed_back(model: Model, traced: Any, variables: Mapping[str, PyTree]) -> frozenset[Var]:
-    """Inputs of the program that hold the variables which the model does not write.
+    """Inputs of the program that hold variables which the model does not write.
 
-    Flax's own count of the backward pass has linen's `apply` hand back all that it may write, which is everything: a
-    parameter's gradient is then one addition more.
+    Flax's count of the backward pass lets linen's `apply` return every collection, written or not, which costs one
+    addition for each parameter's gradient. To agree with it, these inputs count as returned.
     """
     if model.holds_variables:
         return frozenset()
     _, updates = traced.out_info
     written = set(_paths(updates))
-    inputs = zip(traced.jaxpr.jaxpr.invars, _paths(variables), strict=False)  # those of the arguments come after
+    inputs = zip(traced.jaxpr.jaxpr.invars, _paths(variables), strict=False)  # the variables' leaves come first
     return frozenset(var for var, path in inputs if path not in written)
 
 
@@ -120,15 +123,16 @@ def _paths(tree: PyTree) -> list[str]:
 
 
 def check_call(name: str, model: Model, call: Call, key: jax.Array) -> tuple[tuple[str, str], ...]:
-    """Rows of label and value: parameters, out, streams, switch.
+    """The rows of `--check`, label and value each: parameters, output, collections written, streams and switches.
 
     Args:
-      key: any typed key; only its kind matters.
+      key: any typed key of shape (); only its PRNG implementation matters.
 
     Raises:
       FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
     """
     first = prepare_init(name, model, call)
+    # With the switches of the init: a switch without a default has a value then.
     prepared = prepare(name, model, Call(call.method, call.args, first.kwargs, call.text), None)
     variables: Mapping[str, PyTree]
     shapes: Mapping[str, PyTree]
@@ -158,9 +162,10 @@ def check_call(name: str, model: Model, call: Call, key: jax.Array) -> tuple[tup
 
 
 def _called_in(calls: Calls, program: Jaxpr) -> dict[Path, tuple[Called, int]]:
-    """Path → the first call, and how many there are.
+    """Path → the module's first call, and how many calls there are.
 
-    A transform may trace its body twice and throw one trace away, of which no more than a few constants stay.
+    A transform may trace its body twice and drop one trace, of which only few equations are left in the program. So a
+    call counts if the program has more than half as many of its equations as of any equal call.
     """
     traced = Counter(mark for equation in equations(program) for mark in marks_of(equation))
     from_outside = [called for called in calls.made.values() if not called.inside]
@@ -183,17 +188,17 @@ def modules_of(
     asked: Mapping[str, list[Path]],
     flops: Mapping[Path | None, Flops],
 ) -> tuple[Module, ...]:
-    """The modules that were called or hold variables, each with what is its own.
+    """The modules that were called or that hold variables, each with its own variables, streams and costs.
 
     Args:
       called: path → the first call, and how many there are.
       asked: random stream → paths of the modules that consumed it.
-      flops: path → what its calls cost.
+      flops: path → the cost of all its calls; None → of the whole model.
     """
     classes = dict(model.module_classes())
     leaves = sorted(model.iter_variables(variables), key=lambda leaf: (leaf[0], leaf[1]))
     if not called and len(classes) <= 1:
-        # Without a call: a module of no known class around every variable.
+        # No call has shown which modules there are: every inner node of a variable's path counts as one.
         around = (path[:n] for _, path, _, _ in leaves for n in range(1, len(path)))
         classes = {**dict.fromkeys(around, ""), **classes}
     known = {*called, *classes}
@@ -222,7 +227,7 @@ def modules_of(
 
 
 def _ordered(paths: Iterable[Path], called: list[Path]) -> list[Path]:
-    """Each path before those inside it, siblings in the order of their calls; what was not called comes last."""
+    """Parents before children, siblings in the order of their first calls; modules that were not called come last."""
     rank = {path: i for i, path in enumerate(called)}
     first: dict[Path, int] = {}
     for path in paths:
@@ -232,7 +237,7 @@ def _ordered(paths: Iterable[Path], called: list[Path]) -> list[Path]:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """`layer_10` comes after `layer_9`."""
+    """A sort key by which `layer_10` comes after `layer_9`."""
     stem = name.rstrip("0123456789")
     return (stem, int(name[len(stem) :] or 0))
 
@@ -241,10 +246,10 @@ def _natural(name: str) -> tuple[str, int]:
 
 
 class ModuleEquations(Struct, frozen=True):
-    """Equations of one jaxpr that belong together.
+    """Equations of one jaxpr that belong to one module.
 
     Attributes:
-      back: inputs of the jaxpr that count as handed back as they are: linen's `apply` does that with what it may write.
+      back: inputs of the jaxpr that count as returned, see `_handed_back`.
     """
 
     jaxpr: Jaxpr
@@ -253,14 +258,15 @@ class ModuleEquations(Struct, frozen=True):
 
 
 def _pieces(program: Jaxpr, calls: Calls, back: frozenset[Var]) -> dict[Path | None, list[ModuleEquations]]:
-    """The pieces of each module, by path; of all modules together under None.
+    """The equations of each module by path; those of all modules together under None.
 
     Args:
-      back: inputs of the program; see `ModuleEquations`.
+      back: inputs of the program that count as returned.
     """
     pieces: dict[Path | None, list[ModuleEquations]] = {}
 
     def collect(jaxpr: Jaxpr, back: frozenset[Var], around: frozenset[Path | None]) -> None:
+        # An equation counts for each module around it, but once only: not again in a jaxpr inside one that counted.
         here: dict[Path | None, ModuleEquations] = {}
         for equation in jaxpr.eqns:
             owners: set[Path | None] = {calls.made[mark].path for mark in marks_of(equation) if mark in calls.made}
@@ -268,6 +274,7 @@ def _pieces(program: Jaxpr, calls: Calls, back: frozenset[Var]) -> dict[Path | N
             for path in owners - around:
                 here.setdefault(path, ModuleEquations(jaxpr, [], back)).equations.append(equation)
             for inner in _inner(equation):
+                # Where the inputs match one by one (jit, remat), what counts as returned is passed inwards.
                 same = len(inner.invars) == len(equation.invars)
                 pairs = zip(inner.invars, equation.invars, strict=True) if same else ()
                 below = frozenset(mine for mine, outer in pairs if isinstance(outer, Var) and outer in back)
@@ -280,7 +287,7 @@ def _pieces(program: Jaxpr, calls: Calls, back: frozenset[Var]) -> dict[Path | N
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
-    """The equations of a program, at any depth."""
+    """All equations of a program, those of jaxprs in their parameters included."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in _inner(equation):
@@ -288,7 +295,7 @@ def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
 
 
 def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
-    """The jaxprs in an equation's parameters."""
+    """The jaxprs in an equation's parameters: the bodies of jit, scan, cond and the like."""
     for value in equation.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(part, (ClosedJaxpr, Jaxpr)):
@@ -297,15 +304,15 @@ def _inner(equation: JaxprEqn) -> Iterator[Jaxpr]:
 
 @dataclass
 class _Costs:
-    """Counts pieces; those of the same text once."""
+    """Counts FLOPs; pieces whose jaxprs read the same are lowered once."""
 
     backward: bool
     _known: dict[str, Flops] = field(default_factory=dict)
     _uses: dict[Jaxpr, Counter[Var]] = field(default_factory=dict)
-    """Jaxpr → how often each of its variables is read."""
+    """jaxpr → how often each variable is read in it."""
 
     def count(self, pieces: list[ModuleEquations]) -> Flops:
-        """The sum over `pieces`."""
+        """The FLOPs of all `pieces` together."""
         counts = [self._count(piece) for piece in pieces]
         both = total([count.both for count in counts]) if self.backward else None
         return Flops(total([count.forward for count in counts]), both)
@@ -321,7 +328,7 @@ class _Costs:
         return self._known[text]
 
     def _closed(self, piece: ModuleEquations) -> ClosedJaxpr:
-        """The equations of a piece as a program: of all that they read, giving what the rest reads of them."""
+        """A piece as a jaxpr: its inputs are what its equations read, its outputs what the rest reads of them."""
         jaxpr = piece.jaxpr
         if jaxpr not in self._uses:
             self._uses[jaxpr] = _reads([*(var for each in jaxpr.eqns for var in each.invars), *jaxpr.outvars])
@@ -335,7 +342,7 @@ class _Costs:
 
 
 def _reads(variables: Iterable[object]) -> Counter[Var]:
-    """How often each variable stands there; a literal is none."""
+    """How often each variable occurs; literals are left out."""
     return Counter(var for var in variables if isinstance(var, Var))
 
 
@@ -345,9 +352,10 @@ def _flops(function: Callable[..., PyTree], shapes: list[jax.ShapeDtypeStruct]) 
 
 
 def _pulled_back(function: Callable[..., list[jax.Array]]) -> Callable[..., PyTree]:
-    """The vjp with respect to all floating inputs, its cotangents the outputs themselves."""
+    """The forward and backward pass: the vjp for all floating inputs, with the outputs as cotangents."""
 
     def cotangent(output: jax.Array) -> jax.Array | np.ndarray:
+        # JAX wants float0 as the cotangent of an output that is not floating.
         floating = jax.numpy.issubdtype(output.dtype, jax.numpy.inexact)
         return output if floating else np.zeros(output.shape, jax.dtypes.float0)
 

@@ -1,4 +1,4 @@
-"""A summary as a tree of rows, equal ones folded into one: as text in 80 columns and as HTML; and variables as a tree."""
+"""A summary as a tree of rows in which equal ones are folded, as text and as HTML; and variables as a tree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..report.text import columns
 
 
 def summary_html(summary: Summary, depth: int | None = None) -> str:
-    """What `%flax_summary` shows: each row folds. At first those with others inside are open, as deep as the text goes."""
+    """A summary as HTML with rows that fold. At first it is open as deep as the text goes."""
     root = tree(summary)
     of_row = {"cells": partial(cells, summary), "details": partial(details, summary)}
     parts = {"heading": heading(summary), "labels": labels(summary), "facts": facts(summary)}
@@ -29,15 +29,15 @@ def summary_html(summary: Summary, depth: int | None = None) -> str:
 
 
 def summary_bundle(summary: Summary, depth: int | None, style: str) -> dict[str, object]:
-    """The MIME bundle of a summary; for `depth` see `summary.summary_text`."""
+    """The MIME bundle of a summary; `depth` as in `summary_text`."""
     return shown_bundle(summary_text(summary, depth), lambda: summary_html(summary, depth), style)
 
 
 def tree_bundle(name: str, variables: PyTree, style: str) -> dict[str, object]:
-    """The MIME bundle of a model's variables as a tree. It has scripts, as treescope makes it.
+    """The MIME bundle of variables as a tree that unfolds. Treescope's HTML has scripts, unlike every other of ours.
 
     Raises:
-      FlaxMagicsError: there are none.
+      FlaxMagicsError: the model has no variables.
     """
     if variables is None:
         raise FlaxMagicsError(f"`{name}` has no variables yet that a tree could show.", form=f"%flax_init {name}(…)")
@@ -47,14 +47,14 @@ def tree_bundle(name: str, variables: PyTree, style: str) -> dict[str, object]:
             return str(treescope.render_to_html(variables, ignore_exceptions=True))
 
     with warnings.catch_warnings():
-        # To know things by their names treescope looks at all that NumPy has, and NumPy warns of what it will drop.
+        # Treescope looks up every name in NumPy, which warns of those that it deprecates.
         warnings.simplefilter("ignore", DeprecationWarning)
         text = clean_lines(treescope.render_to_text(variables, ignore_exceptions=True))
         return shown_bundle("\n".join(text), html, style)
 
 
 class Size(Struct, frozen=True):
-    """How much there is of a collection: elements of its arrays, and bytes."""
+    """Elements and bytes of arrays, which can be added."""
 
     elements: int = 0
     bytes: int = 0
@@ -64,7 +64,7 @@ class Size(Struct, frozen=True):
 
 
 class Array(Struct, frozen=True):
-    """One variable: its name within the module, and what it is; `about` holds its metadata, such as partition names."""
+    """One variable: its name within the module, type and shape; `about` is its metadata, such as partition names."""
 
     collection: str
     name: str
@@ -84,15 +84,15 @@ class Module(Struct, frozen=True):
 
     Attributes:
       path: where it is; `()` is the model itself.
-      cls: its class; empty where that is known only in a call.
-      method: what was called, in its first call.
-      calls: how many calls there are; 0 for one that was not called.
+      cls: its class; empty where that would only be known in a call.
+      method: the method of its first call.
+      calls: how many calls there are; 0 if it was not called.
       inputs, outputs: those of the first call, as `float32[3,4], train=True`.
-      arrays: variables of its own, those of its submodules left out.
-      streams: random streams that it consumed.
-      flops: of all its calls, submodules included, as XLA counts them; None where that is not known.
-      vjp_flops: of forward and backward pass together, with respect to variables and floating inputs, without what no
-        gradient depends on; None unless asked.
+      arrays: its own variables, without those of its submodules.
+      streams: random streams that it consumed itself.
+      flops: of all its calls, submodules included, as XLA counts them; None where that is unknown.
+      vjp_flops: of forward and backward pass together, for gradients of variables and floating inputs; None unless
+        asked for.
     """
 
     path: Path
@@ -108,7 +108,7 @@ class Module(Struct, frozen=True):
 
 
 def sizes(parts: Iterable[tuple[str, Size]]) -> dict[str, Size]:
-    """Collection → how much there is of it in all of these; parameters first."""
+    """Collection → elements and bytes in all `parts` together; parameters come first."""
     of_collection: dict[str, Size] = {}
     for collection, size in parts:
         of_collection[collection] = of_collection.get(collection, Size()) + size
@@ -121,15 +121,15 @@ class Summary(Struct, frozen=True, dict=True):
     Attributes:
       name: the registered name.
       model: how it is built, such as `Net(features=8)`.
-      call: the call as it was written; empty if there was none: then nothing is known that depends on a call.
+      call: as it was written; empty for a summary of the variables alone.
       mode: `train`, `eval` or `as written`.
       switch: the model's own switches as they stand, such as `training=True`.
-      initialised: whether the variables are there; if not, these are those that an init would make.
-      modules: in the order of their first calls, each before its submodules; the model itself comes first.
-      flops, vjp_flops: of the whole call; see `Module`.
+      initialised: whether the variables exist; if not, they are described as an init would make them.
+      modules: in the order of their first calls, parents before children; the model itself comes first.
+      flops, vjp_flops: of the whole call, see `Module`.
       written: collections that the call writes, such as `batch_stats`.
       sown: collection → what the model sows there, as `dtype[shape]`.
-      notes: what has to be known to read the figures.
+      notes: what to know when reading the figures.
     """
 
     name: str
@@ -147,12 +147,12 @@ class Summary(Struct, frozen=True, dict=True):
 
     @cached_property
     def totals(self) -> Mapping[str, Size]:
-        """Collection → how much there is of it, `params` first."""
+        """Collection → elements and bytes in the whole model, `params` first."""
         return sizes((array.collection, array.size) for module in self.modules for array in module.arrays)
 
     @property
     def parameters(self) -> int:
-        """Elements of `params` (of NNX's `Param`)."""
+        """How many elements the parameters have: `params`, or `Param` of NNX."""
         return self.totals.get("params", self.totals.get("Param", Size())).elements
 
     @property
@@ -167,7 +167,7 @@ class Summary(Struct, frozen=True, dict=True):
         return {name: tuple(m.path for m in self.modules if name in m.streams) for name in names}
 
     def under(self, path: Path) -> Mapping[str, Size]:
-        """How much there is in the module at `path` and its submodules, by collection."""
+        """Collection → elements and bytes in the module at `path` and its submodules."""
         inside = (module for module in self.modules if module.path[: len(path)] == path)
         return sizes((array.collection, array.size) for module in inside for array in module.arrays)
 
@@ -181,23 +181,23 @@ class Summary(Struct, frozen=True, dict=True):
 
 
 LINES = 60
-"""Rows that a text shows at most, unless a depth is asked for."""
+"""The most rows that a text shows, unless it was asked for a depth."""
 TURN = 4
-"""Siblings at most that are looked for as one turn of what repeats."""
+"""The longest sequence of siblings that is recognised as repeating, such as (Dense, LayerNorm)."""
 EXACT = 10_000_000
-"""Below, a row shows a number in full."""
+"""From this number on a row shows it rounded."""
 
 
 class ModuleRow(Struct, frozen=True):
-    """A module, several equal ones that follow each other, or a turn of several that repeats.
+    """A row: a module, several equal modules in a row, or a sequence of modules that repeats.
 
     Attributes:
       name: `Dense_0`, `Block_0 … Block_49`.
-      cls: its class, `50 × Block`; of a turn `9 × (Dense, LayerNorm)`.
-      module: the first; None for a turn.
-      sizes: collection → how much there is in one of them, submodules included.
+      cls: its class; `50 × Block` for equal modules, `9 × (Dense, LayerNorm)` for a sequence.
+      module: the module, or the first of the equal ones; None for a sequence.
+      sizes: collection → elements and bytes of one of them, submodules included.
       flops, vjp_flops: of one of them.
-      rows: the submodules of the first; of a turn its modules.
+      rows: the submodules of the first; for a sequence its modules.
     """
 
     name: str
@@ -210,21 +210,21 @@ class ModuleRow(Struct, frozen=True):
 
     @property
     def depth(self) -> int:
-        """How many levels of rows are inside."""
+        """How many levels of rows are inside of it."""
         return max((1 + row.depth for row in self.rows), default=0)
 
     def size(self, depth: int = -1) -> int:
-        """How many rows it is with what is inside, down to a depth; with all of it by default."""
+        """How many rows it takes with those inside, `depth` levels down; all levels by default."""
         return 1 + (sum(row.size(depth - 1) for row in self.rows) if depth else 0)
 
 
 def innermost(path: Path, paths: Container[Path]) -> Path:
-    """The innermost of `paths` that `path` is in."""
+    """The longest prefix of `path` that is in `paths`; `()` if there is none."""
     return next((path[:n] for n in range(len(path), 0, -1) if path[:n] in paths), ())
 
 
 def tree(summary: Summary) -> ModuleRow:
-    """The model itself, with everything folded that repeats."""
+    """The row of the model itself, with everything inside folded that repeats."""
     inside: dict[Path, list[Module]] = {}
     paths = {module.path for module in summary.modules}
     for module in summary.modules:
@@ -241,18 +241,20 @@ def tree(summary: Summary) -> ModuleRow:
 
 
 def _alike(row: ModuleRow) -> object:
-    """Equal for rows that differ in their own name alone."""
+    """A value that is equal for rows which differ in nothing but their own names."""
     module = None if row.module is None else replace(row.module, path=())
     return (row.cls, module, tuple((part.name, _alike(part)) for part in row.rows))
 
 
 def fold(rows: Sequence[ModuleRow]) -> Iterator[ModuleRow]:
-    """Rows that follow each other and are alike as one; so too turns of several rows, if there are three or more."""
+    """Folds equal rows that follow each other into one, and so a sequence of rows that occurs three times or more."""
+    # Comparing small numbers: a row's own sign is as large as all that is inside of it.
     signs: dict[object, int] = {}
     alike = [signs.setdefault(_alike(row), len(signs)) for row in rows]
     at = 0
     while at < len(rows):
         turn, times = 1, 1
+        # Of all lengths the one that covers most rows wins.
         for length in range(1, TURN + 1):
             n = 1
             while alike[at + n * length : at + (n + 1) * length] == alike[at : at + length]:
@@ -265,7 +267,7 @@ def fold(rows: Sequence[ModuleRow]) -> Iterator[ModuleRow]:
 
 
 def total(counts: list[int | None]) -> int | None:
-    """The sum, None where one of them is not known."""
+    """The sum; None if one of the counts is unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
@@ -283,7 +285,7 @@ def _folded(rows: Sequence[ModuleRow], turn: int) -> ModuleRow:
 
 
 def heading(summary: Summary) -> list[str]:
-    """Name, construction, mode, and the call."""
+    """The parts of the first line: name, construction, mode and call, without the empty ones."""
     switch = clean(", ".join(summary.switch))
     mode = f"{clean(summary.mode)} ({switch})" if switch else clean(summary.mode)
     parts = (clean(summary.name), clean(summary.model), mode if summary.call else switch, clean(summary.call))
@@ -291,18 +293,18 @@ def heading(summary: Summary) -> list[str]:
 
 
 def labels(summary: Summary) -> tuple[str, ...]:
-    """What the columns of numbers are: the parameters, their bytes, FLOPs as far as they are known."""
+    """The titles of the number columns; FLOPs only as far as they are known."""
     flops = (("FLOPs", summary.flops), ("vjp FLOPs", summary.vjp_flops))
     return (primary(summary), "bytes", *(label for label, count in flops if count is not None))
 
 
 def primary(summary: Summary) -> str:
-    """The collection of the parameters: `params`, of NNX `Param`."""
+    """The name of the parameters' collection: `params`, or `Param` in NNX."""
     return "Param" if "Param" in summary.totals else "params"
 
 
 def cells(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
-    """The numbers of a row, as many as there are `labels`."""
+    """The numbers of a row, one for each of `labels`."""
     size = row.sizes.get(primary(summary))
     numbers = ("", "") if size is None else (number(size.elements), bytes_(size.bytes))
     flops = ((summary.flops, row.flops), (summary.vjp_flops, row.vjp_flops))
@@ -310,12 +312,12 @@ def cells(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
 
 
 def number(value: int | None) -> str:
-    """In full while it is short."""
+    """The number in full if it is short, else rounded; empty for None."""
     return "" if value is None else f"{value:,}" if value < EXACT else count(value)
 
 
 def details(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
-    """What is to be said of a row besides its numbers: shapes, variables, streams, calls."""
+    """What a row says besides its numbers: shapes in and out, calls, variables and streams."""
     module = row.module
     if module is None:
         return ()
@@ -329,6 +331,7 @@ def details(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
     for collection, size in row.sizes.items():
         arrays = [array for array in module.arrays if array.collection == collection]
         many = "" if collection == primary(summary) else f" {number(size.elements)}, {bytes_(size.bytes)}"
+        # The variables of NNX's random streams are keys and counts, one pair for each stream: only their sum is shown.
         spelled = f": {', '.join(map(spell, arrays))}" if arrays and collection != "RngState" else ""
         said += [f"{clean(collection)}{many}{spelled}"] if many or spelled else []
     if module.streams:
@@ -337,14 +340,14 @@ def details(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
 
 
 def spell(array: Array) -> str:
-    """`kernel float32[9,4]`, and its metadata if it has any."""
+    """`kernel float32[9,4]`, with its metadata if it has some."""
     shape = ",".join(map(str, array.shape))
     about = f" {clean(array.about)}" if array.about else ""
     return f"{clean(array.name)} {clean(array.dtype)}[{shape}]{about}"
 
 
 def facts(summary: Summary) -> tuple[Fact, ...]:
-    """The totals, streams and notes beneath the rows."""
+    """The rows beneath the table: totals, FLOPs, streams, collections written or sown, notes."""
     totals = [f"{clean(name)} {size.elements:,}, {bytes_(size.bytes)}" for name, size in summary.totals.items()]
     if len(totals) > 1:
         elements = sum(size.elements for size in summary.totals.values())
@@ -367,7 +370,7 @@ def _takers(paths: Sequence[tuple[str, ...]], most: int = 3) -> str:
 
 
 def shown_depth(root: ModuleRow, depth: int | None) -> int:
-    """How deep a text goes: as it was asked, or as deep as `LINES` allow."""
+    """How many levels are shown: `depth`, or as many as stay within `LINES` rows."""
     if depth is not None:
         return depth
     deep = root.depth
@@ -377,10 +380,10 @@ def shown_depth(root: ModuleRow, depth: int | None) -> int:
 
 
 def summary_text(summary: Summary, depth: int | None = None) -> str:
-    """The whole in 80 columns.
+    """A summary as text in 80 columns.
 
     Args:
-      depth: levels of submodules that are shown; None for as many as go on a page.
+      depth: levels of submodules to show; None for as many as stay within `LINES` rows.
     """
     root = tree(summary)
     deep = shown_depth(root, depth)
@@ -410,7 +413,7 @@ def _rows(row: ModuleRow, deep: int, level: int = 0) -> Iterator[tuple[ModuleRow
 
 
 def _aligned(text: str, indent: str, figures: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """A name with its numbers at the right; a name that leaves no room for them has lines of its own."""
+    """A name and its numbers, which are aligned at the right; a name that is too long wraps above them."""
     room = WIDTH - sum(widths) - 2 * len(widths)
     *above, last = wrap(text, indent, indent + "    ", room)
     right = "".join("  " + " " * (wide - cell_len(text)) + text for text, wide in zip(figures, widths, strict=True))

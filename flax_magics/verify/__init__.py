@@ -1,6 +1,6 @@
-"""Runs notebooks again, in fresh kernels, and compares their runs with those that their outputs hold.
+"""Runs notebooks again in fresh kernels, and compares their runs with those in the saved outputs.
 
-Imports neither JAX nor Flax: the kernels do.
+Imports neither JAX nor Flax, which only the kernels need.
 """
 
 from __future__ import annotations

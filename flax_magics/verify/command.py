@@ -1,4 +1,4 @@
-"""`python -m flax_magics verify FILES…`: the command line."""
+"""The command line of `python -m flax_magics verify FILES…`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ under -q, or with reports turned off, leave no output to compare."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line as argparse has it."""
+    """The argument parser of `python -m flax_magics`."""
     top = argparse.ArgumentParser(
         prog="python -m flax_magics", description="Commands for notebooks that run Flax models."
     )
@@ -91,12 +91,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and gives its exit status. Argparse itself exits: with 2, where the line is wrong."""
+    """Runs the command line and returns its exit status. A wrong line exits with 2, as argparse does."""
     top = parser()
     options = top.parse_args(arguments)
     if options.atol is not None and options.rtol is None:
         top.error("--atol goes with --rtol")
-    from .compare import Tolerance  # with NumPy, which the help has no use for
+    from .compare import Tolerance  # imports NumPy, which `--help` does not need
 
     tolerance = None if options.rtol is None else Tolerance(options.rtol, options.atol or 0.0)
     try:
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(to_json(results), indent=2, allow_nan=False))
     else:
-        # A result has arrows and dots, which a pipe on some systems would fail at.
+        # The text has arrows and dots, which the encoding of a pipe may lack.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         print("\n".join(text(result) for result in results))
@@ -121,25 +121,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def verify(
     files: Sequence[str], tolerance: Tolerance | None = None, jobs: int = 1, timeout: int | None = None
 ) -> list[Result]:
-    """A result for each notebook, in the order given.
+    """Verifies notebooks. Returns a result for each, in the order given.
 
     Args:
       files: their paths; one that is given twice is run once.
-      tolerance: accept values within it, None where every bit has to agree.
-      jobs: kernels that run at once.
-      timeout: seconds that one cell may take.
+      tolerance: accept values within it; None where every bit has to agree.
+      jobs: how many kernels run at once.
+      timeout: seconds that one cell may take, None without limit.
     """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # on Windows, or not in the main thread
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        # SIGTERM cancels the task, which ends the kernels; by itself it would leave them running.
         loop.add_signal_handler(signal.SIGTERM, task.cancel)  # type: ignore[union-attr]
     notebooks = {file: _read(file) for file in files}
     results = {file: result for file, result in notebooks.items() if isinstance(result, Result)}
     to_run = {file: notebook for file, notebook in notebooks.items() if not isinstance(notebook, Result)}
     cells = sum(len(code_cells(notebook)) for notebook in to_run.values())
     limit = asyncio.Semaphore(jobs)
-    with tqdm(total=cells, unit="cell", leave=False, disable=None, file=sys.stderr) as bar:  # None: on a terminal alone
+    with tqdm(total=cells, unit="cell", leave=False, disable=None, file=sys.stderr) as bar:  # None: on a terminal
 
         async def one(file: str) -> Result:
             async with limit:
@@ -152,7 +153,7 @@ async def verify(
 
 
 def _read(file: str) -> NotebookNode | Result:
-    """The notebook; or, where it is not to be run, what is to be said of it."""
+    """The notebook; or its result already, if it cannot be read or has no runs to compare."""
     try:
         notebook = read(Path(file))
         return notebook if any(cell.count for cell in runs_of(notebook)) else Result(file)
@@ -169,6 +170,7 @@ async def _verify(
     folder = Path(file).absolute().parent
     outputs, done, failed = await executed(notebook, folder, timeout, on_cell)
     try:
+        # A notebook that stopped is compared as far as it ran.
         verdicts = compare(runs_of(notebook)[:done], runs_of(outputs)[:done], tolerance)
     except FlaxMagicsError as error:
         return Result(file, failed=failed or _line(error), seconds=time.monotonic() - started, tolerance=tolerance)

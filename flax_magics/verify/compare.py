@@ -1,4 +1,4 @@
-"""The runs that a notebook holds, held against those that it gives now."""
+"""Compares the runs stored in a notebook with those of its new execution."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _INTEGERS = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 
 _FLOATS = ("float16", "bfloat16", "float32", "float64", *(name for name in dir(ml_dtypes) if name.startswith("float")))
 _KNOWN = {*_INTEGERS, *_FLOATS, "complex64", "complex128"}
 NAMES = {"device_kind": "device kind"}
-"""How a fact of the environment is called, where it is not by its own name."""
+"""How facts of the environment are called where not by their own names."""
 
 
 class Tolerance(Struct, frozen=True):
-    """How far a floating-point value may be from the stored one: `atol + rtol * abs(stored)`."""
+    """How far a floating-point value may be from the stored one: `atol + rtol * abs(stored)`, as in `numpy.isclose`."""
 
     rtol: float
     atol: float = 0.0
 
 
 class Distance(Struct, frozen=True):
-    """How far the values kept of one output are from those of another.
+    """How far apart the stored values of two outputs are.
 
     Attributes:
-      compared: how many values were.
+      compared: how many values were compared.
       of: how many elements the output has.
-      differ: how many of the values differ.
-      ulp: the largest distance in units in the last place, over the floating-point values that differ; None where there
-        is none, and where one of two is NaN.
-      absolute: the largest distance, over all; infinite or NaN where a value is. Of the array that `array` names.
-      array: the path of the array with the largest distance; empty where the output is one array, and where none differs.
+      differ: how many of the compared values differ.
+      ulp: the largest distance in units in the last place among floating-point values; None where there is none, or
+        where one of two values is NaN.
+      absolute: the largest absolute distance; infinite or NaN where a value is.
+      array: path of the array that has it; empty where the output is one array, and where nothing differs.
     """
 
     compared: int
@@ -52,18 +52,18 @@ class Distance(Struct, frozen=True):
 
 
 class Verdict(Struct, frozen=True):
-    """What became of one run, or of several that were stored as one.
+    """The verdict on one run, or on several that were stored together.
 
     Attributes:
-      cell: its number, of the code cells from 1; `line` is the first of the cell.
-      outcome: `agrees` in its keys and in every bit; `within` the tolerance in all values that are stored; `not comparable`
-        (the keys agree, the bits do not, and could not be expected to); or `differs`.
-      run: the stored one, None where there is none.
-      runs: how many runs it stands for.
+      cell: the cell's number among the code cells, from 1; `line` is its first line.
+      outcome: `agrees` in keys and every bit; `within` the tolerance in all stored values; `not comparable` (keys
+        agree, bits do not, and the environment differs); or `differs`.
+      run: the stored run, None where there is none.
+      runs: how many runs the verdict is for.
       what: what differs: `runs`, `keys`, `shape` or `digest`; empty where every bit agrees.
-      stored, now: that, in a few words.
-      distance: between the values that are stored, None where that cannot be told.
-      changed: what the bits depend on, and is another now: name → stored and now, `not stored` where it was not.
+      stored, now: the differing thing, in a few words.
+      distance: between the stored values, None where that is unknown.
+      changed: facts of the environment that differ: name → stored and now, `not stored` where it was not.
     """
 
     cell: int
@@ -82,12 +82,13 @@ def compare(stored: Iterable[Cell], now: Iterable[Cell], tolerance: Tolerance | 
     """A verdict on each run, cell by cell.
 
     Raises:
-      FlaxMagicsError: a stored run is not what it says it is.
+      FlaxMagicsError: a stored run is not what its description says.
     """
     return [verdict for one, other in zip(stored, now, strict=True) for verdict in _of_cell(one, other, tolerance)]
 
 
 def _of_cell(stored: Cell, now: Cell, tolerance: Tolerance | None) -> Iterator[Verdict]:
+    # With another number of runs, none can be matched with its counterpart.
     if stored.count != now.count:
         counts, run = (str(stored.count), str(now.count)), stored.runs[0] if stored.runs else None
         yield Verdict(stored.number, stored.line, "differs", "runs", *counts, run=run, runs=stored.count)
@@ -116,17 +117,18 @@ def _of_run(cell: Cell, stored: Recorded, now: Recorded, tolerance: Tolerance | 
     outcome: Outcome = "differs"
     if close:
         outcome = "within"
+    # Without a reason for other bits in the environment, they differ.
     elif close is None and (changed or stored.digest is None or now.digest is None):
         outcome = "not comparable"
     return verdict(outcome, "digest", stored.digest or "not stored", now.digest or "none", distance=apart)
 
 
 def _of_further(stored: Cell, now: Cell) -> Verdict:
-    """The runs of a loop beyond those that are kept one by one."""
+    """The verdict on the runs of a loop that were only stored as a count and two digests."""
     one, other = stored.further or Further(0, "", ""), now.further or Further(0, "", "")
     changed = changed_environment(stored.runs[-1], now.runs[-1]) if stored.runs and now.runs else {}
     verdict = partial(Verdict, stored.number, stored.line, runs=max(one.runs, other.runs), changed=changed)
-    if one.runs != other.runs:  # one had news now, or had then, and so is kept by itself
+    if one.runs != other.runs:  # a run with a note has a report of its own, and is not among these
         return verdict("not comparable", "runs", f"{one.runs} in one", f"{other.runs} in one")
     if one.keys != other.keys:
         return verdict("differs", "keys", one.keys, other.keys)
@@ -136,7 +138,7 @@ def _of_further(stored: Cell, now: Cell) -> Verdict:
 
 
 def changed_environment(stored: Recorded, now: Recorded) -> dict[str, tuple[str, str]]:
-    """What the bits depend on, and is another now than was stored: name → both."""
+    """Facts of the environment that are others now than stored: name → both."""
     was = stored.environment
     return {
         NAMES.get(name, name): ((was[name] or "none") if name in was else "not stored", value or "none")
@@ -146,21 +148,23 @@ def changed_environment(stored: Recorded, now: Recorded) -> dict[str, tuple[str,
 
 
 def _other_key(stored: Mapping[str, str], now: Mapping[str, str]) -> tuple[str, str]:
-    """The first key that is another, of two sets of keys that differ."""
+    """The first stream whose keys differ, with both keys."""
     streams = sorted(stored.keys() | now.keys())
     pairs = ((stream, stored.get(stream, "none"), now.get(stream, "none")) for stream in streams)
     stream, one, other = next((stream, one, other) for stream, one, other in pairs if one != other)
+    # Eight digits, as reports show them, unless only later ones differ.
     short = 8 if one[:8] != other[:8] else 64
     return f"{stream} {one[:short]}", f"{stream} {other[:short]}"
 
 
 def _other_shape(stored: Recorded, now: Recorded) -> tuple[str, str] | None:
-    """The outputs' structure, where it is not the same."""
+    """The structures of the two outputs, if they differ; None if they are the same."""
     if stored.leaves is None or now.leaves is None:
         return None if stored.output == now.output else (stored.output, now.output)
     one, other = ([(leaf.path, leaf.array) for leaf in run.leaves or ()] for run in (stored, now))
     if one == other:
         return None
+    # A structure that was cut short may look the same: then the first array that differs is named.
     if stored.output != now.output and not stored.output.endswith("…"):
         return stored.output, now.output
     both = [pair for pair in zip(one, other, strict=False) if pair[0] != pair[1]]
@@ -169,7 +173,7 @@ def _other_shape(stored: Recorded, now: Recorded) -> tuple[str, str] | None:
 
 
 def distance(stored: Recorded, now: Recorded) -> Distance | None:
-    """Of two runs whose outputs have the same arrays; None where that cannot be told.
+    """The distance between two runs whose outputs have the same arrays; None where they have not, or no values.
 
     Raises:
       Damaged: the values are not what their description says.
@@ -191,15 +195,16 @@ def distance(stored: Recorded, now: Recorded) -> Distance | None:
             ulp = max(apart, ulp or 0)
         lost = lost or bool((_is_nan(one) != _is_nan(other)).any())
         largest = _absolute(leaf.dtype, one[differs], other[differs])
-        if worst == worst and not largest <= worst:  # NaN is the furthest
+        if worst == worst and not largest <= worst:  # a NaN counts as the largest, and stays
             worst, array = largest, leaf.path
     of = sum(leaf.size for leaf in stored.leaves or ())
     return Distance(compared, of, differing, None if lost else ulp, worst, array)
 
 
 def within(stored: Recorded, now: Recorded, tolerance: Tolerance) -> bool | None:
-    """Whether all values that are kept agree: floating-point ones within `tolerance`, as numpy has
-    it, all others exactly. None where that cannot be told. Raises what `distance` raises.
+    """Whether all stored values agree: floating-point ones within `tolerance` as in `numpy.allclose`, others exactly.
+
+    None where there are no values to compare. Raises Damaged as `distance` does.
     """
     if not _alike(stored, now) or (not stored.bits and not now.bits and stored.digest != now.digest):
         return None
@@ -220,9 +225,10 @@ def _alike(stored: Recorded, now: Recorded) -> bool:
 
 
 def _pairs(stored: Recorded, now: Recorded) -> Iterator[tuple[Leaf, HostArray, HostArray]]:
-    """Each array with its values in the one and in the other."""
+    """Yields each array with its values in both runs. Raises Damaged where `bits` is too short or too long."""
     start = 0
     for leaf in stored.leaves or ():
+        # The bits are stored little-endian.
         dtype = np.dtype(getattr(ml_dtypes, leaf.dtype, None) or leaf.dtype).newbyteorder("<")
         end = start + leaf.values * dtype.itemsize
         if end > len(stored.bits) or end > len(now.bits):
@@ -236,7 +242,7 @@ def _pairs(stored: Recorded, now: Recorded) -> Iterator[tuple[Leaf, HostArray, H
 
 
 def _differs(one: HostArray, other: HostArray) -> HostArray:
-    """Where the bits differ; one NaN is like another."""
+    """Where the bits differ. All NaNs count as equal, whatever their payload."""
     bits = [array.view(np.uint8).reshape(len(array), array.itemsize) for array in (one, other)]
     differs: HostArray = (bits[0] != bits[1]).any(axis=1) & ~(_is_nan(one) & _is_nan(other))
     return differs
@@ -247,11 +253,12 @@ def _is_nan(array: HostArray) -> HostArray:
 
 
 def _wide(array: HostArray) -> HostArray:
+    # Wide enough for each of the dtypes, also for those of ml_dtypes.
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
 def _absolute(dtype: str, one: HostArray, other: HostArray) -> float:
-    if dtype in _INTEGERS:  # exactly, where a float would not hold them
+    if dtype in _INTEGERS:  # as Python ints: a float cannot hold every 64-bit integer
         return float(max(abs(int(a) - int(b)) for a, b in zip(one.tolist(), other.tolist(), strict=True)))
     with np.errstate(all="ignore"):
         return float(np.abs(_wide(other) - _wide(one)).max())

@@ -1,7 +1,7 @@
-"""The runs that a notebook's outputs hold, and those that a fresh kernel gives.
+"""The runs in a notebook's outputs, and executing its cells in a fresh kernel.
 
-Whatever stands in a file is checked, field by field, before it is used. The kernel is of the Python that runs this command,
-and not one that a kernelspec names.
+Whatever a file contains is validated, field by field, before it is used. The kernel uses the Python that runs this
+command, not one that a kernelspec names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ROWS = 100_000
 _VERSIONS = ("jax", "jaxlib", "flax")
 _ARRAY = r"\A[a-z][a-z0-9_]{0,30}\[(?:[0-9]{1,18}(?:,[0-9]{1,18}){0,99})?\]\Z"
 STARTUP = 120
-"""Seconds that a kernel may take to start."""
+"""Seconds in which a kernel has to start."""
 _OUTPUTS = 120
 _NEEDED = ("nbclient", "nbformat", "jupyter_client", "ipykernel", "tqdm")
 T = TypeVar("T")
@@ -49,7 +49,7 @@ Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Leaf(msgspec.Struct, frozen=True):
-    """One array of an output: its path, what it is (`float32[3,4]`), and how many of its values are kept."""
+    """One array of an output: its path, its dtype and shape (`float32[3,4]`), and how many of its values are stored."""
 
     path: str
     array: Annotated[str, msgspec.Meta(pattern=_ARRAY)]
@@ -61,23 +61,23 @@ class Leaf(msgspec.Struct, frozen=True):
 
     @property
     def dtype(self) -> str:
-        """`float32`."""
+        """The dtype's name, such as `float32`."""
         return self.array.partition("[")[0]
 
     @property
     def size(self) -> int:
-        """How many elements it has."""
+        """How many elements the array has."""
         shape = self.array.partition("[")[2].rstrip("]")
         return math.prod(int(size) for size in shape.split(",")) if shape else 1
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """One run, as `Run.to_json` has it; what else stands there, of a later version, is passed over.
+    """One run, as `Run.to_json` wrote it. Unknown fields, of a later version, are ignored.
 
     Attributes:
       keys: stream → the words of its key in hex.
-      leaves, bits: the values that are kept of the output; None where the run was stored without them.
-      versions, device, device_kind, processor, threads: see `environment`; `UNSET` where one was not stored.
+      leaves, bits: the stored values of the output; None where the run has none.
+      versions, device, device_kind, processor, threads: see `environment`; `UNSET` where it was not stored.
     """
 
     version: Literal[1]
@@ -100,6 +100,7 @@ class Recorded(msgspec.Struct, frozen=True):
     threads: Number | msgspec.UnsetType | None = msgspec.UNSET
 
     def __post_init__(self) -> None:
+        # A notebook may come from anybody: absurd numbers must not cost time or memory.
         if self.seed.bit_length() > 128:
             raise ValueError("`seed` is too large")
         if not math.isfinite(self.started):
@@ -107,7 +108,7 @@ class Recorded(msgspec.Struct, frozen=True):
 
     @property
     def environment(self) -> dict[str, str | None]:
-        """What its bits depend on: name → value, None where it does not apply, left out where it was not stored."""
+        """What its bits depend on: name → value; None where a fact does not apply, left out where it was not stored."""
         facts = {name: self.versions[name] for name in _VERSIONS if name in self.versions}
         more = {name: getattr(self, name) for name in ("device", "device_kind", "processor", "threads")}
         stored = {name: value for name, value in more.items() if value is not msgspec.UNSET}
@@ -115,7 +116,7 @@ class Recorded(msgspec.Struct, frozen=True):
 
 
 class Further(msgspec.Struct, frozen=True):
-    """Runs of a loop beyond those that are kept one by one: how many, a digest of their keys, one of their digests."""
+    """Runs of a loop that are not stored one by one: how many, one digest of their keys, one of their digests."""
 
     runs: Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
     keys: str
@@ -123,7 +124,7 @@ class Further(msgspec.Struct, frozen=True):
 
 
 class RecordedLoop(msgspec.Struct, frozen=True):
-    """The runs of a counting line. Of each row stands there what differs from the row before."""
+    """The runs of a loop, as `Rows.to_json` wrote them: each row has only what differs from the row before."""
 
     version: Literal[1]
     runs: list[dict[str, object]]
@@ -134,7 +135,7 @@ class Cell(Struct, frozen=True):
     """The runs of one cell, in the order in which they were made.
 
     Attributes:
-      number: of the code cells of the notebook, from 1.
+      number: of the cell among the code cells, from 1.
       line: its first line that is not empty.
     """
 
@@ -145,12 +146,12 @@ class Cell(Struct, frozen=True):
 
     @property
     def count(self) -> int:
-        """All of its runs."""
+        """How many runs it has, those of `further` included."""
         return len(self.runs) + (self.further.runs if self.further else 0)
 
 
 def read(path: Path) -> NotebookNode:
-    """The notebook of a file, as nbformat has it. The file is only read.
+    """Reads a notebook into nbformat's type. The file is only read.
 
     Raises:
       FlaxMagicsError: it cannot be read, or is no notebook.
@@ -165,6 +166,7 @@ def read(path: Path) -> NotebookNode:
                 raise FlaxMagicsError("it is no file.")
             if status.st_size > LARGEST:
                 raise FlaxMagicsError(f"it has {status.st_size:,} bytes, and {LARGEST:,} is the most that is read.")
+            # One byte more than allowed: the size may have grown since.
             data = file.read(LARGEST + 1)
     except OSError as error:
         raise FlaxMagicsError(f"it cannot be read: {error.strerror or type(error).__name__}.") from None
@@ -174,47 +176,47 @@ def read(path: Path) -> NotebookNode:
         if version != 4 or isinstance(version, bool):
             raise FlaxMagicsError("it is no notebook of format 4, which Jupyter writes: open it there and save it.")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # cells without ids, which old notebooks have
+            warnings.simplefilter("ignore")  # old notebooks have cells without ids
             nbformat.validate(nbformat.from_dict(content))
             notebook: NotebookNode = JSONReader().to_notebook(content)
     except RecursionError:
         raise FlaxMagicsError("it is no notebook: it is nested too deeply.") from None
     except nbformat.ValidationError as error:
         raise FlaxMagicsError(f"it is no valid notebook: {brief(str(error))}") from None
-    except ValueError as error:  # no UTF-8, no JSON, or an integer of thousands of digits
+    except ValueError as error:  # not UTF-8, not JSON, or an integer with thousands of digits
         raise FlaxMagicsError(f"it is no notebook: {brief(str(error))}") from None
     return notebook
 
 
 def brief(text: str) -> str:
-    """The first line of a message, cleaned and cut."""
+    """The first line of a message that is not empty, cleaned and cut for display."""
     lines = [clean(line[:2000]) for line in text[:20_000].splitlines()]
     return cut(next(filter(None, lines), ""), 200)
 
 
 def code_cells(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
-    """The code cells by their number, from 1."""
+    """The code cells with their numbers, from 1."""
     return list(enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1))
 
 
 def is_run(cell: NotebookNode) -> bool:
-    """Whether a code cell is run: it is not empty, and not tagged as one to skip."""
+    """Whether a code cell is to be run: not empty, and without the tag skip-execution."""
     return bool(cell.source.strip()) and "skip-execution" not in tags_of(cell)
 
 
 def tags_of(cell: NotebookNode) -> list[str]:
-    """The tags of a cell."""
+    """The tags in a cell's metadata; none where these are malformed."""
     tags = cell.metadata.get("tags")
     return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 def first_line(cell: NotebookNode) -> str:
-    """The first line of a cell that is not empty."""
+    """The cell's first line that is not empty."""
     return next((clean(line[:1000]) for line in cell.source.splitlines() if line.strip()), "")
 
 
 def other_order(notebook: NotebookNode) -> str:
-    """`cell 4 was run before cell 3`, of the first two cells that were; empty where they were run from top to bottom."""
+    """`cell 4 was run before cell 3`, for the first two cells in another order; empty if run from top to bottom."""
     latest, before = 0, 0
     for number, cell in code_cells(notebook):
         count = cell.execution_count
@@ -227,16 +229,16 @@ def other_order(notebook: NotebookNode) -> str:
 
 
 def runs_of(notebook: NotebookNode) -> list[Cell]:
-    """The runs that the outputs of each code cell hold; cells that are not run hold none.
+    """The runs in the outputs of each code cell; cells that are not to be run have none.
 
     Raises:
-      FlaxMagicsError: an output under our name is not what we write.
+      FlaxMagicsError: an output of our MIME types is not what we write.
     """
     return [runs_of_cell(number, cell) for number, cell in code_cells(notebook)]
 
 
 def runs_of_cell(number: int, cell: NotebookNode) -> Cell:
-    """The runs that the outputs of one code cell hold. Raises what `runs_of` raises."""
+    """The runs in the outputs of one code cell. Raises FlaxMagicsError as `runs_of` does."""
     runs: list[Recorded] = []
     further: Further | None = None
     try:
@@ -251,18 +253,19 @@ def runs_of_cell(number: int, cell: NotebookNode) -> Cell:
                 if loop.further is not None and further is not None:
                     raise Damaged("there are two loops of more runs than are kept")
                 row: dict[str, object] = {"version": 1}
+                # Each row has only what changed since the row before.
                 for changes in loop.runs:
                     row = {**row, **changes}
                     runs.append(_of_this_version(row, Recorded, "the run"))
                 further = loop.further or further
     except Damaged as error:
         raise unreadable(number, error) from None
-    # A run that had news has a report of its own, and the others share one: only together they are in order.
+    # Runs with news have a report each, all others share one: only sorted by time they are in order.
     return Cell(number, first_line(cell), tuple(sorted(runs, key=lambda run: run.started)), further)
 
 
 def unreadable(number: int, error: Damaged) -> FlaxMagicsError:
-    """`error`, said of the cell that holds what cannot be read."""
+    """`error` as the message about a cell whose output cannot be read."""
     return FlaxMagicsError(f"cell {number} holds an output of flax_magics that cannot be read: {clean(str(error))}.")
 
 
@@ -276,7 +279,7 @@ def _of_this_version(data: object, kind: type[T], what: str) -> T:
 
 
 def check_installed() -> None:
-    """Raises FlaxMagicsError where something is missing that runs notebooks."""
+    """Raises FlaxMagicsError where a package is missing that running notebooks takes."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
@@ -290,17 +293,17 @@ def check_installed() -> None:
 async def executed(
     notebook: NotebookNode, folder: Path, timeout: int | None, on_cell: Callable[[], object]
 ) -> tuple[NotebookNode, int, str | None]:
-    """What the code cells of a notebook give now.
+    """Executes the code cells of a notebook in a fresh kernel.
 
     Args:
-      notebook: as nbformat has it; not changed.
-      folder: where its kernel works.
-      timeout: seconds that one cell may take, None for as long as it likes.
-      on_cell: told after each code cell.
+      notebook: in nbformat's type; not changed.
+      folder: the kernel's working folder.
+      timeout: seconds that one cell may take, None without limit.
+      on_cell: called after each code cell.
 
     Returns:
-      A notebook of the code cells with their outputs; how many of them are done; and why it went no further, None where
-      it ran to its end.
+      A notebook of the code cells with their new outputs; how many of them are done; and why it stopped, None where it
+      ran to its end.
     """
     from nbclient import NotebookClient
     from nbformat.v4 import new_code_cell, new_notebook
@@ -314,6 +317,7 @@ async def executed(
             timeout=timeout,
             startup_timeout=STARTUP,
             iopub_timeout=_OUTPUTS,
+            # Outputs that are lost would look like runs that were not made.
             raise_on_iopub_timeout=True,
             resources={"metadata": {"path": str(folder)}},
         )
@@ -331,7 +335,7 @@ def _manager() -> AsyncKernelManager:
     from jupyter_client.manager import AsyncKernelManager
 
     class ThisPython(KernelSpecManager):  # type: ignore[misc,unused-ignore]
-        """Gives one kernel under every name: of this Python."""
+        """Returns the kernel of this Python, whatever name a notebook asks for."""
 
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -341,12 +345,12 @@ def _manager() -> AsyncKernelManager:
 
 
 async def _run(client: NotebookClient, said: IO[bytes], on_cell: Callable[[], object]) -> tuple[int, str | None]:
-    """Runs cell after cell; how many are done, and why it went no further, None where it ran to its end."""
+    """Runs the cells in order. Returns how many are done, and why it stopped, None where it ran to its end."""
     try:
-        # What the kernel's process says would go through our table, and is wanted only if it dies.
+        # The process's own output would get into our table; it is only of interest if the kernel dies.
         await client.async_start_new_kernel(stdout=said, stderr=said)
         await client.async_start_new_kernel_client()
-    except Exception as error:  # whatever a kernel may fail with: its own last words tell more
+    except Exception as error:  # the kernel's last words tell more than what nbclient raises
         return 0, f"its kernel did not start: {_last_words(said) or brief(str(error)) or type(error).__name__}"
     for index, cell in enumerate(client.nb.cells):
         why = await _run_cell(client, said, index, cell) if is_run(cell) else ""
@@ -357,7 +361,7 @@ async def _run(client: NotebookClient, said: IO[bytes], on_cell: Callable[[], ob
 
 
 async def _run_cell(client: NotebookClient, said: IO[bytes], index: int, cell: NotebookNode) -> str:
-    """Why the cell did not run to its end, as what follows its name; empty where it did."""
+    """Runs one cell. Returns why it did not end, as the text that follows the cell's name; empty where it did."""
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     try:
@@ -370,32 +374,33 @@ async def _run_cell(client: NotebookClient, said: IO[bytes], index: int, cell: N
         return f" takes longer than {client.timeout} s: --timeout SECONDS gives it more"
     except DeadKernelError:
         task = asyncio.current_task()
-        if task is not None and task.cancelling():  # nbclient says so of a cell that was cancelled, too
+        if task is not None and task.cancelling():  # nbclient raises the same for a cell that was cancelled
             raise asyncio.CancelledError from None
         return f": the kernel died. {_last_words(said)}".rstrip()
-    except Exception as error:  # a source that cannot be sent, an output that cannot be read
+    except Exception as error:  # source that cannot be sent, or output that cannot be parsed
         return f" cannot be run: {type(error).__name__}: {brief(str(error))}"
     return ""
 
 
 async def _stop(client: NotebookClient, manager: AsyncKernelManager, gently: bool) -> None:
-    """Ends the kernel, and what it started."""
+    """Ends the kernel and the processes that it started."""
     group = getattr(manager.provisioner, "pgid", None)
     try:
-        with contextlib.suppress(Exception):  # whatever it did not end by is ended below
+        with contextlib.suppress(Exception):  # what the shutdown leaves behind is killed below
             if manager.has_kernel:
                 await manager.shutdown_kernel(now=not gently)
     finally:
+        # Never our own group, which has this process in it.
         if group is not None and hasattr(os, "killpg") and group != os.getpgrp():
             with contextlib.suppress(OSError):
                 os.killpg(group, signal.SIGKILL)
-        with contextlib.suppress(Exception):  # sockets of a kernel that is no more
+        with contextlib.suppress(Exception):  # the sockets may be those of a dead kernel
             if client.kc is not None:
                 client.kc.stop_channels()
 
 
 def _last_words(said: IO[bytes]) -> str:
-    """The last line that the kernel's process wrote."""
+    """The last line that the kernel's process wrote; empty if it wrote none."""
     with contextlib.suppress(OSError, ValueError):
         size = said.seek(0, os.SEEK_END)
         said.seek(max(0, size - 4000))

@@ -1,4 +1,4 @@
-"""What verifying notebooks found: frozen data, as text in 80 columns and as JSON."""
+"""The result of verifying notebooks, as text in 80 columns and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Status = Literal["agrees", "differs", "could not run", "not comparable", "nothing to verify"]
 EXIT: dict[Status, int] = {
-    # The worst first: of several notebooks it is the status.
+    # The worst first: the exit status of several notebooks is that of the worst.
     "could not run": 2,
     "differs": 1,
     "nothing to verify": 4,
@@ -27,20 +27,20 @@ EXIT: dict[Status, int] = {
     "agrees": 0,
 }
 SHOWN = 10
-"""Differences of one notebook that the text shows."""
+"""How many differences of a notebook the text shows."""
 _GIVEN = 1000
 
 
 class Result(Struct, frozen=True):
-    """What became of one notebook.
+    """The result for one notebook.
 
     Attributes:
-      file: as it was given.
+      file: its path as it was given.
       verdicts: on each of its runs, as far as it ran.
-      failed: why it could not be read or did not run to its end, None where it did.
-      seconds: what running it took.
-      tolerance: within which values were allowed to differ, None where every bit has to agree.
-      order: how its cells were run, where that was not from top to bottom: `cell 4 was run before cell 3`.
+      failed: why it could not be read, or did not run to its end; None where it did.
+      seconds: how long it ran.
+      tolerance: within which values may differ; None where every bit has to agree.
+      order: how its cells had been run, if not from top to bottom: `cell 4 was run before cell 3`.
     """
 
     file: str
@@ -52,7 +52,7 @@ class Result(Struct, frozen=True):
 
     @property
     def status(self) -> Status:
-        """What is to be said first."""
+        """The result in one word or two: the worst that applies."""
         if self.failed is not None:
             return "could not run"
         if not self.verdicts:
@@ -61,23 +61,23 @@ class Result(Struct, frozen=True):
         return "differs" if "differs" in outcomes else "not comparable" if "not comparable" in outcomes else "agrees"
 
     def runs(self, *outcomes: Outcome) -> int:
-        """How many runs have one of these outcomes; without any, how many there are."""
+        """How many runs have one of these outcomes; without arguments, how many there are."""
         return sum(verdict.runs for verdict in self.verdicts if not outcomes or verdict.outcome in outcomes)
 
     @property
     def changed(self) -> dict[str, tuple[str, str]]:
-        """What the bits depend on, and was another when one of them was stored."""
+        """Facts of the environment that differ from those stored with a run: name → stored and now."""
         return dict(ChainMap(*(verdict.changed for verdict in self.verdicts)))
 
 
 def exit_status(results: Iterable[Result]) -> int:
-    """That of the worst of them; none is as good as nothing to verify."""
+    """The exit status of the worst result; without results that of nothing to verify."""
     statuses = {result.status for result in results} or {"nothing to verify"}
     return next(number for status, number in EXIT.items() if status in statuses)
 
 
 def text(result: Result) -> str:
-    """A line that says what became of the notebook, and beneath it what is not as it was."""
+    """A line on the notebook, and beneath it a table of what differs."""
     head = f"{clean(result.file)}: "
     lines = wrap(head + _summary(result), rest="  ")
     other = [v for v in result.verdicts if v.outcome == "differs"] or [
@@ -141,12 +141,12 @@ def _draw(verdict: Verdict) -> str:
 
 
 def how_far(verdict: Verdict) -> str:
-    """`1 ulp, 5.96e-08 in 3 of 36`; keys, shapes and numbers of runs as they were and are."""
+    """`1 ulp, 5.96e-08 in 3 of 36`; for keys, shapes and numbers of runs the stored and the new one."""
     distance = verdict.distance
     if distance is None:
         was, now = cut(clean(verdict.stored), 60), cut(clean(verdict.now), 60)
         if verdict.what == "keys" and was.partition(" ")[0] == now.partition(" ")[0]:
-            now = now.partition(" ")[2]  # the stream is named once
+            now = now.partition(" ")[2]  # without repeating the stream's name
         return f"{was} → {now}" + (" (no values stored)" if verdict.what == "digest" else "")
     stored = f"{count(distance.compared)} stored, of " if distance.compared < distance.of else ""
     among = f"{stored}{count(distance.of)}"
@@ -159,7 +159,7 @@ def how_far(verdict: Verdict) -> str:
 
 
 def to_json(results: Sequence[Result]) -> dict[str, object]:
-    """All of it as JSON data; a number that is not finite is null."""
+    """All results as JSON data; numbers that are not finite are null."""
     return {"version": 1, "status": exit_status(results), "notebooks": list(map(_notebook, results))}
 
 
