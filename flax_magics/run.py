@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -41,7 +41,9 @@ class CommandKind(NamedTuple):
     opens: bool
 
 
-COMMANDS = {
+CommandName = Literal["apply", "init", "key"]
+
+COMMANDS: dict[CommandName, CommandKind] = {
     "apply": CommandKind(model=True, forward=True, opens=False),
     "init": CommandKind(model=True, forward=False, opens=True),
     "key": CommandKind(model=False, forward=False, opens=False),
@@ -164,7 +166,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       agreement: for a replay by `Session.replay`, the comparison with the original run; else None.
     """
 
-    command: str
+    command: CommandName
     model: str | None
     mode: str
     call: str

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 from traitlets.config import Config
 
-from flax_magics import _session
+from flax_magics import Session, _session
 
 # No example is timed: one of them may meet a collection of garbage, or a busy machine.
 settings.register_profile("untimed", deadline=None)
@@ -27,9 +27,7 @@ OPTIMISED_LITTLE = "jax_disable_most_optimizations"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--unoptimised",
-        action="store_true",
-        help="XLA leaves out its optimisations in the files that ask for them too",
+        "--unoptimised", action="store_true", help="XLA leaves out its optimisations in the files that ask for them too"
     )
 
 
@@ -125,6 +123,12 @@ def cache_directory_of_kernels(tmp_path_factory: pytest.TempPathFactory) -> Iter
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def session() -> Session:
+    """One of seed 0, without a model."""
+    return Session(seed=0)
 
 
 def _fresh_shell(shell_class: Any) -> Iterator[Any]:

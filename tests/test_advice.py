@@ -21,6 +21,7 @@ from advice import SITES, Follower, Recorder, Scenario, site_of
 from flax import configurations
 
 from flax_magics.base.measures import Limits
+from flax_magics.execution import execute
 from flax_magics.line.commands import COMMANDS
 from flax_magics.snapshot import format
 from flax_magics.verify import command, notebooks
@@ -33,46 +34,35 @@ class Net(nn.Module):
     return nn.Dense(self.features)(x)
 """
 CLASS = NET.partition("\n")[2]
-SWITCHED = """%%flaxmodel
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x, train):
-    return nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(use_running_average=not train)(x))
-"""
-FIXED = """%%flaxmodel
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x, train=False):
-    return nn.Dropout(0.5, deterministic=True)(x)
-"""
+
+
+def model(call: str, body: str, made: str = "") -> str:
+    """The cell of a model whose call takes `x` and what stands in `call`; `made`: what stands after the command."""
+    return f"%%flaxmodel{made}\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x{call}):\n    {body}\n"
+
+
+AS_NET = " net = Net()"
+SWITCHED = model(
+    ", train", "return nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(use_running_average=not train)(x))"
+)
+FIXED = model(", train=False", "return nn.Dropout(0.5, deterministic=True)(x)")
 UNSET = FIXED.replace(", deterministic=True", "")
-KEYED = """%%flaxmodel net = Net()
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x, noise=None, other=None):
-    for key in (noise, other):
+KEYED = model(
+    ", noise=None, other=None",
+    """for key in (noise, other):
       if key is not None:
         x = x + jax.random.uniform(key, x.shape)
-    return nn.Dense(2)(x)
-"""
-UNUSED = """%%flaxmodel net = Net()
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x, noise{}):
-    return nn.Dense(2)(x)
-"""
-DRAWN = """%%flaxmodel net = Net()
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x, {0}=None):
-    return nn.Dense(2)(x) if {0} is None else x + jax.random.uniform(self.make_rng('noise')) + jax.random.uniform({0})
-"""
-BRANCHES = """%%flaxmodel
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    return x if x.sum() > 0 else -x
-"""
+    return nn.Dense(2)(x)""",
+    AS_NET,
+)
+UNUSED = model(", noise{}", "return nn.Dense(2)(x)", AS_NET)
+DRAWN = model(
+    ", {0}=None",
+    "x = nn.Dense(2)(x)\n"
+    "    return x if {0} is None else x + jax.random.uniform(self.make_rng('noise')) + jax.random.uniform({0})",
+    AS_NET,
+)
+BRANCHES = model("", "return x if x.sum() > 0 else -x")
 SCANNED = """%%flaxmodel
 class Cell(nn.Module):
   @nn.compact
@@ -83,23 +73,9 @@ class Net(nn.Module):
   def __call__(self, x):
     return nn.scan(Cell, split_rngs={'params': False})()(x[0], x)
 """
-SCALED = """%%flaxmodel net = Net()
-class Net(nn.Module):
-  def __call__(self, x, scale):
-    return x * scale
-"""
-INITIALISED = """%%flaxmodel net = Net()
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    return nn.Dense(2, kernel_init={})(x)
-"""
-LOOP = """%%flaxmodel net = Net()
-class Net(nn.Module):
-  def __call__(self, x, n):
-    {}
-    return x
-"""
+SCALED = model(", scale", "return x * scale", AS_NET)
+INITIALISED = model("", "return nn.Dense(2, kernel_init={})(x)", AS_NET)
+LOOP = model(", n", "{}\n    return x", AS_NET)
 NNX = """from flax import nnx
 class N(nnx.Module):
   def __init__(self, features, rngs):
@@ -152,7 +128,8 @@ FLAGS, HIJAX = configurations.config._values, "flax_hijax_variable"
 NEW_SESSION = "from flax_magics import _session\n_session._current = None"
 INIT = "variables = %flax_init net(x)"
 RAN = "%flax_apply -q -o first net(x);"
-BATCH = SWITCHED.replace("%%flaxmodel", "%%flaxmodel net = Net()")
+SAVED = (NET, RAN, "%flax_save -q a", NEW_SESSION)
+BATCH = SWITCHED.replace("%%flaxmodel", f"%%flaxmodel{AS_NET}")
 BATCH_INIT = "variables = %flax_init net(x, train=False)"
 ZEROS = "jax.tree_util.tree_map(jnp.zeros_like, variables)"
 KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Dense_0']['kernel']).sum()"
@@ -238,9 +215,9 @@ def install(line: str) -> str:
 VERIFY = "python -m flax_magics verify 'a b.ipynb'"
 
 
-def put(old: str, new: str = "{}") -> Any:
-    """An edit that puts the advice in the place of `old`."""
-    return lambda cell, advice: cell.replace(old, new.replace("{}", advice))
+def put(old: str, new: str = "{}", gap: str = "…") -> Any:
+    """An edit that puts the advice in the place of `old`; `gap` stands for its gaps."""
+    return lambda cell, advice: cell.replace(old, new.replace("{}", advice.replace("…", gap)))
 
 
 def outside(function: str) -> Any:
@@ -256,7 +233,7 @@ def outside(function: str) -> Any:
 def traced(function: str, command: str, cells: Any, fill: Any = (), *, check: str, mended: str = "") -> Scenario:
     """A command in a function that JAX traces. `mended` is the function around what is advised, where it is another."""
     cell, use = function.replace("{}", command), outside(mended or function)
-    return Scenario("execution.surroundings._error", cell, cells, fill, use=use, check=check)
+    return Scenario(TRACED, cell, cells, fill, use=use, check=check)
 
 
 def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +243,9 @@ def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 COLLECTIONS, OF_NNX = "state.weights.check_collections", "state.weights.check_state"
 ALIVE, OTHERS = "state.weights.check_alive", "state.weights._note"
+RUN_CELL, UNKNOWN = "notebook.run_cell.run_statements_with_call", "notebook.command._unknown"
+IDIOM, TRACED = "execution.idioms._error", "execution.surroundings._error"
+PARAMS, KEYS, PROGRAMS = "execution.notes.of_params", "execution.notes.of_keys", "compile.reasons.of_programs"
 
 SCENARIOS = [
     # -- the line and its call
@@ -285,22 +265,9 @@ SCENARIOS = [
     Scenario("line.call._no_assignment", "%flaxmodel nn.Dense(2)", check="dense.features == 2"),
     Scenario("line.call._no_assignment", "%flaxmodel a, b = nn.Dense(1), nn.Dense(2)", check="b.features == 2"),
     Scenario("line.call._no_assignment", "%flaxmodel a = b = nn.Dense(2)", check="b.features == 2"),
-    Scenario(
-        "notebook.run_cell.run_statements_with_call", "%%flax_apply\n# nothing", (NET,), ("y = net(x)",), check="y.ndim"
-    ),
-    Scenario(
-        "notebook.run_cell.run_statements_with_call",
-        "%%flax_apply\nz = x\nz",
-        (NET,),
-        ("z = x", "net(z)"),
-        check="y.ndim",
-    ),
-    Scenario(
-        "notebook.run_cell.run_statements_with_call",
-        "%%flax_apply\nz = x\ny = %flax_apply -q net(z)",
-        (NET,),
-        ("z = x",),
-    ),
+    Scenario(RUN_CELL, "%%flax_apply\n# nothing", (NET,), ("y = net(x)",), check="y.ndim"),
+    Scenario(RUN_CELL, "%%flax_apply\nz = x\nz", (NET,), ("z = x", "net(z)"), check="y.ndim"),
+    Scenario(RUN_CELL, "%%flax_apply\nz = x\ny = %flax_apply -q net(z)", (NET,), ("z = x",)),
     Scenario("notebook.command.read_body", "%%flax_apply --eager net(x)\ny = 1", (NET,)),
     # -- its options
     Scenario("line.options.read", "%flax_apply --eager=yes net(x)", (NET,)),
@@ -316,29 +283,15 @@ SCENARIOS = [
     Scenario("notebook.command.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
     Scenario("state.state.check_draw", "%flax_replay 9", (NET, RAN)),
     # -- which model
-    Scenario("notebook.command._unknown", "%flax_vars net", (f"{NNX}net = N(2, rngs=nnx.Rngs(0))",), again=True),
-    Scenario(
-        "notebook.command._part_called", "%flax_apply -q agent.net(x)", (AGENT,), again=False, check="net.features == 2"
-    ),
+    Scenario(UNKNOWN, "%flax_vars net", (f"{NNX}net = N(2, rngs=nnx.Rngs(0))",), again=True),
+    Scenario("notebook.command._part_called", "%flax_apply -q agent.net(x)", (AGENT,), check="net.features == 2"),
     Scenario("notebook.command._part_called", "%flax_apply -q self.net(x)", ("net = nn.Dense(2)",)),
-    Scenario("notebook.command._unknown", "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
-    Scenario(
-        "notebook.command._unknown", "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"
-    ),
-    Scenario("notebook.command._unknown", "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
-    Scenario(
-        "notebook.command._unknown",
-        "%flax_apply net(x)",
-        (NET, RAN, "%flax_save -q a", NEW_SESSION, "del net", "%flax_load -q a"),
-        again=True,
-    ),
-    Scenario(
-        "notebook.command._unknown",
-        "%flax_apply net(x)",
-        (NET, RAN, "%flax_save -q a", NEW_SESSION, "Other = Net\ndel net, Net", "%flax_load -q a"),
-        ("Other(2)",),
-        again=True,
-    ),
+    Scenario(UNKNOWN, "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
+    Scenario(UNKNOWN, "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"),
+    Scenario(UNKNOWN, "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
+    Scenario(UNKNOWN, "%flax_apply net(x)", (*SAVED, "del net", "%flax_load -q a"), again=True),
+    Scenario(UNKNOWN, "%flax_apply net(x)", (*SAVED, "Other = Net\ndel net, Net", "%flax_load -q a"), ("Other(2)",),
+             again=True),
     Scenario("state.handles.entry_of", f"{SESSION}\nsession.apply('net', x)", (), ("nn.Dense(2)",), again=True),
     Scenario("state.handles.entry_of", f"{SESSION}\nsession.apply(nn.Dense(2), x)", (), ("nn.Dense(2)",)),
     Scenario("notebook.model_cell.from_line", "%flaxmodel net = Net", (CLASS,), ("2",), check="net.features == 2"),
@@ -347,27 +300,13 @@ SCENARIOS = [
     Scenario("notebook.model_cell.from_cell", "%%flaxmodel\na = 1", ("net = nn.Dense(2)",), ("net",)),
     Scenario("notebook.model_cell._from_defaults", f"%%flaxmodel\n{CLASS}", (), ("2",), use=f"{{}}\n{CLASS}"),
     Scenario("models.construction.adopt", f"{SESSION}\nsession.register('net', Net)", (CLASS,), ("2",)),
-    Scenario(
-        "models.construction.adopt",
-        "%flaxmodel net",
-        ("net = nn.Dense(2)\nnet = net.bind(net.init(jax.random.key(0), x))",),
-        edit=lambda cell, advice: f"{cell}\n{advice}",
-    ),
-    Scenario(
-        "models.nnx_layout.of",
-        "%flaxmodel net",
-        (REFERENCE,),
-        edit=lambda cell, advice: cell.replace(
-            "self.count = new_ref(jnp.zeros(()))", advice.replace("…", "jnp.zeros(())")
-        ),
-    ),
-    Scenario(
-        "models.nnx.sample",
-        "%flaxmodel net",
-        (f"{NNX}net = nnx.eval_shape(lambda: N(2, nnx.Rngs(0)))",),
-        ("net", "nnx.state(N(2, nnx.Rngs(0)))"),
-        again=True,
-    ),
+    Scenario("models.construction.adopt", "%flaxmodel net",
+             ("net = nn.Dense(2)\nnet = net.bind(net.init(jax.random.key(0), x))",),
+             edit=lambda cell, advice: f"{cell}\n{advice}"),
+    Scenario("models.nnx_layout.of", "%flaxmodel net", (REFERENCE,),
+             edit=put("self.count = new_ref(jnp.zeros(()))", gap="jnp.zeros(())")),
+    Scenario("models.nnx.sample", "%flaxmodel net", (f"{NNX}net = nnx.eval_shape(lambda: N(2, nnx.Rngs(0)))",),
+             ("net", "nnx.state(N(2, nnx.Rngs(0)))"), again=True),
     # -- runs
     Scenario("execution.call.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
     Scenario("execution.call.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
@@ -381,20 +320,10 @@ SCENARIOS = [
     Scenario("execution.build.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
     Scenario("execution.execute._variables", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
     Scenario("execution.execute._check_keys", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
-    Scenario(
-        "execution.execute._kept_out",
-        "%flax_apply Net(x)",
-        (SCANNED,),
-        edit=lambda cell, advice: cell.replace("split_rngs={'params': False}", advice.replace("…", "'params': False")),
-    ),
-    Scenario(
-        "execution.execute.execute",
-        "%flax_apply --roofline --repeat 2 --eager net(x)",
-        (NET,),
-        patch=lambda m: m.setattr(
-            "flax_magics.execution.execute.limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9)
-        ),
-    ),
+    Scenario("execution.execute._kept_out", "%flax_apply Net(x)", (SCANNED,),
+             edit=put("split_rngs={'params': False}", gap="'params': False")),
+    Scenario("execution.execute.execute", "%flax_apply --roofline --repeat 2 --eager net(x)", (NET,),
+             patch=lambda m: m.setattr(execute, "limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9))),
     Scenario("execution.execute._check_draws", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
     Scenario("execution.execute._check_draws", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
     # -- weights
@@ -407,11 +336,8 @@ SCENARIOS = [
     Scenario(COLLECTIONS, "%flax_vars net = variables['params']", (NET, INIT)),
     Scenario(COLLECTIONS, "%flax_apply --eager --variables [1] net(x)", (NET, INIT), ("variables['params']",)),
     Scenario("state.weights.check_fit", "%flax_vars net = {'params': variables['params']}", (BATCH, BATCH_INIT)),
-    Scenario(
-        "state.weights.check_fit",
-        "%flax_vars net = a or b",
-        (BATCH, BATCH_INIT, "a, b = {}, {'params': variables['params']}"),
-    ),
+    Scenario("state.weights.check_fit", "%flax_vars net = a or b",
+             (BATCH, BATCH_INIT, "a, b = {}, {'params': variables['params']}")),
     Scenario(OF_NNX, f"{TWIN}[1]", (OWN,), ("net",)),
     Scenario(OF_NNX, "%flax_vars net = net", (OWN,)),
     Scenario(OF_NNX, "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)),
@@ -423,131 +349,62 @@ SCENARIOS = [
     Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
     Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
     Scenario(OTHERS, "%flax_apply --eval net(x);", (BATCH, BATCH_INIT, "params = variables['params']\n%flax", STEP)),
-    Scenario(
-        OTHERS,
-        "%flax_apply net(x);",
-        (NET, INIT, "params = variables['params']\n%flax", f"variables = {ZEROS}\nparams = variables['params']"),
-        ("variables",),
-        again=True,
-    ),
+    Scenario(OTHERS, "%flax_apply net(x);",
+             (NET, INIT, "params = variables['params']\n%flax", f"variables = {ZEROS}\nparams = variables['params']"),
+             ("variables",), again=True),
     Scenario("state.models.replaced_by_init", INIT, (NET, INIT, f"%flax_vars net = {ZEROS}"), check=f"{KERNEL} == 0"),
-    Scenario(
-        "models.nnx_graph.raw",
-        "%flaxmodel net",
-        (f"{NNX}import flax\nnet = N(2, rngs=nnx.Rngs(0))",),
-        after="net = N(2, rngs=nnx.Rngs(0))",
-        again=True,
-        patch=made_of_hijax,
-    )
+    Scenario("models.nnx_graph.raw", "%flaxmodel net", (f"{NNX}import flax\nnet = N(2, rngs=nnx.Rngs(0))",),
+             after="net = N(2, rngs=nnx.Rngs(0))", again=True, patch=made_of_hijax)
     if HIJAX in FLAGS
     else None,
     Scenario("summary.summary.of_variables", "%flax_summary net", (NET,), ("x",)),
     Scenario("summary.view.tree_bundle", "%flax_summary --tree net(x)", (NET,), ("x",), again=True),
     # -- Flax's own words
     Scenario("execution.idioms._of_method", "%flax_apply net.sow('intermediates', 'h', x)", (NET,), ("x",)),
-    Scenario("execution.idioms._error", f"{SESSION}\nsession.apply('net', x, rngs={{}})", (NET,), ("x",)),
-    Scenario("execution.idioms._error", "%flaxmodel --check 'net(x, rngs={})' net", (NET,), ("net",)),
-    Scenario("execution.idioms._error", "variables = %flax_init net.init(jax.random.key(0), x)", (NET,)),
-    Scenario("execution.idioms._error", "%flax_apply net.apply(variables, x)", (NET, INIT)),
-    Scenario("execution.idioms._error", "%flax_apply net(variables, x)", (NET, INIT)),
-    Scenario("execution.idioms._error", "%flax_apply net(nnx.state(net), x, rngs=nnx.Rngs(1))", (OWN,)),
-    Scenario("execution.idioms._error", "%flax_apply --train net(x, mutable=['batch_stats'])", (BATCH, BATCH_INIT)),
-    Scenario("execution.idioms._error", "%flax_apply net(x, mutable=True)", (NET,), check="variables['params']"),
-    Scenario("execution.idioms._error", "%flax_apply --eager net(x, rngs={'dropout': jax.random.key(0)})", (NET,)),
-    Scenario("execution.idioms._error", "%flax_apply net(x, method=Net.__call__)", (NET,)),
-    Scenario(
-        "execution.idioms._error",
-        "%flax_apply net(x, method=lambda net, x: net(x) + 1)",
-        (NET,),
-        check="variables['params']",
-    ),
-    Scenario("execution.idioms._error", "%flax_summary net.tabulate(jax.random.key(0), x)", (NET,)),
-    Scenario("execution.idioms._error", "%flax_apply net.make_rng('dropout')", (NET,), check="dropout_key.shape == ()"),
-    Scenario("execution.idioms._error", "%flax_apply Net(x, mutable=True)", (FIXED,)),
-    Scenario("execution.idioms._error", "%flax_init Net.clone(name='other')", (FIXED,)),
+    Scenario(IDIOM, f"{SESSION}\nsession.apply('net', x, rngs={{}})", (NET,), ("x",)),
+    Scenario(IDIOM, "%flaxmodel --check 'net(x, rngs={})' net", (NET,), ("net",)),
+    Scenario(IDIOM, "variables = %flax_init net.init(jax.random.key(0), x)", (NET,)),
+    Scenario(IDIOM, "%flax_apply Net(x, mutable=True)", (FIXED,)),
+    Scenario(IDIOM, "%flax_init Net.clone(name='other')", (FIXED,)),
     # -- in a function that JAX traces
     traced(LOSS, "%flax_apply -q net(x)", (NET, INIT), check="grads['params']['Dense_0']['bias'].any()"),
-    traced(
-        LOSS,
-        "%flax_apply -q --train Net(x)",
-        (SWITCHED, "variables = %flax_init Net(x)"),
-        mended=LOSS.replace("y =", "y, updates ="),
-        check="grads['params']['BatchNorm_0']['bias'].any()",
-    ),
+    traced(LOSS, "%flax_apply -q --train Net(x)", (SWITCHED, "variables = %flax_init Net(x)"),
+           mended=LOSS.replace("y =", "y, updates ="), check="grads['params']['BatchNorm_0']['bias'].any()"),
     traced(ROWS, "%flax_apply -q net(row)", (NET,), ("x",), check="rows.shape == (3, 4, 2)"),
     traced(MADE, "%flax_init -q net(x)", (NET,), check="variables['params']['Dense_0']['bias'].shape == (2,)"),
-    Scenario(
-        "execution.surroundings._error",
-        NOISY.replace("{}", "%flax_key noise"),
-        use=lambda advice: f"{advice}\n{NOISY.replace('{}', 'noise_key')}",
-        check="(noisy != x).all()",
-    ),
+    Scenario(TRACED, NOISY.replace("{}", "%flax_key noise"),
+             use=lambda advice: f"{advice}\n{NOISY.replace('{}', 'noise_key')}", check="(noisy != x).all()"),
     traced(OWN_LOSS, "%flax_apply -q --train net(x)", (OWN,), check="grads.linear.bias[...].any()"),
-    traced(
-        BUILT,
-        "%flax_init -q net(x)",
-        (OWN.replace("\nnet = N(2, rngs=nnx.Rngs(0))", "\n").replace("%%flaxmodel", "%%flaxmodel net = N(2)"),),
-        mended=BUILT.replace("state = {}", "{}\n  state = nnx.state(net)"),
-        check="state.linear.bias.shape == (2,)",
-    ),
-    Scenario(
-        "execution.surroundings._error",
-        "@jax.jit\ndef step(v):\n  %flax_vars net = v\n  return v\nvariables = step(variables)",
-        (NET, INIT),
-        ("variables",),
-    ),
+    traced(BUILT, "%flax_init -q net(x)",
+           (OWN.replace("\nnet = N(2, rngs=nnx.Rngs(0))", "\n").replace("%%flaxmodel", "%%flaxmodel net = N(2)"),),
+           mended=BUILT.replace("state = {}", "{}\n  state = nnx.state(net)"), check="state.linear.bias.shape == (2,)"),
+    Scenario(TRACED, "@jax.jit\ndef step(v):\n  %flax_vars net = v\n  return v\nvariables = step(variables)",
+             (NET, INIT), ("variables",)),
     traced(MADE, "%flax_init -q Net(x)", (FIXED,), check="variables == {}"),
     traced(MADE, "%flax_apply -q --train N(x)", (OWN_CLASS,), check="variables.shape == (3, 4, 2)"),
     # -- sharp bits
-    Scenario(
-        "execution.notes.with_notes_of_output",
-        "%flax_apply net(x)",
-        (INITIALISED.format("jax.nn.initializers.ones").replace("(x)\n", "(x - x) / 0\n"),),
-        stops="FloatingPointError",
-    ),
+    Scenario("execution.notes.with_notes_of_output", "%flax_apply net(x)",
+             (INITIALISED.format("jax.nn.initializers.ones").replace("(x)\n", "(x - x) / 0\n"),),
+             stops="FloatingPointError"),
     Scenario("execution.notes._wrong_mode", "%flax_apply --train Net(x)", (FIXED,), edit=put("deterministic=True")),
-    Scenario(
-        "execution.notes.of_params",
-        "%flax_init net(x);",
-        (INITIALISED.format("jax.nn.initializers.constant(jnp.nan)"),),
-        edit=put("kernel_init=jax.nn.initializers.constant(jnp.nan)"),
-    ),
-    Scenario(
-        "execution.notes.of_params",
-        "%flax_init net(x);",
-        (INITIALISED.format("jax.nn.initializers.zeros"),),
-        edit=put("kernel_init=jax.nn.initializers.zeros"),
+    *(
+        Scenario(PARAMS, "%flax_init net(x);", (INITIALISED.format(zero),), edit=put(f"kernel_init={zero}"))
+        for zero in ("jax.nn.initializers.constant(jnp.nan)", "jax.nn.initializers.zeros")
     ),
     Scenario("execution.notes.of_scalars", "%flax_apply net(x, 2.0);", (SCALED, "%flax_apply net(x, jnp.float32(2));")),
     Scenario("execution.notes.of_unused", "%flax_apply net(x, noise=jax.random.key(5));", (UNUSED.format("=None"),)),
-    Scenario(
-        "execution.notes.of_unused",
-        "%flax_apply net(x, jax.random.key(5));",
-        (UNUSED.format(""),),
-        edit=lambda cell, advice: cell.replace("(x)\n", f"(x + {advice.replace('…', 'x.shape')})\n"),
-    ),
+    Scenario("execution.notes.of_unused", "%flax_apply net(x, jax.random.key(5));", (UNUSED.format(""),),
+             edit=put("(x)\n", "(x + {})\n", "x.shape")),
     Scenario("execution.notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
-    Scenario("execution.notes.of_keys", "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
-    Scenario("execution.notes.of_keys", "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
-    Scenario(
-        "execution.notes.of_keys",
-        "%flax_apply net(x, key);",
-        (KEYED, "key = jax.random.key(5)\n%flax_apply net(x, key);"),
-    ),
+    Scenario(KEYS, "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
+    Scenario(KEYS, "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
+    Scenario(KEYS, "%flax_apply net(x, key);", (KEYED, "key = jax.random.key(5)\n%flax_apply net(x, key);")),
     Scenario("execution.notes.outdated_own", "%flax_apply net(x);", (OWN, OWN_EDITED), after=OWN_EDITED, again=True),
-    Scenario("compile.reasons.of_programs", "%flax_apply net(x[:1]);", (NET, RAN, "%flax_apply -q net(x[:2]);")),
-    Scenario(
-        "compile.reasons.of_programs",
-        "%flax_apply net(x[0, 0]);",
-        (NET, RAN, "%flax_apply -q net(x[0, :1]);"),
-        ("(1, 4)",),
-    ),
-    Scenario(
-        "compile.reasons.of_programs",
-        "for n in (1, 2, 3):\n  %flax_apply net(x, n);",
-        (LOOP.format("for _ in range(n):\n      x = x + 1"),),
-        edit=lambda cell, advice: LOOP.format("x = jax.lax.fori_loop(0, n, lambda _, y: y + 1, x)"),
-    ),
+    Scenario(PROGRAMS, "%flax_apply net(x[:1]);", (NET, RAN, "%flax_apply -q net(x[:2]);")),
+    Scenario(PROGRAMS, "%flax_apply net(x[0, 0]);", (NET, RAN, "%flax_apply -q net(x[0, :1]);"), ("(1, 4)",)),
+    Scenario(PROGRAMS, "for n in (1, 2, 3):\n  %flax_apply net(x, n);",
+             (LOOP.format("for _ in range(n):\n      x = x + 1"),),
+             edit=lambda cell, advice: LOOP.format("x = jax.lax.fori_loop(0, n, lambda _, y: y + 1, x)")),
     # -- keys, files, history
     Scenario("notebook.magics.flax", "%flax nothing"),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),
@@ -557,74 +414,33 @@ SCENARIOS = [
     Scenario("notebook.status.restarted", "%flax_key --seed 0", (NET, RAN)),
     Scenario("notebook.magics.flax_save", "%flax_save --autosave off b", (NET, RAN)),
     Scenario("base.files.checked_target", "%flax_save none/a", (NET, RAN), again=True),
-    Scenario(
-        "snapshot.view._not_replaced",
-        "%flax_save --autosave a",
-        (NET, RAN, "%flax_save -q a", NEW_SESSION),
-        after="%flax_save --autosave off",
-    ),
-    Scenario(
-        "snapshot.view.autosave_failed",
-        "%flax_init net(x);\nsession.autosaving.flush()\n%flax",
-        (NET, SESSION, "%flax_save -q --autosave a", "import os\nos.remove('a')\nos.mkdir('a')"),
-        after="%flax_init net(x);\n%flax",
-    ),
-    Scenario(
-        "snapshot.format._json_in",
-        "%flax_load a.safetensors",
-        (
-            "import safetensors.numpy, numpy as np\nsafetensors.numpy.save_file({'a': np.ones(2)}, 'a.safetensors')",
-            "del safetensors",
-        ),
-        check="arrays['a'].tolist() == [1, 1]",
-    ),
+    Scenario("snapshot.view._not_replaced", "%flax_save --autosave a", SAVED, after="%flax_save --autosave off"),
+    Scenario("snapshot.view.autosave_failed", "%flax_init net(x);\nsession.autosaving.flush()\n%flax",
+             (NET, SESSION, "%flax_save -q --autosave a", "import os\nos.remove('a')\nos.mkdir('a')"),
+             after="%flax_init net(x);\n%flax"),
+    Scenario("snapshot.format._json_in", "%flax_load a.safetensors",
+             ("import safetensors.numpy, numpy as np\nsafetensors.numpy.save_file({'a': np.ones(2)}, 'a.safetensors')",
+              "del safetensors"), check="arrays['a'].tolist() == [1, 1]"),
     Scenario("snapshot.format._json_in", "%flax_load a", (NET, RAN, "%flax_save -q a", FAKE_PIP, UPGRADED), again=True),
-    Scenario(
-        "history.replay._again",
-        "%flax_replay 1",
-        (NET, RAN, "%flax_save -q a", NEW_SESSION, "del net, first", NET, "%flax_load -q a"),
-        ("x",),
-    ),
-    Scenario(
-        "history.replay._again",
-        "%flax_replay 1",
-        (NET, "%config FlaxMagics.replay_bytes = 0", RAN + "\ndel first"),
-        after="%flax_apply -q net(x);\n%flax_replay 2",
-    ),
-    Scenario(
-        "history.table.notice_of",
-        "%flax_replay 1",
-        (NET, f"{SESSION}\nsession.apply('net', x)\nNone"),
-        ("net(x)",),
-        after="%flax_replay run",
-    ),
+    Scenario("history.replay._again", "%flax_replay 1", (*SAVED, "del net, first", NET, "%flax_load -q a"), ("x",)),
+    Scenario("history.replay._again", "%flax_replay 1",
+             (NET, "%config FlaxMagics.replay_bytes = 0", RAN + "\ndel first"),
+             after="%flax_apply -q net(x);\n%flax_replay 2"),
+    Scenario("history.table.notice_of", "%flax_replay 1", (NET, f"{SESSION}\nsession.apply('net', x)\nNone"),
+             ("net(x)",), after="%flax_replay run"),
     Scenario("notebook.magics.flax_export", "%flax_export --cell a.py", (NET, RAN)),
     Scenario("export.__init__.write", "%flax_export a.txt", (NET, RAN)),
     Scenario("export.__init__.write", "%flax_export a.py", (NET, RAN, "import os; os.mkdir('a.py')")),
     Scenario("export.__init__.write", "%flax_export none/a.py", (NET, RAN), again=True),
-    Scenario(
-        "export.__init__._check",
-        "%flax_export a.py",
-        (NET, RAN, "with open('a.py', 'w') as file:\n  file.write('mine')"),
-        again=True,
-    ),
+    Scenario("export.__init__._check", "%flax_export a.py",
+             (NET, RAN, "with open('a.py', 'w') as file:\n  file.write('mine')"), again=True),
     # -- the command line
-    Scenario(
-        "verify.report.text",
-        lambda: verify(VERIFY),
-        paste=verify,
-        patch=lambda m: m.setattr(command, "executed", ran_here),
-    ),
-    Scenario(
-        "verify.notebooks.check_installed",
-        lambda: verify(VERIFY),
-        paste=install,
-        patch=lambda m: [
-            m.setattr(command, "executed", ran_here),
-            m.setattr(notebooks, "_NEEDED", ("no_such_package",)),
-        ],
-    ),
-]
+    Scenario("verify.report.text", lambda: verify(VERIFY), paste=verify,
+             patch=lambda m: m.setattr(command, "executed", ran_here)),
+    Scenario("verify.notebooks.check_installed", lambda: verify(VERIFY), paste=install,
+             patch=lambda m: [m.setattr(command, "executed", ran_here),
+                              m.setattr(notebooks, "_NEEDED", ("no_such_package",))]),
+]  # fmt: skip
 SCENARIOS = [scenario for scenario in SCENARIOS if scenario is not None]
 IDS = [f"{n} {scenario.place}" for n, scenario in enumerate(SCENARIOS)]
 

@@ -1,10 +1,31 @@
-"""Nobody imports what only the other half of Flax needs."""
+"""What is imported when: nobody waits for, or imports, what only another part of the package or of Flax needs."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import textwrap
+
+
+def printed(script: str, *options: str) -> str:
+    """What a script prints in a process of its own."""
+    command = [sys.executable, *options, "-c", textwrap.dedent(script)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_package_and_what_reads_the_command_line_import_neither_jax_nor_flax_nor_ipython():
+    script = """
+        import sys
+        import flax_magics.line.options, flax_magics.line.call, flax_magics.notebook.run_cell
+        import flax_magics.notebook.tracebacks, flax_magics.notebook.completion
+        print(sorted({"jax", "jaxlib", "flax", "optax", "numpy", "IPython"} & set(sys.modules)))
+    """
+    assert printed(script, "-W", "error") == "[]\n"
+
+
+def test_the_names_that_need_jax_import_it_when_they_are_asked_for():
+    script = "import flax_magics; print(flax_magics.Session(seed=3).seed, flax_magics.Run.__name__)"
+    assert printed(script, "-W", "error") == "3 Run\n"
 
 
 def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
@@ -16,8 +37,7 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
         shell.run_line_magic("load_ext", "flax_magics")
         print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - {"flax_magics", "IPython"}))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) <= {"_blake2", "_hashlib", "bdb", "hashlib"}
+    assert set(printed(script).split()) <= {"_blake2", "_hashlib", "bdb", "hashlib"}
 
 
 def test_a_run_of_a_linen_model_imports_nothing_of_nnx():
@@ -39,6 +59,5 @@ def test_a_run_of_a_linen_model_imports_nothing_of_nnx():
           session.apply("net", jnp.ones((rows, 4)))
         print(before, "flax.nnx" in sys.modules)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    before, after = done.stdout.split()
+    before, after = printed(script).split()
     assert after == before

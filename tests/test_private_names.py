@@ -103,15 +103,8 @@ def staging() -> Any:
         (lambda: {name for _, name in private.nnx_stacks()} <= set(private.NNX_STACKS), True),
     ],
     ids=[
-        *(
-            "trace_state_clean",
-            "trace_context",
-            "trace_context_names",
-            "mesh",
-            "apply_primitive",
-            "register_exclusion",
-            "custom_staging_rules",
-        ),
+        *("trace_state_clean", "trace_context", "trace_context_names", "mesh", "apply_primitive"),
+        *("register_exclusion", "custom_staging_rules"),
         *("FrozenDict._dict", "flags, interceptors and rules", "NNX's stacks"),
     ],
 )

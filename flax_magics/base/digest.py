@@ -180,8 +180,9 @@ def has_nan(tree: PyTree) -> bool:
     leaves = [tree] if isinstance(tree, jax.Array) else jax.tree_util.tree_leaves(tree)
     for leaf in leaves:
         if _is_inexact(leaf):
-            for part in _parts(leaf):
-                least = np.minimum.reduce(part)  # NaN if any element is; three times as fast as `isnan` on small arrays
+            for chunk in _chunks(leaf):
+                # NaN if any element is; three times as fast as `isnan` on small arrays.
+                least = np.minimum.reduce(chunk)
                 if least != least:
                     return True
     return False
@@ -199,13 +200,13 @@ def _is_inexact(leaf: Leaf) -> bool:
     return bool(getattr(leaf, "is_fully_addressable", True))
 
 
-def _parts(leaf: Leaf) -> Iterator[HostArray]:
+def _chunks(leaf: Leaf) -> Iterator[HostArray]:
     """The elements of an array in chunks of `CHUNK`, in a dtype that NumPy computes with natively."""
     flat = np.asarray(leaf).reshape(-1)
     for start in range(0, flat.size, CHUNK):
-        part = flat[start : start + CHUNK]
+        chunk = flat[start : start + CHUNK]
         # float32 holds every bfloat16, float16 and float8 number exactly.
-        yield part if part.dtype.kind in "fc" and part.dtype.itemsize > 2 else part.astype(np.float32)
+        yield chunk if chunk.dtype.kind in "fc" and chunk.dtype.itemsize > 2 else chunk.astype(np.float32)
 
 
 def _values(path: str, leaf: Leaf) -> Values:
@@ -213,19 +214,19 @@ def _values(path: str, leaf: Leaf) -> Values:
     nan = inf = finite = size = 0
     total, least, most = 0.0, np.inf, -np.inf
     ordered = True
-    for part in _parts(leaf):
-        size += part.size
-        ordered = part.dtype.kind == "f"
-        is_finite = np.isfinite(part)
+    for chunk in _chunks(leaf):
+        size += chunk.size
+        ordered = chunk.dtype.kind == "f"
+        is_finite = np.isfinite(chunk)
         good = int(is_finite.sum())
-        if good < part.size:
-            missing = int(np.isnan(part).sum())
-            nan, inf = nan + missing, inf + part.size - good - missing
-            part = part[is_finite]
+        if good < chunk.size:
+            missing = int(np.isnan(chunk).sum())
+            nan, inf = nan + missing, inf + chunk.size - good - missing
+            chunk = chunk[is_finite]
         if good and ordered:
             finite += good
-            total += float(part.sum(dtype=np.float64))  # in float32 the mean of a large array loses digits
-            least, most = min(least, float(part.min())), max(most, float(part.max()))
+            total += float(chunk.sum(dtype=np.float64))  # in float32 the mean of a large array loses digits
+            least, most = min(least, float(chunk.min())), max(most, float(chunk.max()))
     if not finite:
         return Values(path, size, nan, inf, None, None, None)
     return Values(path, size, nan, inf, least, most, total / finite)
@@ -399,8 +400,8 @@ def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):  # inf - inf and NaN would warn
         apart = np.abs(one[differ].astype(wide) - other[differ].astype(wide))
-    largest = float(apart.max())  # NaN if any is
-    return Difference(path, count, one.size, largest, largest_ulp(one[differ], other[differ]))
+    # The largest is NaN if any is.
+    return Difference(path, count, one.size, float(apart.max()), largest_ulp(one[differ], other[differ]))
 
 
 def _bits(array: HostArray) -> HostArray:

@@ -38,9 +38,9 @@ def at_once(assignments: Iterable[Assignment]) -> None:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Defers Ctrl-C during the block and delivers it afterwards. On other threads than the main one it does nothing."""
-    before = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
     # Only the main thread gets signals. A handler that is no callable ignores SIGINT, or was set outside of Python.
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
     signals: list[tuple[int, FrameType | None]] = []
@@ -48,9 +48,9 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
         if signals:
-            before(*signals[0])
+            handler(*signals[0])
 
 
 Future: TypeAlias = "concurrent.futures.Future[Any]"

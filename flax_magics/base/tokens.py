@@ -1,14 +1,15 @@
 """A tokenizer for Python text that may be incomplete: its strings, brackets and comments, and carets for messages.
 
 `tokenize` raises on an open bracket, and `ast` needs complete code. A command line has text after the code, and a cell
-that is being typed has no end yet.
+that is being typed has no end yet. `statements` parses text that is complete.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 # The order counts: a closed string before the lone quote that opens an unclosed one, and triple quotes before single.
@@ -124,9 +125,9 @@ def point_at(text: str, position: int) -> str:
     # A tab has another width on each screen, and control characters move the terminal's cursor.
     line = re.sub(r"[\x00-\x1f\x7f]", " ", text[start:] if end < 0 else text[start:end])
     indent = len(line) - len(line.lstrip())
-    before = line[indent : position - start]
+    left = line[indent : position - start]
     # East Asian wide characters take two columns each.
-    columns = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in before)
+    columns = sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in left)
     return f"{line.strip()}\n{' ' * columns}^"
 
 
@@ -135,4 +136,18 @@ def index_of(text: str, line: int, column: int) -> int:
     lines = text.split("\n")  # not `splitlines`, which also splits at form feeds and other separators
     line = min(max(line, 1), len(lines))
     here = lines[line - 1].encode()[: max(column, 0)].decode(errors="ignore")
-    return sum(len(before) + 1 for before in lines[: line - 1]) + len(here)
+    return sum(len(above) + 1 for above in lines[: line - 1]) + len(here)
+
+
+def statements(text: str, transform: Callable[[str], str] = str) -> list[ast.stmt]:
+    """The statements of a text, which `transform` first turns into Python; empty where it does not parse."""
+    try:
+        return ast.parse(transform(text)).body
+    except (SyntaxError, ValueError):
+        return []
+
+
+def variable_name(class_name: str) -> str:
+    """A variable name for a class: `MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`; never its own name."""
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[^_])(?=[A-Z][a-z])", "_", class_name).lower()
+    return name if name != class_name else f"{name}_model"

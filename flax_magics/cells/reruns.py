@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct
 
+from ..base.tokens import statements
 from .journal import FRESH, ExecutedCell
 from .names import assigned_names
 
@@ -178,20 +179,12 @@ class _Bindings:
 def _going_on(text: str, transform: Transform) -> set[str]:
     """The names that a cell reads before it binds them, as in `x = x + 1`: another execution gives another value."""
     read, bound = set[str](), set[str]()
-    for statement in _statements(text, transform):
+    for statement in statements(text, transform):
         names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
         updated = statement.target if isinstance(statement, ast.AugAssign) else None
         read |= {name.id for name in names if isinstance(name.ctx, ast.Load) or name is updated} - bound
         bound.update(assigned_names(statement))
     return read
-
-
-def _statements(text: str, transform: Transform = str) -> list[ast.stmt]:
-    """The statements of a text; empty where it does not parse."""
-    try:
-        return ast.parse(transform(text)).body
-    except (SyntaxError, ValueError):
-        return []
 
 
 def _unchanged(one: ExecutedCell) -> bool:
@@ -207,7 +200,7 @@ def _used(calls: Iterable[str], text: str) -> frozenset[str]:
     """The names that the calls read; only calls written in the cell itself count, not those in functions elsewhere."""
     squeezed = "".join(text.split())
     written = [call for call in set(calls) if "".join(call.split()) in squeezed]
-    nodes = (node for call in written for statement in _statements(call) for node in ast.walk(statement))
+    nodes = (node for call in written for statement in statements(call) for node in ast.walk(statement))
     return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
 
 
@@ -223,10 +216,10 @@ def _bound(one: ExecutedCell, transform: Transform) -> frozenset[str]:
         # Bodies of other cell magics may be no Python or run elsewhere. How far a failed one got is unknown.
         text = body if re.match(r"%%(flax|time\b|capture\b)", first) and one.error is None else ""
     names.update(row.name for row in one.registered)
-    statements = _statements(text, transform)
+    nodes = statements(text, transform)
     if one.error is not None:  # only the statements above the failing line have run for sure
         names.clear()
-        statements = [each for each in statements if one.line is not None and (each.end_lineno or 0) < one.line]
-    names.update(assigned_names(ast.Module(statements, [])))
+        nodes = [each for each in nodes if one.line is not None and (each.end_lineno or 0) < one.line]
+    names.update(assigned_names(ast.Module(nodes, [])))
     # An unchanged model keeps the registered object: its name was not rebound.
     return frozenset(names - {row.name for row in one.registered if row.state == "unchanged"})

@@ -127,7 +127,7 @@ class _Digest:
         if not self._label(kind, value):
             return
         self.guards.note(kind, value)
-        for edge, name, part in parts_of(value, kind):
+        for edge, name, inner in parts_of(value, kind):
             # "owner" is a method's class, which was visited before the method; `parent` is None on an unbound module.
             is_hidden = edge == "attribute" and kind == "object" and (name.startswith("_") or name in OF_LINEN)
             if edge == "owner" or (edge == "field" and name == "parent") or is_hidden:
@@ -136,10 +136,10 @@ class _Digest:
                 self.visit(name)
             elif edge not in ("item", "inner"):
                 self.tag(edge, name)
-            if edge == "field" and part is MISSING:  # a slot or a class default, which no guard of `__dict__` covers
+            if edge == "field" and inner is MISSING:  # a slot or a class default, which no guard of `__dict__` covers
                 self.guards.attribute(value, name)
-                part = getattr(value, name, MISSING)
-            self.visit(part)
+                inner = getattr(value, name, MISSING)
+            self.visit(inner)
 
     def _label(self, kind: Kind, value: Any) -> bool:
         """Hashes `value` itself; returns whether its parts count, too. What a library defines is known by its name."""

@@ -79,23 +79,23 @@ def changes(old: Inventory, new: Inventory) -> list[str]:
     """
     values, code, others, layers = list[str](), list[str](), list[str](), list[str]()
     for name, piece in new.items():
-        before = old.get(name)
-        if before is None:
+        old_piece = old.get(name)
+        if old_piece is None:
             others += [f"{_spell(name, piece)}: not there before"] * (piece.kind != "layer")
-        elif before.print == piece.print:
+        elif old_piece.print == piece.print:
             continue
-        elif piece.kind != before.kind:
-            code.append(f"{_spell(name, before)} became {_spell(name, piece)}")
+        elif piece.kind != old_piece.kind:
+            code.append(f"{_spell(name, old_piece)} became {_spell(name, piece)}")
         elif piece.kind == "function":
             code.append(f"{name}() was redefined")
         elif piece.kind == "method":
             code.append(f"{name} was edited")
         elif piece.kind == "class":
-            code.insert(0, f"{name or 'the model'}: {before.text} → {piece.text}")
-        elif before.text == piece.text:
+            code.insert(0, f"{name or 'the model'}: {old_piece.text} → {piece.text}")
+        elif old_piece.text == piece.text:
             values.append(f"{name}: other values")
         else:
-            (layers if piece.kind == "layer" else values).append(f"{name}: {before.text} → {piece.text}")
+            (layers if piece.kind == "layer" else values).append(f"{name}: {old_piece.text} → {piece.text}")
     gone = {name: piece for name, piece in old.items() if name not in new and piece.kind != "layer"}
     others += [f"{_spell(name, piece)}: there before" for name, piece in gone.items()]
     return [*values, *code] or others or layers
@@ -267,8 +267,7 @@ def source_of(module: object) -> str:
 
     Empty where there is no source, as in a plain Python prompt.
     """
-    texts = dict.fromkeys(map(_text, _classes(module)))
-    return "\n\n".join(filter(None, texts))[:LIMIT]
+    return "\n\n".join(filter(None, dict.fromkeys(map(_text, _classes(module)))))[:LIMIT]
 
 
 def _classes(module: object) -> list[type]:

@@ -27,7 +27,7 @@ from ..base.digest import count_parameters, data_of, is_key, weakly_typed
 from ..base.private import is_in_mesh, staging_of
 from ..base.threads import Future, wait_for
 from ..base.types import Leaf, PyTree
-from ..models.base import Model, Updates, Variables
+from ..models.base import ModelWithInit, Updates, Variables
 from ..models.calls import Args, Kwargs, Path
 from ..rng.keys import THREEFRY, Draw, as_key, is_on_host, shape_of_key, threefry
 from ..run import InitStats
@@ -89,12 +89,11 @@ class TracedInit(Struct, frozen=True, dict=True):
         return hasher.hexdigest()
 
 
-def trace_init(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> TracedInit:
+def trace_init(model: ModelWithInit, key: Key, method: Path, args: Args, kwargs: Kwargs) -> TracedInit:
     """Traces `module.init` abstractly; nothing is computed. `key`, `args` and `kwargs` may hold arrays or shapes.
 
     Lets through what the model raises, and JAX's tracer errors where the model looks at values.
     """
-    assert not model.holds_variables  # an NNX module is initialised when it is built
     leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
     dynamic = [leaf for leaf in leaves if is_array(leaf)]
     variables: PyTree = None
@@ -194,9 +193,8 @@ class Initialising:
     """
 
     def __init__(
-        self, model: Model, method: Path, args: Args, kwargs: Kwargs, *, draw: Draw, units: Units, taken: bool = False
+        self, model: ModelWithInit, method: Path, args: Args, kwargs: Kwargs, *, draw: Draw, units: Units, taken: bool
     ) -> None:
-        assert not model.holds_variables  # an NNX module is initialised when it is built
         self._model = model
         self._call = method, args, kwargs
         self._draw, self._taken = draw, taken
@@ -338,7 +336,7 @@ class InitRecord(Struct, frozen=True):
         return None if self.traced is None else self.traced.digest
 
 
-def initialised(model: Model, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
+def initialised(model: ModelWithInit, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
     """The record that an init of `model` would have, by an abstract trace; `args` and `kwargs` may hold shapes."""
     traced: TracedInit | None = None
     with contextlib.suppress(jax.errors.JAXTypeError):  # the init looks at values

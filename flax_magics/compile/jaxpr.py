@@ -75,9 +75,9 @@ class _Writer:
 
     def seen(self, thing: object) -> bool:
         """Writes a number for this very object; returns whether it was written before."""
-        before = id(thing) in self._once
+        is_known = id(thing) in self._once
         self.word(self._once.setdefault(id(thing), len(self._once)))
-        return before
+        return is_known
 
     def value(self, value: object) -> None:
         """Writes a value of a JAX class by its number in `values`, which become part of the identity."""

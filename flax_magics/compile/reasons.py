@@ -126,17 +126,17 @@ def explained(programs: ProgramCache, built: BuiltProgram, *, new: bool) -> Buil
       new: the call was not in the cache, so that it was traced.
     """
     request = built.request
-    last, now = programs.parts.get(request.name), ran(request.method, request.arguments, built.key)
-    programs.parts[request.name] = now
+    last_call, this_call = programs.parts.get(request.name), ran(request.method, request.arguments, built.key)
+    programs.parts[request.name] = this_call
     causes: Causes = ()
     reason = ""
     if new:
         spec, known = purpose(built.key, request), programs.purposes.get(request.name)
         if built.origin == "compiled":  # one from the disk cache is new to this process only
-            causes = compare(known, last, spec) if known else ()
+            causes = compare(known, last_call, spec) if known else ()
             reason = sentence(causes) + (f"; {RESUMED}" if built.resumed else "")
         programs.purposes.setdefault(request.name, deque(maxlen=REMEMBERED)).append(spec)
-    return replace(built, reason=reason, causes=causes, scalars=scalars(last, now))
+    return replace(built, reason=reason, causes=causes, scalars=scalars(last_call, this_call))
 
 
 def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:

@@ -9,8 +9,7 @@ import jax
 from msgspec.structs import replace
 
 from ..base.digest import bytes_of, has_nan, own
-from ..base.measures import Timing
-from ..code.walk import arrays_in
+from ..base.measures import Timing, devices_of
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..compile.limits import devices_in, with_peak
@@ -19,7 +18,7 @@ from ..errors import FlaxMagicsError
 from ..line.options import ApplyOptions
 from ..models.base import Commit
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import DrawNumber, Note, like
+from ..run import DrawNumber, Note, Run, like
 from ..state import runs
 from ..state.entry import InitRecipe, ModelEntry, Origin
 from ..state.models import replaced_by_init
@@ -28,7 +27,7 @@ from ..state.state import State
 from ..state.weights import WeightSource
 from . import notes, record
 from .build import renewed
-from .call import Call, prepare_init
+from .call import Call, initialising, prepare_init
 from .execute import ApplyRequest, Execution, execute, plain_errors
 from .notes import OUTDATED, outdated_own, with_notes_of_output
 from .plan_cache import LastRun
@@ -58,12 +57,11 @@ def apply_model(
     begin = replayed or (opened[1] if shares and opened else state.root.draw())
     draw = begin if options.draws is None else _series(state, begin, options)
     started = time.time()
-    users_model = entry.model
+    users_entry = entry
     anew = entry.rebuild_next and entry.built is not None and replayed is None and options.variables is None
     # `--fresh` marked this NNX module: it is built again in this draw, whose `params` key the run then finds used.
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
-    new_model = entry.model
     others = next((note.write or note.form for note in said if note.kind == "weights"), None)
     execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares, others=others))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
@@ -92,16 +90,16 @@ def apply_model(
         changed,
         notes=tuple(run_notes),
         started=started,
-        made=made_of(new_model.collections()) if anew and new_model.holds_variables else variables.made,
+        made=made_of(entry.nnx.collections()) if anew else variables.made,
         changed={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
-        replayed=replayed is not None,
         first=state.runs is None,
-        registered="" if name in state.models else new_model.describe(),
+        registered="" if name in state.models else entry.model.describe(),
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
         run = with_notes_of_output(run)
     write = None
-    if anew and users_model.holds_variables and new_model.holds_variables:
+    if anew:
+        users_model, new_model = users_entry.nnx, entry.nnx
         after = replace(after, model=users_model)
 
         # NNX: the updates go into the new module first; then the user's object takes over all of that module's values.
@@ -132,7 +130,7 @@ def _after(execution: Execution, changed: Iterable[str]) -> ModelEntry:
         update_counts={**entry.update_counts, **{name: entry.update_counts.get(name, 0) + 1 for name in changed}},
     )
     # An NNX module holds its variables itself: the commit writes them.
-    if changed and not bound.model.holds_variables and entry.variables is not None:
+    if changed and entry.variables is not None:
         entry = replace(entry, variables={**entry.variables, **execution.result.updates})
     return entry
 
@@ -197,7 +195,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
         if changed:
             after = replace(after or entry, update_counts={**entry.update_counts, **changed})
-        if not plan.model.holds_variables:
+        if entry.variables is not None:
             after = replace(after or entry, variables={**variables, **updates})
         last.wrote(updates)
     newest = None if state.runs is None else state.runs.kept
@@ -243,40 +241,42 @@ def init_model(
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
-    name, model, clock = entry.name, entry.model, services.clock
-    assert not model.holds_variables
-    bound = prepare_init(name, model, call)
+    name, model, clock = entry.name, entry.linen, services.clock
+    to_init, init_call = prepare_init(name, model, call)
     opened = state.find_draw(draw) or state.root.draw()
     services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):
-        variables, init_record = bound.initialising(opened, services.programs.units).finish()
+        variables, init_record = initialising(to_init, init_call, opened, services.programs.units).finish()
     seconds = clock() - start
     source = WeightSource.initialised(opened, variables)
     replaced, more = replaced_by_init(entry, limit)
-    spelling = record.facts_of_init(call, model)
-    run = record.run_of_draw(
-        "init",
-        opened,
-        variables,
+    facts = record.facts_of_init(call, model)
+    run = Run(
+        command="init",
         model=name,
+        mode="",
         call=call.text,
-        inputs=(call.args, bound.kwargs),
+        inputs=(call.args, init_call.kwargs),
+        output=variables,
+        seed=opened.seed,
+        draw=opened.number,
         keys=RunKeys.of(opened, "params"),
+        device=devices_of(variables),
         started=started,
         program="eager",
         timing=Timing(init=seconds),
         cell=call.cell,
         made=made_of(variables),
         notes=(*said, *more, *notes.of_params(variables)),
-        by_hand=model.init_by_hand(call.text, call.method, spelling.init_arguments, spelling.init_module),
+        by_hand=model.init_by_hand(call.text, call.method, facts.init_arguments, facts.init_module),
         weights=source.describe(opened.seed),
         replayed=draw is not None,
         first=state.runs is None,
         registered="" if name in state.models else model.describe(),
-        spelling=spelling,
+        spelling=facts,
     )
-    recipe = InitRecipe(entry.without_variables(), call.method, tuple(arrays_in(model.module)))
+    recipe = InitRecipe(entry.without_variables(), call.method, model.other_arrays())
     entry = replace(entry.with_variables(variables, source, init_record), replaced=replaced)
     # An init opens its draw for the model's next apply; with an earlier draw's key it opens none.
     return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if draw is not None else (name, opened))

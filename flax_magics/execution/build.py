@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping
 import jax
 from msgspec.structs import replace
 
-from ..base.measures import Timing
+from ..base.measures import Timing, devices_of
 from ..code.walk import arrays_in
 from ..compile.cache import Services
 from ..compile.initialise import made_of
@@ -28,7 +28,7 @@ from ..state.state import State, with_entry
 from ..state.weights import WeightSource
 from .call import Call
 from .execute import plain_errors
-from .record import Outcome, run_of_draw, stored_init
+from .record import Outcome, stored_init
 
 RegisterResult = tuple[State, Registration, StoredRun | None]
 """The state with the module registered, what registering did, and the run of the construction, None without one."""
@@ -120,8 +120,7 @@ def rebuild(
     opened = state.find_draw(draw) or state.root.draw()
     with plain_errors(call):
         model, run = _build_in(state, opened, name, recipe, services)
-    users_model = entry.model
-    assert users_model.holds_variables
+    users_model = entry.nnx
     replaced, notes = replaced_by_init(entry, limit)
     facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": draw is not None}
     run = replace(run, **facts, notes=notes)
@@ -143,14 +142,18 @@ def _build_in(
     # JAX computes asynchronously: without waiting, the time would be that of the dispatch.
     jax.block_until_ready(model.collections())
     seconds = clock() - start
-    run = run_of_draw(
-        "init",
-        draw,
-        model.state(),
+    variables = model.state()
+    run = Run(
+        command="init",
         model=name,
+        mode="",
         call=recipe.text,
         inputs=(recipe.args, dict(recipe.kwargs)),
+        output=variables,
+        seed=draw.seed,
+        draw=draw.number,
         keys=keys,
+        device=devices_of(variables),
         started=started,
         program="eager",
         timing=Timing(init=seconds),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -17,7 +17,7 @@ from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError, did_you_mean, written
 from ..line.expression import new_key, with_arguments, without_option
 from ..line.options import ApplyOptions
-from ..models.base import FLAX_ARGUMENTS, CallTrace, Idiom, MissingVariables, Model, Needs
+from ..models.base import FLAX_ARGUMENTS, AnyModel, CallTrace, Idiom, MissingVariables, Model, ModelWithInit, Needs
 from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, shape_of_key
@@ -25,6 +25,8 @@ from ..rng.keys import Draw, DrawBatch, shape_of_key
 if TYPE_CHECKING:
     from ..state.entry import ModelEntry
     from ..state.weights import Collections
+
+M = TypeVar("M", bound=AnyModel)
 
 
 class Call(Struct, frozen=True):
@@ -84,11 +86,6 @@ class BoundCall(Struct, frozen=True):
         """
         return self.mode if self.switch or "dropout" in record.queried else "as written"
 
-    def initialising(self, draw: Draw, units: Units, *, taken: bool = False) -> Initialising:
-        """Prepares the init that this call asks for, which `begin` or `finish` starts; `taken` as in `Draw.stream`."""
-        call = self.call
-        return Initialising(self.model, call.method, call.args, self.kwargs, draw=draw, units=units, taken=taken)
-
 
 def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
     """Sets the mode (`train`, `eval` or None: as written) and checks the arguments.
@@ -119,8 +116,12 @@ def prepare(name: str, model: Model, call: Call, mode: str | None) -> BoundCall:
     return BoundCall(model, call, kwargs, signature, tuple(switch), mode or "as written", own_rngs)
 
 
-def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
-    """Binds the call of an init: the model as written, never in training; a switch without a value means evaluation."""
+def prepare_init(name: str, model: M, call: Call) -> tuple[M, Call]:
+    """Binds the call of an init: the model as written, never in training; a switch without a value means evaluation.
+
+    Returns the model, and the call with such switches among its keywords. Raises FlaxMagicsError: the arguments do not
+    fit.
+    """
     signature = model.signature(call.method)
     written = written_in_call(signature, call.args, call.kwargs)
     kwargs = dict(call.kwargs)
@@ -131,7 +132,12 @@ def prepare_init(name: str, model: Model, call: Call) -> BoundCall:
         if key not in written and (unset or default is inspect.Parameter.empty):
             kwargs[key] = value_of(key, train=False)
     check_arguments(name, call, signature, kwargs)
-    return BoundCall(model.fields_for_init(fixed=frozenset(switches)), call, kwargs, signature, (), "init")
+    return model.fields_for_init(fixed=frozenset(switches)), replace(call, kwargs=kwargs)
+
+
+def initialising(model: ModelWithInit, call: Call, draw: Draw, units: Units, *, taken: bool = False) -> Initialising:
+    """The initialisation of what `prepare_init` gives."""
+    return Initialising(model, call.method, call.args, call.kwargs, draw=draw, units=units, taken=taken)
 
 
 def with_keys(entry: ModelEntry, call: Call, options: ApplyOptions, draw: Draw | DrawBatch) -> Call:
@@ -169,11 +175,10 @@ def request_of(
     )
 
 
-def init_shapes(name: str, model: Model, call: Call, impl: str) -> Collections:
+def init_shapes(name: str, model: ModelWithInit, call: Call, impl: str) -> Collections:
     """The shapes of the variables that an init with keys of the PRNG implementation `impl` would make."""
-    first = prepare_init(name, model, call)
-    traced = trace_init(first.model, shape_of_key(impl), call.method, call.args, first.kwargs)
-    shapes: Collections = traced.shapes
+    model, call = prepare_init(name, model, call)
+    shapes: Collections = trace_init(model, shape_of_key(impl), call.method, call.args, call.kwargs).shapes
     return shapes
 
 
@@ -184,14 +189,13 @@ def trace_shapes(entry: ModelEntry, bound: BoundCall, draw: Draw) -> TracedCall[
     """
 
     def shapes() -> Collections:
-        return init_shapes(entry.name, entry.model, bound.call, draw.impl)
+        return init_shapes(entry.name, entry.linen, bound.call, draw.impl)
 
     held = entry.held
     request = request_of(entry, bound, draw, shapes() if held is None else held, ApplyOptions())
-    # A method may need variables that the first init did not make: shapes of these are added.
-    add = None if entry.model.holds_variables else lambda held: merged(held, shapes())[0]
     try:
-        return trace_call(replace(request, noted=True), add=add)
+        # A method may need what the first init did not make.
+        return trace_call(replace(request, noted=True), add=lambda variables: merged(variables, shapes())[0])
     except MissingVariables as error:
         # Flax's own error, which the models' rooms wrapped to be caught here.
         raise error.__cause__ or error from None

@@ -26,7 +26,7 @@ from ..rng.keys import Draw, DrawBatch
 from ..run import InitStats
 from ..state.entry import ModelEntry
 from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
-from .call import BoundCall, Call, prepare, prepare_init, request_of, with_drawn_key, with_keys
+from .call import BoundCall, Call, initialising, prepare, prepare_init, request_of, with_drawn_key, with_keys
 from .plan import Plan, RunResult, StartedProgram, begin_program, finish_program, needs_by_shapes
 
 if TYPE_CHECKING:
@@ -185,25 +185,25 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     """
     entry, draw, services = request.entry, request.draw, request.services
     services.on_phase(f"initialising {entry.name}")
-    init = prepare_init(entry.name, entry.model, request.bound.call)
+    model, init_call = prepare_init(entry.name, entry.linen, request.bound.call)
     since = services.clock()
     # If edits dropped the variables that used this draw's `params` key, the new init gets another key.
-    initialising = init.initialising(draw.first, services.programs.units, taken=request.params_taken)
+    init = initialising(model, init_call, draw.first, services.programs.units, taken=request.params_taken)
     program: StartedProgram | None = None
-    if initialising.expected is not None and not request.op_by_op:
+    if init.expected is not None and not request.op_by_op:
         # This thread traces the run while others compile the units of the init that take longest.
-        initialising.begin()
+        init.begin()
         # With variables missing, the program is made once they were added.
         with contextlib.suppress(MissingVariables):
-            wanted = request_of(entry, request.bound, draw, initialising.expected, request.options)
+            wanted = request_of(entry, request.bound, draw, init.expected, request.options)
             program = begin_program(wanted, services, since)
         # What is left to wait for from here on counts as init.
         if isinstance(program, PendingProgram):
             since = services.clock()
         # The run's program takes longest to compile, so it is queued before the many small units.
-        initialising.begin(rest=True)
+        init.begin(rest=True)
         services.on_phase(f"initialising {entry.name}")
-    values, record = initialising.finish()
+    values, record = init.finish()
     seconds = services.clock() - since
     source = WeightSource.initialised(draw.first, values)
     entry, weights = entry.with_variables(values, source, record), source.describe(draw.first.seed)
@@ -221,10 +221,9 @@ def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVa
         raise error.__cause__ or error
     first = request.draw.first
     key = entry.init.key if entry.init is not None else first.stream("params", taken=variables.taken)
-    init = prepare_init(entry.name, entry.model, call)
-    assert not init.model.holds_variables  # an NNX module always has all of its variables
+    model, init_call = prepare_init(entry.name, entry.linen, call)
     begin = clock()
-    fresh = jax.block_until_ready(init.model.init(key, call.method, call.args, init.kwargs))
+    fresh = jax.block_until_ready(model.init(key, call.method, call.args, init_call.kwargs))
     seconds = clock() - begin
     values, added = merged(variables.values, fresh)
     if not jax.tree_util.tree_leaves(added):

@@ -158,8 +158,8 @@ class Translation(contextlib.AbstractContextManager["Translation"]):
         # The advised line has to run: a switch without a default needs a mode.
         if command.startswith((APPLY, SUMMARY)) and not {"--train", "--eval"} & set(command.split()):
             signature = self.model.signature(self.call.method)
-            given = written_in_call(signature, self.call.args[1:], self.call.kwargs)
-            missing = set(call_switches(signature)) - set(given)
+            switches = written_in_call(signature, self.call.args[1:], self.call.kwargs)
+            missing = set(call_switches(signature)) - set(switches)
             needed = any(signature.parameters[name].default is inspect.Parameter.empty for name in missing)
             command += " --eval" * needed
         lines = [f"{command} {ast.unparse(tree)}"]

@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 from msgspec import Struct
@@ -19,7 +19,6 @@ from ..base.text import join
 from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
 from ..code.library import nnx_modules
-from ..code.walk import arrays_in
 from ..compile.compiler import settings
 from ..compile.limits import cost_of, devices_in, with_peak
 from ..line.expression import positional_names, with_arguments
@@ -28,7 +27,7 @@ from ..models.base import Commit, ModelWithInit, ModelWithVariables, Needs
 from ..models.linen_trace import inside
 from ..models.switch import cloned, read_fields, setting_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import MODULE, ContainerPart, ExportFacts, HandedBack, ModeByHand, Note, Run, Settings
+from ..run import MODULE, ContainerPart, ExportFacts, HandedBack, InitStats, ModeByHand, Note, Run, Settings
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, Origin, objects_in
 from ..state.runs import StoredRun
 from .call import BoundCall, Call, prepare_init
@@ -74,7 +73,6 @@ class Applied(Struct, frozen=True):
 def recipe_of(execution: Execution) -> ApplyRecipe:
     """What a replay takes besides keys, variables and inputs. The program is held weakly."""
     request, plan, arguments = execution.request, execution.plan, execution.arguments
-    model = request.entry.model
     leaves, structure = jax.tree_util.tree_flatten(execution.built.request.variables)
     objects = objects_in(arguments.treedef, arguments.leaves, structure)
     findable = plan.program if execution.built.key is not None else None
@@ -83,7 +81,6 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
     moving = () if nnx is None else (*nnx_modules(), nnx.Variable)
     return ApplyRecipe(
         entry=request.entry.without_variables(),
-        skeleton=model.layout.skeleton if model.holds_variables else None,
         method=request.bound.call.method,
         options=dataclasses.replace(request.options, variables=None),
         taken=plan.taken and "params" in execution.result.needs.streams,
@@ -98,8 +95,7 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
         inputs=sum(map(bytes_of, arguments.leaves)),
         variables=sum(map(bytes_of, leaves)),
         written=sum(map(bytes_of, jax.tree_util.tree_leaves(execution.result.updates))),
-        # An NNX module is kept as a skeleton without arrays.
-        pinned=() if model.holds_variables else tuple(arrays_in(model.module)),
+        pinned=request.entry.model.other_arrays(),
     )
 
 
@@ -109,13 +105,19 @@ def stored_init(run: Run, recipe: InitRecipe | BuildRecipe) -> StoredRun:
     return StoredRun(run, Origin(recipe, []), size)
 
 
-def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) -> Run:
-    """The Run of an apply, from its execution.
+class ApplyFields(TypedDict):
+    """The fields of an apply's `Run` that its execution does not tell."""
 
-    Args:
-      written: collections that the run wrote.
-      fields: the fields of a `Run` that an execution does not tell.
-    """
+    notes: tuple[Note, ...]
+    started: float
+    made: InitStats | None
+    changed: Mapping[str, int]
+    first: bool
+    registered: str
+
+
+def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[ApplyFields]) -> Run:
+    """The Run of an apply, from its execution; `written` are the collections that the run wrote."""
     request, plan, built, result = execution.request, execution.plan, execution.built, execution.result
     bound, options, draw, program = request.bound, request.options, request.draw, plan.program
     arrays = result.output, result.updates, result.sown
@@ -145,48 +147,46 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Any) ->
         cell=bound.call.cell,
         by_hand=by_hand(bound, options, result.needs, {*written, *result.sown, *options.mutable}),
         weights=execution.variables.weights,
+        replayed=options.draw is not None,
         spelling=facts_of_apply(execution),
         **fields,
     )  # fmt: skip
 
 
-def run_of_draw(command: str, draw: Draw, output: PyTree, **fields: Any) -> Run:
-    """The Run of an init, a construction or a key, which call no model; `fields` are its other fields."""
-    device = devices_of(output)
-    return Run(command=command, output=output, mode="", seed=draw.seed, draw=draw.number, device=device, **fields)
-
-
 def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
     """The Run of a key that was drawn under a name; its output is the key."""
-    by_hand = "root_key, params_key, dropout_key = jax.random.split(root_key, 3)"
-    return run_of_draw(
-        "key",
-        draw,
-        draw.stream(name),
+    key = draw.stream(name)
+    return Run(
+        command="key",
         model=None,
+        mode="",
         call=name,
         inputs=((), {}),
+        output=key,
+        seed=draw.seed,
+        draw=draw.number,
         keys=RunKeys.of(draw, name),
+        device=devices_of(key),
         started=time.time(),
         cell=cell,
-        by_hand=by_hand,
+        by_hand="root_key, params_key, dropout_key = jax.random.split(root_key, 3)",
         first=first,
     )
 
 
 def facts_of_apply(execution: Execution) -> ExportFacts:
     """What an export needs to write an apply as plain Flax."""
-    bound, result, registered = execution.request.bound, execution.result, execution.variables.entry.model
-    call, model = bound.call, bound.model
+    bound, result, entry = execution.request.bound, execution.result, execution.variables.entry
+    call, model, registered = bound.call, bound.model, entry.model
     parameters = tuple(positional_names(bound.signature, len(call.args)))
     static = frozenset(name for name, _ in execution.arguments.static)
     passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     arguments = _added(bound.kwargs, call.kwargs)
     init = ExportFacts() if registered.holds_variables else ExportFacts(init_streams=registered.init_streams)
-    if execution.variables.made is not None and not registered.holds_variables:
+    if execution.variables.made is not None:
         # The init gets the keys of `--key`, but no switch that the run's mode added.
         kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init = facts_of_init(replace(call, kwargs=kwargs), registered)
+        init = facts_of_init(replace(call, kwargs=kwargs), entry.linen)
     facts = replace(
         init,
         parameters=parameters,
@@ -200,13 +200,13 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
         returns=_returns(result.output),
         code=registered.code(),
     )
-    if model.holds_variables and registered.holds_variables:
+    if model.holds_variables:
         return replace(
             facts,
             nnx=True,
             held=model.layout.tags,
             handed=bool(model.supplied_arguments()),
-            mode=None if bound.mode == "as written" else _mode(registered, bound.mode == "train"),
+            mode=None if bound.mode == "as written" else _mode(entry.nnx, bound.mode == "train"),
             given=tuple(_given(execution, model)),
         )
     module = MODULE
@@ -228,10 +228,10 @@ def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
 
 def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:
     """What an export needs to write the init of a linen model as plain Flax."""
-    init = prepare_init("", model, call)
-    before, after = read_fields(model.module), read_fields(init.model.module)
-    module = cloned(MODULE, model.module, map(setting_of, after) if before != after else ())
-    arguments = _added(init.kwargs, call.kwargs)
+    to_init, init_call = prepare_init("", model, call)
+    as_written, switches = read_fields(model.module), read_fields(to_init.module)
+    module = cloned(MODULE, model.module, map(setting_of, switches) if as_written != switches else ())
+    arguments = _added(init_call.kwargs, call.kwargs)
     return ExportFacts(init_arguments=arguments, init_module=module, init_streams=model.init_streams)
 
 

@@ -27,11 +27,11 @@ from msgspec import Struct
 
 from ..base.files import replace_file
 from ..base.text import plural
+from ..base.tokens import variable_name
 from ..cells.journal import ExecutedCell, NotebookCells
 from ..cells.names import Free, binds, mentioned, reads
 from ..errors import FlaxMagicsError
 from ..models.base import Model
-from ..models.construction import variable_name
 from ..report.text import Notice
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry
@@ -91,8 +91,7 @@ def export_session(
     for cell_run in cell_runs:
         script.cell(cell_run)
     written = sum(any(map(any, (lines.text for lines in block))) for block in script.blocks)
-    text = script.finished(title, sources)
-    return Exported(text, written, len(runs), tuple(context.unexported))
+    return Exported(script.finished(title, sources), written, len(runs), tuple(context.unexported))
 
 
 def _model(

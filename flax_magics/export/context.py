@@ -178,8 +178,8 @@ class ScriptContext:
 
     def is_conditional(self, site: CommandSite) -> bool:
         """Whether only some runs of a command initialised, so that the script must test for variables."""
-        made = [initialises(self.groups.runs[index]) for index in self.groups.of_site(site)]
-        return bool(site.path) and any(made) and (len(made) == 1 or not all(made))
+        inits = [initialises(self.groups.runs[index]) for index in self.groups.of_site(site)]
+        return bool(site.path) and any(inits) and (len(inits) == 1 or not all(inits))
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
         """Records runs that have no lines: the script no longer has the variables that they made or changed."""

@@ -179,15 +179,15 @@ class Edit:
             self._replace(statement, [])
             return False
         if isinstance(statement, ast.Import):
-            kept = [alias for alias in statement.names if alias.name.partition(".")[0] != "flax_magics"]
+            others = [alias for alias in statement.names if alias.name.partition(".")[0] != "flax_magics"]
         else:
-            kept = [] if "flax_magics" in imported(statement) else statement.names
-        gone = [alias for alias in statement.names if alias not in kept]
+            others = [] if "flax_magics" in imported(statement) else statement.names
+        ours = [alias for alias in statement.names if alias not in others]
         names.bind(binds(statement))
-        names.lose(((alias.asname or alias.name).partition(".")[0] for alias in gone), FROM_PACKAGE)
-        if gone:
-            self._replace(statement, [self._indent(statement) + ast.unparse(ast.Import(kept))] if kept else [])
-        return bool(kept)
+        names.lose(((alias.asname or alias.name).partition(".")[0] for alias in ours), FROM_PACKAGE)
+        if ours:
+            self._replace(statement, [self._indent(statement) + ast.unparse(ast.Import(others))] if others else [])
+        return bool(others)
 
     def _leave_out(self, statement: ast.stmt, reason: CannotSay) -> bool:
         """Replaces `statement` by a comment; the names that it would assign have no value from here on."""

@@ -96,10 +96,10 @@ def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: It
             arguments.outside.append(f"{name}{text}")
             continue
         leaf = next(positional) if name is None else name
-        part = containers.get(leaf) or ContainerPart("choice" if leaf in facts.static else "data")
+        container = containers.get(leaf) or ContainerPart("choice" if leaf in facts.static else "data")
         # Constants such as True, None or a string are no data, however the run took them.
         constants = (object,) if leaf in facts.static else (bool, str, bytes, type(None))
-        value = text if _is_literal(text, constants) else arguments.expression(text, part, leaf)
+        value = text if _is_literal(text, constants) else arguments.expression(text, container, leaf)
         arguments.inside.append(value if name is None else f"{name}={value}")
     return arguments
 

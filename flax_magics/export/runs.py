@@ -68,24 +68,24 @@ def apply_linen(command: CommandLines) -> list[str]:
     mutable = _mutable(command)
     # What the run writes becomes part of the variables only in a plain run.
     keeps = options["variables"] is None and options["draw"] is None and options["draws"] is None
-    kept = [name for name in facts.kept if name in mutable] if keeps else []
-    if kept:
+    collections = [name for name in facts.kept if name in mutable] if keeps else []
+    if collections:
         command.context.assigned.add(model.variables)
     parts = "parts" in facts.returns
     if not mutable:
         return [*lines, *command.value_lines(value, parts=parts)]
     if not options["mutable"]:
-        updates = writer.variable("updates", "new_values") if kept else "_"
-        after = _merged(command, kept, updates)
+        updates = writer.variable("updates", "new_values") if collections else "_"
+        after = _merged(command, collections, updates)
         return [*lines, *command.value_lines(value, after=after, parts=parts, updates=updates)]
     # With `--mutable` the cell's value is (output, updates), updates having only the collections asked for.
     asked = [name for name in options["mutable"] if name in facts.mutable]
     pair = len(command.targets) == 2
-    if set(asked) == set(mutable) and (command.target or pair or not kept):
+    if set(asked) == set(mutable) and (command.target or pair or not collections):
         updates = command.targets[1] if pair else f"{command.target}[1]"
-        return [*lines, *command.value_lines(value, after=_merged(command, kept, updates), parts=pair)]
+        return [*lines, *command.value_lines(value, after=_merged(command, collections, updates), parts=pair)]
     output, updates = command.output, writer.variable("updates", "new_values")
-    lines += [f"{output}, {updates} = {value}", *_merged(command, kept, updates)]
+    lines += [f"{output}, {updates} = {value}", *_merged(command, collections, updates)]
     return [*lines, *command.pair_lines(f"{{{_picked(writer, asked, updates)}}}")]
 
 
@@ -269,13 +269,13 @@ def apply_nnx(command: CommandLines) -> list[str]:
     lines += [*_reseeded(command, keys, module), *_mode_lines(command, module)]
     value = _nnx_call(command, keys, module)
     after = _mode_lines(command, module, back=True) if module == model else []
-    kept = [f"nnx.update({model}, nnx.state({module}))"] if module != model and keeps else []
+    keep = [f"nnx.update({model}, nnx.state({module}))"] if module != model and keeps else []
     popped = f"nnx.pop({module}, nnx.Intermediate)" if facts.sown else ""
     if not options["mutable"]:
-        after += [*([popped] if popped else []), *kept]
+        after += [*([popped] if popped else []), *keep]
         return [*lines, *command.value_lines(value, after=after, parts=parts)]
     # With `--mutable` the cell's value is (output, updates).
-    lines += [f"{command.output} = {value}", *after, *kept]
+    lines += [f"{command.output} = {value}", *after, *keep]
     if popped:
         writer.needs.add("nnx")
         sown = [collection for collection in facts.given if collection.sown]

@@ -61,7 +61,7 @@ class RootKeyTracker:
 
     def after(self, statement: ExecutedStatement) -> None:
         """Moves on past the draws of a statement that was written."""
-        drawn = [made for made in statement.runs if not self.context.groups.runs[made[0]].replayed]
+        drawn = [row for row in statement.runs if not self.context.groups.runs[row[0]].replayed]
         if drawn:
             self._stand(*drawn[-1])
 

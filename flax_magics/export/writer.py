@@ -115,8 +115,8 @@ class LineWriter:
 
     def fold(self, stream: str, key: str, root: str | None = None) -> str:
         """The line that makes the key of a stream other than the split's, from the root key before it is split."""
-        made = f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08X})"
-        return f"{key} = {made}  # stream {self.text(stream)}"
+        fold = f"jax.random.fold_in({root or self.root}, 0x{stream_tag(stream):08X})"
+        return f"{key} = {fold}  # stream {self.text(stream)}"
 
     def draw(self, streams: Iterable[str] = (), *, taken: bool = False) -> list[str]:
         """The lines of one draw from the root key, for a run that uses `streams`."""

@@ -23,9 +23,10 @@ from ..code.fingerprint import fingerprint
 from ..compile.cache import Services
 from ..compile.compiler import settings
 from ..errors import FlaxMagicsError
-from ..execution.call import Call, prepare_init
+from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
+from ..models.base import ModelRecord
 from ..models.construction import adopt_built
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import COMMANDS, RELEASED, Run, like
@@ -124,7 +125,7 @@ class Replaying(Struct, frozen=True):
             return self._init(how, call, draw.first)
         variables = jax.tree_util.tree_unflatten(how.structure, origin.leaves)
         program = None if how.program is None else how.program()
-        changed = [text for text, then, now in zip(SETTINGS, how.settings, settings(), strict=True) if then != now]
+        changed = [text for text, old, new in zip(SETTINGS, how.settings, settings(), strict=True) if old != new]
         said = (*self._edited(how), *_of_inputs(how, *stored.inputs), *changed)
         if program is None or changed:  # under other settings the program may not even accept the arguments
             repeat = self._made_anew(how, variables, call, draw)
@@ -138,10 +139,9 @@ class Replaying(Struct, frozen=True):
     def _made_anew(self, how: ApplyRecipe, variables: PyTree, call: Call, draw: Draw | DrawBatch) -> Repeat:
         """Runs it with a program that is compiled again, from the model as it was."""
         entry = replace(how.entry, variables=variables)
-        if how.skeleton is not None:
-            # Only the text that describes it is left of an NNX module: the skeleton and the variables make it again.
-            written: Any = how.entry.model
-            model = adopt_built(how.skeleton.rebuild(variables), written.written)
+        record: Any = how.entry.model
+        if isinstance(record, ModelRecord):  # all that is left of an NNX module, which its variables make whole again
+            model = adopt_built(record.skeleton.rebuild(variables), record.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
         options = dataclasses.replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         # `--key` adds these to the call again.
@@ -165,10 +165,10 @@ class Replaying(Struct, frozen=True):
     def _init(self, how: InitRecipe, call: Call, draw: Draw) -> Repeat:
         name, clock, units = how.entry.name, self.services.clock, self.services.programs.units
         self.services.on_phase(f"initialising {name}")
-        bound = prepare_init(name, how.entry.model, call)
+        model, init_call = prepare_init(name, how.entry.linen, call)
         begin = clock()
         with plain_errors(call):
-            variables, _ = bound.initialising(draw, units).finish()
+            variables, _ = initialising(model, init_call, draw, units).finish()
         return Repeat(variables, {}, "eager", Timing(init=clock() - begin), self._edited(how))
 
     def _build(self, how: BuildRecipe, keys: Mapping[str, jax.Array]) -> Repeat:

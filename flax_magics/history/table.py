@@ -19,7 +19,7 @@ from ..report import facts
 from ..report.html import render, shown_bundle
 from ..report.text import Notice
 from ..rng.keys import RootKey, RunKeys, short_key
-from ..run import COMMANDS, DrawNumber, Note, Run, repr_without
+from ..run import COMMANDS, CommandName, DrawNumber, Note, Run, repr_without
 from ..state import runs
 from ..state.runs import RunLog, StoredRun
 from ..state.state import State
@@ -50,7 +50,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     Attributes:
       seed, draw: which draw of which seed.
       draws: how many it took at once, None for one.
-      command: what drew: `apply`, `init`, `key`.
+      command: what drew.
       name: the model's; for a key its stream.
       mode: as in `Run`; empty for an init or a key.
       call: as it was written.
@@ -63,7 +63,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     seed: int
     draw: int
     draws: int | None
-    command: str
+    command: CommandName
     name: str
     mode: str
     call: str
@@ -325,8 +325,7 @@ def _folds_by(row: DrawRow) -> tuple[object, ...]:
 
 def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     first, last = group[0], group[-1]
-    seed = f"{first.seed}:" if several else ""
-    draw = f"{seed}{first.draw}"
+    draw = f"{first.seed}:{first.draw}" if several else f"{first.draw}"
     if first.draw != last.last:
         # If other calls stand between, the numbers are not consecutive, and no dash may say so.
         through = last.last - first.draw < sum(row.draws or 1 for row in group)

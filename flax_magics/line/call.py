@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from ..base.tokens import ends_quietly, pieces, point_at
+from ..base.tokens import ends_quietly, pieces, point_at, statements, variable_name
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, written
 from .expression import Expression, end_of, segment, start_of
@@ -209,7 +209,7 @@ def syntax_error(text: str, error: Exception, place: str) -> FlaxMagicsError:
         reason, line, column = error.msg, error.lineno or 1, error.offset or 1
     lines = text.split("\n")
     line = min(line, len(lines))
-    position = sum(len(before) + 1 for before in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
+    position = sum(len(above) + 1 for above in lines[: line - 1]) + min(max(column - 1, 0), len(lines[line - 1]))
     return FlaxMagicsError(f"{place.format(line=line)}: {reason}", hint=point_at(text, position))
 
 
@@ -327,7 +327,7 @@ def _function_name(node: ast.expr) -> str:
 def _name_for(root: ast.expr, value: ast.expr) -> str:
     """A variable name for `value`: `my_net` for `MyNet(3)`, `a` if `root` is `nets['a']`, else `net`."""
     class_name = _function_name(value)
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_name).lower() if class_name != class_name.lower() else ""
+    name = variable_name(class_name) if class_name != class_name.lower() else ""
     if isinstance(root, ast.Subscript) and isinstance(root.slice, ast.Constant) and isinstance(root.slice.value, str):
         name = root.slice.value
     return name if name.isidentifier() and not keyword.iskeyword(name) else "net"
@@ -358,14 +358,6 @@ def plain_name(text: str, otherwise: str) -> str:
 def _is_expression(text: str) -> bool:
     body = statements(text)
     return len(body) == 1 and isinstance(body[0], ast.Expr)
-
-
-def statements(text: str) -> list[ast.stmt]:
-    """The statements of a text; empty where it does not parse."""
-    try:
-        return ast.parse(text).body
-    except (SyntaxError, ValueError):
-        return []
 
 
 def _no_assignment(text: str, statement: ast.stmt, command: str) -> FlaxMagicsError:

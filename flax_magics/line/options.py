@@ -14,10 +14,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.text import WIDTH
-from ..base.tokens import Unbalanced, pieces, point_at, token_end
+from ..base.tokens import Unbalanced, pieces, point_at, statements, token_end
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, nearest, written
-from .call import statements
 
 if TYPE_CHECKING:
     from ..run import DrawNumber

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
 
 from msgspec import Struct
 
@@ -29,7 +29,7 @@ from .switch import Layer, layer_of
 
 if TYPE_CHECKING:
     from .nnx_graph import RebuiltGraph
-    from .nnx_layout import Layout, Values
+    from .nnx_layout import Layout, Skeleton, Values
 
 Variables: TypeAlias = Mapping[str, PyTree]
 Updates: TypeAlias = dict[str, PyTree]
@@ -195,6 +195,13 @@ def check_name(owner: object, name: str) -> None:
         raise Idiom(method=name, linen=method is flaxs[0])
 
 
+class ModelRecord(Struct, frozen=True):
+    """An NNX module without its arrays. `written` is its construction, as text."""
+
+    written: str
+    skeleton: Skeleton
+
+
 class AnyModel(Protocol):
     """The part of a model's interface that linen and NNX share."""
 
@@ -225,7 +232,7 @@ class AnyModel(Protocol):
           fixed: switches that the call has as arguments; a field of the same name is left to the call.
         """
 
-    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Self:
         """The model to initialise with: as written, but a switch field without a value is set for evaluation."""
 
     def fields_as_written(self) -> tuple[str, ...]:
@@ -263,6 +270,27 @@ class AnyModel(Protocol):
           Incomplete: `ask` lacks something (raised by the returned function).
           MissingVariables: the model needs variables that do not exist (raised by the returned function).
         """
+
+    def own_variables(self, of_session: Variables | None) -> Variables | None:
+        """The variables as they are now: the module's own, or `of_session`, which the session holds in their place.
+
+        The keys and counts of random streams are the draw's to give.
+        """
+
+    def collections(self, of_session: Variables | None) -> Variables | None:
+        """`own_variables` without anything that belongs to random streams."""
+
+    def state(self, of_session: Variables | None) -> Variables | None:
+        """`own_variables` as a user reads them; what the module holds is copied, so that later runs do not change it."""
+
+    def variables_to_save(self, of_session: Variables | None) -> PyTree:
+        """The variables as a file holds them: the session's collections, or (type, path, value) of each of an NNX module."""
+
+    def other_arrays(self) -> tuple[Leaf, ...]:
+        """Arrays that the module holds besides its variables, such as those in the fields of a linen module."""
+
+    def without_arrays(self) -> Any:
+        """What a replay keeps of the model: itself, or a `ModelRecord` where it would keep the variables alive."""
 
     def module_classes(self) -> Mapping[Path, str]:
         """Path → class name of the modules that are known without a call."""
@@ -315,13 +343,13 @@ class ModelWithVariables(AnyModel, Protocol):
     def layout(self) -> Layout:
         """The module split into graph and variables, as it is now."""
 
-    def own_variables(self) -> Values:
+    def own_variables(self, of_session: Variables | None = None) -> Values:
         """The present variables by type and path, without the random keys and counts that each draw replaces."""
 
-    def collections(self) -> Values:
+    def collections(self, of_session: Variables | None = None) -> Values:
         """The present variables without anything that belongs to random streams."""
 
-    def state(self) -> PyTree:
+    def state(self, of_session: Variables | None = None) -> Variables:
         """`nnx.state` of the module with copied variables, which later runs do not change."""
 
     def read_state(self, name: str, value: object) -> Values:

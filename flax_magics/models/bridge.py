@@ -89,9 +89,9 @@ def initialising(streams: set[str]) -> Iterator[None]:
 def _written(outer: wrappers.ToLinen, module: nnx.Module) -> Iterator[tuple[str, bool]]:
     """(collection, whether it was sown) of every variable that the call has changed."""
     # By identity: an array that was not written is the very object that linen's variables have.
-    given = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
+    ids_before = {id(leaf) for leaf in jax.tree_util.tree_leaves(outer.variables)}
     for _, part in walk(module):
         if isinstance(part, nnx.Variable) and not isinstance(part, nnx.RngState):
-            if all(id(leaf) in given for leaf in jax.tree_util.tree_leaves(part)):
+            if all(id(leaf) in ids_before for leaf in jax.tree_util.tree_leaves(part)):
                 continue
             yield variablelib.variable_name_from_type(type(part), allow_register=True), is_sown(part)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from ..base.tokens import variable_name
 from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
 from ..code.library import is_module, is_module_class, nnx_modules
@@ -85,12 +85,6 @@ def spell_construction(cls: type, command: str, spelled: str = "", name: str = "
     supplied = takes_rngs(cls, (), {})
     fields = ", ".join(f"{name}=…" for name in needed_fields(cls) if name != "rngs" or not supplied)
     return f"{command} {name or variable_name(cls.__name__)} = {spelled or cls.__name__}({fields})"
-
-
-def variable_name(class_name: str) -> str:
-    """A variable name for a class: `MyModel` → `my_model`, `CNN` → `cnn`, `VAE2` → `vae2`; never its own name."""
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[^_])(?=[A-Z][a-z])", "_", class_name).lower()
-    return name if name != class_name else f"{name}_model"
 
 
 class Construction(Struct, frozen=True):

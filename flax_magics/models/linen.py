@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 from flax import linen as nn
@@ -21,6 +21,7 @@ from flax.errors import InvalidRngError, ScopeCollectionNotFound, ScopeParamNotF
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
 from ..code.inventory import shorten
+from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError, did_you_mean
 from ..run import MODULE, Settings
 from .base import (
@@ -132,7 +133,7 @@ class LinenModel:
             cache.modes[train, fixed] = LinenModel(module), settings
         return cache.modes[train, fixed]
 
-    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+    def fields_for_init(self, *, fixed: frozenset[str]) -> LinenModel:
         """A clone whose switches without a value are set for evaluation."""
         # The set is shared with the clone, so that `init_streams` of this model knows what the clone's init finds.
         return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._cache.init_streams))
@@ -242,6 +243,20 @@ class LinenModel:
             return target(*args, **kwargs, **shadowed)
 
         return call, {} if shadowed else kwargs
+
+    def own_variables(self, of_session: Variables | None) -> Variables | None:
+        """Those that the session holds."""
+        return of_session
+
+    collections = state = variables_to_save = own_variables  # they are the same to a user and to a file
+
+    def other_arrays(self) -> tuple[Leaf, ...]:
+        """Arrays in the module's fields."""
+        return tuple(arrays_in(self.module))
+
+    def without_arrays(self) -> Self:
+        """The model itself: it holds no variables."""
+        return self
 
     def module_classes(self) -> dict[Path, str]:
         """The model's own class: its submodules exist in a call only."""

@@ -181,14 +181,14 @@ class Recorder:
     def _layer(self, kind: str, context: Any, args: Args, kwargs: Kwargs) -> None:
         """Records one dropout or normalization layer with the modules around it."""
         try:
-            given = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
+            arguments = inspect.signature(context.orig_method).bind(*args, **kwargs).arguments
         except TypeError:  # the call itself raises it
             return
         around, parent = [], context.module.parent
         while isinstance(parent, nn.Module):
             around.append(parent)
             parent = parent.parent
-        self.record.passed(kind, tuple(context.module.scope.path), context.module, around, given)
+        self.record.passed(kind, tuple(context.module.scope.path), context.module, around, arguments)
 
 
 @contextlib.contextmanager

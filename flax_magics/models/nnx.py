@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 from flax import nnx
@@ -20,7 +20,18 @@ from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.expression import with_arguments
 from . import nnx_trace
-from .base import CallTrace, Commit, Forward, Model, ModelWithVariables, Needs, Variables, check_name, own_methods
+from .base import (
+    CallTrace,
+    Commit,
+    Forward,
+    Model,
+    ModelRecord,
+    ModelWithVariables,
+    Needs,
+    Variables,
+    check_name,
+    own_methods,
+)
 from .calls import Args, Kwargs, Names, Path, constructor, readable_signature
 from .nnx_graph import (
     GRAPH,
@@ -111,7 +122,7 @@ class NnxModel:
         """A model whose runs set every switch attribute on every module of their copy, and what they set."""
         return dataclasses.replace(self, mode=train), self._switches_read(train)
 
-    def fields_for_init(self, *, fixed: frozenset[str]) -> Model:
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Self:
         """The model itself: an NNX module is initialised when it is built."""
         return self
 
@@ -137,19 +148,32 @@ class NnxModel:
         """Tags of held streams other than `params` and `dropout`, which the session's `rngs` argument has as well."""
         return self.layout.tags - frozenset(SUPPLIED)
 
-    def own_variables(self) -> Values:
+    def own_variables(self, of_session: Variables | None = None) -> Values:
         """The module's present variables by type, without the random keys and counts that each draw replaces."""
         return self.layout.given()
 
-    def collections(self) -> Values:
+    def collections(self, of_session: Variables | None = None) -> Values:
         """The module's present variables, without anything that belongs to random streams."""
         layout = self.layout
         return {name: tree for name, tree in layout.given().items() if name not in layout.random}
 
-    def state(self) -> PyTree:
+    def state(self, of_session: Variables | None = None) -> PyTree:
         """`nnx.state` of the module with copied variables, which later runs do not change."""
         # Runs replace arrays and change references in place: only the latter have to be read out.
         return jax.tree_util.tree_map(lambda leaf: leaf[...] if is_ref(leaf) else leaf, nnx.state(self.module, **GRAPH))
+
+    def variables_to_save(self, of_session: Variables | None) -> tuple[tuple[str, Path, PyTree], ...]:
+        """Type, path and value of each variable, without sown and fixed ones."""
+        slots = (slot for slot in self.layout.slots if not slot.sown and not slot.fixed)
+        return tuple((slot.collection, slot.path, slot.read()) for slot in slots)
+
+    def other_arrays(self) -> tuple[Leaf, ...]:
+        """None: what the module holds are its variables."""
+        return ()
+
+    def without_arrays(self) -> ModelRecord:
+        """What it takes to build the module with other values. The module is the user's, and would keep its arrays alive."""
+        return ModelRecord(self.written, self.layout.skeleton)
 
     def read_state(self, name: str, value: Any) -> Values:
         """The module's variables, replaced by those in `value`, an `nnx.State` or a mapping of the same form.

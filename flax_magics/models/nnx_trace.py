@@ -68,8 +68,8 @@ def forward(
 
     def run(variables: Variables, keys: PyTree, args: Args, kwargs: Kwargs) -> tuple[PyTree, Updates]:
         copy = layout.rebuild(variables)
-        before = dict(walk(copy))
-        values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in before.items()}
+        parts_before = dict(walk(copy))
+        values = {path: raw(part) if isinstance(part, nnx.Variable) else part for path, part in parts_before.items()}
         _pop(copy, is_sown)  # sown by earlier calls: the run would append to it
         undo = set_mode(copy, mode)
         reseed(copy, keys)
@@ -111,10 +111,10 @@ def forward(
             updates[ARGUMENTS] = changed
         if any(is_other(node, parts) for node, parts in nodes):
             undo()
-            record.structure, updates[STRUCTURE] = taken_from(copy, before)
-        after = dict(walk(copy))
+            record.structure, updates[STRUCTURE] = taken_from(copy, parts_before)
+        parts_after = dict(walk(copy))
         for slot in layout.slots:
-            part = after.get(slot.path)
+            part = parts_after.get(slot.path)
             if slot.sown or slot.fixed or part is None:
                 continue
             value = raw(part) if isinstance(part, nnx.Variable) else part

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import line_cell_magic, line_magic, needs_local_scope, no_var_expand
 
+from ..base.tokens import statements
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
-from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, statements, values_first
+from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
 from ..line.commands import FLAX_VARS
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
-from .failures import show_user_frames
 from .hints import hints
 from .notebook import ModelCall, Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
+from .tracebacks import show_user_frames
 
 if TYPE_CHECKING:
     from ..execution.call import Call

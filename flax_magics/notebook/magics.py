@@ -6,7 +6,6 @@ Importing this module imports neither JAX nor Flax; the first command does.
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -370,7 +369,7 @@ class FlaxMagics(Magics):
         live.show(loaded_bundle(restored, self.style, quiet=use["quiet"]))
 
 
-_loaded: weakref.WeakKeyDictionary[Any, tuple[FlaxMagics, Matcher]] = weakref.WeakKeyDictionary()
+_loaded: dict[Any, tuple[FlaxMagics, Matcher]] = {}
 
 
 def load(shell: Any) -> None:

@@ -18,7 +18,8 @@ from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
 from ..errors import FlaxMagicsError
 from ..line.call import CallExpression
-from .failures import InterruptGuard, end_in_cell, stopped
+from .interrupts import InterruptGuard
+from .tracebacks import end_in_cell, stopped
 
 if TYPE_CHECKING:
     from .._session import Session

@@ -128,7 +128,6 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         kind = device.device_kind if device.device_kind.lower() != device.platform else ""
         memory = [bytes_(stats[name]) for name in ("bytes_in_use", "bytes_limit") if stats.get(name) is not None]
         devices.append((f"{device.platform}:{device.id}", kind, " of ".join(memory)))
-    arrays = (array for array in jax.live_arrays() if not jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))
     told = [rerun.text for rerun in reruns[-RERUNS:]]
     if len(reruns) > RERUNS:
         told.insert(0, f"{plural(len(reruns) - RERUNS, 'more cell')}: %flax_history marks their draws")
@@ -139,7 +138,7 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         models=tuple(models),
         runs=tuple(session.last(KEPT)),
         amounts=(
-            ("arrays alive in this process", bytes_(sum(array.nbytes for array in arrays))),
+            ("arrays alive in this process", bytes_(sum(array.nbytes for array in jax.live_arrays()))),
             ("kept for %flax_replay", f"{bytes_(session.kept_bytes)} of {bytes_(session.replay_bytes)}"),
             ("compiled programs kept", str(len(session.programs))),
             ("on disk", _on_disk(session)),

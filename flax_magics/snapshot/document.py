@@ -27,7 +27,7 @@ from ..base.types import PyTree
 from ..code.inventory import source_of
 from ..errors import FlaxMagicsError
 from ..rng.keys import Draw, DrawBatch, RootKey, RunKeys, as_key
-from ..run import RELEASED, InitStats, Note, OutputFacts, Run
+from ..run import RELEASED, CommandName, InitStats, Note, OutputFacts, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State
@@ -77,7 +77,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     """
 
     version: Literal[1]
-    command: Literal["apply", "init", "key"]
+    command: CommandName
     model: str | None
     mode: str
     weights: str
@@ -134,12 +134,6 @@ def take(state: State) -> Snapshot:
 def _taken(entry: ModelEntry) -> SavedModel:
     # After an assignment the earlier init still tells what fits the model.
     model, init = entry.model, entry.init or entry.previous_init
-    if model.holds_variables:
-        # What is sown belongs to one run, and fixed slots are made by the construction.
-        slots = [slot for slot in model.layout.slots if not slot.sown and not slot.fixed]
-        variables: PyTree = tuple((slot.collection, slot.path, _own(slot.read())) for slot in slots)
-    else:
-        variables = _own(entry.variables)
     saved_init = None
     if init is not None and init.program is not None:
         saved_init = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
@@ -149,7 +143,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
         holds_variables=model.holds_variables,
         text=model.describe(),
         source="",
-        variables=variables,
+        variables=_own(model.variables_to_save(entry.variables)),
         updates=dict(entry.update_counts),
         outdated=entry.outdated,
         stale=entry.rebuild_next,
@@ -261,7 +255,7 @@ def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
     call_writer, at = Writer(), f"{model.name} initialised with"
     try:
         nodes = {
-            part: call_writer.tree(getattr(model.made, part), f"{at}/{part}") for part in ("key", "args", "kwargs")
+            name: call_writer.tree(getattr(model.made, name), f"{at}/{name}") for name in ("key", "args", "kwargs")
         }
     except FlaxMagicsError:
         return None

@@ -232,12 +232,12 @@ def _arrays(stored: list[tuple[str, Any]], parts: Mapping[str, PartRecord]) -> d
     if parts.keys() != by_name.keys():
         raise Damaged("its header and its JSON name other arrays")
     arrays = {}
-    for name, part in parts.items():
-        dtype, shape, entry = dtype_named(part.dtype), shape_of(name, part.shape), by_name[name]
+    for name, record in parts.items():
+        dtype, shape, entry = dtype_named(record.dtype), shape_of(name, record.shape), by_name[name]
         data, last = entry["data"], () if dtype.name in CODES else (dtype.itemsize,)
         if (entry["dtype"], entry["shape"]) != (CODES.get(dtype.name, "U8"), [*shape, *last]):
             raise Damaged(f"{quoted_name(name)} has another dtype or shape in its header than in its JSON")
-        if hashlib.sha256(data).hexdigest() != part.sha256:
+        if hashlib.sha256(data).hexdigest() != record.sha256:
             # Bytes that are no value, such as 2 as a bool, would have undefined results.
             raise Damaged(f"{quoted_name(name)} has not the checksum that it was written with")
         if dtype.name in NARROW and not _fits(np.frombuffer(data, np.uint8), dtype):

@@ -20,13 +20,12 @@ from ..base.types import Leaf, PyTree
 from ..code.inventory import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
-from ..execution.build import Building, built_with
-from ..models.base import Model, ModelWithVariables
+from ..execution.build import Building, RegisterResult, built_with
+from ..models.base import Model, ModelWithInit, ModelWithVariables
 from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
 from ..state.models import Registration, differences
-from ..state.runs import StoredRun
 from ..state.state import SavedModel, State
 from ..state.trees import Differs, foreign_in, graft
 from ..state.weights import WeightSource
@@ -77,8 +76,8 @@ def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
 
 def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     model = entry.model
-    if saved.holds_variables is not model.holds_variables:
-        there, here = ("an NNX", "a linen") if saved.holds_variables else ("a linen", "an NNX")
+    there, here = ("an NNX" if each.holds_variables else "a linen" for each in (saved, model))
+    if there != here:
         raise Unfit((f"{there} model is in the file, and {here} one is registered",))
     if model.holds_variables:
         return _into_module(saved, entry, model)
@@ -98,7 +97,7 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     return Matched(entry)
 
 
-def _held_against(saved: SavedModel, model: Model) -> tuple[PyTree, InitRecord | None, bool]:
+def _held_against(saved: SavedModel, model: ModelWithInit) -> tuple[PyTree, InitRecord | None, bool]:
     """The variables in the model's own classes, how they are made, and whether the model would now make others."""
     saved_init, variables, init = saved.made, saved.variables, None
     if saved_init is not None:
@@ -106,9 +105,8 @@ def _held_against(saved: SavedModel, model: Model) -> tuple[PyTree, InitRecord |
             init = initialised(model, saved_init.key, saved_init.method, saved_init.args, saved_init.kwargs)
         except Exception as error:  # the user's present code does not accept the old call
             raise Unfit((f"the call that initialised it fails now ({type(error).__name__})",)) from error
-    if (
-        saved_init is None or init is None or init.shapes is None
-    ):  # the init depends on values, so its shapes are unknown without running it
+    # Where the init depends on values, only running it would tell its shapes.
+    if saved_init is None or init is None or init.shapes is None:
         opaque = foreign_in(variables)
         if opaque is not None:
             text = f"{opaque[0]} is a {opaque[1]} in the file, and the model does not say what to make of it"
@@ -214,9 +212,7 @@ def unfit(errors: Mapping[str, Unfit], path: str) -> FlaxMagicsError:
 class RestoringBuilding(Building):
     """Registers modules in a session where variables from a file still wait for their models."""
 
-    def register(
-        self, state: State, name: str, module: object, *, anew: bool, cell: int | None
-    ) -> tuple[State, Registration, StoredRun | None]:
+    def register(self, state: State, name: str, module: object, *, anew: bool, cell: int | None) -> RegisterResult:
         """As `Building.register`, and restores the variables that wait for the name, if they fit.
 
         A module that the file's session had built is built with the same keys, which makes no draw, if the variables

@@ -198,8 +198,7 @@ def autosave_session(state: State, path: str | os.PathLike[str]) -> Autosave:
     would lose what it is for.
     """
     # Absolute, since the working folder may change before a later save.
-    saved = _there(state, path_of(path)) or save_session(state, path)
-    return Autosave(path_of(path).absolute(), saved)
+    return Autosave(path_of(path).absolute(), _there(state, path_of(path)) or save_session(state, path))
 
 
 def _there(state: State, target: Path) -> Saved | None:

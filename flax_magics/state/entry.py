@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from msgspec import Struct
@@ -18,13 +18,10 @@ from ..code.contents import static_data
 from ..compile.cache import Program
 from ..compile.initialise import InitRecord
 from ..line.options import ApplyOptions
-from ..models.base import CallTrace, Model, Needs
+from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
 from ..models.construction import BuiltBySession, Construction
 from .weights import COPIES, Collections, WeightSource, check_alive
-
-if TYPE_CHECKING:
-    from ..models.nnx_layout import Skeleton
 
 
 class ModelEntry(Struct, frozen=True):
@@ -73,17 +70,29 @@ class ModelEntry(Struct, frozen=True):
         return bool(self.variables is not None or self.known_needs or self.update_counts or self.previous_init)
 
     @property
+    def linen(self) -> ModelWithInit:
+        """The model, of which it is known that an init makes its variables."""
+        assert not self.model.holds_variables
+        return self.model
+
+    @property
+    def nnx(self) -> ModelWithVariables:
+        """The model, of which it is known that it holds its variables."""
+        assert self.model.holds_variables
+        return self.model
+
+    @property
     def held(self) -> Collections | None:
         """The variables by collection as they are now; of an NNX module neither random streams nor sown values."""
-        return self.model.own_variables() if self.model.holds_variables else self.variables
+        return self.model.own_variables(self.variables)
 
     def collections(self) -> Collections | None:
         """The variables by collection, random streams of an NNX module left out."""
-        return self.model.collections() if self.model.holds_variables else self.variables
+        return self.model.collections(self.variables)
 
     def read_variables(self) -> Collections | None:
         """The variables as the user reads them: the collections, or a copy of an NNX module's `nnx.state`."""
-        return self.model.state() if self.model.holds_variables else self.variables
+        return self.model.state(self.variables)
 
     def source_now(self) -> WeightSource | None:
         """Where the variables came from that are held now: notices others that the user's code put in their place."""
@@ -116,27 +125,22 @@ class ModelEntry(Struct, frozen=True):
         """The entry with other variables, which no run has written yet."""
         return replace(self, variables=variables, init=init, update_counts={}, outdated=False, source=source)
 
+    def to_be_made_anew(self) -> ModelEntry:
+        """The model without variables of the session's; a module that holds its own is built anew at its next use."""
+        holds = self.model.holds_variables
+        return replace(self.with_variables(None, self.source if holds else None), rebuild_next=holds)
+
     def without_variables(self) -> ModelEntry:
-        """The entry without arrays; in the place of an NNX module stands only how it was written."""
-        model: Any = self.model
-        if self.model.holds_variables:
-            # The user's own module would keep its arrays alive for as long as the recipe is kept.
-            model = _NoModel(self.model.written)
+        """The entry without arrays; see `AnyModel.without_arrays`."""
+        model = self.model.without_arrays()
         return replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
-
-
-class _NoModel(Struct, frozen=True):
-    """Stands in for an NNX module in a recipe, so that the recipe does not keep its arrays alive."""
-
-    written: str
 
 
 class ApplyRecipe(Struct, frozen=True, eq=False):
     """What the applies of one line have in common, for their replays.
 
     Attributes:
-      entry: the model as it was, without variables, see `ModelEntry.without_variables`.
-      skeleton: an NNX module without its arrays, see `Layout.skeleton`; None for a linen model.
+      entry: the model as it was, without variables; its `model` is a `ModelRecord` where it would hold some.
       options: without the variables of `--variables`, which are among those that the run had.
       taken: the draw's `params` key had gone into variables.
       settings: JAX's and Flax's at the time, see `compiler.settings`.
@@ -151,7 +155,6 @@ class ApplyRecipe(Struct, frozen=True, eq=False):
     """
 
     entry: ModelEntry
-    skeleton: Skeleton | None
     method: Path
     options: ApplyOptions
     taken: bool

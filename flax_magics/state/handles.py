@@ -274,12 +274,12 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:
         return entry, ()
-    holds_variables = entry.model.holds_variables  # an NNX object in the namespace is itself the truth
-    entry, change = register(None if holds_variables else entry, name, module)
+    old = None if entry.model.holds_variables else entry  # an NNX object in the namespace is itself the truth
+    entry, change = register(old, name, module)
     if change.state == "unchanged":
         return entry, ()
     became = {"kept": ", variables kept", "dropped": ", variables dropped"}.get(change.variables, "")
-    became = " with what it holds" if holds_variables else became
+    became = " with what it holds" if old is None else became
     return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
 
 

@@ -13,7 +13,7 @@ from ..base.text import bytes_
 from ..base.types import Leaf, PyTree
 from ..compile.initialise import initialised
 from ..errors import FlaxMagicsError
-from ..models.base import Model, ModelWithVariables
+from ..models.base import ModelWithInit, ModelWithVariables
 from ..models.construction import BuiltBySession, adopt
 from ..run import Note
 from .entry import ModelEntry, Replaced
@@ -90,7 +90,7 @@ def register_holding(
     if old is None:
         return entry, Registration(name, "new")
     # The same object, changed in place: what it holds is the model.
-    if old.model.holds_variables and model.module is old.model.module:
+    if model.module is old.model.module:
         return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
     # After `--fresh` nothing of the old module is carried over.
     if not old.model.holds_variables or old.rebuild_next:
@@ -113,26 +113,26 @@ def _shapes(model: ModelWithVariables) -> PyTree:
     return jax.eval_shape(lambda: variables)
 
 
-def _edited(old: ModelEntry, model: Model, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
+def _edited(old: ModelEntry, model: ModelWithInit, fingerprint: bytes | None) -> tuple[ModelEntry, Registration]:
     """An edited linen model: the old variables stay if its init would make the same names, shapes and dtypes."""
     entry = replace(old, model=model, fingerprint=fingerprint, static_ints=frozenset())
     if old.variables is None:
         return entry, Registration(old.name, "changed")
-    before = old.init
-    if before is None:  # assigned by the user: how they are made is unknown, so nothing can be compared
+    old_init = old.init
+    if old_init is None:  # assigned by the user: how they are made is unknown, so nothing can be compared
         return entry, Registration(old.name, "changed", variables="kept")
     try:
         # The last init's call is traced with the new code; nothing is computed.
-        init = initialised(model, before.key, before.method, before.args, before.kwargs)
+        init = initialised(model, old_init.key, old_init.method, old_init.args, old_init.kwargs)
     except Exception as error:  # the edited code does not accept the last init's call
         changes: tuple[str, ...] = (f"the last init's call fails now ({type(error).__name__})",)
     else:
-        comparable = init.shapes is not None and before.shapes is not None
-        changes = differences(before.shapes, init.shapes) if comparable else ()
+        comparable = init.shapes is not None and old_init.shapes is not None
+        changes = differences(old_init.shapes, init.shapes) if comparable else ()
     if changes:
         return entry.with_variables(None, None), Registration(old.name, "changed", changes, "dropped")
     # Only an equal init program is sure to make equal variables.
-    same = comparable and init.program is not None and init.program == before.program
+    same = comparable and init.program is not None and init.program == old_init.program
     entry = replace(entry, init=init) if same else replace(entry, outdated=True)
     return entry, Registration(old.name, "changed", variables="kept")
 

@@ -201,9 +201,9 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
     for stored in drawn:
         facts = stored.facts
         if facts.seed == seed and facts.draw <= number < facts.draw + (facts.draws or 1):
-            before = next(drawn, None)
+            previous = next(drawn, None)
             # An init that shares the draw is the run right before the apply.
-            return [before, stored] if before is not None and _shared(before.facts, facts) else [stored]
+            return [previous, stored] if previous is not None and _shared(previous.facts, facts) else [stored]
     return []
 
 
@@ -316,10 +316,10 @@ class ReplayBudget:
                 continue
             how = held.origin.how
             if isinstance(how, ApplyRecipe):
-                before = self._last.get(how.name)
-                if before is not None and before.origin is not None and before.inputs is not None:
-                    _share(held.inputs[1], before.inputs[1])
-                    leaves, old = held.origin.leaves, before.origin.leaves
+                last = self._last.get(how.name)
+                if last is not None and last.origin is not None and last.inputs is not None:
+                    _share(held.inputs[1], last.inputs[1])
+                    leaves, old = held.origin.leaves, last.origin.leaves
                     _share(leaves, old)
                     if len(leaves) == len(old) and all(map(is_, leaves, old)):
                         held.origin.leaves = old  # the list itself is shared as well: a loop of runs keeps one
@@ -385,7 +385,7 @@ def arrays_of(models: Mapping[str, ModelEntry], pinned: bool) -> Iterator[Leaf]:
     for entry in models.values():
         with contextlib.suppress(Exception):  # an NNX module may have been changed into what no run accepts
             yield from jax.tree_util.tree_leaves(entry.held)
-        if pinned and not entry.model.holds_variables:
-            yield from arrays_in(entry.model.module)
-        elif pinned and entry.built is not None:  # its own arrays are all variables; its arguments are not
+        if pinned:
+            yield from entry.model.other_arrays()
+        if pinned and entry.built is not None:
             yield from arrays_in((entry.built.recipe.args, entry.built.recipe.kwargs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 
 import jax
@@ -111,21 +110,12 @@ class State(Struct, frozen=True):
         Args:
           fresh: every model is to be initialised or built again at its next use.
         """
-        models = self.models
-        if fresh:
-            models = {
-                name: replace(
-                    entry.with_variables(None, entry.source if entry.model.holds_variables else None),
-                    rebuild_next=entry.model.holds_variables,
-                )
-                for name, entry in models.items()
-            }
+        models = {name: entry.to_be_made_anew() if fresh else entry for name, entry in self.models.items()}
         to_build = {name for name, entry in models.items() if entry.rebuild_next and entry.built is not None}
         keeping = tuple(name for name, entry in models.items() if entry.ready and name not in to_build)
         restart = Restart(root.seed, fresh, keeping, again=self._last(root.seed)[0] > 0)
         seeds = {**self.seeds, self.root.seed: self._last(self.root.seed)}
-        waiting = {} if fresh else self.waiting
-        return State(root, models, None, self.runs, seeds, waiting), restart
+        return State(root, models, None, self.runs, seeds, {} if fresh else self.waiting), restart
 
     def _still_waiting(self, entry: ModelEntry | None) -> Mapping[str, SavedModel]:
         """The variables that still wait once `entry` has some: not those for the same model."""
@@ -148,7 +138,7 @@ class State(Struct, frozen=True):
         seed, number = self.check_draw(wanted)
         impl = self._last(seed)[1]
         # `jax_default_prng_impl` may have changed since the seed was used.
-        with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else contextlib.nullcontext():
+        with jax.default_prng_impl(impl):
             root = RootKey.from_seed(seed)
         # Each draw splits the root that the draw before it left.
         for _ in range(number - 1):

@@ -397,9 +397,9 @@ def _note(model: str, variables: Collections, others: Mapping[str, Collections])
         return Note("weights", text, form=f"%flax_vars {model} = …")
     ((expression, tree),) = others.items()
     whole = "params" in tree
-    pattern, part = ("{}", "**{}") if whole else ("{'params': {}}", "'params': {}")
+    pattern, items = ("{}", "**{}") if whole else ("{'params': {}}", "'params': {}")
     if variables.keys() - (tree.keys() if whole else {"params"}):
-        pattern = f"{{**{CURRENT.format(model)}, {part}}}"
+        pattern = f"{{**{CURRENT.format(model)}, {items}}}"
     return Note("weights", text, **Written(f"%flax_vars {model} = {{}}", expression).advice(pattern))
 
 

@@ -131,15 +131,12 @@ def check_call(name: str, model: Model, call: Call, key: jax.Array) -> tuple[tup
     Raises:
       FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
     """
-    first = prepare_init(name, model, call)
-    # With the switches of the init: a switch without a default has a value then.
-    prepared = prepare(name, model, Call(call.method, call.args, first.kwargs, call.text), None)
-    variables: Mapping[str, PyTree]
-    shapes: Mapping[str, PyTree]
-    if model.holds_variables:
-        variables, shapes = model.own_variables(), model.collections()
+    to_init, init_call = prepare_init(name, model, call)
+    prepared = prepare(name, model, init_call, None)
+    if to_init.holds_variables:
+        variables, shapes = to_init.own_variables(), to_init.collections()
     else:
-        shapes = variables = initialised(first.model, key, call.method, call.args, first.kwargs).shapes or {}
+        shapes = variables = initialised(to_init, key, call.method, call.args, init_call.kwargs).shapes or {}
     parameters, size = count_parameters(shapes)
     arguments = Arguments.of(call.args, prepared.kwargs, prepared.signature, frozenset())
     draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))

@@ -217,14 +217,14 @@ def first_line(cell: NotebookNode) -> str:
 
 def other_order(notebook: NotebookNode) -> str:
     """`cell 4 was run before cell 3`, for the first two cells in another order; empty if run from top to bottom."""
-    latest, before = 0, 0
+    latest_count = latest_cell = 0
     for number, cell in code_cells(notebook):
         count = cell.execution_count
         if count is None or not is_run(cell):
             continue
-        if count < latest:
-            return f"cell {number} was run before cell {before}"
-        latest, before = count, number
+        if count < latest_count:
+            return f"cell {number} was run before cell {latest_cell}"
+        latest_count, latest_cell = count, number
     return ""
 
 
@@ -402,8 +402,7 @@ async def _stop(client: NotebookClient, manager: AsyncKernelManager, gently: boo
 def _last_words(said: IO[bytes]) -> str:
     """The last line that the kernel's process wrote; empty if it wrote none."""
     with contextlib.suppress(OSError, ValueError):
-        size = said.seek(0, os.SEEK_END)
-        said.seek(max(0, size - 4000))
+        said.seek(max(0, said.seek(0, os.SEEK_END) - 4000))
         lines = said.read().decode("utf-8", errors="replace").splitlines()
         return next((cut(clean(line), 200) for line in reversed(lines) if line.strip()), "")
     return ""

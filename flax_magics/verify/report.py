@@ -102,8 +102,8 @@ def text(result: Result) -> str:
 
 def _summary(result: Result) -> str:
     if result.failed is not None:
-        before = result.runs("differs")
-        return f"could not run: {result.failed}" + (f" Before it, {plural(before, 'run')} differ." if before else "")
+        differ = result.runs("differs")
+        return f"could not run: {result.failed}" + (f" Before it, {plural(differ, 'run')} differ." if differ else "")
     if not result.verdicts:
         return "no flax_magics outputs: nothing to verify"
     runs, bits, within = result.runs(), result.runs("agrees"), result.runs("within")
@@ -144,10 +144,10 @@ def how_far(verdict: Verdict) -> str:
     """`1 ulp, 5.96e-08 in 3 of 36`; for keys, shapes and numbers of runs the stored and the new one."""
     distance = verdict.distance
     if distance is None:
-        was, now = cut(clean(verdict.stored), 60), cut(clean(verdict.now), 60)
-        if verdict.what == "keys" and was.partition(" ")[0] == now.partition(" ")[0]:
-            now = now.partition(" ")[2]  # without repeating the stream's name
-        return f"{was} → {now}" + (" (no values stored)" if verdict.what == "digest" else "")
+        stored_text, new_text = cut(clean(verdict.stored), 60), cut(clean(verdict.now), 60)
+        if verdict.what == "keys" and stored_text.partition(" ")[0] == new_text.partition(" ")[0]:
+            new_text = new_text.partition(" ")[2]  # without repeating the stream's name
+        return f"{stored_text} → {new_text}" + (" (no values stored)" if verdict.what == "digest" else "")
     stored = f"{count(distance.compared)} stored, of " if distance.compared < distance.of else ""
     among = f"{stored}{count(distance.of)}"
     if not distance.differ:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -125,30 +124,27 @@ def test_what_a_killed_writer_left_is_taken_away_and_what_another_is_writing_sta
     """
     path = tmp_path / "file"
 
-    def start():
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(path)], stdout=subprocess.PIPE, text=True
-        )
+    def writer():
+        command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "writing\n"
-        (new,) = set(os.listdir(tmp_path)) - known
-        known.add(new)
-        os.utime(tmp_path / new, (0, 0))  # begun long ago
-        return process, new
+        return process
 
-    known = {"file"}
+    def half_written():
+        (name,) = set(os.listdir(tmp_path)) - {"file"}
+        os.utime(tmp_path / name, (0, 0))  # begun long ago
+        return name
+
     path.write_text("old")
-    killed, left = start()
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    killed.stdout.close()
-    living, held = start()
-    try:
-        assert sorted(os.listdir(tmp_path)) == sorted(["file", held])  # the second has swept after the first
-        replace_file(path, put("new"))
-        assert sorted(os.listdir(tmp_path)) == sorted(["file", held])
-        assert path.read_text() == "new"
-    finally:
-        living.kill()
-        living.wait()
-        living.stdout.close()
-    assert left != held
+    with writer() as killed:
+        killed.kill()
+    left = half_written()
+    with writer() as living:
+        try:
+            held = half_written()  # one alone: the second has swept after the first
+            assert held != left
+            replace_file(path, put("new"))
+            assert half_written() == held
+            assert path.read_text() == "new"
+        finally:
+            living.kill()

@@ -15,13 +15,9 @@ DTYPES = ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_
 NARROW = ["float4_e2m1fn", "float6_e2m3fn", "float6_e3m2fn"]
 
 
-def dtype_of(name):
-    return np.dtype(getattr(ml_dtypes, name, None) or name)
-
-
 @pytest.mark.parametrize("name", [name for name in (*DTYPES, *NARROW) if hasattr(ml_dtypes, name) or name in DTYPES])
 def test_all_numbers_of_a_dtype_in_order_are_one_apart(name):
-    dtype = dtype_of(name)
+    dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
     words = np.arange(1 << min(ml_dtypes.finfo(dtype).bits, 16), dtype=np.uint64)
     if dtype.itemsize > 2:  # not all of them
         words = words << np.uint64(8 * dtype.itemsize - 16)

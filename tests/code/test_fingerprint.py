@@ -134,19 +134,12 @@ def test_plain_values_have_a_fingerprint(value):
     ("one", "other"),
     [
         *((1, True), (1, 1.0), (0.0, -0.0), ((1, 2), [1, 2]), ({"a": 1, "b": 2}, {"a": 1, "b": 3})),
-        *(
-            (np.arange(3), np.arange(3, dtype="int32")),
-            (np.zeros(2), np.zeros((1, 2))),
-            (jnp.float32(1), np.float32(1)),
-        ),
+        *((np.arange(3), np.arange(3, dtype="int32")), (np.zeros(2), np.zeros((1, 2)))),
         *((jax.random.key(1), jax.random.key(2)), (nn.relu, nn.gelu), (nn.initializers.zeros, nn.initializers.ones)),
-        (nn.initializers.normal(1.0), nn.initializers.normal(2.0)),
-        (functools.partial(nn.Dense, 3), functools.partial(nn.Dense, 4)),
-        (Config(), Config(width=4)),
-        (nn.Dense(3), nn.Dense(4)),
-        (lambda x: x + 1, lambda x: x + 2),
-        (lambda x, *, by=1: x, lambda x=1, *, by: x),
-        (lambda x, by=1: x, lambda x=1, by=1: x),
+        *((nn.initializers.normal(1.0), nn.initializers.normal(2.0)), (nn.Dense(3), nn.Dense(4))),
+        *((functools.partial(nn.Dense, 3), functools.partial(nn.Dense, 4)), (Config(), Config(width=4))),
+        *((lambda x: x + 1, lambda x: x + 2), (lambda x, *, by=1: x, lambda x=1, *, by: x)),
+        *((lambda x, by=1: x, lambda x=1, by=1: x), (jnp.float32(1), np.float32(1))),
     ],
 )
 def test_values_that_differ_have_fingerprints_that_differ(one, other):
@@ -173,7 +166,7 @@ values = st.recursive(
 
 
 @given(values, values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_two_values_have_the_same_fingerprint_exactly_if_they_look_the_same(one, other):
     assert (fingerprint(one) == fingerprint(other)) is (repr(one) == repr(other))
 

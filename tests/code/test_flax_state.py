@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from by_hand import apply_by_hand, bits, keys_of
 from flax import nnx
-from sessions import session_of
+from sessions import session_of, settle
 
 from flax_magics import Session
 from flax_magics.compile.compiler import settings, settings_in_words
@@ -35,9 +35,9 @@ class Net(nn.Module):
         return nn.Dropout(0.5, deterministic=False)(x)
 
 
-def runs_as_by_hand(session: Session, net: Any, *contexts: Any) -> list[Any]:
-    """Two runs, the second a warm one, each held against one by hand; gives their bits."""
-    out = []
+def runs_as_by_hand(session: Session, *contexts: Any) -> list[Any]:
+    """Two runs of `net`, the second a warm one, each held against one by hand."""
+    net, out = session.module("net"), []
     for _ in range(2):
         with contextlib.ExitStack() as stack:
             for context in contexts:
@@ -50,9 +50,10 @@ def runs_as_by_hand(session: Session, net: Any, *contexts: Any) -> list[Any]:
     return out
 
 
-def registered(net: Any) -> Session:
-    """A session in which `net` is initialised."""
-    session = session_of(net)
+@pytest.fixture
+def session() -> Session:
+    """One in which `net` is initialised."""
+    session = session_of(Net())
     session.init("net", X)
     return session
 
@@ -112,28 +113,22 @@ INTERCEPTORS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", sorted(INTERCEPTORS))
-def test_an_interceptor_counts_in_its_block_and_not_outside(kind):
-    net = Net()
-    session = registered(net)
+def test_an_interceptor_counts_in_its_block_and_not_outside(session, kind):
     within = functools.partial(nn.intercept_methods, INTERCEPTORS[kind]())
-    before = runs_as_by_hand(session, net)
-    inside = runs_as_by_hand(session, net, within)
-    after = runs_as_by_hand(session, net)
+    before = runs_as_by_hand(session)
+    inside = runs_as_by_hand(session, within)
+    after = runs_as_by_hand(session)
     assert (inside[0].program, inside[1].program, after[0].program) == ("compiled", "reused", "reused")
     assert [run.timing.trace > 0 for run in (before[1], inside[1], after[1])] == [False, "told" in kind, False]
 
 
-def test_a_model_that_first_ran_inside_the_block_is_not_intercepted_outside():
-    net = Net()
-    session = registered(net)
-    runs_as_by_hand(session, net, functools.partial(nn.intercept_methods, times(2.0)))
-    runs_as_by_hand(session, net)
+def test_a_model_that_first_ran_inside_the_block_is_not_intercepted_outside(session):
+    runs_as_by_hand(session, functools.partial(nn.intercept_methods, times(2.0)))
+    runs_as_by_hand(session)
 
 
 @pytest.mark.parametrize("change", ["what it closes over", "what it holds", "its order", "another of its name"])
-def test_an_interceptor_that_changed_is_another(change):
-    net = Net()
-    session = registered(net)
+def test_an_interceptor_that_changed_is_another(session, change):
     held = Scaling(2.0)
     stack = [times(2.0), halved, held.intercept]
 
@@ -143,7 +138,7 @@ def test_an_interceptor_that_changed_is_another(change):
             inside.enter_context(nn.intercept_methods(interceptor))
         return inside
 
-    (first, _) = runs_as_by_hand(session, net, within)
+    (first, _) = runs_as_by_hand(session, within)
     if change == "what it closes over":
         stack[0].__closure__[0].cell_contents = 5.0
     elif change == "what it holds":
@@ -153,7 +148,7 @@ def test_an_interceptor_that_changed_is_another(change):
         stack.reverse()
     else:
         stack[0] = times(7.0)
-    (second, _) = runs_as_by_hand(session, net, within)
+    (second, _) = runs_as_by_hand(session, within)
     assert (first.program, second.program) == ("compiled", "compiled")
     if change != "its order":
         assert second.reason.startswith("interceptors: scaled, halved, intercept, which changed")
@@ -172,18 +167,15 @@ def test_an_init_inside_the_block_is_that_of_a_run_by_hand():
             assert bits(run.output) == bits(by_hand)
 
 
-def test_a_method_and_an_eager_run_are_intercepted_too():
-    net = Net()
-    session = registered(net)
+def test_a_method_and_an_eager_run_are_intercepted_too(session):
     for context in (contextlib.nullcontext, functools.partial(nn.intercept_methods, times(3.0))):
         with context():
             run = session.apply("net", X, eager=True)
             keys = keys_of(run.draw)("dropout")
-            assert bits(run.output) == bits(net.apply(session.models["net"].variables, X, rngs=keys))
+            assert bits(run.output) == bits(Net().apply(session.models["net"].variables, X, rngs=keys))
 
 
-def test_a_replay_says_that_flax_is_set_otherwise():
-    session = registered(Net())
+def test_a_replay_says_that_flax_is_set_otherwise(session):
     with nn.intercept_methods(halved):
         run = session.apply("net", X)
         assert session.replay(run.draw).agreement.said == ()
@@ -195,15 +187,11 @@ def test_a_replay_says_that_flax_is_set_otherwise():
 @pytest.mark.own_executables
 def test_on_disk_an_intercepted_program_is_another(tmp_path):
     for program in ("compiled", "disk cache"):
-        session = Session(seed=0, disk_cache=tmp_path / "programs")
-        net = Net()
-        session.register("net", net)
+        session = session_of(Net(), disk_cache=tmp_path / "programs")
         session.init("net", X)
         for contexts in ((), (functools.partial(nn.intercept_methods, halved),)):
-            assert runs_as_by_hand(session, net, *contexts)[0].program == program
-        session.programs.compiler.workers.submit(lambda: None).result()
-        while session.programs.compiler.workers.busy:
-            pass
+            assert runs_as_by_hand(session, *contexts)[0].program == program
+        settle(session)
 
 
 # -- flags, rules
@@ -233,25 +221,21 @@ def test_every_flag_of_flax_is_part_of_what_a_trace_depends_on(name):
     assert settings() == before
 
 
-def test_a_flag_counts_at_once():
-    net = Net()
-    session = registered(net)
-    first = runs_as_by_hand(session, net)
-    inside = runs_as_by_hand(session, net, lambda: flipped("flax_fix_rng_separator"))
-    runs_as_by_hand(session, net)
+def test_a_flag_counts_at_once(session):
+    first = runs_as_by_hand(session)
+    inside = runs_as_by_hand(session, lambda: flipped("flax_fix_rng_separator"))
+    runs_as_by_hand(session)
     assert inside[0].reason == "flax_fix_rng_separator: False → True"
     assert bits(session.replay(first[0].draw).output) == bits(first[0].output)
 
 
-def test_the_rules_of_logical_axes_count_at_once_and_as_they_are_now():
-    net = Net()
-    session = registered(net)
+def test_the_rules_of_logical_axes_count_at_once_and_as_they_are_now(session):
     rules = [("in", "data"), ("out", "model")]
-    runs_as_by_hand(session, net)
-    inside = runs_as_by_hand(session, net, lambda: nn.logical_axis_rules(rules))
+    runs_as_by_hand(session)
+    inside = runs_as_by_hand(session, lambda: nn.logical_axis_rules(rules))
     rules[1] = ("out", "rows")
-    changed = runs_as_by_hand(session, net, lambda: nn.logical_axis_rules(rules))
-    runs_as_by_hand(session, net)
+    changed = runs_as_by_hand(session, lambda: nn.logical_axis_rules(rules))
+    runs_as_by_hand(session)
     assert inside[0].reason == "logical axis rules: none → [('in', 'data'), ('out', 'model')]"
     assert changed[0].reason.startswith("logical axis rules: [('in', 'data'), ('out', 'model')] → ")
 

@@ -46,9 +46,7 @@ def test_in_cells_the_first_look_of_each_counts(looked, monkeypatch):
 
 
 def test_a_patched_layer_counts_in_the_cell_that_patches_it(notebook):
-    notebook(
-        "%%flaxmodel net = Net()\nclass Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(3)(x)"
-    )
+    notebook("%flaxmodel net = nn.Dense(3)")
     notebook("dense = nn.Dense.__call__\n%flax_apply -q -o before net(x)")
     notebook("nn.Dense.__call__ = lambda self, x: dense(self, x) * 2\n%flax_apply -q -o after net(x)")
     notebook("nn.Dense.__call__ = dense\n%flax_apply -q -o again net(x)")

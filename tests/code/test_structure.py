@@ -15,7 +15,6 @@ import pytest
 from by_hand import apply_by_hand, bits
 from flax import nnx, struct
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sessions import session_of
 
@@ -328,7 +327,6 @@ TREES = st.recursive(
 
 
 @given(TREES, TREES)
-@hypothesis_settings(deadline=None)
 def test_two_structures_are_equal_where_all_but_the_leaves_is_the_same(one, other):
     treedefs = [jax.tree_util.tree_structure(tree) for tree in (one, other)]
     same = [repr(treedef) for treedef in treedefs]

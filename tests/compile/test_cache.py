@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
-import subprocess
-import sys
+import gc
 import threading
+import weakref
 from collections import namedtuple
 from typing import Any
+from unittest.mock import Mock
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from by_hand import MyModel, bits, notebook_x
+from processes import printed_by
 
 from flax_magics import Session
-
-
-@pytest.fixture
-def session():
-    return Session(seed=0)
+from flax_magics.base.measures import name_devices
+from flax_magics.compile import cache
 
 
 def model(source: str, **names: Any) -> Any:
@@ -42,12 +40,6 @@ class Net(nn.Module):
 
 def plain(width: int = 3, other: Any = None, scale: Any = (2.0,)) -> Any:
     return model(PLAIN, WIDTH=width, other=other or (lambda x: x), scale=scale)
-
-
-def is_compiled_and_right(session: Session, run: Any, net: Any, x: Any) -> bool:
-    """Whether a run is of a new program, and gives what the model gives under `jax.jit` now."""
-    by_hand = jax.jit(net.apply)(session.models["net"].variables, x)
-    return run.program == "compiled" and bits(run.output) == bits(by_hand)
 
 
 X = jnp.ones((2, 4))
@@ -75,23 +67,10 @@ def test_a_renamed_local_is_no_change_and_a_refactored_helper_is_traced_but_not_
     run = session.apply("net", X)
     assert run.program == "reused"
     assert run.timing.trace > 0
-    assert run.timing.compile == 0
-
-
-def test_a_class_executed_from_a_string_is_never_stale(session):
-    for scale in (2.0, 3.0):
-        namespace: dict[str, Any] = {"nn": nn, "__name__": "__main__"}
-        source = "class Net(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(2)(x) * SCALE"
-        exec(source.replace("SCALE", str(scale)), namespace)
-        net = namespace["Net"]()
-        session.register("net", net)
-        assert is_compiled_and_right(session, session.apply("net", X), net, X)
+    assert (run.timing.lower, run.timing.compile) == (0, 0)
 
 
 def test_dropped_models_are_freed_and_their_arrays_with_them():
-    import gc
-    import weakref
-
     session, classes = Session(seed=0, replay_bytes=0), []  # nothing is kept for replays
     for i in range(6):
         net = model(PLAIN, WIDTH=3 + i, other=lambda x: x, scale=(float(i),))
@@ -107,17 +86,6 @@ def test_dropped_models_are_freed_and_their_arrays_with_them():
     assert len(jax.live_arrays()) == before
 
 
-def test_a_global_that_changed_is_never_stale(session):
-    scale = [2.0]
-    net = model(PLAIN, WIDTH=3, other=lambda x: x, scale=scale)
-    session.register("net", net)
-    first = session.apply("net", X)
-    scale[0] = 3.0
-    second = session.apply("net", X)
-    assert is_compiled_and_right(session, second, net, X)
-    assert bits(second.output) != bits(first.output)
-
-
 def test_a_helper_that_is_not_plain_is_traced_each_time_and_never_stale(session):
     class Stateful:
         factor = 1.0
@@ -131,17 +99,9 @@ def test_a_helper_that_is_not_plain_is_traced_each_time_and_never_stale(session)
     session.apply("net", X)
     assert session.apply("net", X).program == "reused"
     helper.factor = 5.0
-    assert is_compiled_and_right(session, session.apply("net", X), net, X)
-
-
-def test_closed_over_arrays_count(session):
-    def closing(array: Any) -> Any:
-        return lambda x: x + array
-
-    for value in (1.0, 2.0):
-        net = plain(other=closing(jnp.full((3,), value)))
-        session.register("net", net)
-        assert is_compiled_and_right(session, session.apply("net", X), net, X)
+    run = session.apply("net", X)
+    assert run.program == "compiled"
+    assert bits(run.output) == bits(jax.jit(net.apply)(session.models["net"].variables, X))
 
 
 def test_two_callbacks_with_the_same_program_text_are_two_programs(session):
@@ -228,16 +188,11 @@ def test_an_interrupted_compilation_is_finished_and_used(session, monkeypatch):
 
 @pytest.mark.own_executables  # one that is there already cannot be interrupted
 def test_interrupted_compilations_that_nobody_comes_back_for_are_let_go(session, monkeypatch):
-    from flax_magics.compile import cache
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
     session.register("net", plain())
     session.init("net", X)
     for rows in range(1, 9):
         with monkeypatch.context() as patch:
-            patch.setattr(concurrent.futures, "wait", interrupted)
+            patch.setattr(concurrent.futures, "wait", Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 session.apply("net", jnp.ones((rows, 4)))
         futures = list(session.programs.compiling.values())
@@ -255,8 +210,6 @@ def test_no_thread_is_left_behind(session):
 
 
 def test_programs_kept_are_bounded(session, monkeypatch):
-    from flax_magics.compile import cache
-
     monkeypatch.setattr(cache, "KEPT", 3)
     session.register("net", plain())
     for n in range(1, 6):
@@ -288,8 +241,6 @@ def test_pytrees_bools_and_strings_as_arguments(session):
 
 
 def test_devices_are_named():
-    from flax_magics.base.measures import name_devices
-
     device = namedtuple("Device", ("id", "platform"), defaults=("gpu",))
     assert name_devices({device(0)}) == "gpu:0"
     assert name_devices({device(2), device(0)}) == "gpu:0,2"
@@ -316,9 +267,7 @@ except KeyboardInterrupt:
 
 
 def test_the_process_can_leave_while_something_compiles():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, env=environment, timeout=300)
-    assert (done.returncode, done.stdout) == (0, "interrupted\n")
+    assert printed_by(LEAVES) == "interrupted\n"
 
 
 @pytest.mark.parametrize("disk_cache", [False, True])

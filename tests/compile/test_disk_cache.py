@@ -20,9 +20,10 @@ import pytest
 from by_hand import SUPPORT, MyModel, apply_by_hand, bits, notebook_x
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sessions import session_of
+from sessions import session_of, settle
+from sharp_bits import MODEL
 
-from flax_magics import Session
+from flax_magics.compile import compiler
 from flax_magics.compile.compiler import DiskCache, default_folder
 
 pytestmark = pytest.mark.own_executables
@@ -78,13 +79,6 @@ def programs(folder: Path) -> list[Path]:
     return sorted((folder / "flax_magics" / "programs").glob("*"))
 
 
-def settle(session: Session) -> None:
-    """Waits until what was compiled is on disk."""
-    session.programs.compiler.workers.submit(lambda: None).result()
-    while session.programs.compiler.workers.busy:
-        pass
-
-
 def test_a_second_process_compiles_nothing_and_has_the_same_bits(cache_directory):
     first = ran()
     assert first["program"] == "compiled"
@@ -102,8 +96,6 @@ def test_two_processes_at_once(cache_directory):
 
 
 def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
-    from flax_magics.compile import compiler
-
     cache = DiskCache()
     key = cache.name_of(("text", "settings"))
     assert cache.name_of(("text", "settings")) == key
@@ -120,7 +112,6 @@ def test_another_processor_or_version_or_flag_is_another_program(monkeypatch):
 
 
 def test_a_script_keeps_nothing_unless_it_asks(cache_directory):
-    Session(seed=0).register("net", MyModel(3, True))
     session = session_of(MyModel(3, True))
     session.apply("net", notebook_x())
     settle(session)
@@ -137,8 +128,8 @@ def test_a_folder_of_ones_own(tmp_path):
     assert list((tmp_path / "mine").iterdir())
 
 
-def test_a_notebook_keeps_programs_until_it_is_told_not_to(sharp_bits_notebook, cache_directory):
-    notebook = sharp_bits_notebook
+def test_a_notebook_keeps_programs_until_it_is_told_not_to(notebook, cache_directory):
+    notebook(MODEL)
     notebook("%flax_apply -q my_model(x);")
     settle(notebook.session)
     assert programs(cache_directory)
@@ -151,15 +142,6 @@ def test_a_notebook_keeps_programs_until_it_is_told_not_to(sharp_bits_notebook, 
     settle(notebook.session)
     assert programs(cache_directory) == before
     assert "  on disk                        off" in notebook("%flax")
-
-
-@pytest.fixture
-def sharp_bits_notebook(notebook):
-    notebook(
-        "%%flaxmodel\nclass MyModel(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n    return nn.Dense(3)(x)\n\n"
-        "my_model = MyModel()"
-    )
-    return notebook
 
 
 def test_a_users_own_cache_is_used_and_ours_stands_aside(cache_directory, tmp_path):
@@ -186,7 +168,6 @@ def test_programs_with_callbacks_are_not_kept(tmp_path):
     class Calling(nn.Module):
         word: str
 
-        @nn.compact
         def __call__(self, x: Any) -> Any:
             jax.debug.callback(lambda: heard.append(self.word))
             return x + 1
@@ -290,7 +271,7 @@ def test_each_entry_gives_its_program(lowered, stored, tmp_path):
         max_size=3,
     ),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_is_a_miss(lowered, stored, tmp_path_factory, name, damages):
     data = stored[name]
     for kind, where in damages:
@@ -386,7 +367,6 @@ def test_sessions_of_other_kinds_of_keys_share_a_folder(tmp_path, order):
 
 def test_a_weak_type_is_no_strong_one_in_memory_and_on_disk(tmp_path):
     class Doubling(nn.Module):
-        @nn.compact
         def __call__(self, x: Any) -> Any:
             return x * 2
 

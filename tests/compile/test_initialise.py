@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
+from unittest.mock import Mock
 
 import flax.linen as nn
 import jax
@@ -13,8 +15,9 @@ from by_hand import bits, keys_of
 from sessions import session_of
 
 from flax_magics import Session
+from flax_magics.compile import initialise
 from flax_magics.compile.initialise import trace_init
-from flax_magics.execution.call import Call, prepare_init
+from flax_magics.execution.call import Call, initialising, prepare_init
 from flax_magics.models.construction import adopt
 from flax_magics.rng.keys import RootKey
 
@@ -24,13 +27,9 @@ class Everything(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        for kind in (
-            nn.initializers.lecun_normal(),
-            nn.initializers.xavier_uniform(),
-            nn.initializers.orthogonal(),
-            nn.initializers.normal(0.02),
-            nn.initializers.variance_scaling(2.0, "fan_avg", "truncated_normal"),
-        ):
+        init = nn.initializers
+        scaling = init.variance_scaling(2.0, "fan_avg", "truncated_normal")
+        for kind in (init.lecun_normal(), init.xavier_uniform(), init.orthogonal(), init.normal(0.02), scaling):
             x = nn.relu(nn.Dense(8, kernel_init=kind)(x))
         x = nn.Dense(8, param_dtype=jnp.bfloat16)(x)
         self.param("mixed", lambda key: jnp.linspace(0.1, 0.7, 5) * jax.random.normal(key, (5,)) + 1 / 3)
@@ -93,9 +92,9 @@ def of_hand(module: Any, *args: Any) -> Any:
 def is_taken_apart(module: Any, *args: Any) -> bool:
     """Whether it is units that run, not `module.init`."""
     call = Call((), args, {}, "net(x)")
-    prepared = prepare_init("net", adopt(module, "net"), call)
+    model, init_call = prepare_init("net", adopt(module, "net"), call)
     units = Session(seed=0).programs.units
-    return prepared.initialising(RootKey.from_seed(0).draw(), units).expected is not None
+    return initialising(model, init_call, RootKey.from_seed(0).draw(), units).expected is not None
 
 
 @pytest.mark.parametrize(
@@ -108,8 +107,7 @@ def is_taken_apart(module: Any, *args: Any) -> bool:
 def test_what_is_taken_apart_has_the_bits_of_init_by_hand(module, apart):
     x = jnp.linspace(0.0, 1.0, 12).reshape(3, 4)
     assert is_taken_apart(module, x) is apart
-    session = session_of(module)
-    assert bits(session.init("net", x)) == bits(of_hand(module, x))
+    assert bits(session_of(module).init("net", x)) == bits(of_hand(module, x))
 
 
 def test_every_bit_and_type_is_that_of_init_by_hand():
@@ -122,8 +120,6 @@ def test_every_bit_and_type_is_that_of_init_by_hand():
     assert types[0] == types[1]
     weak = [[getattr(leaf, "weak_type", None) for leaf in jax.tree_util.tree_leaves(tree)] for tree in (made, expected)]
     assert weak[0] == weak[1]
-    again = session_of(Everything())
-    assert bits(again.init("net", x)) == bits(made)
     assert bits(run.output) == bits(jax.jit(Everything().apply)(expected, x))
 
 
@@ -143,8 +139,7 @@ def test_the_forward_pass_is_left_out():
 
 def test_callbacks_are_called_once_as_by_hand():
     heard: list[int] = []
-    session = session_of(Heard(lambda: heard.append(1)))
-    session.init("net", jnp.ones((2, 4)))
+    session_of(Heard(lambda: heard.append(1))).init("net", jnp.ones((2, 4)))
     jax.effects_barrier()
     assert heard == [1]
 
@@ -156,8 +151,7 @@ def test_a_value_by_the_arguments_is_computed_where_they_are():
             return self.variable("state", "mean", lambda: x.mean()).value
 
     x = jax.device_put(jnp.arange(4.0), jax.devices()[0])
-    session = session_of(Mean())
-    assert bits(session.init("net", x)) == bits(of_hand(Mean(), x))
+    assert bits(session_of(Mean()).init("net", x)) == bits(of_hand(Mean(), x))
 
 
 def test_looking_for_nan_runs_all_of_it():
@@ -186,16 +180,10 @@ def test_what_the_model_raises_names_the_users_line():
 
 
 def test_an_interrupted_init_changes_nothing_and_is_done_again(monkeypatch):
-    from flax_magics.compile import initialise
-
     session = session_of(Everything())
     x = jnp.ones((3, 4))
-
-    def interrupted(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(initialise, "wait_for", interrupted)
+        patch.setattr(initialise, "wait_for", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             session.apply("net", x)
     assert (session.draws, session.models["net"].variables, session.runs) == (0, None, [])
@@ -204,8 +192,6 @@ def test_an_interrupted_init_changes_nothing_and_is_done_again(monkeypatch):
 
 
 def test_the_phases_add_up_to_what_passed():
-    import time
-
     session = session_of(Everything())
     begin = time.perf_counter()
     timing = session.apply("net", jnp.ones((3, 4))).timing
@@ -215,32 +201,30 @@ def test_the_phases_add_up_to_what_passed():
     assert 0 <= timing.beside <= timing.compile
 
 
-def test_a_constant_of_no_dimensions_is_an_array_as_by_hand():
-    class Scaled(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return x * self.param("scale", nn.initializers.ones, ())
+class Scaled(nn.Module):
+    start: Any
 
-    session = session_of(Scaled())
-    scale = session.init("net", jnp.ones((3, 4)))["params"]["scale"]
-    by_hand = Scaled().init(jax.random.key(0), jnp.ones((3, 4)))["params"]["scale"]
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return x * self.param("scale", self.start)
+
+
+def test_a_constant_of_no_dimensions_is_an_array_as_by_hand():
+    net, x = Scaled(lambda key: nn.initializers.ones(key, ())), jnp.ones((3, 4))
+    scale = session_of(net).init("net", x)["params"]["scale"]
+    by_hand = net.init(jax.random.key(0), x)["params"]["scale"]
     assert type(scale) is type(by_hand)
     assert bits(scale) == bits(by_hand)
     assert scale.weak_type == by_hand.weak_type
 
 
 def test_a_constant_that_is_weakly_typed_is_so_as_by_hand():
-    class Scaled(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return x * self.param("scale", lambda key: jnp.asarray(1.5))
-
-    x = jnp.ones((3,), jnp.bfloat16)
-    session = session_of(Scaled())
+    net, x = Scaled(lambda key: jnp.asarray(1.5)), jnp.ones((3,), jnp.bfloat16)
+    session = session_of(net)
     run = session.apply("net", x)
-    by_hand = Scaled().init(jax.random.key(0), x)
-    assert is_taken_apart(Scaled(), x)
+    by_hand = net.init(jax.random.key(0), x)
+    assert is_taken_apart(net, x)
     assert by_hand["params"]["scale"].weak_type
     assert session.models["net"].variables["params"]["scale"].weak_type
-    assert run.output.dtype == jax.jit(Scaled().apply)(by_hand, x).dtype == jnp.bfloat16
+    assert run.output.dtype == jax.jit(net.apply)(by_hand, x).dtype == jnp.bfloat16
     assert session.apply("net", x).program == "reused"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +10,10 @@ import jax.numpy as jnp
 import pytest
 from by_hand import MyModel, notebook_x
 from flax import nnx, struct
+from processes import printed_by
 
 from flax_magics import Session
-
-
-@pytest.fixture
-def session():
-    return Session(seed=0)
+from flax_magics.compile import cache
 
 
 class Namespace(dict):
@@ -182,7 +176,6 @@ net = Net()
         ("deep.__defaults__ = (7.0,)", "by of deep: 1.0 → 7.0"),
         ("Base.factor = 4.0", "Base.factor: 2.0 → 4.0"),
         ("Base.scaled = lambda self, x: x - self.factor", "Base.scaled was edited"),
-        ("def helper(x):\n  return x - 7", "helper() was redefined"),
     ],
 )
 def test_what_the_model_reads(session, edit, sentence):
@@ -469,11 +462,7 @@ for place in (*jax.devices(), rows):
 
 def test_another_device():
     """With two devices, which takes a process of its own."""
-    two = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-c", PLACES]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **two}, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    assert printed_by(PLACES, devices=2).splitlines() == [
         "first run of this program",
         "x: float32[4,2], moved from cpu:0 to cpu:1",
         "x: float32[4,2], moved from cpu:1 to cpu:0,1 as P('data',)",
@@ -492,8 +481,6 @@ def test_no_reason_where_nothing_was_compiled(session):
 
 
 def test_a_program_that_was_dropped(session, monkeypatch):
-    from flax_magics.compile import cache
-
     monkeypatch.setattr(cache, "KEPT", 1)
     first_run(session, Takes())
     session.apply("net", jnp.ones((3, 4)))
@@ -514,18 +501,42 @@ def advice(run: Any) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(note.text, note.advice) for note in run.notes if note.kind == "programs"]
 
 
-def one_note(text: str, advice: tuple[str, str]) -> list[tuple[str, list[tuple[str, str]]]]:
-    return [(text, [advice])]
+BATCH = (
+    "the batch size of `{}` varies ({}), and each size is a program of its own: leave out the last batch, which is"
+    " smaller, or pad it"
+)
+AS_ARRAY = "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"
+HALF = X[0].astype(jnp.bfloat16)
 
 
-def test_a_batch_size_that_varies(takes):
-    said = [advice(takes.apply("net", jnp.ones((rows, 4)))) for rows in (128, 64, 64, 32)]
-    assert said[:3] == [[], [], []]
-    assert said[3] == one_note(
-        "3 of the last 4 runs of net compiled: the batch size of `x` varies (32, 64, 128), and each size is a program"
-        " of its own: leave out the last batch, which is smaller, or pad it",
-        ("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 128 - len(…)), (0, 0)]))"),
-    )
+def padded(widths: str) -> tuple[str, str]:
+    return "form: ", f"import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [{widths}]))"
+
+
+@pytest.mark.parametrize(
+    ("calls", "text", "form"),
+    [
+        ([(jnp.ones((rows, 4)),) for rows in (128, 64, 64, 32)],
+         f"3 of the last 4 runs of net compiled: {BATCH.format('x', '32, 64, 128')}", padded("(0, 128 - len(…)), (0, 0)")),
+        ([(jnp.ones((2, 2, length)),) for length in (4, 5, 9)],
+         "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
+         " what is padding takes a mask", padded("(0, 0), (0, 0), (0, 9 - ….shape[2])")),
+        ([(X, 1.0, n) for n in (1, 2, 3)],
+         "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of its own",
+         ("in your model: ", "jax.lax.fori_loop(0, n, …) for range(n), jnp.where for if")),
+        ([(HALF, scale) for scale in (jnp.float32(2.0), jnp.float16(2.0), jnp.asarray(2.0))],
+         "3 of the last 3 runs of net compiled: the dtype of `scale` varies (float16, float32, weak types too), and each"
+         " is a program of its own", ("form: ", AS_ARRAY)),
+        ([(X, scale) for scale in (jnp.float32(2.0), 2.0, 2)],
+         "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
+         " kind is a program of its own", ("form: ", AS_ARRAY)),
+    ],
+    ids=["batch size", "another axis", "static number", "dtype and weak type", "kind of number"],
+)  # fmt: skip
+def test_the_third_program_for_what_varies_has_a_note(takes, calls, text, form):
+    *before, last = [advice(takes.apply("net", *args)) for args in calls]
+    assert before == [[]] * len(before)
+    assert last == [(text, [form])]
 
 
 def test_other_models_under_one_name_are_no_reason_for_a_note(session):
@@ -533,51 +544,8 @@ def test_other_models_under_one_name_are_no_reason_for_a_note(session):
         session.register("net", nn.Dense(features))
         assert advice(session.apply("net", jnp.ones((2, features)))) == []
     session.apply("net", jnp.ones((3, 6)))
-    assert advice(session.apply("net", jnp.ones((4, 6)))) == one_note(
-        "3 of the last 3 runs of net compiled: the batch size of `inputs` varies (2, 3, 4), and each size is a program"
-        " of its own: leave out the last batch, which is smaller, or pad it",
-        ("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 4 - len(…)), (0, 0)]))"),
-    )
-
-
-def test_another_axis_that_varies(takes):
-    for length in (4, 5):
-        takes.apply("net", jnp.ones((2, 2, length)))
-    assert advice(takes.apply("net", jnp.ones((2, 2, 9)))) == one_note(
-        "3 of the last 3 runs of net compiled: the shape of `x` varies, and each shape is a program of its own:"
-        " what is padding takes a mask",
-        ("form: ", "import jax.numpy as jnp\n%flax_apply net(jnp.pad(…, [(0, 0), (0, 0), (0, 9 - ….shape[2])]))"),
-    )
-
-
-def test_a_static_number_that_varies(takes):
-    said = [advice(takes.apply("net", X, n=n)) for n in (1, 2, 3)]
-    assert said[:2] == [[], []]
-    assert said[2] == one_note(
-        "3 of the last 3 runs of net compiled: the model needs the value of `n`, and each value is a program of its own",
-        ("in your model: ", "jax.lax.fori_loop(0, n, …) for range(n), jnp.where for if"),
-    )
-
-
-def test_a_weak_type_and_a_dtype_that_vary(takes):
-    half = X[0].astype(jnp.bfloat16)
-    takes.apply("net", half, jnp.float32(2.0))
-    takes.apply("net", half, jnp.float16(2.0))
-    assert advice(takes.apply("net", half, jnp.asarray(2.0))) == one_note(
-        "3 of the last 3 runs of net compiled: the dtype of `scale` varies (float16, float32, weak types too), and each"
-        " is a program of its own",
-        ("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"),
-    )
-
-
-def test_numbers_of_python_that_vary_in_kind(takes):
-    takes.apply("net", X, jnp.float32(2.0))
-    takes.apply("net", X, 2.0)
-    assert advice(takes.apply("net", X, 2)) == one_note(
-        "3 of the last 3 runs of net compiled: `scale` is an array in one run and a Python number in another, and each"
-        " kind is a program of its own",
-        ("form: ", "import jax.numpy as jnp\n%flax_apply net(…, jnp.asarray(…, 'float32'))"),
-    )
+    text = f"3 of the last 3 runs of net compiled: {BATCH.format('inputs', '2, 3, 4')}"
+    assert advice(session.apply("net", jnp.ones((4, 6)))) == [(text, [padded("(0, 4 - len(…)), (0, 0)")])]
 
 
 def test_modes_that_alternate_and_edits_are_no_cause(session):

@@ -31,8 +31,8 @@ class Two(nn.Module):
 class NnxTwo(nnx.Module):
     """The same."""
 
-    def __init__(self, width=8, rate=0.5, first=True, *, rngs):
-        self.width = width
+    def __init__(self, width=8, rate=0.5, first=True):
+        self.width, rngs = width, nnx.Rngs(0)
         if first:
             self.a = nnx.Dropout(0.5, rngs=rngs)
         self.b = nnx.Dropout(rate, rngs=rngs)
@@ -50,22 +50,14 @@ def note(text):
     return [Note("masks", f"other random numbers than in draw 1 at {text}")]
 
 
-def linen(**fields):
-    return Two(**fields)
-
-
-def nnx_(**fields):
-    return NnxTwo(**fields, rngs=nnx.Rngs(0))
-
-
-@pytest.fixture(params=[linen, nnx_], ids=["linen", "nnx"])
+@pytest.fixture(params=[Two, NnxTwo], ids=["linen", "nnx"])
 def make(request):
     return request.param
 
 
 @pytest.fixture
 def names(make):
-    return ("Dropout_0", "Dropout_1") if make is linen else ("a", "b")
+    return ("Dropout_0", "Dropout_1") if make is Two else ("a", "b")
 
 
 def test_other_inputs_of_the_same_shape_get_the_same_mask(make):
@@ -99,10 +91,10 @@ def test_layers_of_one_of_them_alone(make):
             return nn.Dropout(0.5, deterministic=False)(x)
 
     session = session_of(make())
-    session.register("one", One() if make is linen else NnxTwo(first=False, rngs=nnx.Rngs(0)))
+    session.register("one", One() if make is Two else NnxTwo(first=False))
     session.apply("net", x)
     run = session.apply("one", x, draw=1)
-    if make is linen:
+    if make is Two:
         assert masks(run) == note("Dropout_1: in draw 1's run alone")
     else:  # the first stream of the model is another layer's
         assert masks(run) == note("b: another key, by its place in the model; a: in draw 1's run alone")
@@ -121,7 +113,7 @@ def test_what_a_module_draws_with_a_key_itself_is_not_claimed(make):
         def __call__(self, x):
             return x + jax.random.normal(self.rngs.noise(), x.shape)
 
-    session = session_of(Noise() if make is linen else NnxNoise(rngs=nnx.Rngs(noise=0)))
+    session = session_of(Noise() if make is Two else NnxNoise(rngs=nnx.Rngs(noise=0)))
     session.apply("net", x)
     assert masks(session.apply("net", x[:2], draw=1)) == []
 

@@ -16,10 +16,8 @@ from flax_magics.base.digest import Values, values_of
 X = jnp.ones((2, 3))
 
 
-class Log(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return jnp.log(nn.Dense(4, kernel_init=nn.initializers.ones)(x))
+def log():
+    return nn.Sequential([nn.Dense(4, kernel_init=nn.initializers.ones), jnp.log])
 
 
 def sharp_bits(run):
@@ -36,8 +34,7 @@ def test_the_numbers_of_each_array():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e5m2"])
 def test_of_every_width(dtype):
-    array = jnp.array([1.0, 3.0, jnp.nan, jnp.inf], dtype)
-    assert values_of(array) == (Values("", 4, 1, 1, 1.0, 3.0, 2.0),)
+    assert values_of(jnp.array([1.0, 3.0, jnp.nan, jnp.inf], dtype)) == (Values("", 4, 1, 1, 1.0, 3.0, 2.0),)
 
 
 def test_float8_without_infinity_has_nan_in_its_place():
@@ -61,7 +58,7 @@ def test_an_array_of_many_parts(monkeypatch):
 
 
 def test_a_run_whose_output_holds_nan_says_so():
-    session = session_of(Log())
+    session = session_of(log())
     runs = [session.apply("net", x) for x in (-X, -X, X, X, -X)]
     assert [run.values[0].nan for run in runs] == [8, 8, 0, 0, 8]
     assert [len(sharp_bits(run)) for run in runs] == [1, 1, 0, 0, 1]
@@ -77,25 +74,20 @@ def test_nan_that_is_in_new_params_is_told_of_there():
 
 
 def test_nan_that_was_in_the_input_is_told_as_such():
-    session = session_of(nn.Dense(2))
-    run = session.apply("net", X * jnp.nan)
+    run = session_of(nn.Dense(2)).apply("net", X * jnp.nan)
     assert sharp_bits(run) == [("the output of net holds NaN, and so does its input", None)]
 
 
 def test_infinity_is_counted_and_no_sharp_bit():
-    class Masked(nn.Module):
-        def __call__(self, x):
-            return jnp.where(x > 0, x, -jnp.inf)
-
-    session = session_of(Masked())
-    run = session.apply("net", jnp.array([1.0, -1.0, 2.0]))
+    masked = nn.Sequential([lambda x: jnp.where(x > 0, x, -jnp.inf)])
+    run = session_of(masked).apply("net", jnp.array([1.0, -1.0, 2.0]))
     assert run.notes == ()
     assert run.values == (Values("", 3, 0, 1, 1.0, 2.0, 1.5),)
 
 
 def test_it_is_in_the_run_as_data_and_in_a_saved_session(tmp_path):
     file = str(tmp_path / "s.safetensors")
-    session = session_of(Log())
+    session = session_of(log())
     run = session.apply("net", -X)
     data = json.loads(json.dumps(run.to_json()))
     assert data["values"] == [{"path": "", "size": 8, "nan": 8, "inf": 0, "least": None, "most": None, "mean": None}]
@@ -142,10 +134,7 @@ def test_the_report_counts_them_and_the_lines_stop_at_the_operation(negative):
 
 
 def test_infinity_and_several_arrays_in_the_report(notebook):
-    notebook(
-        "%%flaxmodel net = Net()\nclass Net(nn.Module):\n  def __call__(self, x):\n"
-        "    return {'a': x, 'b': jnp.where(x > 1, jnp.nan, 1 / (x - 1))}\n"
-    )
+    notebook("%flaxmodel net = nn.Sequential([lambda x: {'a': x, 'b': jnp.where(x > 1, jnp.nan, 1 / (x - 1))}])")
     notebook("x = jnp.array([0.0, 1.0, 2.0, 3.0])")
     out = notebook("y = %flax_apply net(x)").splitlines()
     assert out[2] == "  out   {a: float32[4], b: float32[4]} · 2 of 8 NaN, first in ['b'] · 1 of 8"

@@ -6,15 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from by_hand import notebook_x
+from by_hand import Normed, notebook_x
 from flax import nnx
-
-from flax_magics import Session
-
-
-@pytest.fixture
-def session():
-    return Session(seed=0)
+from sessions import session_of
 
 
 def notes(run):
@@ -30,16 +24,15 @@ class Takes(nn.Module):
         return x
 
 
-def test_a_key_that_nobody_uses(session):
-    session.register("net", Takes())
-    run = session.apply("net", notebook_x(), noise=jax.random.key(5), other=jax.random.key(6))
+def test_a_key_that_nobody_uses():
+    run = session_of(Takes()).apply("net", notebook_x(), noise=jax.random.key(5), other=jax.random.key(6))
     text = "the key `other` is passed, and nothing in the model uses it"
     assert notes(run) == [("unused key", text, "form: %flax_apply net(…, noise=…)")]
 
 
-def test_a_key_of_the_draw_that_nobody_uses(session):
-    session.register("net", Takes())
-    assert [kind for kind, *_ in notes(session.apply("net", notebook_x(), key="other"))] == ["unused key"]
+def test_a_key_of_the_draw_that_nobody_uses():
+    run = session_of(Takes()).apply("net", notebook_x(), key="other")
+    assert [note.kind for note in run.notes] == ["unused key"]
 
 
 def test_a_key_is_not_needed_in_evaluation(session):
@@ -60,12 +53,6 @@ def test_one_key_for_two_arguments(session):
     )
 
 
-class Normed(nn.Module):
-    @nn.compact
-    def __call__(self, x, train: bool):
-        return nn.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
-
-
 def test_a_collection_that_the_model_does_not_have_is_told_at_every_run(session):
     session.register("net", Normed())
     text = (
@@ -82,7 +69,6 @@ def test_a_collection_that_is_not_written_or_is_sown_is_there(session):
     assert notes(session.apply("net", notebook_x(), mode="eval", mutable="batch_stats")) == []
 
     class Sows(nn.Module):
-        @nn.compact
         def __call__(self, x):
             self.sow("intermediates", "x", x)
             return x
@@ -94,14 +80,7 @@ def test_a_collection_that_is_not_written_or_is_sown_is_there(session):
 
 
 def test_nnx_has_its_collections_under_the_names_of_their_types(session):
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.norm = nnx.BatchNorm(4, rngs=rngs)
-
-        def __call__(self, x):
-            return self.norm(x)
-
-    session.register("net", Net(nnx.Rngs(0)))
+    session.register("net", nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     text = "--mutable batch_stats hands back nothing: the model has no collection of this name; it has BatchStat, Param"
     run = session.apply("net", notebook_x(), mode="train", mutable="batch_stats")
     assert notes(run) == [("mutable", text, "form: %flax_apply --train --mutable BatchStat net(…)")]
@@ -124,16 +103,14 @@ def test_params_that_are_zero_throughout(session):
     [nn.Sequential([nn.Dense(3), nn.Dense(2, kernel_init=nn.initializers.zeros)]), nn.BatchNorm(True, use_scale=False)],
     ids=["one layer of two", "a bias alone"],
 )
-def test_layers_that_begin_at_zero_are_no_sharp_bit(session, net):
-    session.register("net", net)
-    assert notes(session.apply("net", notebook_x())) == []
+def test_layers_that_begin_at_zero_are_no_sharp_bit(net):
+    assert notes(session_of(net).apply("net", notebook_x())) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_params_that_hold_nan(session, dtype):
+def test_params_that_hold_nan(dtype):
     net = nn.Sequential([nn.Dense(3), nn.Dense(2, kernel_init=nn.initializers.constant(jnp.nan), param_dtype=dtype)])
-    session.register("net", net)
-    run = session.apply("net", notebook_x())
+    run = session_of(net).apply("net", notebook_x())
     text = "layers_1/kernel holds NaN after init: look at its initializer"
     assert notes(run) == [("nan params", text, "in your model: kernel_init=jax.nn.initializers.lecun_normal()")]
 
@@ -155,12 +132,11 @@ def test_a_python_number_where_an_array_was(session):
 
 
 def test_a_kind_is_quieted_by_its_name(notebook):
-    notebook("%%flaxmodel net = Noisy()\nclass Noisy(nn.Module):\n  def __call__(self, x):\n"
-             "    return x + jax.random.uniform(self.make_rng('noise'), x.shape)")  # fmt: skip
+    notebook("%flaxmodel net = nn.Dropout(0.5, deterministic=False, rng_collection='noise')")
     notebook("%config FlaxMagics.notes = {'stream': False}")
     assert "noise` is asked for" not in notebook("%flax_apply -o run net(x);")
     assert [note.kind for note in notebook["run"].notes] == ["stream"]
-    notebook("%flaxmodel again = Noisy()")
+    notebook("%flaxmodel again = net.clone()")
     notebook("%config FlaxMagics.notes = {}")
     assert "noise` is asked for" in notebook("%flax_apply again(x);")
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import sys
 
 import pytest
-from exporting import assert_same, digests_of, exported, printed
+from exporting import CHILD, NORMED, assert_same, digests_of, exported, printed
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
 PYTHON = [
-    """\
-import math, flax_magics
-from collections import *
-import dataclasses, functools
-import numpy as np""",
+    "import math, flax_magics\nfrom collections import *\nimport dataclasses, functools\nimport numpy as np",
     """\
 @dataclasses.dataclass
 class Size:
@@ -33,29 +29,7 @@ class Size:
   @area.setter
   def area(self, value):
     self.rows = value // self.columns""",
-    """\
-class Base(nn.Module):
-  width: int = 3
-  double: int = width * 2
-
-  def setup(self):
-    self.dense = nn.Dense(self.double)
-
-  def __call__(self, x):
-    return self.dense(x)
-
-class Child(Base):
-  rate: float = 0.5
-
-  def setup(self):
-    super().setup()
-    self.dropout = nn.Dropout(self.rate, deterministic=False)
-
-  def __call__(self, x):
-    return self.dropout(super().__call__(x))
-
-child = Child()
-%flaxmodel child""",
+    CHILD,
     """\
 try:
   [][1]
@@ -191,22 +165,12 @@ def test_cells_that_failed_and_left_nothing_are_counted(notebook, tmp_path):
 
 
 def test_variables_that_a_draw_without_a_line_changed_are_not_used(notebook, tmp_path):
-    notebook("""\
-%%flaxmodel
-class Normed(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    return nn.BatchNorm(use_running_average=False)(x)
-
-normed = Normed()
-""")
-    notebook("y = %flax_apply normed(x)")
-    notebook("%timeit -n1 -r1 get_ipython().run_line_magic('flax_apply', '-q normed(x)')")
-    notebook("y = %flax_apply normed(x)")
-    notebook("variables = %flax_init normed(x)\ny = %flax_apply normed(x)")
+    train = "y = %flax_apply --train normed(x)"
+    notebook(NORMED)
+    notebook(train)
+    notebook("%timeit -n1 -r1 get_ipython().run_line_magic('flax_apply', '-q --train normed(x)')")
+    notebook(train)
+    notebook(f"variables = %flax_init normed(x)\n{train}")
     runs = notebook.session.runs
     script = assert_same(notebook, tmp_path, kept=[runs[0], *runs[3:]])
-    assert (
-        "# Left out: its variables come from a draw that no line of the cells explains.\n# y = %flax_apply normed(x)\n"
-        in script
-    )
+    assert f"# Left out: its variables come from a draw that no line of the cells explains.\n# {train}\n" in script

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from alone import run_alone
-from exporting import exported, printed
+from exporting import NNX_NET, exported, printed
 
 from flax_magics.cells.names import Free
 from flax_magics.export.writer import LineWriter
@@ -18,13 +18,7 @@ from flax_magics.export.writer import LineWriter
 RUFF = shutil.which("ruff", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 
 CELLS = [
-    """\
-import functools
-import time
-
-import optax
-from flax import nnx
-""",
+    "import functools\nimport time\n\nimport optax\nfrom flax import nnx\n",
     """\
 %%flaxmodel
 class ConvNet(nn.Module):
@@ -46,19 +40,9 @@ network = ConvNet()
     "for step in range(2):\n    for batch in x:\n        logits = %flax_apply --train network(batch)\nlogits.shape",
     'logits, statistics = %flax_apply --train --mutable batch_stats network(x, {"noisy": True, "scale": 0.1})',
     "%flax_apply --draw 2 --eval network(x)\nlogits[:2].mean()",
-    """\
-%%flaxmodel module = Module(4, 8, rate=0.25)
-class Module(nnx.Module):
-    def __init__(self, features, classes, rate, *, rngs):
-        self.hidden = nnx.Linear(4, features, rngs=rngs)
-        self.norm = nnx.BatchNorm(features, rngs=rngs)
-        self.dropout = nnx.Dropout(rate, rngs=rngs)
-        self.out = nnx.Linear(features, classes, rngs=rngs)
-    def __call__(self, x):
-        return self.out(self.dropout(self.norm(self.hidden(x))))
-""",
-    "y, statistics = %flax_apply --train --mutable BatchStat module(x)",
-    "samples = %flax_apply --eval --draws 4 module(x)\n%flax_init module(x)",
+    NNX_NET,
+    "y, statistics = %flax_apply --train --mutable BatchStat net(x)",
+    "samples = %flax_apply --eval --draws 4 net(x)\n%flax_init net(x)",
     "latent = %flax_key latent",
 ]
 

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from exporting import assert_same
+from exporting import NORMED, assert_same
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
-NET = """\
-%%flaxmodel
-class Net(nn.Module):
-  @nn.compact
-  def __call__(self, x, train=False):
-    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
-
-net = Net()
-"""
+NET = NORMED.replace("Normed", "Net").replace("normed", "net")
 SESSIONS = {
     "commands in methods, nested functions and generators": [
         NET,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sharp_bits
-from exporting import NORMED, assert_same, printed
+from exporting import NOISY, NORMED, assert_same, printed
 
 MODEL = sharp_bits.MODEL.lstrip()
 TRAIN = "y = %flax_apply --train my_model(x)"
@@ -33,17 +33,7 @@ def test_an_init_before_a_loop_is_of_the_loops_first_draw(notebook, tmp_path):
 
 
 def test_further_streams_and_keys_by_name(notebook, tmp_path):
-    notebook("""\
-%%flaxmodel
-class Noisy(nn.Module):
-  @nn.compact
-  def __call__(self, x, z_rng=None):
-    x = nn.Dense(3)(x)
-    x = x + jax.random.normal(self.make_rng('noise'), x.shape)
-    return x if z_rng is None else x + jax.random.normal(z_rng, x.shape)
-
-noisy = Noisy()
-""")
+    notebook(NOISY)
     runs = ("%flax_init noisy(x);", "y = %flax_apply noisy(x)", "y = %flax_apply --key z_rng noisy(x)")
     keys = ("latent = %flax_key latent\ndropout = %flax_key dropout", "%flax_key another")
     last = "z = jax.random.normal(latent, x.shape)\ny = %flax_apply noisy(z)"
@@ -58,19 +48,6 @@ def test_restarts_repeated_and_edited_cells(notebook, tmp_path):
     cells += [cell.replace("rate=0.5", "rate=0.2"), TRAIN]  # variables kept
     cells += [cell.replace("num_neurons=3", "num_neurons=5"), TRAIN]  # variables dropped
     assert_same(notebook, tmp_path, *cells, "%flax_key --seed 0 --fresh", TRAIN)
-
-
-def test_functions_hold_commands(notebook, tmp_path):
-    notebook(MODEL)
-    notebook('''\
-def step(x, n):
-    """One step."""
-    for i in range(n):
-        y = %flax_apply --train my_model(x + i)
-    return y
-''')
-    script = assert_same(notebook, tmp_path, "a = step(x, 2)\nb = step(a @ jnp.ones((3, 4)), 1)")
-    assert "    global root_key, variables\n" in script
 
 
 def test_of_lines_that_are_alike_the_one_that_ran(notebook, tmp_path):
@@ -107,6 +84,7 @@ def test_a_function_defined_again_and_a_model_bound_anew(notebook, tmp_path):
     cells = (model, step, step, run, run, "net = nn.Dense(3)", run, model)
     script = assert_same(notebook, tmp_path, *cells, "y = step(x)\nfor _ in range(2): y = step(x)")
     assert script.count("def step") == 2
+    assert "    global root_key, variables\n" in script
     assert script.count("def apply") == 3
 
 

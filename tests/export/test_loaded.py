@@ -10,13 +10,14 @@ import flax_magics
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
 HELD = """\
-%%flaxmodel held = Held()
+%%flaxmodel
 class Held(nnx.Module):
   def __init__(self, rngs):
     self.linear = nnx.Linear(4, 3, rngs=rngs)
-
   def __call__(self, x):
     return self.linear(x)
+
+held = Held(nnx.Rngs(0))
 """
 
 
@@ -27,12 +28,11 @@ def saved(notebook, tmp_path, monkeypatch):
 
     def save(cell: str, name: str, *, runs: int) -> None:
         names = dict(notebook.shell.user_ns)
-        line, _, body = cell.partition("\n")
-        exec(f"{body}\n{name} = {name.title()}({'nnx.Rngs(0)' if ' ' in line else ''})", names)
+        exec(cell.removeprefix("%%flaxmodel\n"), names)
         session = flax_magics.Session()
         session.register(name, names[name])
         for _ in range(runs):
-            session.apply(name, notebook["x"], mode=None if " " in line else "train")
+            session.apply(name, notebook["x"], mode="train")
         session.save("s.safetensors")
 
     return save
@@ -65,9 +65,8 @@ def test_a_file_that_is_another_now_is_not_read(notebook, saved, tmp_path):
     notebook("y = %flax_apply --train normed(x)\n%flax_save s.safetensors")
     notebook("print(y.mean())\nv = %flax_init normed(x)\nz = %flax_apply --train normed(x)")
     script = exported(notebook)
-    said = (
-        "# Left out: the variables of `normed` came from `s.safetensors`, which is not the file any more that it was.\n"
-    )
+    why = "which is not the file any more that it was"
+    said = f"# Left out: the variables of `normed` came from `s.safetensors`, {why}.\n"
     assert f"{said}root_key = jax.random.key(0)\n# The session in the file had made a draw.\n" in script
     assert f"{said}# y = %flax_apply --train normed(x)\n" in script
     assert "# print(y.mean())\n" in script
@@ -82,9 +81,8 @@ def test_what_ran_before_is_in_no_history_any_more_and_nnx_has_no_lines(notebook
     notebook("%flax_load s.safetensors")
     notebook("z = %flax_apply held(x)")
     script = exported(notebook)
-    said = (
-        "# Left out: the variables of `held` came from `s.safetensors`, and those of an NNX model have no lines yet.\n"
-    )
+    why = "and those of an NNX model have no lines yet"
+    said = f"# Left out: the variables of `held` came from `s.safetensors`, {why}.\n"
     gone = "# Left out: the history of its run is gone: %flax_load brought another.\n# y = %flax_apply held(x)\n"
     assert gone in script
     assert f"{said}# z = %flax_apply held(x)\n" in script

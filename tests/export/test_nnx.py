@@ -3,21 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from exporting import NNX_NET as NET
 from exporting import assert_same
-
-NET = """\
-%%flaxmodel net = Net(8, 3)
-class Net(nnx.Module):
-  def __init__(self, features, classes, *, rngs):
-    self.hidden = nnx.Linear(4, features, rngs=rngs)
-    self.norm = nnx.BatchNorm(features, rngs=rngs)
-    self.dropout = nnx.Dropout(0.5, rngs=rngs)
-    self.out = nnx.Linear(features, classes, rngs=rngs)
-  def __call__(self, x, scale=1.0):
-    return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x))))) * scale
-  def embed(self, x):
-    return self.hidden(x)
-"""
 
 
 @pytest.fixture(autouse=True)

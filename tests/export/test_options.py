@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from exporting import assert_same
+from exporting import NORMED, assert_same
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
@@ -125,8 +125,6 @@ two = Two()
 
 
 def test_a_name_for_the_variables_that_is_read_after_they_changed_keeps_what_it_was(notebook, tmp_path):
-    cell = "class B(nn.Module):\n  @nn.compact\n  def __call__(self, x):\n"
-    notebook(f"%%flaxmodel\n{cell}    return nn.BatchNorm(use_running_average=False)(x)\n\nb = B()")
-    runs = ("variables = %flax_init b(x)\nn = len(variables)", "y = %flax_apply b(x)")
-    script = assert_same(notebook, tmp_path, *runs, "y = %flax_apply --variables variables b(x)")
-    assert "\nvariables = b_variables = b.init(params_key, x)\n" in script
+    runs = ("variables = %flax_init normed(x)\nn = len(variables)", "y = %flax_apply --train normed(x)")
+    script = assert_same(notebook, tmp_path, NORMED, *runs, "y = %flax_apply --variables variables normed(x)")
+    assert "\nvariables = normed_variables = normed.init(params_key, x)\n" in script

@@ -11,43 +11,19 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from exporting import digests_of, exported, printed
+from exporting import CHILD, NNX_NET, NOISY, digests_of, exported, printed
 
 import flax_magics
 
 pytestmark = pytest.mark.usefixtures("digests_taken")
 
-SEEDS = (
-    [int(os.environ["FLAX_MAGICS_SESSION"])]
-    if "FLAX_MAGICS_SESSION" in os.environ
-    else (range(int(os.environ.get("FLAX_MAGICS_SESSIONS", "4"))))
-)
+ONE = os.environ.get("FLAX_MAGICS_SESSION")
+SEEDS = [int(ONE)] if ONE else range(int(os.environ.get("FLAX_MAGICS_SESSIONS", "4")))
 
 IMPORTS = "import dataclasses\nfrom flax import nnx\nx = x[0]\nbatches = jnp.stack([x, x * 2])\n"
 
 MODELS = {
-    "child": """\
-%%flaxmodel
-class Base(nn.Module):
-    width: int = 3
-    double: int = width * 2
-    def setup(self):
-        self.dense = nn.Dense(self.double)
-    def __call__(self, x):
-        return self.dense(x)
-class Child(Base):
-    rate: float = 0.5
-    training: bool = False
-    def setup(self):
-        super().setup()
-        self.dropout = nn.Dropout(self.rate)
-    def __call__(self, x):
-        return self.dropout(super().__call__(x), deterministic=not self.training)
-    def encode(self, x):
-        return super().__call__(x)
-
-child = Child()
-""",
+    "child": CHILD,
     "normed": """\
 %%flaxmodel
 class Normed(nn.Module):
@@ -78,18 +54,7 @@ class Holding(nn.Module):
         x = self.parts['drop'](self.parts['dense'](x))
         return nn.Dropout(self.config.rate, deterministic=not self.config.training)(x)
 """,
-    "noisy": """\
-%%flaxmodel
-class Noisy(nn.Module):
-    @nn.compact
-    def __call__(self, x, z_rng=None, options=None):
-        x = nn.Dense(3)(x) + jax.random.normal(self.make_rng('noise'), (3,))
-        if options is not None and options['act'] == 'relu':
-            x = nn.relu(x) * options['scale']
-        return x if z_rng is None else x + jax.random.normal(z_rng, (3,))
-
-noisy = Noisy()
-""",
+    "noisy": NOISY,
     "bridged": """\
 %%flaxmodel
 class Inner(nnx.Module):
@@ -101,16 +66,7 @@ class Inner(nnx.Module):
 
 bridged = nnx.bridge.to_linen(Inner)
 """,
-    "net": """\
-%%flaxmodel net = Net(4, 3)
-class Net(nnx.Module):
-    def __init__(self, inside, outside, *, rngs):
-        self.linear = nnx.Linear(inside, outside, rngs=rngs)
-        self.norm = nnx.BatchNorm(outside, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-    def __call__(self, x, scale=1.0):
-        return self.dropout(self.norm(self.linear(x))) * scale
-""",
+    "net": NNX_NET,
     "own": """\
 %%flaxmodel
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +87,7 @@ EDITS = [
     ("nn.Dense(3)", "nn.Dense(2)"),
     ("nn.relu", "nn.tanh"),
     ("Dropout(0.5", "Dropout(0.1"),
-    ("Net(4, 3)", "Net(4, 2)"),
+    ("Net(8, 3)", "Net(8, 2)"),
     ("* scale", "* scale * 2"),
 ]
 CALLS = {
@@ -160,8 +116,6 @@ LIMITS = re.compile(
 
 
 class Writer:
-    """Writes the cells of one session."""
-
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         names = self.random.sample(sorted(MODELS), 2)
@@ -190,8 +144,7 @@ class Writer:
         pick = self.random.choice
         name = pick(list(self.models))
         line = self.line(name)
-        kind = self.random.randrange(13)
-        match kind:
+        match self.random.randrange(13):
             case 0:
                 return f"for batch in batches:\n    y = {line.replace('(x', '(batch')}\n    total = y"
             case 1:

@@ -1,4 +1,4 @@
-"""`Session.export` where no cells are: a script's session, and the session of a notebook asked from Python."""
+"""`Session.export` where no cells are: a script's session."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import jax
-from exporting import assert_same, digests_of, printed
+from exporting import digests_of, printed
 
 SCRIPT = """\
 import flax.linen as nn
@@ -62,10 +62,3 @@ def test_a_scripts_session_is_its_models_its_inputs_by_name_and_its_runs(tmp_pat
     assert "flax_magics" not in text
     assert "# Left out: apply net(…): its input has no name at the top of a file.\n" in text
     assert digests_of(printed(text, tmp_path)) == digests.split()
-
-
-def test_in_a_notebook_it_is_what_the_command_gives(notebook, digests_taken, tmp_path):
-    notebook("net = nn.Dense(2)\n%flaxmodel net\ny = %flax_apply net(x)")
-    notebook("import flax_magics\nscript = flax_magics.session().export(plain=True)")
-    assert notebook["script"].text.endswith("variables = net.init(params_key, x)\ny = apply(variables, x)\n")
-    assert_same(notebook, tmp_path)

@@ -14,26 +14,18 @@ from by_hand import MyModel, Normed, bits, notebook_x
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from linen_kinds import Sampler
+from nnx_kinds import Own
+from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.base.digest import Agreement, Difference
+from flax_magics.models.construction import Construction
 from flax_magics.models.nnx_graph import raw
 
 IDENTICAL = Agreement(True, "output")
 BY_DIGEST = Agreement(True, "digest")
 NOTHING = Agreement(None)
-
-
-class Net(nnx.Module):
-    """BatchNorm and dropout."""
-
-    def __init__(self, *, rngs):
-        self.linear = nnx.Linear(4, 4, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-
-    def __call__(self, x):
-        return self.dropout(self.norm(self.linear(x)))
 
 
 class Wider(nn.Module):
@@ -55,10 +47,8 @@ def session():
 
 
 @pytest.fixture
-def net(session):
-    """A session with the model of the notebook."""
-    session.register("net", MyModel(3, training=True))
-    return session
+def net():
+    return session_of(MyModel(3, training=True))
 
 
 x = notebook_x()
@@ -78,7 +68,7 @@ def looked_at(session):
     return state.root, state.opened, state.seeds, dict(state.models), variables, len(session)
 
 
-@pytest.mark.parametrize("module", [Normed(), Net(rngs=nnx.Rngs(0))], ids=["linen", "nnx"])
+@pytest.mark.parametrize("module", [Normed(), Own(4, rngs=nnx.Rngs(0))], ids=["linen", "nnx"])
 def test_a_loop_with_moving_statistics_replays_every_draw_identically(session, module):
     session.register("b", module)
     runs = [session.apply("b", x + i, mode="train") for i in range(20)]
@@ -93,7 +83,7 @@ def test_a_loop_with_moving_statistics_replays_every_draw_identically(session, m
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_it_does_after_an_edit_and_after_another_seed_too_and_says_that_the_code_is_of_then(session, kind):
-    session.register("b", Normed() if kind == "linen" else Net(rngs=nnx.Rngs(0)))
+    session.register("b", Normed() if kind == "linen" else Own(4, rngs=nnx.Rngs(0)))
     runs = [session.apply("b", x + i, mode="train") for i in range(3)]
     session.register("b", Wider() if kind == "linen" else nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(1))))
     session.restart(7)
@@ -103,7 +93,7 @@ def test_it_does_after_an_edit_and_after_another_seed_too_and_says_that_the_code
     assert session.replay(1).agreement.said == ()
 
 
-@pytest.mark.parametrize("module", [Normed(), Net(rngs=nnx.Rngs(0))], ids=["linen", "nnx"])
+@pytest.mark.parametrize("module", [Normed(), Own(4, rngs=nnx.Rngs(0))], ids=["linen", "nnx"])
 def test_a_program_that_is_gone_is_made_anew(session, module):
     session.register("b", module)
     runs = [session.apply("b", x + i, mode="train") for i in range(2)]
@@ -118,8 +108,6 @@ SCALE = 2.0
 
 
 class Scaled(nn.Module):
-    """Reads a global."""
-
     @nn.compact
     def __call__(self, x):
         return nn.Dense(3)(x) * SCALE
@@ -195,9 +183,7 @@ def test_a_draw_that_is_open_stays_open(net):
 
 
 def test_a_module_that_the_session_built(session):
-    from flax_magics.models.construction import Construction
-
-    session.register_all({"net": Construction(Net, (), {}, "Net()")})
+    session.register_all({"net": Construction(Own, (4,), {}, "Own(4)")})
     net = session.module("net")
     y = session.apply("net", x, mode="train").output
     before = bits(nnx.state(net))
@@ -230,15 +216,10 @@ def test_every_option(session, options):
 
 
 def test_variables_of_the_users_own_and_a_key_in_the_call(session):
-    class Noisy(nn.Module):
-        @nn.compact
-        def __call__(self, x, z_rng):
-            return nn.Dense(3)(x) + jax.random.normal(z_rng, (3,))
-
-    session.register("net", Noisy())
-    first = session.apply("net", x, key="z_rng")
+    session.register("net", Sampler())
+    first = session.apply("net", x, key="key")
     doubled = jax.tree_util.tree_map(lambda leaf: leaf * 2, session.models["net"].variables)
-    run = session.apply("net", x, key="z_rng", variables=doubled)
+    run = session.apply("net", x, key="key", variables=doubled)
     del doubled
     session.models["net"].variables = None
     gc.collect()
@@ -267,8 +248,6 @@ def test_arrays_of_numpy_and_dicts_are_what_they_were(session):
 
 
 class Reads(nn.Module):
-    """Takes a dict."""
-
     @nn.compact
     def __call__(self, batch):
         return nn.Dense(3)(batch["x"]) + batch["bias"]
@@ -303,7 +282,7 @@ def test_rngs_in_the_call_are_those_of_then(session):
 
 
 def test_the_users_module_may_be_another_since(session):
-    net = Net(rngs=nnx.Rngs(0))
+    net = Own(4, rngs=nnx.Rngs(0))
     session.register("net", net)
     run = session.apply("net", x, mode="train")
     net.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(5))
@@ -315,7 +294,7 @@ def test_the_users_module_may_be_another_since(session):
 
 
 def test_a_replay_of_nnx_holds_no_array_of_the_module(session):
-    net = Net(rngs=nnx.Rngs(0))
+    net = Own(4, rngs=nnx.Rngs(0))
     session.register("net", net)
     session.apply("net", x, mode="train")
     session.register("net", nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
@@ -328,8 +307,7 @@ def test_a_replay_of_nnx_holds_no_array_of_the_module(session):
 
 
 def test_what_was_let_go_of_is_said():
-    session = Session(seed=0, replay_bytes=2000)
-    session.register("net", MyModel(3, training=True))
+    session = session_of(MyModel(3, training=True), replay_bytes=2000)
     runs = [session.apply("net", x + i) for i in range(40)]
     with pytest.raises(FlaxMagicsError) as error:
         session.replay(1)
@@ -375,26 +353,16 @@ def test_a_replay_that_fails_changes_nothing(session):
 
 PROGRAMS = Session().programs
 """Those of all examples together: most of them need no compiler."""
-STEPS = st.lists(
-    st.sampled_from(
-        ["train", "eval", "quiet loop", "draws", "edit", "seed", "init", "key", "numpy", "again", "assign"]
-    ),
-    min_size=1,
-    max_size=7,
-)
+STEPS = ["train", "eval", "quiet loop", "draws", "edit", "seed", "init", "key", "numpy", "again", "assign"]
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
-@given(steps=STEPS, limit=st.sampled_from([0, 3000, 10**9]))
-@settings(
-    max_examples=min(12, settings().max_examples),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@given(steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=7), limit=st.sampled_from([0, 3000, 10**9]))
+@settings(max_examples=min(12, settings().max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_after_any_session_every_draw_replays_identically_or_says_what_is_gone(kind, steps, limit):
     session = Session(seed=0, replay_bytes=limit)
     session.services.programs = PROGRAMS
-    modules = {"linen": [Normed, Wider], "nnx": [lambda: Net(rngs=nnx.Rngs(0)), lambda: Net(rngs=nnx.Rngs(0))]}[kind]
+    modules = [Normed, Wider] if kind == "linen" else [lambda: Own(4, rngs=nnx.Rngs(0))] * 2
     session.register("b", modules[0]())
     a, held, edits = np.array(x), [], 0
     for i, step in enumerate(steps):

@@ -233,6 +233,7 @@ def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it
     assert report(own_kernel.run("y = %flax_apply big(x)"))["program"] == "reused"
 
 
+@pytest.mark.smoke
 def test_the_live_line_and_the_report_are_one_display(kernel):
     kernel.run("%flax_init -q traced(x);")
     outputs = kernel.run("import threading\nthreading.Timer(3, touch, ['free']).start()\ny = %flax_apply traced(x)")

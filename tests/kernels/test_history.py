@@ -38,38 +38,3 @@ def test_a_cell_that_the_frontend_names_is_known_when_it_is_run_again_or_edited(
     history = notebook.run("%flax_history").report
     assert f"! cell edited since, as [{again}]" in history
     assert f"! x was rebound by [{three}] since [{one}]" in history
-
-
-BUILT = """\
-%%flaxmodel net = Net(8)
-class Net(nnx.Module):
-  def __init__(self, features, *, rngs):
-    self.linear = nnx.Linear(4, features, rngs=rngs)
-    self.dropout = nnx.Dropout(0.5, rngs=rngs)
-  def __call__(self, x):
-    return self.dropout(self.linear(x))
-"""
-
-
-def test_a_module_that_a_cell_built_has_that_cell(open_notebook):
-    notebook = open_notebook()
-    notebook.run_all(SHARP_BITS)
-    notebook.run("from flax import nnx")
-    number = notebook.client.nb.cells[-1].execution_count
-    by_id(notebook, "model", BUILT)
-    by_id(notebook, "apply", "%flax_apply -q net(x);")
-    built, applied = number + 1, number + 2
-    history = notebook.run("%flax_history net").report
-    assert "init net" in history
-    assert f"[{built}]" in history
-    by_id(notebook, "model", "# a comment\n" + BUILT)
-    assert "cells that drew" not in notebook.run("%flax").report  # the module is kept, and nothing was drawn
-    by_id(notebook, "model", BUILT.replace("Net(8)", "Net(16)"))
-    by_id(notebook, "model", BUILT)
-    rebuilt = number + 7
-    report = " ".join(notebook.run("%flax").report.split())
-    assert f"cell [{built}] was edited and run again as [{number + 4}], [{number + 6}] and [{rebuilt}]" in report
-    assert f"cell [{applied}] drew before net was rebound by [{rebuilt}]" in report
-    history = notebook.run("%flax_history net").report
-    assert f"! cell edited since, as [{rebuilt}]" in history
-    assert f"! net was rebound by [{rebuilt}] since" in history

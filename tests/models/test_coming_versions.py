@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import pytest
 from by_hand import bits, values
 from flax import nnx
+from nnx_kinds import List
+from sessions import session_of
 
-from flax_magics import FlaxMagicsError, Session
+from flax_magics import FlaxMagicsError
+from flax_magics.models.construction import Construction
 
 X = jax.random.normal(jax.random.key(42), (2, 4))
 FLAGS = flax.config._values
@@ -55,7 +58,7 @@ class Sowing(nnx.Module):
     """Sows in itself, in its parts, and inside a transform."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
-        self.blocks = nnx.List([Inner(rngs), Inner(rngs)]) if hasattr(nnx, "List") else [Inner(rngs), Inner(rngs)]
+        self.blocks = List([Inner(rngs), Inner(rngs)])
 
     def __call__(self, x: Any) -> Any:
         for block in self.blocks:
@@ -79,8 +82,7 @@ class Plain(nnx.Module):
 @pytest.mark.parametrize("eager", [False, True])
 def test_what_is_sown_is_handed_back_where_flax_sows_nothing_outside_of_capture(eager):
     net = Plain(nnx.Rngs(0))
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     with flag("nnx_sow_capture_noop", True):
         for _ in range(2):
             run = session.apply("net", X, eager=eager)
@@ -102,8 +104,7 @@ def test_whatever_is_sown_is_the_same_with_the_flag_and_without():
     runs = []
     for value in (False, True, False):
         with flag("nnx_sow_capture_noop", value):
-            session = Session(seed=0)
-            session.register("net", Sowing(nnx.Rngs(0)))
+            session = session_of(Sowing(nnx.Rngs(0)))
             runs.append(session.apply("net", X))
             assert values(session.apply("net", X).sown) == values(runs[-1].sown)
     assert [bits(run.output) for run in runs] == [bits(runs[0].output)] * 3
@@ -115,8 +116,7 @@ def test_whatever_is_sown_is_the_same_with_the_flag_and_without():
 def test_without_graph_mode_a_run_is_that_of_a_run_by_hand(name):
     with flag(name, False):
         net = Plain(nnx.Rngs(0))
-        session = Session(seed=0)
-        session.register("net", net)
+        session = session_of(net)
         for _ in range(2):
             run = session.apply("net", X)
             copy = nnx.clone(net)
@@ -133,8 +133,7 @@ def test_what_is_perturbed_stays_untouched_as_by_hand():
             return self.perturb("felt", self.linear(x))
 
     net = Perturbed(nnx.Rngs(0))
-    session = Session(seed=0)
-    session.register("net", net)
+    session = session_of(net)
     with flag("nnx_sow_capture_noop", True):
         assert bits(session.apply("net", X).output) == bits(nnx.jit(lambda net: net(X))(net))
     assert not hasattr(net, "felt")
@@ -147,19 +146,19 @@ WRITE = "\n  write: import flax; flax.config.update('flax_hijax_variable', False
 
 
 @pytest.mark.skipif("flax_hijax_variable" not in FLAGS, reason="this version has no such Variables")
-def test_variables_of_hijax_are_refused_in_one_message():
-    session = Session(seed=0)
-    kept = Plain(nnx.Rngs(0))
-    session.register("kept", kept)
+def test_variables_of_hijax_are_refused_in_one_message(session):
+    session.register("kept", Plain(nnx.Rngs(0)))
     output = bits(session.apply("kept", X).output)
     with flag("flax_hijax_variable", True):
         net = Plain(nnx.Rngs(0))
-        with pytest.raises(FlaxMagicsError) as told:
-            session.register("net", net)
-        assert str(told.value) == HIJAX + WRITE
-        with pytest.raises(FlaxMagicsError) as told:
-            session.apply("kept", net.first.kernel)
-        assert str(told.value) == HIJAX + WRITE
+        for refused in (
+            lambda: session.register("net", net),
+            lambda: session.register_all({"net": Construction(Plain, (), {}, "Plain()")}),
+            lambda: session.apply("kept", net.first.kernel),
+        ):
+            with pytest.raises(FlaxMagicsError) as told:
+                refused()
+            assert str(told.value) == HIJAX + WRITE
         assert bits(session.apply("kept", X).output) == output
     with pytest.raises(FlaxMagicsError) as told:
         session.register("net", net)
@@ -168,19 +167,3 @@ def test_variables_of_hijax_are_refused_in_one_message():
     assert len(session.runs) == 2
     session.register("net", Plain(nnx.Rngs(0)))
     assert bits(session.apply("net", jnp.asarray(X)).output) == output
-
-
-@pytest.mark.skipif("flax_hijax_variable" not in FLAGS, reason="this version has no such Variables")
-def test_a_notebook_shows_what_to_write(notebook):
-    notebook("import flax\nfrom flax import nnx\nflax.config.update('flax_hijax_variable', True)")
-    try:
-        notebook("net = nnx.Linear(4, 3, rngs=nnx.Rngs(0))")
-        assert notebook.fails("%flaxmodel net") == f"FlaxMagicsError: {HIJAX}{WRITE}"
-        assert notebook.fails("%flaxmodel net = nnx.Linear(4, 3)") == f"FlaxMagicsError: {HIJAX}{WRITE}"
-        notebook(WRITE.partition("write: ")[2])
-        assert not flax.config.flax_hijax_variable
-    finally:
-        flax.config.update("flax_hijax_variable", False)
-    notebook("%flaxmodel net = nnx.Linear(4, 3)")
-    notebook("y = %flax_apply net(x)")
-    assert notebook["y"].shape == (3, 4, 3)

@@ -125,31 +125,20 @@ def differ(text):
     return f"other random numbers than in draw 1 at {text}"
 
 
+BATCH = "[4,8] there, [2,8] here"
 CASES = {
     "scan": (Scan(3), Scan(5), x, [may_differ("layers/Dropout_0")]),
     "scan, keys of the module's own": (Scan(3, Noise), Scan(5, Noise), x, [may_differ("layers")]),
-    "vmap, another batch": (
-        Vmap(),
-        Vmap(),
-        x[:2],
-        [differ("Dropout_0: [4,8] there, [2,8] here"), may_differ("each/Dropout_0")],
-    ),
+    "vmap, another batch": (Vmap(), Vmap(), x[:2], [differ(f"Dropout_0: {BATCH}"), may_differ("each/Dropout_0")]),
     "vmap, another width": (
-        Vmap(),
-        Vmap(),
-        x[:, :6],
+        *(Vmap(), Vmap(), x[:, :6]),
         [differ("each/Dropout_0: [8] there, [6] here; Dropout_0: [4,8] there, [4,6] here")],
     ),
     "remat": (Wrapped(), Wrapped("remat"), x, [may_differ("layer/Dropout_0")]),
     "jit": (Wrapped(), Wrapped("jit"), x, [differ("layer/Dropout_0: another key, by its place in the model")]),
     "while_loop": (Loop(1), Loop(2), x, [may_differ("drop")]),
     "nnx.scan": (NnxScan(3), NnxScan(5), x, [may_differ("layers/drop")]),
-    "nnx.vmap, another batch": (
-        NnxVmap(),
-        NnxVmap(),
-        x[:2],
-        [differ("last/drop: [4,8] there, [2,8] here"), may_differ("each/drop")],
-    ),
+    "nnx.vmap, another batch": (NnxVmap(), NnxVmap(), x[:2], [differ(f"last/drop: {BATCH}"), may_differ("each/drop")]),
     "nnx.jit": (NnxJit(False), NnxJit(True), x, [may_differ("layer/drop")]),
 }
 

@@ -21,11 +21,6 @@ from flax_magics import FlaxMagicsError, Session
 pytestmark = pytest.mark.usefixtures("optimised")
 
 
-@pytest.fixture
-def session():
-    return Session(seed=0)
-
-
 def runs_as_by_hand(
     session: Session,
     module: Any,
@@ -345,13 +340,9 @@ def test_normalised_weights(session, norm, mode):
     runs_as_by_hand(session, Wrapped(norm), notebook_x(), mode=mode, init={"train": False}, call=call, mutable=mutable)
 
 
-def partitioned(module: Any) -> Any:
-    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    return module(4, kernel_init=init)
-
-
 def test_partitioned_metadata_stays_on_the_variables(session):
-    runs_as_by_hand(session, partitioned(nn.Dense), notebook_x())
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    runs_as_by_hand(session, nn.Dense(4, kernel_init=init), notebook_x())
     kernel = session.models["net"].variables["params"]["kernel"]
     assert isinstance(kernel, nn.Partitioned)
     assert kernel.names == (None, "model")
@@ -412,7 +403,6 @@ def test_several_methods_with_variables_of_their_own(session):
 
 class Shared(nn.Module):
     inner: nn.Module
-    share: bool = True
 
     def setup(self):
         self.same = self.inner
@@ -524,14 +514,11 @@ def test_models_with_no_parameters_and_no_output(session, net, args):
 
 
 class Recurrent(nn.Module):
-    cell: Any
-
     @nn.compact
     def __call__(self, x):
-        cell = self.cell(4)
-        rnn = nn.RNN(cell, return_carry=True)
+        cell = nn.OptimizedLSTMCell(4, carry_init=nn.initializers.normal())
         carry = cell.initialize_carry(self.make_rng("carry"), x[:, 0].shape)
-        return rnn(x, initial_carry=carry)
+        return nn.RNN(cell, return_carry=True)(x, initial_carry=carry)
 
 
 class Attends(nn.Module):
@@ -547,20 +534,14 @@ class Perturbed(nn.Module):
         return self.perturb("hidden", nn.Dense(4)(x))
 
 
-def recurrent(cell: Any) -> nn.Module:
-    return Recurrent(partial(cell, carry_init=nn.initializers.normal()))
-
-
 TOKENS = jnp.array([[1, 2, 3]])
-CARRY = {"streams": ("carry",)}
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]] = {
     "collections made by a function at init alone": (Lora, (notebook_x(),), {}),
     "a typed key as argument": (Sampler, (notebook_x(), jax.random.key(9)), {}),
     "a legacy key as argument": (Sampler, (notebook_x(), jax.random.PRNGKey(9)), {}),
     "no inputs": (NoInputs, (), {}),
     "outputs that are pytrees": (ManyOutputs, (notebook_x(),), {}),
-    "an LSTM whose carry is from a stream": (partial(recurrent, nn.OptimizedLSTMCell), (notebook_x(),), CARRY),
-    "a GRU whose carry is from a stream": (partial(recurrent, nn.GRUCell), (notebook_x(),), CARRY),
+    "an LSTM whose carry is from a stream": (Recurrent, (notebook_x(),), {"streams": ("carry",)}),
     "a GRU that makes its own carry": (lambda: nn.RNN(nn.GRUCell(4)), (notebook_x(),), {}),
     "bidirectional and embedding": (
         lambda: nn.Sequential([nn.Embed(10, 4), nn.Bidirectional(nn.RNN(nn.GRUCell(4)), nn.RNN(nn.GRUCell(4)))]),

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-
-from flax_magics import Session
+from sessions import session_of
 
 X = jnp.ones((4, 3))
 
@@ -34,8 +33,7 @@ class ByStream(nn.Module):
 
 
 def run(module, mode):
-    session = Session()
-    session.register("net", module)
+    session = session_of(module)
     first, again = session.apply("net", X, mode=mode), session.apply("net", X, mode=mode)
     assert (first.mode, first.switch, first.notes) == (again.mode, again.switch, again.notes)
     return first
@@ -46,9 +44,7 @@ def words(one):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize(
-    "make", [lambda: nn.Dense(2), lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0))], ids=["linen", "nnx"]
-)
+@pytest.mark.parametrize("make", [lambda: nn.Dense(2), lambda: nnx.Linear(3, 2, rngs=nnx.Rngs(0))])
 def test_without_a_switch_nothing_is_claimed(make, mode):
     said = f"net has no train switch: --{mode} changed nothing"
     assert words(run(make(), mode)) == ("as written", "", [said])
@@ -56,8 +52,7 @@ def test_without_a_switch_nothing_is_claimed(make, mode):
 
 
 def test_the_run_is_the_one_as_written():
-    session = Session()
-    session.register("net", nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    session = session_of(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     written, asked = session.apply("net", X), session.apply("net", X, mode="train")
     assert written.digest == asked.digest
     assert asked.by_hand == written.by_hand

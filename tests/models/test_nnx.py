@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from by_hand import bits
+from by_hand import bits, keys_of
 from flax import nnx
+from nnx_kinds import an_input, runs_as_by_hand
 
-from flax_magics import FlaxMagicsError, Session
-from flax_magics.base.digest import data_of
+from flax_magics import FlaxMagicsError
 from flax_magics.models.construction import Construction
-from flax_magics.rng.keys import stream_tag
-
-List = getattr(nnx, "List", list)
 
 
 class Net(nnx.Module):
@@ -33,64 +30,21 @@ class Net(nnx.Module):
         return self.first(x) * scale
 
 
-@pytest.fixture
-def session():
-    return Session(seed=0)
-
-
-def an_input() -> jax.Array:
-    return jax.random.uniform(jax.random.key(42), (5, 4))
-
-
-def twins(session: Session, make: Any) -> tuple[Any, Any]:
-    """A module that is registered as `net`, and one that is run by hand."""
-    net = make()
-    session.register("net", net)
-    return net, make()
-
-
-def draw(root: Any, *names: str) -> tuple[Any, dict[str, Any]]:
-    new, params, dropout = jax.random.split(root, 3)
-    keys = {"params": params, "dropout": dropout}
-    return new, {name: keys.get(name, jax.random.fold_in(root, jnp.uint32(stream_tag(name)))) for name in names}
-
-
-def by_hand(net: Any, keys: dict[str, Any], *args: Any) -> Any:
-    nnx.reseed(net, policy="match_shape", **keys)
-    return nnx.jit(lambda net, *args: net(*args))(net, *args)
-
-
-@pytest.mark.parametrize("rngs", [lambda: nnx.Rngs(0), lambda: nnx.Rngs(params=0, dropout=1)])
-def test_three_training_runs_have_output_and_state_of_the_code_by_hand(session, rngs):
-    x, (net, other) = an_input(), twins(session, lambda: Net(8, 3, rngs()))
-    tag = net.dropout.rngs.tag
-    root = jax.random.key(0)
-    other.train()
-    for i in range(3):
-        root, keys = draw(root, tag)
-        y = by_hand(other, keys, x + i)
-        run = session.apply("net", x + i, mode="train")
-        assert bits(run.output) == bits(y)
-        assert bits(nnx.state(net)) == bits(nnx.state(other))
-        assert run.changed == {"BatchStat": i + 1}
-        assert run.used == {tag: ("dropout",)}
-        assert data_of(run.keys[tag]) == data_of(keys[tag])
+@pytest.mark.parametrize("streams", [{"default": 0}, {"params": 0, "dropout": 1}])
+def test_training_has_output_and_state_of_the_code_by_hand(session, streams):
+    run = runs_as_by_hand(session, lambda: Net(8, 3, nnx.Rngs(**streams)), an_input(), mode="train")
+    tag = list(streams)[-1]
+    assert (run.changed, run.used) == ({"BatchStat": 3}, {tag: ("dropout",)})
+    assert bits(run.keys[tag]) == bits(keys_of(3)(tag)[tag])
     assert (run.mode, run.switch) == ("train", "deterministic=False, use_running_average=False")
     assert run.program == "reused"
 
 
 def test_eval_leaves_statistics_and_the_objects_own_mode_alone(session):
-    x, net = an_input(), Net(8, 3, nnx.Rngs(0))
-    before = bits(nnx.state(net, nnx.Param)), bits(nnx.state(net, nnx.BatchStat))
-    session.register("net", net)
-    run = session.apply("net", x, mode="eval")
-    other = Net(8, 3, nnx.Rngs(0))
-    other.eval()
-    assert bits(run.output) == bits(nnx.jit(lambda net, x: net(x))(other, x))
-    assert (bits(nnx.state(net, nnx.Param)), bits(nnx.state(net, nnx.BatchStat))) == before
+    run = runs_as_by_hand(session, lambda: Net(8, 3, nnx.Rngs(0)), an_input(), mode="eval")
+    net = session.models["net"].module
     assert (net.dropout.deterministic, net.norm.use_running_average) == (False, False)
-    assert run.changed == {}
-    assert run.used == {}
+    assert (run.changed, run.used) == ({}, {})
 
 
 def test_other_methods_run_and_say_what_they_lack(session):
@@ -103,21 +57,11 @@ def test_other_methods_run_and_say_what_they_lack(session):
         session.apply("net", x, method="embedd")
 
 
-class Taking(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(4, 4, rngs=rngs)
-        self.dropout = nnx.Dropout(0.5)
-
-    def __call__(self, x: Any, rngs: nnx.Rngs) -> Any:
-        return self.dropout(self.linear(x), rngs=rngs)
-
-
 def test_the_users_rngs_stand_and_move_on_as_they_do_by_hand(session):
-    x, net, other = an_input(), Taking(nnx.Rngs(0)), Taking(nnx.Rngs(0))
-    mine, theirs = nnx.Rngs(dropout=7), nnx.Rngs(dropout=7)
-    session.register("net", net)
+    x, mine, theirs = an_input(), nnx.Rngs(dropout=7), nnx.Rngs(dropout=7)
+    session.register("net", nnx.Dropout(0.5))
     for _ in range(2):
-        y = nnx.jit(lambda net, x, rngs: net(x, rngs=rngs))(other, x, theirs)
+        y = nnx.jit(lambda net, x, rngs: net(x, rngs=rngs))(nnx.Dropout(0.5), x, theirs)
         run = session.apply("net", x, rngs=mine)
         assert bits(run.output) == bits(y)
         assert bits(nnx.state(mine)) == bits(nnx.state(theirs))
@@ -137,39 +81,9 @@ class Noisy(nnx.Module):
 
 
 def test_a_stream_of_any_name_is_the_draws_own_and_one_nobody_consumes_is_not_reported(session):
-    x, (net, other) = an_input(), twins(session, lambda: Noisy(nnx.Rngs(noise=1, dropout=2)))
-    run = session.apply("net", x)
-    keys = draw(jax.random.key(0), "noise", "dropout")[1]
-    assert bits(run.output) == bits(by_hand(other, keys, x))
-    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    run = runs_as_by_hand(session, lambda: Noisy(nnx.Rngs(noise=1, dropout=2)), an_input())
     assert run.used == {"noise": ("(the model)",)}
-    assert [note.kind for note in run.notes] == ["stream"]
-    assert session.apply("net", x).notes == ()
-
-
-class Tied(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Linear(4, 4, rngs=rngs)
-        self.layers = List([nnx.Linear(4, 4, rngs=rngs), self.embed])
-        self.steps = 0
-        self.seen = nnx.Variable(jnp.zeros(()))
-
-    def __call__(self, x: Any) -> Any:
-        self.seen.value = self.seen.value + x.sum()
-        for layer in self.layers:
-            x = layer(x)
-        return self.embed(x)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_shared_modules_lists_and_variables_of_any_type(session):
-    x, (net, other) = an_input(), twins(session, lambda: Tied(nnx.Rngs(0)))
-    for i in range(2):
-        run = session.apply("net", x)
-        assert bits(run.output) == bits(nnx.jit(lambda net, x: net(x))(other, x))
-        assert run.changed == {"Variable": i + 1}
-    assert bits(nnx.state(net)) == bits(nnx.state(other))
-    assert net.layers[1] is net.embed
+    assert [[note.kind for note in run.notes] for run in session.runs] == [["stream"], [], []]
 
 
 def test_what_the_model_adds_to_itself_is_on_the_object_afterwards(session):
@@ -199,8 +113,6 @@ def test_what_the_model_adds_to_itself_is_on_the_object_afterwards(session):
 
 
 def test_a_model_and_its_optimizer_in_one_module_train_in_a_method(session):
-    import optax
-
     class Training(nnx.Module):
         def __init__(self, rngs):
             self.net = nnx.Linear(4, 1, rngs=rngs)
@@ -211,13 +123,7 @@ def test_a_model_and_its_optimizer_in_one_module_train_in_a_method(session):
             self.optimizer.update(self.net, grads)
             return loss
 
-    x, y = an_input(), jnp.ones((5, 1))
-    net, other = Training(nnx.Rngs(0)), Training(nnx.Rngs(0))
-    session.register("net", net)
-    for _ in range(3):
-        run = session.apply("net", x, y, method="step")
-        assert bits(run.output) == bits(nnx.jit(lambda net, x, y: net.step(x, y))(other, x, y))
-    assert bits(nnx.state(net)) == bits(nnx.state(other))
+    run = runs_as_by_hand(session, lambda: Training(nnx.Rngs(0)), an_input(), jnp.ones((5, 1)), method="step")
     assert run.changed["Param"] == 3
 
 
@@ -244,14 +150,14 @@ def recipe(*args: Any, cls: Any = Net) -> Construction:
 def test_a_construction_by_the_session_is_a_draw_that_the_next_apply_shares(session):
     x = an_input()
     session.register_all({"net": recipe(8, 3)})
-    net = session.models["net"].module
-    _, keys = draw(jax.random.key(0), "params", "dropout")
+    net, keys = session.models["net"].module, keys_of(1)("params", "dropout")
     other = Net(8, 3, rngs=nnx.Rngs(**keys))
     assert bits(nnx.state(net)) == bits(nnx.state(other))
     assert [(run.command, run.model, run.draw) for run in session.runs] == [("init", "net", 1)]
     run = session.apply("net", x, mode="train")
     other.train()
-    assert bits(run.output) == bits(by_hand(other, {"dropout": keys["dropout"]}, x))
+    nnx.reseed(other, policy="match_shape", dropout=keys["dropout"])
+    assert bits(run.output) == bits(nnx.jit(lambda net, x: net(x))(other, x))
     assert run.draw == 1
     assert session.apply("net", x).draw == 2
 
@@ -261,8 +167,7 @@ def test_init_builds_anew_into_the_same_object(session):
     net = session.models["net"].module
     kernel = net.first.kernel
     state = session.init("net", an_input())
-    root, _ = draw(jax.random.key(0))
-    other = Net(8, 3, rngs=nnx.Rngs(**draw(root, "params", "dropout")[1]))
+    other = Net(8, 3, rngs=nnx.Rngs(**keys_of(2)("params", "dropout")))
     assert bits(nnx.state(net)) == bits(nnx.state(other)) == bits(state)
     assert net.first.kernel is kernel
     assert session.models["net"].module is net
@@ -295,13 +200,13 @@ def test_an_unchanged_recipe_keeps_model_and_programs_and_an_edit_keeps_what_fit
     x = an_input()
     session.register_all({"net": recipe(8, 3)})
     session.apply("net", x, mode="train")
-    net, root = session.models["net"].module, data_of(session.root_key)
+    net, root = session.models["net"].module, bits(session.root_key)
     state = bits(nnx.state(net))
     (change,) = session.register_all({"net": recipe(8, 3)})
     assert (change.state, change.variables) == ("unchanged", "kept")
     assert session.models["net"].module is net
     assert session.apply("net", x, mode="train", draw=1).program == "reused"
-    assert data_of(session.root_key) == root
+    assert bits(session.root_key) == root
 
     class Edited(Net):
         def __call__(self, x):

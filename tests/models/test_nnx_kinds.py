@@ -3,91 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import nnx_kinds as kinds
 import optax
 import pytest
-from by_hand import STATIC_ARGUMENTS, STATIC_CHANGES, bits, keys_of, sown_off, values
+from by_hand import bits, keys_of
 from flax import nnx
-from nnx_kinds import (
-    WARNINGS,
-    AroundNnx,
-    Dict,
-    Holding,
-    Keyed,
-    List,
-    Noise,
-    Odd,
-    OfLinen,
-    OfNnx,
-    Remembered,
-    a_sequence,
-    an_input,
-    scanned,
-    stack,
-    with_refs,
-)
+from linen_kinds import Graph
+from nnx_kinds import Holding, Noise, Remembered, a_sequence, an_input, runs_as_by_hand, scanned, stack, with_refs
 
 from flax_magics import FlaxMagicsError, Session
 
-pytestmark = [WARNINGS, pytest.mark.usefixtures("optimised")]
+pytestmark = [kinds.WARNINGS, pytest.mark.usefixtures("optimised")]
 
 WRAPPERS = [getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)]
-
-
-@pytest.fixture
-def session():
-    return Session(seed=0)
-
-
-def runs_as_by_hand(
-    session: Session,
-    make: Callable[[], Any],
-    *args: Any,
-    mode: str | None = None,
-    method: str | None = None,
-    hand: Callable[[Any], Any] | None = None,
-    rngs: tuple[str, ...] = (),
-    eager: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """Applies what `make` gives three times, and compares output, state and intermediates with the same by hand.
-
-    Args:
-      hand: what a person does to have the mode; without it `train()` or `eval()`.
-      rngs: streams that a person would pass as `rngs`.
-    """
-    net, other = make(), make()
-    session.register("net", net)
-    if mode is not None:
-        (hand or (lambda net: net.train() if mode == "train" else net.eval()))(other)
-    tags = {str(part.key.tag) for _, part in nnx.iter_graph(other) if isinstance(part, nnx.RngStream)}
-    leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
-    traced = [isinstance(leaf, (jax.Array, np.ndarray, float)) for leaf in leaves]
-
-    def call(net: Any, given: Any, passed: dict[str, Any]) -> Any:
-        given = iter(given)
-        filled = [next(given) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
-        args, kwargs = jax.tree_util.tree_unflatten(tree, filled)
-        return getattr(net, method or "__call__")(*args, **kwargs, **passed)
-
-    by_hand = call if eager else nnx.jit(call)
-    run: Any = None
-    for draw in (1, 2, 3):
-        nnx.reseed(other, policy="match_shape", **keys_of(draw)(*tags))
-        passed = {"rngs": nnx.Rngs(**keys_of(draw)(*rngs))} if rngs else {}
-        given = [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced]
-        output = by_hand(other, given, passed)
-        run = session.apply("net", *args, mode=mode, method=method, eager=eager, **kwargs)
-        assert bits(run.output) == bits(output)
-        assert values(run.sown) == values(sown_off(other))
-        assert bits(nnx.state(net)) == bits(nnx.state(other))
-        assert {note.kind for note in run.notes} <= ({"stream"} if draw == 1 else {"key again"})
-    return run
 
 
 # -- transforms
@@ -284,12 +216,7 @@ def test_every_switch_is_set_on_a_copy_whatever_its_name_and_the_objects_own_sta
 
 @pytest.mark.parametrize(
     ("mode", "eager", "error"),
-    [
-        ("train", False, RuntimeError),
-        ("train", True, KeyboardInterrupt),
-        ("eval", True, RuntimeError),
-        (None, False, KeyboardInterrupt),
-    ],
+    [("train", False, RuntimeError), ("train", True, KeyboardInterrupt), (None, False, KeyboardInterrupt)],
 )
 def test_a_run_that_fails_or_is_interrupted_leaves_every_bit_and_every_object(session, mode, eager, error):
     class Failing(Switches):
@@ -432,17 +359,17 @@ def test_recurrent_cells(session, cell):
 
 def test_whatever_a_module_may_hold(session):
     """Numbers and 64-bit arrays become JAX's own with the first run, as `nnx.jit` makes them."""
-    run = runs_as_by_hand(session, lambda: Odd(nnx.Rngs(0)), an_input(), mode="train")
+    run = runs_as_by_hand(session, lambda: kinds.Odd(nnx.Rngs(0)), an_input(), mode="train")
     assert run.changed == {"Array": 3, "BatchStat": 3, "Variable": 3}
 
 
 def test_lists_dicts_and_layers_of_every_sort(session):
     class Many(nnx.Module):
         def __init__(self, rngs):
-            self.list = List([nnx.Linear(4, 4, rngs=rngs), nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)])
-            self.dict = Dict(a=nnx.LoRA(4, 2, 4, rngs=rngs), b=nnx.Dropout(0.5, rngs=rngs, rng_collection="mask"))
+            self.list = kinds.List([nnx.Linear(4, 4, rngs=rngs), nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)])
+            self.dict = kinds.Dict(a=nnx.LoRA(4, 2, 4, rngs=rngs), b=nnx.Dropout(0.5, rngs=rngs, rng_collection="mask"))
             self.norms = nnx.Sequential(nnx.GroupNorm(4, 2, rngs=rngs), nnx.RMSNorm(4, rngs=rngs))
-            self.wrapped = List([wrap(nnx.Linear(4, 4, rngs=rngs), rngs=rngs) for wrap in WRAPPERS])
+            self.wrapped = kinds.List([wrap(nnx.Linear(4, 4, rngs=rngs), rngs=rngs) for wrap in WRAPPERS])
 
         def __call__(self, x):
             for layer in self.list:
@@ -475,7 +402,7 @@ def test_a_function_in_the_place_of_a_layer(session):
 
 
 def test_keys_in_variables_typed_and_legacy(session):
-    runs_as_by_hand(session, Keyed, an_input())
+    runs_as_by_hand(session, kinds.Keyed, an_input())
 
 
 def contents(net: Any) -> list[Any]:
@@ -577,13 +504,6 @@ def test_sharding_metadata_stays_on_the_variables(session):
 # -- arguments and outputs
 
 
-class Graph(NamedTuple):
-    nodes: Any
-    edges: Any
-    senders: Any
-    globals: Any = None
-
-
 class OnGraphs(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
@@ -604,28 +524,6 @@ def test_graphs_and_other_trees_in_and_out_and_nothing_at_all(session):
     assert isinstance(runs_as_by_hand(session, lambda: OnGraphs(nnx.Rngs(0)), graph).output["graph"], Graph)
     assert runs_as_by_hand(Session(seed=0), lambda: OnGraphs(nnx.Rngs(0)), method="nothing").output is None
     runs_as_by_hand(Session(seed=0), lambda: OnGraphs(nnx.Rngs(0)), method="parameters")
-
-
-@pytest.mark.parametrize(("change", "reason"), STATIC_CHANGES)
-def test_static_arguments_compile_again_and_say_so(session, change, reason):
-    class Plain(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(4, 4, rngs=rngs)
-
-        def __call__(self, x, n=1, how="relu", twice=False, act=None):
-            x = self.linear(x)
-            for _ in range(n):
-                x = getattr(nnx, how)(x)
-            x = act(x) if act is not None else x
-            return x * 2 if twice else x
-
-    net, changed = Plain(nnx.Rngs(0)), {**STATIC_ARGUMENTS, **change}
-    session.register("net", net)
-    session.apply("net", an_input(), **STATIC_ARGUMENTS)
-    run = session.apply("net", an_input(), **changed)
-    assert (run.program, reason in run.reason) == ("compiled", True)
-    by_hand = nnx.jit(lambda net, x: net(x, **changed))
-    assert bits(run.output) == bits(by_hand(net, an_input()))
 
 
 def test_an_optimizer_and_a_metric_in_the_call_move_on_as_by_hand(session):
@@ -662,7 +560,7 @@ def test_an_optimizer_and_a_metric_in_the_call_move_on_as_by_hand(session):
 def test_a_linen_module_inside_an_nnx_one(session, options):
     class Around(nnx.Module):
         def __init__(self, rngs):
-            self.inner = nnx.bridge.ToNNX(OfLinen(), rngs=rngs)
+            self.inner = nnx.bridge.ToNNX(kinds.OfLinen(), rngs=rngs)
 
         def __call__(self, x, options=None):
             return self.inner(x, **(options or {}))
@@ -678,8 +576,8 @@ def test_a_linen_module_inside_an_nnx_one(session, options):
 @pytest.mark.parametrize(
     ("net", "used"),
     [
-        (nnx.bridge.to_linen(OfNnx, 4), {"mask": ("(the model)",)}),
-        (AroundNnx(), {"mask": ("inner",), "dropout": ("Dropout_0",)}),
+        (nnx.bridge.to_linen(kinds.OfNnx, 4), {"mask": ("(the model)",)}),
+        (kinds.AroundNnx(), {"mask": ("inner",), "dropout": ("Dropout_0",)}),
     ],
     ids=["alone", "inside"],
 )

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 from by_hand import bits
 from flax import linen as nn
+from sessions import session_of
 
-from flax_magics import FlaxMagicsError, Session
+from flax_magics import FlaxMagicsError
 
 SETUP = """\
 from flax import nnx
@@ -129,6 +130,7 @@ IN_THE_CALL = {
     "%flax_apply net(x, rngs={'dropout': key})": "%flax_apply net(x)",
     "%flax_apply net(x, method='encode')": "%flax_apply net.encode(x)",
     "%flax_apply net(x, method=Net.encode)": "%flax_apply net.encode(x)",
+    "%flax_apply net(x, method=Net.__call__)": "%flax_apply net(x)",
     "%flax_apply net(x, method=net.encode, rngs={}, mutable='batch_stats')": (
         "%flax_apply --mutable batch_stats net.encode(x)"
     ),
@@ -271,8 +273,7 @@ FORM = "\n  form: session.{}('net', …)"
 
 @pytest.fixture(scope="module")
 def session():
-    session = Session()
-    session.register("net", nn.Dense(2))
+    session = session_of(nn.Dense(2))
     session.init("net", X)
     return session
 

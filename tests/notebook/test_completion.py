@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -211,13 +210,3 @@ class TestInTheShell:
         monkeypatch.setattr(matcher, "get_models", fail)
         offered(shell, "%flax_apply --tr")
         assert capsys.readouterr() == ("", "")
-
-
-def test_the_parts_of_the_command_line_import_neither_jax_nor_flax_nor_ipython() -> None:
-    code = (
-        "import sys; import flax_magics.line.options, flax_magics.line.call, flax_magics.notebook.run_cell, "
-        "flax_magics.notebook.failures, flax_magics.notebook.completion; "
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'jax', 'jaxlib', 'flax', 'numpy', 'IPython'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

@@ -14,13 +14,6 @@ def ran(sharp_bits, tmp_path, monkeypatch):
     return sharp_bits
 
 
-def test_without_a_file_the_script_is_shown(ran):
-    out = ran("%flax_export --plain")
-    assert out.startswith('"""The cells of a notebook in the order in which they ran, as plain JAX and Flax.')
-    assert out.endswith("variables = my_model.init(params_key, x)\ny = apply(variables, x)")
-    assert ran("%flax_export") != out
-
-
 def test_it_draws_nothing_and_changes_nothing(ran):
     before = ran.session._state
     ran("%flax_export")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-from flax_magics.line.commands import FLAX_SUMMARY
-
 SUMMARY = """\
 my_model · MyModel(num_neurons=3, training=False) ·
     as written (training=False) · my_model(x)
@@ -41,22 +37,8 @@ def test_the_value_is_the_summary(sharp_bits):
     assert sharp_bits("%flax_summary -q my_model(x);") == ""
 
 
-def test_train_and_backward(sharp_bits):
-    out = sharp_bits("%flax_summary --train --backward my_model(x)")
-    assert "my_model · MyModel(num_neurons=3, training=False) · train (training=True) ·" in out
-    assert "  keys   dropout → Dropout_0" in out
-    assert "vjp FLOPs" in out
-    assert sharp_bits.fails("%flax_summary --train --eval my_model(x)") == (
-        "FlaxMagicsError: --train and --eval contradict each other. Leave one of them out."
-    )
-
-
 def test_depth(sharp_bits):
     assert "2 rows inside" in sharp_bits("%flax_summary --depth 0 my_model(x)")
-
-
-def test_help(sharp_bits):
-    assert sharp_bits("%flax_summary") == sharp_bits("%flax_summary --help") == FLAX_SUMMARY.render_help()
 
 
 def test_a_cell_of_statements(sharp_bits):
@@ -68,22 +50,6 @@ def test_a_cell_of_statements(sharp_bits):
 def test_in_a_loop_each_is_shown(sharp_bits):
     out = sharp_bits("for n in (1, 2):\n  %flax_summary my_model(x[:n])")
     assert out.count("total  params 15, 60 B") == 2
-
-
-def test_a_bare_name_shows_the_variables(sharp_bits):
-    assert sharp_bits.fails("%flax_summary my_model") == (
-        "FlaxMagicsError: `my_model` has no variables yet, and without a call nobody knows which it will have.\n"
-        "  form: %flax_summary my_model(…)"
-    )
-    sharp_bits("%flax_init my_model(x);")
-    assert sharp_bits("%flax_summary my_model") == (
-        "my_model · MyModel(num_neurons=3, training=False) · training=False\n"
-        "  module                                                           params  bytes\n"
-        "  my_model  MyModel                                                    15   60 B\n"
-        "    Dense_0                                                            15   60 B\n"
-        "      params: bias float32[3], kernel float32[4,3]\n"
-        "  total  params 15, 60 B"
-    )
 
 
 def test_the_tree_shows_the_variables_as_they_are(sharp_bits):
@@ -106,28 +72,6 @@ def test_an_nnx_module(notebook):
     assert "    out  Linear                                                 15   60 B    324" in out
     assert "Param(" in notebook("%flax_summary --tree net")
     assert notebook.session.draws == 1  # the one that built it
-
-
-@pytest.mark.parametrize(
-    ("cell", "message"),
-    [
-        ("%flax_summary my_mode(x)", "no model is called `my_mode`; registered: my_model.\n  did you mean my_model?"),
-        ("%flax_summary --depth -1 my_model(x)", "--depth needs a whole number from 0 on, not -1."),
-        ("%flax_summary my_model(x) --train", "options come first: --train stands after `my_model(x)`."),
-    ],
-)
-def test_mistakes(sharp_bits, cell, message):
-    assert sharp_bits.fails(cell).startswith(f"FlaxMagicsError: {message}")
-    assert sharp_bits.session.draws == 0
-
-
-def test_an_error_of_the_model_shows_the_users_frames(sharp_bits):
-    out = sharp_bits.fails("%flax_summary my_model(jax.numpy.ones((2, 3)).reshape(7))")
-    assert "reshape" in out
-    sharp_bits("%flax_init my_model(x);")
-    out = sharp_bits.fails("%flax_summary my_model(x[..., :2])")
-    assert "x = nn.Dense(self.num_neurons)(x)" in out
-    assert "flax_magics/summary.py" not in out
 
 
 def test_a_model_that_looks_at_values_has_its_line_shown(notebook):

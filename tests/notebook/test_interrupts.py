@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from flax_magics.notebook.failures import InterruptGuard
+from flax_magics.notebook.interrupts import InterruptGuard
 
 
 @pytest.fixture(autouse=True)

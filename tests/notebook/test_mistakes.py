@@ -21,35 +21,6 @@ def state(notebook):
     return data_of(session.root_key), session.draws, len(session), models
 
 
-MORE = (
-    *("%flax_apply my_model(x, 3)", "%flax_apply my_model()", "%flax_apply my_model(x, xs=1)"),
-    *("%flax_apply my_model.encode(x)", "%flax_apply --train --eval my_model(x)", "%%flax_apply my_model(x)\ny = 1"),
-    *("%flax nothing", "%flax_key --seed 3 latent", "%flax_key two words", "%flax_apply --key rng my_model(x)"),
-)
-"""Mistakes that tests/golden/mistakes.txt has with the text of their messages."""
-
-
-@pytest.mark.parametrize(
-    ("cell", "message"),
-    [
-        ("%flax_apply mymodel(x)", "no model is called `mymodel`; registered: my_model.\n  did you mean my_model?"),
-        ("%flax_apply x(x)", "`x` is no model but ArrayImpl; registered: my_model."),
-        ("%flax_key --fresh", "--fresh goes with --seed.\n  write: %flax_key --seed 0 --fresh"),
-        (
-            "%flax_apply --draw 9 my_model(x)",
-            "draw 9 of seed 0 was not made in this session: it has draw 1 alone.\n  write: %flax_history",
-        ),
-        *((cell, None) for cell in MORE),
-    ],
-)
-def test_a_mistake_is_one_short_message_and_changes_nothing(sharp_bits, cell, message):
-    sharp_bits("%flax_apply my_model(x);")
-    before = state(sharp_bits)
-    told = sharp_bits.fails(cell)
-    assert told == f"FlaxMagicsError: {message}" if message else told.startswith("FlaxMagicsError: ")
-    assert state(sharp_bits) == before
-
-
 @pytest.mark.parametrize(
     "cell", ["%flax_apply --draw frst my_model(x)", "%flax_apply mymodel(x)", "%flaxmodel mymodel"]
 )
@@ -70,18 +41,6 @@ def test_nothing_registered_yet(notebook):
     assert notebook.fails("%flax_apply model(x)") == (
         "FlaxMagicsError: no model is called `model`; no model is registered yet.\n  form: %flaxmodel model = …"
     )
-
-
-def test_a_switch_without_a_value_asks_for_one_of_the_two(notebook):
-    notebook(net("nn.Dropout(0.5, deterministic=not train)(nn.Dense(2)(x))", "x, train"))
-    assert notebook.fails("%flax_apply Net(x)") == (
-        "FlaxMagicsError: Net(x) does not say whether it trains: `train` has no value.\n"
-        "  write: %flax_apply --train Net(x)\n         %flax_apply --eval Net(x)"
-    )
-    assert notebook.fails("%flax_apply --train Net(x, train=False)") == (
-        "FlaxMagicsError: --train contradicts train=False, written in the call. Leave one of them out."
-    )
-    notebook("%flax_apply --train Net(x, train=True);")
 
 
 def test_wrong_shapes_show_the_users_frames_and_flax_own_message(sharp_bits):
@@ -144,12 +103,6 @@ def test_the_users_own_errors_pass_with_their_frames(sharp_bits):
     assert "KeyError: 'mine'" in out
     assert "raise KeyError('mine')" in out
     assert not any(place in out for place in LIBRARY)
-
-
-def test_a_failing_cell_stops_and_leaves_the_assignment_unmade(sharp_bits):
-    sharp_bits.fails("y = %flax_apply my_model(nothing)\nz = 1")
-    assert "y" not in sharp_bits.shell.user_ns
-    assert "z" not in sharp_bits.shell.user_ns
 
 
 @pytest.mark.own_executables  # one that is there already cannot be interrupted

@@ -14,7 +14,7 @@ import pytest
 
 import flax_magics
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.notebook.failures import show_user_frames
+from flax_magics.notebook.tracebacks import show_user_frames
 
 # As if it were a part of the package: its frames must not be shown.
 MAGIC = """

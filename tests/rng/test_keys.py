@@ -53,7 +53,7 @@ def test_drawing_does_not_move_the_root():
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tags_are_32_bits_with_the_highest_set(one, other):
     for name in (one, other):
         assert 1 << 31 <= stream_tag(name) < 1 << 32
@@ -61,7 +61,7 @@ def test_tags_are_32_bits_with_the_highest_set(one, other):
 
 
 @given(st.integers(min_value=0, max_value=2**31 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_two_keys_of_a_session_are_the_same(seed):
     root, seen = RootKey.from_seed(seed), set()
     for _ in range(4):
@@ -97,7 +97,7 @@ WORDS = st.integers(min_value=0, max_value=2**32 - 1)
 
 
 @given(WORDS, WORDS, st.lists(WORDS, min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_keys_made_on_the_host_are_jaxs(first, second, counters):
     words = np.array([first, second], np.uint32)
     key = jax.random.wrap_key_data(words)

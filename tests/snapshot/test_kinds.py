@@ -21,6 +21,7 @@ from by_hand import Normed, bits, notebook_x
 from flax import nnx
 from flax.core import freeze
 from linen_kinds import Structured, Weak
+from sessions import session_of
 
 from flax_magics import Session
 from flax_magics.base.threads import at_once
@@ -30,8 +31,6 @@ pytestmark = of_nnx.WARNINGS
 
 
 class Plain(nn.Module):
-    """Tuples, lists and empty arrays in one variable; numbers of Python's in another."""
-
     @nn.compact
     def __call__(self, x):
         first, (second, nothing) = self.param(
@@ -43,8 +42,6 @@ class Plain(nn.Module):
 
 
 class Boxed(nn.Module):
-    """Names of axes, Flax's and a scan's own."""
-
     @nn.compact
     def __call__(self, x):
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
@@ -61,8 +58,6 @@ class Boxed(nn.Module):
 
 
 class Small(nn.Module):
-    """Parameters of other dtypes than JAX's own."""
-
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(x)
@@ -71,8 +66,6 @@ class Small(nn.Module):
 
 
 class Keys(nn.Module):
-    """A key of each PRNG implementation, used and moved on."""
-
     @nn.compact
     def __call__(self, x):
         for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
@@ -83,8 +76,6 @@ class Keys(nn.Module):
 
 
 class OfNnx(nnx.Module):
-    """Lists and dicts of NNX's, and a variable with metadata of the user's."""
-
     def __init__(self, rngs):
         self.layers = of_nnx.List([nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)])
         self.more = of_nnx.Dict(norm=nnx.BatchNorm(4, rngs=rngs))
@@ -111,21 +102,13 @@ class Kind:
     make: Callable[[], Any]
     args: tuple[Any, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    before: Callable[[Session], None] | None = None
+    before: Callable[[Session], object] | None = None
     runs: int = 1
 
 
 def frozen(session: Session) -> None:
     session.apply("net", x, train=True)
     session.models["net"].variables = freeze(dict(session.models["net"].variables))
-
-
-def head_first(session: Session) -> None:
-    session.apply("net", x, method="head")
-
-
-def whole_sequence(session: Session) -> None:
-    session.init("net", of_nnx.a_sequence(8))
 
 
 def attention() -> Any:
@@ -156,13 +139,13 @@ KINDS = {
     "weakly typed": Kind(Weak, (jnp.linspace(0, 1, 12).astype(jnp.bfloat16),)),
     "bfloat16 and float8": Kind(Small, (x.astype(jnp.bfloat16),)),
     "keys of every implementation": Kind(Keys, (x,), runs=2),
-    "a cache that moves on": Kind(attention, (step,), before=whole_sequence, runs=2),
-    "variables of two methods": Kind(of_linen.Heads, (x,), {"method": "head"}, head_first),
+    "a cache that moves on": Kind(attention, (step,), before=lambda s: s.init("net", of_nnx.a_sequence(8)), runs=2),
+    "variables of two methods": Kind(of_linen.Heads, (x,), {"method": "head"}, runs=2),
     "an init called with a named tuple": Kind(of_linen.GraphNet, (graph,)),
     "an init called with dataclasses": Kind(of_linen.Takes, (of_linen.Batch(x, 2.0), of_linen.Settings())),
     "an init called with what is static": Kind(of_linen.Plain, (x,), {"n": 2, "how": "tanh", "act": nn.softplus}),
     "an init called with a key": Kind(of_linen.Sampler, (x, jax.random.key(9))),
-    "NNX's variables in linen": Kind(lambda: of_nnx.AroundNnx(), (rows,), runs=2),
+    "NNX's variables in linen": Kind(of_nnx.AroundNnx, (rows,), runs=2),
     "NNX: numbers, containers, shared leaves": Kind(lambda: of_nnx.Odd(nnx.Rngs(0)), (rows,), TRAIN, runs=2),
     "NNX: lists, dicts, metadata": Kind(lambda: OfNnx(nnx.Rngs(0)), (rows,), TRAIN, runs=2),
     "NNX: keys, typed and legacy": Kind(of_nnx.Keyed, (rows,), runs=2),
@@ -179,8 +162,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_who_has_loaded_a_session_goes_on_as_it_would_have(kind, tmp_path):
     path = tmp_path / "session.safetensors"
-    session = Session(seed=3)
-    session.register("net", kind.make())
+    session = session_of(kind.make(), seed=3)
     if kind.before is not None:
         kind.before(session)
     for _ in range(kind.runs):
@@ -192,7 +174,8 @@ def test_who_has_loaded_a_session_goes_on_as_it_would_have(kind, tmp_path):
         other, net = Session(seed=99), without_values(kind.make())
         if registered_first:
             other.register("net", net)
-            assert other.load(path).waiting == ()
+            restored = other.load(path)
+            assert (restored.models, restored.waiting) == (("net",), ())
         else:
             other.load(path)
             (change,) = other.register_all({"net": net})

@@ -62,41 +62,23 @@ def loaded_session(path: Path, model: Any = None) -> Session:
     return session
 
 
-def test_the_next_draw_is_the_one_that_would_have_come(path):
+def test_a_file_has_the_key_the_counts_the_code_and_arrays_that_any_safetensors_tool_reads(path):
     session = session_of(Normed(), seed=7)
-    for _ in range(3):
-        session.apply("net", x, train=True)
+    session.apply("net", x, train=True)
     session.key("latent")
     saved = session.save(path)
-    assert (saved.models, saved.parameters, saved.seed, saved.draws, saved.runs) == (("net",), 28, 7, 4, 4)
+    assert (saved.models, saved.parameters, saved.seed, saved.draws, saved.runs) == (("net",), 28, 7, 2, 2)
     assert saved.bytes == path.stat().st_size
-
     other = Session(seed=0)
     restored = other.load(path)
-    assert (restored.models, [model.name for model in restored.waiting]) == ((), ["net"])
-    assert (other.seed, other.draws) == (7, 4)
+    assert restored.models == ()
+    assert (other.seed, other.draws) == (7, 2)
     assert bits(other.root_key) == bits(session.root_key)
-    other.register("net", Normed())
-    for _ in range(2):
-        one, two = session.apply("net", x, train=True), other.apply("net", x, train=True)
-        assert bits(one.output) == bits(two.output)
-        assert bits(one.keys["dropout"]) == bits(two.keys["dropout"])
-        assert one.changed == two.changed
-    assert bits(session.models["net"].variables) == bits(other.models["net"].variables)
-    assert bits(session.key("z")) == bits(other.key("z"))
-
-
-def test_a_model_that_is_registered_already_gets_its_variables_at_once(path):
-    session = saved_session(path, Normed(), x, train=True, seed=7)
-    other = session_of(Normed())
-    other.apply("net", x, train=True)
-    restored = other.load(path)
-    assert (restored.models, restored.waiting) == (("net",), ())
-    assert bits(other.models["net"].variables) == bits(session.models["net"].variables)
-    assert [note.text for note in restored.notes] == [
-        "1 run of this session is not in the file: its root key and its history are now those of the file"
-    ]
-    assert bits(session.apply("net", x, train=True).output) == bits(other.apply("net", x, train=True).output)
+    (model,) = restored.waiting
+    assert (model.name, model.text) == ("net", "Normed()")
+    assert model.source.startswith("class Normed(nn.Module):\n")
+    kernel = session.models["net"].variables["params"]["Dense_0"]["kernel"]
+    assert bits(load_file(path)["net/params/Dense_0/kernel"]) == bits(kernel)
 
 
 def test_what_a_file_replaces_is_said_and_loading_it_again_replaces_nothing(path):
@@ -116,7 +98,10 @@ def test_what_a_file_replaces_is_said_and_loading_it_again_replaces_nothing(path
     assert other.models["empty"].variables is None
     assert [note.text for note in other.load(path).notes] == ["mine is not in the file, and keeps its variables"]
     other.apply("net", x, train=True)
-    assert [note.kind for note in other.load(path).notes] == ["replaced", "stays"]
+    assert [note.text for note in other.load(path).notes] == [
+        "1 run of this session is not in the file: its root key and its history are now those of the file",
+        "mine is not in the file, and keeps its variables",
+    ]
 
 
 class Rate(nn.Module):
@@ -158,30 +143,23 @@ def test_a_draw_that_an_init_opened_is_still_open(path):
 
 
 def test_a_module_that_the_session_built_is_built_of_the_same_keys_and_draws_nothing(path):
-    x = notebook_x()[0]
     session = saved_session(path, Construction(Own, (3,), {}, "Own(3)"), x, seed=2, mode="train")
     other = loaded_session(path)
     (change,) = other.register_all({"net": Construction(Own, (3,), {}, "Own(3)")})
     assert (change.variables, other.draws, len(other)) == ("restored", 1, 2)
     assert bits(nnx.state(other.models["net"].module)) == bits(nnx.state(session.models["net"].module))
-    one, two = session.apply("net", x, mode="train"), other.apply("net", x, mode="train")
-    assert bits(one.output) == bits(two.output)
     # An unchanged cell keeps it, as in the session that was saved.
     (change,) = other.register_all({"net": Construction(Own, (3,), {}, "Own(3)")})
-    assert (change.state, other.draws) == ("unchanged", 2)
+    assert (change.state, other.draws) == ("unchanged", 1)
 
 
 def test_a_module_of_the_users_own_gets_the_values_where_it_is(path):
-    x = notebook_x()[0]
-    net = Own(3, rngs=nnx.Rngs(0))
-    session = saved_session(path, net, x, mode="train")
-    other, again = Session(), Own(3, rngs=nnx.Rngs(5))
+    net, again = Own(3, rngs=nnx.Rngs(0)), Own(3, rngs=nnx.Rngs(5))
+    session_of(net).save(path)
     kernel = again.linear.kernel
-    other.load(path)
-    other.register("net", again)
+    loaded_session(path, again)
     assert again.linear.kernel is kernel
     assert bits(nnx.state(again)) == bits(nnx.state(net))
-    assert bits(session.apply("net", x).output) == bits(other.apply("net", x).output)
 
 
 def test_seeds_that_were_used_before_can_be_drawn_from_again(path):
@@ -219,11 +197,8 @@ def test_the_history_comes_back_without_its_arrays(path):
         for name in ("first", "timing", "memory", "cost", "made", "notes", "shape", "spread", "values"):
             assert getattr(run, name) == getattr(before, name)
     # Saved once more, it is the same history.
-    again = path.with_name("again")
-    other.save(again)
-    third = Session()
-    third.load(again)
-    assert [run.to_json() for run in third.runs] == [run.to_json() for run in session.runs]
+    other.save(path)
+    assert [run.to_json() for run in loaded_session(path).runs] == [run.to_json() for run in session.runs]
 
 
 def test_variables_of_the_users_own_come_back_as_they_were_assigned(path):
@@ -302,8 +277,7 @@ def test_what_does_not_fit_is_told_leaf_by_leaf_and_none_of_it_is_used(path, sav
 
 
 def test_an_nnx_module_that_does_not_fit_keeps_what_it_holds(path):
-    session = session_of(Own(3, rngs=nnx.Rngs(0)))
-    session.save(path)
+    session_of(Own(3, rngs=nnx.Rngs(0))).save(path)
     other = loaded_session(path)
     net = Own(5, rngs=nnx.Rngs(1))
     before = bits(nnx.state(net))
@@ -314,10 +288,8 @@ def test_an_nnx_module_that_does_not_fit_keeps_what_it_holds(path):
 
 
 def test_two_models_one_of_which_does_not_fit_leave_both_as_they_were(path):
-    x = notebook_x()[0]
     session = Session()
     session.register_all({"one": Own(3, rngs=nnx.Rngs(0)), "two": MyModel(3, True)})
-    session.apply("one", x)
     session.apply("two", x)
     session.save(path)
     other, net = Session(), Own(3, rngs=nnx.Rngs(1))
@@ -350,15 +322,6 @@ def test_what_waits_is_saved_again(path):
     assert bits(session.apply("net", x).output) == bits(third.apply("net", x).output)
 
 
-def test_the_code_of_a_model_is_in_the_file_and_not_run_and_its_arrays_are_there_for_any_safetensors_tool(path):
-    session = saved_session(path, MyModel(3, True), x)
-    (model,) = Session().load(path).waiting
-    assert model.source.startswith("class MyModel(nn.Module):\n")
-    assert model.text == "MyModel(num_neurons=3, training=True)"
-    kernel = session.models["net"].variables["params"]["Dense_0"]["kernel"]
-    assert bits(load_file(path)["net/params/Dense_0/kernel"]) == bits(kernel)
-
-
 def test_a_root_key_of_another_prng_implementation(path):
     impl = "unsafe_rbg"
     with jax.default_prng_impl(impl) if hasattr(jax, "default_prng_impl") else jax.enable_custom_prng():
@@ -370,15 +333,10 @@ def test_a_root_key_of_another_prng_implementation(path):
 
 
 def test_double_precision_is_not_cut_in_silence(path):
-    writing = """
-        import sys, jax, jax.numpy as jnp, flax.linen as nn, flax_magics
-        jax.config.update("jax_enable_x64", True)
-        session = flax_magics.Session()
-        session.register("net", nn.Dense(2, param_dtype=jnp.float64))
-        session.apply("net", jnp.ones((1, 3)))
-        session.save(sys.argv[1])
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(writing), str(path)], check=True)
+    saved_session(path, nn.Dense(2), x)
+    found = format.read(path)
+    doubles = {name: array.astype(float) for name, array in found.arrays.items() if name.startswith("net/")}
+    write(path, found.document, {**found.arrays, **doubles})
     session = Session()
     with pytest.raises(FlaxMagicsError) as error:
         session.load(path)
@@ -390,9 +348,8 @@ def test_double_precision_is_not_cut_in_silence(path):
 
 
 CROSS = """
-    import hashlib, json, sys
+    import hashlib, sys
     sys.path.insert(0, sys.argv[2])
-    import jax
     from by_hand import Normed, bits, notebook_x
     from nnx_kinds import Own
     from flax_magics import Session
@@ -443,8 +400,7 @@ def a_session(path):
 
 def test_thousands_of_flips_are_told_or_change_nothing_and_so_is_every_truncation(path):
     whole = a_session(path)
-    expected = Session()
-    expected.load(path)
+    expected = loaded_session(path)
     there = json.dumps([run.to_json() for run in expected.runs])
     session = session_of(MyModel(3, True), seed=1)
     session.apply("net", x)
@@ -474,40 +430,27 @@ def test_thousands_of_flips_are_told_or_change_nothing_and_so_is_every_truncatio
     assert state_of(session) == before
 
 
-def places_of(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The place of everything in JSON data."""
-    found = [place]
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            found += places_of(inner, (*place, key))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            found += places_of(inner, (*place, i))
-    return found
-
-
-def with_other(value: Any, place: tuple[Any, ...], new: Any) -> Any:
-    if not place:
-        return new
-    copy = value.copy()
-    if new is GONE and len(place) == 1:
-        del copy[place[0]]
-    else:
-        copy[place[0]] = with_other(value[place[0]], place[1:], new)
-    return copy
-
-
 GONE = object()
 OTHERS = [None, True, -1, 0, 2, 1 << 70, -0.5, 1e308, "", "x", "\x1b[31m<b>", "9" * 5000, [], [1], {}, {"a": 1}, GONE]
 
 
-def altered(data: Any, seed: int) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The data with something else in each of its places: the place, and all of it."""
+def altered(data: Any, seed: int) -> list[Any]:
+    """The data with something else in each of its places, one at a time."""
     rng = random.Random(seed)
-    for place in places_of(data):
-        for new in rng.sample(OTHERS, 6):
-            if new is not GONE or place:
-                yield place, with_other(data, place, new)
+
+    def others(value: Any) -> Iterator[Any]:
+        yield from rng.sample(OTHERS, 6)
+        pairs = value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ())
+        for key, inner in pairs:
+            for other in others(inner):
+                copy = value.copy()
+                if other is GONE:
+                    del copy[key]
+                else:
+                    copy[key] = other
+                yield copy
+
+    return [other for other in others(data) if other is not GONE]
 
 
 def test_whatever_stands_anywhere_in_its_json_one_error_is_all(path):
@@ -516,19 +459,19 @@ def test_whatever_stands_anywhere_in_its_json_one_error_is_all(path):
     found = format.read(path)
     session = Session()
     before = session._state
-    accepted = 0
-    for place, document in altered(found.document, 1):
+    accepted, documents = 0, altered(found.document, 1)
+    for document in documents:
         write(path, document, found.arrays)
         try:
             session.load(path)
         except FlaxMagicsError as error:
-            assert str(error).startswith(f"`{path}` cannot be loaded: "), place
+            assert str(error).startswith(f"`{path}` cannot be loaded: "), document
             assert "\x1b" not in str(error)
             assert session._state is before
         else:  # another text, number or flag is as good as what was there
             accepted += 1
             session._state = before
-    assert accepted < 3 * len(places_of(found.document))
+    assert accepted < len(documents) / 2
 
 
 def test_a_dict_that_jax_cannot_take_apart_is_told(path):
@@ -541,8 +484,7 @@ def test_a_dict_that_jax_cannot_take_apart_is_told(path):
     ):
         assert old in text
         write(path, json.loads(text.replace(old, new)), found.arrays)
-        session = Session()
-        session.register("net", MyModel(3, True))
+        session = session_of(MyModel(3, True))
         with pytest.raises(FlaxMagicsError) as error:
             session.load(path)
         assert re.fullmatch(
@@ -555,13 +497,13 @@ def test_whatever_stands_in_its_history_one_error_is_all(path):
     a_session(path)
     found = format.read(path)
     session = Session()
-    for place, runs in altered(json.loads(found.arrays["history"].tobytes())[:1], 2):
+    for runs in altered(json.loads(found.arrays["history"].tobytes())[:1], 2):
         history = np.frombuffer(json.dumps(runs).encode(), np.uint8)
         write(path, found.document, {**found.arrays, "history": history})
         try:
             session.load(path)
         except FlaxMagicsError as error:
-            assert str(error).startswith(f"`{path}` cannot be loaded: "), place
+            assert str(error).startswith(f"`{path}` cannot be loaded: "), runs
         else:  # whatever it says can be shown
             for run in session.runs:
                 json.dumps(run.to_json())

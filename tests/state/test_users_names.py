@@ -10,14 +10,11 @@ from flax import linen as nn
 from flax import nnx
 from sessions import session_of
 
-from flax_magics import Session
 from flax_magics.execution.call import Call
 from flax_magics.line.options import ApplyOptions
 
 
 class Overriding(nn.Module):
-    """Methods and arguments with names of Flax's."""
-
     features: int = 2
 
     def setup(self):
@@ -96,15 +93,13 @@ def test_a_method_that_takes_any_keyword_gets_it(session):
 
 
 def test_a_layers_real_method_is_a_method():
-    session = Session()
-    session.register("embed", nn.Embed(5, 3))
-    tokens = jnp.arange(4)
-    session.init("embed", tokens)
-    run = session.apply("embed", X, method="attend")
-    variables = session.models["embed"].variables
+    session = session_of(nn.Embed(5, 3))
+    session.init("net", jnp.arange(4))
+    run = session.apply("net", X, method="attend")
+    variables = session.models["net"].variables
     assert bits(run.output) == bits(jax.jit(lambda v, x: nn.Embed(5, 3).apply(v, x, method="attend"))(variables, X))
-    session.register("own", nnx.Embed(5, 3, rngs=nnx.Rngs(0)))
-    assert session.apply("own", X, method="attend").output.shape == (2, 5)
+    session = session_of(nnx.Embed(5, 3, rngs=nnx.Rngs(0)))
+    assert session.apply("net", X, method="attend").output.shape == (2, 5)
 
 
 def test_names_of_flaxs_on_an_nnx_module_that_are_the_users():
@@ -114,8 +109,6 @@ def test_names_of_flaxs_on_an_nnx_module_that_are_the_users():
 
 
 class Takes(nn.Module):
-    """A model that is given variables, of the same tree as its own."""
-
     @nn.compact
     def __call__(self, other, x):
         return nn.Dense(2)(x) @ other["params"]["Dense_0"]["kernel"].T
@@ -123,8 +116,7 @@ class Takes(nn.Module):
 
 def test_a_model_that_takes_variables_gets_them(session):
     session.register("takes", Takes())
-    other = nn.Dense(2).init(jax.random.key(3), X)
-    other = {"params": {"Dense_0": other["params"]}}
+    other = {"params": {"Dense_0": nn.Dense(2).init(jax.random.key(3), X)["params"]}}
     run = session.apply("takes", other, X)
     variables = session.models["takes"].variables
     assert bits(run.output) == bits(jax.jit(Takes().apply)(variables, other, X))

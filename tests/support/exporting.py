@@ -19,6 +19,53 @@ class Normed(nn.Module):
 
 normed = Normed()
 """
+CHILD = """\
+%%flaxmodel
+class Base(nn.Module):
+    width: int = 3
+    double: int = width * 2
+    def setup(self):
+        self.dense = nn.Dense(self.double)
+    def __call__(self, x):
+        return self.dense(x)
+class Child(Base):
+    rate: float = 0.5
+    training: bool = False
+    def setup(self):
+        super().setup()
+        self.dropout = nn.Dropout(self.rate)
+    def __call__(self, x):
+        return self.dropout(super().__call__(x), deterministic=not self.training)
+    def encode(self, x):
+        return super().__call__(x)
+
+child = Child()
+"""
+NOISY = """\
+%%flaxmodel
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, z_rng=None, options=None):
+        x = nn.Dense(3)(x) + jax.random.normal(self.make_rng('noise'), (3,))
+        if options is not None and options['act'] == 'relu':
+            x = nn.relu(x) * options['scale']
+        return x if z_rng is None else x + jax.random.normal(z_rng, (3,))
+
+noisy = Noisy()
+"""
+NNX_NET = """\
+%%flaxmodel net = Net(8, 3)
+class Net(nnx.Module):
+  def __init__(self, features, classes, *, rngs):
+    self.hidden = nnx.Linear(4, features, rngs=rngs)
+    self.norm = nnx.BatchNorm(features, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.out = nnx.Linear(features, classes, rngs=rngs)
+  def __call__(self, x, scale=1.0):
+    return self.out(self.dropout(nnx.relu(self.norm(self.hidden(x))))) * scale
+  def embed(self, x):
+    return self.hidden(x)
+"""
 
 
 def exported(notebook: Any) -> str:

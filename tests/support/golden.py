@@ -44,13 +44,20 @@ def rerun(transcript: str, shell: Any) -> str:
 
 
 def run(cell: str, shell: Any) -> Iterator[tuple[str, str]]:
-    """Runs a cell as a notebook does, and gives what it showed: of what kind each is, and its text."""
+    """Runs a cell as a notebook does, and gives what it showed: of what kind each is, and its text.
+
+    A cell that fails must leave the session as it was.
+    """
     from IPython.utils.capture import capture_output
 
+    from flax_magics import session
+
+    state = session()._state
     with capture_output() as captured:
         result = shell.run_cell(cell, store_history=True)
     error = result.error_before_exec or result.error_in_exec
     if error is not None:
+        assert session()._state is state, cell
         yield "error", error_text(error)
     elif captured.stdout.strip() or captured.stderr.strip():
         yield "printed", captured.stdout + captured.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import bits, keys_of, sown_off, values
 from flax import nnx
+
+from flax_magics import Session
 
 WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -140,3 +144,49 @@ class AroundNnx(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         return nn.Dropout(0.5, deterministic=False)(nnx.bridge.to_linen(OfNnx, 4, name="inner")(x))
+
+
+def runs_as_by_hand(
+    session: Session,
+    make: Callable[[], Any],
+    *args: Any,
+    mode: str | None = None,
+    method: str | None = None,
+    hand: Callable[[Any], Any] | None = None,
+    rngs: tuple[str, ...] = (),
+    eager: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Applies what `make` gives three times, and compares output, state and intermediates with the same by hand.
+
+    Args:
+      hand: what a person does to have the mode; without it `train()` or `eval()`.
+      rngs: streams that a person would pass as `rngs`.
+    """
+    net, other = make(), make()
+    session.register("net", net)
+    if mode is not None:
+        (hand or (lambda net: net.train() if mode == "train" else net.eval()))(other)
+    tags = {str(part.key.tag) for _, part in nnx.iter_graph(other) if isinstance(part, nnx.RngStream)}
+    leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
+    traced = [isinstance(leaf, (jax.Array, np.ndarray, float)) for leaf in leaves]
+
+    def call(net: Any, given: Any, passed: dict[str, Any]) -> Any:
+        given = iter(given)
+        filled = [next(given) if is_traced else leaf for leaf, is_traced in zip(leaves, traced, strict=True)]
+        args, kwargs = jax.tree_util.tree_unflatten(tree, filled)
+        return getattr(net, method or "__call__")(*args, **kwargs, **passed)
+
+    by_hand = call if eager else nnx.jit(call)
+    run: Any = None
+    for draw in (1, 2, 3):
+        nnx.reseed(other, policy="match_shape", **keys_of(draw)(*tags))
+        passed = {"rngs": nnx.Rngs(**keys_of(draw)(*rngs))} if rngs else {}
+        given = [leaf for leaf, is_traced in zip(leaves, traced, strict=True) if is_traced]
+        output = by_hand(other, given, passed)
+        run = session.apply("net", *args, mode=mode, method=method, eager=eager, **kwargs)
+        assert bits(run.output) == bits(output)
+        assert values(run.sown) == values(sown_off(other))
+        assert bits(nnx.state(net)) == bits(nnx.state(other))
+        assert {note.kind for note in run.notes} <= ({"stream"} if draw == 1 else {"key again"})
+    return run

@@ -12,3 +12,10 @@ def session_of(net: Any, **options: Any) -> Session:
     session = Session(**{"seed": 0, **options})
     session.register("net", net)
     return session
+
+
+def settle(session: Session) -> None:
+    """Waits until what was compiled is on disk."""
+    session.programs.compiler.workers.submit(lambda: None).result()
+    while session.programs.compiler.workers.busy:
+        pass

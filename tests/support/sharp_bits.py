@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
 """
-MODEL = """
-%%flaxmodel
+CLASS = """\
 class MyModel(nn.Module):
   num_neurons: int
   training: bool
@@ -18,8 +17,7 @@ class MyModel(nn.Module):
   def __call__(self, x):
     x = nn.Dense(self.num_neurons)(x)
     return nn.Dropout(rate=0.5, deterministic=not self.training)(x)
-
-my_model = MyModel(num_neurons=3, training=False)
 """
+MODEL = f"%%flaxmodel\n{CLASS}\nmy_model = MyModel(num_neurons=3, training=False)\n"
 SHARP_BITS = (LOAD, SETUP, MODEL)
 """The cells of Flax's notebook, as far as the first run."""

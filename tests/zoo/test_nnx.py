@@ -46,7 +46,7 @@ def only_since(version: str, what: str) -> None:
 def check(notebook: Any, name: str, call: str = "", mode: str | None = None, method: str | None = None) -> Any:
     """Two runs of `name(call)` against `nnx.jit` after `nnx.reseed`: output, state and intermediates, no sharp bit."""
     notebook("%flax_key --seed 0")
-    net = notebook["session_of_flax"].models[name].module
+    net = notebook.session.models[name].module
     sown_off(net)  # of the cell's own calls
     twin = nnx.clone(net)
     for _, part in nnx.iter_graph(twin):
@@ -75,11 +75,6 @@ def check(notebook: Any, name: str, call: str = "", mode: str | None = None, met
         assert bits(nnx.state(net)) == bits(nnx.state(twin))
         assert [note for note in run.notes if note.kind != "stream"] == []
     return run
-
-
-@pytest.fixture(autouse=True)
-def session_in_the_namespace(notebook):
-    notebook("import flax_magics; session_of_flax = flax_magics.session()")
 
 
 def test_nnx_basics(notebook, docs):

@@ -1,26 +1,17 @@
-"""How a command fails: tracebacks with the user's frames alone, and a Ctrl-C that is never lost.
+"""Tracebacks that show the user's frames alone.
 
 IPython asks an exception for `_render_traceback_` before it formats frames (7.34, 9, and ipykernel through them). The
 shell's own formatter, mode and colors are still used: only frames and causes are chosen here.
-
-Python raises `KeyboardInterrupt` between any two bytecodes of the main thread. While JAX traces, one in ten falls into
-a callback of the garbage collector or of a weak reference, where Python prints the exception and drops it, or into an
-`__eq__` called by NumPy, which clears it or turns it into a `SystemError` (measured on jax 0.10, 2,400 interrupts). The
-command would go on as if nobody had asked it to stop.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
-import _thread
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
-from types import CodeType, FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from ..errors import FlaxMagicsError
@@ -35,8 +26,6 @@ _Step = tuple[int, int]
 _Inside = Callable[[TracebackType, TracebackType | None], bool]
 """(a step of a traceback, the step after it) → whether to leave it out."""
 _JAX_NOTE = "For simplicity, JAX has removed its internal frames"
-AGAIN = 0.05
-"""Seconds between two checks whether an interrupt was lost."""
 
 
 def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ()) -> None:
@@ -184,8 +173,7 @@ def _inside() -> _Inside:
     # A module that is not imported has no frames, so looking must not import it.
     modules = [sys.modules[name] for name in (*PACKAGES, *MACHINERY) if name in sys.modules]
     folders = [folder + os.sep for module in modules for folder in getattr(module, "__path__", ())]
-    files = [str(module.__file__) for module in modules if not hasattr(module, "__path__")]
-    places = (*folders, *files)
+    places = (*folders, *(str(module.__file__) for module in modules if not hasattr(module, "__path__")))
 
     def inside(step: TracebackType, following: TracebackType | None) -> bool:
         code = step.tb_frame.f_code
@@ -199,96 +187,3 @@ def _inside() -> _Inside:
         return following.tb_frame.f_code.co_name in ("run_line_magic", "run_cell_magic")
 
     return inside
-
-
-class InterruptGuard:
-    """Makes sure that an interrupt stops the command, wherever it falls between `begin` and `end`.
-
-    After an interrupt, a thread sends another signal every `AGAIN` seconds, to ask whether the first is being handled
-    (in a `finally`, `except` or `with` on its way out). If so nothing happens; if not it was lost, and is raised again.
-    A handler of the user's own is left in place, and other threads get no signals.
-
-    Args:
-      parts: code of the functions around `begin` and `end`, in which nothing is raised: they must not be left halfway.
-    """
-
-    def __init__(self, *parts: CodeType) -> None:
-        self._parts = (*parts, InterruptGuard.begin.__code__, InterruptGuard.end.__code__)
-        self._lock = threading.Lock()
-        self._struck: KeyboardInterrupt | None = None
-        self._asking = self._watched = False
-        self._ours: Callable[[int, FrameType | None], None] | None = None
-
-    def begin(self) -> None:
-        """Replaces Python's own handler of SIGINT, if that is in place. Does nothing outside of the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        # `_signal` and not `signal`, whose enums cost 18 instead of 4 µs for each command.
-        if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-            self._ours, self._hook, sys.unraisablehook = self._strike, sys.unraisablehook, self._unraisable
-            _signal.signal(_signal.SIGINT, self._ours)
-
-    def end(self, error: BaseException | None) -> KeyboardInterrupt | None:
-        """Puts Python's own handler back.
-
-        Args:
-          error: the exception that the command ends with, if any.
-
-        Returns:
-          The interrupt that the caller is to raise instead: it was turned into another error, or lost, and the command
-          ended before it was raised again. None if there is nothing to raise.
-        """
-        if self._ours is None:
-            return None
-        with self._lock:  # the thread sends no more signals after this
-            ours, self._ours = self._ours, None
-        # `_signal.signal` delivers pending signals first, so that none is left for the handler that it installs.
-        if _signal.getsignal(_signal.SIGINT) is ours:
-            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
-        if sys.unraisablehook == self._unraisable:
-            sys.unraisablehook = self._hook
-        struck, self._struck = self._struck, None
-        if struck is None or (error is not None and not (isinstance(error, SystemError) and _within(struck, error))):
-            return None
-        return KeyboardInterrupt()
-
-    def _strike(self, number: int, frame: FrameType | None) -> None:
-        """Handles SIGINT: raises a user's interrupt; for a signal of our thread raises it again if it was lost."""
-        asked, self._asking = self._asking, False
-        # Our own question: nothing to do if the command ends, or if the interrupt is on its way up.
-        if asked and (self._ours is None or self._struck is None or _within(self._struck, sys.exc_info()[1])):
-            return
-        self._struck = KeyboardInterrupt()
-        if not self._watched:
-            self._watched = True
-            # Without `threading`, whose locks the interrupted code may hold.
-            _thread.start_new_thread(self._watch, ())
-        # Inside `begin`, `end` and around them it is only noted: `end` returns it.
-        if frame is None or frame.f_code not in self._parts:
-            raise self._struck
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(AGAIN)
-            with self._lock:
-                if self._ours is None:
-                    return
-                # Under the lock, so that no signal is sent once `end` has put the handler back.
-                self._asking = True
-                _thread.interrupt_main()
-
-    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Keeps Python from reporting a dropped interrupt as unraisable: it will be raised again."""
-        if self._struck is None or lost.exc_value is not self._struck:
-            self._hook(lost)
-
-
-def _within(sought: BaseException, error: BaseException | None) -> bool:
-    """Whether `error` is the exception sought, or was raised while that was being handled."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if error is sought:
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
