@@ -47,6 +47,7 @@ SWITCHED = model(
 )
 FIXED = model(", train=False", "return nn.Dropout(0.5, deterministic=True)(x)")
 UNSET = FIXED.replace(", deterministic=True", "")
+UNSWITCHED = UNSET.replace(", train=False", "")
 KEYED = model(
     ", noise=None, other=None",
     """for key in (noise, other):
@@ -311,7 +312,9 @@ SCENARIOS = [
     Scenario("execution.call.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
     Scenario("execution.call.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
     Scenario("notebook.hints._of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
-    Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
+    Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("return nn.Dropout(0.5)(x)")),
+    Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSWITCHED,), edit=lambda cell, advice: cell.replace(
+        "def __call__(self, x):\n    return nn.Dropout(0.5)(x)", advice.replace("\n", "\n    ", 1))),
     Scenario("notebook.hints.hints", "%flax_apply Net(x)", (BRANCHES,)),
     Scenario("notebook.hints._of_shapes", "%flax_apply --eager net(x[0] * 2)", (FLAT, RAN)),
     Scenario("notebook.hints._of_shapes", "%flax_apply own(x[0])", (FLAT_OWN, "%flax_apply own(x);")),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import linecache
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +29,14 @@ def hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tupl
     unset = re.search(r'"(\w+)" must be passed to the constructor or at call time', str(error))
     if called is not None and isinstance(error, ValueError) and unset is not None:
         mode = options.get("train") or options.get("eval")
-        return _of_unset(unset[1], called, has_mode=bool(mode))
+        return _of_unset(error, unset[1], called, has_mode=bool(mode))
     lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
     if lacking is not None:
         return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
     return () if called is None else _of_shapes(error, called, notebook)
 
 
-def _of_unset(parameter: str, called: ModelCall, *, has_mode: bool) -> tuple[str, ...]:
+def _of_unset(error: Exception, parameter: str, called: ModelCall, *, has_mode: bool) -> tuple[str, ...]:
     """What to say of an unset switch `parameter` of a layer: the option that sets it, or the edit that connects it.
 
     `--train` and `--eval` set arguments of the call and fields of the model; a layer that is given neither stays unset.
@@ -48,12 +50,74 @@ def _of_unset(parameter: str, called: ModelCall, *, has_mode: bool) -> tuple[str
     in_call = call_switches(signature)
     standing = {setting.partition("=")[0] for setting in model.fields_as_written()}
     fields = {setting.partition("=")[0] for setting in model.fields_in_mode(True, fixed=frozenset())[1]}
-    if not has_mode and (fields - standing or any(signature.parameters[name].default is None for name in in_call)):
+    runs = expression.command.startswith("%flax_")
+    if (
+        runs
+        and not has_mode
+        and (fields - standing or any(signature.parameters[name].default is None for name in in_call))
+    ):
         lines = "\n".join(f"{expression.command} {option} {expression.call}" for option in ("--train", "--eval"))
         return ("it is the model's own switch, and has no value as written", *advice_lines(lines))
     switch = next(iter((*in_call, *(f"self.{name}" for name in sorted(fields)))), "")
-    edit = following(parameter, switch, "".join(expression.method[-1:]))
+    edit = _edited(error, parameter) or following(parameter, switch, "".join(expression.method[-1:]))
     return (f"`{parameter}` has no value, and no switch of the model's sets it", *advice_lines(edit=edit))
+
+
+def _edited(error: Exception, parameter: str) -> str | None:
+    """The lines of the model as they are to be, in which a layer is given `parameter`; None where these are not clear.
+
+    The call in which the error was raised gets the argument. It follows the switch of the method around it, or of its
+    module, or else one that the method is to take.
+    """
+    from ..code.library import is_module, library_file
+    from ..models.switch import WHEN_TRAINING, following
+
+    trace, step = error.__traceback__, None
+    while trace is not None:
+        is_ours = str(trace.tb_frame.f_globals.get("__name__")).startswith("flax_magics.")
+        step = step if is_ours or library_file(trace.tb_frame.f_code.co_filename) else trace
+        trace = trace.tb_next
+    if step is None:
+        return None
+    frame, code = step.tb_frame, step.tb_frame.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    module = frame.f_locals.get(names[0]) if names else None
+    first, last, begin, end = list(code.co_positions())[step.tb_lasti // 2]
+    if not is_module(module) or first is None or first != last or begin is None or end is None:
+        return None
+    line = linecache.getline(code.co_filename, first).encode()
+    call = line[begin:end].decode()
+    if not call.endswith(")") or not isinstance(_expression(call), ast.Call):
+        return None
+    fields = (f"self.{name}" for name in WHEN_TRAINING if isinstance(getattr(module, name, None), bool))
+    own = next((name for name in names if name in WHEN_TRAINING), next(fields, ""))
+    inside = call[:-1].rstrip().rstrip(",")
+    *head, keyword = following(parameter, own, code.co_name).splitlines()
+    given = f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
+    head = [_with_switch(getattr(type(module), code.co_name, None), code.co_name) or text for text in head]
+    return "\n".join([*head, f"{line[:begin].decode()}{given}{line[end:].decode()}".strip()])
+
+
+def _with_switch(method: Any, name: str) -> str | None:
+    """The first line of a method with one more parameter, `train`; None where that cannot be said in plain words."""
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):
+        return None
+    parameters = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    plain = (type(None), bool, int, float, str, type)  # `Parameter.empty` is a class
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD or not isinstance(p.default, plain) for p in parameters):
+        return None
+    default = False if parameters[-1].default is not inspect.Parameter.empty else inspect.Parameter.empty
+    parameters.append(inspect.Parameter("train", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
+    return f"def {name}{signature.replace(parameters=parameters, return_annotation=signature.empty)}:"
+
+
+def _expression(text: str) -> ast.expr | None:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return None
 
 
 def _of_shapes(error: Exception, called: ModelCall, notebook: Notebook) -> tuple[str, ...]:
@@ -81,6 +145,8 @@ def _of_shapes(error: Exception, called: ModelCall, notebook: Notebook) -> tuple
     text = f"{before.who} {first}: {before.text}, and this call has {describe(leaf)}"
     if not lacking:
         return (text,)
+    if not called.expression.command.startswith("%flax_"):  # `--check` begins no line
+        return (f"{text}: a batch axis is missing",)
     line = _with_axis(called, signature, lacking, [argument for argument, *_ in pairs])
     return (f"{text}: a batch axis is missing", *advice_lines(line))
 

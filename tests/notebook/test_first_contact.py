@@ -198,6 +198,57 @@ class TestABatchAxisThatWasForgotten:
         notebook(f"import jax\n{line}")
 
 
+UNSET = "`deterministic` has no value, and no switch of the model's sets it"
+EDIT = "in your model: "
+
+
+class TestALayerWithoutItsSwitch:
+    @pytest.mark.parametrize(
+        ("body", "arguments", "field", "lines"),
+        [
+            (
+                "nn.Dropout(0.5)(nn.Dense(2)(x))",
+                "x",
+                "",
+                ["def __call__(self, x, train):", "return nn.Dropout(0.5)(nn.Dense(2)(x), deterministic=not train)"],
+            ),
+            (
+                "nn.Dropout(0.5)(x) * 2",
+                "x, mask=None",
+                "",
+                [
+                    "def __call__(self, x, mask=None, train=False):",
+                    "return nn.Dropout(0.5)(x, deterministic=not train) * 2",
+                ],
+            ),
+            ("nn.Dropout(0.5)(x,)", "x, train=False", "", ["return nn.Dropout(0.5)(x, deterministic=not train)"]),
+            (
+                "nn.Dropout(0.5)(x)",
+                "x, *, mask=None",
+                "evaluates: bool = True\n",
+                ["def __call__(self, …, train):", "return nn.Dropout(0.5)(x, deterministic=not train)"],
+            ),
+            (
+                "nn.Dropout(0.5)(x)",
+                "x",
+                "training: bool = False\n",
+                ["return nn.Dropout(0.5)(x, deterministic=not self.training)"],
+            ),
+        ],
+    )
+    def test_the_lines_of_the_model_as_they_are_to_be(
+        self, notebook: Any, body: str, arguments: str, field: str, lines: list[str]
+    ) -> None:
+        notebook(net(body, arguments, field))
+        told = [EDIT + lines[0], *(" " * len(EDIT) + line for line in lines[1:])]
+        assert notebook.fails("%flax_apply --train Net(x)").splitlines()[-len(told) - 1 :] == [UNSET, *told]
+        assert notebook.fails("%flaxmodel --check 'Net(x)' Net").splitlines()[-len(told) - 1 :] == [UNSET, *told]
+
+    def test_a_call_over_lines_is_told_as_an_argument(self, notebook: Any) -> None:
+        notebook(net("nn.Dropout(\n      0.5)(x)", "x, train=False"))
+        assert notebook.fails("%flax_apply --train Net(x)").endswith(f"{UNSET}\n{EDIT}deterministic=not train")
+
+
 AGENT = """class Agent:
   def __init__(self):
     self.actor = nn.Dense(2)
