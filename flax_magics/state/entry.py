@@ -21,7 +21,7 @@ from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
 from ..models.construction import BuiltBySession, Construction
-from .weights import COPIES, Collections, WeightSource, check_alive
+from .weights import COPIES, Collections, WeightSource, check_alive, is_gone
 
 
 class ModelEntry(Struct, frozen=True):
@@ -109,11 +109,14 @@ class ModelEntry(Struct, frozen=True):
         Raises:
           FlaxMagicsError: one was.
         """
+        held = self.held
+        if not is_gone(held):
+            return
         source, hint = self.source_now(), COPIES
         if self.model.holds_variables and self.built is None:
             others, hint = f"del {self.name}", f"{hint}\nits cell again after `del` makes new ones"
         whose = f" ({source.describe()})" if source is not None else ""
-        check_alive(f"the weights of `{self.name}`{whose}", self.held, others or f"%flax_init {call}", hint=hint)
+        check_alive(f"the weights of `{self.name}`{whose}", held, others or f"%flax_init {call}", hint=hint)
 
     def computes(self, fingerprint: bytes | None) -> bool:
         """Whether a model of that fingerprint computes the same as this one; False where that cannot be told."""

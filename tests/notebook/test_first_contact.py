@@ -348,7 +348,8 @@ class Debugger:
     def interaction(self, frame: object, where: Any) -> None:
         """Called with an exception or its traceback, by version."""
         last, line = list(traceback.walk_tb(getattr(where, "__traceback__", where)))[-1]
-        self.place = last.f_code.co_name, line
+        name = last.f_code.co_name
+        self.place = "<module>" if name.startswith("<cell line") else name, line  # as IPython 7 names a cell's code
 
 
 @pytest.mark.parametrize(
