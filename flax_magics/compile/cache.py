@@ -344,6 +344,7 @@ class LeafSpec(Struct, frozen=True):
       shape: of an array.
       weak: its dtype is weak.
       where: the devices that it was placed on, empty if it is not committed.
+      sharding: how it was placed there; None if it is not committed.
     """
 
     kind: str
@@ -351,6 +352,7 @@ class LeafSpec(Struct, frozen=True):
     shape: tuple[int, ...] = ()
     weak: bool = False
     where: str = ""
+    sharding: object = None
 
     @property
     def dtype(self) -> str:

@@ -210,10 +210,13 @@ def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iter
         if before is None or after is None:
             yield f"{name} {'added' if before is None else 'removed'}"
             continue
+        if before.text == after.text:
+            yield f"{name} {' and '.join(_in_words(before, after))}"
+            continue
         one, other = _pair(before, after)
-        if before.text != after.text and before.dtype == after.dtype:
+        if before.dtype == after.dtype:
             one, other = (text[text.index("[") :] for text in (one, other))
-        elif before.text != after.text and before.shape == after.shape:
+        elif before.shape == after.shape:
             one, other = before.dtype, after.dtype
         yield f"{name} {one}→{other}"
 
@@ -272,6 +275,8 @@ def _in_words(before: LeafSpec, after: LeafSpec) -> Iterator[str]:
         yield f"moved from {before.where} to {after.where}"
     elif before.where != after.where:
         yield f"put on {after.where} now" if after.where else f"not put on {before.where} any more"
+    elif before.sharding != after.sharding:  # over another mesh, or in another memory
+        yield f"placed otherwise on {after.where}"
 
 
 def _pair(before: LeafSpec, after: LeafSpec) -> tuple[str, str]:
@@ -296,11 +301,12 @@ def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
         return LeafSpec(kind, describe(leaf))
     if kind == "number":
         return LeafSpec(kind, f"a Python {type(leaf).__name__}", weak=True)
-    where = ""
+    where, sharding = "", None
     if getattr(leaf, "committed", False):
-        devices, spec = leaf.sharding.device_set, getattr(leaf.sharding, "spec", None)
+        sharding = leaf.sharding
+        devices, spec = sharding.device_set, getattr(sharding, "spec", None)
         where = name_devices(devices) + ("" if len(devices) == 1 or spec is None else f" as P{tuple(spec)}")
-    return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where)
+    return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where, sharding)
 
 
 WINDOW = 10

@@ -434,6 +434,13 @@ def test_variables_of_another_dtype(session):
     assert why(run) == "the variables changed: bias float32→bfloat16 and 1 more"
 
 
+def test_variables_of_a_weak_type(session):
+    first_run(session, nn.Dense(3))
+    weak = jax.tree_util.tree_map(lambda leaf: jnp.full(leaf.shape, 1.0), session.models["net"].variables)
+    run = session.apply("net", X, variables=weak)
+    assert why(run) == "the variables changed: bias weakly typed now and 1 more"
+
+
 def test_arrays_that_were_placed(session):
     first_run(session, Takes())
     run = session.apply("net", jax.device_put(X, jax.devices()[0]))
@@ -455,7 +462,8 @@ session = Session(0)
 session.register("net", Net())
 mesh = jax.sharding.Mesh(jax.devices(), ("data",))
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-for place in (*jax.devices(), rows):
+square = jax.sharding.Mesh([[device] for device in jax.devices()], ("data", "model"))
+for place in (*jax.devices(), rows, jax.sharding.NamedSharding(square, rows.spec)):
   print(session.apply("net", jax.device_put(jnp.ones((4, 2)), place)).reason)
 """
 
@@ -466,6 +474,7 @@ def test_another_device():
         "first run of this program",
         "x: float32[4,2], moved from cpu:0 to cpu:1",
         "x: float32[4,2], moved from cpu:1 to cpu:0,1 as P('data',)",
+        "x: float32[4,2], placed otherwise on cpu:0,1 as P('data',)",
     ]
 
 
