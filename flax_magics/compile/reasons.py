@@ -149,7 +149,8 @@ def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
         modes = ("" if mode == "as written" else f"--{mode}" for mode in (old.mode, now.mode))
         causes.append(Cause("mode", "", _of_option("", *modes)))
     causes += _of_model(old, now)
-    causes += (Cause("variables", "", text) for text in changes(old.held_static, now.held_static))
+    fields = _of_static("the variables", old.held_static, now.held_static, changed=_is_changed(old.held, now.held))
+    causes += (Cause("variables", "", text) for text in fields)
     causes += _of_arguments(old, now)
     for name, value_before, value in _changed(old.options, now.options):
         causes.append(Cause("option", name, _of_option(f"{name} ", value_before or "", value or "")))
@@ -166,6 +167,12 @@ def _changed(old: Mapping[str, T], now: Mapping[str, T]) -> Iterator[tuple[str, 
     """(name, old value, new value) of each name whose values differ; None for a missing one."""
     rows = ((name, old.get(name), now.get(name)) for name in dict.fromkeys([*old, *now]))
     return ((name, before, after) for name, before, after in rows if before is not after and before != after)
+
+
+def _of_static(whose: str, old: Inventory, now: Inventory, *, changed: bool) -> list[str]:
+    """The static fields that are there as before and have other values; `changed` where one is known to that has no name."""
+    texts = changes({name: old[name] for name in old if name in now}, {name: now[name] for name in now if name in old})
+    return texts or ([f"{whose}: a static field changed"] if changed else [])
 
 
 def _of_option(flag: str, before: str, after: str) -> str:
@@ -239,10 +246,8 @@ def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
             text = f"{after.text}, {' and '.join(_in_words(before, after))}"
         yield Cause(_what(before, after), name, f"{name}: {text}", *types)
     for name, structure in now.structures.items():
-        structure_before = old.structures.get(name)
-        texts = [] if structure_before is None else changes(old.static.get(name, {}), now.static.get(name, {}))
-        if not texts and _is_changed(structure_before, structure):
-            texts = [f"{name}: a static field changed"]
+        is_changed = _is_changed(old.structures.get(name), structure)
+        texts = _of_static(name, old.static.get(name, {}), now.static[name], changed=is_changed)
         differs = differs or bool(texts)
         yield from (Cause("structure", name, text) for text in texts)
     if not differs and old.structures != now.structures and old.mode == now.mode:
