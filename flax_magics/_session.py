@@ -174,7 +174,7 @@ class Session(SessionView):
     def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
         """`handles.entry_now`, with waiting variables of a loaded file considered; see `run_apply` for `module`."""
         entry, notes = entry_now(self._state.models, name, module)
-        if not notes or name not in self._state.waiting:
+        if name not in self._state.waiting or not (notes or name not in self._state.models):
             return entry, notes
         from .snapshot import restore
 
@@ -390,7 +390,7 @@ class Session(SessionView):
 
     def run_init(self, name: str, call: Call, *, keys_of: DrawNumber | None = None, module: object = None) -> Run:
         """`init` of a parsed call; see `run_apply` for `module`."""
-        self._stand_outside(surroundings.of_init, self._entry(name), call)
+        self._stand_outside(surroundings.of_init, self._entry_before(name, module), call)
         entry, notes = self._entry_now(name, module)
         inputs = self._state, entry, call, self.services
         if entry.model.holds_variables:
@@ -415,10 +415,10 @@ class Session(SessionView):
         """
         where = surroundings.surroundings()  # inlined `_stand_outside`: this is the path of every run in a loop
         if where is not None:
-            raise surroundings.of_apply(where, self._state, self._entry(name), call, options)
+            raise surroundings.of_apply(where, self._state, self._entry_before(name, module), call, options)
         library.look()
-        entry = self._state.models.get(name) or self._entry(name)
-        if module is None or module is entry.model.module:
+        entry = self._state.models.get(name)
+        if entry is not None and (module is None or module is entry.model.module):
             with entry.model.held_still:
                 state = self._state
                 shares = state.opened is not None and state.opened[0] == entry.name

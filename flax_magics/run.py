@@ -161,6 +161,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       weights: the origin of the variables that it used (an init: made), such as `initialised in draw 1`.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: it is the first draw of this session.
+      registered: how the model is built, where this run registered it; empty where it was registered before.
       elsewhere: for a run loaded from a file, JSON data of the environment that its bits depended on (see
         `environment`) and a sample of its output if one was kept (see `sample_of`); else None.
       agreement: for a replay by `Session.replay`, the comparison with the original run; else None.
@@ -197,6 +198,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     weights: str = ""
     replayed: bool = False
     first: bool = False
+    registered: str = ""
     samples: int | None = None
     elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None

@@ -53,6 +53,7 @@ SWITCHED = model(
 )
 FIXED = model(", train=False", "return nn.Dropout(0.5, deterministic=True)(x)")
 UNSET = FIXED.replace(", deterministic=True", "")
+UNSWITCHED = UNSET.replace(", train=False", "")
 KEYED = model(
     ", noise=None, other=None",
     """for key in (noise, other):
@@ -102,6 +103,33 @@ class N(nnx.Module):
     return x + self.count[...]
 net = N()
 """
+AGENT = """class Agent:
+  net = nn.Dense(2)
+agent = Agent()
+"""
+FLAT = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2)(x.reshape(x.shape[0], -1))
+"""
+FLAT_OWN = """from flax import nnx
+class N(nnx.Module):
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(16, 2, rngs=rngs)
+  def __call__(self, x):
+    return self.linear(x.reshape(x.shape[0], -1))
+own = N(nnx.Rngs(0))
+"""
+OBJECTS = """%%flaxmodel net = Net()
+class Normal:
+  def __init__(self, mean):
+    self.mean = mean
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return Normal(nn.Dense(2)(x)), "linear"
+"""
 SESSION = "import flax_magics\nsession = flax_magics.session()"
 FLAGS, HIJAX = configurations.config._values, "flax_hijax_variable"
 NEW_SESSION = "from flax_magics import _session\n_session._current = None"
@@ -114,6 +142,8 @@ ZEROS = "jax.tree_util.tree_map(jnp.zeros_like, variables)"
 KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Dense_0']['kernel']).sum()"
 STEP = "params = jax.tree_util.tree_map(lambda leaf: leaf + 1, params)"
 DONATED = "for leaf in jax.tree_util.tree_leaves(variables): leaf.delete()"
+STEPPED = f"trained = {ZEROS}\n{DONATED}\nvariables = trained"
+LOST = "for leaf in jax.tree_util.tree_leaves(nnx.state(net)): leaf.delete()"
 STATE = """import flax_magics, dataclasses
 session = flax_magics.session()
 @dataclasses.dataclass
@@ -263,6 +293,8 @@ SCENARIOS = [
     Scenario("line.options.read", "%flax_apply --eager=yes net(x)", (NET,)),
     Scenario("line.options._wants", "%flax_apply --mutable net(x)", (NET,), ("params",)),
     Scenario("line.options._wants", "%flax_apply --repeat 0 net(x)", (NET,)),
+    Scenario("line.options._wants", "%flax_apply --variables net(x)", (NET, INIT), ("variables",)),
+    Scenario("line.options.read", "%flax_apply eager repeat 2 net(x)", (NET,)),
     Scenario("line.options._unknown", "%flax_apply --eagr net(x)", (NET,)),
     Scenario("line.options._unknown", "%flax_apply --draws 2 net(x)", (NET,)),
     Scenario("line.options._after_the_call", "%flax_apply net(x) --eager", (NET,)),
@@ -272,7 +304,9 @@ SCENARIOS = [
     Scenario("notebook.command.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
     Scenario("state.state.check_draw", "%flax_replay 9", (NET, RAN)),
     # -- which model
-    Scenario(UNKNOWN, "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
+    Scenario(UNKNOWN, "%flax_vars net", (f"{NNX}net = N(2, rngs=nnx.Rngs(0))",), again=True),
+    Scenario("notebook.command._part_called", "%flax_apply -q agent.net(x)", (AGENT,), check="net.features == 2"),
+    Scenario("notebook.command._part_called", "%flax_apply -q self.net(x)", ("net = nn.Dense(2)",)),
     Scenario(UNKNOWN, "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
     Scenario(UNKNOWN, "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"),
     Scenario(UNKNOWN, "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
@@ -297,9 +331,15 @@ SCENARIOS = [
     # -- runs
     Scenario("execution.call.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
     Scenario("execution.call.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
-    Scenario("notebook.command._of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
-    Scenario("notebook.command._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
-    Scenario("notebook.command._hints", "%flax_apply Net(x)", (BRANCHES,)),
+    Scenario("notebook.hints._of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
+    Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("return nn.Dropout(0.5)(x)")),
+    Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSWITCHED,), edit=lambda cell, advice: cell.replace(
+        "def __call__(self, x):\n    return nn.Dropout(0.5)(x)", advice.replace("\n", "\n    ", 1))),
+    Scenario("notebook.hints.hints", "%flax_apply Net(x)", (BRANCHES,)),
+    Scenario("notebook.hints._of_shapes", "%flax_apply --eager net(x[0] * 2)", (FLAT, RAN)),
+    Scenario("notebook.hints._of_shapes", "%flax_apply own(x[0])", (FLAT_OWN, "%flax_apply own(x);")),
+    Scenario("execution.execute._foreign", "%flax_apply --train --roofline net(x)", (OBJECTS,)),
+    Scenario("execution.execute._foreign", "%flax_apply --samples 2 --eager net(x)", (OBJECTS,)),
     Scenario("execution.build.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
     Scenario("execution.execute._variables", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
     Scenario("execution.execute._check_keys", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
@@ -324,6 +364,9 @@ SCENARIOS = [
     Scenario(OF_NNX, "%flax_vars net = net", (OWN,)),
     Scenario(OF_NNX, "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)),
     Scenario(ALIVE, "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
+    Scenario(ALIVE, "%flax_apply net(x)", (NET, INIT, STEPPED), again=True, check=f"{KERNEL} == 0"),
+    Scenario(ALIVE, "%flax_vars net", (NET, INIT, DONATED), ("x",), again=True),
+    Scenario(ALIVE, "%flax_apply net(x)", (OWN, LOST), after=OWN, again=True),
     Scenario(ALIVE, "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True),
     Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
     Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),

@@ -62,7 +62,8 @@ def apply_model(
     # `--fresh` marked this NNX module: it is built again in this draw, whose `params` key the run then finds used.
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
-    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares))
+    others = next((note.write or note.form for note in said if note.kind == "weights"), None)
+    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares, others=others))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
@@ -92,6 +93,7 @@ def apply_model(
         changed={collection: after.update_counts[collection] for collection in sorted(updated)},
         dropped=() if options.keeps else tuple(sorted(changed)),
         first=state.runs is None,
+        registered="" if name in state.models else entry.model.describe(),
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
         run = with_notes_of_output(run)
@@ -274,6 +276,7 @@ def init_model(
         weights=source.describe(opened.seed),
         replayed=keys_of is not None,
         first=state.runs is None,
+        registered="" if name in state.models else model.describe(),
         spelling=facts,
     )
     recipe = InitRecipe(entry.without_variables(), call.method, model.other_arrays())

@@ -24,7 +24,7 @@ from ..state import models
 from ..state.entry import BuildRecipe, ModelEntry
 from ..state.models import Registration, replaced_by_init
 from ..state.runs import StoredRun
-from ..state.state import State
+from ..state.state import State, with_entry
 from ..state.weights import WeightSource
 from .call import Call
 from .execute import plain_errors
@@ -70,7 +70,7 @@ class Building:
         if old is not None and anew and old.model.holds_variables and old.built is None:
             old = None
         entry, change = models.register(old, name, module)
-        return replace(state, models={**state.models, name: entry}), change, None
+        return replace(state, models=with_entry(state.models, entry)), change, None
 
     def _build(self, state: State, name: str, recipe: Construction, cell: int | None) -> RegisterResult:
         """`register` for a Construction: keeps the module that an equal one built, else builds in the next draw."""

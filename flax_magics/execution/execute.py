@@ -19,8 +19,9 @@ from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
 from ..line.expression import Line, without_option
-from ..models.base import ARGUMENTS, MissingVariables, Variables
+from ..models.base import ARGUMENTS, ForeignOutput, MissingVariables, Variables
 from ..models.calls import Arguments
+from ..models.linen import lacking_stream
 from ..rng.keys import Draw, DrawBatch
 from ..run import InitStats
 from ..state.entry import ModelEntry
@@ -39,6 +40,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     Attributes:
       entry: the model as it is before the run.
       params_taken: an init has used this draw's `params` key already.
+      others: the line that gives the model other weights, which a name of the notebook holds; None where none does.
     """
 
     entry: ModelEntry
@@ -47,6 +49,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     draw: Draw | DrawBatch
     services: Services
     params_taken: bool
+    others: str | None = None
 
     @cached_property
     def bound(self) -> BoundCall:
@@ -164,12 +167,12 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
         else:
             taken = request.params_taken
             check_collections(entry.name, values, line)
+        check_alive(f"these variables of `{entry.name}`", values)
         return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=taken)
     if held is None:
         return None
+    entry.check_alive(call.text, request.others)
     source = entry.source_now()
-    whose = f" ({source.describe()})" if source is not None else ""
-    check_alive(f"the weights of `{entry.name}`{whose}", held, f"%flax_init {call.text}")
     entry = entry if source is entry.source else replace(entry, source=source)
     weights = "" if source is None else source.describe(request.draw.first.seed)
     return RunVariables(entry, held, weights=weights, taken=taken)
@@ -255,6 +258,10 @@ class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, flax_errors.InvalidRngError):
             raise _kept_out(error) from None
+        if isinstance(error, ForeignOutput):
+            raise _foreign(error, self.call) from None
+        if isinstance(error, (RuntimeError, ValueError)) and "deleted" in str(error):
+            _check_inputs(self.call)
         if error is not None and is_out_of_memory(error):
             raise out_of_memory(error, self.call.text, None) from None
         sharded = None if error is None else of_explicit_axes(error, self.call)
@@ -262,12 +269,32 @@ class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
             raise sharded from None
 
 
-def _kept_out(error: Exception) -> FlaxMagicsError:
+def _kept_out(error: flax_errors.InvalidRngError) -> FlaxMagicsError:
     """The error of a missing stream: a run passes all streams, so only a lifted transform can keep one out."""
-    first = str(error).split(" (https")[0].rstrip(".")
-    stream = next(iter(re.findall(r'PRNG for "(\w+)"', first)), "…")
+    first, stream = str(error).split(" (https")[0].rstrip("."), lacking_stream(error) or "…"
     message = f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on."
     return FlaxMagicsError(message, edit=f"split_rngs={{'{stream}': True, …}}")
+
+
+def _foreign(error: ForeignOutput, call: Call) -> FlaxMagicsError:
+    """Op by op a call may give what it likes, one draw at a time."""
+    samples = re.search(r"--samples[\s=]+([0-9]+)", call.command)
+    command = call.command
+    for option, value in (("--samples", "[0-9]+"), ("--roofline", ""), ("--eager", "")):
+        command = without_option(command, option, value)
+    line = f"{command} --eager {call.text}"
+    if samples is not None:
+        line = f"for _ in range({samples[1]}):\n    {line}"
+    message = (
+        f"{call.text} gives `{error}`, which is no tree of arrays: no compiled program can give it, op by op it can."
+    )
+    return FlaxMagicsError(message, **written(line))
+
+
+def _check_inputs(call: Call) -> None:
+    """Raises where an array among the arguments was donated or deleted."""
+    for place, value in (*enumerate(call.args, 1), *call.kwargs.items()):
+        check_alive(f"the values of argument {place} of {call.text}", value)
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:

@@ -12,13 +12,14 @@ import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.digest import opened
 from ..base.measures import Steady, Timing
 from ..base.types import Leaf, PyTree
 from ..compile import reasons
 from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
 from ..compile.limits import is_out_of_memory, out_of_memory
 from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
-from ..models.base import SOWN, CallTrace, Incomplete, Model, Needs, Variables
+from ..models.base import SOWN, CallTrace, ForeignOutput, Incomplete, Model, Needs, Variables
 from ..rng.keys import SPLIT, Draw, DrawBatch
 
 if TYPE_CHECKING:
@@ -171,9 +172,11 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
                 continue
             # Compiled, a run does not return what it hands through unchanged.
             result = output, leave_out(updates, traced.trace.unchanged)
+            if seen.foreign:  # of many draws, which JAX would have to stack
+                raise ForeignOutput(seen.foreign)
             # An interrupted wait leaves the device at work, for which the next run then waits.
-            unfinished.wait = functools.partial(jax.block_until_ready, result)
-            jax.block_until_ready(result)
+            unfinished.wait = functools.partial(jax.block_until_ready, opened(result))
+            unfinished.wait()
             # Host callbacks have printed into this cell once the barrier is passed.
             jax.effects_barrier()
             unfinished.wait = None

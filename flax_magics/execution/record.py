@@ -114,6 +114,7 @@ class ApplyFields(TypedDict):
     changed: Mapping[str, int]
     dropped: tuple[str, ...]
     first: bool
+    registered: str
 
 
 def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[ApplyFields]) -> Run:

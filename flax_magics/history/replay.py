@@ -86,7 +86,7 @@ class Replaying(Struct, frozen=True):
         unset = {"reason": "", "causes": (), "cost": None, "limits": None, "cell": None, "notes": (), "made": None}
         return like(
             stored.run(),
-            **{**unset, **news, "changed": {}, "replayed": True, "first": False, "started": started},
+            **{**unset, **news, "changed": {}, "replayed": True, "first": False, "registered": "", "started": started},
             inputs=RELEASED if stored.inputs is None else jax.tree_util.tree_unflatten(*stored.inputs),
             agreement=replace(agreement, said=repeat.said),
         )

@@ -69,8 +69,9 @@ FLAX_APPLY = Command(
     "%flax_apply",
     "%flax_apply [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
     "%%flax_apply [options]          statements, the last of which is the call",
-    "One draw from the root key, one compiled forward pass, one report; gives what the model returns. Variables that are "
-    "not there yet are initialised first. With neither --train nor --eval the model runs as written.\n\n"
+    "One draw from the root key, one compiled forward pass, one report; gives what the model returns. What nobody has "
+    "registered is registered, and variables that are not there yet are initialised first. With neither --train nor "
+    "--eval the model runs as written.\n\n"
     "The call is the model's: net(x), not net.apply(variables, x, rngs=…). In a function that JAX traces (jax.grad, jit, "
     "vmap, scan) no command draws or runs: call net.apply there, with variables and keys taken before.",
     (
@@ -92,7 +93,7 @@ FLAX_APPLY = Command(
             "--roofline",
             "hold those against what this machine reaches in a large matmul and a large copy; without --repeat, 20 runs",
         ),
-        Option("--eager", "run op by op, without compiling"),
+        Option("--eager", "run op by op, without compiling: the model may give any object"),
         BIND,
         QUIET,
     ),

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.text import WIDTH
-from ..base.tokens import Unbalanced, pieces, point_at, token_end
+from ..base.tokens import Unbalanced, pieces, point_at, statements, token_end
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, nearest, written
 
@@ -183,13 +183,25 @@ class _Reader:
                 # If another option or nothing follows, the value was left out.
                 word = (line[begin:].split(None, 1) or ["--"])[0]
                 position = begin if word.startswith("--") or word in command.flags else self._end_of(begin)
-            value = line[begin:position]
+            value, after = line[begin:position], line[position:]
+            if (
+                "(" in value
+                and not after.strip()
+                and not equals
+                and command.takes == "call"
+                and command.needs_rest(line)
+            ):
+                raise self._wants(option, line[: start + len(flag)], value, "")
             converted = _convert(option, value) if value else None
             if converted is None:
-                raise self._wants(option, line[: start + len(flag)], value, line[position:])
+                raise self._wants(option, line[: start + len(flag)], value, after)
             options[option.key] = (*options[option.key], converted) if option.many else converted
             position = self._skip(position)
         rest = line[position:].rstrip()
+        word, _, call = rest.partition(" ")
+        if call and f"--{word}" in command.flags and not statements(rest):
+            advice = self._corrected(f"{line[:position]}--{rest}")
+            raise FlaxMagicsError(f"`{word}` is an option, and options begin with two dashes.", **advice)
         if self._after_the_call(position, position + len(rest)):
             return LineOptions({}, help=True)
         return LineOptions(options, rest, position)

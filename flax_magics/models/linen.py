@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 from flax import linen as nn
 from flax.core import meta
-from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
+from flax.errors import InvalidRngError, ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
 
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
@@ -44,6 +45,12 @@ from .linen_trace import Recorder, bound, sowing, unbound_axis
 from .switch import cloned, read_fields, set_fields, set_unset_fields, setting_of
 
 _MISSING = (ScopeParamNotFoundError, ScopeCollectionNotFound, ScopeVariableNotFoundError)
+
+
+def lacking_stream(error: InvalidRngError) -> str | None:
+    """The stream of which a module needs a key and has none, None where Flax does not say."""
+    match = re.search(r'PRNG for "(\w+)"', str(error))
+    return match[1] if match else None
 
 
 def nnx_bridge() -> ModuleType | None:
@@ -142,8 +149,27 @@ class LinenModel:
         across = nnx_bridge()
         with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
             target, args, kwargs = self._target(method, args, kwargs)
-            variables = self.module.init(key, *args, method=target, **kwargs)
+            variables = self._init(key, partial(self.module.init, method=target), args, kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
+
+    def _init(self, key: Any, init: Function, args: Args, kwargs: Kwargs) -> Variables:
+        """Linen's init with the `params` key alone.
+
+        Where a stream is asked for it falls back on `params`, but inside a transform that hands on that stream and not
+        `params` it finds nothing: there it is given the key that it would have fallen back on.
+        """
+        streams: list[str] = []
+        while True:
+            try:
+                variables: Variables = init({"params": key, **dict.fromkeys(streams, key)}, *args, **kwargs)
+            except InvalidRngError as error:
+                lacking = lacking_stream(error)
+                if lacking in (None, "params", *streams):
+                    raise
+                streams.append(str(lacking))
+                continue
+            self._cache.init_streams.update(streams)
+            return variables
 
     def streams(self) -> frozenset[str]:
         """None: a linen model is given the streams that a trace asked for."""

@@ -273,7 +273,7 @@ class FlaxMagics(Magics):
         from .status import variables
 
         name, expression = parse_variables(use.rest)
-        name, _, module = use.resolve(parse_call(f"{name}()"))
+        name, _, module = use.resolve(parse_call(f"{name}()"), registers=False)
         value = None
         notes: tuple[Note, ...] = ()
         if expression is None:

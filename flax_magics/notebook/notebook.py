@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
+from ..errors import FlaxMagicsError
 from ..line.call import CallExpression
 from .interrupts import InterruptGuard
-from .tracebacks import stopped
+from .tracebacks import end_in_cell, stopped
 
 if TYPE_CHECKING:
     from .._session import Session
     from ..cells.reruns import Rerun
+    from ..execution.call import Call
     from ..report.live import Live
     from ..report.text import Loop, Rows
     from ..run import Note, Run
@@ -46,6 +48,14 @@ class Settings(NamedTuple):
     notes: dict[str, bool]
     disk_cache: bool
     replay_bytes: int
+
+
+class ModelCall(NamedTuple):
+    """The call of a command: as it was written, with its arguments' values, and the module that is called."""
+
+    expression: CallExpression
+    call: Call
+    module: object
 
 
 def existing() -> Session | None:
@@ -236,7 +246,7 @@ class Notebook:
         self.shell, self.settings = shell, settings
         self.reporter = Reporter(shell, settings)
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
-        self.called: CallExpression | None = None
+        self.called: ModelCall | None = None
         """The call of the running command, once its model was found; hints on errors refer to it."""
         self._cell: int | None = None
 
@@ -272,6 +282,8 @@ class Notebook:
     def end_cell(self, result: Any = None) -> None:
         """Handles `post_run_cell`: ends the reports, and drops what exceeds `replay_bytes`."""
         self.journal.end(result)
+        if isinstance(result.error_in_exec, FlaxMagicsError):
+            end_in_cell(result.error_in_exec, self.shell)
         self._cell = None
         self.reporter.end_cell()
         session = existing()

@@ -111,8 +111,9 @@ def last_draw(run: Run) -> int:
 
 
 def new_session(run: Run) -> str:
-    """The line above the first report of a session; empty for every other run."""
-    return f"new session, seed {run.seed}" if run.first else ""
+    """The line above the first report of a session, and above that of a run which registered its model; else empty."""
+    model = f"{name_of(run)} registered: {clean(run.registered)}" if run.registered else ""
+    return " · ".join(filter(None, (f"new session, seed {run.seed}" if run.first else "", model)))
 
 
 def brief(run: Run) -> tuple[str, ...]:
@@ -257,10 +258,16 @@ def jit_of(run: Run) -> str:
     """Where the program came from, how long that took, and why it was new."""
     origin = program_of(run)
     if run.program == "disk cache":
-        origin = f"from the disk cache in {seconds(run.timing.building)}"
+        origin = from_disk(run)
     elif run.program == "eager":
         origin = "eager, op by op: no program, and JAX compiles each op at its first use"
     return origin + (f": {clean(run.reason)}" if run.reason else "")
+
+
+def from_disk(run: Run) -> str:
+    """What a program that was on disk took: a trace tells which it is, and most of the time goes there."""
+    traced, read = seconds(run.timing.trace + run.timing.lower), seconds(run.timing.compile)
+    return f"traced in {traced}, from the disk cache in {read}"
 
 
 def run_of(run: Run) -> str:

@@ -85,8 +85,11 @@ def figures(run: Run) -> tuple[Figure, ...]:
     if not run.kind.forward:
         return tuple(shown)
     if timing.building:
-        label = {"compiled": "compile", "disk cache": "from the disk cache"}.get(run.program, run.program or "compile")
-        shown.append(Figure(clean(label), seconds(timing.building), clean(run.reason)))
+        label = {"compiled": "compile", "disk cache": "trace and read"}.get(run.program, run.program or "compile")
+        words = [facts.from_disk(run)] if run.program == "disk cache" else []
+        shown.append(
+            Figure(clean(label), seconds(timing.building), ": ".join([*words, *filter(None, [clean(run.reason)])]))
+        )
     if timing.steady:
         shown.append(Figure("run, median", seconds(timing.steady.median), facts.spread_of(timing.steady)))
     else:

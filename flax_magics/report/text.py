@@ -96,7 +96,7 @@ def report(run: Run, level: Level) -> str:
 
 def head(run: Run) -> list[str]:
     """The header of the normal and the full report, below `new session, seed 0` for the first run."""
-    lines = [facts.new_session(run)] if run.first else []
+    lines = list(filter(None, [facts.new_session(run)]))
     if not run.kind.model:
         return lines + dotted((facts.name_of(run), *facts.brief(run)))
     mode, switch = facts.mode_of(run), clean(run.switch)

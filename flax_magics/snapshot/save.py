@@ -81,6 +81,8 @@ def path_of(path: str | os.PathLike[str]) -> Path:
 def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
     """Writes a session into a file. An interrupt returns at once, and leaves the old file or the whole new one."""
     target = path_of(path)
+    for entry in state.models.values():
+        entry.check_alive(f"{entry.name}(…)")
     snapshot = document.with_sources(document.take(state), state)
     ticket = threading.Lock()
     work = _writers.submit(lambda: document.write(target, snapshot, state.runs, None, ticket))

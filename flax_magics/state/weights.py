@@ -30,6 +30,7 @@ CURRENT = "flax_magics.session().models['{}'].variables"
 PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
 """The line that brings back weights which an init replaced."""
 FOR_THIS_RUN = "given for this run"
+COPIES = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
 SHOWN = 12
 """How many leaves a message names."""
 
@@ -313,19 +314,24 @@ def _describe(leaf: Leaf) -> str:
     return f"{dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def check_alive(what: str, variables: object, line: str | None = None) -> None:
+def is_gone(tree: object) -> bool:
+    """Whether an array of the tree was donated or deleted."""
+    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(tree))
+
+
+def check_alive(what: str, variables: object, line: str | None = None, *, hint: str = COPIES) -> None:
     """Checks that no array of the variables was donated or deleted.
 
     Args:
       what: how a message calls the variables.
       line: the line that makes new ones, with a gap where the call's text is unknown; None for no advice.
+      hint: what to do otherwise.
 
     Raises:
       FlaxMagicsError: an array was donated or deleted.
     """
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(variables)):
+    if is_gone(variables):
         message = f"{what} are gone: your code has donated or deleted their arrays."
-        hint = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
         raise FlaxMagicsError(message, hint=hint, **({} if line is None else written(line)))
 
 
@@ -363,7 +369,8 @@ class WeightNames:
         seen = self._seen.get(model, {})
         moved = {expression: tree for expression, tree in _trees(names, seen) if _id(tree) != seen[expression]}
         ids, params = tuple(map(_id, moved.values())), _params(models.get(model))
-        if not moved or params is None or self._told.get(model) == ids:
+        gone = is_gone(params)  # then the run fails, and says what the names hold each time
+        if not moved or params is None or (self._told.get(model) == ids and not gone):
             return None
         self._told[model] = ids
         leaves = jax.tree_util.tree_leaves(params)
@@ -374,9 +381,9 @@ class WeightNames:
                 continue
             # Donated arrays cannot be compared.
             leaves_inside = jax.tree_util.tree_leaves(inside)
-            if not all(isinstance(leaf, jax.Array) and not leaf.is_deleted() for leaf in (*leaves_inside, *leaves)):
+            if is_gone(inside) or not all(isinstance(leaf, jax.Array) for leaf in (*leaves_inside, *leaves)):
                 continue
-            if _same(inside, params) or quick_digest(leaves_inside) == quick_digest(leaves):
+            if not gone and (_same(inside, params) or quick_digest(leaves_inside) == quick_digest(leaves)):
                 return None  # the model has the same weights as one of the names
             others[expression] = tree
         return _note(model, models[model] or {}, others) if others else None

@@ -305,7 +305,7 @@ def test_the_report_says_which_draws_and_how_they_differ():
     assert normal[2] == f"  samples  mean {spread.mean:.3g}, spread ± {spread.deviation:.3g}"
     assert normal[3] == "           (each element's standard deviation over the samples, averaged)"
     assert "  jit      compiled in" in "\n".join(normal)
-    assert ": --samples: none → 6" in "\n".join(normal)
+    assert ": now with --samples 6" in "\n".join(normal)
     assert f"mean {spread.mean:.3g} ± {spread.deviation:.3g}" in text.report(run, "line")
     assert f"mean {spread.mean:.3g}, spread ± {spread.deviation:.3g}" in html.report_html(run, "normal")
     assert session.apply("net", X).draw == 8

@@ -35,7 +35,7 @@ def test_what_is_kept_of_an_error_holds_no_array_of_the_notebook(sharp_bits, cel
 
 def test_nothing_registered_yet(notebook):
     notebook("net = nn.Dense(3)")
-    assert notebook.fails("%flax_apply net(x)") == (
+    assert notebook.fails("%flax_vars net") == (
         "FlaxMagicsError: `net` is not registered yet.\n  write: %flaxmodel net"
     )
     assert notebook.fails("%flax_apply model(x)") == (

@@ -123,7 +123,7 @@ def test_everything_else_there_may_be_to_say() -> None:
         static=("n=3",),
         program="disk cache",
         reason="new process",
-        timing=Timing(compile=0.05, run=0.0002, wait=0.3),
+        timing=Timing(trace=0.3, lower=0.1, compile=0.05, run=0.0002, wait=0.3),
     )
     assert normal(run) == exactly("""
         net · train (training=True) · cpu:0 · draw 2 of seed 0
@@ -133,7 +133,7 @@ def test_everything_else_there_may_be_to_say() -> None:
           sown    intermediates: {h: (float32[8,32],)}
           keys    dropout → Dropout_0, Dropout_1    noise → the model itself
           static  n=3 (part of the program: another value compiles again)
-          jit     from the disk cache in 50.0 ms: new process
+          jit     traced in 0.40 s, from the disk cache in 50.0 ms: new process
           wait    inputs were ready after 0.30 s
           run     0.20 ms
         """)
