@@ -295,8 +295,8 @@ class TestLinesThatAreNearlyRight:
                 "--variables needs a value (EXPR), not net(x).\n  form: %flax_apply --variables … net(x)",
             ),
             (
-                "%flax_apply --draw net(x)",
-                "--draw needs a value (N), not net(x).\n  form: %flax_apply --draw … net(x)",
+                "%flax_apply --keys-of net(x)",
+                "--keys-of needs a value (N), not net(x).\n  form: %flax_apply --keys-of … net(x)",
             ),
         ],
     )
