@@ -188,7 +188,7 @@ class Loop:
         for names, name in (
             (self.models, facts.name_of(run)),
             (self.modes, facts.mode_of(run)),
-            (self.devices, clean(run.device) if run.kind.model else ""),  # as in a key's own line
+            (self.devices, clean(run.device)),
             (self.weights, facts.weights_of(run)),
         ):
             if name and name not in names and len(names) <= NAMES:
