@@ -29,8 +29,9 @@ from .execution.record import Outcome
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
+from .report.html import FACE
 from .rng.keys import RootKey, SeenKeys
-from .run import DrawNumber, Note, Run
+from .run import DrawNumber, Note, Run, show_as
 from .state.entry import ModelEntry
 from .state.handles import Models, RegisteredModel, SessionView, entry_now, entry_of
 from .state.models import Registration, assigned
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from .summary.view import Summary
 
 FileName = str | os.PathLike[str]
+
+show_as(FACE)
 
 
 class Session(SessionView):

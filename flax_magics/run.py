@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -127,6 +127,23 @@ class OutputFacts:
             self.values = values_of(output)
 
 
+class Face(NamedTuple):
+    """How a Run is shown: in one line, as a report in text, and as one in HTML."""
+
+    line: Callable[[Run], str]
+    text: Callable[[Run], str]
+    html: Callable[[Run], str]
+
+
+_face: Face | None = None
+
+
+def show_as(face: Face) -> None:
+    """Sets how every Run is shown. The session does: reports stand above this room."""
+    global _face
+    _face = face
+
+
 class Run(Struct, frozen=True, eq=False, weakref=True):
     """One run: an apply, an init or a key.
 
@@ -207,7 +224,13 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     """For an apply and an init: the facts from which an export writes the run as plain Flax."""
 
     def __repr__(self) -> str:
-        return repr_without(self, "_taken", "spelling")  # both are long, and of no use to a reader
+        return object.__repr__(self) if _face is None else _face.line(self)
+
+    def __str__(self) -> str:
+        return repr(self) if _face is None else _face.text(self)
+
+    def _repr_html_(self) -> str | None:
+        return None if _face is None else _face.html(self)
 
     @property
     def kind(self) -> CommandKind:

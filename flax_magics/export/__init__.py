@@ -56,6 +56,15 @@ class Exported(Struct, frozen=True):
     runs: int
     unexported: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        what = (
+            f"{plural(self.cells, 'cell')}, {plural(self.runs, 'run')}, {plural(len(self.text.splitlines()), 'line')}"
+        )
+        return f"<Exported: {what}>"
+
+    def __str__(self) -> str:
+        return self.text
+
 
 def export_session(
     models: Mapping[str, ModelEntry], runs: Sequence[Run], cells: NotebookCells | None, *, seed: int, digests: bool

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, overload
 import jax
 from msgspec import Struct
 
-from ..base.text import WIDTH, cell_len, clean, count, cut, dotted, plural, ulp, wrap
+from ..base.text import cell_len, clean, count, cut, dotted, plural, ulp, width, wrap
 from ..errors import FlaxMagicsError
 from ..report import facts
 from ..report.html import render, shown_bundle
@@ -25,13 +25,13 @@ from ..state.runs import RunLog, StoredRun
 from ..state.state import State
 
 if TYPE_CHECKING:
-    from ..base.digest import Agreement, Difference
+    from ..base.digest import Difference
 
 
 def history_html(history: History, *, everything: bool = False) -> str:
     """The table of `%flax_history` as HTML; `everything`: all rows, however many."""
     shown, said = rows(history, everything=everything)
-    return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "none": NONE})
+    return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "nothing": NONE})
 
 
 def history_bundle(history: History, everything: bool, style: str) -> dict[str, object]:
@@ -116,9 +116,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
 
 def _word(keys: Mapping[str, jax.Array], name: str) -> str:
-    if isinstance(keys, RunKeys):  # from the host's data, without making an array
-        return keys.data(name)[:4][::-1].hex()
-    return short_key(keys[name])
+    return keys.word(name) if isinstance(keys, RunKeys) else short_key(keys[name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,13 +279,13 @@ def history_text(history: History, *, everything: bool = False) -> str:
     cells = [(row.draw, row.what, row.digest, row.cell, row.time) for row in shown]
     wide = [max(len(title), *(cell_len(cell[at]) for cell in cells)) for at, title in enumerate(titles)]
     # The second column gives way if the line is too long; 8 are the gaps between five columns.
-    wide[1] = min(wide[1], WIDTH - 2 - wide[0] - sum(wide[2:]) - 8)
+    wide[1] = min(wide[1], width() - 2 - wide[0] - sum(wide[2:]) - 8)
     lines.append(_line(titles, wide))
     for row, cell in zip(shown, cells, strict=True):
         lines.append(_line((cell[0], cut(cell[1], wide[1]), *cell[2:]), wide))
         indent = " " * (4 + wide[0])
         about = [part for part in (row.inputs, *row.keys, row.weights, *row.replayed) if part]
-        lines += [indent + part for part in dotted(about, WIDTH - len(indent))] if about else []
+        lines += [indent + part for part in dotted(about, width() - len(indent))] if about else []
         for mark in row.marks:
             lines += wrap(mark, f"{indent}! ", f"{indent}  ")
     return "\n".join(lines)
@@ -295,7 +293,7 @@ def history_text(history: History, *, everything: bool = False) -> str:
 
 def _line(cells: Iterable[str], wide: list[int]) -> str:
     draw, *others = cells
-    padded = [cell + " " * (width - cell_len(cell)) for cell, width in zip(others, wide[1:], strict=True)]
+    padded = [cell + " " * (most - cell_len(cell)) for cell, most in zip(others, wide[1:], strict=True)]
     return "  ".join(["", draw.rjust(wide[0]), *padded]).rstrip()
 
 
@@ -366,20 +364,10 @@ def notice_of(run: Run) -> Notice:
     elif agreement.identical is None:
         notes.insert(0, Note("replay", NOTHING, form="%flax_apply -o run …"))
     draw = facts.draw_of(run, seed=True).removesuffix(" again")
-    return Notice(facts.name_of(run), (facts.mode_of(run), draw, "replayed", verdict(run, agreement)), tuple(notes))
+    return Notice(facts.name_of(run), (facts.mode_of(run), draw, "replayed", facts.verdict(run)), tuple(notes))
 
 
 NOTHING = "its output was let go of before a digest was taken: there is nothing to compare with"
-
-
-def verdict(run: Run, agreement: Agreement) -> str:
-    """The result in a few words: `identical: float32[3,4,3]`, `identical, by its digest`, `differs`, …"""
-    if agreement.identical is None:
-        return "nothing to compare with"
-    if not agreement.identical:
-        return "differs"
-    how = ", by its digest" if agreement.against == "digest" else ""
-    return f"identical{how}: {cut(clean(run.shape), 40)}"
 
 
 def difference_text(difference: Difference) -> str:

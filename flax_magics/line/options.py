@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.text import WIDTH
+from ..base.text import WIDTH, width
 from ..base.tokens import Unbalanced, pieces, point_at, statements, token_end
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, nearest, written
@@ -102,7 +102,7 @@ class Command(NamedTuple):
         return not self.bare and not self.name.startswith("%%") and "--autosave" not in line
 
     def render_help(self) -> str:
-        """The help text in 80 columns: usage, help, options and examples."""
+        """The help text: usage, help, options and examples."""
         options = [
             (", ".join(option.flags) + (f" {option.metavar}" if option.metavar else ""), option.help)
             for option in (*self.options, HELP)
@@ -114,8 +114,12 @@ class Command(NamedTuple):
             if len(spelled) + 4 > column:
                 lines.append(first)
                 first = " " * column
-            lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * column)
-        paragraphs = [textwrap.fill(paragraph, WIDTH) for paragraph in self.help.split("\n\n")]
+            lines += textwrap.wrap(
+                text, width(), initial_indent=first, subsequent_indent=" " * column, break_on_hyphens=False
+            )
+        paragraphs = [
+            textwrap.fill(paragraph, width(), break_on_hyphens=False) for paragraph in self.help.split("\n\n")
+        ]
         blocks = [self.usage, *paragraphs, "\n".join(lines)]
         blocks += ["examples:\n" + textwrap.indent("\n".join(self.examples), "  ")] if self.examples else []
         return "\n\n".join(blocks)

@@ -379,6 +379,7 @@ def load(shell: Any) -> None:
         return
     magics = FlaxMagics(shell=shell, parent=shell)  # this also adds it to `shell.configurables`, for %config
     notebook = magics.notebook
+    notebook.fit_terminal()  # for the rest of this cell
     matcher = Matcher(shell, notebook.model_names)
     shell.register_magics(magics)
     # Cleanup transformers run before IPython turns magics into calls, line by line.

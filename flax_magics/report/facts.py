@@ -125,7 +125,20 @@ def brief(run: Run) -> tuple[str, ...]:
         parts.append(f"{'added ' if run.made.added else ''}{plural(run.made.parameters, 'parameter')}")
     parts += REPORTED[run.command].cost(run)
     parts += [f"mean {_number(spread.mean)} ± {_number(spread.deviation)}" for spread in run.spread[:1]]
-    return (*parts, *changed_of(run), weights_of(run))
+    return (*parts, *changed_of(run), weights_of(run), verdict(run))
+
+
+def verdict(run: Run) -> str:
+    """What a replay found: `identical: float32[3,4,3]`, `identical, by its digest`, `differs`, …; else empty."""
+    agreement = run.agreement
+    if agreement is None:
+        return ""
+    if agreement.identical is None:
+        return "nothing to compare with"
+    if not agreement.identical:
+        return "differs"
+    how = ", by its digest" if agreement.against == "digest" else ""
+    return f"identical{how}: {cut(clean(run.shape), 40)}"
 
 
 def weights_of(run: Run) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
+from ..run import Face
 from . import facts, text
 from .facts import Level, Phase
 
@@ -104,6 +105,10 @@ def segments(run: Run) -> tuple[tuple[Phase, float], ...]:
     return tuple((phase, 100 * phase.seconds / whole) for phase in busy) if len(busy) > 1 else ()
 
 
+FACE = Face(line=text.one_line, text=text.normal, html=lambda run: report_html(run, "normal"))
+"""How a Run is shown where it is a value: its `repr`, `print` of it, and a notebook's output."""
+
+
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
     # At the first HTML: importing Jinja2 takes 30 ms and more.
@@ -160,9 +165,14 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, object]:
     return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
 
 
-def loop_bundle(loop: Loop, style: str, rows: Rows | None = None) -> dict[str, object]:
-    """The MIME bundle of a loop's counting line. `rows`, added once the cell has ended, are its runs as JSON."""
-    shown = notice_bundle(loop.line, style)
+def loop_bundle(loop: Loop, style: str, rows: Rows | None = None, working: str = "") -> dict[str, object]:
+    """The MIME bundle of a loop's counting line; see `Loop.line` for `working`.
+
+    `rows`, added once the cell has ended, are its runs as JSON; a single run has the JSON of a run.
+    """
+    shown = notice_bundle(loop.line(working), style)
+    if loop.single is not None:
+        return {**shown, RUN_JSON: loop.single[1]}
     return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 

@@ -316,7 +316,7 @@ def test_the_command(notebook):
     notebook("ys = %flax_apply -q --samples 4 -o run net(x)")
     assert notebook["ys"].shape == (4, 3, 4, 4)
     assert notebook["run"].samples == 4
-    out = notebook("for _ in range(2):\n  %flax_apply --samples 2 net(x);")
+    out = notebook("for _ in range(3):\n  %flax_apply --samples 2 net(x);")
     assert "draws 5–6 of seed 0" in out
-    assert "draws 7–8 of seed 0" in out
+    assert "net · as written · cpu:0 · draws 7–10 · 2 runs · reused" in out
     assert "--samples needs a positive whole number, not 0." in notebook.fails("%flax_apply --samples 0 net(x)")

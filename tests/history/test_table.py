@@ -114,6 +114,12 @@ def test_long_and_hostile_names_stay_in_their_place() -> None:
     assert "\x1b" not in page
 
 
+def test_html_says_that_there_is_no_draw_yet() -> None:
+    assert Reader(table.history_html(history())).text == (
+        "history · 0 runs · seed 0 no draw yet: %flax_apply net(x) makes one"
+    )
+
+
 def test_html_says_what_the_text_says() -> None:
     rows = [
         drawn(INIT, inputs=((X,), {})),

@@ -72,10 +72,10 @@ def test_where_a_run_differs_the_order_in_which_cells_were_run_is_told():
 def test_what_differs_outside_of_the_values_that_are_stored_is_told_as_that():
     leaves = [{"path": "", "array": "float32[100,100]", "values": 6}]
     stored, now = run(leaves=leaves), run(leaves=leaves, digest="f" * 16)
-    assert says(stored, now)[2] == ("  1     y = %flax_apply net(x)  1     digest  in none of 6 stored, of 10.0 k")
+    assert says(stored, now)[2] == ("  1     y = %flax_apply net(x)  1     digest  in none of 6 stored, of 10,000")
     assert says(stored, now, Tolerance(1e-5)) == [
         "a.ipynb: agrees: 1 run, keys and values within rtol 1e-05 in 1 (by 6 of their",
-        "  10.0 k values)",
+        "  10,000 values)",
     ]
 
 
