@@ -171,7 +171,7 @@ class Loop:
         """Adds one run, at a cost that does not grow with the number of runs."""
         if run.kind.forward:
             self.programs.update([run.program] if run.program else [])
-            self.times.append(run.timing.steady.median if run.timing.steady else run.timing.run)
+            self.times.append(run.timing.typical)
         self.model = _joined(self.model, facts.name_of(run))
         self.mode = _joined(self.mode, facts.mode_of(run))
         self.device = _joined(self.device, clean(run.device))
