@@ -17,7 +17,7 @@ def test_the_package_and_what_reads_the_command_line_import_neither_jax_nor_flax
     script = """
         import sys
         import flax_magics.line.options, flax_magics.line.call, flax_magics.notebook.run_cell
-        import flax_magics.notebook.failures, flax_magics.notebook.completion
+        import flax_magics.notebook.tracebacks, flax_magics.notebook.interrupts, flax_magics.notebook.completion
         print(sorted({"jax", "jaxlib", "flax", "optax", "numpy", "IPython"} & set(sys.modules)))
     """
     assert printed(script, "-W", "error") == "[]\n"
