@@ -162,6 +162,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       keys: stream → its typed key in this draw: `params` and `dropout` (an apply has both), and every further stream
         that the model asked for. `params (folded)` is a run's own `params` stream where an init took the draw's.
       used: stream → paths of the modules that consumed it, in order.
+      idle: streams that nobody consumed because the dropout layers that would have were off.
       changed: collection that the model wrote → the number of updates it has had so far.
       dropped: collections that it wrote in a run that keeps nothing.
       device: such as `cpu:0`.
@@ -197,6 +198,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     started: float
     sown: Mapping[str, PyTree] = {}
     used: Mapping[str, tuple[str, ...]] = {}
+    idle: tuple[str, ...] = ()
     changed: Mapping[str, int] = {}
     dropped: tuple[str, ...] = ()
     program: str = ""

@@ -464,6 +464,8 @@ SCENARIOS = [
     Scenario("export.__init__._check", "%flax_export a.py",
              (NET, RAN, "with open('a.py', 'w') as file:\n  file.write('mine')"), again=True),
     # -- the command line
+    Scenario("snapshot.view.loaded_text", "%flax_load a",
+             (NET + 24 * "\n    # A model of many lines.", RAN, "%flax_save -q a", NEW_SESSION)),
     Scenario("verify.report.text", lambda: verify(VERIFY), paste=verify,
              patch=lambda m: m.setattr(command, "executed", ran_here)),
     Scenario("verify.notebooks.check_installed", lambda: verify(VERIFY), paste=install,

@@ -13,6 +13,7 @@ from by_hand import MyModel, Normed, Ticks, bits, notebook_x
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.base.digest import data_of
+from flax_magics.report import facts
 from flax_magics.rng.keys import stream_tag
 from flax_magics.run import RELEASED
 
@@ -101,6 +102,33 @@ def test_has_rng_alone_is_not_asking_but_train_answers_it(session):
     assert session.apply("net", notebook_x()).used == {}
     assert session.apply("net", notebook_x(), mode="train").used == {"dropout": ("Dropout_0",)}
     assert session.apply("net", notebook_x(), mode="eval").used == {}
+
+
+class Dropped(nn.Module):
+    rate: float = 0.5
+    collection: str = "dropout"
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        return nn.Dropout(self.rate, deterministic=not train, rng_collection=self.collection)(nn.Dense(2)(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "eager", "told"),
+    [
+        (Dropped(), False, ("dropout → nobody",)),
+        (Dropped(), True, ("dropout → nobody",)),
+        (Dropped(rate=0.0), False, ()),
+        (Dropped(collection="noise"), False, ()),
+        (nn.Dense(2), False, ()),
+    ],
+)
+def test_that_nobody_took_a_key_is_told_of_streams_of_the_models_own(session, model, eager, told):
+    session.register("net", model)
+    session.init("net", notebook_x())
+    for _ in range(2):
+        run = session.apply("net", notebook_x(), mode="eval", eager=eager)
+        assert facts.keys_of(run) == told
 
 
 class DrawsParams(nn.Module):

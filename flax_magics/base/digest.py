@@ -312,6 +312,21 @@ def _describe(tree: PyTree) -> str:
     return type(tree).__name__
 
 
+def kind_of(value: object) -> str:
+    """What a value is, in the words of a message: `an array (float32[3,4])`, `None`, `the class Net`, `a dict`."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return f"an array ({_describe(value)})"
+    name = type(value).__name__
+    # JAX's own names of types, such as `PjitFunction`, are in no program of a user's.
+    if callable(value) and type(value).__module__.partition(".")[0] == "jaxlib":
+        name = "jitted function"
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
 def count_parameters(tree: Mapping[str, PyTree]) -> tuple[int, int]:
     """The number of elements in `params` (NNX: `Param`) and the bytes of all collections; arrays may be shapes."""
     parameters = sum(math.prod(leaf.shape) for leaf in _arrays(tree.get("params", tree.get("Param", {}))))

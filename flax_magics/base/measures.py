@@ -125,6 +125,11 @@ class Timing(Struct, frozen=True, forbid_unknown_fields=True):
         """Seconds that the caller waited for the program: trace, lower and compile without the overlapped part."""
         return self.trace + self.lower + self.compile - self.beside
 
+    @property
+    def typical(self) -> float:
+        """Seconds on the device; of a repeated run the median."""
+        return self.run if self.steady is None else self.steady.median
+
 
 class Memory(Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes by XLA's memory analysis of the program.

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 WIDTH = 80
 _width = WIDTH
+DIGITS = 6
+"""How many hex digits of a digest are shown where a person holds two against each other; the data have all of them."""
 LEAST = 20
 """The smallest width, in terminal cells, of the last column of a table."""
 _BREAKS = " /,.:;·→([{=_-"

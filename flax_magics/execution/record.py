@@ -122,6 +122,7 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[
     request, plan, built, result = execution.request, execution.plan, execution.built, execution.result
     bound, options, draw, program = request.bound, request.options, request.draw, plan.program
     arrays = result.output, result.updates, result.sown
+    own_streams = {layer.stream for layer in result.trace.layers if layer.stream}
     return Run(
         command="apply",
         model=plan.name,
@@ -136,6 +137,7 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[
         device=devices_of((result.output, built.request.variables)) if program is None else program.device,
         sown=result.sown,
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in result.trace.asked.items()},
+        idle=tuple(sorted(own_streams - set(result.trace.asked))),
         program=built.origin,
         reason=built.reason,
         causes=built.causes,

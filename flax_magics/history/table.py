@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, overload
 import jax
 from msgspec import Struct
 
-from ..base.text import cell_len, clean, count, cut, dotted, plural, ulp, width, wrap
+from ..base.text import DIGITS, cell_len, clean, count, cut, dotted, plural, ulp, width, wrap
 from ..errors import FlaxMagicsError
 from ..report import facts
 from ..report.html import render, shown_bundle
@@ -334,7 +334,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     keys = [f"{clean(stream)} {word}" for stream, word in first.keys.items()]
     if len(group) > 1 or first.last != first.draw:
         keys = [f"{key} …" for key in keys]
-    digest = f"{count(len(group))} runs" if len(group) > 1 else first.digest or "not taken"
+    digest = f"{count(len(group))} runs" if len(group) > 1 else (first.digest or "")[:DIGITS] or "not taken"
     cell = "" if first.cell is None else f"[{first.cell}]"
     at = time.strftime("%H:%M:%S", time.localtime(first.started))
     replays = tuple(mark for mark in map(clean, first.marks) if mark.startswith(REPLAYED))

@@ -11,6 +11,7 @@ KEYS_OF = Option(
     "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run",
     "N",
     was="--draw",
+    takes="draw",
 )
 REPEAT = Option(
     "--repeat",
@@ -77,9 +78,19 @@ FLAX_APPLY = Command(
     (
         TRAIN,
         EVAL,
-        Option("--mutable", "hand a collection back: gives (output, updates)", "NAME", "-m", many=True, is_name=True),
-        Option("--variables", "run with other variables, and keep nothing", "EXPR"),
-        Option("--key", "pass the draw's stream ARG as that argument", "ARG", many=True, is_name=True),
+        Option(
+            "--mutable",
+            "hand a collection back: gives (output, updates)",
+            "NAME",
+            "-m",
+            many=True,
+            is_name=True,
+            takes="collection",
+        ),
+        Option("--variables", "run with other variables, and keep nothing", "EXPR", takes="variables"),
+        Option(
+            "--key", "pass the draw's stream ARG as that argument", "ARG", many=True, is_name=True, takes="argument"
+        ),
         KEYS_OF,
         Option(
             "--samples",
@@ -184,7 +195,10 @@ FLAX_SAVE = Command(
     "at all. %flax_load FILE in a fresh kernel goes on with the draw that would have come.\n\n"
     "With --autosave a thread saves after each run that changed variables. It never holds up the kernel, and one that is "
     "killed leaves the file whole.",
-    (Option("--autosave", "from now on save there in the background, or off", "FILE", quotes=True), SILENT),
+    (
+        Option("--autosave", "from now on save there in the background, or off", "FILE", quotes=True, takes="file"),
+        SILENT,
+    ),
     ("%flax_save session.safetensors", "%flax_save --autosave session.safetensors", "%flax_save --autosave off"),
     takes="file",
 )
@@ -206,8 +220,8 @@ FLAX_EXPORT = Command(
     "The cells that ran, in the order in which they ran, as they are, with plain JAX and Flax in the place of each command: "
     "the split of the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and "
     "prints for each run the digest that the session had. Magics and shell lines become comments, and so does what uses "
-    "flax_magics otherwise; what cannot be exported is said in its place. Cells that failed and left nothing are counted at "
-    "the end.\n\n"
+    "flax_magics otherwise; what cannot be exported is said in its place. Of a cell that failed, what ran "
+    "is there, and one line for the rest; those that left nothing are counted at the end.\n\n"
     "A file is formatted by ruff or black where one of them is installed. It is replaced only if this command wrote it and "
     "nobody has changed it since.",
     (

@@ -39,6 +39,7 @@ class Option(NamedTuple):
       least: the smallest int that is accepted, None for any.
       is_name: the value must be a Python identifier.
       was: what it was called before.
+      takes: what its value is, for completion: `collection`, `argument`, `draw`, `variables`, `file`.
     """
 
     flag: str
@@ -51,6 +52,7 @@ class Option(NamedTuple):
     least: int | None = 1
     is_name: bool = False
     was: str = ""
+    takes: str = ""
 
     @property
     def key(self) -> str:

@@ -190,6 +190,7 @@ class CommandUse:
 
     def _unknown(self, expression: CallExpression, value: Any) -> FlaxMagicsError:
         """The error for a name without a registered model; `value` is what it is bound to in the namespace."""
+        from ..base.digest import kind_of
         from ..models.construction import adopt, modules_in, spell_construction
 
         session, name = self.notebook.session, expression.target
@@ -218,7 +219,7 @@ class CommandUse:
         if part is not None:
             return part
         if value is not None:
-            text = f"`{name}` is no model but {type(value).__name__}; {listed}."
+            text = f"`{name}` is {kind_of(value)}, not a model; {listed}."
             tree = expression.tree
             calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and root_name(node) in known]
             if calls:  # such as `jnp.sum(net(x))`, where only the inner call can be a command's

@@ -380,7 +380,7 @@ def load(shell: Any) -> None:
     magics = FlaxMagics(shell=shell, parent=shell)  # this also adds it to `shell.configurables`, for %config
     notebook = magics.notebook
     notebook.fit_terminal()  # for the rest of this cell
-    matcher = Matcher(shell, notebook.model_names)
+    matcher = Matcher(shell, notebook.names, magics.traits(config=True))
     shell.register_magics(magics)
     # Cleanup transformers run before IPython turns magics into calls, line by line.
     shell.input_transformers_cleanup.append(line_magic_transformer)

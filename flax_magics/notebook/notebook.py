@@ -21,6 +21,7 @@ from ..code.library import library
 from ..errors import FlaxMagicsError
 from ..line.call import CallExpression
 from ..report.display import on_terminal, publish
+from .completion import Names
 from .interrupts import InterruptGuard
 from .tracebacks import end_in_cell, stopped
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from ..report.live import Live
     from ..report.text import Loop, Rows
     from ..run import Note, Run
-    from ..state.handles import ModelNames
     from ..state.weights import WeightNames
 
 LATER_RUNS = 1000
@@ -288,10 +288,13 @@ class Notebook:
             session = current(settings.seed, disk_cache=settings.disk_cache, replay_bytes=settings.replay_bytes)
         return session
 
-    def model_names(self) -> dict[str, ModelNames]:
-        """Names for completion, by model. Makes no session."""
-        session = existing()
-        return {} if session is None else {name: model.names() for name, model in session.models.items()}
+    def names(self) -> Names:
+        """The names that completion offers. Makes no session."""
+        session, shell = existing(), self.shell
+        values = {name: value for name, value in shell.user_ns.items() if name not in shell.user_ns_hidden}
+        if session is None:
+            return Names(values)
+        return Names(values, {name: model.names() for name, model in session.models.items()}, session.draws)
 
     # -- its cells
 

@@ -33,8 +33,8 @@ RERUNS = 8
 """How many cells that were run again, or whose variables were bound again, are listed."""
 NO_MODEL = "none yet: begin a cell with %%flaxmodel, or write %flaxmodel net"
 NO_RUN = "none yet"
-RERUN = "cells that drew and were run again, or whose variables were rebound since"
-ONLY_FRESH = "Run All draws once for each: whether it gives the same, only a fresh run can tell"
+RERUN = "out of order"
+ONLY_FRESH = "To check: Restart & Run All"
 
 # Each row of the tables below: the text of its cells.
 Cells = tuple[tuple[str, ...], ...]

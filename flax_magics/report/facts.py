@@ -11,7 +11,7 @@ from ..base.types import Leaf
 from ..rng.keys import SPLIT, short_key, stream_tag
 
 if TYPE_CHECKING:
-    from ..base.measures import Steady
+    from ..base.measures import Steady, Timing
     from ..run import Run
 
 FOLDED = "params (folded)"
@@ -19,8 +19,12 @@ FOLDED = "params (folded)"
 
 Level = Literal["off", "line", "normal", "details"]
 
-WAIT = 1e-3
-"""Seconds. A shorter wait for inputs is not reported."""
+WAIT = 1e-2
+"""Seconds. A shorter wait is not reported, nor one that is less than a tenth of the run."""
+BESIDE = 1e-3
+"""Seconds. Shorter compiling beside other work is not reported."""
+NEAR_LIMIT = 0.1
+"""From this share of what the machine reaches on, a run is said to be bound by it."""
 
 
 class Row(NamedTuple):
@@ -66,10 +70,16 @@ class Reported(NamedTuple):
 
 
 def _cost_of_apply(run: Run) -> list[str]:
-    timing = run.timing
-    waited = timing.wait + timing.busy
-    took = f"median {seconds(timing.steady.median)}" if timing.steady else seconds(timing.run)
-    return [program_of(run), f"waited {seconds(waited)}" if waited >= WAIT else "", f"run {took}"]
+    waited = sum(_waits(run.timing))
+    median = "median " if run.timing.steady else ""
+    took = f"run {median}{seconds(run.timing.typical)}"
+    return [*roof_of(run), program_of(run), f"waited {seconds(waited)}" if waited else "", took]
+
+
+def _waits(timing: Timing) -> tuple[float, float]:
+    """Seconds for which the run waited for an interrupted one, and for its inputs; 0.0 for too short a wait to tell."""
+    least = max(WAIT, timing.typical / 10)
+    return timing.busy if timing.busy >= least else 0.0, timing.wait if timing.wait >= least else 0.0
 
 
 REPORTED = {
@@ -162,11 +172,11 @@ def rows(run: Run) -> tuple[Row, ...]:
     """The rows of the normal report in order, without those that have nothing to say."""
     timing, forward = run.timing, run.kind.forward
     static = f"{', '.join(map(clean, run.static))} (part of the program: another value compiles again)"
-    waits = (
-        (timing.busy, f"the interrupted run had the device for {seconds(timing.busy)} more"),
-        (timing.wait, f"inputs were ready after {seconds(timing.wait)}"),
-    )
+    busy, wait = _waits(timing)
+    waits = [f"the interrupted run had the device for {seconds(busy)} more"] if busy else []
+    waits += [f"inputs were ready after {seconds(wait)}"] if wait else []
     shown = [
+        Row("roof", roof_of(run)),
         Row("out", (" · ".join((cut(clean(run.shape), 72), *not_finite(run))),) if forward else ()),
         Row("samples", samples_of(run)),
         Row("vars", (*((clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))),
@@ -175,7 +185,7 @@ def rows(run: Run) -> tuple[Row, ...]:
         Row("static", (static,) if run.static else ()),
         Row("init", (f"{seconds(timing.init)}, eager",) if timing.init else ()),
         Row("jit", (jit_of(run),) if forward and run.program else ()),
-        Row("wait", tuple(text for wait, text in waits if wait >= WAIT)),
+        Row("wait", tuple(waits)),
         Row("run", (run_of(run),) if forward else ()),
         Row("rate", rate_of(run)),
         Row("memory", memory_of(run) if timing.steady else ()),
@@ -244,11 +254,13 @@ def changed_of(run: Run) -> tuple[str, ...]:
 
 
 def keys_of(run: Run) -> tuple[str, ...]:
-    """`dropout → Dropout_0` for each key. An unused `params` key is left out: variables were there, as usual."""
+    """`dropout → Dropout_0` for each key that was taken; `dropout → nobody` where the layers that would were off."""
     if not run.kind.model:
         return ()
     where = {stream: takers(run, stream) for stream in run.keys}
-    return tuple(f"{clean(s)} → {taker}" for s, taker in where.items() if (s, taker) != ("params", "nobody"))
+    # That a `params` key has no taker is no news either: variables were there, as usual.
+    shown = {stream for stream in run.keys if where[stream] != "nobody" or (stream in run.idle and stream != "params")}
+    return tuple(f"{clean(stream)} → {where[stream]}" for stream in run.keys if stream in shown)
 
 
 def takers(run: Run, stream: str) -> str:
@@ -299,6 +311,24 @@ def spread_of(steady: Steady) -> str:
     first = "the first run" if slow[0] == 0 else f"run {slow[0] + 1}"
     more = f"; {len(slow)} in all" if len(slow) > 1 else ""
     return f"{spread} (first outlier: {first}, {seconds(steady.times[slow[0]])}{more})"
+
+
+def roof_of(run: Run) -> tuple[str, ...]:
+    """What bounds a run that was held against the machine: `memory-bound: 62 % of what a large copy reaches`."""
+    cost, limits, steady = run.cost, run.limits, run.timing.steady
+    if cost is None or limits is None or steady is None or steady.median <= 0:
+        return ()
+    # At full speed, the run would take as long as the slower of its two parts: that is the roof.
+    compute = cost.flops / limits.flops if limits.flops else 0.0
+    memory = cost.bytes / limits.bytes if limits.bytes else 0.0
+    reached = max(compute, memory) / steady.median
+    if not reached:
+        return ()
+    bound, what = ("memory", "copy") if memory > compute else ("compute", f"{clean(limits.dtype)} matmul")
+    # What XLA counts of a loop is too little, so that a small share says nothing there.
+    near = reached >= NEAR_LIMIT or cost.loops
+    verdict = f"{bound}-bound" if near else "neither compute- nor memory-bound"
+    return (f"{verdict}: {'at least ' if cost.loops else ''}{share(reached)} of what a large {what} reaches",)
 
 
 def rate_of(run: Run) -> tuple[str, ...]:
@@ -366,8 +396,8 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
         Phase("XLA", timing.compile - timing.beside),  # without the time beside the init, which nobody waited for
-        Phase("wait", timing.wait + timing.busy if timing.wait + timing.busy >= WAIT else 0.0),
-        Phase("run", timing.steady.median if timing.steady else timing.run),
+        Phase("wait", sum(_waits(timing))),
+        Phase("run", timing.typical),
     ]
     return tuple(phase for phase in candidates if phase.seconds > 0)
 
@@ -375,7 +405,7 @@ def phases(run: Run) -> tuple[Phase, ...]:
 def building(run: Run) -> tuple[Phase, ...]:
     """The phases of making the program; the last is compiling that ran beside the init, or in an earlier run."""
     making = [phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA")]
-    if run.timing.beside >= WAIT:
+    if run.timing.beside >= BESIDE:
         making.append(Phase("XLA beside the init" if run.timing.init else "XLA before this run", run.timing.beside))
     return tuple(making)
 

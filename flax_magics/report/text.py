@@ -182,7 +182,7 @@ class Loop:
         self.single = None if self.runs else (line_of(run), run.to_json())
         if run.kind.forward:
             self.programs.update([run.program] if run.program else [])
-            self.times.append(run.timing.steady.median if run.timing.steady else run.timing.run)
+            self.times.append(run.timing.typical)
         elif run.timing.init:
             self.inits.append(run.timing.init)
         for names, name in (

@@ -90,14 +90,16 @@ class RegisteredModel:
         return self._entry().collections()
 
     def names(self) -> ModelNames:
-        """Names for tab completion: methods with their arguments, fields, streams seen so far."""
+        """Names for tab completion: methods with their arguments, fields, streams and collections seen so far."""
         entry = self._entry()
         methods = {}
         for name in ("__call__", *entry.model.methods()):
             with suppress(FlaxMagicsError):  # a class without `__call__` has no signature to offer
                 methods[name] = tuple(entry.model.signature(() if name == "__call__" else (name,)).parameters)
         streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
-        return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
+        written = [name for ask in entry.known_needs.values() for name in sorted(ask.mutable)]
+        collections = dict.fromkeys([*(entry.collections() or {}), *written])
+        return ModelNames(methods, tuple(entry.model.fields()), tuple(streams), tuple(collections))
 
     def shapes_before(self, method: Path, programs: Sequence[ProgramSpec]) -> dict[str, ShapeBefore]:
         """The array arguments of a method as the init had them, else as the last of the `programs` took them, by name."""
@@ -290,8 +292,10 @@ class ModelNames(NamedTuple):
       methods: method → names of its arguments; `__call__` for the model's own call.
       fields: its dataclass fields or attributes.
       streams: the random streams that it is known to ask for.
+      collections: the collections that it has, and those that its runs are known to write.
     """
 
     methods: Mapping[str, tuple[str, ...]]
     fields: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
+    collections: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from flax.core import meta
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import quick_digest
+from ..base.digest import kind_of, quick_digest
 from ..base.types import Leaf, PyTree
 from ..errors import FlaxMagicsError, nearest, written
 from ..rng.keys import Draw
@@ -187,7 +187,7 @@ def check_collections(name: str, value: object, written: Written, expected: Coll
     """
     what = f"variables of `{name}`"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        message = f"{what} are a dict of collections, not {type(value).__name__}."
+        message = f"{what} are a dict of collections, not {kind_of(value)}."
         raise FlaxMagicsError(message, **_from_attributes(name, value, written, expected))
     try:
         leaves = jax.tree_util.tree_leaves(value)
@@ -215,7 +215,7 @@ def check_state(name: str, value: object, written: Written, module: object) -> N
     if not isinstance(value, Mapping):
         # An NNX module in place of its state: the advice can name the expression that was written.
         as_written = written if isinstance(value, type(module)) else Written(written.line)
-        message = f"variables of `{name}` are an nnx.State, not {type(value).__name__}."
+        message = f"variables of `{name}` are an nnx.State, not {kind_of(value)}."
         raise FlaxMagicsError(message, **as_written.advice("nnx.state({})"))
 
 

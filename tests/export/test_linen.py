@@ -154,7 +154,9 @@ def test_cells_that_fail(notebook, tmp_path):
     notebook(TRAIN)
     kept = [run for run in notebook.session.runs if run.draw not in (2, 3)]
     script = assert_same(notebook, tmp_path, kept=kept)
-    assert "# In [4] failed here with NameError:\n# z = undefined + 1\n" in script
+    assert "\n# Left out: the rest of In [4], which failed with NameError.\n" in script
+    assert "\n# Left out: In [6], which failed with RuntimeError.\n" in script
+    assert "undefined" not in script
     assert "2 draws that no line of the cells explains: my_model(x).\n" in script
     assert script.endswith("\n# 1 cell that failed and left nothing is left out.\n")
 

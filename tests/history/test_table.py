@@ -44,15 +44,15 @@ def test_each_draw_is_two_lines() -> None:
         drawn(REUSED, "replayed", "cell run again since, as [9]", inputs=((X,), {"mask": None})),
         drawn(KEY, call="latent"),
     ]
-    assert re.sub(r"[0-9a-f]{16}", "0123456789abcdef", history_text(history(*rows))) == (
+    assert history_text(history(*rows)) == (
         "history · 3 runs · seed 0 · 2026-11-25\n"
-        "  draw  what             digest            cell  time\n"
-        "     1  init net         0123456789abcdef  [3]   09:30:00\n"
+        "  draw  what             digest  cell  time\n"
+        f"     1  init net         {INIT.digest[:6]}  [3]   09:30:00\n"
         "        float32[3,4,4] · params 375f238f\n"
-        "     2  apply net train  0123456789abcdef  [3]   09:30:00\n"
+        f"     2  apply net train  {REUSED.digest[:6]}  [3]   09:30:00\n"
         "        float32[3,4,4], mask=None · dropout f71f4ea9 · replayed\n"
         "        ! cell run again since, as [9]\n"
-        "     3  key latent       0123456789abcdef  [3]   09:30:00\n"
+        f"     3  key latent       {KEY.digest[:6]}  [3]   09:30:00\n"
         f"        latent {DRAW.data('latent')[:4][::-1].hex()}"
     )
 

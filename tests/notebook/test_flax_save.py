@@ -120,7 +120,7 @@ def test_quiet_says_nothing_but_sharp_bits(here):
     here("y = %flax_apply -q net(x)")
     assert here("%flax_load -q a") == (
         "a · loaded · net restored · 21 parameters · 2 runs · next is draw 3 of seed 0\n"
-        "! 1 run of this session is not in the file: its root key and its history are now\n  those of the file"
+        "! gone with the session that was here: 1 run of net; root key and history are\n  those of the file now"
     )
 
 

@@ -91,15 +91,16 @@ def test_what_a_file_replaces_is_said_and_loading_it_again_replaces_nothing(path
         other.apply(name, x)
     notes = [note.text for note in other.load(path).notes]
     assert notes == [
-        "2 runs of this session are not in the file: its root key and its history are now those of the file",
+        "gone with the session that was here: 1 run of empty, 1 run of mine; root key and history are those of the file now",
         "empty has no variables in the file: those that were here are dropped",
         "mine is not in the file, and keeps its variables",
     ]
     assert other.models["empty"].variables is None
     assert [note.text for note in other.load(path).notes] == ["mine is not in the file, and keeps its variables"]
     other.apply("net", x, train=True)
+    other.key("latent")
     assert [note.text for note in other.load(path).notes] == [
-        "1 run of this session is not in the file: its root key and its history are now those of the file",
+        "gone with the session that was here: 1 run of net, 1 key; root key and history are those of the file now",
         "mine is not in the file, and keeps its variables",
     ]
 
