@@ -29,8 +29,9 @@ from .execution.record import Outcome
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
+from .report.html import FACE
 from .rng.keys import RootKey, SeenKeys
-from .run import DrawNumber, Note, Run
+from .run import DrawNumber, Note, Run, show_as
 from .state.entry import ModelEntry
 from .state.handles import Models, RegisteredModel, SessionView, entry_now, entry_of
 from .state.models import Registration, assigned
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from .summary.view import Summary
 
 FileName = str | os.PathLike[str]
+
+show_as(FACE)
 
 
 class Session(SessionView):
@@ -174,7 +177,7 @@ class Session(SessionView):
     def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
         """`handles.entry_now`, with waiting variables of a loaded file considered; see `run_apply` for `module`."""
         entry, notes = entry_now(self._state.models, name, module)
-        if not notes or name not in self._state.waiting:
+        if name not in self._state.waiting or not (notes or name not in self._state.models):
             return entry, notes
         from .snapshot import restore
 
@@ -186,7 +189,7 @@ class Session(SessionView):
     # -- draws
 
     def init(
-        self, model: object, /, *args: Any, method: str | None = None, draw: DrawNumber | None = None, **kwargs: Any
+        self, model: object, /, *args: Any, method: str | None = None, keys_of: DrawNumber | None = None, **kwargs: Any
     ) -> Mapping[str, PyTree]:
         """Initialises a model's variables and returns them as Flax's `init` does: collections by name.
 
@@ -194,7 +197,7 @@ class Session(SessionView):
         """
         name = self._entry(model).name
         call = Call.of(name, method, args, kwargs, command="%flax_init")
-        return self.run_init(name, call, draw=draw).output  # type: ignore[no-any-return]
+        return self.run_init(name, call, keys_of=keys_of).output  # type: ignore[no-any-return]
 
     def apply(
         self,
@@ -206,8 +209,8 @@ class Session(SessionView):
         mutable: str | Iterable[str] = (),
         variables: Mapping[str, PyTree] | None = None,
         key: str | Iterable[str] = (),
-        draw: DrawNumber | None = None,
-        draws: int | None = None,
+        keys_of: DrawNumber | None = None,
+        samples: int | None = None,
         repeat: int = 1,
         eager: bool = False,
         roofline: bool = False,
@@ -222,8 +225,8 @@ class Session(SessionView):
           mutable: collections to hand back: the output is then `(output, updates)`, as in Flax.
           variables: run with these in place of the model's own, and keep no updates.
           key: names of arguments that receive the draw's key of the stream of the same name.
-          draw: reuse the keys of an earlier draw: its number, or `(seed, number)`. No new draw is made.
-          draws: take this many draws at once and map the model over their keys; output arrays get a leading axis.
+          keys_of: reuse the keys of an earlier draw: its number, or `(seed, number)`. No new draw is made.
+          samples: take this many draws at once and map the model over their keys; output arrays get a leading axis.
           repeat: run this many times with the same keys; `timing.steady` has all times.
           eager: run op by op, without compiling.
           roofline: also measure the machine's peak rates, once, into `limits`; without `repeat` there are 20 runs.
@@ -234,8 +237,8 @@ class Session(SessionView):
             mutable=as_names(mutable),
             variables=variables,
             key=as_names(key),
-            draw=draw,
-            draws=draws,
+            keys_of=keys_of,
+            samples=samples,
             repeat=repeat,
             eager=eager,
             roofline=roofline,
@@ -388,18 +391,18 @@ class Session(SessionView):
             draw, phase = self._state.root.draw(), self.services.on_phase  # the draw is not committed
             return summary.of_call(entry, call, mode, draw, backward=backward, phase=phase)
 
-    def run_init(self, name: str, call: Call, *, draw: DrawNumber | None = None, module: object = None) -> Run:
+    def run_init(self, name: str, call: Call, *, keys_of: DrawNumber | None = None, module: object = None) -> Run:
         """`init` of a parsed call; see `run_apply` for `module`."""
-        self._stand_outside(surroundings.of_init, self._entry(name), call)
+        self._stand_outside(surroundings.of_init, self._entry_before(name, module), call)
         entry, notes = self._entry_now(name, module)
         inputs = self._state, entry, call, self.services
         if entry.model.holds_variables:
             with self._translation(entry, call):
                 entry.model.signature(call.method)
-            outcome = rebuild(*inputs, draw=draw, limit=self.replay_bytes)
+            outcome = rebuild(*inputs, keys_of=keys_of, limit=self.replay_bytes)
         else:
             with self._translation(entry, call):
-                outcome = init_model(*inputs, draw=draw, limit=self.replay_bytes, said=notes)
+                outcome = init_model(*inputs, keys_of=keys_of, limit=self.replay_bytes, said=notes)
         self._commit(outcome)
         assert outcome.entry is not None
         self._keeping.replace(entry.replaced, outcome.entry.replaced)
@@ -415,10 +418,10 @@ class Session(SessionView):
         """
         where = surroundings.surroundings()  # inlined `_stand_outside`: this is the path of every run in a loop
         if where is not None:
-            raise surroundings.of_apply(where, self._state, self._entry(name), call, options)
+            raise surroundings.of_apply(where, self._state, self._entry_before(name, module), call, options)
         library.look()
-        entry = self._state.models.get(name) or self._entry(name)
-        if module is None or module is entry.model.module:
+        entry = self._state.models.get(name)
+        if entry is not None and (module is None or module is entry.model.module):
             with entry.model.held_still:
                 state = self._state
                 shares = state.opened is not None and state.opened[0] == entry.name

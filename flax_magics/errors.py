@@ -5,6 +5,9 @@ Nothing here imports IPython, JAX or Flax: an error must be cheap to raise and s
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 
 
@@ -36,7 +39,13 @@ class FlaxMagicsError(Exception):
         super().__init__("\n".join([message, *(f"  {line}" for line in below)]))
 
     def _render_traceback_(self) -> list[str]:
-        return [f"{type(self).__name__}: {self}"]
+        lines = f"{type(self).__name__}: {self}".split("\n")
+        # A terminal breaks a long line within a word. Lines below the first may be there to paste, and stay whole.
+        if sys.stdout is not None and sys.stdout.isatty():
+            wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent="  ")
+            wrapper.break_long_words = wrapper.break_on_hyphens = False
+            lines[:1] = wrapper.wrap(lines[0])
+        return ["\n".join(lines)]
 
 
 def advice(write: str | None, form: str | None, edit: str | None) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -127,6 +127,23 @@ class OutputFacts:
             self.values = values_of(output)
 
 
+class Face(NamedTuple):
+    """How a Run is shown: in one line, as a report in text, and as one in HTML."""
+
+    line: Callable[[Run], str]
+    text: Callable[[Run], str]
+    html: Callable[[Run], str]
+
+
+_face: Face | None = None
+
+
+def show_as(face: Face) -> None:
+    """Sets how every Run is shown. The session does: reports stand above this room."""
+    global _face
+    _face = face
+
+
 class Run(Struct, frozen=True, eq=False, weakref=True):
     """One run: an apply, an init or a key.
 
@@ -140,12 +157,14 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       output: what the model returned (an init: the variables; a key: the key).
       sown: collection → the values that the model sowed there in this run.
       seed, draw: which draw of which seed; numbers count from 1 under each seed.
-      draws: the number of draws taken at once, from `draw` on; arrays of output and keys then have a leading axis of
+      samples: the number of draws taken at once, from `draw` on; arrays of output and keys then have a leading axis of
         that size. None for a single draw.
       keys: stream → its typed key in this draw: `params` and `dropout` (an apply has both), and every further stream
         that the model asked for. `params (folded)` is a run's own `params` stream where an init took the draw's.
       used: stream → paths of the modules that consumed it, in order.
+      idle: streams that nobody consumed because the dropout layers that would have were off.
       changed: collection that the model wrote → the number of updates it has had so far.
+      dropped: collections that it wrote in a run that keeps nothing.
       device: such as `cpu:0`.
       program: `compiled`, `reused`, `disk cache` or `eager`; empty for a key.
       reason: why a program was compiled, in a few words; empty when it was not. `causes` has it in parts.
@@ -160,6 +179,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       weights: the origin of the variables that it used (an init: made), such as `initialised in draw 1`.
       replayed: the keys were those of an earlier draw, and no new draw was made.
       first: it is the first draw of this session.
+      registered: how the model is built, where this run registered it; empty where it was registered before.
       elsewhere: for a run loaded from a file, JSON data of the environment that its bits depended on (see
         `environment`) and a sample of its output if one was kept (see `sample_of`); else None.
       agreement: for a replay by `Session.replay`, the comparison with the original run; else None.
@@ -178,7 +198,9 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     started: float
     sown: Mapping[str, PyTree] = {}
     used: Mapping[str, tuple[str, ...]] = {}
+    idle: tuple[str, ...] = ()
     changed: Mapping[str, int] = {}
+    dropped: tuple[str, ...] = ()
     program: str = ""
     reason: str = ""
     causes: tuple[Cause, ...] = ()
@@ -195,7 +217,8 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     weights: str = ""
     replayed: bool = False
     first: bool = False
-    draws: int | None = None
+    registered: str = ""
+    samples: int | None = None
     elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None
     _taken: OutputFacts = msgspec.field(default_factory=OutputFacts)
@@ -203,7 +226,13 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     """For an apply and an init: the facts from which an export writes the run as plain Flax."""
 
     def __repr__(self) -> str:
-        return repr_without(self, "_taken", "spelling")  # both are long, and of no use to a reader
+        return object.__repr__(self) if _face is None else _face.line(self)
+
+    def __str__(self) -> str:
+        return repr(self) if _face is None else _face.text(self)
+
+    def _repr_html_(self) -> str | None:
+        return None if _face is None else _face.html(self)
 
     @property
     def kind(self) -> CommandKind:
@@ -225,11 +254,11 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
 
     @property
     def spread(self) -> tuple[Spread, ...]:
-        """How each array of the output varies between the draws of this run, computed at first access.
+        """How each array of the output varies between the samples of this run, computed at first access.
 
         Empty for a single draw, and where the output was released before that.
         """
-        if self.draws is None:
+        if self.samples is None:
             return ()
         if self._taken.spread is None and self.output is not RELEASED:
             self._taken.spread = spread_of(self.output)
@@ -262,6 +291,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
             **{name: getattr(self, name) for name in ("switch", "program", "reason", "cell", "by_hand")},
             "used": {name: list(paths) for name, paths in self.used.items()},
             "changed": dict(self.changed),
+            "dropped": list(self.dropped),
             "static": list(self.static),
             "timing": timing,
             **{
@@ -380,7 +410,8 @@ def recorded(run: Run) -> dict[str, object]:
     """The run as JSON data: identity, keys (in hex), digest and sample of the output, and its environment."""
     plain = ("command", "model", "mode", "weights", "call", "seed", "draw", "draws", "device", "started", "replayed")
     return {
-        **{name: getattr(run, name) for name in plain},
+        # What was saved has the number of samples under this name.
+        **{name: run.samples if name == "draws" else getattr(run, name) for name in plain},
         "output": run.shape,
         "keys": all_words(run.keys),
         "digest": run.digest,

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import io
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import made
 import nbformat
 import numpy as np
@@ -34,6 +36,10 @@ class Net(nn.Module):
     return nn.Dense(self.features)(x)
 """
 CLASS = NET.partition("\n")[2]
+EXPLICIT = """from jax.sharding import AxisType, NamedSharding, PartitionSpec
+mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Explicit,))
+x = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
+"""
 
 
 def model(call: str, body: str, made: str = "") -> str:
@@ -47,6 +53,7 @@ SWITCHED = model(
 )
 FIXED = model(", train=False", "return nn.Dropout(0.5, deterministic=True)(x)")
 UNSET = FIXED.replace(", deterministic=True", "")
+UNSWITCHED = UNSET.replace(", train=False", "")
 KEYED = model(
     ", noise=None, other=None",
     """for key in (noise, other):
@@ -96,6 +103,33 @@ class N(nnx.Module):
     return x + self.count[...]
 net = N()
 """
+AGENT = """class Agent:
+  net = nn.Dense(2)
+agent = Agent()
+"""
+FLAT = """%%flaxmodel net = Net()
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2)(x.reshape(x.shape[0], -1))
+"""
+FLAT_OWN = """from flax import nnx
+class N(nnx.Module):
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(16, 2, rngs=rngs)
+  def __call__(self, x):
+    return self.linear(x.reshape(x.shape[0], -1))
+own = N(nnx.Rngs(0))
+"""
+OBJECTS = """%%flaxmodel net = Net()
+class Normal:
+  def __init__(self, mean):
+    self.mean = mean
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return Normal(nn.Dense(2)(x)), "linear"
+"""
 SESSION = "import flax_magics\nsession = flax_magics.session()"
 FLAGS, HIJAX = configurations.config._values, "flax_hijax_variable"
 NEW_SESSION = "from flax_magics import _session\n_session._current = None"
@@ -108,6 +142,8 @@ ZEROS = "jax.tree_util.tree_map(jnp.zeros_like, variables)"
 KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Dense_0']['kernel']).sum()"
 STEP = "params = jax.tree_util.tree_map(lambda leaf: leaf + 1, params)"
 DONATED = "for leaf in jax.tree_util.tree_leaves(variables): leaf.delete()"
+STEPPED = f"trained = {ZEROS}\n{DONATED}\nvariables = trained"
+LOST = "for leaf in jax.tree_util.tree_leaves(nnx.state(net)): leaf.delete()"
 STATE = """import flax_magics, dataclasses
 session = flax_magics.session()
 @dataclasses.dataclass
@@ -212,11 +248,24 @@ def made_of_hijax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FLAGS, HIJAX, True)
 
 
+def only_in_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `jax.set_mesh(mesh)` by itself set nothing, which other tests would meet."""
+    original = jax.set_mesh
+
+    @contextlib.contextmanager
+    def set_mesh(mesh: Any) -> Iterator[None]:
+        with original(mesh):
+            yield
+
+    monkeypatch.setattr(jax, "set_mesh", set_mesh)
+
+
 COLLECTIONS, OF_NNX = "state.weights.check_collections", "state.weights.check_state"
 ALIVE, OTHERS = "state.weights.check_alive", "state.weights._note"
 RUN_CELL, UNKNOWN = "notebook.run_cell.run_statements_with_call", "notebook.command._unknown"
 IDIOM, TRACED = "execution.idioms._error", "execution.surroundings._error"
 PARAMS, KEYS, PROGRAMS = "execution.notes.of_params", "execution.notes.of_keys", "compile.reasons.of_programs"
+SAMPLES = "execution.notes.of_samples"
 
 SCENARIOS = [
     # -- the line and its call
@@ -244,15 +293,20 @@ SCENARIOS = [
     Scenario("line.options.read", "%flax_apply --eager=yes net(x)", (NET,)),
     Scenario("line.options._wants", "%flax_apply --mutable net(x)", (NET,), ("params",)),
     Scenario("line.options._wants", "%flax_apply --repeat 0 net(x)", (NET,)),
+    Scenario("line.options._wants", "%flax_apply --variables net(x)", (NET, INIT), ("variables",)),
+    Scenario("line.options.read", "%flax_apply eager repeat 2 net(x)", (NET,)),
     Scenario("line.options._unknown", "%flax_apply --eagr net(x)", (NET,)),
+    Scenario("line.options._unknown", "%flax_apply --draws 2 net(x)", (NET,)),
     Scenario("line.options._after_the_call", "%flax_apply net(x) --eager", (NET,)),
     Scenario("line.options.file_name", "%flax_save -q", (NET,), ("a.safetensors",)),
-    Scenario("notebook.command.draw_of", "%flax_apply --draw frst net(x)", (NET, RAN)),
+    Scenario("notebook.command.draw_of", "%flax_apply --keys-of frst net(x)", (NET, RAN)),
     Scenario("notebook.command.draw_of", "%flax_replay x", (NET, RAN)),
     Scenario("notebook.command.replay_of", "%flax_replay last", (NET,), ("net(x)",), again=True),
     Scenario("state.state.check_draw", "%flax_replay 9", (NET, RAN)),
     # -- which model
-    Scenario(UNKNOWN, "%flax_apply net(x)", ("net = nn.Dense(2)",), again=True),
+    Scenario(UNKNOWN, "%flax_vars net", (f"{NNX}net = N(2, rngs=nnx.Rngs(0))",), again=True),
+    Scenario("notebook.command._part_called", "%flax_apply -q agent.net(x)", (AGENT,), check="net.features == 2"),
+    Scenario("notebook.command._part_called", "%flax_apply -q self.net(x)", ("net = nn.Dense(2)",)),
     Scenario(UNKNOWN, "%flax_apply Net(x)", (CLASS,), ("2",), check="net.features == 2"),
     Scenario(UNKNOWN, "%flax_apply --eager jnp.sum(net(x) + 1)", (NET,), check="y.shape == (3, 4, 2)"),
     Scenario(UNKNOWN, "%flax_apply model(x)", (), ("nn.Dense(2)",), again=True),
@@ -277,9 +331,15 @@ SCENARIOS = [
     # -- runs
     Scenario("execution.call.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
     Scenario("execution.call.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
-    Scenario("notebook.command._of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
-    Scenario("notebook.command._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("(0.5)", "(0.5, {})")),
-    Scenario("notebook.command._hints", "%flax_apply Net(x)", (BRANCHES,)),
+    Scenario("notebook.hints._of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
+    Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("return nn.Dropout(0.5)(x)")),
+    Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSWITCHED,), edit=lambda cell, advice: cell.replace(
+        "def __call__(self, x):\n    return nn.Dropout(0.5)(x)", advice.replace("\n", "\n    ", 1))),
+    Scenario("notebook.hints.hints", "%flax_apply Net(x)", (BRANCHES,)),
+    Scenario("notebook.hints._of_shapes", "%flax_apply --eager net(x[0] * 2)", (FLAT, RAN)),
+    Scenario("notebook.hints._of_shapes", "%flax_apply own(x[0])", (FLAT_OWN, "%flax_apply own(x);")),
+    Scenario("execution.execute._foreign", "%flax_apply --train --roofline net(x)", (OBJECTS,)),
+    Scenario("execution.execute._foreign", "%flax_apply --samples 2 --eager net(x)", (OBJECTS,)),
     Scenario("execution.build.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),
     Scenario("execution.execute._variables", "%flax_apply --key params net(x)", (DRAWN.format("params"),)),
     Scenario("execution.execute._check_keys", "%flax_apply --key noise net(x)", (DRAWN.format("noise"),)),
@@ -287,8 +347,7 @@ SCENARIOS = [
              edit=put("split_rngs={'params': False}", gap="'params': False")),
     Scenario("execution.execute.execute", "%flax_apply --roofline --repeat 2 --eager net(x)", (NET,),
              patch=lambda m: m.setattr(execute, "limits", lambda *_: Limits("cpu:0", "float32", 1e9, 1e9))),
-    Scenario("execution.execute._check_draws", "%flax_apply --train --draws 2 Net(x)", (SWITCHED,)),
-    Scenario("execution.execute._check_draws", "%flax_apply --draws 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
+    Scenario("execution.execute._check_samples", "%flax_apply --samples 2 net(x, rngs=nnx.Rngs(5))", (OWN,)),
     # -- weights
     Scenario("notebook.command.parse_variables", "%flax_vars net.variables['params']", (NET, INIT)),
     Scenario("notebook.magics.flax_vars", "%flax_vars net", (NET,), ("x",), again=True),
@@ -305,6 +364,9 @@ SCENARIOS = [
     Scenario(OF_NNX, "%flax_vars net = net", (OWN,)),
     Scenario(OF_NNX, "%flax_apply --train --variables net net(x, rngs=nnx.Rngs(1))", (OWN,), ("net",)),
     Scenario(ALIVE, "%flax_apply net(x)", (NET, INIT, DONATED), again=True),
+    Scenario(ALIVE, "%flax_apply net(x)", (NET, INIT, STEPPED), again=True, check=f"{KERNEL} == 0"),
+    Scenario(ALIVE, "%flax_vars net", (NET, INIT, DONATED), ("x",), again=True),
+    Scenario(ALIVE, "%flax_apply net(x)", (OWN, LOST), after=OWN, again=True),
     Scenario(ALIVE, "%flax_apply --eval net(x, train=False)", (BATCH, BATCH_INIT, DONATED), again=True),
     Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, f"variables = {ZEROS}"), check=f"{KERNEL} == 0"),
     Scenario(OTHERS, "%flax_apply net(x);", (NET, INIT, STATE, MOVED), check=f"{KERNEL} == 0"),
@@ -356,6 +418,13 @@ SCENARIOS = [
     Scenario("execution.notes.of_unused", "%flax_apply net(x, jax.random.key(5));", (UNUSED.format(""),),
              edit=put("(x)\n", "(x + {})\n", "x.shape")),
     Scenario("execution.notes.of_mutable", "%flax_apply --eval --mutable batchstats Net(x);", (SWITCHED,)),
+    Scenario("execution.sharding.of_explicit_axes", "with jax.set_mesh(mesh):\n  y = %flax_apply net(x)",
+             ("%flaxmodel net = nn.Dropout(0.5, deterministic=False)", EXPLICIT), patch=only_in_with, again=True),
+    Scenario(SAMPLES, "%flax_apply --eval --samples 2 Net(x);", (SWITCHED,)),
+    Scenario(SAMPLES, "%flax_apply --samples 2 net(x);", (NET,)),
+    Scenario(SAMPLES, "%flax_apply --samples 2 Net(x);", (FIXED.replace(", train=False", ""),),
+             edit=lambda cell, advice: cell.replace("x)", "x, train=False)", 1).replace(
+                 "deterministic=True", advice.splitlines()[-1])),
     Scenario(KEYS, "%flax_apply net(x, key, key);", (KEYED, "key = jax.random.key(5)")),
     Scenario(KEYS, "%flax_apply net(x, key);", (KEYED, f"{SESSION}\nkey = session.root_key")),
     Scenario(KEYS, "%flax_apply net(x, key);", (KEYED, "key = jax.random.key(5)\n%flax_apply net(x, key);")),
@@ -395,6 +464,8 @@ SCENARIOS = [
     Scenario("export.__init__._check", "%flax_export a.py",
              (NET, RAN, "with open('a.py', 'w') as file:\n  file.write('mine')"), again=True),
     # -- the command line
+    Scenario("snapshot.view.loaded_text", "%flax_load a",
+             (NET + 24 * "\n    # A model of many lines.", RAN, "%flax_save -q a", NEW_SESSION)),
     Scenario("verify.report.text", lambda: verify(VERIFY), paste=verify,
              patch=lambda m: m.setattr(command, "executed", ran_here)),
     Scenario("verify.notebooks.check_installed", lambda: verify(VERIFY), paste=install,

@@ -96,6 +96,7 @@ def staging() -> Any:
         (lambda: len(private.trace_context_names()) in (0, len(private.trace_context_of()())), True),
         (private.is_in_mesh, False),
         (lambda: private.is_compiled_alone(jax.lax.add_p), True),
+        (lambda: private.hide_frames(str(ROOT)), True),
         (lambda: staging() is not None, True),
         (lambda: type(private.contents_of(FrozenDict(a=1))), dict),
         (lambda: type(private.flax_globals()[1]), list),
@@ -103,7 +104,8 @@ def staging() -> Any:
     ],
     ids=[
         *("trace_state_clean", "trace_context", "trace_context_names", "mesh", "apply_primitive"),
-        *("custom_staging_rules", "FrozenDict._dict", "flags, interceptors and rules", "NNX's stacks"),
+        *("register_exclusion", "custom_staging_rules"),
+        *("FrozenDict._dict", "flags, interceptors and rules", "NNX's stacks"),
     ],
 )
 def test_this_version_has_the_name(fetch: Callable[[], Any], expected: Any) -> None:

@@ -19,9 +19,10 @@ from sessions import session_of
 
 import flax_magics
 from flax_magics.base.digest import describe, digest_of
-from flax_magics.base.measures import Steady
+from flax_magics.base.measures import Cost, Limits, Memory, Steady, Timing
 from flax_magics.export.cells import MATCHES
 from flax_magics.report.facts import REPORTED
+from flax_magics.report.html import report_html
 from flax_magics.run import COMMANDS
 from flax_magics.snapshot.document import RunRecord
 
@@ -115,3 +116,31 @@ def test_no_room_tells_commands_apart_anywhere_else():
 def test_median_and_spread():
     steady = Steady((3.0, 1.0, 2.0, 5.0, 4.0))
     assert (steady.median, steady.spread) == (3.0, 1.0)
+
+
+def test_a_run_shows_itself():
+    session = session_of(MyModel(3, True))
+    run = session.apply("net", notebook_x())
+    assert re.fullmatch(
+        r"net · as written · \w+:0 · draw 1 · 15 parameters · compiled in [\d.]+ \w+ · run [\d.]+ \w+", repr(run)
+    )
+    assert str(run).splitlines()[0] == "new session, seed 0"
+    assert "  keys  params → new variables    dropout → Dropout_0" in str(run).splitlines()
+    assert run._repr_html_() == report_html(run, "normal")
+    assert repr(run.keys) == "{params: 375f238f, dropout: f71f4ea9}"
+    assert repr(session.replay(1)).endswith(" · identical: float32[3,4,3]")
+
+
+def test_measurements_have_units():
+    timing = Timing(trace=0.021, compile=0.377, run=0.00022, steady=Steady((0.0002, 0.0002)))
+    assert repr(timing) == (
+        "<Timing: trace 21.0 ms, compile 0.38 s, run 0.22 ms, steady <Steady: median 0.20 ms ± 0.00 ms of 2>>"
+    )
+    assert repr(Timing()) == "<Timing: nothing was timed>"
+    assert repr(Memory(204, 144, 1200, 3400)) == (
+        "<Memory: arguments 204 B, outputs 144 B, temporaries 1.2 KB, code 3.4 KB>"
+    )
+    assert repr(Cost(2e6, 4e3, loops=True)) == "<Cost: at least 2.0 MFLOP, at least 4.0 KB>"
+    assert repr(Limits("gpu:0", "bfloat16", 9.12e14, 1.3e12)) == (
+        "<Limits of gpu:0: 912 TFLOP/s in bfloat16, 1.3 TB/s>"
+    )

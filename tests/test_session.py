@@ -13,6 +13,7 @@ from by_hand import MyModel, Normed, Ticks, bits, notebook_x
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.base.digest import data_of
+from flax_magics.report import facts
 from flax_magics.rng.keys import stream_tag
 from flax_magics.run import RELEASED
 
@@ -96,6 +97,33 @@ def test_has_rng_alone_is_not_asking_but_train_answers_it(session):
     assert session.apply("net", notebook_x()).used == {}
     assert session.apply("net", notebook_x(), mode="train").used == {"dropout": ("Dropout_0",)}
     assert session.apply("net", notebook_x(), mode="eval").used == {}
+
+
+class Dropped(nn.Module):
+    rate: float = 0.5
+    collection: str = "dropout"
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        return nn.Dropout(self.rate, deterministic=not train, rng_collection=self.collection)(nn.Dense(2)(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "eager", "told"),
+    [
+        (Dropped(), False, ("dropout → nobody",)),
+        (Dropped(), True, ("dropout → nobody",)),
+        (Dropped(rate=0.0), False, ()),
+        (Dropped(collection="noise"), False, ()),
+        (nn.Dense(2), False, ()),
+    ],
+)
+def test_that_nobody_took_a_key_is_told_of_streams_of_the_models_own(session, model, eager, told):
+    session.register("net", model)
+    session.init("net", notebook_x())
+    for _ in range(2):
+        run = session.apply("net", notebook_x(), mode="eval", eager=eager)
+        assert facts.keys_of(run) == told
 
 
 class DrawsParams(nn.Module):
@@ -293,14 +321,14 @@ def test_an_earlier_draw_gives_its_keys_again_and_moves_nothing(session):
     session.register("net", MyModel(3, True))
     runs = [session.apply("net", x) for _ in range(3)]
     root = data_of(session.root_key)
-    again = session.apply("net", x, draw=2)
+    again = session.apply("net", x, keys_of=2)
     assert bits(again.output) == bits(runs[1].output)
     assert (again.draw, again.replayed) == (2, True)
     assert data_of(session.root_key) == root
     session.restart(7)
-    assert bits(session.apply("net", x, draw=(0, 3)).output) == bits(runs[2].output)
+    assert bits(session.apply("net", x, keys_of=(0, 3)).output) == bits(runs[2].output)
     with pytest.raises(FlaxMagicsError, match="draw 9 of seed 0 was not made in this session: it has draws 1 to 3"):
-        session.apply("net", x, draw=(0, 9))
+        session.apply("net", x, keys_of=(0, 9))
 
 
 def test_repeat_runs_with_the_same_keys_and_counts_one_draw_and_one_update(session):
@@ -333,7 +361,7 @@ class Fails(nn.Module):
         lambda s, x: s.apply("net", x, mask=x),
         lambda s, x: s.apply("nett", x),
         lambda s, x: s.apply("net", x, method="encode"),
-        lambda s, x: s.apply("net", x, draw=99),
+        lambda s, x: s.apply("net", x, keys_of=99),
         lambda s, x: s.apply("net", x, repeat=0),
         lambda s, x: s.apply("net", x, mode="test"),
         lambda s, x: s.key("not a name"),

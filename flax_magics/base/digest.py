@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -63,6 +64,28 @@ def _has_bits(leaf: Leaf) -> bool:
     return hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
 
 
+def opened(tree: PyTree) -> PyTree:
+    """`tree` with the attributes of each object in the place of the object itself, under the name of its class.
+
+    What can be called stays. An object's `repr` may have an address, or numbers cut short.
+    """
+    try:
+        return jax.tree_util.tree_map(_opened, tree)
+    except RecursionError:  # it holds itself
+        return tree
+
+
+def _opened(leaf: Leaf) -> PyTree:
+    held = {} if _has_bits(leaf) or callable(leaf) else getattr(leaf, "__dict__", {})
+    inside = {name: value for name, value in held.items() if not name.startswith("__")}
+    return {type(leaf).__qualname__: jax.tree_util.tree_map(_opened, inside)} if inside else leaf
+
+
+def _spelled_value(leaf: Leaf) -> str:
+    """The `repr` of a leaf that is no array, without an address."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(leaf))
+
+
 SAMPLED = 64
 """Roughly how many elements of an array `quick_digest` reads: evenly spaced ones on a CPU, the first ones elsewhere."""
 
@@ -99,7 +122,8 @@ def sample_of(tree: PyTree) -> dict[str, object]:
       `leaves`: for each array its `path` as `jax.tree_util.keystr` writes it, its type as `array` (`float32[3,4]`), and
       the number of its `values`. `bits`: all values concatenated, little-endian, in base64.
     """
-    rows = [(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if _is_number(leaf)][:VALUES]
+    leaves_by_path = jax.tree_util.tree_flatten_with_path(opened(tree))[0]
+    rows = [(path, leaf) for path, leaf in leaves_by_path if _is_number(leaf)][:VALUES]
     each = max(1, VALUES // max(1, len(rows)))
     leaves, bits = [], []
     for path, leaf in rows:
@@ -147,7 +171,7 @@ class Values(Struct, frozen=True, forbid_unknown_fields=True):
 
 def values_of(tree: PyTree) -> tuple[Values, ...]:
     """`Values` of each floating-point or complex array of `tree`, in JAX's order. Reads every element."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(opened(tree))[0]
     return tuple(_values(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if _is_inexact(leaf))
 
 
@@ -239,14 +263,15 @@ def digest_of(tree: PyTree) -> str:
     """The first 16 hex digits of a sha256 over each leaf of `tree` in JAX's order.
 
     Hashed per leaf: its key path as `jax.tree_util.keystr` writes it, then dtype and shape as text, each closed by a
-    zero byte, then the elements as little-endian bytes in C order (typed keys: their key data). Of a leaf that is
-    neither array nor number its `repr` is hashed.
+    zero byte, then the elements as little-endian bytes in C order (typed keys: their key data). Of an object that is no
+    tree its class's name and its attributes are hashed (see `opened`), of any other leaf that is neither array nor number
+    its `repr`.
     """
     hasher = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(opened(tree))[0]:
         hasher.update(jax.tree_util.keystr(path).encode() + b"\0")
         if not _has_bits(leaf):
-            hasher.update(repr(leaf).encode() + b"\0")
+            hasher.update(_spelled_value(leaf).encode() + b"\0")
             continue
         if is_key(leaf):
             hasher.update(str(leaf.dtype).encode())
@@ -285,6 +310,21 @@ def _describe(tree: PyTree) -> str:
     if leaves and not (len(leaves) == 1 and leaves[0] is tree):
         return f"{type(tree).__name__}({', '.join(map(_describe, leaves))})"
     return type(tree).__name__
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in the words of a message: `an array (float32[3,4])`, `None`, `the class Net`, `a dict`."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        return f"an array ({_describe(value)})"
+    name = type(value).__name__
+    # JAX's own names of types, such as `PjitFunction`, are in no program of a user's.
+    if callable(value) and type(value).__module__.partition(".")[0] == "jaxlib":
+        name = "jitted function"
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def count_parameters(tree: Mapping[str, PyTree]) -> tuple[int, int]:
@@ -334,8 +374,8 @@ class Agreement(Struct, frozen=True):
 
 def with_output(was: PyTree, now: PyTree) -> Agreement:
     """Compares two results leaf by leaf and bit by bit. Trees that are put together otherwise are not compared."""
-    old, old_tree = jax.tree_util.tree_flatten_with_path(was)
-    new, new_tree = jax.tree_util.tree_flatten_with_path(now)
+    old, old_tree = jax.tree_util.tree_flatten_with_path(opened(was))
+    new, new_tree = jax.tree_util.tree_flatten_with_path(opened(now))
     if [path for path, _ in old] != [path for path, _ in new] or not alike(old_tree, new_tree):
         return Agreement(
             False, "output", (Difference("", text=f"{len(old)} leaves → {len(new)}, put together otherwise"),)
@@ -358,8 +398,9 @@ def _difference(path: str, was: Leaf, now: Leaf) -> Difference | None:
     if was is now:
         return None  # the very same array: nothing has to be read
     if not (_has_bits(was) and _has_bits(now)):
-        same = type(was) is type(now) and repr(was) == repr(now)
-        return None if same else Difference(path, text=f"{was!r} → {now!r}")
+        before, after = _spelled_value(was), _spelled_value(now)
+        same = type(was) is type(now) and before == after
+        return None if same else Difference(path, text=f"{before} → {after}")
     one, other = on_host(was), on_host(now)
     if one.dtype != other.dtype or one.shape != other.shape:
         return Difference(path, text=f"{spelled(one)} → {spelled(other)}")
@@ -398,12 +439,12 @@ def alike(one: object, other: object) -> bool:
 
 
 class Spread(Struct, frozen=True, forbid_unknown_fields=True):
-    """How one array of an output varies between the draws of one run.
+    """How one array of an output varies between the samples of one run.
 
     Attributes:
       path: its place in the output, as `jax.tree_util.keystr` writes it; empty where the output is one array.
-      mean: over all draws and elements.
-      deviation: each element's standard deviation over the draws (n - 1 in the denominator), averaged over the elements;
+      mean: over all samples and elements.
+      deviation: each element's standard deviation over the samples (n - 1 in the denominator), averaged over the elements;
         NaN for one draw.
     """
 
@@ -413,7 +454,7 @@ class Spread(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def spread_of(output: PyTree) -> tuple[Spread, ...]:
-    """The spread of every array in `output`, whose first axis are the draws; empty arrays and keys are left out."""
+    """The spread of every array in `output`, whose first axis are the samples; empty arrays and keys are left out."""
     spreads = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(output)[0]:
         if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.size:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxlib import version as jaxlib_version
 from msgspec import Struct
 
+from .text import bytes_, flops, seconds
 from .types import PyTree
 
 
@@ -27,6 +28,10 @@ class Steady(Struct, frozen=True, forbid_unknown_fields=True):
     """The times of a run that was repeated with the same keys, in seconds and in the order they were taken."""
 
     times: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        spread = seconds(self.spread, like=self.median)
+        return f"<Steady: median {seconds(self.median)} ± {spread} of {len(self.times)}>"
 
     @property
     def median(self) -> float:
@@ -70,6 +75,10 @@ class Cost(Struct, frozen=True, forbid_unknown_fields=True):
     bytes: float
     loops: bool = False
 
+    def __repr__(self) -> str:
+        least = "at least " if self.loops else ""
+        return f"<Cost: {least}{flops(round(self.flops))}, {least}{bytes_(round(self.bytes))}>"
+
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """The measured peak rates of one device: FLOP/s in a large matmul of `dtype`, bytes/s (read plus written) in a
@@ -80,6 +89,10 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     flops: float
     bytes: float
+
+    def __repr__(self) -> str:
+        rates = f"{flops(round(self.flops))}/s in {self.dtype}, {bytes_(round(self.bytes))}/s"
+        return f"<Limits of {self.device}: {rates}>"
 
 
 class Timing(Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,10 +114,21 @@ class Timing(Struct, frozen=True, forbid_unknown_fields=True):
     beside: float = 0.0
     steady: Steady | None = None
 
+    def __repr__(self) -> str:
+        phases = ((name, getattr(self, name)) for name in self.__struct_fields__ if name != "steady")
+        shown = [f"{name} {seconds(value)}" for name, value in phases if value]
+        shown += [] if self.steady is None else [f"steady {self.steady!r}"]
+        return f"<Timing: {', '.join(shown) or 'nothing was timed'}>"
+
     @property
     def building(self) -> float:
         """Seconds that the caller waited for the program: trace, lower and compile without the overlapped part."""
         return self.trace + self.lower + self.compile - self.beside
+
+    @property
+    def typical(self) -> float:
+        """Seconds on the device; of a repeated run the median."""
+        return self.run if self.steady is None else self.steady.median
 
 
 class Memory(Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,6 +142,10 @@ class Memory(Struct, frozen=True, forbid_unknown_fields=True):
     temporaries: int
     code: int
     peak: int | None = None
+
+    def __repr__(self) -> str:
+        amounts = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        return f"<Memory: {', '.join(f'{name} {bytes_(amount)}' for name, amount in amounts if amount is not None)}>"
 
     @property
     def analysed(self) -> int:

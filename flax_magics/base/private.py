@@ -39,6 +39,20 @@ def role_of(module: str) -> Literal["callback", "trace"] | None:
     return "trace" if module.startswith(TRANSFORMS) else None
 
 
+@cache
+def hide_frames(folder: str) -> bool:
+    """Has JAX leave out the frames of a folder's files where it says where a value came from, a leaked tracer, say.
+
+    Gives whether this version can do that.
+    """
+    try:
+        from jax._src.source_info_util import register_exclusion
+    except ImportError:
+        return False
+    register_exclusion(folder)
+    return True
+
+
 def trace_context_of() -> Callable[[], tuple[object, ...]]:
     """JAX's function that returns every thread-local setting which a trace depends on, as a tuple.
 

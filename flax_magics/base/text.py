@@ -1,4 +1,7 @@
-"""Text for people: numbers with units, and lines wrapped to a width in terminal cells. Nothing is cut unless asked."""
+"""Text for people: numbers with units, and lines wrapped to a width in terminal cells. Nothing is cut unless asked.
+
+The width is 80 columns wherever a text is kept (a notebook's `text/plain`, a pipe); a terminal has its own.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,24 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 WIDTH = 80
+_width = WIDTH
+DIGITS = 6
+"""How many hex digits of a digest are shown where a person holds two against each other; the data have all of them."""
 LEAST = 20
 """The smallest width, in terminal cells, of the last column of a table."""
 _BREAKS = " /,.:;·→([{=_-"
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def width() -> int:
+    """The columns that a text has now."""
+    return _width
+
+
+def fit(columns: int = WIDTH) -> None:
+    """Sets the columns that texts have from now on; at least half of 80, so that a table keeps its columns."""
+    global _width
+    _width = max(columns, WIDTH // 2)
 
 
 def cell_len(text: str) -> int:
@@ -53,15 +70,20 @@ def cut(text: str, width: int) -> str:
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
-def wrap(text: str, first: str = "", rest: str | None = None, width: int = WIDTH) -> list[str]:
+def wrap(text: str, first: str = "", rest: str | None = None, columns: int | None = None) -> list[str]:
     """Wraps `text` into lines: the first after the prefix `first`, the others after `rest` (by default as many spaces).
 
-    A line breaks at a space in its last half, else after punctuation there, else anywhere.
+    A line breaks at a space. Only a word that is longer than a line is broken: after punctuation in its last half, else
+    anywhere.
+
+    Args:
+      columns: the width of a line, `width()` by default.
     """
+    columns = width() if columns is None else columns
     rest = " " * cell_len(first) if rest is None else rest
     lines, prefix = [], first
     while True:
-        room = max(width - cell_len(prefix), 8)  # a prefix wider than the line must not stop the loop from advancing
+        room = max(columns - cell_len(prefix), 8)  # a prefix wider than the line must not stop the loop from advancing
         if cell_len(text) <= room:
             lines.append((prefix + text).rstrip())
             return lines
@@ -82,60 +104,62 @@ def _break(text: str, room: int) -> int:
     if fits < len(text) and text[fits] == " ":
         return fits
     space = text.rfind(" ", 0, fits)
-    if space >= fits // 2 and text[:space].strip():
+    if space > 0 and text[:space].strip():
         return space
     after = max(text.rfind(mark, 0, fits) for mark in _BREAKS) + 1
     return after if after > fits // 2 and text[:after].strip() else fits
 
 
 def flow(
-    items: Iterable[str], first: str = "", rest: str | None = None, gap: str = "    ", width: int = WIDTH
+    items: Iterable[str], first: str = "", rest: str | None = None, gap: str = "    ", columns: int | None = None
 ) -> list[str]:
     """Lines of items side by side, `gap` between them; an item that does not fit starts the next line.
 
     `first` and `rest` are the prefixes of the first and of the further lines.
     """
+    columns = width() if columns is None else columns
     rest = " " * cell_len(first) if rest is None else rest
     lines: list[str] = []
     current, empty = first, True
     for item in items:
         joined = current + item if empty else current + gap + item
-        if cell_len(joined) <= width:
+        if cell_len(joined) <= columns:
             current, empty = joined, False
             continue
         if not empty:
             lines.append(current.rstrip())
             current = rest
-        *full, current = wrap(item, current, rest, width)
+        *full, current = wrap(item, current, rest, columns)
         lines += full
         empty = False
     lines.append(current.rstrip())
     return lines
 
 
-def dotted(parts: Sequence[str], width: int = WIDTH) -> list[str]:
+def dotted(parts: Sequence[str], columns: int | None = None) -> list[str]:
     """`a · b · c` without the empty parts; a line that is too long breaks after a dot, the next one is indented."""
     shown = [part for part in parts if part]
-    return flow([*(part + " ·" for part in shown[:-1]), *shown[-1:]], rest="    ", gap=" ", width=width)
+    return flow([*(part + " ·" for part in shown[:-1]), *shown[-1:]], rest="    ", gap=" ", columns=columns)
 
 
-def table(rows: Iterable[Sequence[str]], indent: str = "", gap: str = "  ", width: int = WIDTH) -> list[str]:
+def table(rows: Iterable[Sequence[str]], indent: str = "", gap: str = "  ", columns: int | None = None) -> list[str]:
     """Lines of a table: each column but the last is as wide as its widest cell (at most 40); the last column wraps."""
+    columns = width() if columns is None else columns
     cells = [list(row) for row in rows]
     if not cells:
         return []
     widths = [min(40, max(cell_len(row[at]) for row in cells)) for at in range(len(cells[0]) - 1)]
-    hang = min(len(indent) + sum(wide + len(gap) for wide in widths), width - LEAST)
+    hang = min(len(indent) + sum(wide + len(gap) for wide in widths), columns - LEAST)
     lines: list[str] = []
     for row in cells:
         prefix = indent
         for cell, wide in zip(row, widths, strict=False):
             over = cell_len(cell) > wide
             prefix += cell + ("" if over else " " * (wide - cell_len(cell))) + gap
-        if cell_len(prefix) > width - LEAST:  # the last column goes on the line below
-            lines += wrap(prefix.strip(), indent, indent + "  ", width)
+        if cell_len(prefix) > columns - LEAST:  # the last column goes on the line below
+            lines += wrap(prefix.strip(), indent, indent + "  ", columns)
             prefix = indent + "    "
-        lines += wrap(row[-1], prefix, " " * hang, width)
+        lines += wrap(row[-1], prefix, " " * hang, columns)
     return lines
 
 
@@ -183,6 +207,10 @@ def _long(value: float) -> str:
     return f"{hours} h" + (f" {minutes} min" if minutes else "")
 
 
+EXACT = 1_000_000
+"""The smallest count that is rounded."""
+
+
 def bytes_(value: int) -> str:
     """Bytes as `60 B`, `1.2 KB`, `3.4 MB`, in steps of 1000."""
     return _scaled(value, ("B", "KB", "MB", "GB", "TB", "PB"), exact=1_000)
@@ -199,9 +227,15 @@ def share(value: float) -> str:
     return f"{percent:.1g} %" if percent < 0.95 else f"{percent:,.0f} %"
 
 
-def count(value: int) -> str:
-    """A count as `15`, `1,234`, `12.3 k`, `1.2 M`: exact below ten thousand."""
-    return _scaled(value, ("", "k", "M", "G", "T"), exact=10_000)
+def count(value: int, like: int | None = None) -> str:
+    """A count as `15`, `12,340`, `1.2 M`: exact below a million.
+
+    Args:
+      value: 0 or more.
+      like: the largest of a column; the style is chosen for it, so that all of the column is exact or all is rounded.
+    """
+    exact = EXACT if (value if like is None else like) < EXACT else 1_000
+    return _scaled(value, ("", "k", "M", "G", "T"), exact)
 
 
 def ulp(value: int) -> str:

@@ -22,9 +22,6 @@ from .names import assigned_names
 Transform = Callable[[str], str]
 """Turns a cell's text into Python, as IPython does."""
 
-NAMED = 3
-"""The most repeated executions of a cell that are listed; of more, only their count and the last are given."""
-
 
 class Rerun(Struct, frozen=True):
     """A cell that made draws and was run again since, or uses a variable that was rebound since.
@@ -46,18 +43,14 @@ class Rerun(Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """`cell [3] was edited and run again as [5] and [9]; x was rebound by [7] in between`"""
-        first, *others = (f"[{number}]" for number in self.numbers)
-        if not others:
-            return f"cell {first} drew before {_by(self.since)}"
-        listed = " and ".join([", ".join(others[:-1]), others[-1]] if len(others) > 1 else others)
-        if len(others) > NAMED:
-            listed = f"{others[0]} and {len(others) - 1} more times, last as {others[-1]}"
-        edited = "edited and " if self.edited and self.known else ""
-        parts = [f"{'' if self.known else 'the text of '}cell {first} was {edited}run again as {listed}"]
-        parts += [f"{_by(self.rebound)} in between"] if self.rebound else []
-        parts += [f"{_by(self.since)} since"] if self.since else []
-        return "; ".join(parts)
+        """`cell [4] was edited and ran 3 times; x changed in [7]`: the cell by its last number, which a notebook shows."""
+        cell, times = f"cell [{self.numbers[-1]}]", len(self.numbers)
+        if times == 1:
+            return f"{cell} ran before {_by(self.since)}"
+        edited = " was edited and" if self.edited and self.known else ""
+        ran = f"{'' if self.known else 'the text of '}{cell}{edited} ran {'twice' if times == 2 else f'{times} times'}"
+        # Whether before or after the last draw, the numbers tell.
+        return "; ".join(filter(None, (ran, _by({**self.rebound, **self.since}))))
 
     def marks(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         """Execution count → remarks on the draws of that execution, for the history table."""
@@ -65,15 +58,15 @@ class Rerun(Struct, frozen=True):
         for number in self.numbers[:-1]:
             what = "cell edited" if self.edited else "cell run again" if self.known else "the same text run again"
             yield number, (f"{what} since, as [{last}]",)
-        between = (f"{_by(self.rebound)} since [{self.numbers[0]}]",) if self.rebound else ()
-        after = (f"{_by(self.since)} since",) if self.since else ()
+        between = (f"{_by(self.rebound)}, after [{self.numbers[0]}]",) if self.rebound else ()
+        after = (_by(self.since, " since,"),) if self.since else ()
         if between or after:
             yield last, (*between, *after)
 
 
-def _by(names: Mapping[str, int]) -> str:
-    """`x was rebound by [7], net was rebound by [8]`"""
-    return ", ".join(f"{name} was rebound by [{number}]" for name, number in names.items())
+def _by(names: Mapping[str, int], since: str = "") -> str:
+    """`x changed in [7], net changed in [8]`"""
+    return ", ".join(f"{name} changed{since} in [{number}]" for name, number in names.items())
 
 
 def reruns(cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], transform: Transform) -> tuple[Rerun, ...]:
@@ -94,7 +87,9 @@ def reruns(cells: Iterable[ExecutedCell], drew: Mapping[int, Iterable[str]], tra
         return _used(drew.get(_number(one), ()), one.text) - bindings.of(one)
 
     rows = []
-    for runs in by_cell.values():
+    for executions in by_cell.values():
+        # What failed before it drew anything was no run of the cell.
+        runs = [run for run in executions if run.error is None or _number(run) in drew]
         drawing = [run for run in runs if _number(run) in drew]
         if not drawing:
             continue

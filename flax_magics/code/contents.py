@@ -23,10 +23,12 @@ All state that Flax 0.11.2, 0.12.8 and 0.12.12 keep outside modules and scopes; 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import sys
 from collections.abc import Iterator
 from operator import is_
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,6 +94,34 @@ def static_data(treedef: PyTree) -> list[object]:
             data += () if kind in _WITHOUT else _changeable(static)
             waiting += node.children()
     return data
+
+
+def static_fields(treedef: PyTree, name: str) -> Iterator[tuple[str, object]]:
+    """The static fields of all nodes, each under the name that a person knows: `batch.kind`, where `name` is `batch`.
+
+    Those of a class that does not name them stand together, under the node's own name.
+    """
+    data: tuple[type, Any] | None = treedef.node_data()
+    if data is None:
+        return
+    (kind, static), children = data, treedef.children()
+    steps, names = [f"[{i}]" for i in range(len(children))], list[str]()
+    if issubclass(kind, dict):
+        steps = [f"[{key!r}]" for key in static]
+    elif hasattr(kind, "_fields"):
+        steps, static = [f".{field}" for field in kind._fields], None
+    elif dataclasses.is_dataclass(kind):
+        fields = dataclasses.fields(kind)
+        # Flax marks them so, and JAX so.
+        names = [one.name for one in fields if one.metadata.get("static", not one.metadata.get("pytree_node", True))]
+        inside = [one.name for one in fields if one.name not in names]
+        steps = [f".{one}" for one in inside] if len(inside) == len(children) else steps
+    if type(static) is tuple and names and len(static) == len(names):
+        yield from ((f"{name}.{field}", value) for field, value in zip(names, static, strict=True))
+    elif kind not in _WITHOUT and static is not None:
+        yield name, static
+    for step, child in zip(steps, children, strict=False):
+        yield from static_fields(child, name + step)
 
 
 def _changeable(value: object) -> Iterator[object]:

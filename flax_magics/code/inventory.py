@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -37,7 +37,8 @@ LONGEST = 64
 # Prefixes of class attributes that Python and Flax add.
 _MADE = ("_abc", "__dataclass", "_pytree__", "_compact_name_scope")
 
-PieceKind = Literal["value", "function", "method", "class"]
+PieceKind = Literal["value", "function", "method", "class", "layer"]
+"""`layer`: a plain attribute of a library's NNX layer, which follows from what its owner built it with, or was set."""
 
 
 class CodePiece(Struct, frozen=True):
@@ -61,16 +62,26 @@ def inventory(module: object) -> Inventory:
     return walk.pieces
 
 
+def values(named: Iterable[tuple[str, object]]) -> Inventory:
+    """The pieces of values, each of which a person knows by a name."""
+    walk = _Inventory()
+    for name, value in named:
+        with contextlib.suppress(Exception):
+            walk.visit(name, value)
+    return walk.pieces
+
+
 def changes(old: Inventory, new: Inventory) -> list[str]:
     """The differences as phrases, the most telling first: values, then code.
 
     Pieces that only one inventory has are told only where nothing else differs: they mostly follow from another change.
+    So do attributes of a library's layers, which come last.
     """
-    values, code, others = [], [], []
+    values, code, others, layers = list[str](), list[str](), list[str](), list[str]()
     for name, piece in new.items():
         old_piece = old.get(name)
         if old_piece is None:
-            others.append(f"{_spell(name, piece)}: not there before")
+            others += [f"{_spell(name, piece)}: not there before"] * (piece.kind != "layer")
         elif old_piece.print == piece.print:
             continue
         elif piece.kind != old_piece.kind:
@@ -84,9 +95,10 @@ def changes(old: Inventory, new: Inventory) -> list[str]:
         elif old_piece.text == piece.text:
             values.append(f"{name}: other values")
         else:
-            values.append(f"{name}: {old_piece.text} → {piece.text}")
-    others += [f"{_spell(name, piece)}: there before" for name, piece in old.items() if name not in new]
-    return [*values, *code] or others
+            (layers if piece.kind == "layer" else values).append(f"{name}: {old_piece.text} → {piece.text}")
+    gone = {name: piece for name, piece in old.items() if name not in new and piece.kind != "layer"}
+    others += [f"{_spell(name, piece)}: there before" for name, piece in gone.items()]
+    return [*values, *code] or others or layers
 
 
 def _spell(name: str, piece: CodePiece) -> str:
@@ -186,8 +198,14 @@ class _Inventory:
             if item is MISSING and not hasattr(value, attribute):
                 continue
             item = getattr(value, attribute) if item is MISSING else item
+            spelled = f"{name}[{attribute}]" if attribute.isdigit() else f"{name}.{attribute}" if name else attribute
             if not follows or isinstance(item, (*nnx_modules(), list, tuple, dict)) or callable(item):
-                self.visit(f"{name}.{attribute}" if name else attribute, item)
+                self.visit(spelled, item)
+            elif type(item) in ATOMS:
+                self.add(spelled, "layer", repr(item))
+        if not is_module(value) and callable(getattr(value, "items", None)):  # a config that keeps its fields inside
+            for field, item in value.items():
+                self.visit(f"{name}.{field}", item)
 
     def cls(self, cls: type) -> None:
         """Adds what a user's class and its bases define; a library's class has no pieces."""

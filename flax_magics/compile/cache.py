@@ -8,24 +8,27 @@ programs whose equations cannot be compared.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.measures import Memory, Timing, default_device, name_devices
+from ..base.private import hide_frames
 from ..base.threads import Future, Unfinished, elsewhere, smallest, wait_for
 from ..base.types import PyTree
 from ..code.contents import Structure, Unknown
 from ..code.fingerprint import fingerprint
 from ..code.inventory import Inventory
 from ..code.library import library
-from ..models.base import CallTrace, Needs, Variables
+from ..models.base import CallTrace, ForeignOutput, Needs, Variables
 from ..models.calls import signature_of
 from ..rng.keys import SeenKeys
 from ..run import Cause
@@ -43,8 +46,10 @@ from .compiler import (
 )
 from .jaxpr import identity
 from .limits import memory_of
-from .trace import Traced, TracedCall, TraceRequest, trace_call
+from .trace import PROGRAM_FILE, Traced, TracedCall, TraceRequest, trace_call
 
+FOLDER = f"{Path(__file__).parent.parent}{os.sep}"
+"""Of this package."""
 KEPT = 128
 """The most programs in the cache, evicted least recently used first. Even a small one takes most of a megabyte."""
 
@@ -144,6 +149,8 @@ class ProgramCache:
     unfinished: Unfinished = field(default_factory=Unfinished)
 
     def __post_init__(self) -> None:
+        for place in (FOLDER, PROGRAM_FILE):
+            hide_frames(place)
         self.compiler = Compiler()
         self.units = Units(self.compiler)
 
@@ -209,6 +216,8 @@ class ProgramCache:
         request, traced = call.request, call.traced
         if call.known is not None:
             return BuiltProgram(key, request, call.known)
+        if call.trace.foreign:
+            raise ForeignOutput(call.trace.foreign)
         assert start is not None
         equations = _equations(traced, request)
         timing, shareable, resumed = Timing(trace=self.clock() - start), True, True
@@ -335,6 +344,7 @@ class LeafSpec(Struct, frozen=True):
       shape: of an array.
       weak: its dtype is weak.
       where: the devices that it was placed on, empty if it is not committed.
+      sharding: how it was placed there; None if it is not committed.
     """
 
     kind: str
@@ -342,6 +352,7 @@ class LeafSpec(Struct, frozen=True):
     shape: tuple[int, ...] = ()
     weak: bool = False
     where: str = ""
+    sharding: object = None
 
     @property
     def dtype(self) -> str:
@@ -366,6 +377,7 @@ class ProgramSpec(Struct, frozen=True):
       edition: fingerprint of the model in its mode.
       structures: parameter → structure of its argument.
       held: structure of the variables.
+      static: parameter → static fields inside its argument; held_static: those inside the variables.
       options: the command's option → its value as text.
       settings: settings of JAX and Flax by name.
       context: all settings of JAX, including those without a name.
@@ -381,6 +393,8 @@ class ProgramSpec(Struct, frozen=True):
     structures: Mapping[str, Structure]
     variables: Mapping[str, LeafSpec]
     held: Structure
+    static: Mapping[str, Inventory]
+    held_static: Inventory
     options: Mapping[str, str]
     settings: Mapping[str, object]
     context: tuple[object, ...]

@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from ..base.digest import describe
 from ..base.measures import name_devices
 from ..base.types import Leaf
-from ..code.contents import Structure
-from ..code.inventory import Inventory, changes, inventory
+from ..code.contents import Structure, static_fields
+from ..code.inventory import Inventory, changes, inventory, values
 from ..line.expression import Line, changed
 from ..models.calls import Arguments
 from ..models.switch import WHEN_TRAINING
@@ -60,7 +60,7 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
     parts = [part for which in arguments.treedef.children() for part in which.children()]
     options = {
         "--mutable": ", ".join(sorted(request.mutable)),
-        "--draws": "" if request.draw.size is None else str(request.draw.size),
+        "--samples": "" if request.draw.size is None else str(request.draw.size),
         "--key": ", ".join(sorted(request.keyed)),
     }
     return ProgramSpec(
@@ -73,6 +73,10 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
         structures=dict(zip(arguments.parameters, map(Structure.of, parts), strict=True)),
         variables={_variable(path): _leaf_spec(leaf, True) for path, leaf in leaves},
         held=Structure.of(held),
+        static={
+            name: values(static_fields(part, name)) for name, part in zip(arguments.parameters, parts, strict=True)
+        },
+        held_static=values((_variable_name(place), value) for place, value in static_fields(held, "")),
         options={name: value for name, value in options.items() if value},
         settings=settings_in_words(),
         context=jax_settings(),
@@ -83,6 +87,11 @@ def purpose(key: Hashable | None, request: TraceRequest) -> ProgramSpec:
 def _variable(path: tuple[object, ...]) -> str:
     """A variable's path with slashes; the collection is left out if it is `params` or `Param`."""
     return re.sub("^(params/)?(Param/)?", "", jax.tree_util.keystr(path, simple=True, separator="/"))
+
+
+def _variable_name(place: str) -> str:
+    """`['params']['Dense_0']['kernel'].names` as a variable's path is written: `Dense_0/kernel.names`."""
+    return re.sub("^(params/)?(Param/)?", "", re.sub(r"\['([^']*)'\]", r"/\1", place).removeprefix("/"))
 
 
 def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) -> Causes:
@@ -137,13 +146,15 @@ def _causes(old: ProgramSpec, now: ProgramSpec) -> list[Cause]:
         return [Cause("method", "", f"method: {before} → {after}")]
     causes = []
     if old.mode != now.mode:
-        causes.append(Cause("mode", "", f"mode: {old.mode} → {now.mode}"))
+        modes = ("" if mode == "as written" else f"--{mode}" for mode in (old.mode, now.mode))
+        causes.append(Cause("mode", "", _of_option("", *modes)))
     causes += _of_model(old, now)
-    if _is_changed(old.held, now.held):
-        causes.append(Cause("variables", "", "the variables: a static field changed"))
+    fields = _of_static("the variables", old.held_static, now.held_static, changed=_is_changed(old.held, now.held))
+    causes += (Cause("variables", "", text) for text in fields)
     causes += _of_arguments(old, now)
-    causes += _of_pairs("option", old.options, now.options)
-    settings = list(_of_pairs("setting", old.settings, now.settings))
+    for name, value_before, value in _changed(old.options, now.options):
+        causes.append(Cause("option", name, _of_option(f"{name} ", value_before or "", value or "")))
+    settings = list(_of_settings(old.settings, now.settings))
     if not settings and old.context != now.context:  # a setting without a name
         settings.append(Cause("setting", "", "a context of JAX's is another: a mesh, metadata or the like"))
     causes += settings
@@ -158,11 +169,24 @@ def _changed(old: Mapping[str, T], now: Mapping[str, T]) -> Iterator[tuple[str, 
     return ((name, before, after) for name, before, after in rows if before is not after and before != after)
 
 
-def _of_pairs(kind: str, old: Mapping[str, object], now: Mapping[str, object]) -> Iterator[Cause]:
-    """Differences between options or settings, which have a name and a value each."""
+def _of_static(whose: str, old: Inventory, now: Inventory, *, changed: bool) -> list[str]:
+    """The static fields that are there as before and have other values; `changed` where one is known to that has no name."""
+    texts = changes({name: old[name] for name in old if name in now}, {name: now[name] for name in now if name in old})
+    return texts or ([f"{whose}: a static field changed"] if changed else [])
+
+
+def _of_option(flag: str, before: str, after: str) -> str:
+    """`now with --train instead of --eval`, `now with --repeat 3 instead of 2`; empty is what was not given."""
+    if not after:
+        return f"now without {flag}{before}"
+    return f"now with {flag}{after}" + (f" instead of {before}" if before else "")
+
+
+def _of_settings(old: Mapping[str, object], now: Mapping[str, object]) -> Iterator[Cause]:
+    """Differences between settings, which have a name and a value each."""
     for name, before, after in _changed(old, now):
-        one, other = str("none" if before is None and kind == "option" else before), str(after)
-        yield Cause(kind, name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
+        one, other = str(before), str(after)
+        yield Cause("setting", name, f"{name}: {one} → {other}" if one != other else f"{name}: {one}, which changed")
 
 
 def _of_model(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
@@ -193,10 +217,13 @@ def _of_leaves(old: Mapping[str, LeafSpec], now: Mapping[str, LeafSpec]) -> Iter
         if before is None or after is None:
             yield f"{name} {'added' if before is None else 'removed'}"
             continue
+        if before.text == after.text:
+            yield f"{name} {' and '.join(_in_words(before, after))}"
+            continue
         one, other = _pair(before, after)
-        if before.text != after.text and before.dtype == after.dtype:
+        if before.dtype == after.dtype:
             one, other = (text[text.index("[") :] for text in (one, other))
-        elif before.text != after.text and before.shape == after.shape:
+        elif before.shape == after.shape:
             one, other = before.dtype, after.dtype
         yield f"{name} {one}→{other}"
 
@@ -214,11 +241,15 @@ def _of_arguments(old: ProgramSpec, now: ProgramSpec) -> Iterator[Cause]:
         one, other = _pair(before, after)
         are_arrays = before.kind == after.kind == "array"
         types = ((before.shape, after.shape), (before.dtype, after.dtype)) if are_arrays else ()
-        yield Cause(_what(before, after), name, f"{name}: {one} → {other}", *types)
+        text = f"{one} → {other}"
+        if are_arrays and before.text == after.text:
+            text = f"{after.text}, {' and '.join(_in_words(before, after))}"
+        yield Cause(_what(before, after), name, f"{name}: {text}", *types)
     for name, structure in now.structures.items():
-        if _is_changed(old.structures.get(name), structure):
-            differs = True
-            yield Cause("structure", name, f"{name}: a static field changed")
+        is_changed = _is_changed(old.structures.get(name), structure)
+        texts = _of_static(name, old.static.get(name, {}), now.static[name], changed=is_changed)
+        differs = differs or bool(texts)
+        yield from (Cause("structure", name, text) for text in texts)
     if not differs and old.structures != now.structures and old.mode == now.mode:
         yield Cause("structure", "", "the arguments are put together in another way")
 
@@ -239,6 +270,18 @@ def _what(before: LeafSpec, after: LeafSpec) -> str:
     if before.text != after.text:
         return "dtype"
     return "weak" if before.weak != after.weak else "placed"
+
+
+def _in_words(before: LeafSpec, after: LeafSpec) -> Iterator[str]:
+    """What is other about an array of the same dtype and shape."""
+    if before.weak != after.weak:
+        yield "weakly typed now" if after.weak else "not weakly typed any more"
+    if before.where and after.where and before.where != after.where:
+        yield f"moved from {before.where} to {after.where}"
+    elif before.where != after.where:
+        yield f"put on {after.where} now" if after.where else f"not put on {before.where} any more"
+    elif before.sharding != after.sharding:  # over another mesh, or in another memory
+        yield f"placed otherwise on {after.where}"
 
 
 def _pair(before: LeafSpec, after: LeafSpec) -> tuple[str, str]:
@@ -263,11 +306,12 @@ def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
         return LeafSpec(kind, describe(leaf))
     if kind == "number":
         return LeafSpec(kind, f"a Python {type(leaf).__name__}", weak=True)
-    where = ""
+    where, sharding = "", None
     if getattr(leaf, "committed", False):
-        devices, spec = leaf.sharding.device_set, getattr(leaf.sharding, "spec", None)
+        sharding = leaf.sharding
+        devices, spec = sharding.device_set, getattr(sharding, "spec", None)
         where = name_devices(devices) + ("" if len(devices) == 1 or spec is None else f" as P{tuple(spec)}")
-    return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where)
+    return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where, sharding)
 
 
 WINDOW = 10
@@ -341,7 +385,7 @@ def _advice(
     if kind == "number":
         text = f"`{name}` is an array in one run and a Python number in another, and each kind is a program of its own"
     else:
-        weak = any("(weak type)" in cause.text for cause in causes)
+        weak = any(cause.kind == "weak" or "(weak type)" in cause.text for cause in causes)
         listed = ", ".join([*dtypes, *(["weak types too"] if weak else [])])
         text = f"the dtype of `{name}` varies ({listed}), and each is a program of its own"
     return text, lambda argument: f"jnp.asarray({argument}, '{dtype}')"

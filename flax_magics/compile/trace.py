@@ -17,7 +17,8 @@ from jax.extend.core import Jaxpr
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.types import PyTree
+from ..base.digest import opened
+from ..base.types import Leaf, PyTree
 from ..models.base import CallTrace, Incomplete, MissingVariables, Model, Needs, Updates, Variables
 from ..models.calls import Arguments, Calls, Function, Kwargs, Path
 from ..rng.keys import THREEFRY, Draw, DrawBatch, Words
@@ -77,6 +78,8 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
         except Incomplete:
             ask = ask.and_what(record)
             continue
+        if len(traced.jaxpr.in_avals) > len(jax.tree_util.tree_leaves(inputs_of(request, ask))):
+            _check_leaks(request, ask)
         needed = needs(record, request)
         # A stream too many must go as well: `has_rng` would show it to the model, unlike in an `apply` by hand.
         if needed == ask:
@@ -85,6 +88,13 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
             return _without(traced, request, ask, record.unchanged), ask, record
         ask = needed
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
+
+
+def _check_leaks(request: TraceRequest, ask: Needs) -> None:
+    """Raises JAX's error where the model uses a value of an earlier trace, which a trace alone takes for one more input."""
+    closed = jax.make_jaxpr(_named(request, ask, CallTrace()))(*inputs_of(request, ask))
+    for leaked in (constant for constant in closed.consts if isinstance(constant, jax.core.Tracer)):
+        jax.jit(lambda value: value)(leaked)
 
 
 class TracedCall(Struct, Generic[P], frozen=True):
@@ -205,6 +215,10 @@ def _without(traced: Traced, request: TraceRequest, ask: Needs, variables: froze
     return jax.jit(program).trace(*inputs_of(request, ask))
 
 
+PROGRAM_FILE = "<flax_magics>"
+"""In the place of a file: where messages of JAX say that a program is."""
+
+
 def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
     """The function to compile. JAX's messages show its name, file and argument names, so they are the user's terms."""
     impl = request.draw.impl
@@ -212,11 +226,37 @@ def _named(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
 
     def program(variables: Variables, keys: Mapping[str, jax.Array], arguments: Kwargs) -> PyTree:
         typed = {name: jax.random.wrap_key_data(words, impl=impl) for name, words in keys.items()}
-        return run(variables, typed, arguments)
+        return _without_objects(run(variables, typed, arguments), record)
 
     program.__name__ = program.__qualname__ = request.name
-    program.__code__ = program.__code__.replace(co_filename="<flax_magics>", co_firstlineno=1, co_name=request.name)
+    program.__code__ = program.__code__.replace(co_filename=PROGRAM_FILE, co_firstlineno=1, co_name=request.name)
     return program
+
+
+def _without_objects(result: PyTree, record: CallTrace) -> PyTree:
+    """`result` with the arrays that an object holds in the place of the object, which a trace cannot give.
+
+    `record` has the class of the first such.
+    """
+
+    def kept(leaf: Leaf) -> PyTree:
+        if _is_of_jax(leaf):
+            return leaf
+        record.foreign = record.foreign or type(leaf).__name__
+        return jax.tree_util.tree_map(lambda inner: inner if _is_of_jax(inner) else None, opened(leaf))
+
+    return jax.tree_util.tree_map(kept, result)
+
+
+def _is_of_jax(leaf: Leaf) -> bool:
+    """Whether a program can give it."""
+    if isinstance(leaf, (jax.Array, int, float, complex)):
+        return True
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
 
 
 def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
@@ -231,7 +271,7 @@ def running(request: TraceRequest, ask: Needs, record: CallTrace) -> Function:
         keyed = {name: value for name, value in arguments.items() if name in request.keyed}
 
         def draw(keys: PyTree, keyed: Kwargs) -> PyTree:
-            return one(variables, keys, {**arguments, **keyed})
+            return _without_objects(one(variables, keys, {**arguments, **keyed}), record)
 
         if request.draw.impl == THREEFRY:
             return jax.vmap(draw, axis_size=size)(keys, keyed)

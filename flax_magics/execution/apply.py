@@ -49,26 +49,26 @@ def apply_model(
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
     name = entry.name
-    replayed = state.find_draw(options.draw)
+    replayed = state.find_draw(options.keys_of)
     opened = state.opened
     # An apply continues the draw that an init of its model opened. Without variables (an edit dropped them) it must
     # initialise again: in a new draw, because the open draw's `params` key is used.
     shares = replayed is None and opened is not None and opened[0] == name and entry.ready
     begin = replayed or (opened[1] if shares and opened else state.root.draw())
-    draw = begin if options.draws is None else _series(state, begin, options)
+    draw = begin if options.samples is None else _series(state, begin, options)
     started = time.time()
     users_entry = entry
     anew = entry.rebuild_next and entry.built is not None and replayed is None and options.variables is None
     # `--fresh` marked this NNX module: it is built again in this draw, whose `params` key the run then finds used.
     if anew:
         entry, shares = renewed(entry, begin, taken=shares), True
-    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares))
+    others = next((note.write or note.form for note in said if note.kind == "weights"), None)
+    execution = execute(ApplyRequest(entry, call, options, draw, services, params_taken=shares, others=others))
     result, variables, bound = execution.result, execution.variables, execution.request.bound
-    # A replay and a run with `--variables` leave the model as it is.
-    keep = options.variables is None and options.draw is None
     commit = bound.model.commit(result.updates, result.trace)
     changed = commit.changed
-    after = _after(execution, changed if keep else ())
+    updated = changed if options.keeps else ()
+    after = _after(execution, updated)
     keys_in_call = dict(notes.keys_in(execution.arguments, services.seen, options.key))
     collections = {*execution.built.request.variables, *result.updates, *result.sown}
     of_mode = notes.of_mode(name, bound, execution.mode, result.trace)
@@ -90,8 +90,10 @@ def apply_model(
         notes=tuple(run_notes),
         started=started,
         made=made_of(entry.nnx.collections()) if anew else variables.made,
-        changed={collection: after.update_counts[collection] for collection in sorted(changed)} if keep else {},
+        changed={collection: after.update_counts[collection] for collection in sorted(updated)},
+        dropped=() if options.keeps else tuple(sorted(changed)),
         first=state.runs is None,
+        registered="" if name in state.models else entry.model.describe(),
     )
     if sum(map(bytes_of, jax.tree_util.tree_leaves(run.output))) <= LOOKED_AT:
         run = with_notes_of_output(run)
@@ -102,14 +104,15 @@ def apply_model(
 
         # NNX: the updates go into the new module first; then the user's object takes over all of that module's values.
         def write() -> None:
-            commit.make()
+            if options.keeps:
+                commit.make()
             users_model.become(new_model)
 
     recipe = recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     # NumPy arrays are copied: the user may write into them before a replay.
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
-    outcome = Outcome(run, stored, draw, after, write=write, commit=commit if keep else None)
+    outcome = Outcome(run, stored, draw, after, write=write, commit=commit if options.keeps else None)
     return Applied(outcome, execution, recipe, steady, tuple(keys_in_call.values()))
 
 
@@ -140,23 +143,25 @@ def _notes(execution: Execution, keys_in_call: Mapping[str, bytes]) -> Iterator[
     known = {name for needs in request.entry.known_needs.values() for name in needs.streams}
     # Streams that earlier runs asked for were noted then.
     yield from notes.of_streams(trace, known)
-    if options.draw is None:  # a replay reuses its keys on purpose
+    if options.keys_of is None:  # a replay reuses its keys on purpose
         yield from notes.of_keys(keys_in_call, request.services.seen, line)
     yield from notes.of_unused(bound.switch, (*keys_in_call, *options.key), trace.unused, line)
     if execution.variables.made is not None:
         yield from notes.of_params(execution.variables.values)
+    if options.samples is not None and options.samples > 1:
+        yield from notes.of_samples(bound, options, trace, line)
     yield from notes.of_scalars(execution.built.scalars, line)
     if bound.own_rngs and not trace.asked:
         yield Note("rngs", "rngs: yours, draw unused")
 
 
 def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
-    """The `--draws N` consecutive draws from `begin` on. Raises FlaxMagicsError for a replay of draws never made."""
-    # `True` is an int, but no number of draws.
-    size = options.draws
+    """The `--samples K` consecutive draws from `begin` on. Raises FlaxMagicsError for a replay of draws never made."""
+    # `True` is an int, but no number of samples.
+    size = options.samples
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise FlaxMagicsError(f"--draws takes a number of draws, 1 or more, not {size!r}.")
-    if options.draw is not None:
+        raise FlaxMagicsError(f"--samples takes a number of samples, 1 or more, not {size!r}.")
+    if options.keys_of is not None:
         state.find_draw((begin.seed, begin.number + size - 1))
     return DrawBatch(begin, size)
 
@@ -225,14 +230,14 @@ def init_model(
     call: Call,
     services: Services,
     *,
-    draw: DrawNumber | None,
+    keys_of: DrawNumber | None,
     limit: int,
     said: tuple[Note, ...],
 ) -> Outcome:
     """Runs an init of a linen model.
 
     Args:
-      draw: number of an earlier draw whose `params` key is used; None makes the next draw.
+      keys_of: number of an earlier draw whose `params` key is used; None makes the next draw.
       limit: bytes of replaced variables that may be kept, see `replaced_by_init`.
       said: notes from finding the entry.
 
@@ -241,7 +246,7 @@ def init_model(
     """
     name, model, clock = entry.name, entry.linen, services.clock
     to_init, init_call = prepare_init(name, model, call)
-    opened = state.find_draw(draw) or state.root.draw()
+    opened = state.find_draw(keys_of) or state.root.draw()
     services.on_phase(f"initialising {name}")
     started, start = time.time(), clock()
     with plain_errors(call):
@@ -269,11 +274,12 @@ def init_model(
         notes=(*said, *more, *notes.of_params(variables)),
         by_hand=model.init_by_hand(call.text, call.method, facts.init_arguments, facts.init_module),
         weights=source.describe(opened.seed),
-        replayed=draw is not None,
+        replayed=keys_of is not None,
         first=state.runs is None,
+        registered="" if name in state.models else model.describe(),
         spelling=facts,
     )
     recipe = InitRecipe(entry.without_variables(), call.method, model.other_arrays())
     entry = replace(entry.with_variables(variables, source, init_record), replaced=replaced)
     # An init opens its draw for the model's next apply; with an earlier draw's key it opens none.
-    return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if draw is not None else (name, opened))
+    return Outcome(run, stored_init(run, recipe), opened, entry, opened=None if keys_of is not None else (name, opened))

@@ -24,7 +24,7 @@ from ..state import models
 from ..state.entry import BuildRecipe, ModelEntry
 from ..state.models import Registration, replaced_by_init
 from ..state.runs import StoredRun
-from ..state.state import State
+from ..state.state import State, with_entry
 from ..state.weights import WeightSource
 from .call import Call
 from .execute import plain_errors
@@ -70,7 +70,7 @@ class Building:
         if old is not None and anew and old.model.holds_variables and old.built is None:
             old = None
         entry, change = models.register(old, name, module)
-        return replace(state, models={**state.models, name: entry}), change, None
+        return replace(state, models=with_entry(state.models, entry)), change, None
 
     def _build(self, state: State, name: str, recipe: Construction, cell: int | None) -> RegisterResult:
         """`register` for a Construction: keeps the module that an equal one built, else builds in the next draw."""
@@ -98,12 +98,12 @@ class Building:
 
 
 def rebuild(
-    state: State, entry: ModelEntry, call: Call, services: Services, *, draw: DrawNumber | None, limit: int
+    state: State, entry: ModelEntry, call: Call, services: Services, *, keys_of: DrawNumber | None, limit: int
 ) -> Outcome:
     """Runs the construction of an NNX module again (`%flax_init`); the commit moves its values into the user's object.
 
     Args:
-      draw: number of an earlier draw whose keys are used; None makes the next draw.
+      keys_of: number of an earlier draw whose keys are used; None makes the next draw.
       limit: bytes of replaced variables that may be kept, see `replaced_by_init`.
 
     Raises:
@@ -117,16 +117,16 @@ def rebuild(
             **written(spell_construction(type(entry.model.module), "%flaxmodel", name=name)),
         )
     recipe = entry.built.recipe
-    opened = state.find_draw(draw) or state.root.draw()
+    opened = state.find_draw(keys_of) or state.root.draw()
     with plain_errors(call):
         model, run = _build_in(state, opened, name, recipe, services)
     users_model = entry.nnx
     replaced, notes = replaced_by_init(entry, limit)
-    facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": draw is not None}
+    facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": keys_of is not None}
     run = replace(run, **facts, notes=notes)
     entry = _built(entry, model, recipe, run.keys, opened)
     entry = replace(entry, update_counts={}, outdated=False, replaced=replaced)
-    opens = None if draw is not None else (name, opened)
+    opens = None if keys_of is not None else (name, opened)
     return Outcome(run, _stored(name, recipe, run), opened, entry, opens, lambda: users_model.become(model))
 
 

@@ -19,14 +19,16 @@ from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
 from ..errors import FlaxMagicsError, written
 from ..line.expression import Line, without_option
-from ..models.base import ARGUMENTS, MissingVariables, Variables
+from ..models.base import ARGUMENTS, ForeignOutput, MissingVariables, Variables
 from ..models.calls import Arguments
+from ..models.linen import lacking_stream
 from ..rng.keys import Draw, DrawBatch
 from ..run import InitStats
 from ..state.entry import ModelEntry
 from ..state.weights import FOR_THIS_RUN, WeightSource, Written, check_alive, check_collections, check_state
 from .call import BoundCall, Call, initialising, prepare, prepare_init, request_of, with_drawn_key, with_keys
 from .plan import Plan, RunResult, StartedProgram, begin_program, finish_program, needs_by_shapes
+from .sharding import of_explicit_axes
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -38,6 +40,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     Attributes:
       entry: the model as it is before the run.
       params_taken: an init has used this draw's `params` key already.
+      others: the line that gives the model other weights, which a name of the notebook holds; None where none does.
     """
 
     entry: ModelEntry
@@ -46,6 +49,7 @@ class ApplyRequest(Struct, frozen=True, dict=True):
     draw: Draw | DrawBatch
     services: Services
     params_taken: bool
+    others: str | None = None
 
     @cached_property
     def bound(self) -> BoundCall:
@@ -136,7 +140,7 @@ def execute(request: ApplyRequest) -> Execution:
                 variables, built = _with_added(request, variables, error), None
     _check_keys(request, result)
     if draw.size is not None:
-        _check_draws(request, draw.size, result)
+        _check_samples(request, draw.size, result)
     reached = _limits(result, built, services) if options.roofline else None
     return Execution(request, variables, plan, built, result, reached)
 
@@ -163,12 +167,12 @@ def _variables(request: ApplyRequest) -> RunVariables | None:
         else:
             taken = request.params_taken
             check_collections(entry.name, values, line)
+        check_alive(f"these variables of `{entry.name}`", values)
         return RunVariables(entry, values, weights=FOR_THIS_RUN, taken=taken)
     if held is None:
         return None
+    entry.check_alive(call.text, request.others)
     source = entry.source_now()
-    whose = f" ({source.describe()})" if source is not None else ""
-    check_alive(f"the weights of `{entry.name}`{whose}", held, f"%flax_init {call.text}")
     entry = entry if source is entry.source else replace(entry, source=source)
     weights = "" if source is None else source.describe(request.draw.first.seed)
     return RunVariables(entry, held, weights=weights, taken=taken)
@@ -254,16 +258,43 @@ class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, flax_errors.InvalidRngError):
             raise _kept_out(error) from None
+        if isinstance(error, ForeignOutput):
+            raise _foreign(error, self.call) from None
+        if isinstance(error, (RuntimeError, ValueError)) and "deleted" in str(error):
+            _check_inputs(self.call)
         if error is not None and is_out_of_memory(error):
             raise out_of_memory(error, self.call.text, None) from None
+        sharded = None if error is None else of_explicit_axes(error, self.call)
+        if sharded is not None:
+            raise sharded from None
 
 
-def _kept_out(error: Exception) -> FlaxMagicsError:
+def _kept_out(error: flax_errors.InvalidRngError) -> FlaxMagicsError:
     """The error of a missing stream: a run passes all streams, so only a lifted transform can keep one out."""
-    first = str(error).split(" (https")[0].rstrip(".")
-    stream = next(iter(re.findall(r'PRNG for "(\w+)"', first)), "…")
+    first, stream = str(error).split(" (https")[0].rstrip("."), lacking_stream(error) or "…"
     message = f"{first}: a lifted transform (nn.scan, nn.vmap, …) around it does not pass that stream on."
     return FlaxMagicsError(message, edit=f"split_rngs={{'{stream}': True, …}}")
+
+
+def _foreign(error: ForeignOutput, call: Call) -> FlaxMagicsError:
+    """Op by op a call may give what it likes, one draw at a time."""
+    samples = re.search(r"--samples[\s=]+([0-9]+)", call.command)
+    command = call.command
+    for option, value in (("--samples", "[0-9]+"), ("--roofline", ""), ("--eager", "")):
+        command = without_option(command, option, value)
+    line = f"{command} --eager {call.text}"
+    if samples is not None:
+        line = f"for _ in range({samples[1]}):\n    {line}"
+    message = (
+        f"{call.text} gives `{error}`, which is no tree of arrays: no compiled program can give it, op by op it can."
+    )
+    return FlaxMagicsError(message, **written(line))
+
+
+def _check_inputs(call: Call) -> None:
+    """Raises where an array among the arguments was donated or deleted."""
+    for place, value in (*enumerate(call.args, 1), *call.kwargs.items()):
+        check_alive(f"the values of argument {place} of {call.text}", value)
 
 
 def _check_keys(request: ApplyRequest, result: RunResult) -> None:
@@ -275,27 +306,13 @@ def _check_keys(request: ApplyRequest, result: RunResult) -> None:
         raise FlaxMagicsError(message, **written(with_drawn_key(request.bound.call, both[0])))
 
 
-def _check_draws(request: ApplyRequest, size: int, result: RunResult) -> None:
-    """Raises FlaxMagicsError where the model wrote what each of `size` runs one by one would pass to the next.
-
-    Only the state of random streams may be written: it ends as after the last of the draws.
-    """
-    name, line = request.entry.name, request.line
-    one_by_one = f"for _ in range({size}):\n    {line.without_option('--draws', '[0-9]+')}"
-    changed = request.bound.model.commit(result.updates, result.trace).changed
-    # NNX: the run changed the module's graph.
-    if result.trace.structure is not None and not changed:
-        changed = ("its own structure",)
-    if changed:
-        what = ", ".join(f"`{collection}`" for collection in changed)
-        raise FlaxMagicsError(
-            f"{name} writes {what} in this run: {size} draws at once would all start from the same, where run by run"
-            " each hands it on to the next.",
-            **written(one_by_one),
-        )
+def _check_samples(request: ApplyRequest, size: int, result: RunResult) -> None:
+    """Raises FlaxMagicsError where an `rngs` object of the user's went into `size` samples."""
     # An `rngs` object of the user's, whose counts the run has moved.
     if ARGUMENTS in result.updates:
-        message = f"{line.call} passes rngs of its own: they would give all {size} draws the same keys."
+        line = request.line
+        one_by_one = f"for _ in range({size}):\n    {line.without_option('--samples', '[0-9]+')}"
+        message = f"{line.call} passes rngs of its own: they would give all {size} samples the same keys."
         raise FlaxMagicsError(message, **written(str(line.with_argument("rngs", None) or one_by_one)))
 
 

@@ -14,9 +14,10 @@ from ..base.text import join
 from ..base.types import Leaf
 from ..errors import nearest, written
 from ..line.expression import Line, as_array, new_key
+from ..line.options import ApplyOptions
 from ..models.base import CallTrace, KeyUse
 from ..models.calls import Arguments, Path
-from ..models.switch import WHEN_TRAINING, Layer, following
+from ..models.switch import WHEN_TRAINING, Layer, following, setting_of, written_in_call
 from ..rng.keys import SeenKeys
 from ..run import RELEASED, Note, Run
 from ..state.weights import FOR_THIS_RUN, Collections
@@ -128,6 +129,31 @@ def _initializer(path: list[str], ndim: int) -> str:
     return f"{name}_init=" * (name in INITIALISED) + f"jax.nn.initializers.{initializer}"
 
 
+def of_samples(bound: BoundCall, options: ApplyOptions, record: CallTrace, line: Line) -> Iterator[Note]:
+    """Samples that are all the same, because no key went into them: with dropout that is off, the line that turns it on."""
+    if record.asked or not record.unused.issuperset(options.key):
+        return
+    text = f"the {options.samples} samples are the same: no key is used in this run"
+    off = [layer for layer in record.layers if layer.kind == "dropout" and not layer.training]
+    evaluating = [
+        name for name, value in map(setting_of, bound.switch) if value is not WHEN_TRAINING[name.rpartition(".")[2]]
+    ]
+    if bound.mode == "train" and off:  # which is said, with what to write
+        yield Note("samples", text)
+    elif "dropout" in record.queried or (evaluating and (off or not record.layers)):
+        training = line
+        for name in written_in_call(bound.signature, bound.call.args, bound.call.kwargs).keys() & set(evaluating):
+            training = training.with_argument(name, str(WHEN_TRAINING[name])) or training
+        if training == line:
+            command = line.without_option("--eval").command
+            training = line._replace(command=command.replace("flax_apply", "flax_apply --train", 1))
+        yield Note("samples", text, **written(str(training)))
+    elif off:
+        yield Note("samples", text, edit=following(off[0].switch, off[0].own_switch, off[0].method))
+    else:
+        yield Note("samples", text, **written(str(line.without_option("--samples", "[0-9]+"))))
+
+
 def of_scalars(dtypes: Mapping[str, str], line: Line) -> Iterator[Note]:
     """Notes arguments that are Python numbers where an array was before: each of the two kinds compiles a program."""
     for name, dtype in dtypes.items():
@@ -192,10 +218,10 @@ def _finding_nan(run: Run) -> dict[str, str]:
     added = {} if run.inputs is RELEASED else run.inputs[1]
     # Beyond the mode's switches, an argument that is not in the call's text was passed by `--key`.
     by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
-    if by_key or run.inputs is RELEASED or run.draws is not None or run.weights == FOR_THIS_RUN:
+    if by_key or run.inputs is RELEASED or run.samples is not None or run.weights == FOR_THIS_RUN:
         return {}
     mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
-    return written(f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last {mode}{run.call}")
+    return written(f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --keys-of last {mode}{run.call}")
 
 
 def may_be_key(leaf: Leaf) -> bool:

@@ -12,13 +12,14 @@ import jax
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.digest import opened
 from ..base.measures import Steady, Timing
 from ..base.types import Leaf, PyTree
 from ..compile import reasons
 from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
 from ..compile.limits import is_out_of_memory, out_of_memory
 from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
-from ..models.base import SOWN, CallTrace, Incomplete, Model, Needs, Variables
+from ..models.base import SOWN, CallTrace, ForeignOutput, Incomplete, Model, Needs, Variables
 from ..rng.keys import SPLIT, Draw, DrawBatch
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class RunResult(NamedTuple):
 
     Attributes:
       output: the model's; with `--mutable` it is `(output, updates)`.
-      updates: collections that were written, as they are after the last of the draws.
+      updates: collections that were written.
       sown: collections that were sown.
       timing: of the run, and of what it waited for.
       needs, trace: those of the plan; a run op by op may find out more.
@@ -148,8 +149,6 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
                 break
             start = clock()
         output, updates = first
-        if draw.size is not None:  # updates end as after that many runs one by one
-            updates = {name: tree if name in trace.sown else _last(tree) for name, tree in updates.items()}
         timing = replace(_NO_TIME, run=times[0], wait=wait, busy=free - begin)
         if len(times) > 1:
             timing = replace(timing, steady=Steady(tuple(times)))
@@ -173,17 +172,15 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
                 continue
             # Compiled, a run does not return what it hands through unchanged.
             result = output, leave_out(updates, traced.trace.unchanged)
+            if seen.foreign:  # of many draws, which JAX would have to stack
+                raise ForeignOutput(seen.foreign)
             # An interrupted wait leaves the device at work, for which the next run then waits.
-            unfinished.wait = functools.partial(jax.block_until_ready, result)
-            jax.block_until_ready(result)
+            unfinished.wait = functools.partial(jax.block_until_ready, opened(result))
+            unfinished.wait()
             # Host callbacks have printed into this cell once the barrier is passed.
             jax.effects_barrier()
             unfinished.wait = None
             return result, needs, seen.with_what(traced.trace)
-
-
-def _last(tree: PyTree) -> PyTree:
-    return jax.tree_util.tree_map(lambda leaf: leaf[-1], tree)
 
 
 def _parted(

@@ -250,6 +250,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         program="reused",
         reason="",
         causes=(),
+        registered="",
         timing=Timing(),
         made=None,
         notes=applied.steady,

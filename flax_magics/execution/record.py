@@ -112,7 +112,9 @@ class ApplyFields(TypedDict):
     started: float
     made: InitStats | None
     changed: Mapping[str, int]
+    dropped: tuple[str, ...]
     first: bool
+    registered: str
 
 
 def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[ApplyFields]) -> Run:
@@ -120,6 +122,7 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[
     request, plan, built, result = execution.request, execution.plan, execution.built, execution.result
     bound, options, draw, program = request.bound, request.options, request.draw, plan.program
     arrays = result.output, result.updates, result.sown
+    own_streams = {layer.stream for layer in result.trace.layers if layer.stream}
     return Run(
         command="apply",
         model=plan.name,
@@ -129,11 +132,12 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[
         output=result.output,
         seed=draw.first.seed,
         draw=draw.first.number,
-        draws=draw.size,
+        samples=draw.size,
         keys=RunKeys(draw, plan.key_names(result.needs)),
         device=devices_of((result.output, built.request.variables)) if program is None else program.device,
         sown=result.sown,
         used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in result.trace.asked.items()},
+        idle=tuple(sorted(own_streams - set(result.trace.asked))),
         program=built.origin,
         reason=built.reason,
         causes=built.causes,
@@ -146,7 +150,7 @@ def run_of_apply(execution: Execution, written: Iterable[str], **fields: Unpack[
         cell=bound.call.cell,
         by_hand=by_hand(bound, options, result.needs, {*written, *result.sown, *options.mutable}),
         weights=execution.variables.weights,
-        replayed=options.draw is not None,
+        replayed=options.keys_of is not None,
         spelling=facts_of_apply(execution),
         **fields,
     )  # fmt: skip
@@ -291,16 +295,20 @@ def _added(kwargs: Mapping[str, PyTree], written: Mapping[str, PyTree]) -> Setti
 def by_hand(bound: BoundCall, options: ApplyOptions, needs: Needs, mutable: set[str]) -> str:
     """The run as plain Flax; `mutable` are the collections to make mutable.
 
-    A linen run of many draws is mapped over their keys by `jax.vmap`, an NNX run is a loop over them.
+    Samples of linen are mapped over their keys by `jax.vmap`; those of NNX are a loop over them, on copies.
     """
-    call, streams = bound.call, tuple(sorted(needs.streams))
+    call, streams, copy = bound.call, tuple(sorted(needs.streams)), ""
     in_call = written_in_call(bound.signature, call.args, bound.kwargs)
     switch = tuple(setting for setting in bound.switch if options.mode and setting.partition("=")[0] not in in_call)
     added = [f"{name}={value}" for name, value in bound.kwargs.items() if name not in call.kwargs]
-    text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
-    code = inside(needs.axes, bound.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable))))
+    text = call.text
+    if options.samples is not None and bound.model.holds_variables:
+        name = text.partition("(")[0].partition(".")[0]
+        text, copy = f"{name}_copy{text.removeprefix(name)}", f"{name}_copy = nnx.clone({name}); "
+    text = with_arguments(text, [*(f"{name}={name}_key" for name in options.key), *added])
+    code = copy + inside(needs.axes, bound.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable))))
     names = [f"{name}_key" for name in dict.fromkeys((*options.key, *streams))]
-    if options.draws is None or not names:
+    if options.samples is None or not names:
         return code
     many = ", ".join(f"{name}s" for name in names)
     if not bound.model.holds_variables:

@@ -56,6 +56,15 @@ class Exported(Struct, frozen=True):
     runs: int
     unexported: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        what = (
+            f"{plural(self.cells, 'cell')}, {plural(self.runs, 'run')}, {plural(len(self.text.splitlines()), 'line')}"
+        )
+        return f"<Exported: {what}>"
+
+    def __str__(self) -> str:
+        return self.text
+
 
 def export_session(
     models: Mapping[str, ModelEntry], runs: Sequence[Run], cells: NotebookCells | None, *, seed: int, digests: bool
@@ -254,8 +263,8 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
     if "…" in arguments:
         return f"# Left out: {run.command} {called}({arguments}): its input has no name at the top of a file."
     options = {"train": "--train ", "eval": "--eval "}.get(run.mode, "")
-    options += f"--draws {run.draws} " if run.draws is not None else ""
-    options += f"--draw {run.seed}:{run.draw} " if run.replayed else ""
+    options += f"--samples {run.samples} " if run.samples is not None else ""
+    options += f"--keys-of {run.seed}:{run.draw} " if run.replayed else ""
     options += "--eager " if run.kind.forward and run.program == "eager" else ""
     return f"get_ipython().run_line_magic('flax_{run.command}', {f'{options}{called}({arguments})'!r})"
 

@@ -90,14 +90,14 @@ class CommandSite(Struct, frozen=True, eq=False):
         return run.command == command and MATCHES[command](self, run)
 
     def has_call_of(self, run: Run) -> bool:
-        """Whether `run` has the call that is written here, and is a replay only if `--draw` is written here."""
+        """Whether `run` has the call that is written here, and is a replay only if `--keys-of` is written here."""
         if self.call is None or run.call not in (self.call.call, self.call.text):
             return False
-        return run.replayed == (self.parsed.options["draw"] is not None)
+        return run.replayed == (self.parsed.options["keys_of"] is not None)
 
     def has_mode_of(self, run: Run) -> bool:
-        """Whether mode and number of draws agree. In any mode, a run of a model without a switch is `as written`."""
-        return run.mode in (self.mode, "as written") and run.draws == self.parsed.options["draws"]
+        """Whether mode and number of samples agree. In any mode, a run of a model without a switch is `as written`."""
+        return run.mode in (self.mode, "as written") and run.samples == self.parsed.options["samples"]
 
 
 def is_build(run: Run) -> bool:

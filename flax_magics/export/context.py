@@ -93,7 +93,7 @@ class RunGroups:
     def shares_in_place(self, site: CommandSite) -> bool:
         """Whether each run of `site` goes on with a draw that an init in the same block opened just before."""
         inits = [self.made_by.get(self.leader.get(index, -1)) for index in self.of_site(site)]
-        alone = site.parsed.options.get("draws") is None
+        alone = site.parsed.options.get("samples") is None
         return alone and bool(inits) and all(init is not None and init.path == site.path for init in inits)
 
     def stays(self, site: CommandSite) -> bool:
@@ -264,12 +264,12 @@ class CommandLines:
 
     def keys(self) -> tuple[list[str], KeyNames, str]:
         """The lines that make its keys, the variable of each stream's key, and the variable of the init's key."""
-        context, writer, facts, many = self.context, self.writer, self.facts, self.options["draws"] is not None
+        context, writer, facts, many = self.context, self.writer, self.facts, self.options["samples"] is not None
         streams = (*facts.streams, *self.options["key"])
         if many and facts.taken and "params" in streams:
-            raise CannotSay("the first of its draws has another `params` key than the others")
+            raise CannotSay("the first of its samples has another `params` key than the others")
         makes = any(run.made for run in self.runs)
-        if self.options["draw"] is not None:
+        if self.options["keys_of"] is not None:
             return self.replayed_keys((*streams, *(SPLIT if makes else ())), taken=facts.taken)
         context.assigned.add(writer.root)
         key = partial(writer.key, taken=facts.taken)
@@ -283,18 +283,18 @@ class CommandLines:
 
     def keys_of_init(self, *streams: str) -> tuple[list[str], KeyNames, str]:
         """`keys` for an init, which takes `streams` of its draw."""
-        if self.options["draw"] is not None:
+        if self.options["keys_of"] is not None:
             return self.replayed_keys(streams)
         writer = self.writer
         self.context.assigned |= {writer.root, writer.params, writer.dropout}
         return self.draw_of_init(*streams), writer.key, writer.params
 
     def replayed_keys(self, streams: Iterable[str], *, taken: bool = False) -> tuple[list[str], KeyNames, str]:
-        """`keys` for `--draw`: those of an earlier draw, or of several from it on, made again from the seed."""
-        writer, size = self.writer, self.options.get("draws")
+        """`keys` for `--keys-of`: those of an earlier draw, or of several from it on, made again from the seed."""
+        writer, size = self.writer, self.options.get("samples")
         draws = {(run.seed, run.draw) for run in self.runs}
         if len(draws) > 1:
-            raise CannotSay("--draw stood for another draw each time")
+            raise CannotSay("--keys-of stood for another draw each time")
         ((seed, number),) = draws
         writer.needs.add("jax")
         root = writer.variable("replayed_root_key")
@@ -309,8 +309,8 @@ class CommandLines:
         return lines, names.__getitem__, names.get("params", "")
 
     def _many_keys(self, root: str, streams: Iterable[str], key: KeyNames) -> tuple[list[str], KeyNames, str]:
-        """`keys` for `--draws`: a loop of draws from `root`, with the keys of each stream in a list."""
-        writer, size = self.writer, self.options["draws"]
+        """`keys` for `--samples`: a loop of draws from `root`, with the keys of each stream in a list."""
+        writer, size = self.writer, self.options["samples"]
         names = {stream: writer.variable(f"{stream}_keys") for stream in dict.fromkeys(streams)}
         if not names:
             return writer.advance(size, root), key, writer.params
@@ -340,7 +340,7 @@ class CommandLines:
         verb = {"train": "train", "eval": "evaluate"}.get(mode, "apply")
         if method:
             verb = method[-1] if mode == "as written" else f"{verb}_{method[-1]}"
-        verb += "" if self.options["draws"] is None else "_draws"
+        verb += "" if self.options["samples"] is None else "_samples"
         # With several models, each function has the model in its name.
         several = len({run.model for run in self.context.groups.runs if run.kind.forward}) > 1
         names = (f"{verb}_{model}",) if several else (verb, f"{verb}_{model}")

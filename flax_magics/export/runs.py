@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from ..models.lifted import written_by_place
 from ..rng.keys import SPLIT
 from ..run import MODULE, ExportFacts, Run, Settings
 from .cells import is_build
@@ -18,12 +19,13 @@ Keys = Mapping[str, str]
 def _arguments(command: CommandLines, written: Iterable[str], added: Settings, keys: Keys) -> list[str]:
     """The arguments of a call with the switches of the mode, and with the keys of `--key`."""
     switches = (f"{name}={value}" for name, value in added)
-    return [*written, *switches, *(f"{name}={keys[name]}" for name in command.options.get("key") or ())]
+    arguments = [*written, *switches, *(f"{name}={keys[name]}" for name in command.options.get("key") or ())]
+    return written_by_place(type(command.model.module), command.call.method, arguments)
 
 
 def _passed(command: CommandLines, keys: Collection[str]) -> list[str]:
-    """The keys as passed to a function; those of `--draws` are lists, which are stacked to be mapped."""
-    if command.options["draws"] is None or not keys:
+    """The keys as passed to a function; those of `--samples` are lists, which are stacked to be mapped."""
+    if command.options["samples"] is None or not keys:
         return [*keys]
     command.writer.needs.add("jnp")
     return [f"jnp.stack({name})" for name in keys]
@@ -67,7 +69,7 @@ def apply_linen(command: CommandLines) -> list[str]:
     value = _linen_call(command, keys, variables)
     mutable = _mutable(command)
     # What the run writes becomes part of the variables only in a plain run.
-    keeps = options["variables"] is None and options["draw"] is None and options["draws"] is None
+    keeps = options["variables"] is None and options["keys_of"] is None and options["samples"] is None
     collections = [name for name in facts.kept if name in mutable] if keeps else []
     if collections:
         command.context.assigned.add(model.variables)
@@ -93,18 +95,18 @@ def _linen_call(command: CommandLines, keys: Keys, variables: str) -> str:
     """The call of the jitted function, or with `--eager` of `apply` itself."""
     if command.options["eager"]:
         return call(*_apply_items(command, keys, as_written(command.call.arguments), variables))
-    writer, name, facts, draws = command.writer, command.model.name, command.facts, command.options["draws"]
+    writer, name, facts, samples = command.writer, command.model.name, command.facts, command.options["samples"]
     inside = {stream: f"{stream}_key" for stream in keys}
     one = list(inside.values())
-    many = one if draws is None else [f"{key}s" for key in one]
+    many = one if samples is None else [f"{key}s" for key in one]
     arguments = split(writer, command.call, facts, ("jax", name, "variables", *one, *many))
     value = call(*_apply_items(command, inside, arguments.inside, "variables"))
     body = [f"return {value}"]
-    if draws is not None and one:
-        mapped = f"return jax.vmap(one_draw)({', '.join(many)})"
-        body = [f"def one_draw({', '.join(one)}):", f"{writer.unit}return {value}", "", mapped]
-    elif draws is not None:
-        body = [f"return jax.vmap(lambda: {value}, axis_size={draws})()"]
+    if samples is not None and one:
+        mapped = f"return jax.vmap(one_sample)({', '.join(many)})"
+        body = [f"def one_sample({', '.join(one)}):", f"{writer.unit}return {value}", "", mapped]
+    elif samples is not None:
+        body = [f"return jax.vmap(lambda: {value}, axis_size={samples})()"]
     elif facts.axes:
         # The model names a mapped axis: an axis of one element stands for this one device.
         mapped = "one_device"
@@ -247,14 +249,14 @@ def apply_nnx(command: CommandLines) -> list[str]:
       CannotSay: its runs differ too much for one set of lines, or no lines do what an option does.
     """
     writer, model, options, facts = command.writer, command.model.name, command.options, command.facts
-    many = options["draws"] is not None
+    many = options["samples"] is not None
     lines, key, params = command.keys()
     keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
     if command.initialising:
         lines.append(_rebuilt(command, _build_before(command), params, key("dropout")))
     if many and options["mutable"]:
-        raise CannotSay("--mutable of many draws of an NNX model at once has no lines yet")
-    keeps = options["variables"] is None and options["draw"] is None
+        raise CannotSay("--mutable with --samples of an NNX model has no lines yet")
+    keeps = options["variables"] is None and options["keys_of"] is None
     module = model
     if options["variables"] is not None or (not many and (not keeps or (facts.mode and facts.mode.back is None))):
         # A run that keeps nothing works on a copy, with the given variables if there are some.
@@ -290,8 +292,8 @@ def apply_nnx(command: CommandLines) -> list[str]:
 
 def _build_before(command: CommandLines) -> Run:
     """The init that built the module, for runs that build it again (after `--fresh`). Raises CannotSay."""
-    if command.options["draws"] is not None:
-        raise CannotSay("many draws at once, the first of which built the module anew, have no lines yet")
+    if command.options["samples"] is not None:
+        raise CannotSay("--samples of which the first built the module anew have no lines yet")
     if len(command.initialising) < len(command.runs):
         raise CannotSay("its first run built the module anew, and the others did not")
     earlier = command.context.groups.runs[: command.indices[0]]
@@ -329,10 +331,10 @@ def _call_of_many(command: CommandLines, keys: Keys, module: str) -> str:
     if rngs:
         line = line.replace("rngs=rngs", f"rngs={rngs}")
     inner = [f"{copy} = nnx.clone({name})", *_reseeded(command, inside, copy), *_mode_lines(command, copy), line]
-    mapped = f"jax.vmap(one_draw)({', '.join(many)})"
+    mapped = f"jax.vmap(one_sample)({', '.join(many)})"
     if not keys:
-        mapped = f"jax.vmap(one_draw, axis_size={command.options['draws']})()"
-    body = [f"def one_draw({', '.join(one)}):", *indented(inner, command.writer.unit), "", f"return {mapped}"]
+        mapped = f"jax.vmap(one_sample, axis_size={command.options['samples']})()"
+    body = [f"def one_sample({', '.join(one)}):", *indented(inner, command.writer.unit), "", f"return {mapped}"]
     function = command.jitted("nnx.jit", (name, *arguments.parameters, *many), body, arguments.static)
     return call(f"{function}(", [module, *arguments.outside, *_passed(command, keys.values())])
 

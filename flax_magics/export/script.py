@@ -16,7 +16,7 @@ from ..cells.names import binds, reads
 from .cells import CellRun, CellSource, CommandSite, ExecutedStatement, FunctionNode, begin, blocks, end
 from .commands import LINES, SESSION_VARIABLES
 from .context import CommandLines, ScriptContext, initialises
-from .edit import Edit, commented, imported, lines_of_statement
+from .edit import Edit, imported, lines_of_statement
 from .functions import CannotSay, Function, JittedFunction
 from .writer import Lines, draws, joined
 
@@ -72,7 +72,7 @@ class RootKeyTracker:
           unexplained: no command in the cells made them, which a comment says.
         """
         runs = {index: self.context.groups.runs[index] for index in indices}
-        drawn = {index: run.draws or 1 for index, run in runs.items() if not run.replayed}
+        drawn = {index: run.samples or 1 for index, run in runs.items() if not run.replayed}
         # The apply after an init shares its draw, which is counted there.
         moves = sum(many for index, many in drawn.items() if index not in self.context.groups.leader)
         if not moves:
@@ -92,7 +92,7 @@ class RootKeyTracker:
         groups = self.context.groups
         run = groups.runs[index]
         stays = site is not None and run.kind.opens and groups.stays(site)
-        self.at = run.seed, run.draw + (run.draws or 1) - 1 - stays
+        self.at = run.seed, run.draw + (run.samples or 1) - 1 - stays
 
     def _started(self) -> tuple[list[str], tuple[int, int]]:
         """The line that makes the root key, none if it exists; and the draw it is at."""
@@ -161,7 +161,7 @@ class Script:
                 gap = text[last : begin(statement.statement) - 1]
                 last = end(statement.statement)
                 if statement.failed:
-                    self._write_failed(cell_run, statement.statement, gap)
+                    self._write_failed(cell_run, statement.statement)
                 else:
                     self._write_statement(statement, source, gap)
             written = [line for lines in self.blocks[-1][start:] for line in lines.text]
@@ -179,12 +179,15 @@ class Script:
         if lines:
             self.blocks[-1].append(Lines(lines, ours=ours))
 
-    def _write_failed(self, cell_run: CellRun, statement: ast.stmt, gap: list[str]) -> None:
-        """Comments out the statement that a cell failed in; of a compound one, any name may be left without a value."""
+    def _write_failed(self, cell_run: CellRun, statement: ast.stmt) -> None:
+        """Leaves the statement out that a cell failed in, and what stands below it, in one line.
+
+        Of a compound statement, any name may be left without a value.
+        """
         cell, names = cell_run.cell, self.context.names
-        what = "A cell" if cell.number is None else f"In [{cell.number}]"
-        lines = commented(lines_of_statement(cell_run.source, statement))
-        self._write([*gap, f"# {what} failed here with {cell.error}:", *lines])
+        what = "a cell" if cell.number is None else f"In [{cell.number}]"
+        rest = "" if statement is cell_run.statements[0].statement else "the rest of "
+        self._write([f"# Left out: {rest}{what}, which failed with {cell.error}."])
         names.lose(binds(statement) if blocks(statement) else binds(statement) - names.bound, f"{what} failed")
 
     def _skip(self, indices: Sequence[int]) -> None:

@@ -168,9 +168,18 @@ class LineWriter:
         Args:
           has: `keys` and `objects` if some result has such leaves; the lines for them are left out otherwise.
         """
-        key_type = ""
+        key_type, result = "", "result"
+        opened: list[str] = []
         inner = ["path = jax.tree_util.keystr(path)"]
         if "objects" in has:
+            result = "jax.tree_util.tree_map(opened, result)"
+            opened = [
+                "\tdef opened(leaf):",
+                '\t\theld = {} if hasattr(leaf, "dtype") or callable(leaf) else getattr(leaf, "__dict__", {})',
+                '\t\theld = {name: value for name, value in held.items() if not name.startswith("__")}',
+                "\t\treturn {type(leaf).__qualname__: jax.tree_util.tree_map(opened, held)} if held else leaf",
+                "",
+            ]
             inner += [
                 "if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):",
                 '\thasher.update(f"{path}\\0{leaf!r}\\0".encode())',
@@ -190,8 +199,9 @@ class LineWriter:
             "",
             "\timport numpy as np",
             "",
+            *opened,
             "\thasher = hashlib.sha256()",
-            "\tfor path, leaf in jax.tree_util.tree_flatten_with_path(result)[0]:",
+            f"\tfor path, leaf in jax.tree_util.tree_flatten_with_path({result})[0]:",
             *("\t\t" + line for line in inner),
             '\t\tarray = np.asarray(leaf, order="C")',
             f'\t\theader = f"{{path}}\\0{key_type}{{array.dtype.name}}{{list(array.shape)}}\\0"',

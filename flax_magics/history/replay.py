@@ -86,7 +86,7 @@ class Replaying(Struct, frozen=True):
         unset = {"reason": "", "causes": (), "cost": None, "limits": None, "cell": None, "notes": (), "made": None}
         return like(
             stored.run(),
-            **{**unset, **news, "changed": {}, "replayed": True, "first": False, "started": started},
+            **{**unset, **news, "changed": {}, "replayed": True, "first": False, "registered": "", "started": started},
             inputs=RELEASED if stored.inputs is None else jax.tree_util.tree_unflatten(*stored.inputs),
             agreement=replace(agreement, said=repeat.said),
         )
@@ -143,7 +143,9 @@ class Replaying(Struct, frozen=True):
         if isinstance(record, ModelRecord):  # all that is left of an NNX module, which its variables make whole again
             model = adopt_built(record.skeleton.rebuild(variables), record.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
-        options = dataclasses.replace(how.options, draw=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
+        options = dataclasses.replace(
+            how.options, keys_of=(draw.first.seed, draw.first.number), repeat=1, roofline=False
+        )
         # `--key` adds these to the call again.
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
         parts = self.services.programs.parts
@@ -196,7 +198,7 @@ def _same_keys(facts: Run) -> str:
     """The line that runs a call with the keys of an earlier draw, with a gap for its arguments."""
     command = f"%flax_{facts.command}"
     mode = {"train": " --train", "eval": " --eval"}.get(facts.mode, "")
-    return f"{command} --draw {facts.seed}:{facts.draw}{mode} {facts.call.partition('(')[0]}(…)"
+    return f"{command} --keys-of {facts.seed}:{facts.draw}{mode} {facts.call.partition('(')[0]}(…)"
 
 
 SETTINGS = (

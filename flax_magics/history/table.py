@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, overload
 import jax
 from msgspec import Struct
 
-from ..base.text import WIDTH, cell_len, clean, count, cut, dotted, plural, ulp, wrap
+from ..base.text import DIGITS, cell_len, clean, count, cut, dotted, plural, ulp, width, wrap
 from ..errors import FlaxMagicsError
 from ..report import facts
 from ..report.html import render, shown_bundle
@@ -25,13 +25,13 @@ from ..state.runs import RunLog, StoredRun
 from ..state.state import State
 
 if TYPE_CHECKING:
-    from ..base.digest import Agreement, Difference
+    from ..base.digest import Difference
 
 
 def history_html(history: History, *, everything: bool = False) -> str:
     """The table of `%flax_history` as HTML; `everything`: all rows, however many."""
     shown, said = rows(history, everything=everything)
-    return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "none": NONE})
+    return render("history.html", {"heading": heading(history), "rows": shown, "left_out": said, "nothing": NONE})
 
 
 def history_bundle(history: History, everything: bool, style: str) -> dict[str, object]:
@@ -41,7 +41,7 @@ def history_bundle(history: History, everything: bool, style: str) -> dict[str, 
 
 
 KEYS_ALONE = "replayed, its keys alone"
-"""Marks a run that took the keys of an earlier draw (`--draw`)."""
+"""Marks a run that took the keys of an earlier draw (`--keys-of`)."""
 
 
 class DrawRow(Struct, frozen=True, eq=False, dict=True):
@@ -49,7 +49,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     Attributes:
       seed, draw: which draw of which seed.
-      draws: how many it took at once, None for one.
+      samples: how many draws it took at once, None for one.
       command: what drew.
       name: the model's; for a key its stream.
       mode: as in `Run`; empty for an init or a key.
@@ -62,7 +62,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
     seed: int
     draw: int
-    draws: int | None
+    samples: int | None
     command: CommandName
     name: str
     mode: str
@@ -107,7 +107,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
     @property
     def last(self) -> int:
         """The number of the last draw that it took: more than `draw` if it took several."""
-        return self.draw + (self.draws or 1) - 1
+        return self.draw + (self.samples or 1) - 1
 
     @property
     def run(self) -> Run:
@@ -116,9 +116,7 @@ class DrawRow(Struct, frozen=True, eq=False, dict=True):
 
 
 def _word(keys: Mapping[str, jax.Array], name: str) -> str:
-    if isinstance(keys, RunKeys):  # from the host's data, without making an array
-        return keys.data(name)[:4][::-1].hex()
-    return short_key(keys[name])
+    return keys.word(name) if isinstance(keys, RunKeys) else short_key(keys[name])
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +176,7 @@ def _drawn(stored: StoredRun, cells: Mapping[int, tuple[str, ...]]) -> DrawRow:
     if facts.elsewhere is None:  # a run of another process has a cell number of another kernel
         marks += cells.get(facts.cell or 0, ())
     same = {
-        name: getattr(facts, name) for name in ("seed", "draw", "draws", "command", "mode", "call", "cell", "started")
+        name: getattr(facts, name) for name in ("seed", "draw", "samples", "command", "mode", "call", "cell", "started")
     }
     name = (COMMANDS[facts.command].model and facts.model) or facts.call
     return DrawRow(**same, name=name, marks=tuple(marks), _stored=stored)
@@ -281,13 +279,13 @@ def history_text(history: History, *, everything: bool = False) -> str:
     cells = [(row.draw, row.what, row.digest, row.cell, row.time) for row in shown]
     wide = [max(len(title), *(cell_len(cell[at]) for cell in cells)) for at, title in enumerate(titles)]
     # The second column gives way if the line is too long; 8 are the gaps between five columns.
-    wide[1] = min(wide[1], WIDTH - 2 - wide[0] - sum(wide[2:]) - 8)
+    wide[1] = min(wide[1], width() - 2 - wide[0] - sum(wide[2:]) - 8)
     lines.append(_line(titles, wide))
     for row, cell in zip(shown, cells, strict=True):
         lines.append(_line((cell[0], cut(cell[1], wide[1]), *cell[2:]), wide))
         indent = " " * (4 + wide[0])
         about = [part for part in (row.inputs, *row.keys, row.weights, *row.replayed) if part]
-        lines += [indent + part for part in dotted(about, WIDTH - len(indent))] if about else []
+        lines += [indent + part for part in dotted(about, width() - len(indent))] if about else []
         for mark in row.marks:
             lines += wrap(mark, f"{indent}! ", f"{indent}  ")
     return "\n".join(lines)
@@ -295,7 +293,7 @@ def history_text(history: History, *, everything: bool = False) -> str:
 
 def _line(cells: Iterable[str], wide: list[int]) -> str:
     draw, *others = cells
-    padded = [cell + " " * (width - cell_len(cell)) for cell, width in zip(others, wide[1:], strict=True)]
+    padded = [cell + " " * (most - cell_len(cell)) for cell, most in zip(others, wide[1:], strict=True)]
     return "  ".join(["", draw.rjust(wide[0]), *padded]).rstrip()
 
 
@@ -328,7 +326,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     draw = f"{first.seed}:{first.draw}" if several else f"{first.draw}"
     if first.draw != last.last:
         # If other calls stand between, the numbers are not consecutive, and no dash may say so.
-        through = last.last - first.draw < sum(row.draws or 1 for row in group)
+        through = last.last - first.draw < sum(row.samples or 1 for row in group)
         draw += f"–{last.last}" if through else f" … {last.last}"
     mode = "" if first.mode in ("", "as written") else f" {first.mode}"
     what = clean(f"{first.command} {first.name}{mode}")
@@ -336,7 +334,7 @@ def _row(group: list[DrawRow], several: bool, weights: str) -> HistoryRow:
     keys = [f"{clean(stream)} {word}" for stream, word in first.keys.items()]
     if len(group) > 1 or first.last != first.draw:
         keys = [f"{key} …" for key in keys]
-    digest = f"{count(len(group))} runs" if len(group) > 1 else first.digest or "not taken"
+    digest = f"{count(len(group))} runs" if len(group) > 1 else (first.digest or "")[:DIGITS] or "not taken"
     cell = "" if first.cell is None else f"[{first.cell}]"
     at = time.strftime("%H:%M:%S", time.localtime(first.started))
     replays = tuple(mark for mark in map(clean, first.marks) if mark.startswith(REPLAYED))
@@ -366,20 +364,10 @@ def notice_of(run: Run) -> Notice:
     elif agreement.identical is None:
         notes.insert(0, Note("replay", NOTHING, form="%flax_apply -o run …"))
     draw = facts.draw_of(run, seed=True).removesuffix(" again")
-    return Notice(facts.name_of(run), (facts.mode_of(run), draw, "replayed", verdict(run, agreement)), tuple(notes))
+    return Notice(facts.name_of(run), (facts.mode_of(run), draw, "replayed", facts.verdict(run)), tuple(notes))
 
 
 NOTHING = "its output was let go of before a digest was taken: there is nothing to compare with"
-
-
-def verdict(run: Run, agreement: Agreement) -> str:
-    """The result in a few words: `identical: float32[3,4,3]`, `identical, by its digest`, `differs`, …"""
-    if agreement.identical is None:
-        return "nothing to compare with"
-    if not agreement.identical:
-        return "differs"
-    how = ", by its digest" if agreement.against == "digest" else ""
-    return f"identical{how}: {cut(clean(run.shape), 40)}"
 
 
 def difference_text(difference: Difference) -> str:

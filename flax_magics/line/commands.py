@@ -6,8 +6,12 @@ from .options import Command, Option
 
 QUIET = Option("--quiet", "show nothing but a sharp bit that was not said yet", short="-q")
 BIND = Option("--out", "bind the Run to NAME as well", "NAME", short="-o", is_name=True)
-DRAW = Option(
-    "--draw", "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run", "N"
+KEYS_OF = Option(
+    "--keys-of",
+    "use the keys of an earlier draw, making no new one: its number, last, seed:N, or the name of a Run",
+    "N",
+    was="--draw",
+    takes="draw",
 )
 REPEAT = Option(
     "--repeat",
@@ -58,7 +62,7 @@ FLAX_INIT = Command(
     "Initialises the model's variables, or initialises them again, and gives them. It opens a draw and uses its params "
     "key; if the next draw is this model's %flax_apply, that takes the same draw's other streams. The call is the one "
     "that Flax's init gets, without the key: net(x), not net.init(key, x).",
-    (DRAW, QUIET, BIND),
+    (KEYS_OF, QUIET, BIND),
     ("%flax_init net(x)", "variables = %flax_init net(x)"),
 )
 
@@ -66,31 +70,48 @@ FLAX_APPLY = Command(
     "%flax_apply",
     "%flax_apply [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
     "%%flax_apply [options]          statements, the last of which is the call",
-    "One draw from the root key, one compiled forward pass, one report; gives what the model returns. Variables that are "
-    "not there yet are initialised first. With neither --train nor --eval the model runs as written.\n\n"
+    "One draw from the root key, one compiled forward pass, one report; gives what the model returns. What nobody has "
+    "registered is registered, and variables that are not there yet are initialised first. With neither --train nor "
+    "--eval the model runs as written.\n\n"
     "The call is the model's: net(x), not net.apply(variables, x, rngs=…). In a function that JAX traces (jax.grad, jit, "
     "vmap, scan) no command draws or runs: call net.apply there, with variables and keys taken before.",
     (
         TRAIN,
         EVAL,
-        Option("--mutable", "hand a collection back: gives (output, updates)", "NAME", "-m", many=True, is_name=True),
-        Option("--variables", "run with other variables, and keep nothing", "EXPR"),
-        Option("--key", "pass the draw's stream ARG as that argument", "ARG", many=True, is_name=True),
-        DRAW,
-        Option("--draws", "K draws at once, outputs stacked: Monte-Carlo dropout", "K", type=int),
+        Option(
+            "--mutable",
+            "hand a collection back: gives (output, updates)",
+            "NAME",
+            "-m",
+            many=True,
+            is_name=True,
+            takes="collection",
+        ),
+        Option("--variables", "run with other variables, and keep nothing", "EXPR", takes="variables"),
+        Option(
+            "--key", "pass the draw's stream ARG as that argument", "ARG", many=True, is_name=True, takes="argument"
+        ),
+        KEYS_OF,
+        Option(
+            "--samples",
+            "K draws at once, outputs stacked: Monte-Carlo dropout; keep nothing that the model writes",
+            "K",
+            type=int,
+            was="--draws",
+        ),
         REPEAT,
         Option(
             "--roofline",
             "hold those against what this machine reaches in a large matmul and a large copy; without --repeat, 20 runs",
         ),
-        Option("--eager", "run op by op, without compiling"),
+        Option("--eager", "run op by op, without compiling: the model may give any object"),
         BIND,
         QUIET,
     ),
     (
         "y = %flax_apply net(x)",
         "%flax_apply --train net(x)",
-        "ys = %flax_apply --train --draws 8 net(x)",
+        "ys = %flax_apply --train --samples 8 net(x)",
         "%flax_apply --repeat 20 -o run net(x)",
         "%flax_apply --roofline net(x)",
         "%%flax_apply --train\nx2 = x * 2\ny = net(x2)",
@@ -174,7 +195,10 @@ FLAX_SAVE = Command(
     "at all. %flax_load FILE in a fresh kernel goes on with the draw that would have come.\n\n"
     "With --autosave a thread saves after each run that changed variables. It never holds up the kernel, and one that is "
     "killed leaves the file whole.",
-    (Option("--autosave", "from now on save there in the background, or off", "FILE", quotes=True), SILENT),
+    (
+        Option("--autosave", "from now on save there in the background, or off", "FILE", quotes=True, takes="file"),
+        SILENT,
+    ),
     ("%flax_save session.safetensors", "%flax_save --autosave session.safetensors", "%flax_save --autosave off"),
     takes="file",
 )
@@ -196,8 +220,8 @@ FLAX_EXPORT = Command(
     "The cells that ran, in the order in which they ran, as they are, with plain JAX and Flax in the place of each command: "
     "the split of the root key, init, a jitted apply with its rngs and mutable collections. It needs no flax_magics, and "
     "prints for each run the digest that the session had. Magics and shell lines become comments, and so does what uses "
-    "flax_magics otherwise; what cannot be exported is said in its place. Cells that failed and left nothing are counted at "
-    "the end.\n\n"
+    "flax_magics otherwise; what cannot be exported is said in its place. Of a cell that failed, what ran "
+    "is there, and one line for the rest; those that left nothing are counted at the end.\n\n"
     "A file is formatted by ruff or black where one of them is installed. It is replaced only if this command wrote it and "
     "nobody has changed it since.",
     (
@@ -266,7 +290,19 @@ MEANINGS = (
 
 KINDS = (
     *("dropout", "norm", "mode", "nan", "stream", "root key", "key again", "same key", "unused key", "mutable"),
-    *("zero params", "nan params", "scalar", "programs", "masks", "replaced", "weights", "outdated", "file", "rebound"),
+    *(
+        "samples",
+        "zero params",
+        "nan params",
+        "scalar",
+        "programs",
+        "masks",
+        "replaced",
+        "weights",
+        "outdated",
+        "file",
+        "rebound",
+    ),
 )
 """Kinds of notes on likely mistakes; `%config FlaxMagics.notes` turns them off by these names.
 
@@ -280,6 +316,7 @@ key again: a key that went into an earlier run is passed again.
 same key: one key is given to two arguments of a call.
 unused key: a key is passed that the model does not use.
 mutable: a collection is asked for by a name that the model does not have.
+samples: all samples of a run are the same, because no key went into them.
 zero params: all params are zero after init.
 nan params: params hold NaN after init.
 scalar: a Python number stands where an array was.

@@ -26,7 +26,7 @@ from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 
 _GATHER = "__flax_gather__"
 """Name under which the code of a call finds the function that collects its arguments."""
-_GAP = "_gap_"
+GAP = "_gap_"
 """Replaces `…`, which is no Python, while a call is parsed."""
 
 
@@ -213,7 +213,7 @@ class Line(NamedTuple):
         None removes the argument; positional ones after it become keywords. Returns None where this is not possible,
         for instance because the call has starred arguments.
         """
-        call = ast.parse(self.call.replace("…", _GAP), mode="eval").body
+        call = ast.parse(self.call.replace("…", GAP), mode="eval").body
         assert isinstance(call, ast.Call)
         if any(isinstance(arg, ast.Starred) for arg in call.args):
             return None
@@ -225,7 +225,7 @@ class Line(NamedTuple):
             return None
         if write is not None:
             text = write if isinstance(write, str) else write(ast.unparse(argument))
-            edited = ast.parse(text.replace("…", _GAP), mode="eval").body
+            edited = ast.parse(text.replace("…", GAP), mode="eval").body
             call.args = [edited if arg is argument else arg for arg in call.args]
             for item in call.keywords:
                 item.value = edited if item.value is argument else item.value
@@ -235,7 +235,7 @@ class Line(NamedTuple):
                 return None
             call.args = call.args[:place]
             call.keywords = [ast.keyword(*item) for item in items[place:] if item[1] is not argument]
-        return self._replace(call=ast.unparse(call).replace(_GAP, "…"))
+        return self._replace(call=ast.unparse(call).replace(GAP, "…"))
 
 
 def without_option(command: str, flag: str, value: str = "") -> str:

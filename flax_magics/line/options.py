@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.text import WIDTH
-from ..base.tokens import Unbalanced, pieces, point_at, token_end
+from ..base.text import WIDTH, width
+from ..base.tokens import Unbalanced, pieces, point_at, statements, token_end
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, nearest, written
 
@@ -38,6 +38,8 @@ class Option(NamedTuple):
       type: type of the value, str or int.
       least: the smallest int that is accepted, None for any.
       is_name: the value must be a Python identifier.
+      was: what it was called before.
+      takes: what its value is, for completion: `collection`, `argument`, `draw`, `variables`, `file`.
     """
 
     flag: str
@@ -49,11 +51,13 @@ class Option(NamedTuple):
     type: builtins.type[str] | builtins.type[int] = str
     least: int | None = 1
     is_name: bool = False
+    was: str = ""
+    takes: str = ""
 
     @property
     def key(self) -> str:
         """Its key in `LineOptions.options`, such as `train`."""
-        return self.flag.lstrip("-")
+        return self.flag.lstrip("-").replace("-", "_")
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -100,7 +104,7 @@ class Command(NamedTuple):
         return not self.bare and not self.name.startswith("%%") and "--autosave" not in line
 
     def render_help(self) -> str:
-        """The help text in 80 columns: usage, help, options and examples."""
+        """The help text: usage, help, options and examples."""
         options = [
             (", ".join(option.flags) + (f" {option.metavar}" if option.metavar else ""), option.help)
             for option in (*self.options, HELP)
@@ -112,8 +116,12 @@ class Command(NamedTuple):
             if len(spelled) + 4 > column:
                 lines.append(first)
                 first = " " * column
-            lines += textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=" " * column)
-        paragraphs = [textwrap.fill(paragraph, WIDTH) for paragraph in self.help.split("\n\n")]
+            lines += textwrap.wrap(
+                text, width(), initial_indent=first, subsequent_indent=" " * column, break_on_hyphens=False
+            )
+        paragraphs = [
+            textwrap.fill(paragraph, width(), break_on_hyphens=False) for paragraph in self.help.split("\n\n")
+        ]
         blocks = [self.usage, *paragraphs, "\n".join(lines)]
         blocks += ["examples:\n" + textwrap.indent("\n".join(self.examples), "  ")] if self.examples else []
         return "\n\n".join(blocks)
@@ -181,13 +189,25 @@ class _Reader:
                 # If another option or nothing follows, the value was left out.
                 word = (line[begin:].split(None, 1) or ["--"])[0]
                 position = begin if word.startswith("--") or word in command.flags else self._end_of(begin)
-            value = line[begin:position]
+            value, after = line[begin:position], line[position:]
+            if (
+                "(" in value
+                and not after.strip()
+                and not equals
+                and command.takes == "call"
+                and command.needs_rest(line)
+            ):
+                raise self._wants(option, line[: start + len(flag)], value, "")
             converted = _convert(option, value) if value else None
             if converted is None:
-                raise self._wants(option, line[: start + len(flag)], value, line[position:])
+                raise self._wants(option, line[: start + len(flag)], value, after)
             options[option.key] = (*options[option.key], converted) if option.many else converted
             position = self._skip(position)
         rest = line[position:].rstrip()
+        word, _, call = rest.partition(" ")
+        if call and f"--{word}" in command.flags and not statements(rest):
+            advice = self._corrected(f"{line[:position]}--{rest}")
+            raise FlaxMagicsError(f"`{word}` is an option, and options begin with two dashes.", **advice)
         if self._after_the_call(position, position + len(rest)):
             return LineOptions({}, help=True)
         return LineOptions(options, rest, position)
@@ -223,9 +243,13 @@ class _Reader:
     def _unknown(self, start: int, flag: str) -> FlaxMagicsError:
         """The error for an unknown option, with the nearest known ones and the list of all."""
         command, line, bare = self.command, self.line, flag.lstrip(_DASHES)
-        known = [option.key for option in (*command.options, HELP)]
-        near = [f"--{key}" for key in known if bare and key.startswith(bare)]
-        near = near or [f"--{key}" for key in nearest(bare, known, 1)]
+        for option in command.options:
+            if option.was == flag:
+                advice = self._corrected(f"{line[:start]}{option.flag}{line[start + len(flag) :]}")
+                return FlaxMagicsError(f"{flag} is called {option.flag} now.", **advice)
+        known = [option.flag.lstrip("-") for option in (*command.options, HELP)]
+        near = [f"--{name}" for name in known if bare and name.startswith(bare)]
+        near = near or [f"--{name}" for name in nearest(bare, known, 1)]
         message, advice = f"{command.name} has no option {flag}.", {}
         if near:
             message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
@@ -331,8 +355,8 @@ class ApplyOptions:
     mutable: tuple[str, ...] = ()
     variables: Mapping[str, PyTree] | None = None
     key: tuple[str, ...] = ()
-    draw: DrawNumber | None = None
-    draws: int | None = None
+    keys_of: DrawNumber | None = None
+    samples: int | None = None
     repeat: int = 1
     eager: bool = False
     roofline: bool = False
@@ -346,15 +370,21 @@ class ApplyOptions:
     @property
     def line(self) -> str:
         """`%flax_apply` with these options, for messages; variables, whose text is unknown, are `…`."""
-        draw = ":".join(map(str, self.draw)) if isinstance(self.draw, tuple) else self.draw
+        keys_of = ":".join(map(str, self.keys_of)) if isinstance(self.keys_of, tuple) else self.keys_of
         options = [f"--{self.mode}"] if self.mode else []
         options += [f"--mutable {name}" for name in self.mutable]
         options += [] if self.variables is None else ["--variables …"]
         options += [f"--key {name}" for name in self.key]
-        options += [f"--{name} {value}" for name, value in (("draw", draw), ("draws", self.draws)) if value is not None]
+        options += [] if keys_of is None else [f"--keys-of {keys_of}"]
+        options += [] if self.samples is None else [f"--samples {self.samples}"]
         options += [f"--repeat {self.repeat}"] if self.repeat > 1 else []
         options += [f"--{name}" for name in ("roofline", "eager") if getattr(self, name)]
         return " ".join(["%flax_apply", *options])
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what the model writes is kept."""
+        return self.variables is None and self.keys_of is None and self.samples is None
 
     @cached_property
     def plain(self) -> bool:

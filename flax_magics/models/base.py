@@ -91,6 +91,8 @@ class CallTrace:
     """The changed graph of an NNX module, None if the run did not change it."""
     calls: Calls | None = None
     """Records the calls of submodules; None where nobody asks for them."""
+    foreign: str = ""
+    """The class of an object that the model gives or sows and that is no tree of arrays: no program can give it."""
 
     def passed(self, kind: str, path: Path, module: object, around: list[Any], given: Mapping[str, object]) -> None:
         """Records a dropout or normalization layer that is being called; see `layer_of` for the arguments."""
@@ -139,6 +141,10 @@ class Commit(Struct, frozen=True):
 
 class MissingVariables(Exception):
     """Raised by `forward` where the model needs variables that do not exist: the init did not reach this method."""
+
+
+class ForeignOutput(Exception):
+    """The model gives or sows an object that no program can give; its message is the name of the object's class."""
 
 
 class Incomplete(Exception):

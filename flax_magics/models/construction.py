@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from ..base.digest import kind_of
 from ..base.tokens import variable_name
 from ..base.types import PyTree
 from ..code.fingerprint import fingerprint
@@ -49,9 +50,7 @@ def adopt(module: Any, name: str) -> Model:
             f"`{name}` is the class {module.__name__}; a model is an instance of it.",
             **written(spell_construction(module, "%flaxmodel", module.__name__, name)),
         )
-    kind = type(module).__name__
-    article = "an" if kind[:1].lower() in "aeiou" else "a"
-    raise FlaxMagicsError(f"`{name}` is {article} {kind}, not a Flax module.")
+    raise FlaxMagicsError(f"`{name}` is {kind_of(module)}, not a Flax module.")
 
 
 def adopt_built(module: object, written: str) -> ModelWithVariables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -15,13 +16,14 @@ from typing import Any, ClassVar, Literal, Self
 import jax
 from flax import linen as nn
 from flax.core import meta
-from flax.errors import ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
+from flax.errors import InvalidRngError, ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
 
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
 from ..code.inventory import shorten
 from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError, did_you_mean
+from ..line.expression import GAP, with_arguments
 from ..run import MODULE, Settings
 from .base import (
     FLAX_ARGUMENTS,
@@ -38,10 +40,17 @@ from .base import (
     own_methods,
 )
 from .calls import TAKES_ANYTHING, Args, Function, Kwargs, Names, Path, without_self
+from .lifted import by_place, written_by_place
 from .linen_trace import Recorder, bound, sowing, unbound_axis
 from .switch import cloned, read_fields, set_fields, set_unset_fields, setting_of
 
 _MISSING = (ScopeParamNotFoundError, ScopeCollectionNotFound, ScopeVariableNotFoundError)
+
+
+def lacking_stream(error: InvalidRngError) -> str | None:
+    """The stream of which a module needs a key and has none, None where Flax does not say."""
+    match = re.search(r'PRNG for "(\w+)"', str(error))
+    return match[1] if match else None
 
 
 def nnx_bridge() -> ModuleType | None:
@@ -139,9 +148,28 @@ class LinenModel:
         """`module.init`, eagerly as by hand. Sown collections are dropped, since later runs would append to them."""
         across = nnx_bridge()
         with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
-            target, kwargs = self._target(method, kwargs)
-            variables = self.module.init(key, *args, method=target, **kwargs)
+            target, args, kwargs = self._target(method, args, kwargs)
+            variables = self._init(key, partial(self.module.init, method=target), args, kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
+
+    def _init(self, key: Any, init: Function, args: Args, kwargs: Kwargs) -> Variables:
+        """Linen's init with the `params` key alone.
+
+        Where a stream is asked for it falls back on `params`, but inside a transform that hands on that stream and not
+        `params` it finds nothing: there it is given the key that it would have fallen back on.
+        """
+        streams: list[str] = []
+        while True:
+            try:
+                variables: Variables = init({"params": key, **dict.fromkeys(streams, key)}, *args, **kwargs)
+            except InvalidRngError as error:
+                lacking = lacking_stream(error)
+                if lacking in (None, "params", *streams):
+                    raise
+                streams.append(str(lacking))
+                continue
+            self._cache.init_streams.update(streams)
+            return variables
 
     def streams(self) -> frozenset[str]:
         """None: a linen model is given the streams that a trace asked for."""
@@ -173,7 +201,7 @@ class LinenModel:
 
         def run(variables: Variables, keys: PyTree, args: Args, kwargs: Kwargs) -> tuple[PyTree, Updates]:
             across, recorder = nnx_bridge(), Recorder(ask, record, keys, root_impl)
-            target, kwargs = self._target(method, kwargs)
+            target, args, kwargs = self._target(method, args, kwargs)
             apply = partial(
                 self.module.apply, variables, *args, rngs=dict(keys), method=target, mutable=mutable, **kwargs
             )
@@ -199,14 +227,15 @@ class LinenModel:
 
         return run
 
-    def _target(self, method: Path, kwargs: Kwargs) -> tuple[str | Function | None, Kwargs]:
-        """The `method` argument for Flax's `apply` and `init`, and the keyword arguments to pass beside it."""
+    def _target(self, method: Path, args: Args, kwargs: Kwargs) -> tuple[str | Function | None, Args, Kwargs]:
+        """The `method` argument for Flax's `apply` and `init`, and the arguments to pass beside it."""
+        args, kwargs = by_place(type(self.module), method, args, kwargs, lambda default: default)
         # A user's argument called `rngs` or `mutable` must be closed over, or Flax would take it for its own.
         shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}
         if not method and not shadowed:
-            return None, kwargs
+            return None, args, kwargs
         if len(method) == 1 and hasattr(type(self.module), method[0]) and not shadowed:
-            return method[0], kwargs
+            return method[0], args, kwargs
 
         def call(module: nn.Module, *args: PyTree, **kwargs: PyTree) -> PyTree:
             target: Any = module
@@ -216,7 +245,7 @@ class LinenModel:
                 target = getattr(target, name)
             return target(*args, **kwargs, **shadowed)
 
-        return call, {} if shadowed else kwargs
+        return call, args, {} if shadowed else kwargs
 
     def own_variables(self, of_session: Variables | None) -> Variables | None:
         """Those that the session holds."""
@@ -264,8 +293,8 @@ class LinenModel:
         key = "params_key"
         if self.init_streams:
             key = "{" + ", ".join(f"'{stream}': params_key" for stream in ("params", *self.init_streams)) + "}"
-        more = [f"{name}={value}" for name, value in arguments]
-        return self._in_plain_flax("init", call, method, module, first=key, more=more)
+        call = with_arguments(call, [f"{name}={value}" for name, value in arguments])
+        return self._in_plain_flax("init", call, method, module, first=key, more=[])
 
     @property
     def init_streams(self) -> tuple[str, ...]:
@@ -276,7 +305,11 @@ class LinenModel:
         """`module.verb(first, <arguments of call>, *more)`, as text; `verb` is `apply` or `init`."""
         name, _, rest = call.partition("(")
         arguments = rest.rpartition(")")[0].strip().rstrip(",")
-        shadowed = any(f"{name}=" in arguments for name in FLAX_ARGUMENTS) and _keywords(call) & {*FLAX_ARGUMENTS}
+        texts = _argument_texts(call)
+        shadowed = any(text.startswith(f"{name}=") for text in texts for name in FLAX_ARGUMENTS)
+        placed = written_by_place(type(self.module), method, texts)
+        if placed != texts:
+            arguments = ", ".join(placed)
         parts = [first, *([arguments] if arguments and not shadowed else []), *more]
         if shadowed:
             parts.append(f"method=lambda m: {'.'.join(('m', *method))}({arguments})")
@@ -287,12 +320,13 @@ class LinenModel:
         return f"{module.replace(MODULE, name.partition('.')[0])}.{verb}({', '.join(parts)})"
 
 
-def _keywords(call: str) -> set[str]:
-    """Names of the keyword arguments in the text of a call; empty where it does not parse."""
+def _argument_texts(call: str) -> list[str]:
+    """The arguments of a call as text, `…` for each that has none; none where it does not parse."""
     with suppress(SyntaxError):
-        tree = ast.parse(call, mode="eval").body
-        return {keyword.arg for keyword in tree.keywords if keyword.arg} if isinstance(tree, ast.Call) else set()
-    return set()
+        tree = ast.parse(call.replace("…", GAP), mode="eval").body
+        assert isinstance(tree, ast.Call)
+        return [ast.unparse(node).replace(GAP, "…") for node in (*tree.args, *tree.keywords)]
+    return []
 
 
 def _short(value: object) -> str:

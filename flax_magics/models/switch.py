@@ -270,6 +270,8 @@ class Layer(Struct, frozen=True):
     """The owner's own switch as its code would write it, such as `train` or `self.training`; empty if it has none."""
     method: str = ""
     """The owner's method that called the layer."""
+    stream: str = ""
+    """The stream that a dropout layer takes a key from while it is on."""
 
 
 class _SwitchPlace(NamedTuple):
@@ -302,11 +304,11 @@ def layer_of(kind: str, path: Path, module: object, around: list[Any], given: Ma
     value = given[name] if in_call else getattr(module, name)
     if not isinstance(value, bool):
         return None
-    is_training = value is WHEN_TRAINING[name]
+    is_training, stream = value is WHEN_TRAINING[name], _stream_of(module)
     owner = next((each for each in around if not _is_flax(type(each))), None)
     if owner is None:
         made_in = type(around[0] if around else module).__name__
-        return Layer(kind, path, is_training, made_in, name, value)
+        return Layer(kind, path, is_training, made_in, name, value, stream=stream)
     frame = _frame_of(owner)
     line = None if frame is None else frame.f_lineno
     written = list(_places_of(type(owner), type(module), name, in_call))
@@ -324,7 +326,16 @@ def layer_of(kind: str, path: Path, module: object, around: list[Any], given: Ma
         source = CodePlace(texts.pop(), literal)
         made_in += f" (line {places[0].line})"
     own_switch, method = _own_switch(owner, frame), "" if frame is None else frame.f_code.co_name
-    return Layer(kind, path, is_training, made_in, name, value, source, own_switch, method)
+    return Layer(kind, path, is_training, made_in, name, value, source, own_switch, method, stream)
+
+
+def _stream_of(layer: object) -> str:
+    """The stream of a dropout layer; in NNX by the tag of the one that it holds. Empty for any other layer."""
+    name, rngs = str(getattr(layer, "rng_collection", "")), getattr(layer, "rngs", None)
+    # Not by attributes: an `nnx.Rngs` looks these up as streams, which would count as asking for them.
+    streams = getattr(rngs, "__dict__", {})
+    held: Any = rngs if "count" in streams else streams.get(name, streams.get("default"))
+    return name if held is None else str(held.key.tag)
 
 
 def _is_flax(cls: type) -> bool:

@@ -9,20 +9,22 @@ import ast
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import line_cell_magic, line_magic, needs_local_scope, no_var_expand
 
-from ..base.private import is_tracing
 from ..base.tokens import statements
-from ..code.library import is_module, is_module_class
-from ..errors import FlaxMagicsError, advice_lines, did_you_mean, nearest, written
+from ..code.library import is_module, is_module_class, nnx_modules
+from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
 from ..line.commands import FLAX_VARS
+from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
-from .notebook import Notebook
+from .hints import hints
+from .notebook import ModelCall, Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
 from .tracebacks import show_user_frames
 
@@ -42,7 +44,6 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
         @wraps(function)
         def run(self: Any, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
             notebook: Notebook = self.notebook
-            notebook.called = None
             options = LineOptions({})
             try:
                 # For a call, a `;` is read together with it; elsewhere it only silences.
@@ -62,8 +63,10 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
                 raise
             # An error of the model's own: shown without our frames.
             except Exception as error:
-                show_user_frames(error, notebook.shell, hint=_hints(error, notebook, options.options))
+                show_user_frames(error, notebook.shell, hint=hints(error, notebook, options.options))
                 raise
+            finally:
+                notebook.called = None  # its arguments would be held until the next command
 
         del run.__wrapped__  # IPython 7 would call by the signature of the wrapped function
         run.__doc__ = spec.render_help()
@@ -158,18 +161,24 @@ class CommandUse:
             )
         return run_statements_with_call(self.notebook.shell, self.cell, self.line, f"%{name}")
 
-    def resolve(self, expression: CallExpression) -> tuple[str, Call, Any]:
-        """Name of the model, the evaluated call, and the module that the name stands for now, None if as registered."""
+    def resolve(self, expression: CallExpression, *, registers: bool = True) -> tuple[str, Call, Any]:
+        """Name of the model, the evaluated call, and the module that the name stands for now, None if as registered.
+
+        Args:
+          registers: a module that never was registered is, once the command has succeeded.
+        """
         from ..execution.call import Call
 
         target, value = expression.target, self.value_of(expression.target)
         registered = self.notebook.session.module(target)
-        if registered is None:
+        # Variables of a file are given to an NNX module where it is registered, and not where it runs.
+        waited_for = target in self.notebook.session.waiting and isinstance(value, nnx_modules())
+        if registered is None and (waited_for or not registers or not is_module(value)):
             raise self._unknown(expression, value)
         args, kwargs = expression.evaluate(self.user_ns, self.local_ns)
         call = Call(expression.method, args, kwargs, expression.call, self.notebook.number, expression.command)
         # From here on an error may come from the model: its hints are about this call.
-        self.notebook.called = expression
+        self.notebook.called = ModelCall(expression, call, registered if registered is not None else value)
         if value is registered:
             return target, call, None
         if is_module_class(value) and type(registered).__name__ == value.__name__ and type(registered) is not value:
@@ -181,6 +190,7 @@ class CommandUse:
 
     def _unknown(self, expression: CallExpression, value: Any) -> FlaxMagicsError:
         """The error for a name without a registered model; `value` is what it is bound to in the namespace."""
+        from ..base.digest import kind_of
         from ..models.construction import adopt, modules_in, spell_construction
 
         session, name = self.notebook.session, expression.target
@@ -190,7 +200,9 @@ class CommandUse:
                 adopt(value, name)
             except FlaxMagicsError as error:
                 return error
-            return FlaxMagicsError(f"`{name}` is not registered yet.", write=f"%flaxmodel {name}")
+            saved = session.waiting.get(name)
+            waits = "" if saved is None else f", and its variables from `{saved.file}` wait for that"
+            return FlaxMagicsError(f"`{name}` is not registered yet{waits}.", write=f"%flaxmodel {name}")
         if is_module_class(value):
             message = f"`{name}` is a class, and a model is an instance of it."
             return FlaxMagicsError(message, **written(spell_construction(value, "%flaxmodel", name)))
@@ -203,22 +215,51 @@ class CommandUse:
         listed = f"registered: {', '.join(known)}" if known else "no model is registered yet"
         hint = did_you_mean(name, known, *modules_in(names))
         text = f"no model is called `{name}`; {listed}."
+        part = self._part_called(expression, value)
+        if part is not None:
+            return part
         if value is not None:
-            text = f"`{name}` is no model but {type(value).__name__}; {listed}."
+            text = f"`{name}` is {kind_of(value)}, not a model; {listed}."
             tree = expression.tree
             calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and root_name(node) in known]
             if calls:  # such as `jnp.sum(net(x))`, where only the inner call can be a command's
                 return FlaxMagicsError(text, **written(values_first(expression.text, tree, expression.command, calls)))
         return FlaxMagicsError(text, hint=hint, form=None if known or hint else f"%flaxmodel {name} = …")
 
-    def draw(self) -> DrawNumber | None:
-        """The draw that `--draw` names, None without the option."""
-        text = self["draw"]
+    def _part_called(self, expression: CallExpression, value: Any) -> FlaxMagicsError | None:
+        """The error for a module that is called as a part of something else, such as `agent.actor(x)`, None without one.
+
+        Also for `self.net(x)` where nothing is called `self` and `net` is a model.
+        """
+        path, target = expression.method, expression.target
+        rest = expression.text[end_of(expression.text, expression.tree.func) :]
+        registered, names = self.notebook.session.models, self.names()
+        if value is None and path and (path[0] in registered or is_module(names.get(path[0]))):
+            line = f"{expression.command} {'.'.join(path)}{rest}"
+            return FlaxMagicsError(f"nothing is called `{target}` here, and `{path[0]}` is a model.", write=line)
+        for n, attribute in enumerate(path, 1):
+            with suppress(Exception):  # whatever a property of the user's raises
+                value = getattr(value, attribute, None)
+            if is_module(value):
+                part = ".".join((target, *path[:n]))
+                name = next((one for one, model in registered.items() if model.module is value), None)
+                lines = []
+                if name is None:
+                    name = attribute if names.get(attribute, value) is value else f"{target}_{attribute}"
+                    lines = [f"%flaxmodel {name} = {part}"]
+                lines.append(f"{expression.command} {'.'.join((name, *path[n:]))}{rest}")
+                message = f"`{part}` is a model without a name of its own."
+                return FlaxMagicsError(message, write="\n".join(lines))
+        return None
+
+    def keys_of(self) -> DrawNumber | None:
+        """The draw that `--keys-of` names, None without the option."""
+        text = self["keys_of"]
         if text is None:
             return None
         # Typed again with a gap for the draw, so that advice can be pasted.
         typed = f"{'%' if self.cell is None else '%%'}{self.spec.bare_name} {self.line}".strip()
-        return self.draw_of(text, re.sub(rf"(--draw[\s=]+){re.escape(text)}", r"\1{}", typed, count=1))
+        return self.draw_of(text, re.sub(rf"(--keys-of[\s=]+){re.escape(text)}", r"\1{}", typed, count=1))
 
     def draw_of(self, text: str, line: str) -> DrawNumber:
         """A draw as `Session.apply` takes it, from a number, `last`, `seed:N`, or the name of a Run.
@@ -242,7 +283,7 @@ class CommandUse:
             return run.seed, run.draw
         choices = ["last", *(name for name, value in self.names().items() if isinstance(value, Run))]
         near = next(iter(nearest(text, choices)), "last")
-        taker = "%flax_replay" if line.startswith("%flax_replay") else "--draw"
+        taker = "%flax_replay" if line.startswith("%flax_replay") else "--keys-of"
         raise FlaxMagicsError(
             f"{taker} takes a number, last, seed:N or the name of a Run, not `{text}`.",
             hint=did_you_mean(text, choices),
@@ -264,48 +305,6 @@ class CommandUse:
             message = "nothing has been drawn in this session that could be run again."
             raise FlaxMagicsError(message, form="%flax_apply …")
         return text if text == "last" else self.draw_of(text, f"%flax_replay {self.line[: self.read.offset]}{{}}")
-
-
-def _hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tuple[str, ...]:
-    """Lines to add below an error that the model's code raised; none if we know no more than it says."""
-    from ..compile.trace import is_tracer_error
-
-    called = notebook.called
-    if is_tracer_error(error) and called is not None and not is_tracing():
-        said = "the model looks at a value while it is traced"
-        if not called.command.startswith("%flax_apply"):
-            return (said,)
-        return (f"{said}; op by op it can", *advice_lines(f"{called.command} --eager {called.call}"))
-    # The message of `nn.merge_param`.
-    unset = re.search(r'"(\w+)" must be passed to the constructor or at call time', str(error))
-    if isinstance(error, ValueError) and unset is not None and called is not None:
-        mode = options.get("train") or options.get("eval")
-        return _of_unset(unset[1], called, notebook.session.module(called.target), has_mode=bool(mode))
-    lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
-    if lacking is not None:
-        return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
-    return ()
-
-
-def _of_unset(parameter: str, expression: CallExpression, module: Any, *, has_mode: bool) -> tuple[str, ...]:
-    """What to say of an unset switch `parameter` of a layer: the option that sets it, or the edit that connects it.
-
-    `--train` and `--eval` set arguments of the call and fields of the model; a layer that is given neither stays unset.
-    """
-    from ..models.construction import adopt
-    from ..models.switch import call_switches, following
-
-    model = adopt(module, expression.target)
-    signature = model.signature(expression.method)
-    in_call = call_switches(signature)
-    standing = {setting.partition("=")[0] for setting in model.fields_as_written()}
-    fields = {setting.partition("=")[0] for setting in model.fields_in_mode(True, fixed=frozenset())[1]}
-    if not has_mode and (fields - standing or any(signature.parameters[name].default is None for name in in_call)):
-        lines = "\n".join(f"{expression.command} {option} {expression.call}" for option in ("--train", "--eval"))
-        return ("it is the model's own switch, and has no value as written", *advice_lines(lines))
-    switch = next(iter((*in_call, *(f"self.{name}" for name in sorted(fields)))), "")
-    edit = following(parameter, switch, "".join(expression.method[-1:]))
-    return (f"`{parameter}` has no value, and no switch of the model's sets it", *advice_lines(edit=edit))
 
 
 def parse_variables(text: str) -> Assignment:

@@ -188,7 +188,7 @@ class FlaxMagics(Magics):
 
         def run(expression: CallExpression) -> Run:
             name, call, module = use.resolve(expression)
-            init_run = self.session.run_init(name, call, draw=use.draw(), module=module)
+            init_run = self.session.run_init(name, call, keys_of=use.keys_of(), module=module)
             target = assigned_to(self.shell) if use.cell is None else None
             variables = self.session.collections[name]
             # `variables = %flax_init net(x)`: a name that now holds the model's weights.
@@ -211,8 +211,9 @@ class FlaxMagics(Magics):
                 note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
             else:
                 variables = parse_expression(variables, "--variables").evaluate(use.user_ns, use.local_ns)
-            chosen = {option: use[option] for option in ("mutable", "key", "draws", "eager", "roofline")}
-            options = ApplyOptions(mode=mode, variables=variables, draw=use.draw(), repeat=use["repeat"] or 1, **chosen)
+            chosen = {option: use[option] for option in ("mutable", "key", "samples", "eager", "roofline")}
+            chosen |= {"keys_of": use.keys_of(), "repeat": use["repeat"] or 1}
+            options = ApplyOptions(mode=mode, variables=variables, **chosen)
             notes = () if note is None else (note,)
             return self.session.run_apply(name, call, options, module=module, notes=notes)
 
@@ -272,7 +273,7 @@ class FlaxMagics(Magics):
         from .status import variables
 
         name, expression = parse_variables(use.rest)
-        name, _, module = use.resolve(parse_call(f"{name}()"))
+        name, _, module = use.resolve(parse_call(f"{name}()"), registers=False)
         value = None
         notes: tuple[Note, ...] = ()
         if expression is None:
@@ -378,7 +379,8 @@ def load(shell: Any) -> None:
         return
     magics = FlaxMagics(shell=shell, parent=shell)  # this also adds it to `shell.configurables`, for %config
     notebook = magics.notebook
-    matcher = Matcher(shell, notebook.model_names)
+    notebook.fit_terminal()  # for the rest of this cell
+    matcher = Matcher(shell, notebook.names, magics.traits(config=True))
     shell.register_magics(magics)
     # Cleanup transformers run before IPython turns magics into calls, line by line.
     shell.input_transformers_cleanup.append(line_magic_transformer)

@@ -151,6 +151,7 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
     from ..execution.call import Call
     from ..execution.idioms import Translation
     from ..summary.summary import check_call
+    from .notebook import ModelCall
 
     try:
         parsed = parse_call(call, "--check")
@@ -163,6 +164,7 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
     # An NNX module that is not built yet is checked by its shapes.
     model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
     asked = Call(parsed.method, *parsed.evaluate(use.user_ns, use.local_ns), parsed.call, command=parsed.command)
+    use.notebook.called = ModelCall(parsed, asked, model.module)
     with Translation(parsed.target, model, asked, None):
         return check_call(parsed.target, model, asked, use.notebook.session.root_key)
 

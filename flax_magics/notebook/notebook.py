@@ -8,33 +8,40 @@ Nothing here imports IPython, since the shell is an argument, or imports JAX and
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..base.text import WIDTH, fit
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
+from ..errors import FlaxMagicsError
 from ..line.call import CallExpression
+from ..report.display import on_terminal, publish
+from .completion import Names
 from .interrupts import InterruptGuard
-from .tracebacks import stopped
+from .tracebacks import end_in_cell, stopped
 
 if TYPE_CHECKING:
     from .._session import Session
     from ..cells.reruns import Rerun
+    from ..execution.call import Call
     from ..report.live import Live
     from ..report.text import Loop, Rows
     from ..run import Note, Run
-    from ..state.handles import ModelNames
     from ..state.weights import WeightNames
 
 LATER_RUNS = 1000
 """How many runs of a cell, at most, have their digests taken when it ends."""
 LATER_BYTES = 16_000_000
 """The most bytes of outputs that are held until then."""
-REFRESH = 0.2
+REFRESH = 0.25
 """The fewest seconds between two updates of a counting line."""
+LINES = 12
+"""How many lines of a cell, at most, have a report of their own."""
 
 
 class Settings(NamedTuple):
@@ -48,6 +55,14 @@ class Settings(NamedTuple):
     replay_bytes: int
 
 
+class ModelCall(NamedTuple):
+    """The call of a command: as it was written, with its arguments' values, and the module that is called."""
+
+    expression: CallExpression
+    call: Call
+    module: object
+
+
 def existing() -> Session | None:
     """The session of this process, or None. Does not import JAX."""
     module = sys.modules.get("flax_magics._session")
@@ -55,7 +70,7 @@ def existing() -> Session | None:
 
 
 class Reporter:
-    """Shows runs: a report for each, and one counting line for further runs of a cell.
+    """Shows runs: a report for the first run of each line of a cell, and one counting line for all further ones.
 
     Remembers which notes were shown in this kernel, so that each is shown once in a loop.
     """
@@ -66,23 +81,28 @@ class Reporter:
         # The counting line of the running cell and, for a notebook that is saved, its runs as data.
         self._loop: Loop | None = None
         self._rows: Rows | None = None
-        self._single: Mapping[str, object] = {}
         self._display_id: str | None = None
-        self._runs, self._pending, self._shown = 0, False, 0.0
+        self._pending, self._shown, self._working = False, 0.0, ""
+        # What has had a report in the running cell: lines, and models whose name was bound to another module.
+        self._lines: set[tuple[object, ...]] = set()
+        self._rebound: set[str | None] = set()
         self._live: Live | None = None
         self._later: list[Run] = []
         self._later_bytes = 0
 
     def begin_cell(self) -> None:
-        """Handles `pre_run_cell`: the runs of a cell are counted from 0."""
-        self._runs, self._loop, self._rows, self._display_id, self._pending = 0, None, None, None, False
+        """Handles `pre_run_cell`: the runs of a cell are counted anew."""
+        self._loop, self._rows, self._display_id, self._pending, self._shown = None, None, None, False, 0.0
+        self._lines, self._rebound, self._working = set(), set(), ""
+        if self._live is not None:
+            self._live.begin_cell()
 
     def end_cell(self) -> None:
         """Handles `post_run_cell`: shows the final counting line, with its runs as data, and takes the digests put off.
 
         A NaN in the output of a run that showed nothing is noted now, if it was not before.
         """
-        if self._loop is not None and (self._pending or (self._loop.runs > 1 and self._rows is not None)):
+        if self._loop is not None and (self._pending or (self._rows is not None and self._loop.single is None)):
             self._show_loop(self._loop, self._rows)
         self.begin_cell()
         later, self._later, self._later_bytes = self._later, [], 0
@@ -128,12 +148,13 @@ class Reporter:
             from ..report.live import Live
 
             self._live = Live(self._shell)
+        self._live.within = None if self._display_id is None else self._show_with
         return self._live
 
     def publish(self, bundle: Mapping[str, object]) -> None:
         """Shows a MIME bundle, unless it is empty."""
         if bundle:
-            self._shell.display_pub.publish(data=dict(bundle), metadata={})
+            publish(self._shell, bundle)
 
     def report(self, run: Run, live: Live, *, quiet: bool) -> None:
         """Shows a run in place of its live line, as long as its news; with `quiet` only notes that were not shown."""
@@ -147,52 +168,66 @@ class Reporter:
         settings = self._settings()
         if not quiet and settings.report != "off":
             run = with_notes_of_output(run)  # its digest is shown, so the output is read in any case
-        notes = tuple(note for note in run.notes if settings.notes.get(note.kind, True))
+        silent = {kind for kind, told in settings.notes.items() if not told}
+        # A loop that makes its models says so once, whatever each of them is.
+        silent |= {"rebound"} if run.model in self._rebound else set()
+        notes = tuple(note for note in run.notes if note.kind not in silent)
+        self._rebound |= {run.model} if any(note.kind == "rebound" for note in notes) else set()
         unsaid = self._unsaid(notes)
         self._said.update((note.kind, note.text) for note in notes)
         setting, told = ("off", unsaid) if quiet else (settings.report, notes)
         shown = run if told == run.notes else run.with_notes(told)
         length = level(shown, setting)
-        self._runs += run.kind.forward and not quiet
-        # In a loop, a note that was shown is no news: the counting line repeats it.
-        news = length if unsaid else level(run.with_notes(()), setting)
         if setting == "off":
             self._read_later(shown)
-        # The first run of a cell has a report of its own.
-        if news == "line" and self._runs > 1 and run.kind.forward:
-            self._count(shown)
+        line = (run.command, run.model, run.mode, run.call, run.samples)
+        further = not quiet and (line in self._lines or len(self._lines) >= LINES)
+        if not quiet:
+            self._lines.add(line)
+        # Repeated runs were asked for to read their times. A note that was shown is no news: the line repeats it.
+        if further and setting in ("auto", "line") and not unsaid and run.timing.steady is None:
+            self._count(shown, live)
             live.clear()
         else:
             live.show(bundle(shown, length, settings.style))
 
-    def _count(self, run: Run) -> None:
+    def _count(self, run: Run, live: Live) -> None:
         """Adds a run to the cell's counting line. As long as the line stands for one run, it is that run's own line."""
-        from ..report.html import bundle
         from ..report.text import Loop, Rows
 
         loop = self._loop = self._loop or Loop()
         loop.add(run)
         self._pending = True
-        self._single = bundle(run, "line", self._settings().style) if loop.runs == 1 else {}
         # A terminal cannot update a line: there it is printed once, when the cell ends, and without data to save.
         if getattr(self._shell, "kernel", None) is None:
             self._read_later(run)
             return
         self._rows = self._rows or Rows()
         self._rows.add(run)  # takes its digest, while the output is there
+        if self._display_id is None:
+            self._display_id = live.give_display()
         # Updating at every run would cost a fast loop more than the runs do.
         if time.monotonic() - self._shown > REFRESH:
-            self._show_loop(loop)
+            # What a slow run was doing stands until the next one tells: a line that came and went would flicker.
+            self._show_loop(loop, working=self._working)
+            self._pending = bool(self._working)
+            self._working = ""
 
-    def _show_loop(self, loop: Loop, rows: Rows | None = None) -> None:
+    def _show_with(self, working: str) -> None:
+        """Shows the counting line with what the command at work is doing."""
+        assert self._loop is not None
+        self._show_loop(self._loop, working=working)
+        # So that what follows replaces it.
+        self._working, self._shown, self._pending = working, 0.0, True
+
+    def _show_loop(self, loop: Loop, rows: Rows | None = None, working: str = "") -> None:
         """Shows or updates the counting line; `rows` are added the last time, as data."""
         from ..report.html import loop_bundle
 
-        data = self._single if loop.runs == 1 else loop_bundle(loop, self._settings().style, rows)
+        data = loop_bundle(loop, self._settings().style, rows, working)
         update = self._display_id is not None
         self._display_id = self._display_id or os.urandom(16).hex()
-        transient = {"display_id": self._display_id}
-        self._shell.display_pub.publish(data=dict(data), metadata={}, transient=transient, update=update)
+        publish(self._shell, data, self._display_id, update=update)
         self._shown, self._pending = time.monotonic(), False
 
 
@@ -236,7 +271,7 @@ class Notebook:
         self.shell, self.settings = shell, settings
         self.reporter = Reporter(shell, settings)
         self.journal = Journal(lambda: 0 if (session := existing()) is None else len(session))
-        self.called: CallExpression | None = None
+        self.called: ModelCall | None = None
         """The call of the running command, once its model was found; hints on errors refer to it."""
         self._cell: int | None = None
 
@@ -253,10 +288,13 @@ class Notebook:
             session = current(settings.seed, disk_cache=settings.disk_cache, replay_bytes=settings.replay_bytes)
         return session
 
-    def model_names(self) -> dict[str, ModelNames]:
-        """Names for completion, by model. Makes no session."""
-        session = existing()
-        return {} if session is None else {name: model.names() for name, model in session.models.items()}
+    def names(self) -> Names:
+        """The names that completion offers. Makes no session."""
+        session, shell = existing(), self.shell
+        values = {name: value for name, value in shell.user_ns.items() if name not in shell.user_ns_hidden}
+        if session is None:
+            return Names(values)
+        return Names(values, {name: model.names() for name, model in session.models.items()}, session.draws)
 
     # -- its cells
 
@@ -265,6 +303,7 @@ class Notebook:
         # While it is None, `number` asks the shell.
         self._cell = None
         self._cell = self.number
+        self.fit_terminal()
         self.journal.begin(info, _cell_id(info, self.shell))
         self.reporter.begin_cell()
         library.new_cell()
@@ -272,6 +311,8 @@ class Notebook:
     def end_cell(self, result: Any = None) -> None:
         """Handles `post_run_cell`: ends the reports, and drops what exceeds `replay_bytes`."""
         self.journal.end(result)
+        if isinstance(result.error_in_exec, FlaxMagicsError):
+            end_in_cell(result.error_in_exec, self.shell)
         self._cell = None
         self.reporter.end_cell()
         session = existing()
@@ -304,6 +345,10 @@ class Notebook:
         return NotebookCells(journal.cells(shell), shell.transform_cell, journal.restarts, self.settings().seed)
 
     # -- what is shown
+
+    def fit_terminal(self) -> None:
+        """Makes what is shown from now on as wide as the terminal; elsewhere it has 80 columns."""
+        fit(shutil.get_terminal_size().columns if on_terminal(self.shell) else WIDTH)
 
     def working(self, what: str) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""

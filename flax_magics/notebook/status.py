@@ -11,7 +11,7 @@ import jax
 from .._session import Session
 from ..base import __version__
 from ..base.digest import count_parameters
-from ..base.text import WIDTH, bytes_, clean, dotted, plural, table, wrap
+from ..base.text import bytes_, clean, dotted, plural, table, width, wrap
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
 from ..line.commands import MEANINGS, restart_line
@@ -33,8 +33,8 @@ RERUNS = 8
 """How many cells that were run again, or whose variables were bound again, are listed."""
 NO_MODEL = "none yet: begin a cell with %%flaxmodel, or write %flaxmodel net"
 NO_RUN = "none yet"
-RERUN = "cells that drew and were run again, or whose variables were rebound since"
-ONLY_FRESH = "Run All draws once for each: whether it gives the same, only a fresh run can tell"
+RERUN = "out of order"
+ONLY_FRESH = "To check: Restart & Run All"
 
 # Each row of the tables below: the text of its cells.
 Cells = tuple[tuple[str, ...], ...]
@@ -202,10 +202,10 @@ def status_bundle(status: Status, style: str) -> dict[str, object]:
     """The MIME bundle of `%flax`: a block with a heading for each subject, the commands last."""
     key, versions = status.key, tuple(map(clean, status.versions))
     run_lines = [line_of(run).parts for run in status.runs[-KEPT:]]
-    run_texts = [text for parts in run_lines for text in dotted(parts, WIDTH - 2)] or [NO_RUN]
+    run_texts = [text for parts in run_lines for text in dotted(parts, width() - 2)] or [NO_RUN]
     lines = dotted(versions)
     lines += _block("devices", status.devices)
-    lines += ["", "root key", *("  " + line for line in dotted((clean(key.root), *key.parts), WIDTH - 2))]
+    lines += ["", "root key", *("  " + line for line in dotted((clean(key.root), *key.parts), width() - 2))]
     lines += _block("models", status.models or ((NO_MODEL,),))
     lines += ["", "last runs", *("  " + text for text in run_texts)]
     if status.reruns:

@@ -14,6 +14,8 @@ from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
+from ..errors import FlaxMagicsError
+
 PACKAGES = ("flax_magics", "flax", "jax", "jaxlib", "IPython", "ipykernel", "traitlets", "decorator", "numpy")
 """Packages whose frames are left out of tracebacks."""
 MACHINERY = ("contextlib", "functools", "threading", "concurrent.futures")
@@ -46,6 +48,22 @@ def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ())
         hint, end = (hint, rendering.shown) if rendering.shown else (hint or rendering.hint, rendering.end)
     with suppress(AttributeError):
         exc._render_traceback_ = _Rendering(shell, hint, end)  # type: ignore[attr-defined]
+
+
+def end_in_cell(error: FlaxMagicsError, shell: Any) -> None:
+    """Has `%debug` begin in the user's own code after a mistake: the code of ours that found it is of no use there.
+
+    Called once IPython has shown the error, which renders itself and leaves the debugger what the last error before it left.
+    """
+    steps: list[TracebackType] = []
+    inside, trace = _inside(), error.__traceback__
+    while trace is not None:
+        steps += [] if steps and inside(trace, None) else [trace]  # IPython takes the first for its own
+        trace = trace.tb_next
+    if len(steps) > 1:
+        for step in reversed(steps):
+            trace = TracebackType(trace, step.tb_frame, step.tb_lasti, step.tb_lineno)
+        error.__traceback__ = sys.last_traceback = shell.InteractiveTB.tb = trace
 
 
 def stopped(error: KeyboardInterrupt, doing: str | None) -> None:

@@ -11,7 +11,7 @@ from ..base.types import Leaf
 from ..rng.keys import SPLIT, short_key, stream_tag
 
 if TYPE_CHECKING:
-    from ..base.measures import Steady
+    from ..base.measures import Steady, Timing
     from ..run import Run
 
 FOLDED = "params (folded)"
@@ -19,8 +19,12 @@ FOLDED = "params (folded)"
 
 Level = Literal["off", "line", "normal", "details"]
 
-WAIT = 1e-3
-"""Seconds. A shorter wait for inputs is not reported."""
+WAIT = 1e-2
+"""Seconds. A shorter wait is not reported, nor one that is less than a tenth of the run."""
+BESIDE = 1e-3
+"""Seconds. Shorter compiling beside other work is not reported."""
+NEAR_LIMIT = 0.1
+"""From this share of what the machine reaches on, a run is said to be bound by it."""
 
 
 class Row(NamedTuple):
@@ -66,10 +70,16 @@ class Reported(NamedTuple):
 
 
 def _cost_of_apply(run: Run) -> list[str]:
-    timing = run.timing
-    waited = timing.wait + timing.busy
-    took = f"median {seconds(timing.steady.median)}" if timing.steady else seconds(timing.run)
-    return [program_of(run), f"waited {seconds(waited)}" if waited >= WAIT else "", f"run {took}"]
+    waited = sum(_waits(run.timing))
+    median = "median " if run.timing.steady else ""
+    took = f"run {median}{seconds(run.timing.typical)}"
+    return [*roof_of(run), program_of(run), f"waited {seconds(waited)}" if waited else "", took]
+
+
+def _waits(timing: Timing) -> tuple[float, float]:
+    """Seconds for which the run waited for an interrupted one, and for its inputs; 0.0 for too short a wait to tell."""
+    least = max(WAIT, timing.typical / 10)
+    return timing.busy if timing.busy >= least else 0.0, timing.wait if timing.wait >= least else 0.0
 
 
 REPORTED = {
@@ -106,13 +116,14 @@ def draw_of(run: Run, *, seed: bool) -> str:
 
 
 def last_draw(run: Run) -> int:
-    """The number of the last draw that the run took: more than `run.draw` with `--draws`."""
-    return run.draw + (run.draws or 1) - 1
+    """The number of the last draw that the run took: more than `run.draw` with `--samples`."""
+    return run.draw + (run.samples or 1) - 1
 
 
 def new_session(run: Run) -> str:
-    """The line above the first report of a session; empty for every other run."""
-    return f"new session, seed {run.seed}" if run.first else ""
+    """The line above the first report of a session, and above that of a run which registered its model; else empty."""
+    model = f"{name_of(run)} registered: {clean(run.registered)}" if run.registered else ""
+    return " · ".join(filter(None, (f"new session, seed {run.seed}" if run.first else "", model)))
 
 
 def brief(run: Run) -> tuple[str, ...]:
@@ -124,7 +135,20 @@ def brief(run: Run) -> tuple[str, ...]:
         parts.append(f"{'added ' if run.made.added else ''}{plural(run.made.parameters, 'parameter')}")
     parts += REPORTED[run.command].cost(run)
     parts += [f"mean {_number(spread.mean)} ± {_number(spread.deviation)}" for spread in run.spread[:1]]
-    return (*parts, *changed_of(run), weights_of(run))
+    return (*parts, *changed_of(run), weights_of(run), verdict(run))
+
+
+def verdict(run: Run) -> str:
+    """What a replay found: `identical: float32[3,4,3]`, `identical, by its digest`, `differs`, …; else empty."""
+    agreement = run.agreement
+    if agreement is None:
+        return ""
+    if agreement.identical is None:
+        return "nothing to compare with"
+    if not agreement.identical:
+        return "differs"
+    how = ", by its digest" if agreement.against == "digest" else ""
+    return f"identical{how}: {cut(clean(run.shape), 40)}"
 
 
 def weights_of(run: Run) -> str:
@@ -148,20 +172,20 @@ def rows(run: Run) -> tuple[Row, ...]:
     """The rows of the normal report in order, without those that have nothing to say."""
     timing, forward = run.timing, run.kind.forward
     static = f"{', '.join(map(clean, run.static))} (part of the program: another value compiles again)"
-    waits = (
-        (timing.busy, f"the interrupted run had the device for {seconds(timing.busy)} more"),
-        (timing.wait, f"inputs were ready after {seconds(timing.wait)}"),
-    )
+    busy, wait = _waits(timing)
+    waits = [f"the interrupted run had the device for {seconds(busy)} more"] if busy else []
+    waits += [f"inputs were ready after {seconds(wait)}"] if wait else []
     shown = [
+        Row("roof", roof_of(run)),
         Row("out", (" · ".join((cut(clean(run.shape), 72), *not_finite(run))),) if forward else ()),
-        Row("draws", draws_of(run)),
+        Row("samples", samples_of(run)),
         Row("vars", (*((clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))),
         Row("sown", tuple(f"{clean(name)}: {clean(describe(value))}" for name, value in run.sown.items())),
         Row("keys", keys_of(run)),
         Row("static", (static,) if run.static else ()),
         Row("init", (f"{seconds(timing.init)}, eager",) if timing.init else ()),
         Row("jit", (jit_of(run),) if forward and run.program else ()),
-        Row("wait", tuple(text for wait, text in waits if wait >= WAIT)),
+        Row("wait", tuple(waits)),
         Row("run", (run_of(run),) if forward else ()),
         Row("rate", rate_of(run)),
         Row("memory", memory_of(run) if timing.steady else ()),
@@ -190,15 +214,15 @@ def values_of(run: Run) -> tuple[str, ...]:
     )
 
 
-def draws_of(run: Run) -> tuple[str, ...]:
-    """Mean and spread over the draws of each array of the output, of the first four arrays."""
+def samples_of(run: Run) -> tuple[str, ...]:
+    """Mean and spread over the samples of each array of the output, of the first four arrays."""
     texts = [f"{_at(spread.path)}mean {_number(spread.mean)}" for spread in run.spread]
-    # One draw has no spread.
-    if (run.draws or 1) == 1:
+    # One sample has no spread.
+    if (run.samples or 1) == 1:
         return _first_four(texts)
     deviations = (_number(spread.deviation) for spread in run.spread)
     texts = [f"{text}, spread ± {deviation}" for text, deviation in zip(texts, deviations, strict=True)]
-    return (*_first_four(texts), "(each element's standard deviation over the draws, averaged)") if texts else ()
+    return (*_first_four(texts), "(each element's standard deviation over the samples, averaged)") if texts else ()
 
 
 def _first_four(texts: Iterable[str]) -> tuple[str, ...]:
@@ -224,16 +248,19 @@ def _made(run: Run) -> tuple[str, ...]:
 
 
 def changed_of(run: Run) -> tuple[str, ...]:
-    """`batch_stats: update 11` for each collection that the model wrote."""
-    return tuple(f"{clean(name)}: update {updates}" for name, updates in run.changed.items())
+    """`batch_stats: update 11`, or `batch_stats: not kept`, for each collection that the model wrote."""
+    updated = (f"{clean(name)}: update {updates}" for name, updates in run.changed.items())
+    return (*updated, *(f"{clean(name)}: not kept" for name in run.dropped))
 
 
 def keys_of(run: Run) -> tuple[str, ...]:
-    """`dropout → Dropout_0` for each key. An unused `params` key is left out: variables were there, as usual."""
+    """`dropout → Dropout_0` for each key that was taken; `dropout → nobody` where the layers that would were off."""
     if not run.kind.model:
         return ()
     where = {stream: takers(run, stream) for stream in run.keys}
-    return tuple(f"{clean(s)} → {taker}" for s, taker in where.items() if (s, taker) != ("params", "nobody"))
+    # That a `params` key has no taker is no news either: variables were there, as usual.
+    shown = {stream for stream in run.keys if where[stream] != "nobody" or (stream in run.idle and stream != "params")}
+    return tuple(f"{clean(stream)} → {where[stream]}" for stream in run.keys if stream in shown)
 
 
 def takers(run: Run, stream: str) -> str:
@@ -256,10 +283,16 @@ def jit_of(run: Run) -> str:
     """Where the program came from, how long that took, and why it was new."""
     origin = program_of(run)
     if run.program == "disk cache":
-        origin = f"from the disk cache in {seconds(run.timing.building)}"
+        origin = from_disk(run)
     elif run.program == "eager":
         origin = "eager, op by op: no program, and JAX compiles each op at its first use"
     return origin + (f": {clean(run.reason)}" if run.reason else "")
+
+
+def from_disk(run: Run) -> str:
+    """What a program that was on disk took: a trace tells which it is, and most of the time goes there."""
+    traced, read = seconds(run.timing.trace + run.timing.lower), seconds(run.timing.compile)
+    return f"traced in {traced}, from the disk cache in {read}"
 
 
 def run_of(run: Run) -> str:
@@ -278,6 +311,24 @@ def spread_of(steady: Steady) -> str:
     first = "the first run" if slow[0] == 0 else f"run {slow[0] + 1}"
     more = f"; {len(slow)} in all" if len(slow) > 1 else ""
     return f"{spread} (first outlier: {first}, {seconds(steady.times[slow[0]])}{more})"
+
+
+def roof_of(run: Run) -> tuple[str, ...]:
+    """What bounds a run that was held against the machine: `memory-bound: 62 % of what a large copy reaches`."""
+    cost, limits, steady = run.cost, run.limits, run.timing.steady
+    if cost is None or limits is None or steady is None or steady.median <= 0:
+        return ()
+    # At full speed, the run would take as long as the slower of its two parts: that is the roof.
+    compute = cost.flops / limits.flops if limits.flops else 0.0
+    memory = cost.bytes / limits.bytes if limits.bytes else 0.0
+    reached = max(compute, memory) / steady.median
+    if not reached:
+        return ()
+    bound, what = ("memory", "copy") if memory > compute else ("compute", f"{clean(limits.dtype)} matmul")
+    # What XLA counts of a loop is too little, so that a small share says nothing there.
+    near = reached >= NEAR_LIMIT or cost.loops
+    verdict = f"{bound}-bound" if near else "neither compute- nor memory-bound"
+    return (f"{verdict}: {'at least ' if cost.loops else ''}{share(reached)} of what a large {what} reaches",)
 
 
 def rate_of(run: Run) -> tuple[str, ...]:
@@ -345,8 +396,8 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
         Phase("XLA", timing.compile - timing.beside),  # without the time beside the init, which nobody waited for
-        Phase("wait", timing.wait + timing.busy if timing.wait + timing.busy >= WAIT else 0.0),
-        Phase("run", timing.steady.median if timing.steady else timing.run),
+        Phase("wait", sum(_waits(timing))),
+        Phase("run", timing.typical),
     ]
     return tuple(phase for phase in candidates if phase.seconds > 0)
 
@@ -354,7 +405,7 @@ def phases(run: Run) -> tuple[Phase, ...]:
 def building(run: Run) -> tuple[Phase, ...]:
     """The phases of making the program; the last is compiling that ran beside the init, or in an earlier run."""
     making = [phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA")]
-    if run.timing.beside >= WAIT:
+    if run.timing.beside >= BESIDE:
         making.append(Phase("XLA beside the init" if run.timing.init else "XLA before this run", run.timing.beside))
     return tuple(making)
 

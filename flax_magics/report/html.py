@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
+from ..run import Face
 from . import facts, text
 from .facts import Level, Phase
 
@@ -85,8 +86,11 @@ def figures(run: Run) -> tuple[Figure, ...]:
     if not run.kind.forward:
         return tuple(shown)
     if timing.building:
-        label = {"compiled": "compile", "disk cache": "from the disk cache"}.get(run.program, run.program or "compile")
-        shown.append(Figure(clean(label), seconds(timing.building), clean(run.reason)))
+        label = {"compiled": "compile", "disk cache": "trace and read"}.get(run.program, run.program or "compile")
+        words = [facts.from_disk(run)] if run.program == "disk cache" else []
+        shown.append(
+            Figure(clean(label), seconds(timing.building), ": ".join([*words, *filter(None, [clean(run.reason)])]))
+        )
     if timing.steady:
         shown.append(Figure("run, median", seconds(timing.steady.median), facts.spread_of(timing.steady)))
     else:
@@ -99,6 +103,10 @@ def segments(run: Run) -> tuple[tuple[Phase, float], ...]:
     busy = [phase for phase in facts.phases(run) if phase.name != "wait"]
     whole = sum(phase.seconds for phase in busy)
     return tuple((phase, 100 * phase.seconds / whole) for phase in busy) if len(busy) > 1 else ()
+
+
+FACE = Face(line=text.one_line, text=text.normal, html=lambda run: report_html(run, "normal"))
+"""How a Run is shown where it is a value: its `repr`, `print` of it, and a notebook's output."""
 
 
 @lru_cache(maxsize=1)
@@ -139,7 +147,7 @@ def level(run: Run, setting: str) -> Level:
     if not run.kind.model:
         return "normal" if run.first else "line"
     initialised = run.made is not None or run.kind.opens
-    repeated = run.draws is not None or run.timing.steady is not None
+    repeated = run.samples is not None or run.timing.steady is not None
     news = initialised or repeated or run.first or run.program == "compiled" or run.notes
     return "normal" if news else "line"
 
@@ -157,9 +165,14 @@ def bundle(run: Run, level: Level, style: str) -> dict[str, object]:
     return shown if level == "off" else {**shown, RUN_JSON: run.to_json()}
 
 
-def loop_bundle(loop: Loop, style: str, rows: Rows | None = None) -> dict[str, object]:
-    """The MIME bundle of a loop's counting line. `rows`, added once the cell has ended, are its runs as JSON."""
-    shown = notice_bundle(loop.line, style)
+def loop_bundle(loop: Loop, style: str, rows: Rows | None = None, working: str = "") -> dict[str, object]:
+    """The MIME bundle of a loop's counting line; see `Loop.line` for `working`.
+
+    `rows`, added once the cell has ended, are its runs as JSON; a single run has the JSON of a run.
+    """
+    shown = notice_bundle(loop.line(working), style)
+    if loop.single is not None:
+        return {**shown, RUN_JSON: loop.single[1]}
     return shown if rows is None else {**shown, RUNS_JSON: rows.to_json()}
 
 

@@ -1,4 +1,7 @@
-"""The live line, `compiling net · 3 s`, shown while something is slow, and replaced by the report when it is done."""
+"""The live line, `compiling net · 3 s · interrupt the kernel to stop`, shown while something is slow.
+
+The report takes its place when it is done.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TextIO
 
-from ..base.text import WIDTH, clean, cut, elapsed
+from ..base.text import clean, cut, elapsed, width
+from .display import publish
 
 _ERASE = "\r\x1b[K"
 
@@ -28,8 +32,8 @@ class Live:
       stream: where a terminal's line is written, standard error by default.
 
     Attributes:
-      text: what is being done; it may change while the elapsed time goes on.
       display_id: of the display that shows the line, None if none was shown in a notebook.
+      within: shows the line's text as a part of what the cell shows already; None for a display of its own.
     """
 
     def __init__(
@@ -40,12 +44,25 @@ class Live:
         clock: Callable[[], float] = time.monotonic,
         stream: TextIO | None = None,
     ) -> None:
-        self.text, self._started, self._working = "", 0.0, False
+        self._text, self._phase, self._started, self._since, self._working = "", "", 0.0, 0.0, False
         self.display_id: str | None = None
+        # A display of the running cell that was cleared: the cell's next live line takes it.
+        self._cleared: str | None = None
+        self.within: Callable[[str], None] | None = None
         self._shell, self._stream = shell, stream
         self._in_kernel = getattr(shell, "kernel", None) is not None
         self._delay, self._interval, self._clock = delay, interval, clock
         self._on_terminal = False
+
+    @property
+    def text(self) -> str:
+        """What is being done; it may change while the elapsed time goes on."""
+        return self._text
+
+    @text.setter
+    def text(self, text: str) -> None:
+        if text != self._text:
+            self._text, self._since = text, self._clock()
 
     @property
     def in_use(self) -> bool:
@@ -54,7 +71,8 @@ class Live:
 
     def begin(self, text: str) -> None:
         """Shows `text` with the elapsed time until `end`, from `delay` seconds on."""
-        self.text, self._started, self._working = text, self._clock(), True
+        self._started = self._since = self._clock()
+        self._text, self._phase, self._working = text, "", True
         if self._visible():
             # A line that is there already is redrawn at the usual interval.
             shown = self.display_id is not None
@@ -79,14 +97,23 @@ class Live:
         elif self._shell is None:
             print(bundle.get("text/plain", ""))
         else:
-            self._publish(dict(bundle), update=self.display_id is not None)
+            publish(self._shell, bundle, self.display_id, update=self.display_id is not None)
             self.display_id = None
 
     def clear(self) -> None:
         """Blanks the line, after a command that failed or is quiet."""
         if self.display_id is not None:
-            self._publish({"text/plain": ""}, update=True)
-            self.display_id = None
+            publish(self._shell, {"text/plain": ""}, self.display_id, update=True)
+            self._cleared = self.give_display()
+
+    def give_display(self) -> str | None:
+        """The display that shows the line, for something else to show; None if there is none."""
+        display_id, self.display_id = self.display_id, None
+        return display_id
+
+    def begin_cell(self) -> None:
+        """Forgets the displays of the cell before."""
+        self._cleared = None
 
     def _visible(self) -> bool:
         with suppress(AttributeError, ValueError):  # `sys.stderr` may be None (pythonw) or closed
@@ -97,21 +124,26 @@ class Live:
         # `end` may have been called after this tick was due.
         if not self._working:
             return
-        text = cut(clean(f"{self.text} · {elapsed(self._clock() - self._started)}"), WIDTH - 1)
+        now = self._clock()
+        # A phase that is over within one interval is not shown: the line would flicker.
+        if not self._phase or now - self._since >= self._interval:
+            self._phase = self._text
+        text = clean(f"{self._phase} · {elapsed(now - self._started)}")
         if not self._in_kernel:
             self._on_terminal = True
-            self._write(_ERASE + text)
+            self._write(_ERASE + cut(f"{text} · Ctrl-C stops it", width() - 1))
             return
+        text += " · interrupt the kernel to stop"
+        if self.within is not None:
+            self.within(text)
+            return
+        self.display_id = self.display_id or self._cleared
         known = self.display_id is not None
         self.display_id = self.display_id or os.urandom(16).hex()
-        self._publish({"text/plain": text}, update=known)
+        publish(self._shell, {"text/plain": cut(text, width() - 1)}, self.display_id, update=known)
 
     def _write(self, text: str) -> None:
         print(text, end="", file=self._stream or sys.stderr, flush=True)
-
-    def _publish(self, data: dict[str, object], *, update: bool) -> None:
-        transient = {"display_id": self.display_id} if self.display_id is not None else {}
-        self._shell.display_pub.publish(data=data, metadata={}, transient=transient, update=update)
 
 
 class Ticker:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..base.digest import all_words
-from ..base.text import WIDTH, clean, clean_lines, count, dotted, flow, plural, seconds, table, wrap
+from ..base.text import clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
 from ..run import recorded
 from . import facts
 from .facts import Level, Row
@@ -50,6 +50,11 @@ def line_of(run: Run) -> Notice:
     return Notice(name, facts.brief(run), run.notes, mode, run.device, first)
 
 
+def one_line(run: Run) -> str:
+    """The report of a run in one line, however long, without its notes."""
+    return " · ".join(filter(None, line_of(run).parts))
+
+
 def notice_text(notice: Notice) -> str:
     """The line, broken if it is longer than 80 columns, and the notes beneath."""
     first = [notice.first] if notice.first else []
@@ -66,7 +71,7 @@ def details(run: Run) -> str:
     keys = [(key.stream, key.fingerprint or "-", key.made_by, f"→ {key.takers}") for key in facts.key_facts(run)]
     memory = [f"{name} {amount}" for name, amount in facts.memory_facts(run)]
     items = {row.label: row.items for row in facts.rows(run) if row.label != "memory"}
-    items["keys"] = tuple(table(keys, width=WIDTH - 10))  # assigned in place, so that the row keeps its position
+    items["keys"] = tuple(table(keys, columns=width() - 10))  # assigned in place, so that the row keeps its position
     items["memory"] = (*memory, "(by XLA's analysis)") if memory else ()
     items["digest"] = (run.digest,) if run.digest else ()
     below = {"out": facts.values_of(run), "jit": tuple(f"{phase.name} {phase.text}" for phase in facts.building(run))}
@@ -96,7 +101,7 @@ def report(run: Run, level: Level) -> str:
 
 def head(run: Run) -> list[str]:
     """The header of the normal and the full report, below `new session, seed 0` for the first run."""
-    lines = [facts.new_session(run)] if run.first else []
+    lines = list(filter(None, [facts.new_session(run)]))
     if not run.kind.model:
         return lines + dotted((facts.name_of(run), *facts.brief(run)))
     mode, switch = facts.mode_of(run), clean(run.switch)
@@ -144,66 +149,95 @@ class Loop:
     """The sum of the runs of one cell's execution, shown as one counting line. Begin with `Loop()`, and `add` each run.
 
     Attributes:
-      model, mode, device: the names that occurred, in order, joined by commas.
+      models, modes, devices: the names that occurred, in order.
       draws: lowest and highest draw number, (0, 0) before the first run.
-      runs: how many runs were added.
+      runs: what a run is called (`run`, `init`, `key`) → how many were added.
+      single: the line and the data of the run, as long as there is one.
       programs: origin of the program (`compiled`, `reused`, …) → how many runs.
+      reason: why the latest program was compiled that had a reason.
       building: seconds of tracing, lowering and compiling together.
-      times: seconds on the device of each forward run.
+      times, inits: seconds on the device of each forward run, and of each init.
       changed: collection → updates after the latest run.
-      weights: whose weights ran, in order, joined by commas.
+      weights: whose weights ran, in order.
       notes: the notes of all runs, each once.
     """
 
-    model: str = ""
-    mode: str = ""
-    device: str = ""
+    models: list[str] = field(default_factory=list)
+    modes: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
     draws: tuple[int, int] = (0, 0)
-    runs: int = 0
+    runs: Counter[str] = field(default_factory=Counter)
+    single: tuple[Notice, dict[str, object]] | None = None
     programs: Counter[str] = field(default_factory=Counter)
+    reason: str = ""
     building: float = 0.0
     times: list[float] = field(default_factory=list)
+    inits: list[float] = field(default_factory=list)
     changed: dict[str, int] = field(default_factory=dict)
-    weights: str = ""
+    weights: list[str] = field(default_factory=list)
     notes: tuple[Note, ...] = ()
 
     def add(self, run: Run) -> None:
         """Adds one run, at a cost that does not grow with the number of runs."""
+        self.single = None if self.runs else (line_of(run), run.to_json())
         if run.kind.forward:
             self.programs.update([run.program] if run.program else [])
-            self.times.append(run.timing.steady.median if run.timing.steady else run.timing.run)
-        self.model = _joined(self.model, facts.name_of(run))
-        self.mode = _joined(self.mode, facts.mode_of(run))
-        self.device = _joined(self.device, clean(run.device))
-        self.weights = _joined(self.weights, facts.weights_of(run))
+            self.times.append(run.timing.typical)
+        elif run.timing.init:
+            self.inits.append(run.timing.init)
+        for names, name in (
+            (self.models, facts.name_of(run)),
+            (self.modes, facts.mode_of(run)),
+            (self.devices, clean(run.device)),
+            (self.weights, facts.weights_of(run)),
+        ):
+            if name and name not in names and len(names) <= NAMES:
+                names.append(name)
         low, high = self.draws if self.runs else (run.draw, run.draw)
         self.draws = min(low, run.draw), max(high, facts.last_draw(run))
-        self.runs += 1
+        self.runs["run" if run.kind.forward else run.command] += 1
+        self.reason = clean(run.reason) or self.reason
         self.building += run.timing.building
         self.changed.update(run.changed)
         self.notes += tuple(note for note in run.notes if note not in self.notes)
 
-    @property
-    def line(self) -> Notice:
-        """The counting line, such as `net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`."""
+    def line(self, working: str = "") -> Notice:
+        """The counting line, such as `net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`.
+
+        Args:
+          working: what the command at work is doing, told last.
+        """
+        if self.single is not None:
+            line = self.single[0]
+            return line._replace(texts=(*line.texts, working))
         low, high = self.draws
         programs = []
         for program, times in self.programs.items():
-            text = clean(program) if times == self.runs else f"{count(times)} {clean(program)}"
-            programs.append(f"{text} in {seconds(self.building)}" if program == "compiled" else text)
+            text = clean(program) if times == self.runs["run"] else f"{count(times)} {clean(program)}"
+            if program == "compiled":
+                text += f" in {seconds(self.building)}"
+                # Of several reasons the latest.
+                text += f" ({'last: ' if times > 1 else ''}{self.reason})" if self.reason else ""
+            programs.append(text)
         texts = (
             f"draw {low}" if low == high else f"draws {low}–{high}",
-            plural(self.runs, "run"),
+            ", ".join(plural(amount, what) for what, amount in self.runs.items()),
             ", ".join(programs),
+            f"init median {seconds(median(self.inits))}" if self.inits else "",
             f"run median {seconds(median(self.times))}" if self.times else "",
             *(f"{clean(name)}: update {updates}" for name, updates in self.changed.items()),
-            self.weights,
+            _joined(self.weights),
+            working,
         )
-        return Notice(self.model, texts, self.notes, self.mode, self.device)
+        return Notice(_joined(self.models), texts, self.notes, _joined(self.modes), _joined(self.devices))
 
 
-def _joined(names: str, name: str) -> str:
-    return names if not name or name in names.split(", ") else f"{names}, {name}" if names else name
+NAMES = 4
+"""How many names of one kind a counting line gives."""
+
+
+def _joined(names: list[str]) -> str:
+    return ", ".join([*names[:NAMES], *(["…"] if len(names) > NAMES else [])])
 
 
 def registered_text(models: Sequence[Registered]) -> str:

@@ -196,11 +196,18 @@ class RunKeys(Mapping[str, jax.Array]):
         stream, taken = self.names[name]
         return self.draw.data(stream, taken=taken)
 
+    def word(self, name: str) -> str:
+        """`short_key` of one key, without making a device array."""
+        return self.data(name)[:4][::-1].hex()
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{name}: {self.word(name)}" for name in self) + "}"
 
 
 class RootKey(Struct, frozen=True, forbid_unknown_fields=True):

@@ -85,7 +85,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     output: str
     seed: int
     draw: int
-    draws: int | None
+    samples: int | None = msgspec.field(name="draws")
     keys: dict[str, KeyWords]
     digest: str | None
     device: str
@@ -116,6 +116,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     replays: tuple[int, bool]
     leaves: list[dict[str, str | int]] | None = None
     bits: str = ""
+    dropped: tuple[str, ...] = ()
 
 
 def take(state: State) -> Snapshot:
@@ -394,18 +395,18 @@ def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
     if record.keys and record.impl is None:
         raise Damaged("a run in its history does not say what its keys are")
     # Eight hex digits for each word of each key.
-    digits = 0 if record.impl is None else 8 * math.prod(key_type(record.impl)[1]) * (record.draws or 1)
+    digits = 0 if record.impl is None else 8 * math.prod(key_type(record.impl)[1]) * (record.samples or 1)
     if any(len(words) != digits for words in record.keys.values()):
         raise Damaged("a run in its history has a key that is none")
     elsewhere = {name: getattr(record, name) for name in ("versions", "device_kind", "processor", "threads")}
     if record.leaves is not None:
         elsewhere |= {"leaves": record.leaves, "bits": record.bits}
-    taken = OutputFacts(record.digest, record.output, None if record.draws is None else record.spread, record.values)
+    taken = OutputFacts(record.digest, record.output, None if record.samples is None else record.spread, record.values)
     facts: dict[str, Any] = {
         **{name: getattr(record, name) for name in Run.__struct_fields__ if hasattr(record, name)},
         "inputs": RELEASED,
         "output": RELEASED,
-        "keys": WrittenKeys(record.keys, record.impl or "", record.draws),
+        "keys": WrittenKeys(record.keys, record.impl or "", record.samples),
         "first": first,
         "elsewhere": elsewhere,
         "_taken": taken,

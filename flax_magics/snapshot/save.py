@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +81,8 @@ def path_of(path: str | os.PathLike[str]) -> Path:
 def save_session(state: State, path: str | os.PathLike[str]) -> Saved:
     """Writes a session into a file. An interrupt returns at once, and leaves the old file or the whole new one."""
     target = path_of(path)
+    for entry in state.models.values():
+        entry.check_alive(f"{entry.name}(…)")
     snapshot = document.with_sources(document.take(state), state)
     ticket = threading.Lock()
     work = _writers.submit(lambda: document.write(target, snapshot, state.runs, None, ticket))
@@ -157,10 +159,14 @@ def _lost(current: State, snapshot: Snapshot, runs: RunLog | None) -> list[Note]
     notes = []
     in_file = {_identity(stored.facts) for stored in backwards(runs)}
     drawn = [stored.facts for stored in backwards(current.runs) if not COMMANDS[stored.facts.command].opens]
-    lost = sum(_identity(facts) not in in_file for facts in drawn)
+    lost = Counter(facts.model for facts in reversed(drawn) if _identity(facts) not in in_file)
     if lost:
-        what = f"{plural(lost, 'run')} of this session {'is' if lost == 1 else 'are'} not in the file"
-        notes.append(Note("replaced", f"{what}: its root key and its history are now those of the file"))
+        # The draws of `%flax_key` are of no model.
+        whose = [plural(n, "key") if name is None else f"{plural(n, 'run')} of {name}" for name, n in lost.items()]
+        text = (
+            f"gone with the session that was here: {', '.join(whose)}; root key and history are those of the file now"
+        )
+        notes.append(Note("replaced", text))
     ready = {name for name, entry in current.models.items() if entry.ready}
     empty = [saved.name for saved in snapshot.models if not saved.ready and saved.name in ready]
     if empty:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from ..base.text import bytes_, clean, clean_lines, dotted, plural
+from ..errors import advice_lines
 from ..line.options import quoted
 from ..report.html import note_lines, notice_bundle, render, shown_bundle
 from ..report.text import Notice, notice_text
@@ -13,7 +15,9 @@ from ..state.state import SavedModel
 from .save import Autosave, Restored, Saved
 
 SHORT = 24
-"""Up to this many lines of code are shown unfolded."""
+"""So many lines of code, of all waiting models together, are shown; of a model beyond that, the text says how to see them
+and the HTML folds them.
+"""
 
 
 def loaded_bundle(restored: Restored, style: str, *, quiet: bool = False) -> dict[str, object]:
@@ -24,26 +28,32 @@ def loaded_bundle(restored: Restored, style: str, *, quiet: bool = False) -> dic
 
 
 def loaded_text(restored: Restored) -> str:
-    """The line of `%flax_load` with its notes, then the code of each waiting model, indented."""
+    """The line of `%flax_load` with its notes, then the code of each waiting model, indented, or how to see it."""
     lines = [notice_text(loaded(restored))]
-    for model in restored.waiting:
-        lines += ["", *dotted((f"{clean(model.name)} = {clean(model.text)}", *_parts(model)))]
-        lines += [f"    {line}".rstrip() for line in clean_lines(model.source)]
+    for model, parts, code, is_shown in _waiting(restored):
+        lines += ["", *dotted((f"{clean(model.name)} = {clean(model.text)}", *parts))]
+        source = f"import flax_magics; print(flax_magics.session().waiting[{model.name!r}].source)"
+        lines += [f"    {line}".rstrip() for line in (code if is_shown else advice_lines(source))]
     return "\n".join(lines)
 
 
 def loaded_html(restored: Restored) -> str:
     """The same as HTML, with the code of each waiting model folded."""
     notice = loaded(restored)
-    waiting = [(model, _parts(model), clean_lines(model.source)) for model in restored.waiting]
-    facts = {"name": clean(notice.name), "texts": [clean(text) for text in notice.texts], "waiting": waiting}
-    return render("loaded.html", {**facts, "notes": note_lines(notice.notes), "short": SHORT})
+    facts = {"name": clean(notice.name), "texts": [clean(text) for text in notice.texts]}
+    return render("loaded.html", {**facts, "notes": note_lines(notice.notes), "waiting": list(_waiting(restored))})
 
 
-def _parts(model: SavedModel) -> tuple[str, str]:
-    """What is said about a waiting model above its code."""
-    code = "its code, which was not run:" if model.source else "its code is not in the file"
-    return f"waits for its cell, or for %flaxmodel {clean(model.name)}", code
+def _waiting(restored: Restored) -> Iterator[tuple[SavedModel, tuple[str, str], list[str], bool]]:
+    """Each waiting model, what is said above its code, the lines of the code, and whether these are shown unfolded."""
+    room = SHORT
+    for model in restored.waiting:
+        code = clean_lines(model.source)
+        is_shown = len(code) <= room
+        room -= len(code) if is_shown else 0
+        many = "" if is_shown else f" ({plural(len(code), 'line')})"
+        said = f"its code{many}, which was not run:" if code else "its code is not in the file"
+        yield model, (f"waits for its cell, or for %flaxmodel {clean(model.name)}", said), code, is_shown
 
 
 def loaded(restored: Restored) -> Notice:

@@ -21,7 +21,7 @@ from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
 from ..models.construction import BuiltBySession, Construction
-from .weights import Collections, WeightSource
+from .weights import COPIES, Collections, WeightSource, check_alive, is_gone
 
 
 class ModelEntry(Struct, frozen=True):
@@ -65,6 +65,11 @@ class ModelEntry(Struct, frozen=True):
         return self.variables is not None or self.model.holds_variables
 
     @property
+    def used(self) -> bool:
+        """Whether a run has used the model, or anybody has given it variables."""
+        return bool(self.variables is not None or self.known_needs or self.update_counts or self.previous_init)
+
+    @property
     def linen(self) -> ModelWithInit:
         """The model, of which it is known that an init makes its variables."""
         assert not self.model.holds_variables
@@ -93,6 +98,25 @@ class ModelEntry(Struct, frozen=True):
         """Where the variables came from that are held now: notices others that the user's code put in their place."""
         held = self.held
         return self.source if held is None or self.source is None else self.source.now(held, self.update_counts)
+
+    def check_alive(self, call: str, others: str | None = None) -> None:
+        """Checks that no array of the weights was donated or deleted.
+
+        Args:
+          call: of the model; it has a gap where nobody knows how it was written.
+          others: the line that gives the model what a name of the notebook holds in the place of its weights.
+
+        Raises:
+          FlaxMagicsError: one was.
+        """
+        held = self.held
+        if not is_gone(held):
+            return
+        source, hint = self.source_now(), COPIES
+        if self.model.holds_variables and self.built is None:
+            others, hint = f"del {self.name}", f"{hint}\nits cell again after `del` makes new ones"
+        whose = f" ({source.describe()})" if source is not None else ""
+        check_alive(f"the weights of `{self.name}`{whose}", held, others or f"%flax_init {call}", hint=hint)
 
     def computes(self, fingerprint: bytes | None) -> bool:
         """Whether a model of that fingerprint computes the same as this one; False where that cannot be told."""

@@ -5,15 +5,17 @@ Also finds the registered model that is meant by a name or a module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from ..base.digest import describe
 from ..base.types import PyTree
 from ..code.library import is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, written
+from ..models.calls import Arguments, Path
 from ..models.construction import spell_construction
 from ..run import Note, Run
 from .entry import ModelEntry
@@ -21,7 +23,16 @@ from .models import register
 from .runs import ReplayBudget, calls_by_cell, checked_limit, length, newest
 
 if TYPE_CHECKING:
+    from ..compile.cache import ProgramSpec
     from .state import SavedModel, State
+
+
+class ShapeBefore(NamedTuple):
+    """An argument as it was earlier: who saw it, such as `init saw`, its shape, and dtype and shape in words."""
+
+    who: str
+    shape: tuple[int, ...]
+    text: str
 
 
 class RegisteredModel:
@@ -79,14 +90,28 @@ class RegisteredModel:
         return self._entry().collections()
 
     def names(self) -> ModelNames:
-        """Names for tab completion: methods with their arguments, fields, streams seen so far."""
+        """Names for tab completion: methods with their arguments, fields, streams and collections seen so far."""
         entry = self._entry()
         methods = {}
         for name in ("__call__", *entry.model.methods()):
             with suppress(FlaxMagicsError):  # a class without `__call__` has no signature to offer
                 methods[name] = tuple(entry.model.signature(() if name == "__call__" else (name,)).parameters)
         streams = {stream: None for ask in entry.known_needs.values() for stream in sorted(ask.streams)}
-        return ModelNames(methods, tuple(entry.model.fields()), tuple(streams))
+        written = [name for ask in entry.known_needs.values() for name in sorted(ask.mutable)]
+        collections = dict.fromkeys([*(entry.collections() or {}), *written])
+        return ModelNames(methods, tuple(entry.model.fields()), tuple(streams), tuple(collections))
+
+    def shapes_before(self, method: Path, programs: Sequence[ProgramSpec]) -> dict[str, ShapeBefore]:
+        """The array arguments of a method as the init had them, else as the last of the `programs` took them, by name."""
+        entry = self._entry()
+        init = entry.init or entry.previous_init
+        if init is not None and init.method == method:
+            rows = Arguments.of(init.args, init.kwargs, entry.model.signature(method), frozenset()).rows
+            arrays = {name: leaf for name, leaf, _ in rows if hasattr(leaf, "shape")}
+            return {name: ShapeBefore("init saw", leaf.shape, describe(leaf)) for name, leaf in arrays.items()}
+        spec = next((spec for spec in reversed(programs) if spec.method == method), None)
+        specs = {} if spec is None else {name: leaf for name, leaf in spec.arguments.items() if leaf.kind == "array"}
+        return {name: ShapeBefore("an earlier run had", leaf.shape, leaf.text) for name, leaf in specs.items()}
 
     def describe(self) -> str:
         """How it is built, in one line: `Net(features=8)`."""
@@ -151,14 +176,24 @@ class SessionView:
         entry = self._state.models.get(name)
         return None if entry is None else entry.model.module
 
+    def _entry_before(self, name: str, module: object) -> ModelEntry:
+        """The registered entry, or that of a module which its first run is to register."""
+        return self._state.models.get(name) or entry_now(self._state.models, name, module)[0]
+
     @property
     def collections(self) -> dict[str, Mapping[str, PyTree] | None]:
         """The variables that the session itself holds, by model: None for an NNX module, and before the first init."""
         return {name: entry.variables for name, entry in self._state.models.items()}
 
     def variables(self, name: str, module: object = None) -> PyTree:
-        """The variables of a model, as `models[name].variables` returns them; see `entry_now` for `module`."""
-        return entry_now(self._state.models, name, module)[0].read_variables()
+        """The variables of a model, as `models[name].variables` returns them; see `entry_now` for `module`.
+
+        Raises:
+          FlaxMagicsError: the user's code has donated or deleted some.
+        """
+        entry, _ = entry_now(self._state.models, name, module)
+        entry.check_alive(f"{name}(…)")
+        return entry.read_variables()
 
     @property
     def waiting(self) -> Mapping[str, SavedModel]:
@@ -232,7 +267,12 @@ def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
 
 
 def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
-    """The entry of a name that now stands for `module` (None: as registered), with a note if that is another."""
+    """The entry of a name that now stands for `module` (None: as registered), with a note if that is another.
+
+    A module under a name that nothing is registered by is registered: its run says so.
+    """
+    if module is not None and name not in models:
+        return register(None, name, module)[0], ()
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:
         return entry, ()
@@ -252,8 +292,10 @@ class ModelNames(NamedTuple):
       methods: method → names of its arguments; `__call__` for the model's own call.
       fields: its dataclass fields or attributes.
       streams: the random streams that it is known to ask for.
+      collections: the collections that it has, and those that its runs are known to write.
     """
 
     methods: Mapping[str, tuple[str, ...]]
     fields: tuple[str, ...] = ()
     streams: tuple[str, ...] = ()
+    collections: tuple[str, ...] = ()

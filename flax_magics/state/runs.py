@@ -200,7 +200,7 @@ def of_draw(chain: RunLog | None, seed: int, number: int) -> list[StoredRun]:
     drawn = (stored for stored in backwards(chain) if not stored.facts.replayed)
     for stored in drawn:
         facts = stored.facts
-        if facts.seed == seed and facts.draw <= number < facts.draw + (facts.draws or 1):
+        if facts.seed == seed and facts.draw <= number < facts.draw + (facts.samples or 1):
             previous = next(drawn, None)
             # An init that shares the draw is the run right before the apply.
             return [previous, stored] if previous is not None and _shared(previous.facts, facts) else [stored]

@@ -66,6 +66,19 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
         return self.variables is not None
 
 
+def with_entry(models: Mapping[str, ModelEntry], entry: ModelEntry) -> Mapping[str, ModelEntry]:
+    """`models` with `entry`.
+
+    A cell that has a class alone registers an instance under the class's own name. Where nothing has used that one, and an
+    instance is registered under a name of its own, it gives way.
+    """
+    cls = type(entry.model.module).__name__
+    alone = models.get(cls)
+    if cls == entry.name or alone is None or alone.used or type(alone.model.module).__name__ != cls:
+        return {**models, entry.name: entry}
+    return {name: other for name, other in models.items() if other is not alone} | {entry.name: entry}
+
+
 class State(Struct, frozen=True):
     """Everything of a session that a command may change."""
 
@@ -82,14 +95,14 @@ class State(Struct, frozen=True):
     def after(self, kept: StoredRun, draw: Draw, entry: ModelEntry | None, opened: tuple[str, Draw] | None) -> State:
         """The state after a run that succeeded. A replay moves neither the root key nor the open draw."""
         root, opened = (self.root, self.opened) if kept.facts.replayed else (self.root.after(draw), opened)
-        models = self.models if entry is None else {**self.models, entry.name: entry}
+        models = self.models if entry is None else with_entry(self.models, entry)
         waiting = self.waiting and self._still_waiting(entry)
         log = RunLog.add(self.runs, kept)
         return replace(self, root=root, models=models, opened=opened, runs=log, waiting=waiting)
 
     def with_variables(self, entry: ModelEntry) -> State:
         """The state after the user has assigned variables to a model."""
-        return replace(self, models={**self.models, entry.name: entry}, waiting=self._still_waiting(entry))
+        return replace(self, models=with_entry(self.models, entry), waiting=self._still_waiting(entry))
 
     def restarted(self, root: RootKey, *, fresh: bool) -> tuple[State, Restart]:
         """The state with another root key and no open draw. Draws of the old seed can still be found.

@@ -19,7 +19,7 @@ from flax.core import meta
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.digest import quick_digest
+from ..base.digest import kind_of, quick_digest
 from ..base.types import Leaf, PyTree
 from ..errors import FlaxMagicsError, nearest, written
 from ..rng.keys import Draw
@@ -30,6 +30,7 @@ CURRENT = "flax_magics.session().models['{}'].variables"
 PREVIOUS = "%flax_vars {0} = flax_magics.session().models['{0}'].previous"
 """The line that brings back weights which an init replaced."""
 FOR_THIS_RUN = "given for this run"
+COPIES = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
 SHOWN = 12
 """How many leaves a message names."""
 
@@ -186,7 +187,7 @@ def check_collections(name: str, value: object, written: Written, expected: Coll
     """
     what = f"variables of `{name}`"
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        message = f"{what} are a dict of collections, not {type(value).__name__}."
+        message = f"{what} are a dict of collections, not {kind_of(value)}."
         raise FlaxMagicsError(message, **_from_attributes(name, value, written, expected))
     try:
         leaves = jax.tree_util.tree_leaves(value)
@@ -214,7 +215,7 @@ def check_state(name: str, value: object, written: Written, module: object) -> N
     if not isinstance(value, Mapping):
         # An NNX module in place of its state: the advice can name the expression that was written.
         as_written = written if isinstance(value, type(module)) else Written(written.line)
-        message = f"variables of `{name}` are an nnx.State, not {type(value).__name__}."
+        message = f"variables of `{name}` are an nnx.State, not {kind_of(value)}."
         raise FlaxMagicsError(message, **as_written.advice("nnx.state({})"))
 
 
@@ -313,19 +314,24 @@ def _describe(leaf: Leaf) -> str:
     return f"{dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def check_alive(what: str, variables: object, line: str | None = None) -> None:
+def is_gone(tree: object) -> bool:
+    """Whether an array of the tree was donated or deleted."""
+    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(tree))
+
+
+def check_alive(what: str, variables: object, line: str | None = None, *, hint: str = COPIES) -> None:
     """Checks that no array of the variables was donated or deleted.
 
     Args:
       what: how a message calls the variables.
       line: the line that makes new ones, with a gap where the call's text is unknown; None for no advice.
+      hint: what to do otherwise.
 
     Raises:
       FlaxMagicsError: an array was donated or deleted.
     """
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(variables)):
+    if is_gone(variables):
         message = f"{what} are gone: your code has donated or deleted their arrays."
-        hint = "a jitted step with donate_argnums takes the arrays that it is given: give it copies of these"
         raise FlaxMagicsError(message, hint=hint, **({} if line is None else written(line)))
 
 
@@ -363,7 +369,8 @@ class WeightNames:
         seen = self._seen.get(model, {})
         moved = {expression: tree for expression, tree in _trees(names, seen) if _id(tree) != seen[expression]}
         ids, params = tuple(map(_id, moved.values())), _params(models.get(model))
-        if not moved or params is None or self._told.get(model) == ids:
+        gone = is_gone(params)  # then the run fails, and says what the names hold each time
+        if not moved or params is None or (self._told.get(model) == ids and not gone):
             return None
         self._told[model] = ids
         leaves = jax.tree_util.tree_leaves(params)
@@ -374,9 +381,9 @@ class WeightNames:
                 continue
             # Donated arrays cannot be compared.
             leaves_inside = jax.tree_util.tree_leaves(inside)
-            if not all(isinstance(leaf, jax.Array) and not leaf.is_deleted() for leaf in (*leaves_inside, *leaves)):
+            if is_gone(inside) or not all(isinstance(leaf, jax.Array) for leaf in (*leaves_inside, *leaves)):
                 continue
-            if _same(inside, params) or quick_digest(leaves_inside) == quick_digest(leaves):
+            if not gone and (_same(inside, params) or quick_digest(leaves_inside) == quick_digest(leaves)):
                 return None  # the model has the same weights as one of the names
             others[expression] = tree
         return _note(model, models[model] or {}, others) if others else None

@@ -11,7 +11,7 @@ import treescope  # type: ignore[import-untyped]
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.text import WIDTH, bytes_, cell_len, clean, clean_lines, count, dotted, plural, wrap
+from ..base.text import LEAST, WIDTH, bytes_, cell_len, clean, clean_lines, count, cut, dotted, plural, width, wrap
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
@@ -23,8 +23,8 @@ from ..report.text import columns
 def summary_html(summary: Summary, depth: int | None = None) -> str:
     """A summary as HTML with rows that fold. At first it is open as deep as the text goes."""
     root = tree(summary)
-    of_row = {"cells": partial(cells, summary), "details": partial(details, summary)}
-    parts = {"heading": heading(summary), "labels": labels(summary), "facts": facts(summary)}
+    of_row = {"cells": partial(cells, summary), "details": partial(details, summary), "outputs": outputs}
+    parts = {"heading": heading(summary), "labels": labels(summary), "facts": facts(summary), "call": summary.call}
     return render("summary.html", {**parts, **of_row, "root": root, "deep": shown_depth(root, depth)})
 
 
@@ -179,13 +179,14 @@ class Summary(Struct, frozen=True, dict=True):
     def __str__(self) -> str:
         return summary_text(self)
 
+    def _repr_html_(self) -> str:
+        return summary_html(self)
+
 
 LINES = 60
 """The most rows that a text shows, unless it was asked for a depth."""
 TURN = 4
 """The longest sequence of siblings that is recognised as repeating, such as (Dense, LayerNorm)."""
-EXACT = 10_000_000
-"""From this number on a row shows it rounded."""
 
 
 class ModuleRow(Struct, frozen=True):
@@ -306,31 +307,32 @@ def primary(summary: Summary) -> str:
 def cells(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
     """The numbers of a row, one for each of `labels`."""
     size = row.sizes.get(primary(summary))
-    numbers = ("", "") if size is None else (number(size.elements), bytes_(size.bytes))
+    numbers = ("", "") if size is None else (count(size.elements, like=summary.parameters), bytes_(size.bytes))
     flops = ((summary.flops, row.flops), (summary.vjp_flops, row.vjp_flops))
-    return (*numbers, *(number(of_row) for of_call, of_row in flops if of_call is not None))
+    counted = (("" if of_row is None else count(of_row, like=whole)) for whole, of_row in flops if whole is not None)
+    return (*numbers, *counted)
 
 
-def number(value: int | None) -> str:
-    """The number in full if it is short, else rounded; empty for None."""
-    return "" if value is None else f"{value:,}" if value < EXACT else count(value)
+def outputs(row: ModuleRow) -> str:
+    """What a row gives, as `dtype[shape]`; of a sequence what its last module gives. Empty without a call."""
+    return outputs(row.rows[-1]) if row.module is None else clean(row.module.outputs)
 
 
 def details(summary: Summary, row: ModuleRow) -> tuple[str, ...]:
-    """What a row says besides its numbers: shapes in and out, calls, variables and streams."""
+    """What a row says besides its columns: shapes of its inputs, calls, variables and streams."""
     module = row.module
     if module is None:
         return ()
     said = []
-    if module.calls:
-        said.append(f"{clean(module.inputs) or 'nothing'} → {clean(module.outputs)}")
-    elif summary.call:
+    if module.inputs:
+        said.append(f"in {clean(module.inputs)}")
+    if summary.call and not module.calls:
         said.append("not called")
     if module.calls > 1:
         said.append(f"{module.calls} calls")
     for collection, size in row.sizes.items():
         arrays = [array for array in module.arrays if array.collection == collection]
-        many = "" if collection == primary(summary) else f" {number(size.elements)}, {bytes_(size.bytes)}"
+        many = "" if collection == primary(summary) else f" {count(size.elements)}, {bytes_(size.bytes)}"
         # The variables of NNX's random streams are keys and counts, one pair for each stream: only their sum is shown.
         spelled = f": {', '.join(map(spell, arrays))}" if arrays and collection != "RngState" else ""
         said += [f"{clean(collection)}{many}{spelled}"] if many or spelled else []
@@ -380,7 +382,7 @@ def shown_depth(root: ModuleRow, depth: int | None) -> int:
 
 
 def summary_text(summary: Summary, depth: int | None = None) -> str:
-    """A summary as text in 80 columns.
+    """A summary as text, in 80 columns but on a wider terminal.
 
     Args:
       depth: levels of submodules to show; None for as many as stay within `LINES` rows.
@@ -388,17 +390,36 @@ def summary_text(summary: Summary, depth: int | None = None) -> str:
     root = tree(summary)
     deep = shown_depth(root, depth)
     rows = list(_rows(root, deep))
+    outs = ["out" if summary.call else "", *(outputs(row) for row, _ in rows)]
     numbers = [labels(summary), *(cells(summary, row) for row, _ in rows)]
     widths = [max(cell_len(line[i]) for line in numbers) for i in range(len(numbers[0]))]
-    lines = [*dotted(heading(summary)), *_aligned("module", "  ", numbers[0], widths)]
-    for (row, level), figures in zip(rows, numbers[1:], strict=True):
-        indent = "  " * (level + 1)
-        lines += _aligned(f"{row.name}  {row.cls}".rstrip(), indent, figures, widths)
+    names = [("  ", "module"), *(("  " * (level + 1), f"{row.name}  {row.cls}".rstrip()) for row, level in rows)]
+    # What the numbers leave of a line; a wide terminal is used as far as names and outputs need it.
+    taken, longest = sum(widths) + 2 * len(widths), max(map(cell_len, outs))
+    needed = max(cell_len(indent + name) for indent, name in names) + 2 + longest
+    rest = min(width(), max(WIDTH, needed + taken)) - taken
+    # Names come first: what is cut of an output for them is told in full beneath.
+    wide = min(longest, max(rest - LEAST - max(cell_len(indent) for indent, _ in names), 3))
+
+    def line(at: int) -> list[str]:
+        """The columns of one row: its name wraps, the numbers are aligned at the right."""
+        *above, last = wrap(names[at][1], names[at][0], names[at][0] + "    ", rest - wide - 2)
+        cell = cut(outs[at], wide)
+        text = last + " " * (rest - wide - cell_len(last)) + cell + " " * (wide - cell_len(cell))
+        for number, most in zip(numbers[at], widths, strict=True):
+            text += "  " + " " * (most - cell_len(number)) + number
+        return [*above, text.rstrip()]
+
+    lines = [*dotted(heading(summary)), *line(0)]
+    for at, (row, level) in enumerate(rows, 1):
+        lines += line(at)
         said = details(summary, row)
+        if cell_len(outs[at]) > wide:
+            said = (f"out {outs[at]}", *said)
         if level == deep and row.rows:
             said = (*said, f"{plural(row.size() - 1, 'row')} inside")
         if said:
-            lines += wrap(" · ".join(said), indent + "  ", indent + "    ")
+            lines += wrap(" · ".join(said), "  " * (level + 2), "  " * (level + 3))
     lines += columns(facts(summary))
     if depth is None and deep < root.depth:
         lines += wrap(f"deeper than {plural(deep, 'level')} is folded away: --depth {root.depth} shows all of it", "  ")
@@ -410,11 +431,3 @@ def _rows(row: ModuleRow, deep: int, level: int = 0) -> Iterator[tuple[ModuleRow
     if level < deep:
         for part in row.rows:
             yield from _rows(part, deep, level + 1)
-
-
-def _aligned(text: str, indent: str, figures: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """A name and its numbers, which are aligned at the right; a name that is too long wraps above them."""
-    room = WIDTH - sum(widths) - 2 * len(widths)
-    *above, last = wrap(text, indent, indent + "    ", room)
-    right = "".join("  " + " " * (wide - cell_len(text)) + text for text, wide in zip(figures, widths, strict=True))
-    return [*above, (last + " " * (room - cell_len(last)) + right).rstrip()]

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base import __version__
-from ..base.text import clean_lines
+from ..base.text import clean_lines, fit
 from ..errors import FlaxMagicsError
 from .notebooks import check_installed, code_cells, executed, other_order, read, runs_of
 from .report import EXIT, Result, exit_status, text, to_json
@@ -114,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The text has arrows and dots, which the encoding of a pipe may lack.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if sys.stdout.isatty():
+            fit(shutil.get_terminal_size().columns)
         print("\n".join(text(result) for result in results))
     return exit_status(results)
 

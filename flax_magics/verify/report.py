@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from ..base.text import clean, count, cut, flow, plural, table, ulp, wrap
+from ..base.text import DIGITS, clean, count, cut, flow, plural, table, ulp, wrap
 from ..errors import advice_lines
 
 if TYPE_CHECKING:
@@ -147,7 +148,13 @@ def how_far(verdict: Verdict) -> str:
         stored_text, new_text = cut(clean(verdict.stored), 60), cut(clean(verdict.now), 60)
         if verdict.what == "keys" and stored_text.partition(" ")[0] == new_text.partition(" ")[0]:
             new_text = new_text.partition(" ")[2]  # without repeating the stream's name
-        return f"{stored_text} → {new_text}" + (" (no values stored)" if verdict.what == "digest" else "")
+        if verdict.what != "digest":
+            return f"{stored_text} → {new_text}"
+        # Where there was no digest, words stand in its place.
+        stored_text, new_text = (
+            re.sub("^[0-9a-f]{16}$", lambda all_: all_[0][:DIGITS], text) for text in (stored_text, new_text)
+        )
+        return f"{stored_text} → {new_text} (no values stored)"
     stored = f"{count(distance.compared)} stored, of " if distance.compared < distance.of else ""
     among = f"{stored}{count(distance.of)}"
     if not distance.differ:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.base.text import bytes_, count, elapsed, plural, seconds
+from flax_magics.base.text import bytes_, count, elapsed, plural, seconds, wrap
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,28 @@ def test_bytes_go_in_thousands() -> None:
     assert ", ".join(map(bytes_, sizes)) == "0 B, 60 B, 999 B, 1.2 KB, 34.5 KB, 1.0 MB, 3.4 MB, 80.0 GB"
 
 
-def test_counts_are_exact_below_ten_thousand() -> None:
-    assert [count(n) for n in (15, 1_234, 12_340, 1_240_000)] == ["15", "1,234", "12.3 k", "1.2 M"]
+def test_counts_are_exact_below_a_million() -> None:
+    assert [count(n) for n in (15, 12_340, 999_999, 1_240_000)] == ["15", "12,340", "999,999", "1.2 M"]
+
+
+def test_a_column_of_counts_has_one_style() -> None:
+    assert [count(n, like=999_999) for n in (15, 12_340, 999_999)] == ["15", "12,340", "999,999"]
+    assert [count(n, like=1_240_000) for n in (15, 12_340, 1_240_000)] == ["15", "12.3 k", "1.2 M"]
+
+
+def test_a_line_breaks_at_spaces_and_a_word_only_where_it_is_longer_than_a_line() -> None:
+    assert wrap("params: bias float32[4], kernel float32[9,4]", columns=36) == [
+        "params: bias float32[4], kernel",
+        "float32[9,4]",
+    ]
+    assert wrap("a deterministic=not_self.training", columns=32) == ["a", "deterministic=not_self.training"]
+    assert wrap("a/very/long/path/of/a/module", columns=16) == ["a/very/long/", "path/of/a/module"]
+
+
+@given(st.lists(st.text("ab.,=/-", min_size=1, max_size=30), min_size=1), st.integers(30, 80))
+def test_no_word_is_broken_that_fits_a_line(words: list[str], columns: int) -> None:
+    lines = wrap(" ".join(words), columns=columns)
+    assert [word for line in lines for word in line.split()] == words
 
 
 def test_one_parameter_is_singular() -> None:

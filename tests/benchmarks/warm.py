@@ -71,6 +71,16 @@ def forward(net, x):
 """
 
 
+COMPLETE = """\
+from IPython.core.completer import provisionalcompleter
+globals().update({f'array{i}': jnp.zeros(i) for i in range(100)} | {f'name{i}': i for i in range(100)})
+line = '%flax_apply my_model('
+def complete():
+  with provisionalcompleter():
+    return [match.text for match in get_ipython().Completer.completions(line, len(line))]
+"""
+
+
 def loops(setup: list[str], by_hand: str, ours: str, n: int, rounds: int) -> Measured:
     """Seconds of one pass through each body, from loops of `n` in a cell of their own."""
 
@@ -115,6 +125,15 @@ def nnx(rounds: int) -> Measured:
     return loops(setup, "y = jax.block_until_ready(forward(by_hand, x))", "y = %flax_apply -q net(x)", 200, rounds)
 
 
+def completion(rounds: int) -> Measured:
+    """Tab inside of a call, in a notebook with a hundred arrays: what IPython's completer gives, until it has all."""
+    setup = [IMPORTS, LOAD, SHARP_BITS, "%flaxmodel my_model", "%flax_apply -q my_model(x);", COMPLETE]
+    timed = [["offered = complete()"]] * (rounds + 1)
+    expect = "offered[0] == 'x' and offered[101] == 'x=' and 'name0' in offered"
+    # The first round imports what is IPython's, and is not counted.
+    return Measured(seconds_of({"setup": setup, "timed": timed, "expect": expect})[1:])
+
+
 def shown(rounds: int) -> Measured:
     """A cell with its report in a real kernel, against the same with `-q`: until the kernel is idle again."""
     from jupyter_client.manager import KernelManager
@@ -153,5 +172,6 @@ LAPS = (
     Lap("bare", "warm -q over the bare executable", 80, over_bare, "µs"),
     Lap("5ms", "warm -q, a model of some 5 ms", 1.03, five_ms),
     Lap("shown", "warm, report shown in a real kernel, over -q", 2, shown, "ms"),
+    Lap("completion", "Tab inside a call, a hundred arrays there", 50, completion, "ms"),
     Lap("nnx", "warm -q, an NNX MLP of two blocks, against its awaited nnx.jit call", 0.5, nnx),
 )

@@ -23,14 +23,14 @@ def test_a_cell_that_drew_and_was_run_again():
     found = log(("a", "%flax_apply net(x)"), ("b", "1"), ("a", "%flax_apply net(x)"), ("a", "%flax_apply net(x)"))
     (rerun,) = reruns(found, {1: ["net(x)"], 3: ["net(x)"], 4: ["net(x)"]}, transform)
     assert rerun == Rerun((1, 3, 4), True, False, {})
-    assert rerun.text == "cell [1] was run again as [3] and [4]"
+    assert rerun.text == "cell [4] ran 3 times"
     assert dict(rerun.marks()) == {1: ("cell run again since, as [4]",), 3: ("cell run again since, as [4]",)}
 
 
 def test_an_edited_one():
     found = log(("a", "%flax_apply net(x)"), ("a", "%flax_apply --train net(x)"))
     (rerun,) = reruns(found, {1: ["net(x)"], 2: ["net(x)"]}, transform)
-    assert rerun.text == "cell [1] was edited and run again as [2]"
+    assert rerun.text == "cell [2] was edited and ran twice"
     assert dict(rerun.marks()) == {1: ("cell edited since, as [2]",)}
 
 
@@ -45,8 +45,8 @@ def test_cells_that_ran_once_or_did_not_draw_or_bind_below_are_nobodys_business(
 def test_a_variable_that_another_cell_rebound_in_between():
     cells = [("x", "x = 1"), ("a", "y = %flax_apply net(x)"), ("b", "x = x + 1"), ("a", "y = %flax_apply net(x)")]
     (rerun,) = reruns(log(*cells), {2: ["net(x)"], 4: ["net(x)"]}, transform)
-    assert rerun.text == "cell [2] was run again as [4]; x was rebound by [3] in between"
-    assert dict(rerun.marks()) == {2: ("cell run again since, as [4]",), 4: ("x was rebound by [3] since [2]",)}
+    assert rerun.text == "cell [4] ran twice; x changed in [3]"
+    assert dict(rerun.marks()) == {2: ("cell run again since, as [4]",), 4: ("x changed in [3], after [2]",)}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_a_cell_in_between_binds(drawing, between, rebound):
 def test_without_ids_it_is_said_of_the_text_alone():
     found = log((None, "%flax_apply net(x)"), (None, " %flax_apply net(x)\n"), (None, "%flax_apply net(y)"))
     (rerun,) = reruns(found, {1: ["net(x)"], 2: ["net(x)"], 3: ["net(y)"]}, transform)
-    assert rerun.text == "the text of cell [1] was run again as [2]"
+    assert rerun.text == "the text of cell [2] ran twice"
     assert dict(rerun.marks()) == {1: ("the same text run again since, as [2]",)}
 
 
@@ -76,15 +76,15 @@ def test_one_that_drew_once_and_is_the_same_draws_once_in_run_all_too():
     assert reruns(log(*cells, cells[0]), {1: ["Net(3)"]}, transform) == ()
     edited = ("m", "%%flaxmodel net = Net(4)\nclass Net(nnx.Module): ...")
     (rerun,) = reruns(log(*cells, edited), {1: ["Net(3)"]}, transform)
-    assert rerun.text == "cell [1] was edited and run again as [3]"
+    assert rerun.text == "cell [3] was edited and ran twice"
 
 
 def test_a_variable_whose_cell_was_run_again_after_the_draw():
     cells = [("x", "x = 1"), ("a", "%flax_apply net(x)"), ("x", "x = 2"), ("b", "x = 3")]
     (rerun,) = reruns(log(*cells), {2: ["net(x)"]}, transform)
     assert rerun == Rerun((2,), True, False, {}, {"x": 3})
-    assert rerun.text == "cell [2] drew before x was rebound by [3]"
-    assert dict(rerun.marks()) == {2: ("x was rebound by [3] since",)}
+    assert rerun.text == "cell [2] ran before x changed in [3]"
+    assert dict(rerun.marks()) == {2: ("x changed since, in [3]",)}
 
 
 def test_a_cell_that_is_what_it_was_binds_the_same_unless_it_goes_on():
@@ -108,8 +108,8 @@ def test_nor_is_it_anything_in_between_unless_another_had_bound_since():
 def test_run_again_and_rebound_since():
     cells = [("x", "x = 1"), ("a", "%flax_apply net(x)"), ("a", "%flax_apply net(x)"), ("x", "x = 2")]
     (rerun,) = reruns(log(*cells), {2: ["net(x)"], 3: ["net(x)"]}, transform)
-    assert rerun.text == "cell [2] was run again as [3]; x was rebound by [4] since"
-    assert dict(rerun.marks()) == {2: ("cell run again since, as [3]",), 3: ("x was rebound by [4] since",)}
+    assert rerun.text == "cell [3] ran twice; x changed in [4]"
+    assert dict(rerun.marks()) == {2: ("cell run again since, as [3]",), 3: ("x changed since, in [4]",)}
 
 
 def model(state):
@@ -121,7 +121,19 @@ def test_a_model_that_is_kept_was_not_rebound():
     draw = ("a", "%flax_apply net(x)")
     assert reruns(log(model("new"), draw, model("unchanged")), {2: ["net(x)"]}, transform) == ()
     (rerun,) = reruns(log(model("new"), draw, model("changed")), {2: ["net(x)"]}, transform)
-    assert rerun.text == "cell [2] drew before net was rebound by [3]"
+    assert rerun.text == "cell [2] ran before net changed in [3]"
+
+
+def test_a_cell_that_failed_before_it_drew_has_not_run():
+    draw, failed = ("a", "%flax_apply net(x)"), ("a", "%flax_apply net(y)", {"error": "FlaxMagicsError", "line": 1})
+    for cells, drew in (((failed, draw), [2]), ((draw, failed), [1]), ((failed, failed, draw, failed), [3])):
+        assert reruns(log(*cells), {number: ["net(x)"] for number in drew}, transform) == ()
+    (rerun,) = reruns(log(draw, failed, draw), {1: ["net(x)"], 3: ["net(x)"]}, transform)
+    assert rerun == Rerun((1, 3), True, False, {})
+    # One that drew first took a draw that Run All will not take.
+    later = ("a", "%flax_apply net(x)\n1 / 0", {"error": "ZeroDivisionError", "line": 2})
+    (rerun,) = reruns(log(later, draw), {1: ["net(x)"], 2: ["net(x)"]}, transform)
+    assert rerun.text == "cell [2] was edited and ran twice"
 
 
 def test_a_cell_that_failed_bound_what_came_before():
@@ -149,4 +161,4 @@ def test_beginning_anew_is_no_running_again():
 def test_of_many_executions_the_last_is_named():
     found = log(*[("a", "%flax_apply net(x)")] * 6)
     (rerun,) = reruns(found, {number: ["net(x)"] for number in range(1, 7)}, transform)
-    assert rerun.text == "cell [1] was run again as [2] and 4 more times, last as [6]"
+    assert rerun.text == "cell [6] ran 6 times"

@@ -105,6 +105,23 @@ PLACES: dict[str, Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]] = {
 }
 
 
+SPELLED = {
+    "an argument": "batch",
+    "a keyword": "batch",
+    "inside": "batch['a'][0].batch",
+    "beside another": "batch['a'][0]",
+}
+"""Where the batch is, for a person."""
+CHANGED = {
+    "a list": "{}.cfg[0]: 2.0 → 5.0",
+    "a dict": "{}.cfg['rate']: 2.0 → 5.0",
+    "an array": "{}.cfg: other values",
+    "a config": "{}.cfg.rate: 2.0 → 5.0",
+    "a config in a tuple": "{}.cfg[1].rate: 2.0 → 5.0",
+    "a function": "rate: 2.0 → 5.0",
+}
+
+
 class Net(nn.Module):
     """Scales by what the batch's config says."""
 
@@ -143,7 +160,7 @@ def test_static_data_changed_in_place_counts_at_once_and_so_does_taking_it_back(
     changed = runs(session, net, where, batch)
     assert changed.program == "compiled"
     if kind != "an opaque object":
-        assert changed.reason == "batch: a static field changed"
+        assert changed.reason == CHANGED[kind].format(SPELLED[place])
     change(batch.cfg, 2.0)
     assert runs(session, net, where, batch).program == "reused"
     assert runs(session, net, where, Batch(X, make(5.0))).program == "reused"
@@ -209,7 +226,7 @@ def test_names_of_boxed_variables_are_read():
     net = Boxed()
     session = session_of(net)
     variables = session.init("net", X)
-    for name, reason in (("in", "first run of this program"), ("inner", "the variables: a static field changed")):
+    for name, reason in (("in", "first run of this program"), ("inner", "kernel.names[0]: 'in' → 'inner'")):
         variables["params"]["kernel"].names[0] = name
         for expected in (reason, ""):
             run = session.apply("net", X)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from by_hand import MyModel, notebook_x
-from flax import nnx
+from flax import nnx, struct
 from processes import printed_by
 
 from flax_magics import Session
@@ -84,7 +84,11 @@ def test_a_weak_type(takes):
     half = X.astype(jnp.bfloat16)
     takes.apply("net", half[0], jnp.float32(2.0))
     run = takes.apply("net", half[0], jnp.asarray(2.0))
-    assert why(run) == "scale: float32[] → float32[] (weak type)"
+    assert why(run) == "scale: float32[], weakly typed now"
+    takes.apply("net", half[0], jnp.asarray(2.0), how="tanh")
+    assert (
+        why(takes.apply("net", half[0], jnp.float32(2.0), how="tanh")) == "scale: float32[], not weakly typed any more"
+    )
 
 
 def test_a_python_number_in_place_of_an_array(takes):
@@ -277,7 +281,75 @@ def test_nnx_says_the_field_the_code_or_the_leaf(session):
     session.register("net", cells["Net"](5, rngs=nnx.Rngs(0)))
     assert why(session.apply("net", X)) == "Net.__call__ was edited"
     session.models["net"].module.hidden = nnx.Linear(4, 7, rngs=nnx.Rngs(0))
-    assert why(session.apply("net", X)) == "the model changed: hidden/bias [5]→[7] and 1 more"
+    assert why(session.apply("net", X)) == "hidden.out_features: 5 → 7"
+
+
+def test_an_attribute_of_a_layer_that_was_set(session):
+    class Drops(nnx.Module):
+        def __init__(self, rngs):
+            self.drop = nnx.Dropout(0.5, rngs=rngs)
+            self.layers = getattr(nnx, "List", list)([nnx.Dropout(0.5, rngs=rngs)])
+
+        def __call__(self, x):
+            return self.layers[0](self.drop(x))
+
+    net = Drops(nnx.Rngs(0))
+    first_run(session, net)
+    net.drop.rate = 0.1
+    assert why(session.apply("net", X)) == "drop.rate: 0.5 → 0.1"
+    net.layers[0].rate = 0.2
+    assert why(session.apply("net", X)) == "layers[0].rate: 0.5 → 0.2"
+    net.drop.deterministic = True
+    assert why(session.apply("net", X)) == "drop.deterministic: False → True"
+
+
+class ConfigDict:
+    """As that of ml_collections: its fields are in none of its own attributes, and it is no Mapping."""
+
+    def __init__(self, **fields):
+        object.__setattr__(self, "_fields", fields)
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._fields[name]
+
+    def __setattr__(self, name, value):
+        self._fields[name] = value
+
+    def items(self):
+        return self._fields.items()
+
+
+def test_a_field_of_a_config_that_keeps_them_inside(session):
+    class Configured(nn.Module):
+        config: ConfigDict
+
+        def __call__(self, x):
+            return x * self.config.rate * self.config.inner.width
+
+    config = ConfigDict(rate=0.5, inner=ConfigDict(width=2))
+    first_run(session, Configured(config))
+    config.rate = 0.25
+    assert why(session.apply("net", X)) == "config.rate: 0.5 → 0.25"
+    config.inner.width = 3
+    assert why(session.apply("net", X)) == "config.inner.width: 2 → 3"
+
+
+@struct.dataclass
+class Batch:
+    x: Any
+    kind: str = struct.field(pytree_node=False, default="a")
+
+
+def test_a_static_field_of_an_argument_that_is_another(session):
+    class Kinds(nn.Module):
+        def __call__(self, batches):
+            return sum(batch.x * (2 if batch.kind == "a" else 3) for batch in batches)
+
+    session.register("net", Kinds())
+    session.apply("net", [Batch(X), Batch(X)])
+    assert why(session.apply("net", [Batch(X), Batch(X, "b")])) == "batches[1].kind: 'a' → 'b'"
 
 
 # -- mode, method, options, settings, variables
@@ -298,7 +370,7 @@ class Both(nn.Module):
 
 def test_another_mode_or_method(session):
     first_run(session, Both())
-    assert why(session.apply("net", X, mode="train")) == "mode: as written → train"
+    assert why(session.apply("net", X, mode="train")) == "now with --train"
     assert why(session.apply("net", X, method="encode")) == "method: the call → encode"
     assert why(session.apply("net", jnp.ones((5, 4)), mode="train")) == "x: float32[2,4] → float32[5,4]"
 
@@ -306,7 +378,20 @@ def test_another_mode_or_method(session):
 def test_a_mode_that_is_a_field_is_said_as_the_mode(session):
     session.register("net", MyModel(3, False))
     session.apply("net", notebook_x())
-    assert why(session.apply("net", notebook_x(), mode="train")) == "mode: as written → train"
+    assert why(session.apply("net", notebook_x(), mode="train")) == "now with --train"
+
+
+class Switched(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=None):
+        return x if train is None else nn.Dropout(0.5, deterministic=not train)(x * 2)
+
+
+def test_a_mode_in_place_of_another_and_none_again(session):
+    session.register("net", Switched())
+    session.apply("net", X, mode="train")
+    assert why(session.apply("net", X, mode="eval")) == "now with --eval instead of --train"
+    assert why(session.apply("net", X)) == "now without --eval"
 
 
 class Asks(nn.Module):
@@ -316,9 +401,11 @@ class Asks(nn.Module):
 
 def test_options(session):
     first_run(session, Asks())
-    assert why(session.apply("net", X, mutable="cache")) == "--mutable: none → cache"
-    assert why(session.apply("net", X, draws=3)) == "--draws: none → 3"
-    assert why(session.apply("net", X, draws=4)) == "--draws: 3 → 4"
+    assert why(session.apply("net", X, mutable="cache")) == "now with --mutable cache"
+    assert why(session.apply("net", X, samples=3)) == "now with --samples 3"
+    assert why(session.apply("net", X, samples=4)) == "now with --samples 4 instead of 3"
+    assert session.apply("net", X).program == "reused"
+    assert why(session.apply("net", jnp.ones((5, 4)))) == "x: float32[2,4] → float32[5,4]"
 
 
 def test_a_setting_of_jax_by_name_and_value(session):
@@ -347,11 +434,18 @@ def test_variables_of_another_dtype(session):
     assert why(run) == "the variables changed: bias float32→bfloat16 and 1 more"
 
 
+def test_variables_of_a_weak_type(session):
+    first_run(session, nn.Dense(3))
+    weak = jax.tree_util.tree_map(lambda leaf: jnp.full(leaf.shape, 1.0), session.models["net"].variables)
+    run = session.apply("net", X, variables=weak)
+    assert why(run) == "the variables changed: bias weakly typed now and 1 more"
+
+
 def test_arrays_that_were_placed(session):
     first_run(session, Takes())
     run = session.apply("net", jax.device_put(X, jax.devices()[0]))
     if run.program == "compiled":  # JAX lowers a committed array as one that is not, where there is one device
-        assert run.reason == "x: float32[2,4] → float32[2,4] on cpu:0"
+        assert run.reason == "x: float32[2,4], put on cpu:0 now"
 
 
 PLACES = """
@@ -368,7 +462,8 @@ session = Session(0)
 session.register("net", Net())
 mesh = jax.sharding.Mesh(jax.devices(), ("data",))
 rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-for place in (*jax.devices(), rows):
+square = jax.sharding.Mesh([[device] for device in jax.devices()], ("data", "model"))
+for place in (*jax.devices(), rows, jax.sharding.NamedSharding(square, rows.spec)):
   print(session.apply("net", jax.device_put(jnp.ones((4, 2)), place)).reason)
 """
 
@@ -377,8 +472,9 @@ def test_another_device():
     """With two devices, which takes a process of its own."""
     assert printed_by(PLACES, devices=2).splitlines() == [
         "first run of this program",
-        "x: float32[4,2] on cpu:0 → float32[4,2] on cpu:1",
-        "x: float32[4,2] on cpu:1 → float32[4,2] on cpu:0,1 as P('data',)",
+        "x: float32[4,2], moved from cpu:0 to cpu:1",
+        "x: float32[4,2], moved from cpu:1 to cpu:0,1 as P('data',)",
+        "x: float32[4,2], placed otherwise on cpu:0,1 as P('data',)",
     ]
 
 

@@ -63,7 +63,7 @@ def names(make):
 def test_other_inputs_of_the_same_shape_get_the_same_mask(make):
     session = session_of(make())
     first = session.apply("net", x)
-    second = session.apply("net", x * 3, draw=1)
+    second = session.apply("net", x * 3, keys_of=1)
     assert masks(second) == []
     np.testing.assert_array_equal(first.output == 0, second.output == 0)
 
@@ -72,14 +72,14 @@ def test_layers_of_another_batch_are_named(make, names):
     session = session_of(make())
     session.apply("net", x)
     a, b = names
-    assert masks(session.apply("net", x[:2], draw=1)) == note(f"{a}, {b}: [4,8] there, [2,8] here")
+    assert masks(session.apply("net", x[:2], keys_of=1)) == note(f"{a}, {b}: [4,8] there, [2,8] here")
 
 
 def test_of_another_model_the_layers_that_differ_alone_are_named(make, names):
     session = session_of(make())
     session.register_all({"wide": make(width=16), "often": make(rate=0.25)})
     session.apply("net", x)
-    wide, often = session.apply("wide", x, draw=1), session.apply("often", x, draw=1)
+    wide, often = session.apply("wide", x, keys_of=1), session.apply("often", x, keys_of=1)
     assert masks(wide) == note(f"{names[1]}: [4,8] there, [4,16] here")
     assert masks(often) == note(f"{names[1]}: rate 0.5 there, 0.25 here")
 
@@ -93,7 +93,7 @@ def test_layers_of_one_of_them_alone(make):
     session = session_of(make())
     session.register("one", One() if make is Two else NnxTwo(first=False))
     session.apply("net", x)
-    run = session.apply("one", x, draw=1)
+    run = session.apply("one", x, keys_of=1)
     if make is Two:
         assert masks(run) == note("Dropout_1: in draw 1's run alone")
     else:  # the first stream of the model is another layer's
@@ -115,15 +115,15 @@ def test_what_a_module_draws_with_a_key_itself_is_not_claimed(make):
 
     session = session_of(Noise() if make is Two else NnxNoise(rngs=nnx.Rngs(noise=0)))
     session.apply("net", x)
-    assert masks(session.apply("net", x[:2], draw=1)) == []
+    assert masks(session.apply("net", x[:2], keys_of=1)) == []
 
 
 def test_a_warm_run_is_compared_too_and_so_is_one_whose_inputs_were_let_go_of(make, names):
     session = session_of(make(), replay_bytes=0)
     for _ in range(3):
         session.apply("net", x)
-    assert masks(session.apply("net", x, draw=3)) == []
-    (said,) = masks(session.apply("net", x[:2], draw=3))
+    assert masks(session.apply("net", x, keys_of=3)) == []
+    (said,) = masks(session.apply("net", x[:2], keys_of=3))
     assert said.text == f"other random numbers than in draw 3 at {', '.join(names)}: [4,8] there, [2,8] here"
 
 
@@ -140,7 +140,7 @@ def test_of_many_layers_some_are_named_and_the_rest_is_counted():
 
     session = session_of(Deep())
     session.apply("net", x)
-    assert masks(session.apply("net", x[:2], draw=1)) == note(
+    assert masks(session.apply("net", x[:2], keys_of=1)) == note(
         "Dropout_0, Dropout_1, Dropout_2, Dropout_3 and 2 more: [4,8] there, [2,8] here; d1: [4,7] there, [2,7] here; "
         "d2: [4,6] there, [2,6] here; d3: [4,5] there, [2,5] here; d4, d5, d6, d7: other shapes or rates"
     )

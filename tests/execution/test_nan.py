@@ -24,7 +24,7 @@ def sharp_bits(run):
     return [(note.text, note.form) for note in run.notes if note.kind == "nan"]
 
 
-FINDING = "import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --draw last net(x)"
+FINDING = "import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --keys-of last net(x)"
 
 
 def test_the_numbers_of_each_array():
@@ -124,7 +124,7 @@ def test_the_report_counts_them_and_the_lines_stop_at_the_operation(negative):
         "! the output of net holds NaN",
         "  write: import jax",
         "         with jax.debug_nans(True):",
-        "             %flax_apply --eager --draw last net(x)",
+        "             %flax_apply --eager --keys-of last net(x)",
     ]
     before = negative.session.draws
     stopped = negative.fails(FINDING)

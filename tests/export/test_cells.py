@@ -158,7 +158,7 @@ def test_cells_that_failed_and_left_nothing_are_counted(notebook, tmp_path):
     notebook("print(n)")
     script = exported(notebook)
     assert script.endswith(
-        "\n\nn = 1\n# In [7] failed here with ZeroDivisionError:\n# m = half(n)\n\nprint(n)\n\n"
+        "\n\nn = 1\n# Left out: the rest of In [7], which failed with ZeroDivisionError.\n\nprint(n)\n\n"
         "# 3 cells that failed and left nothing are left out.\n"
     )
     assert printed(script, tmp_path) == ["1"]

@@ -39,10 +39,10 @@ network = ConvNet()
     "#@title A form\nvariables = %flax_init network(x)",
     "for step in range(2):\n    for batch in x:\n        logits = %flax_apply --train network(batch)\nlogits.shape",
     'logits, statistics = %flax_apply --train --mutable batch_stats network(x, {"noisy": True, "scale": 0.1})',
-    "%flax_apply --draw 2 --eval network(x)\nlogits[:2].mean()",
+    "%flax_apply --keys-of 2 --eval network(x)\nlogits[:2].mean()",
     NNX_NET,
     "y, statistics = %flax_apply --train --mutable BatchStat net(x)",
-    "samples = %flax_apply --eval --draws 4 net(x)\n%flax_init net(x)",
+    "samples = %flax_apply --eval --samples 4 net(x)\n%flax_init net(x)",
     "latent = %flax_key latent",
 ]
 

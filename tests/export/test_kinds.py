@@ -96,9 +96,26 @@ class Net(Base):
 held = nnx.bridge.ToNNX(nn.Dropout(0.5, deterministic=False), rngs=nnx.Rngs(params=0, dropout=1)).lazy_init(x)
 """,
         "for i in range(2):\n  y = %flax_apply --train net(x * i)",
-        "y = %flax_apply --eval net(x)\ny = %flax_apply net(x)\nz = net(x)\nys = %flax_apply --train --draws 2 net(x)",
-        "y = %flax_apply --train --eager net(x)\ny = %flax_apply --train --draw last net(x)",
+        "y = %flax_apply --eval net(x)\ny = %flax_apply net(x)\nz = net(x)\nys = %flax_apply --train --samples 2 net(x)",
+        "y = %flax_apply --train --eager net(x)\ny = %flax_apply --train --keys-of last net(x)",
         "%flax_init net(x);\nnet.eval()\ny = %flax_apply net(x)\ny = %flax_apply held(x)",
+    ],
+    "switches that lifted transforms take by their place, and samples of statistics that are not kept": [
+        """\
+%%flaxmodel
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
+rngs = {'params': True, 'dropout': True}
+again = nn.remat(Net, static_argnums=(2,))()
+several = nn.vmap(Net, in_axes=(0, None), variable_axes={'params': 0, 'batch_stats': 0}, split_rngs=rngs)()
+""",
+        "y = %flax_apply --train again(x)\ny = %flax_apply again(x)",
+        "%flax_init several(x)\nz = %flax_apply --train several(x)",
+        "ys = %flax_apply --train --samples 3 again(x)\ny = %flax_apply --eval --eager again(x)",
+        "ys, updates = %flax_apply --train --samples 2 --mutable batch_stats again(x)",
     ],
     "one name for several models in a loop": [
         "for n in (2, 3):\n  m = nn.Dense(n)\n  %flaxmodel m\n  y = %flax_apply m(x)\n  y = %flax_apply m(x)",

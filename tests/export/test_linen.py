@@ -71,7 +71,7 @@ def test_a_function_and_its_loop_in_a_cell_that_is_run_again(notebook, tmp_path)
     run = "y = %flax_apply my_model(x)"
     cell = """\
 def step(x):
-    y = %flax_apply --train --draw last my_model(x)
+    y = %flax_apply --train --keys-of last my_model(x)
     return y
 for i in range(2):
     y = step(x * i)"""
@@ -93,8 +93,8 @@ def test_options_of_one_run(notebook, tmp_path):
         notebook,
         tmp_path,
         MODEL,
-        "y = %flax_apply --train --draws 4 my_model(x)",
-        "y = %flax_apply --train --draw 2 my_model(x)\ny = %flax_apply --train --draw last my_model(x)",
+        "y = %flax_apply --train --samples 4 my_model(x)",
+        "y = %flax_apply --train --keys-of 2 my_model(x)\ny = %flax_apply --train --keys-of last my_model(x)",
         "y = %flax_apply --train --eager my_model(x)",
         "other = my_model.init(jax.random.key(9), x)\ny = %flax_apply --variables other my_model(x)",
         "y = %flax_apply --train --repeat 2 my_model(x)",
@@ -154,7 +154,9 @@ def test_cells_that_fail(notebook, tmp_path):
     notebook(TRAIN)
     kept = [run for run in notebook.session.runs if run.draw not in (2, 3)]
     script = assert_same(notebook, tmp_path, kept=kept)
-    assert "# In [4] failed here with NameError:\n# z = undefined + 1\n" in script
+    assert "\n# Left out: the rest of In [4], which failed with NameError.\n" in script
+    assert "\n# Left out: In [6], which failed with RuntimeError.\n" in script
+    assert "undefined" not in script
     assert "2 draws that no line of the cells explains: my_model(x).\n" in script
     assert script.endswith("\n# 1 cell that failed and left nothing is left out.\n")
 

@@ -42,7 +42,9 @@ def test_a_linen_models_variables_are_read_from_the_file(notebook, saved, tmp_pa
     saved(NORMED, "normed", runs=2)
     notebook("%flax_load s.safetensors")
     notebook(NORMED)
-    notebook("y = %flax_apply --train normed(x)\nz = %flax_apply --train --draw 1 normed(x)\nw = %flax_apply normed(x)")
+    notebook(
+        "y = %flax_apply --train normed(x)\nz = %flax_apply --train --keys-of 1 normed(x)\nw = %flax_apply normed(x)"
+    )
     script = exported(notebook)
     assert (
         "tensors = traverse_util.unflatten_dict(\n"

@@ -40,7 +40,7 @@ def test_cells_run_again_edits_and_new_starts(notebook, tmp_path):
     assert_same(notebook, tmp_path, *cells, "%flax_key --seed 0 --fresh", train)
 
 
-def test_rngs_in_the_call_streams_by_name_and_many_draws(notebook, tmp_path):
+def test_rngs_in_the_call_streams_by_name_and_samples(notebook, tmp_path):
     notebook("""\
 %%flaxmodel
 class Taking(nnx.Module):
@@ -58,4 +58,6 @@ class Noisy(nnx.Module):
 taking, noisy = Taking(nnx.Rngs(0)), Noisy(nnx.Rngs(noise=1))
 """)
     runs = "y = %flax_apply taking(x)\ny = %flax_apply noisy(x)"
-    assert_same(notebook, tmp_path, runs, "ys = %flax_apply --draws 3 noisy(x)\ny = %flax_apply --draw 1 taking(x)")
+    assert_same(
+        notebook, tmp_path, runs, "ys = %flax_apply --samples 3 noisy(x)\ny = %flax_apply --keys-of 1 taking(x)"
+    )

@@ -31,7 +31,9 @@ def test_choices_inside_containers_are_literals_or_static_arguments(notebook, tm
     notebook("options = {'causal': True, 'scale': 3, 'acts': [nn.gelu, nn.relu], 'mask': None}")
     notebook("y = %flax_apply attend(x, options)")
     notebook("options['causal'] = False\ny = %flax_apply attend(x, options=options)")
-    script = assert_same(notebook, tmp_path, "batch = {'x': x, 'lang': 'en'}\ny = %flax_apply --draws 2 attend(batch)")
+    script = assert_same(
+        notebook, tmp_path, "batch = {'x': x, 'lang': 'en'}\ny = %flax_apply --samples 2 attend(batch)"
+    )
     assert "  return attend.apply(variables, x, {'causal': True, 'scale': scale}, rngs={'dropout': dropout_key})\n" in (
         script.replace("(\n    ", "(").replace("\n  )", ")")
     )
@@ -42,9 +44,11 @@ def test_choices_inside_containers_are_literals_or_static_arguments(notebook, tm
 
 def test_draws_from_an_earlier_one_on(notebook, tmp_path):
     notebook(ATTEND)
-    notebook("y = %flax_apply attend(x)\nys = %flax_apply --draws 3 attend(x)")
-    notebook("ys = %flax_apply --draw 2 --draws 3 attend(x)\nys = %flax_apply --draw 1 --draws 1 attend(x)")
-    script = assert_same(notebook, tmp_path, "%flax_key --seed 5\nys = %flax_apply --draw 0:2 --draws 2 attend(x * 2)")
+    notebook("y = %flax_apply attend(x)\nys = %flax_apply --samples 3 attend(x)")
+    notebook("ys = %flax_apply --keys-of 2 --samples 3 attend(x)\nys = %flax_apply --keys-of 1 --samples 1 attend(x)")
+    script = assert_same(
+        notebook, tmp_path, "%flax_key --seed 5\nys = %flax_apply --keys-of 0:2 --samples 2 attend(x * 2)"
+    )
     digests = [run.digest for run in notebook.session.runs]
     assert digests[1] == digests[2]
     assert "replayed_root_key = jax.random.key(0)  # draws 2 to 4 again\n" in script
@@ -73,11 +77,11 @@ class Net(nnx.Module):
     notebook("y, updates = %flax_apply --train --mutable BatchStat net(x)")
     notebook("pair = %flax_apply --train --mutable Intermediate --mutable BatchStat net(x)")
     notebook("%flax_apply --eval --mutable Intermediate net(x);")
-    notebook("y, sown = %flax_apply --train --draw 2 --mutable Intermediate net(x)")
-    script = assert_same(notebook, tmp_path, "ys = %flax_apply --eval --draws 2 net(x)\ny = net(x)")
+    notebook("y, sown = %flax_apply --train --keys-of 2 --mutable Intermediate net(x)")
+    script = assert_same(notebook, tmp_path, "ys = %flax_apply --eval --samples 2 net(x)\ny = net(x)")
     assert "updates = {\n  'BatchStat': {\n    'first/norm/mean': net.first.norm.mean[...],\n" in script
     assert "sown = {'Intermediate': nnx.to_pure_dict(nnx.pop(net_copy, nnx.Intermediate))}\n" in script
-    assert "  def one_draw(dropout_key):\n    model = nnx.clone(net)\n" in script
+    assert "  def one_sample(dropout_key):\n    model = nnx.clone(net)\n" in script
 
 
 @pytest.mark.filterwarnings("ignore:Using .Module.sow:DeprecationWarning")

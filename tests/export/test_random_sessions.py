@@ -109,8 +109,8 @@ PYTHON = [
     "# a comment\n%precision 3\nw = x.mean(); w",
 ]
 LIMITS = re.compile(
-    "flax_magics|it is a Run|with `--draws`|built the module anew|no line of the cells|another `params` key|failed"
-    "|--draws? |many draws|stood for another"
+    "flax_magics|it is a Run|with `--keys-of`|built the module anew|no line of the cells|another `params` key|failed"
+    "|--keys-of |--samples |stood for another"
 )
 """What is left out with these reasons is said, and no mistake."""
 
@@ -125,7 +125,7 @@ class Writer:
     def options(self, name: str, call: str) -> str:
         pick = self.random.choice
         mode = pick(["", "--train", "--eval"])
-        more = pick(["", "", "--draw last", "--draw 1", "--draws 2", "--eager", "--repeat 2", "-o run", "-q"])
+        more = pick(["", "", "--keys-of last", "--keys-of 1", "--samples 2", "--eager", "--repeat 2", "-o run", "-q"])
         if name == "normed" and self.random.random() < 0.3:
             more = pick(["--mutable batch_stats", "--mutable intermediates --mutable batch_stats"])
         if name == "net" and self.random.random() < 0.2:

@@ -189,10 +189,10 @@ def test_a_module_that_the_session_built(session):
     assert bits(nnx.state(net)) == before
 
 
-def test_many_draws_at_once(net):
-    run = net.apply("net", x, draws=4)
+def test_samples(net):
+    run = net.apply("net", x, samples=4)
     assert [net.replay(n).agreement for n in (1, 4)] == [IDENTICAL] * 2
-    assert net.replay(run).draws == 4
+    assert net.replay(run).samples == 4
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_variables_of_the_users_own_and_a_key_in_the_call(session):
 
 def test_a_run_with_an_earlier_draws_keys_is_replayed_by_its_name(net):
     net.apply("net", x)
-    run = net.apply("net", x[:2], draw=1)
+    run = net.apply("net", x[:2], keys_of=1)
     again = net.replay(run)
     assert again.agreement == IDENTICAL
     assert again.output.shape == (2, 4, 3)
@@ -348,7 +348,7 @@ def test_a_replay_that_fails_changes_nothing(session):
 
 PROGRAMS = Session().programs
 """Those of all examples together: most of them need no compiler."""
-STEPS = ["train", "eval", "quiet loop", "draws", "edit", "seed", "init", "key", "numpy", "again", "assign"]
+STEPS = ["train", "eval", "quiet loop", "samples", "edit", "seed", "init", "key", "numpy", "again", "assign"]
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
@@ -366,8 +366,8 @@ def test_after_any_session_every_draw_replays_identically_or_says_what_is_gone(k
         elif step == "quiet loop":
             for _ in range(3):
                 session.apply("b", x, mode="train")
-        elif step == "draws" and session.models["b"].variables is not None:
-            held.append(session.apply("b", x, mode="eval", draws=2))
+        elif step == "samples" and session.models["b"].variables is not None:
+            held.append(session.apply("b", x, mode="eval", samples=2))
         elif step == "edit":
             edits += 1
             session.register("b", modules[edits % 2]())
@@ -381,7 +381,7 @@ def test_after_any_session_every_draw_replays_identically_or_says_what_is_gone(k
             held.append(session.apply("b", a, mode="train"))
             a += 1
         elif step == "again" and session.draws:
-            held.append(session.apply("b", x, mode="eval", draw=session.draws))
+            held.append(session.apply("b", x, mode="eval", keys_of=session.draws))
         elif step == "assign" and session.models["b"].variables is not None:
             values = session.models["b"].variables
             session.models["b"].variables = jax.tree_util.tree_map(

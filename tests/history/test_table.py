@@ -26,7 +26,7 @@ def drawn(run: Run, *marks: str, **changes: object) -> DrawRow:
     run = replace(run, started=AT, keys=RunKeys.of(DRAW, *run.keys), **changes)
     KEPT.append(run)  # the session's own record holds no output
     name = (run.call if run.command == "key" else run.model) or ""
-    about = (run.seed, run.draw, run.draws, run.command, name, run.mode, run.call, run.cell)
+    about = (run.seed, run.draw, run.samples, run.command, name, run.mode, run.call, run.cell)
     return DrawRow(*about, AT, marks, StoredRun(run))
 
 
@@ -44,15 +44,15 @@ def test_each_draw_is_two_lines() -> None:
         drawn(REUSED, "replayed", "cell run again since, as [9]", inputs=((X,), {"mask": None})),
         drawn(KEY, call="latent"),
     ]
-    assert re.sub(r"[0-9a-f]{16}", "0123456789abcdef", history_text(history(*rows))) == (
+    assert history_text(history(*rows)) == (
         "history · 3 runs · seed 0 · 2026-11-25\n"
-        "  draw  what             digest            cell  time\n"
-        "     1  init net         0123456789abcdef  [3]   09:30:00\n"
+        "  draw  what             digest  cell  time\n"
+        f"     1  init net         {INIT.digest[:6]}  [3]   09:30:00\n"
         "        float32[3,4,4] · params 375f238f\n"
-        "     2  apply net train  0123456789abcdef  [3]   09:30:00\n"
+        f"     2  apply net train  {REUSED.digest[:6]}  [3]   09:30:00\n"
         "        float32[3,4,4], mask=None · dropout f71f4ea9 · replayed\n"
         "        ! cell run again since, as [9]\n"
-        "     3  key latent       0123456789abcdef  [3]   09:30:00\n"
+        f"     3  key latent       {KEY.digest[:6]}  [3]   09:30:00\n"
         f"        latent {DRAW.data('latent')[:4][::-1].hex()}"
     )
 
@@ -112,6 +112,12 @@ def test_long_and_hostile_names_stay_in_their_place() -> None:
     assert Reader(page).tags.isdisjoint({"script", "img", "a", "link", "iframe"})
     assert "&lt;script&gt;" in page
     assert "\x1b" not in page
+
+
+def test_html_says_that_there_is_no_draw_yet() -> None:
+    assert Reader(table.history_html(history())).text == (
+        "history · 0 runs · seed 0 no draw yet: %flax_apply net(x) makes one"
+    )
 
 
 def test_html_says_what_the_text_says() -> None:

@@ -223,7 +223,10 @@ def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it
 
     again = own_kernel.run("y = %flax_apply big(x)")
     *live, last = texts(again)
-    assert all(re.fullmatch(r"(tracing|lowering|compiling|running) big · \d+ s", text) for text in live)
+    assert all(
+        re.fullmatch(r"(tracing|lowering|compiling|running) big · \d+ s · interrupt the kernel to stop", text)
+        for text in live
+    )
     assert any(text.startswith("compiling big · ") for text in live)
     assert "first run of this program; begun by the run that was" in last
     run = report(again)
@@ -239,7 +242,7 @@ def test_the_live_line_and_the_report_are_one_display(kernel):
     outputs = kernel.run("import threading\nthreading.Timer(3, touch, ['free']).start()\ny = %flax_apply traced(x)")
     displays = [item for item in outputs if item["type"] in ("display_data", "update_display_data")]
     assert [item["type"] for item in displays[:2]] == ["display_data", "update_display_data"]
-    assert re.fullmatch(r"tracing traced · \d+ s", displays[0]["data"]["text/plain"])
+    assert re.fullmatch(r"tracing traced · \d+ s · interrupt the kernel to stop", displays[0]["data"]["text/plain"])
     assert len({item["transient"]["display_id"] for item in displays}) == 1
     assert RUN_JSON in displays[-1]["data"]
 

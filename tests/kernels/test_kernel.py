@@ -46,6 +46,8 @@ def test_the_runs_of_a_loop_share_one_counting_line(notebook):
     assert "draw 1 of seed 0" in first["text/plain"]
     assert line["text/plain"].startswith("my_model · train · cpu:0 · draws 2–50 · 49 runs · reused · run median ")
     assert notebook.run("print(session.draws, len(session.runs) >= 50)").printed == "50 True\n"
+    _, keys = notebook.run("for _ in range(50):\n  %flax_key latent").displays
+    assert keys["text/plain"] == "key latent · cpu:0 · draws 52–100 · 49 keys"
 
 
 @pytest.mark.parametrize(

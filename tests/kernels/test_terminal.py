@@ -80,6 +80,34 @@ def test_a_report_is_text_in_80_columns(terminal):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("no_colour", [{}, {"NO_COLOR": "1"}])
+def test_a_report_has_the_colours_and_the_width_of_the_terminal(home, no_colour):
+    call = f"net({' + '.join(['x'] * 16)})"
+    code = f"%load_ext flax_magics\n{SETUP}\nnet = nn.Dense(3)\n%flaxmodel -q net\n%flax_summary {call};"
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+    command = ["-m", "IPython", "--colors=Linux", "--HistoryManager.enabled=False", "-c", code]
+    child = pexpect.spawn(
+        sys.executable,
+        command,
+        env={**environment, "TERM": "xterm", **no_colour},
+        encoding="utf-8",
+        dimensions=(40, 120),
+        timeout=60,
+    )
+    child.expect(pexpect.EOF)
+    text = child.before
+    child.close()
+    assert ("\x1b[1mnet\x1b[0m · Dense(" in text) is (not no_colour)
+    assert 100 < max(map(len, _ESCAPES.sub("", text).splitlines())) <= 120
+
+
+def test_a_message_breaks_between_words(terminal):
+    terminal.child.setwinsize(40, 60)
+    lines = terminal.run("%flax_apply --tran net(x)").splitlines()
+    terminal.child.setwinsize(40, 80)
+    assert lines[:2] == ["FlaxMagicsError: %flax_apply has no option --tran: did you", "  mean --train?"]
+
+
 def test_a_call_with_an_open_bracket_goes_on_and_runs_when_it_is_closed(terminal):
     terminal.child.sendline("y = %flax_apply net(")
     terminal.child.expect_exact("...:")

@@ -17,7 +17,7 @@ RUN = Command(
     (
         Option("--train", "set the switch to training"),
         Option("--quiet", "say nothing", short="-q"),
-        Option("--repeat", "run N times", metavar="N", type=int),
+        Option("--repeat", "run N times", metavar="N", type=int, was="--times"),
         Option("--mutable", "hand back a collection", metavar="NAME", many=True, is_name=True),
         Option("--variables", "other variables", metavar="EXPR"),
         Option("--check", "check a call", metavar="CALL", quotes=True),
@@ -140,6 +140,9 @@ def test_help_may_be_asked_for_anywhere(line: str) -> None:
         ("—train net(x)", f"%run has no option —train: did you mean --train?{LISTED}\n  write: %run --train net(x)"),
         ("--zzz net(x)", f"%run has no option --zzz.{LISTED}"),
         ("net(x) --zzz", f"%run has no option --zzz.{LISTED}"),
+        ("--times 3 net(x)", "--times is called --repeat now.\n  write: %run --repeat 3 net(x)"),
+        ("net(x) --times=3", "--times is called --repeat now.\n  write: %run --repeat=3 net(x)"),
+        ("--times net(x)", "--times is called --repeat now.\n  write: %run --repeat 20 net(x)"),
         ("--train=True net(x)", "--train takes no value.\n  write: %run --train net(x)"),
         ("--repeat net(x)", "--repeat needs a positive whole number, not net(x).\n  write: %run --repeat 20 net(x)"),
         ("--repeat 0 net(x)", "--repeat needs a positive whole number, not 0.\n  write: %run --repeat 20 net(x)"),

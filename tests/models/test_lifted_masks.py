@@ -162,8 +162,8 @@ def test_a_run_of_the_same_program_draws_the_same_masks_and_nothing_is_said_of_i
     there, here, other, texts = CASES[case]
     session = Session()
     session.register_all({"there": there, "here": here})
-    first, again = session.apply("there", x), session.apply("there", 3 * x, draw=1)
+    first, again = session.apply("there", x), session.apply("there", 3 * x, keys_of=1)
     np.testing.assert_array_equal(first.output == 0, again.output == 0)
     assert [note for note in again.notes if note.kind == "masks"] == []
-    said = [note.text for note in session.apply("here", other, draw=1).notes if note.kind == "masks"]
+    said = [note.text for note in session.apply("here", other, keys_of=1).notes if note.kind == "masks"]
     assert said == texts

@@ -68,7 +68,7 @@ def test_the_users_rngs_stand_and_move_on_as_they_do_by_hand(session):
         assert ("rngs", "rngs: yours, draw unused") in [(note.kind, note.text) for note in run.notes]
         assert run.used == {}
     state = bits(nnx.state(mine))
-    session.apply("net", x, rngs=mine, draw=1)
+    session.apply("net", x, rngs=mine, keys_of=1)
     assert bits(nnx.state(mine)) == state
 
 
@@ -205,7 +205,7 @@ def test_an_unchanged_recipe_keeps_model_and_programs_and_an_edit_keeps_what_fit
     (change,) = session.register_all({"net": recipe(8, 3)})
     assert (change.state, change.variables) == ("unchanged", "kept")
     assert session.models["net"].module is net
-    assert session.apply("net", x, mode="train", draw=1).program == "reused"
+    assert session.apply("net", x, mode="train", keys_of=1).program == "reused"
     assert bits(session.root_key) == root
 
     class Edited(Net):
@@ -231,7 +231,7 @@ def test_a_replay_changes_nothing_on_the_object(session):
     session.register("net", net)
     first = session.apply("net", x)
     state = bits(nnx.state(net))
-    again = session.apply("net", x, draw=1)
+    again = session.apply("net", x, keys_of=1)
     assert bits(again.output) == bits(first.output)
     assert bits(nnx.state(net)) == state
 

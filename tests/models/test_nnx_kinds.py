@@ -16,6 +16,7 @@ from linen_kinds import Graph
 from nnx_kinds import Holding, Noise, Remembered, a_sequence, an_input, runs_as_by_hand, scanned, stack, with_refs
 
 from flax_magics import FlaxMagicsError, Session
+from flax_magics.report import facts
 
 pytestmark = [kinds.WARNINGS, pytest.mark.usefixtures("optimised")]
 
@@ -77,8 +78,8 @@ def test_remat_writes_statistics_alone_op_by_op_too(session):
 def test_many_draws_of_a_model_whose_transform_hands_params_through(session):
     net = Holding(Noise, nnx.remat(lambda block, x: block(x)))
     session.register("net", net)
-    many = session.apply("net", an_input(), draws=3)
-    singles = [session.apply("net", an_input(), draw=draw).output for draw in (1, 2, 3)]
+    many = session.apply("net", an_input(), samples=3)
+    singles = [session.apply("net", an_input(), keys_of=draw).output for draw in (1, 2, 3)]
     assert bits(many.output) == bits(jnp.stack(singles))
 
 
@@ -266,6 +267,46 @@ def test_each_stream_that_is_asked_of_rngs_in_the_call_has_a_key_of_its_own(sess
     run = runs_as_by_hand(session, lambda: Taking(nnx.Rngs(0)), an_input(), rngs=streams)
     assert run.used == {"default": ("(the model)",), "noise": ("(the model)",), "dropout": ("dropout",)}
     assert all(f"{stream}={stream}_key" in run.by_hand for stream in streams)
+
+
+def test_streams_of_rngs_in_the_call_are_the_models_own_where_a_layer_would_ask_for_them(session):
+    """The session's `rngs` have a `dropout` stream for every model; no report tells of one that it has no use for."""
+
+    class Plain(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.dropout = nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5)
+
+        def __call__(self, x, rngs):
+            return self.linear(x)
+
+        def drop(self, x, rngs):
+            return self.dropout(x, rngs=rngs)
+
+    session.register("net", Plain(nnx.Rngs(0)))
+    runs = [session.apply("net", an_input(), method=name, mode="eval") for name in ("__call__", "drop")]
+    assert [run.idle for run in runs] == [(), ("dropout",)]
+    assert [facts.keys_of(run) for run in runs] == [(), ("dropout → nobody",)]
+    assert [sorted(run.keys) for run in runs] == [["dropout", "params"]] * 2
+
+
+@pytest.mark.parametrize("streams", [{"default": 0}, {"params": 0, "dropout": 1}])
+def test_nobody_is_told_of_the_stream_that_a_dropout_layer_holds_and_of_no_other(session, streams):
+    class Keeping(nnx.Module):
+        def __init__(self, rngs):
+            self.linear, self.dropout = nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+            self.rngs = rngs
+
+        def __call__(self, x):
+            return self.dropout(self.linear(x))
+
+        def embed(self, x):
+            return self.linear(x)
+
+    tag = list(streams)[-1]
+    session.register("net", Keeping(nnx.Rngs(**streams)))
+    assert facts.keys_of(session.apply("net", an_input(), method="embed")) == ()
+    runs = [session.apply("net", an_input(), mode=mode) for mode in ("train", "eval")]
+    assert [facts.keys_of(run) for run in runs] == [(f"{tag} → dropout",), (f"{tag} → nobody",)]
 
 
 def test_rngs_of_the_call_split_over_a_vmap(session):

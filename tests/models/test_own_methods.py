@@ -71,7 +71,7 @@ SETS = "own.set_attributes(deterministic=True)"
 METHODS = {
     init: {
         "%flax_init net.init(key, x)": "%flax_init net(x)",
-        "%flax_init --draw 1 net.init(rngs=key, x=x)": "%flax_init --draw 1 net(x=x)",
+        "%flax_init --keys-of 1 net.init(rngs=key, x=x)": "%flax_init --keys-of 1 net(x=x)",
         "%flax_apply net.init(key, x)": "%flax_init net(x)",
         "%flax_init net.init_with_output(key, x)": "%flax_init net(x)",
         "%flax_init net.lazy_init({'params': key}, x)": "%flax_init net(x)",

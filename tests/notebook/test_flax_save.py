@@ -73,7 +73,7 @@ def test_one_line_says_what_was_saved_and_one_what_was_restored(here):
         " until the cell that defines it is run.\n  form: %flaxmodel net = …"
     )
     assert "net   Net(features=3)   21 parameters in a.safetensors wait until its cell is" in here("%flax")
-    assert here.fails("%flax_replay 2").endswith("form: %flax_apply --draw 0:2 --train net(…)")
+    assert here.fails("%flax_replay 2").endswith("form: %flax_apply --keys-of 0:2 --train net(…)")
     assert here(NET.format(3)) == "net · Net(features=3) · registered · variables from a.safetensors"
     here("y = %flax_apply --train -q net(x)")
     assert bits(here["y"]) == bits(y)
@@ -120,7 +120,7 @@ def test_quiet_says_nothing_but_sharp_bits(here):
     here("y = %flax_apply -q net(x)")
     assert here("%flax_load -q a") == (
         "a · loaded · net restored · 21 parameters · 2 runs · next is draw 3 of seed 0\n"
-        "! 1 run of this session is not in the file: its root key and its history are now\n  those of the file"
+        "! gone with the session that was here: 1 run of net; root key and history are\n  those of the file now"
     )
 
 

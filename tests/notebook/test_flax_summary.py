@@ -5,14 +5,13 @@ from __future__ import annotations
 SUMMARY = """\
 my_model · MyModel(num_neurons=3, training=False) ·
     as written (training=False) · my_model(x)
-  module                                                    params  bytes  FLOPs
-  my_model  MyModel                                             15   60 B    324
-    float32[3,4,4] → float32[3,4,3]
-    Dense_0  Dense                                              15   60 B    324
-      float32[3,4,4] → float32[3,4,3] · params: bias float32[3], kernel
-        float32[4,3]
-    Dropout_0  Dropout                                                         0
-      float32[3,4,3] → float32[3,4,3]
+  module                                    out             params  bytes  FLOPs
+  my_model  MyModel                         float32[3,4,3]      15   60 B    324
+    in float32[3,4,4]
+    Dense_0  Dense                          float32[3,4,3]      15   60 B    324
+      in float32[3,4,4] · params: bias float32[3], kernel float32[4,3]
+    Dropout_0  Dropout                      float32[3,4,3]                     0
+      in float32[3,4,3]
   total  params 15, 60 B
   FLOPs  forward 324"""
 NOTE = "\n  note   not initialised: variables are those that an init would make"
@@ -69,7 +68,7 @@ def test_an_nnx_module(notebook):
     )
     notebook("%flaxmodel net = Net()")
     out = notebook("%flax_summary net(x)")
-    assert "    out  Linear                                                 15   60 B    324" in out
+    assert "    out  Linear                              float32[3,4,3]     15   60 B    324" in out
     assert "Param(" in notebook("%flax_summary --tree net")
     assert notebook.session.draws == 1  # the one that built it
 

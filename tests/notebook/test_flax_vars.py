@@ -82,8 +82,9 @@ MISTAKES = {
     "%flax_vars net.variables": "%flax_vars takes the name of a model, not `net.variables`.\n"
     "  write: variables = %flax_vars net",
     "%flax_vars net =": "`net =` needs a value.\n  form: %flax_vars net = …",
-    "%flax_vars net = 3": "variables of `net` are a dict of collections, not int.\n  form: %flax_vars net = {'params': …}",
-    "%flax_apply --eval --variables [1] net(x)": "variables of `net` are a dict of collections, not list.\n"
+    "%flax_vars net = 3": "variables of `net` are a dict of collections, not an int.\n"
+    "  form: %flax_vars net = {'params': …}",
+    "%flax_apply --eval --variables [1] net(x)": "variables of `net` are a dict of collections, not a list.\n"
     "  form: %flax_apply --eval --variables {'params': …} net(x)",
 }
 
@@ -99,7 +100,7 @@ def test_what_is_no_state_of_an_nnx_module_for_one_run(notebook):
     notebook("from flax import nnx\n%flaxmodel net = nnx.Linear(4, 2)")
     for line in ("--variables net net(x)", "--mutable a --variables (net, 1) net(x)"):
         form = line.replace("(net, 1)", "net").replace("--variables net", "--variables nnx.state(…)")
-        kind = "Linear" if "1" not in line else "tuple"
+        kind = "a Linear" if "1" not in line else "a tuple"
         assert notebook.fails(f"%flax_apply {line}") == (
             f"FlaxMagicsError: variables of `net` are an nnx.State, not {kind}.\n  form: %flax_apply {form}"
         )

@@ -1,4 +1,4 @@
-"""`%flax_history`, `%flax_replay`, and what `%flax` and `--draw` say of earlier draws."""
+"""`%flax_history`, `%flax_replay`, and what `%flax` and `--keys-of` say of earlier draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_session_without_a_draw(notebook):
 
 def test_it_is_of_a_run_by_its_name_too_and_gives_the_run(sharp_bits):
     sharp_bits("y = %flax_apply -o first --train my_model(x)")
-    sharp_bits("z = %flax_apply -q -o other --train --draw 1 my_model(x[:2])")
+    sharp_bits("z = %flax_apply -q -o other --train --keys-of 1 my_model(x[:2])")
     assert sharp_bits("%flax_replay other") == (
         "my_model · train · draw 1 of seed 0 · replayed · identical: float32[2,4,3]"
     )

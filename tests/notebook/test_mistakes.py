@@ -22,7 +22,7 @@ def state(notebook):
 
 
 @pytest.mark.parametrize(
-    "cell", ["%flax_apply --draw frst my_model(x)", "%flax_apply mymodel(x)", "%flaxmodel mymodel"]
+    "cell", ["%flax_apply --keys-of frst my_model(x)", "%flax_apply mymodel(x)", "%flaxmodel mymodel"]
 )
 def test_what_is_kept_of_an_error_holds_no_array_of_the_notebook(sharp_bits, cell):
     sharp_bits("y = %flax_apply -q my_model(x)")
@@ -35,7 +35,7 @@ def test_what_is_kept_of_an_error_holds_no_array_of_the_notebook(sharp_bits, cel
 
 def test_nothing_registered_yet(notebook):
     notebook("net = nn.Dense(3)")
-    assert notebook.fails("%flax_apply net(x)") == (
+    assert notebook.fails("%flax_vars net") == (
         "FlaxMagicsError: `net` is not registered yet.\n  write: %flaxmodel net"
     )
     assert notebook.fails("%flax_apply model(x)") == (

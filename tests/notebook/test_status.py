@@ -61,6 +61,16 @@ def test_the_session_at_a_glance() -> None:
           %flax_init net(x)   gives the variables""")
 
 
+def test_what_ran_out_of_order_is_told_with_how_to_check_it() -> None:
+    status = STATUS._replace(reruns=("cell [4] ran 3 times; x changed in [7]", "cell [9] ran twice"))
+    block = (
+        "out of order\n  cell [4] ran 3 times; x changed in [7]\n  cell [9] ran twice\n  To check: Restart & Run All"
+    )
+    assert f"\n\n{block}\n\nmemory" in status_text(status)
+    page = Reader(status_bundle(status, "auto")["text/html"]).text
+    assert "Out of order cell [4] ran 3 times; x changed in [7] cell [9] ran twice To check: Restart & Run All" in page
+
+
 def test_an_empty_session_says_how_to_begin() -> None:
     text = status_text(Status(devices=(), key=KeyCard(0, 0, "00000000", "threefry2x32")))
     assert text == dedent("""\

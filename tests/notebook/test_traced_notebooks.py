@@ -58,8 +58,8 @@ TOLD = {
         f"%flax_apply --train fresh(x) stands {TRACED} {BY_HAND}",
         ["variables = %flax_init fresh(x)", *KEYS, f"fresh{TRAINED}"],
     ),
-    "flax_apply --key z_rng --draws 3 vae(x)": (
-        f"%flax_apply --key z_rng --draws 3 vae(x) stands {TRACED} {BY_HAND}",
+    "flax_apply --key z_rng --samples 3 vae(x)": (
+        f"%flax_apply --key z_rng --samples 3 vae(x) stands {TRACED} {BY_HAND}",
         ["variables = %flax_vars vae", "z_rng_key = %flax_key z_rng", "vae.apply(variables, x, z_rng=z_rng_key)"],
     ),
     "flax_init net(x)": (

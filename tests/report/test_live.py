@@ -87,8 +87,8 @@ def test_slow_work_ticks_in_one_display_and_the_report_replaces_it() -> None:
     known = live.display_id
     assert known is not None
     assert shell.display_pub.sent[:2] == [
-        ("compiling net · 3 s", False, known, "none"),
-        ("compiling net · 1 min 3 s", True, known, "none"),
+        ("compiling net · 3 s · interrupt the kernel to stop", False, known, "none"),
+        ("compiling net · 1 min 3 s · interrupt the kernel to stop", True, known, "none"),
     ]
     del shell.display_pub.sent[:]
     live.show({"text/plain": "done"})
@@ -117,16 +117,40 @@ def test_clearing_blanks_what_was_shown_and_nothing_else() -> None:
 
 def test_the_text_can_change() -> None:
     shell = kernel()
-    live = Live(shell, delay=0.001, interval=0.001, clock=lambda: 0.0)
+    live = Live(shell, delay=0.001, interval=0.001)
 
     def shown(text: str) -> bool:
-        return bool(shell.display_pub.sent) and shell.display_pub.sent[-1][0] == text
+        return bool(shell.display_pub.sent) and shell.display_pub.sent[-1][0].startswith(text)
 
     with phase(live, "tracing net"):
         until(lambda: shown("tracing net · 0 s"))
         live.text = "compiling net"
         until(lambda: shown("compiling net · 0 s"))
     assert len({display for _, _, display, _ in shell.display_pub.sent}) == 1
+
+
+def test_a_phase_that_is_over_at_once_is_not_shown() -> None:
+    shell, now = kernel(), [0.0]
+    live = Live(shell, delay=1.0, interval=0.5, clock=lambda: now[0])
+    live.begin("preparing")
+    for at, text in ((0.1, "tracing net"), (1.4, "lowering net"), (1.45, "compiling net"), (2.4, "running net")):
+        now[0] = at
+        live.text = text
+        now[0] = at + 0.1
+        live._tick()
+    live.end()
+    assert live.text == "running net"  # what an interrupt tells
+    phases = [text.partition(" ·")[0] for text, *_ in shell.display_pub.sent]
+    assert phases == ["tracing net", "tracing net", "tracing net", "tracing net"]
+    live.begin("preparing")
+    live.text = "compiling net"
+    live._tick()
+    now[0] += 1.0
+    live.text = "running net"
+    now[0] += 0.5
+    live._tick()
+    live.end()
+    assert [text.partition(" ·")[0] for text, *_ in shell.display_pub.sent[4:]] == ["compiling net", "running net"]
 
 
 def test_output_goes_to_the_cell_that_asked() -> None:
@@ -156,7 +180,7 @@ def test_a_terminal_shows_one_line_and_wipes_it() -> None:
     live = Live(SimpleNamespace(display_pub=Publisher()), delay=0.001, clock=clock(0.0, 3.0), stream=stream)
     with phase(live, "compiling \x1b[31mnet"):
         until(lambda: stream.getvalue() != "")
-    assert stream.getvalue() == "\r\x1b[Kcompiling \\x1b[31mnet · 3 s\r\x1b[K"
+    assert stream.getvalue() == "\r\x1b[Kcompiling \\x1b[31mnet · 3 s · Ctrl-C stops it\r\x1b[K"
     assert live.display_id is None
 
 

@@ -14,8 +14,8 @@ from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED, key
 
 from flax_magics.base.measures import Cost, Limits, Steady, Timing
 from flax_magics.base.text import clean, cut
-from flax_magics.report.facts import rate_of, run_of
-from flax_magics.report.text import details, normal, report
+from flax_magics.report.facts import keys_of, phases, rate_of, roof_of, run_of
+from flax_magics.report.text import details, line_of, normal, report
 from flax_magics.run import InitStats, Note, Run
 
 
@@ -123,7 +123,7 @@ def test_everything_else_there_may_be_to_say() -> None:
         static=("n=3",),
         program="disk cache",
         reason="new process",
-        timing=Timing(compile=0.05, run=0.0002, wait=0.3),
+        timing=Timing(trace=0.3, lower=0.1, compile=0.05, run=0.0002, wait=0.3),
     )
     assert normal(run) == exactly("""
         net · train (training=True) · cpu:0 · draw 2 of seed 0
@@ -133,14 +133,34 @@ def test_everything_else_there_may_be_to_say() -> None:
           sown    intermediates: {h: (float32[8,32],)}
           keys    dropout → Dropout_0, Dropout_1    noise → the model itself
           static  n=3 (part of the program: another value compiles again)
-          jit     from the disk cache in 50.0 ms: new process
+          jit     traced in 0.40 s, from the disk cache in 50.0 ms: new process
           wait    inputs were ready after 0.30 s
           run     0.20 ms
         """)
 
 
-def test_a_short_wait_is_not_told() -> None:
-    assert "wait" not in normal(replace(REUSED, timing=Timing(run=0.0002, wait=0.0009)))
+@pytest.mark.parametrize(
+    ("timing", "told"),
+    [
+        (Timing(run=0.0002, wait=0.0099), ""),
+        (Timing(run=0.0002, wait=0.01), "10.0 ms"),
+        (Timing(run=3.0, wait=0.29), ""),
+        (Timing(run=3.0, busy=0.29, wait=0.3), "0.30 s"),
+        (Timing(run=9.0, wait=0.3, steady=Steady((9.0, 2.0, 2.0))), "0.30 s"),
+    ],
+)
+def test_a_wait_is_told_from_ten_milliseconds_and_a_tenth_of_the_run_on(timing: Timing, told: str) -> None:
+    run = replace(REUSED, timing=timing)
+    assert ("wait" in line(run), "  wait  " in normal(run)) == (bool(told), bool(told))
+    assert not told or f" · waited {told} · " in line(run)
+    assert [phase.text for phase in phases(run) if phase.name == "wait"] == [told] * bool(told)
+
+
+def test_nobody_is_named_for_streams_of_the_models_own_alone() -> None:
+    run = replace(REUSED, keys=keys("params", "dropout", "default", "noise"), used={"noise": ("Noise_0",)})
+    assert keys_of(run) == ("noise → Noise_0",)
+    assert keys_of(replace(run, idle=("default", "params"))) == ("default → nobody", "noise → Noise_0")
+    assert keys_of(replace(run, used={})) == ()
 
 
 def test_a_repeated_run_shows_median_spread_and_first_outlier() -> None:
@@ -184,6 +204,7 @@ def test_rates_stand_beside_what_the_machine_reaches() -> None:
     limits = Limits("gpu:0", "bfloat16", 9.12e14, 1.3e12)
     memory = replace(REUSED.memory, peak=3_400_000_000)
     run = replace(run, device="gpu:0", cost=Cost(268_435_456, 4_194_304, loops=True), limits=limits, memory=memory)
+    assert normal(run).splitlines()[1] == ("  roof    memory-bound: at least 0.2 % of what a large copy reaches")
     assert normal(run).splitlines()[-5:] == [
         "  rate    at least 134 GFLOP/s, 0.01 % of a large bfloat16 matmul's 912 TFLOP/s",
         "          at least 2.1 GB/s, 0.2 % of a large copy's 1.3 TB/s",
@@ -192,6 +213,27 @@ def test_rates_stand_beside_what_the_machine_reaches() -> None:
         "  memory  peak 3.4 GB, as gpu:0 counts since the process began",
     ]
     assert "(268 MFLOP and 4.2 MB a run on each of gpu:0-7 by" in normal(replace(run, device="gpu:0-7"))
+
+
+@pytest.mark.parametrize(
+    ("cost", "verdict"),
+    [
+        (Cost(1e9, 1e5), "compute-bound: 50 % of what a large float32 matmul reaches"),
+        (Cost(1e6, 4e6), "memory-bound: 200 % of what a large copy reaches"),
+        (Cost(2e7, 0.0), "neither compute- nor memory-bound: 1 % of what a large float32 matmul reaches"),
+        (Cost(2e7, 0.0, loops=True), "compute-bound: at least 1 % of what a large float32 matmul reaches"),
+        (Cost(0.0, 0.0), ""),
+    ],
+)
+def test_a_run_held_against_the_machine_begins_with_its_verdict(cost: Cost, verdict: str) -> None:
+    limits = Limits("cpu:0", "float32", 1e12, 1e9)
+    run = replace(REUSED, timing=Timing(run=2e-3, steady=Steady((2e-3,) * 20)), cost=cost, limits=limits)
+    assert roof_of(run) == ((verdict,) if verdict else ())
+    parts = [verdict] if verdict else []
+    assert line_of(run).texts[:-1] == ("draw 2", *parts, "reused", "", "run median 2.00 ms")
+    rows = " ".join(normal(run).split())
+    assert not verdict or rows.startswith(f"net · train (training=True) · cpu:0 · draw 2 of seed 0 roof {verdict} out ")
+    assert roof_of(replace(run, limits=None)) == roof_of(replace(run, timing=Timing(run=2e-3))) == ()
 
 
 def test_a_rate_of_what_was_not_counted_is_not_shown() -> None:

@@ -91,15 +91,16 @@ def test_what_a_file_replaces_is_said_and_loading_it_again_replaces_nothing(path
         other.apply(name, x)
     notes = [note.text for note in other.load(path).notes]
     assert notes == [
-        "2 runs of this session are not in the file: its root key and its history are now those of the file",
+        "gone with the session that was here: 1 run of empty, 1 run of mine; root key and history are those of the file now",
         "empty has no variables in the file: those that were here are dropped",
         "mine is not in the file, and keeps its variables",
     ]
     assert other.models["empty"].variables is None
     assert [note.text for note in other.load(path).notes] == ["mine is not in the file, and keeps its variables"]
     other.apply("net", x, train=True)
+    other.key("latent")
     assert [note.text for note in other.load(path).notes] == [
-        "1 run of this session is not in the file: its root key and its history are now those of the file",
+        "gone with the session that was here: 1 run of net, 1 key; root key and history are those of the file now",
         "mine is not in the file, and keeps its variables",
     ]
 
@@ -171,9 +172,9 @@ def test_seeds_that_were_used_before_can_be_drawn_from_again(path):
     session.save(path)
     other = loaded_session(path, MyModel(3, True))
     for draw in (1, (1, 2), (4, 1)):
-        assert bits(session.apply("net", x, draw=draw).output) == bits(other.apply("net", x, draw=draw).output)
+        assert bits(session.apply("net", x, keys_of=draw).output) == bits(other.apply("net", x, keys_of=draw).output)
     with pytest.raises(FlaxMagicsError, match="draw 3 of seed 1 was not made in this session: it has draws 1 to 2"):
-        other.apply("net", x, draw=(1, 3))
+        other.apply("net", x, keys_of=(1, 3))
 
 
 def test_the_history_comes_back_without_its_arrays(path):
@@ -184,7 +185,7 @@ def test_the_history_comes_back_without_its_arrays(path):
         session.apply("net", x, train=False, repeat=3),
     ]
     session.register("plain", MyModel(3, True))
-    held += [session.apply("plain", x, draws=3), session.apply("plain", x, draw=1)]
+    held += [session.apply("plain", x, samples=3), session.apply("plain", x, keys_of=1)]
     session.init("plain", x)
     session.key("latent")
     session.save(path)
@@ -571,7 +572,7 @@ def test_a_history_that_was_loaded_goes_on_and_says_what_cannot_be_run_again(pat
         other.replay(1)
     assert str(error.value).startswith(
         "draw 1 of seed 0 cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
-        " With inputs of its own a run takes the same keys.\n  form: %flax_init --draw 0:1 net(…)"
+        " With inputs of its own a run takes the same keys.\n  form: %flax_init --keys-of 0:1 net(…)"
     )
     run = other.apply("net", x)
     assert other.replay(2).agreement.identical

@@ -42,6 +42,24 @@ def test_html_says_the_same_and_folds_long_code_away() -> None:
     assert "<details><summary>code of net</summary><pre>" in loaded_html(replace(FOUND, waiting=(long,)))
 
 
+def test_text_shows_a_screenful_of_code_and_how_to_see_the_rest() -> None:
+    code = "\n".join(f"a{i} = {i}" for i in range(SHORT - 1))
+    found = replace(
+        FOUND, waiting=(replace(NET, source=code), replace(NET, name="b"), replace(NET, name="c", source="1"))
+    )
+    assert loaded_text(found).splitlines()[-9:] == [
+        "    a22 = 22",
+        "",
+        "b = Net(3) · waits for its cell, or for %flaxmodel b ·",
+        "    its code (2 lines), which was not run:",
+        "    write: import flax_magics; print(flax_magics.session().waiting['b'].source)",
+        "",
+        "c = Net(3) · waits for its cell, or for %flaxmodel c ·",
+        "    its code, which was not run:",
+        "    1",
+    ]
+
+
 def test_quiet_shows_sharp_bits_alone() -> None:
     assert loaded_bundle(FOUND, "auto", quiet=True) == {}
     noted = replace(FOUND, notes=(Note("versions", "saved with other versions"),))

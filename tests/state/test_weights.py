@@ -251,12 +251,14 @@ def test_other_names_shapes_and_dtypes_leaf_by_leaf(initialised):
     )
 
 
-@pytest.mark.parametrize("value", [3, [1], jnp.ones(3), {1: 2}])
-def test_what_is_no_dict_of_collections(initialised, value):
+@pytest.mark.parametrize(
+    ("value", "kind"), [(3, "an int"), ([1], "a list"), (jnp.ones(3), "an array (float32[3])"), ({1: 2}, "a dict")]
+)
+def test_what_is_no_dict_of_collections(initialised, value, kind):
     refused(
         initialised,
         value,
-        f"variables of `net` are a dict of collections, not {type(value).__name__}.\n  form: {NOW} = {{'params': …}}",
+        f"variables of `net` are a dict of collections, not {kind}.\n  form: {NOW} = {{'params': …}}",
     )
 
 
@@ -351,7 +353,7 @@ def test_an_nnx_state_goes_into_the_object_whole_or_in_part():
         "  linear/kernel: float32[3,5], and the model has float32[3,4]"
     )
     assert bits(nnx.state(net)) == before
-    with pytest.raises(FlaxMagicsError, match=r"variables of `net` are an nnx.State, not Block"):
+    with pytest.raises(FlaxMagicsError, match=r"variables of `net` are an nnx.State, not a Block"):
         model.variables = net
 
 

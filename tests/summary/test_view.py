@@ -65,17 +65,16 @@ def stack(layers: int) -> Summary:
 def test_all_of_it_as_text() -> None:
     assert summary_text(NET) == dedent("""\
         net · Net(features=4) · train (train=True) · net(x, train=True)
-          module                                         params  bytes  FLOPs  vjp FLOPs
-          net  Net.encode                                    48  184 B  1,504      4,460
-            float32[16,9], train=True → float32[16,2] · batch_stats 4, 16 B
-            Dense_0  Dense                                   40  160 B  1,216      3,648
-              float32[16,9] → float32[16,4] · params: bias float32[4], kernel
-                float32[9,4]
-            BatchNorm_0  BatchNorm                            4    8 B    120        360
-              float32[16,4] → float32[16,4] · 2 calls · params: scale bfloat16[4]
-                names=('mlp',) · batch_stats 4, 16 B: mean float32[4]
-            Dropout_0  Dropout                                            168        500
-              float32[16,4] → float32[16,4] · takes dropout
+          module                          out            params  bytes  FLOPs  vjp FLOPs
+          net  Net.encode                 float32[16,2]      48  184 B  1,504      4,460
+            in float32[16,9], train=True · batch_stats 4, 16 B
+            Dense_0  Dense                float32[16,4]      40  160 B  1,216      3,648
+              in float32[16,9] · params: bias float32[4], kernel float32[9,4]
+            BatchNorm_0  BatchNorm        float32[16,4]       4    8 B    120        360
+              in float32[16,4] · 2 calls · params: scale bfloat16[4] names=('mlp',) ·
+                batch_stats 4, 16 B: mean float32[4]
+            Dropout_0  Dropout            float32[16,4]                   168        500
+              in float32[16,4] · takes dropout
             unused                                            4   16 B
               not called · params: bias float32[4]
           total   params 48, 184 B    batch_stats 4, 16 B    in all 52, 200 B
@@ -90,22 +89,30 @@ def test_all_of_it_as_text() -> None:
 def test_fifty_equal_blocks_are_one_row_and_turns_of_two_layers_another() -> None:
     assert summary_text(stack(50)) == dedent("""\
         net · Net() · as written · net(x)
-          module                                                  params    bytes  FLOPs
-          net  Net                                                 4,000  16.0 KB  1.0 G
-            float32[16,9] → float32[16,4]
-            Block_0 … Block_49  50 × Block                            40    160 B  1,216
-              float32[16,4] → float32[16,4]
-              Dense_0  Dense                                          40    160 B  1,216
-                float32[16,9] → float32[16,4] · params: bias float32[4], kernel
-                  float32[9,4]
-            Dense_0 … Norm_49  50 × (Dense, Norm)                     40    160 B  1,224
-              Dense_0  Dense                                          40    160 B  1,216
-                float32[16,9] → float32[16,4] · params: bias float32[4], kernel
-                  float32[9,4]
-              Norm_0  Norm                                                             8
-                float32[16,4] → float32[16,4]
+          module                                   out            params    bytes  FLOPs
+          net  Net                                 float32[16,4]   4,000  16.0 KB  1.0 G
+            in float32[16,9]
+            Block_0 … Block_49  50 × Block         float32[16,4]      40    160 B  1.2 k
+              in float32[16,4]
+              Dense_0  Dense                       float32[16,4]      40    160 B  1.2 k
+                in float32[16,9] · params: bias float32[4], kernel float32[9,4]
+            Dense_0 … Norm_49  50 × (Dense, Norm)  float32[16,4]      40    160 B  1.2 k
+              Dense_0  Dense                       float32[16,4]      40    160 B  1.2 k
+                in float32[16,9] · params: bias float32[4], kernel float32[9,4]
+              Norm_0  Norm                         float32[16,4]                       8
+                in float32[16,4]
           total  params 4,000, 16.0 KB
           FLOPs  forward 1,000,000,000""")
+
+
+def test_an_output_that_is_too_long_for_its_column_is_told_in_full_beneath() -> None:
+    outputs = "(float32[16,128], {hidden: float32[16,128], cell: float32[16,128]})"
+    module = replace(NET.modules[0], outputs=outputs)
+    assert summary_text(replace(NET, modules=(module,))).splitlines()[2:5] == [
+        "  net  Net.encode     (float32[16,128], {hidde…                 1,504      4,460",
+        "    out (float32[16,128], {hidden: float32[16,128], cell: float32[16,128]}) · in",
+        "      float32[16,9], train=True",
+    ]
 
 
 def test_a_layer_that_differs_stands_by_itself() -> None:
@@ -118,8 +125,8 @@ def test_a_layer_that_differs_stands_by_itself() -> None:
 def test_a_depth_counts_in_what_it_hides() -> None:
     text = summary_text(NET, depth=0)
     assert text.splitlines()[2:4] == [
-        "  net  Net.encode                                    48  184 B  1,504      4,460",
-        "    float32[16,9], train=True → float32[16,2] · batch_stats 4, 16 B · 4 rows",
+        "  net  Net.encode                 float32[16,2]      48  184 B  1,504      4,460",
+        "    in float32[16,9], train=True · batch_stats 4, 16 B · 4 rows inside",
     ]
     assert "Dense_0  Dense" not in text
 
@@ -182,6 +189,7 @@ def test_a_bundle_has_text_and_html() -> None:
 def test_it_prints_itself() -> None:
     assert str(NET) == summary_text(NET)
     assert repr(NET) == "<Summary of net(x, train=True): 5 modules, 48 parameters, 1,504 FLOPs>"
+    assert NET._repr_html_() == view.summary_html(NET)
 
 
 def test_variables_as_a_tree_with_pictures_and_nothing_set_for_the_rest() -> None:

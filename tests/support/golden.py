@@ -128,15 +128,18 @@ class Plain:
     """Takes out of a text what is not the same everywhere. One for a transcript: it numbers the digests of it."""
 
     def __init__(self) -> None:
+        # By their first six digits, which are all that a table shows.
         self._digests: dict[str, str] = {}
 
     def __call__(self, text: str) -> str:
         for pattern, replacement in PLAIN:
             text = re.sub(pattern, replacement, text)
-        return re.sub(rf"(?<![\w.])({HEX}){{2}}\b", self._number, text)
+        return re.sub(rf"(?<![\w.#])(?:({HEX}){{2}}|[0-9a-f]{{6}})(?![\w.])", self._number, text)
 
     def _number(self, digest: re.Match[str]) -> str:
-        return self._digests.setdefault(digest[0], f"digest{len(self._digests) + 1:010}")
+        """A digest's number, as long as the digest: in full, or as far as it is shown beside others."""
+        number = self._digests.setdefault(digest[0][:6], str(len(self._digests) + 1))
+        return "digest"[: len(digest[0]) - 3] + number.zfill(max(len(digest[0]) - 6, 3))
 
 
 def clock() -> Callable[[], float]:

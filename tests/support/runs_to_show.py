@@ -55,7 +55,7 @@ NOTE = Note(
     "Dropout_0 is off although --train was asked: deterministic=True is fixed in MyModel (line 8)",
     edit="deterministic=not self.training",
 )
-NOTED = replace(REUSED, draw=3, used={}, notes=(NOTE,))
+NOTED = replace(REUSED, draw=3, used={}, notes=(NOTE,), idle=("dropout",))
 INIT = like(
     REUSED,
     command="init",
