@@ -408,10 +408,9 @@ class ExportFacts(Struct, frozen=True):
 
 def recorded(run: Run) -> dict[str, object]:
     """The run as JSON data: identity, keys (in hex), digest and sample of the output, and its environment."""
-    plain = ("command", "model", "mode", "weights", "call", "seed", "draw", "draws", "device", "started", "replayed")
+    plain = ("command", "model", "mode", "weights", "call", "seed", "draw", "samples", "device", "started", "replayed")
     return {
-        # What was saved has the number of samples under this name.
-        **{name: run.samples if name == "draws" else getattr(run, name) for name in plain},
+        **{name: getattr(run, name) for name in plain},
         "output": run.shape,
         "keys": all_words(run.keys),
         "digest": run.digest,

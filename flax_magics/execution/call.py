@@ -167,7 +167,7 @@ def request_of(
         Arguments.of(bound.call.args, bound.kwargs, bound.signature, static),
         variables,
         draw,
-        # With `--draws` each of these arguments has a key per draw, which is mapped like the streams' keys.
+        # With `--samples` each of these arguments has a key per draw, which is mapped like the streams' keys.
         keyed=frozenset(() if draw.size is None else options.key),
         mutable=frozenset(options.mutable),
         mode=bound.mode,

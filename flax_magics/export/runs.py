@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from ..models.lifted import written_by_place
+from ..models.switch import written_by_place
 from ..rng.keys import SPLIT
 from ..run import MODULE, ExportFacts, Run, Settings
 from .cells import is_build

@@ -40,9 +40,8 @@ from .base import (
     own_methods,
 )
 from .calls import TAKES_ANYTHING, Args, Function, Kwargs, Names, Path, without_self
-from .lifted import by_place, written_by_place
 from .linen_trace import Recorder, bound, sowing, unbound_axis
-from .switch import cloned, read_fields, set_fields, set_unset_fields, setting_of
+from .switch import by_place, cloned, read_fields, set_fields, set_unset_fields, setting_of, written_by_place
 
 _MISSING = (ScopeParamNotFoundError, ScopeCollectionNotFound, ScopeVariableNotFoundError)
 

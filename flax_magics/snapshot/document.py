@@ -85,7 +85,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     output: str
     seed: int
     draw: int
-    samples: int | None = msgspec.field(name="draws")
+    samples: int | None
     keys: dict[str, KeyWords]
     digest: str | None
     device: str

@@ -90,7 +90,7 @@ class Recorded(msgspec.Struct, frozen=True):
     started: float
     device: str
     model: str | None = None
-    draws: Number | None = None
+    samples: Number | None = None
     digest: str | None = None
     leaves: Annotated[tuple[Leaf, ...], msgspec.Meta(max_length=_LEAVES)] | None = None
     bits: bytes = b""

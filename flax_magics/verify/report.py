@@ -136,7 +136,7 @@ def _draw(verdict: Verdict) -> str:
         return ""
     if verdict.run is None:
         return "later ones"
-    first, many = verdict.run.draw, verdict.run.draws
+    first, many = verdict.run.draw, verdict.run.samples
     number = f"{first}–{first + many - 1}" if many else str(first)
     return cut(number if verdict.run.seed == 0 else f"{verdict.run.seed}:{number}", 20)
 
@@ -198,7 +198,7 @@ def _difference(verdict: Verdict) -> dict[str, object]:
         **{name: getattr(verdict, name) for name in ("cell", "line", "outcome", "what")},
         "command": run and run.command,
         "model": run and (run.model or ""),
-        **{name: getattr(run, name, None) for name in ("call", "seed", "draw", "draws")},
+        **{name: getattr(run, name, None) for name in ("call", "seed", "draw", "samples")},
         "stored": verdict.stored,
         "now": verdict.now,
         "values": values,

@@ -290,7 +290,7 @@ def test_several_at_once_as_json(folder, notebook):
         "call": "scaled(x)",
         "seed": 0,
         "draw": 1,
-        "draws": None,
+        "samples": None,
         "stored": first["digest"],
         "values": {"compared": 12, "of": 12, "differ": kept(first), "ulp": 2, "absolute": 2.0**-20, "array": ""},
     }

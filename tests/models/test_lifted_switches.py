@@ -10,7 +10,7 @@ from by_hand import Normed, bits
 from flax import linen as nn
 
 from flax_magics import Session
-from flax_magics.models.lifted import written_by_place
+from flax_magics.models.switch import written_by_place
 
 X = jax.random.uniform(jax.random.key(42), (3, 4))
 MASK = jax.random.uniform(jax.random.key(43), (3, 4))

@@ -43,7 +43,7 @@ def run(**changes: Any) -> dict[str, Any]:
         "call": "net(x)",
         "seed": 0,
         "draw": 1,
-        "draws": None,
+        "samples": None,
         "keys": {"params": "375f238f00000000", "dropout": "f71f4ea900000000"},
         "digest": "0123456789abcdef",
         **sample(VALUES),

@@ -20,7 +20,7 @@ def test_a_run_is_read():
     (found,) = runs_of(notebook(cell(run(draw=3, extra="of a later version"))))
     (one,) = found.runs
     assert (found.number, found.line, found.count) == (1, "y = %flax_apply net(x)", 1)
-    assert (one.command, one.model, one.call, one.seed, one.draw, one.draws) == ("apply", "net", "net(x)", 0, 3, None)
+    assert (one.command, one.model, one.call, one.seed, one.draw, one.samples) == ("apply", "net", "net(x)", 0, 3, None)
     assert one.keys == {"params": "375f238f00000000", "dropout": "f71f4ea900000000"}
     assert one.leaves == (Leaf("", "float32[2,3]", 6),)
     assert one.environment == {

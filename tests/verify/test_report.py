@@ -148,8 +148,8 @@ def test_shapes_are_compared_on_any_machine():
 
 def test_draws_are_named_with_their_seed_and_their_number():
     now = {"digest": "f" * 16, **sample(NUDGED)}
-    stored = [run(seed=7, draw=2), run(draw=3, draws=4, started=11.0)]
-    rows = says(stored, [run(seed=7, draw=2, **now), run(draw=3, draws=4, started=11.0, **now)])[2:]
+    stored = [run(seed=7, draw=2), run(draw=3, samples=4, started=11.0)]
+    rows = says(stored, [run(seed=7, draw=2, **now), run(draw=3, samples=4, started=11.0, **now)])[2:]
     assert rows == [
         "  1     y = %flax_apply net(x)  7:2   digest  1 ulp, 4.77e-07 in 6 of 6",
         "  1     y = %flax_apply net(x)  3–6   digest  1 ulp, 4.77e-07 in 6 of 6",
