@@ -14,7 +14,7 @@ from flax import nnx
 from nnx_kinds import Own, runs_as_by_hand
 from sessions import session_of
 
-from flax_magics import _session
+from flax_magics import FlaxMagicsError, _session
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_run_that_fails_on_the_device_changes_nothing(ways):
         session.apply("net", x)
     state = session._state
     x.delete()
-    with pytest.raises(RuntimeError, match="deleted"):
+    with pytest.raises(FlaxMagicsError, match="deleted"):
         session.apply("net", x)
     assert session._state is state
 
