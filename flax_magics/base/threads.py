@@ -171,6 +171,7 @@ class Running:
         self._seconds: float | None = None
         # All results of a program are ready together, and fail together.
         self._one = next((leaf for leaf in jax.tree_util.tree_leaves(result) if hasattr(leaf, "is_ready")), None)
+        self.look()
 
     def look(self) -> bool:
         """Notes the time if the device is done, and says whether it is."""

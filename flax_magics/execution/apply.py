@@ -182,17 +182,18 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     draw, wait, variables = state.root.draw(), 0.0, inputs.variables
     keys = plan.keys(draw)
     try:
-        if not all_ready(inputs.pending):
-            wait = services.clock()
-            services.on_phase(f"waiting for the inputs of {entry.name}")
-            jax.block_until_ready(inputs.pending)
-            wait = services.clock() - wait
+        if inputs.pending:
+            begin = services.clock()
+            if not all_ready(inputs.pending):
+                services.on_phase(f"waiting for the inputs of {entry.name}")
+                jax.block_until_ready(inputs.pending)
+            wait = services.clock() - begin
         running = programs.begin(program, variables, keys, inputs.arguments)
     except Exception:  # `apply_model` runs it again, and reports the error with its advice
         return None
     try:
         # The program is pure: where it turns out that another one is wanted, its result is dropped.
-        if last.brief and not last.holds(entry, programs):
+        if last.brief and not last.holds(entry, programs, running):
             programs.unfinished.wait = smallest(running.result)
             return None
         running.look()
@@ -213,6 +214,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
                 after = replace(after or entry, update_counts={**entry.update_counts, **changed})
             if entry.variables is not None:
                 after = replace(after or entry, variables={**variables, **updates})
+        running.look()
         newest = None if state.runs is None else state.runs.kept
         run = like(
             last.template,
@@ -232,7 +234,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         running.look()
         stored = last.stored(run, inputs, newest)
         running.look()
-        draw.next().work_out(plan.streams)
+        draw.work_out_next(plan.streams)
         try:
             seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"))
         except Exception:

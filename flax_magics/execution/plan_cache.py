@@ -19,6 +19,7 @@ import jax
 
 from ..base.digest import Floats, any_nan, floats_in, has_nan, own
 from ..base.measures import Timing
+from ..base.threads import Running
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
 from ..code.library import library
@@ -132,14 +133,20 @@ class LastRun:
         pending = (fresh, arguments) if fresh or known is None else ()
         return Inputs(kwargs, arguments, known is not None, variables, leaves, fresh, pending)
 
-    def holds(self, entry: ModelEntry, programs: ProgramCache) -> bool:
-        """Whether the program is the one to run: settings, the model's code and Flax's own are as they were."""
+    def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:
+        """Whether the program is the one to run: settings, the model's code and Flax's own are as they were.
+
+        Args:
+          running: the program, if it was dispatched: it may be done before all is compared.
+        """
         # Another program has run for the model since: whether numbers replaced arrays must be asked again.
         if self.numbers and programs.parts.get(entry.name) is not self.parts:
             return False
         library.look()
         if library.edition != self.library or settings() != self.recipe.settings:
             return False
+        if running is not None:
+            running.look()
         return entry.model.cache_key() == self.key
 
     def has_nan(self, output: PyTree) -> bool:

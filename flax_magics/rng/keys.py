@@ -73,10 +73,11 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
             return _keys_on_host(self.root, _SPLIT_BY)
         return [key.tobytes() for key in np.asarray(_on_data(_in_three, self.impl)(_words(self.root)))]
 
-    def work_out(self, streams: Iterable[str]) -> None:
-        """Computes the keys of these streams in one go, so that they are there when the draw is made."""
+    def work_out_next(self, streams: Iterable[str]) -> None:
+        """Computes the keys of these streams of the draw after this one, so that they are there when it is made."""
         if is_on_host(self.impl):
-            _keys_on_host(self.root, (*_SPLIT_BY, *(stream_tag(name) for name in streams if name not in SPLIT)))
+            tags = (stream_tag(name) for name in streams if name not in SPLIT)
+            _keys_on_host(self.next_root, (*_SPLIT_BY, *tags))
 
     @property
     def next_root(self) -> bytes:
@@ -323,7 +324,7 @@ _worked_out: dict[bytes, dict[int, bytes]] = {}
 
 
 def _keys_on_host(key: bytes, counters: tuple[int, ...]) -> list[bytes]:
-    """`threefry`, which remembers the last results: a run works out the keys of the draw after it, see `work_out`."""
+    """`threefry`, which remembers the last results: a run works out the keys of the draw after it, see `work_out_next`."""
     known = _worked_out.get(key, {})
     if not known.keys() >= set(counters):
         known = dict(zip(counters, threefry(key, counters), strict=True)) | known
