@@ -16,7 +16,6 @@ import jax
 from .base.threads import at_once, uninterrupted
 from .base.types import PyTree
 from .cells.journal import cell_number, cells_of_notebook
-from .code.library import library
 from .compile.cache import ProgramCache, Services
 from .errors import FlaxMagicsError
 from .execution import record, surroundings
@@ -165,8 +164,7 @@ class Session(SessionView):
 
         Every method that draws, runs or changes the session calls this first.
         """
-        where = surroundings.surroundings()
-        if where is not None:
+        if (where := surroundings.surroundings()) is not None:
             raise refused(where, *what)
 
     def _entry(self, model: object, mode: str | None = None) -> ModelEntry:
@@ -416,24 +414,30 @@ class Session(SessionView):
         `notes` are added to those of the run. `module` is the object that the name stands for now; if it is not the
         registered one, it takes that one's place once the run has succeeded.
         """
-        where = surroundings.surroundings()  # inlined `_stand_outside`: this is the path of every run in a loop
-        if where is not None:
-            raise surroundings.of_apply(where, self._state, self._entry_before(name, module), call, options)
-        library.look()
+        if not notes and (run := self.run_again(name, call, options, module)) is not None:
+            return run
+        self._stand_outside(surroundings.of_apply, self._state, self._entry_before(name, module), call, options)
         entry = self._state.models.get(name)
         if entry is not None and (module is None or module is entry.model.module):
             with entry.model.held_still:
-                state = self._state
-                shares = state.opened is not None and state.opened[0] == entry.name
-                # The fast path repeats the last run of the line on a new draw. It makes no notes and shares no draw.
-                last = None if shares or notes or not options.plain else self._plans.find(entry.name, call, options)
-                outcome = None if last is None else apply_again(last, state, entry, call, self.services)
-                if outcome is None:
-                    return self._run(entry, notes, call, options)
-                self._commit(outcome)
-                return outcome.run
+                return self._run(entry, notes, call, options)
         entry, more = self._entry_now(name, module)
         return self._run(entry, (*more, *notes), call, options)
+
+    def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Run | None:
+        """`run_apply` of a line whose last run left a plan; None, with nothing changed, where only that can run it."""
+        state, last = self._state, self._plans.find(name, call, options)
+        if last is None or (entry := state.models.get(name)) is None or (state.opened and state.opened[0] == name):
+            return None
+        if not (module is None or module is entry.model.module) or surroundings.surroundings() is not None:
+            return None
+        with entry.model.held_still:
+            outcome = apply_again(last, state, entry, call, self.services)
+        # Where another thread was faster, the run would take its draw, or write over what it did.
+        if outcome is None or self._state is not state:
+            return None
+        self._commit(outcome)
+        return outcome.run
 
     def _run(self, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
         """`run_apply` without a plan of an earlier run; `notes` concern how the entry came to be."""

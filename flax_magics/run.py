@@ -280,6 +280,10 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         """The run with these notes in place of its own."""
         return replace(self, notes=notes)
 
+    def without_inputs(self) -> Run:
+        """The run without its inputs: a kept copy then holds no more memory than its output."""
+        return replace(self, inputs=RELEASED)
+
     def to_json(self) -> dict[str, object]:
         """The run as JSON data, with a sample of its output in place of the output. Keys are given in full, in hex."""
         timing = asdict(self.timing)

@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -185,6 +186,33 @@ def has_nan(tree: PyTree) -> bool:
                 least = np.minimum.reduce(chunk)
                 if least != least:
                     return True
+    return False
+
+
+Floats = tuple[tuple[int, np.dtype[Any]], ...]
+"""Indices and dtypes of the leaves of a pytree that `any_nan` looks at."""
+
+
+def floats_in(tree: PyTree) -> Floats | None:
+    """What `any_nan` takes for pytrees like this one; None where only `has_nan` can read them."""
+    floats = [(i, leaf) for i, leaf in enumerate(jax.tree_util.tree_leaves(tree)) if _is_inexact(leaf)]
+    try:
+        for _, leaf in floats:
+            np.frombuffer(leaf, leaf.dtype)  # on the host, in one piece, and of a dtype that NumPy knows
+    except (AttributeError, BufferError, TypeError, ValueError):
+        return None
+    plain = all(isinstance(leaf, jax.Array) and leaf.size and leaf.dtype.itemsize > 2 for _, leaf in floats)
+    return tuple((i, leaf.dtype) for i, leaf in floats) if plain else None
+
+
+def any_nan(tree: PyTree, floats: Floats) -> bool:
+    """`has_nan` of small arrays, by reading them where they lie, at a third of the cost."""
+    leaves = [tree] if isinstance(tree, jax.Array) else jax.tree_util.tree_leaves(tree)
+    for i, dtype in floats:
+        leaf: Any = leaves[i]
+        least = np.minimum.reduce(np.frombuffer(leaf, dtype))
+        if least != least:
+            return True
     return False
 
 

@@ -32,6 +32,7 @@ def _is_clean() -> Callable[[], bool]:
     return trace_state_clean
 
 
+@cache
 def role_of(module: str) -> Literal["callback", "trace"] | None:
     """What a stack frame of `module` says about the code it calls: a host callback, a trace, or neither (None)."""
     if module in CALLBACKS:

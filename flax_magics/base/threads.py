@@ -10,9 +10,11 @@ import collections
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import starmap
@@ -24,6 +26,11 @@ import jax
 
 from .types import PyTree
 
+POLLED = 100e-6 if len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)) > 1 else 0.0
+"""Seconds for which a program is asked whether it is ready before the thread sleeps: as long as waking it up takes.
+
+With one processor, asking would keep the program from running.
+"""
 Assignment = tuple[Any, ...]
 """A function implemented in C with its arguments, `(object.__setattr__, owner, name, value)` or `(setitem, items, key,
 value)`; calling it runs no bytecode."""
@@ -130,6 +137,12 @@ class Unfinished:
             self.wait = None
 
 
+def all_ready(tree: PyTree) -> bool:
+    """Whether all arrays in `tree` are computed."""
+    arrays = (leaf for leaf in jax.tree_util.tree_leaves(tree) if isinstance(leaf, jax.Array))
+    return all(hasattr(array, "is_ready") and array.is_ready() for array in arrays)
+
+
 def smallest(result: PyTree) -> Callable[[], object] | None:
     """A function that blocks until a program's `result` is computed; None where the result has no array.
 
@@ -137,6 +150,52 @@ def smallest(result: PyTree) -> Callable[[], object] | None:
     """
     arrays = [leaf for leaf in jax.tree_util.tree_leaves(result) if isinstance(leaf, jax.Array)]
     return min(arrays, key=lambda array: array.nbytes).block_until_ready if arrays else None
+
+
+def wait_on(result: PyTree, unfinished: Unfinished) -> None:
+    """Waits until the device has computed `result`, open to Ctrl-C: then `unfinished` waits for it."""
+    unfinished.wait = functools.partial(jax.block_until_ready, result)
+    try:
+        jax.block_until_ready(result)
+    except BaseException:
+        unfinished.wait = smallest(result)  # so that the large outputs are freed
+        raise
+    unfinished.wait = None
+
+
+class Running:
+    """A dispatched program. Its time ends when it was first seen to be ready, not when its run was worked out."""
+
+    def __init__(self, result: PyTree, start: float, clock: Callable[[], float], unfinished: Unfinished) -> None:
+        self.result, self._start, self._clock, self._unfinished = result, start, clock, unfinished
+        self._seconds: float | None = None
+        # All results of a program are ready together, and fail together.
+        self._one = next((leaf for leaf in jax.tree_util.tree_leaves(result) if hasattr(leaf, "is_ready")), None)
+        self.look()
+
+    def look(self) -> bool:
+        """Notes the time if the device is done, and says whether it is."""
+        if self._seconds is None and self._one is not None and self._one.is_ready():
+            self._seconds = self._clock() - self._start
+        return self._seconds is not None
+
+    def finish(self, sleeps: Callable[[], object]) -> float:
+        """Waits for the device, and returns the seconds since the dispatch.
+
+        Args:
+          sleeps: called before the thread is put to sleep.
+        """
+        until = time.perf_counter() + POLLED
+        while not self.look():
+            if time.perf_counter() > until:
+                sleeps()
+                wait_on(self.result, self._unfinished)
+                self._seconds = self._clock() - self._start
+        if self._one is not None:
+            self._one.block_until_ready()  # raises the error of a program that failed
+        assert self._seconds is not None
+        self._unfinished.wait = None
+        return self._seconds
 
 
 def elsewhere(

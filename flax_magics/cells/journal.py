@@ -114,11 +114,14 @@ class Journal:
         """Number of nested cell executions: `%%capture` runs a cell inside a cell."""
         self._running = ExecutedCell(None, "")
         """The outermost running cell, with what its commands did so far; errors of nested cells count as its own."""
+        self._places: list[Place] = []
+        """Its `places`; a list, which a loop of many runs lengthens at the cost of one."""
 
     def begin(self, info: Any = None, cell: str | None = None) -> None:
         """IPython's `pre_run_cell` hook. `cell`: the id of the cell, None where the frontend sends none."""
         if not self._depth:
             self._running = ExecutedCell(None, str(getattr(info, "raw_cell", "") or ""), self.runs(), cell=cell)
+            self._places = []
         self._depth += 1
 
     def end(self, result: Any = None) -> None:
@@ -132,7 +135,7 @@ class Journal:
             self._running = self._running._replace(error=type(error).__name__, line=failing_line(error))
         if not self._depth:
             number = result.execution_count if getattr(result.info, "store_history", True) else None
-            self.executed.append(self._running._replace(number=number, end=self.runs()))
+            self.executed.append(self._running._replace(number=number, end=self.runs(), places=tuple(self._places)))
 
     def drew(self, runs_before: int, names: object) -> None:
         """Records where in the cell a command made its runs; called after each command.
@@ -141,13 +144,12 @@ class Journal:
           runs_before: the number of runs when the command began.
           names: the notebook's namespace, by which its frames are recognized.
         """
-        frame = calling_frame(names) if self._depth and self.runs() > runs_before else None
+        runs, places = self.runs(), self._places
+        frame = calling_frame(names) if self._depth and runs > runs_before else None
         if frame is not None:
-            places = self._running.places
             known = places[-1].run + 1 if places else 0  # commands inside this one have recorded theirs already
-            place = frame.f_lineno, frame.f_code.co_name
-            more = (Place(run, *place) for run in range(max(runs_before, known), self.runs()))
-            self._running = self._running._replace(places=(*places, *more))
+            for run in range(max(runs_before, known), runs):
+                places.append(Place(run, frame.f_lineno, frame.f_code.co_name))
 
     def registered(self, rows: list[Registered]) -> None:
         """Records what a `flaxmodel` command registered."""
@@ -161,14 +163,16 @@ class Journal:
 
     def so_far(self, number: int) -> list[ExecutedCell]:
         """All recorded executions; the running one comes last and gets `number`."""
-        running = self._running._replace(number=number, end=self.runs(), error=None, line=None)
+        places = tuple(self._places)
+        running = self._running._replace(number=number, end=self.runs(), error=None, line=None, places=places)
         return [*self.executed, *([running] if self._depth else [])]
 
     def loaded(self, load: Load) -> None:
         """Records that a session was loaded: runs of earlier cells are in the history no more."""
         self.executed = [cell._replace(first=0, end=0, gone=True, places=()) for cell in self.executed]
         self.restarts.clear()
-        self._running = self._running._replace(first=self.runs(), places=(), loads=(*self._running.loads, load))
+        self._places = []
+        self._running = self._running._replace(first=self.runs(), loads=(*self._running.loads, load))
 
     def cells(self, shell: Any) -> list[ExecutedCell]:
         """All executions so far, the running one last; earlier ones as IPython's history has them."""

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from ..base.measures import Memory, Timing, default_device, name_devices
 from ..base.private import hide_frames
-from ..base.threads import Future, Unfinished, elsewhere, smallest, wait_for
+from ..base.threads import Future, Running, Unfinished, elsewhere, wait_for, wait_on
 from ..base.types import PyTree
 from ..code.contents import Structure, Unknown
 from ..code.fingerprint import fingerprint
@@ -181,14 +181,15 @@ class ProgramCache:
 
             return elsewhere(whole, (variables, keys, dynamic), self.unfinished, jax_settings)
         result = program.executable(variables, keys, dynamic)
-        self.unfinished.wait = partial(jax.block_until_ready, result)
-        try:
-            jax.block_until_ready(result)
-        except BaseException:
-            self.unfinished.wait = smallest(result)  # so that the large outputs are freed
-            raise
-        self.unfinished.wait = None
+        wait_on(result, self.unfinished)
         return result
+
+    def begin(self, program: Program, variables: Variables, keys: Variables, dynamic: Variables) -> Running:
+        """Dispatches a program without effects; see `run` for the arguments."""
+        start = self.clock()
+        result = program.executable(variables, keys, dynamic)
+        self.unfinished.wait = partial(jax.block_until_ready, result)
+        return Running(result, start, self.clock, self.unfinished)
 
     def start(self, request: TraceRequest, phase: OnPhase, since: float | None = None) -> PendingProgram | BuiltProgram:
         """Finds the program of a call, or traces it and starts to compile it on another thread; see `finish`.

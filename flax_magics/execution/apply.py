@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
-from ..base.digest import bytes_of, has_nan, own
+from ..base.digest import bytes_of, own
 from ..base.measures import Timing, devices_of
+from ..base.threads import all_ready, smallest
+from ..code.library import library
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..compile.limits import devices_in, with_peak
@@ -48,6 +50,7 @@ def apply_model(
     Raises:
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
+    library.look()
     name = entry.name
     replayed = state.find_draw(options.keys_of)
     opened = state.opened
@@ -167,61 +170,93 @@ def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
 
 
 def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, services: Services) -> Outcome | None:
-    """An apply of a line that has a plan. Returns None, with nothing changed, where something it depends on differs."""
-    started = time.time()
-    inputs = last.accepts(entry, call, services)
-    if inputs is None:
+    """An apply of a line that has a plan. Returns None, with nothing changed, where something it depends on differs.
+
+    What is left to check, and all that the session keeps of the run, is worked out while the device runs.
+    """
+    started, programs, plan = time.time(), services.programs, last.plan
+    program, inputs = plan.program, last.inputs(entry, call, programs)
+    # Checking takes some 20 µs, which are nothing to a long run; a long one that nobody wants would be much.
+    if inputs is None or program is None or not (last.brief or last.holds(entry, programs)):
         return None
-    plan, draw, variables = last.plan, state.root.draw(), inputs.variables
+    draw, wait, variables = state.root.draw(), 0.0, inputs.variables
+    keys = plan.keys(draw)
     try:
-        result = plan.run(draw, variables, inputs.arguments, services, inputs.pending)
+        if inputs.pending:
+            begin = services.clock()
+            if not all_ready(inputs.pending):
+                services.on_phase(f"waiting for the inputs of {entry.name}")
+                jax.block_until_ready(inputs.pending)
+            wait = services.clock() - begin
+        running = programs.begin(program, variables, keys, inputs.arguments)
     except Exception:  # `apply_model` runs it again, and reports the error with its advice
         return None
+    try:
+        # The program is pure: where it turns out that another one is wanted, its result is dropped.
+        if last.brief and not last.holds(entry, programs, running):
+            programs.unfinished.wait = smallest(running.result)
+            return None
+        running.look()
+        output, updates, sown = plan.parted(running.result, program.trace)
+        source = entry.source
+        after: ModelEntry | None = None
+        changed: dict[str, int] = {}
+        commit: Commit | None = None
+        # Leaves that neither this plan nor the session put there: the user's code changed the variables.
+        if inputs.fresh and source is not None:
+            source = source.now(variables, entry.update_counts)
+            if source is not entry.source:
+                after = replace(entry, source=source)
+        if updates:
+            commit = plan.model.commit(updates, program.trace)
+            changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
+            if changed:
+                after = replace(after or entry, update_counts={**entry.update_counts, **changed})
+            if entry.variables is not None:
+                after = replace(after or entry, variables={**variables, **updates})
+        running.look()
+        newest = None if state.runs is None else state.runs.kept
+        run = like(
+            last.template,
+            call=call.text,
+            inputs=(call.args, inputs.kwargs),
+            output=output,
+            seed=draw.seed,
+            draw=draw.number,
+            keys=RunKeys(draw, last.key_names),
+            started=started,
+            sown=sown,
+            changed=changed,
+            cell=call.cell,
+            first=newest is None,
+            weights="" if source is None else source.describe(draw.seed),
+        )
+        running.look()
+        stored = last.stored(run, inputs, newest)
+        running.look()
+        draw.work_out_next(plan.streams)
+        try:
+            seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"))
+        except Exception:
+            return None
+        noted = with_notes_of_output(run) if last.has_nan(output) else run
+        memory = run.memory
+        # Of a program's memory figures only the device's peak changes from run to run.
+        if memory is not None and memory.peak is not None:
+            memory = with_peak(memory, devices_in((output, updates, sown)))
+    except BaseException:
+        programs.unfinished.wait = smallest(running.result)
+        raise
+    last.wrote(updates, seconds)
     # The reason for the next new program is found by comparing with this run.
-    services.programs.parts[entry.name] = last.parts
-    memory = last.template.memory
-    # Of a program's memory figures only the device's peak changes from run to run.
-    if memory is not None and memory.peak is not None:
-        memory = with_peak(memory, devices_in((result.output, result.updates, result.sown)))
-    source = entry.source
-    after: ModelEntry | None = None
-    changed: dict[str, int] = {}
-    commit: Commit | None = None
-    # Leaves that neither this plan nor the session put there: the user's code changed the variables.
-    if inputs.fresh and source is not None:
-        source = source.now(variables, entry.update_counts)
-        if source is not entry.source:
-            after = replace(entry, source=source)
-    updates = result.updates
-    if updates:
-        commit = plan.model.commit(updates, result.trace)
-        changed = {name: entry.update_counts.get(name, 0) + 1 for name in sorted(commit.changed)}
-        if changed:
-            after = replace(after or entry, update_counts={**entry.update_counts, **changed})
-        if entry.variables is not None:
-            after = replace(after or entry, variables={**variables, **updates})
-        last.wrote(updates)
-    newest = None if state.runs is None else state.runs.kept
-    run = like(
-        last.template,
-        call=call.text,
-        inputs=(call.args, inputs.kwargs),
-        output=result.output,
-        seed=draw.seed,
-        draw=draw.number,
-        keys=RunKeys(draw, last.key_names),
-        started=started,
-        sown=result.sown,
-        changed=changed,
-        timing=result.timing,
-        memory=memory,
-        cell=call.cell,
-        first=newest is None,
-        weights="" if source is None else source.describe(draw.seed),
-    )
-    if last.looked_at and has_nan(result.output):
-        run = with_notes_of_output(run)
-    return Outcome(run, last.stored(run, inputs, newest), draw, after, None, None, commit)
+    programs.parts[entry.name] = last.parts
+    if noted is not run:
+        run, stored = noted, last.stored(noted, inputs, newest)
+    # Nobody has seen them yet.
+    for facts in (run, stored.facts):
+        force_setattr(facts, "timing", Timing(run=seconds, wait=wait))
+        force_setattr(facts, "memory", memory)
+    return Outcome(run, stored, draw, after, None, None, commit)
 
 
 def init_model(

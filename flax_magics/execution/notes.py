@@ -7,7 +7,6 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
-from msgspec.structs import replace
 
 from ..base.digest import data_of, has_nan, is_key
 from ..base.text import join
@@ -206,11 +205,6 @@ def with_notes_of_output(run: Run) -> Run:
     from_input = run.inputs is not RELEASED and has_nan(run.inputs)
     note = Note("nan", f"{text}, and so does its input") if from_input else Note("nan", text, **_finding_nan(run))
     return run.with_notes((*run.notes, note))
-
-
-def without_inputs(run: Run) -> Run:
-    """The run without its inputs: a kept copy then holds no more memory than its output."""
-    return replace(run, inputs=RELEASED)
 
 
 def _finding_nan(run: Run) -> dict[str, str]:

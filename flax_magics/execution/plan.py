@@ -20,7 +20,7 @@ from ..compile.cache import BuiltProgram, PendingProgram, Program, Services
 from ..compile.limits import is_out_of_memory, out_of_memory
 from ..compile.trace import TracedCall, TraceRequest, is_tracer_error, leave_out, running, trace_call
 from ..models.base import SOWN, CallTrace, ForeignOutput, Incomplete, Model, Needs, Variables
-from ..rng.keys import SPLIT, Draw, DrawBatch
+from ..rng.keys import SPLIT, Draw, DrawBatch, Words
 
 if TYPE_CHECKING:
     from ..line.options import ApplyOptions
@@ -87,6 +87,10 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
         """Names of the streams whose keys are passed, sorted."""
         return tuple(sorted(self.body.needs.streams))
 
+    def keys(self, draw: Draw | DrawBatch) -> dict[str, Words]:
+        """The key data that the program takes, by stream."""
+        return {name: draw.words(name, taken=self.taken and name == "params") for name in self.streams}
+
     def key_names(self, needs: Needs) -> dict[str, tuple[str, bool]]:
         """Names of the keys that a Run lists (see `RunKeys`) if it turned out to need `needs`."""
         names = {name: (name, False) for name in (*SPLIT, *self.options.key, *sorted(needs.streams))}
@@ -112,10 +116,10 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
         Raises:
           FlaxMagicsError: there was no memory. What the model raises is passed on.
         """
-        program, body, taken, runs = self.program, self.body, self.taken, self.runs
+        program, body, runs = self.program, self.body, self.runs
         programs, clock, on_phase = services.programs, services.clock, services.on_phase
         needs, trace = body.needs, body.trace
-        keys = {name: draw.words(name, taken=taken and name == "params") for name in self.streams}
+        keys = self.keys(draw)
         begin = free = clock()
         # What an interrupted run still takes on the device is no time of this one.
         if pending is None:
@@ -148,13 +152,17 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
             if len(times) == runs:
                 break
             start = clock()
-        output, updates = first
         timing = replace(_NO_TIME, run=times[0], wait=wait, busy=free - begin)
         if len(times) > 1:
             timing = replace(timing, steady=Steady(tuple(times)))
+        return RunResult(*self.parted(first, trace), timing, needs, trace)
+
+    def parted(self, result: PyTree, trace: CallTrace) -> tuple[PyTree, dict[str, PyTree], dict[str, PyTree]]:
+        """Output, updates and sown values of what a program returned."""
+        output, updates = result
         if not updates and not self.options.mutable:  # the usual case, which needs no sorting
-            return RunResult(output, updates, {}, timing, needs, trace)
-        return RunResult(*_parted(output, updates, trace, self.options.mutable), timing, needs, trace)
+            return output, updates, {}
+        return _parted(output, updates, trace, self.options.mutable)
 
     def _run_op_by_op(self, needs: Needs, services: Services) -> tuple[PyTree, Needs, CallTrace]:
         """Runs the model without jit. Also returns its needs, grown by what it asked for, for repeats to begin with."""

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import jax
 
-from ..base.digest import own
+from ..base.digest import Floats, any_nan, floats_in, has_nan, own
 from ..base.measures import Timing
+from ..base.threads import Running
 from ..base.types import Leaf, PyTree
 from ..code.contents import Structure
 from ..code.library import library
-from ..compile.cache import KEPT, LastCall, Services
+from ..compile.cache import KEPT, LastCall, ProgramCache, Services
 from ..compile.compiler import keep, settings
 from ..line.options import ApplyOptions
 from ..models.base import Model, Variables
@@ -39,6 +40,9 @@ SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 """Types whose values compare by `==`: static arguments of other types keep a line from having a plan."""
 SMALL = 65_536
 """Outputs of at most this many bytes are checked for NaN by each run of a plan."""
+
+BRIEF = 0.005
+"""Seconds of a run, at most, for which the next one begins before everything is checked."""
 
 WeakLeaf = Callable[[], Leaf]
 """Returns a leaf that is held by a weak reference, None once it is gone."""
@@ -72,7 +76,8 @@ class LastRun:
       key: the registered model's cache key.
       library: the edition of Flax's own code.
       leaves: for each leaf of the arguments its name, whether it is traced, and its signature, or its value if static.
-      structure: of the arguments' pytree; `flat`: all arguments are positional, and each is a single leaf.
+      structure: of the arguments' pytree.
+      flat: names of the call's arguments, if all are positional and each is a single leaf.
       added: keyword arguments that the mode added to the call's.
       variables: structure of the variables, and the signatures of their leaves.
       known, passed: leaves of the variables and of the arguments whose signatures were checked, held weakly.
@@ -80,8 +85,10 @@ class LastRun:
       key_names: the keys that the Run lists, see `RunKeys`.
       parts: the run as `ProgramCache` keeps it, to say why the next program is new.
       numbers: some arguments are Python numbers, which is worth a note where arrays were before.
+      brief: the last run was so short that the next is dispatched before `holds` is asked.
       template: the Run, with the fields that stay the same.
-      looked_at: the output is small and on the host, so that a check for NaN takes some microseconds.
+      looked_at: the output is small and on the host, so that a check for NaN takes some microseconds; `floats`: see
+        `floats_in`.
       recipe: what replays of the line's runs share.
     """
 
@@ -91,7 +98,7 @@ class LastRun:
     library: int
     leaves: tuple[tuple[str, bool, object], ...]
     structure: Structure
-    flat: bool
+    flat: tuple[str, ...]
     added: Mapping[str, PyTree]
     variables: tuple[Structure, list[object]]
     known: list[WeakLeaf]
@@ -101,21 +108,19 @@ class LastRun:
     parts: LastCall
     numbers: bool
     looked_at: bool
+    floats: Floats | None
+    brief: bool
     template: Run = field(repr=False)
     recipe: ApplyRecipe = field(repr=False)
 
-    def accepts(self, entry: ModelEntry, call: Call, services: Services) -> Inputs | None:
-        """The inputs to run the plan with; None where something that it depends on differs from the last run."""
-        model, programs = entry.model, services.programs
-        if model is not self.registered or entry.outdated or entry.rebuild_next or settings() != self.recipe.settings:
+    def inputs(self, entry: ModelEntry, call: Call, programs: ProgramCache) -> Inputs | None:
+        """The inputs to run the plan with; None where one differs from the last run's in more than its values."""
+        if entry.model is not self.registered or entry.outdated or entry.rebuild_next:
             return None
-        if model.cache_key() != self.key or library.edition != self.library or programs.unfinished.wait is not None:
-            return None
-        # Another program has run for the model since: whether numbers replaced arrays must be asked again.
-        if self.numbers and programs.parts.get(entry.name) is not self.parts:
+        if programs.unfinished.wait is not None:
             return None
         kwargs = {**call.kwargs, **self.added} if self.added else call.kwargs
-        known = self._known(call.args, kwargs)
+        known = self._known(call)
         arguments = self._traced(call.args, kwargs) if known is None else known
         variables = entry.held
         if arguments is None or variables is None:
@@ -127,6 +132,28 @@ class LastRun:
         # Everything else was computed before the last run began.
         pending = (fresh, arguments) if fresh or known is None else ()
         return Inputs(kwargs, arguments, known is not None, variables, leaves, fresh, pending)
+
+    def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:
+        """Whether the program is the one to run: settings, the model's code and Flax's own are as they were.
+
+        Args:
+          running: the program, if it was dispatched: it may be done before all is compared.
+        """
+        # Another program has run for the model since: whether numbers replaced arrays must be asked again.
+        if self.numbers and programs.parts.get(entry.name) is not self.parts:
+            return False
+        library.look()
+        if library.edition != self.library or settings() != self.recipe.settings:
+            return False
+        if running is not None:
+            running.look()
+        return entry.model.cache_key() == self.key
+
+    def has_nan(self, output: PyTree) -> bool:
+        """Whether the output holds NaN, as far as that is looked at."""
+        if not self.looked_at:
+            return False
+        return has_nan(output) if self.floats is None else any_nan(output, self.floats)
 
     def stored(self, run: Run, inputs: Inputs, before: StoredRun | None) -> StoredRun:
         """The run as the session keeps it. It shares inputs and variables with the run before if they are the same.
@@ -146,21 +173,23 @@ class LastRun:
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
         return StoredRun(run, origin, size, shared_inputs)
 
-    def wrote(self, updates: Mapping[str, PyTree]) -> None:
+    def wrote(self, updates: Mapping[str, PyTree], seconds: float) -> None:
         """Marks the leaves that the run wrote as checked: the same program made them, with the same signatures."""
+        self.brief = seconds < BRIEF
         for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
             if i is not None:
                 self.known[i] = _weakly(leaf)
 
-    def _known(self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> dict[str, Leaf] | None:
+    def _known(self, call: Call) -> dict[str, Leaf] | None:
         """The traced leaves by name if all arguments are the objects of the run before, as in a loop; else None."""
-        if not self.flat or kwargs or len(args) != len(self.passed):
+        if len(call.args) != len(self.flat) or call.kwargs:
             return None
-        for known, leaf in zip(self.passed, args, strict=True):
+        # Their references come first; those of arguments that the mode adds follow.
+        for known, leaf in zip(self.passed, call.args, strict=False):
             # A dead reference returns None too, so an argument that is None proves nothing.
             if leaf is None or known() is not leaf:
                 return None
-        return dict(zip([name for name, _, _ in self.leaves], args, strict=True))
+        return dict(zip(self.flat, call.args, strict=True))
 
     def _traced(self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> dict[str, Leaf] | None:
         """The traced leaves by name; None where structure, a signature or a static value differs."""
@@ -213,7 +242,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
     """
     execution, run, after = applied.execution, applied.outcome.run, applied.outcome.entry
     plan, bound, arguments = execution.plan, execution.request.bound, execution.arguments
-    model, program = entry.model, plan.program
+    model, program, call, args = entry.model, plan.program, bound.call, bound.call.args
     key = model.cache_key()
     if (
         not execution.request.options.plain
@@ -266,7 +295,7 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
             for name, leaf in zip(arguments.names, arguments.leaves, strict=True)
         ),
         structure=passed,
-        flat=arguments.treedef == jax.tree_util.tree_structure(((0,) * len(arguments.leaves), {})),
+        flat=() if call.kwargs or not jax.tree_util.all_leaves(args) else tuple(arguments.names[: len(args)]),
         added={name: value for name, value in bound.kwargs.items() if name not in bound.call.kwargs},
         variables=(held, signatures),
         known=list(map(_weakly, values_after)),
@@ -276,6 +305,8 @@ def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun
         parts=services.programs.parts[entry.name],
         numbers=any(not hasattr(leaf, "dtype") for leaf in traced.values()),
         looked_at=run.device.startswith("cpu") and memory is not None and memory.outputs <= SMALL,
+        floats=floats_in(run.output),
+        brief=run.timing.run < BRIEF,
         template=template,
         recipe=applied.recipe,
     )
@@ -294,8 +325,8 @@ class PlanCache:
         self._lines: OrderedDict[Hashable, LastRun] = OrderedDict()
 
     def find(self, name: str, call: Call, options: ApplyOptions) -> LastRun | None:
-        """The `LastRun` of this line, None if it left none."""
-        return self._lines.get((name, call.text, options.mode, options.mutable))
+        """The `LastRun` of this line, None if it left none, or if the options ask for more than that repeats."""
+        return self._lines.get((name, call.text, options.mode, options.mutable)) if options.plain else None
 
     def keep(self, entry: ModelEntry, applied: Applied, services: Services) -> None:
         """Keeps what a run leaves behind (see `last_run`); beyond `KEPT` lines the oldest is dropped."""

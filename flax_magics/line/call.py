@@ -66,7 +66,7 @@ class CallExpression(Expression):
         See `Expression.evaluate` for arguments and errors.
         """
         # Names and constants are looked up without running code: this is on the path of every run in a loop.
-        if self._is_plain:
+        if self.is_plain:
             local = user_ns if local_ns is None else local_ns
 
             def value_of(node: ast.expr) -> PyTree:
@@ -83,7 +83,7 @@ class CallExpression(Expression):
         return self._gathered(self.tree.args, user_ns, local_ns)
 
     @cached_property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether every argument is a name or a constant, as in most calls."""
         named = all(item.arg is not None for item in self.tree.keywords)
         values = (*self.tree.args, *(item.value for item in self.tree.keywords))

@@ -20,7 +20,7 @@ from ..base.tokens import statements
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
-from ..line.commands import FLAX_VARS
+from ..line.commands import FLAX_APPLY, FLAX_VARS
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
 from .hints import hints
@@ -46,6 +46,10 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
             notebook: Notebook = self.notebook
             options = LineOptions({})
             try:
+                if cell is None and spec is FLAX_APPLY and line in notebook.known_lines:
+                    value = run_again(notebook, line, notebook.shell.user_ns if local_ns is None else local_ns)
+                    if value is not MISSED:
+                        return value
                 # For a call, a `;` is read together with it; elsewhere it only silences.
                 text = line if spec.takes == "call" else line.rstrip("; ")
                 options = read_line(text) if cell is None else read_cell(text)
@@ -77,6 +81,39 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
         return run
 
     return decorate
+
+
+MISSED = object()
+"""Returned by `run_again` where the line has to be read and run as if it were new."""
+
+
+def run_again(notebook: Notebook, line: str, names: Namespace) -> Any:
+    """Runs a line that ran before: what was read of it, its plan and its program are found, and nothing is said anew.
+
+    Gives what the line gives, or `MISSED`, with nothing changed.
+    """
+    expression, call_type, options, out, quiet = notebook.known_lines[line]
+    user_ns, session, journal = notebook.shell.user_ns, notebook.session, notebook.journal
+    name = expression.target
+    module = names[name] if name in names else user_ns.get(name)
+    try:
+        args, kwargs = expression.evaluate(user_ns, names)
+    except Exception:  # a name that is bound no more: the other way says so
+        return MISSED
+    if module is None or notebook.weight_names.moved(name, user_ns):
+        return MISSED
+    call = call_type(expression.method, args, kwargs, expression.call, notebook.number, expression.command)
+    runs_before = journal.runs()
+    with notebook.working(f"running {name}", brief=True) as live:
+        run = session.run_again(name, call, options, module)
+    if run is None:
+        return MISSED
+    if out is not None:
+        user_ns[out] = run
+    notebook.reporter.report(run, live, quiet=quiet)
+    journal.drew(runs_before, notebook.shell.user_global_ns)
+    notebook.tell_of_autosave()
+    return None if displayed_quietly(notebook.shell, line) else run.output
 
 
 @dataclass(frozen=True, eq=False)

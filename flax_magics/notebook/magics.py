@@ -36,7 +36,7 @@ from ..line.commands import (
 from ..line.options import ApplyOptions, file_name, quoted, unquoted
 from .command import CommandUse, command, parse_variables, with_package
 from .completion import Matcher
-from .notebook import Notebook, Settings, existing
+from .notebook import KNOWN_LINES, KnownLine, Notebook, Settings, existing
 from .run_cell import assigned_to, line_magic_transformer, run_body
 
 if TYPE_CHECKING:
@@ -215,7 +215,13 @@ class FlaxMagics(Magics):
             chosen |= {"keys_of": use.keys_of(), "repeat": use["repeat"] or 1}
             options = ApplyOptions(mode=mode, variables=variables, **chosen)
             notes = () if note is None else (note,)
-            return self.session.run_apply(name, call, options, module=module, notes=notes)
+            apply_run = self.session.run_apply(name, call, options, module=module, notes=notes)
+            if use.cell is None and options.plain and expression.is_plain:
+                lines = self.notebook.known_lines
+                if len(lines) >= KNOWN_LINES:
+                    lines.clear()
+                lines[use.line] = KnownLine(expression, type(call), options, use["out"], use["quiet"])
+            return apply_run
 
         return use.run(run)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .._session import Session
     from ..cells.reruns import Rerun
     from ..execution.call import Call
+    from ..line.options import ApplyOptions
     from ..report.live import Live
     from ..report.text import Loop, Rows
     from ..run import Note, Run
@@ -38,6 +39,8 @@ LATER_RUNS = 1000
 """How many runs of a cell, at most, have their digests taken when it ends."""
 LATER_BYTES = 16_000_000
 """The most bytes of outputs that are held until then."""
+KNOWN_LINES = 256
+"""How many lines, at most, are known as they were read."""
 REFRESH = 0.25
 """The fewest seconds between two updates of a counting line."""
 LINES = 12
@@ -53,6 +56,16 @@ class Settings(NamedTuple):
     notes: dict[str, bool]
     disk_cache: bool
     replay_bytes: int
+
+
+class KnownLine(NamedTuple):
+    """A line of `%flax_apply` that ran before, as it was read: `out` and `quiet` are its options `-o` and `-q`."""
+
+    expression: CallExpression
+    call: type[Call]
+    options: ApplyOptions
+    out: str | None
+    quiet: bool
 
 
 class ModelCall(NamedTuple):
@@ -137,9 +150,7 @@ class Reporter:
             size = sum(getattr(leaf, "nbytes", 0) for leaf in jax.tree_util.tree_leaves(run.output))
         if len(self._later) < LATER_RUNS and self._later_bytes + size <= LATER_BYTES:
             # The inputs of a loop's runs would otherwise all be held until the cell ends.
-            from ..execution.notes import without_inputs
-
-            self._later.append(without_inputs(run))
+            self._later.append(run.without_inputs())
             self._later_bytes += size
 
     def live(self) -> Live:
@@ -234,21 +245,27 @@ class Reporter:
 class CommandInProgress:
     """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
 
-    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait.
+    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait. A `brief` command has a
+    live line only once it names a phase.
     """
 
-    def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None]) -> None:
-        self._session, self._live, self._what, self._meanwhile = session, live, what, meanwhile
+    def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None], *, brief: bool) -> None:
+        self._session, self._live, self._what, self._meanwhile, self._brief = session, live, what, meanwhile, brief
         self._interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
 
     def __enter__(self) -> Live:
-        self._live.begin(self._what)
+        self._live.text = self._what
+        if not self._brief:
+            self._live.begin(self._what)
         self._session.services.on_phase = self._doing
         self._interrupts.begin()
         return self._live
 
     def _doing(self, phase: str) -> None:
         self._live.text = phase
+        if self._brief:
+            self._brief = False
+            self._live.begin(phase)
         if phase.startswith("compiling "):
             self._meanwhile()
 
@@ -274,6 +291,8 @@ class Notebook:
         self.called: ModelCall | None = None
         """The call of the running command, once its model was found; hints on errors refer to it."""
         self._cell: int | None = None
+        self.known_lines: dict[str, KnownLine] = {}
+        """Lines of `%flax_apply` that ran before, by their text."""
 
     # -- its session
 
@@ -350,9 +369,9 @@ class Notebook:
         """Makes what is shown from now on as wide as the terminal; elsewhere it has 80 columns."""
         fit(shutil.get_terminal_size().columns if on_terminal(self.shell) else WIDTH)
 
-    def working(self, what: str) -> CommandInProgress:
+    def working(self, what: str, *, brief: bool = False) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""
-        return CommandInProgress(self.session, self.reporter.live(), what, self.prepare)
+        return CommandInProgress(self.session, self.reporter.live(), what, self.prepare, brief=brief)
 
     def prepare(self) -> None:
         """Loads what showing a run takes: the templates, unless no HTML is shown."""

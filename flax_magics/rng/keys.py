@@ -18,7 +18,7 @@ by i both are the hash of the counter (0, i). In a program the split would be co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, ClassVar, TypeAlias
@@ -70,8 +70,14 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     @cached_property
     def _split(self) -> list[bytes]:
         if is_on_host(self.impl):
-            return threefry(self.root, (0, 1, 2))
+            return _keys_on_host(self.root, _SPLIT_BY)
         return [key.tobytes() for key in np.asarray(_on_data(_in_three, self.impl)(_words(self.root)))]
+
+    def work_out_next(self, streams: Iterable[str]) -> None:
+        """Computes the keys of these streams of the draw after this one, so that they are there when it is made."""
+        if is_on_host(self.impl):
+            tags = (stream_tag(name) for name in streams if name not in SPLIT)
+            _keys_on_host(self.next_root, (*_SPLIT_BY, *tags))
 
     @property
     def next_root(self) -> bytes:
@@ -118,7 +124,7 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         if name not in self._folded:
             tag = stream_tag(name)
             if is_on_host(self.impl):
-                self._folded[name] = threefry(self.root, (tag,))[0]
+                self._folded[name] = _keys_on_host(self.root, (tag,))[0]
             else:
                 fold_in = _on_data(jax.random.fold_in, self.impl)
                 self._folded[name] = np.asarray(fold_in(_words(self.root), np.uint32(tag))).tobytes()
@@ -306,17 +312,33 @@ def threefry(key: bytes, counters: Sequence[int]) -> list[bytes]:
     first, second = words & _MASK, words >> 32
     schedule = (first * ones, second * ones, (first ^ second ^ 0x1BD11BDA) * ones)
     # One pass over big integers instead of a Python loop per key: each counter has a lane of 64 bits, whose upper half
-    # takes the carry of an addition or the bits rotated out until `mask` clears it.
+    # takes the carry of an addition or the bits rotated out until `mask` clears it. All of `x`'s carries fit in there.
     x = schedule[0]
     y = (sum(counter << 64 * i for i, counter in enumerate(counters)) + schedule[1]) & mask
     for i in range(5):
         for rotation in _ROTATIONS[i % 2]:
-            x = (x + y) & mask
-            y = ((y << rotation | y >> 32 - rotation) & mask) ^ x
-        x = (x + schedule[(i + 1) % 3]) & mask
+            x += y
+            y = ((y << rotation | y >> 32 - rotation) ^ x) & mask
+        x += schedule[(i + 1) % 3]
         y = (y + schedule[(i + 2) % 3] + (i + 1) * ones) & mask
-    data = (x | y << 32).to_bytes(8 * n, "little")
+    data = (x & mask | y << 32).to_bytes(8 * n, "little")
     return [data[i : i + 8] for i in range(0, 8 * n, 8)]
+
+
+_SPLIT_BY = (0, 1, 2)
+_worked_out: dict[bytes, dict[int, bytes]] = {}
+"""Key data of the last roots → counter → result of `threefry`."""
+
+
+def _keys_on_host(key: bytes, counters: tuple[int, ...]) -> list[bytes]:
+    """`threefry`, which remembers the last results: a run works out the keys of the draw after it, see `work_out_next`."""
+    known = _worked_out.get(key, {})
+    if not known.keys() >= set(counters):
+        known = dict(zip(counters, threefry(key, counters), strict=True)) | known
+        if len(_worked_out) > 16:
+            _worked_out.clear()
+        _worked_out[key] = known
+    return [known[counter] for counter in counters]
 
 
 @lru_cache(maxsize=64)

@@ -364,6 +364,11 @@ class WeightNames:
         seen = self._seen.get(model, {})
         seen.update({expression: _id(tree) for expression, tree in _trees(names, seen)})
 
+    def moved(self, model: str, names: Mapping[str, object]) -> bool:
+        """Whether a name that held the model's weights holds others now."""
+        seen = self._seen.get(model, {})
+        return bool(seen) and any(_id(tree) != seen[expression] for expression, tree in _trees(names, seen))
+
     def note(self, model: str, models: Mapping[str, Collections | None], names: Mapping[str, object]) -> Note | None:
         """A note, once, if names that held `model`'s weights hold others, and `model` is about to run with its own."""
         seen = self._seen.get(model, {})

@@ -15,7 +15,7 @@ from by_hand import Ticks, bits
 from sessions import session_of
 
 from flax_magics.base import threads
-from flax_magics.base.threads import Unfinished, elsewhere, uninterrupted
+from flax_magics.base.threads import Running, Unfinished, elsewhere, uninterrupted
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
@@ -105,6 +105,41 @@ def test_an_error_of_a_run_that_was_given_up_is_nobodys():
     unfinished = Unfinished(fail)
     unfinished.finish()
     assert unfinished.wait is None
+
+
+class Computing:
+    """An array that a device computes: it is ready when it was asked for the `asked`th time, or when it is waited for."""
+
+    def __init__(self, asked: int, error: Exception | None = None) -> None:
+        self.asked, self.error, self.waits = asked, error, 0
+
+    def is_ready(self) -> bool:
+        self.asked -= 1
+        return self.asked <= 0
+
+    def block_until_ready(self) -> None:
+        self.asked, self.waits = 0, self.waits + 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_the_time_of_a_program_ends_where_it_was_first_seen_to_be_ready(monkeypatch):
+    clock, unfinished, slept = Ticks(), Unfinished(print), []
+    running = Running(Computing(3), 0.0, clock, unfinished)
+    assert [running.look(), running.look()] == [False, True]
+    clock.now += 40.0
+    assert running.finish(lambda: slept.append(1)) == 1.0
+    assert (slept, unfinished.wait) == ([], None)
+
+    monkeypatch.setattr(threads, "POLLED", 0.0)
+    array = Computing(10)
+    assert Running(array, 0.0, Ticks(), unfinished).finish(lambda: slept.append(1)) == 1.0
+    assert (slept, array.waits > 0, unfinished.wait) == ([1], True, None)
+
+
+def test_a_program_that_failed_is_no_result_although_it_is_ready():
+    with pytest.raises(RuntimeError, match="on the device"):
+        Running(Computing(0, RuntimeError("on the device")), 0.0, Ticks(), Unfinished()).finish(print)
 
 
 def test_the_next_run_waits_before_its_clock_starts_and_says_so():

@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import apply_by_hand, bits, keys_of
+from by_hand import Normed, apply_by_hand, bits, keys_of
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import printed_by
 from sessions import session_of
+
+from flax_magics.execution.plan_cache import LastRun
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -241,6 +245,183 @@ def test_a_change_of_an_nnx_module_counts_at_once(world, what):
             assert bits(run.output) == bits(nnx.jit(lambda copy: copy(X))(copy))
         outputs.append(bits(run.output))
     assert outputs[0] != outputs[1]
+
+
+Between = Callable[[Callable[[], Any]], list[Any]]
+
+
+@pytest.fixture
+def between(monkeypatch: pytest.MonkeyPatch) -> Between:
+    """Has something happen once, between the dispatch of a run and what is checked of it; gives what did not yet."""
+    waiting: list[Callable[[], Any]] = []
+    holds = LastRun.holds
+
+    def check(self: LastRun, *args: Any) -> bool:
+        assert self.brief  # otherwise it would be asked before the dispatch
+        while waiting:
+            waiting.pop()()
+        return holds(self, *args)
+
+    monkeypatch.setattr(LastRun, "brief", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(LastRun, "holds", check)
+    return lambda what: waiting.append(what) or waiting
+
+
+def elsewhere(what: Callable[[], Any]) -> None:
+    """On another thread: in the middle of a run a session takes no command from its own."""
+    thread = threading.Thread(target=what)
+    thread.start()
+    thread.join()
+
+
+def _flags(world: dict[str, Any], value: float) -> None:
+    world["undo"].callback(flax.config.update, "flax_return_frozendict", flax.config.flax_return_frozendict)
+    flax.config.update("flax_return_frozendict", True)
+
+
+def _intercepted(world: dict[str, Any], value: float) -> None:
+    world["undo"].enter_context(nn.intercept_methods(lambda call, args, kwargs, context: call(*args, **kwargs) * value))
+
+
+def _setting(name: str, value: Any) -> Change:
+    def change(world: dict[str, Any], _: float) -> None:
+        world["undo"].callback(jax.config.update, name, jax.config.values[name])
+        jax.config.update(name, value)
+
+    return change
+
+
+MEANWHILE = {
+    **{what: change for what, change in CHANGES.items() if what != "the environment"},  # it keeps a line from a plan
+    "an interceptor": _intercepted,
+    "a flag of Flax": _flags,
+    "the precision": _setting("jax_default_matmul_precision", "bfloat16"),
+    "x64": _setting("jax_enable_x64", True),
+    "optimisations": _setting("jax_disable_most_optimizations", not jax.config.read("jax_disable_most_optimizations")),
+}
+
+
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize("what", sorted(MEANWHILE))
+def test_a_change_after_the_dispatch_is_in_the_whole_of_a_run_or_in_nothing_of_it(world, between, what):
+    session = session_of(world["Net"](rate=0.25))
+    world["net"] = session.module("net")
+    for _ in range(3):
+        session.apply("net", X, mode="train")
+    variables = session.models["net"].variables
+
+    def by_hand(draw: int) -> Any:
+        keys = keys_of(draw)("dropout")
+        return bits(apply_by_hand(world["net"], variables, keys, X, train=True, afresh=True))
+
+    def change() -> None:
+        MEANWHILE[what](world, 3.0)
+        if session.module("net") is not world["net"]:
+            elsewhere(lambda: session.register("net", world["net"]))
+
+    before = by_hand(4)
+    left = between(change)
+    run = session.apply("net", X, mode="train")
+    assert not left
+    assert bits(run.output) in (before, by_hand(4))
+    assert (run.draw, session.draws, len(session)) == (4, 4, 4)
+    assert bits(dict(run.keys)) == bits(keys_of(4)("params", "dropout"))
+    assert session.programs.unfinished.wait is None
+    # What comes after is after it.
+    assert [bits(session.apply("net", X, mode="train").output) for _ in range(2)] == [by_hand(5), by_hand(6)]
+
+
+@pytest.mark.parametrize("what", sorted(NNX_CHANGES))
+def test_so_is_a_change_of_an_nnx_module(world, between, what):
+    names = {**world, "nnx": nnx}
+    # With a list, which no hash takes, its line would have no plan.
+    exec(compile(NNX_SOURCE.replace("[1.0, 2.0]", "(1.0, 2.0)"), "<cell>", "exec"), names)
+    net = names["Net"](rngs=nnx.Rngs(0))
+    session = session_of(net)
+
+    def by_hand(draw: int) -> Any:
+        copy = nnx.clone(net)
+        nnx.reseed(copy, policy="match_shape", default=keys_of(draw)("default")["default"])
+        return bits(nnx.jit(lambda copy: copy(X))(copy))
+
+    for _ in range(3):
+        session.apply("net", X)
+    before = by_hand(4)
+    left = between(lambda: NNX_CHANGES[what](net, names))
+    run = session.apply("net", X)
+    assert not left
+    assert bits(run.output) in (before, by_hand(4))
+    assert (run.draw, session.draws, len(session)) == (4, 4, 4)
+    assert [bits(session.apply("net", X).output) for _ in range(2)] == [by_hand(5), by_hand(6)]
+
+
+def test_variables_and_a_seed_that_another_thread_sets_meanwhile_are_not_written_over(between):
+    session = session_of(Normed())
+    for _ in range(3):
+        session.apply("net", X, mode="train")
+    others = jax.tree_util.tree_map(lambda leaf: leaf + 1, session.models["net"].variables)
+
+    def change() -> None:
+        elsewhere(lambda: session.assign("net", others))
+        elsewhere(lambda: session.restart(7))
+
+    left = between(change)
+    run = session.apply("net", X, mode="train")
+    assert not left
+    assert (run.seed, run.draw, run.changed) == (7, 1, {"batch_stats": 1})
+    output, _ = apply_by_hand(Normed(), others, keys_of(1, seed=7)("dropout"), X, train=True, mutable=["batch_stats"])
+    assert bits(run.output) == bits(output)
+
+
+def test_a_run_on_another_thread_meanwhile_takes_a_draw_of_its_own(between):
+    session = session_of(nn.Dropout(0.5, deterministic=False))
+    for _ in range(3):
+        session.apply("net", X)
+    others = []
+    between(lambda: elsewhere(lambda: others.append(session.apply("net", X))))
+    run = session.apply("net", X)
+    assert [others[0].draw, run.draw, session.draws, len(session)] == [4, 5, 5, 5]
+    for one in (others[0], run):
+        by_hand = apply_by_hand(nn.Dropout(0.5, deterministic=False), {}, keys_of(one.draw)("dropout"), X)
+        assert bits(one.output) == bits(by_hand)
+
+
+@pytest.mark.parametrize("interrupted", range(0, 400, 9))
+def test_an_interrupt_at_any_line_of_a_warm_run_leaves_all_of_it_or_nothing(interrupted):
+    session = session_of(Normed())
+    for _ in range(3):
+        session.apply("net", X, mode="train")
+    lines = 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal lines
+        if "flax_magics" not in frame.f_code.co_filename:
+            return None
+        lines += event == "line"
+        if lines > interrupted:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    tracing = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        session.apply("net", X, mode="train")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracing)
+    assert session.draws == len(session) == session.models["net"].updates["batch_stats"]
+    assert session.draws in (3, 4)
+    run = session.apply("net", X, mode="train")
+    assert run.draw == session.draws == run.changed["batch_stats"]
+    variables = Normed().init(keys_of(1)("params")["params"], X, train=False)
+    for draw in range(1, session.draws + 1):
+        keys = keys_of(draw)("dropout")
+        output, updates = apply_by_hand(Normed(), variables, keys, X, train=True, mutable=["batch_stats"])
+        variables = {**variables, **updates}
+    assert bits(run.output) == bits(output)
+    assert bits(dict(session.models["net"].variables)) == bits(variables)
 
 
 def test_another_device_and_a_sharded_input_run_where_they_are():

@@ -1,0 +1,121 @@
+"""A line that ran before is found by its text, and gives what it would give if it were read anew."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import jax
+import pytest
+from by_hand import bits, keys_of
+
+from flax_magics import _session
+
+
+@pytest.fixture
+def known(sharp_bits: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook, and in `known.again` for each run of a line whether it went on from the one before."""
+    again = _session.Session.run_again
+    sharp_bits.again = []
+
+    def watched(*args: Any) -> Any:
+        run = again(*args)
+        sharp_bits.again.append(run is not None)
+        return run
+
+    monkeypatch.setattr(_session.Session, "run_again", watched)
+    return sharp_bits
+
+
+def by_hand(notebook: Any, draw: int, x: Any) -> Any:
+    model = notebook["MyModel"](3, True)
+    variables = notebook.session.models["my_model"].variables
+    return bits(jax.jit(model.apply)(variables, x, rngs=keys_of(draw)("dropout")))
+
+
+def test_a_loop_draws_again_and_again(known):
+    loop = "for i in range(6):\n  y = %flax_apply --train -q -o run my_model(x)\n  ys.append(y)\n  runs.append(run)"
+    known(f"ys, runs = [], []\n{loop}")
+    assert known.again == [False, *[True] * 5]
+    assert [bits(y) for y in known["ys"]] == [by_hand(known, draw, known["x"]) for draw in range(1, 7)]
+    assert known["runs"] == known.session.runs
+    assert [run.draw for run in known["runs"]] == [1, 2, 3, 4, 5, 6]
+    assert {run.call for run in known["runs"]} == {"my_model(x)"}
+
+
+def test_new_arrays_in_each_run_are_the_runs_own(known):
+    known("ys = []\nfor i in range(4):\n  x = x + 1\n  y = %flax_apply --train -q my_model(x)\n  ys.append((x, y))")
+    assert known.again == [False, True, True, True]
+    assert [bits(y) for _, y in known["ys"]] == [by_hand(known, draw, x) for draw, (x, _) in enumerate(known["ys"], 1)]
+
+
+def test_names_are_those_of_the_place_where_the_line_stands(known):
+    known("def f(x):\n  y = %flax_apply --train -q my_model(x)\n  return y\nys = [f(x), f(x + 1), f(x + 2)]")
+    assert known.again[1:] == [True, True]
+    assert [bits(y) for y in known["ys"]] == [by_hand(known, draw, known["x"] + (draw - 1)) for draw in (1, 2, 3)]
+
+
+def test_a_name_that_holds_another_module_meanwhile_is_registered(known):
+    known("y = %flax_apply --train -q my_model(x)\ny = %flax_apply --train -q my_model(x)")
+    known("my_model = MyModel(2, True)\ny = %flax_apply --train -q my_model(x)")
+    assert known["y"].shape[-1] == 2
+    assert known.session.module("my_model") is known["my_model"]
+
+
+@pytest.mark.parametrize("line", ["y = %flax_apply --train my_model(x)", "y = %flax_apply my_model(x);"])
+def test_what_goes_wrong_is_told_as_ever(known, line):
+    known(f"{line}\n{line}")
+    known("good = x\ndel x")
+    told = known.fails(line)
+    assert told.startswith("FlaxMagicsError: name 'x' is not defined.")
+    known("x = good[..., :2]")
+    assert "ScopeParamShapeError" in known.fails(line)
+    known("x = good")
+    known(line)
+    assert known.session.draws == 3
+    known("del my_model")
+    known(line)  # the session has it
+    assert known.session.draws == 4
+
+
+def test_a_semicolon_silences_it_too(known):
+    line = "%flax_apply --train -q my_model(x)"
+    known(line)
+    assert "Out[" in known(line)
+    known(f"{line};")
+    assert "Out[" not in known(f"{line};")
+    assert known(f"y = {line};\ny.shape").endswith("(3, 4, 3)")
+
+
+@pytest.mark.parametrize("interrupted", [*range(0, 60, 3), *range(60, 400, 17)])
+def test_an_interrupt_at_any_line_of_it_leaves_all_or_nothing(known, interrupted):
+    known("for i in range(3):\n  y = %flax_apply --train -q my_model(x)")
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    magic = known.shell.find_line_magic("flax_apply")
+    lines = 0
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal lines
+        if "flax_magics" not in frame.f_code.co_filename:
+            return None
+        lines += event == "line"
+        if lines > interrupted:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    tracing = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        magic("--train -q my_model(x)")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(tracing)
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (before, hook)
+    session = known.session
+    assert session.draws == len(session)
+    assert session.draws in (3, 4)
+    known("y = %flax_apply --train -q my_model(x)")
+    assert bits(known["y"]) == by_hand(known, session.draws, known["x"])
