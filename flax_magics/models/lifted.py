@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from flax.linen import transforms
+from msgspec import Struct
 
 from .calls import Path, without_self
 from .switch import WHEN_TRAINING
@@ -53,7 +54,7 @@ def written_by_place(cls: type, method: Path, arguments: Sequence[str]) -> list[
     return [*args, *(f"{name}={value}" for name, value in kwargs.items())]
 
 
-class _Lift(NamedTuple):
+class _Lift(Struct, frozen=True):
     """One transform around a method: its name, and the options that it was given."""
 
     name: str

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 from types import FrameType, NoneType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
@@ -272,7 +272,7 @@ class Layer(Struct, frozen=True):
     """The owner's method that called the layer."""
 
 
-class _SwitchPlace(NamedTuple):
+class _SwitchPlace(Struct, frozen=True):
     """A call in the source that passes a layer its switch: `nn.Dropout(0.5, deterministic=True)` or `self.drop(x, …)`.
 
     Attributes:

@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from ..base.types import Record
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
 from ..errors import FlaxMagicsError
@@ -39,7 +40,7 @@ REFRESH = 0.2
 """The fewest seconds between two updates of a counting line."""
 
 
-class Settings(NamedTuple):
+class Settings(Record):
     """The settings of the notebook; `FlaxMagics` says what each means."""
 
     seed: int
@@ -50,7 +51,7 @@ class Settings(NamedTuple):
     replay_bytes: int
 
 
-class ModelCall(NamedTuple):
+class ModelCall(Record):
     """The call of a command: as it was written, with its arguments' values, and the module that is called."""
 
     expression: CallExpression

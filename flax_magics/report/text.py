@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
 
 from ..base.digest import all_words
 from ..base.text import WIDTH, clean, clean_lines, count, dotted, flow, plural, seconds, table, wrap
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ..run import Note, Run
 
 
-class Notice(NamedTuple):
+class Notice(Struct, frozen=True):
     """The content of one line, such as `net · train · cpu:0 · draw 2 · reused · run 0.22 ms`.
 
     Attributes:
@@ -139,8 +140,7 @@ def notes(sharp_bits: Iterable[Note]) -> list[str]:
     return lines
 
 
-@dataclass
-class Loop:
+class Loop(Struct):
     """The sum of the runs of one cell's execution, shown as one counting line. Begin with `Loop()`, and `add` each run.
 
     Attributes:
@@ -160,10 +160,10 @@ class Loop:
     device: str = ""
     draws: tuple[int, int] = (0, 0)
     runs: int = 0
-    programs: Counter[str] = field(default_factory=Counter)
+    programs: Counter[str] = msgspec.field(default_factory=Counter)
     building: float = 0.0
-    times: list[float] = field(default_factory=list)
-    changed: dict[str, int] = field(default_factory=dict)
+    times: list[float] = []
+    changed: dict[str, int] = {}
     weights: str = ""
     notes: tuple[Note, ...] = ()
 
@@ -186,6 +186,8 @@ class Loop:
     @property
     def line(self) -> Notice:
         """The counting line, such as `net · train · cpu:0 · draws 2–101 · 100 runs · reused · run median 0.22 ms`."""
+        from statistics import median  # 2 ms, and only a loop needs it
+
         low, high = self.draws
         programs = []
         for program, times in self.programs.items():
