@@ -250,14 +250,15 @@ def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
     return key
 
 
-class SeenKeys(Struct):
+class SeenKeys:
     """Keys that a session has met, by key data, so that the reuse of a key can be noted.
 
     `roots`: roots that it has split or will split. `runs`: key passed to a run → that run, such as `draw 3`.
     """
 
-    roots: set[bytes] = set()
-    runs: dict[bytes, str] = {}
+    def __init__(self, roots: set[bytes]) -> None:
+        self.roots = roots
+        self.runs: dict[bytes, str] = {}
 
 
 @cache
