@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -26,7 +25,7 @@ MODULE = "\0"  # no source text can contain it
 """Placeholder for the module's name in stored expressions: an export may give the module another name."""
 
 
-class CommandKind(NamedTuple):
+class CommandKind(Struct, frozen=True):
     """Properties that all runs of one command share.
 
     Attributes:
@@ -111,8 +110,7 @@ class Released:
 RELEASED = Released()
 
 
-@dataclass(eq=False)
-class OutputFacts:
+class OutputFacts(Struct, eq=False):
     """Facts about a run's output, each computed once; copies of a Run share them, and they outlive the output."""
 
     digest: str | None = None
@@ -127,7 +125,7 @@ class OutputFacts:
             self.values = values_of(output)
 
 
-class Face(NamedTuple):
+class Face(Struct, frozen=True):
     """How a Run is shown: in one line, as a report in text, and as one in HTML."""
 
     line: Callable[[Run], str]

@@ -155,7 +155,7 @@ class Memory(Struct, frozen=True, forbid_unknown_fields=True):
 
 _NAMES = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
 # Instruction sets that decide how XLA vectorizes, and so in which order it sums; other CPU flags leave bits alone.
-_VECTORS = re.compile(r"^(a?simd|sse|ssse|avx|fma|f16c|amx|neon|sve|sme|bf16|i8mm|fphp)")
+_VECTORS = ("asimd", "simd", "sse", "ssse", "avx", "fma", "f16c", "amx", "neon", "sve", "sme", "bf16", "i8mm", "fphp")
 
 
 def environment(device: str) -> dict[str, object]:
@@ -203,7 +203,7 @@ def processor() -> str:
         return "-".join([machine, *re.findall(r"\w+", platform.processor())])
     make = [rows[name] for name in _NAMES if rows.get(name)]
     words = (rows.get("flags") or rows.get("Features") or "").split()
-    vectors = " ".join(sorted(word for word in words if _VECTORS.match(word)))
+    vectors = " ".join(sorted(word for word in words if word.startswith(_VECTORS)))
     return "-".join([machine, *make, hashlib.sha256(vectors.encode()).hexdigest()[:8]])
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
+
+from .types import Record
 
 if TYPE_CHECKING:
     from jax.extend.core import Primitive
@@ -100,7 +102,7 @@ def is_compiled_alone(primitive: Primitive) -> bool:
     return getattr(primitive.impl, "func", None) is apply_primitive
 
 
-class Staging(NamedTuple):
+class Staging(Record):
     """The JAX objects that decide whether a jitted function becomes one equation of a trace or is inlined into it."""
 
     trace: object

@@ -16,13 +16,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import starmap
 from operator import call
 from types import FrameType
 from typing import Any, TypeAlias, TypeVar
 
 import jax
+from msgspec import Struct
 
 from .types import PyTree
 
@@ -122,8 +122,7 @@ def wait_for(future: Future) -> Any:
     return future.result()
 
 
-@dataclass
-class Unfinished:
+class Unfinished(Struct, eq=False):
     """The run that still occupies the device after an interrupt: XLA cannot cancel it, so the next run waits for it."""
 
     wait: Callable[[], object] | None = None

@@ -10,7 +10,8 @@ import ast
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+
+from .types import Record
 
 # The order counts: a closed string before the lone quote that opens an unclosed one, and triple quotes before single.
 _PIECE = r"""
@@ -27,7 +28,7 @@ _PIECE = r"""
 _PARTNER = {")": "(", "]": "[", "}": "{"}
 
 
-class Token(NamedTuple):
+class Token(Record):
     """One token, `text[start:end]`.
 
     Attributes:

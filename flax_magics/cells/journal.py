@@ -8,17 +8,17 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ..base.text import clean
+from ..base.types import Record
 
 FRESH = "fresh"
 
 
-class Load(NamedTuple):
+class Load(Record):
     """One `%flax_load`: the loaded session's history replaced the one before.
 
     Attributes:
@@ -35,7 +35,7 @@ class Load(NamedTuple):
     models: tuple[str, ...]
 
 
-class Place(NamedTuple):
+class Place:
     """The place in the cells' code of the command that made a run.
 
     Attributes:
@@ -44,12 +44,13 @@ class Place(NamedTuple):
       function: name of the function around the line; at the top level of a cell it begins with `<`.
     """
 
-    run: int
-    line: int
-    function: str
+    __slots__ = ("function", "line", "run")  # a long loop makes many
+
+    def __init__(self, run: int, line: int, function: str) -> None:
+        self.run, self.line, self.function = run, line, function
 
 
-class ExecutedCell(NamedTuple):
+class ExecutedCell(Record):
     """One execution of a cell.
 
     Attributes:
@@ -85,7 +86,7 @@ class ExecutedCell(NamedTuple):
         return self.cell or self.text.strip()
 
 
-class NotebookCells(NamedTuple):
+class NotebookCells(Record):
     """The input of an export of a notebook.
 
     Attributes:
@@ -248,8 +249,7 @@ def failing_line(error: BaseException) -> int | None:
     return line
 
 
-@dataclass(frozen=True)
-class Registered:
+class Registered(Record):
     """One model that a `flaxmodel` command registered, as its report shows it.
 
     Attributes:

@@ -20,12 +20,13 @@ import hashlib
 import inspect
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
+from msgspec import Struct
 
 from ..base.digest import is_key, on_host
 from ..base.private import contents_of
@@ -79,13 +80,12 @@ def code_digest(code: types.CodeType, doc: str | None = None) -> bytes:
     return digest.hasher.digest()
 
 
-@dataclass
-class Fingerprint:
+class Fingerprint(Struct):
     """The fingerprint of one value, cached until a guard says that something it was read from has changed."""
 
     value: Any
     _digest: bytes | None = None
-    _guards: Guards = field(default_factory=lambda: Guards(open=True))
+    _guards: Guards = msgspec.field(default_factory=lambda: Guards(open=True))
 
     def digest(self) -> bytes | None:
         """`fingerprint(value)`."""
@@ -266,19 +266,18 @@ Contents = Mapping[Any, object]
 """A mapping with keys of any type."""
 
 
-@dataclass
-class Guards:
+class Guards(Struct):
     """Mutable places with the objects found in them. `open`: something cannot be guarded, so `hold` is never true."""
 
     open: bool = False
-    _names: list[tuple[Mapping[str, object], str, object]] = field(default_factory=list)
-    _attributes: list[tuple[object, str, object]] = field(default_factory=list)
-    _wholes: list[tuple[Contents, tuple[object, ...], tuple[object, ...]]] = field(default_factory=list)
-    _lists: list[tuple[list[object], tuple[object, ...]]] = field(default_factory=list)
-    _sets: list[tuple[set[object], frozenset[object]]] = field(default_factory=list)
-    _functions: list[tuple[types.FunctionType, object, object, object]] = field(default_factory=list)
-    _cells: list[tuple[types.CellType, object]] = field(default_factory=list)
-    _arrays: list[tuple[np.ndarray[Any, Any], tuple[object, ...]]] = field(default_factory=list)
+    _names: list[tuple[Mapping[str, object], str, object]] = []
+    _attributes: list[tuple[object, str, object]] = []
+    _wholes: list[tuple[Contents, tuple[object, ...], tuple[object, ...]]] = []
+    _lists: list[tuple[list[object], tuple[object, ...]]] = []
+    _sets: list[tuple[set[object], frozenset[object]]] = []
+    _functions: list[tuple[types.FunctionType, object, object, object]] = []
+    _cells: list[tuple[types.CellType, object]] = []
+    _arrays: list[tuple[np.ndarray[Any, Any], tuple[object, ...]]] = []
 
     def note(self, kind: Kind, value: Any) -> None:
         """Guards everything of `value` that can change in place; what it holds gets guards of its own in the walk."""

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from operator import is_
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
+
+from ..base.types import Record
 
 _ROOTS = ("flax.core", "flax.linen", "flax.nnx")
 _PUBLIC = ("jax", "jax.lax", "jax.nn", "jax.nn.initializers", "jax.numpy", "jax.random")
@@ -77,7 +79,7 @@ OUTSIDE = frozenset(
 """Modules through which code reads the clock, the environment, files or random numbers: its results may vary."""
 
 
-class Loads(NamedTuple):
+class Loads(Record):
     """What a code object's own instructions load from elsewhere; those of inner functions are left out.
 
     Attributes:

@@ -12,7 +12,6 @@ import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -129,26 +128,24 @@ class PendingProgram(Struct, frozen=True):
         return self.call.request
 
 
-@dataclass
 class ProgramCache:
     """The compiled programs of a session, and the compilations under way. `clock` returns seconds."""
 
-    clock: Callable[[], float]
-    by_call: OrderedDict[Hashable, Program] = field(default_factory=OrderedDict)
-    """`call_key` → program, least recently used first."""
-    by_text: OrderedDict[Hashable, tuple[Executable, Trees]] = field(default_factory=OrderedDict)
-    """Key of the lowered program → executable and structures, least recently used first."""
-    by_equations: OrderedDict[Hashable, tuple[Hashable, Trees]] = field(default_factory=OrderedDict)
-    """Equations of a trace → key in `by_text` of the program lowered from them, and its structures."""
-    compiling: dict[Hashable, Future] = field(default_factory=dict)
-    """Key of the lowered program → future of its `Compiled`; left here when the waiting run is interrupted."""
-    parts: dict[str, LastCall] = field(default_factory=dict)
-    """Model → its last run."""
-    purposes: dict[str, deque[ProgramSpec]] = field(default_factory=dict)
-    """Model → descriptions of its last programs, newest last."""
-    unfinished: Unfinished = field(default_factory=Unfinished)
-
-    def __post_init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.by_call: OrderedDict[Hashable, Program] = OrderedDict()
+        """`call_key` → program, least recently used first."""
+        self.by_text: OrderedDict[Hashable, tuple[Executable, Trees]] = OrderedDict()
+        """Key of the lowered program → executable and structures, least recently used first."""
+        self.by_equations: OrderedDict[Hashable, tuple[Hashable, Trees]] = OrderedDict()
+        """Equations of a trace → key in `by_text` of the program lowered from them, and its structures."""
+        self.compiling: dict[Hashable, Future] = {}
+        """Key of the lowered program → future of its `Compiled`; left here when the waiting run is interrupted."""
+        self.parts: dict[str, LastCall] = {}
+        """Model → its last run."""
+        self.purposes: dict[str, deque[ProgramSpec]] = {}
+        """Model → descriptions of its last programs, newest last."""
+        self.unfinished = Unfinished()
         for place in (FOLDER, PROGRAM_FILE):
             hide_frames(place)
         self.compiler = Compiler()
@@ -286,8 +283,7 @@ class ProgramCache:
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
 
 
-@dataclass
-class Services:
+class Services(Struct, eq=False):
     """What all commands of a session share.
 
     Attributes:

@@ -29,7 +29,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -272,12 +271,12 @@ def _processor() -> str:
     return " ".join([platform.machine(), platform.processor(), *rows])
 
 
-@dataclass
 class Compiler:
     """Compiles lowered programs on worker threads. `disk` is None where the disk cache is off."""
 
-    disk: DiskCache | None = None
-    workers: Workers = field(default_factory=Workers)
+    def __init__(self) -> None:
+        self.disk: DiskCache | None = None
+        self.workers = Workers()
 
     def keep_on_disk(self, where: bool | str | os.PathLike[str]) -> None:
         """Turns the disk cache off (False) or on, in the user's cache directory (True) or in the given folder."""
@@ -365,7 +364,6 @@ UNITS = 128
 """The most units in the cache, evicted least recently used first."""
 
 
-@dataclass
 class Units:
     """The small programs of eager execution: one for each kind of op, or of function that is jitted by itself.
 
@@ -374,8 +372,9 @@ class Units:
     compile, so its bits are the same.
     """
 
-    compiler: Compiler
-    kept: OrderedDict[Hashable, Future] = field(default_factory=OrderedDict)
+    def __init__(self, compiler: Compiler) -> None:
+        self.compiler = compiler
+        self.kept: OrderedDict[Hashable, Future] = OrderedDict()
 
     def of_equation(self, equation: Equation) -> Future | None:
         """A future of the `Compiled` for one equation of a jaxpr; its arguments are all inputs, literals included.

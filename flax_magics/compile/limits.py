@@ -78,7 +78,7 @@ TIMES = 5
 LEAST = 128
 """Size below which a measurement that runs out of memory is given up."""
 
-_FLOATS = re.compile(r"\b(?:f|bf|c)\d+")
+_FLOATS = r"\b(?:f|bf|c)\d+"
 
 
 def _told(executable: Executable, analysis: str) -> PyTree:
@@ -109,7 +109,7 @@ def _loops(text: str) -> bool:
     JAX's random bits loop over integers, which costs nothing worth a remark.
     """
     whiles = (line.partition(" while(")[0] for line in text.splitlines() if " while(" in line)
-    return any(_FLOATS.search(carried) for carried in whiles)
+    return any(re.search(_FLOATS, carried) for carried in whiles)
 
 
 def devices_in(tree: PyTree) -> set[jax.Device]:

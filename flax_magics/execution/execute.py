@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.measures import Limits, Timing, name_devices
+from ..base.types import Record
 from ..compile.cache import BuiltProgram, PendingProgram, Services
 from ..compile.initialise import made_of, merged
 from ..compile.limits import devices_in, dtype_of, is_out_of_memory, limits, out_of_memory
@@ -249,8 +249,7 @@ def _make_plan(request: ApplyRequest, variables: RunVariables, built: BuiltProgr
     return Plan(request.entry.name, bound.model, bound.call.text, options, variables.taken, body), built
 
 
-@dataclass
-class plain_errors(contextlib.AbstractContextManager["plain_errors"]):
+class plain_errors(Record, contextlib.AbstractContextManager["plain_errors"]):
     """Turns a stream missing in a lifted transform and exhausted memory into one short message; passes other errors."""
 
     call: Call

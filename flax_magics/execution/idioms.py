@@ -11,12 +11,12 @@ import contextlib
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax
 from flax.core import unfreeze
 from msgspec.structs import replace
 
+from ..base.types import Record
 from ..errors import FlaxMagicsError
 from ..models.base import FLAX_ARGUMENTS, Idiom, Model
 from ..models.switch import call_switches, written_in_call
@@ -35,8 +35,7 @@ BOUND = frozenset(
 """Attributes of a linen module that only mean something inside the model, where it is bound."""
 
 
-@dataclass(frozen=True)
-class Translation(contextlib.AbstractContextManager["Translation"]):
+class Translation(Record, contextlib.AbstractContextManager["Translation"]):
     """Surrounds a call of the model: errors that come of Flax's own words become ones that name the command.
 
     Attributes:

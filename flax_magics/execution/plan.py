@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 from msgspec import Struct
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 _NO_TIME = Timing()
 
 
-class RunResult(NamedTuple):
+class RunResult(Struct, frozen=True):
     """The result of one run.
 
     Attributes:
@@ -69,7 +68,7 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
     @classmethod
     def of_recipe(cls, recipe: ApplyRecipe, program: Program, text: str) -> Plan:
         """The plan that replays a run by the program that ran it: once, whatever `--repeat` said."""
-        options = dataclasses.replace(recipe.options, repeat=1, roofline=False)
+        options = recipe.options._replace(repeat=1, roofline=False)
         return cls(recipe.name, recipe.entry.model, text, options, recipe.taken, program)
 
     @cached_property

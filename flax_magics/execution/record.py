@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 import weakref
@@ -82,7 +81,7 @@ def recipe_of(execution: Execution) -> ApplyRecipe:
     return ApplyRecipe(
         entry=request.entry.without_variables(),
         method=request.bound.call.method,
-        options=dataclasses.replace(request.options, variables=None),
+        options=request.options._replace(variables=None),
         taken=plan.taken and "params" in execution.result.needs.streams,
         settings=settings(),
         key=plan.model.cache_key(),

@@ -7,7 +7,6 @@ refuses before anything happens, with the plain Flax to write in its place.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Mapping
 from types import FrameType
@@ -154,7 +153,7 @@ def _error(said: str, instead: str, lines: list[str], form: str | None = None) -
 
 def _lines_of_apply(state: State, entry: ModelEntry, call: Call, options: ApplyOptions, where: str) -> list[str]:
     """Lines to paste: variables, a key for each stream of the call, and the call by hand; none if unknown."""
-    options = dataclasses.replace(options, samples=None)
+    options = options._replace(samples=None)
     try:
         call = with_keys(entry, call, options, state.root.draw())
         bound = prepare(entry.name, entry.model, call, options.mode)

@@ -88,7 +88,8 @@ def split(writer: LineWriter, call: CallExpression, facts: ExportFacts, used: It
         arguments.static += [name for name in unknown if name.isidentifier()]
     unnamed = (f"argument_{place}" for place in itertools.count(len(facts.parameters)))
     positional = itertools.chain(facts.parameters, unnamed)
-    for name, text in ((argument.name, one_line(argument.text)) for argument in call.arguments):
+    for name, source in call.arguments:
+        text = one_line(source)
         if name in ("*", "**"):
             parameter = f"{name}args" if name == "*" else f"{name}kwargs"
             arguments.parameters.append(parameter)

@@ -6,7 +6,6 @@ what its code reads from outside (globals, files) may have changed since, which 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -143,9 +142,7 @@ class Replaying(Struct, frozen=True):
         if isinstance(record, ModelRecord):  # all that is left of an NNX module, which its variables make whole again
             model = adopt_built(record.skeleton.rebuild(variables), record.written)
             entry = replace(how.entry, model=model, rebuild_next=False)
-        options = dataclasses.replace(
-            how.options, keys_of=(draw.first.seed, draw.first.number), repeat=1, roofline=False
-        )
+        options = how.options._replace(keys_of=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         # `--key` adds these to the call again.
         call = replace(call, kwargs={name: value for name, value in call.kwargs.items() if name not in options.key})
         parts = self.services.programs.parts

@@ -12,24 +12,19 @@ import itertools
 import keyword
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
 
 from ..base.tokens import ends_quietly, pieces, point_at, statements, variable_name
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError, written
 from .expression import Expression, end_of, segment, start_of
 
-
-class Argument(NamedTuple):
-    """One argument as written in the call: its text, and its keyword (None if positional, `*` or `**` if starred)."""
-
-    name: str | None
-    text: str
+Argument = tuple[str | None, str]
+"""One argument as written in the call: its keyword (None if positional, `*` or `**` if starred), and its text."""
+Assignment = tuple[str, Expression | None]
+"""`net = Net(3)` as a name and an expression; the expression is None for a bare `net`."""
 
 
-@dataclass(frozen=True, eq=False)
 class CallExpression(Expression):
     """A call of a plain name or of an attribute of one, parsed.
 
@@ -56,7 +51,7 @@ class CallExpression(Expression):
         """The arguments as written: positional ones first, then keywords."""
         args = [("*", arg.value) if isinstance(arg, ast.Starred) else (None, arg) for arg in self.tree.args]
         kwargs = [(item.arg or "**", item.value) for item in self.tree.keywords]
-        return tuple(Argument(name, segment(self.text, value)) for name, value in (*args, *kwargs))
+        return tuple((name, segment(self.text, value)) for name, value in (*args, *kwargs))
 
     def evaluate(
         self, user_ns: dict[str, object], local_ns: Mapping[str, object] | None = None
@@ -88,13 +83,6 @@ class CallExpression(Expression):
         named = all(item.arg is not None for item in self.tree.keywords)
         values = (*self.tree.args, *(item.value for item in self.tree.keywords))
         return named and all(isinstance(value, (ast.Name, ast.Constant)) for value in values)
-
-
-class Assignment(NamedTuple):
-    """`net = Net(3)` as a name and an expression; the expression is None for a bare `net`."""
-
-    name: str
-    expression: Expression | None
 
 
 @lru_cache(maxsize=256)
@@ -164,10 +152,10 @@ def parse_assignment(text: str, command: str = "%flaxmodel", sample: str = "net 
         raise _refused("one model at a time.", _registrations(text, body, command))
     match body[0]:
         case ast.Expr(ast.Name(name)):
-            return Assignment(name, None)
+            return name, None
         case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value):
             _validate(value, text, command)
-            return Assignment(name, Expression(text, value))
+            return name, Expression(text, value)
         case statement:
             raise _no_assignment(text, statement, command)
 

@@ -14,14 +14,13 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 from ..base.tokens import index_of, point_at
-from ..base.types import PyTree
+from ..base.types import PyTree, Record
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 
 _GATHER = "__flax_gather__"
@@ -30,8 +29,7 @@ GAP = "_gap_"
 """Replaces `…`, which is no Python, while a call is parsed."""
 
 
-@dataclass(frozen=True, eq=False)
-class Expression:
+class Expression(Record):
     """One Python expression, with what is needed to evaluate it.
 
     Attributes:
@@ -41,7 +39,10 @@ class Expression:
 
     text: str
     tree: ast.expr
-    _code: dict[tuple[bool, tuple[str, ...]], CodeType] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def _code(self) -> dict[tuple[bool, tuple[str, ...]], CodeType]:
+        return {}
 
     @property
     def source(self) -> str:
@@ -187,7 +188,7 @@ def segment(text: str, node: ast.expr | ast.stmt) -> str:
     return text[start_of(text, node) : end_of(text, node)]
 
 
-class Line(NamedTuple):
+class Line(Record):
     """A command with its options and its call, for advice that shows an edited line.
 
     Attributes:

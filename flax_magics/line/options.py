@@ -9,13 +9,12 @@ import builtins
 import re
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..base.text import WIDTH, width
 from ..base.tokens import Unbalanced, pieces, point_at, statements, token_end
-from ..base.types import PyTree
+from ..base.types import PyTree, Record
 from ..errors import FlaxMagicsError, nearest, written
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ _DASHES = "-–—"
 """Phones and word processors turn two hyphens into one of the long dashes; these get a message, too."""
 
 
-class Option(NamedTuple):
+class Option(Record):
     """The definition of one option.
 
     Attributes:
@@ -68,7 +67,7 @@ class Option(NamedTuple):
 HELP = Option("--help", "show this help", short="-h")
 
 
-class Command(NamedTuple):
+class Command(Record):
     """The definition of one command: help text, options and what follows them.
 
     Attributes:
@@ -127,7 +126,7 @@ class Command(NamedTuple):
         return "\n\n".join(blocks)
 
 
-class LineOptions(NamedTuple):
+class LineOptions(Record):
     """A parsed command line.
 
     Attributes:
@@ -347,8 +346,7 @@ REPEAT = 20
 """The number of runs of `--roofline` without `--repeat`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ApplyOptions:
+class ApplyOptions(Record):
     """The options of one apply; `Session.apply` documents them."""
 
     mode: str | None = None

@@ -7,17 +7,16 @@ session reads them before each run and writes back what the run changed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.threads import Assignment, at_once
 from ..base.types import Leaf, PyTree
@@ -63,29 +62,28 @@ class KeyUse(Struct, frozen=True):
     inside: bool = False
 
 
-@dataclass
-class CallTrace:
+class CallTrace(Struct):
     """What one trace observed of the model. Filled while the model is traced; read-only afterwards."""
 
-    asked: dict[str, list[Path]] = field(default_factory=dict)
+    asked: dict[str, list[Path]] = {}
     """Stream → paths of the modules that called `make_rng` for it."""
-    takes: list[KeyUse] = field(default_factory=list)
+    takes: list[KeyUse] = []
     """Keys that modules took, in order."""
-    queried: set[str] = field(default_factory=set)
+    queried: set[str] = set()
     """Streams for which the model called `has_rng`."""
-    written: set[str] = field(default_factory=set)
+    written: set[str] = set()
     """Collections that were written, sown ones included."""
-    sown: set[str] = field(default_factory=set)
+    sown: set[str] = set()
     """Collections that `sow` wrote; for NNX only `SOWN`."""
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[Layer] = []
     """Dropout and normalization layers that were called, each once."""
-    axes: set[str] = field(default_factory=set)
+    axes: set[str] = set()
     """Mapped axes that the model names (`axis_name` of a BatchNorm) and that nothing around it binds."""
     unused: frozenset[str] = frozenset()
     """Traced arguments that no equation of the program reads."""
     unchanged: frozenset[tuple[str, str]] = frozenset()
     """NNX variables (type, path) that the program returns as outputs although they are its unmodified inputs."""
-    held: set[str] = field(default_factory=set)
+    held: set[str] = set()
     """Streams that an NNX module holds: it gets their keys whether or not it consumes them."""
     structure: RebuiltGraph | None = None
     """The changed graph of an NNX module, None if the run did not change it."""
@@ -107,7 +105,7 @@ class CallTrace:
         """
         asked = {name: self.asked.get(name, traced.asked.get(name, [])) for name in {**self.asked, **traced.asked}}
         layers = [*self.layers, *(layer for layer in traced.layers if layer not in self.layers)]
-        return dataclasses.replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
+        return replace(self, asked=asked, layers=layers, takes=self.takes or traced.takes)
 
 
 class Needs(Struct, frozen=True):

@@ -7,7 +7,6 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -159,7 +158,7 @@ LONGEST = 400
 """The most characters of the description of a call's inputs or outputs."""
 
 _numbers = itertools.count(1)
-_MARK = re.compile(r"flax_magics_call_(\d+)\b")
+_MARK = r"flax_magics_call_(\d+)\b"
 
 
 class Called(Struct, frozen=True):
@@ -176,15 +175,14 @@ class Called(Struct, frozen=True):
     """Another method of the same module made the call."""
 
 
-@dataclass
-class Calls:
+class Calls(Struct):
     """The submodule calls of one trace, in the order in which they began.
 
     Each call is traced under a name scope of its own, by which its equations are recognized in the jaxpr.
     """
 
-    made: dict[int, Called] = field(default_factory=dict)
-    _running: list[Path] = field(default_factory=list)
+    made: dict[int, Called] = {}
+    _running: list[Path] = []
 
     def note(self, call: Function, args: Args, kwargs: Kwargs, *, path: Path, cls: str, method: str) -> PyTree:
         """Makes the call `call(*args, **kwargs)`, records it, and returns its result."""
@@ -209,4 +207,4 @@ def _spell(value: object) -> str:
 
 def marks_of(equation: Any) -> list[int]:
     """The marks of the calls, outermost first, during which an equation of a jaxpr was traced."""
-    return [int(mark) for mark in _MARK.findall(str(equation.source_info.name_stack))]
+    return [int(mark) for mark in re.findall(_MARK, str(equation.source_info.name_stack))]

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
@@ -17,6 +16,7 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 from flax.errors import InvalidRngError, ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
+from msgspec import Struct
 
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
@@ -61,28 +61,33 @@ def nnx_bridge() -> ModuleType | None:
     return bridge
 
 
-@dataclass
-class ModeCache:
+class ModeCache(Struct):
     """Cached results about a linen module, valid while its code and fields stay the same."""
 
     fingerprint: Fingerprint | None = None
-    init_streams: set[str] = field(default_factory=set)
+    init_streams: set[str] = set()
     """Streams besides `params` that a handwritten init must be given."""
     digest: bytes | None = None
     """The fingerprint for which `modes` is valid."""
-    modes: dict[tuple[bool, frozenset[str]], tuple[Model, tuple[str, ...]]] = field(default_factory=dict)
+    modes: dict[tuple[bool, frozenset[str]], tuple[Model, tuple[str, ...]]] = {}
 
 
-@dataclass(frozen=True)
 class LinenModel:
-    """A linen module; the session holds its variables."""
-
-    module: nn.Module
-    _cache: ModeCache = field(default_factory=ModeCache, repr=False, compare=False)
+    """A linen module; the session holds its variables. Models of equal modules are equal."""
 
     held_still: ClassVar[AbstractContextManager[None]] = nullcontext()
     """Does nothing: linen modules are immutable."""
     holds_variables: ClassVar[Literal[False]] = False
+
+    def __init__(self, module: nn.Module, cache: ModeCache | None = None) -> None:
+        self.module, self._cache = module, cache or ModeCache()
+
+    def __eq__(self, other: object) -> bool:
+        # In tuples, since the same object is equal to itself whatever a user's class says.
+        return isinstance(other, LinenModel) and (self.module,) == (other.module,)
+
+    def __hash__(self) -> int:
+        return hash(self.module)
 
     def describe(self) -> str:
         """The construction with the fields that differ from their defaults, in one line."""

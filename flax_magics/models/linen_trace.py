@@ -21,12 +21,12 @@ from .calls import Args, Function, Kwargs
 from .switch import mask_of
 
 # JAX has no exception type for it: versions raise NameError or KeyError, and write it with or without colon and quotes.
-_UNBOUND = re.compile(r"unbound axis name:? '?(\w+)")
+_UNBOUND = r"unbound axis name:? '?(\w+)"
 
 
 def unbound_axis(error: BaseException) -> str | None:
     """The mapped axis that is unbound according to JAX's `error`, None for any other error."""
-    match = _UNBOUND.search(str(error)) if isinstance(error, (NameError, KeyError)) else None
+    match = re.search(_UNBOUND, str(error)) if isinstance(error, (NameError, KeyError)) else None
     return match[1] if match else None
 
 

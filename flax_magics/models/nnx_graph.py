@@ -7,13 +7,13 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 from flax import configurations, nnx
 from flax.nnx import variablelib
+from msgspec import Struct
 
 from ..base.threads import Assignment
 from ..base.types import Leaf, PyTree
@@ -151,8 +151,7 @@ def taken_from(module: nnx.Module, before: Mapping[Path, object]) -> tuple[Rebui
     return RebuiltGraph(graphdef, skeleton, fixed, matches, tuple(dict.fromkeys(added))), values
 
 
-@dataclass
-class RebuiltGraph:
+class RebuiltGraph(Struct):
     """The graph after a run that set, removed or replaced attributes, without the values of its variables."""
 
     graphdef: nnx.GraphDef[Any]

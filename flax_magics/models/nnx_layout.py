@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from operator import setitem
 from typing import Any
@@ -109,8 +108,7 @@ class Slot(Struct, frozen=True, dict=True):
         return str(key) if isinstance(self.holder, dict) and key not in self.holder else key
 
 
-@dataclass
-class Layout:
+class Layout(Struct, dict=True):
     """A module split into graph and variables, valid while the `held` guards hold."""
 
     module: Any
@@ -120,7 +118,7 @@ class Layout:
     """(path, object) of the graph's modules and containers."""
     held: Guards
     """Guards on the attributes and items of all nodes."""
-    switches: dict[bool | None, tuple[str, ...]] = field(default_factory=dict)
+    switches: dict[bool | None, tuple[str, ...]] = {}
     """Mode → the train/eval switches with their values in it, as text; filled on demand."""
 
     @cached_property
@@ -302,14 +300,14 @@ class Skeleton(Struct, frozen=True, eq=False):
         return nnx.merge(self.graphdef.value, nnx.from_flat_state(flat))
 
 
-@dataclass
 class LayoutCache:
     """Caches a module's layout until the module's structure changes."""
 
-    layout: Layout | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    steady: int = 0
-    """Number of nested blocks during which nobody changes the module, so that its guards need no check."""
+    def __init__(self) -> None:
+        self.layout: Layout | None = None
+        self.lock = threading.Lock()
+        self.steady = 0
+        """Number of nested blocks during which nobody changes the module, so that its guards need no check."""
 
     def __enter__(self) -> None:
         """Begins a block in which nobody changes the module: its guards are checked now, and not until the end."""

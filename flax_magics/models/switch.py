@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from types import FrameType, NoneType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from flax.linen import transforms
 from msgspec import Struct
@@ -277,7 +277,7 @@ class Layer(Struct, frozen=True):
     """The stream that a dropout layer takes a key from while it is on."""
 
 
-class _SwitchPlace(NamedTuple):
+class _SwitchPlace(Struct, frozen=True):
     """A call in the source that passes a layer its switch: `nn.Dropout(0.5, deterministic=True)` or `self.drop(x, …)`.
 
     Attributes:
@@ -458,7 +458,7 @@ def written_by_place(cls: type, method: Path, arguments: Sequence[str]) -> list[
     return [*args, *(f"{name}={value}" for name, value in kwargs.items())]
 
 
-class _Lift(NamedTuple):
+class _Lift(Struct, frozen=True):
     """One transform around a method: its name, and the options that it was given."""
 
     name: str

@@ -10,20 +10,19 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import line_cell_magic, line_magic, needs_local_scope, no_var_expand
 
 from ..base.tokens import statements
+from ..base.types import Record
 from ..code.library import is_module, is_module_class, nnx_modules
 from ..errors import FlaxMagicsError, did_you_mean, nearest, written
 from ..line.call import Assignment, CallExpression, parse_assignment, parse_call, root_name, values_first
 from ..line.commands import FLAX_APPLY, FLAX_VARS
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
-from .hints import hints
 from .notebook import ModelCall, Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
 from .tracebacks import show_user_frames
@@ -67,13 +66,17 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
                 raise
             # An error of the model's own: shown without our frames.
             except Exception as error:
+                from .hints import hints
+
                 show_user_frames(error, notebook.shell, hint=hints(error, notebook, options.options))
                 raise
             finally:
                 notebook.called = None  # its arguments would be held until the next command
 
         del run.__wrapped__  # IPython 7 would call by the signature of the wrapped function
-        run.__doc__ = spec.render_help()
+        # Shown by `%flax_apply?`: IPython asks an object for `getdoc` before it reads `__doc__`.
+        run.getdoc = spec.render_help  # type: ignore[attr-defined]
+        run.__doc__ = f"{spec.usage}\n\n{spec.help}"
         # What `mark` returns is not used: IPython 7 returns a wrapper that binds the signature in every call, which
         # costs as much as all else that a line needs.
         mark = line_cell_magic if spec.takes in ("call", "assignment") else line_magic
@@ -116,8 +119,7 @@ def run_again(notebook: Notebook, line: str, names: Namespace) -> Any:
     return None if displayed_quietly(notebook.shell, line) else run.output
 
 
-@dataclass(frozen=True, eq=False)
-class CommandUse:
+class CommandUse(Record):
     """One use of a command. `use["train"]` is the value of an option.
 
     Attributes:

@@ -135,11 +135,9 @@ class FlaxMagics(Magics):
         self.notebook.end_cell(result)
         if self._imports_wait and all(name in sys.modules for name in ("jax", "flax.linen")):
             self._imports_wait = False
-            try:
+            # Where it fails only speed is lost: the first command imports the same, and reports what is wrong.
+            with suppress(Exception, KeyboardInterrupt):
                 _import()
-                self.notebook.prepare()
-            except (Exception, KeyboardInterrupt):
-                pass  # Only speed is lost. The first command imports the same, and reports what is wrong.
 
     # -- commands
 

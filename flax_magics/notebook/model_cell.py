@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Mapping
 from types import FunctionType, MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ..cells.journal import Registered
 from ..code.fingerprint import fingerprint
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from .command import CommandUse
 
 
-class CellModels(NamedTuple):
+class CellModels(Struct, frozen=True):
     """The models of a cell or line.
 
     Attributes:

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..base.text import WIDTH, fit
+from ..base.types import Record
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
 from ..errors import FlaxMagicsError
@@ -47,7 +48,7 @@ LINES = 12
 """How many lines of a cell, at most, have a report of their own."""
 
 
-class Settings(NamedTuple):
+class Settings(Record):
     """The settings of the notebook; `FlaxMagics` says what each means."""
 
     seed: int
@@ -68,7 +69,7 @@ class KnownLine(NamedTuple):
     quiet: bool
 
 
-class ModelCall(NamedTuple):
+class ModelCall(Record):
     """The call of a command: as it was written, with its arguments' values, and the module that is called."""
 
     expression: CallExpression

@@ -8,11 +8,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import replace
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..base.tokens import ends_quietly, index_of, logical_end, pieces, point_at
+from ..base.types import Record
 from ..cells.journal import calling_frame
 from ..cells.names import assigned_names
 from ..errors import FlaxMagicsError, written
@@ -78,7 +78,7 @@ def run_statements_with_call(
         raise FlaxMagicsError(message, **written("\n".join(lines)))
     # The text as it was written, which reports and exports show.
     call_text = ast.get_source_segment(cell.source, value) or ast.unparse(value)
-    call = replace(parse_call(call_text, first.replace("%%", "%", 1)), quiet=cell.quiet)
+    call = parse_call(call_text, first.replace("%%", "%", 1))._replace(quiet=cell.quiet)
     _run(shell, statements, cell, "all" if shell.ast_node_interactivity == "all" else "none")
     return call, None if isinstance(last, ast.Expr) else _assigner(last, cell.filename, shell.user_ns)
 
@@ -120,7 +120,7 @@ def _following(shell: Any) -> tuple[str, int | None, Any]:
     return following.opname, following.arg, following.argval
 
 
-class _Cell(NamedTuple):
+class _Cell(Record):
     tree: ast.Module
     source: str
     filename: str

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 from ..base.digest import data_of, describe
 from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share
@@ -27,14 +29,14 @@ NEAR_LIMIT = 0.1
 """From this share of what the machine reaches on, a run is said to be bound by it."""
 
 
-class Row(NamedTuple):
+class Row(Struct, frozen=True):
     """A row of a report: a label of at most six letters, and the items beside it."""
 
     label: str
     items: tuple[str, ...]
 
 
-class KeyFact(NamedTuple):
+class KeyFact(Struct, frozen=True):
     """One stream of a draw: the first word of its key (empty if not handed out), how it was made, who consumed it."""
 
     stream: str
@@ -43,7 +45,7 @@ class KeyFact(NamedTuple):
     takers: str
 
 
-class Phase(NamedTuple):
+class Phase(Struct, frozen=True):
     """One part of a run's cost, in seconds."""
 
     name: str
@@ -55,7 +57,7 @@ class Phase(NamedTuple):
         return seconds(self.seconds)
 
 
-class Reported(NamedTuple):
+class Reported(Struct, frozen=True):
     """How runs of one command are reported. A command that runs no model has a report of one line only.
 
     Attributes:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
+
+from msgspec import Struct
 
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from .text import Loop, Notice, Rows
 
 
-class Figure(NamedTuple):
+class Figure(Struct, frozen=True):
     """A large numeral of the report: its label, the time, and a few words beneath."""
 
     label: str

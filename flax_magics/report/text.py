@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..base.digest import all_words
 from ..base.text import clean, clean_lines, count, dotted, flow, plural, seconds, table, width, wrap
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ..run import Note, Run
 
 
-class Notice(NamedTuple):
+class Notice(Struct, frozen=True):
     """The content of one line, such as `net · train · cpu:0 · draw 2 · reused · run 0.22 ms`.
 
     Attributes:
@@ -144,8 +146,7 @@ def notes(sharp_bits: Iterable[Note]) -> list[str]:
     return lines
 
 
-@dataclass
-class Loop:
+class Loop(Struct):
     """The sum of the runs of one cell's execution, shown as one counting line. Begin with `Loop()`, and `add` each run.
 
     Attributes:
@@ -162,19 +163,19 @@ class Loop:
       notes: the notes of all runs, each once.
     """
 
-    models: list[str] = field(default_factory=list)
-    modes: list[str] = field(default_factory=list)
-    devices: list[str] = field(default_factory=list)
+    models: list[str] = []
+    modes: list[str] = []
+    devices: list[str] = []
     draws: tuple[int, int] = (0, 0)
-    runs: Counter[str] = field(default_factory=Counter)
+    runs: Counter[str] = msgspec.field(default_factory=Counter)
     single: tuple[Notice, dict[str, object]] | None = None
-    programs: Counter[str] = field(default_factory=Counter)
+    programs: Counter[str] = msgspec.field(default_factory=Counter)
     reason: str = ""
     building: float = 0.0
-    times: list[float] = field(default_factory=list)
-    inits: list[float] = field(default_factory=list)
-    changed: dict[str, int] = field(default_factory=dict)
-    weights: list[str] = field(default_factory=list)
+    times: list[float] = []
+    inits: list[float] = []
+    changed: dict[str, int] = {}
+    weights: list[str] = []
     notes: tuple[Note, ...] = ()
 
     def add(self, run: Run) -> None:
@@ -209,7 +210,9 @@ class Loop:
         """
         if self.single is not None:
             line = self.single[0]
-            return line._replace(texts=(*line.texts, working))
+            return replace(line, texts=(*line.texts, working))
+        from statistics import median  # 2 ms, and only a loop needs it
+
         low, high = self.draws
         programs = []
         for program, times in self.programs.items():

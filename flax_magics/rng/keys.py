@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, ClassVar, TypeAlias
 
@@ -28,6 +27,7 @@ import numpy as np
 from msgspec import Struct
 
 from ..base.digest import data_of, words
+from ..base.types import Record
 from ..errors import FlaxMagicsError
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
@@ -176,8 +176,7 @@ class DrawBatch(Struct, frozen=True, dict=True):
         return b"".join(draw.data(name, taken=taken and draw is self.first) for draw in self.draws)
 
 
-@dataclass(frozen=True)
-class RunKeys(Mapping[str, jax.Array]):
+class RunKeys(Record, Mapping[str, jax.Array]):
     """The typed keys of a run by name, made when they are accessed, so that a history of runs holds no device memory.
 
     Attributes:
@@ -264,15 +263,15 @@ def as_key(data: bytes, impl: str, size: int | None = None) -> jax.Array:
     return key
 
 
-@dataclass
 class SeenKeys:
     """Keys that a session has met, by key data, so that the reuse of a key can be noted.
 
     `roots`: roots that it has split or will split. `runs`: key passed to a run → that run, such as `draw 3`.
     """
 
-    roots: set[bytes] = field(default_factory=set)
-    runs: dict[bytes, str] = field(default_factory=dict)
+    def __init__(self, roots: set[bytes]) -> None:
+        self.roots = roots
+        self.runs: dict[bytes, str] = {}
 
 
 @cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -202,8 +201,7 @@ class BuildRecipe(Struct, frozen=True, eq=False):
     pinned: tuple[Leaf, ...] = ()
 
 
-@dataclass(eq=False, slots=True)
-class Origin:
+class Origin(Struct, eq=False):
     """What a replay of one run needs besides keys and inputs: its recipe, and leaves of the variables that it had."""
 
     how: ApplyRecipe | InitRecipe | BuildRecipe

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
+from msgspec import Struct
 
 from ..base.digest import describe
 from ..base.types import PyTree
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .state import SavedModel, State
 
 
-class ShapeBefore(NamedTuple):
+class ShapeBefore(Struct, frozen=True):
     """An argument as it was earlier: who saw it, such as `init saw`, its shape, and dtype and shape in words."""
 
     who: str
@@ -285,7 +286,7 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     return entry, (Note("rebound", f"{name} is another module now, {entry.model.describe()}: registered{became}"),)
 
 
-class ModelNames(NamedTuple):
+class ModelNames(Struct, frozen=True):
     """The names of a registered model that completion offers.
 
     Attributes:

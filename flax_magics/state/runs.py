@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from operator import is_
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
+from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.digest import bytes_of, describe, own
@@ -151,7 +152,7 @@ def _reference(leaf: Leaf) -> Callable[[], Leaf]:
     return lambda: leaf
 
 
-class RunLog(NamedTuple):
+class RunLog(Struct, frozen=True):
     """Runs as a linked list, newest first. Adding one leaves the list of every earlier State as it was."""
 
     kept: StoredRun

@@ -11,7 +11,6 @@ import ast
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
 from operator import is_
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +37,7 @@ Collections = Mapping[str, PyTree]
 """The variables of a model: collection → pytree."""
 
 
-class Mark(NamedTuple):
+class Mark(Struct, frozen=True):
     """Recognises the arrays of one collection, so that others in their place are noticed.
 
     Attributes:

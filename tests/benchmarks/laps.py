@@ -68,15 +68,32 @@ PLAIN = Kind(
 
 
 def load(rounds: int) -> Measured:
-    """`%load_ext` in a shell that has imported neither JAX nor Flax."""
-    work = {"setup": [], "timed": [[LOAD]], "expect": "'jax' not in __import__('sys').modules"}
-    seconds_of(work)  # Python compiles what it has not imported before
-    return Measured([seconds_of(work)[0] for _ in range(rounds)])
+    """`%load_ext` in a shell that has imported neither JAX nor Flax, beside an extension that does nothing."""
+    ours = {"setup": [], "timed": [[LOAD]], "expect": "'jax' not in __import__('sys').modules"}
+    empty = {"setup": [], "timed": [["%load_ext tests.benchmarks.empty"]]}
+    seconds_of(ours), seconds_of(empty)  # Python compiles what it has not imported before
+    return in_turn(lambda: seconds_of(empty), lambda: seconds_of(ours), rounds)
 
 
 def preload(rounds: int) -> Measured:
-    """The same in a shell that has both: there it imports our modules too, which the laps below are rid of."""
+    """`%load_ext` in a shell that has both: its cell ends with the imports below, which the laps after them are rid of."""
     return Measured([seconds_of({"setup": [IMPORTS], "timed": [[LOAD]]})[0] for _ in range(rounds)])
+
+
+def imports(cell: str, *there: str) -> Callable[[int], Measured]:
+    """A cell that imports something in a shell that has JAX and Flax, and what the cells `there` import."""
+
+    def measure(rounds: int) -> Measured:
+        work = {"setup": [IMPORTS, *there], "timed": [[cell]]}
+        seconds_of(work)  # compiled before, as above
+        return Measured([seconds_of(work)[0] for _ in range(rounds)])
+
+    return measure
+
+
+OWN = "import flax_magics.notebook.magics as magics\nmagics._import()"
+MSGSPEC = "import msgspec"
+HTML = "from flax_magics.report import html"
 
 
 def cold(kind: Kind) -> Callable[[int], Measured]:
@@ -179,8 +196,17 @@ def _laps(kind: Kind) -> Iterator[tuple[str, str, float, Callable[[int], Measure
 
 
 LAPS = (
-    Lap("load", "%load_ext, nothing imported before", 30, load, "ms"),
+    Lap("load", "%load_ext over an empty extension, nothing imported before", 20, load, "ms"),
     Lap("preload", "%load_ext, JAX and Flax imported before", None, preload, "ms"),
+    Lap(
+        "own",
+        "all modules of ours that a first command needs, JAX, Flax and msgspec there",
+        80,
+        imports(OWN, MSGSPEC),
+        "ms",
+    ),
+    Lap("msgspec", "msgspec", None, imports(MSGSPEC), "ms"),
+    Lap("jinja2", "Jinja2 and the templates, at the first HTML", None, imports("html.prepare()", HTML), "ms"),
     *(Lap(key, title, goal, measure) for key, title, goal, measure in _laps(TRAINED)),
     *(Lap(f"{key}-plain", f"without dropout: {title}", None, measure) for key, title, _, measure in _laps(PLAIN)),
 )

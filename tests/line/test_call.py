@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flax_magics.errors import FlaxMagicsError
-from flax_magics.line.call import Argument, parse_assignment, parse_call, parse_expression
+from flax_magics.line.call import parse_assignment, parse_call, parse_expression
 
 
 def refused(function: Any, *args: Any) -> str:
@@ -26,10 +26,10 @@ def test_target_method_and_arguments_are_told_apart() -> None:
     assert (parsed.target, parsed.method) == ("net", ("encoder", "embed"))
     assert parsed.call == "net.encoder.embed(x, *rest, train=not z, **more)"
     assert parsed.arguments == (
-        Argument(None, "x"),
-        Argument("*", "rest"),
-        Argument("train", "not z"),
-        Argument("**", "more"),
+        (None, "x"),
+        ("*", "rest"),
+        ("train", "not z"),
+        ("**", "more"),
     )
     assert not parsed.quiet
 
@@ -311,7 +311,7 @@ def test_what_is_no_assignment_is_answered_with_the_line_to_write(text: str, mes
 
 
 def test_an_undefined_class_is_pointed_at_in_the_whole_assignment() -> None:
-    expression = parse_assignment("net = Nett(3)").expression
+    expression = parse_assignment("net = Nett(3)")[1]
     assert expression is not None
     message = "name 'Nett' is not defined.\n  net = Nett(3)\n        ^\n  did you mean Net?"
     assert refused(expression.construct, {"Net": dict}) == message
