@@ -37,6 +37,7 @@ from .state.models import Registration, assigned
 from .state.runs import REPLAY_BYTES, ReplayBudget, StoredRun, arrays_of
 from .state.state import Restart, State
 from .state.weights import Written
+from .training.methods import LossMethods
 
 if TYPE_CHECKING:
     from .export import Exported
@@ -49,7 +50,7 @@ FileName = str | os.PathLike[str]
 show_as(FACE)
 
 
-class Session(SessionView):
+class Session(SessionView, LossMethods):
     """Registered models, one root key, and the runs that split it. Needs no IPython.
 
     Every `apply` is one draw, `root, params, dropout = jax.random.split(root, 3)`, committed once the run has

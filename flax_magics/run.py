@@ -30,7 +30,7 @@ class CommandKind(Struct, frozen=True):
 
     Attributes:
       model: the run concerns a registered model.
-      forward: the model is called, compiled or eagerly, and its result is the output.
+      forward: the model, or a loss of it, is called, compiled or eagerly, and its result is the output.
       opens: the run makes variables from a draw's `params` key and leaves the draw open: if the model's next run is a
         forward run, it uses the other streams of the same draw.
     """
@@ -40,12 +40,13 @@ class CommandKind(Struct, frozen=True):
     opens: bool
 
 
-CommandName = Literal["apply", "init", "key"]
+CommandName = Literal["apply", "init", "key", "grad"]
 
 COMMANDS: dict[CommandName, CommandKind] = {
     "apply": CommandKind(model=True, forward=True, opens=False),
     "init": CommandKind(model=True, forward=False, opens=True),
     "key": CommandKind(model=False, forward=False, opens=False),
+    "grad": CommandKind(model=True, forward=True, opens=False),
 }
 """The commands that draw. A module that needs more per command has a dict of its own with the same keys."""
 
@@ -100,6 +101,27 @@ class InitStats(Struct, frozen=True, forbid_unknown_fields=True):
     """True where existing variables were completed, because a method needs some that the first init did not make."""
 
 
+class LayerGradient(Struct, frozen=True):
+    """The gradient by the parameters that one module holds itself, those of its submodules left out.
+
+    Attributes:
+      path: of the module; empty for the model itself.
+      cls: its class, empty where that is not known.
+      parameters, frozen: elements of its parameters, and how many of these have no gradient because they are frozen.
+      squares, weights: sums of the squares of the gradient, and of the parameters that it is taken by.
+      zeros, bad: elements of the gradient that are zero, and that are NaN or infinite.
+    """
+
+    path: tuple[str, ...]
+    cls: str
+    parameters: int
+    frozen: int = 0
+    squares: float = 0.0
+    weights: float = 0.0
+    zeros: int = 0
+    bad: int = 0
+
+
 class Released:
     """Type of `RELEASED`, the placeholder for an output that the session no longer holds."""
 
@@ -143,7 +165,7 @@ def show_as(face: Face) -> None:
 
 
 class Run(Struct, frozen=True, eq=False, weakref=True):
-    """One run: an apply, an init or a key.
+    """One run: an apply, an init, a key or a loss with its gradients.
 
     Attributes:
       command: a key of `COMMANDS`.
@@ -181,6 +203,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       elsewhere: for a run loaded from a file, JSON data of the environment that its bits depended on (see
         `environment`) and a sample of its output if one was kept (see `sample_of`); else None.
       agreement: for a replay by `Session.replay`, the comparison with the original run; else None.
+      layers: for gradients, those of each module.
     """
 
     command: CommandName
@@ -219,6 +242,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     samples: int | None = None
     elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None
+    layers: tuple[LayerGradient, ...] = ()
     _taken: OutputFacts = msgspec.field(default_factory=OutputFacts)
     spelling: ExportFacts | None = None
     """For an apply and an init: the facts from which an export writes the run as plain Flax."""

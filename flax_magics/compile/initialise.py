@@ -28,7 +28,7 @@ from ..base.private import is_in_mesh, staging_of
 from ..base.threads import Future, wait_for
 from ..base.types import Leaf, PyTree
 from ..models.base import ModelWithInit, Updates, Variables
-from ..models.calls import Args, Kwargs, Path
+from ..models.calls import Args, Function, Kwargs, Path
 from ..rng.keys import THREEFRY, Draw, as_key, is_on_host, shape_of_key, threefry
 from ..run import InitStats
 from .compiler import Units, shape_of
@@ -89,7 +89,7 @@ class TracedInit(Struct, frozen=True, dict=True):
         return hasher.hexdigest()
 
 
-def trace_init(model: ModelWithInit, key: Key, method: Path, args: Args, kwargs: Kwargs) -> TracedInit:
+def trace_init(model: ModelWithInit, key: Key, method: Path | Function, args: Args, kwargs: Kwargs) -> TracedInit:
     """Traces `module.init` abstractly; nothing is computed. `key`, `args` and `kwargs` may hold arrays or shapes.
 
     Lets through what the model raises, and JAX's tracer errors where the model looks at values.
@@ -317,10 +317,11 @@ class InitRecord(Struct, frozen=True):
     """How a model's variables were made: enough to trace the init of an edited model for the same call and compare.
 
     `args` and `kwargs` have shapes in place of arrays. `traced` is None where the initialisation cannot be traced.
+    `method` is a function for variables that a loss has made, see `AnyModel.forward`.
     """
 
     key: Key
-    method: Path
+    method: Path | Function
     args: Args
     kwargs: Kwargs
     traced: TracedInit | None
@@ -336,7 +337,7 @@ class InitRecord(Struct, frozen=True):
         return None if self.traced is None else self.traced.digest
 
 
-def initialised(model: ModelWithInit, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
+def initialised(model: ModelWithInit, key: Key, method: Path | Function, args: Args, kwargs: Kwargs) -> InitRecord:
     """The record that an init of `model` would have, by an abstract trace; `args` and `kwargs` may hold shapes."""
     traced: TracedInit | None = None
     with contextlib.suppress(jax.errors.JAXTypeError):  # the init looks at values
@@ -344,7 +345,7 @@ def initialised(model: ModelWithInit, key: Key, method: Path, args: Args, kwargs
     return record(traced, key, method, args, kwargs)
 
 
-def record(traced: TracedInit | None, key: Key, method: Path, args: Args, kwargs: Kwargs) -> InitRecord:
+def record(traced: TracedInit | None, key: Key, method: Path | Function, args: Args, kwargs: Kwargs) -> InitRecord:
     """The record of an init that was traced as `traced`; None where it cannot be traced."""
     if traced is not None:
         traced = replace(traced, inputs=())  # the record must not keep the user's arrays alive

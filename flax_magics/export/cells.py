@@ -66,7 +66,7 @@ class CommandSite(Struct, frozen=True, eq=False):
     @property
     def draws(self) -> bool:
         """Whether the command makes a run."""
-        return self.name in ("flax_apply", "flax_init") or (self.name == "flax_key" and bool(self.parsed.rest))
+        return self.name in ("flax_apply", "flax_init", "flax_grad") or (self.name == "flax_key" and bool(self.parsed.rest))
 
     @property
     def in_function(self) -> FunctionNode | None:
@@ -110,6 +110,7 @@ MATCHES: dict[str, Callable[[CommandSite, Run], bool]] = {
     "apply": lambda site, run: site.has_call_of(run) and site.has_mode_of(run),
     "init": lambda site, run: site.has_call_of(run) and not is_build(run),
     "key": lambda site, run: run.call == site.parsed.rest,
+    "grad": lambda site, run: site.call is not None and run.call in (site.call.call, site.call.text),
 }
 """For each command of a run, whether a place with that command may have made the run."""
 

@@ -25,7 +25,7 @@ from ..errors import FlaxMagicsError
 from ..execution.call import Call, initialising, prepare_init
 from ..execution.execute import ApplyRequest, execute, plain_errors
 from ..execution.plan import Plan
-from ..models.base import ModelRecord
+from ..models.base import Model, ModelRecord
 from ..models.construction import adopt_built
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import COMMANDS, RELEASED, Run, like
@@ -140,7 +140,8 @@ class Replaying(Struct, frozen=True):
         entry = replace(how.entry, variables=variables)
         record: Any = how.entry.model
         if isinstance(record, ModelRecord):  # all that is left of an NNX module, which its variables make whole again
-            model = adopt_built(record.skeleton.rebuild(variables), record.written)
+            model: Model = adopt_built(record.skeleton.rebuild(variables), record.written)
+            model = model if record.around is None else record.around(model)
             entry = replace(how.entry, model=model, rebuild_next=False)
         options = how.options._replace(keys_of=(draw.first.seed, draw.first.number), repeat=1, roofline=False)
         # `--key` adds these to the call again.

@@ -194,10 +194,16 @@ def check_name(owner: object, name: str) -> None:
 
 
 class ModelRecord(Struct, frozen=True):
-    """An NNX module without its arrays. `written` is its construction, as text."""
+    """An NNX module without its arrays.
+
+    Attributes:
+      written: its construction, as text.
+      around: makes of the module's model the one that ran, where that was a loss of the module.
+    """
 
     written: str
     skeleton: Skeleton
+    around: Callable[[Model], Model] | None = None
 
 
 class AnyModel(Protocol):
@@ -257,10 +263,11 @@ class AnyModel(Protocol):
     def commit(self, updates: Variables, record: CallTrace) -> Commit:
         """The collections that a run's `updates` change, and the writes that bring them into the module."""
 
-    def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
+    def forward(self, method: Path | Function, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run as a pure function, which fills `record` while it is called.
 
         Args:
+          method: the path of a method, or a function (a loss) that is called with the module before the arguments.
           ask: the streams, collections and axes to run with.
           root_impl: PRNG implementation of the dummy keys for streams that `ask` lacks.
 
@@ -310,8 +317,8 @@ class ModelWithInit(AnyModel, Protocol):
     def holds_variables(self) -> Literal[False]:
         """False: the session holds the variables. mypy narrows `Model` by this literal."""
 
-    def init(self, key: object, method: Path, args: Args, kwargs: Kwargs) -> Updates:
-        """Fresh variables; `key` is the `params` key, the only one that an init gets."""
+    def init(self, key: object, method: Path | Function, args: Args, kwargs: Kwargs) -> Updates:
+        """Fresh variables; `key` is the `params` key, the only one that an init gets. `method`: see `forward`."""
 
     @property
     def init_streams(self) -> tuple[str, ...]:
@@ -355,6 +362,12 @@ class ModelWithVariables(AnyModel, Protocol):
 
         Raises FlaxMagicsError if `value` has a variable that the module lacks.
         """
+
+    def trainable(self) -> frozenset[str]:
+        """The types of the variables that gradients are taken by: `Param`, and those that the user derived of it."""
+
+    def as_state(self, values: Values) -> Any:
+        """`values`, of some of the variables, as the `nnx.State` that `nnx.state` gives of them."""
 
     def sample(self) -> bytes:
         """A digest of some elements of every variable: differs between modules built with different seeds."""

@@ -148,7 +148,7 @@ class LinenModel:
         """The switch fields with their present values, such as `training=False`."""
         return read_fields(self.module)
 
-    def init(self, key: Any, method: Path, args: Args, kwargs: Kwargs) -> Updates:
+    def init(self, key: Any, method: Path | Function, args: Args, kwargs: Kwargs) -> Updates:
         """`module.init`, eagerly as by hand. Sown collections are dropped, since later runs would append to them."""
         across = nnx_bridge()
         with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
@@ -199,7 +199,7 @@ class LinenModel:
         """The written collections, without assignments: the session holds the variables."""
         return Commit(tuple(updates))
 
-    def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
+    def forward(self, method: Path | Function, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The module's `apply` under observation; see `AnyModel.forward`."""
         mutable = sorted(ask.mutable)
 
@@ -231,8 +231,14 @@ class LinenModel:
 
         return run
 
-    def _target(self, method: Path, args: Args, kwargs: Kwargs) -> tuple[str | Function | None, Args, Kwargs]:
+    def _target(
+        self, method: Path | Function, args: Args, kwargs: Kwargs
+    ) -> tuple[str | Function | None, Args, Kwargs]:
         """The `method` argument for Flax's `apply` and `init`, and the arguments to pass beside it."""
+        if callable(method):  # a function that takes the bound module first, as for `flax.linen.apply(function, net)`
+            if kwargs.keys() & FLAX_ARGUMENTS.keys():
+                return lambda module, *args: method(module, *args, **kwargs), args, {}
+            return method, args, kwargs
         args, kwargs = by_place(type(self.module), method, args, kwargs, lambda default: default)
         # A user's argument called `rngs` or `mutable` must be closed over, or Flax would take it for its own.
         shadowed = kwargs if kwargs.keys() & FLAX_ARGUMENTS.keys() else {}

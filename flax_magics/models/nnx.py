@@ -32,7 +32,7 @@ from .base import (
     check_name,
     own_methods,
 )
-from .calls import Args, Kwargs, Names, Path, constructor, readable_signature
+from .calls import Args, Function, Kwargs, Names, Path, constructor, readable_signature
 from .nnx_graph import (
     GRAPH,
     SIMPLE,
@@ -192,6 +192,20 @@ class NnxModel:
             out.setdefault(slot.collection, {})[slot.name] = new[...] if is_ref(new) else new
         return out
 
+    def trainable(self) -> frozenset[str]:
+        """The types of the variables that gradients are taken by: `Param`, and those that the user derived of it."""
+        return frozenset(slot.collection for slot in self.layout.slots if isinstance(slot.leaf, nnx.Param))
+
+    def as_state(self, values: Values) -> Any:
+        """`values`, of some of the variables, as the `nnx.State` that `nnx.state` gives of them."""
+        slots = {(slot.collection, slot.name): slot for slot in self.layout.slots}
+        rows = [(slots[kind, name], value) for kind, tree in values.items() for name, value in tree.items()]
+        # With the Variable's own type and metadata, without which it would not fit the module's state in a `tree_map`.
+        return nnx.from_flat_state([
+            (slot.path, value if slot.structure is None else jax.tree_util.tree_unflatten(slot.structure, [value]))
+            for slot, value in rows
+        ])
+
     def cache_key(self) -> tuple[object, ...] | None:
         """All that a program depends on: code, graph with static attributes, shapes of stream keys, mode, `rngs`."""
         code, layout = self.code(), self.layout
@@ -263,7 +277,7 @@ class NnxModel:
         """`("rngs",)` where the session adds them to the call."""
         return ("rngs",) if self.gives_rngs else ()
 
-    def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
+    def forward(self, method: Path | Function, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """The run on a copy whose held streams are reseeded from `keys` by tag, as `nnx.reseed` would do."""
         record.held |= self.streams()
         rngs = sorted(ask.streams - self._own_tags) if self.gives_rngs else None

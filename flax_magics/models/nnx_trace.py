@@ -57,7 +57,7 @@ STRUCTURE = "(structure)"
 
 
 def forward(
-    layout: Layout, method: Path, ask: Needs, record: CallTrace, *, mode: bool | None, rngs: list[str] | None
+    layout: Layout, method: Path | Function, ask: Needs, record: CallTrace, *, mode: bool | None, rngs: list[str] | None
 ) -> Forward:
     """The run of a module as a pure function; see `AnyModel.forward`.
 
@@ -88,8 +88,8 @@ def forward(
             # Variables that the model makes are plain ones, like those it holds, whatever `flax_hijax_variable` says.
             plain = nnx.var_defaults(hijax=False) if hasattr(nnx, "var_defaults") else nullcontext()
             with watcher.watching(), plain:
-                target: Any = copy
-                for name in method:
+                target: Any = functools.partial(method, copy) if callable(method) else copy
+                for name in () if callable(method) else method:
                     target = getattr(target, name)
                 output = target(*args, **kwargs)
         except (AttributeError, KeyError):

@@ -96,6 +96,11 @@ REPORTED = {
         unused={None: "not needed: init takes params alone"},
     ),
     "key": Reported(mode="", cost=lambda run: [], unused={}),
+    "grad": Reported(
+        mode=None,
+        cost=lambda run: [*scalars_of(run), *_cost_of_apply(run)],
+        unused={"params": "not needed: the variables were there", None: "not needed: no module asked for it"},
+    ),
 }
 
 
@@ -179,7 +184,7 @@ def rows(run: Run) -> tuple[Row, ...]:
     waits += [f"inputs were ready after {seconds(wait)}"] if wait else []
     shown = [
         Row("roof", roof_of(run)),
-        Row("out", (" · ".join((cut(clean(run.shape), 72), *not_finite(run))),) if forward else ()),
+        Row("out", out_of(run) if forward else ()),
         Row("samples", samples_of(run)),
         Row("vars", (*((clean(run.weights),) if run.weights else ()), *_made(run), *changed_of(run))),
         Row("sown", tuple(f"{clean(name)}: {clean(describe(value))}" for name, value in run.sown.items())),
@@ -193,6 +198,20 @@ def rows(run: Run) -> tuple[Row, ...]:
         Row("memory", memory_of(run) if timing.steady else ()),
     ]
     return tuple(row for row in shown if row.items)
+
+
+def out_of(run: Run) -> tuple[str, ...]:
+    """The output's structure and what of it is not finite; of gradients loss and metrics."""
+    if run.layers:
+        return (*scalars_of(run), *not_finite(run))
+    return (" · ".join((cut(clean(run.shape), 72), *not_finite(run))),)
+
+
+def scalars_of(run: Run) -> tuple[str, ...]:
+    """`loss 2.31` and `accuracy 0.125`, of gradients whose output is still there."""
+    output = run.output
+    scalars = {"loss": getattr(output, "loss", None), **(getattr(output, "metrics", None) or {})}
+    return tuple(f"{clean(name)} {_number(float(value))}" for name, value in scalars.items() if value is not None)
 
 
 def not_finite(run: Run) -> tuple[str, ...]:

@@ -136,7 +136,8 @@ def _taken(entry: ModelEntry) -> SavedModel:
     # After an assignment the earlier init still tells what fits the model.
     model, init = entry.model, entry.init or entry.previous_init
     saved_init = None
-    if init is not None and init.program is not None:
+    # A function, the loss that made the variables, is no data.
+    if init is not None and init.program is not None and not callable(init.method):
         saved_init = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
     parameters, size = count_parameters(entry.collections() or {})
     return SavedModel(

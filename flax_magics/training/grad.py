@@ -1,0 +1,181 @@
+"""Works out `%flax_grad`: one draw, one program, and the Run of its Gradients. The session is not changed here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from msgspec.structs import replace
+
+from ..base.digest import own
+from ..code.library import library
+from ..compile.cache import Services
+from ..compile.initialise import made_of
+from ..errors import nearest, written
+from ..execution import notes, record
+from ..execution.build import renewed
+from ..execution.call import Call
+from ..execution.execute import ApplyRequest, Execution, execute
+from ..line.expression import with_arguments
+from ..line.options import ApplyOptions
+from ..models.switch import WHEN_TRAINING, call_switches, setting_of, written_in_call
+from ..run import Note, Run, like
+from ..state.entry import ModelEntry, Origin
+from ..state.runs import StoredRun
+from ..state.state import State
+from . import by_hand, diagnosis, layers
+from .loss import METHOD, Gradients, Loss, check_arguments, is_frozen
+
+
+def grad_model(
+    state: State, entry: ModelEntry, loss: Loss, call: Call, services: Services, *, mode: str, said: tuple[Note, ...]
+) -> record.Outcome:
+    """Runs a loss and takes its gradients.
+
+    Args:
+      loss: of the entry's model.
+      call: its arguments are those after the net.
+      mode: `train` or `eval`.
+      said: notes from finding the entry.
+
+    Raises:
+      FlaxMagicsError: a mistake in the call or in the loss. What the loss raises is passed on.
+    """
+    library.look()
+    name, opened = entry.name, state.opened
+    # As an apply: it goes on with the draw that an init of its model opened, if the variables are still there.
+    shares = opened is not None and opened[0] == name and entry.ready
+    draw = opened[1] if shares and opened else state.root.draw()
+    started, users_entry = time.time(), entry
+    anew = entry.rebuild_next and entry.built is not None
+    if anew:
+        entry, shares = renewed(entry, draw, taken=shares), True
+        loss = replace(loss, model=entry.model)
+    entry.check_alive(f"{name}(…)", next((note.write or note.form for note in said if note.kind == "weights"), None))
+    check_arguments(loss, name, call.args, call.kwargs, tuple(WHEN_TRAINING))
+    of_loss = replace(entry, model=loss.as_model())
+    call = replace(call, method=METHOD)
+    execution = execute(ApplyRequest(of_loss, call, ApplyOptions(mode=mode), draw, services, params_taken=shares))
+    made, gradients = execution.variables.made, execution.result.output
+    names = _written(gradients, nnx=entry.model.holds_variables)
+    run = record.run_of_apply(
+        execution,
+        (),
+        notes=(),
+        started=started,
+        made=made_of(entry.nnx.collections()) if anew else made,
+        changed={},
+        dropped=tuple(sorted(names)),
+        first=state.runs is None,
+        registered="" if name in state.models else entry.model.describe(),
+    )
+    rows = layers.of(gradients, entry.model, execution.built.request.variables)
+    gradients.layers = rows
+    run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
+    run = run.with_notes((*said, *_notes(execution, loss, run, entry)))
+    recipe = record.recipe_of(execution)
+    leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
+    stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
+    after = _learned(execution, entry, loss)
+    if not anew:
+        return record.Outcome(run, stored, draw, after)
+    users_model, new_model = users_entry.nnx, entry.nnx
+    return record.Outcome(
+        run, stored, draw, replace(after, model=users_model), write=lambda: users_model.become(new_model)
+    )
+
+
+def _written(gradients: Gradients, *, nnx: bool) -> set[str]:
+    """The collections (NNX: variable types) that the loss wrote."""
+    if not nnx:
+        return set(gradients.updates)
+    from ..models.nnx_graph import flat_state
+
+    return {type(leaf).__name__ for _, leaf in flat_state(gradients.updates)}
+
+
+def _learned(execution: Execution, entry: ModelEntry, loss: Loss) -> ModelEntry:
+    """The entry with variables that the run initialised, and with what it learned of the call; else as before."""
+    of_loss, mode = execution.variables.entry, execution.request.bound.mode
+    init = of_loss.init
+    # After an edit of the net its init is traced again with this call, which is the loss's.
+    if execution.variables.made is not None and init is not None:
+        init = replace(init, method=loss.function)
+    return replace(
+        of_loss,
+        model=entry.model,
+        init=init,
+        known_needs={**entry.known_needs, (METHOD, mode): execution.result.needs},
+        static_ints=entry.static_ints | {(METHOD, name) for name in execution.arguments.forced},
+    )
+
+
+def _by_hand(execution: Execution, loss: Loss, run: Run, names: set[str]) -> dict[str, Any]:
+    """The fields of the Run that tell how a person writes it."""
+    bound, result = execution.request.bound, execution.result
+    facts = run.spelling
+    assert facts is not None
+    metrics = result.output.metrics is not None
+    mutable = sorted({*names, *result.sown})
+    facts = replace(facts, mutable=tuple(mutable), kept=(), returns=facts.returns | ({"metrics"} if metrics else set()))
+    in_call = {*dict(facts.arguments), *written_in_call(bound.signature, bound.call.args, bound.call.kwargs)}
+    fields = [setting for setting in map(setting_of, bound.switch) if setting[0] not in in_call]
+    text = with_arguments(bound.call.text, [f"{name}={value}" for name, value in facts.arguments])
+    code = ""
+    if not facts.axes and not loss.freeze:
+        assert isinstance(bound.model, Loss)
+        code = by_hand.lines(bound.model, text, fields, facts.streams, mutable, metrics=metrics)
+    return {"by_hand": code, "spelling": facts}
+
+
+def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry) -> Iterator[Note]:
+    """The sharp bits of one run."""
+    request, result, line = execution.request, execution.result, execution.request.line
+    bound, services, name = request.bound, request.services, request.entry.name
+    yield from _of_switch(execution, loss)
+    known = {stream for needs in request.entry.known_needs.values() for stream in needs.streams}
+    yield from notes.of_streams(result.trace, known)
+    in_call = dict(notes.keys_in(execution.arguments, services.seen, ()))
+    yield from notes.of_keys(in_call, services.seen, line)
+    yield from notes.of_unused(bound.switch, in_call, result.trace.unused, line)
+    if execution.variables.made is not None:
+        yield from notes.of_params(execution.variables.values)
+    elif entry.outdated:
+        yield notes.OUTDATED if not entry.model.holds_variables or entry.built else notes.outdated_own(name)
+    yield from notes.of_scalars(execution.built.scalars, line)
+    yield from _of_freeze(loss, entry, execution.built.request.variables, bound.call)
+    yield from diagnosis.notes_of(execution, run)
+
+
+def _of_switch(execution: Execution, loss: Loss) -> Iterator[Note]:
+    """Layers that behave the other way; where a switch of the net's call is not passed on by the loss, that one."""
+    bound, model = execution.request.bound, loss.model
+    wrong = [note for note in notes.of_mode(execution.request.entry.name, bound, bound.mode, execution.result.trace)]
+    switches = call_switches(model.signature(()))
+    passes = set(call_switches(bound.signature))
+    for note in wrong:
+        if switches and not passes:
+            switch = switches[0]
+            what = note.text.partition(" although ")[0]
+            text = f"{what}: `{loss.name}` leaves `{switch}` of the net's call at its default"
+            edit = f"def {loss.name.rpartition('.')[2]}(net, batch, {switch}):\n  … net(…, {switch}={switch})"
+            yield Note("switch", text, edit=edit)
+            return
+        yield note
+
+
+def _of_freeze(loss: Loss, entry: ModelEntry, variables: Mapping[str, Any], call: Call) -> Iterator[Note]:
+    """Patterns that match no parameter, with the nearest name of one."""
+    paths = list(layers.parameter_paths(entry.model, variables))
+    for pattern in loss.freeze:
+        kinds = set(variables) if entry.model.holds_variables else set()
+        if pattern in kinds or any(is_frozen("/".join(path), (pattern,)) for path in paths):
+            continue
+        modules = dict.fromkeys("/".join(path[:n]) for path in paths for n in range(1, len(path) + 1))
+        near = nearest(pattern, modules, 1)
+        text = f"--freeze {pattern} matches no parameter of {entry.name}: nothing is frozen by it"
+        line = f"{call.command} {call.text}"
+        corrected = line.replace(f"--freeze {pattern}", f"--freeze {near[0]}" if near else "--freeze …", 1)
+        yield Note("freeze", text, **written(corrected))

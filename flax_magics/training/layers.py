@@ -1,0 +1,85 @@
+"""Gradients by module: how large they are beside the weights, and how much of them is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..base.types import Leaf, PyTree
+from ..models.base import Model, Variables
+from ..models.calls import Path
+from ..run import LayerGradient
+from .loss import Gradients
+
+
+def parameter_paths(model: Model, variables: Variables) -> Iterator[Path]:
+    """The path of each parameter, its own name last."""
+    return (path for path, _ in _parameters(model, variables))
+
+
+def _parameters(model: Model, variables: Variables) -> Iterator[tuple[Path, Leaf]]:
+    kinds = model.trainable() if model.holds_variables else frozenset({"params"})
+    own = {name: tree for name, tree in variables.items() if name in kinds}
+    for name, path, leaf, _ in model.iter_variables(own):
+        if name in kinds:
+            yield path, leaf
+
+
+def _gradients(gradients: Gradients, model: Model) -> dict[Path, list[Leaf]]:
+    """The gradient of each parameter that has one, by path; several arrays for a box that holds several."""
+    found: dict[Path, list[Leaf]] = {}
+    if model.holds_variables:
+        from ..models.nnx_graph import flat_state
+
+        rows: Any = ((tuple(map(str, path)), leaf) for path, leaf in flat_state(gradients.grads))
+    else:
+        rows = ((path, leaf) for _, path, leaf, _ in model.iter_variables({"params": gradients.grads}))
+    for path, leaf in rows:
+        found.setdefault(path, []).extend(jax.tree_util.tree_leaves(leaf))
+    return found
+
+
+def of(gradients: Gradients, model: Model, variables: Variables) -> tuple[LayerGradient, ...]:
+    """One row for each module that holds parameters, in the order of the variables."""
+    classes, measured = model.module_classes(), _gradients(gradients, model)
+    rows: dict[Path, list[LayerGradient]] = {}
+    for path, weight in _parameters(model, variables):
+        owner, parts = path[:-1], measured.get(path)
+        gradient = parts.pop(0) if parts else None
+        rows.setdefault(owner, []).append(_measured(owner, classes.get(owner, ""), weight, gradient))
+    return tuple(map(added, rows.values()))
+
+
+def added(parts: list[LayerGradient]) -> LayerGradient:
+    """The row of several together, with path and class of the first."""
+    first = parts[0]
+    sums = {name: sum(getattr(part, name) for part in parts) for name in LayerGradient.__struct_fields__[2:]}
+    return LayerGradient(first.path, first.cls, **sums)
+
+
+def _measured(path: Path, cls: str, weight: Leaf, gradient: PyTree) -> LayerGradient:
+    size = int(np.size(weight))
+    if gradient is None:
+        return LayerGradient(path, cls, size, frozen=size)
+    if not getattr(gradient, "is_fully_addressable", True):  # another process holds parts of it
+        return LayerGradient(path, cls, size)
+    values = _wide(gradient)
+    return LayerGradient(
+        path,
+        cls,
+        size,
+        0,
+        float(np.vdot(values, values).real),
+        float(np.vdot(_wide(weight), _wide(weight)).real),
+        int(values.size - np.count_nonzero(values)),
+        int(values.size - np.count_nonzero(np.isfinite(values))),
+    )
+
+
+def _wide(array: Leaf) -> np.ndarray[Any, Any]:
+    """The array in double precision on the host: squares of float32 would overflow from 1e19 on."""
+    values = np.asarray(array)
+    return values.astype(np.complex128 if np.iscomplexobj(values) else np.float64).ravel()

@@ -1,0 +1,393 @@
+"""A loss as a model: what runs is the user's function with the net as its first argument, and its gradients.
+
+`%flax_grad loss(net, batch)` is a call like `net(x)`: it has keys, a mode, variables, a program, a replay. So a net with
+a loss is given to `execution/` as a model of its own, which is the net in all but three respects: its signature is that
+of the loss without the net, its init is `flax.linen.init(loss, net)`, and its pure function takes the gradients. How a
+call is bound, initialised, traced, compiled, run, kept and replayed is written once, for both.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import errors as flax_errors
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from ..base.digest import describe, kind_of
+from ..base.types import Leaf, PyTree
+from ..code.fingerprint import Fingerprint
+from ..code.library import is_module, loads_of, nnx_modules
+from ..code.walk import arrays_in
+from ..errors import FlaxMagicsError, written
+from ..line.expression import positional_names
+from ..models.base import ARGUMENTS, SOWN, CallTrace, Forward, Model, ModelRecord, Needs, Variables
+from ..models.calls import Args, Function, Kwargs, Names, Path, readable_signature, without_self
+
+if TYPE_CHECKING:
+    from ..run import LayerGradient
+
+METHOD: Path = ("loss()",)
+"""Stands for the loss where a call names a method of the model: what was learned of the net's own calls stays apart."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Gradients:
+    """The loss of one batch, and what it gives: the value of `%flax_grad`, and the output of its Run.
+
+    Attributes:
+      loss: a scalar.
+      metrics: the dict of scalars that the loss returned beside it; None where it returned the loss alone.
+      grads: of the parameters that are not frozen. linen: a tree like `variables['params']`; NNX: an `nnx.State`.
+      updates: what the loss wrote (`batch_stats`, say), which the session has not kept. linen: collections by name;
+        NNX: an `nnx.State`.
+      layers: norms and zeros by module, as the report has them; empty for a copy that a `tree_map` made.
+    """
+
+    __slots__ = ("_face", "grads", "layers", "loss", "metrics", "updates")
+
+    def __init__(
+        self, loss: Leaf, metrics: Mapping[str, Leaf] | None, grads: PyTree, updates: PyTree, *, face: Face | None = None
+    ) -> None:
+        self.loss, self.metrics, self.grads, self.updates, self._face = loss, metrics, grads, updates, face
+        self.layers: tuple[LayerGradient, ...] = ()
+
+    def __repr__(self) -> str:
+        scalars = {"loss": self.loss, **(self.metrics or {})}
+        with_values = (f"{name} {value:.4g}" for name, value in scalars.items() if jnp.ndim(value) == 0)
+        return f"<Gradients: {', '.join(with_values)}>"
+
+    # In the order in which JAX flattens a dict: an export writes the digest of that dict, and it is the same.
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[jax.tree_util.DictKey, PyTree], ...], None]:
+        """For JAX: the children by name."""
+        names = ("grads", "loss", "metrics", "updates")
+        return tuple((jax.tree_util.DictKey(name), getattr(self, name)) for name in names), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[PyTree, ...]) -> Gradients:
+        """For JAX."""
+        grads, loss, metrics, updates = children
+        return cls(loss, metrics, grads, updates)
+
+
+class Face(Struct, frozen=True):
+    """How Gradients are shown: as text, and as HTML."""
+
+    text: Callable[[], str]
+    html: Callable[[], str]
+
+
+class Loss(Struct, frozen=True, eq=False):
+    """A net with a loss, as a model; everything that is not defined here is the net's own.
+
+    Attributes:
+      model: the net's.
+      function: the loss, which is called as `function(net, *args, **kwargs)`.
+      name: how the loss is written in the call, such as `loss` or `losses.contrastive`.
+      freeze: patterns of the parameters that have no gradients, see `is_frozen`.
+    """
+
+    model: Model
+    function: Function
+    name: str
+    freeze: tuple[str, ...] = ()
+    _code: Fingerprint = field(default_factory=lambda: Fingerprint(None))
+
+    @classmethod
+    def of(cls, model: Model, function: Function, name: str, freeze: tuple[str, ...] = ()) -> Loss:
+        """The loss `function` of a net; see above for the rest."""
+        return cls(model, function, name, freeze, Fingerprint(function))
+
+    def as_model(self) -> Model:
+        """Itself, as what it is to `execution/`: mypy does not see what `__getattr__` hands on."""
+        return cast("Model", self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def signature(self, method: Path) -> inspect.Signature:
+        """That of the loss without the net."""
+        return without_self(readable_signature(self.function))
+
+    def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
+        """The net's own switches; `fixed` are those of the loss's parameters, which it passes on."""
+        model, settings = self.model.fields_in_mode(train, fixed=fixed)
+        return replace(self, model=model).as_model(), settings
+
+    def fields_for_init(self, *, fixed: frozenset[str]) -> Loss:
+        """See `AnyModel`."""
+        return replace(self, model=self.model.fields_for_init(fixed=fixed))
+
+    def with_rngs(self, signature: inspect.Signature, args: Args, kwargs: Kwargs) -> tuple[Model, bool]:
+        """The net's; a loss is given the session's `rngs` only where it has a parameter of that name."""
+        model, own = self.model.with_rngs(signature, args, kwargs)
+        if "rngs" not in signature.parameters and model.supplied_arguments():
+            import dataclasses
+
+            model = dataclasses.replace(model, gives_rngs=False)  # type: ignore[type-var]  # an `NnxModel`
+        return replace(self, model=model).as_model(), own
+
+    def cache_key(self) -> object:
+        """The net's and the loss's code together; None where one of them cannot be told."""
+        net, loss = self.model.cache_key(), self._code.digest()
+        return None if net is None or loss is None else (net, loss, self.freeze)
+
+    def code(self) -> bytes | None:
+        """A digest of the code of both; None where one cannot be told."""
+        net, loss = self.model.code(), self._code.digest()
+        return None if net is None or loss is None else net + loss
+
+    def other_arrays(self) -> tuple[Leaf, ...]:
+        """Those of the net, and those in the code of the loss."""
+        return (*self.model.other_arrays(), *arrays_in(self.function))
+
+    def without_arrays(self) -> Any:
+        """See `AnyModel`: for an NNX module a record, of which a replay makes this loss again."""
+        model = self.model.without_arrays()
+        if isinstance(model, ModelRecord):
+            return replace(model, around=lambda model: replace(self, model=model).as_model())
+        return replace(self, model=model)
+
+    def init(self, key: object, method: Path, args: Args, kwargs: Kwargs) -> dict[str, PyTree]:
+        """`flax.linen.init(loss, net)`."""
+        assert not self.model.holds_variables
+        return self.model.init(key, self.function, args, kwargs)
+
+    def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
+        """`jax.value_and_grad` of the loss by the parameters that are not frozen; its output are Gradients.
+
+        What the loss writes is part of the output, so that nothing of it is kept; sown values stay updates.
+        """
+        run = self.model.forward(self.function, ask, record, root_impl)
+
+        def graded(variables: Variables, keys: Mapping[str, Any], args: Args, kwargs: Kwargs) -> tuple[PyTree, PyTree]:
+            parameters = self._parameters(variables)
+            if not jax.tree_util.tree_leaves(parameters.trained):
+                why = "all of them are frozen" if parameters.frozen else "it has none"
+                raise FlaxMagicsError(f"there is no parameter of the net to take gradients by: {why}.")
+
+            def loss_of(trained: PyTree) -> tuple[Leaf, tuple[PyTree, PyTree]]:
+                try:
+                    output, updates = run(parameters.put_into(variables, trained), keys, args, kwargs)
+                except (flax_errors.JaxTransformError, flax_errors.TraceContextError) as error:
+                    raise _transformed(self.name, error) from None
+                value, metrics = read(self.name, output)
+                return value, (metrics, updates)
+
+            (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(parameters.trained)
+            sown = {name: tree for name, tree in updates.items() if name == SOWN or name in record.sown}
+            kept = {name: tree for name, tree in updates.items() if name not in sown and name[0] != ARGUMENTS[0]}
+            return Gradients(value, metrics, *self._as_users(grads, kept)), sown
+
+        return graded
+
+    def _parameters(self, variables: Variables) -> Parameters:
+        if self.model.holds_variables:
+            return Parameters.of_nnx(variables, self.model.trainable(), self.freeze)
+        return Parameters.of_linen(variables, self.freeze)
+
+    def _as_users(self, grads: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
+        """Gradients and updates as by hand: for an NNX module `nnx.State`s, without keys and counts of streams."""
+        if not self.model.holds_variables:
+            return grads, updates
+        model = self.model
+        # A transform inside the model hands back parameters too, unchanged.
+        written = {name: tree for name, tree in updates.items() if name not in {*model.layout.random, *grads}}
+        return model.as_state(grads), model.as_state(written)
+
+    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
+        """Empty: whether the loss returns metrics shows in its output only, see `by_hand.lines`."""
+        return ""
+
+
+class Parameters(Struct, frozen=True):
+    """The parameters of a net, parted into those with gradients and those without.
+
+    Attributes:
+      trained: those that gradients are taken by: nested like linen's `params`, or type → path → array of NNX.
+      frozen: names of the others.
+      linen: how the names are nested.
+    """
+
+    trained: PyTree
+    frozen: tuple[str, ...]
+    linen: bool
+
+    @classmethod
+    def of_linen(cls, variables: Variables, freeze: tuple[str, ...]) -> Parameters:
+        """Those of the collection `params`."""
+        frozen: list[str] = []
+        trained = _without(variables.get("params", {}), freeze, frozen)
+        return cls(trained, tuple(frozen), True)
+
+    @classmethod
+    def of_nnx(cls, variables: Variables, trainable: frozenset[str], freeze: tuple[str, ...]) -> Parameters:
+        """Those of the types `trainable`: `nnx.Param` and what is derived of it."""
+        trained: dict[str, dict[str, PyTree]] = {}
+        frozen = []
+        for kind in trainable & set(variables):
+            for name, value in variables[kind].items():
+                if is_frozen(name, freeze) or any(fnmatch.fnmatchcase(kind, pattern) for pattern in freeze):
+                    frozen.append(name)
+                else:
+                    trained.setdefault(kind, {})[name] = value
+        return cls(trained, tuple(frozen), False)
+
+    def put_into(self, variables: Variables, trained: PyTree) -> Variables:
+        """`variables` with `trained` in the place of the trained ones."""
+        if not self.linen:
+            return {**variables, **{kind: {**variables[kind], **values} for kind, values in trained.items()}}
+        if not self.frozen:
+            return {**variables, "params": trained}
+        return {**variables, "params": _over(variables["params"], trained)}
+
+
+def _without(tree: PyTree, freeze: tuple[str, ...], frozen: list[str], at: str = "") -> PyTree:
+    """The tree without its frozen leaves, whose names are added to `frozen`; the tree itself where none is."""
+    if not freeze or not isinstance(tree, Mapping):
+        return tree
+    left = {}
+    for name, value in tree.items():
+        path = f"{at}/{name}" if at else str(name)
+        if not isinstance(value, Mapping):
+            if is_frozen(path, freeze):
+                frozen.append(path)
+                continue
+        else:
+            value = _without(value, freeze, frozen, path)
+            if not value:
+                continue
+        left[name] = value
+    return left
+
+
+def _over(tree: PyTree, trained: PyTree) -> PyTree:
+    """The tree with the leaves of `trained` in the place of its own."""
+    if not isinstance(tree, Mapping):
+        return trained
+    return {name: _over(value, trained[name]) if name in trained else value for name, value in tree.items()}
+
+
+def is_frozen(path: str, freeze: tuple[str, ...]) -> bool:
+    """Whether a pattern matches the path of a parameter, or of a module around it: `encoder`, `*/bias`, `Dense_?`."""
+    steps = path.split("/")
+    around = ["/".join(steps[:n]) for n in range(1, len(steps) + 1)]
+    return any(fnmatch.fnmatchcase(one, pattern) for pattern in freeze for one in around)
+
+
+def read(name: str, output: PyTree) -> tuple[Leaf, Mapping[str, Leaf] | None]:
+    """Loss and metrics of what the loss `name` returned; None for the metrics where it returned the loss alone.
+
+    Raises:
+      FlaxMagicsError: it is neither a scalar nor a scalar with a dict of scalars.
+    """
+    value, metrics = output if type(output) is tuple and len(output) == 2 else (output, None)
+    if not _is_scalar(value) or not jnp.issubdtype(jax.typeof(jnp.asarray(value)).dtype, jnp.floating):
+        what = describe(value) if _is_array(value) else kind_of(value)
+        mean = hasattr(value, "shape") and bool(value.shape) and jnp.issubdtype(value.dtype, jnp.floating)
+        # A pair that is no (scalar, metrics) is more likely a forgotten name than a vector.
+        raise FlaxMagicsError(
+            f"`{name}` returns {what} as its loss, and a loss is one floating-point number: it may return that alone,"
+            " or with a dict of metrics beside it.",
+            edit="return ….mean()" if mean else None,
+            form=None if mean else f"def {name}(net, batch):\n  …\n  return loss, {{'accuracy': accuracy}}",
+        )
+    if metrics is None:
+        return value, None
+    wrong = None
+    if not isinstance(metrics, Mapping) or not all(isinstance(key, str) for key in metrics):
+        wrong = f"{kind_of(metrics)} beside the loss"
+    else:
+        wrong = next((f"{describe(one)} as `{key}`" for key, one in metrics.items() if not _is_scalar(one)), None)
+    if wrong is not None:
+        raise FlaxMagicsError(
+            f"`{name}` returns {wrong}, and metrics are a dict of scalars: one number to a name.",
+            edit="return loss, {'accuracy': (logits.argmax(-1) == labels).mean()}",
+        )
+    return value, dict(metrics)
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _is_scalar(value: object) -> bool:
+    return value.shape == () if _is_array(value) else isinstance(value, (bool, int, float))  # type: ignore[attr-defined]
+
+
+def _transformed(name: str, error: Exception) -> FlaxMagicsError:
+    return FlaxMagicsError(
+        f"`{name}` calls the net inside a transform of JAX's own (jax.grad, jax.checkpoint, jax.vmap, …), which knows"
+        " nothing of its variables and keys: what the net draws or writes there would be lost.",
+        hint=f"{type(error).__name__}: {str(error).splitlines()[0].split(' (https')[0]}",
+        edit="nn.remat(Block)(…)" if isinstance(error, flax_errors.JaxTransformError) else "nnx.remat(…)",
+    )
+
+
+def check(function: Any, name: str, model: str, command: str) -> None:
+    """Checks what can be told of a loss before it is called.
+
+    Args:
+      name: how it is written; `model`: of the net; `command`: with its options.
+
+    Raises:
+      FlaxMagicsError: it is no function of the user's own, or it is jitted, or it closes over an NNX module.
+    """
+    form = f"def {name if name.isidentifier() else 'loss'}(net, batch):\n  …\n  return loss"
+    if is_module(function):
+        message = f"`{name}` is a model, and gradients are of a loss: a function that takes the model first."
+        raise FlaxMagicsError(message, form=f"def loss(net, batch):\n  …\n  return loss\n{command} loss({name}, …)")
+    if not callable(function) or isinstance(function, type):
+        message = f"`{name}` is {kind_of(function)}, and a loss is a function that takes the model first."
+        raise FlaxMagicsError(message, form=form)
+    inner = getattr(function, "__wrapped__", None)
+    if type(function).__module__.partition(".")[0] in ("jax", "jaxlib", "flax"):
+        message = (
+            f"`{name}` is jitted, or wrapped by another transform: what the net draws and writes inside would be lost,"
+            " and the whole is compiled in any case."
+        )
+        lines = {} if inner is None else written(f"{command} {name}.__wrapped__({model}, …)")
+        raise FlaxMagicsError(message, **lines)
+    for held_by, value in _reads(function):
+        if isinstance(value, nnx_modules()):
+            raise FlaxMagicsError(
+                f"`{name}` reads `{held_by}`, an NNX module, from outside: it would be fixed in the program as it is now."
+                " The net is the first argument, and another module is passed beside it.",
+                form=f"def {name.rpartition('.')[2]}(net, batch, {held_by}):\n  …\n{command} {name}({model}, …, {held_by})",
+            )
+
+
+def _reads(function: Any) -> Iterator[tuple[str, object]]:
+    """Names and values that a function reads from its module and from the functions around it."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    for name in loads_of(code).names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
+
+
+def check_arguments(loss: Loss, model: str, args: Args, kwargs: Kwargs, switches: Names) -> None:
+    """Raises FlaxMagicsError where the arguments after the net do not fit; `switches` are given by the command."""
+    signature = readable_signature(loss.function)
+    given = dict.fromkeys(name for name in switches if name in signature.parameters and name not in kwargs)
+    placed = positional_names(signature, 1 + len(args))
+    given = {name: None for name in given if name not in placed}
+    try:
+        signature.bind(None, *args, **{**given, **kwargs})
+    except TypeError as error:
+        plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+        takes = str(signature.replace(parameters=plain, return_annotation=signature.empty))
+        message = f"`{loss.name}` does not fit the call: {error}."
+        raise FlaxMagicsError(message, hint=f"it takes: {loss.name}{takes}") from None
