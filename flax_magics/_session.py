@@ -252,9 +252,8 @@ class Session(SessionView, LossMethods):
         """Restarts the root key at draw 1 of `seed`; with `fresh` every model also initialises anew at its next use."""
         line = restart_line(seed, fresh=fresh)
         self._stand_outside(surroundings.of_state, line, line)
-        root = RootKey.from_seed(seed)
-        self._state, restart = self._state.restarted(root, fresh=fresh)
-        self.services.seen = SeenKeys({root.data})
+        self._state, restart = self._state.restarted(RootKey.from_seed(seed), fresh=fresh)
+        self.services.seen = SeenKeys({self._state.root.data})
         return restart
 
     # -- what was drawn, and what would be
@@ -282,10 +281,9 @@ class Session(SessionView, LossMethods):
     def history(
         self, *, last: int | None = None, model: str | None = None, cells: Mapping[int, tuple[str, ...]] | None = None
     ) -> History:
-        """Every draw of the session, oldest first: a record of command, keys, input shapes, digest, cell and time each.
+        """Every draw of the session, oldest first. Digests are computed now, of outputs that still exist.
 
-        `last` limits it to the last draws, `model` to one model; `cells` maps a cell's number to remarks on what became
-        of it. Digests are computed now, of outputs that still exist.
+        `last` limits it to the last draws, `model` to one model; `cells` maps a cell's number to remarks on its later life.
         """
         from .history import table
 
@@ -305,9 +303,8 @@ class Session(SessionView, LossMethods):
     def export(self, file: FileName | None = None, *, plain: bool = False, force: bool = False) -> Exported:
         """The session as a plain Flax script that does not need flax_magics; written to `file` if one is named.
 
-        In a notebook it consists of the cells that ran. In a script it consists of the runs and of the code of models
-        and inputs with top-level names; others are left out with a comment. `plain` omits the digests. An existing file
-        is replaced only if it is an unchanged earlier export, or with `force`.
+        It consists of the cells that ran; in a script of the runs, and of models and inputs with top-level names. `plain`
+        omits the digests. An existing file is replaced only if it is an unchanged export, or with `force`.
         """
         from .export import write
 

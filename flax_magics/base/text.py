@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 WIDTH = 80
 _width = WIDTH
@@ -246,6 +246,31 @@ def ulp(value: int) -> str:
 def plural(value: int, noun: str) -> str:
     """`1 parameter`, `15 parameters`."""
     return f"{count(value)} {noun}" if value == 1 else f"{count(value)} {noun}s"
+
+
+def natural(name: str) -> tuple[str, int]:
+    """A sort key by which `layer_10` comes after `layer_9`."""
+    stem = name.rstrip("0123456789")
+    return (stem, int(name[len(stem) :] or 0))
+
+
+def repeats(signs: Sequence[object], longest: int) -> Iterator[tuple[int, int, int]]:
+    """Parts a sequence where it repeats itself: (begin, length, times) of each part, in order.
+
+    A part of several times is one sign that follows itself, or a sequence of up to `longest` signs that occurs three
+    times or more; of all lengths the one that covers most wins. All else are parts of one sign, once.
+    """
+    at = 0
+    while at < len(signs):
+        turn, times = 1, 1
+        for length in range(1, longest + 1):
+            n = 1
+            while signs[at + n * length : at + (n + 1) * length] == signs[at : at + length]:
+                n += 1
+            if (n > 2 or (n == 2 and length == 1)) and n * length > turn * times:
+                turn, times = length, n
+        yield at, turn, times
+        at += turn * times
 
 
 def _scaled(value: int, units: tuple[str, ...], exact: int) -> str:

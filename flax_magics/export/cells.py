@@ -66,7 +66,9 @@ class CommandSite(Struct, frozen=True, eq=False):
     @property
     def draws(self) -> bool:
         """Whether the command makes a run."""
-        return self.name in ("flax_apply", "flax_init", "flax_grad") or (self.name == "flax_key" and bool(self.parsed.rest))
+        return self.name in ("flax_apply", "flax_init", "flax_grad") or (
+            self.name == "flax_key" and bool(self.parsed.rest)
+        )
 
     @property
     def in_function(self) -> FunctionNode | None:

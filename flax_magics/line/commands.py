@@ -118,6 +118,37 @@ FLAX_APPLY = Command(
     ),
 )
 
+FLAX_GRAD = Command(
+    "%flax_grad",
+    "%flax_grad [options] loss(net, batch)    the model comes first; further arguments are passed as they are\n"
+    "%%flax_grad [options]                    statements, the last of which is the call",
+    "The loss of one batch and its gradients, from one draw: a table by module of how large they are, which layers get "
+    "none and why, and the first number that is not finite. Gives Gradients, with .loss, .metrics, .grads and .updates. "
+    "Nothing is kept of what the loss writes; variables that are not there yet are initialised first.\n\n"
+    "The loss is a function of yours, plain Flax and JAX, which returns a number, or (number, dict of metrics). In it the "
+    "model is called as it is, without variables and rngs, as often as you like; it is not jitted, and no jax.grad stands "
+    "in it. The model runs in train mode. Where its switch is an argument of the call, the loss has a parameter of that "
+    "name and passes it on: def loss(net, batch, train).",
+    (
+        Option("--eval", "take the gradients in evaluation mode"),
+        Option(
+            "--freeze",
+            "take these parameters as constants: a module, or a path with * and ?; of NNX also a type of variables",
+            "PATTERN",
+            many=True,
+            quotes=True,
+        ),
+        BIND,
+        QUIET,
+    ),
+    (
+        "%flax_grad loss(net, batch)",
+        "gradients = %flax_grad -q loss(net, batch)",
+        "gradients.loss, gradients.metrics, gradients.grads",
+        "%flax_grad --freeze */bias loss(net, batch)",
+    ),
+)
+
 FLAX_SUMMARY = Command(
     "%flax_summary",
     "%flax_summary [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
@@ -277,6 +308,7 @@ MEANINGS = (
     ("%flaxmodel net [= Net(…)]", "registers what is already there"),
     ("%flax_init net(x)", "initialises, or initialises again; gives the variables"),
     ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
+    ("%flax_grad loss(net, batch)", "loss and gradients of one batch; a table by module"),
     ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
     ("%flax_vars net [= EXPR]", "gives the model's variables, or takes others"),
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
@@ -302,6 +334,10 @@ KINDS = (
         "outdated",
         "file",
         "rebound",
+        "switch",
+        "freeze",
+        "gradient",
+        "constant",
     ),
 )
 """Kinds of notes on likely mistakes; `%config FlaxMagics.notes` turns them off by these names.

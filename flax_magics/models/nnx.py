@@ -201,10 +201,12 @@ class NnxModel:
         slots = {(slot.collection, slot.name): slot for slot in self.layout.slots}
         rows = [(slots[kind, name], value) for kind, tree in values.items() for name, value in tree.items()]
         # With the Variable's own type and metadata, without which it would not fit the module's state in a `tree_map`.
-        return nnx.from_flat_state([
-            (slot.path, value if slot.structure is None else jax.tree_util.tree_unflatten(slot.structure, [value]))
-            for slot, value in rows
-        ])
+        return nnx.from_flat_state(
+            [
+                (slot.path, value if slot.structure is None else jax.tree_util.tree_unflatten(slot.structure, [value]))
+                for slot, value in rows
+            ]
+        )
 
     def cache_key(self) -> tuple[object, ...] | None:
         """All that a program depends on: code, graph with static attributes, shapes of stream keys, mode, `rngs`."""

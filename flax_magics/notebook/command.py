@@ -227,6 +227,34 @@ class CommandUse(Record):
             value = None if needed_fields(value) else value()
         return target, call, value if is_module(value) else None
 
+    def resolve_loss(self, expression: CallExpression) -> tuple[str, Callable[..., Any], Call, Any]:
+        """Name of the model that a loss is called with, the loss, its call without the model, and as in `resolve`."""
+        from ..base.digest import kind_of
+        from ..execution.call import Call
+        from ..training.loss import METHOD, check
+
+        first = expression.tree.args[0] if expression.tree.args else None
+        loss, args, kwargs = expression.construct(self.user_ns, self.local_ns)
+        written = ast.unparse(expression.tree.func)
+        name = first.id if isinstance(first, ast.Name) else "net"
+        check(loss, written, name, expression.command)
+        is_known = name in self.notebook.session.models or name in self.notebook.session.waiting
+        if not isinstance(first, ast.Name) or not (is_known or is_module(args[0]) or is_module_class(args[0])):
+            text = "nothing" if first is None else f"`{ast.unparse(first)}`"
+            what = f", {kind_of(args[0])}" if isinstance(first, ast.Name) else ""
+            known = ", ".join(self.notebook.session.models)
+            raise FlaxMagicsError(
+                f"the first argument of a loss is the model, by the name under which it is registered, and `{written}`"
+                f" is given {text}{what}.",
+                hint=f"registered: {known}" if known else "no model is registered yet",
+                form=f"{expression.command} {written}({next(iter(self.notebook.session.models), 'net')}, …)",
+            )
+        name, _, module = self.resolve(parse_call(f"{name}()", expression.command))
+        call = Call(METHOD, args[1:], kwargs, expression.call, self.notebook.number, expression.command)
+        called = self.notebook.called
+        self.notebook.called = None if called is None else called._replace(expression=expression, call=call)
+        return name, loss, call, module
+
     def _unknown(self, expression: CallExpression, value: Any) -> FlaxMagicsError:
         """The error for a name without a registered model; `value` is what it is bound to in the namespace."""
         from ..base.digest import kind_of

@@ -28,7 +28,7 @@ def hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tupl
     # The message of `nn.merge_param`.
     unset = re.search(r'"(\w+)" must be passed to the constructor or at call time', str(error))
     if called is not None and isinstance(error, ValueError) and unset is not None:
-        mode = options.get("train") or options.get("eval")
+        mode = options.get("train") or options.get("eval") or called.expression.command.startswith("%flax_grad")
         return _of_unset(error, unset[1], called, has_mode=bool(mode))
     lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
     if lacking is not None:

@@ -21,6 +21,7 @@ from ..line.commands import (
     FLAX,
     FLAX_APPLY,
     FLAX_EXPORT,
+    FLAX_GRAD,
     FLAX_HISTORY,
     FLAX_INIT,
     FLAX_KEY,
@@ -222,6 +223,21 @@ class FlaxMagics(Magics):
             return apply_run
 
         return use.run(run)
+
+    @command(FLAX_GRAD)
+    def flax_grad(self, use: CommandUse) -> Any:
+        """`%flax_grad loss(net, batch)`"""
+        mode, frozen = "eval" if use["eval"] else "train", use["freeze"]
+
+        def run(expression: CallExpression) -> Run:
+            name, loss, call, module = use.resolve_loss(expression)
+            note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
+            notes = () if note is None else (note,)
+            return self.session.run_grad(name, loss, call, mode=mode, freeze=frozen, module=module, notes=notes)
+
+        gradients = use.run(run)
+        # Displayed, they would show the report once more.
+        return None if gradients is None else use.value_once(gradients)
 
     @command(FLAX_SUMMARY)
     def flax_summary(self, use: CommandUse) -> Any:

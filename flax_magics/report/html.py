@@ -15,7 +15,7 @@ from msgspec import Struct
 from ..base.files import RUN_JSON, RUNS_JSON
 from ..base.text import clean, clean_lines, seconds
 from ..run import Face
-from . import facts, text
+from . import facts, layers, text
 from .facts import Level, Phase
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def report_html(run: Run, level: Level) -> str:
         "by_hand": clean_lines(run.by_hand),
         "digest": run.digest or "",
         "values": facts.values_of(run),
+        "layers": layers.table(run.layers, run.model or "") if run.layers else None,
     }
     return render("run.html", context)
 
@@ -148,6 +149,8 @@ def level(run: Run, setting: str) -> Level:
         return cast("Level", setting)
     if not run.kind.model:
         return "normal" if run.first else "line"
+    if run.layers:  # the table is what was asked for
+        return "normal"
     initialised = run.made is not None or run.kind.opens
     repeated = run.samples is not None or run.timing.steady is not None
     news = initialised or repeated or run.first or run.program == "compiled" or run.notes

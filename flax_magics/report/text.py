@@ -17,6 +17,7 @@ from ..base.text import clean, clean_lines, count, dotted, flow, plural, seconds
 from ..run import recorded
 from . import facts
 from .facts import Level, Row
+from .layers import lines
 
 if TYPE_CHECKING:
     from ..cells.journal import Registered
@@ -65,7 +66,12 @@ def notice_text(notice: Notice) -> str:
 
 def normal(run: Run) -> str:
     """The normal report: a header, a row for each thing there is to say, and the notes."""
-    return "\n".join([*head(run), *columns(facts.rows(run)), *notes(run.notes)])
+    return "\n".join([*head(run), *columns(facts.rows(run)), *layers_of(run), *notes(run.notes)])
+
+
+def layers_of(run: Run) -> list[str]:
+    """The table of a run's gradients by module; empty for any other run."""
+    return lines(run.layers, run.model or "") if run.layers else []
 
 
 def details(run: Run) -> str:
@@ -80,7 +86,7 @@ def details(run: Run) -> str:
     rows = [Row("call", (clean(run.call),) if run.call else ())]
     for label in items:
         rows += [Row(label, items[label]), Row("", below.get(label, ()))]
-    lines = [*head(run), *columns(rows, tables=("keys",))]
+    lines = [*head(run), *columns(rows, tables=("keys",)), *layers_of(run)]
     code = clean_lines(run.by_hand)
     if code:
         lines.append("  by hand")

@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var, jaxpr_as_fun
 from msgspec import Struct
 
 from ..base.digest import count_parameters, data_of, describe
-from ..base.text import bytes_, join, plural
+from ..base.text import bytes_, join, natural, plural
 from ..base.types import PyTree
 from ..compile.initialise import initialised
 from ..compile.trace import TracedCall, TraceRequest, trace_call
@@ -230,13 +230,7 @@ def _ordered(paths: Iterable[Path], called: list[Path]) -> list[Path]:
     for path in paths:
         for n in range(len(path) + 1):
             first[path[:n]] = min(first.get(path[:n], len(rank)), rank.get(path, len(rank)))
-    return sorted(paths, key=lambda path: [(first[path[:n]], _natural(path[n - 1])) for n in range(1, len(path) + 1)])
-
-
-def _natural(name: str) -> tuple[str, int]:
-    """A sort key by which `layer_10` comes after `layer_9`."""
-    stem = name.rstrip("0123456789")
-    return (stem, int(name[len(stem) :] or 0))
+    return sorted(paths, key=lambda path: [(first[path[:n]], natural(path[n - 1])) for n in range(1, len(path) + 1)])
 
 
 # -- FLOPs

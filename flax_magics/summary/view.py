@@ -11,7 +11,21 @@ import treescope  # type: ignore[import-untyped]
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base.text import LEAST, WIDTH, bytes_, cell_len, clean, clean_lines, count, cut, dotted, plural, width, wrap
+from ..base.text import (
+    LEAST,
+    WIDTH,
+    bytes_,
+    cell_len,
+    clean,
+    clean_lines,
+    count,
+    cut,
+    dotted,
+    plural,
+    repeats,
+    width,
+    wrap,
+)
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..models.calls import Path
@@ -252,19 +266,8 @@ def fold(rows: Sequence[ModuleRow]) -> Iterator[ModuleRow]:
     # Comparing small numbers: a row's own sign is as large as all that is inside of it.
     signs: dict[object, int] = {}
     alike = [signs.setdefault(_alike(row), len(signs)) for row in rows]
-    at = 0
-    while at < len(rows):
-        turn, times = 1, 1
-        # Of all lengths the one that covers most rows wins.
-        for length in range(1, TURN + 1):
-            n = 1
-            while alike[at + n * length : at + (n + 1) * length] == alike[at : at + length]:
-                n += 1
-            if (n > 2 or (n == 2 and length == 1)) and n * length > turn * times:
-                turn, times = length, n
-        end = at + turn * times
-        yield rows[at] if times == 1 else _folded(rows[at:end], turn)
-        at = end
+    for begin, turn, times in repeats(alike, TURN):
+        yield rows[begin] if times == 1 else _folded(rows[begin : begin + turn * times], turn)
 
 
 def total(counts: list[int | None]) -> int | None:

@@ -72,7 +72,7 @@ def grad_model(
         registered="" if name in state.models else entry.model.describe(),
     )
     rows = layers.of(gradients, entry.model, execution.built.request.variables)
-    gradients.layers = rows
+    gradients.layers, gradients.name = rows, name
     run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
     run = run.with_notes((*said, *_notes(execution, loss, run, entry)))
     recipe = record.recipe_of(execution)
@@ -152,10 +152,12 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry) -> Ite
 def _of_switch(execution: Execution, loss: Loss) -> Iterator[Note]:
     """Layers that behave the other way; where a switch of the net's call is not passed on by the loss, that one."""
     bound, model = execution.request.bound, loss.model
-    wrong = [note for note in notes.of_mode(execution.request.entry.name, bound, bound.mode, execution.result.trace)]
+    wrong = notes.of_mode(execution.request.entry.name, bound, bound.mode, execution.result.trace)
     switches = call_switches(model.signature(()))
     passes = set(call_switches(bound.signature))
     for note in wrong:
+        if note.kind == "mode":  # that the net has no switch is no news: nobody asked for a mode
+            continue
         if switches and not passes:
             switch = switches[0]
             what = note.text.partition(" although ")[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -20,6 +20,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from ..base.digest import describe, kind_of
+from ..base.text import clean
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
 from ..code.library import is_module, loads_of, nnx_modules
@@ -28,6 +29,8 @@ from ..errors import FlaxMagicsError, written
 from ..line.expression import positional_names
 from ..models.base import ARGUMENTS, SOWN, CallTrace, Forward, Model, ModelRecord, Needs, Variables
 from ..models.calls import Args, Function, Kwargs, Names, Path, readable_signature, without_self
+from ..report.html import render
+from ..report.layers import lines, table
 
 if TYPE_CHECKING:
     from ..run import LayerGradient
@@ -46,21 +49,33 @@ class Gradients:
       grads: of the parameters that are not frozen. linen: a tree like `variables['params']`; NNX: an `nnx.State`.
       updates: what the loss wrote (`batch_stats`, say), which the session has not kept. linen: collections by name;
         NNX: an `nnx.State`.
-      layers: norms and zeros by module, as the report has them; empty for a copy that a `tree_map` made.
+      layers, name: norms and zeros by module of the model called `name`; empty for a copy that a `tree_map` made.
     """
 
-    __slots__ = ("_face", "grads", "layers", "loss", "metrics", "updates")
+    __slots__ = ("grads", "layers", "loss", "metrics", "name", "updates")
 
-    def __init__(
-        self, loss: Leaf, metrics: Mapping[str, Leaf] | None, grads: PyTree, updates: PyTree, *, face: Face | None = None
-    ) -> None:
-        self.loss, self.metrics, self.grads, self.updates, self._face = loss, metrics, grads, updates, face
+    def __init__(self, loss: Leaf, metrics: Mapping[str, Leaf] | None, grads: PyTree, updates: PyTree) -> None:
+        self.loss, self.metrics, self.grads, self.updates = loss, metrics, grads, updates
         self.layers: tuple[LayerGradient, ...] = ()
+        self.name = ""
+
+    @property
+    def _scalars(self) -> list[str]:
+        scalars = {"loss": self.loss, **(self.metrics or {})}
+        return [f"{clean(name)} {float(value):.4g}" for name, value in scalars.items() if _is_scalar(value)]
 
     def __repr__(self) -> str:
-        scalars = {"loss": self.loss, **(self.metrics or {})}
-        with_values = (f"{name} {value:.4g}" for name, value in scalars.items() if jnp.ndim(value) == 0)
-        return f"<Gradients: {', '.join(with_values)}>"
+        return f"<Gradients: {', '.join(self._scalars)}>"
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *lines(self.layers, self.name)]) if self.layers else repr(self)
+
+    def _repr_html_(self) -> str | None:
+        if not self.layers:
+            return None
+        return render(
+            "gradients.html", {"name": "gradients", "scalars": self._scalars, "layers": table(self.layers, self.name)}
+        )
 
     # In the order in which JAX flattens a dict: an export writes the digest of that dict, and it is the same.
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[jax.tree_util.DictKey, PyTree], ...], None]:
@@ -73,13 +88,6 @@ class Gradients:
         """For JAX."""
         grads, loss, metrics, updates = children
         return cls(loss, metrics, grads, updates)
-
-
-class Face(Struct, frozen=True):
-    """How Gradients are shown: as text, and as HTML."""
-
-    text: Callable[[], str]
-    html: Callable[[], str]
 
 
 class Loss(Struct, frozen=True, eq=False):
