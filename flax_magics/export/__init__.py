@@ -260,6 +260,8 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
         values += [f"{name}={files.spelled(value, file)}" for name, value in kwargs.items() if name not in added]
         arguments = ", ".join(values)
     called = run.call.partition("(")[0]
+    if run.command == "grad":
+        return _line_of_grad(run, called, arguments, files)
     if "…" in arguments:
         return f"# Left out: {run.command} {called}({arguments}): its input has no name at the top of a file."
     options = {"train": "--train ", "eval": "--eval "}.get(run.mode, "")
@@ -267,6 +269,17 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
     options += f"--keys-of {run.seed}:{run.draw} " if run.replayed else ""
     options += "--eager " if run.kind.forward and run.program == "eager" else ""
     return f"get_ipython().run_line_magic('flax_{run.command}', {f'{options}{called}({arguments})'!r})"
+
+
+def _line_of_grad(run: Run, loss: str, arguments: str, files: _Files) -> str:
+    """The line of a loss, which a file of the script's own has under its name."""
+    script = files.of("__main__")
+    if script is None or loss not in script.globals or "…" in arguments:
+        return f"# Left out: {run.command} {loss}({arguments}): its loss or its input has no name at the top of a file."
+    files.use(script, loss)
+    option = "--eval " if run.mode == "eval" else ""
+    call = f"{option}{loss}({', '.join(filter(None, (run.model, arguments)))})"
+    return f"get_ipython().run_line_magic('flax_grad', {call!r})"
 
 
 # -- its file

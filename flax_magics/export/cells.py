@@ -78,7 +78,7 @@ class CommandSite(Struct, frozen=True, eq=False):
     @property
     def mode(self) -> str:
         """The mode of its runs, spelled as in a Run; empty for commands without a mode."""
-        if self.name != "flax_apply":
+        if self.name not in ("flax_apply", "flax_grad"):
             return ""
         options = self.parsed.options
         return "train" if options["train"] else "eval" if options["eval"] else "as written"
@@ -112,7 +112,7 @@ MATCHES: dict[str, Callable[[CommandSite, Run], bool]] = {
     "apply": lambda site, run: site.has_call_of(run) and site.has_mode_of(run),
     "init": lambda site, run: site.has_call_of(run) and not is_build(run),
     "key": lambda site, run: run.call == site.parsed.rest,
-    "grad": lambda site, run: site.call is not None and run.call in (site.call.call, site.call.text),
+    "grad": lambda site, run: site.has_call_of(run) and site.has_mode_of(run),
 }
 """For each command of a run, whether a place with that command may have made the run."""
 
@@ -261,8 +261,12 @@ def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> Cell
 def _read_line(name: str, command: Command, line: str) -> tuple[str, LineOptions, CallExpression | None]:
     """Reads a command's line as name (`help` where it only shows that), options, and call where it takes one."""
     parsed = read(command, line if command.takes == "call" else line.rstrip("; "))
-    if parsed.help or (not parsed.rest and name in ("flax_apply", "flax_init")):
+    if parsed.help or (not parsed.rest and name in ("flax_apply", "flax_init", "flax_grad")):
         return "help", parsed, None
+    if name == "flax_grad":  # a run like that of an apply, without most of its options
+        options = {"train": not parsed.options["eval"], "key": (), "mutable": (), "eager": False}
+        options |= dict.fromkeys(("samples", "keys_of", "variables"))
+        parsed = parsed._replace(options={**options, **parsed.options})
     bare = name == "flax_summary" and parsed.rest.rstrip("; ").isidentifier()
     return name, parsed, parse_call(parsed.rest, command.name) if command.takes == "call" and not bare else None
 

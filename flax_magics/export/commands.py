@@ -12,7 +12,7 @@ import numpy as np
 from ..base.types import PyTree
 from ..cells.journal import Load, state_of
 from ..rng.keys import SPLIT
-from . import runs
+from . import losses, runs
 from .cells import MODELS
 from .context import CommandLines, ScriptContext, ScriptModel
 from .functions import CannotSay
@@ -47,7 +47,7 @@ def _key(command: CommandLines) -> list[str]:
 
 
 def _run(command: CommandLines) -> list[str]:
-    """`%flax_init` and `%flax_apply`. Raises CannotSay where no lines reproduce its runs."""
+    """`%flax_init`, `%flax_apply` and `%flax_grad`. Raises CannotSay where no lines reproduce its runs."""
     context, site = command.context, command.site
     if not command.indices:
         # A branch that was never taken: the runs of an equal line elsewhere show what it would do.
@@ -65,6 +65,8 @@ def _run(command: CommandLines) -> list[str]:
         raise CannotSay(context.lost[name])
     if site.name == "flax_init":
         return runs.init_nnx(command) if model.holds else runs.init_linen(command)
+    if site.name == "flax_grad":
+        return losses.grad_nnx(command) if model.holds else losses.grad_linen(command)
     return runs.apply_nnx(command) if model.holds else runs.apply_linen(command)
 
 
@@ -189,6 +191,7 @@ _WITHOUT_LINES = ("help", "flax", "flax_doctor", "flax_export", "flax_free", "fl
 LINES: Mapping[str, Callable[[CommandLines], list[str]]] = {
     **dict.fromkeys((*_WITHOUT_LINES, "flax_summary"), _nothing),
     "flax_apply": _run,
+    "flax_grad": _run,
     "flax_init": _run,
     "flax_key": _key,
     "flax_load": _load,

@@ -31,7 +31,7 @@ def _passed(command: CommandLines, keys: Collection[str]) -> list[str]:
     return [f"jnp.stack({name})" for name in keys]
 
 
-def _of_module(command: CommandLines, expression: str, module: str) -> str:
+def of_module(command: CommandLines, expression: str, module: str) -> str:
     """`expression` with `module` in the place of `MODULE`."""
     if "dataclasses." in expression:
         command.writer.needs.add("dataclasses")
@@ -51,7 +51,7 @@ def init_linen(command: CommandLines) -> list[str]:
     if site.target and not command.target:
         lines.append(f"{site.target} {model.variables}")
     command.context.assigned.add(model.variables)
-    lines += _keep_first_key(command, params)
+    lines += keep_first_key(command, params)
     return [*lines, *writer.show(label_of(call(f"{model.name}.init(", items[1:])), model.variables)]
 
 
@@ -132,7 +132,7 @@ def _init_items(command: CommandLines, facts: ExportFacts, keys: Keys, key: str)
         streams = (command.writer.text(stream) for stream in ("params", *facts.init_streams))
         key = "{" + ", ".join(f"{stream}: {key}" for stream in streams) + "}"
     arguments = _arguments(command, as_written(command.call.arguments), facts.init_arguments, keys)
-    return f"{_of_module(command, facts.init_module, command.model.name)}.init(", [key, *arguments, *_method(command)]
+    return f"{of_module(command, facts.init_module, command.model.name)}.init(", [key, *arguments, *_method(command)]
 
 
 def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], variables: str) -> tuple[str, list[str]]:
@@ -144,7 +144,7 @@ def _apply_items(command: CommandLines, keys: Keys, arguments: Sequence[str], va
         items.append(f"rngs={{{rngs}}}")
     if mutable:
         items.append(f"mutable=[{', '.join(map(writer.text, mutable))}]")
-    return f"{_of_module(command, facts.module, command.model.name)}.apply(", [*items, *_method(command)]
+    return f"{of_module(command, facts.module, command.model.name)}.apply(", [*items, *_method(command)]
 
 
 def _mutable(command: CommandLines) -> list[str]:
@@ -186,7 +186,7 @@ def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
     lines: list[str] = []
     if command.initialising:
         before, items = init_of(command.initialising[0], params)
-        lines = [call(f"{model.variables} = {before}", items), *_keep_first_key(command, params)]
+        lines = [call(f"{model.variables} = {before}", items), *keep_first_key(command, params)]
         # In a loop or a function only the first run initialises.
         if context.is_conditional(command.site):
             lines = [f"if {model.variables} is None:", *indented(lines, writer.unit)]
@@ -204,7 +204,7 @@ def _init_lines(command: CommandLines, keys: Keys, params: str) -> list[str]:
     return lines
 
 
-def _keep_first_key(command: CommandLines, params: str) -> list[str]:
+def keep_first_key(command: CommandLines, params: str) -> list[str]:
     """The line that keeps the key of the first init, for a method that adds variables later."""
     if not command.model.first_key:
         return []
@@ -231,12 +231,12 @@ def init_nnx(command: CommandLines) -> list[str]:
     """The lines of `%flax_init` for an NNX model: the same construction with other keys, into the same object."""
     target, state = command.site.target, f"nnx.state({command.model.name})"
     lines, key, params = command.keys_of_init(*SPLIT)
-    lines.append(_rebuilt(command, command.runs[-1], params, key("dropout")))
+    lines.append(rebuilt(command, command.runs[-1], params, key("dropout")))
     bind = [f"{target} {state}"] if target else []
     return [*lines, *bind, *command.writer.show(label_of(f"init {command.call.call}"), state)]
 
 
-def _rebuilt(command: CommandLines, run: Run, params: str, dropout: str) -> str:
+def rebuilt(command: CommandLines, run: Run, params: str, dropout: str) -> str:
     """The line that gives a module's own variables the values of a newly built module."""
     command.writer.needs.add("nnx")
     return f"nnx.update({command.model.name}, nnx.state({construction_of(run, params, dropout)}))"
@@ -253,7 +253,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
     lines, key, params = command.keys()
     keys = {stream: key(stream) for stream in (*facts.streams, *options["key"])}
     if command.initialising:
-        lines.append(_rebuilt(command, _build_before(command), params, key("dropout")))
+        lines.append(rebuilt(command, build_before(command), params, key("dropout")))
     if many and options["mutable"]:
         raise CannotSay("--mutable with --samples of an NNX model has no lines yet")
     keeps = options["variables"] is None and options["keys_of"] is None
@@ -268,9 +268,9 @@ def apply_nnx(command: CommandLines) -> list[str]:
     if many:
         return [*lines, *command.value_lines(_call_of_many(command, keys, module), parts=parts)]
     # In the order of a run: keys, mode, call, and the mode set back.
-    lines += [*_reseeded(command, keys, module), *_mode_lines(command, module)]
+    lines += [*reseeded(command, keys, module), *mode_lines(command, module)]
     value = _nnx_call(command, keys, module)
-    after = _mode_lines(command, module, back=True) if module == model else []
+    after = mode_lines(command, module, back=True) if module == model else []
     keep = [f"nnx.update({model}, nnx.state({module}))"] if module != model and keeps else []
     popped = f"nnx.pop({module}, nnx.Intermediate)" if facts.sown else ""
     if not options["mutable"]:
@@ -290,7 +290,7 @@ def apply_nnx(command: CommandLines) -> list[str]:
     return [*lines, *command.pair_lines(_updates(command, module, popped))]
 
 
-def _build_before(command: CommandLines) -> Run:
+def build_before(command: CommandLines) -> Run:
     """The init that built the module, for runs that build it again (after `--fresh`). Raises CannotSay."""
     if command.options["samples"] is not None:
         raise CannotSay("--samples of which the first built the module anew have no lines yet")
@@ -330,7 +330,7 @@ def _call_of_many(command: CommandLines, keys: Keys, module: str) -> str:
     rngs = _rngs(command, inside)
     if rngs:
         line = line.replace("rngs=rngs", f"rngs={rngs}")
-    inner = [f"{copy} = nnx.clone({name})", *_reseeded(command, inside, copy), *_mode_lines(command, copy), line]
+    inner = [f"{copy} = nnx.clone({name})", *reseeded(command, inside, copy), *mode_lines(command, copy), line]
     mapped = f"jax.vmap(one_sample)({', '.join(many)})"
     if not keys:
         mapped = f"jax.vmap(one_sample, axis_size={command.options['samples']})()"
@@ -355,7 +355,7 @@ def _starred_last(arguments: Sequence[str]) -> list[str]:
     return sorted(arguments, key=lambda argument: argument.startswith("*"))
 
 
-def _reseeded(command: CommandLines, keys: Keys, module: str) -> list[str]:
+def reseeded(command: CommandLines, keys: Keys, module: str) -> list[str]:
     """The line that gives the module's own random streams the keys of the draw; none if it holds none of these."""
     writer, facts = command.writer, command.facts
     streams = [f"{stream}={keys[stream]}" for stream in facts.streams if stream in facts.held]
@@ -376,11 +376,11 @@ def _rngs(command: CommandLines, keys: Keys) -> str:
     return f"nnx.Rngs({', '.join(f'{stream}={keys[stream]}' for stream in facts.streams if stream not in in_module)})"
 
 
-def _mode_lines(command: CommandLines, module: str, *, back: bool = False) -> list[str]:
+def mode_lines(command: CommandLines, module: str, *, back: bool = False) -> list[str]:
     """The lines that set the mode on the module; with `back` those that restore it."""
     mode = command.facts.mode
     lines = () if mode is None else mode.back or () if back else mode.to
-    return [_of_module(command, line, module) for line in lines]
+    return [of_module(command, line, module) for line in lines]
 
 
 def _updates(command: CommandLines, module: str, popped: str) -> str:

@@ -399,7 +399,7 @@ def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedState
 def _read_by(site: CommandSite) -> set[str]:
     """The names that a command's line reads."""
     texts = [site.parsed.options.get("variables") or ""]
-    if site.name in ("flax_apply", "flax_init", "flax_vars", "flaxmodel"):
+    if site.name in ("flax_apply", "flax_grad", "flax_init", "flax_vars", "flaxmodel"):
         texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.parsed.rest))
     names: set[str] = set()
     for text in texts:

@@ -61,9 +61,11 @@ class LineWriter:
         "functools": "import functools",
         "jax": "import jax",
         "jnp": "import jax.numpy as jnp",
+        "nn": "from flax import linen as nn",
         "nnx": "from flax import nnx",
         "safetensors": "import safetensors.flax",
         "traverse_util": "from flax import traverse_util",
+        "types": "import types",
     }
     # The comment after an init whose draw an apply elsewhere goes on with.
     STAYS: ClassVar[str] = "# The first run below splits this key again, and takes the rest of the draw."

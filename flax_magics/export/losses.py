@@ -1,0 +1,143 @@
+"""The lines for `%flax_grad`: a jitted function that takes loss and gradients as one does by hand."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+from ..line.call import CallExpression
+from ..line.expression import segment
+from ..run import ExportFacts
+from .context import CommandLines
+from .functions import CannotSay, JittedFunction, SplitArguments, as_written, split
+from .runs import build_before, keep_first_key, mode_lines, of_module, rebuilt, reseeded
+from .writer import call, indented
+
+
+def grad_linen(command: CommandLines) -> list[str]:
+    """The lines for a linen net: `jax.value_and_grad` over `nn.apply(loss, net)`.
+
+    Raises:
+      CannotSay: they cannot be said in plain lines yet, or its runs differ too much for one set of lines.
+    """
+    writer, model, facts = command.writer, command.model, command.facts
+    loss, after_net = _taken_apart(command)
+    if facts.axes or facts.sown:
+        raise CannotSay("its net names a mapped axis" if facts.axes else "its net sows values")
+    lines, key, params = command.keys()
+    switches = [f"{name}={value}" for name, value in facts.arguments]
+    module = of_module(command, facts.module, model.name)
+    writer.needs |= {"nn", "jax"}
+    if command.initialising:
+        lines += _init(command, loss, as_written(after_net.arguments), params)
+    names = {stream: f"{stream}_key" for stream in facts.streams}
+    arguments = split(writer, after_net, facts, ("jax", "nn", model.name, loss, "variables", "params", *names.values()))
+    items = [f"{{**variables, {writer.text('params')}: params}}", *arguments.inside, *switches]
+    if names:
+        items.append(f"rngs={{{', '.join(f'{writer.text(stream)}: {name}' for stream, name in names.items())}}}")
+    mutable = f", mutable=[{', '.join(map(writer.text, facts.mutable))}]" if facts.mutable else ""
+    applied = call(f"nn.apply({loss}, {module}{mutable})(", items)
+    metrics = "metrics" in facts.returns
+    body = [f"return {applied}"]
+    if metrics and mutable:
+        body = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
+    aux = ", has_aux=True" if metrics or mutable else ""
+    body = ["def loss_of(params):", *indented(body, writer.unit), ""]
+    body.append(f"return jax.value_and_grad(loss_of{aux})(variables[{writer.text('params')}])")
+    parameters = ("variables", *arguments.parameters, *names.values())
+    function = _function(command, loss, "jax.jit", parameters, body, arguments)
+    value = call(f"{function}(", [model.variables, *arguments.outside, *(key(stream) for stream in names)])
+    return [*lines, *_value_lines(command, value, metrics=metrics, updates="updates" if mutable else "")]
+
+
+def grad_nnx(command: CommandLines) -> list[str]:
+    """The lines for an NNX module: `nnx.value_and_grad` of a copy, of which nothing is kept.
+
+    Raises:
+      CannotSay: see `grad_linen`.
+    """
+    writer, model, facts = command.writer, command.model, command.facts
+    loss, after_net = _taken_apart(command)
+    kinds = [name for name in facts.mutable if name != "Intermediate"]
+    if facts.sown or facts.handed or any(name not in ("BatchStat", "Cache") for name in kinds):
+        raise CannotSay("what its net draws or writes has no lines yet")
+    lines, key, params = command.keys()
+    writer.needs.add("nnx")
+    if command.initialising:
+        lines.append(rebuilt(command, build_before(command), params, key("dropout")))
+    keys = {stream: key(stream) for stream in facts.streams}
+    copy = writer.variable(f"{model.name}_copy")
+    lines += [f"{copy} = nnx.clone({model.name})", *reseeded(command, keys, copy), *mode_lines(command, copy)]
+    switches = [f"{name}={value}" for name, value in facts.arguments]
+    arguments = split(writer, after_net, facts, ("nnx", loss, model.name))
+    metrics = "metrics" in facts.returns
+    taken = call(
+        f"nnx.value_and_grad({loss}{', has_aux=True' if metrics else ''})(",
+        [model.name, *arguments.inside, *switches],
+    )
+    function = _function(command, loss, "nnx.jit", (model.name, *arguments.parameters), [f"return {taken}"], arguments)
+    value = call(f"{function}(", [copy, *arguments.outside])
+    filters = [f"nnx.{name}" for name in kinds]
+    state = f"nnx.state({copy}, {filters[0] if len(filters) == 1 else f'nnx.Any({chr(44).join(filters)})'})"
+    return [*lines, *_value_lines(command, value, metrics=metrics, state=state if kinds else "")]
+
+
+def _taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
+    """The loss as it is written, and the call without the net."""
+    if command.options["freeze"]:
+        raise CannotSay("--freeze has no lines yet")
+    written = command.call
+    tree = written.tree
+    after_net = ast.Call(tree.func, tree.args[1:], tree.keywords)
+    return segment(written.text, tree.func), written._replace(tree=ast.copy_location(after_net, tree))
+
+
+def _init(command: CommandLines, loss: str, arguments: Sequence[str], params: str) -> list[str]:
+    """The lines of the init that was part of the first run."""
+    model, context = command.model, command.context
+    facts = command.initialising[0].spelling or ExportFacts()
+    if facts.init_streams or command.site.path:
+        raise CannotSay("its init is part of a loop, or asks for more streams than `params`")
+    context.assigned.add(model.variables)
+    module = of_module(command, facts.init_module, model.name)
+    items = [params, *arguments, *(f"{name}={value}" for name, value in facts.init_arguments)]
+    init = call(f"{model.variables} = nn.init({loss}, {module})(", items)
+    return [init, *keep_first_key(command, params)]
+
+
+def _function(
+    command: CommandLines,
+    loss: str,
+    decorator: str,
+    parameters: Sequence[str],
+    body: Sequence[str],
+    arguments: SplitArguments,
+) -> str:
+    name = f"{loss.rpartition('.')[2]}_and_grads"
+    names = (name, f"{name}_{command.site.mode}", f"{name}_{command.model.name}")
+    static = tuple(arguments.static)
+    function = JittedFunction(command.model.name, names, decorator, tuple(parameters), static, tuple(body))
+    return command.context.define(function, command.site)
+
+
+def _value_lines(command: CommandLines, value: str, *, metrics: bool, updates: str = "", state: str = "") -> list[str]:
+    """The lines that take the value apart, print its digest, and assign it under the names of `Gradients`."""
+    writer = command.writer
+    loss, grads = writer.variable("loss_value"), writer.variable("grads")
+    parts = {"loss": loss, "grads": grads}
+    names = [writer.variable(name) for name in ("metrics", updates) if name and (name != "metrics" or metrics)]
+    parts |= {"metrics": writer.variable("metrics")} if metrics else {}
+    parts |= {"updates": writer.variable("updates")} if updates else {}
+    aux = f"({', '.join(names)})" if len(names) == 2 else "".join(names)
+    lines = [f"{f'({loss}, {aux})' if aux else loss}, {grads} = {value}"]
+    if state:
+        parts["updates"] = writer.variable("updates")
+        lines.append(f"{parts['updates']} = {state}")
+    shown = ", ".join(f"{writer.text(name)}: {part}" for name, part in parts.items())
+    lines += writer.show(command.label, f"{{{shown}}}")
+    if command.site.target:
+        writer.needs.add("types")
+        missing = [f"{name}=None" for name in ("metrics", "updates") if name not in parts]
+        fields = [*(f"{name}={part}" for name, part in parts.items()), *missing]
+        lines.append(call(f"{command.site.target} types.SimpleNamespace(", fields))
+    return lines
