@@ -56,6 +56,23 @@ def hide_frames(folder: str) -> bool:
     return True
 
 
+def frames_of(source: object) -> list[tuple[str, int, str]]:
+    """(file, line, function) of the frames in which an equation was traced, innermost first, without JAX's own.
+
+    Args:
+      source: the equation's `source_info`.
+    """
+    try:
+        from jax._src.source_info_util import user_frames
+    except ImportError:
+        return []
+    try:
+        frames = list(user_frames(source.traceback))  # type: ignore[attr-defined]
+        return [(frame.file_name, frame.start_line, frame.function_name) for frame in frames]
+    except (AttributeError, TypeError):  # it takes something else in this version
+        return []
+
+
 def trace_context_of() -> Callable[[], tuple[object, ...]]:
     """JAX's function that returns every thread-local setting which a trace depends on, as a tuple.
 

@@ -357,13 +357,19 @@ def _through(equation: Equation, repeated: bool) -> tuple[int | None, ...]:
     return (None,) * len(equation.outvars)
 
 
+def scan_groups(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried; the rest is scanned over."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # Newer versions of JAX keep the three groups as trees.
+    consts, carries, _ = (len(list(group)) for group in params["ft_in"].unpack())
+    return consts, carries
+
+
 def _scan(equation: Equation) -> tuple[int | None, ...]:
     """`_through` for a scan: carries that each step returns unmodified, stacked outputs that are scanned inputs."""
     params = equation.params
-    if "num_consts" in params:
-        consts, carries = params["num_consts"], params["num_carry"]
-    else:  # newer versions of JAX keep the three groups as trees
-        consts, carries, _ = (len(list(group)) for group in params["ft_in"].unpack())
+    consts, carries = scan_groups(params)
     steps = forwarded(_open(params["jaxpr"]))
     if len(steps) != len(equation.outvars):
         return (None,) * len(equation.outvars)

@@ -1,13 +1,241 @@
-"""Why a gradient is zero or not finite."""
+"""Why a gradient is zero, or not finite: the module, the line and the value that made it so.
+
+Both are told from the very program that ran, traced once more with its modules recorded and evaluated equation by
+equation. It takes seconds rather than milliseconds, and happens only where there is something to explain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import linecache
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
 
+import jax
+import numpy as np
+from msgspec.structs import replace
+
+from ..base.private import frames_of
+from ..base.text import join, plural
+from ..base.types import Leaf
+from ..code.library import library_file
+from ..compile.jaxpr import Atom, Equation
+from ..compile.trace import TracedCall, trace_call
 from ..execution.execute import Execution
-from ..run import Note, Run
+from ..models.calls import Calls, Path
+from ..run import LayerGradient, Note, Run
+from .evaluation import Culprit, Level, culprit_of, is_bad
+
+ROWS = 4
+"""How many rows of a batch are named."""
 
 
 def notes_of(execution: Execution, run: Run) -> Iterator[Note]:
-    """Notes."""
-    yield from ()
+    """Notes on what is not finite, and on layers without a gradient where the reason can be measured."""
+    bad = any(map(is_bad, (run.output.loss, *_floats((run.output.grads, run.output.updates)))))
+    dead = [layer for layer in run.layers if _is_dead(layer)]
+    if not bad and not dead:
+        return
+    execution.request.services.on_phase(f"looking where {'it is not finite' if bad else 'no gradient gets through'}")
+    try:
+        evaluated = Evaluated(execution)
+    except Exception:  # a primitive that runs in no other way than compiled, or too little memory for all values
+        evaluated = None
+    if bad:
+        yield _not_finite(run, evaluated)
+    elif evaluated is not None:
+        yield from evaluated.dead(dead)
+
+
+def _floats(tree: object) -> list[Leaf]:
+    return [leaf for leaf in jax.tree_util.tree_leaves(tree) if hasattr(leaf, "dtype")]
+
+
+def _is_dead(layer: LayerGradient) -> bool:
+    trained = layer.parameters - layer.frozen
+    return trained > 0 and layer.zeros == trained
+
+
+def _not_finite(run: Run, evaluated: Evaluated | None) -> Note:
+    """The note on a loss, gradient or updated variable that is not finite."""
+    loss = run.output.loss
+    if is_bad(loss):
+        what = f"the loss is {_number(np.asarray(loss))}"
+    else:
+        layers = [layer for layer in run.layers if layer.bad]
+        named = _name(layers[0].path) if layers else ""
+        more = f" and {plural(len(layers) - 1, 'more layer')}" if len(layers) > 1 else ""
+        what = f"the loss is finite, and the gradient of {named}{more} is not"
+        what = what if layers else "the loss is finite, and what it writes into the variables is not"
+    why = "" if evaluated is None else evaluated.why()
+    return Note("nan", f"{what}: {why}" if why else what)
+
+
+class Evaluated:
+    """The program of a run with all values of its equations."""
+
+    def __init__(self, execution: Execution) -> None:
+        request, plan = execution.built.request, execution.plan
+        # What the run was given, so that the trace is the one of the program.
+        traced: TracedCall[None] = trace_call(replace(request, noted=True, guess=execution.result.needs))
+        inputs = request.variables, plan.keys(execution.request.draw), request.arguments.dynamic
+        paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
+        self.calls = traced.trace.calls or Calls()
+        self.names = [_named(path) for path, _ in paths]
+        self.top = Level(traced.traced.jaxpr, [jax.numpy.asarray(leaf) for _, leaf in paths])
+        outputs, _ = jax.tree_util.tree_flatten_with_path(traced.traced.out_info)
+        # `(Gradients, sown values)`: the name of each output's field.
+        self.fields = [path[1].key if path[0].idx == 0 else "" for path, _ in outputs]
+
+    def why(self) -> str:
+        """Where the first bad value comes from; empty where that cannot be told."""
+        outputs = list(zip(self.fields, self.top.jaxpr.outvars, strict=True))
+        ordered = [atom for field in ("loss", "grads", "updates") for name, atom in outputs if name == field]
+        bad = [atom for atom in ordered if is_bad(self.top.read(atom))]
+        if not bad:
+            return "evaluated op by op it is finite, so that it comes of how XLA has joined the operations"
+        culprit = next((found for atom in bad if (found := culprit_of(self.top, atom)) is not None), None)
+        if culprit is None:
+            return ""
+        return self._of_input(culprit) if culprit.equation is None else self._of_equation(culprit, culprit.equation)
+
+    def _of_input(self, culprit: Culprit) -> str:
+        name = dict(zip(self.top.jaxpr.invars, self.names, strict=True)).get(culprit.atom, "a constant")
+        values = np.asarray(culprit.level.read(culprit.atom))
+        if values.ndim < 2 or name.startswith("the variable"):
+            return f"{name} holds NaN"
+        rows = np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(axis=1))
+        more = " and more" if len(rows) > ROWS else ""
+        return f"{name} holds NaN in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows[:ROWS]))}{more}"
+
+    def _of_equation(self, culprit: Culprit, equation: Equation) -> str:
+        level = culprit.level
+        inputs = [np.asarray(level.read(atom)) for atom in equation.invars]
+        output = np.asarray(level.read(culprit.atom))
+        parts = [_spelled(equation.primitive.name, inputs, output)]
+        where = self.module_of(level, equation)
+        parts.append("in the loss itself" if where is None else f"in {_name(where)}")
+        if level.step:
+            parts.append(f"at {level.step} of the loop")
+        if "transpose(" in str(equation.source_info.name_stack):
+            parts.append("in the backward pass")
+        line = _line_of(equation)
+        return " ".join(parts) + (f", {line}" if line else "")
+
+    def module_of(self, level: Level, equation: Equation) -> Path | None:
+        """The path of the module in whose call an equation was traced; None for one of the loss's own."""
+        marks = [mark for mark in level.marks_at(equation) if mark in self.calls.made]
+        return self.calls.made[marks[-1]].path if marks else None
+
+    def dead(self, layers: list[LayerGradient]) -> Iterator[Note]:
+        """Notes on those of the layers for which a reason was measured."""
+        paths = {layer.path for layer in layers}
+        silent, unused = self._behind_dead_relus(paths), self._unused()
+        for path in sorted(paths):
+            if path in silent:
+                yield Note("gradient", f"{_name(path)} has no gradient: relu's input is negative for every example")
+            elif path in unused:
+                yield Note("gradient", f"{_name(path)} has no gradient: the loss does not depend on it")
+
+    def _behind_dead_relus(self, paths: set[Path]) -> set[Path]:
+        """Those of the modules at `paths` that are the last before a relu which is given nothing but negative numbers."""
+        modules: set[Path] = set()
+        for level, equation in self.top.equations():
+            if equation.primitive.name != "max" or not any(_is_zero(atom) for atom in equation.invars):
+                continue
+            given = [atom for atom in equation.invars if not hasattr(atom, "val")]
+            if all(bool((np.asarray(level.read(atom)) <= 0).all()) for atom in given):
+                modules |= self._nearest(paths, [(level, atom) for atom in given])
+        return modules
+
+    def _nearest(self, paths: set[Path], places: list[tuple[Level, Atom]]) -> set[Path]:
+        """Those of the modules at `paths` that are met first on the way back from `places`."""
+        found: set[Path] = set()
+        seen: set[tuple[int, int]] = set()
+        while places:
+            level, atom = places.pop()
+            if hasattr(atom, "val") or (id(level), id(atom)) in seen:
+                continue
+            seen.add((id(level), id(atom)))
+            if atom in level.outer:
+                places.append(level.outer[atom])
+            elif atom in level.makers:
+                equation, n = level.makers[atom]
+                inner = level.inner.get(id(equation))
+                path = self.module_of(level, equation)
+                if path in paths:
+                    found.add(path)
+                elif inner is not None:
+                    places.append((inner, inner.jaxpr.outvars[n]))
+                else:
+                    places += ((level, each) for each in equation.invars)
+        return found
+
+    def _unused(self) -> set[Path]:
+        """The modules on whose parameters the loss does not depend."""
+        jaxpr = self.top.jaxpr
+        needed = {id(var) for name, var in zip(self.fields, jaxpr.outvars, strict=True) if name == "loss"}
+        for equation in reversed(jaxpr.eqns):
+            if any(id(var) in needed for var in equation.outvars):
+                needed.update(map(id, equation.invars))
+        unused: dict[Path, bool] = {}
+        for var, name in zip(jaxpr.invars, self.names, strict=True):
+            if name.startswith(VARIABLE):
+                path = tuple(name.removeprefix(VARIABLE).rstrip("`").split("/"))[1:-1]
+                unused[path] = unused.get(path, True) and id(var) not in needed
+        return {path for path, is_unused in unused.items() if is_unused}
+
+
+def _name(path: Path) -> str:
+    return join(path) if path else "the model itself"
+
+
+VARIABLE = "the variable `"
+
+
+def _named(path: Sequence[object]) -> str:
+    """The name of an input: a variable by its path, an argument as it is called in the loss."""
+    which, *inside = path
+    if which.idx == 0:  # type: ignore[attr-defined]
+        return f"{VARIABLE}{'/'.join(str(getattr(key, 'key', getattr(key, 'name', key))) for key in inside)}`"
+    return f"`{inside[0].key}`" if which.idx == 2 else "a key"  # type: ignore[attr-defined]
+
+
+def _is_zero(atom: object) -> bool:
+    return hasattr(atom, "val") and np.ndim(atom.val) == 0 and float(atom.val) == 0.0
+
+
+WHOLE = ("dot_general", "conv_general", "reduce", "cum", "scatter", "gather", "sort", "select_and")
+"""How the names of operations begin that are not elementwise, whatever the shapes."""
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+def _spelled(name: str, inputs: list[Array], output: Array) -> str:
+    """`log(0) gives -inf`, for the first element that is not finite; for others than elementwise ones how large it was."""
+    at = tuple(int(n) for n in np.argwhere(~np.isfinite(output))[0])
+    result = _number(output[at])
+    fits = (not each.shape or each.ndim == output.ndim for each in inputs)
+    if all(fits) and not name.startswith(WHOLE):
+        with suppress(IndexError):  # it is not elementwise after all
+            elements = (each[tuple(0 if m == 1 else n for n, m in zip(at, each.shape, strict=False))] for each in inputs)
+            return f"{name}({', '.join(map(_number, elements))}) gives {result}"
+    floats = [each for each in inputs if each.size and jax.numpy.issubdtype(each.dtype, np.floating)]
+    most = max((float(np.max(np.abs(each.astype(np.float64)))) for each in floats), default=math.nan)
+    return f"{name} of {output.dtype} gives {result}, of numbers up to {most:.3g}"
+
+
+def _number(value: Array) -> str:
+    number = float(np.real(value)) if np.ndim(value) == 0 else math.nan
+    return "NaN" if math.isnan(number) else f"{number:.4g}"
+
+
+def _line_of(equation: Equation) -> str:
+    """Number and text of the user's line that an equation comes from; empty where no frame is the user's."""
+    for file, line, _ in frames_of(equation.source_info):
+        if library_file(file):
+            continue
+        text = linecache.getline(file, line).strip()
+        return f"line {line}: {text}" if text else f"line {line} of {file}"
+    return ""
