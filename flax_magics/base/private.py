@@ -141,6 +141,11 @@ def staging_of(key: Leaf) -> Staging | None:
         return None
 
 
+def trace_of(leaf: Leaf) -> object:
+    """The trace that a tracer belongs to; None for a value."""
+    return getattr(leaf, "_trace", None)
+
+
 def contents_of(mapping: Mapping[str, object]) -> Mapping[str, object]:
     """The dict inside a Flax `FrozenDict`; any other mapping itself."""
     # A FrozenDict wraps nested dicts anew at each access, so identities of its values never repeat.

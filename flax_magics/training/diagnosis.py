@@ -219,7 +219,9 @@ def _spelled(name: str, inputs: list[Array], output: Array) -> str:
     fits = (not each.shape or each.ndim == output.ndim for each in inputs)
     if all(fits) and not name.startswith(WHOLE):
         with suppress(IndexError):  # it is not elementwise after all
-            elements = (each[tuple(0 if m == 1 else n for n, m in zip(at, each.shape, strict=False))] for each in inputs)
+            elements = (
+                each[tuple(0 if m == 1 else n for n, m in zip(at, each.shape, strict=False))] for each in inputs
+            )
             return f"{name}({', '.join(map(_number, elements))}) gives {result}"
     floats = [each for each in inputs if each.size and jax.numpy.issubdtype(each.dtype, np.floating)]
     most = max((float(np.max(np.abs(each.astype(np.float64)))) for each in floats), default=math.nan)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 from msgspec.structs import replace
 
 from ..base.digest import own
-from ..code.library import library
+from ..code.library import is_module, library
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..errors import nearest, written
@@ -26,7 +27,7 @@ from ..state.entry import ModelEntry, Origin
 from ..state.runs import StoredRun
 from ..state.state import State
 from . import by_hand, diagnosis, layers
-from .loss import METHOD, Gradients, Loss, check_arguments, is_frozen
+from .loss import METHOD, Gradients, Loss, check_arguments, is_frozen, transformed
 
 
 def grad_model(
@@ -57,7 +58,15 @@ def grad_model(
     check_arguments(loss, name, call.args, call.kwargs, tuple(WHEN_TRAINING))
     of_loss = replace(entry, model=loss.as_model())
     call = replace(call, method=METHOD)
-    execution = execute(ApplyRequest(of_loss, call, ApplyOptions(mode=mode), draw, services, params_taken=shares))
+    request = ApplyRequest(of_loss, call, ApplyOptions(mode=mode), draw, services, params_taken=shares)
+    try:
+        execution = execute(request)
+    except jax.errors.UnexpectedTracerError as error:
+        # A value of a transform inside the trace: linen has written it into its scope there. Of one that the user's own
+        # code has kept from an earlier trace JAX tells all there is to say.
+        if f"{os.sep}flax{os.sep}" in str(error) or "DynamicJaxprTracer" not in str(error):
+            raise transformed(loss.name, error) from None
+        raise
     made, gradients = execution.variables.made, execution.result.output
     names = _written(gradients, nnx=entry.model.holds_variables)
     run = record.run_of_apply(
@@ -74,7 +83,7 @@ def grad_model(
     rows = layers.of(gradients, entry.model, execution.built.request.variables)
     gradients.layers, gradients.name = rows, name
     run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
-    run = run.with_notes((*said, *_notes(execution, loss, run, entry)))
+    run = run.with_notes((*said, *_notes(execution, loss, run, entry, state.models.values())))
     recipe = record.recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
@@ -130,7 +139,9 @@ def _by_hand(execution: Execution, loss: Loss, run: Run, names: set[str]) -> dic
     return {"by_hand": code, "spelling": facts}
 
 
-def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry) -> Iterator[Note]:
+def _notes(
+    execution: Execution, loss: Loss, run: Run, entry: ModelEntry, others: Iterable[ModelEntry]
+) -> Iterator[Note]:
     """The sharp bits of one run."""
     request, result, line = execution.request, execution.result, execution.request.line
     bound, services, name = request.bound, request.services, request.entry.name
@@ -145,6 +156,9 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry) -> Ite
     elif entry.outdated:
         yield notes.OUTDATED if not entry.model.holds_variables or entry.built else notes.outdated_own(name)
     yield from notes.of_scalars(execution.built.scalars, line)
+    constants = [value for value in (*bound.call.args, *bound.call.kwargs.values()) if is_module(value)]
+    for other in (model.name for model in others if any(value is model.model.module for value in constants)):
+        yield Note("constant", f"`{other}` is read as a constant: it gets no gradient, and keeps what it had")
     yield from _of_freeze(loss, entry, execution.built.request.variables, bound.call)
     yield from diagnosis.notes_of(execution, run)
 

@@ -20,6 +20,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from ..base.digest import describe, kind_of
+from ..base.private import trace_of
 from ..base.text import clean
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
@@ -164,7 +165,18 @@ class Loss(Struct, frozen=True, eq=False):
     def init(self, key: object, method: Path, args: Args, kwargs: Kwargs) -> dict[str, PyTree]:
         """`flax.linen.init(loss, net)`."""
         assert not self.model.holds_variables
-        return self.model.init(key, self.function, args, kwargs)
+        try:
+            variables = self.model.init(key, self.function, args, kwargs)
+            leaks = any(trace_of(leaf) not in (None, trace_of(key)) for leaf in jax.tree_util.tree_leaves(variables))
+        except jax.errors.UnexpectedTracerError:
+            leaks = True
+        if leaks:
+            message = (
+                f"`{self.name}` cannot initialise the net: it calls it inside a transform of JAX's own (jax.checkpoint,"
+                " jax.grad, …), out of which no new variables come. Initialise it by a call of its own before."
+            )
+            raise FlaxMagicsError(message, form="%flax_init net(…)")
+        return variables
 
     def forward(self, method: Path, ask: Needs, record: CallTrace, root_impl: str) -> Forward:
         """`jax.value_and_grad` of the loss by the parameters that are not frozen; its output are Gradients.
@@ -180,10 +192,12 @@ class Loss(Struct, frozen=True, eq=False):
                 raise FlaxMagicsError(f"there is no parameter of the net to take gradients by: {why}.")
 
             def loss_of(trained: PyTree) -> tuple[Leaf, tuple[PyTree, PyTree]]:
+                # Made anew in here: NNX lets no object be changed at another level of tracing than its own.
+                inside, named = jax.tree_util.tree_map(lambda leaf: leaf, (args, kwargs))
                 try:
-                    output, updates = run(parameters.put_into(variables, trained), keys, args, kwargs)
+                    output, updates = run(parameters.put_into(variables, trained), keys, inside, named)
                 except (flax_errors.JaxTransformError, flax_errors.TraceContextError) as error:
-                    raise _transformed(self.name, error) from None
+                    raise transformed(self.name, error) from None
                 value, metrics = read(self.name, output)
                 return value, (metrics, updates)
 
@@ -328,12 +342,14 @@ def _is_scalar(value: object) -> bool:
     return value.shape == () if _is_array(value) else isinstance(value, (bool, int, float))  # type: ignore[attr-defined]
 
 
-def _transformed(name: str, error: Exception) -> FlaxMagicsError:
+def transformed(name: str, error: Exception) -> FlaxMagicsError:
+    """The error for a loss that calls the net in a transform which the net's variables and keys do not pass."""
+    linen = not isinstance(error, flax_errors.TraceContextError)
     return FlaxMagicsError(
         f"`{name}` calls the net inside a transform of JAX's own (jax.grad, jax.checkpoint, jax.vmap, …), which knows"
-        " nothing of its variables and keys: what the net draws or writes there would be lost.",
-        hint=f"{type(error).__name__}: {str(error).splitlines()[0].split(' (https')[0]}",
-        edit="nn.remat(Block)(…)" if isinstance(error, flax_errors.JaxTransformError) else "nnx.remat(…)",
+        " nothing of its variables and keys: what the net draws or writes there would be lost. Flax's own transforms"
+        " in the model do.",
+        edit="nn.remat(Block)(…)" if linen else "nnx.remat(…)",
     )
 
 
