@@ -140,6 +140,12 @@ BATCH = SWITCHED.replace("%%flaxmodel", f"%%flaxmodel{AS_NET}")
 BATCH_INIT = "variables = %flax_init net(x, train=False)"
 ZEROS = "jax.tree_util.tree_map(jnp.zeros_like, variables)"
 KERNEL = "abs(get_ipython().run_line_magic('flax_vars', '-q net')['params']['Dense_0']['kernel']).sum()"
+SUM = "def loss(net, x):\n  return net(x).sum()"
+CHECKPOINT = "def loss(net, x):\n  return jax.checkpoint(lambda x: net(x))(x).sum()"
+OWN_BATCH = """%%flaxmodel
+from flax import nnx
+own = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+"""
 STEP = "params = jax.tree_util.tree_map(lambda leaf: leaf + 1, params)"
 DONATED = "for leaf in jax.tree_util.tree_leaves(variables): leaf.delete()"
 STEPPED = f"trained = {ZEROS}\n{DONATED}\nvariables = trained"
@@ -434,6 +440,30 @@ SCENARIOS = [
     Scenario(PROGRAMS, "for n in (1, 2, 3):\n  %flax_apply net(x, n);",
              (LOOP.format("for _ in range(n):\n      x = x + 1"),),
              edit=lambda cell, advice: LOOP.format("x = jax.lax.fori_loop(0, n, lambda _, y: y + 1, x)")),
+    # -- losses
+    Scenario("line.call._no_name", "%flax_grad (lambda net, x: net(x).sum())(net, x)", (NET,)),
+    Scenario("notebook.command.resolve_loss", "%flax_grad loss(x, net)", (NET, SUM), ("x",)),
+    Scenario("training.loss.check", "%flax_grad net(x)", (NET,), ("loss = net(batch).sum()",)),
+    Scenario("training.loss.check", "%flax_grad x(net)", (NET,), ("loss = net(batch).sum()",),
+             after="%flax_grad loss(net, x)"),
+    Scenario("training.loss.check", "%flax_grad loss(net, x)", (NET, f"{SUM}\nloss = jax.jit(loss)")),
+    Scenario("training.loss.check", "%flax_grad loss(net, x)",
+             (OWN, "other = N(2, rngs=nnx.Rngs(1))\ndef loss(net, x):\n  return (net(x) - other(x)).sum()"),
+             ("return (net(batch) - other(batch)).sum()",)),
+    Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  return net(x)"),
+             edit=put("return net(x)", gap="net(x)")),
+    Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  return 1"),
+             ("loss = net(batch).sum(); accuracy = loss",), after="%flax_grad loss(net, x)"),
+    Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  return net(x).sum(), 1"),
+             edit=lambda cell, advice: "labels = 0\ndef loss(net, x):\n  logits = net(x)\n  loss = logits.sum()\n  "
+                                       f"{advice}"),
+    Scenario("training.loss.init", "%flax_grad loss(net, x)", (NET, CHECKPOINT), ("x",), again=True),
+    Scenario("training.loss.transformed", "%flax_grad loss(own, x)", (OWN_BATCH, CHECKPOINT),
+             edit=lambda cell, advice: cell.replace("jax.checkpoint(lambda x: net(x))(x)",
+                                                    advice.replace("(…)", "(type(net).__call__)(net, x)"))),
+    Scenario("training.grad._of_switch", "%flax_grad loss(net, x)", (BATCH, SUM),
+             edit=lambda cell, advice: advice.replace("batch", "x").replace("… net(…", "return net(x") + ".sum()"),
+    Scenario("training.grad._of_freeze", "%flax_grad --freeze Dense loss(net, x)", (NET, SUM)),
     # -- keys, files, history
     Scenario("notebook.magics.flax", "%flax nothing"),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),

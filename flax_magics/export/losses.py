@@ -86,6 +86,8 @@ def _taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
     """The loss as it is written, and the call without the net."""
     if command.options["freeze"]:
         raise CannotSay("--freeze has no lines yet")
+    if not command.model.holds and any(note.kind == "constant" for run in command.runs for note in run.notes):
+        raise CannotSay("a second net in its call has no lines yet")
     written = command.call
     tree = written.tree
     after_net = ast.Call(tree.func, tree.args[1:], tree.keywords)

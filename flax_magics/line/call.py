@@ -294,7 +294,8 @@ def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
     if isinstance(root, ast.Call) and isinstance(call.func, ast.Attribute) and not _function_name(root)[:1].isupper():
         message = f"`{_short(text)}` is more than the model's call."
         return _refused(message, values_first(text, call, command, [root]))
-    name = next(fresh_names(_name_for(root, root), call))
+    of_loss = _name(command) == "%flax_grad"  # what is called there is a function, which no command registers
+    name = next(fresh_names("loss" if of_loss else _name_for(root, root), call))
     start, end = start_of(text, root), end_of(text, root)
     rest = f"{text[:start]}{name}{text[end:]}"
     try:
@@ -302,8 +303,9 @@ def _no_name(text: str, call: ast.Call, command: str) -> FlaxMagicsError:
         run = f"{command} {rest}"
     except FlaxMagicsError as error:  # `Net(3)(x).sum()`: after naming the model there is still more than a call
         run = error.write or error.form or f"{command} …"
-    message = f"`{_short(text[start:end])}` has no name: register it first."
-    return _refused(message, f"%flaxmodel {name} = {text[start:end]}\n{run}")
+    first = "give it one" if of_loss else "register it"
+    message = f"`{_short(text[start:end])}` has no name: {first} first."
+    return _refused(message, f"{'' if of_loss else '%flaxmodel '}{name} = {text[start:end]}\n{run}")
 
 
 def _function_name(node: ast.expr) -> str:

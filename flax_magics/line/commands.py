@@ -142,10 +142,10 @@ FLAX_GRAD = Command(
         QUIET,
     ),
     (
-        "%flax_grad loss(net, batch)",
-        "gradients = %flax_grad -q loss(net, batch)",
+        "def loss(net, x):\n  return (net(x) ** 2).mean()\n%flax_grad loss(net, x)",
+        "gradients = %flax_grad -q loss(net, x)",
         "gradients.loss, gradients.metrics, gradients.grads",
-        "%flax_grad --freeze */bias loss(net, batch)",
+        "%flax_grad --freeze */bias loss(net, x)",
     ),
 )
 

@@ -237,7 +237,7 @@ class CommandUse(Record):
         loss, args, kwargs = expression.construct(self.user_ns, self.local_ns)
         written = ast.unparse(expression.tree.func)
         name = first.id if isinstance(first, ast.Name) else "net"
-        check(loss, written, name, expression.command)
+        check(loss, expression.call, expression.command)
         is_known = name in self.notebook.session.models or name in self.notebook.session.waiting
         if not isinstance(first, ast.Name) or not (is_known or is_module(args[0]) or is_module_class(args[0])):
             text = "nothing" if first is None else f"`{ast.unparse(first)}`"

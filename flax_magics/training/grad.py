@@ -11,7 +11,8 @@ import jax
 from msgspec.structs import replace
 
 from ..base.digest import own
-from ..code.library import is_module, library
+from ..base.types import PyTree
+from ..code.library import library
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..errors import nearest, written
@@ -27,7 +28,7 @@ from ..state.entry import ModelEntry, Origin
 from ..state.runs import StoredRun
 from ..state.state import State
 from . import by_hand, diagnosis, layers
-from .loss import METHOD, Gradients, Loss, check_arguments, is_frozen, transformed
+from .loss import METHOD, Gradients, Loss, OtherNet, check_arguments, is_frozen, transformed
 
 
 def grad_model(
@@ -57,7 +58,10 @@ def grad_model(
     entry.check_alive(f"{name}(…)", next((note.write or note.form for note in said if note.kind == "weights"), None))
     check_arguments(loss, name, call.args, call.kwargs, tuple(WHEN_TRAINING))
     of_loss = replace(entry, model=loss.as_model())
-    call = replace(call, method=METHOD)
+    others = [other for other in state.models.values() if other.name != name]
+    read = [other for other in others if any(other.model.module is one for one in (*call.args, *call.kwargs.values()))]
+    call = replace(call, method=METHOD, args=tuple(_with_variables(one, read) for one in call.args))
+    call = replace(call, kwargs={key: _with_variables(value, read) for key, value in call.kwargs.items()})
     request = ApplyRequest(of_loss, call, ApplyOptions(mode=mode), draw, services, params_taken=shares)
     try:
         execution = execute(request)
@@ -83,7 +87,7 @@ def grad_model(
     rows = layers.of(gradients, entry.model, execution.built.request.variables)
     gradients.layers, gradients.name = rows, name
     run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
-    run = run.with_notes((*said, *_notes(execution, loss, run, entry, state.models.values())))
+    run = run.with_notes((*said, *_notes(execution, loss, run, entry, [other.name for other in read])))
     recipe = record.recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
@@ -94,6 +98,12 @@ def grad_model(
     return record.Outcome(
         run, stored, draw, replace(after, model=users_model), write=lambda: users_model.become(new_model)
     )
+
+
+def _with_variables(argument: PyTree, others: Iterable[ModelEntry]) -> PyTree:
+    """An argument that is another registered net of linen's together with its variables; any other as it is."""
+    other = next((other for other in others if other.model.module is argument), None)
+    return argument if other is None or other.variables is None else OtherNet(argument, other.variables)
 
 
 def _written(gradients: Gradients, *, nnx: bool) -> set[str]:
@@ -139,9 +149,7 @@ def _by_hand(execution: Execution, loss: Loss, run: Run, names: set[str]) -> dic
     return {"by_hand": code, "spelling": facts}
 
 
-def _notes(
-    execution: Execution, loss: Loss, run: Run, entry: ModelEntry, others: Iterable[ModelEntry]
-) -> Iterator[Note]:
+def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: Iterable[str]) -> Iterator[Note]:
     """The sharp bits of one run."""
     request, result, line = execution.request, execution.result, execution.request.line
     bound, services, name = request.bound, request.services, request.entry.name
@@ -156,8 +164,7 @@ def _notes(
     elif entry.outdated:
         yield notes.OUTDATED if not entry.model.holds_variables or entry.built else notes.outdated_own(name)
     yield from notes.of_scalars(execution.built.scalars, line)
-    constants = [value for value in (*bound.call.args, *bound.call.kwargs.values()) if is_module(value)]
-    for other in (model.name for model in others if any(value is model.model.module for value in constants)):
+    for other in read:
         yield Note("constant", f"`{other}` is read as a constant: it gets no gradient, and keeps what it had")
     yield from _of_freeze(loss, entry, execution.built.request.variables, bound.call)
     yield from diagnosis.notes_of(execution, run)

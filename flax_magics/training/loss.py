@@ -27,7 +27,7 @@ from ..code.fingerprint import Fingerprint
 from ..code.library import is_module, loads_of, nnx_modules
 from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError, written
-from ..line.expression import positional_names
+from ..line.expression import positional_names, with_arguments
 from ..models.base import ARGUMENTS, SOWN, CallTrace, Forward, Model, ModelRecord, Needs, Variables
 from ..models.calls import Args, Function, Kwargs, Names, Path, readable_signature, without_self
 from ..report.html import render
@@ -89,6 +89,27 @@ class Gradients:
         """For JAX."""
         grads, loss, metrics, updates = children
         return cls(loss, metrics, grads, updates)
+
+
+@jax.tree_util.register_pytree_node_class
+class OtherNet:
+    """Another linen net among the arguments of a loss, with its variables: in the loss it is the bound module."""
+
+    def __init__(self, module: Any, variables: Variables) -> None:
+        self.module, self.variables = module, variables
+
+    def tree_flatten(self) -> tuple[tuple[Variables], Any]:
+        """For JAX: the variables are data."""
+        return (self.variables,), self.module
+
+    @classmethod
+    def tree_unflatten(cls, module: Any, children: tuple[Variables]) -> OtherNet:
+        """For JAX."""
+        return cls(module, *children)
+
+
+def _bound(argument: PyTree) -> PyTree:
+    return argument.module.bind(argument.variables) if isinstance(argument, OtherNet) else argument
 
 
 class Loss(Struct, frozen=True, eq=False):
@@ -166,6 +187,7 @@ class Loss(Struct, frozen=True, eq=False):
         """`flax.linen.init(loss, net)`."""
         assert not self.model.holds_variables
         try:
+            args, kwargs = tuple(map(_bound, args)), {name: _bound(value) for name, value in kwargs.items()}
             variables = self.model.init(key, self.function, args, kwargs)
             leaks = any(trace_of(leaf) not in (None, trace_of(key)) for leaf in jax.tree_util.tree_leaves(variables))
         except jax.errors.UnexpectedTracerError:
@@ -194,6 +216,7 @@ class Loss(Struct, frozen=True, eq=False):
             def loss_of(trained: PyTree) -> tuple[Leaf, tuple[PyTree, PyTree]]:
                 # Made anew in here: NNX lets no object be changed at another level of tracing than its own.
                 inside, named = jax.tree_util.tree_map(lambda leaf: leaf, (args, kwargs))
+                inside, named = tuple(map(_bound, inside)), {name: _bound(value) for name, value in named.items()}
                 try:
                     output, updates = run(parameters.put_into(variables, trained), keys, inside, named)
                 except (flax_errors.JaxTransformError, flax_errors.TraceContextError) as error:
@@ -353,36 +376,38 @@ def transformed(name: str, error: Exception) -> FlaxMagicsError:
     )
 
 
-def check(function: Any, name: str, model: str, command: str) -> None:
+def check(function: Any, call: str, command: str) -> None:
     """Checks what can be told of a loss before it is called.
 
     Args:
-      name: how it is written; `model`: of the net; `command`: with its options.
+      call: the loss's, as it is written: `loss(net, batch)`.
+      command: with its options.
 
     Raises:
       FlaxMagicsError: it is no function of the user's own, or it is jitted, or it closes over an NNX module.
     """
-    form = f"def {name if name.isidentifier() else 'loss'}(net, batch):\n  …\n  return loss"
+    name, _, arguments = call.partition("(")
     if is_module(function):
         message = f"`{name}` is a model, and gradients are of a loss: a function that takes the model first."
-        raise FlaxMagicsError(message, form=f"def loss(net, batch):\n  …\n  return loss\n{command} loss({name}, …)")
+        line = f"{command} loss({name}, {arguments}" if arguments != ")" else f"{command} loss({name})"
+        raise FlaxMagicsError(message, form=f"def loss(net, batch):\n  …\n  return loss\n{line}")
     if not callable(function) or isinstance(function, type):
         message = f"`{name}` is {kind_of(function)}, and a loss is a function that takes the model first."
-        raise FlaxMagicsError(message, form=form)
-    inner = getattr(function, "__wrapped__", None)
+        raise FlaxMagicsError(message, form="def loss(net, batch):\n  …\n  return loss")
     if type(function).__module__.partition(".")[0] in ("jax", "jaxlib", "flax"):
         message = (
             f"`{name}` is jitted, or wrapped by another transform: what the net draws and writes inside would be lost,"
             " and the whole is compiled in any case."
         )
-        lines = {} if inner is None else written(f"{command} {name}.__wrapped__({model}, …)")
-        raise FlaxMagicsError(message, **lines)
+        is_open = hasattr(function, "__wrapped__")
+        raise FlaxMagicsError(message, **(written(f"{command} {name}.__wrapped__({arguments}") if is_open else {}))
     for held_by, value in _reads(function):
         if isinstance(value, nnx_modules()):
             raise FlaxMagicsError(
                 f"`{name}` reads `{held_by}`, an NNX module, from outside: it would be fixed in the program as it is now."
                 " The net is the first argument, and another module is passed beside it.",
-                form=f"def {name.rpartition('.')[2]}(net, batch, {held_by}):\n  …\n{command} {name}({model}, …, {held_by})",
+                form=f"def {name.rpartition('.')[2]}(net, batch, {held_by}):\n  …\n"
+                f"{command} {with_arguments(call, [held_by])}",
             )
 
 

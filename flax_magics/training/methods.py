@@ -54,7 +54,8 @@ class LossMethods:
         if mode not in ("train", "eval"):
             raise FlaxMagicsError(f"`mode` is 'train' or 'eval', not {mode!r}.")
         name = entry_of(self._state.models, model).name
-        called = getattr(loss, "__name__", "loss")
+        called = str(getattr(loss, "__name__", "loss"))
+        called = called if called.isidentifier() else "loss"  # a lambda
         arguments = ", ".join([name, *["…"] * len(args), *(f"{key}=…" for key in kwargs)])
         patterns = as_names(freeze)
         options = ["%flax_grad", *(["--eval"] if mode == "eval" else []), *(f"--freeze {one}" for one in patterns)]
@@ -77,10 +78,9 @@ class LossMethods:
         self._stand_outside(surroundings.of_state, line, line)
         from .grad import grad_model
 
-        written = call.text.partition("(")[0]
-        check(function, written, name, call.command)
+        check(function, call.text, call.command)
         entry, more = self._entry_now(name, module)
-        loss = Loss.of(entry.model, function, written, freeze)
+        loss = Loss.of(entry.model, function, call.text.partition("(")[0], freeze)
         outcome = grad_model(self._state, entry, loss, call, self.services, mode=mode, said=(*more, *notes))
         self._commit(outcome)
         return outcome.run
