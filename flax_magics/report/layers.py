@@ -77,14 +77,17 @@ def _range(column: tuple[float | str, ...]) -> str:
     broken = next((value for value in numbers if not math.isfinite(value)), None)
     if broken is not None:
         return "NaN" if math.isnan(broken) else "inf"
-    texts = dict.fromkeys(_spell(value) for value in (min(numbers), max(numbers)))
-    return " … ".join(texts)
+    least, most = min(numbers), max(numbers)
+    if _spell(least) == _spell(most):
+        return _spell(least)
+    # Two digits are enough for a range, and leave room for names.
+    return f"{_spell(least, 2).removesuffix(' %')} … {_spell(most, 2)}"
 
 
-def _spell(value: float) -> str:
+def _spell(value: float, digits: int = 3) -> str:
     if isinstance(value, Share):
         return share(value) if value else "0 %"
-    return count(value) if isinstance(value, int) else f"{value:.3g}"
+    return count(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
 def _sum(path: Path, cls: str, parts: Sequence[LayerGradient]) -> LayerGradient:
