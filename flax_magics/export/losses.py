@@ -13,6 +13,12 @@ from .functions import CannotSay, JittedFunction, SplitArguments, as_written, sp
 from .runs import build_before, keep_first_key, mode_lines, of_module, rebuilt, reseeded
 from .writer import call, indented
 
+TAKEN = (
+    *("jax", "nn", "nnx", "fnmatch", "traverse_util", "variables", "params", "frozen", "trained"),
+    *("loss_of", "is_trained", "value", "metrics", "updates", "result", "grads"),
+)
+"""Names in the functions that no parameter may have."""
+
 
 def grad_linen(command: CommandLines) -> list[str]:
     """The lines for a linen net: `jax.value_and_grad` over `nn.apply(loss, net)`.
@@ -31,21 +37,37 @@ def grad_linen(command: CommandLines) -> list[str]:
     if command.initialising:
         lines += _init(command, loss, as_written(after_net.arguments), params)
     names = {stream: f"{stream}_key" for stream in facts.streams}
-    arguments = split(writer, after_net, facts, ("jax", "nn", model.name, loss, "variables", "params", *names.values()))
+    arguments = split(writer, after_net, facts, (*TAKEN, model.name, loss, *names.values()))
     items = [f"{{**variables, {writer.text('params')}: params}}", *arguments.inside, *switches]
     if names:
         items.append(f"rngs={{{', '.join(f'{writer.text(stream)}: {name}' for stream, name in names.items())}}}")
     mutable = f", mutable=[{', '.join(map(writer.text, facts.mutable))}]" if facts.mutable else ""
     applied = call(f"nn.apply({loss}, {module}{mutable})(", items)
     metrics = "metrics" in facts.returns
-    body = [f"return {applied}"]
+    inside = [f"return {applied}"]
     if metrics and mutable:
-        body = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
+        inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
     aux = ", has_aux=True" if metrics or mutable else ""
-    body = ["def loss_of(params):", *indented(body, writer.unit), ""]
-    body.append(f"return jax.value_and_grad(loss_of{aux})(variables[{writer.text('params')}])")
+    own, frozen, sep = writer.text("params"), _patterns(command), f"sep={writer.text('/')}"
+    body = ["def loss_of(params):", *indented(inside, writer.unit), ""]
+    body.append(f"return jax.value_and_grad(loss_of{aux})(variables[{own}])")
+    if frozen:
+        writer.needs |= {"fnmatch", "traverse_util"}
+        is_frozen = f"any(fnmatch.fnmatchcase(name, pattern) for pattern in {frozen})"
+        merged = f"params = traverse_util.unflatten_dict({{**frozen, **trained}}, {sep})"
+        body = [
+            f"params = traverse_util.flatten_dict(variables[{own}], {sep})",
+            f"frozen = {{name: value for name, value in params.items() if {is_frozen}}}",
+            "trained = {name: value for name, value in params.items() if name not in frozen}",
+            "",
+            "def loss_of(trained):",
+            *indented([merged, *inside], writer.unit),
+            "",
+            f"result, grads = jax.value_and_grad(loss_of{aux})(trained)",
+            f"return result, traverse_util.unflatten_dict(grads, {sep})",
+        ]
     parameters = ("variables", *arguments.parameters, *names.values())
-    function = _function(command, loss, "jax.jit", parameters, body, arguments)
+    function = _function(command, loss, parameters, body, arguments)
     value = call(f"{function}(", [model.variables, *arguments.outside, *(key(stream) for stream in names)])
     return [*lines, *_value_lines(command, value, metrics=metrics, updates="updates" if mutable else "")]
 
@@ -69,13 +91,19 @@ def grad_nnx(command: CommandLines) -> list[str]:
     copy = writer.variable(f"{model.name}_copy")
     lines += [f"{copy} = nnx.clone({model.name})", *reseeded(command, keys, copy), *mode_lines(command, copy)]
     switches = [f"{name}={value}" for name, value in facts.arguments]
-    arguments = split(writer, after_net, facts, ("nnx", loss, model.name))
+    arguments = split(writer, after_net, facts, (*TAKEN, loss, model.name))
     metrics = "metrics" in facts.returns
-    taken = call(
-        f"nnx.value_and_grad({loss}{', has_aux=True' if metrics else ''})(",
-        [model.name, *arguments.inside, *switches],
-    )
-    function = _function(command, loss, "nnx.jit", (model.name, *arguments.parameters), [f"return {taken}"], arguments)
+    frozen, of, aux = _patterns(command), "", ", has_aux=True" if metrics else ""
+    body: list[str] = []
+    if frozen:
+        writer.needs.add("fnmatch")
+        of = ", argnums=nnx.DiffState(0, is_trained)"
+        named = f"({writer.text('/')}.join(map(str, path)), type(value).__name__)"
+        matches = f"fnmatch.fnmatchcase(name, pattern) for name in {named} for pattern in {frozen}"
+        inside = [f"frozen = any({matches})", "return isinstance(value, nnx.Param) and not frozen"]
+        body = ["def is_trained(path, value):", *indented(inside, writer.unit), ""]
+    body.append(call(f"return nnx.value_and_grad({loss}{of}{aux})(", [model.name, *arguments.inside, *switches]))
+    function = _function(command, loss, (model.name, *arguments.parameters), body, arguments)
     value = call(f"{function}(", [copy, *arguments.outside])
     filters = [f"nnx.{name}" for name in kinds]
     state = f"nnx.state({copy}, {filters[0] if len(filters) == 1 else f'nnx.Any({chr(44).join(filters)})'})"
@@ -84,8 +112,6 @@ def grad_nnx(command: CommandLines) -> list[str]:
 
 def _taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
     """The loss as it is written, and the call without the net."""
-    if command.options["freeze"]:
-        raise CannotSay("--freeze has no lines yet")
     if not command.model.holds and any(note.kind == "constant" for run in command.runs for note in run.notes):
         raise CannotSay("a second net in its call has no lines yet")
     written = command.call
@@ -94,27 +120,32 @@ def _taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
     return segment(written.text, tree.func), written._replace(tree=ast.copy_location(after_net, tree))
 
 
+def _patterns(command: CommandLines) -> str:
+    """The patterns of `--freeze` as a tuple's text, each also for what is inside a module; empty without the option."""
+    patterns = [pattern for one in command.options["freeze"] for pattern in (one, f"{one}/*")]
+    return f"({', '.join(map(command.writer.text, patterns))})" if patterns else ""
+
+
 def _init(command: CommandLines, loss: str, arguments: Sequence[str], params: str) -> list[str]:
     """The lines of the init that was part of the first run."""
     model, context = command.model, command.context
     facts = command.initialising[0].spelling or ExportFacts()
-    if facts.init_streams or command.site.path:
-        raise CannotSay("its init is part of a loop, or asks for more streams than `params`")
+    if facts.init_streams:
+        raise CannotSay("its init asks for more streams than `params`")
     context.assigned.add(model.variables)
     module = of_module(command, facts.init_module, model.name)
     items = [params, *arguments, *(f"{name}={value}" for name, value in facts.init_arguments)]
-    init = call(f"{model.variables} = nn.init({loss}, {module})(", items)
-    return [init, *keep_first_key(command, params)]
+    lines = [call(f"{model.variables} = nn.init({loss}, {module})(", items), *keep_first_key(command, params)]
+    # In a loop or a function only the first run initialises.
+    conditional = context.is_conditional(command.site)
+    return [f"if {model.variables} is None:", *indented(lines, command.writer.unit)] if conditional else lines
 
 
 def _function(
-    command: CommandLines,
-    loss: str,
-    decorator: str,
-    parameters: Sequence[str],
-    body: Sequence[str],
-    arguments: SplitArguments,
+    command: CommandLines, loss: str, parameters: Sequence[str], body: Sequence[str], arguments: SplitArguments
 ) -> str:
+    """Makes sure that the jitted function is defined, and returns its name."""
+    decorator = "nnx.jit" if command.model.holds else "jax.jit"
     name = f"{loss.rpartition('.')[2]}_and_grads"
     names = (name, f"{name}_{command.site.mode}", f"{name}_{command.model.name}")
     static = tuple(arguments.static)

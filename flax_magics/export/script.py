@@ -75,6 +75,11 @@ class RootKeyTracker:
         drawn = {index: run.samples or 1 for index, run in runs.items() if not run.replayed}
         # The apply after an init shares its draw, which is counted there.
         moves = sum(many for index, many in drawn.items() if index not in self.context.groups.leader)
+        if self.at is not None and drawn:
+            # An init that left the root key where it was, for the run after it to split, has counted nothing.
+            last = runs[max(drawn)]
+            behind = last.draw + (last.samples or 1) - 1 - self.at[1]
+            moves = max(moves, behind) if last.seed == self.at[0] else moves
         if not moves:
             return []
         said = []

@@ -58,6 +58,7 @@ class LineWriter:
 
     IMPORTS: ClassVar[dict[str, str]] = {
         "dataclasses": "import dataclasses",
+        "fnmatch": "import fnmatch",
         "functools": "import functools",
         "jax": "import jax",
         "jnp": "import jax.numpy as jnp",
