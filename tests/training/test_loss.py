@@ -219,6 +219,7 @@ def test_a_run_of_gradients_is_replayed():
     assert (replayed.command, replayed.agreement.identical, replayed.program) == ("grad", True, "reused")
     session.programs.by_call.clear()
     session.programs.by_text.clear()
+    assert run.digest is not None
     del run
     assert session.replay(1).agreement.identical is True
 
