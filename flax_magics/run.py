@@ -33,11 +33,13 @@ class CommandKind(Struct, frozen=True):
       forward: the model, or a loss of it, is called, compiled or eagerly, and its result is the output.
       opens: the run makes variables from a draw's `params` key and leaves the draw open: if the model's next run is a
         forward run, it uses the other streams of the same draw.
+      loss: what is called is a function of the user's, with the model as its first argument.
     """
 
     model: bool
     forward: bool
     opens: bool
+    loss: bool = False
 
 
 CommandName = Literal["apply", "init", "key", "grad"]
@@ -46,7 +48,7 @@ COMMANDS: dict[CommandName, CommandKind] = {
     "apply": CommandKind(model=True, forward=True, opens=False),
     "init": CommandKind(model=True, forward=False, opens=True),
     "key": CommandKind(model=False, forward=False, opens=False),
-    "grad": CommandKind(model=True, forward=True, opens=False),
+    "grad": CommandKind(model=True, forward=True, opens=False, loss=True),
 }
 """The commands that draw. A module that needs more per command has a dict of its own with the same keys."""
 

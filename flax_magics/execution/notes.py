@@ -212,7 +212,8 @@ def _finding_nan(run: Run) -> dict[str, str]:
     added = {} if run.inputs is RELEASED else run.inputs[1]
     # Beyond the mode's switches, an argument that is not in the call's text was passed by `--key`.
     by_key = any(name not in WHEN_TRAINING and f"{name}=" not in run.call for name in added)
-    if by_key or run.inputs is RELEASED or run.samples is not None or run.weights == FOR_THIS_RUN:
+    # A loss that holds NaN says where it comes from; here only a metric can hold some.
+    if by_key or run.inputs is RELEASED or run.samples is not None or run.weights == FOR_THIS_RUN or run.kind.loss:
         return {}
     mode = f"--{run.mode} " if run.mode in ("train", "eval") else ""
     return written(f"import jax\nwith jax.debug_nans(True):\n    %flax_apply --eager --keys-of last {mode}{run.call}")

@@ -260,7 +260,7 @@ def _line_of(run: Run, file: _File | None, files: _Files) -> str:
         values += [f"{name}={files.spelled(value, file)}" for name, value in kwargs.items() if name not in added]
         arguments = ", ".join(values)
     called = run.call.partition("(")[0]
-    if run.command == "grad":
+    if run.kind.loss:
         return _line_of_grad(run, called, arguments, files)
     if "…" in arguments:
         return f"# Left out: {run.command} {called}({arguments}): its input has no name at the top of a file."

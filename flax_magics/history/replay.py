@@ -97,10 +97,11 @@ class Replaying(Struct, frozen=True):
             return Repeat(facts.keys[facts.call], {}, "", Timing())
         what = f"draw {facts.draw} of seed {facts.seed}"
         if facts.elsewhere is not None:
+            again = "" if facts.kind.loss else " With inputs of its own a run takes the same keys."
             raise FlaxMagicsError(
                 f"{what} cannot be run again: it ran in the session that was saved, and its inputs are not in the file."
-                " With inputs of its own a run takes the same keys.",
-                form=_same_keys(facts) if facts.command != "grad" else None,
+                f"{again}",
+                form=None if facts.kind.loss else _same_keys(facts),
             )
         if origin is None or stored.inputs is None:
             raise FlaxMagicsError(

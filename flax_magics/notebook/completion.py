@@ -11,13 +11,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from traitlets import Bool, Dict, Enum, Int, TraitType
 
 from ..base.tokens import Unbalanced, pieces, token_end, variable_name
 from ..code.library import is_module, is_module_class
-from ..line.commands import COMMANDS, KINDS
+from ..line.commands import COMMANDS, FLAX_GRAD, KINDS
 from ..line.options import Command, Option
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def completions(line: str, text: str, commands: Mapping[str, Command], names: Na
     ]
     if rest.startswith("-"):
         return flags
-    return [*_choices(command.takes, rest, text, names), *(flags if not rest or command.takes == "file" else ())]
+    takes = "loss" if command is FLAX_GRAD else command.takes
+    return [*_choices(takes, rest, text, names), *(flags if not rest or command.takes == "file" else ())]
 
 
 def values_of_setting(line: str, text: str, settings: Mapping[str, TraitType[Any, Any]]) -> list[str]:
@@ -138,6 +140,10 @@ def _choices(takes: str, rest: str, text: str, names: Names) -> list[str]:
             return files(rest, text)
         case "variables":
             return _expression(rest, text, values, lambda value: isinstance(value, Mapping))
+        case "loss" if "(" in rest:
+            return _expression(rest, text, values, _is_array if "," in rest else _is_instance)
+        case "loss":
+            choices = [name for name, value in values.items() if isinstance(value, FunctionType) and name[:1] != "_"]
         case "call" if not _PATH.fullmatch(rest) and rest:
             return _in_call(rest, text, names)
         case "call" if "." in rest:
@@ -253,6 +259,11 @@ def _is_array(value: object) -> bool:
 def _is_model(value: object) -> bool:
     """Whether `value` is a Flax module or a class of modules; looking does not import Flax."""
     return "flax.linen" in sys.modules and (is_module(value) or is_module_class(value))
+
+
+def _is_instance(value: object) -> bool:
+    """Whether `value` is a Flax module, the first argument of a loss."""
+    return _is_model(value) and not isinstance(value, type)
 
 
 def _is_flaxs(cls: type) -> bool:

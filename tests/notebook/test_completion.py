@@ -130,6 +130,7 @@ def offered(shell: Any, cell: str) -> list[str]:
         ("s = %flax_summary --b", "--b", ["--backward"]),
         ("%flax_summary --train net.en", "net.en", ["net.encode"]),
         ("%flax_summary net(x, tr", "tr", ["train="]),
+        ("g = %flax_grad --fr", "--fr", ["--freeze"]),
     ],
 )
 def test_other_commands_are_offered_what_an_apply_is(line: str, text: str, expected: list[str]) -> None:
@@ -285,6 +286,9 @@ FIRST = [
     ("%flax_apply bayes(image, mask=m", ["mean", "model_fn", "most", "map", "max", "memoryview", "min"]),
     ("%flax_init bayes([x, {'a': im", ["image"]),
     ("%flax_summary sampler(x * me", ["mean", "memoryview"]),
+    ("%flax_grad model_f", ["model_fn"]),
+    ("%flax_grad --eval loss(sam", ["sampler"]),
+    ("%flax_grad loss(bayes, im", ["image"]),
 ]
 """Lines, and what is offered first; all that is, where a letter is typed."""
 
