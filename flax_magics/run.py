@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -122,6 +122,12 @@ class LayerGradient(Struct, frozen=True):
     weights: float = 0.0
     zeros: int = 0
     bad: int = 0
+
+    @classmethod
+    def of_all(cls, parts: Sequence[LayerGradient], path: tuple[str, ...] = (), of: str = "") -> LayerGradient:
+        """The gradient by the parameters of all `parts` together, under `path` and with the class `of`."""
+        sums = {name: sum(getattr(part, name) for part in parts) for name in cls.__struct_fields__[2:]}
+        return cls(path, of, **sums)
 
 
 class Released:

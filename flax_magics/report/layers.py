@@ -90,11 +90,6 @@ def _spell(value: float, digits: int = 3) -> str:
     return count(value) if isinstance(value, int) else f"{value:.{digits}g}"
 
 
-def _sum(path: Path, cls: str, parts: Sequence[LayerGradient]) -> LayerGradient:
-    sums = {name: sum(getattr(part, name) for part in parts) for name in LayerGradient.__struct_fields__[2:]}
-    return LayerGradient(path, cls, **sums)
-
-
 def tree(layers: Sequence[LayerGradient], name: str) -> GradientRow:
     """The row of the model called `name`, with everything inside folded that repeats."""
     inside: dict[Path, dict[Path, None]] = {}
@@ -107,7 +102,7 @@ def tree(layers: Sequence[LayerGradient], name: str) -> GradientRow:
         rows = [row(below) for below in sorted(inside.get(path, ()), key=lambda below: natural(below[-1]))]
         mine = own.get(path)
         parts = [*([mine] if mine is not None else []), *(layer for part in rows for layer in part.each)]
-        whole = _sum(path, "" if mine is None else mine.cls, parts)
+        whole = LayerGradient.of_all(parts, path, "" if mine is None else mine.cls)
         return GradientRow(clean(path[-1] if path else name), clean(whole.cls), (whole,), tuple(_fold(rows)))
 
     return row(())
@@ -130,7 +125,9 @@ def _fold(rows: list[GradientRow]) -> Iterator[GradientRow]:
             yield _merged(same[0])
         else:
             part = rows[begin : begin + turn * times]
-            every = (_sum((), "", [row.each[0] for row in part[n : n + turn]]) for n in range(0, len(part), turn))
+            every = (
+                LayerGradient.of_all([row.each[0] for row in part[n : n + turn]]) for n in range(0, len(part), turn)
+            )
             kinds = ", ".join(row.cls or row.name for row in part[:turn])
             name = f"{part[0].name} … {part[-1].name}"
             yield GradientRow(name, f"{times} × ({kinds})", tuple(every), tuple(map(_merged, same)))

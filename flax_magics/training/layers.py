@@ -49,27 +49,21 @@ def of(gradients: Gradients, model: Model, variables: Variables) -> tuple[LayerG
     for path, weight in _parameters(model, variables):
         owner, parts = path[:-1], measured.get(path)
         gradient = parts.pop(0) if parts else None
-        rows.setdefault(owner, []).append(_measured(owner, classes.get(owner, ""), weight, gradient))
-    return tuple(map(added, rows.values()))
+        rows.setdefault(owner, []).append(_measured(weight, gradient))
+    return tuple(LayerGradient.of_all(parts, path, classes.get(path, "")) for path, parts in rows.items())
 
 
-def added(parts: list[LayerGradient]) -> LayerGradient:
-    """The row of several together, with path and class of the first."""
-    first = parts[0]
-    sums = {name: sum(getattr(part, name) for part in parts) for name in LayerGradient.__struct_fields__[2:]}
-    return LayerGradient(first.path, first.cls, **sums)
-
-
-def _measured(path: Path, cls: str, weight: Leaf, gradient: PyTree) -> LayerGradient:
+def _measured(weight: Leaf, gradient: PyTree) -> LayerGradient:
+    """The row of one parameter alone."""
     size = int(np.size(weight))
     if gradient is None:
-        return LayerGradient(path, cls, size, frozen=size)
+        return LayerGradient((), "", size, frozen=size)
     if not getattr(gradient, "is_fully_addressable", True):  # another process holds parts of it
-        return LayerGradient(path, cls, size)
+        return LayerGradient((), "", size)
     values = _wide(gradient)
     return LayerGradient(
-        path,
-        cls,
+        (),
+        "",
         size,
         0,
         float(np.vdot(values, values).real),

@@ -51,10 +51,10 @@ def test_equal_blocks_are_one_row_with_a_range():
     blocks = [layer(f"Block_{n}", "Dense_0", norm=float(n + 1), zeros=n % 2) for n in range(12)]
     assert lines([layer("head"), *blocks], "net") == [
         "  module                            params  gradient  of weights     zeros",
-        "  net                                 130      25.5        3.54       5 %",
-        "    Block_0 … Block_11  12 × Block     10    1 … 12     0.5 … 6  0 … 10 %",
-        "      Dense_0                          10    1 … 12     0.5 … 6  0 … 10 %",
-        "    head                               10         1         0.5       0 %",
+        "  net                                  130      25.5        3.54       5 %",
+        "    Block_0 … Block_11  12 × Block      10    1 … 12     0.5 … 6  0 … 10 %",
+        "      Dense_0                           10    1 … 12     0.5 … 6  0 … 10 %",
+        "    head                                10         1         0.5       0 %",
     ]
 
 
