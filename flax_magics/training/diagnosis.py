@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import linecache
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ from ..base.private import frames_of
 from ..base.text import join, plural
 from ..base.types import Leaf
 from ..code.library import library_file
+from ..compile.cache import Program
 from ..compile.jaxpr import Atom, Equation
 from ..compile.trace import TracedCall, trace_call
 from ..execution.execute import Execution
@@ -37,15 +39,41 @@ def notes_of(execution: Execution, run: Run) -> Iterator[Note]:
     dead = [layer for layer in run.layers if _is_dead(layer)]
     if not bad and not dead:
         return
-    execution.request.services.on_phase(f"looking where {'it is not finite' if bad else 'no gradient gets through'}")
-    try:
-        evaluated = Evaluated(execution)
-    except Exception:  # a primitive that runs in no other way than compiled, or too little memory for all values
-        evaluated = None
+    on_phase = execution.request.services.on_phase
     if bad:
-        yield _not_finite(run, evaluated)
-    elif evaluated is not None:
-        yield from evaluated.dead(dead)
+        on_phase("looking where it is not finite")
+        yield _not_finite(run, _evaluated(execution))
+        return
+    # A loop of runs would look for the same reason each time.
+    known, paths = _known(execution.plan.program), frozenset(layer.path for layer in dead)
+    if paths not in known:
+        on_phase("looking where no gradient gets through")
+        evaluated = _evaluated(execution)
+        known[paths] = () if evaluated is None else tuple(evaluated.dead(paths))
+    yield from known[paths]
+
+
+Reasons: TypeAlias = dict[frozenset[Path], tuple[Note, ...]]
+_reasons: dict[int, tuple[weakref.ref[Program], Reasons]] = {}
+"""id of a program → a weak reference to it, and what was found of layers without a gradient."""
+
+
+def _known(program: Program | None) -> Reasons:
+    if program is None:
+        return {}
+    held = _reasons.get(id(program))
+    if held is None or held[0]() is not program:
+        key = id(program)
+        held = _reasons[key] = weakref.ref(program, lambda _: _reasons.pop(key, None)), {}
+    return held[1]
+
+
+def _evaluated(execution: Execution) -> Evaluated | None:
+    """The run's program with its values; None where it cannot be evaluated equation by equation."""
+    try:
+        return Evaluated(execution)
+    except Exception:  # a primitive that runs in no other way than compiled, or too little memory for all values
+        return None
 
 
 def _floats(tree: object) -> list[Leaf]:
@@ -128,9 +156,8 @@ class Evaluated:
         marks = [mark for mark in level.marks_at(equation) if mark in self.calls.made]
         return self.calls.made[marks[-1]].path if marks else None
 
-    def dead(self, layers: list[LayerGradient]) -> Iterator[Note]:
-        """Notes on those of the layers for which a reason was measured."""
-        paths = {layer.path for layer in layers}
+    def dead(self, paths: frozenset[Path]) -> Iterator[Note]:
+        """Notes on those of the modules at `paths`, which have no gradient, for which a reason is measured."""
         silent, unused = self._behind_dead_relus(paths), self._unused()
         for path in sorted(paths):
             if path in silent:
@@ -138,7 +165,7 @@ class Evaluated:
             elif path in unused:
                 yield Note("gradient", f"{_name(path)} has no gradient: the loss does not depend on it")
 
-    def _behind_dead_relus(self, paths: set[Path]) -> set[Path]:
+    def _behind_dead_relus(self, paths: frozenset[Path]) -> set[Path]:
         """Those of the modules at `paths` that are the last before a relu which is given nothing but negative numbers."""
         modules: set[Path] = set()
         for level, equation in self.top.equations():
@@ -149,7 +176,7 @@ class Evaluated:
                 modules |= self._nearest(paths, [(level, atom) for atom in given])
         return modules
 
-    def _nearest(self, paths: set[Path], places: list[tuple[Level, Atom]]) -> set[Path]:
+    def _nearest(self, paths: frozenset[Path], places: list[tuple[Level, Atom]]) -> set[Path]:
         """Those of the modules at `paths` that are met first on the way back from `places`."""
         found: set[Path] = set()
         seen: set[tuple[int, int]] = set()

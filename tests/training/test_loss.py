@@ -234,6 +234,21 @@ def test_a_replay_of_an_nnx_loss_makes_its_program_anew():
     assert (replayed.agreement.identical, replayed.program) == (True, "compiled")
 
 
+def test_a_file_knows_a_run_of_gradients(tmp_path):
+    session = session_of(Switched())
+    run = session.grad(switched_loss, "net", BATCH)
+    session.save(tmp_path / "session.safetensors")
+    loaded = session_of(Switched())
+    loaded.load(tmp_path / "session.safetensors")
+    (there,) = loaded.runs
+    assert (there.command, there.call, there.digest, there.dropped) == ("grad", run.call, run.digest, ("batch_stats",))
+    assert bits(loaded.models["net"].variables) == bits(session.models["net"].variables)
+    assert str(loaded.history()).splitlines()[2].split()[:4] == ["1", "grad", "net", "train"]
+    with pytest.raises(FlaxMagicsError, match="it ran in the session that was saved") as raised:
+        loaded.replay(1)
+    assert raised.value.form is None
+
+
 def test_after_an_edit_of_the_net_variables_that_a_loss_made_stay():
     class Net(nn.Module):
         scale: float = 1.0
