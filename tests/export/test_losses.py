@@ -24,10 +24,8 @@ def test_a_linen_net_that_its_first_loss_initialises(notebook, tmp_path):
         "%%flax_grad --freeze Dense_0 --freeze */bias\nhalf = {'x': x / 2}\nloss(normed, half)",
     )
     assert "variables = nn.init(loss, normed)(params_key, batch, train=False)\n" in script
-    assert "        (value, metrics), updates = nn.apply(loss, normed, mutable=['batch_stats'])(" in script.replace(
-        '"', "'"
-    )
-    assert "    return jax.value_and_grad(loss_of, has_aux=True)(variables['params'])\n" in script.replace('"', "'")
+    assert '(value, metrics), updates = nn.apply(loss, normed, mutable=["batch_stats"])(\n' in script
+    assert '  return jax.value_and_grad(loss_of, has_aux=True)(variables["params"])\n' in script
 
 
 def test_a_loss_after_an_init_goes_on_with_its_draw(notebook, tmp_path):
@@ -48,7 +46,7 @@ def test_an_nnx_module(notebook, tmp_path):
         "%flax_apply --train -q net(x);",
         "%flax_grad loss(net, x)",
     )
-    assert "    return nnx.value_and_grad(loss)(net, x)\n" in script
+    assert "  return nnx.value_and_grad(loss)(net, x)\n" in script
 
 
 def test_what_has_no_lines_is_left_out_and_the_next_draw_is_the_right_one(notebook, tmp_path):
