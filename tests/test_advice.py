@@ -144,8 +144,14 @@ SUM = "def loss(net, x):\n  return net(x).sum()"
 CHECKPOINT = "def loss(net, x):\n  return jax.checkpoint(lambda x: net(x))(x).sum()"
 OWN_BATCH = """%%flaxmodel
 from flax import nnx
-own = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+class Normed(nnx.Module):
+  def __init__(self, rngs):
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+  def __call__(self, x):
+    return self.norm(x)
+own = Normed(nnx.Rngs(0))
 """
+FORGOTTEN = model(", train=False", "return nn.Dropout(0.5, deterministic=not train)(nn.Dense(2)(x))", AS_NET)
 STEP = "params = jax.tree_util.tree_map(lambda leaf: leaf + 1, params)"
 DONATED = "for leaf in jax.tree_util.tree_leaves(variables): leaf.delete()"
 STEPPED = f"trained = {ZEROS}\n{DONATED}\nvariables = trained"
@@ -448,11 +454,11 @@ SCENARIOS = [
              after="%flax_grad loss(net, x)"),
     Scenario("training.loss.check", "%flax_grad loss(net, x)", (NET, f"{SUM}\nloss = jax.jit(loss)")),
     Scenario("training.loss.check", "%flax_grad loss(net, x)",
-             (OWN, "other = N(2, rngs=nnx.Rngs(1))\ndef loss(net, x):\n  return (net(x) - other(x)).sum()"),
-             ("return (net(batch) - other(batch)).sum()",)),
+             ("from flax import nnx\nnet, other = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1))",
+              "def loss(net, x):\n  return (net(x) - other(x)).sum()"), ("return (net(batch) - other(batch)).sum()",)),
     Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  return net(x)"),
              edit=put("return net(x)", gap="net(x)")),
-    Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  return 1"),
+    Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  net(x)\n  return 1"),
              ("loss = net(batch).sum(); accuracy = loss",), after="%flax_grad loss(net, x)"),
     Scenario("training.loss.read", "%flax_grad loss(net, x)", (NET, "def loss(net, x):\n  return net(x).sum(), 1"),
              edit=lambda cell, advice: "labels = 0\ndef loss(net, x):\n  logits = net(x)\n  loss = logits.sum()\n  "
@@ -461,9 +467,9 @@ SCENARIOS = [
     Scenario("training.loss.transformed", "%flax_grad loss(own, x)", (OWN_BATCH, CHECKPOINT),
              edit=lambda cell, advice: cell.replace("jax.checkpoint(lambda x: net(x))(x)",
                                                     advice.replace("(…)", "(type(net).__call__)(net, x)"))),
-    Scenario("training.grad._of_switch", "%flax_grad loss(net, x)", (BATCH, SUM),
+    Scenario("training.grad._of_switch", "%flax_grad loss(net, x)", (FORGOTTEN, SUM),
              edit=lambda cell, advice: advice.replace("batch", "x").replace("… net(…", "return net(x") + ".sum()"),
-    Scenario("training.grad._of_freeze", "%flax_grad --freeze Dense loss(net, x)", (NET, SUM)),
+    Scenario("training.grad._of_freeze", "%flax_grad --freeze Dense_0/bia loss(net, x)", (NET, SUM)),
     # -- keys, files, history
     Scenario("notebook.magics.flax", "%flax nothing"),
     Scenario("notebook.magics.flax_key", "%flax_key --seed 3 --fresh two words", (SESSION,), check="session.seed == 3"),
