@@ -58,6 +58,10 @@ def grad_model(
     entry.check_alive(f"{name}(…)", next((note.write or note.form for note in said if note.kind == "weights"), None))
     check_arguments(loss, name, call.args, call.kwargs, tuple(WHEN_TRAINING))
     of_loss = replace(entry, model=loss.as_model())
+    # A switch that is written in the call stands.
+    in_call = written_in_call(loss.signature(METHOD), call.args, call.kwargs)
+    if in_call and all(value is (not WHEN_TRAINING[switch]) for switch, value in in_call.items()):
+        mode = "eval"
     others = [other for other in state.models.values() if other.name != name]
     read = [other for other in others if any(other.model.module is one for one in (*call.args, *call.kwargs.values()))]
     call = replace(call, method=METHOD, args=tuple(_with_variables(one, read) for one in call.args))
@@ -172,15 +176,14 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: 
 
 def _of_switch(execution: Execution, loss: Loss) -> Iterator[Note]:
     """Layers that behave the other way; where a switch of the net's call is not passed on by the loss, that one."""
-    bound, model = execution.request.bound, loss.model
+    bound = execution.request.bound
     wrong = notes.of_mode(execution.request.entry.name, bound, bound.mode, execution.result.trace)
-    switches = call_switches(model.signature(()))
     passes = set(call_switches(bound.signature))
     for note in wrong:
         if note.kind == "mode":  # that the net has no switch is no news: nobody asked for a mode
             continue
-        if switches and not passes:
-            switch = switches[0]
+        if loss.switches and not passes:
+            switch = loss.switches[0]
             what = note.text.partition(" although ")[0]
             text = f"{what}: `{loss.name}` leaves `{switch}` of the net's call at its default"
             edit = f"def {loss.name.rpartition('.')[2]}(net, batch, {switch}):\n  … net(…, {switch}={switch})"

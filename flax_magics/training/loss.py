@@ -30,6 +30,7 @@ from ..errors import FlaxMagicsError, written
 from ..line.expression import positional_names, with_arguments
 from ..models.base import ARGUMENTS, SOWN, CallTrace, Forward, Model, ModelRecord, Needs, Variables
 from ..models.calls import Args, Function, Kwargs, Names, Path, readable_signature, without_self
+from ..models.switch import call_switches
 from ..report.html import render
 from ..report.layers import lines, table
 
@@ -142,11 +143,21 @@ class Loss(Struct, frozen=True, eq=False):
 
     def signature(self, method: Path) -> inspect.Signature:
         """That of the loss without the net."""
-        return without_self(readable_signature(self.function))
+        signature = readable_signature(self.function)
+        first = next(iter(signature.parameters.values()), None)
+        return signature if first is not None and first.kind is first.VAR_POSITIONAL else without_self(signature)
+
+    @property
+    def switches(self) -> Names:
+        """The switches that the net's call takes as arguments, and which the loss has to pass on."""
+        try:
+            return call_switches(self.model.signature(()))
+        except FlaxMagicsError:  # it has no `__call__`, and the loss calls other methods
+            return ()
 
     def fields_in_mode(self, train: bool, *, fixed: frozenset[str]) -> tuple[Model, tuple[str, ...]]:
-        """The net's own switches; `fixed` are those of the loss's parameters, which it passes on."""
-        model, settings = self.model.fields_in_mode(train, fixed=fixed)
+        """The net's own switches, without those of `fixed`, parameters of the loss, that its call takes as arguments."""
+        model, settings = self.model.fields_in_mode(train, fixed=fixed.intersection(self.switches))
         return replace(self, model=model).as_model(), settings
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> Loss:

@@ -438,6 +438,34 @@ def test_sharp_bits_of_a_loss():
     assert note.write == "%flax_grad --freeze Dense_0 switched_loss(net, …)" or note.form is not None
 
 
+def test_a_switch_that_is_written_in_the_call_stands():
+    session = session_of(Switched())
+    run = session.grad(switched_loss, "net", BATCH, train=False)
+    assert (run.mode, run.switch, run.dropped) == ("eval", "train=False", ())
+    assert bits(run.output.loss) == bits(session.grad(switched_loss, "net", BATCH, mode="eval").output.loss)
+
+
+def test_a_field_is_switched_although_the_loss_has_a_parameter_of_its_name():
+    class OwnField(nn.Module):
+        train: bool = False
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.Dropout(0.5, deterministic=not self.train)(nn.Dense(3)(x))
+
+    run = session_of(OwnField()).grad(lambda net, x, train: net(x).mean(), "net", BATCH["x"])
+    assert (run.mode, list(run.used), run.notes) == ("train", ["dropout"], ())
+
+
+def test_a_loss_may_take_any_arguments():
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        net, x = args
+        return (net(x) * kwargs["scale"]).mean()
+
+    run = session_of(nn.Dense(3)).grad(loss, "net", BATCH["x"], scale=2.0)
+    assert run.output.grads["kernel"].shape == (6, 3)
+
+
 def test_a_mode_is_train_or_eval():
     assert refused(plain_loss, BATCH, mode="test") == "`mode` is 'train' or 'eval', not 'test'."
 
