@@ -417,12 +417,9 @@ class Session(SessionView):
         if not notes and (run := self.run_again(name, call, options, module)) is not None:
             return run
         self._stand_outside(surroundings.of_apply, self._state, self._entry_before(name, module), call, options)
-        entry = self._state.models.get(name)
-        if entry is not None and (module is None or module is entry.model.module):
-            with entry.model.held_still:
-                return self._run(entry, notes, call, options)
         entry, more = self._entry_now(name, module)
-        return self._run(entry, (*more, *notes), call, options)
+        with entry.model.held_still:
+            return self._run(entry, (*more, *notes), call, options)
 
     def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Run | None:
         """`run_apply` of a line whose last run left a plan; None, with nothing changed, where only that can run it."""
