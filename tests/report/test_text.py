@@ -219,7 +219,11 @@ def test_rates_stand_beside_what_the_machine_reaches() -> None:
     ("cost", "verdict"),
     [
         (Cost(1e9, 1e5), "compute-bound: 50 % of what a large float32 matmul reaches"),
-        (Cost(1e6, 4e6), "memory-bound: 200 % of what a large copy reaches"),
+        (Cost(1e6, 2e6), "memory-bound: 100 % of what a large copy reaches"),
+        (
+            Cost(1e9, 4e6),
+            "compute-bound: 50 % of what a large float32 matmul reaches (its data fit into caches)",
+        ),
         (Cost(2e7, 0.0), "neither compute- nor memory-bound: 1 % of what a large float32 matmul reaches"),
         (Cost(2e7, 0.0, loops=True), "compute-bound: at least 1 % of what a large float32 matmul reaches"),
         (Cost(0.0, 0.0), ""),
@@ -230,7 +234,7 @@ def test_a_run_held_against_the_machine_begins_with_its_verdict(cost: Cost, verd
     run = replace(REUSED, timing=Timing(run=2e-3, steady=Steady((2e-3,) * 20)), cost=cost, limits=limits)
     assert roof_of(run) == ((verdict,) if verdict else ())
     parts = [verdict] if verdict else []
-    assert line_of(run).texts[:-1] == ("draw 2", *parts, "reused", "", "run median 2.00 ms")
+    assert line_of(run).texts[:-2] == ("draw 2", *parts, "reused", "", "run median 2.00 ms")
     rows = " ".join(normal(run).split())
     assert not verdict or rows.startswith(f"net · train (training=True) · cpu:0 · draw 2 of seed 0 roof {verdict} out ")
     assert roof_of(replace(run, limits=None)) == roof_of(replace(run, timing=Timing(run=2e-3))) == ()
