@@ -15,7 +15,10 @@ _STYLES = (
     (r"^(?!new session, seed |\w+ registered: )[^\s!#][^·\n]*?(?= · )", "bold"),
     (r"(?<=\n\n)[a-z][^·\n]*(?=\n  \S)", "bold"),
     # The labels of rows, and the titles of columns.
-    (r"^  (?:roof|out|samples|vars|sown|keys|static|init|jit|wait|run|rate|memory|call|digest|by hand)\b", "dim"),
+    (
+        r"^  (?:replay|roof|out|samples|vars|sown|keys|static|init|jit|wait|run|rate|memory|call|digest|by hand)\b",
+        "dim",
+    ),
     (r"^  (?:total|FLOPs|writes|note)\b", "dim"),
     (r"^ +(?:draw  +what|module) .*$", "dim"),
     (r"(?<![\w.,])\d[\d.,]* (?:µs|ms|s|min|h)\b", "cyan"),

@@ -180,6 +180,7 @@ def rows(run: Run) -> tuple[Row, ...]:
     waits = [f"the interrupted run had the device for {seconds(busy)} more"] if busy else []
     waits += [f"inputs were ready after {seconds(wait)}"] if wait else []
     shown = [
+        Row("replay", tuple(filter(None, [verdict(run)]))),
         Row("roof", roof_of(run)),
         Row("out", (" · ".join((cut(clean(run.shape), 72), *not_finite(run))),) if forward else ()),
         Row("samples", samples_of(run)),
@@ -407,18 +408,25 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("init", timing.init),
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
-        Phase("XLA", timing.compile - timing.beside),  # without the time beside the init, which nobody waited for
+        # Without the time beside the init, which nobody waited for.
+        Phase(_last_phase(run), timing.compile - timing.beside),
         Phase("wait", sum(_waits(timing))),
         Phase("run", timing.typical),
     ]
     return tuple(phase for phase in candidates if phase.seconds > 0)
 
 
+def _last_phase(run: Run) -> str:
+    """What made the program in the end: XLA, or reading it from the disk cache."""
+    return "read" if run.program == "disk cache" else "XLA"
+
+
 def building(run: Run) -> tuple[Phase, ...]:
     """The phases of making the program; the last is compiling that ran beside the init, or in an earlier run."""
-    making = [phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA")]
+    last = _last_phase(run)
+    making = [phase for phase in phases(run) if phase.name in ("trace", "lower", last)]
     if run.timing.beside >= BESIDE:
-        making.append(Phase("XLA beside the init" if run.timing.init else "XLA before this run", run.timing.beside))
+        making.append(Phase(f"{last} {'beside the init' if run.timing.init else 'before this run'}", run.timing.beside))
     return tuple(making)
 
 

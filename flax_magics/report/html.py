@@ -89,7 +89,7 @@ def figures(run: Run) -> tuple[Figure, ...]:
         return tuple(shown)
     if timing.building:
         label = {"compiled": "compile", "disk cache": "trace and read"}.get(run.program, run.program or "compile")
-        words = [f"{seconds(run.timing.compile)} of it from the disk cache"] if run.program == "disk cache" else []
+        words = [f"read from the disk cache in {seconds(run.timing.compile)}"] if run.program == "disk cache" else []
         shown.append(
             Figure(clean(label), seconds(timing.building), ": ".join([*words, *filter(None, [clean(run.reason)])]))
         )

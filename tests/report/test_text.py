@@ -14,7 +14,7 @@ from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED, key
 
 from flax_magics.base.measures import Cost, Limits, Steady, Timing
 from flax_magics.base.text import clean, cut
-from flax_magics.report.facts import keys_of, phases, rate_of, roof_of, run_of
+from flax_magics.report.facts import building, keys_of, phases, rate_of, roof_of, run_of
 from flax_magics.report.text import details, line_of, normal, report
 from flax_magics.run import InitStats, Note, Run
 
@@ -137,6 +137,7 @@ def test_everything_else_there_may_be_to_say() -> None:
           wait    inputs were ready after 0.30 s
           run     0.20 ms
         """)
+    assert [phase.name for phase in building(run)] == ["trace", "lower", "read"]
 
 
 @pytest.mark.parametrize(
