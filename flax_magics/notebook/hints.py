@@ -176,12 +176,15 @@ def _of_first_run(error: Exception, called: ModelCall, notebook: Notebook, mode:
     session, name, call = notebook.session, called.expression.target, called.call
     held = name in session.models and session.models[name].variables is not None
     entry = register(None, name, called.module)[0]
-    if (held and not entry.model.holds_variables) or not isinstance(error, (TypeError, ValueError, IndexError)):
+    # The init of an NNX module is its construction, which the call does not change.
+    is_known = called.expression.command.startswith("%flax_init") if entry.model.holds_variables else held
+    if is_known or not isinstance(error, (TypeError, ValueError, IndexError, AssertionError)):
         return ()
     told, signature = _of_features(error), entry.model.signature(call.method)
     arguments = Arguments.of(call.args, call.kwargs, signature, frozenset())
     arrays = [argument for argument, leaf, traced in arguments.rows if traced and jnp.ndim(leaf)]
-    for lacking in (arrays, arrays[:1])[: len(arrays)]:
+    # As it was written first: where that runs by shapes, the error was another.
+    for lacking in ([], arrays, arrays[:1])[: len(arrays) + 1]:
         batched = {
             argument: leaf[None] if argument in lacking else leaf for argument, leaf in arguments.dynamic.items()
         }
@@ -191,6 +194,8 @@ def _of_first_run(error: Exception, called: ModelCall, notebook: Notebook, mode:
             trace_shapes(entry, bound, RootKey.from_seed(0).draw())
         except Exception:
             continue
+        if not lacking:
+            return told
         shapes = " and ".join(f"{argument} is {describe(arguments.leaf(argument))}" for argument in lacking)
         told = (*told, f"{shapes}: with a batch axis in front, the model runs")
         runs = called.expression.command.startswith("%flax_")  # `--check` begins no line

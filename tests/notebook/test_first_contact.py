@@ -207,6 +207,12 @@ class TestABatchAxisThatWasForgotten:
         ]
         notebook(told[-1].removeprefix("write: "))
 
+    def test_an_error_of_the_construction_is_left_alone(self, notebook: Any) -> None:
+        notebook(f"features = 16\n{FLAT_OWN.replace('Linear(16', 'Linear(features + 0').rpartition('net = ')[0]}")
+        notebook("%flaxmodel -q net = Net()")
+        told = notebook.fails("features = '16'\n%flax_init net({'image': x[0]})").splitlines()
+        assert told[-1] == 'TypeError: can only concatenate str (not "int") to str'
+
     def test_an_nnx_module_is_held_against_an_earlier_run(self, notebook: Any) -> None:
         notebook(FLAT_OWN)
         notebook("%flax_apply -q net({'image': x}, scale=2.0);")
