@@ -160,10 +160,7 @@ class Session(SessionView):
         return notes
 
     def _stand_outside(self, refused: Callable[..., FlaxMagicsError], *what: object) -> None:
-        """Raises `refused(where, *what)` inside a traced function, a host callback or another command.
-
-        Every method that draws, runs or changes the session calls this first.
-        """
+        """Raises `refused(where, *what)` inside a traced function, a host callback or another command: first of all."""
         if (where := surroundings.surroundings()) is not None:
             raise refused(where, *what)
 

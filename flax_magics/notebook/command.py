@@ -68,7 +68,10 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
             except Exception as error:
                 from .hints import hints
 
-                show_user_frames(error, notebook.shell, hint=hints(error, notebook, options.options))
+                hint: tuple[str, ...] = ()
+                with suppress(Exception):  # what looks into an error must not hide it
+                    hint = hints(error, notebook, options.options)
+                show_user_frames(error, notebook.shell, hint=hint)
                 raise
             finally:
                 notebook.called = None  # its arguments would be held until the next command

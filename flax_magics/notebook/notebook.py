@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.text import WIDTH, fit
+from ..base.text import WIDTH, fit, width
 from ..base.types import Record
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
-from ..errors import FlaxMagicsError
 from ..line.call import CallExpression
 from ..report.display import on_terminal, publish
 from .completion import Names
@@ -29,6 +28,7 @@ from .tracebacks import end_in_cell, stopped
 if TYPE_CHECKING:
     from .._session import Session
     from ..cells.reruns import Rerun
+    from ..errors import FlaxMagicsError
     from ..execution.call import Call
     from ..line.options import ApplyOptions
     from ..report.live import Live
@@ -331,8 +331,6 @@ class Notebook:
     def end_cell(self, result: Any = None) -> None:
         """Handles `post_run_cell`: ends the reports, and drops what exceeds `replay_bytes`."""
         self.journal.end(result)
-        if isinstance(result.error_in_exec, FlaxMagicsError):
-            end_in_cell(result.error_in_exec, self.shell)
         self._cell = None
         self.reporter.end_cell()
         session = existing()
@@ -354,7 +352,9 @@ class Notebook:
         return self.shell.displayhook.prompt_count if self._cell is None else self._cell
 
     def reruns(self) -> tuple[Rerun, ...]:
-        """Cells that drew and were run again, or whose variables were bound again since."""
+        """Cells that drew and were run again, or whose variables were bound again since. A terminal has none."""
+        if on_terminal(self.shell):
+            return ()
         from ..cells.reruns import reruns
 
         return reruns(self.journal.so_far(self.number), self.session.cells, self.shell.transform_cell)
@@ -369,6 +369,12 @@ class Notebook:
     def fit_terminal(self) -> None:
         """Makes what is shown from now on as wide as the terminal; elsewhere it has 80 columns."""
         fit(shutil.get_terminal_size().columns if on_terminal(self.shell) else WIDTH)
+
+    def show_error(self, error: FlaxMagicsError) -> int:
+        """Has a debugger begin in the cell, and gives the columns that the message has: those of a text, 0 in a pipe."""
+        end_in_cell(error, self.shell)
+        in_kernel = getattr(self.shell, "kernel", None) is not None
+        return width() if in_kernel or on_terminal(self.shell) else 0
 
     def working(self, what: str, *, brief: bool = False) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""

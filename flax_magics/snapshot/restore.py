@@ -168,7 +168,8 @@ def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables
         raise Unfit(tuple(changes))
     values: dict[str, dict[str, PyTree]] = {}
     for path, value in values_by_path.items():
-        values.setdefault(slots[path].collection, {})[slots[path].name] = value
+        if not slots[path].drawn:  # keys and counts of streams, which each draw replaces, are no weights
+            values.setdefault(slots[path].collection, {})[slots[path].name] = value
     built = entry.built
     if built is not None and saved.keys is not None:
         built = replace(built, keys=saved.keys)

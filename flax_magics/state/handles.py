@@ -13,6 +13,7 @@ import jax
 from msgspec import Struct
 
 from ..base.digest import describe
+from ..base.text import plural
 from ..base.types import PyTree
 from ..code.library import is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, written
@@ -120,7 +121,7 @@ class RegisteredModel:
 
     def __repr__(self) -> str:
         from ..base.digest import count_parameters
-        from ..base.text import bytes_, plural
+        from ..base.text import bytes_
 
         entry = self._entry()
         state = "not initialised"
@@ -243,7 +244,7 @@ class SessionView:
 
     def __repr__(self) -> str:
         models = ", ".join(self._state.models) or "none"
-        return f"<{type(self).__name__}: seed {self.seed}, {self.draws} draws, models: {models}>"
+        return f"<{type(self).__name__}: seed {self.seed}, {plural(self.draws, 'draw')}, models: {models}>"
 
 
 def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:
