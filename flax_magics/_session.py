@@ -178,9 +178,6 @@ class Session(SessionView):
 
         return restore.rebound(self._state.waiting, entry, notes)
 
-    def _translation(self, entry: ModelEntry, call: Call) -> Translation:
-        return Translation(entry.name, entry.model, call, entry.variables)
-
     # -- draws
 
     def init(
@@ -382,7 +379,7 @@ class Session(SessionView):
         entry, _ = entry_now(self._state.models, name, module)
         if call is None:
             return summary.of_variables(entry)
-        with self._translation(entry, call):
+        with Translation(entry, call):
             draw, phase = self._state.root.draw(), self.services.on_phase  # the draw is not committed
             return summary.of_call(entry, call, mode, draw, backward=backward, phase=phase)
 
@@ -392,11 +389,11 @@ class Session(SessionView):
         entry, notes = self._entry_now(name, module)
         inputs = self._state, entry, call, self.services
         if entry.model.holds_variables:
-            with self._translation(entry, call):
+            with Translation(entry, call):
                 entry.model.signature(call.method)
             outcome = rebuild(*inputs, keys_of=keys_of, limit=self.replay_bytes)
         else:
-            with self._translation(entry, call):
+            with Translation(entry, call):
                 outcome = init_model(*inputs, keys_of=keys_of, limit=self.replay_bytes, said=notes)
         self._commit(outcome)
         assert outcome.entry is not None
@@ -435,7 +432,7 @@ class Session(SessionView):
 
     def _run(self, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
         """`run_apply` without a plan of an earlier run; `notes` concern how the entry came to be."""
-        with self._translation(entry, call):
+        with Translation(entry, call):
             applied = apply_model(self._state, entry, call, options, self.services, said=notes)
         outcome = applied.outcome
         self._commit(outcome)

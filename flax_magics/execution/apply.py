@@ -83,7 +83,7 @@ def apply_model(
         for stored in runs.of_draw(state.runs, replayed.seed, replayed.number)[-1:]:
             run_notes += notes.compare(replayed.number, stored.record, result.trace)
     if entry.outdated and variables.made is None and options.variables is None:
-        run_notes.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+        run_notes.append(outdated_own(name) if entry.built_by_user else OUTDATED)
     if execution.built.causes:
         earlier = runs.causes_of(state.runs, name, WINDOW)
         run_notes += of_programs(execution.request.line, execution.built.causes, earlier, execution.arguments.leaf)

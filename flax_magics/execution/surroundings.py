@@ -97,9 +97,11 @@ def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: Ap
 def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
     """The error for an init that stands there."""
     said = f"{call.command} {call.text} stands {where}."
-    if entry.model.holds_variables:
-        return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
-    model = entry.model
+    if entry.built_by_user:
+        return FlaxMagicsError(said)
+    if entry.built is not None:
+        return of_build(said, entry.name, entry.built.recipe)
+    model = entry.linen
     lines: list[str] = []
     if call.cell is not None:
         with contextlib.suppress(FlaxMagicsError):  # the call does not fit: it is told so where it may stand
@@ -110,10 +112,8 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
     return _error(said, "Draw the key before it, and initialise with that.", lines, form)
 
 
-def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsError:
-    """The error for the construction of an NNX module; `recipe` is None where the user's own code builds it."""
-    if recipe is None:
-        return FlaxMagicsError(said)
+def of_build(said: str, name: str, recipe: Construction) -> FlaxMagicsError:
+    """The error for a construction of an NNX module by the session."""
     keys = [f"{stream}_key = %flax_key {stream}" for stream in ("params", "dropout")]
     return _error(said, "Draw the keys before it, and build with them.", [*keys, recipe.by_hand(name)])
 

@@ -22,7 +22,7 @@ from ..base.threads import Assignment, at_once
 from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError
-from ..run import Settings
+from ..run import ExportFacts, Settings
 from .calls import Args, Calls, Function, Kwargs, Names, Path
 from .switch import Layer, layer_of
 
@@ -72,7 +72,7 @@ class CallTrace(Struct):
     queried: set[str] = set()
     """Streams for which the model called `has_rng`."""
     written: set[str] = set()
-    """Collections that were written, sown ones included."""
+    """Collections that a linen model wrote, sown ones included."""
     sown: set[str] = set()
     """Collections that `sow` wrote; for NNX only `SOWN`."""
     layers: list[Layer] = []
@@ -204,6 +204,10 @@ class AnyModel(Protocol):
     """The part of a model's interface that linen and NNX share."""
 
     @property
+    def api(self) -> Literal["linen", "nnx"]:
+        """The one of Flax's two APIs that the module is written in."""
+
+    @property
     def module(self) -> Any:
         """The user's module object."""
 
@@ -282,7 +286,10 @@ class AnyModel(Protocol):
         """`own_variables` as a user reads them; what the module holds is copied, so that later runs do not change it."""
 
     def variables_to_save(self, of_session: Variables | None) -> PyTree:
-        """The variables as a file holds them: the session's collections, or (type, path, value) of each of an NNX module."""
+        """The variables as a file holds them: those of `own_variables`, keys and counts of random streams included."""
+
+    def is_state(self, value: Variables, variables: Variables) -> bool:
+        """Whether `value` is a pytree like the model's `variables`, as a user writes it; may raise where it is not."""
 
     def other_arrays(self) -> tuple[Leaf, ...]:
         """Arrays that the module holds besides its variables, such as those in the fields of a linen module."""
@@ -299,8 +306,29 @@ class AnyModel(Protocol):
         Keys and counts of random streams that an NNX module holds are reported as one collection, `RngState`.
         """
 
-    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """The run as a person would have written it in plain Flax."""
+    def by_hand(self, call: str, method: Path, switch: Names, needs: Needs, *, samples: Names | None) -> str:
+        """The run as a person would have written it in plain Flax.
+
+        Args:
+          switch: `name=value` of each switch that is set outside of the call.
+          samples: the variables that hold a key for each sample; None for a run without `--samples`.
+        """
+
+    @property
+    def init_streams(self) -> Names:
+        """Streams besides `params` that a handwritten init must be given; known once an init has run."""
+
+    def facts_of_run(
+        self, facts: ExportFacts, train: bool | None, fields: Settings, *, kept: Updates, sown: Updates, handed: Updates
+    ) -> ExportFacts:
+        """`facts` with those that tell how an export sets the mode, and what it does with what the run wrote.
+
+        Args:
+          train: the mode, training or evaluation; None where the model ran as written.
+          fields: the switches that are set outside of the call.
+          kept, sown: what the run wrote and what it sowed, by collection.
+          handed: what of both `--mutable` handed back.
+        """
 
 
 class ModelWithInit(AnyModel, Protocol):
@@ -312,10 +340,6 @@ class ModelWithInit(AnyModel, Protocol):
 
     def init(self, key: object, method: Path, args: Args, kwargs: Kwargs) -> Updates:
         """Fresh variables; `key` is the `params` key, the only one that an init gets."""
-
-    @property
-    def init_streams(self) -> tuple[str, ...]:
-        """Streams besides `params` that a handwritten init must be given; known once an init has run."""
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
         """The init in plain Flax.

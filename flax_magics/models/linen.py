@@ -14,17 +14,19 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 from flax import linen as nn
-from flax.core import meta
+from flax.core import meta, unfreeze
 from flax.errors import InvalidRngError, ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
 from msgspec import Struct
+from msgspec.structs import replace
 
+from ..base.digest import alike
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
 from ..code.inventory import shorten
 from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.expression import GAP, with_arguments
-from ..run import MODULE, Settings
+from ..run import MODULE, ExportFacts, Settings
 from .base import (
     FLAX_ARGUMENTS,
     CallTrace,
@@ -40,7 +42,7 @@ from .base import (
     own_methods,
 )
 from .calls import TAKES_ANYTHING, Args, Function, Kwargs, Names, Path, without_self
-from .linen_trace import Recorder, bound, sowing, unbound_axis
+from .linen_trace import Recorder, bound, inside, sowing, unbound_axis
 from .switch import by_place, cloned, read_fields, set_fields, set_unset_fields, setting_of, written_by_place
 
 _MISSING = (ScopeParamNotFoundError, ScopeCollectionNotFound, ScopeVariableNotFoundError)
@@ -77,6 +79,7 @@ class LinenModel:
 
     held_still: ClassVar[AbstractContextManager[None]] = nullcontext()
     """Does nothing: linen modules are immutable."""
+    api: ClassVar[Literal["linen"]] = "linen"
     holds_variables: ClassVar[Literal[False]] = False
 
     def __init__(self, module: nn.Module, cache: ModeCache | None = None) -> None:
@@ -257,6 +260,10 @@ class LinenModel:
 
     collections = state = variables_to_save = own_variables  # they are the same to a user and to a file
 
+    def is_state(self, value: Variables, variables: Variables) -> bool:
+        """Whether both are put together alike; a FrozenDict counts as the dict that it freezes."""
+        return alike(*(jax.tree_util.tree_structure(unfreeze(dict(tree))) for tree in (value, variables)))
+
     def other_arrays(self) -> tuple[Leaf, ...]:
         """Arrays in the module's fields."""
         return tuple(arrays_in(self.module))
@@ -282,15 +289,29 @@ class LinenModel:
                 for leaf in jax.tree_util.tree_leaves(box):
                     yield name, path, leaf, about
 
-    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """The run in plain Flax: `net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`."""
+    def by_hand(self, call: str, method: Path, switch: Names, needs: Needs, *, samples: Names | None) -> str:
+        """The run in plain Flax: `net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`.
+
+        Samples are mapped over their keys by `jax.vmap`.
+        """
         more = []
-        if streams:
-            more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
-        if mutable:
-            more.append(f"mutable={list(mutable)!r}")
+        if needs.streams:
+            more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in sorted(needs.streams)) + "}")
+        if needs.mutable:
+            more.append(f"mutable={sorted(needs.mutable)!r}")
         module = cloned(MODULE, self.module, map(setting_of, switch))
-        return self._in_plain_flax("apply", call, method, module, first="variables", more=more)
+        code = self._in_plain_flax("apply", call, method, module, first="variables", more=more)
+        code = inside(needs.axes, code)
+        if not samples:
+            return code
+        return f"jax.vmap(lambda {', '.join(samples)}: {code})({', '.join(f'{key}s' for key in samples)})"
+
+    def facts_of_run(
+        self, facts: ExportFacts, train: bool | None, fields: Settings, *, kept: Updates, sown: Updates, handed: Updates
+    ) -> ExportFacts:
+        """The module with its fields set, and the collections to make mutable and to keep."""
+        module, mutable = cloned(MODULE, self.module, fields), tuple(sorted({*kept, *sown}))
+        return replace(facts, module=module, mutable=mutable, kept=tuple(sorted(kept)))
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
         """The init in plain Flax: `net.init(params_key, x)`, with the switches of `arguments` and `module` applied."""
