@@ -173,9 +173,8 @@ class LastRun:
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
         return StoredRun(run, origin, size, shared_inputs)
 
-    def wrote(self, updates: Mapping[str, PyTree], seconds: float) -> None:
+    def wrote(self, updates: Mapping[str, PyTree]) -> None:
         """Marks the leaves that the run wrote as checked: the same program made them, with the same signatures."""
-        self.brief = seconds < BRIEF
         for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
             if i is not None:
                 self.known[i] = _weakly(leaf)
