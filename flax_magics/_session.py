@@ -421,6 +421,7 @@ class Session(SessionView):
         entry = self._state.models.get(name)
         if entry is not None and (module is None or module is entry.model.module):
             with entry.model.held_still:
+                entry.model.has_same_layout()
                 return self._run(entry, notes, call, options)
         entry, more = self._entry_now(name, module)
         return self._run(entry, (*more, *notes), call, options)

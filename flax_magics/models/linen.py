@@ -90,6 +90,10 @@ class LinenModel:
         return hash(self.module)
 
     def describe(self) -> str:
+    def has_same_layout(self) -> bool:
+        """True: linen modules are immutable."""
+        return True
+
         """The construction with the fields that differ from their defaults, in one line."""
         parts = []
         for name in self.fields():

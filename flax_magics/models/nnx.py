@@ -75,8 +75,12 @@ class NnxModel:
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block during which the layout is checked once, at its beginning."""
+        """A block during which nothing but `has_same_layout` checks the layout."""
         return self._cache
+
+    def has_same_layout(self) -> bool:
+        """Whether every module of the graph holds the attributes that it held when the layout was found."""
+        return self._cache.check()
 
     # -- what it is
 
