@@ -242,6 +242,9 @@ class AnyModel(Protocol):
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
 
+    def likely_needs(self, mode: str) -> Needs:
+        """What a first run in this mode probably asks for: a right guess spares it a trace."""
+
     def cache_key(self) -> object:
         """A hashable value, equal for two models only if their programs are equal; None where that cannot be told."""
 

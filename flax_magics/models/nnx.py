@@ -147,6 +147,10 @@ class NnxModel:
         """Tags of the streams that the module holds, and streams of the `rngs` argument if the session adds one."""
         return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
 
+    def likely_needs(self, mode: str) -> Needs:
+        """Nothing besides the streams that it holds, which it is given anyway."""
+        return Needs()
+
     @property
     def _own_tags(self) -> frozenset[str]:
         """Tags of held streams other than `params` and `dropout`, which the session's `rngs` argument has as well."""
