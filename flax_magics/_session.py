@@ -7,6 +7,7 @@ nothing: same root key, same variables, same runs.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -413,6 +414,7 @@ class Session(SessionView):
         self._stand_outside(surroundings.of_apply, self._state, self._entry_before(name, module), call, options)
         entry, more = self._entry_now(name, module)
         with entry.model.held_still:
+            entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
             return self._run(entry, (*more, *notes), call, options)
 
     def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Run | None:
@@ -420,10 +422,10 @@ class Session(SessionView):
         state, last = self._state, self._plans.find(name, call, options)
         if last is None or (entry := state.models.get(name)) is None or (state.opened and state.opened[0] == name):
             return None
-        if not (module is None or module is entry.model.module) or surroundings.surroundings() is not None:
+        if not (module is None or module is entry.model.module):
             return None
         with entry.model.held_still:
-            outcome = apply_again(last, state, entry, call, self.services)
+            outcome = apply_again(last, state, entry, call, self.services, caller=sys._getframe())
         # Where another thread was faster, the run would take its draw, or write over what it did.
         if outcome is None or self._state is not state:
             return None
@@ -457,8 +459,8 @@ class Session(SessionView):
 
     def _commit(self, outcome: Outcome) -> None:
         """Makes the run part of the session, and writes its updates into an NNX module, in one uninterruptible step."""
-        _, stored, draw, entry, opened, write, commit = outcome
-        state = self._state.after(stored, draw.last, entry, opened)
+        _, stored, draw, entry, opened, write, commit, state = outcome
+        state = self._state.after(stored, draw.last, entry, opened) if state is None else state
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)

@@ -168,8 +168,11 @@ class Running:
     def __init__(self, result: PyTree, start: float, clock: Callable[[], float], unfinished: Unfinished) -> None:
         self.result, self._start, self._clock, self._unfinished = result, start, clock, unfinished
         self._seconds: float | None = None
-        # All results of a program are ready together, and fail together.
-        self._one = next((leaf for leaf in jax.tree_util.tree_leaves(result) if hasattr(leaf, "is_ready")), None)
+        self._one: Any = None
+        for leaf in jax.tree_util.tree_leaves(result):
+            if hasattr(leaf, "is_ready"):
+                self._one = leaf  # all results of a program are ready together, and fail together
+                break
         self.look()
 
     def look(self) -> bool:

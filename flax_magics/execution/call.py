@@ -19,7 +19,7 @@ from ..errors import FlaxMagicsError, did_you_mean, written
 from ..line.commands import COMMANDS
 from ..line.expression import new_key, with_arguments, without_option
 from ..line.options import ApplyOptions
-from ..models.base import FLAX_ARGUMENTS, AnyModel, CallTrace, Idiom, MissingVariables, Model, ModelWithInit, Needs
+from ..models.base import FLAX_ARGUMENTS, AnyModel, CallTrace, Idiom, MissingVariables, Model, ModelWithInit
 from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, shape_of_key
@@ -173,7 +173,7 @@ def request_of(
         keyed=frozenset(() if draw.size is None else options.key),
         mutable=frozenset(options.mutable),
         mode=bound.mode,
-        guess=entry.known_needs.get((method, bound.mode), Needs()),
+        guess=entry.known_needs.get((method, bound.mode)) or entry.model.likely_needs(bound.mode),
     )
 
 

@@ -122,7 +122,10 @@ class LastRun:
         kwargs = {**call.kwargs, **self.added} if self.added else call.kwargs
         known = self._known(call)
         arguments = self._traced(call.args, kwargs) if known is None else known
-        variables = entry.held
+        try:
+            variables = entry.held
+        except Exception:  # the user has taken an NNX module apart, as `holds` would notice
+            return None
         if arguments is None or variables is None:
             return None
         leaves, treedef = jax.tree_util.tree_flatten(variables)
@@ -147,7 +150,7 @@ class LastRun:
             return False
         if running is not None:
             running.look()
-        return entry.model.cache_key() == self.key
+        return entry.model.has_same_layout() and entry.model.cache_key() == self.key
 
     def has_nan(self, output: PyTree) -> bool:
         """Whether the output holds NaN, as far as that is looked at."""
@@ -173,9 +176,8 @@ class LastRun:
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
         return StoredRun(run, origin, size, shared_inputs)
 
-    def wrote(self, updates: Mapping[str, PyTree], seconds: float) -> None:
+    def wrote(self, updates: Mapping[str, PyTree]) -> None:
         """Marks the leaves that the run wrote as checked: the same program made them, with the same signatures."""
-        self.brief = seconds < BRIEF
         for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
             if i is not None:
                 self.known[i] = _weakly(leaf)

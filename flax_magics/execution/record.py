@@ -28,6 +28,7 @@ from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import MODULE, ContainerPart, ExportFacts, InitStats, Note, Run, Settings
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, Origin, objects_in
 from ..state.runs import StoredRun
+from ..state.state import State
 from .call import BoundCall, Call, prepare_init
 from .execute import Execution
 
@@ -41,6 +42,7 @@ class Outcome(NamedTuple):
       opened: name and draw if that model's next apply shall go on with the draw.
       write: writes into the user's own object, where that takes more than `commit`.
       commit: the changes to the variables of a module that holds them itself.
+      state: the session's state with all of this, where it was worked out while the device ran.
     """
 
     run: Run
@@ -50,6 +52,7 @@ class Outcome(NamedTuple):
     opened: tuple[str, Draw] | None = None
     write: Callable[[], None] | None = None
     commit: Commit | None = None
+    state: State | None = None
 
 
 class Applied(Struct, frozen=True):

@@ -32,11 +32,15 @@ CALLBACK = "in a host callback, and the program that calls it waits for it"
 COMMAND = "in code that another command runs, and the draw of that one is not finished"
 
 
-def surroundings() -> str | None:
-    """What the code that calls the session is part of, in words for a message; None where it may draw and run."""
+def surroundings(frame: FrameType | None = None) -> str | None:
+    """What the code that calls the session is part of, in words for a message; None where it may draw and run.
+
+    Args:
+      frame: of the session's method that was called; None for the caller of this function.
+    """
     tracing = TRACE if private.is_tracing() else None
     # The session's own frames come first; one of them further out belongs to another command.
-    frame = sys._getframe(1)
+    frame = sys._getframe(1) if frame is None else frame
     while frame.f_back is not None and frame.f_globals.get("__name__") == _SESSION:
         frame = frame.f_back
     walk: FrameType | None = frame

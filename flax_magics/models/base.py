@@ -213,7 +213,10 @@ class AnyModel(Protocol):
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block in which the caller guarantees that nobody changes the module, so that it is inspected only once."""
+        """A block in which the layout of the module is taken as found; `has_same_layout` asks whether it still is so."""
+
+    def has_same_layout(self) -> bool:
+        """Whether the module holds the attributes with which its layout was found; if not, that is forgotten."""
 
     def describe(self) -> str:
         """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
@@ -242,6 +245,9 @@ class AnyModel(Protocol):
 
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
+
+    def likely_needs(self, mode: str) -> Needs:
+        """What a first run in this mode probably asks for: a right guess spares it a trace."""
 
     def cache_key(self) -> object:
         """A hashable value, equal for two models only if their programs are equal; None where that cannot be told."""

@@ -16,7 +16,7 @@ import jax
 from flax import linen as nn
 from flax.core import meta, unfreeze
 from flax.errors import InvalidRngError, ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from ..base.digest import alike
@@ -42,7 +42,7 @@ from .base import (
     own_methods,
 )
 from .calls import TAKES_ANYTHING, Args, Function, Kwargs, Names, Path, without_self
-from .linen_trace import Recorder, bound, inside, sowing, unbound_axis
+from .linen_trace import InitTrace, Recorder, bound, inside, unbound_axis
 from .switch import by_place, cloned, read_fields, set_fields, set_unset_fields, setting_of, written_by_place
 
 _MISSING = (ScopeParamNotFoundError, ScopeCollectionNotFound, ScopeVariableNotFoundError)
@@ -69,6 +69,7 @@ class ModeCache(Struct):
     fingerprint: Fingerprint | None = None
     init_streams: set[str] = set()
     """Streams besides `params` that a handwritten init must be given."""
+    init_trace: InitTrace = field(default_factory=InitTrace)
     digest: bytes | None = None
     """The fingerprint for which `modes` is valid."""
     modes: dict[tuple[bool, frozenset[str]], tuple[Model, tuple[str, ...]]] = {}
@@ -91,6 +92,10 @@ class LinenModel:
 
     def __hash__(self) -> int:
         return hash(self.module)
+
+    def has_same_layout(self) -> bool:
+        """True: linen modules are immutable."""
+        return True
 
     def describe(self) -> str:
         """The construction with the fields that differ from their defaults, in one line."""
@@ -144,8 +149,9 @@ class LinenModel:
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> LinenModel:
         """A clone whose switches without a value are set for evaluation."""
-        # The set is shared with the clone, so that `init_streams` of this model knows what the clone's init finds.
-        return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._cache.init_streams))
+        # Shared with the clone, so that this model knows what the clone's init finds.
+        cache, module = self._cache, set_unset_fields(self.module, fixed)
+        return LinenModel(module, ModeCache(init_streams=cache.init_streams, init_trace=cache.init_trace))
 
     def fields_as_written(self) -> tuple[str, ...]:
         """The switch fields with their present values, such as `training=False`."""
@@ -153,8 +159,9 @@ class LinenModel:
 
     def init(self, key: Any, method: Path, args: Args, kwargs: Kwargs) -> Updates:
         """`module.init`, eagerly as by hand. Sown collections are dropped, since later runs would append to them."""
-        across = nnx_bridge()
-        with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
+        across, cache = nnx_bridge(), self._cache
+        bridge = nullcontext() if across is None else across.initialising(cache.init_streams)
+        with cache.init_trace.watching() as sown, bridge:
             target, args, kwargs = self._target(method, args, kwargs)
             variables = self._init(key, partial(self.module.init, method=target), args, kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
@@ -181,6 +188,10 @@ class LinenModel:
     def streams(self) -> frozenset[str]:
         """None: a linen model is given the streams that a trace asked for."""
         return frozenset()
+
+    def likely_needs(self, mode: str) -> Needs:
+        """By what its inits did: streams that they asked for, and in train mode those of the dropout layers."""
+        return self._cache.init_trace.likely_needs(mode)
 
     def fingerprint(self) -> bytes | None:
         """A digest of the module's classes and fields, cached until something that it was read from changes."""

@@ -82,8 +82,12 @@ class NnxModel:
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block during which the layout is checked once, at its beginning."""
+        """A block during which nothing but `has_same_layout` checks the layout."""
         return self._cache
+
+    def has_same_layout(self) -> bool:
+        """Whether every module of the graph holds the attributes that it held when the layout was found."""
+        return self._cache.check()
 
     # -- what it is
 
@@ -149,6 +153,10 @@ class NnxModel:
     def streams(self) -> frozenset[str]:
         """Tags of the streams that the module holds, and streams of the `rngs` argument if the session adds one."""
         return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
+
+    def likely_needs(self, mode: str) -> Needs:
+        """Nothing besides the streams that it holds, which it is given anyway."""
+        return Needs()
 
     @property
     def _own_tags(self) -> frozenset[str]:

@@ -43,7 +43,7 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
         @wraps(function)
         def run(self: Any, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
             notebook: Notebook = self.notebook
-            options = LineOptions({})
+            options = NO_OPTIONS
             try:
                 if cell is None and spec is FLAX_APPLY and line in notebook.known_lines:
                     value = run_again(notebook, line, notebook.shell.user_ns if local_ns is None else local_ns)
@@ -89,6 +89,8 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
     return decorate
 
 
+NO_OPTIONS = LineOptions({})
+"""Of a line that was not read yet."""
 MISSED = object()
 """Returned by `run_again` where the line has to be read and run as if it were new."""
 
@@ -109,7 +111,7 @@ def run_again(notebook: Notebook, line: str, names: Namespace) -> Any:
     if module is None or notebook.weight_names.moved(name, user_ns):
         return MISSED
     call = call_type(expression.method, args, kwargs, expression.call, notebook.number, expression.command)
-    runs_before = journal.runs()
+    runs_before = len(session)
     with notebook.working(f"running {name}", brief=True) as live:
         run = session.run_again(name, call, options, module)
     if run is None:

@@ -119,3 +119,13 @@ def test_an_interrupt_at_any_line_of_it_leaves_all_or_nothing(known, interrupted
     assert session.draws in (3, 4)
     known("y = %flax_apply --train -q my_model(x)")
     assert bits(known["y"]) == by_hand(known, session.draws, known["x"])
+
+
+def test_in_a_traced_function_it_is_refused_as_ever(known):
+    line = "--train -q my_model(x)"
+    known(f"for i in range(3):\n  y = %flax_apply {line}")
+    told = known.fails(f"jax.jit(lambda z: get_ipython().run_line_magic('flax_apply', {line!r}))(1.0)")
+    assert told.startswith(f"FlaxMagicsError: %flax_apply {line} stands in a function that JAX traces")
+    assert known.session.draws == len(known.session) == 3
+    known(f"y = %flax_apply {line}")
+    assert bits(known["y"]) == by_hand(known, 4, known["x"])
