@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import compileall
 import sys
+from functools import partial
 
 from . import fresh, warm
 from .cells import ROOT, Seconds
 from .table import Row, machine, table
 
 GROUPS = (
-    (warm.loops, [loop.row for loop in warm.LOOPS]),
-    (warm.one_cpu, [warm.ONE_CPU.row]),
-    (warm.in_kernels, [loop.row for loop in warm.IN_KERNEL]),
+    *((partial(warm.measured, loops), [loop.row for loop in loops]) for loops in warm.PROCESSES),
     (fresh.sessions, [fresh.COLD, fresh.RESTART, *(edit.row for edit in fresh.EDITS)]),
     (fresh.loading, [fresh.LOADING]),
     (fresh.importing, [fresh.OWN, fresh.MSGSPEC, fresh.JINJA]),

@@ -23,15 +23,19 @@ Seconds: TypeAlias = dict[str, list[float]]
 """Name → how long it took, each time."""
 
 
-def timed(laps: Laps, run: Callable[[str], object], settle: Callable[[], object]) -> Seconds:
-    """Runs all laps. `settle` waits for what cells have put off, within the lap."""
+def timed(laps: Laps, run: Callable[[str], object], settle: Callable[[], float | None]) -> Seconds:
+    """Runs all laps.
+
+    Args:
+      settle: waits for what the cells have put off, within the lap, and returns what they say they took, if they do.
+    """
     seconds = defaultdict(list)
     for name, cells in laps:
         begin = time.perf_counter()
         for cell in cells:
             run(cell)
-        settle()
-        seconds[name].append(time.perf_counter() - begin)
+        spent = settle()
+        seconds[name].append(time.perf_counter() - begin if spent is None else spent)
     seconds.pop("", None)
     return dict(seconds)
 
@@ -72,10 +76,12 @@ def _here(laps: Laps) -> Seconds:
     config.HistoryManager.enabled = False
     shell: Any = InteractiveShell.instance(config=config)
 
-    def settle() -> None:
+    def settle() -> float | None:
         for thread in threading.enumerate():
             if thread.name == "flax_magics compile":
                 thread.join()
+        spent: float | None = shell.user_ns.pop("spent", None)
+        return spent
 
     with contextlib.redirect_stdout(io.StringIO()):
         return timed(laps, lambda cell: shell.run_cell(cell, store_history=True).raise_error(), settle)

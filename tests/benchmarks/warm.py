@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from .cells import Laps, Seconds, in_kernel, in_shell
@@ -12,6 +12,8 @@ from .table import Row
 
 PAUSE = 50e-6
 """Seconds before the bare executable is called, as in a loop of ours: XLA's thread then sleeps, and has to be woken."""
+RENEW = "%unload_ext flax_magics\nflax_magics._session._current = None\n%load_ext flax_magics"
+"""Begins another session: in one of some 10,000 runs the end of each cell takes longer."""
 
 
 class Loop(NamedTuple):
@@ -21,8 +23,9 @@ class Loop(NamedTuple):
       setup: cells; one that another loop has run is not run again.
       by_hand, floor, ours: bodies of loops, empty for none.
       pause: seconds in each pass through `floor` that are no part of it.
-      end: cells after the loop, of ours.
+      end: cells after the loop, of ours; then each loop is a session of its own, and counts as one.
       runs: passes in a loop; a single one is a cell by itself.
+      inside: the time is taken in the cell, before its end.
     """
 
     row: Row
@@ -32,7 +35,8 @@ class Loop(NamedTuple):
     ours: str
     pause: float = PAUSE
     end: tuple[str, ...] = ()
-    runs: int = 300
+    runs: int = 200
+    inside: bool = False
 
     def laps(self, rounds: int) -> Laps:
         """Each body in turn, in both orders. The first pass warms up, and is not measured."""
@@ -41,10 +45,15 @@ class Loop(NamedTuple):
         cells["ours"] += self.end
         for i in range(rounds + 1):
             for who in list(cells)[:: 1 if i % 2 else -1]:
+                if self.end and who == "ours":
+                    yield "", [RENEW, self.ours, self.ours]
                 yield f"{self.row.key}/{who}" if i else "", cells[who]
 
     def _cell(self, body: str) -> str:
-        return body if self.runs == 1 else f"for i in range({self.runs}):\n{textwrap.indent(body, '  ')}"
+        if self.runs == 1:
+            return body
+        loop = f"for i in range({self.runs}):\n{textwrap.indent(body, '  ')}"
+        return f"begin = time.perf_counter()\n{loop}\nspent = time.perf_counter() - begin" if self.inside else loop
 
     def of_a_run(self, seconds: Seconds) -> Seconds:
         """The seconds of one pass."""
@@ -88,7 +97,7 @@ class MyModel(nn.Module):
 
 my_model = MyModel(num_neurons=3, training=True)
 x = jax.random.uniform(jax.random.key(42), (3, 4, 4))
-batches = [x + i for i in range(300)]
+batches = [x + i for i in range(200)]
 """
 BY_HAND = """\
 root, params_key, dropout_key = jax.random.split(jax.random.key(0), 3)
@@ -177,10 +186,14 @@ with capture_output() as shown:
 bundle = shown.outputs[-1].data
 """
 REPORTED = "y = %flax_apply my_model(x)"
-SMALL = [SHARP_BITS, BY_HAND]
+SMALL = [SETUP, LOAD, SHARP_BITS, BY_HAND]
 WARM = Loop(Row("warm", "warm -q, the notebook's 3-neuron model", 0.5), SMALL, APPLY, bare(BARE), OURS)
-LOOPS = (
+LINEN = (
     WARM,
+    WARM._replace(
+        row=Row("inside", "the same, timed inside of the cell: without what its end does", None),
+        inside=True,
+    ),
     Loop(
         Row("bare", "the same over its bare executable, awaited in a loop of its own", 100, "µs"),
         SMALL,
@@ -196,7 +209,7 @@ LOOPS = (
         bare(BARE.replace(" x,", " batches[i],")),
         "batch = batches[i]\ny = %flax_apply -q my_model(batch)",
     ),
-    Loop(Row("option", "the same, with -o", 0.7), SMALL, APPLY, bare(BARE), OURS.replace("-q", "-q -o run")),
+    WARM._replace(row=Row("option", "the same, with -o", 0.7), ours=OURS.replace("-q", "-q -o run")),
     Loop(
         Row("written", "the same, with BatchNorm, whose statistics it writes", 0.7),
         [*SMALL, NORMED],
@@ -204,25 +217,23 @@ LOOPS = (
         bare("bare_update(all_variables, x, rngs={'dropout': dropout_key})[0]"),
         "y = %flax_apply -q normed(x)",
     ),
-    Loop(
-        Row("history", "1,000 warm runs, the cell's end, session.runs[-1] and %flax_history", 0.6),
-        SMALL,
-        APPLY,
-        bare(BARE),
-        OURS,
+    WARM._replace(
+        row=Row("history", "1,000 warm runs, the cell's end, session.runs[-1] and %flax_history", 0.6),
         end=("run = flax_magics.session().runs[-1]", "%flax_history"),
         runs=1000,
     ),
+)
+MORE = (
     Loop(
         Row("nnx", "warm -q, an NNX MLP of two blocks, against its awaited nnx.jit call", 0.2),
-        [SHARP_BITS, NNX],
+        [*SMALL, NNX],
         "y = jax.block_until_ready(forward(own_mlp, x))",
         bare("bare_mlp()[0]"),
         "y = %flax_apply -q mlp(x)",
     ),
     Loop(
         Row("tiny", "the same, Linear and Dropout alone", 0.3),
-        [SHARP_BITS, NNX],
+        [*SMALL, NNX],
         "y = jax.block_until_ready(forward(own_tiny, x))",
         bare("bare_tiny()[0]"),
         "y = %flax_apply -q tiny(x)",
@@ -244,17 +255,16 @@ LOOPS = (
         runs=1,
     ),
 )
-ONE_CPU = WARM._replace(
-    row=Row("one", "warm -q, the 3-neuron model, in a process with one CPU", 1), floor=bare(BARE, BLOCK)
+ONE_CPU = (
+    WARM._replace(
+        row=Row("one", "warm -q, the 3-neuron model, in a process with one CPU", 1),
+        setup=["import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])", *SMALL],
+        floor=bare(BARE, BLOCK),
+    ),
 )
 IN_KERNEL = (
-    Loop(
-        Row("loop", "1,000 warm runs in a kernel, with the counting line shown", 0.7),
-        SMALL,
-        APPLY,
-        bare(BARE),
-        REPORTED,
-        runs=1000,
+    WARM._replace(
+        row=Row("loop", "1,000 warm runs in a kernel, with the counting line shown", 0.7), ours=REPORTED, runs=1000
     ),
     Loop(
         Row("shown", "a report shown in a kernel, over a plain display of the same size", 1, "ms"),
@@ -266,36 +276,21 @@ IN_KERNEL = (
         runs=1,
     ),
 )
+PROCESSES = (LINEN, MORE, ONE_CPU, IN_KERNEL)
 
 
-def loops(keys: Collection[str], rounds: int) -> Seconds:
-    """Those in one process, as a terminal's shell has it."""
-    return _measured(LOOPS, keys, rounds, in_shell)
-
-
-def one_cpu(keys: Collection[str], rounds: int) -> Seconds:
-    """Where XLA's thread and Python's cannot run at once."""
-    alone = "import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])"
-    return _measured((ONE_CPU,), keys, rounds, lambda laps: in_shell([("", [alone]), *laps]))
-
-
-def in_kernels(keys: Collection[str], rounds: int) -> Seconds:
-    """Those whose work is what a kernel sends."""
-    return _measured(IN_KERNEL, keys, rounds, in_kernel)
-
-
-def _measured(every: Iterable[Loop], keys: Collection[str], rounds: int, run: Callable[[Laps], Seconds]) -> Seconds:
-    chosen = [loop for loop in every if loop.row.key in keys]
-    seconds = run(list(_laps(chosen, rounds)))
+def measured(loops: Iterable[Loop], keys: Collection[str], rounds: int) -> Seconds:
+    """Those of `loops` that have these keys, each in a session of its own, all in one process."""
+    chosen = [loop for loop in loops if loop.row.key in keys]
+    seconds = (in_kernel if loops is IN_KERNEL else in_shell)(list(_laps(chosen, rounds)))
     return {name: values for loop in chosen for name, values in loop.of_a_run(seconds).items()}
 
 
 def _laps(chosen: Iterable[Loop], rounds: int) -> Laps:
-    yield "", [SETUP, LOAD]
-    before: list[str] = []
+    run: list[str] = []
     for loop in chosen:
-        yield "", [cell for cell in loop.setup if cell not in before]
-        before += loop.setup
+        yield "", [*([RENEW] if run else []), *(cell for cell in loop.setup if cell not in run)]
+        run += loop.setup
         # A single run is over so soon that there is time for more of them.
-        yield from loop.laps(rounds * (20 if loop.runs == 1 else 4))
+        yield from loop.laps(rounds * {1: 20, 1000: 1}.get(loop.runs, 3))
         yield "", ["assert not len(flax_magics.session()) or flax_magics.session().runs[-1].program == 'reused'"]
