@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 
 import jax
 from msgspec.structs import force_setattr, replace
@@ -194,7 +196,8 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     try:
         # The program is pure: where it turns out that another one is wanted, its result is dropped.
         if last.brief and not last.holds(entry, programs, running):
-            programs.unfinished.wait = smallest(running.result)
+            with suppress(Exception):  # it is nobody's; but what is left of it would count as a part of the next run
+                running.finish(lambda: services.on_phase(f"running {entry.name}"))
             return None
         running.look()
         output, updates, sown = plan.parted(running.result, program.trace)
@@ -239,6 +242,9 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
             seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"))
         except Exception:
             return None
+        # Another thread has written what the run would write over.
+        if commit is not None and commit.write is None and last.is_overtaken(entry, inputs):
+            return None
         noted = with_notes_of_output(run) if last.has_nan(output) else run
         memory = run.memory
         # Of a program's memory figures only the device's peak changes from run to run.
@@ -247,7 +253,6 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     except BaseException:
         programs.unfinished.wait = smallest(running.result)
         raise
-    last.wrote(updates, seconds)
     # The reason for the next new program is found by comparing with this run.
     programs.parts[entry.name] = last.parts
     if noted is not run:
@@ -256,7 +261,7 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     for facts in (run, stored.facts):
         force_setattr(facts, "timing", Timing(run=seconds, wait=wait))
         force_setattr(facts, "memory", memory)
-    return Outcome(run, stored, draw, after, None, None, commit)
+    return Outcome(run, stored, draw, after, None, None, commit, partial(last.wrote, inputs, updates, seconds))
 
 
 def init_model(
