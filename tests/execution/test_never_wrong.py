@@ -251,15 +251,18 @@ def test_a_change_of_an_nnx_module_counts_at_once(world, what):
 Between = Callable[[Callable[[], Any]], list[Any]]
 
 
-@pytest.fixture(params=["before the check", "after the check"])
+at_either_moment = pytest.mark.parametrize("between", ["before the check", "after the check"], indirect=True)
+
+
+@pytest.fixture
 def between(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Between:
     """Has something happen once, between a run's dispatch and its end; gives what did not happen yet."""
     waiting: list[Callable[[], Any]] = []
-    holds, finish = LastRun.holds, Running.finish
+    holds, finish, moment = LastRun.holds, Running.finish, getattr(request, "param", "before the check")
 
     def check(self: LastRun, *args: Any) -> bool:
         assert self.brief  # otherwise it would be asked before the dispatch
-        while waiting and request.param == "before the check":
+        while waiting and moment == "before the check":
             waiting.pop()()
         return holds(self, *args)
 
@@ -362,6 +365,7 @@ def test_so_is_a_change_of_an_nnx_module(world, between, what):
     assert [bits(session.apply("net", X).output) for _ in range(2)] == [by_hand(5), by_hand(6)]
 
 
+@at_either_moment
 def test_variables_and_a_seed_that_another_thread_sets_meanwhile_are_not_written_over(between):
     session = session_of(Normed())
     for _ in range(3):
@@ -380,6 +384,7 @@ def test_variables_and_a_seed_that_another_thread_sets_meanwhile_are_not_written
     assert bits(run.output) == bits(output)
 
 
+@at_either_moment
 def test_a_run_on_another_thread_meanwhile_takes_a_draw_of_its_own(between):
     session = session_of(nn.Dropout(0.5, deterministic=False))
     for _ in range(3):
@@ -401,6 +406,7 @@ class WithStatistics(nnx.Module):
         return self.norm(x)
 
 
+@at_either_moment
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_statistics_that_somebody_sets_meanwhile_are_not_written_over(between, kind):
     net: Any = Normed() if kind == "linen" else WithStatistics(rngs=nnx.Rngs(0))
@@ -435,6 +441,7 @@ def test_statistics_that_somebody_sets_meanwhile_are_not_written_over(between, k
         assert bits(mean()) == bits(jax.jit(lambda x: 0.99 * jnp.full(4, 100.0) + (1 - 0.99) * x.mean(0))(X))
 
 
+@at_either_moment
 @pytest.mark.parametrize("way", ["interrupted", "dropped"])
 def test_a_run_that_came_to_nothing_is_no_run_before_the_next(between, way):
     session = session_of(nn.Dropout(0.5, deterministic=False))
