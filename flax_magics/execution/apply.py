@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 import jax
@@ -33,7 +35,7 @@ from .build import renewed
 from .call import Call, initialising, prepare_init
 from .execute import ApplyRequest, Execution, execute, plain_errors
 from .notes import OUTDATED, outdated_own, with_notes_of_output
-from .plan_cache import BRIEF, LastRun
+from .plan_cache import LastRun
 from .record import Applied, Outcome, recipe_of, stored_init
 from .surroundings import surroundings
 
@@ -203,7 +205,8 @@ def apply_again(
     try:
         # The program is pure: where it turns out that another one is wanted, its result is dropped.
         if last.brief and (surroundings(caller) is not None or not last.holds(entry, programs, running)):
-            programs.unfinished.wait = smallest(running.result)
+            with suppress(Exception):  # it is nobody's; but what is left of it would count as a part of the next run
+                running.finish(lambda: services.on_phase(f"running {entry.name}"))
             return None
         running.look()
         output, updates, sown = plan.parted(running.result, program.trace)
@@ -249,6 +252,9 @@ def apply_again(
             seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"))
         except Exception:
             return None
+        # Another thread has written what the run would write over.
+        if commit is not None and commit.write is None and last.is_overtaken(entry, inputs):
+            return None
         noted = with_notes_of_output(run) if last.has_nan(output) else run
         memory = run.memory
         # Of a program's memory figures only the device's peak changes from run to run.
@@ -257,9 +263,6 @@ def apply_again(
     except BaseException:
         programs.unfinished.wait = smallest(running.result)
         raise
-    last.brief = seconds < BRIEF
-    if updates:
-        last.wrote(updates)
     # The reason for the next new program is found by comparing with this run.
     programs.parts[entry.name] = last.parts
     if noted is not run:
@@ -269,7 +272,8 @@ def apply_again(
     for facts in (run, stored.facts):
         force_setattr(facts, "timing", Timing(run=seconds, wait=wait))
         force_setattr(facts, "memory", memory)
-    return Outcome(run, stored, draw, after, commit=commit, state=state_after)
+    committed = partial(last.wrote, inputs, updates, seconds)
+    return Outcome(run, stored, draw, after, commit=commit, committed=committed, state=state_after)
 
 
 def init_model(

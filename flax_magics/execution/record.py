@@ -42,6 +42,7 @@ class Outcome(NamedTuple):
       opened: name and draw if that model's next apply shall go on with the draw.
       write: writes into the user's own object, where that takes more than `commit`.
       commit: the changes to the variables of a module that holds them itself.
+      committed: called once the run is part of the session.
       state: the session's state with all of this, where it was worked out while the device ran.
     """
 
@@ -52,6 +53,7 @@ class Outcome(NamedTuple):
     opened: tuple[str, Draw] | None = None
     write: Callable[[], None] | None = None
     commit: Commit | None = None
+    committed: Callable[[], None] | None = None
     state: State | None = None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,15 @@ CALLBACK = "in a host callback, and the program that calls it waits for it"
 COMMAND = "in code that another command runs, and the draw of that one is not finished"
 
 
+def stand_outside(refused: Callable[..., FlaxMagicsError], *what: object) -> None:
+    """Raises `refused(where, *what)` inside a traced function, a host callback or another command.
+
+    Every method of a session that draws, runs or changes it calls this first.
+    """
+    if (where := surroundings(sys._getframe(1))) is not None:
+        raise refused(where, *what)
+
+
 def surroundings(frame: FrameType | None = None) -> str | None:
     """What the code that calls the session is part of, in words for a message; None where it may draw and run.
 
@@ -39,9 +48,9 @@ def surroundings(frame: FrameType | None = None) -> str | None:
       frame: of the session's method that was called; None for the caller of this function.
     """
     tracing = TRACE if private.is_tracing() else None
-    # The session's own frames come first; one of them further out belongs to another command.
+    # This command's own frames come first; one of the session's further out belongs to another command.
     frame = sys._getframe(1) if frame is None else frame
-    while frame.f_back is not None and frame.f_globals.get("__name__") == _SESSION:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_OWN):
         frame = frame.f_back
     walk: FrameType | None = frame
     while walk is not None:
@@ -58,7 +67,7 @@ def surroundings(frame: FrameType | None = None) -> str | None:
     return tracing
 
 
-_SESSION = "flax_magics._session"
+_OWN, _SESSION = "flax_magics.", "flax_magics._session"
 
 
 def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
