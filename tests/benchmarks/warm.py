@@ -257,7 +257,7 @@ MORE = (
 )
 ONE_CPU = (
     WARM._replace(
-        row=Row("one", "warm -q, the 3-neuron model, in a process with one CPU", 1),
+        row=Row("one", "warm -q, the 3-neuron model, in a process with one CPU", 1.5),
         setup=["import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])", *SMALL],
         floor=bare(BARE, BLOCK),
     ),
