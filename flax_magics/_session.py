@@ -252,9 +252,8 @@ class Session(SessionView):
         """Restarts the root key at draw 1 of `seed`; with `fresh` every model also initialises anew at its next use."""
         line = restart_line(seed, fresh=fresh)
         self._stand_outside(surroundings.of_state, line, line)
-        root = RootKey.from_seed(seed)
-        self._state, restart = self._state.restarted(root, fresh=fresh)
-        self.services.seen = SeenKeys({root.data})
+        self._state, restart = self._state.restarted(RootKey.from_seed(seed), fresh=fresh)
+        self.services.seen = SeenKeys({self._state.root.data})
         return restart
 
     # -- what was drawn, and what would be
@@ -370,8 +369,7 @@ class Session(SessionView):
         from .history import table
         from .history.replay import Replaying
 
-        replaying = Replaying(self._state.models, self.services, self.replay_bytes)
-        return replaying.replay_all(table.find(self._state, draw))
+        return Replaying(self._state.models, self.services, self.replay_bytes).replay_all(table.find(self._state, draw))
 
     def run_summary(
         self, name: str, call: Call | None, mode: str | None, *, backward: bool = False, module: object = None
@@ -421,7 +419,6 @@ class Session(SessionView):
         entry = self._state.models.get(name)
         if entry is not None and (module is None or module is entry.model.module):
             with entry.model.held_still:
-                entry.model.has_same_layout()
                 return self._run(entry, notes, call, options)
         entry, more = self._entry_now(name, module)
         return self._run(entry, (*more, *notes), call, options)
@@ -471,8 +468,7 @@ class Session(SessionView):
         _, stored, draw, entry, opened, write, commit, state = outcome
         state = self._state.after(stored, draw.last, entry, opened) if state is None else state
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
-        for one in draw.draws:
-            self.services.seen.roots.add(one.next_root)
+        self.services.seen.roots.update([one.next_root for one in draw.draws])
         write = write or (commit.make if commit is not None and commit.write is not None else None)
         if write is None:
             # The common case: plain assignments in one C call cost less than deferring the signal.
