@@ -55,6 +55,7 @@ def apply_model(
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
     library.look()
+    entry.model.has_same_layout()  # forgets it if not
     name = entry.name
     replayed = state.find_draw(options.keys_of)
     opened = state.opened
