@@ -7,13 +7,15 @@ nothing: same root key, same variables, same runs.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from .base.threads import at_once, uninterrupted
+from .base.threads import Overtaken, at_once, uninterrupted, until_committed
 from .base.types import PyTree
 from .cells.journal import cell_number, cells_of_notebook
 from .compile.cache import ProgramCache, Services
@@ -25,6 +27,7 @@ from .execution.call import Call, as_names
 from .execution.idioms import Translation
 from .execution.plan_cache import PlanCache
 from .execution.record import Outcome
+from .execution.surroundings import stand_outside
 from .line.call import plain_name
 from .line.commands import restart_line
 from .line.options import ApplyOptions
@@ -32,7 +35,7 @@ from .report.html import FACE
 from .rng.keys import RootKey, SeenKeys
 from .run import DrawNumber, Note, Run, show_as
 from .state.entry import ModelEntry
-from .state.handles import Models, RegisteredModel, SessionView, entry_now, entry_of
+from .state.handles import Models, RegisteredModel, SessionView, entry_now
 from .state.models import Registration, assigned
 from .state.runs import REPLAY_BYTES, ReplayBudget, StoredRun, arrays_of
 from .state.state import Restart, State
@@ -77,7 +80,7 @@ class Session(SessionView, LossMethods):
         disk_cache: bool | FileName = False,
         replay_bytes: int = REPLAY_BYTES,
     ) -> None:
-        self._state = State(RootKey.from_seed(seed))
+        super().__init__(State(RootKey.from_seed(seed)))
         self.services = Services(ProgramCache(clock), clock, lambda phase: None, SeenKeys({self._state.root.data}))
         """Shared by all commands; its `on_phase` is called with what one begins to do, such as `compiling net`."""
         self.programs.compiler.keep_on_disk(disk_cache)
@@ -106,6 +109,7 @@ class Session(SessionView, LossMethods):
         self.register_all({name: module})
         return self.models[name]
 
+    @until_committed
     def register_all(
         self, modules: Mapping[str, object], *, anew: Container[str] = (), cell: int | None = None
     ) -> list[Registration]:
@@ -115,15 +119,14 @@ class Session(SessionView, LossMethods):
         as new, even if one of the same code was registered before.
         """
         if modules:
-            self._stand_outside(surroundings.of_register, *next(iter(modules.items())), cell)
-        building = Building(self.services)
-        if self._state.waiting:  # variables from a file wait for their models
+            stand_outside(surroundings.of_register, *next(iter(modules.items())), cell)
+        building, before = Building(self.services), self._state
+        if before.waiting:  # variables from a file wait for their models
             from .snapshot.restore import RestoringBuilding
 
             building = RestoringBuilding(self.services)
-        runs_before = self._state.runs
-        state, changes, builds = building.register_all(self._state, modules, anew, cell)
-        with uninterrupted():
+        state, changes, builds = building.register_all(before, modules, anew, cell)
+        with self._in_place_of(before):
             for change in changes:
                 if change.write is not None:
                     change.write()
@@ -134,10 +137,11 @@ class Session(SessionView, LossMethods):
         for change in changes:
             if change.state != "unchanged":
                 self._plans.forget(change.name)
-        if state.runs is not runs_before and self.autosaving is not None:  # something was built
+        if state.runs is not before.runs and self.autosaving is not None:  # something was built
             self.autosaving.offer(state)
         return changes
 
+    @until_committed
     def assign(
         self, name: str, variables: PyTree | None, *, module: object = None, written: Written | None = None
     ) -> tuple[Note, ...]:
@@ -147,31 +151,19 @@ class Session(SessionView, LossMethods):
         `nnx.State` of all or some variables. Trees, shapes and dtypes must fit. `written` tells how the user gave them.
         """
         line = f"session.models['{name}'].variables = …" if written is None else f"%flax_vars {name} = …"
-        self._stand_outside(surroundings.of_state, f"the assignment of `{name}`'s variables", line)
+        stand_outside(surroundings.of_state, f"the assignment of `{name}`'s variables", line)
+        before = self._state
         entry, notes = self._entry_now(name, module)
         after, write = assigned(entry, variables, written or Written.assignment(name), cell_number())
-        with uninterrupted():
+        with self._in_place_of(before):
             if write is not None:
                 write()
-            self._state = self._state.with_variables(after)
+            self._state = before.with_variables(after)
         if notes:
             self._plans.forget(name)
         if self.autosaving is not None:
             self.autosaving.offer(self._state)
         return notes
-
-    def _stand_outside(self, refused: Callable[..., FlaxMagicsError], *what: object) -> None:
-        """Raises `refused(where, *what)` inside a traced function, a host callback or another command.
-
-        Every method that draws, runs or changes the session calls this first.
-        """
-        if (where := surroundings.surroundings()) is not None:
-            raise refused(where, *what)
-
-    def _entry(self, model: object, mode: str | None = None) -> ModelEntry:
-        if mode not in (None, "train", "eval"):
-            raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
-        return entry_of(self._state.models, model)
 
     def _entry_now(self, name: str, module: object) -> tuple[ModelEntry, tuple[Note, ...]]:
         """`handles.entry_now`, with waiting variables of a loaded file considered; see `run_apply` for `module`."""
@@ -181,9 +173,6 @@ class Session(SessionView, LossMethods):
         from .snapshot import restore
 
         return restore.rebound(self._state.waiting, entry, notes)
-
-    def _translation(self, entry: ModelEntry, call: Call) -> Translation:
-        return Translation(entry.name, entry.model, call, entry.variables)
 
     # -- draws
 
@@ -248,12 +237,15 @@ class Session(SessionView, LossMethods):
         """Makes a draw and returns its key of stream `name`: a typed key, shape (), which the session never splits."""
         return self.run_key(name).output  # type: ignore[no-any-return]
 
+    @until_committed
     def restart(self, seed: int, *, fresh: bool = False) -> Restart:
         """Restarts the root key at draw 1 of `seed`; with `fresh` every model also initialises anew at its next use."""
         line = restart_line(seed, fresh=fresh)
-        self._stand_outside(surroundings.of_state, line, line)
-        self._state, restart = self._state.restarted(RootKey.from_seed(seed), fresh=fresh)
-        self.services.seen = SeenKeys({self._state.root.data})
+        stand_outside(surroundings.of_state, line, line)
+        root, before = RootKey.from_seed(seed), self._state
+        state, restart = before.restarted(root, fresh=fresh)
+        with self._in_place_of(before):
+            self._state, self.services.seen = state, SeenKeys({root.data})
         return restart
 
     # -- what was drawn, and what would be
@@ -327,6 +319,7 @@ class Session(SessionView, LossMethods):
 
         return save_session(self._state, path)
 
+    @until_committed
     def load(self, path: FileName) -> Restored:
         """Restores a saved session, so that its next draw is the one that would have come. Runs no code from the file.
 
@@ -334,11 +327,12 @@ class Session(SessionView, LossMethods):
         key and history become those of the file; models that are not in it stay as they are.
         """
         line = f"%flax_load {os.fspath(path)}"
-        self._stand_outside(surroundings.of_state, line, line)
+        stand_outside(surroundings.of_state, line, line)
         from .snapshot.save import load_session
 
-        state, writes, restored = load_session(self._state, path)
-        with uninterrupted():
+        before = self._state
+        state, writes, restored = load_session(before, path)
+        with self._in_place_of(before):
             for write in writes:
                 write()
             self._state, self.services.seen, self._plans = state, SeenKeys({state.root.data}), PlanCache()
@@ -363,7 +357,7 @@ class Session(SessionView, LossMethods):
 
     def run_replay(self, draw: DrawNumber | str | Run) -> list[Run]:
         """`replay` that returns every run of the draw: two where an init and an apply shared it."""
-        self._stand_outside(surroundings.of_replay, draw)
+        stand_outside(surroundings.of_replay, draw)
         from .history import table
         from .history.replay import Replaying
 
@@ -379,31 +373,34 @@ class Session(SessionView, LossMethods):
         # A summary changes nothing and may run in a traced function, unless the name now stands for another module.
         if module is not None:
             line = f"%flax_summary {name if call is None else call.text}"
-            self._stand_outside(surroundings.of_state, line, line)
+            stand_outside(surroundings.of_state, line, line)
         entry, _ = entry_now(self._state.models, name, module)
         if call is None:
             return summary.of_variables(entry)
-        with self._translation(entry, call):
+        with Translation(entry, call):
             draw, phase = self._state.root.draw(), self.services.on_phase  # the draw is not committed
             return summary.of_call(entry, call, mode, draw, backward=backward, phase=phase)
 
+    @until_committed
     def run_init(self, name: str, call: Call, *, keys_of: DrawNumber | None = None, module: object = None) -> Run:
         """`init` of a parsed call; see `run_apply` for `module`."""
-        self._stand_outside(surroundings.of_init, self._entry_before(name, module), call)
+        stand_outside(surroundings.of_init, self._entry_before(name, module), call)
+        before = self._state
         entry, notes = self._entry_now(name, module)
-        inputs = self._state, entry, call, self.services
+        inputs = before, entry, call, self.services
         if entry.model.holds_variables:
-            with self._translation(entry, call):
+            with Translation(entry, call):
                 entry.model.signature(call.method)
             outcome = rebuild(*inputs, keys_of=keys_of, limit=self.replay_bytes)
         else:
-            with self._translation(entry, call):
+            with Translation(entry, call):
                 outcome = init_model(*inputs, keys_of=keys_of, limit=self.replay_bytes, said=notes)
-        self._commit(outcome)
+        self._commit(before, outcome)
         assert outcome.entry is not None
         self._keeping.replace(entry.replaced, outcome.entry.replaced)
         return outcome.run
 
+    @until_committed
     def run_apply(
         self, name: str, call: Call, options: ApplyOptions, *, module: object = None, notes: tuple[Note, ...] = ()
     ) -> Run:
@@ -414,35 +411,34 @@ class Session(SessionView, LossMethods):
         """
         if not notes and (run := self.run_again(name, call, options, module)) is not None:
             return run
-        self._stand_outside(surroundings.of_apply, self._state, self._entry_before(name, module), call, options)
-        entry = self._state.models.get(name)
-        if entry is not None and (module is None or module is entry.model.module):
-            with entry.model.held_still:
-                return self._run(entry, notes, call, options)
+        state = self._state
+        stand_outside(surroundings.of_apply, state, self._entry_before(name, module), call, options)
         entry, more = self._entry_now(name, module)
-        return self._run(entry, (*more, *notes), call, options)
+        with entry.model.held_still:
+            entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
+            return self._run(state, entry, (*more, *notes), call, options)
 
     def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Run | None:
         """`run_apply` of a line whose last run left a plan; None, with nothing changed, where only that can run it."""
         state, last = self._state, self._plans.find(name, call, options)
         if last is None or (entry := state.models.get(name)) is None or (state.opened and state.opened[0] == name):
             return None
-        if not (module is None or module is entry.model.module) or surroundings.surroundings() is not None:
+        if not (module is None or module is entry.model.module):
             return None
         with entry.model.held_still:
-            outcome = apply_again(last, state, entry, call, self.services)
-        # Where another thread was faster, the run would take its draw, or write over what it did.
-        if outcome is None or self._state is not state:
-            return None
-        self._commit(outcome)
-        return outcome.run
+            outcome = apply_again(last, state, entry, call, self.services, caller=sys._getframe())
+        if outcome is not None:
+            with suppress(Overtaken):
+                self._commit(state, outcome)
+                return outcome.run
+        return None
 
-    def _run(self, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
+    def _run(self, state: State, entry: ModelEntry, notes: tuple[Note, ...], call: Call, options: ApplyOptions) -> Run:
         """`run_apply` without a plan of an earlier run; `notes` concern how the entry came to be."""
-        with self._translation(entry, call):
-            applied = apply_model(self._state, entry, call, options, self.services, said=notes)
+        with Translation(entry, call):
+            applied = apply_model(state, entry, call, options, self.services, said=notes)
         outcome = applied.outcome
-        self._commit(outcome)
+        self._commit(state, outcome)
         if notes:  # the name was rebound: plans of the earlier module must not be found again
             self._plans.forget(entry.name)
         elif outcome.write is None:
@@ -451,34 +447,35 @@ class Session(SessionView, LossMethods):
             self.services.seen.runs.setdefault(data, f"draw {outcome.draw.first.number}")
         return outcome.run
 
+    @until_committed
     def run_key(self, name: str, *, cell: int | None = None) -> Run:
         """`key` that returns the Run, whose output is the key. `cell`: the number of the notebook cell."""
         if not name.isidentifier():
             line = f"%flax_key {plain_name(name, 'latent')}"
             raise FlaxMagicsError(f"`{name}` is not a name for a stream.", write=line)
-        self._stand_outside(surroundings.of_key, name, cell)
-        draw = self._state.root.draw()
-        run = record.run_of_key(name, draw, cell, first=self._state.runs is None)
-        self._commit(Outcome(run, StoredRun(run), draw))
+        stand_outside(surroundings.of_key, name, cell)
+        before, draw = self._state, self._state.root.draw()
+        run = record.run_of_key(name, draw, cell, first=before.runs is None)
+        self._commit(before, Outcome(run, StoredRun(run), draw))
         return run
 
-    def _commit(self, outcome: Outcome) -> None:
+    def _commit(self, before: State, outcome: Outcome) -> None:
         """Makes the run part of the session, and writes its updates into an NNX module, in one uninterruptible step."""
-        _, stored, draw, entry, opened, write, commit = outcome
-        state = self._state.after(stored, draw.last, entry, opened)
+        _, stored, draw, entry, opened, write, commit, committed, state = outcome
+        state = before.after(stored, draw.last, entry, opened) if state is None else state
         # Before the commit: a root that is never split does no harm there, a missing one would hide a reused key.
         for one in draw.draws:
             self.services.seen.roots.add(one.next_root)
         write = write or (commit.make if commit is not None and commit.write is not None else None)
-        if write is None:
-            # The common case: plain assignments in one C call cost less than deferring the signal.
-            into = () if commit is None else commit.assignments
-            at_once((*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)))
-        else:
-            with uninterrupted():  # `write` runs Python code
+        into = () if commit is None or write is not None else commit.assignments
+        # `write` runs Python code. In the common case, plain assignments in one C call cost less than deferring the signal.
+        with nullcontext() if write is None else uninterrupted(), self._committing:
+            self._check(before)
+            if write is not None:
                 write()
-                self._state = state
-                self._keeping.noted.append(stored)
+            at_once((*into, (object.__setattr__, self, "_state", state), (self._keeping.noted.append, stored)))
+        if committed is not None:
+            committed()
         self._keeping.look(stored.size)
         if self.autosaving is not None:
             self.autosaving.after(stored.facts, state)

@@ -5,10 +5,9 @@ Nothing here imports IPython, JAX or Flax: an error must be cheap to raise and s
 
 from __future__ import annotations
 
-import shutil
-import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 
 class FlaxMagicsError(Exception):
@@ -25,6 +24,9 @@ class FlaxMagicsError(Exception):
       hint: one more line, such as the nearest names.
     """
 
+    before_shown: ClassVar[Callable[[FlaxMagicsError], int]] = lambda error: 0
+    """Called with an error that IPython is about to show: gives the columns of its lines, 0 for any number of them."""
+
     def __init__(
         self,
         message: str,
@@ -40,11 +42,18 @@ class FlaxMagicsError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         lines = f"{type(self).__name__}: {self}".split("\n")
-        # A terminal breaks a long line within a word. Lines below the first may be there to paste, and stay whole.
-        if sys.stdout is not None and sys.stdout.isatty():
-            wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, subsequent_indent="  ")
+        # Terminals and JupyterLab break long lines within words. Advice may be there to paste, and stays whole.
+        columns = FlaxMagicsError.before_shown(self)
+        if columns:
+            wrapper = textwrap.TextWrapper(columns, subsequent_indent="  ")
             wrapper.break_long_words = wrapper.break_on_hyphens = False
-            lines[:1] = wrapper.wrap(lines[0])
+            first, hints = wrapper.wrap(lines[0]), lines[1 : 1 + len((self.hint or "").splitlines())]
+            wrapper.subsequent_indent = "    "
+            below = lines[1 + len(hints) :]
+            # Nothing is moved from above the mark that points at it.
+            if not any(line.strip() == "^" for line in hints):
+                hints = [part for line in hints for part in wrapper.wrap(line)]
+            lines = [*first, *hints, *below]
         return ["\n".join(lines)]
 
 

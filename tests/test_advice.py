@@ -343,6 +343,8 @@ SCENARIOS = [
     # -- runs
     Scenario("execution.call.check_arguments", "%flax_apply -q Net(x)", (SWITCHED,)),
     Scenario("execution.call.check_arguments", "%flax_summary --depth 1 Net(x)", (SWITCHED,)),
+    Scenario("execution.call.check_arguments", f"{SESSION}\nsession.apply('net', x, draws=2)", (NET,), ("x",)),
+    Scenario("execution.call.check_arguments", f"{SESSION}\nsession.init('net', x, draw=1)", (NET, RAN), ("x",)),
     Scenario("notebook.hints._of_unset", "%flax_apply net(x)", ("%flaxmodel net = nn.Dropout(0.5)",)),
     Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSET,), edit=put("return nn.Dropout(0.5)(x)")),
     Scenario("notebook.hints._of_unset", "%flax_apply --train Net(x)", (UNSWITCHED,), edit=lambda cell, advice: cell.replace(
@@ -350,6 +352,7 @@ SCENARIOS = [
     Scenario("notebook.hints.hints", "%flax_apply Net(x)", (BRANCHES,)),
     Scenario("notebook.hints._of_shapes", "%flax_apply --eager net(x[0] * 2)", (FLAT, RAN)),
     Scenario("notebook.hints._of_shapes", "%flax_apply own(x[0])", (FLAT_OWN, "%flax_apply own(x);")),
+    Scenario("notebook.hints._of_first_run", "%flax_apply own(x[0])", (FLAT_OWN,)),
     Scenario("execution.execute._foreign", "%flax_apply --train --roofline net(x)", (OBJECTS,)),
     Scenario("execution.execute._foreign", "%flax_apply --samples 2 --eager net(x)", (OBJECTS,)),
     Scenario("execution.build.rebuild", "%flax_init net(x)", (OWN,), ("2",), again=True),

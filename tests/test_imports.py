@@ -31,14 +31,17 @@ def test_loading_the_extension_imports_nothing_that_only_a_command_needs():
     """
     imported = set(printed_by(script).split())
     ours = {name for name in imported if name.startswith("flax_magics")}
-    packages = {"flax_magics", *(f"flax_magics.{room}" for room in ("base", "cells", "code", "line", "notebook"))}
+    packages = {
+        "flax_magics",
+        *(f"flax_magics.{room}" for room in ("base", "cells", "code", "line", "notebook", "report")),
+    }
     assert ours - packages == {
         *("flax_magics.errors", "flax_magics.base.text", "flax_magics.base.tokens"),
         *("flax_magics.base.types", "flax_magics.cells.journal", "flax_magics.cells.names", "flax_magics.code.library"),
         *("flax_magics.line.call", "flax_magics.line.commands", "flax_magics.line.expression"),
         *("flax_magics.line.options", "flax_magics.notebook.command", "flax_magics.notebook.completion"),
         *("flax_magics.notebook.interrupts", "flax_magics.notebook.magics", "flax_magics.notebook.notebook"),
-        *("flax_magics.notebook.run_cell", "flax_magics.notebook.tracebacks"),
+        *("flax_magics.notebook.run_cell", "flax_magics.notebook.tracebacks", "flax_magics.report.display"),
     }
     others = {name.partition(".")[0] for name in imported - ours} - {"IPython"}
     assert others <= {"_blake2", "_hashlib", "bdb", "hashlib"}

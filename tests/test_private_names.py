@@ -20,6 +20,11 @@ from flax.core import FrozenDict
 import flax_magics
 from flax_magics.base import private
 
+try:
+    from flax.typing import HashableMapping
+except ImportError:  # Flax 0.11
+    from flax.nnx.graph import HashableMapping
+
 ROOT = Path(flax_magics.__file__).parent
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
@@ -99,13 +104,14 @@ def staging() -> Any:
         (lambda: private.hide_frames(str(ROOT)), True),
         (lambda: staging() is not None, True),
         (lambda: type(private.contents_of(FrozenDict(a=1))), dict),
+        (lambda: type(private.contents_of(HashableMapping({"a": 1}))), dict),
         (lambda: type(private.flax_globals()[1]), list),
         (lambda: {name for _, name in private.nnx_stacks()} <= set(private.NNX_STACKS), True),
     ],
     ids=[
         *("trace_state_clean", "trace_context", "trace_context_names", "mesh", "apply_primitive"),
         *("register_exclusion", "custom_staging_rules"),
-        *("FrozenDict._dict", "flags, interceptors and rules", "NNX's stacks"),
+        *("FrozenDict._dict", "HashableMapping._mapping", "flags, interceptors and rules", "NNX's stacks"),
     ],
 )
 def test_this_version_has_the_name(fetch: Callable[[], Any], expected: Any) -> None:

@@ -156,7 +156,9 @@ def table(rows: Iterable[Sequence[str]], indent: str = "", gap: str = "  ", colu
         for cell, wide in zip(row, widths, strict=False):
             over = cell_len(cell) > wide
             prefix += cell + ("" if over else " " * (wide - cell_len(cell))) + gap
-        if cell_len(prefix) > columns - LEAST:  # the last column goes on the line below
+        longest = max(map(cell_len, row[-1].split()), default=0)
+        # The last column goes on the line below, where a word of it would be broken that fits a line.
+        if cell_len(prefix) > columns - LEAST or columns - cell_len(prefix) < longest <= columns - len(indent) - 4:
             lines += wrap(prefix.strip(), indent, indent + "  ", columns)
             prefix = indent + "    "
         lines += wrap(row[-1], prefix, " " * hang, columns)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import starmap
 from operator import call
 from types import FrameType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 from msgspec import Struct
@@ -60,8 +60,29 @@ def uninterrupted() -> Iterator[None]:
             handler(*signals[0])
 
 
-Future: TypeAlias = "concurrent.futures.Future[Any]"
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Overtaken(Exception):
+    """Another thread has replaced what a result was worked out from: the result counts for nothing."""
+
+
+def until_committed(method: Callable[P, T]) -> Callable[P, T]:
+    """Has a method of a session begin anew as often as another thread has changed the session before it could."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        while True:
+            try:
+                return method(*args, **kwargs)
+            except Overtaken:
+                continue
+
+    return run
+
+
+Future: TypeAlias = "concurrent.futures.Future[Any]"
 
 
 class Workers:
@@ -153,13 +174,11 @@ def smallest(result: PyTree) -> Callable[[], object] | None:
 
 def wait_on(result: PyTree, unfinished: Unfinished) -> None:
     """Waits until the device has computed `result`, open to Ctrl-C: then `unfinished` waits for it."""
-    unfinished.wait = functools.partial(jax.block_until_ready, result)
     try:
         jax.block_until_ready(result)
     except BaseException:
         unfinished.wait = smallest(result)  # so that the large outputs are freed
         raise
-    unfinished.wait = None
 
 
 class Running:
@@ -168,8 +187,11 @@ class Running:
     def __init__(self, result: PyTree, start: float, clock: Callable[[], float], unfinished: Unfinished) -> None:
         self.result, self._start, self._clock, self._unfinished = result, start, clock, unfinished
         self._seconds: float | None = None
-        # All results of a program are ready together, and fail together.
-        self._one = next((leaf for leaf in jax.tree_util.tree_leaves(result) if hasattr(leaf, "is_ready")), None)
+        self._one: Any = None
+        for leaf in jax.tree_util.tree_leaves(result):
+            if hasattr(leaf, "is_ready"):
+                self._one = leaf  # all results of a program are ready together, and fail together
+                break
         self.look()
 
     def look(self) -> bool:
@@ -193,7 +215,6 @@ class Running:
         if self._one is not None:
             self._one.block_until_ready()  # raises the error of a program that failed
         assert self._seconds is not None
-        self._unfinished.wait = None
         return self._seconds
 
 

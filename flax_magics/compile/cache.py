@@ -12,7 +12,6 @@ import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from msgspec.structs import replace
 
 from ..base.measures import Memory, Timing, default_device, name_devices
 from ..base.private import hide_frames
-from ..base.threads import Future, Running, Unfinished, elsewhere, wait_for, wait_on
+from ..base.threads import Future, Running, Unfinished, elsewhere, smallest, wait_for, wait_on
 from ..base.types import PyTree
 from ..code.contents import Structure, Unknown
 from ..code.fingerprint import fingerprint
@@ -185,8 +184,11 @@ class ProgramCache:
         """Dispatches a program without effects; see `run` for the arguments."""
         start = self.clock()
         result = program.executable(variables, keys, dynamic)
-        self.unfinished.wait = partial(jax.block_until_ready, result)
-        return Running(result, start, self.clock, self.unfinished)
+        try:
+            return Running(result, start, self.clock, self.unfinished)
+        except BaseException:
+            self.unfinished.wait = smallest(result)
+            raise
 
     def start(self, request: TraceRequest, phase: OnPhase, since: float | None = None) -> PendingProgram | BuiltProgram:
         """Finds the program of a call, or traces it and starts to compile it on another thread; see `finish`.

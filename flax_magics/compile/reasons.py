@@ -116,6 +116,8 @@ def compare(known: deque[ProgramSpec], last: LastCall | None, now: ProgramSpec) 
 def sentence(causes: Causes) -> str:
     """The causes in one sentence; `FIRST` if there are none."""
     texts, more = [cause.text for cause in causes[:NAMED]], len(causes) - NAMED
+    if all(text.startswith("now with --") and " instead " not in text for text in texts) and len(texts) > 1:
+        texts = [" and ".join([texts[0], *(text.removeprefix("now with ") for text in texts[1:])])]
     return "; ".join([*texts, f"and {more} more"] if more > 0 else texts) or FIRST
 
 
@@ -310,7 +312,9 @@ def _leaf_spec(leaf: Leaf, traced: bool) -> LeafSpec:
     if getattr(leaf, "committed", False):
         sharding = leaf.sharding
         devices, spec = sharding.device_set, getattr(sharding, "spec", None)
-        where = name_devices(devices) + ("" if len(devices) == 1 or spec is None else f" as P{tuple(spec)}")
+        where = name_devices(devices)
+        if len(devices) > 1 and spec is not None:
+            where += f" as P({', '.join(map(repr, spec))})"
     return LeafSpec(kind, describe(leaf), leaf.shape, bool(getattr(leaf, "weak_type", False)), where, sharding)
 
 

@@ -84,7 +84,7 @@ def trace(request: TraceRequest) -> tuple[Traced, Needs, CallTrace]:
         # A stream too many must go as well: `has_rng` would show it to the model, unlike in an `apply` by hand.
         if needed == ask:
             record.unused = unused(traced, request.arguments)
-            record.unchanged = unchanged(traced, request, ask)
+            record.unchanged = unchanged(traced, request, ask, record)
             return _without(traced, request, ask, record.unchanged), ask, record
         ask = needed
     raise RuntimeError(f"{request.name} asks for other streams in every trace")
@@ -170,19 +170,21 @@ def inputs_of(request: TraceRequest, ask: Needs) -> tuple[Variables, Mapping[str
     return request.variables, keys, request.arguments.dynamic
 
 
-def unchanged(traced: Traced, request: TraceRequest, ask: Needs) -> frozenset[tuple[str, str]]:
+def unchanged(traced: Traced, request: TraceRequest, ask: Needs, record: CallTrace) -> frozenset[tuple[str, str]]:
     """NNX variables (type, path) that the program returns as updates although they are its unmodified inputs.
 
-    A transform inside the model, such as `nnx.jit`, returns all variables that it was given. Empty for linen.
+    A transform inside the model, such as `nnx.jit`, returns all variables that it was given.
     """
-    if not request.model.holds_variables:
+    # What a linen model writes is returned as whole collections, which stay whole.
+    types = (traced.out_info[1].keys() & request.variables.keys()) - record.written
+    if not types:
         return frozenset()
     inputs, _ = jax.tree_util.tree_flatten_with_path(inputs_of(request, ask))
     outputs, _ = jax.tree_util.tree_flatten_with_path(traced.out_info)
     origins = forwarded(traced.jaxpr.jaxpr, repeated=request.draw.size is not None)
     same: dict[tuple[str, str], bool] = {}
     for (path, _), origin in zip(outputs, origins, strict=True):
-        if path[0].idx == 1 and path[1].key in request.variables:
+        if path[0].idx == 1 and path[1].key in types:
             # `(output, updates)` there, `(variables, keys, arguments)` here.
             variable = (path[1].key, path[2].key)
             is_input = origin is not None and inputs[origin][0] == (jax.tree_util.SequenceKey(0), *path[1:])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from types import FrameType
 
 import jax
 from msgspec.structs import force_setattr, replace
@@ -34,6 +37,7 @@ from .execute import ApplyRequest, Execution, execute, plain_errors
 from .notes import OUTDATED, outdated_own, with_notes_of_output
 from .plan_cache import LastRun
 from .record import Applied, Outcome, recipe_of, stored_init
+from .surroundings import surroundings
 
 LOOKED_AT = 4_000_000
 """Outputs of at most this many bytes are checked for NaN in every run; a larger one only if its report is shown."""
@@ -51,6 +55,7 @@ def apply_model(
       FlaxMagicsError: a mistake in the call. What the model raises is passed on.
     """
     library.look()
+    entry.model.has_same_layout()  # forgets it if not
     name = entry.name
     replayed = state.find_draw(options.keys_of)
     opened = state.opened
@@ -83,7 +88,7 @@ def apply_model(
         for stored in runs.of_draw(state.runs, replayed.seed, replayed.number)[-1:]:
             run_notes += notes.compare(replayed.number, stored.record, result.trace)
     if entry.outdated and variables.made is None and options.variables is None:
-        run_notes.append(OUTDATED if not entry.model.holds_variables or entry.built else outdated_own(name))
+        run_notes.append(outdated_own(name) if entry.built_by_user else OUTDATED)
     if execution.built.causes:
         earlier = runs.causes_of(state.runs, name, WINDOW)
         run_notes += of_programs(execution.request.line, execution.built.causes, earlier, execution.arguments.leaf)
@@ -169,15 +174,22 @@ def _series(state: State, begin: Draw, options: ApplyOptions) -> DrawBatch:
     return DrawBatch(begin, size)
 
 
-def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, services: Services) -> Outcome | None:
+def apply_again(
+    last: LastRun, state: State, entry: ModelEntry, call: Call, services: Services, *, caller: FrameType
+) -> Outcome | None:
     """An apply of a line that has a plan. Returns None, with nothing changed, where something it depends on differs.
 
     What is left to check, and all that the session keeps of the run, is worked out while the device runs.
+
+    Args:
+      caller: the frame that calls; see `surroundings`.
     """
     started, programs, plan = time.time(), services.programs, last.plan
     program, inputs = plan.program, last.inputs(entry, call, programs)
+    if inputs is None or program is None:
+        return None
     # Checking takes some 20 µs, which are nothing to a long run; a long one that nobody wants would be much.
-    if inputs is None or program is None or not (last.brief or last.holds(entry, programs)):
+    if not last.brief and (surroundings(caller) is not None or not last.holds(entry, programs)):
         return None
     draw, wait, variables = state.root.draw(), 0.0, inputs.variables
     keys = plan.keys(draw)
@@ -193,8 +205,9 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         return None
     try:
         # The program is pure: where it turns out that another one is wanted, its result is dropped.
-        if last.brief and not last.holds(entry, programs, running):
-            programs.unfinished.wait = smallest(running.result)
+        if last.brief and (surroundings(caller) is not None or not last.holds(entry, programs, running)):
+            with suppress(Exception):  # it is nobody's; but what is left of it would count as a part of the next run
+                running.finish(lambda: services.on_phase(f"running {entry.name}"))
             return None
         running.look()
         output, updates, sown = plan.parted(running.result, program.trace)
@@ -234,10 +247,14 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
         running.look()
         stored = last.stored(run, inputs, newest)
         running.look()
-        draw.work_out_next(plan.streams)
+        state_after = state.after(stored, draw, after, None)
+        state_after.root.draw(plan.streams)
         try:
             seconds = running.finish(lambda: services.on_phase(f"running {entry.name}"))
         except Exception:
+            return None
+        # Another thread has written what the run would write over.
+        if commit is not None and commit.write is None and last.is_overtaken(entry, inputs):
             return None
         noted = with_notes_of_output(run) if last.has_nan(output) else run
         memory = run.memory
@@ -247,16 +264,17 @@ def apply_again(last: LastRun, state: State, entry: ModelEntry, call: Call, serv
     except BaseException:
         programs.unfinished.wait = smallest(running.result)
         raise
-    last.wrote(updates, seconds)
     # The reason for the next new program is found by comparing with this run.
     programs.parts[entry.name] = last.parts
     if noted is not run:
         run, stored = noted, last.stored(noted, inputs, newest)
+        state_after = state.after(stored, draw, after, None)
     # Nobody has seen them yet.
     for facts in (run, stored.facts):
         force_setattr(facts, "timing", Timing(run=seconds, wait=wait))
         force_setattr(facts, "memory", memory)
-    return Outcome(run, stored, draw, after, None, None, commit)
+    committed = partial(last.wrote, inputs, updates, seconds)
+    return Outcome(run, stored, draw, after, commit=commit, committed=committed, state=state_after)
 
 
 def init_model(

@@ -67,7 +67,7 @@ class Building:
             return self._build(state, name, module, cell)
         old = state.models.get(name)
         # The name had been deleted, so a module that the user's code built is a new one, not an edit.
-        if old is not None and anew and old.model.holds_variables and old.built is None:
+        if old is not None and anew and old.built_by_user:
             old = None
         entry, change = models.register(old, name, module)
         return replace(state, models=with_entry(state.models, entry)), change, None

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..base.text import plural
 from ..base.types import PyTree
 from ..compile.compiler import Units
 from ..compile.initialise import Initialising, merged, trace_init
 from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError, did_you_mean, written
+from ..line.commands import COMMANDS
 from ..line.expression import new_key, with_arguments, without_option
 from ..line.options import ApplyOptions
-from ..models.base import FLAX_ARGUMENTS, AnyModel, CallTrace, Idiom, MissingVariables, Model, ModelWithInit, Needs
+from ..models.base import FLAX_ARGUMENTS, AnyModel, CallTrace, Idiom, MissingVariables, Model, ModelWithInit
 from ..models.calls import Arguments, Path
 from ..models.switch import WHEN_TRAINING, call_switches, check_agreement, value_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, shape_of_key
@@ -171,7 +173,7 @@ def request_of(
         keyed=frozenset(() if draw.size is None else options.key),
         mutable=frozenset(options.mutable),
         mode=bound.mode,
-        guess=entry.known_needs.get((method, bound.mode), Needs()),
+        guess=entry.known_needs.get((method, bound.mode)) or entry.model.likely_needs(bound.mode),
     )
 
 
@@ -218,6 +220,12 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         if FLAX_ARGUMENTS.keys() >= set(unknown):
             raise Idiom(argument=unknown[0])
+        verb = "init" if call.command.startswith("%flax_init") else "apply"
+        was = {option.was.lstrip("-"): option.key for option in COMMANDS[f"%flax_{verb}"].options}
+        if unknown[0] in was and not call.is_text:
+            option = was[unknown[0]]
+            form = f"session.{verb}('{name}', …, {option}={kwargs[unknown[0]]!r})"
+            raise BadCall(f"`{unknown[0]}` is called `{option}` now.", form=form)
         hint = did_you_mean(unknown[0], parameters)
         raise BadCall(f"{function}() has no argument `{unknown[0]}`.", hint=f"{hint}\n{takes}" if hint else takes)
     missing = [
@@ -235,7 +243,7 @@ def check_arguments(name: str, call: Call, signature: inspect.Signature, kwargs:
         names = " and ".join(f"`{key}`" for key in missing)
         raise BadCall(f"{function}() needs {names}, which the call does not give.", hint=takes)
     positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters.values())
-    too_many = f" takes {positional} positional arguments, and the call gives {len(call.args)}."
+    too_many = f" takes {plural(positional, 'positional argument')}, and the call gives {len(call.args)}."
     raise BadCall(f"{function}()" + (too_many if len(call.args) > positional else f": {problem}."), hint=takes)
 
 

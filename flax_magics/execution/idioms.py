@@ -12,15 +12,13 @@ import inspect
 import re
 from collections.abc import Mapping
 
-import jax
-from flax.core import unfreeze
 from msgspec.structs import replace
 
 from ..base.types import Record
 from ..errors import FlaxMagicsError
-from ..models.base import FLAX_ARGUMENTS, Idiom, Model
+from ..models.base import FLAX_ARGUMENTS, Idiom
 from ..models.switch import call_switches, written_in_call
-from ..state.weights import Collections
+from ..state.entry import ModelEntry
 from .call import BadCall, Call, init_shapes, of_module
 
 INIT, APPLY, SUMMARY, CHECK = "%flax_init", "%flax_apply", "%flax_summary", "--check"
@@ -36,21 +34,15 @@ BOUND = frozenset(
 
 
 class Translation(Record, contextlib.AbstractContextManager["Translation"]):
-    """Surrounds a call of the model: errors that come of Flax's own words become ones that name the command.
+    """Surrounds a call of the model: errors that come of Flax's own words become ones that name the command."""
 
-    Attributes:
-      variables: the model's variables in the session, None before an init.
-    """
-
-    name: str
-    model: Model
+    entry: ModelEntry
     call: Call
-    variables: Collections | None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Idiom):
             raise (self._of_method(error) if error.method else self._of_argument(error.argument)) from None
-        method, module = self.call.method, self.model.module
+        method, module = self.call.method, self.entry.model.module
         if isinstance(error, TypeError) and method and (len(method) > 1 or not hasattr(type(module), method[0])):
             # A submodule assigned in `setup` has no signature before it runs: what Python's own TypeError says is read.
             unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -63,7 +55,7 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
 
     @property
     def _function(self) -> str:
-        return ".".join((self.name, *self.call.method))
+        return ".".join((self.entry.name, *self.call.method))
 
     # -- Flax's own methods
 
@@ -76,22 +68,24 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
             stream = named[0] if named and named[0].isidentifier() else "params"
             said = f"{what} and draws inside the model: outside, %flax_key draws."
             return self._error(said, [f"{stream}_key = %flax_key {stream}"], f"session.key('{stream}')")
-        if method in ("variables", "get_variable", "has_variable") and error.linen and self.variables is not None:
+        if method in ("variables", "get_variable", "has_variable") and error.linen and self.entry.variables is not None:
             said = f"{what} and looks at variables inside the model: outside, %flax_vars gives them."
-            return self._error(said, [f"%flax_vars {self.name}"], f"session.models['{self.name}'].variables")
+            return self._error(
+                said, [f"%flax_vars {self.entry.name}"], f"session.models['{self.entry.name}'].variables"
+            )
         inside = method in BOUND or method.startswith("_") or len(call.method) > 1
         if method in ("sow", "perturb") or (error.linen and inside):
             said = f"{what} and for the code inside the model: a command runs a method of the model."
-            form = f"session.apply('{self.name}', …)" if not call.is_text else f"%flax_apply {self.name}(…)"
+            form = f"session.apply('{self.entry.name}', …)" if not call.is_text else f"%flax_apply {self.entry.name}(…)"
             return FlaxMagicsError(said, form=form)
         said = f"{what} and needs no command: a command runs a method of the model."
-        return self._error(said, [call.text], f"session.models['{self.name}'].module.{'.'.join(call.method)}(…)")
+        return self._error(said, [call.text], f"session.models['{self.entry.name}'].module.{'.'.join(call.method)}(…)")
 
     def _of_command(self, command: str) -> FlaxMagicsError:
         """The error for a method that a command replaces, with the same call without what the session passes itself."""
         what, argument = ("variables and keys", "variables") if command == APPLY else ("a key", "rngs")
         said = f"`{self._function}` is Flax's own, and {command} is the command for it: the session gives {what}."
-        form = f"session.{command.removeprefix('%flax_')}('{self.name}', …)"
+        form = f"session.{command.removeprefix('%flax_')}('{self.entry.name}', …)"
         call, tree = self.call, _tree(self.call)
         if tree is None:
             return self._error(said, [], form)
@@ -110,14 +104,16 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
     def _of_argument(self, argument: str) -> FlaxMagicsError:
         said = f"{self._function}() has no argument `{argument}`: {FLAX_ARGUMENTS[argument]}."
         tree = _tree(self.call)
-        line = None if tree is None else _line(self.call, tree, self.model.module)
+        line = None if tree is None else _line(self.call, tree, self.entry.model.module)
         verb = "init" if "init" in self.call.command else "apply"
-        return self._error(said, self._plain_flax() if line is None else [line], f"session.{verb}('{self.name}', …)")
+        return self._error(
+            said, self._plain_flax() if line is None else [line], f"session.{verb}('{self.entry.name}', …)"
+        )
 
     def _plain_flax(self) -> list[str]:
         """Lines that make the call by hand, where no option stands for an argument; none if they are unknown."""
-        tree, name = _tree(self.call), self.name
-        if tree is None or self.call.method or self.model.holds_variables:
+        tree, name = _tree(self.call), self.entry.name
+        if tree is None or self.call.method or self.entry.model.holds_variables:
             return []
         arguments = ", ".join(map(ast.unparse, (*tree.args, *tree.keywords)))
         if self.call.command.startswith(INIT):
@@ -125,7 +121,7 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
         if not self.call.command.startswith(APPLY):
             return []
         tree.keywords = [keyword for keyword in tree.keywords if keyword.arg not in FLAX_ARGUMENTS]
-        variables = f"%flax_vars {name}" if self.variables is not None else f"%flax_init {ast.unparse(tree)}"
+        variables = f"%flax_vars {name}" if self.entry.variables is not None else f"%flax_init {ast.unparse(tree)}"
         return [f"variables = {variables}", f"{name}.apply(variables, {arguments})"]
 
     # -- the variables as the first argument
@@ -135,20 +131,16 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
         value = self.call.args[0] if self.call.args else None
         if not isinstance(value, Mapping) or not value:
             return False
-        if self.model.holds_variables:
-            with contextlib.suppress(Exception):  # `read_state` refuses what is no state of the module
-                return bool(self.model.read_state(self.name, value))
-            return False
-        variables = self.variables
-        if variables is None:
-            call = replace(self.call, args=self.call.args[1:])
-            with contextlib.suppress(Exception):  # the call has another mistake, too
-                variables = init_shapes(self.name, self.model, call, "threefry2x32")
-        return variables is not None and _structure(value) == _structure(variables)
+        entry, call = self.entry, replace(self.call, args=self.call.args[1:])
+        with contextlib.suppress(Exception):  # it is no state of the module, or the call has another mistake, too
+            held = entry.held
+            shapes = init_shapes(entry.name, entry.linen, call, "threefry2x32") if held is None else held
+            return entry.model.is_state(value, shapes)
+        return False
 
     def _of_variables(self) -> FlaxMagicsError:
         said = f"{self._function}() takes no variables: the session passes its own."
-        form = f"session.apply('{self.name}', …)\nsession.apply('{self.name}', …, variables=…)"
+        form = f"session.apply('{self.entry.name}', …)\nsession.apply('{self.entry.name}', …, variables=…)"
         tree = _tree(self.call)
         if tree is None:
             return self._error(said, [], form)
@@ -156,7 +148,7 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
         command = self.call.command
         # The advised line has to run: a switch without a default needs a mode.
         if command.startswith((APPLY, SUMMARY)) and not {"--train", "--eval"} & set(command.split()):
-            signature = self.model.signature(self.call.method)
+            signature = self.entry.model.signature(self.call.method)
             switches = written_in_call(signature, self.call.args[1:], self.call.kwargs)
             missing = set(call_switches(signature)) - set(switches)
             needed = any(signature.parameters[name].default is inspect.Parameter.empty for name in missing)
@@ -172,7 +164,7 @@ class Translation(Record, contextlib.AbstractContextManager["Translation"]):
             return FlaxMagicsError(said, form=form)
         if lines and lines[0].startswith(CHECK):
             return FlaxMagicsError(said, form=f"%flaxmodel --check {lines[0].removeprefix(CHECK).strip()!r} …")
-        return FlaxMagicsError(said, write="\n".join(of_module(self.name, self.model, lines)) or None)
+        return FlaxMagicsError(said, write="\n".join(of_module(self.entry.name, self.entry.model, lines)) or None)
 
 
 def _tree(call: Call) -> ast.Call | None:
@@ -228,8 +220,3 @@ def _one_word(node: ast.expr) -> str:
     """The expression's text as one word of an option: in parentheses where it may hold spaces outside of brackets."""
     text = ast.unparse(node)
     return text if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript, ast.Dict, ast.Call)) else f"({text})"
-
-
-def _structure(variables: Collections) -> jax.tree_util.PyTreeDef:
-    # A FrozenDict and a dict of the same leaves are different pytrees.
-    return jax.tree_util.tree_structure(unfreeze(dict(variables)))

@@ -125,7 +125,8 @@ class Plan(Struct, frozen=True, eq=False, dict=True):
             if programs.unfinished.wait is not None:
                 on_phase(f"waiting for the interrupted run, then {self.name}")
                 programs.unfinished.finish()
-            free, pending = clock(), (variables, arguments)
+                free = clock()
+            pending = variables, arguments
         # Computing the inputs is timed apart, so that it does not count as the run.
         if pending:
             on_phase(f"waiting for the inputs of {self.name}")

@@ -53,16 +53,20 @@ class Inputs(NamedTuple):
 
     Attributes:
       kwargs: the call's, with those that the mode adds.
-      arguments: the traced ones by name; `same`: they are the very objects of the run before.
-      leaves: those of the variables; `fresh`: those that neither the run before used nor wrote.
+      arguments: the traced ones by name; `passed`: weak references to them, as `LastRun` has them.
+      same: they are the very objects of the run before.
+      leaves: those of the variables; `known`: weak references to them, as `LastRun` has them.
+      fresh: those that neither the run before used nor wrote.
       pending: inputs that may still be computed on the device.
     """
 
     kwargs: dict[str, PyTree]
     arguments: dict[str, Leaf]
+    passed: list[WeakLeaf]
     same: bool
     variables: Variables
     leaves: list[Leaf]
+    known: list[WeakLeaf]
     fresh: list[Leaf]
     pending: PyTree
 
@@ -80,7 +84,7 @@ class LastRun:
       flat: names of the call's arguments, if all are positional and each is a single leaf.
       added: keyword arguments that the mode added to the call's.
       variables: structure of the variables, and the signatures of their leaves.
-      known, passed: leaves of the variables and of the arguments whose signatures were checked, held weakly.
+      known, passed: leaves of the variables and of the arguments that the last run left, held weakly.
       written: for each leaf that a run writes, its index among the variables' leaves; None if it is not one of them.
       key_names: the keys that the Run lists, see `RunKeys`.
       parts: the run as `ProgramCache` keeps it, to say why the next program is new.
@@ -114,24 +118,40 @@ class LastRun:
     recipe: ApplyRecipe = field(repr=False)
 
     def inputs(self, entry: ModelEntry, call: Call, programs: ProgramCache) -> Inputs | None:
-        """The inputs to run the plan with; None where one differs from the last run's in more than its values."""
+        """The inputs to run the plan with; None where one differs from the last run's in more than its values.
+
+        Nothing is noted here: a run that is interrupted, or dropped, is no run before the next.
+        """
         if entry.model is not self.registered or entry.outdated or entry.rebuild_next:
             return None
         if programs.unfinished.wait is not None:
             return None
         kwargs = {**call.kwargs, **self.added} if self.added else call.kwargs
-        known = self._known(call)
-        arguments = self._traced(call.args, kwargs) if known is None else known
-        variables = entry.held
-        if arguments is None or variables is None:
+        same = self._same(call)
+        traced = self._traced(call.args, kwargs) if same is None else (same, self.passed)
+        try:
+            variables = entry.held
+        except Exception:  # the user has taken an NNX module apart, as `holds` would notice
             return None
+        if traced is None or variables is None:
+            return None
+        arguments, passed = traced
         leaves, treedef = jax.tree_util.tree_flatten(variables)
-        fresh = self._fresh(leaves, treedef)
-        if fresh is None:
+        if not self.variables[0].fits(treedef):
             return None
+        known = self.known
+        fresh: list[Leaf] = []
+        # `map` keeps this loop in C: it goes over every leaf at every run.
+        if not all(map(is_, map(call_it, known), leaves)):
+            known = list(map(_weakly, leaves))
+            for leaf, before, signature in zip(leaves, self.known, self.variables[1], strict=True):
+                if before() is not leaf:
+                    if signature_of(leaf) != signature:
+                        return None
+                    fresh.append(leaf)
         # Everything else was computed before the last run began.
-        pending = (fresh, arguments) if fresh or known is None else ()
-        return Inputs(kwargs, arguments, known is not None, variables, leaves, fresh, pending)
+        pending = (fresh, arguments) if fresh or same is None else ()
+        return Inputs(kwargs, arguments, passed, same is not None, variables, leaves, known, fresh, pending)
 
     def holds(self, entry: ModelEntry, programs: ProgramCache, running: Running | None = None) -> bool:
         """Whether the program is the one to run: settings, the model's code and Flax's own are as they were.
@@ -147,7 +167,7 @@ class LastRun:
             return False
         if running is not None:
             running.look()
-        return entry.model.cache_key() == self.key
+        return entry.model.has_same_layout() and entry.model.cache_key() == self.key
 
     def has_nan(self, output: PyTree) -> bool:
         """Whether the output holds NaN, as far as that is looked at."""
@@ -163,24 +183,40 @@ class LastRun:
         """
         recipe, fresh = self.recipe, bool(inputs.fresh)
         origin = shared_inputs = None
-        # Only the run before is shared with, and only if it is of this line.
+        # Only the run before is shared with, and only if it is of this line. What it had is compared, not what this plan
+        # knows: another thread may have run the line in between.
         if before is not None and before.origin is not None and before.origin.how is recipe:
-            shared_inputs = before.inputs if inputs.same else None
-            origin = None if fresh or recipe.written else before.origin
+            if inputs.same and before.inputs is not None and all(map(is_, before.inputs[1], run.inputs[0])):
+                shared_inputs = before.inputs
+            if not recipe.written and all(map(is_, before.origin.leaves, inputs.leaves)):
+                origin = before.origin
         if origin is None:
             # NumPy arrays are copied: the user may write into them.
             origin = Origin(recipe, list(map(own, inputs.leaves)) if fresh else inputs.leaves)
         size = recipe.written + (0 if inputs.same else recipe.inputs) + (recipe.variables if fresh else 0)
         return StoredRun(run, origin, size, shared_inputs)
 
-    def wrote(self, updates: Mapping[str, PyTree], seconds: float) -> None:
-        """Marks the leaves that the run wrote as checked: the same program made them, with the same signatures."""
-        self.brief = seconds < BRIEF
-        for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
-            if i is not None:
-                self.known[i] = _weakly(leaf)
+    def is_overtaken(self, entry: ModelEntry, inputs: Inputs) -> bool:
+        """Whether a variable that the run writes holds another value by now than the run had."""
+        leaves = jax.tree_util.tree_leaves(entry.held)
+        return len(leaves) != len(inputs.leaves) or any(
+            i is not None and leaves[i] is not inputs.leaves[i] for i in self.written
+        )
 
-    def _known(self, call: Call) -> dict[str, Leaf] | None:
+    def wrote(self, inputs: Inputs, updates: Mapping[str, PyTree], seconds: float) -> None:
+        """Notes what a run leaves that has become part of the session: what it was given, and what it wrote.
+
+        The same program wrote it, so its signatures are those of before.
+        """
+        known = inputs.known
+        if updates:
+            known = list(known)
+            for i, leaf in zip(self.written, jax.tree_util.tree_leaves(updates), strict=True):
+                if i is not None:
+                    known[i] = _weakly(leaf)
+        self.brief, self.passed, self.known = seconds < BRIEF, inputs.passed, known
+
+    def _same(self, call: Call) -> dict[str, Leaf] | None:
         """The traced leaves by name if all arguments are the objects of the run before, as in a loop; else None."""
         if len(call.args) != len(self.flat) or call.kwargs:
             return None
@@ -191,39 +227,26 @@ class LastRun:
                 return None
         return dict(zip(self.flat, call.args, strict=True))
 
-    def _traced(self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]) -> dict[str, Leaf] | None:
-        """The traced leaves by name; None where structure, a signature or a static value differs."""
+    def _traced(
+        self, args: tuple[PyTree, ...], kwargs: Mapping[str, PyTree]
+    ) -> tuple[dict[str, Leaf], list[WeakLeaf]] | None:
+        """The traced leaves by name, and `Inputs.passed`; None where structure, signature or a static value differs."""
         leaves, treedef = jax.tree_util.tree_flatten((args, kwargs))
         if not self.structure.fits(treedef):
             return None
-        arguments = {}
+        arguments: dict[str, Leaf] = {}
+        passed = list(self.passed)
         for i, ((name, traced, was), leaf) in enumerate(zip(self.leaves, leaves, strict=True)):
             if traced:
-                if self.passed[i]() is not leaf:
+                if passed[i]() is not leaf:
                     if signature_of(leaf) != was:
                         return None
-                    self.passed[i] = _weakly(leaf)
+                    passed[i] = _weakly(leaf)
                 arguments[name] = leaf
             # `True == 1 == 1.0`, but each type has its own program.
             elif type(leaf) is not type(was) or leaf != was:
                 return None
-        return arguments
-
-    def _fresh(self, leaves: list[Leaf], treedef: jax.tree_util.PyTreeDef) -> list[Leaf] | None:
-        """Leaves of the variables that the run before did not leave; None where structure or a signature differs."""
-        if not self.variables[0].fits(treedef):
-            return None
-        # `map` keeps this loop in C: it goes over every leaf at every run.
-        if all(map(is_, map(call_it, self.known), leaves)):
-            return []
-        fresh = []
-        for i, (known, leaf) in enumerate(zip(self.known, leaves, strict=True)):
-            if known() is not leaf:
-                if signature_of(leaf) != self.variables[1][i]:
-                    return None
-                fresh.append(leaf)
-                self.known[i] = _weakly(leaf)
-        return fresh
+        return arguments, passed
 
 
 def _weakly(leaf: Leaf) -> WeakLeaf:

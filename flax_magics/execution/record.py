@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypedDict, Unpack
 
 import jax
@@ -22,13 +22,13 @@ from ..compile.compiler import settings
 from ..compile.limits import cost_of, devices_in, with_peak
 from ..line.expression import positional_names, with_arguments
 from ..line.options import ApplyOptions
-from ..models.base import Commit, ModelWithInit, ModelWithVariables, Needs
-from ..models.linen_trace import inside
+from ..models.base import Commit, ModelWithInit, Needs
 from ..models.switch import cloned, read_fields, setting_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, RunKeys
-from ..run import MODULE, ContainerPart, ExportFacts, HandedBack, InitStats, ModeByHand, Note, Run, Settings
+from ..run import MODULE, ContainerPart, ExportFacts, InitStats, Note, Run, Settings
 from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, Origin, objects_in
 from ..state.runs import StoredRun
+from ..state.state import State
 from .call import BoundCall, Call, prepare_init
 from .execute import Execution
 
@@ -42,6 +42,8 @@ class Outcome(NamedTuple):
       opened: name and draw if that model's next apply shall go on with the draw.
       write: writes into the user's own object, where that takes more than `commit`.
       commit: the changes to the variables of a module that holds them itself.
+      committed: called once the run is part of the session.
+      state: the session's state with all of this, where it was worked out while the device ran.
     """
 
     run: Run
@@ -51,6 +53,8 @@ class Outcome(NamedTuple):
     opened: tuple[str, Draw] | None = None
     write: Callable[[], None] | None = None
     commit: Commit | None = None
+    committed: Callable[[], None] | None = None
+    state: State | None = None
 
 
 class Applied(Struct, frozen=True):
@@ -179,12 +183,12 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
 def facts_of_apply(execution: Execution) -> ExportFacts:
     """What an export needs to write an apply as plain Flax."""
     bound, result, entry = execution.request.bound, execution.result, execution.variables.entry
-    call, model, registered = bound.call, bound.model, entry.model
+    call, registered = bound.call, entry.model
     parameters = tuple(positional_names(bound.signature, len(call.args)))
     static = frozenset(name for name, _ in execution.arguments.static)
     passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
     arguments = _added(bound.kwargs, call.kwargs)
-    init = ExportFacts() if registered.holds_variables else ExportFacts(init_streams=registered.init_streams)
+    init = ExportFacts(init_streams=registered.init_streams)
     if execution.variables.made is not None:
         # The init gets the keys of `--key`, but no switch that the run's mode added.
         kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
@@ -202,30 +206,12 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
         returns=_returns(result.output),
         code=registered.code(),
     )
-    if model.holds_variables:
-        return replace(
-            facts,
-            nnx=True,
-            held=model.layout.tags,
-            handed=bool(model.supplied_arguments()),
-            mode=None if bound.mode == "as written" else _mode(entry.nnx, bound.mode == "train"),
-            given=tuple(_given(execution, model)),
-        )
-    module = MODULE
-    if bound.mode != "as written":
-        in_call = {*dict(arguments), *written_in_call(bound.signature, call.args, call.kwargs)}
-        fields = (setting for setting in map(setting_of, bound.switch) if setting[0] not in in_call)
-        module = cloned(MODULE, model.module, fields)
-    written = tuple(sorted(result.updates))
-    return replace(facts, module=module, mutable=tuple(sorted({*written, *result.sown})), kept=written)
-
-
-def _mode(model: ModelWithVariables, train: bool) -> ModeByHand:
-    # Here, so that the first run of a linen model imports nothing of NNX.
-    from ..models.nnx_graph import back_by_hand, mode_by_hand
-
-    nodes = model.layout.nodes
-    return ModeByHand(mode_by_hand(MODULE, nodes, train), back_by_hand(MODULE, nodes, train))
+    train = None if bound.mode == "as written" else bound.mode == "train"
+    in_call = {*dict(arguments), *written_in_call(bound.signature, call.args, call.kwargs)}
+    switches = () if train is None else map(setting_of, bound.switch)
+    fields = tuple(setting for setting in switches if setting[0] not in in_call)
+    handed = result.output[1] if execution.request.options.mutable else {}
+    return bound.model.facts_of_run(facts, train, fields, kept=result.updates, sown=result.sown, handed=handed)
 
 
 def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:
@@ -259,22 +245,6 @@ def _part(value: PyTree, name: str, static: frozenset[str]) -> ContainerPart:
     return ContainerPart(kind, tuple((key, _part(inner, f"{name}[{key!r}]", static)) for key, inner in rows))
 
 
-def _given(execution: Execution, model: ModelWithVariables) -> Iterator[HandedBack]:
-    """For each collection that an NNX run returned by `--mutable`, the places of its values in the module."""
-    sown = execution.result.sown
-    for name, tree in execution.result.output[1].items() if execution.request.options.mutable else ():
-        if name in sown:
-            leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: not isinstance(part, dict))
-            steps = [tuple(str(key.key) for key in path) for path, _ in leaves]
-            # The nested dicts have text as keys: digits are an index into a list of submodules.
-            paths = [tuple(int(step) if step.isdigit() else step for step in path) for path in steps]
-            whole = len(sown) == 1 and paths == steps
-            yield HandedBack(name, tuple((path, True) for path in paths), sown=True, whole=whole)
-        else:
-            slots = [slot for slot in model.layout.slots if slot.collection == name and slot.name in tree]
-            yield HandedBack(name, tuple((slot.path, slot.holder is None) for slot in slots))
-
-
 def _returns(output: PyTree) -> frozenset[str]:
     """What the output has besides arrays (`keys`, `objects`, `parts`), see `ExportFacts.returns`."""
     kinds = {"parts"} if type(output) in (tuple, list) else set()
@@ -292,24 +262,12 @@ def _added(kwargs: Mapping[str, PyTree], written: Mapping[str, PyTree]) -> Setti
 
 
 def by_hand(bound: BoundCall, options: ApplyOptions, needs: Needs, mutable: set[str]) -> str:
-    """The run as plain Flax; `mutable` are the collections to make mutable.
-
-    Samples of linen are mapped over their keys by `jax.vmap`; those of NNX are a loop over them, on copies.
-    """
-    call, streams, copy = bound.call, tuple(sorted(needs.streams)), ""
+    """The run as plain Flax; `mutable` are the collections to make mutable."""
+    call = bound.call
     in_call = written_in_call(bound.signature, call.args, bound.kwargs)
     switch = tuple(setting for setting in bound.switch if options.mode and setting.partition("=")[0] not in in_call)
     added = [f"{name}={value}" for name, value in bound.kwargs.items() if name not in call.kwargs]
-    text = call.text
-    if options.samples is not None and bound.model.holds_variables:
-        name = text.partition("(")[0].partition(".")[0]
-        text, copy = f"{name}_copy{text.removeprefix(name)}", f"{name}_copy = nnx.clone({name}); "
-    text = with_arguments(text, [*(f"{name}={name}_key" for name in options.key), *added])
-    code = copy + inside(needs.axes, bound.model.by_hand(text, call.method, switch, streams, tuple(sorted(mutable))))
-    names = [f"{name}_key" for name in dict.fromkeys((*options.key, *streams))]
-    if options.samples is None or not names:
-        return code
-    many = ", ".join(f"{name}s" for name in names)
-    if not bound.model.holds_variables:
-        return f"jax.vmap(lambda {', '.join(names)}: {code})({many})"
-    return f"for {', '.join(names)} in {many if len(names) == 1 else f'zip({many})'}:\n    {code}"
+    text = with_arguments(call.text, [*(f"{name}={name}_key" for name in options.key), *added])
+    keys = tuple(f"{name}_key" for name in dict.fromkeys((*options.key, *sorted(needs.streams))))
+    needs, samples = replace(needs, mutable=frozenset(mutable)), None if options.samples is None else keys
+    return bound.model.by_hand(text, call.method, switch, needs, samples=samples)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -32,17 +32,30 @@ CALLBACK = "in a host callback, and the program that calls it waits for it"
 COMMAND = "in code that another command runs, and the draw of that one is not finished"
 
 
-def surroundings() -> str | None:
-    """What the code that calls the session is part of, in words for a message; None where it may draw and run."""
+def stand_outside(refused: Callable[..., FlaxMagicsError], *what: object) -> None:
+    """Raises `refused(where, *what)` inside a traced function, a host callback or another command.
+
+    Every method of a session that draws, runs or changes it calls this first.
+    """
+    if (where := surroundings(sys._getframe(1))) is not None:
+        raise refused(where, *what)
+
+
+def surroundings(frame: FrameType | None = None) -> str | None:
+    """What the code that calls the session is part of, in words for a message; None where it may draw and run.
+
+    Args:
+      frame: of the session's method that was called; None for the caller of this function.
+    """
     tracing = TRACE if private.is_tracing() else None
-    # The session's own frames come first; one of them further out belongs to another command.
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") == _SESSION:
+    # This command's own frames come first; one of the session's further out belongs to another command.
+    frame = sys._getframe(1) if frame is None else frame
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(_OWN):
         frame = frame.f_back
     walk: FrameType | None = frame
     while walk is not None:
         name = walk.f_globals.get("__name__")
-        if name == _SESSION:
+        if name in _COMMANDS:
             return COMMAND
         role = private.role_of(name) if isinstance(name, str) else None
         if role == "callback":
@@ -54,7 +67,9 @@ def surroundings() -> str | None:
     return tracing
 
 
-_SESSION = "flax_magics._session"
+_OWN = "flax_magics."
+_COMMANDS = ("flax_magics._session", "flax_magics.training.methods")
+"""Where the methods of a session are: a frame of these is one of a command."""
 
 
 def of_apply(where: str, state: State, entry: ModelEntry, call: Call, options: ApplyOptions) -> FlaxMagicsError:
@@ -97,9 +112,11 @@ def _of_nnx(where: str, state: State, entry: ModelEntry, call: Call, options: Ap
 def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
     """The error for an init that stands there."""
     said = f"{call.command} {call.text} stands {where}."
-    if entry.model.holds_variables:
-        return of_build(said, entry.name, None if entry.built is None else entry.built.recipe)
-    model = entry.model
+    if entry.built_by_user:
+        return FlaxMagicsError(said)
+    if entry.built is not None:
+        return of_build(said, entry.name, entry.built.recipe)
+    model = entry.linen
     lines: list[str] = []
     if call.cell is not None:
         with contextlib.suppress(FlaxMagicsError):  # the call does not fit: it is told so where it may stand
@@ -110,10 +127,8 @@ def of_init(where: str, entry: ModelEntry, call: Call) -> FlaxMagicsError:
     return _error(said, "Draw the key before it, and initialise with that.", lines, form)
 
 
-def of_build(said: str, name: str, recipe: Construction | None) -> FlaxMagicsError:
-    """The error for the construction of an NNX module; `recipe` is None where the user's own code builds it."""
-    if recipe is None:
-        return FlaxMagicsError(said)
+def of_build(said: str, name: str, recipe: Construction) -> FlaxMagicsError:
+    """The error for a construction of an NNX module by the session."""
     keys = [f"{stream}_key = %flax_key {stream}" for stream in ("params", "dropout")]
     return _error(said, "Draw the keys before it, and build with them.", [*keys, recipe.by_hand(name)])
 

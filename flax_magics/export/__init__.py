@@ -31,7 +31,6 @@ from ..base.tokens import variable_name
 from ..cells.journal import ExecutedCell, NotebookCells
 from ..cells.names import Free, binds, mentioned, reads
 from ..errors import FlaxMagicsError
-from ..models.base import Model
 from ..report.text import Notice
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry
@@ -111,16 +110,21 @@ def _model(
     module = entry.model.module
     # Registered under its class's name: in the script that name is the class.
     instance = free.take(variable_name(name)) if type(module).__name__ == name else name
-    if entry.model.holds_variables:
+    linen = _linen_models(entries)
+    if name not in linen:
         construction = entry.built.recipe.text if entry.built is not None else ""
         return ScriptModel(instance, module, True, construction=construction)
     variables = _name_of_init(name, runs, sources)
     if not variables:
-        alone = sum(not other.model.holds_variables for other in entries.values()) == 1
-        variables = free.take(*(["variables"] if alone else []), f"{instance}_variables")
+        variables = free.take(*(["variables"] if len(linen) == 1 else []), f"{instance}_variables")
     adds = any(run.model == name and run.made is not None and run.made.added for run in runs)
     first_key = free.take(f"{instance}_init_key") if adds else ""
     return ScriptModel(instance, module, False, variables, first_key=first_key, loaded=entry.variables)
+
+
+def _linen_models(entries: Mapping[str, ModelEntry]) -> list[str]:
+    """Names of the linen models: their fields tell how they are built, and the script has a variable for their variables."""
+    return [name for name, entry in entries.items() if not entry.model.holds_variables]
 
 
 def _name_of_init(model: str, runs: Sequence[Run], sources: Sequence[CellSource]) -> str:
@@ -213,8 +217,8 @@ def _cell_runs_of(models: Mapping[str, ModelEntry], runs: Sequence[Run]) -> list
     files = _Files()
     of_model = {name: files.of(type(entry.model.module).__module__) for name, entry in models.items()}
     lines: list[tuple[int | None, str]] = []
-    for name, entry in models.items():
-        lines += ((None, line) for line in _construction(name, entry.model, of_model[name], files))
+    for name in models:
+        lines += ((None, line) for line in _construction(name, models, of_model[name], files))
     lines += ((index, _line_of(run, of_model.get(run.model or ""), files)) for index, run in enumerate(runs))
     code = "\n\n".join(part for file, names in files.used.items() for part in file.reached(names))
     cell_runs = []
@@ -230,12 +234,13 @@ def _cell_runs_of(models: Mapping[str, ModelEntry], runs: Sequence[Run]) -> list
     return cell_runs
 
 
-def _construction(name: str, model: Model, file: _File | None, files: _Files) -> list[str]:
+def _construction(name: str, entries: Mapping[str, ModelEntry], file: _File | None, files: _Files) -> list[str]:
+    model = entries[name].model
     known = files.named(model.module, file)
     if known is not None:
         return [] if known == name else [f"{name} = {known}"]
     cls = type(model.module)
-    if file is None or model.holds_variables:
+    if file is None or name not in _linen_models(entries):
         what = "is the construction of" if file is not None else "is the code of"
         return [f"# Left out: nobody knows where {what} `{name}`, {model.describe()}."]
     files.use(file, cls.__qualname__.partition(".")[0])

@@ -378,7 +378,7 @@ class Script:
         block, place = first
         above = [line for lines in chain(*blocks[:block], blocks[block][:place]) for line in lines.text]
         # Not twice: the user's own cells may have the same imports above.
-        there = {ast.unparse(statement) for statement in ast.parse("\n".join(above)).body}
+        there = {ast.unparse(one) for statement in ast.parse("\n".join(above)).body for one in _singly(statement)}
         writer.needs |= {"jax"} if writer.labels else set()
         missing = sorted({writer.IMPORTS[name] for name in writer.needs} - there)
         head = [Lines(missing, apart=place > 0)] if missing else []
@@ -388,6 +388,16 @@ class Script:
             blocks[block][place:place] = head
         else:
             blocks.insert(block, head)
+
+
+def _singly(statement: ast.stmt) -> list[ast.stmt]:
+    """A statement that imports several names as several statements; none for any other."""
+    match statement:
+        case ast.Import(names):
+            return [ast.Import([name]) for name in names]
+        case ast.ImportFrom(module, names, level):
+            return [ast.ImportFrom(module, [name], level) for name in names]
+    return []
 
 
 def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedStatement]]:

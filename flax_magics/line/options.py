@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..base.text import WIDTH, width
+from ..base.text import width
 from ..base.tokens import Unbalanced, pieces, point_at, statements, token_end
 from ..base.types import PyTree, Record
 from ..errors import FlaxMagicsError, nearest, written
@@ -254,7 +254,7 @@ class _Reader:
             message = f"{message[:-1]}: did you mean {' or '.join(near)}?"
             advice = self._corrected(f"{line[:start]}{near[0]}{line[start + len(flag) :]}")
         listed = "options: " + "  ".join("/".join(option.flags) for option in (*command.options, HELP))
-        hint = textwrap.fill(listed, WIDTH - 2, subsequent_indent=" " * 9, break_on_hyphens=False)
+        hint = textwrap.fill(listed, width() - 2, subsequent_indent=" " * 9, break_on_hyphens=False)
         return FlaxMagicsError(message, hint=hint, **advice)
 
     def _after_the_call(self, start: int, end: int) -> bool:

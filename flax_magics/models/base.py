@@ -22,7 +22,7 @@ from ..base.threads import Assignment, at_once
 from ..base.types import Leaf, PyTree
 from ..code.library import nnx_modules
 from ..errors import FlaxMagicsError
-from ..run import Settings
+from ..run import ExportFacts, Settings
 from .calls import Args, Calls, Function, Kwargs, Names, Path
 from .switch import Layer, layer_of
 
@@ -72,7 +72,7 @@ class CallTrace(Struct):
     queried: set[str] = set()
     """Streams for which the model called `has_rng`."""
     written: set[str] = set()
-    """Collections that were written, sown ones included."""
+    """Collections that a linen model wrote, sown ones included."""
     sown: set[str] = set()
     """Collections that `sow` wrote; for NNX only `SOWN`."""
     layers: list[Layer] = []
@@ -210,12 +210,19 @@ class AnyModel(Protocol):
     """The part of a model's interface that linen and NNX share."""
 
     @property
+    def api(self) -> Literal["linen", "nnx"]:
+        """The one of Flax's two APIs that the module is written in."""
+
+    @property
     def module(self) -> Any:
         """The user's module object."""
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block in which the caller guarantees that nobody changes the module, so that it is inspected only once."""
+        """A block in which the layout of the module is taken as found; `has_same_layout` asks whether it still is so."""
+
+    def has_same_layout(self) -> bool:
+        """Whether the module holds the attributes with which its layout was found; if not, that is forgotten."""
 
     def describe(self) -> str:
         """The construction as a person writes it: `MyModel(num_neurons=3, training=False)`."""
@@ -244,6 +251,9 @@ class AnyModel(Protocol):
 
     def streams(self) -> frozenset[str]:
         """Streams that every run is given, whether or not it consumes them."""
+
+    def likely_needs(self, mode: str) -> Needs:
+        """What a first run in this mode probably asks for: a right guess spares it a trace."""
 
     def cache_key(self) -> object:
         """A hashable value, equal for two models only if their programs are equal; None where that cannot be told."""
@@ -289,7 +299,10 @@ class AnyModel(Protocol):
         """`own_variables` as a user reads them; what the module holds is copied, so that later runs do not change it."""
 
     def variables_to_save(self, of_session: Variables | None) -> PyTree:
-        """The variables as a file holds them: the session's collections, or (type, path, value) of each of an NNX module."""
+        """The variables as a file holds them: those of `own_variables`, keys and counts of random streams included."""
+
+    def is_state(self, value: Variables, variables: Variables) -> bool:
+        """Whether `value` is a pytree like the model's `variables`, as a user writes it; may raise where it is not."""
 
     def other_arrays(self) -> tuple[Leaf, ...]:
         """Arrays that the module holds besides its variables, such as those in the fields of a linen module."""
@@ -306,8 +319,29 @@ class AnyModel(Protocol):
         Keys and counts of random streams that an NNX module holds are reported as one collection, `RngState`.
         """
 
-    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """The run as a person would have written it in plain Flax."""
+    def by_hand(self, call: str, method: Path, switch: Names, needs: Needs, *, samples: Names | None) -> str:
+        """The run as a person would have written it in plain Flax.
+
+        Args:
+          switch: `name=value` of each switch that is set outside of the call.
+          samples: the variables that hold a key for each sample; None for a run without `--samples`.
+        """
+
+    @property
+    def init_streams(self) -> Names:
+        """Streams besides `params` that a handwritten init must be given; known once an init has run."""
+
+    def facts_of_run(
+        self, facts: ExportFacts, train: bool | None, fields: Settings, *, kept: Updates, sown: Updates, handed: Updates
+    ) -> ExportFacts:
+        """`facts` with those that tell how an export sets the mode, and what it does with what the run wrote.
+
+        Args:
+          train: the mode, training or evaluation; None where the model ran as written.
+          fields: the switches that are set outside of the call.
+          kept, sown: what the run wrote and what it sowed, by collection.
+          handed: what of both `--mutable` handed back.
+        """
 
 
 class ModelWithInit(AnyModel, Protocol):
@@ -319,10 +353,6 @@ class ModelWithInit(AnyModel, Protocol):
 
     def init(self, key: object, method: Path | Function, args: Args, kwargs: Kwargs) -> Updates:
         """Fresh variables; `key` is the `params` key, the only one that an init gets. `method`: see `forward`."""
-
-    @property
-    def init_streams(self) -> tuple[str, ...]:
-        """Streams besides `params` that a handwritten init must be given; known once an init has run."""
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
         """The init in plain Flax.

@@ -14,17 +14,19 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 from flax import linen as nn
-from flax.core import meta
+from flax.core import meta, unfreeze
 from flax.errors import InvalidRngError, ScopeCollectionNotFound, ScopeParamNotFoundError, ScopeVariableNotFoundError
-from msgspec import Struct
+from msgspec import Struct, field
+from msgspec.structs import replace
 
+from ..base.digest import alike
 from ..base.types import Leaf, PyTree
 from ..code.fingerprint import Fingerprint
 from ..code.inventory import shorten
 from ..code.walk import arrays_in
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.expression import GAP, with_arguments
-from ..run import MODULE, Settings
+from ..run import MODULE, ExportFacts, Settings
 from .base import (
     FLAX_ARGUMENTS,
     CallTrace,
@@ -40,7 +42,7 @@ from .base import (
     own_methods,
 )
 from .calls import TAKES_ANYTHING, Args, Function, Kwargs, Names, Path, without_self
-from .linen_trace import Recorder, bound, sowing, unbound_axis
+from .linen_trace import InitTrace, Recorder, bound, inside, unbound_axis
 from .switch import by_place, cloned, read_fields, set_fields, set_unset_fields, setting_of, written_by_place
 
 _MISSING = (ScopeParamNotFoundError, ScopeCollectionNotFound, ScopeVariableNotFoundError)
@@ -67,6 +69,7 @@ class ModeCache(Struct):
     fingerprint: Fingerprint | None = None
     init_streams: set[str] = set()
     """Streams besides `params` that a handwritten init must be given."""
+    init_trace: InitTrace = field(default_factory=InitTrace)
     digest: bytes | None = None
     """The fingerprint for which `modes` is valid."""
     modes: dict[tuple[bool, frozenset[str]], tuple[Model, tuple[str, ...]]] = {}
@@ -77,6 +80,7 @@ class LinenModel:
 
     held_still: ClassVar[AbstractContextManager[None]] = nullcontext()
     """Does nothing: linen modules are immutable."""
+    api: ClassVar[Literal["linen"]] = "linen"
     holds_variables: ClassVar[Literal[False]] = False
 
     def __init__(self, module: nn.Module, cache: ModeCache | None = None) -> None:
@@ -88,6 +92,10 @@ class LinenModel:
 
     def __hash__(self) -> int:
         return hash(self.module)
+
+    def has_same_layout(self) -> bool:
+        """True: linen modules are immutable."""
+        return True
 
     def describe(self) -> str:
         """The construction with the fields that differ from their defaults, in one line."""
@@ -141,8 +149,9 @@ class LinenModel:
 
     def fields_for_init(self, *, fixed: frozenset[str]) -> LinenModel:
         """A clone whose switches without a value are set for evaluation."""
-        # The set is shared with the clone, so that `init_streams` of this model knows what the clone's init finds.
-        return LinenModel(set_unset_fields(self.module, fixed), ModeCache(init_streams=self._cache.init_streams))
+        # Shared with the clone, so that this model knows what the clone's init finds.
+        cache, module = self._cache, set_unset_fields(self.module, fixed)
+        return LinenModel(module, ModeCache(init_streams=cache.init_streams, init_trace=cache.init_trace))
 
     def fields_as_written(self) -> tuple[str, ...]:
         """The switch fields with their present values, such as `training=False`."""
@@ -150,8 +159,9 @@ class LinenModel:
 
     def init(self, key: Any, method: Path | Function, args: Args, kwargs: Kwargs) -> Updates:
         """`module.init`, eagerly as by hand. Sown collections are dropped, since later runs would append to them."""
-        across = nnx_bridge()
-        with sowing() as sown, nullcontext() if across is None else across.initialising(self._cache.init_streams):
+        across, cache = nnx_bridge(), self._cache
+        bridge = nullcontext() if across is None else across.initialising(cache.init_streams)
+        with cache.init_trace.watching() as sown, bridge:
             target, args, kwargs = self._target(method, args, kwargs)
             variables = self._init(key, partial(self.module.init, method=target), args, kwargs)
         return {name: tree for name, tree in dict(variables).items() if name not in sown}
@@ -178,6 +188,10 @@ class LinenModel:
     def streams(self) -> frozenset[str]:
         """None: a linen model is given the streams that a trace asked for."""
         return frozenset()
+
+    def likely_needs(self, mode: str) -> Needs:
+        """By what its inits did: streams that they asked for, and in train mode those of the dropout layers."""
+        return self._cache.init_trace.likely_needs(mode)
 
     def fingerprint(self) -> bytes | None:
         """A digest of the module's classes and fields, cached until something that it was read from changes."""
@@ -263,6 +277,10 @@ class LinenModel:
 
     collections = state = variables_to_save = own_variables  # they are the same to a user and to a file
 
+    def is_state(self, value: Variables, variables: Variables) -> bool:
+        """Whether both are put together alike; a FrozenDict counts as the dict that it freezes."""
+        return alike(*(jax.tree_util.tree_structure(unfreeze(dict(tree))) for tree in (value, variables)))
+
     def other_arrays(self) -> tuple[Leaf, ...]:
         """Arrays in the module's fields."""
         return tuple(arrays_in(self.module))
@@ -288,15 +306,29 @@ class LinenModel:
                 for leaf in jax.tree_util.tree_leaves(box):
                     yield name, path, leaf, about
 
-    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """The run in plain Flax: `net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`."""
+    def by_hand(self, call: str, method: Path, switch: Names, needs: Needs, *, samples: Names | None) -> str:
+        """The run in plain Flax: `net.clone(training=True).apply(variables, x, rngs={'dropout': dropout_key})`.
+
+        Samples are mapped over their keys by `jax.vmap`.
+        """
         more = []
-        if streams:
-            more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in streams) + "}")
-        if mutable:
-            more.append(f"mutable={list(mutable)!r}")
+        if needs.streams:
+            more.append("rngs={" + ", ".join(f"'{stream}': {stream}_key" for stream in sorted(needs.streams)) + "}")
+        if needs.mutable:
+            more.append(f"mutable={sorted(needs.mutable)!r}")
         module = cloned(MODULE, self.module, map(setting_of, switch))
-        return self._in_plain_flax("apply", call, method, module, first="variables", more=more)
+        code = self._in_plain_flax("apply", call, method, module, first="variables", more=more)
+        code = inside(needs.axes, code)
+        if not samples:
+            return code
+        return f"jax.vmap(lambda {', '.join(samples)}: {code})({', '.join(f'{key}s' for key in samples)})"
+
+    def facts_of_run(
+        self, facts: ExportFacts, train: bool | None, fields: Settings, *, kept: Updates, sown: Updates, handed: Updates
+    ) -> ExportFacts:
+        """The module with its fields set, and the collections to make mutable and to keep."""
+        module, mutable = cloned(MODULE, self.module, fields), tuple(sorted({*kept, *sown}))
+        return replace(facts, module=module, mutable=mutable, kept=tuple(sorted(kept)))
 
     def init_by_hand(self, call: str, method: Path, arguments: Settings, module: str) -> str:
         """The init in plain Flax: `net.init(params_key, x)`, with the switches of `arguments` and `module` applied."""

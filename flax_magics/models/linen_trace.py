@@ -14,6 +14,7 @@ import jax
 from flax import linen as nn
 from flax.core.scope import Scope
 from flax.linen import transforms
+from msgspec import Struct
 
 from ..base.types import PyTree
 from .base import CallTrace, KeyUse, Needs, replaced
@@ -191,14 +192,46 @@ class Recorder:
         self.record.passed(kind, tuple(context.module.scope.path), context.module, around, arguments)
 
 
-@contextlib.contextmanager
-def sowing() -> Iterator[set[str]]:
-    """Yields the set of collections that are sown during the block; sowing itself is not changed."""
-    sown: set[str] = set()
+class InitTrace(Struct):
+    """What inits of a model were seen to do.
 
-    def note(sow: Function, module: nn.Module, col: str, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        sown.add(col)
-        return sow(module, col, *args, **kwargs)
+    Attributes:
+      asked: streams that they asked for.
+      dropout: streams of the dropout layers that they called, on or off.
+      averages: collections in which the batch norms that they called keep their averages.
+    """
 
-    with replaced((nn.Module, "sow", note)):
-        yield sown
+    asked: set[str] = set()
+    dropout: set[str] = set()
+    averages: set[str] = set()
+
+    def likely_needs(self, mode: str) -> Needs:
+        """What a run in this mode probably asks for."""
+        if mode == "train":
+            return Needs(frozenset(self.asked | self.dropout), frozenset(self.averages))
+        return Needs(frozenset(self.asked - self.dropout if mode == "eval" else self.asked))
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[set[str]]:
+        """Notes what an init in the block does, and yields the set of collections that it sows. It does as ever."""
+        sown: set[str] = set()
+
+        def sow(sow: Function, module: nn.Module, col: str, *args: PyTree, **kwargs: PyTree) -> PyTree:
+            sown.add(col)
+            return sow(module, col, *args, **kwargs)
+
+        def make_rng(make_rng: Function, scope: Scope, name: str = "params") -> PyTree:
+            self.asked |= {name} - {"params"}
+            return make_rng(scope, name)
+
+        def drop(call: Function, module: nn.Dropout, *args: PyTree, **kwargs: PyTree) -> PyTree:
+            self.dropout.add(module.rng_collection)
+            return call(module, *args, **kwargs)
+
+        def normalise(call: Function, module: nn.BatchNorm, *args: PyTree, **kwargs: PyTree) -> PyTree:
+            self.averages.add("batch_stats")
+            return call(module, *args, **kwargs)
+
+        layers = (nn.Dropout, "__call__", drop), (nn.BatchNorm, "__call__", normalise)
+        with replaced((nn.Module, "sow", sow), (Scope, "make_rng", make_rng), *layers):
+            yield sown

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import jax
 from flax import nnx
+from msgspec.structs import replace
 
 from ..base.digest import quick_digest
 from ..base.threads import at_once
@@ -19,6 +20,7 @@ from ..base.types import Leaf, PyTree
 from ..code.library import is_module
 from ..errors import FlaxMagicsError, did_you_mean
 from ..line.expression import with_arguments
+from ..run import MODULE, ExportFacts, HandedBack, ModeByHand, Settings
 from . import nnx_trace
 from .base import (
     CallTrace,
@@ -28,6 +30,7 @@ from .base import (
     ModelRecord,
     ModelWithVariables,
     Needs,
+    Updates,
     Variables,
     check_name,
     own_methods,
@@ -36,6 +39,7 @@ from .calls import Args, Function, Kwargs, Names, Path, constructor, readable_si
 from .nnx_graph import (
     GRAPH,
     SIMPLE,
+    back_by_hand,
     flat_state,
     is_ref,
     mode_by_hand,
@@ -66,7 +70,10 @@ class NnxModel:
     written: str = ""
     """The text of the construction, such as `Net(8, 3)`, where the session built the module; else empty."""
     _cache: LayoutCache = field(default_factory=LayoutCache, repr=False, compare=False)
+    api: ClassVar[Literal["nnx"]] = "nnx"
     holds_variables: ClassVar[Literal[True]] = True
+    init_streams: ClassVar[Names] = ()
+    """None: its construction is given its streams as `rngs`."""
 
     @property
     def layout(self) -> Layout:
@@ -75,8 +82,12 @@ class NnxModel:
 
     @property
     def held_still(self) -> AbstractContextManager[None]:
-        """A block during which the layout is checked once, at its beginning."""
+        """A block during which nothing but `has_same_layout` checks the layout."""
         return self._cache
+
+    def has_same_layout(self) -> bool:
+        """Whether every module of the graph holds the attributes that it held when the layout was found."""
+        return self._cache.check()
 
     # -- what it is
 
@@ -143,6 +154,10 @@ class NnxModel:
         """Tags of the streams that the module holds, and streams of the `rngs` argument if the session adds one."""
         return self.layout.tags | (frozenset(SUPPLIED) if self.gives_rngs else frozenset())
 
+    def likely_needs(self, mode: str) -> Needs:
+        """Nothing besides the streams that it holds, which it is given anyway."""
+        return Needs()
+
     @property
     def _own_tags(self) -> frozenset[str]:
         """Tags of held streams other than `params` and `dropout`, which the session's `rngs` argument has as well."""
@@ -162,10 +177,17 @@ class NnxModel:
         # Runs replace arrays and change references in place: only the latter have to be read out.
         return jax.tree_util.tree_map(lambda leaf: leaf[...] if is_ref(leaf) else leaf, nnx.state(self.module, **GRAPH))
 
-    def variables_to_save(self, of_session: Variables | None) -> tuple[tuple[str, Path, PyTree], ...]:
-        """Type, path and value of each variable, without sown and fixed ones."""
-        slots = (slot for slot in self.layout.slots if not slot.sown and not slot.fixed)
-        return tuple((slot.collection, slot.path, slot.read()) for slot in slots)
+    def variables_to_save(self, of_session: Variables | None) -> Values:
+        """The value of each variable by type and path, without sown and fixed ones."""
+        out: Values = {}
+        for slot in self.layout.slots:
+            if not slot.sown and not slot.fixed:
+                out.setdefault(slot.collection, {})[slot.name] = slot.read()
+        return out
+
+    def is_state(self, value: Variables, variables: Variables) -> bool:
+        """Whether `read_state` takes it and something is in it; raises the error of `read_state` where not."""
+        return bool(self.read_state("", value))
 
     def other_arrays(self) -> tuple[Leaf, ...]:
         """None: what the module holds are its variables."""
@@ -318,10 +340,17 @@ class NnxModel:
         else:
             transplant({id(other.module): self.module}, [part for _, part in walk(other.module)])
 
-    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
-        """The run in plain Flax: `net.train(); nnx.reseed(net, dropout=…); nnx.jit(lambda net: net(x))(net)`."""
-        name = call.partition("(")[0].partition(".")[0]
-        parts = [] if self.mode is None else [*mode_by_hand(name, self.layout.nodes, self.mode)]
+    def by_hand(self, call: str, method: Path, switch: Names, needs: Needs, *, samples: Names | None) -> str:
+        """The run in plain Flax: `net.train(); nnx.reseed(net, dropout=…); nnx.jit(lambda net: net(x))(net)`.
+
+        Samples are a loop over their keys, on copies.
+        """
+        name, streams = call.partition("(")[0].partition(".")[0], sorted(needs.streams)
+        parts = []
+        if samples is not None:
+            parts.append(f"{name}_copy = nnx.clone({name})")
+            name, call = f"{name}_copy", f"{name}_copy{call.removeprefix(name)}"
+        parts += () if self.mode is None else mode_by_hand(name, self.layout.nodes, self.mode)
         held = [stream for stream in streams if stream in self.layout.tags]
         if held:
             keys = ", ".join(f"{stream}={stream}_key" for stream in held)
@@ -329,7 +358,35 @@ class NnxModel:
         if self.gives_rngs:
             keys = ", ".join(f"{stream}={stream}_key" for stream in streams if stream not in self._own_tags)
             call = with_arguments(call, [f"rngs=nnx.Rngs({keys})"])
-        return "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
+        code = "; ".join([*parts, f"nnx.jit(lambda {name}: {call})({name})"])
+        if not samples:
+            return code
+        many = ", ".join(f"{key}s" for key in samples)
+        return f"for {', '.join(samples)} in {many if len(samples) == 1 else f'zip({many})'}:\n    {code}"
+
+    def facts_of_run(
+        self, facts: ExportFacts, train: bool | None, fields: Settings, *, kept: Updates, sown: Updates, handed: Updates
+    ) -> ExportFacts:
+        """The streams that it holds or is handed, the lines around the run that set its mode, and what it handed back."""
+        nodes, mode = self.layout.nodes, None
+        if train is not None:
+            mode = ModeByHand(mode_by_hand(MODULE, nodes, train), back_by_hand(MODULE, nodes, train))
+        given = tuple(self._given(handed, sown))
+        return replace(facts, nnx=True, held=self.layout.tags, handed=self.gives_rngs, mode=mode, given=given)
+
+    def _given(self, handed: Updates, sown: Updates) -> Iterator[HandedBack]:
+        """For each collection that was handed back, the places of its values in the module."""
+        for name, tree in handed.items():
+            if name in sown:
+                leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: not isinstance(part, dict))
+                steps = [tuple(str(key.key) for key in path) for path, _ in leaves]
+                # The nested dicts have text as keys: digits are an index into a list of submodules.
+                paths = [tuple(int(step) if step.isdigit() else step for step in path) for path in steps]
+                whole = len(sown) == 1 and paths == steps
+                yield HandedBack(name, tuple((path, True) for path in paths), sown=True, whole=whole)
+            else:
+                slots = [slot for slot in self.layout.slots if slot.collection == name and slot.name in tree]
+                yield HandedBack(name, tuple((slot.path, slot.holder is None) for slot in slots))
 
 
 def _about(variable: object) -> str:

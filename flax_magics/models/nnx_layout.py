@@ -306,16 +306,22 @@ class LayoutCache:
     def __init__(self) -> None:
         self.layout: Layout | None = None
         self.lock = threading.Lock()
-        self.steady = 0
-        """Number of nested blocks during which nobody changes the module, so that its guards need no check."""
+        self.steady = False
+        """Whether the layout is used without a check. An interrupt may leave it so, until the next block ends."""
 
     def __enter__(self) -> None:
-        """Begins a block in which nobody changes the module: its guards are checked now, and not until the end."""
-        self.layout = self.layout if self.layout is not None and self.layout.held.hold() else None
-        self.steady += 1
+        """Begins a block in which the layout is used without a check, but for `check`."""
+        self.steady = True
 
     def __exit__(self, *_: object) -> None:
-        self.steady -= 1
+        self.steady = False
+
+    def check(self) -> bool:
+        """Whether the guards of the layout hold; forgets it if they do not."""
+        holds = self.layout is not None and self.layout.held.hold()
+        if not holds:
+            self.layout = None
+        return holds
 
     def of(self, module: nnx.Module) -> Layout:
         """The layout of `module` as it is now."""

@@ -23,7 +23,7 @@ from ..line.call import Assignment, CallExpression, parse_assignment, parse_call
 from ..line.commands import FLAX_APPLY, FLAX_VARS
 from ..line.expression import end_of
 from ..line.options import Command, LineOptions, read
-from .notebook import ModelCall, Notebook
+from .notebook import KnownLine, ModelCall, Notebook
 from .run_cell import displayed, displayed_quietly, run_statements_with_call
 from .tracebacks import show_user_frames
 
@@ -43,10 +43,11 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
         @wraps(function)
         def run(self: Any, line: str, cell: str | None = None, local_ns: Namespace | None = None) -> Any:
             notebook: Notebook = self.notebook
-            options = LineOptions({})
+            options = NO_OPTIONS
             try:
-                if cell is None and spec is FLAX_APPLY and line in notebook.known_lines:
-                    value = run_again(notebook, line, notebook.shell.user_ns if local_ns is None else local_ns)
+                if cell is None and spec is FLAX_APPLY and (known := notebook.known_lines.get(line)) is not None:
+                    names = notebook.shell.user_ns if local_ns is None else local_ns
+                    value = run_again(notebook, line, known, names)
                     if value is not MISSED:
                         return value
                 # For a call, a `;` is read together with it; elsewhere it only silences.
@@ -68,7 +69,10 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
             except Exception as error:
                 from .hints import hints
 
-                show_user_frames(error, notebook.shell, hint=hints(error, notebook, options.options))
+                hint: tuple[str, ...] = ()
+                with suppress(Exception):  # what looks into an error must not hide it
+                    hint = hints(error, notebook, options.options)
+                show_user_frames(error, notebook.shell, hint=hint)
                 raise
             finally:
                 notebook.called = None  # its arguments would be held until the next command
@@ -86,16 +90,18 @@ def command(spec: Command) -> Callable[[Callable[[Any, CommandUse], Any]], Any]:
     return decorate
 
 
+NO_OPTIONS = LineOptions({})
+"""Of a line that was not read yet."""
 MISSED = object()
 """Returned by `run_again` where the line has to be read and run as if it were new."""
 
 
-def run_again(notebook: Notebook, line: str, names: Namespace) -> Any:
+def run_again(notebook: Notebook, line: str, known: KnownLine, names: Namespace) -> Any:
     """Runs a line that ran before: what was read of it, its plan and its program are found, and nothing is said anew.
 
     Gives what the line gives, or `MISSED`, with nothing changed.
     """
-    expression, call_type, options, out, quiet = notebook.known_lines[line]
+    expression, call_type, options, out, quiet = known
     user_ns, session, journal = notebook.shell.user_ns, notebook.session, notebook.journal
     name = expression.target
     module = names[name] if name in names else user_ns.get(name)
@@ -106,10 +112,11 @@ def run_again(notebook: Notebook, line: str, names: Namespace) -> Any:
     if module is None or notebook.weight_names.moved(name, user_ns):
         return MISSED
     call = call_type(expression.method, args, kwargs, expression.call, notebook.number, expression.command)
-    runs_before = journal.runs()
+    runs_before = len(session)
     with notebook.working(f"running {name}", brief=True) as live:
         run = session.run_again(name, call, options, module)
     if run is None:
+        live.clear()  # a line that is left would be nobody's: the other way begins with one of its own
         return MISSED
     if out is not None:
         user_ns[out] = run

@@ -8,7 +8,10 @@ import linecache
 import re
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from ..base.private import is_tracing
+from ..code.library import nnx_modules
 from ..errors import advice_lines
 
 if TYPE_CHECKING:
@@ -33,7 +36,8 @@ def hints(error: Exception, notebook: Notebook, options: dict[str, Any]) -> tupl
     lacking = re.match(r"(\w+)\.__init__\(\) missing .*'rngs'", str(error)) if isinstance(error, TypeError) else None
     if lacking is not None:
         return (f"to have it built with the session's rngs, move it to the line: %%flaxmodel net = {lacking[1]}(…)",)
-    return () if called is None else _of_shapes(error, called, notebook)
+    mode = "train" if options.get("train") else "eval" if options.get("eval") else None
+    return () if called is None else _of_shapes(error, called, notebook) or _of_first_run(error, called, notebook, mode)
 
 
 def _of_unset(error: Exception, parameter: str, called: ModelCall, *, has_mode: bool) -> tuple[str, ...]:
@@ -70,6 +74,7 @@ def _edited(error: Exception, parameter: str) -> str | None:
     module, or else one that the method is to take.
     """
     from ..code.library import is_module, library_file
+    from ..line.expression import start_of
     from ..models.switch import WHEN_TRAINING, following
 
     trace, step = error.__traceback__, None
@@ -95,7 +100,11 @@ def _edited(error: Exception, parameter: str) -> str | None:
     *head, keyword = following(parameter, own, code.co_name).splitlines()
     given = f"{inside}{'' if inside.endswith('(') else ', '}{keyword})"
     head = [_with_switch(getattr(type(module), code.co_name, None), code.co_name) or text for text in head]
-    return "\n".join([*head, f"{line[:begin].decode()}{given}{line[end:].decode()}".strip()])
+    edited = f"{line[:begin].decode()}{given}{line[end:].decode()}".strip()
+    if head and edited.startswith("def "):  # the method stands on one line
+        body = ast.parse(edited).body[0].body[0]  # type: ignore[attr-defined]
+        return f"{head[0]} {edited[start_of(edited, body) :]}"
+    return "\n".join([*head, edited])
 
 
 def _with_switch(method: Any, name: str) -> str | None:
@@ -149,6 +158,70 @@ def _of_shapes(error: Exception, called: ModelCall, notebook: Notebook) -> tuple
         return (f"{text}: a batch axis is missing",)
     line = _with_axis(called, signature, lacking, [argument for argument, *_ in pairs])
     return (f"{text}: a batch axis is missing", *advice_lines(line))
+
+
+def _of_first_run(error: Exception, called: ModelCall, notebook: Notebook, mode: str | None) -> tuple[str, ...]:
+    """What the layer takes in which the error was raised, and the line with a batch axis where the model runs with one.
+
+    For a model of which nothing is known yet but its layers: whether it runs is found out by shapes alone.
+    """
+    import jax.numpy as jnp
+
+    from ..base.digest import describe
+    from ..execution.call import prepare, trace_shapes
+    from ..models.calls import Arguments
+    from ..rng.keys import RootKey
+    from ..state.models import register
+
+    session, name, call = notebook.session, called.expression.target, called.call
+    held = name in session.models and session.models[name].variables is not None
+    entry = register(None, name, called.module)[0]
+    # The init of an NNX module is its construction, which the call does not change.
+    is_known = called.expression.command.startswith("%flax_init") if entry.model.holds_variables else held
+    if is_known or not isinstance(error, (TypeError, ValueError, IndexError, AssertionError)):
+        return ()
+    told, signature = _of_features(error), entry.model.signature(call.method)
+    arguments = Arguments.of(call.args, call.kwargs, signature, frozenset())
+    arrays = [argument for argument, leaf, traced in arguments.rows if traced and jnp.ndim(leaf)]
+    # As it was written first: where that runs by shapes, the error was another.
+    for lacking in ([], arrays, arrays[:1])[: len(arrays) + 1]:
+        batched = {
+            argument: leaf[None] if argument in lacking else leaf for argument, leaf in arguments.dynamic.items()
+        }
+        args, kwargs = arguments.rebuild(batched)
+        try:
+            bound = prepare(name, entry.model, replace(call, args=args, kwargs=kwargs), mode)
+            trace_shapes(entry, bound, RootKey.from_seed(0).draw())
+        except Exception:
+            continue
+        if not lacking:
+            return told
+        shapes = " and ".join(f"{argument} is {describe(arguments.leaf(argument))}" for argument in lacking)
+        told = (*told, f"{shapes}: with a batch axis in front, the model runs")
+        runs = called.expression.command.startswith("%flax_")  # `--check` begins no line
+        line = _with_axis(called, signature, lacking, list(arguments.names)) if runs else None
+        return (*told, *advice_lines(line))
+    return told
+
+
+def _of_features(error: Exception) -> tuple[str, ...]:
+    """What a layer of NNX's takes, if the error was raised in one that was given an array of other features."""
+    from ..base.digest import describe
+
+    trace, layer, names = error.__traceback__, None, dict[int, str]()
+    while trace is not None:
+        module, inputs = (trace.tb_frame.f_locals.get(name) for name in ("self", "inputs"))
+        features = getattr(module, "in_features", None)
+        if isinstance(features, int) and getattr(inputs, "shape", (features,))[-1:] != (features,):
+            layer = module, features, inputs
+        elif isinstance(module, nnx_modules()):
+            names |= {id(value): name for name, value in vars(module).items()}
+        trace = trace.tb_next
+    if layer is None:
+        return ()
+    module, features, inputs = layer
+    what = names.get(id(module), type(module).__name__)
+    return (f"`{what}` takes {features} features in the last axis, and was given {describe(inputs)}",)
 
 
 def _with_axis(called: ModelCall, signature: Any, lacking: list[str], arguments: list[str]) -> str | None:

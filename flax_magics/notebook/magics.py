@@ -409,6 +409,7 @@ def load(shell: Any) -> None:
     shell.events.register("post_run_cell", magics.end_cell)
     library.in_cells(True)
     in_notebook(notebook.executed, lambda: notebook.number)
+    FlaxMagicsError.before_shown = notebook.show_error
     _loaded[shell] = magics, matcher
 
 
@@ -421,6 +422,7 @@ def unload(shell: Any) -> None:
     shell.events.unregister("post_run_cell", magics.end_cell)
     library.in_cells(False)
     in_notebook(None)
+    FlaxMagicsError.before_shown = staticmethod(lambda error: 0)
     matcher.uninstall()
     with suppress(ValueError):  # it was removed by other code
         shell.input_transformers_cleanup.remove(line_magic_transformer)

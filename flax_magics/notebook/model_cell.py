@@ -152,6 +152,7 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
         return ()
     from ..execution.call import Call
     from ..execution.idioms import Translation
+    from ..state.entry import ModelEntry
     from ..summary.summary import check_call
     from .notebook import ModelCall
 
@@ -165,10 +166,11 @@ def check(models: CellModels, use: CommandUse) -> tuple[tuple[str, str], ...]:
     module = models.modules[parsed.target]
     # An NNX module that is not built yet is checked by its shapes.
     model = adopt(module.abstract() if isinstance(module, Construction) else module, parsed.target)
+    entry = ModelEntry(parsed.target, model, None)
     asked = Call(parsed.method, *parsed.evaluate(use.user_ns, use.local_ns), parsed.call, command=parsed.command)
     use.notebook.called = ModelCall(parsed, asked, model.module)
-    with Translation(parsed.target, model, asked, None):
-        return check_call(parsed.target, model, asked, use.notebook.session.root_key)
+    with Translation(entry, asked):
+        return check_call(entry, asked, use.notebook.session.root_key)
 
 
 def register(models: CellModels, use: CommandUse, rows: tuple[tuple[str, str], ...]) -> list[Registered]:

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.text import WIDTH, fit
+from ..base.text import WIDTH, fit, width
 from ..base.types import Record
 from ..cells.journal import Journal, NotebookCells
 from ..code.library import library
-from ..errors import FlaxMagicsError
 from ..line.call import CallExpression
 from ..report.display import on_terminal, publish
 from .completion import Names
@@ -29,6 +28,7 @@ from .tracebacks import end_in_cell, stopped
 if TYPE_CHECKING:
     from .._session import Session
     from ..cells.reruns import Rerun
+    from ..errors import FlaxMagicsError
     from ..execution.call import Call
     from ..line.options import ApplyOptions
     from ..report.live import Live
@@ -246,32 +246,36 @@ class Reporter:
 class CommandInProgress:
     """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
 
-    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait. A `brief` command has a
-    live line only once it names a phase.
+    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait. A `brief` command is
+    shown, and minds interrupts that get lost, only once it names a phase: until then it takes microseconds.
     """
 
     def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None], *, brief: bool) -> None:
         self._session, self._live, self._what, self._meanwhile, self._brief = session, live, what, meanwhile, brief
-        self._interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
+        self._interrupts: InterruptGuard | None = None
 
     def __enter__(self) -> Live:
         self._live.text = self._what
-        if not self._brief:
-            self._live.begin(self._what)
         self._session.services.on_phase = self._doing
-        self._interrupts.begin()
+        if not self._brief:
+            self._begin(self._what)
         return self._live
+
+    def _begin(self, phase: str) -> None:
+        self._live.begin(phase)
+        around = (CommandInProgress._begin, CommandInProgress.__enter__, CommandInProgress.__exit__)
+        self._interrupts = InterruptGuard(*(function.__code__ for function in around))
+        self._interrupts.begin()
 
     def _doing(self, phase: str) -> None:
         self._live.text = phase
-        if self._brief:
-            self._brief = False
-            self._live.begin(phase)
+        if self._interrupts is None:
+            self._begin(phase)
         if phase.startswith("compiling "):
             self._meanwhile()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        interrupt = self._interrupts.end(error)
+        interrupt = None if self._interrupts is None else self._interrupts.end(error)
         if isinstance(error, KeyboardInterrupt):
             stopped(error, self._live.text)
         self._live.end()
@@ -331,8 +335,6 @@ class Notebook:
     def end_cell(self, result: Any = None) -> None:
         """Handles `post_run_cell`: ends the reports, and drops what exceeds `replay_bytes`."""
         self.journal.end(result)
-        if isinstance(result.error_in_exec, FlaxMagicsError):
-            end_in_cell(result.error_in_exec, self.shell)
         self._cell = None
         self.reporter.end_cell()
         session = existing()
@@ -354,7 +356,9 @@ class Notebook:
         return self.shell.displayhook.prompt_count if self._cell is None else self._cell
 
     def reruns(self) -> tuple[Rerun, ...]:
-        """Cells that drew and were run again, or whose variables were bound again since."""
+        """Cells that drew and were run again, or whose variables were bound again since. A terminal has none."""
+        if on_terminal(self.shell):
+            return ()
         from ..cells.reruns import reruns
 
         return reruns(self.journal.so_far(self.number), self.session.cells, self.shell.transform_cell)
@@ -369,6 +373,12 @@ class Notebook:
     def fit_terminal(self) -> None:
         """Makes what is shown from now on as wide as the terminal; elsewhere it has 80 columns."""
         fit(shutil.get_terminal_size().columns if on_terminal(self.shell) else WIDTH)
+
+    def show_error(self, error: FlaxMagicsError) -> int:
+        """Has a debugger begin in the cell, and gives the columns that the message has: those of a text, 0 in a pipe."""
+        end_in_cell(error, self.shell)
+        in_kernel = getattr(self.shell, "kernel", None) is not None
+        return width() if in_kernel or on_terminal(self.shell) else 0
 
     def working(self, what: str, *, brief: bool = False) -> CommandInProgress:
         """Context manager around a command at work: a live line that begins with `what`, see `CommandInProgress`."""

@@ -11,6 +11,7 @@ import jax
 from .._session import Session
 from ..base import __version__
 from ..base.digest import count_parameters
+from ..base.measures import name_devices
 from ..base.text import bytes_, clean, dotted, plural, table, width, wrap
 from ..cells.reruns import Rerun
 from ..compile.compiler import users_cache
@@ -122,18 +123,18 @@ def status(session: Session, reruns: tuple[Rerun, ...] = ()) -> Status:
         if name not in session.models:
             text = f"{plural(saved.parameters, 'parameter')} in {saved.file} wait until its cell is run"
             models.append((name, saved.text, text))
-    devices = []
+    devices: dict[tuple[str, str, str], list[jax.Device]] = {}
     for device in jax.local_devices():
         stats = device.memory_stats() or {}
         kind = device.device_kind if device.device_kind.lower() != device.platform else ""
         memory = [bytes_(stats[name]) for name in ("bytes_in_use", "bytes_limit") if stats.get(name) is not None]
-        devices.append((f"{device.platform}:{device.id}", kind, " of ".join(memory)))
+        devices.setdefault((device.platform, kind, " of ".join(memory)), []).append(device)
     told = [rerun.text for rerun in reruns[-RERUNS:]]
     if len(reruns) > RERUNS:
         told.insert(0, f"{plural(len(reruns) - RERUNS, 'more cell')}: %flax_history marks their draws")
     autosave = () if session.autosaving is None else (("autosave", _autosave(session.autosaving)),)
     return Status(
-        devices=tuple(devices),
+        devices=tuple((name_devices(alike), *told) for (_, *told), alike in devices.items()),
         key=key_card(session),
         models=tuple(models),
         runs=tuple(session.last(KEPT)),

@@ -51,9 +51,9 @@ def show_user_frames(exc: BaseException, shell: Any, hint: tuple[str, ...] = ())
 
 
 def end_in_cell(error: FlaxMagicsError, shell: Any) -> None:
-    """Has `%debug` begin in the user's own code after a mistake: the code of ours that found it is of no use there.
+    """Has `%debug` and `%pdb` begin in the user's own code: the code of ours that found the mistake is of no use there.
 
-    Called once IPython has shown the error, which renders itself and leaves the debugger what the last error before it left.
+    Called as IPython shows the error, which renders itself and would leave the debugger what the error before it left.
     """
     steps: list[TracebackType] = []
     inside, trace = _inside(), error.__traceback__

@@ -10,12 +10,15 @@ from contextlib import suppress
 from typing import Any
 
 _STYLES = (
-    (r"^new session, seed -?\d+$", "dim"),
-    # The name that a report begins with, and the headings of blocks.
-    (r"^[^\s!#][^·\n]*?(?= · )", "bold"),
+    # What stands above a report, the name that it begins with, and the headings of blocks.
+    (r"^(?:new session, seed -?\d+(?: · .*)?|\w+ registered: .*)$", "dim"),
+    (r"^(?!new session, seed |\w+ registered: )[^\s!#][^·\n]*?(?= · )", "bold"),
     (r"(?<=\n\n)[a-z][^·\n]*(?=\n  \S)", "bold"),
     # The labels of rows, and the titles of columns.
-    (r"^  (?:out|samples|vars|sown|keys|static|init|jit|wait|run|rate|memory|call|digest|by hand)\b", "dim"),
+    (
+        r"^  (?:replay|roof|out|samples|vars|sown|keys|static|init|jit|wait|run|rate|memory|call|digest|by hand)\b",
+        "dim",
+    ),
     (r"^  (?:total|FLOPs|writes|note)\b", "dim"),
     (r"^ +(?:draw  +what|module) .*$", "dim"),
     (r"(?<![\w.,])\d[\d.,]* (?:µs|ms|s|min|h)\b", "cyan"),

@@ -25,6 +25,8 @@ WAIT = 1e-2
 """Seconds. A shorter wait is not reported, nor one that is less than a tenth of the run."""
 BESIDE = 1e-3
 """Seconds. Shorter compiling beside other work is not reported."""
+CACHED = 1.1
+"""From how many times the rate of a large copy on a run is not bound by memory."""
 NEAR_LIMIT = 0.1
 """From this share of what the machine reaches on, a run is said to be bound by it."""
 
@@ -183,6 +185,7 @@ def rows(run: Run) -> tuple[Row, ...]:
     waits = [f"the interrupted run had the device for {seconds(busy)} more"] if busy else []
     waits += [f"inputs were ready after {seconds(wait)}"] if wait else []
     shown = [
+        Row("replay", tuple(filter(None, [verdict(run)]))),
         Row("roof", roof_of(run)),
         Row("out", out_of(run) if forward else ()),
         Row("samples", samples_of(run)),
@@ -263,6 +266,8 @@ def _made(run: Run) -> tuple[str, ...]:
     """How many variables the run initialised, and their bytes; empty if it made none."""
     if run.made is None:
         return ()
+    if not run.made.parameters:
+        return ("no parameters",)
     names = ", ".join(map(clean, run.made.collections)) or "params"
     amount = f"{plural(run.made.parameters, 'parameter')}, {bytes_(run.made.bytes)}"
     return (f"{names}: {amount}" + (" added to those there were" if run.made.added else ""),)
@@ -342,14 +347,20 @@ def roof_of(run: Run) -> tuple[str, ...]:
     # At full speed, the run would take as long as the slower of its two parts: that is the roof.
     compute = cost.flops / limits.flops if limits.flops else 0.0
     memory = cost.bytes / limits.bytes if limits.bytes else 0.0
-    reached = max(compute, memory) / steady.median
+    # What is faster than a large copy has its data in caches: memory is no bound of it.
+    cached = memory > CACHED * steady.median and compute > 0
+    reached = (compute if cached else max(compute, memory)) / steady.median
     if not reached:
         return ()
-    bound, what = ("memory", "copy") if memory > compute else ("compute", f"{clean(limits.dtype)} matmul")
+    is_memory = memory > compute and not cached
+    bound, what = ("memory", "copy") if is_memory else ("compute", f"{clean(limits.dtype)} matmul")
     # What XLA counts of a loop is too little, so that a small share says nothing there.
     near = reached >= NEAR_LIMIT or cost.loops
     verdict = f"{bound}-bound" if near else "neither compute- nor memory-bound"
-    return (f"{verdict}: {'at least ' if cost.loops else ''}{share(reached)} of what a large {what} reaches",)
+    return (
+        f"{verdict}: {'at least ' if cost.loops else ''}{share(reached)} of what a large {what} reaches"
+        + (" (its data fit into caches)" if cached else ""),
+    )
 
 
 def rate_of(run: Run) -> tuple[str, ...]:
@@ -416,18 +427,25 @@ def phases(run: Run) -> tuple[Phase, ...]:
         Phase("init", timing.init),
         Phase("trace", timing.trace),
         Phase("lower", timing.lower),
-        Phase("XLA", timing.compile - timing.beside),  # without the time beside the init, which nobody waited for
+        # Without the time beside the init, which nobody waited for.
+        Phase(_last_phase(run), timing.compile - timing.beside),
         Phase("wait", sum(_waits(timing))),
         Phase("run", timing.typical),
     ]
     return tuple(phase for phase in candidates if phase.seconds > 0)
 
 
+def _last_phase(run: Run) -> str:
+    """What made the program in the end: XLA, or reading it from the disk cache."""
+    return "read" if run.program == "disk cache" else "XLA"
+
+
 def building(run: Run) -> tuple[Phase, ...]:
     """The phases of making the program; the last is compiling that ran beside the init, or in an earlier run."""
-    making = [phase for phase in phases(run) if phase.name in ("trace", "lower", "XLA")]
+    last = _last_phase(run)
+    making = [phase for phase in phases(run) if phase.name in ("trace", "lower", last)]
     if run.timing.beside >= BESIDE:
-        making.append(Phase("XLA beside the init" if run.timing.init else "XLA before this run", run.timing.beside))
+        making.append(Phase(f"{last} {'beside the init' if run.timing.init else 'before this run'}", run.timing.beside))
     return tuple(making)
 
 

@@ -89,8 +89,10 @@ def figures(run: Run) -> tuple[Figure, ...]:
     if not run.kind.forward:
         return tuple(shown)
     if timing.building:
-        label = {"compiled": "compile", "disk cache": "trace and read"}.get(run.program, run.program or "compile")
-        words = [facts.from_disk(run)] if run.program == "disk cache" else []
+        label = {"compiled": "compile", "disk cache": "trace"}.get(run.program, run.program or "compile")
+        words = (
+            [f"and read from the disk cache in {seconds(run.timing.compile)}"] if run.program == "disk cache" else []
+        )
         shown.append(
             Figure(clean(label), seconds(timing.building), ": ".join([*words, *filter(None, [clean(run.reason)])]))
         )

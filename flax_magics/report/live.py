@@ -154,26 +154,34 @@ class Ticker:
     """
 
     def __init__(self, idle: float = 10.0) -> None:
-        self._changed = threading.Condition(threading.Lock())
+        # In `with`, the lock itself: a Condition takes it in Python code, in which an interrupt can leave it taken for good.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         # `end` sets this without the lock.
         self._draw: Callable[[], None] | None = None
         self._due = self._interval = 0.0
         self._idle, self._wakes = idle, float("inf")
         self._thread: threading.Thread | None = None
+        self._process = 0
 
     def begin(self, draw: Callable[[], None], delay: float, interval: float) -> None:
         """Lets `draw` be called from `delay` seconds on, every `interval` seconds.
 
         The thread is woken only if it would otherwise sleep too long, so that short commands wake nobody.
         """
-        with self._changed:
+        from ..base.threads import uninterrupted  # imports JAX, as the command at work does
+
+        with self._lock:
             # ipykernel 7 finds the cell that output belongs to through a context variable.
             self._draw = partial(contextvars.copy_context().run, draw)
             self._due, self._interval = time.monotonic() + delay, interval
-            if self._thread is None or not self._thread.is_alive():  # never started, ended by itself, or lost in a fork
-                self._thread = threading.Thread(target=self._run, name="flax_magics live", daemon=True)
+            # Not `is_alive`, which an interrupt makes take a thread for dead. A fork has the memory without the thread.
+            if self._thread is None or self._process != os.getpid():
+                thread = threading.Thread(target=self._run, name="flax_magics live", daemon=True)
                 self._wakes = self._due
-                self._thread.start()
+                with uninterrupted():  # else a thread could have begun of which nobody knows
+                    thread.start()
+                    self._thread, self._process = thread, os.getpid()
             elif self._due < self._wakes:
                 self._changed.notify()
 
@@ -181,11 +189,11 @@ class Ticker:
         """Stops drawing, and waits for a drawing that is under way."""
         self._draw = None  # before taking the lock, a wait that an interrupt may cut short
         # The thread draws with the lock held, so holding it once means that no drawing is under way.
-        with self._changed:
+        with self._lock:
             pass
 
     def _run(self) -> None:
-        with self._changed:
+        with self._lock:
             last = time.monotonic()
             while True:
                 now, draw = time.monotonic(), self._draw

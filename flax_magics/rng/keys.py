@@ -70,14 +70,8 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     @cached_property
     def _split(self) -> list[bytes]:
         if is_on_host(self.impl):
-            return _keys_on_host(self.root, _SPLIT_BY)
+            return threefry(self.root, (0, 1, 2))
         return [key.tobytes() for key in np.asarray(_on_data(_in_three, self.impl)(_words(self.root)))]
-
-    def work_out_next(self, streams: Iterable[str]) -> None:
-        """Computes the keys of these streams of the draw after this one, so that they are there when it is made."""
-        if is_on_host(self.impl):
-            tags = (stream_tag(name) for name in streams if name not in SPLIT)
-            _keys_on_host(self.next_root, (*_SPLIT_BY, *tags))
 
     @property
     def next_root(self) -> bytes:
@@ -124,7 +118,7 @@ class Draw(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
         if name not in self._folded:
             tag = stream_tag(name)
             if is_on_host(self.impl):
-                self._folded[name] = _keys_on_host(self.root, (tag,))[0]
+                (self._folded[name],) = threefry(self.root, (tag,))
             else:
                 fold_in = _on_data(jax.random.fold_in, self.impl)
                 self._folded[name] = np.asarray(fold_in(_words(self.root), np.uint32(tag))).tobytes()
@@ -187,6 +181,9 @@ class RunKeys(Record, Mapping[str, jax.Array]):
     draw: Draw | DrawBatch
     names: Mapping[str, tuple[str, bool]]
 
+    def __init__(self, draw: Draw | DrawBatch, names: Mapping[str, tuple[str, bool]]) -> None:
+        self.__dict__.update(draw=draw, names=names)  # each run makes one: `Record`'s own takes some times as long
+
     @classmethod
     def of(cls, draw: Draw | DrawBatch, *names: str) -> RunKeys:
         """Keys of the streams `names`, each under its stream's name."""
@@ -215,7 +212,7 @@ class RunKeys(Record, Mapping[str, jax.Array]):
         return "{" + ", ".join(f"{name}: {self.word(name)}" for name in self) + "}"
 
 
-class RootKey(Struct, frozen=True, forbid_unknown_fields=True):
+class RootKey(Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """The root key of a session: its seed, the number of draws so far, and the key data that the next draw splits."""
 
     seed: int
@@ -241,9 +238,23 @@ class RootKey(Struct, frozen=True, forbid_unknown_fields=True):
         """The typed key, shape (), that the next draw splits."""
         return as_key(self.data, self.impl)
 
-    def draw(self) -> Draw:
-        """The next draw. The root does not advance until `after`, so a failed run's draw is drawn again."""
-        return Draw(self.seed, self.draws + 1, self.data, self.impl)
+    def draw(self, streams: Iterable[str] = ()) -> Draw:
+        """The next draw. The root does not advance until `after`, so a failed run's draw is drawn again.
+
+        Args:
+          streams: their keys are worked out now, where that can be done on the host, so that they are there when the
+            draw is asked for once more; all others are when they are asked for.
+        """
+        on_host = is_on_host(self.impl)
+        draw: Draw | None = self.__dict__.get("_draw") if on_host else None
+        if draw is None:
+            draw = Draw(self.seed, self.draws + 1, self.data, self.impl)
+            if on_host:
+                folded = [name for name in streams if name not in SPLIT]
+                data = threefry(self.data, (0, 1, 2, *map(stream_tag, folded)))
+                draw.__dict__.update(_split=data[:3], _folded=dict(zip(folded, data[3:], strict=True)))
+                self.__dict__["_draw"] = draw
+        return draw
 
     def after(self, draw: Draw) -> RootKey:
         """The root key after `draw` has succeeded."""
@@ -322,22 +333,6 @@ def threefry(key: bytes, counters: Sequence[int]) -> list[bytes]:
         y = (y + schedule[(i + 2) % 3] + (i + 1) * ones) & mask
     data = (x & mask | y << 32).to_bytes(8 * n, "little")
     return [data[i : i + 8] for i in range(0, 8 * n, 8)]
-
-
-_SPLIT_BY = (0, 1, 2)
-_worked_out: dict[bytes, dict[int, bytes]] = {}
-"""Key data of the last roots → counter → result of `threefry`."""
-
-
-def _keys_on_host(key: bytes, counters: tuple[int, ...]) -> list[bytes]:
-    """`threefry`, which remembers the last results: a run works out the keys of the draw after it, see `work_out_next`."""
-    known = _worked_out.get(key, {})
-    if not known.keys() >= set(counters):
-        known = dict(zip(counters, threefry(key, counters), strict=True)) | known
-        if len(_worked_out) > 16:
-            _worked_out.clear()
-        _worked_out[key] = known
-    return [known[counter] for counter in counters]
 
 
 @lru_cache(maxsize=64)

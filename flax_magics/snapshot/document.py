@@ -31,14 +31,12 @@ from ..run import RELEASED, CommandName, InitStats, Note, OutputFacts, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State
-from ..state.trees import Node, Reader, Writer, foreign_in, key_read, key_type
+from ..state.trees import Reader, Writer, foreign_in, key_type
 from . import format
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """The JAX settings that change the bits of a run."""
 KeyWords = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{8})*\Z")]
-VariableRows = list[tuple[str, list[Any], Node]]
-"""For each variable of an NNX model its type, the steps of its path, and its value."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,7 +140,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
     parameters, size = count_parameters(entry.collections() or {})
     return SavedModel(
         name=entry.name,
-        holds_variables=model.holds_variables,
+        api=model.api,
         text=model.describe(),
         source="",
         variables=_own(model.variables_to_save(entry.variables)),
@@ -228,21 +226,16 @@ def write(
 def _written(model: SavedModel, writer: Writer) -> SavedModel:
     """The model with JSON nodes in the place of its trees, whose arrays go into `writer`."""
     name, init = model.name, _init_written(model, writer)
-    if model.holds_variables:
-        variables: PyTree = [
-            (collection, writer.key(path, name), writer.tree(value, "/".join((name, collection, *map(str, path)))))
-            for collection, path, value in model.variables
-        ]
-    else:
-        # The same arrays, but a `foreign` of its own: it is asked about this tree alone.
-        tree_writer = Writer(writer.arrays)
-        variables = tree_writer.tree(model.variables, name)
-        if tree_writer.foreign is not None and init is None:
-            where, cls = tree_writer.foreign
-            raise FlaxMagicsError(
-                f"`{where}` cannot be saved: it is of {cls}, and no init of `{name}` is known here that would tell what"
-                " to make of it."
-            )
+    # The same arrays, but a `foreign` of its own: it is asked about this tree alone.
+    tree_writer = Writer(writer.arrays)
+    variables = tree_writer.tree(model.variables, name)
+    # An NNX module tells what to make of it, a linen module only by an init.
+    if tree_writer.foreign is not None and model.api == "linen" and init is None:
+        where, cls = tree_writer.foreign
+        raise FlaxMagicsError(
+            f"`{where}` cannot be saved: it is of {cls}, and no init of `{name}` is known here that would tell what"
+            " to make of it."
+        )
     keys = model.keys and {
         stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()
     }
@@ -338,15 +331,9 @@ def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
     name = model.name
     if not name.isidentifier():
         raise Damaged("one of its models is none")
-    if model.holds_variables:
-        rows = convert(model.variables, VariableRows, f"what it has of `{name}`")
-        variables: PyTree = tuple((collection, key_read(steps), reader.tree(node)) for collection, steps, node in rows)
-        if len({steps for _, steps, _ in variables}) != len(variables):
-            raise Damaged(f"`{name}` has a variable that stands twice")
-    else:
-        variables = reader.tree(model.variables)
-        if variables is not None and not _has_names(variables):
-            raise Damaged(f"the variables of `{name}` are no collections")
+    variables = reader.tree(model.variables)
+    if variables is not None and not _has_names(variables):
+        raise Damaged(f"the variables of `{name}` are no collections")
     _check_tree(variables, f"the variables of `{name}`")
     keys = model.keys and {stream: reader.tree(node) for stream, node in model.keys.items()}
     if keys and not all(_is_key(key) and not key.shape for key in keys.values()):

@@ -15,13 +15,12 @@ from msgspec.structs import replace
 
 from ..base.digest import alike
 from ..base.text import clean
-from ..base.threads import at_once
 from ..base.types import Leaf, PyTree
 from ..code.inventory import edited, source_of
 from ..compile.initialise import InitRecord, initialised
 from ..errors import FlaxMagicsError
 from ..execution.build import Building, RegisterResult, built_with
-from ..models.base import Model, ModelWithInit, ModelWithVariables
+from ..models.base import ModelWithInit
 from ..models.construction import Construction
 from ..run import Note
 from ..state.entry import ModelEntry
@@ -60,27 +59,20 @@ def match(saved: SavedModel, entry: ModelEntry) -> Matched:
     Raises:
       Unfit: they do not fit.
     """
-    return replace(_match(saved, entry), other=_other(saved, entry.model))
-
-
-def _other(saved: SavedModel, model: Model) -> tuple[str, ...]:
-    """How the model differs from the one that was saved. Its variables may fit, and its outputs still be others."""
-    if not saved.ready:
-        return ()
-    text = model.describe()
-    # An NNX module's description depends on how its construction was written, so it is not compared.
-    fields = (f"was {saved.text} there",) if saved.text != text and not saved.holds_variables else ()
-    names = edited(saved.source, source_of(model.module)) if saved.source else ()
-    return (*fields, f"{', '.join(names)} edited since") if names else fields
-
-
-def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
     model = entry.model
-    there, here = ("an NNX" if each.holds_variables else "a linen" for each in (saved, model))
-    if there != here:
+    if saved.api != model.api:
+        there, here = ("a linen" if each.api == "linen" else "an NNX" for each in (saved, model))
         raise Unfit((f"{there} model is in the file, and {here} one is registered",))
-    if model.holds_variables:
-        return _into_module(saved, entry, model)
+    into = _into_module if model.holds_variables else _into_session
+    matched = into(saved, entry)
+    # The variables may fit, and the outputs still be others.
+    names = edited(saved.source, source_of(model.module)) if saved.ready and saved.source else ()
+    return replace(matched, other=(*matched.other, f"{', '.join(names)} edited since")) if names else matched
+
+
+def _into_session(saved: SavedModel, entry: ModelEntry) -> Matched:
+    """Restores a linen model, whose variables the session holds."""
+    model = entry.linen
     if saved.variables is None:
         return Matched(replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None))
     variables, init, outdated = _held_against(saved, model)
@@ -94,7 +86,7 @@ def _match(saved: SavedModel, entry: ModelEntry) -> Matched:
         outdated=outdated,
         source=WeightSource.loaded(saved.file, variables),
     )
-    return Matched(entry)
+    return Matched(entry, other=() if saved.text == model.describe() else (f"was {saved.text} there",))
 
 
 def _held_against(saved: SavedModel, model: ModelWithInit) -> tuple[PyTree, InitRecord | None, bool]:
@@ -147,28 +139,32 @@ def _leaf(leaf: Leaf) -> object:
     return SimpleNamespace(dtype=type(leaf).__name__, shape=())  # no array: only its type can be compared
 
 
-def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables) -> Matched:
-    """Restores an NNX module: each saved variable goes to the one at the same path."""
-    slots = {slot.path: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
-    values_by_path = {}
+def _into_module(saved: SavedModel, entry: ModelEntry) -> Matched:
+    """Restores an NNX module: each saved variable goes to the one at the same path.
+
+    Its description depends on how its construction was written, so that is not compared.
+    """
+    model = entry.nnx
+    slots = {slot.name: slot for slot in model.layout.slots if not slot.sown and not slot.fixed}
+    # A file that somebody altered may have something else in the place of the paths.
+    trees = {kind: tree for kind, tree in (saved.variables or {}).items() if isinstance(tree, Mapping)}
+    saved_values = {name: (kind, value) for kind, tree in trees.items() for name, value in tree.items()}
+    values: dict[str, dict[str, PyTree]] = {}
     changes: list[str] = []
-    for collection, path, value in saved.variables:
-        name = "/".join(map(str, path))
-        slot = slots.get(path)
+    for name in sorted(saved_values, key=str):
+        slot, (kind, value) = slots.get(name), saved_values[name]
         if slot is None:
             changes.append(f"{name} removed")
-        elif slot.collection != collection:
-            changes.append(f"{name} {collection}→{slot.collection}")
+        elif slot.collection != kind:
+            changes.append(f"{name} {kind}→{slot.collection}")
         else:
-            values_by_path[path], more = _fitted(value, slot.read(), name)
+            fitted, more = _fitted(value, slot.read(), name)
             changes += more
-    saved_paths = {path for _, path, _ in saved.variables}
-    changes += [f"{'/'.join(map(str, path))} added" for path in slots if path not in saved_paths]
+            if not slot.drawn:  # keys and counts of streams, which each draw replaces, are no weights
+                values.setdefault(kind, {})[name] = fitted
+    changes += [f"{name} added" for name in slots if name not in saved_values]
     if changes:
         raise Unfit(tuple(changes))
-    values: dict[str, dict[str, PyTree]] = {}
-    for path, value in values_by_path.items():
-        values.setdefault(slots[path].collection, {})[slots[path].name] = value
     built = entry.built
     if built is not None and saved.keys is not None:
         built = replace(built, keys=saved.keys)
@@ -180,9 +176,7 @@ def _into_module(saved: SavedModel, entry: ModelEntry, model: ModelWithVariables
         built=built,
         source=WeightSource.loaded(saved.file, values, in_module=True),
     )
-    assignments = [slots[path].assignment(value) for path, value in values_by_path.items()]
-    # One C-level loop, so that an interrupt finds all variables restored or none.
-    return Matched(entry, lambda: at_once(assignments))
+    return Matched(entry, lambda: model.assign(values))
 
 
 def _fitted(value: PyTree, there: PyTree, name: str) -> tuple[PyTree, list[str]]:

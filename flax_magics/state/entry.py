@@ -61,7 +61,12 @@ class ModelEntry(Struct, frozen=True):
     @property
     def ready(self) -> bool:
         """Whether there are variables to run with."""
-        return self.variables is not None or self.model.holds_variables
+        return self.source is not None
+
+    @property
+    def built_by_user(self) -> bool:
+        """Whether the user's own code built the NNX module, so that only that code can build it anew."""
+        return self.model.holds_variables and self.built is None
 
     @property
     def used(self) -> bool:
@@ -112,7 +117,7 @@ class ModelEntry(Struct, frozen=True):
         if not is_gone(held):
             return
         source, hint = self.source_now(), COPIES
-        if self.model.holds_variables and self.built is None:
+        if self.built_by_user:
             others, hint = f"del {self.name}", f"{hint}\nits cell again after `del` makes new ones"
         whose = f" ({source.describe()})" if source is not None else ""
         check_alive(f"the weights of `{self.name}`{whose}", held, others or f"%flax_init {call}", hint=hint)

@@ -1,18 +1,21 @@
 """What a session shows of its state: models as handles that a person reads and assigns, the runs, the root key.
 
-Also finds the registered model that is meant by a name or a module.
+Also finds the registered model that is meant by a name or a module, and has the lock under which the state is replaced.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import jax
 from msgspec import Struct
 
 from ..base.digest import describe
+from ..base.text import plural
+from ..base.threads import Overtaken, uninterrupted
 from ..base.types import PyTree
 from ..code.library import is_module_class
 from ..errors import FlaxMagicsError, did_you_mean, written
@@ -120,7 +123,7 @@ class RegisteredModel:
 
     def __repr__(self) -> str:
         from ..base.digest import count_parameters
-        from ..base.text import bytes_, plural
+        from ..base.text import bytes_
 
         entry = self._entry()
         state = "not initialised"
@@ -152,10 +155,26 @@ class Models(Mapping[str, RegisteredModel]):
 
 
 class SessionView:
-    """The part of a session that reads its state: models, draws, runs, and how much is kept of them."""
+    """The part of a session that holds its state: models, draws, runs, and how much is kept of them."""
 
-    _state: State
     _keeping: ReplayBudget
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._committing = threading.Lock()
+        """Held while the state is replaced."""
+
+    @contextmanager
+    def _in_place_of(self, before: State) -> Iterator[None]:
+        """A block that replaces the state `before`; neither Ctrl-C nor another thread can come in between."""
+        with uninterrupted(), self._committing:
+            self._check(before)
+            yield
+
+    def _check(self, before: State) -> None:
+        """Raises Overtaken if `before` is the state no more: what follows from it would undo what another thread did."""
+        if self._state is not before:
+            raise Overtaken
 
     @property
     def seed(self) -> int:
@@ -176,6 +195,11 @@ class SessionView:
         """The module that is registered as `name`, None if there is none."""
         entry = self._state.models.get(name)
         return None if entry is None else entry.model.module
+
+    def _entry(self, model: object, mode: str | None = None) -> ModelEntry:
+        if mode not in (None, "train", "eval"):
+            raise FlaxMagicsError(f"`mode` is 'train', 'eval' or None, not {mode!r}.")
+        return entry_of(self._state.models, model)
 
     def _entry_before(self, name: str, module: object) -> ModelEntry:
         """The registered entry, or that of a module which its first run is to register."""
@@ -243,7 +267,7 @@ class SessionView:
 
     def __repr__(self) -> str:
         models = ", ".join(self._state.models) or "none"
-        return f"<{type(self).__name__}: seed {self.seed}, {self.draws} draws, models: {models}>"
+        return f"<{type(self).__name__}: seed {self.seed}, {plural(self.draws, 'draw')}, models: {models}>"
 
 
 def entry_of(models: Mapping[str, ModelEntry], model: Any) -> ModelEntry:

@@ -67,7 +67,7 @@ def register(old: ModelEntry | None, name: str, module: object) -> tuple[ModelEn
     if model.holds_variables:
         return register_holding(old, name, model)
     fingerprint = model.fingerprint()
-    if old is None or old.model.holds_variables:
+    if old is None or old.model.api != model.api:
         return ModelEntry(name, model, fingerprint), Registration(name, "new" if old is None else "changed")
     return (old, unchanged(old)) if old.computes(fingerprint) else _edited(old, model, fingerprint)
 
@@ -93,16 +93,16 @@ def register_holding(
     if model.module is old.model.module:
         return replace(old, model=model, fingerprint=fingerprint), Registration(name, "changed", variables="kept")
     # After `--fresh` nothing of the old module is carried over.
-    if not old.model.holds_variables or old.rebuild_next:
+    if old.model.api != model.api or old.rebuild_next:
         return entry, Registration(name, "changed", variables="own")
     same = old.computes(fingerprint)
     if same and first == old.initial_sample:
         return old, unchanged(old)
-    changes = ("initial values",) if same else differences(_shapes(old.model), _shapes(model))
+    changes = ("initial values",) if same else differences(_shapes(old.nnx), _shapes(model))
     if changes:
         return entry, Registration(name, "changed", changes, "own")
     # The kept values are outdated if the edited code would begin with others.
-    values = old.model.collections()
+    values = old.nnx.collections()
     outdated = old.outdated or first != old.initial_sample
     entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 from msgspec import Struct
@@ -32,11 +33,11 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
     A file's JSON has its fields under these names, with `Node`s in the place of trees.
 
     Attributes:
-      holds_variables: whether it is an NNX module.
+      api: the one of Flax's APIs that its module is written in.
       text: how it was built, in one line.
       source: the code of its classes, empty where that cannot be read.
-      variables: of a linen model its collections, None before an init; of an NNX module (type, path, value) of each
-        variable.
+      variables: by collection; None for a linen model before its init. Of an NNX module by type and path, with the
+        keys and counts of random streams.
       stale: `ModelEntry.rebuild_next`.
       made: how a linen model's variables were initialised; None where no init of the model is known.
       assigned: the user has put other variables in their place.
@@ -45,7 +46,7 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     name: str
-    holds_variables: bool
+    api: Literal["linen", "nnx"]
     text: str
     source: str
     variables: PyTree

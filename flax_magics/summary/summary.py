@@ -22,14 +22,12 @@ from msgspec import Struct
 from ..base.digest import count_parameters, data_of, describe
 from ..base.text import bytes_, join, natural, plural
 from ..base.types import PyTree
-from ..compile.initialise import initialised
-from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..errors import FlaxMagicsError
 from ..execution.call import Call, prepare, prepare_init, trace_shapes
 from ..execution.execute import plain_errors
 from ..execution.notes import of_mode
 from ..models.base import CallTrace, Model
-from ..models.calls import LONGEST, Arguments, Called, Calls, Path, marks_of
+from ..models.calls import LONGEST, Called, Calls, Path, marks_of
 from ..models.switch import WHEN_TRAINING
 from ..rng.keys import Draw
 from .view import Array, Module, Summary, innermost, total
@@ -122,7 +120,7 @@ def _paths(tree: PyTree) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def check_call(name: str, model: Model, call: Call, key: jax.Array) -> tuple[tuple[str, str], ...]:
+def check_call(entry: ModelEntry, call: Call, key: jax.Array) -> tuple[tuple[str, str], ...]:
     """The rows of `--check`, label and value each: parameters, output, collections written, streams and switches.
 
     Args:
@@ -131,19 +129,12 @@ def check_call(name: str, model: Model, call: Call, key: jax.Array) -> tuple[tup
     Raises:
       FlaxMagicsError: the arguments do not fit. What the model raises is passed on.
     """
-    to_init, init_call = prepare_init(name, model, call)
-    prepared = prepare(name, model, init_call, None)
-    if to_init.holds_variables:
-        variables, shapes = to_init.own_variables(), to_init.collections()
-    else:
-        shapes = variables = initialised(to_init, key, call.method, call.args, init_call.kwargs).shapes or {}
-    parameters, size = count_parameters(shapes)
-    arguments = Arguments.of(call.args, prepared.kwargs, prepared.signature, frozenset())
-    draw = Draw(0, 1, data_of(key), str(jax.random.key_impl(key)))
-    request = TraceRequest(name, prepared.model, call.method, arguments, variables, draw)
-    call_traced: TracedCall[None] = trace_call(request)
+    _, init_call = prepare_init(entry.name, entry.model, call)
+    prepared = prepare(entry.name, entry.model, init_call, None)
+    call_traced = trace_shapes(entry, prepared, Draw(0, 1, data_of(key), str(jax.random.key_impl(key))))
     record, (output, updates) = call_traced.trace, call_traced.traced.out_info
-    changed = model.commit(updates, record).changed
+    parameters, size = count_parameters(entry.model.collections(call_traced.request.variables) or {})
+    changed = entry.model.commit(updates, record).changed
     rows = [("params", f"{plural(parameters, 'parameter')}, {bytes_(size)} in all"), ("out", describe(output))]
     if changed:
         rows.append(("writes", ", ".join(sorted(changed))))

@@ -399,10 +399,10 @@ def summary_text(summary: Summary, depth: int | None = None) -> str:
     names = [("  ", "module"), *(("  " * (level + 1), f"{row.name}  {row.cls}".rstrip()) for row, level in rows)]
     # What the numbers leave of a line; a wide terminal is used as far as names and outputs need it.
     taken, longest = sum(widths) + 2 * len(widths), max(map(cell_len, outs))
-    needed = max(cell_len(indent + name) for indent, name in names) + 2 + longest
-    rest = min(width(), max(WIDTH, needed + taken)) - taken
+    named = max(cell_len(indent + name) for indent, name in names) + 2
+    rest = min(width(), max(WIDTH, named + longest + taken)) - taken
     # Names come first: what is cut of an output for them is told in full beneath.
-    wide = min(longest, max(rest - LEAST - max(cell_len(indent) for indent, _ in names), 3))
+    wide = min(longest, max(rest - min(LEAST + max(cell_len(indent) for indent, _ in names), named), 3))
 
     def line(at: int) -> list[str]:
         """The columns of one row: its name wraps, the numbers are aligned at the right."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from msgspec.structs import replace
@@ -148,8 +148,8 @@ def _by_hand(execution: Execution, loss: Loss, run: Run, names: set[str]) -> dic
     text = with_arguments(bound.call.text, [f"{name}={value}" for name, value in facts.arguments])
     code = ""
     if not facts.axes and not loss.freeze:
-        assert isinstance(bound.model, Loss)
-        code = by_hand.lines(bound.model, text, fields, facts.streams, mutable, metrics=metrics)
+        in_mode = cast("Loss", bound.model)
+        code = by_hand.lines(in_mode, text, fields, facts.streams, mutable, metrics=metrics)
     return {"by_hand": code, "spelling": facts}
 
 
@@ -166,7 +166,7 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: 
     if execution.variables.made is not None:
         yield from notes.of_params(execution.variables.values)
     elif entry.outdated:
-        yield notes.OUTDATED if not entry.model.holds_variables or entry.built else notes.outdated_own(name)
+        yield notes.outdated_own(name) if entry.built_by_user else notes.OUTDATED
     yield from notes.of_scalars(execution.built.scalars, line)
     for other in read:
         yield Note("constant", f"`{other}` is read as a constant: it gets no gradient, and keeps what it had")

@@ -256,7 +256,7 @@ class Loss(Struct, frozen=True, eq=False):
         written = {name: tree for name, tree in updates.items() if name not in {*model.layout.random, *grads}}
         return model.as_state(grads), model.as_state(written)
 
-    def by_hand(self, call: str, method: Path, switch: Names, streams: Names, mutable: Names) -> str:
+    def by_hand(self, call: str, method: Path, switch: Names, needs: Needs, *, samples: Names | None) -> str:
         """Empty: whether the loss returns metrics shows in its output only, see `by_hand.lines`."""
         return ""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..base.threads import until_committed
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..execution import surroundings
 from ..execution.call import Call, as_names
+from ..execution.surroundings import stand_outside
 from ..state.handles import entry_of
 from .loss import METHOD, Loss, check
 
@@ -26,9 +28,8 @@ class LossMethods:
 
     _state: State
     services: Services
-    _stand_outside: Callable[..., None]
     _entry_now: Callable[[str, object], tuple[ModelEntry, tuple[Note, ...]]]
-    _commit: Callable[[Outcome], None]
+    _commit: Callable[[State, Outcome], None]
 
     def grad(
         self,
@@ -62,6 +63,7 @@ class LossMethods:
         call = Call(METHOD, args, kwargs, f"{called}({arguments})", command=" ".join(options))
         return self.run_grad(name, loss, call, mode=mode, freeze=patterns)
 
+    @until_committed
     def run_grad(
         self,
         name: str,
@@ -75,12 +77,15 @@ class LossMethods:
     ) -> Run:
         """`grad` of a parsed call, whose arguments are those after the net; see `Session.run_apply` for `module`."""
         line = f"{call.command} {call.text}"
-        self._stand_outside(surroundings.of_state, line, line)
+        stand_outside(surroundings.of_state, line, line)
         from .grad import grad_model
 
         check(function, call.text, call.command)
+        state = self._state
         entry, more = self._entry_now(name, module)
-        loss = Loss.of(entry.model, function, call.text.partition("(")[0], freeze)
-        outcome = grad_model(self._state, entry, loss, call, self.services, mode=mode, said=(*more, *notes))
-        self._commit(outcome)
+        with entry.model.held_still:
+            entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
+            loss = Loss.of(entry.model, function, call.text.partition("(")[0], freeze)
+            outcome = grad_model(state, entry, loss, call, self.services, mode=mode, said=(*more, *notes))
+            self._commit(state, outcome)
         return outcome.run

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flax_magics.base.text import bytes_, count, elapsed, plural, seconds, wrap
+from flax_magics.base.text import bytes_, count, elapsed, plural, seconds, table, wrap
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,22 @@ def test_a_line_breaks_at_spaces_and_a_word_only_where_it_is_longer_than_a_line(
 def test_no_word_is_broken_that_fits_a_line(words: list[str], columns: int) -> None:
     lines = wrap(" ".join(words), columns=columns)
     assert [word for line in lines for word in line.split()] == words
+
+
+def test_a_last_column_that_would_break_a_word_goes_on_the_line_below() -> None:
+    rows = [("kept", "1.2 MB"), ("on disk", "2 MB in /home/a/user/cache/programs")]
+    assert table(rows, "  ", columns=40) == [
+        "  kept     1.2 MB",
+        "  on disk  2 MB in",
+        "           /home/a/user/cache/programs",
+    ]
+    assert table(rows, "  ", columns=36) == [
+        "  kept     1.2 MB",
+        "  on disk",
+        "      2 MB in",
+        "           /home/a/user/cache/",
+        "           programs",
+    ]
 
 
 def test_one_parameter_is_singular() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from sessions import session_of
 
 from flax_magics.base import threads
 from flax_magics.base.threads import Running, Unfinished, elsewhere, uninterrupted
+from flax_magics.compile.cache import ProgramCache
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block():
@@ -124,7 +126,7 @@ class Computing:
 
 
 def test_the_time_of_a_program_ends_where_it_was_first_seen_to_be_ready(monkeypatch):
-    clock, unfinished, slept = Ticks(), Unfinished(print), []
+    clock, unfinished, slept = Ticks(), Unfinished(), []
     running = Running(Computing(3), 0.0, clock, unfinished)
     assert [running.look(), running.look()] == [False, True]
     clock.now += 40.0
@@ -135,6 +137,22 @@ def test_the_time_of_a_program_ends_where_it_was_first_seen_to_be_ready(monkeypa
     array = Computing(10)
     assert Running(array, 0.0, Ticks(), unfinished).finish(lambda: slept.append(1)) == 1.0
     assert (slept, array.waits > 0, unfinished.wait) == ([1], True, None)
+
+
+def test_the_time_of_a_program_begins_at_its_dispatch():
+    clock = Ticks()
+    cache, computing = ProgramCache(clock), Computing(4)
+
+    def executable(*arguments: Any) -> Any:
+        assert clock.now == 1.0  # the clock was looked at just before
+        clock.now += 5.0
+        return computing
+
+    running = cache.begin(SimpleNamespace(executable=executable), {}, {}, {})
+    clock.now += 10.0
+    assert [running.look(), running.look(), running.look()] == [False, False, True]
+    clock.now += 40.0
+    assert (running.finish(print), computing.waits, cache.unfinished.wait) == (16.0, 1, None)
 
 
 def test_a_program_that_failed_is_no_result_although_it_is_ready():

@@ -1,37 +1,46 @@
-"""`python -m tests.benchmarks [LAP …] [--rounds N]`: measures the laps and prints the table."""
+"""`python -m tests.benchmarks [ROW …] [--quick]`: measures, and prints the table in Markdown."""
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import sys
+from functools import partial
 
-from . import laps, memory, warm
-from .table import machine, row, table
+from . import fresh, warm
+from .cells import ROOT, Seconds
+from .table import Row, machine, table
 
-LAPS = (*laps.LAPS, *warm.LAPS, memory.LAP)
-NOTES = """\
-Medians; the spread is of single rounds. By hand and ours are measured in turn, in both orders. Cold and restarted kernels
-and edits: an IPython shell in a fresh process; JAX and Flax are imported, the extension is loaded (with it come our
-modules, a row of their own) and the input is made before the clock starts. By hand: typed key, split, init, jax.jit of
-apply, block_until_ready; with variables kept, without the init."""
+GROUPS = (
+    *((partial(warm.measured, loops), [loop.row for loop in loops]) for loops in warm.PROCESSES),
+    (fresh.sessions, [fresh.COLD, fresh.RESTART, *(edit.row for edit in fresh.EDITS)]),
+    (fresh.loading, [fresh.LOADING]),
+    (fresh.importing, [fresh.OWN, fresh.MSGSPEC, fresh.JINJA]),
+)
+"""What is measured together, and the rows that come of it."""
+ROWS: list[Row] = [row for _, rows in GROUPS for row in rows]
 
 
 def main(arguments: list[str]) -> str:
-    """The table of the laps that are asked for: all unless named."""
+    """The table of the rows that are asked for: all unless named."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    keys = [lap.key for lap in LAPS]
-    parser.add_argument("laps", nargs="*", metavar="LAP", help=f"which: {', '.join(keys)}; all unless named")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (5)")
+    names = [row.key for row in ROWS]
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which: {', '.join(names)}; all unless named")
+    parser.add_argument("--quick", action="store_true", help="two rounds in place of five")
     given = parser.parse_args(arguments)
-    unknown = sorted(set(given.laps) - set(keys))
+    unknown = sorted(set(given.rows) - set(names))
     if unknown:
-        parser.error(f"no lap is called {unknown[0]}; there are {', '.join(keys)}")
-    chosen = [lap for lap in LAPS if not given.laps or lap.key in given.laps]
-    rows = []
-    for lap in chosen:
-        print(f"{lap.key} …", file=sys.stderr, flush=True)
-        rows.append(row(lap, lap.measure(given.rounds)))
-    return f"{table(rows)}\n\n{machine()}\n{NOTES}"
+        parser.error(f"no row is called {unknown[0]}; there are {', '.join(names)}")
+    for folder in ("flax_magics", "tests/benchmarks"):  # what was edited would otherwise be compiled in the first lap
+        compileall.compile_dir(ROOT / folder, quiet=1)
+    seconds: Seconds = {}
+    chosen = [row for row in ROWS if row.key in (given.rows or names)]
+    for measure, rows in GROUPS:
+        keys = [row.key for row in rows if row in chosen]
+        if keys:
+            print(f"{', '.join(keys)} …", file=sys.stderr, flush=True)
+            seconds |= measure(keys, 2 if given.quick else 5)
+    return f"{machine()}\n\n{table(chosen, seconds)}"
 
 
 if __name__ == "__main__":

@@ -6,55 +6,64 @@ import re
 
 import pytest
 
-from .__main__ import LAPS, main
-from .fresh import in_turn, seconds_of
-from .table import Lap, Measured, row, table
+from .__main__ import ROWS, main
+from .cells import in_shell
+from .table import Row, table
+from .warm import Loop
 
 
-def test_one_lap_from_end_to_end():
-    printed = main(["load", "--rounds", "2"])
-    heading, _, line, blank, machine, *_ = printed.splitlines()
-    assert heading.split() == ["lap", "by", "hand", "ours", "median", "spread", "goal", "met"]
-    title, took = "%load_ext over an empty extension, nothing imported before", r"(\S+ ms +){3}\S+ ms – \S+ ms"
-    assert re.match(rf"{title} +{took} +≤ 20 ms +(yes|NO)$", line)
+def test_one_row_from_end_to_end():
+    machine, blank, heading, _, row = main(["load", "--quick"]).splitlines()
+    assert re.fullmatch(r".+, \d+ cores, \w+; Python \S+, jax \S+, flax \S+, ipython \S+, ipykernel \S+", machine)
     assert blank == ""
-    assert re.match(r"Python \S+, jax \S+, jaxlib \S+, flax \S+, ipython \S+, \d+ cores, ", machine)
+    assert heading.replace(" ", "") == "|name|lap|byhand|floor|ours|median|spread|goal|"
+    title, took, spread = "%load_ext over an empty extension, each in a shell's first cell", r"\S+ ms", r"\S+ – \S+"
+    assert re.fullmatch(
+        rf"\| load \| {title} \| +\| {took} +\| {took} +\| {took} +\| {spread} +\| ≤ 20 ms, (NOT )?met +\|", row
+    )
 
 
-def test_a_lap_that_does_not_do_what_it_says_fails():
-    with pytest.raises(RuntimeError, match="not as expected: x == 2"):
-        seconds_of({"setup": ["x = 1"], "timed": [["x += 2"]], "expect": "x == 2"})
+def test_laps_are_timed_by_name_and_one_that_fails_ends_it():
+    seconds = in_shell([("", ["import time"]), ("a", ["time.sleep(0.01)", "pass"]), ("b", ["pass"]), ("a", ["pass"])])
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 1}
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        seconds_of({"setup": [], "timed": [["1 / 0"]]})
+        in_shell([("a", ["1 / 0"])])
 
 
-def test_by_hand_and_ours_take_turns_in_both_orders():
-    order = []
-
-    def one(name):
-        return lambda: order.append(name) or [1.0]
-
-    assert in_turn(one("hand"), one("ours"), 3) == Measured([1.0] * 3, [1.0] * 3)
-    assert order == ["hand", "ours", "ours", "hand", "hand", "ours"]
+def test_a_loop_takes_turns_in_both_orders_after_one_that_warms_up():
+    loop = Loop(Row("warm", "", 0.5), [], "hand", "floor", "ours", pause=0.5, runs=2)
+    assert list(loop.laps(2)) == [
+        ("", ["for i in range(2):\n  ours"]),
+        ("", ["for i in range(2):\n  floor"]),
+        ("", ["for i in range(2):\n  hand"]),
+        ("warm/by hand", ["for i in range(2):\n  hand"]),
+        ("warm/floor", ["for i in range(2):\n  floor"]),
+        ("warm/ours", ["for i in range(2):\n  ours"]),
+        ("warm/ours", ["for i in range(2):\n  ours"]),
+        ("warm/floor", ["for i in range(2):\n  floor"]),
+        ("warm/by hand", ["for i in range(2):\n  hand"]),
+    ]
+    seconds = {"warm/by hand": [6.0, 4.0], "warm/floor": [2.0, 3.0], "warm/ours": [3.0, 3.0], "cold/ours": [1.0]}
+    assert loop.of_a_run(seconds) == {"warm/by hand": [3.0, 2.0], "warm/floor": [0.5, 1.0], "warm/ours": [1.5, 1.5]}
 
 
 def test_the_table():
-    lap = Lap("cold", "first result", 0.6, lambda rounds: Measured(()))
-    found = Measured([0.5, 0.7, 0.6], [1.0, 1.0, 1.5])
-    amount = Lap("bare", "over the executable", 80, lambda rounds: Measured(()), "µs")
-    over = Measured([1.1e-4, 1.2e-4, 1.3e-4], [3e-5, 2e-5, 1e-5])
-    beside = Lap("plain", "without dropout", None, lambda rounds: Measured(()))
-    grown = Lap("memory", "grown", 100, lambda rounds: Measured(()), "MB")
-    rows = [row(lap, found), row(beside, found), row(amount, over), row(grown, Measured([123_000_000]))]
-    assert table(rows).splitlines() == [
-        "lap                  by hand  ours    median  spread           goal      met",
-        "────────────────────────────────────────────────────────────────────────────",
-        "first result         1.00 s   600 ms  0.600×  0.400× – 0.700×  ≤ 0.6×    yes",
-        "without dropout      1.00 s   600 ms  0.600×  0.400× – 0.700×",
-        "over the executable  20 µs    120 µs  100 µs  80 µs – 120 µs   ≤ 80 µs   NO",
-        "grown                                 123 MB                   ≤ 100 MB  NO",
+    rows = [Row("cold", "first result", 0.6), Row("bare", "over it", 80, "µs"), Row("msgspec", "an import", None, "ms")]
+    seconds = {
+        "cold/by hand": [1.0, 1.0, 1.5],
+        "cold/ours": [0.5, 0.7, 0.6],
+        "bare/floor": [3e-5, 2e-5, 1e-5],
+        "bare/ours": [1.1e-4, 1.2e-4, 1.3e-4],
+        "msgspec/ours": [0.01, 0.01],
+    }
+    assert table(rows, seconds).splitlines() == [
+        "| name    | lap          | by hand | floor | ours   | median | spread      | goal             |",
+        "| ------- | ------------ | ------- | ----- | ------ | ------ | ----------- | ---------------- |",
+        "| cold    | first result | 1 s     |       | 600 ms | 0.5 ×  | 0.42 – 0.66 | ≤ 0.6 ×, met     |",
+        "| bare    | over it      |         | 20 µs | 120 µs | 100 µs | 84 – 116    | ≤ 80 µs, NOT met |",
+        "| msgspec | an import    |         |       | 10 ms  | 10 ms  | 10 – 10     |                  |",
     ]
 
 
-def test_every_lap_has_a_name_of_its_own():
-    assert len({lap.key for lap in LAPS}) == len(LAPS)
+def test_every_row_has_a_name_of_its_own():
+    assert len({row.key for row in ROWS}) == len(ROWS)

@@ -127,8 +127,6 @@ def test_the_forward_pass_is_left_out():
     key = jax.random.key(0)
 
     class Model:
-        holds_variables = False
-
         def init(self, key: Any, method: Any, args: Any, kwargs: Any) -> Any:
             return nn.Dense(4).init(key, *args)
 

@@ -408,6 +408,11 @@ def test_options(session):
     assert why(session.apply("net", jnp.ones((5, 4)))) == "x: float32[2,4] → float32[5,4]"
 
 
+def test_several_options_are_one_change(session):
+    first_run(session, MyModel(3, True))
+    assert why(session.apply("net", X, mode="eval", samples=3)) == "now with --eval and --samples 3"
+
+
 def test_a_setting_of_jax_by_name_and_value(session):
     first_run(session, Takes())
     with jax.default_matmul_precision("float32"):
@@ -473,8 +478,8 @@ def test_another_device():
     assert printed_by(PLACES, devices=2).splitlines() == [
         "first run of this program",
         "x: float32[4,2], moved from cpu:0 to cpu:1",
-        "x: float32[4,2], moved from cpu:1 to cpu:0,1 as P('data',)",
-        "x: float32[4,2], placed otherwise on cpu:0,1 as P('data',)",
+        "x: float32[4,2], moved from cpu:1 to cpu:0,1 as P('data')",
+        "x: float32[4,2], placed otherwise on cpu:0,1 as P('data')",
     ]
 
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from processes import printed_by
 from sessions import session_of
 
+from flax_magics.base.threads import Running
 from flax_magics.execution.plan_cache import LastRun
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -250,20 +251,29 @@ def test_a_change_of_an_nnx_module_counts_at_once(world, what):
 Between = Callable[[Callable[[], Any]], list[Any]]
 
 
+at_either_moment = pytest.mark.parametrize("between", ["before the check", "after the check"], indirect=True)
+
+
 @pytest.fixture
-def between(monkeypatch: pytest.MonkeyPatch) -> Between:
-    """Has something happen once, between the dispatch of a run and what is checked of it; gives what did not yet."""
+def between(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Between:
+    """Has something happen once, between a run's dispatch and its end; gives what did not happen yet."""
     waiting: list[Callable[[], Any]] = []
-    holds = LastRun.holds
+    holds, finish, moment = LastRun.holds, Running.finish, getattr(request, "param", "before the check")
 
     def check(self: LastRun, *args: Any) -> bool:
         assert self.brief  # otherwise it would be asked before the dispatch
-        while waiting:
+        while waiting and moment == "before the check":
             waiting.pop()()
         return holds(self, *args)
 
+    def wait(self: Running, *args: Any) -> float:
+        while waiting:
+            waiting.pop()()
+        return finish(self, *args)
+
     monkeypatch.setattr(LastRun, "brief", property(lambda self: True, lambda self, value: None), raising=False)
     monkeypatch.setattr(LastRun, "holds", check)
+    monkeypatch.setattr(Running, "finish", wait)
     return lambda what: waiting.append(what) or waiting
 
 
@@ -355,6 +365,7 @@ def test_so_is_a_change_of_an_nnx_module(world, between, what):
     assert [bits(session.apply("net", X).output) for _ in range(2)] == [by_hand(5), by_hand(6)]
 
 
+@at_either_moment
 def test_variables_and_a_seed_that_another_thread_sets_meanwhile_are_not_written_over(between):
     session = session_of(Normed())
     for _ in range(3):
@@ -373,6 +384,7 @@ def test_variables_and_a_seed_that_another_thread_sets_meanwhile_are_not_written
     assert bits(run.output) == bits(output)
 
 
+@at_either_moment
 def test_a_run_on_another_thread_meanwhile_takes_a_draw_of_its_own(between):
     session = session_of(nn.Dropout(0.5, deterministic=False))
     for _ in range(3):
@@ -384,6 +396,113 @@ def test_a_run_on_another_thread_meanwhile_takes_a_draw_of_its_own(between):
     for one in (others[0], run):
         by_hand = apply_by_hand(nn.Dropout(0.5, deterministic=False), {}, keys_of(one.draw)("dropout"), X)
         assert bits(one.output) == bits(by_hand)
+
+
+class WithStatistics(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.norm(x)
+
+
+@at_either_moment
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_statistics_that_somebody_sets_meanwhile_are_not_written_over(between, kind):
+    net: Any = Normed() if kind == "linen" else WithStatistics(rngs=nnx.Rngs(0))
+    session = session_of(net)
+    for _ in range(3):
+        session.apply("net", X, mode="train")
+    # In the dict that the session holds, or in the module itself.
+    statistics = session.models["net"].variables["batch_stats"]["BatchNorm_0"] if kind == "linen" else net.norm
+
+    def mean() -> Any:
+        return statistics["mean"] if kind == "linen" else statistics.mean[...]
+
+    def change() -> None:
+        if kind == "linen":
+            statistics["mean"] = jnp.full(4, 100.0)
+        else:
+            statistics.mean[...] = jnp.full(4, 100.0)
+
+    others = jax.tree_util.tree_map(lambda leaf: leaf, session.models["net"].variables)
+    left = between(change)
+    run = session.apply("net", X, mode="train")
+    assert not left
+    assert (run.draw, session.draws, len(session)) == (4, 4, 4)
+    statistics = session.models["net"].variables["batch_stats"]["BatchNorm_0"] if kind == "linen" else net.norm
+    if kind == "linen":
+        others["batch_stats"]["BatchNorm_0"]["mean"] = jnp.full(4, 100.0)
+        keys = keys_of(4)("dropout")
+        output, updates = apply_by_hand(net, others, keys, X, train=True, mutable=["batch_stats"])
+        assert bits(run.output) == bits(output)
+        assert bits(mean()) == bits(updates["batch_stats"]["BatchNorm_0"]["mean"])
+    else:
+        assert bits(mean()) == bits(jax.jit(lambda x: 0.99 * jnp.full(4, 100.0) + (1 - 0.99) * x.mean(0))(X))
+
+
+@at_either_moment
+@pytest.mark.parametrize("way", ["interrupted", "dropped"])
+def test_a_run_that_came_to_nothing_is_no_run_before_the_next(between, way):
+    session = session_of(nn.Dropout(0.5, deterministic=False))
+    for _ in range(3):
+        session.apply("net", X)
+    state, x = session._state, X + 1
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    between(interrupt if way == "interrupted" else lambda: elsewhere(lambda: session.key("latent")))
+    with pytest.raises(KeyboardInterrupt) if way == "interrupted" else contextlib.nullcontext():
+        run = session.apply("net", x)
+    if way == "interrupted":
+        assert session._state is state
+        session.programs.unfinished.finish()
+        run = session.apply("net", x)
+    replay = session.replay(run.draw)
+    assert (bits(replay.inputs), replay.agreement.identical) == (bits(((x,), {})), True)
+    assert (run.draw, run.timing.busy, session.programs.unfinished.wait) == (4 + (way == "dropped"), 0.0, None)
+
+
+def test_commands_of_several_threads_take_draws_of_their_own():
+    session = session_of(Normed())
+    session.apply("net", X, mode="train")
+    session.apply("net", X, mode="train")
+    runs: list[Any] = []
+
+    def work(i: int) -> None:
+        for n in range(40):
+            runs.append((n, session.apply("net", X + n % 3, mode="train")))
+            if n % 10 == i:
+                session.key("latent")
+            if n == 20:
+                session.register(f"net{i}", Normed())
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switching)
+    assert [run.draw for run in session.runs] == list(range(1, 2 + 3 * 44 + 1))
+    assert sorted(session.models) == ["net", "net0", "net1", "net2"]
+    assert session.models["net"].updates["batch_stats"] == 2 + 3 * 40
+    net, root = Normed(), jax.random.key(0)
+    variables = net.init(keys_of(1)("params")["params"], X, train=False)
+    given = {run.draw: X + n % 3 for n, run in runs}
+    outputs = {run.draw: bits(run.output) for _, run in runs}
+    for run in session.runs:
+        root, _, key = jax.random.split(root, 3)
+        if run.command == "apply":
+            keys, x = {"dropout": key}, given.get(run.draw, X)
+            output, updates = apply_by_hand(net, variables, keys, x, train=True, mutable=["batch_stats"])
+            variables = {**variables, **updates}
+            assert outputs.get(run.draw, bits(output)) == bits(output)
+    assert bits(dict(session.models["net"].variables)) == bits(variables)
 
 
 @pytest.mark.parametrize("interrupted", range(0, 400, 9))

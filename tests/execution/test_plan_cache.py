@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from by_hand import MyModel, Normed, apply_by_hand, bits, keys_of, notebook_x
+from by_hand import SUPPORT, MyModel, Normed, apply_by_hand, bits, keys_of, notebook_x
 from flax import nnx
 from nnx_kinds import Own, runs_as_by_hand
+from processes import printed_by
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError, _session
+from flax_magics.base.threads import Running
 
 
 @pytest.fixture
@@ -208,3 +211,50 @@ def test_an_int_whose_value_is_needed_is_static_and_nothing_else_is_asked_for(ea
     run = session_of(Layers()).apply("net", X, 2, eager=eager)
     assert run.static == ("depth=2",)
     assert run.by_hand == "net.apply(variables, …, …)"
+
+
+class HandsThrough(nn.Module):
+    @nn.compact
+    def __call__(self, x, turns):
+        w = nn.Dense(4)(x)
+        return x, jnp.zeros(3), jax.lax.fori_loop(0, turns, lambda i, w: jnp.sin(w @ w.T @ w), w)
+
+
+def test_the_time_of_a_run_does_not_end_before_all_of_it_is_there(ways, monkeypatch):
+    look, ready = Running.look, []
+
+    def watched(self: Running) -> bool:
+        done = look(self)
+        if done:
+            ready.append(all(leaf.is_ready() for leaf in jax.tree_util.tree_leaves(self.result)))
+        return done
+
+    monkeypatch.setattr(Running, "look", watched)
+    session = session_of(HandsThrough())
+    for turns in (10, 10, 1000, 20_000, 20_000):
+        session.apply("net", jnp.ones((16, 4)), jnp.asarray(turns))
+    assert ways == [True] * 4
+    assert set(ready) == {True}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be kept to one processor here")
+def test_with_one_processor_nothing_is_polled():
+    script = f"""
+        import os, sys
+        os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+        sys.path.insert(0, {SUPPORT!r})
+        import jax
+        from by_hand import MyModel, bits, keys_of, notebook_x
+        from flax_magics import Session
+        from flax_magics.base.threads import POLLED
+
+        session = Session()
+        session.register("net", MyModel(3, True))
+        runs = [session.apply("net", notebook_x()) for _ in range(5)]
+        apply, variables = jax.jit(MyModel(3, True).apply), session.models["net"].variables
+        for run in runs:
+            assert bits(run.output) == bits(apply(variables, notebook_x(), rngs=keys_of(run.draw)("dropout")))
+            assert run.timing.run > 0
+        print(POLLED, *(run.draw for run in runs), *(run.program for run in runs[1:]))
+    """
+    assert printed_by(script) == "0.0 1 2 3 4 5 reused reused reused reused\n"

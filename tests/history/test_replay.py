@@ -71,6 +71,7 @@ def test_a_loop_with_moving_statistics_replays_every_draw_identically(session, m
     for run in runs:
         again = session.replay(run.draw)
         assert again.agreement == IDENTICAL
+        assert "\n  replay  identical: " in str(again)
         assert bits(again.output) == bits(run.output)
         assert (again.replayed, again.draw, again.program) == (True, run.draw, "reused")
     assert looked_at(session) == before

@@ -207,9 +207,13 @@ def tell():
   touch('compiling')
 threading.Thread(target=tell, daemon=True).start()
 """
-RUNNING = COMPILING.replace("not session.programs.compiling", "session.programs.unfinished.wait is None").replace(
-    "'compiling'", "'running'"
-)
+RUNNING = """
+from flax_magics.compile import cache
+def tell(*result, wait=cache.wait_on):
+  touch('running')
+  wait(*result)
+cache.wait_on = tell
+"""
 
 
 def test_an_interrupted_compilation_returns_at_once_and_the_next_run_finishes_it(own_kernel):

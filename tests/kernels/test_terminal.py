@@ -31,6 +31,8 @@ class Terminal:
     def __init__(self) -> None:
         options = ["--no-banner", "--no-confirm-exit", "--colors=NoColor", "--HistoryManager.enabled=False"]
         environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        for size in ("COLUMNS", "LINES"):  # set, they would hide the terminal's own
+            environment.pop(size, None)
         self.child = pexpect.spawn(
             sys.executable,
             ["-m", "IPython", *options],

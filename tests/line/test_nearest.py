@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flax_magics.errors import did_you_mean, nearest
+from flax_magics.errors import FlaxMagicsError, did_you_mean, nearest
 
 TWINS = """\
 class CNN(nn.Module):
@@ -80,3 +80,16 @@ def test_a_model_that_is_not_registered_is_thought_of(notebook):
     assert "the stream `Dropot` is asked for by (the model): is `dropout` meant?" in " ".join(
         notebook("%flax_apply noisy(x);").split()
     )
+
+
+def test_a_message_breaks_between_words_and_its_advice_stays_whole(monkeypatch):
+    monkeypatch.setattr(FlaxMagicsError, "before_shown", lambda error: 30)
+    error = FlaxMagicsError(
+        "`net` is a model without a name of its own.", hint="it takes: net(x, mask, train)", write=f"net({'x, ' * 9}x)"
+    )
+    assert error._render_traceback_() == [
+        "FlaxMagicsError: `net` is a\n  model without a name of its\n  own.\n  it takes: net(x, mask,\n    train)\n"
+        f"  write: net({'x, ' * 9}x)"
+    ]
+    pointed = FlaxMagicsError("name 'xyy' is not defined.", hint=f"net({'x, ' * 9}xyy)\n{' ' * 31}^")
+    assert pointed._render_traceback_()[0].endswith(f"\n  net({'x, ' * 9}xyy)\n  {' ' * 31}^")

@@ -147,7 +147,7 @@ def seen(net, x):
     """What a trace of `net(x)` saw. Nothing is compiled."""
     prepared = prepare("net", adopt(net, "net"), Call((), (x,), {}, "net(x)"), None)
     arguments = Arguments.of((x,), prepared.kwargs, prepared.signature, frozenset())
-    variables = prepared.model.own_variables() if prepared.model.holds_variables else {}
+    variables = prepared.model.own_variables(None) or {}
     return trace(TraceRequest("net", prepared.model, (), arguments, variables, RootKey.from_seed(0).draw()))[2]
 
 

@@ -17,6 +17,7 @@ from by_hand import STATIC_ARGUMENTS, STATIC_CHANGES, apply_by_hand, bits, keys_
 from linen_kinds import Batch, Graph, GraphNet, Heads, Plain, Sampler, Settings, Sows, Takes
 
 from flax_magics import FlaxMagicsError, Session
+from flax_magics.compile import trace
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -556,3 +557,43 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]
 @pytest.mark.parametrize(("make", "args", "options"), KINDS.values(), ids=KINDS)
 def test_a_small_model_of_every_other_kind(session, make, args, options):
     runs_as_by_hand(session, make(), *args, **options)
+
+
+# -- what a first run needs
+
+
+class AllLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: bool = True) -> Any:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", None])
+def test_what_the_init_saw_spares_a_first_run_the_second_trace(session, monkeypatch, mode):
+    traces, named = [], trace._named
+    monkeypatch.setattr(trace, "_named", lambda *args: traces.append(args) or named(*args))
+    session.register("net", AllLayers())
+    run = session.apply("net", notebook_x(), mode=mode)
+    drops = () if mode == "eval" else ("dropout",)
+    assert set(run.used) == {*drops, "noise"}
+    # As written, nobody can tell from the init that the batch norm writes.
+    assert len(traces) == (2 if mode is None else 1)
+
+
+class Fewer(nn.Module):
+    """Its init calls a dropout layer, and a run in train mode does not."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        x = nn.Dense(3)(x)
+        return x * (2 if self.has_rng("noise") else 3) if train else nn.Dropout(0.5, (), True, "noise")(x)
+
+
+def test_a_guess_of_too_much_is_corrected(session):
+    session.register("net", Fewer())
+    run = session.apply("net", notebook_x(), mode="train")
+    assert run.used == {}
+    variables = session.models["net"].variables
+    assert bits(run.output) == bits(apply_by_hand(Fewer(), variables, {}, notebook_x(), train=True))

@@ -184,9 +184,37 @@ class TestABatchAxisThatWasForgotten:
         assert told[-1] == "init saw x: float32[3,4,4], and this call has float32[3,2,4]"
         notebook("%flax_apply -q net(x[:2]);")  # another batch
 
+    def test_a_first_run_is_told_what_the_layer_takes_and_the_line_that_runs(self, notebook: Any) -> None:
+        notebook(FLAT_OWN)
+        features = "`linear` takes 16 features in the last axis, and was given float32"
+        line = "%flax_apply net(jax.tree_util.tree_map(lambda leaf: leaf[None], {'image': x[0]}))"
+        assert notebook.fails("%flax_apply net({'image': x[0]})").splitlines()[-4:] == [
+            f"{features}[4,4]",
+            "batch['image'] is float32[4,4]: with a batch axis in front, the model runs",
+            "write: import jax",
+            f"       {line}",
+        ]
+        assert notebook.fails("%flax_apply net({'image': x[:, 0]})").splitlines()[-1] == f"{features}[3,4]"
+        notebook(f"import jax\n{line}")
+
+    def test_a_first_run_of_a_linen_module(self, notebook: Any) -> None:
+        notebook(FLAT.replace("return", "batch, height, width = x.shape\n    return"))
+        told = notebook.fails("%flax_apply --eager net(x[0])").splitlines()
+        assert told[-3:] == [
+            "ValueError: not enough values to unpack (expected 3, got 2)",
+            "x is float32[4,4]: with a batch axis in front, the model runs",
+            "write: %flax_apply --eager net(x[0][None])",
+        ]
+        notebook(told[-1].removeprefix("write: "))
+
+    def test_an_error_of_the_construction_is_left_alone(self, notebook: Any) -> None:
+        notebook(f"features = 16\n{FLAT_OWN.replace('Linear(16', 'Linear(features + 0').rpartition('net = ')[0]}")
+        notebook("%flaxmodel -q net = Net()")
+        told = notebook.fails("features = '16'\n%flax_init net({'image': x[0]})").splitlines()
+        assert told[-1] == 'TypeError: can only concatenate str (not "int") to str'
+
     def test_an_nnx_module_is_held_against_an_earlier_run(self, notebook: Any) -> None:
         notebook(FLAT_OWN)
-        assert "saw" not in notebook.fails("%flax_apply net({'image': x[0]})")
         notebook("%flax_apply -q net({'image': x}, scale=2.0);")
         told = notebook.fails("%flax_apply net({'image': x[0]})").splitlines()
         line = "%flax_apply net(jax.tree_util.tree_map(lambda leaf: leaf[None], {'image': x[0]}))"
@@ -243,6 +271,11 @@ class TestALayerWithoutItsSwitch:
         told = [EDIT + lines[0], *(" " * len(EDIT) + line for line in lines[1:])]
         assert notebook.fails("%flax_apply --train Net(x)").splitlines()[-len(told) - 1 :] == [UNSET, *told]
         assert notebook.fails("%flaxmodel --check 'Net(x)' Net").splitlines()[-len(told) - 1 :] == [UNSET, *told]
+
+    def test_a_method_on_one_line(self, notebook: Any) -> None:
+        notebook(net("nn.Dropout(0.5)(x)").replace(":\n    return", ": return"))
+        told = f"{EDIT}def __call__(self, x, train): return nn.Dropout(0.5)(x, deterministic=not train)"
+        assert notebook.fails("%flax_apply --train Net(x)").splitlines()[-2:] == [UNSET, told]
 
     def test_a_call_over_lines_is_told_as_an_argument(self, notebook: Any) -> None:
         notebook(net("nn.Dropout(\n      0.5)(x)", "x, train=False"))
@@ -361,12 +394,17 @@ class Debugger:
         ("%%flax_apply\nz = x\nnothing(z)", ("<module>", 1)),
     ],
 )
-def test_debug_after_a_mistake_begins_in_the_users_code(notebook: Any, cell: str, place: tuple[str, int]) -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["debug", "pdb"])
+def test_a_debugger_begins_in_the_users_code(
+    notebook: Any, monkeypatch: pytest.MonkeyPatch, cell: str, place: tuple[str, int], *, at_once: bool
+) -> None:
     notebook("import flax_magics")
     notebook.shell.run_cell("1 / 0")  # what IPython would begin with otherwise
-    notebook.fails(cell)
     debugger = Debugger()
-    notebook.shell.InteractiveTB.pdb = debugger
-    notebook.shell.InteractiveTB.debugger(force=True)
+    monkeypatch.setattr(notebook.shell.InteractiveTB, "pdb", debugger)
+    monkeypatch.setattr(notebook.shell, "call_pdb", at_once)
+    notebook.fails(cell)
+    if not at_once:
+        notebook.shell.InteractiveTB.debugger(force=True)
     assert debugger.place == place
     assert sys.last_value is not None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
+from collections import Counter
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ import pytest
 from by_hand import bits, keys_of
 
 from flax_magics import _session
+from flax_magics.execution.plan_cache import LastRun
+from flax_magics.report import live as live_line
 
 
 @pytest.fixture
@@ -119,3 +123,57 @@ def test_an_interrupt_at_any_line_of_it_leaves_all_or_nothing(known, interrupted
     assert session.draws in (3, 4)
     known("y = %flax_apply --train -q my_model(x)")
     assert bits(known["y"]) == by_hand(known, session.draws, known["x"])
+
+
+def test_in_a_traced_function_it_is_refused_as_ever(known):
+    line = "--train -q my_model(x)"
+    known(f"for i in range(3):\n  y = %flax_apply {line}")
+    told = known.fails(f"jax.jit(lambda z: get_ipython().run_line_magic('flax_apply', {line!r}))(1.0)")
+    assert told.startswith(f"FlaxMagicsError: %flax_apply {line} stands in a function that JAX traces")
+    assert known.session.draws == len(known.session) == 3
+    known(f"y = %flax_apply {line}")
+    assert bits(known["y"]) == by_hand(known, 4, known["x"])
+
+
+@pytest.mark.parametrize("line", ["y = %flax_apply --train -q my_model(x)", "y = %flax_apply --train my_model(x)"])
+def test_tasks_that_take_turns_draw_in_turn(known, line):
+    known(
+        "import asyncio\nys = []\nasync def work():\n  for i in range(3):\n"
+        f"    {line}\n    ys.append(y)\n    await asyncio.sleep(0)\nawait asyncio.gather(work(), work())"
+    )
+    assert known.again == [False, *[True] * 5]
+    assert [bits(y) for y in known["ys"]] == [by_hand(known, draw, known["x"]) for draw in range(1, 7)]
+
+
+def test_a_live_line_of_a_run_that_came_to_nothing_is_blank(known, monkeypatch):
+    line = "y = %flax_apply --train -q my_model(x)"
+    known(f"{line}\n{line}")
+    live = known.shell.find_line_magic("flax_apply").__self__.notebook.reporter.live()
+
+    def shows_a_line(*args: Any) -> bool:
+        live.display_id = "shown"
+        return False
+
+    updated: list[Any] = []
+    monkeypatch.setattr(LastRun, "holds", shows_a_line)
+    monkeypatch.setattr(live_line, "publish", lambda shell, data, shown, update: updated.append((data, shown, update)))
+    known(line)
+    assert updated == [({"text/plain": ""}, "shown", True)]
+
+
+def test_a_long_loop_leaves_nothing_but_its_history(known):
+    loop = "for i in range(500):\n  x = x + 0\n  y = %flax_apply --train -q my_model(x)"
+    known("%config FlaxMagics.replay_bytes = 0")
+
+    def objects() -> Counter[str]:
+        known(loop)
+        gc.collect()
+        return Counter(type(each).__name__ for each in gc.get_objects())
+
+    objects()
+    arrays, before = len(jax.live_arrays()), objects()
+    grown = objects() - before
+    assert len(jax.live_arrays()) == arrays
+    of_history = {"StoredRun", "Run", "RunKeys", "RunLog", "OutputFacts", "Place", "PyTreeDef", "ReferenceType"}
+    assert {name for name, n in grown.items() if n > 100} <= {*of_history, "list", "dict", "tuple"}
+    assert sum(grown.values()) < 500 * 25

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 from runs_to_show import COMPILED, NOTED, REUSED
 
 from flax_magics.base.text import fit
@@ -58,6 +59,14 @@ def test_the_name_is_bold_a_label_dim_and_a_sharp_bit_yellow(on_a_terminal) -> N
     assert "\x1b[2m  out\x1b[0m" in text
     assert "\x1b[1;33m! \x1b[0mDropout_0 is off" in text
     assert "\x1b[36m0.22 ms\x1b[0m" in text
+
+
+def test_what_stands_above_a_report_is_dim(on_a_terminal) -> None:
+    on_a_terminal()
+    run = replace(NOTED, registered="Net(3)")
+    assert coloured(normal(run)).startswith("\x1b[2mnet registered: Net(3)\x1b[0m\n\x1b[1mnet\x1b[0m · train")
+    first = coloured(normal(replace(run, first=True)))
+    assert first.startswith("\x1b[2mnew session, seed 0 · net registered: Net(3)\x1b[0m\n\x1b[1mnet\x1b[0m")
 
 
 @pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])

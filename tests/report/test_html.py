@@ -54,6 +54,11 @@ def test_the_largest_numerals_are_what_took_time() -> None:
     assert shown == [("compile", "0.41 s", "first run of this program"), ("run", "0.22 ms", "")]
     assert [(f.label, f.time, f.words) for f in figures(REUSED)] == [("run", "0.22 ms", "reused")]
     assert [(f.label, f.time, f.words) for f in figures(INIT)] == [("init", "0.52 ms", "eager")]
+    from_disk = figures(replace(COMPILED, program="disk cache"))[0]
+    assert (from_disk.label, from_disk.words) == (
+        "trace",
+        "and read from the disk cache in 0.38 s: first run of this program",
+    )
     assert figures(REPEATED)[0].words == "± 0.005 ms of 21 (first outlier: the first run, 0.30 ms)"
 
 

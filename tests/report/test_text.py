@@ -14,7 +14,7 @@ from runs_to_show import COMPILED, INIT, KEY, NOTE, NOTED, REPEATED, REUSED, key
 
 from flax_magics.base.measures import Cost, Limits, Steady, Timing
 from flax_magics.base.text import clean, cut
-from flax_magics.report.facts import keys_of, phases, rate_of, roof_of, run_of
+from flax_magics.report.facts import building, keys_of, phases, rate_of, roof_of, run_of
 from flax_magics.report.text import details, line_of, normal, report
 from flax_magics.run import InitStats, Note, Run
 
@@ -137,6 +137,7 @@ def test_everything_else_there_may_be_to_say() -> None:
           wait    inputs were ready after 0.30 s
           run     0.20 ms
         """)
+    assert [phase.name for phase in building(run)] == ["trace", "lower", "read"]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,11 @@ def test_rates_stand_beside_what_the_machine_reaches() -> None:
     ("cost", "verdict"),
     [
         (Cost(1e9, 1e5), "compute-bound: 50 % of what a large float32 matmul reaches"),
-        (Cost(1e6, 4e6), "memory-bound: 200 % of what a large copy reaches"),
+        (Cost(1e6, 2e6), "memory-bound: 100 % of what a large copy reaches"),
+        (
+            Cost(1e9, 4e6),
+            "compute-bound: 50 % of what a large float32 matmul reaches (its data fit into caches)",
+        ),
         (Cost(2e7, 0.0), "neither compute- nor memory-bound: 1 % of what a large float32 matmul reaches"),
         (Cost(2e7, 0.0, loops=True), "compute-bound: at least 1 % of what a large float32 matmul reaches"),
         (Cost(0.0, 0.0), ""),
@@ -230,7 +235,7 @@ def test_a_run_held_against_the_machine_begins_with_its_verdict(cost: Cost, verd
     run = replace(REUSED, timing=Timing(run=2e-3, steady=Steady((2e-3,) * 20)), cost=cost, limits=limits)
     assert roof_of(run) == ((verdict,) if verdict else ())
     parts = [verdict] if verdict else []
-    assert line_of(run).texts[:-1] == ("draw 2", *parts, "reused", "", "run median 2.00 ms")
+    assert [text for text in line_of(run).texts if text] == ["draw 2", *parts, "reused", "run median 2.00 ms"]
     rows = " ".join(normal(run).split())
     assert not verdict or rows.startswith(f"net · train (training=True) · cpu:0 · draw 2 of seed 0 roof {verdict} out ")
     assert roof_of(replace(run, limits=None)) == roof_of(replace(run, timing=Timing(run=2e-3))) == ()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import signal
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -102,18 +105,21 @@ def test_a_job_that_cannot_be_drawn_is_tried_once_and_the_thread_still_ends():
 def test_an_interrupted_end_has_given_the_job_up():
     ticker, begun, go_on, drawn = Ticker(idle=0.005), threading.Event(), threading.Event(), []
 
-    class Interrupted(threading.Condition):
-        def __enter__(self) -> bool:
+    class Interrupted:
+        def __enter__(self, lock: Any = ticker._lock) -> None:
             if threading.current_thread() is threading.main_thread() and begun.is_set():
                 raise KeyboardInterrupt
-            return super().__enter__()
+            lock.acquire()
+
+        def __exit__(self, *error: object, lock: Any = ticker._lock) -> None:
+            lock.release()
 
     def draw() -> None:
         drawn.append(1)
         begun.set()
         go_on.wait(10)
 
-    ticker._changed = Interrupted(threading.Lock())
+    ticker._lock = Interrupted()
     ticker.begin(draw, 0.0, 0.0)
     begun.wait(10)
     with pytest.raises(KeyboardInterrupt):
@@ -121,3 +127,29 @@ def test_an_interrupted_end_has_given_the_job_up():
     go_on.set()
     until(lambda: ticker._thread is None)
     assert drawn == [1]
+
+
+def test_no_interrupt_leaves_the_lock_taken():
+    ticker, moments, turn = Ticker(idle=0.05), random.Random(0), -1
+
+    def interrupt() -> None:
+        for n in range(60):
+            while turn < n:
+                time.sleep(1e-4)
+            time.sleep(moments.random() * 1e-3)
+            signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    for n in range(60):
+        try:
+            turn = n
+            while True:
+                ticker.begin(lambda: None, 60.0, 60.0)
+                ticker.end()
+        except KeyboardInterrupt:
+            assert ticker._lock.acquire(timeout=10)
+            ticker._lock.release()
+    thread.join()
+    ticker.end()
+    until(lambda: ticker._thread is None)

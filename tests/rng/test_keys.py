@@ -52,6 +52,15 @@ def test_drawing_does_not_move_the_root():
     assert root.draws == 0
 
 
+def test_keys_are_those_of_the_settings_at_the_time_of_the_draw():
+    root, earlier = RootKey.from_seed(0), RootKey.from_seed(0).draw()
+    before = root.draw().data("dropout")
+    with jax.threefry_partitionable(False):
+        assert root.draw().data("dropout") == data_of(jax.random.split(jax.random.key(0), 3)[2]) != before
+        assert earlier.data("dropout") == before
+    assert root.draw().data("dropout") == data_of(jax.random.split(jax.random.key(0), 3)[2]) == before
+
+
 @given(st.text(min_size=1), st.text(min_size=1))
 @settings(max_examples=200)
 def test_tags_are_32_bits_with_the_highest_set(one, other):

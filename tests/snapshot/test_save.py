@@ -158,9 +158,10 @@ def test_a_module_of_the_users_own_gets_the_values_where_it_is(path):
     net, again = Own(3, rngs=nnx.Rngs(0)), Own(3, rngs=nnx.Rngs(5))
     session_of(net).save(path)
     kernel = again.linear.kernel
-    loaded_session(path, again)
+    session = loaded_session(path, again)
     assert again.linear.kernel is kernel
     assert bits(nnx.state(again)) == bits(nnx.state(net))
+    assert session.models["net"].weights == f"loaded from {path}"
 
 
 def test_seeds_that_were_used_before_can_be_drawn_from_again(path):

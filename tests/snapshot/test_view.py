@@ -15,8 +15,8 @@ from flax_magics.snapshot.save import Restored
 from flax_magics.snapshot.view import SHORT, loaded_bundle, loaded_html, loaded_text
 from flax_magics.state.state import SavedModel
 
-NET = SavedModel("net", False, "Net(3)", "class Net(nn.Module):\n  pass", {})
-FOUND = Restored("a.safetensors", 0, 2, 2, (), (NET, SavedModel("b", False, "B()", "", {})), 0)
+NET = SavedModel("net", "linen", "Net(3)", "class Net(nn.Module):\n  pass", {})
+FOUND = Restored("a.safetensors", 0, 2, 2, (), (NET, SavedModel("b", "linen", "B()", "", {})), 0)
 HEAD = "a.safetensors · loaded · net, b wait to be registered · no model had variables ·"
 
 
@@ -70,7 +70,7 @@ def test_quiet_shows_sharp_bits_alone() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.text() | st.just(EVIL))
 def test_whatever_stands_in_a_file_is_safe_to_show(text: str) -> None:
-    model = SavedModel(text, False, text, text, {})
+    model = SavedModel(text, "linen", text, text, {})
     note = Note("versions", text or "-", text or None)
     found = Restored(text, 0, 2, 2, (text,), (model,), 0, (note,))
     plain, rich = loaded_text(found), loaded_html(found)

@@ -109,7 +109,7 @@ def test_an_output_that_is_too_long_for_its_column_is_told_in_full_beneath() -> 
     outputs = "(float32[16,128], {hidden: float32[16,128], cell: float32[16,128]})"
     module = replace(NET.modules[0], outputs=outputs)
     assert summary_text(replace(NET, modules=(module,))).splitlines()[2:5] == [
-        "  net  Net.encode     (float32[16,128], {hidde…                 1,504      4,460",
+        "  net  Net.encode  (float32[16,128], {hidden:…                  1,504      4,460",
         "    out (float32[16,128], {hidden: float32[16,128], cell: float32[16,128]}) · in",
         "      float32[16,9], train=True",
     ]
