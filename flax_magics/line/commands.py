@@ -363,4 +363,8 @@ weights: a name that held the model's weights holds others now, and the run used
 outdated: variables are from before an edit.
 file: a name stands for another module than was registered, and variables from a file wait for it.
 rebound: the name stands for another module than was registered.
+switch: a loss leaves a switch of its net's call at its default.
+freeze: a pattern of --freeze matches no parameter.
+gradient: a layer has no gradient, and why.
+constant: another net in the call of a loss gets no gradient.
 """

@@ -157,7 +157,7 @@ def verdict(run: Run) -> str:
     if not agreement.identical:
         return "differs"
     how = ", by its digest" if agreement.against == "digest" else ""
-    return f"identical{how}: {cut(clean(run.shape), 40)}"
+    return f"identical{how}: {'loss and gradients' if run.kind.loss else cut(clean(run.shape), 40)}"
 
 
 def weights_of(run: Run) -> str:
@@ -205,8 +205,8 @@ def rows(run: Run) -> tuple[Row, ...]:
 
 def out_of(run: Run) -> tuple[str, ...]:
     """The output's structure and what of it is not finite; of gradients loss and metrics."""
-    if run.layers:
-        return (*scalars_of(run), *not_finite(run))
+    if run.kind.loss:
+        return (*scalars_of(run), *not_finite(run)) or ("loss and gradients",)
     return (" · ".join((cut(clean(run.shape), 72), *not_finite(run))),)
 
 
