@@ -121,6 +121,15 @@ def offered(shell: Any, cell: str) -> list[str]:
         return [cell[: found.start] + found.text for found in shell.Completer.completions(cell, len(cell))]
 
 
+def test_a_gradient_is_offered_functions_and_in_their_call_a_model_first() -> None:
+    values = {"loss": lambda net, x: net(x), "net": nn.Dense(2), "net_x": np.zeros(2), "_hidden": lambda net: net}
+    names = Names(values, MODELS)
+    assert completions("%flax_grad ", "", COMMANDS_THERE_ARE, names)[0] == "loss"
+    assert completions("%flax_grad net", "net", COMMANDS_THERE_ARE, names) == []
+    assert completions("%flax_grad loss(ne", "ne", COMMANDS_THERE_ARE, names) == ["net", "net_x"]
+    assert completions("%flax_grad loss(net, ne", "ne", COMMANDS_THERE_ARE, names) == ["net_x", "net"]
+
+
 @pytest.mark.parametrize(
     ("line", "text", "expected"),
     [
@@ -286,7 +295,6 @@ FIRST = [
     ("%flax_apply bayes(image, mask=m", ["mean", "model_fn", "most", "map", "max", "memoryview", "min"]),
     ("%flax_init bayes([x, {'a': im", ["image"]),
     ("%flax_summary sampler(x * me", ["mean", "memoryview"]),
-    ("%flax_grad model_f", ["model_fn"]),
     ("%flax_grad --eval loss(sam", ["sampler"]),
     ("%flax_grad loss(bayes, im", ["image"]),
 ]
