@@ -126,8 +126,8 @@ def test_a_gradient_is_offered_functions_and_in_their_call_a_model_first() -> No
     names = Names(values, MODELS)
     assert completions("%flax_grad ", "", COMMANDS_THERE_ARE, names)[0] == "loss"
     assert completions("%flax_grad net", "net", COMMANDS_THERE_ARE, names) == []
-    assert completions("%flax_grad loss(ne", "ne", COMMANDS_THERE_ARE, names) == ["net", "net_x"]
-    assert completions("%flax_grad loss(net, ne", "ne", COMMANDS_THERE_ARE, names) == ["net_x", "net"]
+    assert completions("%flax_grad loss(ne", "ne", COMMANDS_THERE_ARE, names) == ["net", "net_x", "next"]
+    assert completions("%flax_grad loss(net, ne", "ne", COMMANDS_THERE_ARE, names) == ["net_x", "net", "next"]
 
 
 @pytest.mark.parametrize(
