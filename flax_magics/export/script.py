@@ -65,21 +65,21 @@ class RootKeyTracker:
         if drawn:
             self._stand(*drawn[-1])
 
-    def skip(self, indices: Sequence[int], *, unexplained: bool = False) -> list[str]:
+    def skip(
+        self, indices: Sequence[int], *, before: tuple[int, int] | None = None, unexplained: bool = False
+    ) -> list[str]:
         """The lines that move the root key past runs which have no lines of their own.
 
         Args:
+          before: where the root key stood before their statement.
           unexplained: no command in the cells made them, which a comment says.
         """
         runs = {index: self.context.groups.runs[index] for index in indices}
         drawn = {index: run.samples or 1 for index, run in runs.items() if not run.replayed}
-        # The apply after an init shares its draw, which is counted there.
-        moves = sum(many for index, many in drawn.items() if index not in self.context.groups.leader)
-        if self.at is not None and drawn:
-            # An init that left the root key where it was, for the run after it to split, has counted nothing.
-            last = runs[max(drawn)]
-            behind = last.draw + (last.samples or 1) - 1 - self.at[1]
-            moves = max(moves, behind) if last.seed == self.at[0] else moves
+        # The run after an init shares its draw, which is counted there, unless the init has left the root key for it.
+        leader = self.context.groups.leader
+        open_to = {index for index, run in runs.items() if before == (run.seed, run.draw - 1)}
+        moves = sum(many for index, many in drawn.items() if index not in leader or index in open_to)
         if not moves:
             return []
         said = []
@@ -222,13 +222,14 @@ class Script:
             context.lost.update(dict.fromkeys(assigned, "its variables were set by a line that is left out"))
         skipped = [i for i, place in executed.runs if place is not None and not (code and place in self._written)]
         context.skipped(skipped, "its variables come from a line that is left out")
+        before = self.root.at
         self.root.after(executed)
         self.bound_in.update(dict.fromkeys(binds(statement), len(self.blocks) - 1))
         self.blocks[-1] += self._before
         if lines or gap:
             self.blocks[-1].append(Lines([*gap, *lines], ours=bool(edit.written)))
         if skipped:
-            self._write(self.root.skip(skipped), ours=True)
+            self._write(self.root.skip(skipped, before=before), ours=True)
 
     def _command(self, site: CommandSite) -> list[str]:
         """The lines of a command, as `Edit` asks for them. Raises CannotSay."""
