@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import jax
 import msgspec
+import numpy as np
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from .base.digest import Agreement, Spread, Values, all_words, describe, digest_of, sample_of, spread_of, values_of
+from .base.digest import (
+    Agreement,
+    Spread,
+    Values,
+    all_words,
+    describe,
+    digest_of,
+    is_key,
+    sample_of,
+    spread_of,
+    values_of,
+)
 from .base.measures import Cost, Limits, Memory, Timing, environment
 from .base.types import Leaf, PyTree
 from .errors import advice
@@ -140,6 +153,20 @@ class Released:
 RELEASED = Released()
 
 
+SMALL = 4096
+"""The most bytes of an output that is copied: some times as many as the facts that are computed of it."""
+
+
+def _small_copy(tree: PyTree) -> PyTree | None:
+    """The JAX arrays of a small pytree as NumPy arrays of their own; None where it is larger, or has other leaves."""
+    size = 0
+    for leaf in jax.tree_util.tree_leaves(tree):
+        if not isinstance(leaf, jax.Array) or is_key(leaf) or not leaf.is_fully_addressable:
+            return None
+        size += leaf.nbytes
+    return None if size > SMALL else jax.tree_util.tree_map(np.array, tree)
+
+
 class OutputFacts(Struct, eq=False):
     """Facts about a run's output, each computed once; copies of a Run share them, and they outlive the output."""
 
@@ -147,12 +174,30 @@ class OutputFacts(Struct, eq=False):
     shape: str | None = None
     spread: tuple[Spread, ...] | None = None
     values: tuple[Values, ...] | None = None
+    copy: PyTree = RELEASED
+    """A small output, on the host, of which `digest` and `values` are computed when somebody reads them."""
 
     def take(self, output: PyTree) -> None:
         """Computes `digest` and `values` from `output` unless they are known. Call it before the output is released."""
         self.digest = self.digest or digest_of(output)
         if self.values is None:
             self.values = values_of(output)
+
+    def put_off(self, output: PyTree) -> bool:
+        """Copies a small output, a fifth of the work of `take`, and says so; of any other takes the facts."""
+        copy = None if self.digest is not None else _small_copy(output)
+        if copy is None:
+            self.take(output)
+            return False
+        self.copy = copy
+        return True
+
+    def read(self) -> OutputFacts:
+        """The facts, with those that were put off."""
+        if self.copy is not RELEASED:
+            self.take(self.copy)
+            self.copy = RELEASED
+        return self
 
 
 class Face(Struct, frozen=True):
@@ -274,7 +319,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         """`digest_of(output)`, computed at first access; None if the output was released before that."""
         if self.output is not RELEASED:
             self._taken.take(self.output)
-        return self._taken.digest
+        return self._taken.read().digest
 
     @property
     def shape(self) -> str:
@@ -304,7 +349,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
             return ()
         if self._taken.values is None and self.output is not RELEASED:
             self._taken.values = values_of(self.output)
-        return self._taken.values or ()
+        return self._taken.read().values or ()
 
     def with_notes(self, notes: tuple[Note, ...]) -> Run:
         """The run with these notes in place of its own."""

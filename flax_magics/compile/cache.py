@@ -109,6 +109,7 @@ class PendingProgram(Struct, frozen=True):
       text_key: key of the lowered program, in `by_text` and `compiling`.
       shareable: another call with the same `text_key` may use the executable.
       executable: None while it is being compiled.
+      future: of the compilation; None where none was needed.
       resumed: an interrupted run had begun to compile it.
     """
 
@@ -118,6 +119,7 @@ class PendingProgram(Struct, frozen=True):
     text_key: Hashable
     shareable: bool
     executable: Executable
+    future: Future | None
     timing: Timing
     resumed: bool
 
@@ -222,8 +224,8 @@ class ProgramCache:
         equations = _equations(traced, request)
         timing, shareable, resumed = Timing(trace=self.clock() - start), True, True
         text_key, trees = self.by_equations.get(equations, (None, None))
-        executable = self._executable(text_key, trees)
-        if executable is not None or text_key in self.compiling:
+        executable, future = self._executable(text_key, trees), self.compiling.get(text_key)
+        if executable is not None or future is not None:
             self.by_equations.move_to_end(equations)
         else:
             phase("lowering")
@@ -237,15 +239,15 @@ class ProgramCache:
             trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
             if shareable and equations is not None:
                 keep(self.by_equations, equations, (text_key, trees), KEPT)
-            executable = self._executable(text_key, trees)
-            resumed = text_key in self.compiling
-            if executable is None and not resumed:
+            executable, future = self._executable(text_key, trees), self.compiling.get(text_key)
+            resumed = future is not None
+            if executable is None and future is None:
                 # Finished compilations of interrupted runs that were never repeated would pile up.
                 for forgotten in [key for key, future in self.compiling.items() if future.done()][:-LEFT]:
-                    del self.compiling[forgotten]
-                self.compiling[text_key] = self.compiler.start(lowered, shared_key)
+                    self.compiling.pop(forgotten, None)
+                future = self.compiling[text_key] = self.compiler.start(lowered, shared_key)
         assert trees is not None  # they are kept with the program's text
-        return PendingProgram(key, call, trees, text_key, shareable, executable, timing, resumed)
+        return PendingProgram(key, call, trees, text_key, shareable, executable, future, timing, resumed)
 
     def _executable(self, text_key: Hashable, trees: Trees | None) -> Executable:
         """The cached executable of a lowered program, None where there is none with these structures."""
@@ -262,15 +264,17 @@ class ProgramCache:
             return pending
         origin, timing, text_key, executable = "reused", pending.timing, pending.text_key, pending.executable
         if executable is None:
+            assert pending.future is not None
             phase("compiling")
             start = self.clock()
+            # Another thread may wait for the same one, and be the first to take it out of those under way.
             try:
-                compiled: Compiled = wait_for(self.compiling[text_key])
+                compiled: Compiled = wait_for(pending.future)
             except Exception:  # not on an interrupt: then the compilation goes on for the next run
-                del self.compiling[text_key]
+                self.compiling.pop(text_key, None)
                 raise
             waited = self.clock() - start
-            del self.compiling[text_key]
+            self.compiling.pop(text_key, None)
             executable, origin = compiled.executable, compiled.origin
             # `compiled.seconds` is in time of the machine's clock, which a test's own clock does not follow.
             beside = max(0.0, compiled.seconds - waited) if self.clock is time.perf_counter else 0.0

@@ -146,7 +146,7 @@ class LastRun:
             known = list(map(_weakly, leaves))
             for leaf, before, signature in zip(leaves, self.known, self.variables[1], strict=True):
                 if before() is not leaf:
-                    if signature_of(leaf) != signature:
+                    if _differs(leaf, signature):
                         return None
                     fresh.append(leaf)
         # Everything else was computed before the last run began.
@@ -239,7 +239,7 @@ class LastRun:
         for i, ((name, traced, was), leaf) in enumerate(zip(self.leaves, leaves, strict=True)):
             if traced:
                 if passed[i]() is not leaf:
-                    if signature_of(leaf) != was:
+                    if _differs(leaf, was):
                         return None
                     passed[i] = _weakly(leaf)
                 arguments[name] = leaf
@@ -255,6 +255,12 @@ def _weakly(leaf: Leaf) -> WeakLeaf:
 
 def _nothing() -> None:
     """Stands for the reference to a leaf that can change in place: no leaf is it, so the leaf is checked every time."""
+
+
+def _differs(leaf: Leaf, signature: object) -> bool:
+    """Whether a program that takes leaves of this signature cannot take this one."""
+    # A tracer, in a function of the user's that JAX traces, raises when it is asked for its sharding.
+    return isinstance(leaf, jax.core.Tracer) or signature_of(leaf) != signature
 
 
 def last_run(entry: ModelEntry, applied: Applied, services: Services) -> LastRun | None:

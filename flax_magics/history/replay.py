@@ -73,7 +73,7 @@ class Replaying(Struct, frozen=True):
         """
         started = time.time()
         repeat = self._again(stored)
-        output, digest = stored.output(), stored.facts._taken.digest
+        output, digest = stored.output(), stored.facts._taken.read().digest
         if output is not RELEASED:
             agreement = with_output(output, repeat.output)
         elif digest is not None:

@@ -120,9 +120,14 @@ class Reporter:
             self._show_loop(self._loop, self._rows)
         self.begin_cell()
         later, self._later, self._later_bytes = self._later, [], 0
+        if not later:
+            return
+        from ..base.digest import has_nan
+
         for run in later:
-            run._taken.take(run.output)
-            if any(values.nan for values in run.values) and self._settings().notes.get("nan", True):
+            put_off = run._taken.put_off(run.output)
+            nan = has_nan(run.output) if put_off else any(values.nan for values in run.values)
+            if nan and self._settings().notes.get("nan", True):
                 from ..execution.notes import with_notes_of_output
                 from ..report.html import bundle
 

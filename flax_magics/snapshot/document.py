@@ -280,7 +280,7 @@ class WrittenRuns:
         self._data += [(self._data_of(run), run) for run in reversed(new)]
         # Digest and replays may have come since the run was converted.
         return [
-            data | {"digest": data["digest"] or run.facts._taken.digest, "replays": run.replays}
+            data | {"digest": data["digest"] or run.facts._taken.read().digest, "replays": run.replays}
             for data, run in self._data
         ]
 

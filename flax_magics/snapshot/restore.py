@@ -158,13 +158,15 @@ def _into_module(saved: SavedModel, entry: ModelEntry) -> Matched:
         elif slot.collection != kind:
             changes.append(f"{name} {kind}→{slot.collection}")
         else:
-            fitted, more = _fitted(value, slot.read(), name)
+            values.setdefault(kind, {})[name], more = _fitted(value, slot.read(), name)
             changes += more
-            if not slot.drawn:  # keys and counts of streams, which each draw replaces, are no weights
-                values.setdefault(kind, {})[name] = fitted
     changes += [f"{name} added" for name in slots if name not in saved_values]
     if changes:
         raise Unfit(tuple(changes))
+    # Keys and counts of streams, which each draw replaces, are no weights.
+    weights = {
+        kind: {name: value for name, value in tree.items() if not slots[name].drawn} for kind, tree in values.items()
+    }
     built = entry.built
     if built is not None and saved.keys is not None:
         built = replace(built, keys=saved.keys)
@@ -174,7 +176,7 @@ def _into_module(saved: SavedModel, entry: ModelEntry) -> Matched:
         outdated=saved.outdated,
         rebuild_next=saved.stale,
         built=built,
-        source=WeightSource.loaded(saved.file, values, in_module=True),
+        source=WeightSource.loaded(saved.file, weights, in_module=True),
     )
     return Matched(entry, lambda: model.assign(values))
 

@@ -55,6 +55,28 @@ def test_a_warm_run_is_reused_and_another_shape_says_which(session):
     assert run.reason == "x: float32[5,4] → bfloat16[5,4]"
 
 
+def test_two_threads_may_wait_for_one_compilation(session, monkeypatch):
+    net, both, outputs = plain(), threading.Barrier(2), []
+    session.register("net", net)
+
+    def together(future: Any) -> Any:
+        both.wait(60)  # until both have found it under way
+        result = wait_for(future)
+        both.wait(60)
+        return result
+
+    wait_for = cache.wait_for
+    session.init("net", X)
+    monkeypatch.setattr(cache, "wait_for", together)
+    threads = [threading.Thread(target=lambda: outputs.append(session.apply("net", X).output)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [bits(output) for output in outputs] == [bits(jax.jit(net.apply)(session.models["net"].variables, X))] * 2
+    assert session.services.programs.compiling == {}
+
+
 def test_a_renamed_local_is_no_change_and_a_refactored_helper_is_traced_but_not_compiled(session):
     session.register("net", plain())
     session.apply("net", X)

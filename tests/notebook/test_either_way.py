@@ -70,7 +70,7 @@ RUNS = [
 ]
 EDITS = [
     "x = jax.random.uniform(jax.random.key(42), (3, 4))",
-    "x = np.asarray(x)",
+    "x = np.asarray(x, 'float32')",
     "x = jnp.zeros((2, 4))",
     "x = jnp.full((3, 4), jnp.nan)",
     "x = jnp.ones((3, 5))",
