@@ -251,36 +251,32 @@ class Reporter:
 class CommandInProgress:
     """A command at work: shows its live line, clears it if the command fails, and handles interrupts.
 
-    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait. A `brief` command is
-    shown, and minds interrupts that get lost, only once it names a phase: until then it takes microseconds.
+    `meanwhile` is called while XLA compiles on other threads, when this thread would only wait. A `brief` command has a
+    live line only once it names a phase: until then it takes microseconds.
     """
 
     def __init__(self, session: Session, live: Live, what: str, meanwhile: Callable[[], None], *, brief: bool) -> None:
         self._session, self._live, self._what, self._meanwhile, self._brief = session, live, what, meanwhile, brief
-        self._interrupts: InterruptGuard | None = None
+        self._interrupts = InterruptGuard(CommandInProgress.__enter__.__code__, CommandInProgress.__exit__.__code__)
 
     def __enter__(self) -> Live:
         self._live.text = self._what
-        self._session.services.on_phase = self._doing
         if not self._brief:
-            self._begin(self._what)
-        return self._live
-
-    def _begin(self, phase: str) -> None:
-        self._live.begin(phase)
-        around = (CommandInProgress._begin, CommandInProgress.__enter__, CommandInProgress.__exit__)
-        self._interrupts = InterruptGuard(*(function.__code__ for function in around))
+            self._live.begin(self._what)
+        self._session.services.on_phase = self._doing
         self._interrupts.begin()
+        return self._live
 
     def _doing(self, phase: str) -> None:
         self._live.text = phase
-        if self._interrupts is None:
-            self._begin(phase)
+        if self._brief:
+            self._brief = False
+            self._live.begin(phase)
         if phase.startswith("compiling "):
             self._meanwhile()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        interrupt = None if self._interrupts is None else self._interrupts.end(error)
+        interrupt = self._interrupts.end(error)
         if isinstance(error, KeyboardInterrupt):
             stopped(error, self._live.text)
         self._live.end()
