@@ -415,7 +415,6 @@ class Session(SessionView, LossMethods):
         stand_outside(surroundings.of_apply, state, self._entry_before(name, module), call, options)
         entry, more = self._entry_now(name, module)
         with entry.model.held_still:
-            entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
             return self._run(state, entry, (*more, *notes), call, options)
 
     def run_again(self, name: str, call: Call, options: ApplyOptions, module: object) -> Run | None:

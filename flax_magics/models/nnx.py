@@ -371,8 +371,8 @@ class NnxModel:
         nodes, mode = self.layout.nodes, None
         if train is not None:
             mode = ModeByHand(mode_by_hand(MODULE, nodes, train), back_by_hand(MODULE, nodes, train))
-        given = tuple(self._given(handed, sown))
-        return replace(facts, nnx=True, held=self.layout.tags, handed=self.gives_rngs, mode=mode, given=given)
+        handed_back = tuple(self._given(handed, sown))
+        return replace(facts, nnx=True, held=self.layout.tags, handed=self.gives_rngs, mode=mode, given=handed_back)
 
     def _given(self, handed: Updates, sown: Updates) -> Iterator[HandedBack]:
         """For each collection that was handed back, the places of its values in the module."""

@@ -124,11 +124,11 @@ class Live:
         # `end` may have been called after this tick was due.
         if not self._working:
             return
-        now = self._clock()
+        at = self._clock()
         # A phase that is over within one interval is not shown: the line would flicker.
-        if not self._phase or now - self._since >= self._interval:
+        if not self._phase or at - self._since >= self._interval:
             self._phase = self._text
-        text = clean(f"{self._phase} · {elapsed(now - self._started)}")
+        text = clean(f"{self._phase} · {elapsed(at - self._started)}")
         if not self._in_kernel:
             self._on_terminal = True
             self._write(_ERASE + cut(f"{text} · Ctrl-C stops it", width() - 1))

@@ -91,17 +91,17 @@ def test_no_word_is_broken_that_fits_a_line(words: list[str], columns: int) -> N
 
 
 def test_a_last_column_that_would_break_a_word_goes_on_the_line_below() -> None:
-    rows = [("kept", "1.2 MB"), ("on disk", "2 MB in /home/a/user/cache/programs")]
+    rows = [("kept", "1.2 MB"), ("on disk", "2 MB in /data/a/user/cache/programs")]
     assert table(rows, "  ", columns=40) == [
         "  kept     1.2 MB",
         "  on disk  2 MB in",
-        "           /home/a/user/cache/programs",
+        "           /data/a/user/cache/programs",
     ]
     assert table(rows, "  ", columns=36) == [
         "  kept     1.2 MB",
         "  on disk",
         "      2 MB in",
-        "           /home/a/user/cache/",
+        "           /data/a/user/cache/",
         "           programs",
     ]
 

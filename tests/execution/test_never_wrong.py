@@ -20,6 +20,7 @@ from by_hand import Normed, apply_by_hand, bits, keys_of
 from flax import nnx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupts import interrupted_after
 from processes import printed_by
 from sessions import session_of
 
@@ -493,16 +494,20 @@ def test_commands_of_several_threads_take_draws_of_their_own():
     assert session.models["net"].updates["batch_stats"] == 2 + 3 * 40
     net, root = Normed(), jax.random.key(0)
     variables = net.init(keys_of(1)("params")["params"], X, train=False)
-    given = {run.draw: X + n % 3 for n, run in runs}
+    inputs = {run.draw: X + n % 3 for n, run in runs}
     outputs = {run.draw: bits(run.output) for _, run in runs}
     for run in session.runs:
         root, _, key = jax.random.split(root, 3)
         if run.command == "apply":
-            keys, x = {"dropout": key}, given.get(run.draw, X)
+            keys, x = {"dropout": key}, inputs.get(run.draw, X)
             output, updates = apply_by_hand(net, variables, keys, x, train=True, mutable=["batch_stats"])
             variables = {**variables, **updates}
             assert outputs.get(run.draw, bits(output)) == bits(output)
     assert bits(dict(session.models["net"].variables)) == bits(variables)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("interrupted", range(0, 400, 9))
@@ -510,26 +515,8 @@ def test_an_interrupt_at_any_line_of_a_warm_run_leaves_all_of_it_or_nothing(inte
     session = session_of(Normed())
     for _ in range(3):
         session.apply("net", X, mode="train")
-    lines = 0
-
-    def trace(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal lines
-        if "flax_magics" not in frame.f_code.co_filename:
-            return None
-        lines += event == "line"
-        if lines > interrupted:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    tracing = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with interrupted_after(interrupted, interrupt):
         session.apply("net", X, mode="train")
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(tracing)
     assert session.draws == len(session) == session.models["net"].updates["batch_stats"]
     assert session.draws in (3, 4)
     run = session.apply("net", X, mode="train")

@@ -224,10 +224,10 @@ def test_the_time_of_a_run_does_not_end_before_all_of_it_is_there(ways, monkeypa
     look, ready = Running.look, []
 
     def watched(self: Running) -> bool:
-        done = look(self)
-        if done:
+        is_ready = look(self)
+        if is_ready:
             ready.append(all(leaf.is_ready() for leaf in jax.tree_util.tree_leaves(self.result)))
-        return done
+        return is_ready
 
     monkeypatch.setattr(Running, "look", watched)
     session = session_of(HandsThrough())

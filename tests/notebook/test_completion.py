@@ -307,13 +307,13 @@ class TestOfASession:
     def test_what_can_stand_there_comes_first(self, session_shell: Any) -> None:
         for line, expected in FIRST:
             token = session_shell.Completer.splitter.split_line(line, len(line))
-            found = [text.removeprefix(line.removesuffix(token)) for text in offered(session_shell, line)]
-            assert found[: None if token.isidentifier() or not expected else len(expected)] == expected, line
+            offers = [text.removeprefix(line.removesuffix(token)) for text in offered(session_shell, line)]
+            assert offers[: None if token.isidentifier() or not expected else len(expected)] == expected, line
 
     def test_the_line_that_makes_a_model_of_a_class_is_offered(self, session_shell: Any) -> None:
-        found = offered(session_shell, "%flaxmodel ")
-        assert "%flaxmodel bayes = Bayes(" in found
-        assert "%flaxmodel sampler = Sampler(" in found
+        offers = offered(session_shell, "%flaxmodel ")
+        assert "%flaxmodel bayes = Bayes(" in offers
+        assert "%flaxmodel sampler = Sampler(" in offers
 
     def test_names_that_begin_with_an_underscore_wait_for_one(self, session_shell: Any) -> None:
         session_shell.user_ns["_hidden"] = jnp.zeros(3)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import pytest
 from by_hand import bits, keys_of
+from interrupts import interrupted_after
 
 from flax_magics import _session
 from flax_magics.execution.plan_cache import LastRun
@@ -97,26 +98,8 @@ def test_an_interrupt_at_any_line_of_it_leaves_all_or_nothing(known, interrupted
     known("for i in range(3):\n  y = %flax_apply --train -q my_model(x)")
     before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
     magic = known.shell.find_line_magic("flax_apply")
-    lines = 0
-
-    def trace(frame: Any, event: str, arg: Any) -> Any:
-        nonlocal lines
-        if "flax_magics" not in frame.f_code.co_filename:
-            return None
-        lines += event == "line"
-        if lines > interrupted:
-            sys.settrace(None)
-            signal.raise_signal(signal.SIGINT)
-        return trace
-
-    tracing = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with interrupted_after(interrupted, lambda: signal.raise_signal(signal.SIGINT)):
         magic("--train -q my_model(x)")
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(tracing)
     assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (before, hook)
     session = known.session
     assert session.draws == len(session)

@@ -44,10 +44,10 @@ def test_html_says_the_same_and_folds_long_code_away() -> None:
 
 def test_text_shows_a_screenful_of_code_and_how_to_see_the_rest() -> None:
     code = "\n".join(f"a{i} = {i}" for i in range(SHORT - 1))
-    found = replace(
+    restored = replace(
         FOUND, waiting=(replace(NET, source=code), replace(NET, name="b"), replace(NET, name="c", source="1"))
     )
-    assert loaded_text(found).splitlines()[-9:] == [
+    assert loaded_text(restored).splitlines()[-9:] == [
         "    a22 = 22",
         "",
         "b = Net(3) · waits for its cell, or for %flaxmodel b ·",
