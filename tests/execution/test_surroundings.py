@@ -206,6 +206,7 @@ REFUSING = {
     "register_all": lambda session: session.register_all({"other": nn.Dense(3)}),
     "init": lambda session: session.init("net", X),
     "apply": lambda session: session.apply("net", X),
+    "grad": lambda session: session.grad(lambda net, x: net(x).mean(), "net", X),
     "assign": lambda session: session.assign("net", {}),
     "key": lambda session: session.key("noise"),
     "run_key": lambda session: session.run_key("noise"),
@@ -214,9 +215,9 @@ REFUSING = {
     "restart": lambda session: session.restart(3, fresh=True),
     "load": lambda session: session.load("session.safetensors"),
 }
-"""Methods of a session that draw, run or change it; `init` and `apply` call `run_init` and `run_apply`,
+"""Methods of a session that draw, run or change it; `init`, `apply` and `grad` call `run_init`, `run_apply` and `run_grad`,
 
-which `run_again` leaves to refuse."""
+and `run_again` leaves it to `run_apply` to refuse."""
 HARMLESS = {
     "summary", "run_summary", "variables", "history", "last", "module", "save", "autosave", "export",
     "settle", "run_export",
@@ -225,7 +226,7 @@ HARMLESS = {
 
 def test_every_method_of_a_session_is_one_or_the_other():
     public = {name for name, value in inspect.getmembers(Session, callable) if not name.startswith("_")}
-    assert public <= {*REFUSING, "run_init", "run_apply", "run_again", *HARMLESS}
+    assert public <= {*REFUSING, "run_init", "run_apply", "run_grad", "run_again", *HARMLESS}
 
 
 @pytest.fixture(scope="module")
