@@ -29,7 +29,7 @@ from ..code.library import library
 from ..models.base import CallTrace, ForeignOutput, Needs, Variables
 from ..models.calls import signature_of
 from ..rng.keys import SeenKeys
-from ..run import Cause
+from ..run import Cause, Run
 from .compiler import (
     Compiled,
     Compiler,
@@ -297,12 +297,14 @@ class Services(Struct, eq=False):
       clock: returns seconds.
       on_phase: called with what is being done, as it begins.
       seen: keys that were met before, for notes on reused keys.
+      on_progress: called at most twice a second by a training under way, with the Run of what it has done so far.
     """
 
     programs: ProgramCache
     clock: Callable[[], float]
     on_phase: OnPhase
     seen: SeenKeys
+    on_progress: Callable[[Run], None] = lambda run: None
 
 
 def call_key(request: TraceRequest) -> Hashable | None:

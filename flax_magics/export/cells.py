@@ -113,6 +113,7 @@ MATCHES: dict[str, Callable[[CommandSite, Run], bool]] = {
     "init": lambda site, run: site.has_call_of(run) and not is_build(run),
     "key": lambda site, run: run.call == site.parsed.rest,
     "grad": lambda site, run: site.has_call_of(run) and site.has_mode_of(run),
+    "train": lambda site, run: site.call is not None and run.call in (site.call.call, site.call.text),
 }
 """For each command of a run, whether a place with that command may have made the run."""
 

@@ -103,6 +103,11 @@ REPORTED = {
         cost=lambda run: [*scalars_of(run), *_cost_of_apply(run)],
         unused={"params": "not needed: the variables were there", None: "not needed: no module asked for it"},
     ),
+    "train": Reported(
+        mode="train",
+        cost=_cost_of_apply,
+        unused={"params": "not needed: the variables were there", None: "not needed: no module asked for it"},
+    ),
 }
 
 

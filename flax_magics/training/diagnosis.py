@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from msgspec.structs import replace
 
+from ..base.measures import LayerGradient
 from ..base.private import frames_of
 from ..base.text import join, plural
 from ..base.types import Leaf
@@ -26,7 +27,7 @@ from ..compile.jaxpr import Atom, Equation
 from ..compile.trace import TracedCall, trace_call
 from ..execution.execute import Execution
 from ..models.calls import Calls, Path
-from ..run import LayerGradient, Note, Run
+from ..run import Note, Run
 from .evaluation import Culprit, Level, culprit_of, is_bad
 
 ROWS = 4

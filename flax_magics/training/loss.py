@@ -35,7 +35,7 @@ from ..report.html import render
 from ..report.layers import lines, table
 
 if TYPE_CHECKING:
-    from ..run import LayerGradient
+    from ..base.measures import LayerGradient
 
 METHOD: Path = ("loss()",)
 """Stands for the loss where a call names a method of the model: what was learned of the net's own calls stays apart."""

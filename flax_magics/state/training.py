@@ -1,0 +1,57 @@
+"""What a training leaves with its model, so that `--resume` goes on with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from ..base.curve import Curve
+from ..base.types import PyTree
+from ..rng.keys import Draw
+
+
+class Optimizer(Struct, frozen=True, eq=False):
+    """An optax transformation.
+
+    Attributes:
+      text: as it was written, such as `optax.adamw(3e-4)`.
+      transformation: None after a load, which runs no code: then it has to be given again.
+    """
+
+    text: str
+    transformation: Any
+
+
+class Training(Struct, frozen=True, eq=False):
+    """A training after its last finished step; variables and optimizer are those of the model's entry.
+
+    Attributes:
+      draw: of whose keys those of each step are folded.
+      taken: the draw's `params` key initialised the variables, see `Draw.stream`.
+      opt_state: the optimizer's state.
+      call: as it was written, such as `loss(net, train)`.
+      batch: examples in a batch; None for one batch of everything, and for an iterable of batches.
+      epochs, steps: as they were asked for; one of them is None.
+      eval: the text of the `--eval` data, empty without any.
+      freeze: patterns of parameters that stay as they are.
+      group: how many steps one program does, on a grid counted from step 0.
+      curve: what it has given so far; it has the number of finished steps.
+    """
+
+    draw: Draw
+    taken: bool
+    opt_state: PyTree
+    call: str
+    batch: int | None
+    epochs: int | None
+    steps: int | None
+    curve: Curve
+    eval: str = ""
+    freeze: tuple[str, ...] = ()
+    group: int = 1
+
+    @property
+    def step(self) -> int:
+        """How many steps are finished."""
+        return len(self.curve.losses)
