@@ -435,7 +435,8 @@ class Trainer:
             names["params (folded)"] = ("params", True)
         if self.options.batch is not None:
             names[SHUFFLE] = (SHUFFLE, False)
-        kinds = self.loss.model.trainable() if entry.model.holds_variables else {"params"}
+        net = self.loss.model
+        kinds = net.trainable() if net.holds_variables else frozenset({"params"})
         anew = self.ready.anew and entry.model.holds_variables
         made: InitStats | None = made_of(self.ready.entry.nnx.collections()) if anew else self.variables.made
         counts = {
