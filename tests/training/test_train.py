@@ -146,6 +146,9 @@ NETS = {
 ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 20)))
 
 
+HUGE = optax.chain(optax.scale(-1e30), optax.scale(1e30))
+
+
 def same_as(hand: ByHand, session: Any, run: Any) -> None:
     assert bits(run.losses) == bits(np.array(hand.losses))
     for name, values in run.metrics.items():
@@ -292,3 +295,49 @@ def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
     training, uninterrupted = (each._state.models["net"].training for each in (session, whole))
     assert bits(training.opt_state) == bits(uninterrupted.opt_state)
     assert bits(session.apply("net", DATA["x"]).keys) == bits(whole.apply("net", DATA["x"]).keys)
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_is_told_by_step_row_and_value():
+    data = {**DATA, "x": DATA["x"].copy()}
+    data["x"][7, 2] = np.nan
+    session = session_of(Dense())
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", data, optimizer=optax.sgd(0.1), batch=8, epochs=1)
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(keys_of(1)("shuffle")["shuffle"], 0), 22))
+    step = int(np.flatnonzero(order == 7)[0]) // 8
+    rows = ", ".join(map(str, order[8 * step : 8 * step + 4]))
+    text = (
+        f"step {step} (epoch 0, rows {rows}, …) is not finite and was not taken: the loss is NaN: `batch['x']` holds NaN"
+        " in row 7"
+    )
+    assert str(error.value).splitlines()[0] == text
+    if step:
+        assert session.runs[-1].steps == step
+        assert session.runs[-1].trained.stopped == text
+
+
+def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
+    session = session_of(Dense())
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", DATA, optimizer=HUGE, steps=3)
+    assert str(error.value).startswith(
+        "step 0 is not finite and was not taken: the loss and its gradients are finite, and the optimizer makes"
+        " Dense_0/bias infinite"
+    )
+    assert (session.runs, session.draws) == ([], 0)
+
+    def later(net: Any, batch: Any) -> Any:
+        return jnp.log(plain_loss(net, batch) - limit)
+
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=1)
+    limit = float(run.losses[0]) * 0.8
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(later, "net", DATA, optimizer=optax.sgd(0.1), steps=500)
+    stopped = session.runs[-1]
+    assert stopped.steps > 0
+    assert f"step {stopped.steps} is not finite" in str(error.value)
+    assert "log(-" in str(error.value)
+    assert "return jnp.log(plain_loss(net, batch) - limit)" in str(error.value)
+    assert "write: %flax_train --resume later(net, data)" in str(error.value)
+    assert np.isfinite(stopped.losses).all()
+    assert run.draw == 1
