@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from by_hand import bits, keys_of
+from flax import nnx
 from interrupts import interrupted_after
 from sessions import session_of
 
@@ -229,7 +230,7 @@ def test_the_optimizer_stays_with_the_net():
         ),
         (
             {"optimizer": 0.1, "steps": 1},
-            "--optimizer takes an optax transformation, and `optax.…` is the number 0.1.",
+            "--optimizer takes an optax transformation, and `optax.…` is a float.",
         ),
         (
             {"resume": True},
@@ -341,3 +342,72 @@ def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
     assert "write: %flax_train --resume later(net, data)" in str(error.value)
     assert np.isfinite(stopped.losses).all()
     assert run.draw == 1
+
+
+class OfNnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+def nnx_loss(net: Any, batch: Any) -> Any:
+    logits = net(batch["x"])
+    return cross_entropy(logits, batch["y"]), {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
+
+
+@pytest.mark.parametrize("frozen", [(), ("first",)])
+def test_of_nnx_it_is_the_loop_with_nnx_optimizer(frozen):
+    net, twin = OfNnx(nnx.Rngs(0)), OfNnx(nnx.Rngs(0))
+    session = session_of(net)
+    run = session.train(nnx_loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=2, freeze=frozen)
+
+    trained = nnx.All(nnx.Param, lambda path, _: not frozen or path[0] not in frozen)
+    optimizer = nnx.Optimizer(twin, ADAMW, wrt=trained)
+    (tag,) = {str(part.key.tag) for _, part in nnx.iter_graph(twin) if isinstance(part, nnx.RngStream)}
+    keys = keys_of(1)("shuffle", tag)
+    twin.train()
+
+    @nnx.jit
+    def step(net: Any, optimizer: Any, batch: Any) -> Any:
+        (value, metrics), grads = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, trained), has_aux=True)(
+            net, batch
+        )
+        optimizer.update(net, grads)
+        return value, metrics["accuracy"]
+
+    numbers = []
+    for epoch in range(2):
+        order = jax.random.permutation(jax.random.fold_in(keys["shuffle"], epoch), 22)
+        for begin in range(0, 22, 8):
+            nnx.reseed(twin, policy="match_shape", **{tag: jax.random.fold_in(keys[tag], len(numbers))})
+            batch = {name: values[order[begin : begin + 8]] for name, values in DATA.items()}
+            numbers.append([np.float32(one) for one in step(twin, optimizer, batch)])
+    losses, accuracies = np.array(numbers).T
+    assert bits(run.losses) == bits(losses)
+    assert bits(run.metrics["accuracy"]) == bits(accuracies)
+    kinds = (nnx.Param, nnx.BatchStat)
+    assert bits(nnx.state(net, kinds)) == bits(nnx.state(twin, kinds))
+    assert net.dropout.deterministic is False
+    assert session.models["net"].variables is not None
+    assert dict(run.changed) == {"Param": 6, "BatchStat": 6}
+
+
+def test_an_nnx_module_of_the_session_is_trained_in_place():
+    session = session_of(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    module = session.models["net"].module
+    kernel = module.kernel
+    before = np.array(kernel[...])
+    with interrupted_after(2500, interrupt):
+        session.train(nnx_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, epochs=400)
+    assert module.kernel is kernel
+    run = session.runs[-1]
+    assert 0 < run.steps < 1200
+    assert (np.array(kernel[...]) != before).any()
+    whole = session_of(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    expected = whole.train(nnx_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, epochs=400)
+    after = session.train(nnx_loss, "net", DATA, resume=True)
+    assert bits(after.losses) == bits(expected.losses)
+    assert bits(nnx.state(module)) == bits(nnx.state(whole.models["net"].module))
