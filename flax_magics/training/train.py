@@ -24,8 +24,8 @@ from ..compile.trace import TracedCall, trace_call
 from ..errors import FlaxMagicsError, written
 from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
-from ..execution.execute import RunVariables, held_variables, plain_errors
-from ..models.base import CallTrace
+from ..execution.execute import RunVariables, held_variables, plain_errors, with_added
+from ..models.base import CallTrace, MissingVariables
 from ..models.calls import Arguments
 from ..rng.keys import Draw, RunKeys
 from ..run import RELEASED, InitStats, Note, Run
@@ -165,8 +165,11 @@ class Trainer:
         with self.timed("trace"):
             request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
             request = replace(request, model=replace(self.loss, graded=False).as_model())
-            # A method may need variables that the first init did not make; what the loss sows is not passed in.
-            self.traced: TracedCall[None] = trace_call(request)
+            try:
+                self.traced: TracedCall[None] = trace_call(request)
+            except MissingVariables as error:  # a method needs some that the first init did not make
+                variables = with_added(self.request, variables, error)
+                self.traced = trace_call(replace(request, variables=variables.values))
         self.variables = variables
         options, optimizer = self.options, self.options.optimizer
         assert optimizer is not None
