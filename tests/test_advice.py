@@ -156,14 +156,19 @@ sys.modules['torch.utils.data'] = types.SimpleNamespace(DataLoader=DataLoader)
 data = DataLoader(x, num_workers=2)
 """
 COUNTED = """%%flaxmodel net = Net()
+class Counter(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    calls = self.variable('counts', 'calls', lambda: jnp.zeros(()))
+    calls.value += 1
+    return x
 class Net(nn.Module):
   def setup(self):
-    self.inner = nn.Dense(2)
+    self.inner, self.counter = nn.Dense(2), Counter()
   def __call__(self, x):
     return self.inner(x)
   def count(self, x):
-    self.put_variable('counts', 'calls', self.get_variable('counts', 'calls', 0) + 1)
-    return self.inner(x)
+    return self.counter(self.inner(x))
 """
 CHECKPOINT = "def loss(net, x):\n  return jax.checkpoint(lambda x: net(x))(x).sum()"
 OWN_BATCH = """%%flaxmodel

@@ -202,7 +202,6 @@ class Loop:
         finally:
             self._seconds += time.perf_counter() - self._since
             self._since = time.perf_counter()
-            self._data.close()
 
     def _run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
         schedule, pending, ahead = self._schedule, self._pending, self.state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import cast
 
 import jax
@@ -103,21 +103,17 @@ def train_model(
         raise FlaxMagicsError(message, form=f"{call.command} {loss.name}({entry.name}, …)")
     text = data_text(call.text)
     training_data.check(text, call.args[0], options.batch, line)
-    data: Data = BatchData(text, call.args[0], 0 if resumed is None else skipped(resumed))
+    data: Data
     if training_data.is_arrays(call.args[0]):
         data = ArrayData(text, call.args[0], options.batch)
-    with plain_errors(call), leaks_told(loss.name):
-        ready = LossCall.of(
-            state,
-            entry,
-            loss,
-            replace(call, args=(data.first, *call.args[1:])),
-            services,
-            mode="train",
-            said=said,
-            again=None if resumed is None else (resumed.draw, resumed.taken),
-        )
-        return Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit).train()
+    else:
+        data = BatchData(text, call.args[0], 0 if resumed is None else skipped(resumed))
+    with closing(data):
+        of_batch = replace(call, args=(data.first, *call.args[1:]))
+        again = None if resumed is None else (resumed.draw, resumed.taken)
+        with plain_errors(of_batch), leaks_told(loss.name):
+            ready = LossCall.of(state, entry, loss, of_batch, services, mode="train", said=said, again=again)
+            return Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit).train()
 
 
 class Trainer:
