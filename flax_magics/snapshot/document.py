@@ -31,6 +31,7 @@ from ..run import RELEASED, CommandName, InitStats, Note, OutputFacts, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State
+from ..state.training import SavedTraining, Training
 from ..state.trees import Reader, Writer, foreign_in, key_type
 from . import format
 
@@ -138,6 +139,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
     if init is not None and init.program is not None and not callable(init.method):
         saved_init = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
     parameters, size = count_parameters(entry.collections() or {})
+    training = entry.training
     return SavedModel(
         name=entry.name,
         api=model.api,
@@ -150,10 +152,18 @@ def _taken(entry: ModelEntry) -> SavedModel:
         made=saved_init,
         assigned=entry.init is None,
         keys=None if entry.built is None else dict(entry.built.keys),
+        optimizer=None if entry.optimizer is None else entry.optimizer.text,
+        training=None if training is None else SavedTraining.of(training, trees_of(training)),
         parameters=parameters,
         bytes=size,
         versions=versions(),
     )
+
+
+def trees_of(training: Training) -> dict[str, PyTree]:
+    """The arrays of a training: `SavedTraining.trees`."""
+    curve = training.curve
+    return {"opt_state": _own(training.opt_state), "losses": curve.losses, "metrics": dict(curve.metrics)}
 
 
 def with_sources(snapshot: Snapshot, state: State, known: dict[str, tuple[object, str]] | None = None) -> Snapshot:
@@ -239,7 +249,10 @@ def _written(model: SavedModel, writer: Writer) -> SavedModel:
     keys = model.keys and {
         stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()
     }
-    return replace(model, variables=variables, made=init, keys=keys, file="")
+    training = model.training
+    if training is not None:  # its classes are those that the optimizer makes, which is given again
+        training = replace(training, trees=Writer(writer.arrays).tree(training.trees, f"{name} trained with"))
+    return replace(model, variables=variables, made=init, keys=keys, training=training, file="")
 
 
 def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
@@ -339,7 +352,8 @@ def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
     if keys and not all(_is_key(key) and not key.shape for key in keys.values()):
         raise Damaged(f"what `{name}` was built with is no key")
     init = model.made and _init_of(model.made, name, reader)
-    return replace(model, variables=variables, made=init, keys=keys, file=path)
+    training = model.training and _training_of(model.training, name, reader)
+    return replace(model, variables=variables, made=init, keys=keys, training=training, file=path)
 
 
 def _has_names(tree: PyTree) -> bool:
@@ -365,6 +379,21 @@ def _init_of(init: SavedInit, name: str, reader: Reader) -> SavedInit:
     if opaque or type(args) is not tuple or not _has_names(kwargs) or not _is_key(key):
         raise Damaged(f"what `{name}` was initialised with is no call")
     return replace(init, key=key, args=args, kwargs=dict(kwargs))
+
+
+def _training_of(training: SavedTraining, name: str, reader: Reader) -> SavedTraining:
+    trees, what = reader.tree(training.trees), f"the training of `{name}`"
+    _check_tree(trees, what)
+    if not _has_names(trees) or set(trees) != {"opt_state", "losses", "metrics"} or not _has_names(trees["metrics"]):
+        raise Damaged(f"{what} is none")
+    curves = (trees["losses"], *trees["metrics"].values())
+    if not all(type(one) is np.ndarray and one.dtype == np.float32 and one.ndim == 1 for one in curves):
+        raise Damaged(f"{what} has losses or metrics that are none")
+    sizes = (training.batch, training.epochs, training.steps, training.total, training.epoch, training.group)
+    if len(set(map(len, curves))) > 1 or any(size is not None and size < 1 for size in sizes):
+        raise Damaged(f"{what} has a number of steps that is none")
+    _check_key(training.draw.root, training.draw.impl)
+    return replace(training, trees=trees)
 
 
 def _runs_of(reader: Reader) -> RunLog | None:
