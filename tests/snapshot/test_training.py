@@ -53,7 +53,9 @@ def of(session: Session) -> Training:
 
 def plain(training: Training) -> dict[str, object]:
     """The fields of a training and of its curve, those with arrays left out."""
-    curve = {name: value for name, value in asdict(training.curve).items() if name not in ("losses", "metrics", "evals")}
+    curve = {
+        name: value for name, value in asdict(training.curve).items() if name not in ("losses", "metrics", "evals")
+    }
     rest = {name: value for name, value in asdict(training).items() if name not in ("opt_state", "curve")}
     return {**rest, **curve, "evals": repr(training.curve.evals)}
 
