@@ -18,7 +18,9 @@ from sessions import session_of
 
 from flax_magics import FlaxMagicsError, Session
 from flax_magics.base.curve import Curve, Evaluation
+from flax_magics.run import like
 from flax_magics.snapshot import format
+from flax_magics.state.runs import StoredRun
 from flax_magics.state.training import Optimizer, Training
 from flax_magics.training.optimizer import check_known, fitted_state
 
@@ -174,3 +176,24 @@ def test_a_damaged_training_is_refused(path, before, after, why):
     format.write(path, json.loads(text.replace(before, after)), contents.arrays)
     with pytest.raises(FlaxMagicsError, match=why):
         Session().load(path)
+
+
+def test_the_curve_of_a_run_is_in_the_history_and_a_longer_one_takes_its_place(path):
+    session, parameters = linen()
+    run = session.apply("net", x, train=True)
+    saved = []
+    session.autosave(path)
+    for steps in (2, 5):
+        curve = trained(session, parameters, steps=steps).curve
+        stored = StoredRun(like(run, command="train", trained=curve))
+        session._state = replace(session._state, runs=replace(session._state.runs, kept=stored))
+        session.autosaving.offer(session._state)
+        session.autosaving.flush()
+        other = Session()
+        other.load(path)
+        saved.append([(run.command, run.steps) for run in other.runs])
+        assert bits(other.runs[-1].losses) == bits(curve.losses)
+        assert bits(other.runs[-1].metrics) == bits(curve.metrics)
+        assert repr(other.runs[-1].eval) == repr(curve.evals)
+    session.autosave(None)
+    assert saved == [[("apply", 0), ("train", 2)], [("apply", 0), ("train", 5)]]
