@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..base.curve import Curve, Evaluation
+from ..base.curve import Curve, Evaluation, Task
 from ..base.types import PyTree
 from ..rng.keys import Draw
 
@@ -81,6 +81,7 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     examples: int
     seconds: float
     stopped: str
+    task: Task
 
     @classmethod
     def of(cls, training: Training, trees: Mapping[str, PyTree]) -> SavedTraining:
