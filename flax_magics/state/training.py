@@ -58,6 +58,19 @@ class Training(Struct, frozen=True, eq=False):
         return len(self.curve.losses)
 
 
+class TrainOptions(Struct, frozen=True):
+    """The options of a training; `Session.train` documents them."""
+
+    optimizer: Optimizer | None = None
+    batch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    eval: PyTree = None
+    eval_text: str = ""
+    freeze: tuple[str, ...] = ()
+    resume: bool = False
+
+
 class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     """A training as a file has it: the fields of `Training` and of its curve, with all arrays in one tree.
 
