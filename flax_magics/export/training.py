@@ -110,6 +110,7 @@ class TrainLines:
     def guarded(self, new: Sequence[str], old: Sequence[str]) -> list[str]:
         """The last lines of the step, which is taken only if it is finite, and if all before it were."""
         return [
+            "# A step that is not finite is not taken, and none after it.",
             call("leaves = jax.tree.leaves((", ["value", "grads", *new], "))"),
             "finite &= jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()",
             f"new, old = ({', '.join(new)}, new_opt_state), ({', '.join(old)}, opt_state)",
@@ -282,11 +283,14 @@ def train_linen(command: CommandLines, part: Part) -> list[str]:
 def _parting(training: TrainLines) -> tuple[str, str]:
     """Makes sure that the functions are defined that part frozen parameters from the others and join them again."""
     sep = f"sep={training.writer.text('/')}"
-    frozen = f"any(fnmatch.fnmatchcase(name, pattern) for pattern in {training.frozen})"
+    matches = f"any(fnmatch.fnmatchcase(name, pattern) for pattern in {training.frozen})"
     parts = [
+        "def is_frozen(name):",
+        f"{training.writer.unit}return {matches}",
+        "",
         f"flat = traverse_util.flatten_dict(params, {sep})",
-        f"frozen = {{name: value for name, value in flat.items() if {frozen}}}",
-        "trained = {name: value for name, value in flat.items() if name not in frozen}",
+        "frozen = {name: value for name, value in flat.items() if is_frozen(name)}",
+        "trained = {name: value for name, value in flat.items() if not is_frozen(name)}",
         f"return traverse_util.unflatten_dict(trained, {sep}), frozen",
     ]
     joins = [

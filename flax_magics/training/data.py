@@ -109,7 +109,8 @@ class BatchData:
         self.exact = isinstance(batches, (list, tuple))
         length = getattr(batches, "__len__", None)
         self.per_epoch: int | None = None if length is None else length()
-        self._skip, self._shapes = skip, ""
+        # An iterator stands where it stands.
+        self._skip, self._shapes = 0 if self.once else skip, ""
         self._fetching: Fetching | None = None
         self._ahead: PyTree = None
 

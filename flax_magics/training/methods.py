@@ -16,7 +16,7 @@ from ..execution.call import Call, as_names
 from ..execution.surroundings import stand_outside
 from ..state.handles import entry_of
 from ..state.runs import RunLog, StoredRun, backwards, with_newer
-from ..state.training import Optimizer, TrainOptions
+from ..state.training import Optimizer, Training, TrainOptions
 from .loss import METHOD, Loss, check
 
 if TYPE_CHECKING:
@@ -119,6 +119,11 @@ class LossMethods:
             resume=resume,
         )
         return self.run_train(name, loss, call, options)
+
+    def training_of(self, name: str) -> Training | None:
+        """What `--resume` goes on with for that model; None where there is nothing."""
+        entry = self._state.models.get(name)
+        return None if entry is None else entry.training
 
     @until_committed
     def run_train(

@@ -193,7 +193,10 @@ class Trainer:
             last = self.ready.entry.optimizer or optimizer
             opt_state = fitted_state(self.resumed, optimizer, trained, last, self.call.text)
         self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
-        schedule = Schedule(options.epochs, options.steps, self.data.per_epoch, looks=options.eval is not None)
+        per_epoch = self.data.per_epoch
+        if per_epoch is None and self.resumed is not None:
+            per_epoch = self.resumed.curve.epoch
+        schedule = Schedule(options.epochs, options.steps, per_epoch, looks=options.eval is not None)
         taken = variables.taken
         self.taken = taken
         keys = {name: self.draw.words(name, taken=taken and name == "params") for name in self.traced.needs.streams}
@@ -237,6 +240,9 @@ class Trainer:
                 Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
             )
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
+        if self.resumed is not None and not self.data.exact:
+            text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
+            found.append(Note("resume", text))
         if self.variables.made is not None:
             found += notes.of_params(self.variables.values)
         elif entry.outdated:
@@ -437,6 +443,8 @@ class Trainer:
             names["params (folded)"] = ("params", True)
         if self.options.batch is not None:
             names[SHUFFLE] = (SHUFFLE, False)
+        net = self.loss.model
+        kinds = net.trainable() if net.holds_variables else frozenset({"params"})
         anew = self.ready.anew and entry.model.holds_variables
         made: InitStats | None = made_of(self.ready.entry.nnx.collections()) if anew else self.variables.made
         counts = {
@@ -453,7 +461,7 @@ class Trainer:
             draw=self.draw.number,
             keys=RunKeys(self.draw, names),
             used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in trace.asked.items()},
-            changed={"params": len(curve.losses), **counts},
+            changed={**dict.fromkeys(sorted(kinds), len(curve.losses)), **counts},
             device=devices_of(self.loop.state.variables),
             started=self.started,
             program=self.origin,

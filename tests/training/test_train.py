@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import flax.linen as nn
@@ -11,9 +12,11 @@ import numpy as np
 import optax
 import pytest
 from by_hand import bits, keys_of
+from interrupts import interrupted_after
 from sessions import session_of
 
 from flax_magics import FlaxMagicsError
+from flax_magics.base.text import plural
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -254,3 +257,38 @@ def test_an_error_of_the_loss_changes_nothing():
     with pytest.raises(TypeError, match="dot"):
         session.train(wrong, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
     assert session._state is before
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
+    net, loss, _ = NETS["an argument switches, metrics"]
+    whole = session_of(net)
+    expected = whole.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
+
+    session, random = session_of(net), np.random.RandomState(seed)
+    stops = 0
+    with interrupted_after(random.randint(1000, 6000), interrupt):
+        session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
+    while session.runs and session.runs[-1].trained.stopped:
+        stops += 1
+        run = session.runs[-1]
+        assert (run.trained.stopped, run.draw, len(session.runs)) == ("interrupted", 1, 1)
+        assert run.notes[-1].text == f"interrupted after {plural(run.steps, 'step')}"
+        assert run.notes[-1].write == "%flax_train --resume switched_loss(net, data)"
+        with interrupted_after(random.randint(1000, 6000), interrupt):
+            session.train(loss, "net", DATA, eval=DATA, resume=True)
+    if not session.runs:
+        session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
+    run = session.runs[-1]
+    assert run.steps == 12
+    assert bits(run.losses) == bits(expected.losses)
+    assert bits(run.metrics) == bits(expected.metrics)
+    assert run.eval == expected.eval
+    assert bits(session.models["net"].variables) == bits(whole.models["net"].variables)
+    training, uninterrupted = (each._state.models["net"].training for each in (session, whole))
+    assert bits(training.opt_state) == bits(uninterrupted.opt_state)
+    assert bits(session.apply("net", DATA["x"]).keys) == bits(whole.apply("net", DATA["x"]).keys)
