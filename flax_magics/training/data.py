@@ -296,4 +296,4 @@ def _as_array(leaf: Any) -> Any:
 def _kinds(batch: PyTree) -> str:
     """Structure, dtypes and shapes without the first axis, as text."""
     leaves, treedef = jax.tree_util.tree_flatten(batch)
-    return f"{treedef} of " + ", ".join(f"{np.result_type(leaf)}{list(np.shape(leaf)[1:])}" for leaf in leaves)
+    return f"{treedef} of " + ", ".join(f"{jnp.result_type(leaf)}{list(np.shape(leaf)[1:])}" for leaf in leaves)

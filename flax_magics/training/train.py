@@ -41,8 +41,8 @@ from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .look import Look
 from .loop import Loop, NotFinite, Schedule, started
 from .loss import METHOD, Loss
-from .optimizer import fitted_state
 from .options import completed, data_text, resumed_of, skipped, task_of
+from .resumption import begun_as, fitted_state
 from .step import Step, StepResult, TrainState
 
 SHUFFLE = "shuffle"
@@ -378,7 +378,7 @@ class Trainer:
         entry = self._entry_after(state, curve, final=final)
         values = dict(state.variables)
         output = RELEASED if not final else values if not entry.model.holds_variables else entry.nnx.as_state(values)
-        run = self._run(curve, output, entry)
+        run = begun_as(self._run(curve, output, entry), None if self.resumed is None else self.state.runs)
         write = None
         if entry.model.holds_variables:
             model, anew, new_model = entry.nnx, ready.anew, ready.entry.model

@@ -22,7 +22,7 @@ from flax_magics.run import like
 from flax_magics.snapshot import format
 from flax_magics.state.runs import StoredRun
 from flax_magics.state.training import Optimizer, Training
-from flax_magics.training.optimizer import fitted_state
+from flax_magics.training.resumption import fitted_state
 
 x = notebook_x()
 TEXT = "optax.chain(optax.clip(1.0), optax.adamw(1e-3))"
