@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
+from .base.curve import Curve, Evaluation
 from .base.digest import (
     Agreement,
     Spread,
@@ -23,8 +24,8 @@ from .base.digest import (
     spread_of,
     values_of,
 )
-from .base.measures import Cost, Limits, Memory, Timing, environment
-from .base.types import Leaf, PyTree
+from .base.measures import Cost, LayerGradient, Limits, Memory, Timing, environment
+from .base.types import HostArray, Leaf, PyTree
 from .errors import advice
 
 Settings = tuple[tuple[str, bool], ...]
@@ -47,21 +48,24 @@ class CommandKind(Struct, frozen=True):
       opens: the run makes variables from a draw's `params` key and leaves the draw open: if the model's next run is a
         forward run, it uses the other streams of the same draw.
       loss: what is called is a function of the user's, with the model as its first argument.
+      trains: it changes the model's parameters, step by step; its output are the variables after the last step.
     """
 
     model: bool
     forward: bool
     opens: bool
     loss: bool = False
+    trains: bool = False
 
 
-CommandName = Literal["apply", "init", "key", "grad"]
+CommandName = Literal["apply", "init", "key", "grad", "train"]
 
 COMMANDS: dict[CommandName, CommandKind] = {
     "apply": CommandKind(model=True, forward=True, opens=False),
     "init": CommandKind(model=True, forward=False, opens=True),
     "key": CommandKind(model=False, forward=False, opens=False),
     "grad": CommandKind(model=True, forward=True, opens=False, loss=True),
+    "train": CommandKind(model=True, forward=True, opens=False, loss=True, trains=True),
 }
 """The commands that draw. A module that needs more per command has a dict of its own with the same keys."""
 
@@ -114,33 +118,6 @@ class InitStats(Struct, frozen=True, forbid_unknown_fields=True):
     collections: tuple[str, ...]
     added: bool = False
     """True where existing variables were completed, because a method needs some that the first init did not make."""
-
-
-class LayerGradient(Struct, frozen=True):
-    """The gradient by the parameters that one module holds itself, those of its submodules left out.
-
-    Attributes:
-      path: of the module; empty for the model itself.
-      cls: its class, empty where that is not known.
-      parameters, frozen: elements of its parameters, and how many of these have no gradient because they are frozen.
-      squares, weights: sums of the squares of the gradient, and of the parameters that it is taken by.
-      zeros, bad: elements of the gradient that are zero, and that are NaN or infinite.
-    """
-
-    path: tuple[str, ...]
-    cls: str
-    parameters: int
-    frozen: int = 0
-    squares: float = 0.0
-    weights: float = 0.0
-    zeros: int = 0
-    bad: int = 0
-
-    @classmethod
-    def of_all(cls, parts: Sequence[LayerGradient], path: tuple[str, ...] = (), of: str = "") -> LayerGradient:
-        """The gradient by the parameters of all `parts` together, under `path` and with the class `of`."""
-        sums = {name: sum(getattr(part, name) for part in parts) for name in cls.__struct_fields__[2:]}
-        return cls(path, of, **sums)
 
 
 class Released:
@@ -218,7 +195,7 @@ def show_as(face: Face) -> None:
 
 
 class Run(Struct, frozen=True, eq=False, weakref=True):
-    """One run: an apply, an init, a key or a loss with its gradients.
+    """One run: an apply, an init, a key, a loss with its gradients, or a training.
 
     Attributes:
       command: a key of `COMMANDS`.
@@ -227,7 +204,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
       switch: the model's own switches and their values, such as `training=True`; empty if it has none.
       call: the call as it was written, such as `net(x)`.
       inputs: (args, kwargs) as the model got them.
-      output: what the model returned (an init: the variables; a key: the key).
+      output: what the model returned (an init or a training: the variables; a key: the key).
       sown: collection → the values that the model sowed there in this run.
       seed, draw: which draw of which seed; numbers count from 1 under each seed.
       samples: the number of draws taken at once, from `draw` on; arrays of output and keys then have a leading axis of
@@ -257,6 +234,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
         `environment`) and a sample of its output if one was kept (see `sample_of`); else None.
       agreement: for a replay by `Session.replay`, the comparison with the original run; else None.
       layers: for gradients, those of each module.
+      trained: for a training, what its finished steps have given so far.
     """
 
     command: CommandName
@@ -296,6 +274,7 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     elsewhere: Mapping[str, object] | None = None
     agreement: Agreement | None = None
     layers: tuple[LayerGradient, ...] = ()
+    trained: Curve | None = None
     _taken: OutputFacts = msgspec.field(default_factory=OutputFacts)
     spelling: ExportFacts | None = None
     """For an apply and an init: the facts from which an export writes the run as plain Flax."""
@@ -343,13 +322,33 @@ class Run(Struct, frozen=True, eq=False, weakref=True):
     def values(self) -> tuple[Values, ...]:
         """Statistics of each floating-point array of the output, computed at first access.
 
-        Empty for an init and a key, and where the output was released before that.
+        Empty for an init, a key and a training, and where the output was released before that.
         """
-        if not self.kind.forward:
+        if not self.kind.forward or self.kind.trains:
             return ()
         if self._taken.values is None and self.output is not RELEASED:
             self._taken.values = values_of(self.output)
         return self._taken.read().values or ()
+
+    @property
+    def losses(self) -> HostArray | None:
+        """The loss of each finished step of a training, float32; None for every other run."""
+        return None if self.trained is None else self.trained.losses
+
+    @property
+    def metrics(self) -> Mapping[str, HostArray]:
+        """The metrics of each finished step of a training by name, float32."""
+        return {} if self.trained is None else self.trained.metrics
+
+    @property
+    def eval(self) -> tuple[Evaluation, ...]:
+        """The looks at a training's `--eval` data, in order."""
+        return () if self.trained is None else self.trained.evals
+
+    @property
+    def steps(self) -> int:
+        """The number of finished steps of a training."""
+        return 0 if self.trained is None else len(self.trained.losses)
 
     def with_notes(self, notes: tuple[Note, ...]) -> Run:
         """The run with these notes in place of its own."""

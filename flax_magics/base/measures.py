@@ -1,5 +1,5 @@
-"""Measurements of a run (times, memory, cost, limits) and the environment that its bits depend on besides code and
-keys: versions, kind of device, processor, threads.
+"""Measurements of a run (times, memory, cost, limits, gradients) and the environment that its bits depend on: versions,
+kind of device, processor, threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,6 +22,33 @@ from msgspec import Struct
 
 from .text import bytes_, flops, seconds
 from .types import PyTree
+
+
+class LayerGradient(Struct, frozen=True):
+    """The gradient by the parameters that one module holds itself, those of its submodules left out.
+
+    Attributes:
+      path: of the module; empty for the model itself.
+      cls: its class, empty where that is not known.
+      parameters, frozen: elements of its parameters, and how many of these have no gradient because they are frozen.
+      squares, weights: sums of the squares of the gradient, and of the parameters that it is taken by.
+      zeros, bad: elements of the gradient that are zero, and that are NaN or infinite.
+    """
+
+    path: tuple[str, ...]
+    cls: str
+    parameters: int
+    frozen: int = 0
+    squares: float = 0.0
+    weights: float = 0.0
+    zeros: int = 0
+    bad: int = 0
+
+    @classmethod
+    def of_all(cls, parts: Sequence[LayerGradient], path: tuple[str, ...] = (), of: str = "") -> LayerGradient:
+        """The gradient by the parameters of all `parts` together, under `path` and with the class `of`."""
+        sums = {name: sum(getattr(part, name) for part in parts) for name in cls.__struct_fields__[2:]}
+        return cls(path, of, **sums)
 
 
 class Steady(Struct, frozen=True, forbid_unknown_fields=True):

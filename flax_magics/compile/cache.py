@@ -29,7 +29,7 @@ from ..code.library import library
 from ..models.base import CallTrace, ForeignOutput, Needs, Variables
 from ..models.calls import signature_of
 from ..rng.keys import SeenKeys
-from ..run import Cause
+from ..run import Cause, Run
 from .compiler import (
     Compiled,
     Compiler,
@@ -127,6 +127,24 @@ class PendingProgram(Struct, frozen=True):
     def request(self) -> TraceRequest:
         """The completed request that it is made for."""
         return self.call.request
+
+
+class Compiling(Struct, frozen=True):
+    """A function that is no call of a model, while it is compiled.
+
+    Attributes:
+      key: in `by_text` and `compiling`.
+      shareable: another function with the same key may use the executable.
+      executable: None while it is being compiled; then `future` is the compilation.
+      timing: of lowering.
+    """
+
+    key: Hashable
+    trees: Trees
+    shareable: bool
+    executable: Executable
+    future: Future | None
+    timing: Timing
 
 
 class ProgramCache:
@@ -288,6 +306,40 @@ class ProgramCache:
             keep(self.by_call, pending.key, program, KEPT)
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
 
+    def begin_compiling(self, traced: Traced, phase: OnPhase, where: Hashable) -> Compiling:
+        """Starts to compile a traced function that is no call of a model, unless it is cached.
+
+        Args:
+          where: the shardings of committed arguments.
+        """
+        phase("lowering")
+        start = self.clock()
+        lowered = traced.lower()
+        key = program_key(traced, lowered, where)
+        trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
+        timing = Timing(lower=self.clock() - start)
+        executable = None if key is None else self._executable(key, trees)
+        text_key = key or object()
+        future = None if executable is not None else self.compiling.get(text_key) or self.compiler.start(lowered, key)
+        if future is not None:
+            self.compiling[text_key] = future
+        return Compiling(text_key, trees, key is not None, executable, future, timing)
+
+    def finish_compiling(self, begun: Compiling, phase: OnPhase) -> tuple[Executable, str, Timing]:
+        """Waits for it. Returns the executable, whether it was `compiled`, `disk cache` or `reused`, and the times."""
+        if begun.future is None:
+            return begun.executable, "reused", begun.timing
+        phase("compiling")
+        start = self.clock()
+        try:
+            compiled: Compiled = wait_for(begun.future)
+        finally:
+            if begun.future.done():  # an interrupted compilation goes on for the next run
+                self.compiling.pop(begun.key, None)
+        if begun.shareable:
+            keep(self.by_text, begun.key, (compiled.executable, begun.trees), KEPT)
+        return compiled.executable, compiled.origin, replace(begun.timing, compile=self.clock() - start)
+
 
 class Services(Struct, eq=False):
     """What all commands of a session share.
@@ -297,12 +349,14 @@ class Services(Struct, eq=False):
       clock: returns seconds.
       on_phase: called with what is being done, as it begins.
       seen: keys that were met before, for notes on reused keys.
+      on_progress: called at most twice a second by a training under way, with the Run of what it has done so far.
     """
 
     programs: ProgramCache
     clock: Callable[[], float]
     on_phase: OnPhase
     seen: SeenKeys
+    on_progress: Callable[[Run], None] = lambda run: None
 
 
 def call_key(request: TraceRequest) -> Hashable | None:

@@ -29,6 +29,7 @@ from ..line.commands import (
     FLAX_REPLAY,
     FLAX_SAVE,
     FLAX_SUMMARY,
+    FLAX_TRAIN,
     FLAX_VARS,
     FLAXMODEL,
     KINDS,
@@ -239,6 +240,34 @@ class FlaxMagics(Magics):
         # Displayed, they would show the report once more.
         return None if gradients is None else use.value_once(gradients)
 
+    @command(FLAX_TRAIN)
+    def flax_train(self, use: CommandUse) -> Any:
+        """`%flax_train loss(net, data)`"""
+
+        def run(expression: CallExpression) -> Run:
+            from ..state.training import Optimizer, TrainOptions
+
+            name, loss, call, module = use.resolve_loss(expression)
+            note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
+            earlier = self.session.training_of(name) if use["resume"] else None
+            optimizer, data = use["optimizer"], use["eval"] or ("" if earlier is None else earlier.eval)
+
+            def evaluated(option: str, text: str | None) -> Any:
+                return parse_expression(text, option).evaluate(use.user_ns, use.local_ns) if text else None
+
+            options = TrainOptions(
+                optimizer=Optimizer(optimizer, evaluated("--optimizer", optimizer)) if optimizer else None,
+                eval=evaluated("--eval", data),
+                eval_text=data,
+                **{option: use[option] for option in ("batch", "epochs", "steps", "freeze", "resume")},
+            )
+            notes = () if note is None else (note,)
+            return self.session.run_train(name, loss, call, options, module=module, notes=notes)
+
+        trained = use.run(run, gives_run=True)
+        # Displayed, it would show the report once more.
+        return None if trained is None else use.value_once(trained)
+
     @command(FLAX_SUMMARY)
     def flax_summary(self, use: CommandUse) -> Any:
         """`%flax_summary net(x)`"""
@@ -341,17 +370,19 @@ class FlaxMagics(Magics):
     def flax_replay(self, use: CommandUse) -> Any:
         """`%flax_replay N`"""
         from ..history.table import notice_of
-        from ..report.html import notice_bundle
+        from ..report.html import bundle, notice_bundle
 
         draw = use.replay_of()
         with self.notebook.working("preparing") as live:
-            runs = self.session.run_replay(draw)
+            runs = self.session.run_replay(draw, step=use["step"])
         if use["out"]:
             use.user_ns[use["out"]] = runs[-1]
         # The first report replaces the live line, further ones come below.
         live.show({} if use["quiet"] else notice_bundle(notice_of(runs[0]), self.style))
         for run in runs[1:]:
             self.tell(notice_of(run), use)
+        if use["step"] is not None:
+            self.publish(bundle(runs[-1], "normal", self.style), use)
         return use.value_once(runs[-1])
 
     @command(FLAX_SAVE)

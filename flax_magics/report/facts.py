@@ -103,6 +103,11 @@ REPORTED = {
         cost=lambda run: [*scalars_of(run), *_cost_of_apply(run)],
         unused={"params": "not needed: the variables were there", None: "not needed: no module asked for it"},
     ),
+    "train": Reported(
+        mode="train",
+        cost=_cost_of_apply,
+        unused={"params": "not needed: the variables were there", None: "not needed: no module asked for it"},
+    ),
 }
 
 
@@ -156,7 +161,11 @@ def verdict(run: Run) -> str:
         return "nothing to compare with"
     if not agreement.identical:
         return "differs"
+    if agreement.against == "losses":
+        return "identical: every loss" if run.kind.trains else "identical: its loss"
     how = ", by its digest" if agreement.against == "digest" else ""
+    if run.kind.trains:
+        return f"identical{how}: weights after {plural(run.steps, 'step')}"
     return f"identical{how}: {'loss and gradients' if run.kind.loss else cut(clean(run.shape), 40)}"
 
 

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from msgspec import Struct
 
+from ..base.measures import LayerGradient
 from ..base.text import cell_len, clean, count, natural, plural, repeats, share, width, wrap
-from ..run import LayerGradient
 
 Path = tuple[str, ...]
 

@@ -20,6 +20,7 @@ from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
 from ..models.construction import BuiltBySession, Construction
+from .training import Optimizer, Training, TrainOptions
 from .weights import COPIES, Collections, WeightSource, check_alive, is_gone
 
 
@@ -57,6 +58,10 @@ class ModelEntry(Struct, frozen=True):
     """Where the variables came from; None as long as there are none."""
     replaced: Replaced | None = None
     """Variables that the last init replaced, if they were more than what an earlier init had made."""
+    optimizer: Optimizer | None = None
+    """The one of the last training, which later ones use where none is named."""
+    training: Training | None = None
+    """What goes on with the last training; None where there was none, or where other variables took its place."""
 
     @property
     def ready(self) -> bool:
@@ -130,7 +135,9 @@ class ModelEntry(Struct, frozen=True):
         self, variables: Collections | None, source: WeightSource | None, init: InitRecord | None = None
     ) -> ModelEntry:
         """The entry with other variables, which no run has written yet."""
-        return replace(self, variables=variables, init=init, update_counts={}, outdated=False, source=source)
+        return replace(
+            self, variables=variables, init=init, update_counts={}, outdated=False, source=source, training=None
+        )
 
     def to_be_made_anew(self) -> ModelEntry:
         """The model without variables of the session's; a module that holds its own is built anew at its next use."""
@@ -140,7 +147,8 @@ class ModelEntry(Struct, frozen=True):
     def without_variables(self) -> ModelEntry:
         """The entry without arrays; see `AnyModel.without_arrays`."""
         model = self.model.without_arrays()
-        return replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
+        without = replace(self, model=model, variables=None, init=None, update_counts={}, built=None, replaced=None)
+        return replace(without, optimizer=None, training=None)
 
 
 class ApplyRecipe(Struct, frozen=True, eq=False):
@@ -206,10 +214,33 @@ class BuildRecipe(Struct, frozen=True, eq=False):
     pinned: tuple[Leaf, ...] = ()
 
 
+class TrainRecipe(Struct, frozen=True, eq=False):
+    """What a replay of a training needs.
+
+    Attributes:
+      entry: as in `ApplyRecipe`.
+      function, loss: the loss, and how it is written.
+      options: as they were completed, without the `--eval` data.
+      call: the text of the call.
+      taken: the draw's `params` key had gone into variables before.
+      structure: treedef of the variables that it began with; None where it initialised them.
+      pinned: as in `ApplyRecipe`.
+    """
+
+    entry: ModelEntry
+    function: Any
+    loss: str
+    options: TrainOptions
+    call: str
+    taken: bool
+    structure: jax.tree_util.PyTreeDef | None
+    pinned: tuple[Leaf, ...] = ()
+
+
 class Origin(Struct, eq=False):
     """What a replay of one run needs besides keys and inputs: its recipe, and leaves of the variables that it had."""
 
-    how: ApplyRecipe | InitRecipe | BuildRecipe
+    how: ApplyRecipe | InitRecipe | BuildRecipe | TrainRecipe
     leaves: list[Leaf]
 
     @property

@@ -105,6 +105,7 @@ def register_holding(
     values = old.nnx.collections()
     outdated = old.outdated or first != old.initial_sample
     entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
+    entry = replace(entry, optimizer=old.optimizer, training=old.training)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
@@ -165,6 +166,7 @@ def assigned(
     """
     # `previous_init` still tells what fits, after `init` no longer describes these variables.
     entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, update_counts={}, outdated=False)
+    entry = replace(entry, training=None)
     if entry.model.holds_variables:
         return _into_module(entry, entry.model, variables, written, cell)
     if variables is None:

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..base.measures import LayerGradient
 from ..base.types import Leaf, PyTree
 from ..models.base import Model, Variables
 from ..models.calls import Path
-from ..run import LayerGradient
 from .loss import Gradients
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from html_reader import Reader
 from sessions import session_of
 
+from flax_magics.base.measures import LayerGradient
 from flax_magics.report.layers import lines, table
-from flax_magics.run import LayerGradient
 
 X = jax.random.normal(jax.random.key(0), (3, 8))
 

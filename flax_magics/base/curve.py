@@ -1,0 +1,71 @@
+"""The numbers that a training gives: a loss and metrics for each step, and looks at other data in between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from msgspec import Struct
+
+from .types import HostArray
+
+
+class Evaluation(Struct, frozen=True):
+    """One look at the `--eval` data: loss and metrics over all of them, weighed by their examples.
+
+    Attributes:
+      step: how many steps were finished before it.
+    """
+
+    step: int
+    loss: float
+    metrics: Mapping[str, float]
+
+
+class Task(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a training was asked to do, as it was written.
+
+    Attributes:
+      optimizer: the text of the optimizer, empty where it is not known.
+      batch, epochs, steps, freeze: see `Session.train`.
+      eval: the text of the `--eval` data, empty without any.
+      arrays: its data are arrays, and no iterable of batches.
+      parts: how many steps were finished when each of its commands ended, the present one left out.
+    """
+
+    optimizer: str = ""
+    batch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    eval: str = ""
+    freeze: tuple[str, ...] = ()
+    arrays: bool = True
+    parts: tuple[int, ...] = ()
+
+
+class Curve(Struct, frozen=True, eq=False):
+    """What a training has done so far.
+
+    Attributes:
+      losses: one for each finished step, float32.
+      metrics: name → one for each finished step, float32.
+      evals: the looks at the `--eval` data, in order.
+      total: the steps that were asked for in all; None until the length of an iterable is known.
+      epoch: the steps of one epoch; None where that is not known.
+      examples: how many there were in the finished steps.
+      seconds: the time of the finished steps, that of the looks included.
+      group: how many steps one program does.
+      task: what was asked for.
+      stopped: empty for a training that has finished or is under way; `interrupted`, or why it ended, in one line.
+    """
+
+    losses: HostArray = np.zeros(0, np.float32)
+    metrics: Mapping[str, HostArray] = {}
+    evals: tuple[Evaluation, ...] = ()
+    total: int | None = None
+    epoch: int | None = None
+    examples: int = 0
+    seconds: float = 0.0
+    group: int = 1
+    stopped: str = ""
+    task: Task = Task()
