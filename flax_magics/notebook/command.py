@@ -184,7 +184,7 @@ class CommandUse(Record):
     def run(self, run: Callable[[CallExpression], Run]) -> Any:
         """Runs the call of a line or a cell, and reports it. Returns the output; None if it is assigned or silenced."""
         expression, assign = self.read_body()
-        with self.notebook.working("preparing") as live:
+        with self.notebook.working("preparing", quiet=self["quiet"]) as live:
             finished = run(expression)
         if self["out"]:
             self.user_ns[self["out"]] = finished
