@@ -165,6 +165,7 @@ def assigned(
     """
     # `previous_init` still tells what fits, after `init` no longer describes these variables.
     entry = replace(entry, init=None, previous_init=entry.init or entry.previous_init, update_counts={}, outdated=False)
+    entry = replace(entry, training=None)
     if entry.model.holds_variables:
         return _into_module(entry, entry.model, variables, written, cell)
     if variables is None:

@@ -55,3 +55,16 @@ class Training(Struct, frozen=True, eq=False):
     def step(self) -> int:
         """How many steps are finished."""
         return len(self.curve.losses)
+
+
+class TrainOptions(Struct, frozen=True):
+    """The options of a training; `Session.train` documents them."""
+
+    optimizer: Optimizer | None = None
+    batch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    eval: PyTree = None
+    eval_text: str = ""
+    freeze: tuple[str, ...] = ()
+    resume: bool = False

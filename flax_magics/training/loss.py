@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -121,18 +121,20 @@ class Loss(Struct, frozen=True, eq=False):
       function: the loss, which is called as `function(net, *args, **kwargs)`.
       name: how the loss is written in the call, such as `loss` or `losses.contrastive`.
       freeze: patterns of the parameters that have no gradients, see `is_frozen`.
+      graded: it takes the gradients; if not, its output is `(loss, metrics)`, and nothing that it writes.
     """
 
     model: Model
     function: Function
     name: str
     freeze: tuple[str, ...] = ()
+    graded: bool = True
     _code: Fingerprint = field(default_factory=lambda: Fingerprint(None))
 
     @classmethod
     def of(cls, model: Model, function: Function, name: str, freeze: tuple[str, ...] = ()) -> Loss:
         """The loss `function` of a net; see above for the rest."""
-        return cls(model, function, name, freeze, Fingerprint(function))
+        return cls(model, function, name, freeze, True, Fingerprint(function))
 
     def as_model(self) -> Model:
         """Itself, as what it is to `execution/`: mypy does not see what `__getattr__` hands on."""
@@ -176,7 +178,7 @@ class Loss(Struct, frozen=True, eq=False):
     def cache_key(self) -> object:
         """The net's and the loss's code together; None where one of them cannot be told."""
         net, loss = self.model.cache_key(), self._code.digest()
-        return None if net is None or loss is None else (net, loss, self.freeze)
+        return None if net is None or loss is None else (net, loss, self.freeze, self.graded)
 
     def code(self) -> bytes | None:
         """A digest of the code of both; None where one cannot be told."""
@@ -219,22 +221,11 @@ class Loss(Struct, frozen=True, eq=False):
         run = self.model.forward(self.function, ask, record, root_impl)
 
         def graded(variables: Variables, keys: Mapping[str, Any], args: Args, kwargs: Kwargs) -> tuple[PyTree, PyTree]:
-            parameters = self._parameters(variables)
-            if not jax.tree_util.tree_leaves(parameters.trained):
-                why = "all of them are frozen" if parameters.frozen else "it has none"
-                raise FlaxMagicsError(f"there is no parameter of the net to take gradients by: {why}.")
-
-            def loss_of(trained: PyTree) -> tuple[Leaf, tuple[PyTree, PyTree]]:
-                # Made anew in here: NNX lets no object be changed at another level of tracing than its own.
-                inside, named = jax.tree_util.tree_map(lambda leaf: leaf, (args, kwargs))
-                inside, named = tuple(map(_bound, inside)), {name: _bound(value) for name, value in named.items()}
-                try:
-                    output, updates = run(parameters.put_into(variables, trained), keys, inside, named)
-                except (flax_errors.JaxTransformError, flax_errors.TraceContextError) as error:
-                    raise transformed(self.name, error) from None
-                value, metrics = read(self.name, output)
-                return value, (metrics, updates)
-
+            parameters = self.parameters(variables)
+            loss_of = self.of_parameters(run, variables, (keys, args, kwargs))
+            if not self.graded:
+                value, (metrics, _) = loss_of(parameters.trained)
+                return (value, metrics), {}
             (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(parameters.trained)
             sown = {name: tree for name, tree in updates.items() if name == SOWN or name in record.sown}
             kept = {name: tree for name, tree in updates.items() if name not in sown and name[0] != ARGUMENTS[0]}
@@ -242,10 +233,40 @@ class Loss(Struct, frozen=True, eq=False):
 
         return graded
 
-    def _parameters(self, variables: Variables) -> Parameters:
+    def of_parameters(
+        self, run: Forward, variables: Variables, given: tuple[PyTree, Args, Kwargs]
+    ) -> Callable[[PyTree], tuple[Leaf, tuple[PyTree, PyTree]]]:
+        """The function that `jax.value_and_grad` takes: of the trained parameters, to `(loss, (metrics, updates))`.
+
+        Args:
+          run: the net's `forward` of the loss.
+          given: keys, and the arguments after the net.
+        """
+        parameters = self.parameters(variables)
+
+        def loss_of(trained: PyTree) -> tuple[Leaf, tuple[PyTree, PyTree]]:
+            # Made anew in here: NNX lets no object be changed at another level of tracing than its own.
+            keys, args, kwargs = jax.tree_util.tree_map(lambda leaf: leaf, given)
+            args, kwargs = tuple(map(_bound, args)), {name: _bound(value) for name, value in kwargs.items()}
+            try:
+                output, updates = run(parameters.put_into(variables, trained), keys, args, kwargs)
+            except (flax_errors.JaxTransformError, flax_errors.TraceContextError) as error:
+                raise transformed(self.name, error) from None
+            value, metrics = read(self.name, output)
+            return value, (metrics, updates)
+
+        return loss_of
+
+    def parameters(self, variables: Variables) -> Parameters:
+        """The net's parameters in `variables`. Raises FlaxMagicsError where there is none to take gradients by."""
         if self.model.holds_variables:
-            return Parameters.of_nnx(variables, self.model.trainable(), self.freeze)
-        return Parameters.of_linen(variables, self.freeze)
+            parameters = Parameters.of_nnx(variables, self.model.trainable(), self.freeze)
+        else:
+            parameters = Parameters.of_linen(variables, self.freeze)
+        if not jax.tree_util.tree_leaves(parameters.trained):
+            why = "all of them are frozen" if parameters.frozen else "it has none"
+            raise FlaxMagicsError(f"there is no parameter of the net to take gradients by: {why}.")
+        return parameters
 
     def _as_users(self, grads: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
         """Gradients and updates as by hand: for an NNX module `nnx.State`s, without keys and counts of streams."""
