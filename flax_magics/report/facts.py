@@ -296,7 +296,9 @@ def _made(run: Run) -> tuple[str, ...]:
 
 def changed_of(run: Run) -> tuple[str, ...]:
     """`batch_stats: update 11`, or `batch_stats: not kept`, for each collection that the model wrote."""
-    updated = (f"{clean(name)}: update {updates}" for name, updates in run.changed.items())
+    # Of a training's parameters each step is an update, and the steps are told.
+    changed = {name: updates for name, updates in run.changed.items() if not (run.kind.trains and name == "params")}
+    updated = (f"{clean(name)}: update {updates}" for name, updates in changed.items())
     return (*updated, *(f"{clean(name)}: not kept" for name in run.dropped))
 
 
