@@ -35,7 +35,7 @@ from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
 from . import data as training_data
 from .data import ArrayData, BatchData, Data
-from .diagnosis import ROWS, why_of_step
+from .diagnosis import ROWS, notes_of_unused, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .group import Groups
 from .look import Look
@@ -220,6 +220,12 @@ class Trainer:
             unfinished=services.programs.unfinished,
         )
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The collections that have parameters."""
+        net = self.loss.model
+        return net.trainable() if net.holds_variables else frozenset({"params"})
+
     def _initialise(self) -> RunVariables:
         """Initialises a linen net in the training's own draw, by `flax.linen.init(loss, net)` with the first batch."""
         entry, request = self.request.entry, self.request
@@ -240,6 +246,8 @@ class Trainer:
             found.append(
                 Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
             )
+        frozen = {tuple(path.split("/"))[:-1] for path in self.loss.parameters(self.traced.request.variables).frozen}
+        found += notes_of_unused(self.traced, self.kinds, frozen)
         found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
         if self.resumed is not None and not self.data.exact:
             text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
@@ -400,8 +408,6 @@ class Trainer:
             names["params (folded)"] = ("params", True)
         if self.options.batch is not None:
             names[SHUFFLE] = (SHUFFLE, False)
-        net = self.loss.model
-        kinds = net.trainable() if net.holds_variables else frozenset({"params"})
         anew = self.ready.anew and entry.model.holds_variables
         made: InitStats | None = made_of(self.ready.entry.nnx.collections()) if anew else self.variables.made
         counts = {
@@ -412,13 +418,14 @@ class Trainer:
             model=self.name,
             mode="train",
             call=bound.call.text,
-            inputs=(self.call.args, bound.kwargs),
+            # An iterable is no tree of arrays: its first batch stands for it.
+            inputs=(self.call.args if isinstance(self.data, ArrayData) else self.request.call.args, bound.kwargs),
             output=output,
             seed=self.draw.seed,
             draw=self.draw.number,
             keys=RunKeys(self.draw, names),
             used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in trace.asked.items()},
-            changed={**dict.fromkeys(sorted(kinds), len(curve.losses)), **counts},
+            changed={**dict.fromkeys(sorted(self.kinds), len(curve.losses)), **counts},
             device=devices_of(self.loop.state.variables),
             started=self.started,
             program=self.programs.origin,
