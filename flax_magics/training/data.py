@@ -271,7 +271,8 @@ def check(text: str, data: object, batch: int | None, line: str) -> None:
             raise FlaxMagicsError(
                 f"`{text}` forks {plural(data.num_workers, 'worker')}, and a fork of a process in which JAX runs may"
                 " wait for ever.",
-                edit="DataLoader(…, num_workers=0), or multiprocessing_context='forkserver'",
+                hint="multiprocessing_context='forkserver' starts them otherwise",
+                edit="DataLoader(…, num_workers=0)",
             )
 
 

@@ -486,3 +486,27 @@ def test_another_thread_that_changes_the_net_ends_the_training(monkeypatch):
         session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=5)
     assert session.runs[-1].steps == 2
     assert session._state.models["net"].training is None
+
+
+def test_variables_that_the_first_init_did_not_make_are_added():
+    class Two(nn.Module):
+        def setup(self) -> None:
+            self.first, self.last = nn.Dense(4), nn.Dense(3)
+
+        def __call__(self, x: Any) -> Any:
+            return self.first(x)
+
+        def classify(self, x: Any) -> Any:
+            return self.last(self.first(x))
+
+    session = session_of(Two())
+    session.init("net", DATA["x"])
+    run = session.train(
+        lambda net, batch: cross_entropy(net.classify(batch["x"]), batch["y"]),
+        *("net", DATA),
+        optimizer=optax.sgd(0.1),
+        steps=2,
+    )
+    assert run.made is not None
+    assert run.made.added
+    assert sorted(session.models["net"].variables["params"]) == ["first", "last"]
