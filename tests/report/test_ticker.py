@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,6 +33,21 @@ def test_a_job_is_drawn_when_it_is_due_and_again_after_each_interval():
     until(lambda: len(drawn) >= 3)
     ticker.end()
     assert set(drawn) == {"flax_magics live"}
+
+
+def test_a_drawing_that_takes_the_processor_long_is_seldom_drawn():
+    ticker, drawn = Ticker(idle=0.01), []
+
+    def draw() -> None:
+        begin = time.thread_time()
+        while time.thread_time() - begin < 0.002:
+            pass
+        drawn.append(time.monotonic())
+
+    ticker.begin(draw, 0.0, 0.0)
+    until(lambda: len(drawn) == 3)
+    ticker.end()
+    assert all(later - earlier >= 50 * 0.002 for earlier, later in pairwise(drawn))
 
 
 def test_nothing_is_drawn_once_end_has_returned():
