@@ -7,13 +7,15 @@ import compileall
 import sys
 from functools import partial
 
-from . import fresh, warm
+from . import fresh, training, warm
 from .cells import ROOT, Seconds
 from .table import Row, machine, table
 
 GROUPS = (
     *((partial(warm.measured, loops), [loop.row for loop in loops]) for loops in warm.PROCESSES),
     (fresh.sessions, [fresh.COLD, fresh.RESTART, *(edit.row for edit in fresh.EDITS)]),
+    (training.measured, [loop.row for loop in training.LOOPS]),
+    (training.first, [training.FIRST]),
     (fresh.loading, [fresh.LOADING]),
     (fresh.importing, [fresh.OWN, fresh.MSGSPEC, fresh.JINJA]),
 )

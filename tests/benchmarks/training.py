@@ -1,0 +1,196 @@
+"""The rows of trainings: windows of many steps, by hand and ours in turn; and the first step in a fresh process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+
+from .cells import Laps, Seconds, in_shell
+from .fresh import IMPORTS, LOAD
+from .table import Row
+from .warm import Loop
+
+SETUP = f"""\
+{IMPORTS}import time
+import numpy as np
+import optax
+from flax import nnx
+import flax_magics
+size, batch = 12_800, 128
+train = {{'image': jax.random.normal(jax.random.key(1), (size, 64)), 'label': jnp.arange(size) % 10}}
+
+def loss(net, batch):
+  logits = net(batch['image'])
+  ce = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
+  return ce, {{'accuracy': (logits.argmax(-1) == batch['label']).mean()}}
+
+def rows_of(steps):
+  order, per_epoch = None, size // batch
+  for i in range(steps):
+    if i % per_epoch == 0:
+      order = np.asarray(jax.random.permutation(jax.random.fold_in(jax.random.key(2), i), size), np.int32)
+    yield order[i % per_epoch * batch:][:batch]
+
+tx = optax.adamw(1e-3)
+take = jax.jit(lambda data, rows: jax.tree.map(lambda array: array[rows], data))
+"""
+MODELS = """\
+class MLP(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(nn.relu(nn.Dense(128)(x)))
+
+class Normed(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(128)(x))
+    return nn.Dense(10)(nn.Dropout(0.1, deterministic=not train)(nn.relu(x)))
+
+class CNN(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = x.reshape(-1, 8, 8, 1)
+    for _ in range(3):
+      x = nn.relu(nn.Conv(32, (3, 3))(x))
+    return nn.Dense(10)(x.mean((1, 2)))
+
+class NnxMLP(nnx.Module):
+  def __init__(self, rngs):
+    self.hidden, self.out = nnx.Linear(64, 128, rngs=rngs), nnx.Linear(128, 10, rngs=rngs)
+
+  def __call__(self, x):
+    return self.out(nnx.relu(self.hidden(x)))
+
+net, normed, cnn = MLP(), Normed(), CNN()
+module, own_module = (NnxMLP(nnx.Rngs(0)) for _ in range(2))
+optimizer = nnx.Optimizer(own_module, tx, wrt=nnx.Param)
+
+def loss_in_mode(net, batch, train):
+  return loss(lambda x: net(x, train=train), batch)
+"""
+BY_HAND = """\
+def made(net):
+  variables = net.init(jax.random.key(0), train['image'][:batch])
+  params = variables.pop('params')
+  return params, variables, tx.init(params)
+
+def updated(net, options, state, batch, key, i):
+  params, rest, opt_state = state
+  def loss_of(params):
+    variables, rngs = {'params': params, **rest}, {'dropout': jax.random.fold_in(key, i)}
+    outputs = {}
+    def apply(x):
+      outputs['y'] = net.apply(variables, x, rngs=rngs, mutable=list(rest), **options)
+      return outputs['y'][0]
+    value, metrics = loss(apply, batch)
+    return value, (metrics, outputs['y'][1])
+  (value, (metrics, rest)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+  changes, opt_state = tx.update(grads, opt_state, params)
+  return (optax.apply_updates(params, changes), rest, opt_state), value, metrics
+
+def two_programs(net, **options):
+  step = jax.jit(lambda state, batch, key, i: updated(net, options, state, batch, key, i))
+  return lambda state, rows, key, i: step(state, take(train, rows), key, i)
+
+def one_program(net, **options):
+  @jax.jit
+  def step(state, data, rows, key, i):
+    return updated(net, options, state, jax.tree.map(lambda array: array[rows], data), key, i)
+  return lambda state, rows, key, i: step(state, train, rows, key, i)
+
+def trained(step, state, steps):
+  losses, accuracies, key = [], [], jax.random.key(3)
+  for i, rows in enumerate(rows_of(steps)):
+    state, value, metrics = step(state, rows, key, i)
+    losses.append(value)
+    accuracies.append(metrics['accuracy'])
+  return jax.block_until_ready(state), np.asarray(losses), np.asarray(accuracies)
+
+@nnx.jit
+def nnx_step(module, optimizer, batch):
+  (value, metrics), grads = nnx.value_and_grad(loss, has_aux=True)(module, batch)
+  optimizer.update(module, grads)
+  return value, metrics
+
+def trained_nnx(steps):
+  losses = [nnx_step(own_module, optimizer, take(train, rows)) for rows in rows_of(steps)]
+  return jax.block_until_ready(nnx.state(own_module)), [float(value) for value, _ in losses]
+
+steps_of = {'two': two_programs(net), 'one': one_program(net), 'cnn': one_program(cnn)}
+steps_of['normed'] = one_program(normed, train=True)
+states = {'two': made(net), 'one': made(net), 'cnn': made(cnn), 'normed': made(normed)}
+"""
+CELLS = [SETUP, LOAD, MODELS, BY_HAND]
+
+
+def _line(call: str, steps: int, optimizer: str = "tx") -> str:
+    return f"%flax_train -q --optimizer {optimizer} --batch 128 --steps {steps} {call}"
+
+
+def _loop(row: Row, steps: int, by_hand: str, ours: str) -> Loop:
+    return Loop(row, CELLS, by_hand, "", _line(ours, steps), runs=1)
+
+
+MLP_STEPS, NNX_STEPS, CNN_STEPS = 25_000, 5_000, 400
+LOOPS = (
+    _loop(
+        Row("train", "a 64-128-10 MLP, batch 128, adamw, against separate programs for batch and step", 0.77),
+        MLP_STEPS,
+        f"trained(steps_of['two'], states['two'], {MLP_STEPS})",
+        "loss(net, train)",
+    ),
+    _loop(
+        Row("train-one", "the same against batch and step in one program", 0.87),
+        MLP_STEPS,
+        f"trained(steps_of['one'], states['one'], {MLP_STEPS})",
+        "loss(net, train)",
+    ),
+    _loop(
+        Row("train-norm", "the same with BatchNorm and Dropout", 0.83),
+        MLP_STEPS,
+        f"trained(steps_of['normed'], states['normed'], {MLP_STEPS})",
+        "loss_in_mode(normed, train)",
+    ),
+    _loop(
+        Row("train-nnx", "the same in NNX, against nnx.jit and nnx.Optimizer", 0.33),
+        NNX_STEPS,
+        f"trained_nnx({NNX_STEPS})",
+        "loss(module, train)",
+    ),
+    _loop(
+        Row("train-cnn", "a CNN of some 20 ms a step, against one program", 1.02),
+        CNN_STEPS,
+        f"trained(steps_of['cnn'], states['cnn'], {CNN_STEPS})",
+        "loss(cnn, train)",
+    ),
+)
+FIRST = Row("train-first", "the first step of a training in a fresh process, model and optimizer made", 1.1)
+
+
+def measured(keys: Collection[str], rounds: int) -> Seconds:
+    """Windows of trainings, all in one process; each of ours is a new training from the weights of the last."""
+    chosen = [loop for loop in LOOPS if loop.row.key in keys]
+    return in_shell(list(_laps(chosen, rounds)))
+
+
+def _laps(chosen: Iterable[Loop], rounds: int) -> Iterator[tuple[str, list[str]]]:
+    for n, loop in enumerate(chosen):
+        yield "", [] if n else loop.setup
+        yield from loop.laps(rounds)
+        yield "", ["assert flax_magics.session().runs[-1].kind.trains"]
+
+
+def first(keys: Collection[str], rounds: int) -> Seconds:
+    """The first step, each in a process of its own with an empty cache, in turn."""
+    by_hand: Laps = [
+        ("", CELLS[:1]),
+        ("train-first/by hand", [MODELS, BY_HAND, "trained(steps_of['two'], made(net), 1)"]),
+    ]
+    ours: Laps = [("", CELLS[:2]), ("train-first/ours", [MODELS, _line("loss(net, train)", 1)])]
+    seconds: Seconds = {}
+    for n in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for laps in (by_hand, ours)[:: 1 if n % 2 == 0 else -1]:
+                for name, values in in_shell(laps, cache).items():
+                    seconds.setdefault(name, []).extend(values)
+    return seconds
