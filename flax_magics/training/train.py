@@ -9,6 +9,7 @@ from typing import cast
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -183,7 +184,8 @@ class Trainer:
             of_data(data_text(self.call.text), arguments, self.data.first),
             self.draw.impl,
         )
-        values = self.traced.request.variables
+        # A step gives dicts, whatever the user has given.
+        values = unfreeze(dict(self.traced.request.variables))
         trained = self.step.as_tree(self.loss.parameters(values).trained)
         if self.resumed is None:
             opt_state = optimizer.transformation.init(trained)
