@@ -147,6 +147,7 @@ class Trainer:
         self.started = time.time()
         self.timing = Timing()
         self._committed = self._shown = time.perf_counter()
+        self._has_committed = False
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
         self.prepare()
@@ -284,7 +285,8 @@ class Trainer:
                     loop.stopped = self._why_not_finite()
                 elif isinstance(error, FlaxMagicsError):
                     loop.stopped = str(error).partition("\n")[0]
-                if loop.step > first:  # only finished steps count
+                # Only finished steps count; a look that was committed has to be said to have been stopped, too.
+                if loop.step > first or self._has_committed:
                     services.on_progress(self._finish())
                 if isinstance(error, NotFinite):
                     raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
@@ -362,6 +364,7 @@ class Trainer:
                     model.has_same_layout()
                 model.assign(values)
 
+        self._has_committed = True
         self.commit(Progress(run, entry, self.draw, write, self.resumed is not None))
         return run
 

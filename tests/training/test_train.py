@@ -525,3 +525,15 @@ def test_variables_of_a_frozen_dict_are_trained_as_dicts():
     ]
     assert bits(runs[0].losses) == bits(runs[1].losses)
     assert bits(runs[0].output) == bits(runs[1].output)
+
+
+def test_an_interrupt_after_a_look_alone_is_one(monkeypatch):
+    monkeypatch.setattr(train, "OFTEN", 0.0)
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, epochs=1)
+    monkeypatch.setattr(train, "SHOWN", 0.0)
+    session.services.on_progress = lambda run: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        session.train(plain_loss, "net", DATA, eval=DATA, epochs=2, resume=True)
+    run = session.runs[-1]
+    assert (run.steps, len(run.eval), run.trained.stopped) == (3, 1, "interrupted")
