@@ -10,7 +10,7 @@ from msgspec import Struct
 from ..base.digest import data_of, describe
 from ..base.text import bytes_, clean, count, cut, flops, plural, seconds, share
 from ..base.types import Leaf
-from ..rng.keys import SPLIT, short_key, stream_tag
+from ..rng.keys import SPLIT, StepDraw, short_key, stream_tag
 
 if TYPE_CHECKING:
     from ..base.measures import Steady, Timing
@@ -418,13 +418,15 @@ def fingerprint_of(key: Leaf) -> str:
 
 def key_facts(run: Run) -> tuple[KeyFact, ...]:
     """Every key of the draw: first those that were handed out, then those of the split that were not needed."""
-    facts, reported = list[KeyFact](), REPORTED[run.command]
+    facts, reported, draw = list[KeyFact](), REPORTED[run.command], getattr(run.keys, "draw", None)
     for stream in dict.fromkeys((*run.keys, *(SPLIT if run.kind.model else ()))):
         taker = "you" if not run.kind.model else takers(run, stream) if stream in run.keys else "nobody"
         if taker == "nobody":
             taker = reported.unused.get(stream) or reported.unused[None]
         folded = f"fold_in(root, {stream_tag('params' if stream == FOLDED else stream)})"
         made_by = f"split(root, 3)[{1 + SPLIT.index(stream)}]" if stream in SPLIT else folded
+        if isinstance(draw, StepDraw):
+            made_by = f"fold_in({made_by}, {draw.step})"
         facts.append(KeyFact(clean(stream), fingerprint_of(run.keys.get(stream)), made_by, taker))
     return tuple(facts)
 
