@@ -9,6 +9,7 @@ from typing import cast
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -146,6 +147,7 @@ class Trainer:
         self.started = time.time()
         self.timing = Timing()
         self._committed = self._shown = time.perf_counter()
+        self._has_committed = False
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
         self.prepare()
@@ -185,7 +187,8 @@ class Trainer:
             of_data(data_text(self.call.text), arguments, self.data.first),
             self.draw.impl,
         )
-        values = self.traced.request.variables
+        # A step gives dicts, whatever the user has given.
+        values = unfreeze(dict(self.traced.request.variables))
         trained = self.step.as_tree(self.loss.parameters(values).trained)
         if self.resumed is None:
             opt_state = optimizer.transformation.init(trained)
@@ -284,7 +287,8 @@ class Trainer:
                     loop.stopped = self._why_not_finite()
                 elif isinstance(error, FlaxMagicsError):
                     loop.stopped = str(error).partition("\n")[0]
-                if loop.step > first:  # only finished steps count
+                # Only finished steps count; a look that was committed has to be said to have been stopped, too.
+                if loop.step > first or self._has_committed:
                     services.on_progress(self._finish())
                 if isinstance(error, NotFinite):
                     raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
@@ -362,6 +366,7 @@ class Trainer:
                     model.has_same_layout()
                 model.assign(values)
 
+        self._has_committed = True
         self.commit(Progress(run, entry, self.draw, write, self.resumed is not None))
         return run
 
