@@ -162,9 +162,12 @@ def verdict(run: Run) -> str:
         return "nothing to compare with"
     if not agreement.identical:
         return "differs"
+    if agreement.against == "losses":
+        return "identical: every loss" if run.kind.trains else "identical: its loss"
     how = ", by its digest" if agreement.against == "digest" else ""
-    what = "loss and gradients" if run.kind.loss else cut(clean(run.shape), 40)
-    return f"identical{how}: {'the variables' if run.kind.trains else what}"
+    if run.kind.trains:
+        return f"identical{how}: weights after {plural(run.steps, 'step')}"
+    return f"identical{how}: {'loss and gradients' if run.kind.loss else cut(clean(run.shape), 40)}"
 
 
 def weights_of(run: Run) -> str:

@@ -20,7 +20,7 @@ from ..line.options import ApplyOptions
 from ..models.base import CallTrace, Model, ModelWithInit, ModelWithVariables, Needs
 from ..models.calls import Path
 from ..models.construction import BuiltBySession, Construction
-from .training import Optimizer, Training
+from .training import Optimizer, Training, TrainOptions
 from .weights import COPIES, Collections, WeightSource, check_alive, is_gone
 
 
@@ -214,10 +214,33 @@ class BuildRecipe(Struct, frozen=True, eq=False):
     pinned: tuple[Leaf, ...] = ()
 
 
+class TrainRecipe(Struct, frozen=True, eq=False):
+    """What a replay of a training needs.
+
+    Attributes:
+      entry: as in `ApplyRecipe`.
+      function, loss: the loss, and how it is written.
+      options: as they were completed, without the `--eval` data.
+      call: the text of the call.
+      taken: the draw's `params` key had gone into variables before.
+      structure: treedef of the variables that it began with; None where it initialised them.
+      pinned: as in `ApplyRecipe`.
+    """
+
+    entry: ModelEntry
+    function: Any
+    loss: str
+    options: TrainOptions
+    call: str
+    taken: bool
+    structure: jax.tree_util.PyTreeDef | None
+    pinned: tuple[Leaf, ...] = ()
+
+
 class Origin(Struct, eq=False):
     """What a replay of one run needs besides keys and inputs: its recipe, and leaves of the variables that it had."""
 
-    how: ApplyRecipe | InitRecipe | BuildRecipe
+    how: ApplyRecipe | InitRecipe | BuildRecipe | TrainRecipe
     leaves: list[Leaf]
 
     @property

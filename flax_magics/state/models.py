@@ -105,6 +105,7 @@ def register_holding(
     values = old.nnx.collections()
     outdated = old.outdated or first != old.initial_sample
     entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
+    entry = replace(entry, optimizer=old.optimizer, training=old.training)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 

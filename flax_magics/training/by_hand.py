@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
+from ..execution import record
 from ..line.expression import with_arguments
 from ..models.calls import Names
 from ..models.switch import cloned
 
 if TYPE_CHECKING:
+    from ..compile.trace import TracedCall
+    from ..execution.call import BoundCall
+    from ..execution.execute import RunVariables
+    from ..run import ExportFacts
     from .loss import Loss
 
 
@@ -37,6 +44,19 @@ def lines(
         body = f"(value, metrics), updates = {applied}\n    return value, (metrics, updates)"
     aux = ", has_aux=True" if mutable or metrics else ""
     return f"def loss_of(params):\n    {body}\njax.value_and_grad(loss_of{aux})(variables['params'])"
+
+
+def facts_of_training(
+    bound: BoundCall, variables: RunVariables, traced: TracedCall[None], written: Iterable[str], *, taken: bool
+) -> ExportFacts:
+    """What an export needs to write a training; `written`: collections that its steps write besides the parameters."""
+    taken = taken and "params" in traced.needs.streams
+    facts = record.facts_of_call(bound, variables, traced.request.arguments, traced.needs, taken=taken)
+    metrics = traced.traced.out_info[0][1] is not None
+    facts = replace(facts, returns=frozenset({"metrics"} if metrics else ()))
+    kept: dict[str, object] = dict.fromkeys(written)
+    facts = record.in_mode_of(bound, facts, kept=kept, sown=dict.fromkeys(traced.trace.sown), handed={})
+    return replace(facts, mutable=tuple(sorted(kept))) if facts.nnx else facts
 
 
 def _mutable(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import cast
 
 import jax
 import numpy as np
+from flax.core import unfreeze
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -33,6 +34,7 @@ from ..state.entry import ModelEntry
 from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
+from . import by_hand
 from . import data as training_data
 from .data import ArrayData, BatchData, Data
 from .diagnosis import ROWS, notes_of_unused, why_of_step
@@ -41,8 +43,9 @@ from .group import Groups
 from .look import Look
 from .loop import Loop, NotFinite, Schedule, started
 from .loss import METHOD, Loss
-from .options import completed, data_text, resumed_of, skipped
+from .options import completed, data_text, resumed_of, skipped, task_of
 from .programs import StepPrograms
+from .resumption import begun_as, fitted_state
 from .step import Step, TrainState
 
 SHUFFLE = "shuffle"
@@ -144,9 +147,13 @@ class Trainer:
         self.started = time.time()
         self.timing = Timing()
         self._committed = self._shown = time.perf_counter()
+        self._has_committed = False
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
         self.prepare()
+        written = self._written(self.traced.trace)
+        bound = self.request.bound
+        self.spelling = by_hand.facts_of_training(bound, self.variables, self.traced, written, taken=self.taken)
         self.notes = (*said, *self._notes())
 
     # -- before the first step
@@ -180,11 +187,15 @@ class Trainer:
             of_data(data_text(self.call.text), arguments, self.data.first),
             self.draw.impl,
         )
-        values = self.traced.request.variables
+        # A step gives dicts, whatever the user has given.
+        values = unfreeze(dict(self.traced.request.variables))
+        trained = self.step.as_tree(self.loss.parameters(values).trained)
         if self.resumed is None:
-            opt_state = optimizer.transformation.init(self.step.as_tree(self.loss.parameters(values).trained))
+            opt_state = optimizer.transformation.init(trained)
         else:
-            opt_state = self.resumed.opt_state
+            last = self.ready.entry.optimizer or optimizer
+            opt_state = fitted_state(self.resumed, optimizer, trained, last, self.call.text)
+        self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
         per_epoch = self.data.per_epoch
         if per_epoch is None and self.resumed is not None:
             per_epoch = self.resumed.curve.epoch
@@ -276,7 +287,8 @@ class Trainer:
                     loop.stopped = self._why_not_finite()
                 elif isinstance(error, FlaxMagicsError):
                     loop.stopped = str(error).partition("\n")[0]
-                if loop.step > first:  # only finished steps count
+                # Only finished steps count; a look that was committed has to be said to have been stopped, too.
+                if loop.step > first or self._has_committed:
                     services.on_progress(self._finish())
                 if isinstance(error, NotFinite):
                     raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
@@ -339,11 +351,11 @@ class Trainer:
           final: nothing comes after it: then the Run has the variables, which are read for its digest.
         """
         loop, ready = self.loop, self.ready
-        curve, state = loop.curve, loop.state
+        curve, state = replace(loop.curve, task=self.task), loop.state
         entry = self._entry_after(state, curve, final=final)
         values = dict(state.variables)
         output = RELEASED if not final else values if not entry.model.holds_variables else entry.nnx.as_state(values)
-        run = self._run(curve, output, entry)
+        run = begun_as(self._run(curve, output, entry), None if self.resumed is None else self.state.runs)
         write = None
         if entry.model.holds_variables:
             model, anew, new_model = entry.nnx, ready.anew, ready.entry.model
@@ -354,6 +366,7 @@ class Trainer:
                     model.has_same_layout()
                 model.assign(values)
 
+        self._has_committed = True
         self.commit(Progress(run, entry, self.draw, write, self.resumed is not None))
         return run
 
@@ -439,6 +452,7 @@ class Trainer:
             first=self.state.runs is None,
             registered="" if self.name in self.state.models else entry.model.describe(),
             trained=curve,
+            spelling=self.spelling,
         )
 
     def _timing(self, seconds: float) -> Timing:

@@ -1,0 +1,62 @@
+"""What a training goes on with: the state of its optimizer, and the Run that it was so far."""
+
+from __future__ import annotations
+
+import jax
+from msgspec.structs import replace
+
+from ..base.digest import alike
+from ..base.text import clean, plural
+from ..base.types import PyTree
+from ..errors import FlaxMagicsError
+from ..run import ExportFacts, Run
+from ..state.models import differences
+from ..state.runs import RunLog, of_draw
+from ..state.training import Optimizer, Training
+from ..state.trees import Differs, graft
+
+
+def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, last: Optimizer, call: str) -> PyTree:
+    """The state of a training's optimizer in the classes of `optimizer`, which has to be one like it.
+
+    Args:
+      parameters: those that are trained, as the optimizer is given them.
+      last: the one that the training had so far.
+      call: the loss's, as it is written.
+
+    Raises:
+      FlaxMagicsError: the optimizer makes another state of the parameters.
+    """
+    expected = jax.eval_shape(optimizer.transformation.init, parameters)
+    state, changes = training.opt_state, tuple[str, ...]()
+    try:
+        state = graft(state, expected)
+    except Differs as error:
+        changes = (str(error),)
+    else:
+        shapes = jax.eval_shape(lambda: state)
+        changes = differences(shapes, expected)
+        if not changes and not alike(*map(jax.tree_util.tree_structure, (shapes, expected))):
+            changes = ("it is put together otherwise",)
+    if changes:
+        message = (
+            f"the optimizer's state after {plural(training.step, 'step')} does not fit {clean(optimizer.text)}:"
+            " a training goes on with the optimizer that it began with."
+        )
+        line = f"%flax_train --resume --optimizer {clean(last.text)} {call}"
+        shown = [clean(line) for line in changes[:6]] + [f"and {len(changes) - 6} more"] * (len(changes) > 6)
+        raise FlaxMagicsError(message, hint="\n".join(shown), write=line)
+    return state
+
+
+def begun_as(run: Run, runs: RunLog | None) -> Run:
+    """The Run of a training that goes on, with how it began: as the earlier Run has it, whose place it takes."""
+    earlier = [stored.facts for stored in of_draw(runs, run.seed, run.draw) if stored.facts.kind.trains]
+    if not earlier:
+        return run
+    before = earlier[-1]
+    facts = {name: getattr(before.spelling or ExportFacts(), name) for name in ExportFacts.__struct_fields__}
+    init = {name: value for name, value in facts.items() if name.startswith("init_")}
+    spelling = None if run.spelling is None or before.spelling is None else replace(run.spelling, **init)
+    kept = {name: getattr(before, name) for name in ("made", "weights", "first", "registered")}
+    return replace(run, spelling=spelling, **kept)
