@@ -192,7 +192,7 @@ def facts_of_apply(execution: Execution) -> ExportFacts:
     if execution.variables.made is not None:
         # The init gets the keys of `--key`, but no switch that the run's mode added.
         kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init = facts_of_init(replace(call, kwargs=kwargs), entry.linen)
+        init = facts_of_init(replace(call, kwargs=kwargs), entry.linen.model)
     facts = replace(
         init,
         parameters=parameters,

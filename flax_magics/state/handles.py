@@ -108,7 +108,7 @@ class RegisteredModel:
     def shapes_before(self, method: Path, programs: Sequence[ProgramSpec]) -> dict[str, ShapeBefore]:
         """The array arguments of a method as the init had them, else as the last of the `programs` took them, by name."""
         entry = self._entry()
-        init = entry.init or entry.previous_init
+        init = entry.last_init
         if init is not None and init.method == method:
             rows = Arguments.of(init.args, init.kwargs, entry.model.signature(method), frozenset()).rows
             arrays = {name: leaf for name, leaf, _ in rows if hasattr(leaf, "shape")}
@@ -301,7 +301,7 @@ def entry_now(models: Mapping[str, ModelEntry], name: str, module: object) -> tu
     entry = entry_of(models, name)
     if module is None or module is entry.model.module:
         return entry, ()
-    old = None if entry.model.holds_variables else entry  # an NNX object in the namespace is itself the truth
+    old = entry.predecessor
     entry, change = register(old, name, module)
     if change.state == "unchanged":
         return entry, ()

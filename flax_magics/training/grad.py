@@ -82,7 +82,7 @@ def grad_model(
         (),
         notes=(),
         started=started,
-        made=made_of(entry.nnx.collections()) if anew else made,
+        made=made_of(entry.nnx.model.collections()) if anew else made,
         changed={},
         dropped=tuple(sorted(names)),
         first=state.runs is None,
@@ -98,7 +98,7 @@ def grad_model(
     after = _learned(execution, entry, loss)
     if not anew:
         return record.Outcome(run, stored, draw, after)
-    users_model, new_model = users_entry.nnx, entry.nnx
+    users_model, new_model = users_entry.nnx.model, entry.nnx.model
     return record.Outcome(
         run, stored, draw, replace(after, model=users_model), write=lambda: users_model.become(new_model)
     )
@@ -122,14 +122,12 @@ def _written(gradients: Gradients, *, nnx: bool) -> set[str]:
 def _learned(execution: Execution, entry: ModelEntry, loss: Loss) -> ModelEntry:
     """The entry with variables that the run initialised, and with what it learned of the call; else as before."""
     of_loss, mode = execution.variables.entry, execution.request.bound.mode
-    init = of_loss.init
     # After an edit of the net its init is traced again with this call, which is the loss's.
-    if execution.variables.made is not None and init is not None:
-        init = replace(init, method=loss.function)
+    if execution.variables.made is not None and of_loss.init is not None:
+        of_loss = replace(of_loss, init=replace(of_loss.init, method=loss.function))
     return replace(
         of_loss,
         model=entry.model,
-        init=init,
         known_needs={**entry.known_needs, (METHOD, mode): execution.result.needs},
         static_ints=entry.static_ints | {(METHOD, name) for name in execution.arguments.forced},
     )
