@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +30,10 @@ from ..run import RELEASED, CommandName, InitStats, Note, OutputFacts, Run
 from ..state.entry import ModelEntry
 from ..state.runs import RunLog, StoredRun, backwards
 from ..state.state import SavedInit, SavedModel, State
+from ..state.training import SavedTraining
 from ..state.trees import Reader, Writer, foreign_in, key_type
 from . import format
+from .training import SavedCurve, arrays_of, check_arrays
 
 _SETTINGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
 """The JAX settings that change the bits of a run."""
@@ -115,6 +116,7 @@ class RunRecord(msgspec.Struct, forbid_unknown_fields=True):
     leaves: list[dict[str, str | int]] | None = None
     bits: str = ""
     dropped: tuple[str, ...] = ()
+    trained: SavedCurve | None = None
 
 
 def take(state: State) -> Snapshot:
@@ -138,6 +140,7 @@ def _taken(entry: ModelEntry) -> SavedModel:
     if init is not None and init.program is not None and not callable(init.method):
         saved_init = SavedInit(init.key, init.method, init.args, init.kwargs, init.program)
     parameters, size = count_parameters(entry.collections() or {})
+    training = entry.training
     return SavedModel(
         name=entry.name,
         api=model.api,
@@ -150,6 +153,8 @@ def _taken(entry: ModelEntry) -> SavedModel:
         made=saved_init,
         assigned=entry.init is None,
         keys=None if entry.built is None else dict(entry.built.keys),
+        optimizer=None if entry.optimizer is None else entry.optimizer.text,
+        training=None if training is None else SavedTraining.of(training, _own(arrays_of(training))),
         parameters=parameters,
         bytes=size,
         versions=versions(),
@@ -239,7 +244,10 @@ def _written(model: SavedModel, writer: Writer) -> SavedModel:
     keys = model.keys and {
         stream: writer.tree(key, f"{name} built with/{stream}") for stream, key in model.keys.items()
     }
-    return replace(model, variables=variables, made=init, keys=keys, file="")
+    training = model.training
+    if training is not None:  # its classes are those that the optimizer makes, which is given again
+        training = replace(training, trees=Writer(writer.arrays).tree(training.trees, f"{name} trained with"))
+    return replace(model, variables=variables, made=init, keys=keys, training=training, file="")
 
 
 def _init_written(model: SavedModel, writer: Writer) -> SavedInit | None:
@@ -273,11 +281,10 @@ class WrittenRuns:
 
     def of(self, log: RunLog | None) -> list[dict[str, Any]]:
         """The JSON data of every run in `log`, oldest first."""
-        last = self._data[-1][1] if self._data else None
-        new = list(takewhile(lambda run: run is not last, backwards(log)))
-        if log is None or len(new) == log.length:  # the last known run is not in it: another history, from a file
-            self._data = []
-        self._data += [(self._data_of(run), run) for run in reversed(new)]
+        # A training's run gives way to another each time that more steps are done: any may be new.
+        known = {id(run): data for data, run in self._data}
+        runs = reversed(list(backwards(log)))
+        self._data = [(known[id(run)] if id(run) in known else self._data_of(run), run) for run in runs]
         # Digest and replays may have come since the run was converted.
         return [
             data | {"digest": data["digest"] or run.facts._taken.read().digest, "replays": run.replays}
@@ -295,7 +302,9 @@ class WrittenRuns:
                 pass
             case keys:
                 impl = next((str(jax.random.key_impl(key)) for key in keys.values()), None)
-        return {**run.to_json(), "timing": asdict(run.timing), "impl": impl or None, "inputs": stored.shapes}
+        trained = None if run.trained is None else SavedCurve.of(run.trained)
+        record = {**run.to_json(), "timing": asdict(run.timing), "impl": impl or None, "inputs": stored.shapes}
+        return {**record, "trained": trained}
 
 
 def read(path: Path) -> tuple[Snapshot, RunLog | None]:
@@ -339,7 +348,13 @@ def _model_of(model: SavedModel, reader: Reader, path: str) -> SavedModel:
     if keys and not all(_is_key(key) and not key.shape for key in keys.values()):
         raise Damaged(f"what `{name}` was built with is no key")
     init = model.made and _init_of(model.made, name, reader)
-    return replace(model, variables=variables, made=init, keys=keys, file=path)
+    training = model.training
+    if training is not None:
+        training = replace(training, trees=reader.tree(training.trees))
+        _check_tree(training.trees, f"the training of `{name}`")
+        _check_key(training.draw.root, training.draw.impl)
+        check_arrays(training, name)
+    return replace(model, variables=variables, made=init, keys=keys, training=training, file=path)
 
 
 def _has_names(tree: PyTree) -> bool:
@@ -397,6 +412,7 @@ def _run_of(record: RunRecord, *, first: bool) -> StoredRun:
         "keys": WrittenKeys(record.keys, record.impl or "", record.samples),
         "first": first,
         "elsewhere": elsewhere,
+        "trained": None if record.trained is None else record.trained.curve(),
         "_taken": taken,
     }
     return StoredRun.read(Run(**facts), record.inputs, record.replays)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from ..run import Note
 from ..state.entry import LinenEntry, ModelEntry, NnxEntry, by_kind
 from ..state.models import Registration, differences
 from ..state.state import SavedModel, State
+from ..state.training import Optimizer
 from ..state.trees import Differs, foreign_in, graft
 from ..state.weights import WeightSource
 from .document import versions
@@ -73,7 +75,7 @@ def _into_session(entry: LinenEntry, saved: SavedModel) -> Matched:
     """Restores a linen model, whose variables the session holds."""
     model = entry.model
     if saved.variables is None:
-        return Matched(replace(entry, variables=None, init=None, update_counts={}, outdated=False, source=None))
+        return Matched(entry.with_variables(None, None))
     variables, init, outdated = _held_against(saved, model)
     assigned = saved.assigned or init is None
     entry = replace(
@@ -84,8 +86,17 @@ def _into_session(entry: LinenEntry, saved: SavedModel) -> Matched:
         update_counts=dict(saved.updates),
         outdated=outdated,
         source=WeightSource.loaded(saved.file, variables),
+        **_trained(saved),
     )
     return Matched(entry, other=() if saved.text == model.describe() else (f"was {saved.text} there",))
+
+
+def _trained(saved: SavedModel) -> dict[str, Any]:
+    """The fields of an entry that `--resume` goes on with. The optimizer's text is not run: it has to be given again."""
+    return {
+        "optimizer": None if saved.optimizer is None else Optimizer(saved.optimizer, None),
+        "training": None if saved.training is None else saved.training.training(),
+    }
 
 
 def _held_against(saved: SavedModel, model: ModelWithInit) -> tuple[PyTree, InitRecord | None, bool]:
@@ -176,6 +187,7 @@ def _into_module(entry: NnxEntry, saved: SavedModel) -> Matched:
         rebuild_next=saved.stale,
         built=built,
         source=WeightSource.loaded(saved.file, weights, in_module=True),
+        **_trained(saved),
     )
     return Matched(entry, lambda: model.assign(values))
 

@@ -260,7 +260,7 @@ class Autosave:
 
     def after(self, run: Run, state: State) -> None:
         """Saves soon, if the run changed variables."""
-        if run.changed or run.made is not None:
+        if run.changed or run.made is not None or run.trained is not None:
             self.offer(state)
 
     def offer(self, state: State) -> None:

@@ -112,6 +112,7 @@ def _compare_modules(old: NnxEntry, new: ModelEntry) -> tuple[ModelEntry, Regist
     values = old.model.collections()
     outdated = old.outdated or not same_values
     entry = replace(entry, update_counts=old.update_counts, outdated=outdated, source=old.source)
+    entry = replace(entry, optimizer=old.optimizer, training=old.training)
     return entry, Registration(name, "changed", variables="kept", write=lambda: model.assign(values))
 
 
@@ -171,16 +172,16 @@ def differences(old: PyTree, new: PyTree) -> tuple[str, ...]:
 def _into_session(entry: LinenEntry, variables: PyTree, written: Written, cell: int | None) -> Assigned:
     """Checks variables for a linen model, and keeps them."""
     # `previous_init` still tells what fits, after `init` no longer describes these variables.
-    entry = replace(entry, init=None, previous_init=entry.last_init, update_counts={}, outdated=False)
+    entry = replace(entry, previous_init=entry.last_init)
     if variables is None:
-        return replace(entry, variables=None, source=None), None
+        return entry.with_variables(None, None), None
     expected, optional = _expected(entry)
     check_collections(entry.name, variables, written, expected)
     if expected is not None:
         check_fit(entry.name, variables, written, expected, optional)
     source = WeightSource.assigned(cell, variables)
     check_alive(f"these variables of `{entry.name}`", variables)
-    return replace(entry, variables=variables, source=source), None
+    return entry.with_variables(variables, source), None
 
 
 def _expected(entry: LinenEntry) -> tuple[Collections | None, frozenset[str]]:
@@ -202,7 +203,7 @@ def _into_module(entry: NnxEntry, variables: PyTree, written: Written, cell: int
         raise unfit(name, wrong)
     check_alive(f"these variables of `{name}`", values)
     source = WeightSource.assigned(cell, {kind: values[kind] for kind in model.collections()}, in_module=True)
-    entry = replace(entry, update_counts={}, outdated=False, rebuild_next=False, source=source)
+    entry = replace(entry, update_counts={}, outdated=False, training=None, rebuild_next=False, source=source)
     return entry, lambda: model.assign(values)
 
 

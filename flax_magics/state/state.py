@@ -15,6 +15,7 @@ from ..models.calls import Path
 from ..rng.keys import Draw, RootKey
 from .entry import ModelEntry
 from .runs import RunLog, StoredRun
+from .training import SavedTraining
 
 
 class SavedInit(Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,6 +43,8 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
       made: how a linen model's variables were initialised; None where no init of the model is known.
       assigned: the user has put other variables in their place.
       keys: with which the session built an NNX module; None where the user's code did.
+      optimizer: the text of the one that trained it last; None where none did.
+      training: what goes on with the last training; None where there is nothing to go on with.
       file: the path that it was read from.
     """
 
@@ -56,6 +59,8 @@ class SavedModel(Struct, frozen=True, forbid_unknown_fields=True):
     made: SavedInit | None = None
     assigned: bool = False
     keys: Mapping[str, PyTree] | None = None
+    optimizer: str | None = None
+    training: SavedTraining | None = None
     parameters: int = 0
     bytes: int = 0
     versions: Mapping[str, str] = {}

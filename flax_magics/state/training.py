@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
 
-from ..base.curve import Curve
+from ..base.curve import Curve, Evaluation
 from ..base.types import PyTree
 from ..rng.keys import Draw
 
@@ -55,3 +56,41 @@ class Training(Struct, frozen=True, eq=False):
     def step(self) -> int:
         """How many steps are finished."""
         return len(self.curve.losses)
+
+
+class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
+    """A training as a file has it: the fields of `Training` and of its curve, with all arrays in one tree.
+
+    Attributes:
+      trees: `opt_state`, `losses` and `metrics`; a file's JSON has a node in its place.
+    """
+
+    draw: Draw
+    taken: bool
+    call: str
+    batch: int | None
+    epochs: int | None
+    steps: int | None
+    eval: str
+    freeze: tuple[str, ...]
+    group: int
+    trees: PyTree
+    evals: tuple[Evaluation, ...]
+    total: int | None
+    epoch: int | None
+    examples: int
+    seconds: float
+    stopped: str
+
+    @classmethod
+    def of(cls, training: Training, trees: Mapping[str, PyTree]) -> SavedTraining:
+        """A training with its arrays as `trees`."""
+        holder = {name: training.curve if hasattr(training.curve, name) else training for name in cls.__struct_fields__}
+        plain = {name: getattr(one, name) for name, one in holder.items() if name != "trees"}
+        return cls(**plain, trees=trees)
+
+    def training(self) -> Training:
+        """The training; nodes of the optimizer's state stay opaque until an optimizer says what to make of them."""
+        fields = {name: getattr(self, name) for name in self.__struct_fields__} | self.trees
+        curve = Curve(**{name: fields[name] for name in Curve.__struct_fields__})
+        return Training(**{name: fields[name] for name in Training.__struct_fields__ if name != "curve"}, curve=curve)

@@ -1,0 +1,73 @@
+"""The arrays of a training in a file: its curve and the optimizer's state, checked as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from msgspec import Struct
+
+from ..base.curve import Curve, Evaluation
+from ..base.files import Damaged
+from ..base.types import HostArray, PyTree
+from ..state.training import SavedTraining, Training
+
+
+def arrays_of(training: Training) -> dict[str, PyTree]:
+    """`SavedTraining.trees` of a training."""
+    curve = training.curve
+    return {"opt_state": training.opt_state, "losses": curve.losses, "metrics": dict(curve.metrics)}
+
+
+def check_arrays(training: SavedTraining, name: str) -> None:
+    """Raises Damaged where the arrays or sizes of a file's training of the model `name` are none."""
+    trees, what = training.trees, f"the training of `{name}`"
+    if not isinstance(trees, Mapping) or set(trees) != {"opt_state", "losses", "metrics"}:
+        raise Damaged(f"{what} is none")
+    metrics = trees["metrics"]
+    if type(metrics) is not dict or not all(type(key) is str for key in metrics):
+        raise Damaged(f"{what} has metrics that are none")
+    if not all(type(one) is np.ndarray and one.dtype == np.float32 for one in (trees["losses"], *metrics.values())):
+        raise Damaged(f"{what} has losses or metrics that are none")
+    sizes = (training.batch, training.epochs, training.steps, training.total, training.epoch, training.group)
+    shapes = {one.shape for one in (trees["losses"], *metrics.values())}
+    if any(size is not None and size < 1 for size in sizes) or shapes != {(trees["losses"].size,)}:
+        raise Damaged(f"{what} has a number of steps that is none")
+
+
+class SavedCurve(Struct, frozen=True, forbid_unknown_fields=True):
+    """The `Curve` of a run in a file's history, with the bytes of its float32 arrays, little-endian."""
+
+    losses: bytes
+    metrics: Mapping[str, bytes]
+    evals: tuple[Evaluation, ...]
+    total: int | None
+    epoch: int | None
+    examples: int
+    seconds: float
+    group: int
+    stopped: str
+
+    @classmethod
+    def of(cls, curve: Curve) -> SavedCurve:
+        """The curve for a file."""
+        fields = {name: getattr(curve, name) for name in cls.__struct_fields__}
+        metrics = {name: _bytes_of(values) for name, values in curve.metrics.items()}
+        return cls(**{**fields, "losses": _bytes_of(curve.losses), "metrics": metrics})
+
+    def curve(self) -> Curve:
+        """The curve. Raises Damaged where it is none."""
+        many = {len(data) for data in (self.losses, *self.metrics.values())}
+        if len(many) > 1 or many.pop() % 4:
+            raise Damaged("a training in its history has losses or metrics that are none")
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        metrics = {name: _array_of(data) for name, data in self.metrics.items()}
+        return Curve(**{**fields, "losses": _array_of(self.losses), "metrics": metrics})
+
+
+def _bytes_of(values: HostArray) -> bytes:
+    return np.asarray(values, "<f4").tobytes()
+
+
+def _array_of(data: bytes) -> HostArray:
+    return np.frombuffer(data, "<f4").astype(np.float32)

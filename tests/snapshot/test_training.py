@@ -1,0 +1,199 @@
+"""A training in a file: what `--resume` goes on with is read without running code, and held against the optimizer."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from by_hand import Normed, bits, notebook_x
+from flax import nnx
+from msgspec.structs import asdict, replace
+from nnx_kinds import Own
+from safetensors.numpy import load_file
+from sessions import session_of
+
+from flax_magics import FlaxMagicsError, Session
+from flax_magics.base.curve import Curve, Evaluation
+from flax_magics.run import like
+from flax_magics.snapshot import format
+from flax_magics.state.runs import StoredRun
+from flax_magics.state.training import Optimizer, Training
+from flax_magics.training.optimizer import check_known, fitted_state
+
+x = notebook_x()
+TEXT = "optax.chain(optax.clip(1.0), optax.adamw(1e-3))"
+ADAMW = Optimizer(TEXT, eval(TEXT, {"optax": optax}))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "session.safetensors"
+
+
+def trained(session: Session, parameters: object, *, steps: int = 3) -> Training:
+    """What a training of `net` leaves after so many steps, put into the session."""
+    state = ADAMW.transformation.init(parameters)
+    for _ in range(steps):
+        _, state = ADAMW.transformation.update(jax.tree.map(jnp.cos, parameters), state, parameters)
+    losses = np.linspace(1, 0, steps, dtype=np.float32)
+    evals = (Evaluation(2, float("nan"), {"accuracy": 0.5}),)
+    curve = Curve(losses, {"accuracy": 1 - losses}, evals, 10, 5, 12 * steps, 0.25, stopped="interrupted")
+    draw, call = session._state.root.draw(), "loss(net, train)"
+    training = Training(draw, True, state, call, 4, 2, None, curve, eval="test", freeze=("*/bias",))
+    entry = replace(session._state.models["net"], optimizer=ADAMW, training=training)
+    session._state = replace(session._state, models={"net": entry})
+    return training
+
+
+def of(session: Session) -> Training:
+    return session._state.models["net"].training
+
+
+def plain(training: Training) -> dict[str, object]:
+    """The fields of a training and of its curve, those with arrays left out."""
+    curve = {
+        name: value for name, value in asdict(training.curve).items() if name not in ("losses", "metrics", "evals")
+    }
+    rest = {name: value for name, value in asdict(training).items() if name not in ("opt_state", "curve")}
+    return {**rest, **curve, "evals": repr(training.curve.evals)}
+
+
+def linen() -> tuple[Session, object]:
+    session = session_of(Normed())
+    session.apply("net", x, train=True)
+    return session, session.models["net"].variables["params"]
+
+
+def module() -> tuple[Session, object]:
+    session = session_of(Own(3, rngs=nnx.Rngs(0)))
+    return session, nnx.state(session.models["net"].module, nnx.Param)
+
+
+@pytest.mark.parametrize("api", [linen, module])
+def test_a_training_comes_back_with_every_bit_and_the_classes_of_its_optimizer(path, api):
+    session, parameters = api()
+    training = trained(session, parameters)
+    session.save(path)
+    other = session_of(session.models["net"].module)
+    other.load(path)
+    loaded = of(other)
+    assert plain(loaded) == plain(training)
+    assert bits(loaded.curve.losses) == bits(training.curve.losses)
+    assert bits(dict(loaded.curve.metrics)) == bits(training.curve.metrics)
+    state = fitted_state(loaded, ADAMW, parameters, ADAMW, "%flax_train --resume")
+    assert jax.tree.structure(state) == jax.tree.structure(training.opt_state)
+    assert bits(state) == bits(training.opt_state)
+    # Saved again before any optimizer was named, it is still the same.
+    other.save(path)
+    other.load(path)
+    assert plain(of(other)) == plain(training)
+    assert bits(fitted_state(of(other), ADAMW, parameters, ADAMW, "")) == bits(training.opt_state)
+
+
+def test_the_arrays_are_in_the_file_under_their_paths(path):
+    session, parameters = linen()
+    trained(session, parameters)
+    session.save(path)
+    arrays = {name.partition(" trained with/")[2]: array for name, array in load_file(path).items()}
+    assert bits(arrays["losses"]) == bits(of(session).curve.losses)
+    assert bits(arrays["opt_state/1/0/mu/Dense_0/kernel"]) == bits(of(session).opt_state[1][0].mu["Dense_0"]["kernel"])
+
+
+def test_the_optimizer_of_a_file_is_text_and_has_to_be_named_once_more(path):
+    session, parameters = linen()
+    trained(session, parameters)
+    session.save(path)
+    other = Session()
+    other.load(path)
+    other.register("net", Normed())
+    optimizer = other._state.models["net"].optimizer
+    assert (optimizer.text, optimizer.transformation) == (TEXT, None)
+    with pytest.raises(FlaxMagicsError) as raised:
+        check_known("net", optimizer, "%flax_train --resume", "loss(net, train)")
+    assert str(raised.value) == (
+        "the optimizer of `net` has to be named once more: it was loaded from a file, which runs no code.\n"
+        f"  write: %flax_train --resume --optimizer {TEXT} loss(net, train)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "changes"),
+    [
+        ("optax.sgd(1e-3)", ["1/0 is a optax._src.transform.ScaleByAdamState in the file"]),
+        (
+            "optax.chain(optax.clip(1.0), optax.adamw(1e-3, mu_dtype='bfloat16'))",
+            [f"1/0/mu/{name} float32→bfloat16" for name in ("BatchNorm_0/bias", "BatchNorm_0/scale")],
+        ),
+    ],
+)
+def test_another_optimizer_is_refused_with_what_its_state_has_otherwise(path, other, changes):
+    session, parameters = linen()
+    trained(session, parameters)
+    session.save(path)
+    session.load(path)
+    optimizer = Optimizer(other, eval(other, {"optax": optax}))
+    with pytest.raises(FlaxMagicsError) as raised:
+        fitted_state(of(session), optimizer, parameters, ADAMW, "%flax_train --resume")
+    message, *lines = str(raised.value).splitlines()
+    assert message == (
+        f"the optimizer's state after 3 steps does not fit {other}: a training goes on with the optimizer that it"
+        " began with."
+    )
+    assert [line.strip() for line in lines[: len(changes)]] == changes
+    assert lines[-1] == f"  write: %flax_train --resume --optimizer {TEXT} loss(net, train)"
+
+
+def test_other_weights_leave_nothing_to_go_on_with(path):
+    session, parameters = linen()
+    trained(session, parameters)
+    session.models["net"].variables = {**session.models["net"].variables}
+    session.save(path)
+    session.load(path)
+    entry = session._state.models["net"]
+    assert (entry.training, entry.optimizer.text) == (None, TEXT)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        ('"group": 1', '"group": 0', "the training of `net` has a number of steps that is none"),
+        ('["losses", {"numpy": "net trained with/losses"}]', '["losses", 1]', "has losses or metrics that are none"),
+        ('["losses", ', '["lost", ', "the training of `net` is none"),
+        ('"taken": true', '"taken": 1', "is not what it should be"),
+    ],
+)
+def test_a_damaged_training_is_refused(path, before, after, why):
+    session, parameters = linen()
+    trained(session, parameters)
+    session.save(path)
+    contents = format.read(path)
+    text = json.dumps(contents.document)
+    assert before in text
+    format.write(path, json.loads(text.replace(before, after)), contents.arrays)
+    with pytest.raises(FlaxMagicsError, match=why):
+        Session().load(path)
+
+
+def test_the_curve_of_a_run_is_in_the_history_and_a_longer_one_takes_its_place(path):
+    session, parameters = linen()
+    run = session.apply("net", x, train=True)
+    saved = []
+    session.autosave(path)
+    for steps in (2, 5):
+        curve = trained(session, parameters, steps=steps).curve
+        stored = StoredRun(like(run, command="train", trained=curve))
+        session._state = replace(session._state, runs=replace(session._state.runs, kept=stored))
+        session.autosaving.offer(session._state)
+        session.autosaving.flush()
+        other = Session()
+        other.load(path)
+        saved.append([(run.command, run.steps) for run in other.runs])
+        assert bits(other.runs[-1].losses) == bits(curve.losses)
+        assert bits(other.runs[-1].metrics) == bits(curve.metrics)
+        assert repr(other.runs[-1].eval) == repr(curve.evals)
+    session.autosave(None)
+    assert saved == [[("apply", 0), ("train", 2)], [("apply", 0), ("train", 5)]]
