@@ -151,11 +151,6 @@ class LinenEntry(AnyEntry, frozen=True):
     rebuild_next: ClassVar[bool] = False
 
     @property
-    def predecessor(self) -> LinenEntry:
-        """What another module under its name is compared with, which may be this one edited."""
-        return self
-
-    @property
     def used(self) -> bool:
         """Whether a run has used the model, or anybody has given it variables."""
         return super().used or self.variables is not None or self.previous_init is not None
@@ -206,8 +201,6 @@ class NnxEntry(AnyEntry, frozen=True):
     initial_sample: bytes | None = None
     init: ClassVar[None] = None
     last_init: ClassVar[None] = None
-    predecessor: ClassVar[None] = None
-    """Nothing of it counts for another module under its name, which is itself the truth."""
 
     @property
     def built_by_user(self) -> bool:
