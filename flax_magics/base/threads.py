@@ -60,6 +60,55 @@ def uninterrupted() -> Iterator[None]:
             handler(*signals[0])
 
 
+class Interrupts:
+    """A block in which Ctrl-C is noted, and raised where the block asks for it: a loop then stops between its steps.
+
+    On other threads than the main one, which get no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: tuple[int, FrameType | None] | None = None
+        """The interrupt that was noted."""
+        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._opened = False
+
+    def __enter__(self) -> Interrupts:
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(handler):
+            self._handler = handler
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+            if self.signal is not None and error is None:
+                handler(*self.signal)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._opened and self._handler is not None:
+            self._handler(number, frame)
+        elif self.signal is None:
+            self.signal = number, frame
+
+    def check(self) -> None:
+        """Raises the interrupt that was noted, if one was."""
+        if self.signal is not None and self._handler is not None:
+            noted, self.signal = self.signal, None
+            self._handler(*noted)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """A block inside in which Ctrl-C is raised at once, for what takes long and may be left anywhere."""
+        self.check()
+        self._opened = True
+        try:
+            yield
+        finally:
+            self._opened = False
+
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -288,6 +288,37 @@ class ProgramCache:
             keep(self.by_call, pending.key, program, KEPT)
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
 
+    def compile(self, traced: Traced, phase: OnPhase, where: Hashable) -> tuple[Executable, str, Timing]:
+        """Compiles a traced function that is no call of a model, unless it is cached.
+
+        Args:
+          where: the shardings of committed arguments.
+
+        Returns:
+          The executable; `compiled`, `disk cache` or `reused`; the times of lowering and compiling.
+        """
+        phase("lowering")
+        start = self.clock()
+        lowered = traced.lower()
+        key = program_key(traced, lowered, where)
+        trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
+        timing = Timing(lower=self.clock() - start)
+        executable = None if key is None else self._executable(key, trees)
+        if executable is not None:
+            return executable, "reused", timing
+        phase("compiling")
+        start, text_key = self.clock(), key or object()
+        future = self.compiling.get(text_key)
+        future = self.compiling[text_key] = self.compiler.start(lowered, key) if future is None else future
+        try:
+            compiled: Compiled = wait_for(future)
+        finally:
+            if future.done():  # an interrupted compilation goes on for the next run
+                self.compiling.pop(text_key, None)
+        if key is not None:
+            keep(self.by_text, key, (compiled.executable, trees), KEPT)
+        return compiled.executable, compiled.origin, replace(timing, compile=self.clock() - start)
+
 
 class Services(Struct, eq=False):
     """What all commands of a session share.

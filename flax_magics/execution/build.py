@@ -134,7 +134,7 @@ def rebuild(
     facts = {"call": call.text, "inputs": (call.args, call.kwargs), "cell": call.cell, "replayed": keys_of is not None}
     run = replace(run, **facts, notes=(*said, *notes))
     entry = _built(entry, model, recipe, run.keys, opened)
-    entry = replace(entry, update_counts={}, outdated=False, replaced=replaced)
+    entry = replace(entry, update_counts={}, outdated=False, replaced=replaced, training=None)
     opens = None if keys_of is not None else (name, opened)
     return Outcome(run, _stored(name, recipe, run), opened, entry, opens, lambda: users_model.become(model))
 

@@ -127,7 +127,7 @@ def execute(request: ApplyRequest) -> Execution:
         message = "--roofline holds a compiled program against the machine; --eager compiles none."
         raise FlaxMagicsError(message, **written(f"{without_option(call.command, '--eager')} {call.text}"))
     with plain_errors(request.bound.call):
-        variables, built = _variables(request), None
+        variables, built = held_variables(request), None
         if variables is None:
             variables, built = _initialise(request)
         # At most twice: the method may need variables that the first init did not make, which are then added.
@@ -137,7 +137,7 @@ def execute(request: ApplyRequest) -> Execution:
                 result = plan.run(draw, built.request.variables, built.request.arguments.dynamic, services)
                 break
             except MissingVariables as error:
-                variables, built = _with_added(request, variables, error), None
+                variables, built = with_added(request, variables, error), None
     _check_keys(request, result)
     if draw.size is not None:
         _check_samples(request, draw.size, result)
@@ -145,7 +145,7 @@ def execute(request: ApplyRequest) -> Execution:
     return Execution(request, variables, plan, built, result, reached)
 
 
-def _variables(request: ApplyRequest) -> RunVariables | None:
+def held_variables(request: ApplyRequest) -> RunVariables | None:
     """The variables to run with: given ones or held ones. None where they have to be initialised in this draw.
 
     Raises:
@@ -205,7 +205,7 @@ def _initialise(request: ApplyRequest) -> tuple[RunVariables, BuiltProgram | Non
     return variables, None if program is None else finish_program(program, services, values)
 
 
-def _with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:
+def with_added(request: ApplyRequest, variables: RunVariables, error: MissingVariables) -> RunVariables:
     """Adds the variables that a method needs and the first init did not make, using the first init's key.
 
     Raises the model's own error where nothing is added: the variables are the user's, or were completed before.

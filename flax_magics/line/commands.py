@@ -149,6 +149,46 @@ FLAX_GRAD = Command(
     ),
 )
 
+FLAX_TRAIN = Command(
+    "%flax_train",
+    "%flax_train [options] loss(net, data)    the model comes first, then the data; further arguments are passed as they are\n"
+    "%%flax_train [options]                   statements, the last of which is the call",
+    "Trains a model with optax, in one draw: step i has the draw's keys with i folded in. Gives the Run, with .losses, "
+    ".metrics, .eval and .steps. Finished steps are kept whatever ends the training, and --resume goes on after the last "
+    "one. A step that is not finite is not taken: it ends the training, and is told by module, line and value.\n\n"
+    "The loss is that of %flax_grad. Data are a dict or tuple of arrays with one leading axis, which --batch shuffles in "
+    "each epoch and cuts, or any iterable of batches. Without --batch each step takes all rows.\n\n"
+    "The optimizer is optax's, and so is all that belongs to it. Clipping: optax.chain(optax.clip_by_global_norm(1.0), "
+    "optax.adamw(1e-3)). A schedule: optax.adamw(optax.cosine_decay_schedule(1e-3, 1000)). Accumulation: "
+    "optax.MultiSteps(optax.adamw(1e-3), 4). An average of the weights: optax.chain(optax.adamw(1e-3), optax.ema(0.99)).",
+    (
+        Option("--optimizer", "an optax transformation; later trainings of the model may leave it out", "EXPR"),
+        Option("--batch", "rows in a batch", "N", type=int),
+        Option("--epochs", "how often to go through the data", "N", type=int),
+        Option("--steps", "how many steps, instead", "N", type=int),
+        Option(
+            "--eval", "look at these data too, in evaluation mode: each epoch, or ten times in so many steps", "DATA"
+        ),
+        Option(
+            "--freeze",
+            "leave these parameters as they are: a module, or a path with * and ?; of NNX also a type of variables",
+            "PATTERN",
+            many=True,
+            quotes=True,
+        ),
+        Option("--resume", "go on after the last finished step; --epochs or --steps set a new total"),
+        BIND,
+        QUIET,
+    ),
+    (
+        "import optax\ndef loss(net, x):\n  return (net(x) ** 2).mean()\n"
+        "%flax_train --optimizer optax.adamw(1e-3) --steps 20 loss(net, x)",
+        "%flax_train --resume --steps 40 loss(net, x)",
+        "run = %flax_train -q --batch 2 --epochs 3 --eval x loss(net, x)",
+        "run.losses, run.eval, run.steps",
+    ),
+)
+
 FLAX_SUMMARY = Command(
     "%flax_summary",
     "%flax_summary [options] net(x)    any method, any arguments: net.encode(x, mask=m)\n"
@@ -309,6 +349,7 @@ MEANINGS = (
     ("%flax_init net(x)", "initialises, or initialises again; gives the variables"),
     ("%flax_apply net(x)", "one draw, one compiled forward pass, one report"),
     ("%flax_grad loss(net, batch)", "loss and gradients of one batch; a table by module"),
+    ("%flax_train … loss(net, data)", "trains with optax; interrupted, it goes on with --resume"),
     ("%flax_summary net(x)", "modules, shapes, parameters, bytes, FLOPs; computes nothing"),
     ("%flax_vars net [= EXPR]", "gives the model's variables, or takes others"),
     ("%flax_key [--seed N | NAME]", "shows, restarts or draws from the root key"),
@@ -338,6 +379,9 @@ KINDS = (
         "freeze",
         "gradient",
         "constant",
+        "still",
+        "stopped",
+        "resume",
     ),
 )
 """Kinds of notes on likely mistakes; `%config FlaxMagics.notes` turns them off by these names.
@@ -367,4 +411,7 @@ switch: a loss leaves a switch of its net's call at its default.
 freeze: a pattern of --freeze matches no parameter.
 gradient: a layer has no gradient, and why.
 constant: another net in the call of a loss gets no gradient.
+still: the loss of a training has not moved in its last 50 steps.
+stopped: a training has ended before its last step, and the line that goes on with it.
+resume: a training goes on with an iterable that may give other batches than before.
 """

@@ -41,6 +41,8 @@ ARGUMENTS = "(arguments)"
 CONVERTED = "(converted)"
 """Holds unchanged variables whose value was a Python number or a 64-bit NumPy array: a program returns them as JAX
 arrays of another dtype, which NNX stores by hand, too."""
+STRUCTURE = "(structure)"
+"""Holds the variables' values where an NNX run changed the graph itself; see `RebuiltGraph`."""
 SOWN = "(sown)"
 """Holds what NNX sowed, by variable type; apart, because variables of the same type may stay in the module."""
 

@@ -23,6 +23,7 @@ from .base import (
     ARGUMENTS,
     CONVERTED,
     SOWN,
+    STRUCTURE,
     CallTrace,
     Commit,
     Forward,
@@ -52,8 +53,6 @@ from .switch import mask_of
 
 Passed = tuple[nnx.Variable[Any], ...]
 """Variables of the NNX objects among a call's arguments."""
-STRUCTURE = "(structure)"
-"""Key of a run's updates with the variables' values where the run changed the graph itself; see `RebuiltGraph`."""
 
 
 def forward(

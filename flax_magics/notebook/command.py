@@ -181,19 +181,24 @@ class CommandUse(Record):
             raise FlaxMagicsError("--train and --eval contradict each other. Leave one of them out.")
         return "train" if self["train"] else "eval" if self["eval"] else None
 
-    def run(self, run: Callable[[CallExpression], Run]) -> Any:
-        """Runs the call of a line or a cell, and reports it. Returns the output; None if it is assigned or silenced."""
+    def run(self, run: Callable[[CallExpression], Run], *, gives_run: bool = False) -> Any:
+        """Runs the call of a line or a cell, and reports it. Returns the output; None if it is assigned or silenced.
+
+        Args:
+          gives_run: the command's value is the Run, not its output.
+        """
         expression, assign = self.read_body()
         with self.notebook.working("preparing") as live:
             finished = run(expression)
         if self["out"]:
             self.user_ns[self["out"]] = finished
         self.notebook.reporter.report(finished, live, quiet=self["quiet"])
+        value = finished if gives_run else finished.output
         if assign is not None:
-            assign(finished.output)
+            assign(value)
             return None
         quiet = expression.quiet if self.cell is not None else self.silenced
-        return None if quiet else finished.output
+        return None if quiet else value
 
     def read_body(self) -> tuple[CallExpression, Callable[[Any], None] | None]:
         """The call of a line; or of a cell, whose other statements are run, with a function that assigns the value."""

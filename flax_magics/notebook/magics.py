@@ -29,6 +29,7 @@ from ..line.commands import (
     FLAX_REPLAY,
     FLAX_SAVE,
     FLAX_SUMMARY,
+    FLAX_TRAIN,
     FLAX_VARS,
     FLAXMODEL,
     KINDS,
@@ -238,6 +239,34 @@ class FlaxMagics(Magics):
         gradients = use.run(run)
         # Displayed, they would show the report once more.
         return None if gradients is None else use.value_once(gradients)
+
+    @command(FLAX_TRAIN)
+    def flax_train(self, use: CommandUse) -> Any:
+        """`%flax_train loss(net, data)`"""
+
+        def run(expression: CallExpression) -> Run:
+            from ..state.training import Optimizer, TrainOptions
+
+            name, loss, call, module = use.resolve_loss(expression)
+            note = self.notebook.weight_names.note(name, self.session.collections, use.user_ns)
+            earlier = self.session.training_of(name) if use["resume"] else None
+            optimizer, data = use["optimizer"], use["eval"] or ("" if earlier is None else earlier.eval)
+
+            def evaluated(option: str, text: str | None) -> Any:
+                return parse_expression(text, option).evaluate(use.user_ns, use.local_ns) if text else None
+
+            options = TrainOptions(
+                optimizer=Optimizer(optimizer, evaluated("--optimizer", optimizer)) if optimizer else None,
+                eval=evaluated("--eval", data),
+                eval_text=data,
+                **{option: use[option] for option in ("batch", "epochs", "steps", "freeze", "resume")},
+            )
+            notes = () if note is None else (note,)
+            return self.session.run_train(name, loss, call, options, module=module, notes=notes)
+
+        trained = use.run(run, gives_run=True)
+        # Displayed, it would show the report once more.
+        return None if trained is None else use.value_once(trained)
 
     @command(FLAX_SUMMARY)
     def flax_summary(self, use: CommandUse) -> Any:

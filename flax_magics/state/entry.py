@@ -177,6 +177,10 @@ class LinenEntry(AnyEntry, frozen=True):
             self, variables=variables, init=init, update_counts={}, outdated=False, source=source, training=None
         )
 
+    def trained(self, values: Collections, source: WeightSource, *, last: bool) -> LinenEntry:
+        """The entry with what a training has made of the variables; `last`: at its end, no more is to come."""
+        return replace(self, variables={**(self.variables or {}), **values}, source=source.over(values))
+
     def to_be_made_anew(self) -> LinenEntry:
         """The entry without variables, which its next use initialises."""
         return self.with_variables(None, None)
@@ -220,6 +224,11 @@ class NnxEntry(AnyEntry, frozen=True):
         """Variables that are given for one run, completed by those that are held; see `read_state`."""
         check_state(self.name, values, written, self.model.module)
         return self.model.read_state(self.name, values)
+
+    def trained(self, values: Collections, source: WeightSource, *, last: bool) -> NnxEntry:
+        """The entry after steps of a training; `last`: at its end, no more is to come."""
+        # In a module arrays are marked by a digest of some elements, which only the last commit waits for.
+        return replace(self, source=source.over(values, in_module=True) if last else source)
 
     def to_be_made_anew(self) -> NnxEntry:
         """The entry of a module that is built anew at its next use."""

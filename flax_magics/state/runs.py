@@ -165,6 +165,18 @@ class RunLog(Struct, frozen=True):
         return RunLog(stored, chain, length(chain) + 1)
 
 
+def with_newer(chain: RunLog | None, before: StoredRun, after: StoredRun) -> RunLog:
+    """The list with `after` in the place of `before`, which is one of its runs; other lists stay as they are."""
+    later: list[StoredRun] = []
+    while chain is not None and chain.kept is not before:
+        later.append(chain.kept)
+        chain = chain.before
+    chain = RunLog.add(None if chain is None else chain.before, after)
+    for stored in reversed(later):
+        chain = RunLog.add(chain, stored)
+    return chain
+
+
 def length(chain: RunLog | None) -> int:
     """How many runs there are."""
     return 0 if chain is None else chain.length

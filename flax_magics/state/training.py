@@ -94,3 +94,16 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
         fields = {name: getattr(self, name) for name in self.__struct_fields__} | self.trees
         curve = Curve(**{name: fields[name] for name in Curve.__struct_fields__})
         return Training(**{name: fields[name] for name in Training.__struct_fields__ if name != "curve"}, curve=curve)
+
+
+class TrainOptions(Struct, frozen=True):
+    """The options of a training; `Session.train` documents them."""
+
+    optimizer: Optimizer | None = None
+    batch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    eval: PyTree = None
+    eval_text: str = ""
+    freeze: tuple[str, ...] = ()
+    resume: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import linecache
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -20,15 +20,19 @@ from msgspec.structs import replace
 from ..base.measures import LayerGradient
 from ..base.private import frames_of
 from ..base.text import join, plural
-from ..base.types import Leaf
+from ..base.types import HostArray, Leaf, PyTree
 from ..code.library import library_file
 from ..compile.cache import Program
 from ..compile.jaxpr import Atom, Equation
-from ..compile.trace import TracedCall, trace_call
+from ..compile.trace import TracedCall, TraceRequest, trace_call
 from ..execution.execute import Execution
-from ..models.calls import Calls, Path
+from ..models.calls import Calls, Kwargs, Path
+from ..rng.keys import Words
 from ..run import Note, Run
+from . import layers
 from .evaluation import Culprit, Level, culprit_of, is_bad
+from .loss import Gradients
+from .step import Step
 
 ROWS = 4
 """How many rows of a batch are named."""
@@ -43,7 +47,7 @@ def notes_of(execution: Execution, run: Run) -> Iterator[Note]:
     on_phase = execution.request.services.on_phase
     if bad:
         on_phase("looking where it is not finite")
-        yield _not_finite(run, _evaluated(execution))
+        yield Note("nan", _not_finite(run.output.loss, run.layers, _evaluated(execution)))
         return
     # A loop of runs would look for the same reason each time.
     known, paths = _known(execution.plan.program), frozenset(layer.path for layer in dead)
@@ -69,10 +73,49 @@ def _known(program: Program | None) -> Reasons:
     return held[1]
 
 
+def why_of_step(
+    step: Step,
+    request: TraceRequest,
+    opt_state: PyTree,
+    given: tuple[Mapping[str, Words], Kwargs, HostArray | None],
+    loss: Leaf,
+) -> str:
+    """Why a step of a training is not finite.
+
+    Args:
+      request: of the step's loss, with the variables before the step.
+      opt_state: before the step.
+      given: key data of the step, its arguments by name, and the rows of the data that its batch consists of.
+      loss: that the step gave.
+    """
+    keys, named, rows = given
+    arguments = step.arguments
+    leaves = tuple(named.get(name, leaf) for name, leaf in zip(arguments.names, arguments.leaves, strict=True))
+    request = replace(request, model=step.loss.as_model(), arguments=replace(arguments, leaves=leaves))
+    try:
+        evaluated = Evaluated(request, keys, rows)
+    except Exception:  # as in `_evaluated`
+        return f"the loss is {_number(np.asarray(loss))}" if is_bad(loss) else "its gradients or variables are not"
+    gradients = evaluated.gradients
+    if any(map(is_bad, (loss, *_floats((gradients.loss, gradients.grads, gradients.updates))))):
+        return _not_finite(loss, layers.of(gradients, step.loss, request.variables), evaluated)
+    params, grads = step.loss.as_users(step.loss.parameters(request.variables)), gradients.grads
+    changed = step.updated(params, grads, opt_state)[0]
+    paths = jax.tree_util.tree_flatten_with_path(changed)[0]
+    bad = next((_steps_of(path) for path, leaf in paths if is_bad(leaf)), "a parameter")
+    return f"the loss and its gradients are finite, and the optimizer makes {bad} infinite"
+
+
+def _steps_of(path: Sequence[object]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
 def _evaluated(execution: Execution) -> Evaluated | None:
     """The run's program with its values; None where it cannot be evaluated equation by equation."""
     try:
-        return Evaluated(execution)
+        # What the run was given, so that the trace is the one of the program.
+        request = replace(execution.built.request, guess=execution.result.needs)
+        return Evaluated(request, execution.plan.keys(execution.request.draw))
     except Exception:  # a primitive that runs in no other way than compiled, or too little memory for all values
         return None
 
@@ -86,29 +129,33 @@ def _is_dead(layer: LayerGradient) -> bool:
     return trained > 0 and layer.zeros == trained
 
 
-def _not_finite(run: Run, evaluated: Evaluated | None) -> Note:
-    """The note on a loss, gradient or updated variable that is not finite."""
-    loss = run.output.loss
+def _not_finite(loss: Leaf, rows: Sequence[LayerGradient], evaluated: Evaluated | None) -> str:
+    """What of a loss, its gradients and the variables that it updates is not finite, and why."""
     if is_bad(loss):
         what = f"the loss is {_number(np.asarray(loss))}"
     else:
-        layers = [layer for layer in run.layers if layer.bad]
-        named = _name(layers[0].path) if layers else ""
-        more = f" and {plural(len(layers) - 1, 'more layer')}" if len(layers) > 1 else ""
+        bad = [layer for layer in rows if layer.bad]
+        named = _name(bad[0].path) if bad else ""
+        more = f" and {plural(len(bad) - 1, 'more layer')}" if len(bad) > 1 else ""
         what = f"the loss is finite, and the gradient of {named}{more} is not"
-        what = what if layers else "the loss is finite, and what it writes into the variables is not"
+        what = what if bad else "the loss is finite, and what it writes into the variables is not"
     why = "" if evaluated is None else evaluated.why()
-    return Note("nan", f"{what}: {why}" if why else what)
+    return f"{what}: {why}" if why else what
 
 
 class Evaluated:
-    """The program of a run with all values of its equations."""
+    """The program of a loss and its gradients with all values of its equations.
 
-    def __init__(self, execution: Execution) -> None:
-        request, plan = execution.built.request, execution.plan
-        # What the run was given, so that the trace is the one of the program.
-        traced: TracedCall[None] = trace_call(replace(request, noted=True, guess=execution.result.needs))
-        inputs = request.variables, plan.keys(execution.request.draw), request.arguments.dynamic
+    Args:
+      request: what it was made for.
+      keys: key data by stream.
+      rows: those that a batch takes of the arrays of the data, if it does.
+    """
+
+    def __init__(self, request: TraceRequest, keys: Mapping[str, Words], rows: HostArray | None = None) -> None:
+        self.rows = rows
+        traced: TracedCall[None] = trace_call(replace(request, noted=True))
+        inputs = request.variables, keys, request.arguments.dynamic
         paths, _ = jax.tree_util.tree_flatten_with_path(inputs)
         self.calls = traced.trace.calls or Calls()
         self.names = [_named(path) for path, _ in paths]
@@ -116,6 +163,8 @@ class Evaluated:
         outputs, _ = jax.tree_util.tree_flatten_with_path(traced.traced.out_info)
         # `(Gradients, sown values)`: the name of each output's field.
         self.fields = [path[1].key if path[0].idx == 0 else "" for path, _ in outputs]
+        structure = jax.tree_util.tree_structure(traced.traced.out_info)
+        self.gradients: Gradients = jax.tree_util.tree_unflatten(structure, self.top.results)[0]
 
     def why(self) -> str:
         """Where the first bad value comes from; empty where that cannot be told."""
@@ -135,6 +184,7 @@ class Evaluated:
         if values.ndim < 2 or name.startswith("the variable"):
             return f"{name} holds NaN"
         rows = np.flatnonzero(np.isnan(values).reshape(len(values), -1).any(axis=1))
+        rows = rows if self.rows is None else self.rows[rows]
         more = " and more" if len(rows) > ROWS else ""
         return f"{name} holds NaN in {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows[:ROWS]))}{more}"
 
@@ -226,7 +276,7 @@ def _named(path: Sequence[object]) -> str:
     """The name of an input: a variable by its path, an argument as it is called in the loss."""
     which, *inside = path
     if which.idx == 0:  # type: ignore[attr-defined]
-        return f"{VARIABLE}{'/'.join(str(getattr(key, 'key', getattr(key, 'name', key))) for key in inside)}`"
+        return f"{VARIABLE}{_steps_of(inside)}`"
     return f"`{inside[0].key}`" if which.idx == 2 else "a key"  # type: ignore[attr-defined]
 
 

@@ -2,33 +2,117 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import jax
+from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base.digest import own
-from ..base.types import PyTree
+from ..base.types import PyTree, Record
 from ..code.library import library
 from ..compile.cache import Services
 from ..compile.initialise import made_of
 from ..errors import nearest, written
 from ..execution import notes, record
 from ..execution.build import renewed
-from ..execution.call import Call
+from ..execution.call import BoundCall, Call
 from ..execution.execute import ApplyRequest, Execution, execute
 from ..line.expression import with_arguments
 from ..line.options import ApplyOptions
+from ..models.base import CallTrace
 from ..models.switch import WHEN_TRAINING, call_switches, setting_of, written_in_call
+from ..rng.keys import Draw
 from ..run import Note, Run, like
 from ..state.entry import ModelEntry, Origin
 from ..state.runs import StoredRun
 from ..state.state import State
-from . import by_hand, diagnosis, layers
-from .loss import METHOD, Gradients, Loss, OtherNet, check_arguments, is_frozen, transformed
+from . import diagnosis, layers
+from .loss import METHOD, Loss, OtherNet, check_arguments, transformed
+from .nets import is_frozen
+
+
+class LossCall(Struct, frozen=True):
+    """A call of a loss that is ready to run.
+
+    Attributes:
+      entry: the net's; an NNX module that `--fresh` marked is built anew in it.
+      loss: of that net.
+      request: an apply of the loss as a model.
+      read: other nets among the arguments, which the loss reads as constants.
+      anew: the entry's module was built for this run, and the user's own object does not hold its values yet.
+    """
+
+    entry: ModelEntry
+    loss: Loss
+    request: ApplyRequest
+    read: tuple[ModelEntry, ...]
+    anew: bool
+
+    @classmethod
+    def of(
+        cls,
+        state: State,
+        entry: ModelEntry,
+        loss: Loss,
+        call: Call,
+        services: Services,
+        *,
+        mode: str,
+        said: tuple[Note, ...],
+        again: tuple[Draw, bool] | None = None,
+    ) -> LossCall:
+        """Prepares a call.
+
+        Args:
+          call: its arguments are those after the net.
+          mode: `train` or `eval`; a switch that is written in the call stands.
+          said: notes from finding the entry.
+          again: an earlier draw to go on with, and whether its `params` key is used; None for the next draw.
+
+        Raises:
+          FlaxMagicsError: a mistake in the call.
+        """
+        library.look()
+        name, opened = entry.name, state.opened
+        # As an apply: it goes on with the draw that an init of its model opened, if the variables are still there.
+        shares = again[1] if again else opened is not None and opened[0] == name and entry.ready
+        draw = again[0] if again else opened[1] if shares and opened else state.root.draw()
+        anew = entry.rebuild_next and entry.built is not None
+        if anew:
+            entry, shares = renewed(entry, draw, taken=shares), True
+            loss = replace(loss, model=entry.model)
+        others = (note.write or note.form for note in said if note.kind == "weights")
+        entry.check_alive(f"{name}(…)", next(others, None))
+        check_arguments(loss, name, call.args, call.kwargs, tuple(WHEN_TRAINING))
+        of_loss = replace(entry, model=loss.as_model())
+        in_call = written_in_call(loss.signature(METHOD), call.args, call.kwargs)
+        if in_call and all(value is (not WHEN_TRAINING[switch]) for switch, value in in_call.items()):
+            mode = "eval"
+        nets = [other for other in state.models.values() if other.name != name]
+        passed = (*call.args, *call.kwargs.values())
+        read = tuple(net for net in nets if any(net.model.module is one for one in passed))
+        call = replace(call, method=METHOD, args=tuple(_with_variables(one, read) for one in call.args))
+        call = replace(call, kwargs={key: _with_variables(value, read) for key, value in call.kwargs.items()})
+        request = ApplyRequest(of_loss, call, ApplyOptions(mode=mode), draw, services, params_taken=shares)
+        return cls(entry, loss, request, read, anew)
+
+
+class leaks_told(Record, contextlib.AbstractContextManager["leaks_told"]):
+    """Tells of a value of a transform inside the trace, which linen has written into its scope there, in one message."""
+
+    name: str
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, jax.errors.UnexpectedTracerError):
+            return
+        # Of one that the user's own code has kept from an earlier trace JAX tells all there is to say.
+        if f"{os.sep}flax{os.sep}" in str(error) or "DynamicJaxprTracer" not in str(error):
+            raise transformed(self.name, error) from None
 
 
 def grad_model(
@@ -45,38 +129,13 @@ def grad_model(
     Raises:
       FlaxMagicsError: a mistake in the call or in the loss. What the loss raises is passed on.
     """
-    library.look()
-    name, opened = entry.name, state.opened
-    # As an apply: it goes on with the draw that an init of its model opened, if the variables are still there.
-    shares = opened is not None and opened[0] == name and entry.ready
-    draw = opened[1] if shares and opened else state.root.draw()
-    started, users_entry = time.time(), entry
-    anew = entry.rebuild_next and entry.built is not None
-    if anew:
-        entry, shares = renewed(entry, draw, taken=shares), True
-        loss = replace(loss, model=entry.model)
-    entry.check_alive(f"{name}(…)", next((note.write or note.form for note in said if note.kind == "weights"), None))
-    check_arguments(loss, name, call.args, call.kwargs, tuple(WHEN_TRAINING))
-    of_loss = replace(entry, model=loss.as_model())
-    # A switch that is written in the call stands.
-    in_call = written_in_call(loss.signature(METHOD), call.args, call.kwargs)
-    if in_call and all(value is (not WHEN_TRAINING[switch]) for switch, value in in_call.items()):
-        mode = "eval"
-    others = [other for other in state.models.values() if other.name != name]
-    read = [other for other in others if any(other.model.module is one for one in (*call.args, *call.kwargs.values()))]
-    call = replace(call, method=METHOD, args=tuple(_with_variables(one, read) for one in call.args))
-    call = replace(call, kwargs={key: _with_variables(value, read) for key, value in call.kwargs.items()})
-    request = ApplyRequest(of_loss, call, ApplyOptions(mode=mode), draw, services, params_taken=shares)
-    try:
-        execution = execute(request)
-    except jax.errors.UnexpectedTracerError as error:
-        # A value of a transform inside the trace: linen has written it into its scope there. Of one that the user's own
-        # code has kept from an earlier trace JAX tells all there is to say.
-        if f"{os.sep}flax{os.sep}" in str(error) or "DynamicJaxprTracer" not in str(error):
-            raise transformed(loss.name, error) from None
-        raise
+    started, users_entry, name = time.time(), entry, entry.name
+    ready = LossCall.of(state, entry, loss, call, services, mode=mode, said=said)
+    entry, loss, draw, anew = ready.entry, ready.loss, ready.request.draw.first, ready.anew
+    with leaks_told(loss.name):
+        execution = execute(ready.request)
     made, gradients = execution.variables.made, execution.result.output
-    names = _written(gradients, nnx=entry.model.holds_variables)
+    names = loss.collections_of(gradients.updates)
     run = record.run_of_apply(
         execution,
         (),
@@ -88,10 +147,10 @@ def grad_model(
         first=state.runs is None,
         registered="" if name in state.models else entry.model.describe(),
     )
-    rows = layers.of(gradients, entry.model, execution.built.request.variables)
+    rows = layers.of(gradients, loss, execution.built.request.variables)
     gradients.layers, gradients.name = rows, name
     run = like(run, command="grad", layers=rows, **_by_hand(execution, loss, run, names))
-    run = run.with_notes((*said, *_notes(execution, loss, run, entry, [other.name for other in read])))
+    run = run.with_notes((*said, *_notes(execution, loss, run, entry, [other.name for other in ready.read])))
     recipe = record.recipe_of(execution)
     leaves = jax.tree_util.tree_leaves(execution.built.request.variables)
     stored = StoredRun(run, Origin(recipe, list(map(own, leaves))), recipe.size)
@@ -108,15 +167,6 @@ def _with_variables(argument: PyTree, others: Iterable[ModelEntry]) -> PyTree:
     """An argument that is another registered net of linen's together with its variables; any other as it is."""
     other = next((other for other in others if other.model.module is argument), None)
     return argument if other is None or other.variables is None else OtherNet(argument, other.variables)
-
-
-def _written(gradients: Gradients, *, nnx: bool) -> set[str]:
-    """The collections (NNX: variable types) that the loss wrote."""
-    if not nnx:
-        return set(gradients.updates)
-    from ..models.nnx_graph import flat_state
-
-    return {type(leaf).__name__ for _, leaf in flat_state(gradients.updates)}
 
 
 def _learned(execution: Execution, entry: ModelEntry, loss: Loss) -> ModelEntry:
@@ -147,7 +197,7 @@ def _by_hand(execution: Execution, loss: Loss, run: Run, names: set[str]) -> dic
     code = ""
     if not facts.axes and not loss.freeze:
         in_mode = cast("Loss", bound.model)
-        code = by_hand.lines(in_mode, text, fields, facts.streams, mutable, metrics=metrics)
+        code = in_mode.lines(text, fields, facts.streams, mutable, metrics=metrics)
     return {"by_hand": code, "spelling": facts}
 
 
@@ -155,7 +205,7 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: 
     """The sharp bits of one run."""
     request, result, line = execution.request, execution.result, execution.request.line
     bound, services, name = request.bound, request.services, request.entry.name
-    yield from _of_switch(execution, loss)
+    yield from of_switch(name, bound, execution.result.trace, loss)
     known = {stream for needs in request.entry.known_needs.values() for stream in needs.streams}
     yield from notes.of_streams(result.trace, known)
     in_call = dict(notes.keys_in(execution.arguments, services.seen, ()))
@@ -168,14 +218,13 @@ def _notes(execution: Execution, loss: Loss, run: Run, entry: ModelEntry, read: 
     yield from notes.of_scalars(execution.built.scalars, line)
     for other in read:
         yield Note("constant", f"`{other}` is read as a constant: it gets no gradient, and keeps what it had")
-    yield from _of_freeze(loss, entry, execution.built.request.variables, bound.call)
+    yield from of_freeze(loss, entry, execution.built.request.variables, bound.call)
     yield from diagnosis.notes_of(execution, run)
 
 
-def _of_switch(execution: Execution, loss: Loss) -> Iterator[Note]:
+def of_switch(name: str, bound: BoundCall, trace: CallTrace, loss: Loss) -> Iterator[Note]:
     """Layers that behave the other way; where a switch of the net's call is not passed on by the loss, that one."""
-    bound = execution.request.bound
-    wrong = notes.of_mode(execution.request.entry.name, bound, bound.mode, execution.result.trace)
+    wrong = notes.of_mode(name, bound, bound.mode, trace)
     passes = set(call_switches(bound.signature))
     for note in wrong:
         if note.kind == "mode":  # that the net has no switch is no news: nobody asked for a mode
@@ -190,12 +239,11 @@ def _of_switch(execution: Execution, loss: Loss) -> Iterator[Note]:
         yield note
 
 
-def _of_freeze(loss: Loss, entry: ModelEntry, variables: Mapping[str, Any], call: Call) -> Iterator[Note]:
+def of_freeze(loss: Loss, entry: ModelEntry, variables: Mapping[str, Any], call: Call) -> Iterator[Note]:
     """Patterns that match no parameter, with the nearest name of one."""
-    paths = list(layers.parameter_paths(entry.model, variables))
+    paths = list(layers.parameter_paths(loss, variables))
     for pattern in loss.freeze:
-        kinds = set(variables) if entry.model.holds_variables else set()
-        if pattern in kinds or any(is_frozen("/".join(path), (pattern,)) for path in paths):
+        if pattern in loss.types(variables) or any(is_frozen("/".join(path), (pattern,)) for path in paths):
             continue
         modules = dict.fromkeys("/".join(path[:n]) for path in paths for n in range(1, len(path) + 1))
         near = nearest(pattern, modules, 1)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ..base.threads import until_committed
+from msgspec.structs import replace
+
+from ..base.threads import at_once, uninterrupted, until_committed
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
 from ..execution import surroundings
 from ..execution.call import Call, as_names
 from ..execution.surroundings import stand_outside
 from ..state.handles import entry_of
-from .loss import METHOD, Loss, check
+from ..state.runs import RunLog, StoredRun, backwards, with_newer
+from ..state.training import Optimizer, Training, TrainOptions
+from .loss import METHOD, check
+from .nets import loss_of
 
 if TYPE_CHECKING:
     from ..compile.cache import Services
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from ..run import Note, Run
     from ..state.entry import ModelEntry
     from ..state.state import State
+    from .train import Progress
 
 
 class LossMethods:
@@ -28,6 +35,9 @@ class LossMethods:
 
     _state: State
     services: Services
+    autosaving: Any
+    _committing: threading.Lock
+    _check: Callable[[State], None]
     _entry_now: Callable[[str, object], tuple[ModelEntry, tuple[Note, ...]]]
     _commit: Callable[[State, Outcome], None]
 
@@ -63,6 +73,86 @@ class LossMethods:
         call = Call(METHOD, args, kwargs, f"{called}({arguments})", command=" ".join(options))
         return self.run_grad(name, loss, call, mode=mode, freeze=patterns)
 
+    def train(
+        self,
+        loss: Function,
+        model: object,
+        data: PyTree,
+        /,
+        *args: PyTree,
+        optimizer: object = None,
+        batch: int | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        eval: PyTree = None,
+        freeze: str | Iterable[str] = (),
+        resume: bool = False,
+        **kwargs: PyTree,
+    ) -> Run:
+        """Makes one draw and trains the net with `loss(net, batch, *args, **kwargs)`, for some epochs or steps.
+
+        Returns the Run: `.losses`, `.metrics`, `.eval`, `.steps`. Finished steps are kept, whatever ends the training.
+
+        Args:
+          loss: a function of the net and a batch, which returns a scalar, or (scalar, dict of scalars).
+          model: the net: a registered name or an item of `models`.
+          data: a dict or tuple of arrays with one leading axis, or an iterable of batches.
+          optimizer: an optax transformation; None for that of the net's last training.
+          batch: cut arrays into batches of so many rows, shuffled in each epoch; None for all rows in each step.
+          epochs, steps: how long; one of them. With `resume` the earlier total where there is neither.
+          eval: data to look at in evaluation mode: each epoch, or ten times in a training that counts steps.
+          freeze: patterns of parameters that stay as they are: `encoder`, `*/bias`.
+          resume: go on with the net's last training after its last finished step.
+        """
+        name = entry_of(self._state.models, model).name
+        called = str(getattr(loss, "__name__", "loss"))
+        called = called if called.isidentifier() else "loss"  # a lambda
+        arguments = ", ".join([name, "data", *["…"] * len(args), *(f"{key}=…" for key in kwargs)])
+        call = Call(METHOD, (data, *args), kwargs, f"{called}({arguments})", command="%flax_train")
+        options = TrainOptions(
+            optimizer=None if optimizer is None else Optimizer("optax.…", optimizer),
+            batch=batch,
+            epochs=epochs,
+            steps=steps,
+            eval=eval,
+            eval_text="" if eval is None else "data",
+            freeze=as_names(freeze),
+            resume=resume,
+        )
+        return self.run_train(name, loss, call, options)
+
+    def training_of(self, name: str) -> Training | None:
+        """What `--resume` goes on with for that model; None where there is nothing."""
+        entry = self._state.models.get(name)
+        return None if entry is None else entry.training
+
+    @until_committed
+    def run_train(
+        self,
+        name: str,
+        function: Any,
+        call: Call,
+        options: TrainOptions,
+        *,
+        module: object = None,
+        notes: tuple[Note, ...] = (),
+    ) -> Run:
+        """`train` of a parsed call, whose arguments are those after the net; see `Session.run_apply` for `module`."""
+        line = f"{call.command} {call.text}"
+        stand_outside(surroundings.of_state, line, line)
+        from .train import train_model
+
+        check(function, call.text, call.command)
+        state = self._state
+        entry, more = self._entry_now(name, module)
+        with entry.model.held_still:
+            entry.model.has_same_layout()
+            freeze = options.freeze if entry.training is None or not options.resume else entry.training.freeze
+            loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
+            commit = Committing(self, state)
+            said = (*more, *notes)
+            return train_model(state, entry, loss, call, options, services=self.services, said=said, commit=commit)
+
     @until_committed
     def run_grad(
         self,
@@ -85,7 +175,61 @@ class LossMethods:
         entry, more = self._entry_now(name, module)
         with entry.model.held_still:
             entry.model.has_same_layout()  # finds it anew if not; the block takes it as found
-            loss = Loss.of(entry.model, function, call.text.partition("(")[0], freeze)
+            loss = loss_of(entry.model, function, call.text.partition("(")[0], freeze)
             outcome = grad_model(state, entry, loss, call, self.services, mode=mode, said=(*more, *notes))
             self._commit(state, outcome)
         return outcome.run
+
+
+class Committing:
+    """Makes the finished steps of a training part of a session, as often as there are some; called with them.
+
+    Args:
+      before: the session's state from which the training was worked out.
+    """
+
+    def __init__(self, session: LossMethods, before: State) -> None:
+        self._session, self._before = session, before
+        self._last: Progress | None = None
+        self._stored: StoredRun | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """Commits in one uninterruptible step: the entry, the Run in the place of the one before, and the root key.
+
+        Raises:
+          Overtaken: before the first commit: another thread has changed the session.
+          FlaxMagicsError: after it: another thread has given the net other variables.
+        """
+        session, run, entry = self._session, progress.run, progress.entry
+        stored = StoredRun(run)
+        with uninterrupted(), session._committing:
+            state = session._state
+            if self._last is None:
+                session._check(self._before)
+                state = self._first(state, stored, progress)
+            else:
+                if state.models.get(entry.name) is not self._last.entry:
+                    raise FlaxMagicsError(f"`{entry.name}` was changed by another thread while it was trained.")
+                assert self._stored is not None
+                runs = with_newer(state.runs, self._stored, stored)
+                state = replace(state, models={**state.models, entry.name: entry}, runs=runs)
+            if progress.write is not None:
+                progress.write()
+            at_once(((object.__setattr__, session, "_state", state),))
+        self._last, self._stored = progress, stored
+        if session.autosaving is not None:
+            session.autosaving.after(stored.facts, state)
+
+    def _first(self, state: State, stored: StoredRun, progress: Progress) -> State:
+        """The state after the first commit: past the draw; one that was resumed takes the place of its earlier Run."""
+        draw, run = progress.draw, progress.run
+        # A root that is never split does no harm there, a missing one would hide a reused key.
+        self._session.services.seen.roots.add(draw.next_root)
+        if not progress.resumed:
+            return state.after(stored, draw, progress.entry, None)
+        state = state.with_variables(progress.entry)
+        for earlier in backwards(state.runs):
+            facts = earlier.facts
+            if facts.kind.trains and (facts.seed, facts.draw, facts.model) == (run.seed, run.draw, run.model):
+                return replace(state, opened=None, runs=with_newer(state.runs, earlier, stored))
+        return replace(state, opened=None, runs=RunLog.add(state.runs, stored))

@@ -1,0 +1,283 @@
+"""The loop of a training: steps are dispatched ahead of the device, and count once it has finished them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..base.curve import Curve, Evaluation
+from ..base.threads import Interrupts, Unfinished, smallest
+from ..base.types import HostArray, Leaf
+from ..models.base import Variables
+from ..rng.keys import Words
+from .data import Batch, Data
+from .step import StepResult, TrainState
+
+AHEAD = 2
+"""How many steps the device is given ahead of what is known to be finished."""
+PATIENCE = 0.4
+"""Seconds that an interrupt waits for the steps which the device still does; after that they are given up."""
+
+
+Looks: TypeAlias = Callable[[int, Variables], Evaluation]
+"""Evaluates the variables that there are after so many finished steps."""
+
+
+class NotFinite(Exception):
+    """The step at this number gave a loss, a gradient or a variable that is not finite: it was not taken."""
+
+
+class Dispatched(NamedTuple):
+    """A step that the device was given, and its batch."""
+
+    result: StepResult
+    batch: Batch
+
+
+class Numbers:
+    """The numbers of the finished steps, in arrays that grow; earlier views of them stay as they are.
+
+    Args:
+      curve: that of the training which this one goes on with.
+    """
+
+    def __init__(self, curve: Curve) -> None:
+        self.count = len(curve.losses)
+        self._arrays = {"": np.array(curve.losses, np.float32)}
+        self._arrays |= {f" {name}": np.array(values, np.float32) for name, values in curve.metrics.items()}
+
+    def add(self, loss: Leaf, metrics: Mapping[str, Leaf]) -> None:
+        """Adds the numbers of one step."""
+        for name, value in {"": loss, **{f" {name}": value for name, value in metrics.items()}}.items():
+            array = self._arrays.get(name)
+            if array is None:
+                array = self._arrays[name] = np.full(max(self.count, 64), np.nan, np.float32)
+            if len(array) <= self.count:
+                self._arrays[name] = array = np.concatenate([array, np.zeros(max(len(array), 64), np.float32)])
+            array[self.count] = np.asarray(value).astype(np.float32)
+        self.count += 1
+
+    @property
+    def losses(self) -> HostArray:
+        """One for each finished step."""
+        return self._arrays[""][: self.count]
+
+    @property
+    def metrics(self) -> dict[str, HostArray]:
+        """Name → one for each finished step."""
+        return {name[1:]: array[: self.count] for name, array in self._arrays.items() if name}
+
+
+class Schedule:
+    """Which steps there are, and after which of them the `--eval` data are looked at.
+
+    Args:
+      epochs, steps: one of them; what was asked for in all.
+      per_epoch: steps of an epoch; None where that is not known before its end.
+      looks: there are data to look at: each epoch, or ten times in a training that counts steps.
+    """
+
+    def __init__(self, epochs: int | None, steps: int | None, per_epoch: int | None, *, looks: bool) -> None:
+        self.epochs, self.steps, self.per_epoch = epochs, steps, per_epoch
+        self._looks, self._ends = looks, set[int]()
+
+    @property
+    def total(self) -> int | None:
+        """The steps in all; None as long as that is not known."""
+        if self.steps is not None:
+            return self.steps
+        return None if self.per_epoch is None else (self.epochs or 0) * self.per_epoch
+
+    def end_epoch(self, step: int, epoch: int) -> None:
+        """Notes that an epoch ended before `step`, the `epoch`-th of all."""
+        self._ends.add(step)
+        if self.per_epoch is None:
+            self.per_epoch = step if epoch == 1 else None
+        if self.steps is None and epoch == self.epochs:
+            self.steps = step
+
+    def looks_after(self, step: int) -> bool:
+        """Whether the data are looked at once so many steps are finished."""
+        if not self._looks or not step:
+            return False
+        if self.epochs is None:
+            assert self.steps is not None
+            return step == self.steps or step in {round(self.steps * n / 10) for n in range(1, 10)}
+        return step in self._ends or (self.per_epoch is not None and step % self.per_epoch == 0)
+
+
+class Loop:
+    """One training under way.
+
+    Args:
+      program_of: finds or compiles the program for a batch; called as `program(state, keys, number, batch)`.
+      state: after the steps that are finished.
+      keys: stream → key data of the draw.
+      curve: of the steps that are finished.
+
+    Attributes:
+      state, numbers: after the last finished step.
+      evals: the looks so far.
+      examples: those in the finished steps.
+      seconds: in the loop, those of earlier parts of the training included.
+    """
+
+    def __init__(
+        self,
+        program_of: Callable[[Batch], Callable[..., StepResult]],
+        state: TrainState,
+        keys: Mapping[str, Words],
+        data: Data,
+        schedule: Schedule,
+        *,
+        curve: Curve,
+        unfinished: Unfinished,
+    ) -> None:
+        self._program_of, self._keys, self._data, self._schedule = program_of, keys, data, schedule
+        self.state, self.numbers = state, Numbers(curve)
+        self.evals: list[Evaluation] = list(curve.evals)
+        self.examples, self.stopped = curve.examples, ""
+        self._seconds, self._since = curve.seconds, time.perf_counter()
+        self._unfinished = unfinished
+        self._pending: deque[Dispatched] = deque()
+        self._epoch = 0 if schedule.per_epoch is None else self.step // schedule.per_epoch
+        self.failed: Dispatched | None = None
+        """The step that was not finite."""
+
+    @property
+    def step(self) -> int:
+        """How many steps are finished."""
+        return self.numbers.count
+
+    @property
+    def curve(self) -> Curve:
+        """What the training has done so far."""
+        return Curve(
+            self.numbers.losses,
+            self.numbers.metrics,
+            tuple(self.evals),
+            self._schedule.total,
+            self._schedule.per_epoch,
+            self.examples,
+            self._seconds + time.perf_counter() - self._since,
+            1,
+            self.stopped,
+        )
+
+    def run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
+        """Does the steps that are left.
+
+        Args:
+          look: evaluates the present state; called with no step under way.
+          on_step: called after each finished step.
+
+        Raises:
+          NotFinite: of a step, which is not taken.
+          KeyboardInterrupt: after those steps that were under way, or after `PATIENCE`.
+        """
+        try:
+            self._run(interrupts, look, on_step)
+        except NotFinite:
+            self._pending.clear()
+            raise
+        except BaseException:
+            self._drain()
+            raise
+        finally:
+            self._seconds += time.perf_counter() - self._since
+            self._since = time.perf_counter()
+            self._data.close()
+
+    def _run(self, interrupts: Interrupts, look: Looks, on_step: Callable[[], None]) -> None:
+        schedule, pending, ahead = self._schedule, self._pending, self.state
+        looked = self.evals[-1].step if self.evals else 0
+        while True:
+            interrupts.check()
+            if not pending and self.step != looked and schedule.looks_after(self.step):
+                looked = self.step
+                with interrupts.opened():
+                    evaluation = look(self.step, self.state.variables)
+                self.evals.append(evaluation)
+                on_step()
+            following = self.step + len(pending)
+            ends = following == schedule.total
+            if ends and not pending:
+                return
+            if not ends and len(pending) < AHEAD and not (pending and schedule.looks_after(following)):
+                batch = self._take(interrupts, following)
+                if batch is not None:
+                    begin = time.perf_counter()
+                    with interrupts.opened():
+                        program = self._program_of(batch)
+                    self._since += time.perf_counter() - begin  # compiling is no time of the steps
+                    dispatched = Dispatched(program(ahead, self._keys, np.uint32(following), batch), batch)
+                    ahead = dispatched.result.state
+                    pending.append(dispatched)
+                continue
+            self._wait(interrupts)
+            self._settle()
+            on_step()
+
+    def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
+        """The batch of the next step; None where an epoch of an iterable has ended."""
+        with interrupts.opened():
+            batch = self._data.take(following)
+        if batch is None:
+            self._epoch += 1
+            self._schedule.end_epoch(following, self._epoch)
+            if self._data.once and following != self._schedule.total:
+                raise self._data.dry(following, self._schedule.total)
+        return batch
+
+    def _wait(self, interrupts: Interrupts) -> None:
+        """Waits for the oldest step; of an interrupt at most `PATIENCE` seconds more."""
+        alive, until = self._pending[0].result.alive, None
+        while not alive.is_ready():
+            if interrupts.signal is not None:
+                until = time.perf_counter() + PATIENCE if until is None else until
+                if time.perf_counter() > until:
+                    interrupts.check()
+            time.sleep(SLEEP)
+
+    def _settle(self) -> None:
+        """Counts the oldest step, which the device has finished."""
+        oldest = self._pending[0]
+        state, loss, metrics, alive = oldest.result
+        if not bool(alive):  # raises the error of a program that failed
+            self.failed = oldest
+            raise NotFinite
+        self.numbers.add(loss, metrics)
+        self.state = state
+        self.examples += oldest.batch.examples
+        self._pending.popleft()
+
+    def _drain(self) -> None:
+        """Counts the steps that the device finishes within `PATIENCE`, and gives the others up."""
+        until = time.perf_counter() + PATIENCE
+        while self._pending:
+            while not self._pending[0].result.alive.is_ready():
+                if time.perf_counter() > until:
+                    self._unfinished.wait = smallest(self._pending[-1].result.loss)
+                    self._pending.clear()
+                    return
+                time.sleep(SLEEP)
+            try:
+                self._settle()
+            except Exception:  # it was interrupted, and that is what is told
+                self._pending.clear()
+
+
+SLEEP = 50e-6
+"""Seconds between two looks at the device: the thread sleeps while it computes."""
+
+
+def started(variables: Any, opt_state: Any) -> TrainState:
+    """The state before the first step, of arrays that the program takes as they are."""
+    as_arrays = jax.tree_util.tree_map(jnp.asarray, (dict(variables), opt_state))
+    return TrainState(as_arrays[0], as_arrays[1], jnp.asarray(True))

@@ -1,0 +1,78 @@
+"""The options of a training, completed by what an earlier one of the net had."""
+
+from __future__ import annotations
+
+import ast
+
+from msgspec.structs import replace
+
+from ..base.digest import kind_of
+from ..errors import FlaxMagicsError, written
+from ..execution.call import Call
+from ..line.expression import without_option
+from ..state.entry import ModelEntry
+from ..state.training import Training, TrainOptions
+
+
+def data_text(call: str) -> str:
+    """The data as they are written in a call, `train` of `loss(net, train)`."""
+    try:
+        tree = ast.parse(call, mode="eval").body
+    except SyntaxError:  # a gap in the place of the arguments of a script
+        return "data"
+    return ast.unparse(tree.args[1]) if isinstance(tree, ast.Call) and len(tree.args) > 1 else "data"
+
+
+def resumed_of(entry: ModelEntry, call: Call) -> Training:
+    """The training that `--resume` goes on with. Raises FlaxMagicsError where there is none."""
+    if entry.training is None:
+        message = (
+            f"`{entry.name}` has no training to go on with: no step of one is finished, or others took its weights."
+        )
+        command = without_option(call.command, "--resume")
+        raise FlaxMagicsError(message, form=f"{command} --optimizer … --steps … {call.text}")
+    return entry.training
+
+
+def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None, line: str) -> TrainOptions:
+    """The options with what an earlier training of the net had, where they leave it out.
+
+    Raises:
+      FlaxMagicsError: they do not say how long or by which optimizer, or contradict each other.
+    """
+    if options.epochs is not None and options.steps is not None:
+        message = "--epochs and --steps both say how long the training is. Leave one of them out."
+        raise FlaxMagicsError(message, **written(without_option(line, "--epochs", "[0-9]+")))
+    if resumed is not None:
+        asked = options.epochs is not None or options.steps is not None
+        options = replace(
+            options,
+            batch=resumed.batch,
+            epochs=options.epochs if asked else resumed.epochs,
+            steps=options.steps if asked else resumed.steps,
+            freeze=resumed.freeze,
+            eval_text=options.eval_text or resumed.eval,
+        )
+    elif options.epochs is None and options.steps is None:
+        message = "how long? --steps counts steps, --epochs times through the data."
+        command, _, call = line.partition(" ")
+        raise FlaxMagicsError(message, **written(f"{command} --steps 100 {call}"))
+    optimizer = options.optimizer or entry.optimizer
+    if optimizer is None or optimizer.transformation is None:
+        command, _, call = line.partition(" ")
+        known = f" It was {optimizer.text} before the load, which runs no code." if optimizer is not None else ""
+        text = "optax.adamw(1e-3)" if optimizer is None else optimizer.text
+        message = f"`{entry.name}` has no optimizer: any of optax's is one.{known}"
+        raise FlaxMagicsError(message, **written(f"import optax\n{command} --optimizer {text} {call}"))
+    made = optimizer.transformation
+    if not (callable(getattr(made, "init", None)) and callable(getattr(made, "update", None))):
+        raise FlaxMagicsError(
+            f"--optimizer takes an optax transformation, and `{optimizer.text}` is {kind_of(made)}.",
+            form=line.replace(optimizer.text, "optax.adamw(…)", 1),
+        )
+    return replace(options, optimizer=optimizer)
+
+
+def skipped(training: Training) -> int:
+    """How many batches of the present epoch of an iterable the finished steps took."""
+    return training.step % training.curve.epoch if training.curve.epoch else training.step

@@ -1,0 +1,139 @@
+"""One step of a training as a pure function, in the form in which a person writes it and an export prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from msgspec import Struct
+
+from ..base.types import HostArray, Leaf, PyTree
+from ..errors import FlaxMagicsError
+from ..models.base import ARGUMENTS, SOWN, STRUCTURE, CallTrace, Needs, Updates, Variables
+from ..models.calls import Arguments, Kwargs
+from .loss import Loss
+
+
+class TrainState(NamedTuple):
+    """What goes from step to step.
+
+    Attributes:
+      variables: of the net, by collection.
+      opt_state: the optimizer's.
+      alive: all steps so far were finite. Once one was not, all others leave the state as it is.
+    """
+
+    variables: Variables
+    opt_state: PyTree
+    alive: Leaf
+
+
+class StepResult(NamedTuple):
+    """What a step gives; `alive` as in its state, which the next step may take away."""
+
+    state: TrainState
+    loss: Leaf
+    metrics: Mapping[str, Leaf]
+    alive: Leaf
+
+
+class Step(Struct, frozen=True, eq=False):
+    """What determines the step of a training.
+
+    Attributes:
+      loss: of the net, which is set to train mode.
+      needs: streams and collections that the loss asks for.
+      optimizer: an optax transformation.
+      arguments: those after the net, a batch in the place of the data.
+      batched: names of their leaves that belong to the batch, in order.
+      impl: PRNG implementation of the keys.
+    """
+
+    loss: Loss
+    needs: Needs
+    optimizer: Any
+    arguments: Arguments
+    batched: tuple[str, ...]
+    impl: str
+
+    def step(
+        self, state: TrainState, keys: Mapping[str, Leaf], number: Leaf, rows: HostArray | None, arguments: Kwargs
+    ) -> StepResult:
+        """One step; pure.
+
+        Args:
+          keys: stream → key data of the draw, into which the step's number is folded.
+          number: of the step, from 0 on.
+          rows: those of the arrays in `arguments` that are the batch; None where they are the batch themselves.
+          arguments: the traced ones by name.
+        """
+        record = CallTrace()
+        run = self.loss.model.forward(self.loss.function, self.needs, record, self.impl)
+        keys = {
+            name: jax.random.fold_in(jax.random.wrap_key_data(words, impl=self.impl), number)
+            for name, words in keys.items()
+        }
+        if rows is not None:
+            arguments = {name: leaf[rows] if name in self.batched else leaf for name, leaf in arguments.items()}
+        args, kwargs = self.arguments.rebuild(arguments)
+        loss_of = self.loss.of_parameters(run, state.variables, (keys, args, kwargs))
+
+        trained = self.loss.parameters(state.variables)
+        (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        params, opt_state = self.updated(self.loss.as_users(trained), self.loss.as_users(grads), state.opt_state)
+        variables = with_updates(state.variables, updates, record)
+        variables = self.loss.put_into(variables, self._as_values(params, trained))
+        alive = state.alive & is_finite((value, grads, variables))
+        # A `cond` and not a `where`, which changes the bits of what XLA joins with it.
+        variables, opt_state = jax.lax.cond(
+            alive, lambda: (variables, opt_state), lambda: (state.variables, state.opt_state)
+        )
+        return StepResult(TrainState(variables, opt_state, alive), value, metrics or {}, alive)
+
+    def updated(self, params: PyTree, grads: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+        """Parameters and optimizer state after one update of the optimizer."""
+        import optax  # type: ignore[import-untyped]
+
+        changes, opt_state = self.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, changes), opt_state
+
+    def _as_values(self, tree: PyTree, like: PyTree) -> PyTree:
+        """The inverse of `Loss.as_users`; `like` has the places of the leaves."""
+        leaves, treedef = jax.tree_util.tree_flatten(like)
+        filled = partial(jax.tree_util.tree_unflatten, treedef)
+        # The numbers of the leaves, sent the same way, tell where each has come to stand.
+        places = jax.tree_util.tree_leaves(self.loss.as_users(filled(range(len(leaves)))))
+        ordered = dict(zip(places, jax.tree_util.tree_leaves(tree), strict=True))
+        return filled([ordered[n] for n in range(len(leaves))])
+
+
+def with_updates(variables: Variables, updates: Updates, record: CallTrace) -> Variables:
+    """`variables` with what a step wrote: statistics and the like; neither sown values nor keys and counts of streams.
+
+    Raises:
+      FlaxMagicsError: it makes variables that were not there, so that the next step would be another program.
+    """
+    updated = dict(variables)
+    for name, tree in updates.items():
+        if name == STRUCTURE:
+            raise FlaxMagicsError("the loss gives the module other attributes than it had: a step cannot do that.")
+        if name == SOWN or name in record.sown or name[0] == ARGUMENTS[0]:
+            continue
+        before = variables.get(name)
+        if before is None or not isinstance(tree, Mapping):
+            if before is None and name in record.written:
+                message = f"the loss makes the collection `{name}`, which was not there before: a step cannot do that."
+                raise FlaxMagicsError(message, form="%flax_init net(…)")
+            continue
+        # Of an NNX module the keys and counts of streams are no variables here: each step has those of its draw.
+        updated[name] = tree if name in record.written else {**before, **{n: v for n, v in tree.items() if n in before}}
+    return updated
+
+
+def is_finite(tree: PyTree) -> Leaf:
+    """Whether no floating-point number in the tree is NaN or infinite, as an array."""
+    floats = [leaf for leaf in jax.tree_util.tree_leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()

@@ -1,0 +1,479 @@
+"""Works out `%flax_train`: one draw, the steps of a loop, and the Run of them. The session is changed by `commit` alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import jax
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+
+from ..base.curve import Curve
+from ..base.digest import kind_of
+from ..base.measures import Timing, devices_of
+from ..base.text import join, plural
+from ..base.threads import Interrupts
+from ..base.types import PyTree
+from ..compile.cache import Services
+from ..compile.initialise import made_of
+from ..compile.trace import TracedCall, trace_call
+from ..errors import FlaxMagicsError, written
+from ..execution import notes
+from ..execution.call import Call, initialising, prepare_init, request_of
+from ..execution.execute import RunVariables, held_variables, plain_errors
+from ..models.calls import Arguments, signature_of
+from ..rng.keys import Draw, RunKeys
+from ..run import RELEASED, Note, Run
+from ..state.entry import ModelEntry, NnxEntry, by_kind
+from ..state.state import State
+from ..state.training import Training, TrainOptions
+from ..state.weights import WeightSource
+from . import data as training_data
+from .data import ArrayData, Batch, BatchData, Data
+from .diagnosis import ROWS, why_of_step
+from .grad import LossCall, leaks_told, of_freeze, of_switch
+from .look import Look
+from .loop import Loop, NotFinite, Schedule, started
+from .loss import METHOD, Loss
+from .options import completed, data_text, resumed_of, skipped
+from .step import Step, StepResult, TrainState
+
+SHUFFLE = "shuffle"
+"""The stream of a draw whose key shuffles the rows."""
+STILL = 50
+"""After so many steps of the same loss something is wrong."""
+OFTEN = 0.05
+"""Seconds between two commits of finished steps, at least."""
+SHOWN = 0.5
+"""Seconds between two calls of `on_progress`, at least."""
+
+
+class Progress(Struct, frozen=True):
+    """Finished steps, for the session to commit.
+
+    Attributes:
+      run: what has happened so far.
+      entry: the net's new entry.
+      draw: the draw of it all.
+      write: writes the variables into the user's NNX module; None for linen.
+      resumed: it went on with an earlier training, whose Run it takes the place of.
+    """
+
+    run: Run
+    entry: ModelEntry
+    draw: Draw
+    write: Callable[[], None] | None
+    resumed: bool
+
+
+def train_model(
+    state: State,
+    entry: ModelEntry,
+    loss: Loss,
+    call: Call,
+    options: TrainOptions,
+    *,
+    services: Services,
+    said: tuple[Note, ...],
+    commit: Callable[[Progress], None],
+) -> Run:
+    """Trains a net.
+
+    Args:
+      loss: of the entry's model.
+      call: its arguments are those after the net: the data first.
+      said: notes from finding the entry.
+      commit: makes the finished steps part of the session.
+
+    Raises:
+      FlaxMagicsError: a mistake in the call, or a step that is not finite. What the loss raises is passed on.
+    """
+    line = f"{call.command} {call.text}"
+    resumed = resumed_of(entry, call) if options.resume else None
+    options = completed(entry, options, resumed, line)
+    if not call.args:
+        message = f"`{call.text}` gives no data: they come right after the net."
+        raise FlaxMagicsError(message, form=f"{call.command} {loss.name}({entry.name}, …)")
+    text = data_text(call.text)
+    training_data.check(text, call.args[0], options.batch, line)
+    data: Data = BatchData(text, call.args[0], 0 if resumed is None else skipped(resumed))
+    if training_data.is_arrays(call.args[0]):
+        data = ArrayData(text, call.args[0], options.batch)
+    with plain_errors(call), leaks_told(loss.name):
+        ready = LossCall.of(
+            state,
+            entry,
+            loss,
+            replace(call, args=(data.first, *call.args[1:])),
+            services,
+            mode="train",
+            said=said,
+            again=None if resumed is None else (resumed.draw, resumed.taken),
+        )
+        return Trainer(state, ready, call, options, data, said=said, resumed=resumed, commit=commit).train()
+
+
+class Trainer:
+    """One training, from its loss to its last step; see `train_model` for the arguments.
+
+    Args:
+      ready: the loss with its first batch.
+      options: completed.
+      resumed: what it goes on with; None for a new training.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        ready: LossCall,
+        call: Call,
+        options: TrainOptions,
+        data: Data,
+        *,
+        said: tuple[Note, ...],
+        resumed: Training | None,
+        commit: Callable[[Progress], None],
+    ) -> None:
+        self.state, self.ready, self.call, self.options, self.data = state, ready, call, options, data
+        self.resumed, self.commit = resumed, commit
+        self.request, self.services = ready.request, ready.request.services
+        self.draw, self.name = ready.request.draw.first, ready.entry.name
+        self.started = time.time()
+        self.timing = Timing()
+        self.origin = ""
+        self.programs: dict[object, Any] = {}
+        """Shapes of a batch → the program of its step."""
+        self._committed = self._shown = time.perf_counter()
+        if isinstance(data, ArrayData):
+            data.key = self.draw.stream(SHUFFLE)
+        self.prepare()
+        self.notes = (*said, *self._notes())
+
+    # -- before the first step
+
+    def prepare(self) -> None:
+        """Finds or initialises the variables, traces what the loss asks for, and makes the optimizer's state."""
+        services, bound = self.services, self.request.bound
+        self.loss = cast("Loss", bound.model)
+        with self.timed("init"):
+            variables = held_variables(self.request) or self._initialise()
+        services.on_phase(f"tracing {self.name}")
+        with self.timed("trace"):
+            request = request_of(variables.entry, bound, self.draw, variables.values, self.request.options)
+            request = replace(request, model=replace(self.loss, graded=False).as_model())
+            # A method may need variables that the first init did not make; what the loss sows is not passed in.
+            self.traced: TracedCall[None] = trace_call(request)
+        self.variables = variables
+        options, optimizer = self.options, self.options.optimizer
+        assert optimizer is not None
+        arguments = self.traced.request.arguments
+        self.step = Step(
+            self.loss,
+            self.traced.needs,
+            optimizer.transformation,
+            arguments,
+            of_data(data_text(self.call.text), arguments, self.data.first),
+            self.draw.impl,
+        )
+        values = self.traced.request.variables
+        if self.resumed is None:
+            opt_state = optimizer.transformation.init(self.loss.as_users(self.loss.parameters(values)))
+        else:
+            opt_state = self.resumed.opt_state
+        per_epoch = self.data.per_epoch
+        if per_epoch is None and self.resumed is not None:
+            per_epoch = self.resumed.curve.epoch
+        schedule = Schedule(options.epochs, options.steps, per_epoch, looks=options.eval is not None)
+        taken = variables.taken
+        self.taken = taken
+        keys = {name: self.draw.words(name, taken=taken and name == "params") for name in self.traced.needs.streams}
+        self.keys = dict(sorted(keys.items()))
+        self.look = Look(
+            self.request,
+            self.draw,
+            variables.entry,
+            text=options.eval_text,
+            data=options.eval,
+            batch=options.batch,
+        )
+        self.loop = Loop(
+            self.program_of,
+            started(values, opt_state),
+            self.keys,
+            self.data,
+            schedule,
+            curve=Curve() if self.resumed is None else replace(self.resumed.curve, stopped=""),
+            unfinished=services.programs.unfinished,
+        )
+
+    def _initialise(self) -> RunVariables:
+        """Initialises a linen net in the training's own draw, by `flax.linen.init(loss, net)` with the first batch."""
+        entry, request = self.request.entry.linen, self.request
+        self.services.on_phase(f"initialising {self.name}")
+        model, call = prepare_init(self.name, entry.model, request.bound.call)
+        init = initialising(model, call, self.draw, self.services.programs.units, taken=request.params_taken)
+        values, record = init.finish()
+        source = WeightSource.initialised(self.draw, values)
+        entry = entry.with_variables(values, source, replace(record, method=self.ready.loss.function))
+        return RunVariables(entry, values, made_of(values), 0.0, source.describe(self.draw.seed), taken=True)
+
+    def _notes(self) -> tuple[Note, ...]:
+        """The sharp bits that are known before the first step."""
+        bound, trace, entry = self.request.bound, self.traced.trace, self.ready.entry
+        known = {stream for needs in self.request.entry.known_needs.values() for stream in needs.streams}
+        found = [*of_switch(self.name, bound, trace, self.ready.loss), *notes.of_streams(trace, known)]
+        for other in self.ready.read:
+            found.append(
+                Note("constant", f"`{other.name}` is read as a constant: it gets no gradient, and keeps what it had")
+            )
+        found += of_freeze(self.ready.loss, entry, self.traced.request.variables, self.call)
+        if self.resumed is not None and not self.data.exact:
+            text = "goes on with what the iterable gives now: that all is as without the stop is not claimed"
+            found.append(Note("resume", text))
+        if self.variables.made is not None:
+            found += notes.of_params(self.variables.values)
+        elif entry.outdated:
+            found.append(notes.outdated_own(self.name) if entry.built_by_user else notes.OUTDATED)
+        return tuple(found)
+
+    # -- the steps
+
+    def program_of(self, batch: Batch) -> Callable[..., StepResult]:
+        """The program of a step for a batch: called with state, keys, number of the step, and a batch of the same shapes."""
+        tree = self.data.tree if batch.tree is None else batch.tree
+        shapes = (None if batch.rows is None else len(batch.rows), *map(signature_of, jax.tree_util.tree_leaves(tree)))
+        if shapes not in self.programs:
+            self.programs[shapes] = self._compiled(batch)
+        executable = self.programs[shapes]
+
+        def program(state: TrainState, keys: Mapping[str, Any], number: Any, batch: Batch) -> StepResult:
+            result: StepResult = executable(state, keys, number, batch.rows, self._arguments(batch))
+            return result
+
+        return program
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """The arguments of a step's program by name: those of the batch, or of the arrays that it is taken from."""
+        leaves = jax.tree_util.tree_leaves(self.data.tree if batch.tree is None else batch.tree)
+        own = self.step.arguments.dynamic
+        return {**own, **dict(zip(self.step.batched, leaves, strict=True))}
+
+    def _compiled(self, batch: Batch) -> Any:
+        """The executable of the step for batches like this one."""
+        step = self.step.step
+        number, rows, arguments = np.uint32(0), batch.rows, self._arguments(batch)
+
+        def phase(name: str) -> None:
+            self.services.on_phase(f"{name} {self.name}")
+
+        phase("tracing")
+        inputs = self.loop.state, self.keys, number, rows, arguments
+
+        def program(*given: Any) -> StepResult:
+            return step(*given)
+
+        program.__name__ = program.__qualname__ = self.name
+        with self.timed("trace"):
+            jitted: Any = jax.jit(program)
+            traced = jitted.trace(*inputs)
+        where = tuple(signature_of(leaf)[-1] for leaf in jax.tree_util.tree_leaves(inputs))
+        executable, origin, timing = self.services.programs.compile(traced, phase, where)
+        self.timing = replace(
+            self.timing, lower=self.timing.lower + timing.lower, compile=self.timing.compile + timing.compile
+        )
+        self.origin = self.origin or origin
+        self.services.on_phase(f"training {self.name}")
+        return executable
+
+    def train(self) -> Run:
+        """Does the steps, and returns the Run; commits those that are finished whatever happens."""
+        first, services, loop = self.loop.step, self.services, self.loop
+        services.on_phase(f"training {self.name}")
+        with Interrupts() as interrupts:
+            try:
+                loop.run(interrupts, self.look, self._on_step)
+            except NotFinite:
+                loop.stopped = self._why_not_finite()
+                services.on_progress(self._finish())
+                raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
+            except BaseException as error:
+                interrupted = isinstance(error, KeyboardInterrupt)
+                loop.stopped = "interrupted" if interrupted else f"{type(error).__name__} in the loop"
+                if loop.step > first:
+                    services.on_progress(self._finish())
+                raise
+            return self._finish()
+
+    def _why_not_finite(self) -> str:
+        """The step that is not finite, its rows, and what made it so, in one line."""
+        loop, failed = self.loop, self.loop.failed
+        assert failed is not None
+        self.services.on_phase("looking where it is not finite")
+        keys = {}
+        for name in self.keys:
+            key = self.draw.stream(name, taken=self.taken and name == "params")
+            keys[name] = np.asarray(jax.random.key_data(jax.random.fold_in(key, loop.step)))
+        rows, arguments = failed.batch.rows, self._arguments(failed.batch)
+        if rows is not None:
+            arguments = {name: leaf[rows] if name in self.step.batched else leaf for name, leaf in arguments.items()}
+        place = f"step {loop.step}"
+        if rows is not None:
+            shown = ", ".join(map(str, rows[:ROWS])) + (", …" if len(rows) > ROWS else "")
+            place += f" (epoch {loop.step // (self.data.per_epoch or 1)}, rows {shown})"
+        request = replace(self.traced.request, variables=loop.state.variables, guess=self.traced.needs)
+        why = why_of_step(self.step, request, loop.state.opt_state, (keys, arguments, rows), failed.result.loss)
+        return f"{place} is not finite and was not taken: {why}"
+
+    def _on_step(self) -> None:
+        """Commits what is finished, and shows it, unless that was done just now."""
+        now = time.perf_counter()
+        if now - self._committed < OFTEN:
+            return
+        self._committed = now
+        run = self._commit(final=False)
+        if now - self._shown >= SHOWN:
+            self._shown = now
+            self.services.on_progress(run)
+
+    def _finish(self) -> Run:
+        """Commits all finished steps, and returns the Run with the variables as its output."""
+        notes = [*self.notes]
+        losses = self.loop.numbers.losses
+        if len(losses) > STILL and bool((losses[-STILL:] == losses[-STILL - 1]).all()):
+            notes.append(Note("still", f"the loss has not moved in the last {STILL} steps"))
+        if self.loop.stopped and self.loop.step:
+            stopped = f"stopped after {plural(self.loop.step, 'step')}: {self.loop.stopped}"
+            text = (
+                stopped if self.loop.stopped != "interrupted" else f"interrupted after {plural(self.loop.step, 'step')}"
+            )
+            notes.append(Note("stopped", text, **self._how_to_go_on()))
+        self.notes = tuple(notes)
+        return self._commit(final=True)
+
+    def _how_to_go_on(self) -> dict[str, str]:
+        """Advice: the line that goes on from the last finished step; none before the first one."""
+        return written(f"%flax_train --resume {self.call.text}") if self.loop.step else {}
+
+    def _commit(self, *, final: bool) -> Run:
+        """Makes the finished steps part of the session.
+
+        Args:
+          final: nothing comes after it: then the Run has the variables, which are read for its digest.
+        """
+        loop, ready = self.loop, self.ready
+        curve, state = loop.curve, loop.state
+        entry = self._entry_after(state, curve, final=final)
+        values = dict(state.variables)
+        output = self.loss.as_users(values) if final else RELEASED
+        run = self._run(curve, output, entry)
+        self.commit(Progress(run, entry, self.draw, _write(entry, ready, values), self.resumed is not None))
+        return run
+
+    def _entry_after(self, state: TrainState, curve: Curve, *, final: bool) -> ModelEntry:
+        """The net's entry after the finished steps."""
+        options, users = self.options, self.state.models.get(self.name, self.ready.entry)
+        before, record = self.variables.entry, self.traced.trace
+        steps = len(curve.losses)
+        model = users.model if self.ready.anew else self.ready.entry.model
+        source = WeightSource(f"trained, {plural(steps, 'step')}")
+        training = Training(
+            draw=self.draw,
+            taken=self.taken,
+            opt_state=state.opt_state,
+            call=self.call.text,
+            batch=options.batch,
+            epochs=options.epochs,
+            steps=options.steps,
+            curve=curve,
+            eval=options.eval_text,
+            freeze=options.freeze,
+        )
+        new = steps - (0 if self.resumed is None else self.resumed.step)
+        counts = {name: before.update_counts.get(name, 0) + new for name in self.loss.written(record)}
+        return replace(
+            before.trained(state.variables, source, last=final),
+            model=model,
+            known_needs={**before.known_needs, (METHOD, self.request.bound.mode): self.traced.needs},
+            static_ints=before.static_ints | {(METHOD, name) for name in self.step.arguments.forced},
+            update_counts={**before.update_counts, **counts},
+            optimizer=options.optimizer,
+            training=training,
+        )
+
+    def _run(self, curve: Curve, output: PyTree, entry: ModelEntry) -> Run:
+        """The Run of the finished steps."""
+        bound, trace = self.request.bound, self.traced.trace
+        names = {name: (name, False) for name in ("params", "dropout", *self.keys)}
+        if self.taken and "params" in self.keys:
+            names["params (folded)"] = ("params", True)
+        if self.options.batch is not None:
+            names[SHUFFLE] = (SHUFFLE, False)
+        made = self.variables.made
+        if self.ready.anew:
+            made = made_of(self.ready.entry.nnx.model.collections())
+        counts = {
+            name: entry.update_counts[name] for name in sorted(self.loss.written(trace)) if name in entry.update_counts
+        }
+        return Run(
+            command="train",
+            model=self.name,
+            mode="train",
+            call=bound.call.text,
+            inputs=(self.call.args, bound.kwargs),
+            output=output,
+            seed=self.draw.seed,
+            draw=self.draw.number,
+            keys=RunKeys(self.draw, names),
+            used={name: tuple(dict.fromkeys(map(join, paths))) for name, paths in trace.asked.items()},
+            changed={**dict.fromkeys(sorted(self.loss.trainable()), len(curve.losses)), **counts},
+            device=devices_of(self.loop.state.variables),
+            started=self.started,
+            program=self.origin,
+            switch=", ".join(bound.switch),
+            timing=replace(self.timing, run=curve.seconds),
+            cell=self.call.cell,
+            notes=self.notes,
+            made=made,
+            weights=self.variables.weights,
+            first=self.state.runs is None,
+            registered="" if self.name in self.state.models else entry.model.describe(),
+            trained=curve,
+        )
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """A block whose time is added to a phase of the Run's timing."""
+        begin = self.services.clock()
+        yield
+        more = getattr(self.timing, phase) + self.services.clock() - begin
+        self.timing = replace(self.timing, **{phase: more})
+
+
+def _into_module(entry: NnxEntry, ready: LossCall, values: dict[str, PyTree]) -> Callable[[], None] | None:
+    model = entry.model
+
+    def write() -> None:
+        if ready.anew:
+            model.become(ready.entry.nnx.model)
+            model.has_same_layout()
+        model.assign(values)
+
+    return write
+
+
+_write = by_kind(lambda entry, ready, values: None, _into_module)
+
+
+def of_data(text: str, arguments: Arguments, batch: PyTree) -> tuple[str, ...]:
+    """Names of the leaves of a batch, which is the first argument. Raises FlaxMagicsError for one that is no array."""
+    names = arguments.names[: len(jax.tree_util.tree_leaves(batch))]
+    static = next((name for name, traced in zip(names, arguments.traced, strict=False) if not traced), None)
+    if static is not None:
+        raise FlaxMagicsError(
+            f"`{static}` of `{text}` is {kind_of(arguments.leaf(static))}: a batch consists of arrays."
+        )
+    return names

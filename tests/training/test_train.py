@@ -1,0 +1,294 @@
+"""Trainings against the same loop by hand, bit for bit; what of the session moves, and when; mistakes in a line."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from by_hand import bits, keys_of
+from interrupts import interrupted_after
+from sessions import session_of
+
+from flax_magics import FlaxMagicsError
+from flax_magics.base.text import plural
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+RANDOM = np.random.RandomState(0)
+DATA = {"x": RANDOM.randn(22, 6).astype(np.float32), "y": RANDOM.randint(0, 3, 22)}
+
+
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+class Dense(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(3)(nn.relu(nn.Dense(16)(x)))
+
+
+class Switched(nn.Module):
+    """BatchNorm and dropout, switched by an argument of the call."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
+
+
+class Fielded(nn.Module):
+    """Dropout that is switched by a field, a stream of its own, and LayerNorm."""
+
+    training: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = x + jax.random.normal(self.make_rng("noise"), x.shape)
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not self.training)(nn.LayerNorm()(nn.Dense(8)(x))))
+
+
+class Convolved(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Conv(4, (3,))(x.reshape(len(x), 6, 1))
+        return nn.Dense(3)(nn.relu(x).reshape(len(x), -1))
+
+
+class Attending(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(8)(x.reshape(len(x), 3, 2))
+        return nn.Dense(3)(nn.MultiHeadDotProductAttention(2)(x).mean(1))
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(3)(nn.RNN(nn.LSTMCell(5))(x.reshape(len(x), 3, 2))[:, -1])
+
+
+def plain_loss(net: Any, batch: Any) -> Any:
+    return cross_entropy(net(batch["x"]), batch["y"])
+
+
+def switched_loss(net: Any, batch: Any, train: bool) -> Any:
+    logits = net(batch["x"], train=train)
+    return cross_entropy(logits, batch["y"]), {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
+
+
+class ByHand:
+    """The loop as a person writes it, over draw 1 of seed 0."""
+
+    def __init__(self, net: Any, loss: Any, optimizer: Any, *, frozen: tuple[str, ...] = (), **rest: Any) -> None:
+        self.fields, self.mutable, self.streams = (
+            rest.get("fields", {}),
+            rest.get("mutable", []),
+            rest.get("streams", []),
+        )
+        self.switch: dict[str, Any] = {"train": True} if loss is switched_loss else {}
+        self.net, self.loss, self.optimizer, self.frozen = net, loss, optimizer, frozen
+        self.keys = keys_of(1)("params", "shuffle", *self.streams)
+        self.losses: list[np.float32] = []
+        self.metrics: list[Any] = []
+        self._step = jax.jit(self.step)
+
+    def init(self, batch: Any) -> None:
+        first = dict.fromkeys(self.switch, False)
+        self.variables = nn.init(self.loss, self.net)(self.keys["params"], batch, **first)
+        self.opt_state = self.optimizer.init(self.trained(self.variables["params"]))
+
+    def trained(self, params: Any) -> Any:
+        return {name: tree for name, tree in params.items() if name not in self.frozen}
+
+    def step(self, variables: Any, opt_state: Any, batch: Any, keys: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            applied = nn.apply(self.loss, self.net.clone(**self.fields), mutable=self.mutable)
+            given = {**variables, "params": {**variables["params"], **params}}
+            output = applied(given, batch, rngs=keys, **self.switch)
+            output, updates = output if self.mutable else (output, {})
+            value, metrics = output if isinstance(output, tuple) else (output, {})
+            return value, (metrics, updates)
+
+        params = self.trained(variables["params"])
+        (value, (metrics, updates)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        changes, opt_state = self.optimizer.update(grads, opt_state, params)
+        params = {**variables["params"], **optax.apply_updates(params, changes)}
+        return {**variables, **updates, "params": params}, opt_state, value, metrics
+
+    def rows(self, size: int, batch: int, epoch: int) -> list[Any]:
+        order = jax.random.permutation(jax.random.fold_in(self.keys["shuffle"], epoch), size)
+        return [order[begin : begin + batch] for begin in range(0, size, batch)]
+
+    def take(self, batch: Any) -> None:
+        number = len(self.losses)
+        keys = {name: jax.random.fold_in(self.keys[name], number) for name in self.streams}
+        self.variables, self.opt_state, value, metrics = self._step(self.variables, self.opt_state, batch, keys)
+        self.losses.append(np.float32(value))
+        self.metrics.append(metrics)
+
+
+NETS = {
+    "dense": (Dense(), plain_loss, {}),
+    "an argument switches, metrics": (Switched(), switched_loss, {"mutable": ["batch_stats"], "streams": ["dropout"]}),
+    "a field switches": (Fielded(), plain_loss, {"fields": {"training": True}, "streams": ["dropout", "noise"]}),
+    "frozen": (Dense(), plain_loss, {"frozen": ("Dense_0",)}),
+    "convolution": (Convolved(), plain_loss, {}),
+    "attention": (Attending(), plain_loss, {}),
+    "recurrent": (Recurrent(), plain_loss, {}),
+}
+ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 20)))
+
+
+def same_as(hand: ByHand, session: Any, run: Any) -> None:
+    assert bits(run.losses) == bits(np.array(hand.losses))
+    for name, values in run.metrics.items():
+        assert bits(values) == bits(np.array([np.float32(one[name]) for one in hand.metrics]))
+    assert bits(session.models["net"].variables) == bits(dict(hand.variables))
+    assert bits(session._state.models["net"].training.opt_state) == bits(hand.opt_state)
+
+
+@pytest.mark.parametrize("case", NETS)
+def test_of_linen_it_is_the_loop_by_hand(case):
+    net, loss, how = NETS[case]
+    session = session_of(net)
+    run = session.train(
+        loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=3, freeze=[f"{one}/*" for one in how.get("frozen", ())]
+    )
+    hand = ByHand(net, loss, ADAMW, **how)
+    hand.init({name: values[:8] for name, values in DATA.items()})
+    for epoch in range(3):
+        for rows in hand.rows(22, 8, epoch):
+            hand.take({name: values[rows] for name, values in DATA.items()})
+    same_as(hand, session, run)
+    assert (run.steps, run.draw, session.draws) == (9, 1, 1)
+    assert (run.trained.total, run.trained.epoch, run.trained.examples) == (9, 3, 66)
+    assert bits(run.output) == bits(session.models["net"].variables)
+
+
+def test_without_a_batch_all_rows_are_one_in_their_order():
+    session, hand = session_of(Dense()), ByHand(Dense(), plain_loss, optax.sgd(0.1))
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=4)
+    hand.init(DATA)
+    for _ in range(4):
+        hand.take(DATA)
+    same_as(hand, session, run)
+
+
+def test_the_run_says_what_it_was():
+    session = session_of(Switched())
+    first = session.apply("net", DATA["x"], mode="eval")
+    run = session.train(switched_loss, "net", DATA, optimizer=optax.adamw(1e-2), batch=8, epochs=1)
+    assert session.runs[-1] is run
+    assert (run.command, run.model, run.mode, run.call, run.switch) == (
+        "train", "net", "train", "switched_loss(net, data)", "train=True",
+    )  # fmt: skip
+    assert (run.seed, run.draw, sorted(run.keys)) == (0, 2, ["dropout", "params", "shuffle"])
+    assert run.weights == first.weights == "initialised in draw 1"
+    assert dict(run.changed) == {"params": 3, "batch_stats": 3}
+    assert run.losses.dtype == np.float32
+    assert list(run.metrics) == ["accuracy"]
+    assert run.program == "compiled"
+    assert session.apply("net", DATA["x"], mode="eval").weights == "trained, 3 steps"
+
+
+def test_a_training_goes_on_with_the_draw_of_an_init():
+    session = session_of(Dense())
+    session.init("net", DATA["x"])
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
+    assert (run.draw, session.draws, run.made) == (1, 1, None)
+
+
+def test_the_optimizer_stays_with_the_net():
+    session = session_of(Dense())
+    session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
+    one = session.train(plain_loss, "net", DATA, steps=2)
+    assert one.draw == 2
+    again = session_of(Dense())
+    again.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
+    assert bits(again.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=2).losses) == bits(one.losses)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, "`net` has no optimizer: any of optax's is one."),
+        ({"optimizer": optax.sgd(0.1)}, "how long? --steps counts steps, --epochs times through the data."),
+        (
+            {"optimizer": optax.sgd(0.1), "steps": 1, "epochs": 1},
+            "--epochs and --steps both say how long the training is. Leave one of them out.",
+        ),
+        (
+            {"optimizer": 0.1, "steps": 1},
+            "--optimizer takes an optax transformation, and `optax.…` is the number 0.1.",
+        ),
+        (
+            {"resume": True},
+            "`net` has no training to go on with: no step of one is finished, or others took its weights.",
+        ),
+        (
+            {"optimizer": optax.sgd(0.1), "steps": 1, "freeze": "*"},
+            "there is no parameter of the net to take gradients by: all of them are frozen.",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_message_and_changes_nothing(options, message):
+    session = session_of(Dense())
+    before = session._state
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", DATA, **options)
+    assert str(error.value).splitlines()[0] == message
+    assert session._state is before
+
+
+def test_an_error_of_the_loss_changes_nothing():
+    session = session_of(Dense())
+    before = session._state
+
+    def wrong(net: Any, batch: Any) -> Any:
+        return jnp.dot(net(batch["x"]), batch["y"]).mean()
+
+    with pytest.raises(TypeError, match="dot"):
+        session.train(wrong, "net", DATA, optimizer=optax.sgd(0.1), steps=2)
+    assert session._state is before
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
+    net, loss, how = NETS["an argument switches, metrics"]
+    whole = session_of(net)
+    expected = whole.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
+
+    session, random = session_of(net), np.random.RandomState(seed)
+    stops = 0
+    with interrupted_after(random.randint(1000, 6000), interrupt):
+        session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
+    while session.runs and session.runs[-1].trained.stopped:
+        stops += 1
+        run = session.runs[-1]
+        assert (run.trained.stopped, run.draw, len(session.runs)) == ("interrupted", 1, 1)
+        assert run.notes[-1].text == f"interrupted after {plural(run.steps, 'step')}"
+        assert run.notes[-1].write == "%flax_train --resume switched_loss(net, data)"
+        with interrupted_after(random.randint(1000, 6000), interrupt):
+            session.train(loss, "net", DATA, eval=DATA, resume=True)
+    if not session.runs:
+        session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
+    run = session.runs[-1]
+    assert run.steps == 12
+    assert bits(run.losses) == bits(expected.losses)
+    assert bits(run.metrics) == bits(expected.metrics)
+    assert run.eval == expected.eval
+    assert bits(session.models["net"].variables) == bits(whole.models["net"].variables)
+    training, uninterrupted = (each._state.models["net"].training for each in (session, whole))
+    assert bits(training.opt_state) == bits(uninterrupted.opt_state)
+    assert bits(session.apply("net", DATA["x"]).keys) == bits(whole.apply("net", DATA["x"]).keys)
