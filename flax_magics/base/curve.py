@@ -22,6 +22,27 @@ class Evaluation(Struct, frozen=True):
     metrics: Mapping[str, float]
 
 
+class Task(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a training was asked to do, as it was written.
+
+    Attributes:
+      optimizer: the text of the optimizer, empty where it is not known.
+      batch, epochs, steps, freeze: see `Session.train`.
+      eval: the text of the `--eval` data, empty without any.
+      arrays: its data are arrays, and no iterable of batches.
+      parts: how many steps were finished when each of its commands ended, the present one left out.
+    """
+
+    optimizer: str = ""
+    batch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    eval: str = ""
+    freeze: tuple[str, ...] = ()
+    arrays: bool = True
+    parts: tuple[int, ...] = ()
+
+
 class Curve(Struct, frozen=True, eq=False):
     """What a training has done so far.
 
@@ -34,6 +55,7 @@ class Curve(Struct, frozen=True, eq=False):
       examples: how many there were in the finished steps.
       seconds: the time of the finished steps, that of the looks included.
       group: how many steps one program does.
+      task: what was asked for.
       stopped: empty for a training that has finished or is under way; `interrupted`, or why it ended, in one line.
     """
 
@@ -46,3 +68,4 @@ class Curve(Struct, frozen=True, eq=False):
     seconds: float = 0.0
     group: int = 1
     stopped: str = ""
+    task: Task = Task()

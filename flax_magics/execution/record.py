@@ -22,7 +22,8 @@ from ..compile.compiler import settings
 from ..compile.limits import cost_of, devices_in, with_peak
 from ..line.expression import positional_names, with_arguments
 from ..line.options import ApplyOptions
-from ..models.base import Commit, ModelWithInit, Needs
+from ..models.base import Commit, ModelWithInit, Needs, Updates
+from ..models.calls import Arguments
 from ..models.switch import cloned, read_fields, setting_of, written_in_call
 from ..rng.keys import Draw, DrawBatch, RunKeys
 from ..run import MODULE, ContainerPart, ExportFacts, InitStats, Note, Run, Settings
@@ -30,7 +31,7 @@ from ..state.entry import ApplyRecipe, BuildRecipe, InitRecipe, ModelEntry, Orig
 from ..state.runs import StoredRun
 from ..state.state import State
 from .call import BoundCall, Call, prepare_init
-from .execute import Execution
+from .execute import Execution, RunVariables
 
 
 class Outcome(NamedTuple):
@@ -182,36 +183,47 @@ def run_of_key(name: str, draw: Draw, cell: int | None, *, first: bool) -> Run:
 
 def facts_of_apply(execution: Execution) -> ExportFacts:
     """What an export needs to write an apply as plain Flax."""
-    bound, result, entry = execution.request.bound, execution.result, execution.variables.entry
-    call, registered = bound.call, entry.model
+    bound, result, variables = execution.request.bound, execution.result, execution.variables
+    taken = execution.plan.taken and "params" in result.needs.streams
+    facts = facts_of_call(bound, variables, execution.arguments, result.needs, taken=taken)
+    facts = replace(facts, sown=bool(result.sown), returns=_returns(result.output))
+    handed = result.output[1] if execution.request.options.mutable else {}
+    return in_mode_of(bound, facts, kept=result.updates, sown=result.sown, handed=handed)
+
+
+def facts_of_call(
+    bound: BoundCall, variables: RunVariables, arguments: Arguments, needs: Needs, *, taken: bool
+) -> ExportFacts:
+    """What an export needs of a call, whatever is run of it."""
+    call, registered = bound.call, variables.entry.model
     parameters = tuple(positional_names(bound.signature, len(call.args)))
-    static = frozenset(name for name, _ in execution.arguments.static)
+    static = frozenset(name for name, _ in arguments.static)
     passed = [*zip(parameters, call.args, strict=True), *call.kwargs.items()]
-    arguments = _added(bound.kwargs, call.kwargs)
     init = ExportFacts(init_streams=registered.init_streams)
-    if execution.variables.made is not None:
+    if variables.made is not None:
         # The init gets the keys of `--key`, but no switch that the run's mode added.
         kwargs = {n: v for n, v in bound.kwargs.items() if n in call.kwargs or not isinstance(v, bool)}
-        init = facts_of_init(replace(call, kwargs=kwargs), entry.linen.model)
-    facts = replace(
+        init = facts_of_init(replace(call, kwargs=kwargs), variables.entry.linen.model)
+    return replace(
         init,
         parameters=parameters,
         static=static,
         containers=tuple((name, _part(value, name, static)) for name, value in passed if _holds(name, static)),
-        streams=tuple(sorted(result.needs.streams)),
-        taken=execution.plan.taken and "params" in result.needs.streams,
-        arguments=arguments,
-        sown=bool(result.sown),
-        axes=tuple(sorted(result.needs.axes)),
-        returns=_returns(result.output),
+        streams=tuple(sorted(needs.streams)),
+        taken=taken,
+        arguments=_added(bound.kwargs, call.kwargs),
+        axes=tuple(sorted(needs.axes)),
         code=registered.code(),
     )
-    train = None if bound.mode == "as written" else bound.mode == "train"
-    in_call = {*dict(arguments), *written_in_call(bound.signature, call.args, call.kwargs)}
+
+
+def in_mode_of(bound: BoundCall, facts: ExportFacts, *, kept: Updates, sown: Updates, handed: Updates) -> ExportFacts:
+    """The facts with how the call's mode is set, and what the model makes of the updates."""
+    call, train = bound.call, None if bound.mode == "as written" else bound.mode == "train"
+    in_call = {*dict(facts.arguments), *written_in_call(bound.signature, call.args, call.kwargs)}
     switches = () if train is None else map(setting_of, bound.switch)
     fields = tuple(setting for setting in switches if setting[0] not in in_call)
-    handed = result.output[1] if execution.request.options.mutable else {}
-    return bound.model.facts_of_run(facts, train, fields, kept=result.updates, sown=result.sown, handed=handed)
+    return bound.model.facts_of_run(facts, train, fields, kept=kept, sown=sown, handed=handed)
 
 
 def facts_of_init(call: Call, model: ModelWithInit) -> ExportFacts:

@@ -280,7 +280,7 @@ def _line_of_grad(run: Run, loss: str, arguments: str, files: _Files) -> str:
     """The line of a loss, which a file of the script's own has under its name."""
     script = files.of("__main__")
     frozen = any(layer.frozen for layer in run.layers)  # by patterns that the run does not tell
-    if script is None or loss not in script.globals or frozen or "…" in arguments:
+    if script is None or loss not in script.globals or frozen or run.kind.trains or "…" in arguments:
         return f"# Left out: {run.command} {loss}({arguments}): its loss or its input has no name at the top of a file."
     files.use(script, loss)
     option = "--eval " if run.mode == "eval" else ""

@@ -66,7 +66,7 @@ class CommandSite(Struct, frozen=True, eq=False):
     @property
     def draws(self) -> bool:
         """Whether the command makes a run."""
-        return self.name in ("flax_apply", "flax_init", "flax_grad") or (
+        return self.name in ("flax_apply", "flax_init", "flax_grad", "flax_train") or (
             self.name == "flax_key" and bool(self.parsed.rest)
         )
 
@@ -78,7 +78,7 @@ class CommandSite(Struct, frozen=True, eq=False):
     @property
     def mode(self) -> str:
         """The mode of its runs, spelled as in a Run; empty for commands without a mode."""
-        if self.name not in ("flax_apply", "flax_grad"):
+        if self.name not in ("flax_apply", "flax_grad", "flax_train"):
             return ""
         options = self.parsed.options
         return "train" if options["train"] else "eval" if options["eval"] else "as written"
@@ -262,10 +262,11 @@ def _with_sites(text: str, above: tuple[str, ...] = (), offset: int = 0) -> Cell
 def _read_line(name: str, command: Command, line: str) -> tuple[str, LineOptions, CallExpression | None]:
     """Reads a command's line as name (`help` where it only shows that), options, and call where it takes one."""
     parsed = read(command, line if command.takes == "call" else line.rstrip("; "))
-    if parsed.help or (not parsed.rest and name in ("flax_apply", "flax_init", "flax_grad")):
+    if parsed.help or (not parsed.rest and name in ("flax_apply", "flax_init", "flax_grad", "flax_train")):
         return "help", parsed, None
-    if name == "flax_grad":  # a run like that of an apply, without most of its options
-        options = {"train": not parsed.options["eval"], "key": (), "mutable": (), "eager": False}
+    if name in ("flax_grad", "flax_train"):  # a run like that of an apply, without most of its options
+        trains = name == "flax_train" or not parsed.options["eval"]
+        options = {"train": trains, "key": (), "mutable": (), "eager": False}
         options |= dict.fromkeys(("samples", "keys_of", "variables"))
         parsed = parsed._replace(options={**options, **parsed.options})
     bare = name == "flax_summary" and parsed.rest.rstrip("; ").isidentifier()
@@ -329,7 +330,8 @@ def match(cells: Sequence[tuple[ExecutedCell, CellSource]], runs: Sequence[Run])
         sites = [source.sites_in(statement.statement) for statement in statements]
         queue = _RunQueue(runs, list(range(cell.first, min(cell.end, len(runs)))), cell)
         for i, statement in enumerate(statements):
-            if statement.failed:
+            # A training that is stopped fails its cell, and keeps the steps that were done.
+            if statement.failed and (statement.site is None or statement.site.name != "flax_train"):
                 continue
             if statement.site is not None:
                 queue.take_one(statement, statement.site)

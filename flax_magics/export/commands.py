@@ -12,7 +12,7 @@ import numpy as np
 from ..base.types import PyTree
 from ..cells.journal import Load, state_of
 from ..rng.keys import SPLIT
-from . import losses, runs
+from . import losses, runs, training
 from .cells import MODELS
 from .context import CommandLines, ScriptContext, ScriptModel
 from .functions import CannotSay
@@ -49,6 +49,8 @@ def _key(command: CommandLines) -> list[str]:
 def _run(command: CommandLines) -> list[str]:
     """`%flax_init`, `%flax_apply` and `%flax_grad`. Raises CannotSay where no lines reproduce its runs."""
     context, site = command.context, command.site
+    if site.name == "flax_train":
+        command = _of_training(command)
     if not command.indices:
         # A branch that was never taken: the runs of an equal line elsewhere show what it would do.
         alike = [i for i, run in enumerate(context.groups.runs) if run.made is None and site.matches(run)]
@@ -65,9 +67,31 @@ def _run(command: CommandLines) -> list[str]:
         raise CannotSay(context.lost[name])
     if site.name == "flax_init":
         return runs.init_nnx(command) if model.holds else runs.init_linen(command)
+    if site.name == "flax_train":
+        return _train(command)
     if site.name == "flax_grad":
         return losses.grad_nnx(command) if model.holds else losses.grad_linen(command)
     return runs.apply_nnx(command) if model.holds else runs.apply_linen(command)
+
+
+def _of_training(command: CommandLines) -> CommandLines:
+    """The command with the run of the training that it begins, or that it goes on with."""
+    context = command.context
+    if not command.site.parsed.options["resume"]:
+        return command
+    index = context.going(command.site)
+    if index is None:
+        raise CannotSay("it goes on with a training that has no lines")
+    return CommandLines(context, command.site, [index])
+
+
+def _train(command: CommandLines) -> list[str]:
+    """`%flax_train`: the next part of its training."""
+    written, index = command.context.trained, command.indices[-1]
+    part = training.parts_of(command.runs[-1])[written.get(index, 0)]
+    lines = training.train_nnx(command, part) if command.model.holds else training.train_linen(command, part)
+    written[index] = written.get(index, 0) + 1
+    return lines
 
 
 def _register(command: CommandLines) -> list[str]:
@@ -195,6 +219,7 @@ LINES: Mapping[str, Callable[[CommandLines], list[str]]] = {
     "flax_init": _run,
     "flax_key": _key,
     "flax_load": _load,
+    "flax_train": _run,
     "flax_vars": _variables,
     "flaxmodel": _register,
 }

@@ -11,6 +11,7 @@ from itertools import chain, pairwise
 
 from msgspec.structs import replace
 
+from ..base.curve import Curve
 from ..base.types import PyTree
 from ..cells.journal import Load
 from ..cells.names import is_of_the_notebook
@@ -160,6 +161,7 @@ class ScriptContext:
       assigned: names that the lines of the present command assign; inside a function they are declared global.
       states: model → what became of it in the present cell: `new`, `unchanged`, `changed`.
       load: what the present `%flax_load` read.
+      trained: index of a training's run → how many of its parts have lines.
       gone: the runs of the present cell are not in the history, which a later `%flax_load` replaced.
       define: makes sure that a function is defined before it is used, and returns its name.
     """
@@ -173,6 +175,7 @@ class ScriptContext:
     assigned: set[str] = field(default_factory=set)
     states: Mapping[str, str] = field(default_factory=dict)
     load: Load | None = None
+    trained: dict[int, int] = field(default_factory=dict)
     gone: bool = False
     define: Callable[[JittedFunction, CommandSite], str] = field(init=False)
 
@@ -180,6 +183,17 @@ class ScriptContext:
         """Whether only some runs of a command initialised, so that the script must test for variables."""
         inits = [initialises(self.groups.runs[index]) for index in self.groups.of_site(site)]
         return bool(site.path) and any(inits) and (len(inits) == 1 or not all(inits))
+
+    def going(self, site: CommandSite) -> int | None:
+        """The index of the training that a `%flax_train --resume` goes on with; None for any other command."""
+        if site.name != "flax_train" or not site.parsed.options["resume"] or site.call is None:
+            return None
+        net = next((text for name, text in site.call.arguments if name is None), "")
+        runs = self.groups.runs
+        going = [
+            i for i in self.trained if runs[i].model == net and self.trained[i] <= len(_trained(runs[i]).task.parts)
+        ]
+        return going[-1] if going else None
 
     def skipped(self, indices: Sequence[int], reason: str) -> None:
         """Records runs that have no lines: the script no longer has the variables that they made or changed."""
@@ -192,6 +206,11 @@ class ScriptContext:
         if name not in self.models:
             raise CannotSay(f"the model `{name}` is not known any more")
         return self.models[name]
+
+
+def _trained(run: Run) -> Curve:
+    assert run.trained is not None
+    return run.trained
 
 
 def initialises(run: Run) -> bool:
@@ -262,10 +281,14 @@ class CommandLines:
 
     # -- the keys of its draw
 
-    def keys(self) -> tuple[list[str], KeyNames, str]:
-        """The lines that make its keys, the variable of each stream's key, and the variable of the init's key."""
+    def keys(self, *more: str) -> tuple[list[str], KeyNames, str]:
+        """The lines that make its keys, the variable of each stream's key, and the variable of the init's key.
+
+        Args:
+          more: streams that it takes beside those of the model.
+        """
         context, writer, facts, many = self.context, self.writer, self.facts, self.options["samples"] is not None
-        streams = (*facts.streams, *self.options["key"])
+        streams = (*facts.streams, *self.options["key"], *more)
         if many and facts.taken and "params" in streams:
             raise CannotSay("the first of its samples has another `params` key than the others")
         makes = any(run.made for run in self.runs)

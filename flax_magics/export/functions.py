@@ -156,12 +156,12 @@ class Function:
 
 
 class JittedFunction(Struct, frozen=True):
-    """A jitted function that a run needs; equal ones are defined once.
+    """A function that a run needs, as a rule a jitted one; equal ones are defined once.
 
     Attributes:
       model: the variable that holds the module.
       names: names to choose from, best first.
-      decorator: such as `jax.jit`.
+      decorator: such as `jax.jit`; empty for a plain function.
       parameters, static: see `SplitArguments`.
       body: its lines, without indentation.
     """
@@ -175,9 +175,9 @@ class JittedFunction(Struct, frozen=True):
 
     def lines(self, writer: LineWriter, name: str) -> list[str]:
         """The lines of the function, defined as `name`."""
-        decorator = f"@{self.decorator}"
+        above = [f"@{self.decorator}"] if self.decorator else []
         if self.static:
             writer.needs.add("functools")
             names = ", ".join(map(writer.text, self.static)) + ("," if len(self.static) == 1 else "")
-            decorator = f"@functools.partial({self.decorator}, static_argnames=({names}))"
-        return [decorator, call(f"def {name}(", self.parameters, "):"), *indented(self.body, writer.unit)]
+            above = [f"@functools.partial({self.decorator}, static_argnames=({names}))"]
+        return [*above, call(f"def {name}(", self.parameters, "):"), *indented(self.body, writer.unit)]

@@ -27,7 +27,7 @@ def grad_linen(command: CommandLines) -> list[str]:
       CannotSay: they cannot be said in plain lines yet, or its runs differ too much for one set of lines.
     """
     writer, model, facts = command.writer, command.model, command.facts
-    loss, after_net = _taken_apart(command)
+    loss, after_net = taken_apart(command)
     if facts.axes or facts.sown:
         raise CannotSay("its net names a mapped axis" if facts.axes else "its net sows values")
     lines, key, params = command.keys()
@@ -35,7 +35,7 @@ def grad_linen(command: CommandLines) -> list[str]:
     module = of_module(command, facts.module, model.name)
     writer.needs |= {"nn", "jax"}
     if command.initialising:
-        lines += _init(command, loss, as_written(after_net.arguments), params)
+        lines += init_lines(command, loss, as_written(after_net.arguments), params)
     names = {stream: f"{stream}_key" for stream in facts.streams}
     arguments = split(writer, after_net, facts, (*TAKEN, model.name, loss, *names.values()))
     items = [f"{{**variables, {writer.text('params')}: params}}", *arguments.inside, *switches]
@@ -48,7 +48,7 @@ def grad_linen(command: CommandLines) -> list[str]:
     if metrics and mutable:
         inside = [f"(value, metrics), updates = {applied}", "return value, (metrics, updates)"]
     aux = ", has_aux=True" if metrics or mutable else ""
-    own, frozen, sep = writer.text("params"), _patterns(command), f"sep={writer.text('/')}"
+    own, frozen, sep = writer.text("params"), patterns_of(command, command.options["freeze"]), f"sep={writer.text('/')}"
     body = ["def loss_of(params):", *indented(inside, writer.unit), ""]
     body.append(f"return jax.value_and_grad(loss_of{aux})(variables[{own}])")
     if frozen:
@@ -79,7 +79,7 @@ def grad_nnx(command: CommandLines) -> list[str]:
       CannotSay: see `grad_linen`.
     """
     writer, model, facts = command.writer, command.model, command.facts
-    loss, after_net = _taken_apart(command)
+    loss, after_net = taken_apart(command)
     kinds = [name for name in facts.mutable if name != "Intermediate"]
     if facts.sown or facts.handed or any(name not in ("BatchStat", "Cache") for name in kinds):
         raise CannotSay("what its net draws or writes has no lines yet")
@@ -93,7 +93,7 @@ def grad_nnx(command: CommandLines) -> list[str]:
     switches = [f"{name}={value}" for name, value in facts.arguments]
     arguments = split(writer, after_net, facts, (*TAKEN, loss, model.name))
     metrics = "metrics" in facts.returns
-    frozen, of, aux = _patterns(command), "", ", has_aux=True" if metrics else ""
+    frozen, of, aux = patterns_of(command, command.options["freeze"]), "", ", has_aux=True" if metrics else ""
     body: list[str] = []
     if frozen:
         writer.needs.add("fnmatch")
@@ -110,7 +110,7 @@ def grad_nnx(command: CommandLines) -> list[str]:
     return [*lines, *_value_lines(command, value, metrics=metrics, state=state if kinds else "")]
 
 
-def _taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
+def taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
     """The loss as it is written, and the call without the net."""
     if not command.model.holds and any(note.kind == "constant" for run in command.runs for note in run.notes):
         raise CannotSay("a second net in its call has no lines yet")
@@ -120,13 +120,13 @@ def _taken_apart(command: CommandLines) -> tuple[str, CallExpression]:
     return segment(written.text, tree.func), written._replace(tree=ast.copy_location(after_net, tree))
 
 
-def _patterns(command: CommandLines) -> str:
-    """The patterns of `--freeze` as a tuple's text, each also for what is inside a module; empty without the option."""
-    patterns = [pattern for one in command.options["freeze"] for pattern in (one, f"{one}/*")]
+def patterns_of(command: CommandLines, freeze: Sequence[str]) -> str:
+    """The patterns of `--freeze` as a tuple's text, each also for what is inside a module; empty without any."""
+    patterns = [pattern for one in freeze for pattern in (one, f"{one}/*")]
     return f"({', '.join(map(command.writer.text, patterns))})" if patterns else ""
 
 
-def _init(command: CommandLines, loss: str, arguments: Sequence[str], params: str) -> list[str]:
+def init_lines(command: CommandLines, loss: str, arguments: Sequence[str], params: str) -> list[str]:
     """The lines of the init that was part of the first run."""
     model, context = command.model, command.context
     facts = command.initialising[0].spelling or ExportFacts()

@@ -148,7 +148,8 @@ class Script:
         self.context.states = {row.name: row.state for row in cell.registered}
         self.context.load, self.context.gone = None, cell.gone
         self._loads = iter(cell.loads)
-        fails_at_once = all(each.failed and not blocks(each.statement) for each in statements)
+        stopped = [each for each in statements if each.failed and (each.runs or self._goes_on(each))]
+        fails_at_once = not stopped and all(each.failed and not blocks(each.statement) for each in statements)
         # It made no run and bound no name, so that a comment would be all that is left of it.
         if cell.error is not None and cell.first == cell.end and fails_at_once:
             self.failed += 1
@@ -165,7 +166,7 @@ class Script:
             for statement in on_one_line:
                 gap = text[last : begin(statement.statement) - 1]
                 last = end(statement.statement)
-                if statement.failed:
+                if statement.failed and statement not in stopped:
                     self._write_failed(cell_run, statement.statement)
                 else:
                     self._write_statement(statement, source, gap)
@@ -183,6 +184,10 @@ class Script:
     def _write(self, lines: list[str], *, ours: bool = False) -> None:
         if lines:
             self.blocks[-1].append(Lines(lines, ours=ours))
+
+    def _goes_on(self, statement: ExecutedStatement) -> bool:
+        """Whether it is a `%flax_train --resume` of a training of which not all parts are written."""
+        return statement.site is not None and self.context.going(statement.site) is not None
 
     def _write_failed(self, cell_run: CellRun, statement: ast.stmt) -> None:
         """Leaves the statement out that a cell failed in, and what stands below it, in one line.
@@ -414,8 +419,8 @@ def _by_line(statements: Sequence[ExecutedStatement]) -> list[list[ExecutedState
 
 def _read_by(site: CommandSite) -> set[str]:
     """The names that a command's line reads."""
-    texts = [site.parsed.options.get("variables") or ""]
-    if site.name in ("flax_apply", "flax_grad", "flax_init", "flax_vars", "flaxmodel"):
+    texts = [site.parsed.options.get(name) or "" for name in ("variables", "optimizer")]
+    if site.name in ("flax_apply", "flax_grad", "flax_init", "flax_train", "flax_vars", "flaxmodel"):
         texts.append(site.call.call if site.call is not None else SESSION_VARIABLES.sub(r"\2", site.parsed.rest))
     names: set[str] = set()
     for text in texts:

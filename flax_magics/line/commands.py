@@ -151,7 +151,7 @@ FLAX_GRAD = Command(
 
 FLAX_TRAIN = Command(
     "%flax_train",
-    "%flax_train [options] loss(net, data)    the model comes first, then the data; further arguments are passed as they are\n"
+    "%flax_train [options] loss(net, data)    first the model, then the data; further arguments are passed as they are\n"
     "%%flax_train [options]                   statements, the last of which is the call",
     "Trains a model with optax, in one draw: step i has the draw's keys with i folded in. Gives the Run, with .losses, "
     ".metrics, .eval and .steps. Finished steps are kept whatever ends the training, and --resume goes on after the last "

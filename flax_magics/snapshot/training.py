@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from msgspec import Struct
 
-from ..base.curve import Curve, Evaluation
+from ..base.curve import Curve, Evaluation, Task
 from ..base.files import Damaged
 from ..base.types import HostArray, PyTree
 from ..state.training import SavedTraining, Training
@@ -47,6 +47,7 @@ class SavedCurve(Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float
     group: int
     stopped: str
+    task: Task
 
     @classmethod
     def of(cls, curve: Curve) -> SavedCurve:

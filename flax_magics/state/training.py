@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..base.curve import Curve, Evaluation
+from ..base.curve import Curve, Evaluation, Task
 from ..base.types import PyTree
 from ..rng.keys import Draw
 
@@ -58,6 +58,19 @@ class Training(Struct, frozen=True, eq=False):
         return len(self.curve.losses)
 
 
+class TrainOptions(Struct, frozen=True):
+    """The options of a training; `Session.train` documents them."""
+
+    optimizer: Optimizer | None = None
+    batch: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    eval: PyTree = None
+    eval_text: str = ""
+    freeze: tuple[str, ...] = ()
+    resume: bool = False
+
+
 class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     """A training as a file has it: the fields of `Training` and of its curve, with all arrays in one tree.
 
@@ -81,6 +94,7 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
     examples: int
     seconds: float
     stopped: str
+    task: Task
 
     @classmethod
     def of(cls, training: Training, trees: Mapping[str, PyTree]) -> SavedTraining:
@@ -94,16 +108,3 @@ class SavedTraining(Struct, frozen=True, forbid_unknown_fields=True):
         fields = {name: getattr(self, name) for name in self.__struct_fields__} | self.trees
         curve = Curve(**{name: fields[name] for name in Curve.__struct_fields__})
         return Training(**{name: fields[name] for name in Training.__struct_fields__ if name != "curve"}, curve=curve)
-
-
-class TrainOptions(Struct, frozen=True):
-    """The options of a training; `Session.train` documents them."""
-
-    optimizer: Optimizer | None = None
-    batch: int | None = None
-    epochs: int | None = None
-    steps: int | None = None
-    eval: PyTree = None
-    eval_text: str = ""
-    freeze: tuple[str, ...] = ()
-    resume: bool = False

@@ -1,4 +1,4 @@
-"""The optimizer of a training that goes on, and its state held against what it makes of the parameters."""
+"""The state of an optimizer in a training that goes on: held against what the optimizer makes of the parameters."""
 
 from __future__ import annotations
 
@@ -13,28 +13,13 @@ from ..state.training import Optimizer, Training
 from ..state.trees import Differs, graft
 
 
-def check_known(name: str, optimizer: Optimizer, command: str, call: str) -> None:
-    """Raises FlaxMagicsError where nothing but the text of the optimizer is known: it came from a file.
-
-    Args:
-      name: of the model.
-      command: with its options, such as `%flax_train --resume`.
-      call: the loss's, as it is written.
-    """
-    if optimizer.transformation is None:
-        raise FlaxMagicsError(
-            f"the optimizer of `{name}` has to be named once more: it was loaded from a file, which runs no code.",
-            write=_line(optimizer, command, call),
-        )
-
-
-def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, last: Optimizer, command: str) -> PyTree:
+def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, last: Optimizer, call: str) -> PyTree:
     """The state of a training's optimizer in the classes of `optimizer`, which has to be one like it.
 
     Args:
       parameters: those that are trained, as the optimizer is given them.
       last: the one that the training had so far.
-      command: with its options but `--optimizer`.
+      call: the loss's, as it is written.
 
     Raises:
       FlaxMagicsError: the optimizer makes another state of the parameters.
@@ -55,11 +40,7 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
             f"the optimizer's state after {plural(training.step, 'step')} does not fit {clean(optimizer.text)}:"
             " a training goes on with the optimizer that it began with."
         )
+        line = f"%flax_train --resume --optimizer {clean(last.text)} {call}"
         shown = [clean(line) for line in changes[:6]] + [f"and {len(changes) - 6} more"] * (len(changes) > 6)
-        raise FlaxMagicsError(message, hint="\n".join(shown), write=_line(last, command, training.call))
+        raise FlaxMagicsError(message, hint="\n".join(shown), write=line)
     return state
-
-
-def _line(optimizer: Optimizer, command: str, call: str) -> str:
-    """The command with the optimizer's text, which may be of a file."""
-    return f"{command} --optimizer {clean(optimizer.text)} {clean(call)}"

@@ -6,7 +6,9 @@ import ast
 
 from msgspec.structs import replace
 
+from ..base.curve import Task
 from ..base.digest import kind_of
+from ..base.text import clean
 from ..errors import FlaxMagicsError, written
 from ..execution.call import Call
 from ..line.expression import without_option
@@ -60,8 +62,8 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
     optimizer = options.optimizer or entry.optimizer
     if optimizer is None or optimizer.transformation is None:
         command, _, call = line.partition(" ")
-        known = f" It was {optimizer.text} before the load, which runs no code." if optimizer is not None else ""
-        text = "optax.adamw(1e-3)" if optimizer is None else optimizer.text
+        text = "optax.adamw(1e-3)" if optimizer is None else clean(optimizer.text)  # which may be of a file
+        known = f" It was {text} before the load, which runs no code." if optimizer is not None else ""
         message = f"`{entry.name}` has no optimizer: any of optax's is one.{known}"
         raise FlaxMagicsError(message, **written(f"import optax\n{command} --optimizer {text} {call}"))
     made = optimizer.transformation
@@ -76,3 +78,18 @@ def completed(entry: ModelEntry, options: TrainOptions, resumed: Training | None
 def skipped(training: Training) -> int:
     """How many batches of the present epoch of an iterable the finished steps took."""
     return training.step % training.curve.epoch if training.curve.epoch else training.step
+
+
+def task_of(options: TrainOptions, resumed: Training | None, *, arrays: bool) -> Task:
+    """What a training is asked to do, once its options are completed; `arrays`: of its data."""
+    assert options.optimizer is not None
+    return Task(
+        optimizer=options.optimizer.text,
+        batch=options.batch,
+        epochs=options.epochs,
+        steps=options.steps,
+        eval=options.eval_text,
+        freeze=options.freeze,
+        arrays=arrays,
+        parts=() if resumed is None else (*resumed.curve.task.parts, resumed.step),
+    )

@@ -32,6 +32,7 @@ from ..state.entry import ModelEntry, NnxEntry, by_kind
 from ..state.state import State
 from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
+from . import by_hand
 from . import data as training_data
 from .data import ArrayData, Batch, BatchData, Data
 from .diagnosis import ROWS, why_of_step
@@ -39,7 +40,8 @@ from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .look import Look
 from .loop import Loop, NotFinite, Schedule, started
 from .loss import METHOD, Loss
-from .options import completed, data_text, resumed_of, skipped
+from .optimizer import fitted_state
+from .options import completed, data_text, resumed_of, skipped, task_of
 from .step import Step, StepResult, TrainState
 
 SHUFFLE = "shuffle"
@@ -151,6 +153,9 @@ class Trainer:
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
         self.prepare()
+        written = self.loss.written(self.traced.trace)
+        bound = self.request.bound
+        self.spelling = by_hand.facts_of_training(bound, self.variables, self.traced, written, taken=self.taken)
         self.notes = (*said, *self._notes())
 
     # -- before the first step
@@ -180,10 +185,13 @@ class Trainer:
             self.draw.impl,
         )
         values = self.traced.request.variables
+        trained = self.loss.as_users(self.loss.parameters(values))
         if self.resumed is None:
-            opt_state = optimizer.transformation.init(self.loss.as_users(self.loss.parameters(values)))
+            opt_state = optimizer.transformation.init(trained)
         else:
-            opt_state = self.resumed.opt_state
+            last = self.ready.entry.optimizer or optimizer
+            opt_state = fitted_state(self.resumed, optimizer, trained, last, self.call.text)
+        self.task = task_of(options, self.resumed, arrays=isinstance(self.data, ArrayData))
         per_epoch = self.data.per_epoch
         if per_epoch is None and self.resumed is not None:
             per_epoch = self.resumed.curve.epoch
@@ -365,7 +373,7 @@ class Trainer:
           final: nothing comes after it: then the Run has the variables, which are read for its digest.
         """
         loop, ready = self.loop, self.ready
-        curve, state = loop.curve, loop.state
+        curve, state = replace(loop.curve, task=self.task), loop.state
         entry = self._entry_after(state, curve, final=final)
         values = dict(state.variables)
         output = self.loss.as_users(values) if final else RELEASED
@@ -442,6 +450,7 @@ class Trainer:
             first=self.state.runs is None,
             registered="" if self.name in self.state.models else entry.model.describe(),
             trained=curve,
+            spelling=self.spelling,
         )
 
     @contextmanager

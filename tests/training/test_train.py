@@ -265,7 +265,7 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
-    net, loss, how = NETS["an argument switches, metrics"]
+    net, loss, _ = NETS["an argument switches, metrics"]
     whole = session_of(net)
     expected = whole.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
 
