@@ -293,7 +293,19 @@ def _as_array(leaf: Any) -> Any:
     return np.asarray(leaf)
 
 
+class _Kind(str):
+    """A text that shows without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def _kinds(batch: PyTree) -> str:
-    """Structure, dtypes and shapes without the first axis, as text."""
-    leaves, treedef = jax.tree_util.tree_flatten(batch)
-    return f"{treedef} of " + ", ".join(f"{np.result_type(leaf)}{list(np.shape(leaf)[1:])}" for leaf in leaves)
+    """Structure, dtypes and shapes as text, `…` in the place of the length."""
+
+    def kind(leaf: Any) -> _Kind:
+        if not hasattr(leaf, "dtype"):
+            return _Kind(type(leaf).__name__)
+        return _Kind(f"{leaf.dtype}[{','.join(('…', *map(str, np.shape(leaf)[1:])))}]")
+
+    return repr(jax.tree_util.tree_map(kind, batch))

@@ -304,15 +304,18 @@ class Trainer:
         with Interrupts() as interrupts:
             try:
                 loop.run(interrupts, self.look, self._on_step)
-            except NotFinite:
-                loop.stopped = self._why_not_finite()
-                services.on_progress(self._finish())
-                raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
             except BaseException as error:
-                interrupted = isinstance(error, KeyboardInterrupt)
-                loop.stopped = "interrupted" if interrupted else f"{type(error).__name__} in the loop"
-                if loop.step > first:
+                loop.stopped = f"{type(error).__name__} in the loop"
+                if isinstance(error, KeyboardInterrupt):
+                    loop.stopped = "interrupted"
+                elif isinstance(error, NotFinite):
+                    loop.stopped = self._why_not_finite()
+                elif isinstance(error, FlaxMagicsError):
+                    loop.stopped = str(error).partition("\n")[0]
+                if loop.step > first:  # only finished steps count
                     services.on_progress(self._finish())
+                if isinstance(error, NotFinite):
+                    raise FlaxMagicsError(loop.stopped, **self._how_to_go_on()) from None
                 raise
             return self._finish()
 
@@ -354,10 +357,8 @@ class Trainer:
         if len(losses) > STILL and bool((losses[-STILL:] == losses[-STILL - 1]).all()):
             notes.append(Note("still", f"the loss has not moved in the last {STILL} steps"))
         if self.loop.stopped and self.loop.step:
-            stopped = f"stopped after {plural(self.loop.step, 'step')}: {self.loop.stopped}"
-            text = (
-                stopped if self.loop.stopped != "interrupted" else f"interrupted after {plural(self.loop.step, 'step')}"
-            )
+            after, why = f"after {plural(self.loop.step, 'step')}", self.loop.stopped
+            text = f"interrupted {after}" if why == "interrupted" else f"stopped {after}: {why}"
             notes.append(Note("stopped", text, **self._how_to_go_on()))
         self.notes = tuple(notes)
         return self._commit(final=True)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from by_hand import bits, keys_of
+from flax import nnx
 from interrupts import interrupted_after
 from sessions import session_of
 
@@ -146,6 +147,9 @@ NETS = {
 ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-2, 20)))
 
 
+HUGE = optax.chain(optax.scale(-1e30), optax.scale(1e30))
+
+
 def same_as(hand: ByHand, session: Any, run: Any) -> None:
     assert bits(run.losses) == bits(np.array(hand.losses))
     for name, values in run.metrics.items():
@@ -226,7 +230,7 @@ def test_the_optimizer_stays_with_the_net():
         ),
         (
             {"optimizer": 0.1, "steps": 1},
-            "--optimizer takes an optax transformation, and `optax.…` is the number 0.1.",
+            "--optimizer takes an optax transformation, and `optax.…` is a float.",
         ),
         (
             {"resume": True},
@@ -292,3 +296,118 @@ def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
     training, uninterrupted = (each._state.models["net"].training for each in (session, whole))
     assert bits(training.opt_state) == bits(uninterrupted.opt_state)
     assert bits(session.apply("net", DATA["x"]).keys) == bits(whole.apply("net", DATA["x"]).keys)
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_is_told_by_step_row_and_value():
+    data = {**DATA, "x": DATA["x"].copy()}
+    data["x"][7, 2] = np.nan
+    session = session_of(Dense())
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", data, optimizer=optax.sgd(0.1), batch=8, epochs=1)
+    order = np.asarray(jax.random.permutation(jax.random.fold_in(keys_of(1)("shuffle")["shuffle"], 0), 22))
+    step = int(np.flatnonzero(order == 7)[0]) // 8
+    rows = ", ".join(map(str, order[8 * step : 8 * step + 4]))
+    text = (
+        f"step {step} (epoch 0, rows {rows}, …) is not finite and was not taken: the loss is NaN: `batch['x']` holds NaN"
+        " in row 7"
+    )
+    assert str(error.value).splitlines()[0] == text
+    if step:
+        assert session.runs[-1].steps == step
+        assert session.runs[-1].trained.stopped == text
+
+
+def test_what_a_step_made_not_finite_is_told_and_the_steps_before_stay():
+    session = session_of(Dense())
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(plain_loss, "net", DATA, optimizer=HUGE, steps=3)
+    assert str(error.value).startswith(
+        "step 0 is not finite and was not taken: the loss and its gradients are finite, and the optimizer makes"
+        " Dense_0/bias infinite"
+    )
+    assert (session.runs, session.draws) == ([], 0)
+
+    def later(net: Any, batch: Any) -> Any:
+        return jnp.log(plain_loss(net, batch) - limit)
+
+    run = session.train(plain_loss, "net", DATA, optimizer=optax.sgd(0.1), steps=1)
+    limit = float(run.losses[0]) * 0.8
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(later, "net", DATA, optimizer=optax.sgd(0.1), steps=500)
+    stopped = session.runs[-1]
+    assert stopped.steps > 0
+    assert f"step {stopped.steps} is not finite" in str(error.value)
+    assert "log(-" in str(error.value)
+    assert "return jnp.log(plain_loss(net, batch) - limit)" in str(error.value)
+    assert "write: %flax_train --resume later(net, data)" in str(error.value)
+    assert np.isfinite(stopped.losses).all()
+    assert run.draw == 1
+
+
+class OfNnx(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first, self.last = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+def nnx_loss(net: Any, batch: Any) -> Any:
+    logits = net(batch["x"])
+    return cross_entropy(logits, batch["y"]), {"accuracy": (logits.argmax(-1) == batch["y"]).mean()}
+
+
+@pytest.mark.parametrize("frozen", [(), ("first",)])
+def test_of_nnx_it_is_the_loop_with_nnx_optimizer(frozen):
+    net, twin = OfNnx(nnx.Rngs(0)), OfNnx(nnx.Rngs(0))
+    session = session_of(net)
+    run = session.train(nnx_loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=2, freeze=frozen)
+
+    trained = nnx.All(nnx.Param, lambda path, _: not frozen or path[0] not in frozen)
+    optimizer = nnx.Optimizer(twin, ADAMW, wrt=trained)
+    (tag,) = {str(part.key.tag) for _, part in nnx.iter_graph(twin) if isinstance(part, nnx.RngStream)}
+    keys = keys_of(1)("shuffle", tag)
+    twin.train()
+
+    @nnx.jit
+    def step(net: Any, optimizer: Any, batch: Any) -> Any:
+        (value, metrics), grads = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, trained), has_aux=True)(
+            net, batch
+        )
+        optimizer.update(net, grads)
+        return value, metrics["accuracy"]
+
+    numbers = []
+    for epoch in range(2):
+        order = jax.random.permutation(jax.random.fold_in(keys["shuffle"], epoch), 22)
+        for begin in range(0, 22, 8):
+            nnx.reseed(twin, policy="match_shape", **{tag: jax.random.fold_in(keys[tag], len(numbers))})
+            batch = {name: values[order[begin : begin + 8]] for name, values in DATA.items()}
+            numbers.append([np.float32(one) for one in step(twin, optimizer, batch)])
+    losses, accuracies = np.array(numbers).T
+    assert bits(run.losses) == bits(losses)
+    assert bits(run.metrics["accuracy"]) == bits(accuracies)
+    kinds = (nnx.Param, nnx.BatchStat)
+    assert bits(nnx.state(net, kinds)) == bits(nnx.state(twin, kinds))
+    assert net.dropout.deterministic is False
+    assert session.models["net"].variables is not None
+    assert dict(run.changed) == {"Param": 6, "BatchStat": 6}
+
+
+def test_an_nnx_module_of_the_session_is_trained_in_place():
+    session = session_of(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    module = session.models["net"].module
+    kernel = module.kernel
+    before = np.array(kernel[...])
+    with interrupted_after(2500, interrupt):
+        session.train(nnx_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, epochs=400)
+    assert module.kernel is kernel
+    run = session.runs[-1]
+    assert 0 < run.steps < 1200
+    assert (np.array(kernel[...]) != before).any()
+    whole = session_of(nnx.Linear(6, 3, rngs=nnx.Rngs(0)))
+    expected = whole.train(nnx_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, epochs=400)
+    after = session.train(nnx_loss, "net", DATA, resume=True)
+    assert bits(after.losses) == bits(expected.losses)
+    assert bits(nnx.state(module)) == bits(nnx.state(whole.models["net"].module))

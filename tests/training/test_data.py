@@ -1,0 +1,190 @@
+"""Data of every form: what a step is given, and one message for what is no data."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from by_hand import bits
+from sessions import session_of
+
+from flax_magics import FlaxMagicsError
+
+X, Y = np.arange(12, dtype=np.float32).reshape(6, 2) / 10, np.ones((6, 1), np.float32)
+SGD = optax.sgd(0.1)
+
+
+def loss(net: Any, batch: Any) -> Any:
+    return ((net(batch["x"]) - batch["y"]) ** 2).mean()
+
+
+def batches(*sizes: int) -> list[dict[str, Any]]:
+    """Batches of so many rows, one after the other."""
+    edges = np.cumsum([0, *sizes])
+    return [{"x": X[begin:end], "y": Y[begin:end]} for begin, end in itertools.pairwise(edges)]
+
+
+def trained(data: Any, **options: Any) -> Any:
+    return session_of(nn.Dense(1)).train(loss, "net", data, **{"optimizer": SGD, **options})
+
+
+class Loader:
+    """An iterable without a length, as a data loader."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.begun = batches, 0
+
+    def __iter__(self) -> Any:
+        self.begun += 1
+        yield from self.batches
+
+
+class Tensor:
+    """An array of another library."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+        self.shape, self.dtype = values.shape, "tensor.float32"
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.values
+
+
+def test_a_tuple_or_a_single_array_is_data_too():
+    of_tuple = session_of(nn.Dense(1)).train(
+        lambda net, batch: ((net(batch[0]) - batch[1]) ** 2).mean(), "net", (X, Y), optimizer=SGD, batch=4, epochs=2
+    )
+    assert bits(of_tuple.losses) == bits(trained({"x": X, "y": Y}, batch=4, epochs=2).losses)
+    alone = session_of(nn.Dense(1)).train(lambda net, x: ((net(x) - 1) ** 2).mean(), "net", X, optimizer=SGD, steps=2)
+    assert alone.steps == 2
+
+
+@pytest.mark.parametrize("form", [list, Loader])
+def test_an_iterable_gives_its_batches_in_their_order_in_each_epoch(form):
+    data = form(batches(2, 2, 1))
+    run = trained(data, epochs=2)
+    again = session_of(nn.Dense(1))
+    first = again.train(loss, "net", batches(2)[0], optimizer=SGD, steps=1)
+    assert run.losses[0] == first.losses[0]
+    for batch in (*batches(2, 2, 1)[1:], *batches(2, 2, 1)):
+        last = again.train(loss, "net", batch, steps=1)
+    assert run.losses[-1] == last.losses[-1]
+    assert (run.steps, run.trained.total, run.trained.epoch, run.trained.examples) == (6, 6, 3, 10)
+
+
+def test_an_iterable_begins_again_until_there_are_enough_steps():
+    loader = Loader(batches(2, 2))
+    run = trained(loader, steps=5)
+    assert (run.steps, loader.begun) == (5, 3)
+
+
+def test_tensors_of_other_libraries_are_arrays():
+    tensors = [{"x": Tensor(each["x"]), "y": Tensor(each["y"])} for each in batches(2, 2)]
+    assert bits(trained(tensors, epochs=1).losses) == bits(trained(batches(2, 2), epochs=1).losses)
+
+
+def test_a_list_goes_on_at_the_batch_where_it_stopped():
+    whole = trained(batches(2, 2, 2), steps=5)
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", batches(2, 2, 2), optimizer=SGD, steps=2)
+    run = session.train(loss, "net", batches(2, 2, 2), resume=True, steps=5)
+    assert bits(run.losses) == bits(whole.losses)
+    assert run.notes == ()
+    session = session_of(nn.Dense(1))
+    session.train(loss, "net", Loader(batches(2, 2, 2)), optimizer=SGD, steps=2)
+    (note,) = session.train(loss, "net", Loader(batches(2, 2, 2)), resume=True, steps=5).notes
+    assert note.text == "goes on with what the iterable gives now: that all is as without the stop is not claimed"
+
+
+def test_an_iterator_that_runs_dry_is_told_and_its_steps_stay():
+    session = session_of(nn.Dense(1))
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(loss, "net", iter(batches(2, 2, 2)), optimizer=SGD, steps=9)
+    message = "`data` has run dry after 3 steps of 9: an iterator can be gone through only once."
+    assert str(error.value).splitlines()[0] == message
+    assert (session.runs[-1].steps, session.runs[-1].trained.stopped) == (3, message)
+    assert trained(iter(batches(2, 2, 2)), epochs=1).steps == 3
+
+
+def test_an_error_of_the_iterable_is_passed_on():
+    def failing() -> Any:
+        yield batches(2)[0]
+        raise OSError("no such shard")
+
+    session = session_of(nn.Dense(1))
+    with pytest.raises(OSError, match="no such shard"):
+        session.train(loss, "net", failing(), optimizer=SGD, steps=9)
+    assert session.runs[-1].steps == 1
+
+
+def forked(monkeypatch: Any) -> Any:
+    """What torch's loader looks like from outside."""
+
+    class DataLoader(list[Any]):
+        num_workers, multiprocessing_context = 2, None
+
+    module = types.ModuleType("torch.utils.data")
+    module.DataLoader = DataLoader  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.data", module)
+    return DataLoader(batches(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ({"x": X, "y": Y[:4]}, {}, "`data['x']` has 6 rows and `data['y']` 4: arrays of the data have one length."),
+        ({"x": X[:0], "y": Y[:0]}, {}, "`data` is empty: there is nothing to train with."),
+        ([], {}, "`data` has no batch: there is nothing to train with."),
+        (
+            {"x": X, "y": jnp.float32(1)},
+            {},
+            "`data['y']` is a single number: each array of the data has an axis of examples first.",
+        ),
+        (
+            {"x": X, "y": "labels"},
+            {},
+            "`data` is a dict: data are a dict or tuple of arrays, or an iterable of batches.",
+        ),
+        (3, {}, "`data` is an int: data are a dict or tuple of arrays, or an iterable of batches."),
+        (batches(2, 2), {"batch": 2}, "`data` gives batches of its own: --batch cuts arrays."),
+        (
+            [*batches(2), {"x": X[:2].astype(np.int32), "y": Y[:2]}],
+            {},
+            "a batch of `data` is {'x': int32[…,2], 'y': float32[…,1]}, and those before were {'x': float32[…,2], 'y':"
+            " float32[…,1]}.",
+        ),
+        ([{"x": X, "y": Y, "name": "first"}], {}, "`batch['name']` of `data` is a str: a batch consists of arrays."),
+        (
+            forked,
+            {},
+            "`data` forks 2 workers, and a fork of a process in which JAX runs may wait for ever.",
+        ),
+    ],
+)
+def test_what_is_no_data_is_told_in_one_message(data, options, message, monkeypatch):
+    data = data(monkeypatch) if data is forked else data
+    session = session_of(nn.Dense(1))
+    with pytest.raises(FlaxMagicsError) as error:
+        session.train(loss, "net", data, optimizer=SGD, epochs=2, **options)
+    assert str(error.value).splitlines()[0] == message
+
+
+def test_a_look_weighs_each_batch_by_its_examples():
+    def counted(net: Any, batch: Any) -> Any:
+        return net(batch["x"]).sum() * 0 + batch["x"].shape[0], {"rows": batch["x"].shape[0]}
+
+    session = session_of(nn.Dense(1))
+    run = session.train(counted, "net", {"x": X, "y": Y}, optimizer=SGD, batch=4, steps=3, eval={"x": X, "y": Y})
+    # 4 rows of a loss of 4, and 2 rows of 2.
+    assert [(look.step, look.loss, dict(look.metrics)) for look in run.eval] == [
+        (step, 20 / 6, {"rows": 20 / 6}) for step in (1, 2, 3)
+    ]
+    run = session.train(counted, "net", {"x": X, "y": Y}, batch=4, epochs=2, eval=batches(1, 5))
+    assert [(look.step, look.loss) for look in run.eval] == [(2, 26 / 6), (4, 26 / 6)]
