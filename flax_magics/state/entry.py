@@ -149,6 +149,7 @@ class LinenEntry(AnyEntry, frozen=True):
     previous_init: InitRecord | None = None
     built: ClassVar[None] = None
     rebuild_next: ClassVar[bool] = False
+    """A session builds no linen module."""
 
     @property
     def used(self) -> bool:
@@ -205,6 +206,7 @@ class NnxEntry(AnyEntry, frozen=True):
     initial_sample: bytes | None = None
     init: ClassVar[None] = None
     last_init: ClassVar[None] = None
+    """The variables are made with the module."""
 
     @property
     def built_by_user(self) -> bool:
