@@ -107,8 +107,15 @@ class RunGroups:
         after = [self.follower.get(index, -1) for index in self.of_site(site)]
         shared = [index for index in after if index in self.made_by and self.shares_in_place(self.made_by[index])]
         facts = {index: self.runs[index].spelling or ExportFacts() for index in shared}
-        streams = (name for i in shared for name in (*self.made_by[i].parsed.options["key"], *facts[i].streams))
+        more = {i: (*self.made_by[i].parsed.options["key"], *shuffled(self.runs[i])) for i in shared}
+        streams = (name for i in shared for name in (*more[i], *facts[i].streams))
         return tuple(dict.fromkeys(streams)), any(each.taken for each in facts.values())
+
+
+def shuffled(run: Run) -> tuple[str, ...]:
+    """The stream of the key by which a training shuffles arrays; empty for every other run."""
+    task = None if run.trained is None else run.trained.task
+    return () if task is None or task.batch is None or not task.arrays else ("shuffle",)
 
 
 FROM_PACKAGE = "it comes from flax_magics"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..base.curve import Curve
 from ..run import Run
-from .context import CommandLines
+from .context import CommandLines, shuffled
 from .functions import CannotSay, JittedFunction, as_written, split
 from .losses import init_lines, patterns_of, taken_apart
 from .runs import build_before, mode_lines, of_module, rebuilt
@@ -59,8 +59,8 @@ class TrainLines:
         if self.curve.group > 1:
             raise CannotSay("several steps in one program have no lines yet")
         self.loss, self.after_net = taken_apart(command)
-        self.cut = self.task.arrays and self.task.batch is not None
-        self.streams = (*self.facts.streams, *(["shuffle"] if self.cut else []))
+        self.cut = bool(shuffled(command.runs[-1]))
+        self.streams = (*self.facts.streams, *shuffled(command.runs[-1]))
         self.keys = {stream: f"{stream}_key" for stream in self.facts.streams}
         self.frozen = patterns_of(command, self.task.freeze)
         self.metrics = "metrics" in self.facts.returns
@@ -158,7 +158,7 @@ class TrainLines:
 
     def draw(self) -> tuple[list[str], str, str]:
         """The lines of the draw, and the keys `params` and `dropout` for an init."""
-        lines, key, params = self.command.keys(*self.streams[len(self.keys) :])
+        lines, key, params = self.command.keys(*shuffled(self.command.runs[-1]))
         if self.task.parts and self.streams:
             kept = [self.own(f"train_{stream}_key") for stream in self.streams]
             lines.append(f"{', '.join(kept)} = {', '.join(map(key, self.streams))}")

@@ -40,8 +40,8 @@ from .grad import LossCall, leaks_told, of_freeze, of_switch
 from .look import Look
 from .loop import Loop, NotFinite, Schedule, started
 from .loss import METHOD, Loss
-from .optimizer import fitted_state
 from .options import completed, data_text, resumed_of, skipped, task_of
+from .resumption import begun_as, fitted_state
 from .step import Step, StepResult, TrainState
 
 SHUFFLE = "shuffle"
@@ -378,7 +378,7 @@ class Trainer:
         entry = self._entry_after(state, curve, final=final)
         values = dict(state.variables)
         output = self.loss.as_users(values) if final else RELEASED
-        run = self._run(curve, output, entry)
+        run = begun_as(self._run(curve, output, entry), None if self.resumed is None else self.state.runs)
         self.commit(Progress(run, entry, self.draw, _write(entry, ready, values), self.resumed is not None))
         return run
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from by_hand import Normed, bits, notebook_x
+from by_hand import SUPPORT, Normed, bits, notebook_x
 from flax import nnx
 from msgspec.structs import asdict, replace
 from nnx_kinds import Own
@@ -22,7 +29,7 @@ from flax_magics.run import like
 from flax_magics.snapshot import format
 from flax_magics.state.runs import StoredRun
 from flax_magics.state.training import Optimizer, Training
-from flax_magics.training.optimizer import fitted_state
+from flax_magics.training.resumption import fitted_state
 
 x = notebook_x()
 TEXT = "optax.chain(optax.clip(1.0), optax.adamw(1e-3))"
@@ -191,3 +198,93 @@ def test_the_curve_of_a_run_is_in_the_history_and_a_longer_one_takes_its_place(p
         assert repr(other.runs[-1].eval) == repr(curve.evals)
     session.autosave(None)
     assert saved == [[("apply", 0), ("train", 2)], [("apply", 0), ("train", 5)]]
+
+
+NURSERY = """
+    import os, sys, time
+    sys.path.insert(0, sys.argv[1])
+    import jax, jax.numpy as jnp, numpy as np, optax
+    from by_hand import Normed
+    from flax import nnx
+    from nnx_kinds import Own
+    from flax_magics import Session
+    from flax_magics.base.digest import digest_of
+    from flax_magics.snapshot import save
+
+    save.REST = 0.0
+
+    def loss(net, batch, train):
+        y = net(batch["x"], train=train)
+        return ((y - batch["y"]) ** 2).mean(), {"mean": y.mean()}
+
+    def of_module(net, batch):
+        y = net(batch["x"])
+        return ((y - batch["y"]) ** 2).mean(), {"mean": y.mean()}
+
+    def child(api, path, steps):
+        session = Session()
+        net, function = (Normed(), loss) if api == "linen" else (Own(4, rngs=nnx.Rngs(0)), of_module)
+        session.register("net", net)
+        if os.path.exists(path):
+            session.load(path)
+        session.autosave(path)
+        training = session._state.models["net"].training
+        random = np.random.RandomState(0)
+        data = {"x": random.randn(37, 4).astype("f"), "y": random.randn(37, 4).astype("f")}
+        step = 0 if training is None else training.step
+        os.write(1, f"step {step}\\n".encode())
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+        run = session.train(
+            function, "net", data, optimizer=optimizer, batch=8, steps=steps, resume=training is not None
+        )
+        state = jax.tree.leaves(session._state.models["net"].training.opt_state)
+        os.write(1, f"digest {digest_of((run.losses, dict(run.metrics), run.output, state))}\\n".encode())
+        sys.stdin.close()
+        while True:  # until it is killed
+            time.sleep(1)
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            api, path, steps = line.split()
+            child(api, path, int(steps))
+        os.write(1, f"pid {pid}\\n".encode())
+        os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no kill -9 on Windows")
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_killed_again_and_again_it_ends_with_the_bits_of_one_that_was_not(path, api):
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(NURSERY), SUPPORT]
+    rng, steps, begins = random.Random(0), 1500, []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nursery:
+
+        def told(*words):
+            """What the child says next under each of these words, in whatever order."""
+            heard = {}
+            while not set(words) <= set(heard):
+                word, heard[word] = nursery.stdout.readline().split()
+            return tuple(heard[word] for word in words)
+
+        def started(file):
+            nursery.stdin.write(f"{api} {file} {steps}\n")
+            nursery.stdin.flush()
+            child, step = map(int, told("pid", "step"))
+            return child, step
+
+        begin = time.monotonic()
+        child, _ = started(path.with_name("whole.safetensors"))
+        (whole,) = told("digest")
+        pace = time.monotonic() - begin
+        for _ in range(6):
+            os.kill(child, signal.SIGKILL)
+            child, step = started(path)
+            begins.append(step)
+            time.sleep(rng.uniform(0.2, 0.6) * pace)
+        os.kill(child, signal.SIGKILL)
+        child, _ = started(path)
+        assert told("digest") == (whole,)
+        os.kill(child, signal.SIGKILL)
+        nursery.stdin.close()
+    assert len(set(begins)) > 2  # they were killed at different moments

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -263,8 +265,24 @@ def test_an_error_of_the_loss_changes_nothing():
     assert session._state is before
 
 
-def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
+@contextlib.contextmanager
+def interrupted(session: Any, lines: int) -> Iterator[None]:
+    """A block in which Ctrl-C is pressed once so many lines of ours have run in the loop of a training."""
+    stack = contextlib.ExitStack()
+
+    def on_phase(phase: str) -> None:
+        if phase.startswith("training"):
+            session.services.on_phase = lambda phase: None
+            stack.enter_context(interrupted_after(lines, lambda: signal.raise_signal(signal.SIGINT)))
+
+    session.services.on_phase = on_phase
+    try:
+        with stack:
+            yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        session.services.on_phase = lambda phase: None
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -275,7 +293,7 @@ def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
 
     session, random = session_of(net), np.random.RandomState(seed)
     stops = 0
-    with interrupted_after(random.randint(1000, 6000), interrupt):
+    with interrupted(session, random.randint(0, 600)):
         session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
     while session.runs and session.runs[-1].trained.stopped:
         stops += 1
@@ -283,7 +301,7 @@ def test_an_interrupt_loses_no_finished_step_and_resume_gives_the_whole(seed):
         assert (run.trained.stopped, run.draw, len(session.runs)) == ("interrupted", 1, 1)
         assert run.notes[-1].text == f"interrupted after {plural(run.steps, 'step')}"
         assert run.notes[-1].write == "%flax_train --resume switched_loss(net, data)"
-        with interrupted_after(random.randint(1000, 6000), interrupt):
+        with interrupted(session, random.randint(0, 600)):
             session.train(loss, "net", DATA, eval=DATA, resume=True)
     if not session.runs:
         session.train(loss, "net", DATA, optimizer=ADAMW, batch=8, epochs=4, eval=DATA)
@@ -400,7 +418,7 @@ def test_an_nnx_module_of_the_session_is_trained_in_place():
     module = session.models["net"].module
     kernel = module.kernel
     before = np.array(kernel[...])
-    with interrupted_after(2500, interrupt):
+    with interrupted(session, 2500):
         session.train(nnx_loss, "net", DATA, optimizer=optax.sgd(0.1), batch=8, epochs=400)
     assert module.kernel is kernel
     run = session.runs[-1]

@@ -1,14 +1,17 @@
-"""The state of an optimizer in a training that goes on: held against what the optimizer makes of the parameters."""
+"""What a training goes on with: the state of its optimizer, and the Run that it was so far."""
 
 from __future__ import annotations
 
 import jax
+from msgspec.structs import replace
 
 from ..base.digest import alike
 from ..base.text import clean, plural
 from ..base.types import PyTree
 from ..errors import FlaxMagicsError
+from ..run import ExportFacts, Run
 from ..state.models import differences
+from ..state.runs import RunLog, of_draw
 from ..state.training import Optimizer, Training
 from ..state.trees import Differs, graft
 
@@ -44,3 +47,16 @@ def fitted_state(training: Training, optimizer: Optimizer, parameters: PyTree, l
         shown = [clean(line) for line in changes[:6]] + [f"and {len(changes) - 6} more"] * (len(changes) > 6)
         raise FlaxMagicsError(message, hint="\n".join(shown), write=line)
     return state
+
+
+def begun_as(run: Run, runs: RunLog | None) -> Run:
+    """The Run of a training that goes on, with how it began: as the earlier Run has it, whose place it takes."""
+    earlier = [stored.facts for stored in of_draw(runs, run.seed, run.draw) if stored.facts.kind.trains]
+    if not earlier:
+        return run
+    before = earlier[-1]
+    facts = {name: getattr(before.spelling or ExportFacts(), name) for name in ExportFacts.__struct_fields__}
+    init = {name: value for name, value in facts.items() if name.startswith("init_")}
+    spelling = None if run.spelling is None or before.spelling is None else replace(run.spelling, **init)
+    kept = {name: getattr(before, name) for name in ("made", "weights", "first", "registered")}
+    return replace(run, spelling=spelling, **kept)
