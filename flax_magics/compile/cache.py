@@ -129,6 +129,24 @@ class PendingProgram(Struct, frozen=True):
         return self.call.request
 
 
+class Compiling(Struct, frozen=True):
+    """A function that is no call of a model, while it is compiled.
+
+    Attributes:
+      key: in `by_text` and `compiling`.
+      shareable: another function with the same key may use the executable.
+      executable: None while it is being compiled; then `future` is the compilation.
+      timing: of lowering.
+    """
+
+    key: Hashable
+    trees: Trees
+    shareable: bool
+    executable: Executable
+    future: Future | None
+    timing: Timing
+
+
 class ProgramCache:
     """The compiled programs of a session, and the compilations under way. `clock` returns seconds."""
 
@@ -288,14 +306,11 @@ class ProgramCache:
             keep(self.by_call, pending.key, program, KEPT)
         return BuiltProgram(pending.key, pending.request, program, origin, timing, pending.resumed)
 
-    def compile(self, traced: Traced, phase: OnPhase, where: Hashable) -> tuple[Executable, str, Timing]:
-        """Compiles a traced function that is no call of a model, unless it is cached.
+    def begin_compiling(self, traced: Traced, phase: OnPhase, where: Hashable) -> Compiling:
+        """Starts to compile a traced function that is no call of a model, unless it is cached.
 
         Args:
           where: the shardings of committed arguments.
-
-        Returns:
-          The executable; `compiled`, `disk cache` or `reused`; the times of lowering and compiling.
         """
         phase("lowering")
         start = self.clock()
@@ -304,20 +319,26 @@ class ProgramCache:
         trees = (Structure.of(lowered.in_tree), Structure.of(lowered.out_tree))
         timing = Timing(lower=self.clock() - start)
         executable = None if key is None else self._executable(key, trees)
-        if executable is not None:
-            return executable, "reused", timing
+        text_key = key or object()
+        future = None if executable is not None else self.compiling.get(text_key) or self.compiler.start(lowered, key)
+        if future is not None:
+            self.compiling[text_key] = future
+        return Compiling(text_key, trees, key is not None, executable, future, timing)
+
+    def finish_compiling(self, begun: Compiling, phase: OnPhase) -> tuple[Executable, str, Timing]:
+        """Waits for it. Returns the executable, whether it was `compiled`, `disk cache` or `reused`, and the times."""
+        if begun.future is None:
+            return begun.executable, "reused", begun.timing
         phase("compiling")
-        start, text_key = self.clock(), key or object()
-        future = self.compiling.get(text_key)
-        future = self.compiling[text_key] = self.compiler.start(lowered, key) if future is None else future
+        start = self.clock()
         try:
-            compiled: Compiled = wait_for(future)
+            compiled: Compiled = wait_for(begun.future)
         finally:
-            if future.done():  # an interrupted compilation goes on for the next run
-                self.compiling.pop(text_key, None)
-        if key is not None:
-            keep(self.by_text, key, (compiled.executable, trees), KEPT)
-        return compiled.executable, compiled.origin, replace(timing, compile=self.clock() - start)
+            if begun.future.done():  # an interrupted compilation goes on for the next run
+                self.compiling.pop(begun.key, None)
+        if begun.shareable:
+            keep(self.by_text, begun.key, (compiled.executable, begun.trees), KEPT)
+        return compiled.executable, compiled.origin, replace(begun.timing, compile=self.clock() - start)
 
 
 class Services(Struct, eq=False):

@@ -30,11 +30,18 @@ class Batch(Struct, frozen=True):
       rows: indices into the arrays, int32; None where the batch is there itself.
       tree: the batch; None where it is taken from the arrays by `rows`, in the program.
       examples: their number.
+      steps: how many steps take it; `rows` then has a row for each, if they are more than one.
     """
 
     rows: HostArray | None
     tree: PyTree
     examples: int
+    steps: int = 1
+
+    def of_step(self, number: int) -> Batch:
+        """What one of the steps takes, counted from 0 on."""
+        rows = self.rows if self.rows is None or self.steps == 1 else self.rows[number]
+        return Batch(rows, self.tree, self.examples // self.steps)
 
 
 class ArrayData:
@@ -76,13 +83,23 @@ class ArrayData:
             self._epoch, self._order = epoch, np.asarray(order, np.int32)
         return self._order
 
-    def take(self, step: int) -> Batch | None:
-        """What that step takes."""
+    @property
+    def alike(self) -> int | None:
+        """How many steps of an epoch take as many rows as the first; None where all steps do, for ever."""
+        return None if self._batch is None else max(1, self.size // self._batch)
+
+    def like(self, steps: int) -> Batch:
+        """A batch for so many steps to compile a program by, with no rows in particular."""
+        rows = None if self._batch is None else np.zeros((steps, min(self._batch, self.size)), np.int32)
+        return Batch(rows, None if rows is not None else self.tree, 0, steps)
+
+    def take(self, step: int, steps: int = 1) -> Batch | None:
+        """What that step takes, or so many from it on that lie in one epoch and take as many rows."""
         if self._batch is None:
-            return Batch(None, self.tree, self.size)
+            return Batch(None, self.tree, self.size * steps, steps)
         epoch, place = divmod(step, self.per_epoch)
-        rows = self.order(epoch)[place * self._batch : (place + 1) * self._batch]
-        return Batch(rows, None, len(rows))
+        rows = self.order(epoch)[place * self._batch : (place + steps) * self._batch]
+        return Batch(rows if steps == 1 else rows.reshape(steps, -1), None, len(rows), steps)
 
     def dry(self, step: int, total: int | None) -> FlaxMagicsError:
         """Arrays never run dry."""
@@ -123,7 +140,7 @@ class BatchData:
                 raise FlaxMagicsError(f"`{self._text}` has no batch: there is nothing to train with.")
         return self._ahead
 
-    def take(self, step: int) -> Batch | None:
+    def take(self, step: int, steps: int = 1) -> Batch | None:
         """The next batch; None at the end of an epoch, after which the next call begins the next one."""
         tree, self._ahead = self.first if self._fetching is None else self._ahead, None
         tree = self._next() if tree is None else tree

@@ -15,8 +15,8 @@ from ..base.curve import Curve, Evaluation
 from ..base.threads import Interrupts, Unfinished, smallest
 from ..base.types import HostArray, Leaf
 from ..models.base import Variables
-from ..rng.keys import Words
 from .data import Batch, Data
+from .group import Groups, StepProgram
 from .step import StepResult, TrainState
 
 AHEAD = 2
@@ -34,7 +34,7 @@ class NotFinite(Exception):
 
 
 class Dispatched(NamedTuple):
-    """A step that the device was given, and its batch."""
+    """A step, or a group of steps, that the device was given, and its batch."""
 
     result: StepResult
     batch: Batch
@@ -52,16 +52,18 @@ class Numbers:
         self._arrays = {"": np.array(curve.losses, np.float32)}
         self._arrays |= {f" {name}": np.array(values, np.float32) for name, values in curve.metrics.items()}
 
-    def add(self, loss: Leaf, metrics: Mapping[str, Leaf]) -> None:
-        """Adds the numbers of one step."""
+    def add(self, loss: Leaf, metrics: Mapping[str, Leaf], steps: int) -> None:
+        """Adds the numbers of the first `steps` steps of those that the arrays have."""
+        after = self.count + steps
         for name, value in {"": loss, **{f" {name}": value for name, value in metrics.items()}}.items():
             array = self._arrays.get(name)
             if array is None:
                 array = self._arrays[name] = np.full(max(self.count, 64), np.nan, np.float32)
-            if len(array) <= self.count:
-                self._arrays[name] = array = np.concatenate([array, np.zeros(max(len(array), 64), np.float32)])
-            array[self.count] = np.asarray(value).astype(np.float32)
-        self.count += 1
+            if len(array) < after:
+                more = np.zeros(max(len(array), 64, steps), np.float32)
+                self._arrays[name] = array = np.concatenate([array, more])
+            array[self.count : after] = np.ravel(np.asarray(value))[:steps].astype(np.float32)
+        self.count = after
 
     @property
     def losses(self) -> HostArray:
@@ -102,6 +104,13 @@ class Schedule:
         if self.steps is None and epoch == self.epochs:
             self.steps = step
 
+    def next_look(self, step: int) -> int | None:
+        """The first step after that one before which a group has to end: a look, or the end of all."""
+        ends = [] if self.total is None else [self.total]
+        if self._looks and self.steps is not None and self.epochs is None:
+            ends += [round(self.steps * n / 10) for n in range(1, 10)]
+        return min((end for end in ends if end > step), default=None)
+
     def looks_after(self, step: int) -> bool:
         """Whether the data are looked at once so many steps are finished."""
         if not self._looks or not step:
@@ -116,9 +125,8 @@ class Loop:
     """One training under way.
 
     Args:
-      program_of: finds or compiles the program for a batch; called as `program(state, keys, number, batch)`.
+      program_of: finds or compiles the program for a batch.
       state: after the steps that are finished.
-      keys: stream → key data of the draw.
       curve: of the steps that are finished.
 
     Attributes:
@@ -130,16 +138,16 @@ class Loop:
 
     def __init__(
         self,
-        program_of: Callable[[Batch], Callable[..., StepResult]],
+        program_of: Callable[[Batch], StepProgram],
         state: TrainState,
-        keys: Mapping[str, Words],
         data: Data,
         schedule: Schedule,
         *,
         curve: Curve,
+        groups: Groups,
         unfinished: Unfinished,
     ) -> None:
-        self._program_of, self._keys, self._data, self._schedule = program_of, keys, data, schedule
+        self._program_of, self._data, self._schedule, self._groups = program_of, data, schedule, groups
         self.state, self.numbers = state, Numbers(curve)
         self.evals: list[Evaluation] = list(curve.evals)
         self.examples, self.stopped = curve.examples, ""
@@ -147,8 +155,8 @@ class Loop:
         self._unfinished = unfinished
         self._pending: deque[Dispatched] = deque()
         self._epoch = 0 if schedule.per_epoch is None else self.step // schedule.per_epoch
-        self.failed: Dispatched | None = None
-        """The step that was not finite."""
+        self.failed: tuple[Batch, Leaf] | None = None
+        """Batch and loss of the step that was not finite."""
 
     @property
     def step(self) -> int:
@@ -166,7 +174,7 @@ class Loop:
             self._schedule.per_epoch,
             self.examples,
             self._seconds + time.perf_counter() - self._since,
-            1,
+            self._groups.size,
             self.stopped,
         )
 
@@ -205,29 +213,41 @@ class Loop:
                     evaluation = look(self.step, self.state.variables)
                 self.evals.append(evaluation)
                 on_step()
-            following = self.step + len(pending)
+            following = self.step + sum(one.batch.steps for one in pending)
             ends = following == schedule.total
             if ends and not pending:
                 return
-            if not ends and len(pending) < AHEAD and not (pending and schedule.looks_after(following)):
+            tries = not ends and self._groups.to_try(following, schedule.next_look(following))
+            if tries and not pending:
+                done = self._groups.attempt(ahead, following, self._program_of)
+                pending += (Dispatched(*one) for one in done)
+                ahead = done[-1][0].state
+                continue
+            waits = len(pending) >= AHEAD or tries or bool(pending and schedule.looks_after(following))
+            if not ends and not waits:
                 batch = self._take(interrupts, following)
                 if batch is not None:
                     begin = time.perf_counter()
                     with interrupts.opened():
                         program = self._program_of(batch)
                     self._since += time.perf_counter() - begin  # compiling is no time of the steps
-                    dispatched = Dispatched(program(ahead, self._keys, np.uint32(following), batch), batch)
+                    dispatched = Dispatched(program(ahead, following, batch), batch)
                     ahead = dispatched.result.state
                     pending.append(dispatched)
                 continue
             self._wait(interrupts)
             self._settle()
+            begin = time.perf_counter()
+            self._groups.count(self.step, schedule.total)
+            self._since += time.perf_counter() - begin
             on_step()
 
     def _take(self, interrupts: Interrupts, following: int) -> Batch | None:
         """The batch of the next step; None where an epoch of an iterable has ended."""
+        groups, until = self._groups, self._schedule.next_look(following)
+        steps = groups.size if groups.size > 1 and groups.begins_at(following, until) else 1
         with interrupts.opened():
-            batch = self._data.take(following)
+            batch = self._data.take(following, steps)
         if batch is None:
             self._epoch += 1
             self._schedule.end_epoch(following, self._epoch)
@@ -238,6 +258,9 @@ class Loop:
     def _wait(self, interrupts: Interrupts) -> None:
         """Waits for the oldest step; of an interrupt at most `PATIENCE` seconds more."""
         alive, until = self._pending[0].result.alive, None
+        if self.step and (self._seconds + time.perf_counter() - self._since) / self.step < BRIEF:
+            alive.block_until_ready()  # deaf to Ctrl-C, for no longer than a step
+            return
         while not alive.is_ready():
             if interrupts.signal is not None:
                 until = time.perf_counter() + PATIENCE if until is None else until
@@ -246,15 +269,15 @@ class Loop:
             time.sleep(SLEEP)
 
     def _settle(self) -> None:
-        """Counts the oldest step, which the device has finished."""
-        oldest = self._pending[0]
-        state, loss, metrics, alive = oldest.result
-        if not bool(alive):  # raises the error of a program that failed
-            self.failed = oldest
+        """Counts the oldest step or group, which the device has finished."""
+        result, batch = self._pending[0]
+        finite = int(np.asarray(result.alive).sum())  # raises the error of a program that failed
+        self.numbers.add(result.loss, result.metrics, finite)
+        self.state = result.state  # it is that before the step which was not finite
+        self.examples += batch.examples // batch.steps * finite
+        if finite < batch.steps:
+            self.failed = batch.of_step(finite), np.ravel(np.asarray(result.loss))[finite]
             raise NotFinite
-        self.numbers.add(loss, metrics)
-        self.state = state
-        self.examples += oldest.batch.examples
         self._pending.popleft()
 
     def _drain(self) -> None:
@@ -273,8 +296,8 @@ class Loop:
                 self._pending.clear()
 
 
-SLEEP = 50e-6
-"""Seconds between two looks at the device: the thread sleeps while it computes."""
+BRIEF, SLEEP = 0.05, 1e-3
+"""Seconds: for a step that takes less the thread is blocked; during a longer one it looks at the device so often."""
 
 
 def started(variables: Any, opt_state: Any) -> TrainState:

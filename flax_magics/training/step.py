@@ -93,6 +93,18 @@ class Step(Struct, frozen=True, eq=False):
         )
         return StepResult(TrainState(variables, opt_state, alive), value, metrics or {}, alive)
 
+    def group(
+        self, state: TrainState, keys: Mapping[str, Leaf], numbers: Leaf, rows: HostArray | None, arguments: Kwargs
+    ) -> StepResult:
+        """Several steps in one program, one for each of `numbers`; `rows` has a row for each, and so has the result."""
+
+        def one(state: TrainState, each: tuple[Leaf, HostArray | None]) -> tuple[TrainState, tuple[Leaf, ...]]:
+            result = self.step(state, keys, *each, arguments)
+            return result.state, result[1:]
+
+        state, results = jax.lax.scan(one, state, (numbers, rows))
+        return StepResult(state, *results)
+
     def updated(self, params: PyTree, grads: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         """Parameters and optimizer state after one update of the optimizer."""
         import optax  # type: ignore[import-untyped]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from ..errors import FlaxMagicsError, written
 from ..execution import notes
 from ..execution.call import Call, initialising, prepare_init, request_of
 from ..execution.execute import RunVariables, held_variables, plain_errors
-from ..models.calls import Arguments, signature_of
+from ..models.calls import Arguments
 from ..rng.keys import Draw, RunKeys
 from ..run import RELEASED, Note, Run
 from ..state.entry import ModelEntry, NnxEntry, by_kind
@@ -34,15 +34,17 @@ from ..state.training import Training, TrainOptions
 from ..state.weights import WeightSource
 from . import by_hand
 from . import data as training_data
-from .data import ArrayData, Batch, BatchData, Data
+from .data import ArrayData, BatchData, Data
 from .diagnosis import ROWS, why_of_step
 from .grad import LossCall, leaks_told, of_freeze, of_switch
+from .group import Groups
 from .look import Look
 from .loop import Loop, NotFinite, Schedule, started
 from .loss import METHOD, Loss
 from .options import completed, data_text, resumed_of, skipped, task_of
+from .programs import StepPrograms
 from .resumption import begun_as, fitted_state
-from .step import Step, StepResult, TrainState
+from .step import Step, TrainState
 
 SHUFFLE = "shuffle"
 """The stream of a draw whose key shuffles the rows."""
@@ -146,9 +148,6 @@ class Trainer:
         self.draw, self.name = ready.request.draw.first, ready.entry.name
         self.started = time.time()
         self.timing = Timing()
-        self.origin = ""
-        self.programs: dict[object, Any] = {}
-        """Shapes of a batch → the program of its step."""
         self._committed = self._shown = time.perf_counter()
         if isinstance(data, ArrayData):
             data.key = self.draw.stream(SHUFFLE)
@@ -208,13 +207,23 @@ class Trainer:
             data=options.eval,
             batch=options.batch,
         )
+        beginning = started(values, opt_state)
+        self.programs = StepPrograms(
+            self.name, self.step, self.data, keys=self.keys, state=beginning, services=services
+        )
+        resumed = self.resumed
         self.loop = Loop(
-            self.program_of,
-            started(values, opt_state),
-            self.keys,
+            self.programs.of,
+            beginning,
             self.data,
             schedule,
-            curve=Curve() if self.resumed is None else replace(self.resumed.curve, stopped=""),
+            curve=Curve() if resumed is None else replace(resumed.curve, stopped=""),
+            groups=Groups(
+                self.data,
+                self.programs.begin,
+                lambda: self.programs.timing.building,
+                1 if resumed is None else resumed.group,
+            ),
             unfinished=services.programs.unfinished,
         )
 
@@ -250,53 +259,6 @@ class Trainer:
 
     # -- the steps
 
-    def program_of(self, batch: Batch) -> Callable[..., StepResult]:
-        """The program of a step for a batch: called with state, keys, number of the step, and a batch of the same shapes."""
-        tree = self.data.tree if batch.tree is None else batch.tree
-        shapes = (None if batch.rows is None else len(batch.rows), *map(signature_of, jax.tree_util.tree_leaves(tree)))
-        if shapes not in self.programs:
-            self.programs[shapes] = self._compiled(batch)
-        executable = self.programs[shapes]
-
-        def program(state: TrainState, keys: Mapping[str, Any], number: Any, batch: Batch) -> StepResult:
-            result: StepResult = executable(state, keys, number, batch.rows, self._arguments(batch))
-            return result
-
-        return program
-
-    def _arguments(self, batch: Batch) -> dict[str, Any]:
-        """The arguments of a step's program by name: those of the batch, or of the arrays that it is taken from."""
-        leaves = jax.tree_util.tree_leaves(self.data.tree if batch.tree is None else batch.tree)
-        own = self.step.arguments.dynamic
-        return {**own, **dict(zip(self.step.batched, leaves, strict=True))}
-
-    def _compiled(self, batch: Batch) -> Any:
-        """The executable of the step for batches like this one."""
-        step = self.step.step
-        number, rows, arguments = np.uint32(0), batch.rows, self._arguments(batch)
-
-        def phase(name: str) -> None:
-            self.services.on_phase(f"{name} {self.name}")
-
-        phase("tracing")
-        inputs = self.loop.state, self.keys, number, rows, arguments
-
-        def program(*given: Any) -> StepResult:
-            return step(*given)
-
-        program.__name__ = program.__qualname__ = self.name
-        with self.timed("trace"):
-            jitted: Any = jax.jit(program)
-            traced = jitted.trace(*inputs)
-        where = tuple(signature_of(leaf)[-1] for leaf in jax.tree_util.tree_leaves(inputs))
-        executable, origin, timing = self.services.programs.compile(traced, phase, where)
-        self.timing = replace(
-            self.timing, lower=self.timing.lower + timing.lower, compile=self.timing.compile + timing.compile
-        )
-        self.origin = self.origin or origin
-        self.services.on_phase(f"training {self.name}")
-        return executable
-
     def train(self) -> Run:
         """Does the steps, and returns the Run; commits those that are finished whatever happens."""
         first, services, loop = self.loop.step, self.services, self.loop
@@ -328,7 +290,8 @@ class Trainer:
         for name in self.keys:
             key = self.draw.stream(name, taken=self.taken and name == "params")
             keys[name] = np.asarray(jax.random.key_data(jax.random.fold_in(key, loop.step)))
-        rows, arguments = failed.batch.rows, self._arguments(failed.batch)
+        batch, value = failed
+        rows, arguments = batch.rows, self.programs.arguments(batch)
         if rows is not None:
             arguments = {name: leaf[rows] if name in self.step.batched else leaf for name, leaf in arguments.items()}
         place = f"step {loop.step}"
@@ -336,7 +299,7 @@ class Trainer:
             shown = ", ".join(map(str, rows[:ROWS])) + (", …" if len(rows) > ROWS else "")
             place += f" (epoch {loop.step // (self.data.per_epoch or 1)}, rows {shown})"
         request = replace(self.traced.request, variables=loop.state.variables, guess=self.traced.needs)
-        why = why_of_step(self.step, request, loop.state.opt_state, (keys, arguments, rows), failed.result.loss)
+        why = why_of_step(self.step, request, loop.state.opt_state, (keys, arguments, rows), value)
         return f"{place} is not finite and was not taken: {why}"
 
     def _on_step(self) -> None:
@@ -400,6 +363,7 @@ class Trainer:
             curve=curve,
             eval=options.eval_text,
             freeze=options.freeze,
+            group=curve.group,
         )
         new = steps - (0 if self.resumed is None else self.resumed.step)
         counts = {name: before.update_counts.get(name, 0) + new for name in self.loss.written(record)}
@@ -441,9 +405,9 @@ class Trainer:
             changed={**dict.fromkeys(sorted(self.loss.trainable()), len(curve.losses)), **counts},
             device=devices_of(self.loop.state.variables),
             started=self.started,
-            program=self.origin,
+            program=self.programs.origin,
             switch=", ".join(bound.switch),
-            timing=replace(self.timing, run=curve.seconds),
+            timing=self._timing(curve.seconds),
             cell=self.call.cell,
             notes=self.notes,
             made=made,
@@ -453,6 +417,10 @@ class Trainer:
             trained=curve,
             spelling=self.spelling,
         )
+
+    def _timing(self, seconds: float) -> Timing:
+        programs, own = self.programs.timing, self.timing
+        return replace(programs, trace=programs.trace + own.trace, init=own.init, run=seconds)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -1,0 +1,142 @@
+"""How many steps one program does: several where that was measured to be faster, and gives the bits of one by one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import numpy as np
+
+from ..base.types import PyTree
+from .data import ArrayData, Batch, Data
+from .step import StepResult, TrainState
+
+StepProgram: TypeAlias = Callable[[TrainState, int, Batch], StepResult]
+"""`program(state, number, batch)`: the steps of a batch, the first of which has that number."""
+
+MEASURED = 30
+"""After so many steps it is known how long one takes."""
+SHORT = 5e-3
+"""Seconds: a step that takes longer gains nothing in a group."""
+LONG = 0.03
+"""Seconds that a group should take: an interrupt waits for two of them."""
+FASTER = 0.95
+"""A group is used if it takes less than this share of the time of its steps one by one."""
+
+
+class Groups:
+    """Tries whether groups are faster, once; then says where one begins.
+
+    Args:
+      build: starts to compile the program for a batch of several steps; returns a function that gives the program, or
+        None as long as it is not there.
+      cost: seconds that it took to build the program of one step.
+      size: of the groups of the training that this one goes on with, which needs no measurement; 1 for none.
+
+    Attributes:
+      size: steps in a group; 1 as long as there are none.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        build: Callable[[Batch], Callable[[], StepProgram | None]],
+        cost: Callable[[], float],
+        size: int,
+    ) -> None:
+        self._data, self._build, self._cost = data, build, cost
+        self.size, self._asked = 1, size
+        self._built: Callable[[], StepProgram | None] | None = None
+        self._program: StepProgram | None = None
+        self._over = not isinstance(data, ArrayData)
+        """It is decided."""
+        self._steps, self._since = 0, 0.0
+
+    def count(self, step: int, total: int | None) -> None:
+        """Called after each finished step, until it is decided: measures, and starts to compile where it is worth it."""
+        if self._over or self._built is not None or total is None:
+            return
+        if not self._steps:
+            self._since = time.perf_counter()
+        self._steps += 1
+        if self._asked > 1:
+            self._begin(self._asked)
+        elif self._steps > MEASURED:
+            seconds = (time.perf_counter() - self._since) / (self._steps - 1)
+            # The device idles while the group is traced, and the trial takes the time of some groups.
+            worth = (total - step) * seconds * 0.3 > 2 * self._cost() + 4 * LONG
+            size = self._fitting(int(LONG / seconds))
+            if seconds > SHORT or not worth or size < 2:
+                self._over = True
+            else:
+                self._begin(size)
+
+    def _fitting(self, size: int) -> int:
+        """About `size`, so that an epoch has as few steps as possible besides its groups."""
+        assert isinstance(self._data, ArrayData)
+        alike = self._data.alike
+        return size if alike is None else alike // max(1, round(alike / max(size, 1)))
+
+    def _begin(self, size: int) -> None:
+        assert isinstance(self._data, ArrayData)
+        self._asked = size
+        self._built = self._build(self._data.like(size))
+
+    def begins_at(self, step: int, until: int | None) -> bool:
+        """Whether a group of `size` may begin at that step.
+
+        Args:
+          until: the next step before which no group may reach over; None for none.
+        """
+        size = self._asked if self.size == 1 else self.size
+        assert isinstance(self._data, ArrayData)
+        alike, place = self._data.alike, step
+        if alike is not None:
+            place = step % self._data.per_epoch
+            if place + size > alike:
+                return False
+        return place % size == 0 and (until is None or step + size <= until)
+
+    def to_try(self, step: int, until: int | None) -> bool:
+        """Whether the program is there, and this is the place to try it."""
+        if self._over or self._built is None or not self.begins_at(step, until):
+            return False
+        self._program = self._program or self._built()
+        return self._program is not None
+
+    def attempt(
+        self, state: TrainState, step: int, program_of: Callable[[Batch], StepProgram]
+    ) -> list[tuple[StepResult, Batch]]:
+        """Does the steps of one group both ways, and decides. Returns the steps as they were done one by one."""
+        group = self._program
+        assert group is not None
+        self._over = True
+        together, batches = self._data.take(step, self._asked), [self._data.take(step + n) for n in range(self._asked)]
+        assert together is not None
+        times: dict[bool, list[float]] = {True: [], False: []}
+        done: list[tuple[StepResult, Batch]] = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            whole = jax.block_until_ready(group(state, step, together))
+            times[True].append(time.perf_counter() - begin)
+            begin, ahead, done = time.perf_counter(), state, []
+            for n, batch in enumerate(batches):
+                assert batch is not None
+                result = program_of(batch)(ahead, step + n, batch)
+                ahead = result.state
+                done.append((result, batch))
+            jax.block_until_ready(ahead)
+            times[False].append(time.perf_counter() - begin)
+        stacked = [
+            np.stack(leaves) for leaves in zip(*(jax.tree_util.tree_leaves(one[1:]) for one, _ in done), strict=True)
+        ]
+        same = _bits(whole.state) == _bits(ahead) and _bits(whole[1:]) == _bits(stacked)
+        if same and min(times[True]) < FASTER * min(times[False]):
+            self.size = self._asked
+        return done
+
+
+def _bits(tree: PyTree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree_util.tree_leaves(tree)]

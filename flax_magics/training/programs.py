@@ -1,0 +1,125 @@
+"""The compiled programs of a training: one for each shape of a batch, and one that does several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from msgspec.structs import replace
+
+from ..base.measures import Timing
+from ..base.types import Leaf
+from ..compile.cache import Compiling, Services
+from ..models.calls import Kwargs, signature_of
+from ..rng.keys import Words
+from .data import Batch, Data
+from .group import StepProgram
+from .step import Step, StepResult, TrainState
+
+
+class StepPrograms:
+    """Compiles the step of a training.
+
+    Args:
+      name: of the model, which the programs get.
+      keys: stream → key data of the draw.
+      state: before the first step.
+
+    Attributes:
+      origin: where the first program came from: `compiled`, `disk cache` or `reused`.
+      timing: of all that was traced, lowered and compiled for steps one by one.
+    """
+
+    def __init__(
+        self, name: str, step: Step, data: Data, *, keys: Mapping[str, Words], state: TrainState, services: Services
+    ) -> None:
+        self.name, self.step, self._keys, self._services = name, step, keys, services
+        self._state, self._data = state, data
+        self._programs: dict[object, StepProgram] = {}
+        self.origin, self.timing = "", Timing()
+
+    def of(self, batch: Batch) -> StepProgram:
+        """The program for a batch, found or compiled."""
+        shapes = self._shapes(batch)
+        program = self._programs.get(shapes)
+        if program is None:
+            clock, before = self._services.clock, self.timing
+            begin = clock()
+            compiling = self._begin(batch)
+            traced = clock() - begin - compiling.timing.lower
+            executable, origin, timing = self._services.programs.finish_compiling(compiling, self._phase)
+            self.timing = replace(
+                before,
+                trace=before.trace + traced,
+                lower=before.lower + timing.lower,
+                compile=before.compile + timing.compile,
+            )
+            self.origin = self.origin or origin
+            program = self._programs[shapes] = self._bound(executable, batch)
+            self._services.on_phase(f"training {self.name}")
+        return program
+
+    def begin(self, batch: Batch) -> Callable[[], StepProgram | None]:
+        """Starts to compile the program of several steps; returns a function that gives it, or None before it is there."""
+        compiling = self._begin(batch)
+        self._services.on_phase(f"training {self.name}")
+
+        def finished() -> StepProgram | None:
+            if compiling.future is not None and not compiling.future.done():
+                return None
+            executable, _, _ = self._services.programs.finish_compiling(compiling, lambda phase: None)
+            program = self._programs[self._shapes(batch)] = self._bound(executable, batch)
+            return program
+
+        return finished
+
+    def _shapes(self, batch: Batch) -> object:
+        """What a program is specialised on of a batch."""
+        passed = () if self._is_held(batch) else jax.tree_util.tree_leaves(batch.tree)
+        return (batch.steps, None if batch.rows is None else batch.rows.shape, *map(signature_of, passed))
+
+    def _phase(self, phase: str) -> None:
+        self._services.on_phase(f"{phase} {self.name}")
+
+    def _is_held(self, batch: Batch) -> bool:
+        """Whether the batch is of arrays that all steps are given."""
+        return batch.tree is None or batch.tree is self._data.tree
+
+    def arguments(self, batch: Batch) -> Kwargs:
+        """The arguments of a step's program by name: those of the batch, or of the arrays that it is taken from."""
+        leaves = jax.tree_util.tree_leaves(self._data.tree if batch.tree is None else batch.tree)
+        return {**self.step.arguments.dynamic, **dict(zip(self.step.batched, leaves, strict=True))}
+
+    def _begin(self, batch: Batch) -> Compiling:
+        self._phase("tracing")
+        function = self.step.step if batch.steps == 1 else self.step.group
+        inputs = self._state, self._keys, _numbers(0, batch), batch.rows, self.arguments(batch)
+
+        def program(
+            state: TrainState, keys: Mapping[str, Leaf], numbers: Leaf, rows: Leaf, arguments: Kwargs
+        ) -> StepResult:
+            return function(state, keys, numbers, rows, arguments)
+
+        program.__name__ = program.__qualname__ = self.name
+        jitted: Any = jax.jit(program)
+        traced = jitted.trace(*inputs)
+        where = tuple(signature_of(leaf)[-1] for leaf in jax.tree_util.tree_leaves(inputs))
+        return self._services.programs.begin_compiling(traced, self._phase, where)
+
+    def _bound(self, executable: Any, batch: Batch) -> StepProgram:
+        """An executable with all that is the same in each call."""
+        keys, held = self._keys, self.arguments(batch) if self._is_held(batch) else None
+
+        def program(state: TrainState, number: int, batch: Batch) -> StepResult:
+            arguments = self.arguments(batch) if held is None else held
+            result: StepResult = executable(state, keys, _numbers(number, batch), batch.rows, arguments)
+            return result
+
+        return program
+
+
+def _numbers(first: int, batch: Batch) -> Any:
+    """The number of the step, or of each, as the program takes it."""
+    return np.uint32(first) if batch.steps == 1 else np.arange(first, first + batch.steps, dtype=np.uint32)
